@@ -1,0 +1,45 @@
+"""What a batch is: the axis legend, Frames and Batch.
+
+Axis letters, the same in the whole code: B clips, T frames, M modalities, D features, K clusters,
+C identities, E ensemble members.
+
+Class columns, the same in the whole code: column 0 is "other" (distractors), columns 1..C are the
+identities in the order of `identities.json`. Logits and scores are therefore [B, 1 + C].
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Array = Any  # a numpy or a jax array: the same structures serve the host and the device
+
+
+class Frames(NamedTuple):
+    """The frames of one modality of B clips, padded to T.
+
+    Attributes:
+      features: [B, T, D], in the stored dtype (float16 for official files) until the device.
+      quality: [B, T] float32, the quality score; 0 where the modality has none.
+      detection: [B, T] float32, the detection score; 1 where the modality has none.
+      number: [B, T] int32, the frame number within the clip, non-decreasing.
+      mask: [B, T] bool, True for real frames. A clip that lacks the modality has no True.
+    """
+
+    features: Array
+    quality: Array
+    detection: Array
+    number: Array
+    mask: Array
+
+
+class Batch(NamedTuple):
+    """Clips of one step.
+
+    Attributes:
+      frames: modality -> Frames.
+      clip_index: [B] int32, the row of the clip in every table (labels, weights); 0 on padded rows.
+      batch_mask: [B] bool, True for real clips.
+    """
+
+    frames: Mapping[str, Frames]
+    clip_index: Array
+    batch_mask: Array

@@ -1,0 +1,206 @@
+"""Every configuration field with its default, and how configurations are read, overridden and kept."""
+
+import ast
+import difflib
+import importlib.util
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+
+def default() -> ConfigDict:
+    """Returns a configuration with every field that every experiment has.
+
+    The files in `configs/` start from this one and set `model`, `fusion` and what else differs.
+    `model`, `fusion`, `loss` and `optim` are specifications, read by
+    `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
+    `optim.make_optimizer`.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 128  # clips a step, over all devices
+    config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
+    config.modalities = ("face",)
+    config.dtype = "float32"  # of the computation; parameters stay float32
+    config.matmul_precision = "highest"  # of evaluation, on every backend
+    config.log_every_steps = 20
+    config.checkpoint_every_seconds = 300.0
+
+    config.data = ConfigDict()
+    config.data.name = "synthetic"  # or iqiyi_vid
+    config.data.dir = config_dict.placeholder(str)  # folder of official files
+    config.data.cache_dir = config_dict.placeholder(str)  # records; else $VIDJAX_CACHE
+    config.data.size = "small"  # of the synthetic dataset; or standard
+    config.data.seed = 0  # of the synthetic dataset and of the order of training records
+    config.data.train_splits = ("train",)
+    config.data.max_frames = 64  # of a clip in training
+    config.data.crop = "window"  # which ones of a longer clip; or quality
+
+    config.eval = ConfigDict()
+    config.eval.split = "val"
+    config.eval.every_epochs = 0.0  # 0: once, after training
+    config.eval.block_size = 256  # clips a device scores at a time
+    config.eval.scores = "log_softmax"  # or log_sigmoid, logits
+    config.eval.checkpoint = "latest"  # which one `--mode=evaluate` restores; or best
+
+    config.model = ConfigDict()
+    config.fusion = ConfigDict()  # modality -> {train: ..., evaluate: ...}; else all frames
+
+    config.loss = ConfigDict()
+    config.loss.focal = "binary"  # or multiclass
+    config.loss.gamma = 2.0
+    config.loss.schedule = ((0.0, 0.0),)  # (epoch, weight of focal); the rest is softmax
+
+    config.optim = ConfigDict()
+    config.optim.name = "adam"  # or sgd
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup = 0.1  # share of all steps
+    config.optim.final_scale = 0.01  # learning rate at the end, relative to its peak
+    config.optim.weight_decay = 0.0
+    config.optim.momentum = 0.9  # of sgd
+    config.optim.clip_norm = 0.0  # 0: gradients are not clipped
+    return config
+
+
+def choose_data(config: ConfigDict, words: Collection[str]) -> None:
+    """Sets the dataset that `iqiyi_vid` or `standard` among the words asks for."""
+    if {"iqiyi_vid", "standard"} <= set(words):
+        raise ValueError("config arguments: 'iqiyi_vid' and 'standard' are two datasets")
+    if "iqiyi_vid" in words:
+        config.data.name = "iqiyi_vid"
+    if "standard" in words:
+        config.data.size = "standard"
+
+
+def split_args(args: str, known: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
+    """Splits what follows the colon of `--config=FILE:ARG,ARG` into known words and modalities.
+
+    Args:
+      args: the text after the colon, e.g. `iqiyi_vid,face,head`.
+      known: the words that the configuration understands.
+
+    Returns:
+      The known words that were given, and the others, in order: names of modalities.
+    """
+    words = [word.strip() for word in args.split(",") if word.strip()]
+    given = {word for word in words if word in known}
+    modalities = tuple(dict.fromkeys(word for word in words if word not in known))
+    for word in modalities:
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+        if close:
+            raise ValueError(f"unknown config argument '{word}': did you mean '{close[0]}'?")
+    return given, modalities
+
+
+def load_file(spec: str) -> ConfigDict:
+    """Returns the configuration that `FILE` or `FILE:ARG,ARG` describes.
+
+    Args:
+      spec: path of a Python file with a function `get_config(args: str)`, and its arguments.
+
+    Raises:
+      ValueError: no such file, or no `get_config` in it.
+    """
+    name, _, args = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f"did you mean '{path.parent / close[0]}'?" if close else f"there: {near}"
+        raise ValueError(f"--config: no such file '{name}'\n{hint}")
+    module_spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"--config: '{name}' is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config: '{name}' has no function get_config")
+    return module.get_config(args)
+
+
+def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf of a configuration."""
+    for key in config:
+        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Returns a copy of a configuration with `--config.a.b=value` applied to it.
+
+    Args:
+      config: the configuration; its values fix the types.
+      overrides: command-line words, each beginning with `--config.`; a tuple may be written
+        `face,head` or as a Python tuple.
+
+    Raises:
+      ValueError: a field that does not exist, or a value of another type.
+    """
+    config = ConfigDict(config)
+    known = dict(fields(config))
+    words = []
+    for word in overrides:
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+                key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
+            ]
+            hint = f": did you mean --config.{close[0]}?" if close else ""
+            raise ValueError(f"no field config.{name}{hint}")
+        if not equals:
+            raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
+        if isinstance(known[name], tuple):
+            value = repr(_as_tuple(value))
+        words.append(f"--config.{name}={value}")
+    values = flags.FlagValues()
+    argv = ["vidjax", *words]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    return values["config"].value
+
+
+def _as_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns a configuration as JSON text."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
+    config = default()
+    with config.unlocked():
+        config.update(_tuples(json.loads(text)))
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Returns field -> (old value, new value) for every field that differs."""
+    before, after = dict(fields(old)), dict(fields(new))
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }

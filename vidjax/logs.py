@@ -1,0 +1,125 @@
+"""What a run tells: metrics.jsonl, timing.jsonl, TensorBoard events, the progress bar."""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from vidjax import workdir as workdir_lib
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Cuts a .jsonl file back to the lines of steps up to `step`: a resumed run repeats none.
+
+    A last line that a kill left unfinished goes as well.
+    """
+    if not path.exists():
+        return
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if value["step"] <= step:
+            lines.append(line)
+    workdir_lib.write_text(path, "".join(line + "\n" for line in lines))
+
+
+class Logs:
+    """The open log files of a run.
+
+    `metrics.jsonl` holds only functions of configuration, data and step: two runs of one
+    configuration write the same bytes. What depends on the machine goes to `timing.jsonl`.
+    """
+
+    def __init__(self, workdir: Path, *, step: int):
+        """Opens the files, cut back to the step that a run goes on from (0 for a new one)."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            keep_until(workdir / name, step)
+        self._metrics = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115
+        self._timing = open(workdir / "timing.jsonl", "a")  # noqa: SIM115
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._events_file = open(workdir / name, "wb")  # noqa: SIM115
+        self._events = RecordWriter(self._events_file)
+        self._event(Event(file_version="brain.Event:2"))
+        # TensorBoard drops what an earlier process logged from this step on.
+        self._event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of results of a step."""
+        _write_line(self._metrics, step, values)
+        scalars = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if isinstance(value, (int, float))
+        ]
+        self._event(Event(step=step, summary=Summary(value=scalars)))
+
+    def timing(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of measured times of a step."""
+        _write_line(self._timing, step, values)
+
+    def _event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write(event.SerializeToString())
+        self._events_file.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._metrics, self._timing, self._events_file):
+            file.close()
+
+
+def _write_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
+    file.write(json.dumps({"step": step, **values}) + "\n")
+    file.flush()
+
+
+class Progress:
+    """A tqdm bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, *, initial: int, unit: str, label: str):
+        self._bar = None
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._printed = initial, time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                unit_scale=True,
+                desc=label,
+                dynamic_ncols=True,
+            )
+
+    def advance(self, count: int, text: str = "") -> None:
+        """Moves on by `count` and shows the latest values."""
+        self._done = min(self._done + count, self._total)
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(min(count, self._total - self._bar.n))
+        elif self._done == self._total or time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
+            say(f"{self._label}: {self._done}/{self._total} {self._unit}s {text}".rstrip())
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def say(text: str) -> None:
+    """Prints one line for the person at the terminal, above a bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,267 @@
+"""Training: from a configuration and a dataset to a finished workdir."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vidjax import checkpoint, ranking, steps
+from vidjax import config as config_lib
+from vidjax import mesh as mesh_lib
+from vidjax import workdir as workdir_lib
+from vidjax.evaluate import Evaluator, digest, select_modalities
+from vidjax.logs import Logs, Progress, say
+
+# These may differ when a run goes on: they say where things lie, not what is computed.
+MOVABLE = ("checkpoint_every_seconds", "data.dir", "data.cache_dir", "eval.checkpoint")
+
+
+def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """Returns the metrics of the run in a folder if it is finished, None if it can go on or begin.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    other = config_lib.differences(config_lib.from_json(path.read_text()), config)
+    other = {name: pair for name, pair in other.items() if name not in MOVABLE}
+    if other:
+        shown = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in other.items())
+        raise ValueError(
+            f"--workdir: '{workdir}' holds a run of another configuration\n"
+            f"{shown[:300]}\nuse another --workdir, or the configuration of that run"
+        )
+    done = workdir / "metrics.json"
+    return json.loads(done.read_text()) if done.exists() else None
+
+
+def train(
+    config: ConfigDict, workdir: Path, data: Any, *, num_devices: int | None = None
+) -> dict[str, Any]:
+    """Trains a system, or goes on where an earlier process stopped; returns the run's metrics.
+
+    Args:
+      config: see `config.default`.
+      workdir: the run's folder, held by `workdir.lock`.
+      data: a `vidjax.data.pipeline.Dataset`.
+      num_devices: how many devices to use; None for all.
+
+    Raises:
+      ValueError: the configuration does not fit the data, or not the run that lies in the folder.
+      CheckpointError: the run's checkpoints are damaged or of another model.
+      Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step was saved.
+    """
+    began = time.monotonic()
+    labels, sizes = _measure(config, data)
+    system = steps.make_system(config.to_dict(), sizes)
+    mesh = mesh_lib.make_mesh(num_devices)
+    evaluate = Evaluator(system, mesh, block_size=config.eval.block_size)
+    facts = {**sizes._asdict(), "identities_sha256": digest(data.identities)}
+
+    _claim(workdir, config, data)
+    state, saved = _start(workdir, config, system, sizes, mesh)
+    if saved and saved["identities_sha256"] != facts["identities_sha256"]:
+        raise checkpoint.CheckpointError(f"'{workdir}' was trained on another list of identities")
+    step = int(state.step)
+    if step:
+        say(f"going on from step {step} of {sizes.total_steps}")
+
+    def seconds() -> float:
+        return saved.get("seconds", 0.0) + time.monotonic() - began
+
+    def save(state: steps.TrainState, **scores: float) -> None:
+        info = {**facts, **scores, "seconds": seconds()}
+        checkpoint.save(workdir, int(state.step), _items(state), info)
+
+    weight = np.ones(sizes.num_clips, np.float32)
+    tables = mesh_lib.replicate(mesh, {"label": jnp.asarray(labels), "weight": jnp.asarray(weight)})
+    train_step = steps.make_train_step(system, mesh)
+    batches = data.train_batches(
+        splits=tuple(config.data.train_splits),
+        modalities=tuple(sizes.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+        start=step * config.batch_size,
+    )
+    eval_steps = _eval_steps(config, sizes)
+    evaluation = None
+    steps_seconds: list[float] = []
+    waited = 0.0
+    last_save = time.monotonic()
+    logs = Logs(workdir, step=step)
+    clips = sizes.total_steps * config.batch_size
+    progress = Progress(clips, initial=step * config.batch_size, unit="clip", label="train")
+    try:
+        with workdir_lib.catch_interruption() as interruption:
+            batch = mesh_lib.shard_batch(mesh, next(batches))
+            while step < sizes.total_steps:
+                dispatched = time.monotonic()
+                state, loss = train_step(state, tables, batch)
+                step += 1
+                # While the device works on this step, the host fetches the next batch.
+                fetching = time.monotonic()
+                batch = mesh_lib.shard_batch(mesh, next(batches))
+                fetched = time.monotonic()
+                progress.advance(config.batch_size, f"loss {float(loss):.3f}")
+                steps_seconds.append(time.monotonic() - dispatched)
+                waited += fetched - fetching
+
+                if step % config.log_every_steps == 0 or step == sizes.total_steps:
+                    logs.metrics(step, _summary(config, system, sizes, state))
+                    state = state.replace(sums=mesh_lib.replicate(mesh, steps.zero_sums()))
+                    recent = steps_seconds[-config.log_every_steps :]
+                    rate = config.batch_size / statistics.median(recent)
+                    logs.timing(step, {"clips_per_second": rate, "input_seconds": waited})
+                if step in eval_steps:
+                    evaluation = evaluate(
+                        state.params, state.model_state, data, config.eval.split, label="evaluate"
+                    )
+                    scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
+                    logs.metrics(step, scores)
+                    shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                    say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
+                    save(state, **scores)
+                    last_save = time.monotonic()
+                elif interruption.signum or (
+                    time.monotonic() - last_save >= config.checkpoint_every_seconds
+                ):
+                    save(state)
+                    last_save = time.monotonic()
+                if interruption.signum and step < sizes.total_steps:
+                    raise workdir_lib.Interrupted(interruption.signum, step)
+    finally:
+        progress.close()
+        logs.close()
+
+    if evaluation is None:  # an earlier process stopped between the last step and its results
+        evaluation = evaluate(
+            state.params, state.model_state, data, config.eval.split, label="evaluate"
+        )
+    ranking.write_ranking(
+        workdir / "ranking.txt",
+        data.identities,
+        data.split(config.eval.split).clips,
+        evaluation.top,
+    )
+    typical = statistics.median(steps_seconds[1:] or steps_seconds or [float("nan")])
+    results = {
+        **evaluation.results,
+        **_best(workdir),
+        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "train_clips_per_second": config.batch_size / typical,
+        "seconds": seconds(),
+        "seed": config.seed,
+        "step": step,
+        "versions": versions(),
+    }
+    workdir_lib.write_json(workdir / "metrics.json", results)
+    return results
+
+
+def _measure(config: ConfigDict, data: Any) -> tuple[np.ndarray, steps.Sizes]:
+    """Returns the labels of the training clips and the sizes that follow from data and config."""
+    modalities = select_modalities(config.modalities, data)
+    train_splits = tuple(config.data.train_splits)
+    if config.eval.split in train_splits:
+        raise ValueError(
+            f"config.eval.split='{config.eval.split}' is among config.data.train_splits: "
+            "a score on clips that were trained on says nothing"
+        )
+    data.split(config.eval.split)  # before an hour of training, not after
+    for name in ("batch_size", "log_every_steps", "num_epochs"):
+        if config[name] <= 0:
+            raise ValueError(f"config.{name}={config[name]}: must be positive")
+    labels = np.concatenate([data.split(name).labels for name in train_splits])
+    if not np.any(labels > 0):
+        raise ValueError(f"no clip of {train_splits} has an identity: is the ground truth there?")
+    return labels, steps.Sizes(
+        modalities=modalities,
+        num_identities=len(data.identities),
+        num_clips=len(labels),
+        total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
+        train_other=bool(np.any(labels == 0)),
+    )
+
+
+def _claim(workdir: Path, config: ConfigDict, data: Any) -> None:
+    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    workdir_lib.write_json(workdir / "identities.json", list(data.identities))
+    workdir_lib.write_json(workdir / "data_report.json", data.report)
+
+
+def _start(
+    workdir: Path, config: ConfigDict, system: steps.System, sizes: steps.Sizes, mesh: Mesh
+) -> tuple[steps.TrainState, dict[str, Any]]:
+    """Returns the newest saved state and its manifest, or a new state and nothing."""
+
+    def init() -> steps.TrainState:
+        return steps.init_state(system, sizes.modalities, jax.random.key(config.seed))
+
+    sharding = mesh_lib.replicated(mesh)
+    found = checkpoint.restore_latest(workdir, _items(jax.eval_shape(init)), sharding)
+    if found is None:
+        return jax.jit(init, out_shardings=sharding)(), {}
+    items, manifest = found
+    return _state(items), manifest
+
+
+def _items(state: steps.TrainState) -> dict[str, Any]:
+    # Apart, so that evaluation reads the first two only.
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "sums")}
+    return {"params": state.params, "model_state": state.model_state, "train": rest}
+
+
+def _state(items: dict[str, Any]) -> steps.TrainState:
+    return steps.TrainState(
+        params=items["params"], model_state=items["model_state"], **items["train"]
+    )
+
+
+def _eval_steps(config: ConfigDict, sizes: steps.Sizes) -> set[int]:
+    every = round(config.eval.every_epochs * sizes.num_clips / config.batch_size)
+    return {sizes.total_steps, *(range(every, sizes.total_steps, every) if every else ())}
+
+
+def _summary(
+    config: ConfigDict, system: steps.System, sizes: steps.Sizes, state: steps.TrainState
+) -> dict[str, float]:
+    """Returns the means since the last line of the log: functions of config, data and step."""
+    step, weight = int(state.step), max(float(state.sums["weight"]), 1e-6)
+    return {
+        "epoch": step * config.batch_size / sizes.num_clips,
+        "learning_rate": float(system.schedule(step - 1)),
+        "train_loss": float(state.sums["loss"]) / weight,
+        "train_accuracy": float(state.sums["correct"]) / weight,
+    }
+
+
+def _best(workdir: Path) -> dict[str, Any]:
+    step = checkpoint.best_step(workdir)
+    if step is None:
+        return {}
+    return {"best_step": step, "best_map": checkpoint.manifests(workdir)[step]["map"]}
+
+
+def versions(
+    packages: Sequence[str] = ("jax", "flax", "optax", "orbax-checkpoint", "numpy"),
+) -> dict:
+    """Returns what a score was computed with: package -> version, Python and the device."""
+    found = {name: importlib.metadata.version(name) for name in ("vidjax", *packages)}
+    devices = jax.devices()
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    return {**found, "python": platform.python_version(), "device": device}

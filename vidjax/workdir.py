@@ -1,0 +1,113 @@
+"""The folder of a run: its lock, files written whole or not at all, the signals that end it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+
+def make_workdir(path: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path of a run's folder, which exists and can be written.
+
+    Raises:
+      ValueError: the path is a file, or cannot be written.
+    """
+    workdir = Path(path).expanduser().absolute()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir: '{workdir}' is a file, not a folder")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir: cannot write in '{workdir}': {error.strerror}") from error
+    return workdir
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; the kernel lets go of it however the process ends.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"--workdir: '{workdir}' is in use by {owner}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that its name shows either what was there before or the whole new text."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all; numpy scalars and arrays are allowed."""
+    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"no JSON form of {type(value).__name__}")
+
+
+class Interruption:
+    """What a signal asked for: `signum` is None until SIGINT or SIGTERM arrives."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Notes the first signal; ends the process at once on the second."""
+        del frame
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+
+
+class Interrupted(Exception):
+    """A run stopped on a signal with its state saved; `exit_code` is what the shell expects."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def catch_interruption() -> Iterator[Interruption]:
+    """Turns SIGINT and SIGTERM into a note that the loop reads after each step."""
+    interruption = Interruption()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interruption.handle) for number in signals}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
