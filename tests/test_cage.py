@@ -1,0 +1,368 @@
+"""cage: what the child takes of the official layouts, what it refuses, and what it may cost."""
+
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import python2
+from vidjax.data import cage
+from vidjax.data.sealed import CageError
+
+BOX = [1.0, 2.0, 30.5, 40.25]
+
+
+def feature(*numbers: float, dtype: str = "<f2") -> np.ndarray:
+    return np.array(numbers or (1, 2, 3), dtype)
+
+
+def face(number: Any = b"7", box: Any = BOX, det: Any = 0.5, quality: Any = 80.0, feat: Any = None):
+    return [number, box, det, quality, feature() if feat is None else feat]
+
+
+def convert(folder: Path, value: Any, modality: str = "face", *, drop: bool = True) -> Any:
+    """The summary of a pickle of this value, with its flat files as arrays."""
+    path = folder / "x.pickle"
+    path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
+    summary = cage.convert(path, modality, folder, drop=drop)
+    for key, dtype in {"features": summary["dtype"], **cage.COLUMNS}.items():
+        summary[key] = np.fromfile(folder / f"{key}.bin", dtype)
+    summary["features"] = summary["features"].reshape(-1, summary["width"] or 1)
+    summary["box"] = summary["box"].reshape(-1, 4)
+    return summary
+
+
+def refusal(folder: Path, value: Any, modality: str = "face", **kwargs: Any) -> str:
+    with pytest.raises(CageError) as caught:
+        convert(folder, value, modality, **kwargs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+ENTRIES = {
+    "face": face(),
+    "head": [b"7", BOX, 0.5, feature()],
+    "body": [b"7", BOX, feature()],
+    "scene": (7, feature()),
+}
+
+
+@pytest.mark.parametrize("modality", ENTRIES)
+@pytest.mark.parametrize("renamed", [False, True], ids=["by name", "by entries"])
+def test_each_layout_fills_its_columns_and_the_rest_by_default(
+    modality: str, renamed: bool, tmp_path: Path
+) -> None:
+    entry = ENTRIES[modality]
+    value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
+    got = convert(tmp_path, value, "my-own_modality2" if renamed else modality)
+    assert got["names"] == ["none", "one", "two"]
+    assert got["lengths"] == [0, 1, 2]
+    assert got["seen"] == 3 and got["skipped_clips"] == {"empty": 1}
+    assert got["skipped"] == got["warnings"] == {}
+    np.testing.assert_array_equal(got["features"], [[1, 2, 3]] * 3)
+    np.testing.assert_array_equal(got["number"], [7] * 3)
+    np.testing.assert_array_equal(got["quality"], [80 if modality == "face" else 0] * 3)
+    np.testing.assert_array_equal(
+        got["detection"], [0.5 if modality in ("face", "head") else 1.0] * 3
+    )
+    np.testing.assert_array_equal(got["box"], [[0] * 4 if modality == "scene" else BOX] * 3)
+
+
+@pytest.mark.parametrize("modality", ["audio", "speech"])
+def test_bare_arrays_are_one_frame_or_one_frame_a_row(modality: str, tmp_path: Path) -> None:
+    value = {
+        b"one": feature(),
+        b"rows": np.arange(6, dtype="<f2").reshape(2, 3),
+        b"none": np.zeros((0, 3), "<f2"),
+        b"list": [feature(), feature()],
+    }
+    got = convert(tmp_path, value, modality)
+    assert got["lengths"] == [1, 2, 0, 2]
+    np.testing.assert_array_equal(
+        got["features"], [[1, 2, 3], [0, 1, 2], [3, 4, 5], [1, 2, 3], [1, 2, 3]]
+    )
+    np.testing.assert_array_equal(got["number"], [0, 0, 1, 0, 1])
+    np.testing.assert_array_equal(got["quality"], 0)
+    np.testing.assert_array_equal(got["detection"], 1)
+
+
+@pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
+def test_features_keep_their_exact_values_in_native_byte_order(code: str, tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(-128, 128, (4, 10)).astype(code)
+    if code[1] == "f":
+        numbers = (numbers / 7).astype(code)
+    value = {b"plain": [face(feat=row) for row in numbers], b"strided": [face(feat=numbers[:, 0])]}
+    value[b"strided"] = [face(feat=np.repeat(row, 2)[::2]) for row in numbers]
+    got = convert(tmp_path, value)
+    assert got["features"].dtype == np.dtype(code).newbyteorder("=")
+    assert got["features"].tolist() == numbers.tolist() * 2
+
+
+def test_frame_numbers_scores_and_boxes_come_as_any_kind_of_number(tmp_path: Path) -> None:
+    numbers = [b"0012", "12", 12, np.int64(12)]
+    boxes = [BOX, tuple(BOX), np.array(BOX), np.array(BOX, ">f4")]
+    scores = [1, 1.0, np.float32(1), np.float64(1)]
+    value = {b"a": [face(n, b, s, s) for n, b, s in zip(numbers, boxes, scores, strict=True)]}
+    got = convert(tmp_path, value)
+    np.testing.assert_array_equal(got["number"], 12)
+    np.testing.assert_array_equal(got["box"], [BOX] * 4)
+    np.testing.assert_array_equal(got["detection"], 1)
+    np.testing.assert_array_equal(got["quality"], 1)
+
+
+def test_blocks_end_anywhere_within_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 9, 40).tolist()
+    rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
+    rows[::5, 1] = np.nan
+    numbers = iter(range(len(rows)))
+    value: dict[bytes, Any] = {}
+    for clip, length in enumerate(lengths):
+        value[b"%d" % clip] = [
+            face(i, [float(i)] * 4, i, -i, rows[i]) for i in (next(numbers) for _ in range(length))
+        ]
+    whole = convert(tmp_path, value)
+    kept = np.isfinite(rows).all(axis=1)
+    np.testing.assert_array_equal(whole["features"], rows[kept])
+    np.testing.assert_array_equal(whole["number"], np.flatnonzero(kept))
+    np.testing.assert_array_equal(whole["quality"], -np.flatnonzero(kept))
+    np.testing.assert_array_equal(whole["box"][:, 3], np.flatnonzero(kept))
+    owner = np.repeat(np.arange(40), lengths)
+    assert whole["lengths"] == np.bincount(owner[kept], minlength=40).tolist()
+    assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
+    bare = {b"rows": rows[kept], b"one": rows[1]}
+    bare_whole = convert(tmp_path, bare, "audio")
+    monkeypatch.setattr(cage, "BLOCK_BYTES", 4 * 3 * 2)
+    for small, large in (
+        (convert(tmp_path, value), whole),
+        (convert(tmp_path, bare, "audio"), bare_whole),
+    ):
+        for key, expected in large.items():
+            np.testing.assert_array_equal(small[key], expected)
+
+
+def test_frames_that_are_not_finite_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
+    bad = [feature(1, np.nan, 2), feature(np.inf, 1, 2), feature(1, 2, -np.inf)]
+    value = {
+        b"some": [face(1), face(2, feat=bad[0]), face(3)],
+        b"all": [face(1, feat=bad[1], quality=np.nan), face(2, feat=bad[2])],
+        b"none": [],
+    }
+    got = convert(tmp_path, value)
+    assert got["seen"] == 5 and got["skipped"] == {"non_finite": 3}
+    assert got["lengths"] == [2, 0, 0] and got["number"].tolist() == [1, 3]
+    assert got["skipped_clips"] == {"empty": 1, "non_finite": 1}
+    assert got["warnings"] == {}
+    assert (
+        refusal(tmp_path, value, drop=False) == "clip some, face has a feature that is not finite"
+    )
+
+
+def test_scores_and_boxes_that_are_not_finite_become_zero_and_are_counted(tmp_path: Path) -> None:
+    value = {
+        b"a": [
+            face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0]),
+            face(quality=-1e300, det=np.float32(-np.inf)),
+            face(quality=-30.0),
+        ]
+    }
+    got = convert(tmp_path, value)
+    assert got["seen"] == 3 and got["skipped"] == {}
+    assert got["quality"].tolist() == [0, 0, -30]
+    assert got["detection"].tolist() == [0, 0, 0.5]
+    assert got["box"][0].tolist() == [1, 0, 3, 4]
+    assert got["warnings"] == {
+        "non_finite_quality": 2,
+        "non_finite_detection": 2,
+        "non_finite_box": 1,
+    }
+
+
+def test_files_without_clips_or_without_frames_are_empty_not_wrong(tmp_path: Path) -> None:
+    got = convert(tmp_path, {})
+    assert got["names"] == got["lengths"] == [] and got["seen"] == 0
+    got = convert(tmp_path, {b"a": [], b"b": ()}, "new")
+    assert got["lengths"] == [0, 0] and got["skipped_clips"] == {"empty": 2}
+
+
+WIDE, SINGLE, BIG = feature(1, 2, 3, 4), feature(dtype="<f4"), feature(dtype=">f2")
+
+
+@pytest.mark.parametrize(
+    ("value", "modality", "told"),
+    [
+        ([1, 2], "face", "holds a list, not a dict"),
+        ({1: []}, "face", "clip name is a int"),
+        ({b"a": None}, "face", "clip a, face is of type NoneType"),
+        ({b"a": {}}, "face", "clip a, face is of type dict"),
+        ({b"a": b"abcde"}, "face", "clip a, face is of type bytes"),
+        ({b"a": feature()}, "face", "clip a, face is of type array, wanted list of [frame, bbox,"),
+        ({b"a": [[face()]]}, "face", "entry 0, entry has 1 fields, wanted [frame, bbox,"),
+        ({b"a": [face()[:-1]]}, "face", "has 4 fields"),
+        ({b"a": [face(), feature()]}, "face", "entry 1, entry is of type array"),
+        ({b"a": [[1] * 6]}, "new", "entries have 6 fields, wanted 2 to 5"),
+        ({b"a": [[[]]]}, "new2", "is of type list, wanted array"),
+        ({b"a": [face(), face(feat=WIDE)]}, "face", "face entry 1, feature has width 4, wanted 3"),
+        ({b"a": [face(feat=WIDE)], b"b": [face()] * 2}, "face", "clip a, face entry 0, feature"),
+        ({b"a": feature(), b"b": WIDE}, "audio", "clip b, audio has width 4, wanted 3"),
+        ({b"a": feature(), b"b": np.array(1.0)}, "audio", "clip b, audio has width 0, wanted 3"),
+        ({b"a": np.zeros(0, "f2")}, "audio", "width 0"),
+        ({b"a": [face(feat=feature().reshape(1, 3))]}, "face", "has shape [1, 3], wanted [3]"),
+        ({b"a": [face(), face(feat=SINGLE)]}, "face", "is dtype('float32'), wanted dtype"),
+        ({b"a": [face(), face(feat=BIG)]}, "face", "is dtype('>f2'), wanted dtype('float16')"),
+        ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "features are int64, but only float16"),
+        ({b"a": [face(feat=[1.0, 2.0])]}, "face", "feature is of type list, wanted array"),
+        ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
+        ({b"a": [face("²")]}, "face", "frame must be digits"),
+        ({b"a": [face(b"")]}, "face", "frame must be digits"),
+        ({b"a": [face(-1)]}, "face", "frame must be digits"),
+        ({b"a": [face(1.0)]}, "face", "frame must be digits"),
+        ({b"a": [face(True)]}, "face", "frame must be digits"),
+        ({b"a": [face(b"9" * 11)]}, "face", "frame signed integer is greater"),
+        ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
+        ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
+        ({b"a": [face(box=b"1234")]}, "face", "bbox must be four numbers"),
+        ({b"a": [face(box=[b"1", 2, 3, 4])]}, "face", "bbox must be real number, not bytes"),
+        ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
+        ({b"a": [face(quality=None)]}, "face", "quality_score must be real number"),
+        ({b"a": [face(quality=feature())]}, "face", "quality_score must be real number"),
+        ({b"a b": []}, "face", "clip name 'a b' holds white space"),
+        ({b"a\n": []}, "face", r"clip name 'a\n' holds white space"),
+        ({"a\u00a0b": []}, "face", r"holds white space"),
+        ({b"": []}, "face", "clip name '' is empty"),
+        ({b".mp4": []}, "face", "clip name '.mp4' is empty"),
+        ({b"\xff\xfe": []}, "face", r"clip name '\xff\xfe' is not UTF-8"),
+        (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80]s.", "face", r"'\ud800' is not valid unicode"),
+        ({b"a": [], "a": []}, "face", "duplicate clips: a"),
+        ({n + s: [] for n in "012345678" for s in ("", ".mp4")}, "face", ": 0, 1, 2, 3, 4 and 4 m"),
+    ],
+)  # fmt: skip
+def test_what_breaks_the_layout_is_told_with_clip_and_field(
+    value: Any, modality: str, told: str, tmp_path: Path
+) -> None:
+    assert told in refusal(tmp_path, value, modality)
+
+
+def test_bytes_and_text_names_with_and_without_suffix_are_the_same_clip(tmp_path: Path) -> None:
+    names = ["IQIYI_VID_TRAIN_0000001", "名前-é", "../../etc/passwd", "x" * 300, "a.mp4.b"]
+    for suffix in ("", ".mp4"):
+        for spell in (str.encode, str):
+            got = convert(tmp_path, {spell(name + suffix): [] for name in names})
+            assert got["names"] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["x.pickle", *(f"{key}.bin" for key in ("features", *cage.COLUMNS))]
+    )
+
+
+@given(st.text(max_size=12), st.integers(0, 3))
+def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name: str, times: int) -> None:
+    try:
+        clean = cage.clean_name(name + ".mp4" * times)
+    except CageError:
+        assert name.split() != [name] or not name.replace(".mp4", "")
+        return
+    assert cage.clean_name(clean) == clean and not clean.endswith(".mp4")
+    assert not any(letter.isspace() for letter in clean)
+    if ".mp4" not in name:
+        assert clean == name
+
+
+# ----------------------------------------------------------------------------------------------
+# Greed: each of these asks for gigabytes, for ever, or for a deep stack.
+
+
+def laughs(kind: str) -> bytes:
+    """Ten references to ten references to ..., forty levels of it."""
+    empty, end = (b"]", b"(%se") if kind == "list" else (b")", b"(%st")
+    levels = empty + b"q\x000"
+    for level in range(40):
+        ten = end % (b"h%c" % level * 10)
+        levels += (b"]" if kind == "list" else b"") + ten + b"q%c0" % (level + 1)
+    return levels + b"h\x28"
+
+
+def shared(frames: int, clips: int) -> bytes:
+    """Many clips that are all one list, which names one entry over and over."""
+    entry = python2.dumps(face(), 1)[:-1]
+    head = (
+        b"\x80\x02" + entry + b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
+    )
+    pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
+    return head + b"}(" + pairs + b"u."
+
+
+GREED = {
+    "memo": b"Nr\xff\xff\xff\xff.",
+    "memo of 512 MB": b"Nr\xff\xff\xff\x03.",
+    "text memo": b"Np%d\n." % 2**40,
+    "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "text of 60 GB": b"\x80\x04\x8d" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "bytes beyond a word": b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",
+    "string of 2 GB": b"T" + struct.pack("<i", 2**31 - 1) + b"abc.",
+    "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
+    "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "nested lists in a clip": b"}U\x01a" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"s.",
+    "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
+    "nested tuples in a clip": b"}U\x01a)" + b"\x85" * 10**6 + b"s.",
+    "laughing lists": b"}U\x01a" + laughs("list") + b"s.",
+    "laughing tuples": b"}U\x01a" + laughs("tuple") + b"s.",
+    "laughing name": b"}" + laughs("tuple") + b"Ns.",
+    "digits": b"}I" + b"9" * 10**6 + b"\nNs.",
+    "one entry, ten billion times": shared(10**5, 10**5),
+    "shape of 1e11": python2.dumps({b"a": np.zeros(3, "f2")}).replace(
+        b"K\x03\x85", b"\x8a\x08" + struct.pack("<q", 10**11) + b"\x85"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Name -> error, CPU seconds and greatest memory so far in MB, from a process of its own."""
+    folder = tmp_path_factory.mktemp("greed")
+    for name, data in GREED.items():
+        (folder / name).write_bytes(data)
+    code = """
+        import json, resource, sys
+        from pathlib import Path
+        from vidjax.data import pickles
+        ends = {}
+        for path in Path(sys.argv[1]).iterdir():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            try:
+                error = pickles.unpack(path, "face", path.parent / "out")
+            except ValueError as caught:
+                error = caught
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+            ends[path.name] = [str(error), seconds, used.ru_maxrss / 1024]
+        print(json.dumps(ends))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("name", GREED)
+def test_greed_ends_in_a_short_error_within_5_seconds_and_1_gb(
+    name: str, greedy: dict[str, list[Any]]
+) -> None:
+    message, seconds, megabytes = greedy[name]
+    assert f"/{name}: " in message and message.count("\n") < 3 and len(message) < 500
+    assert not message.startswith("PackedClips")
+    assert seconds < 5
+    assert megabytes < 1024
+
+
+def test_the_child_knows_neither_jax_nor_tensorflow() -> None:
+    code = "import sys, vidjax.data.cage; print({'jax', 'tensorflow'} & set(sys.modules))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "set()"

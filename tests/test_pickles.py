@@ -1,0 +1,351 @@
+"""pickles: official files in, flat arrays and labels out; every mistake named with its place."""
+
+import os
+import pickle
+import resource
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import python2
+from vidjax.data import cage, pickles
+
+
+def clips(rng: np.random.Generator, lengths: list[int], width: int = 8) -> dict[bytes, Any]:
+    """Faces of clips c0, c1, ... with these lengths."""
+    return {
+        b"c%d" % clip: [
+            [
+                b"%d" % number,
+                rng.uniform(0, 500, 4).tolist(),
+                float(rng.uniform(0.8, 1)),
+                float(rng.normal(80, 20)),
+                rng.normal(size=width).astype(np.float16),
+            ]
+            for number in range(length)
+        ]
+        for clip, length in enumerate(lengths)
+    }
+
+
+def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path: Path) -> None:
+    value = clips(np.random.default_rng(0), [3, 0, 2, 40])
+    value[b"c2"][1][4][5] = np.nan
+    for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
+        (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
+        got = pickles.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
+        frames = [frame for entries in value.values() for frame in entries]
+        kept = [frame for frame in frames if np.isfinite(frame[4]).all()]
+        assert got.names == ("c0", "c1", "c2", "c3")
+        assert got.lengths.dtype == np.int32 and got.lengths.tolist() == [3, 0, 1, 40]
+        assert got.seen == 45 == len(got.features) + sum(got.skipped.values())
+        assert got.skipped == {"non_finite": 1} and got.skipped_clips == {"empty": 1}
+        assert got.features.dtype == np.float16
+        np.testing.assert_array_equal(got.features, [frame[4] for frame in kept])
+        for column, place in {"number": 0, "box": 1, "detection": 2, "quality": 3}.items():
+            array = getattr(got, column)
+            expected = np.array([frame[place] for frame in kept])
+            assert array.dtype == (np.int32 if column == "number" else np.float32)
+            np.testing.assert_array_equal(array, expected.astype(array.dtype))
+        assert isinstance(got.features.base, np.memmap)
+    with pytest.raises(ValueError, match="clip c2, face has a feature that is not finite"):
+        pickles.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_file_without_frames_is_an_empty_modality(tmp_path: Path) -> None:
+    path = tmp_path / "body_val.pickle"
+    path.write_bytes(python2.dumps({b"a": []}))
+    got = pickles.unpack(path, "body", tmp_path / "out")
+    assert got.names == ("a",) and got.lengths.tolist() == [0]
+    assert got.features.shape == (0, 0) and got.box.shape == (0, 4) and got.seen == 0
+
+
+def test_several_at_once_and_from_anywhere_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths, a folder with a space, a module in the way in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not this one')")
+    folder = Path("a folder")
+    folder.mkdir()
+    for seed in range(3):
+        value = clips(np.random.default_rng(seed), [seed + 1])
+        (folder / f"{seed}.pickle").write_bytes(python2.dumps(value))
+    with ThreadPoolExecutor(3) as pool:
+        several = pool.map(
+            lambda seed: pickles.unpack(folder / f"{seed}.pickle", "face", folder / str(seed)),
+            range(3),
+        )
+        for seed, got in enumerate(several):
+            value = clips(np.random.default_rng(seed), [seed + 1])
+            np.testing.assert_array_equal(got.features, [frame[4] for frame in value[b"c0"]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a folder", "numpy.py"]
+
+
+def test_a_refused_file_leaves_nothing_behind_and_is_named(tmp_path: Path) -> None:
+    mark, path = tmp_path / "mark", tmp_path / "face_train.pickle"
+    cases = {
+        b"cos\nsystem\n(S'touch %s'\ntR." % bytes(mark): "names os.system",
+        b"(S'touch %s'\nios\nsystem\n." % bytes(mark): "names os.system",
+        b"": "the file is empty: no pickle at byte 0",
+        python2.dumps(clips(np.random.default_rng(0), [2]))[:100]: "the file ends at byte 100",
+        b"IQIYI_VID_TRAIN_0000001.mp4 195\n": "byte",
+    }
+    for data, told in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            pickles.unpack(path, "face", tmp_path / "out")
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ") and told in message
+        assert message.count("\n") < 3
+    assert not mark.exists() and not list((tmp_path / "out").iterdir())
+
+
+def test_what_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.pickle: no such file"):
+        pickles.unpack(tmp_path / "gone.pickle", "face", tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: not a regular file"):
+        pickles.unpack(tmp_path / "pipe", "face", tmp_path / "out")
+    path = tmp_path / "face_val.pickle"
+    path.write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "features.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"face_val\.pickle: .* written to .*out: No space left"):
+        pickles.unpack(path, "face", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(OSError, match="face_val"):
+        pickles.unpack(path, "face", path)
+
+
+def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path) -> None:
+    names = [
+        "face_train.pickle",
+        "face_train_v2.pickle",
+        "face_val_v2.pickle",
+        "face_test.pickle",
+        "my-scene_2_test_v2.pickle",
+        "my-scene_2_test.pickle",
+        "body_val_val.pickle",
+    ]
+    for name in [*names, "train_gt.txt", "test_gt.txt", "face_dev.pickle", "face.pickle"]:
+        (tmp_path / name).touch()
+    for name in ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]:
+        (tmp_path / name).touch()
+    (tmp_path / "head_train.pickle").mkdir()
+    assert pickles.find_pickles(tmp_path) == {
+        ("body_val", "val"): tmp_path / "body_val_val.pickle",
+        ("face", "test"): tmp_path / "face_test.pickle",
+        ("face", "train"): tmp_path / "face_train_v2.pickle",
+        ("face", "val"): tmp_path / "face_val_v2.pickle",
+        ("my-scene_2", "test"): tmp_path / "my-scene_2_test_v2.pickle",
+    }
+    assert list(pickles.find_pickles(tmp_path)) == sorted(pickles.find_pickles(tmp_path))
+    truths = pickles.find_ground_truth(tmp_path)
+    assert list(truths.items()) == [
+        ("train", tmp_path / "train_gt.txt"),
+        ("test", tmp_path / "test_gt.txt"),
+    ]
+    (tmp_path / "fa ce_train.pickle").touch()
+    with pytest.raises(ValueError, match="named by letters, digits"):
+        pickles.find_pickles(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        pickles.find_pickles(tmp_path / "gone")
+    with pytest.raises(NotADirectoryError, match="not a directory"):
+        pickles.find_ground_truth(tmp_path / "train_gt.txt")
+
+
+# ----------------------------------------------------------------------------------------------
+# Ground truth.
+
+
+def truth(folder: Path, text: str | bytes, name: str = "gt.txt", **kwargs: Any) -> dict[str, str]:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return pickles.load_ground_truth(folder / name, **kwargs)
+
+
+LABELS = {"V_3": "10", "V_1": "10", "V_2": "9", "V_9": "195"}
+DIRECT = "V_3.mp4 10\nV_1.mp4 10\nV_2.mp4 9\nV_9.mp4 195\n"
+INVERTED = "10 V_3.mp4 V_1.mp4\n9 V_2.mp4\n195 V_9.mp4\n"
+
+
+@pytest.mark.parametrize("text", [DIRECT, INVERTED], ids=["direct", "inverted"])
+def test_stray_bytes_change_nothing(text: str, tmp_path: Path) -> None:
+    spoiled = {
+        "clean": text,
+        "CRLF": text.replace("\n", "\r\n"),
+        "CR": text.replace("\n", "\r"),
+        "BOM": "\ufeff" + text,
+        "tabs": text.replace(" ", "\t"),
+        "wide": text.replace(" ", "  \t "),
+        "blank lines": "\n \n" + text.replace("\n", "\n\n\t\n"),
+        "trailing": text.replace("\n", " \n"),
+        "leading": "  " + text.replace("\n", "\n\t"),
+        "no end": text.rstrip("\n"),
+        "one bare name": text.replace("V_1.mp4", "V_1"),
+        "all": "\ufeff\r\n" + text.replace(" ", "\t").replace("\n", " \r\n\r\n"),
+    }
+    for how, content in spoiled.items():
+        got = truth(tmp_path, content)
+        assert list(got.items()) == list(LABELS.items()), how
+    bare = text.replace(".mp4", "")
+    named = "train_gt.txt" if text == DIRECT else "val_gt.txt"
+    assert truth(tmp_path, bare, named) == LABELS
+    assert truth(tmp_path, bare, known_clips=set(LABELS)) == LABELS
+    assert truth(tmp_path, bare, known_clips={"V_9", "W"}) == LABELS
+    assert truth(tmp_path, bare) == LABELS  # only one column is whole numbers
+
+
+def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path: Path) -> None:
+    both = "a b\nc d\n"
+    assert truth(tmp_path, both, known_clips={"a", "c"}) == {"a": "b", "c": "d"}
+    assert truth(tmp_path, both, known_clips={"b"}) == {"b": "a", "d": "c"}
+    assert truth(tmp_path, both, "test_gt.txt") == {"b": "a", "d": "c"}
+    assert truth(tmp_path, both, "test_gt.txt", known_clips={"a"}) == {"a": "b", "c": "d"}
+    assert truth(tmp_path, "1 2\n3 4\n", "train_gt.txt") == {"1": "2", "3": "4"}
+    assert truth(tmp_path, "1 2.mp4\n", "train_gt.txt", known_clips={"1"}) == {"2": "1"}
+    for text in (both, "1 2\n3 4\n"):
+        with pytest.raises(ValueError, match=r"gt\.txt: 'CLIP ID' or 'ID CLIP"):
+            truth(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds no labels"),
+        ("\ufeff\n \n", "holds no labels"),
+        (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
+        ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
+        ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
+        ("a.mp4 1\n2 b.mp4\n", "line 2: here the clip is in another column"),
+        ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
+        ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 again, after line 1"),
+        ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),
+        ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b has label 2, but 1 in line 1"),
+        ("a.mp4 1\nb.mp4 1\na 1\n", "duplicate clips: a (lines 1 and 3)"),
+        ("1 a.mp4 b.mp4 a.mp4\n", "duplicate clips: a (lines 1 and 1)"),
+        ("a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: label x is not a whole number, as others are"),
+        ("a.mp4 1\nb.mp4 1.0\nc.mp4 2\n", "line 2: label 1.0 is not a whole number"),
+        ("a.mp4 1\nb.mp4 ²\nc.mp4 2\n", "line 2: label ² is not a whole number"),
+        ("a.mp4 1\nb.mp4 -1\n", "line 2: label -1 is out of range"),
+        ("0 b.mp4\n1 a.mp4\n", "line 1: label 0 is out of range"),
+        ("a.mp4 7\nb.mp4 007\n", "line 2: label 007 is elsewhere written 7"),
+        ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
+    ],
+)
+def test_mistakes_are_told_with_their_line(text: str | bytes, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        truth(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'gt.txt'}: ") and told in message
+    assert message.count("\n") < 3
+
+
+def test_at_most_five_duplicates_are_listed(tmp_path: Path) -> None:
+    lines = "".join(f"c{i}.mp4 1\n" for i in range(8))
+    with pytest.raises(ValueError, match=r"c0 \(lines 1 and 9\), .* c4 .* and 3 more$") as caught:
+        truth(tmp_path, lines * 2)
+    assert "c5" not in str(caught.value)
+
+
+def test_a_missing_ground_truth_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"val_gt\.txt: no such file"):
+        pickles.load_ground_truth(tmp_path / "val_gt.txt")
+
+
+@given(
+    labels=st.dictionaries(st.integers(0, 10**7), st.integers(1, 40), min_size=1, max_size=30),
+    data=st.data(),
+)
+def test_both_forms_of_any_labels_are_equal(
+    labels: dict[int, int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    wanted = {f"CLIP_{clip}": str(identity) for clip, identity in labels.items()}
+    suffix = data.draw(st.sampled_from([".mp4", ""]))
+    gap = data.draw(st.sampled_from([" ", "\t", "  "]))
+    end = data.draw(st.sampled_from(["\n", "\r\n", " \n", "\n\n"]))
+    direct = "".join(f"{clip}{suffix}{gap}{identity}{end}" for clip, identity in wanted.items())
+    by_identity: dict[str, list[str]] = {}
+    for clip, identity in wanted.items():
+        by_identity.setdefault(identity, []).append(clip + suffix)
+    inverted = "".join(gap.join([key, *names]) + end for key, names in by_identity.items())
+    assert truth(folder, direct) == truth(folder, inverted) == wanted
+
+
+def test_identities_sort_by_number_or_else_by_name() -> None:
+    assert pickles.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
+    assert pickles.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
+    assert pickles.sort_identities([]) == ()
+    with pytest.raises(ValueError, match="identity 7 is written in 2 ways"):
+        pickles.sort_identities(["7", "1", "007"])
+
+
+# ----------------------------------------------------------------------------------------------
+# The real set, and the full rate.
+
+
+@pytest.mark.skipif("VIDJAX_REAL_DATA" not in os.environ, reason="no VIDJAX_REAL_DATA")
+def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
+    folder = Path(os.environ["VIDJAX_REAL_DATA"])
+    found = pickles.find_pickles(folder)
+    assert {modality for modality, _ in found} == {"face", "head", "audio"}
+    card = {
+        "train": (1580, 11129, 6306, 156, 34, 177),
+        "val": (1232, 8466, 4863, 142, 28, 139),
+        "test": (1210, 8713, 4906, 122, 24, 149),
+    }
+    for split, (count, faces, heads, no_face, no_head, no_audio) in card.items():
+        face, head, audio = (
+            pickles.unpack(found[modality, split], modality, tmp_path / f"{modality}_{split}")
+            for modality in ("face", "head", "audio")
+        )
+        assert len(face.names) == count and face.skipped_clips == {"empty": no_face}
+        assert (face.seen, head.seen) == (faces, heads)
+        assert len(head.names) == count - no_head and len(audio.names) == count - no_audio
+        for packed in (face, head, audio):
+            assert packed.features.shape == (packed.lengths.sum(), 512)
+            assert packed.features.dtype == np.float16
+            assert packed.skipped == packed.warnings == {}
+        assert np.isclose(np.mean(face.quality), 80, atol=2)
+    truths = pickles.find_ground_truth(folder)
+    train, val = (pickles.load_ground_truth(truths[split]) for split in ("train", "val"))
+    assert len(train) == 1580 and len(val) == 1232 - 373
+    assert pickles.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
+    assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5
+
+
+@pytest.mark.slow
+def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    entries = clips(rng, [2000], width=512)[b"c0"]
+    body = python2.dumps({b"c0": entries}, 1)
+    start, end = body.index(b"(", body.index(b"U\x02c0")), body.rindex(b"u.")
+    # The same two thousand faces again and again, but none shared: every copy is read in full.
+    head, faces = body[: body.index(b"U\x02c0")], body[start:end]
+    path = tmp_path / "face_train.pickle"
+    with path.open("wb") as file:
+        file.write(head)
+        for clip in range(300):
+            file.write(b"U\x04%04d](" % clip + faces[1:])
+        file.write(b"u.")
+    size = path.stat().st_size
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    got = pickles.unpack(path, "face", tmp_path / "out")
+    seconds = time.perf_counter() - started
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    assert got.seen == 600_000 and got.features.shape == (600_000, 512)
+    np.testing.assert_array_equal(got.features[-1], entries[-1][4])
+    assert 600_000 / cpu > 60_000, (cpu, seconds)
+    assert used.ru_maxrss * 1024 < 2 * size + (1 << 30)
+    assert cage.memory_limit(size) == (512 << 20) + 4 * size
