@@ -1,0 +1,384 @@
+"""Models against loops written from the paper, and what masks, padding and dropout may not do."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from tests.test_fusion import make_frames, pad
+from vidjax.models import identifier
+from vidjax.models.attention import MultimodalAttention
+from vidjax.models.heads import NearestNeighbours
+from vidjax.models.netvlad import NetVLAD
+
+DIMS = {"face": 6, "head": 5, "audio": 4}
+SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
+
+
+def netvlad_oracle(params, features, mask, reduce):
+    """Section 5.2 of the paper frame by frame, BatchNorm by the statistics of the real frames."""
+    kernel = params["assignment"]["kernel"]
+    scores = [
+        [x @ kernel if real else None for x, real in zip(clip, flags, strict=True)]
+        for clip, flags in zip(features, mask, strict=True)
+    ]
+    real_scores = np.stack([s for clip in scores for s in clip if s is not None])
+    mean, var = real_scores.mean(axis=0), real_scores.var(axis=0)
+    out = np.zeros((len(features), *params["centers"].shape))
+    for b, clip in enumerate(scores):
+        for t, score in enumerate(clip):
+            if score is None:
+                continue
+            z = (score - mean) / np.sqrt(var + 1e-5)
+            z = np.exp(z * params["norm"]["scale"] + params["norm"]["bias"])
+            for k, center in enumerate(params["centers"]):
+                out[b, k] += z[k] / z.sum() * (features[b, t] - center)
+        if reduce == "mean":
+            out[b] /= max(sum(mask[b]), 1)
+    return out
+
+
+def attention_oracle(kernel, x, gamma):
+    """Equations 1-3 of the paper with X in R^{D x M}, for one clip."""
+    f = kernel.T @ x
+    z = f.T @ f
+    y = np.zeros_like(z)
+    for j in range(z.shape[1]):
+        for i in range(z.shape[0]):
+            y[i, j] = np.exp(z[i, j]) / sum(np.exp(z[k, j]) for k in range(z.shape[0]))
+    return x + gamma * x @ y, y
+
+
+def randomised(params, seed=3):
+    """Every parameter at random, so that none hides at 0 or 1."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_netvlad_matches_the_paper(reduce):
+    with jax.enable_x64(True):
+        frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
+        model = NetVLAD(3, reduce=reduce, dtype=jnp.dtype("float64"))
+        variables = model.init(jax.random.key(0), frames.features, frames.mask, train=False)
+        params = randomised(variables["params"])
+
+        @jax.jit
+        def forward(params, features):
+            collections = {**variables, "params": params}
+            return model.apply(
+                collections, features, frames.mask, train=True, mutable=["batch_stats"]
+            )[0]
+
+        expected = netvlad_oracle(params, frames.features, frames.mask, reduce)
+        np.testing.assert_allclose(forward(params, frames.features), expected, atol=1e-6)
+        np.testing.assert_array_equal(forward(params, frames.features)[2], 0)
+        if reduce == "sum":
+            check_grads(forward, (params, jnp.asarray(frames.features)), order=1, modes=("rev",))
+
+
+def test_netvlad_ignores_the_order_of_frames_and_padding():
+    frames = make_frames([5, 3, 0, 1], max_frames=5, dtype="float32")
+    model = NetVLAD(3)
+    variables = model.init(jax.random.key(0), frames.features, frames.mask, train=False)
+
+    @jax.jit
+    def forward(frames):
+        return model.apply(
+            variables, frames.features, frames.mask, train=True, mutable=["batch_stats"]
+        )
+
+    out, new = forward(frames)
+    shuffled = jax.tree.map(lambda v: v[:, [3, 0, 4, 2, 1]], frames)
+    for other, other_new in (forward(shuffled), forward(pad(frames, 6))):
+        np.testing.assert_allclose(other, out, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
+    # A batch without any frame leaves the statistics finite.
+    empty, new = forward(frames._replace(mask=np.zeros_like(frames.mask)))
+    np.testing.assert_array_equal(empty, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
+def test_attention_matches_the_paper():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((3, 6, 8))
+        mask = np.ones((3, 6), bool)
+        model = MultimodalAttention(dim=4, gamma=0.05, train_gamma=True, dtype=jnp.dtype("float64"))
+        params = model.init(jax.random.key(0), x, mask)["params"]
+
+        @jax.jit
+        def forward(params, x):
+            return model.apply({"params": params}, x, mask, mutable=["intermediates"])
+
+        out, state = forward(params, x)
+        y = np.asarray(state["intermediates"]["attention"][0])
+        np.testing.assert_allclose(y.sum(axis=1), 1, atol=1e-12)
+        for b in range(3):
+            expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05)
+            np.testing.assert_allclose(out[b], expected.T, atol=1e-6)
+            np.testing.assert_allclose(y[b], expected_y, atol=1e-6)
+        check_grads(lambda p, x: forward(p, x)[0], (params, jnp.asarray(x)), order=1)
+
+
+def test_attention_leaves_missing_vectors_out():
+    rng = np.random.default_rng(0)
+    mask = np.array([[True, True, False, True, False], [False] * 5])
+    x = (rng.standard_normal((2, 5, 8)) * mask[..., None]).astype(np.float32)
+    model = MultimodalAttention(dim=4, gamma=0.5)
+    params = model.init(jax.random.key(0), x, mask)["params"]
+
+    @jax.jit
+    def forward(params, x):
+        return model.apply({"params": params}, x, mask, mutable=["intermediates"])
+
+    out, state = forward(params, x)
+    here = np.flatnonzero(mask[0])
+    expected, _ = attention_oracle(np.asarray(params["w_f"]["kernel"]), x[0, here].T, 0.5)
+    np.testing.assert_allclose(out[0, here], expected.T, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(out)[~mask], 0)
+    columns = np.asarray(state["intermediates"]["attention"][0]).sum(axis=1)
+    np.testing.assert_allclose(columns, mask, atol=1e-6)
+    gradients = jax.grad(lambda p, x: jnp.sum(forward(p, x)[0] ** 2), (0, 1))(params, x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def make_batch(num_clips=8, seed=0):
+    """Clips of three modalities; the last two rows are padding full of garbage."""
+    lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
+    lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
+    frames = {
+        name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed)
+        for name, dim in DIMS.items()
+    }
+    rest: dict[str, Any] = {
+        "clip_index": np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32)[:num_clips],
+        "labels": np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32)[:num_clips],
+        "batch_mask": (np.arange(8) < 6)[:num_clips],
+    }
+    return frames, rest
+
+
+def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
+    return identifier.make_identifier(
+        {**spec, **options}, modalities=DIMS, num_classes=num_classes, num_clips=6, dtype=dtype
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(model, variables, frames, rest, rng):
+    rngs = {"dropout": rng, "modality_dropout": rng}
+    mutable = [name for name in variables if name != "params"]
+    return model.apply(variables, frames, **rest, train=True, rngs=rngs, mutable=mutable)
+
+
+def train_logits(model, variables, frames, rest, seed=5):
+    return train_step(model, variables, frames, rest, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def eval_logits(model, variables, frames, rest):
+    return model.apply(variables, frames, **rest, train=False)
+
+
+@pytest.fixture(scope="module")
+def mma():
+    frames, rest = make_batch()
+    model = make_model()
+    variables = jax.jit(lambda: model.init(jax.random.key(0), frames, **rest, train=False))()
+    return model, variables, frames, rest
+
+
+def test_identifier_ignores_padding_and_padded_rows(mma):
+    model, variables, frames, rest = mma
+    logits, new = train_logits(model, variables, frames, rest)
+    assert logits.shape == (8, 5) and logits.dtype == np.float32
+    assert np.isfinite(logits).all()
+    longer = {name: pad(value, 3) for name, value in frames.items()}
+    garbage = {
+        name: value._replace(features=np.where(np.arange(8)[:, None, None] < 6, value.features, 99))
+        for name, value in frames.items()
+    }
+    for other_frames in (longer, garbage):
+        other, other_new = train_logits(model, variables, other_frames, rest)
+        np.testing.assert_allclose(other[:6], logits[:6], atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
+
+
+def test_missing_modality_is_a_mask_not_a_bias(mma):
+    model, variables, frames, rest = mma
+    logits, _ = train_logits(model, variables, frames, rest)
+    params = dict(variables["params"])
+    params["audio_map"] = jax.tree.map(lambda p: p + 1, params["audio_map"])
+    moved, _ = train_logits(model, {**variables, "params": params}, frames, rest)
+    changed = np.abs(moved - logits).max(axis=1) > 1e-3
+    has_audio = frames["audio"].mask.any(axis=1) & rest["batch_mask"]
+    np.testing.assert_array_equal(changed, has_audio)
+    # Row 4 has nothing at all: what remains is the classifier's bias.
+    np.testing.assert_array_equal(logits[4], params["classifier"]["logits"]["bias"])
+
+
+def test_gradients_are_finite_on_zero_features_and_missing_frames(mma):
+    model, variables, frames, rest = mma
+    zeros = {
+        name: value._replace(features=np.zeros_like(value.features))
+        for name, value in frames.items()
+    }
+
+    def loss(params):
+        logits, _ = train_logits(model, {**variables, "params": params}, zeros, rest)
+        return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
+
+    gradients = jax.grad(loss)(variables["params"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(mma):
+    _, variables, frames, rest = mma
+    model = make_model(dtype="bfloat16")
+    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+    half, _ = train_logits(model, variables, frames, rest)
+    full, _ = train_logits(make_model(), variables, frames, rest)
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - full).max() < 0.03
+
+
+def test_one_modality_of_any_name_works():
+    frames = {"gait": make_frames([2, 0], max_frames=3, dim=7)}
+    rest: dict[str, Any] = {
+        "clip_index": np.arange(2, dtype=np.int32),
+        "labels": np.ones(2, np.int32),
+        "batch_mask": np.ones(2, bool),
+    }
+    for options in ({}, {"attention": False, "netvlad": ("gait",), "netvlad_reduce": "mean"}):
+        model = identifier.make_identifier(
+            {**SMALL, **options}, modalities={"gait": 7}, num_classes=3, num_clips=2
+        )
+        logits, variables = jax.jit(
+            lambda model=model: model.init_with_output(
+                jax.random.key(0), frames, **rest, train=False
+            )
+        )()
+        assert logits.shape == (2, 3) and np.isfinite(logits).all()
+        assert ("attention_map" in variables["params"]) == ("attention" not in options)
+
+
+def test_modality_dropout_never_drops_everything():
+    present = jnp.asarray(np.random.default_rng(0).random((4000, 4)) < 0.7)
+    has_any = np.asarray(present).any(axis=1)
+    for rate in (0.3, 0.999):
+        kept = np.asarray(jax.jit(identifier.drop_modalities)(jax.random.key(1), present, rate))
+        assert not np.any(kept & ~np.asarray(present))
+        np.testing.assert_array_equal(kept.any(axis=1), has_any)
+    full = jnp.ones((20_000, 3), bool)
+    kept = np.asarray(identifier.drop_modalities(jax.random.key(2), full, 0.3))
+    # Lost with probability .3, save for one in three of the .027 where all would go.
+    np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
+
+
+def test_modality_dropout_is_for_training_only(mma):
+    _, variables, frames, rest = mma
+    model = make_model(modality_dropout_rate=0.9, dropout_rate=0.5)
+    plain = make_model()
+    for key, same in ((5, True), (6, False)):
+        logits, _ = train_logits(model, variables, frames, rest, seed=5)
+        other, _ = train_logits(model, variables, frames, rest, seed=key)
+        assert np.array_equal(logits, other) == same
+    evaluated = [eval_logits(m, variables, frames, rest) for m in (model, plain)]
+    np.testing.assert_array_equal(*evaluated)
+
+
+@pytest.mark.parametrize(
+    ("modalities", "options", "expected"),
+    [
+        (("face",), {"netvlad": (), "num_face_vectors": 1, "attention": False}, 5_410_611),
+        (("face",), {"attention": False}, 21_724_995),
+        (("face", "head", "body", "audio"), {"attention": False}, 37_926_723),
+        (("face", "head", "body", "audio"), {}, 37_959_491),
+        (("face", "head", "body", "audio"), {"train_gamma": True}, 37_959_492),
+    ],
+)
+def test_parameter_counts(modalities, options, expected):
+    model = identifier.make_identifier(
+        {"name": "mma", **options},
+        modalities=dict.fromkeys(modalities, 512),
+        num_classes=10_035,
+        num_clips=1,
+    )
+    frames = {name: make_frames([2, 1], max_frames=2, dim=512) for name in modalities}
+    _, rest = make_batch(2)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+
+
+def test_neighbours_are_the_best_cosine_of_every_identity():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((10, 6)).astype(np.float32)
+    vectors[7] = 0  # a clip without a face
+    labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)  # 3: only rows 7 and padded 9
+    model = NearestNeighbours(num_clips=12, num_classes=5)
+    rest: dict[str, Any] = {"labels": labels, "clip_index": np.arange(10, dtype=np.int32)[::-1]}
+    rest["batch_mask"] = np.arange(10) < 9
+    memory = model.init(jax.random.key(0), vectors, **rest, train=True)
+    blank = model.apply(memory, vectors, **rest, train=False)
+    np.testing.assert_array_equal(blank, -2)
+
+    logits, memory = model.apply(memory, vectors, **rest, train=True, mutable=["memory"])
+    np.testing.assert_array_equal(logits, np.zeros((10, 5)))
+    queries = np.concatenate([rng.standard_normal((3, 6)), np.zeros((1, 6))]).astype(np.float32)
+    rest = {name: value[:4] for name, value in rest.items()}
+    scores = jax.jit(lambda q: model.apply(memory, q, **rest, train=False))(queries)
+    for query, row in zip(queries[:3], scores[:3], strict=True):
+        cosines = [q @ query / np.linalg.norm(q) / np.linalg.norm(query) for q in vectors[:7]]
+        cosines += [-2, vectors[8] @ query / np.linalg.norm(vectors[8]) / np.linalg.norm(query)]
+        for column in range(5):
+            best = max([c for c, label in zip(cosines, labels, strict=False) if label == column])
+            np.testing.assert_allclose(row[column], best, atol=1e-6)
+    np.testing.assert_array_equal(scores[3], -2)
+
+
+def test_knn_identifier_finds_its_training_clips():
+    frames, rest = make_batch()
+    model = make_model({"name": "knn"})
+    variables = model.init(jax.random.key(0), frames, **rest, train=False)
+    assert "params" not in variables
+    logits, memory = train_logits(model, variables, frames, rest)
+    np.testing.assert_array_equal(logits, 0)
+    scores = eval_logits(model, memory, frames, rest)
+    has_face = frames["face"].mask.any(axis=1) & rest["batch_mask"]
+    np.testing.assert_array_equal(np.argmax(scores, axis=1)[has_face], rest["labels"][has_face])
+    np.testing.assert_allclose(np.max(scores, axis=1)[has_face], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ({"name": "mlp"}, {}, "known are knn, mma"),
+        ({"name": "mma", "gama": 1}, {}, "no option gama; known are attention, dropout_rate"),
+        ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
+        ({"name": "mma"}, {"modalities": {}}, "at least one modality"),
+        ({"name": "mma"}, {"dtype": "float31"}, "unknown dtype"),
+        ({"name": "knn"}, {"modalities": {"head": 5}}, "configured are head"),
+    ],
+)
+def test_unknown_specs_are_refused(spec, options, message):
+    with pytest.raises(ValueError, match=message):
+        identifier.make_identifier(
+            spec, **{"modalities": DIMS, "num_classes": 5, "num_clips": 6, **options}
+        )
+
+
+@pytest.mark.parametrize("name", ["mma", "knn"])
+def test_frames_that_do_not_fit_are_refused(name):
+    frames, rest = make_batch()
+    model = make_model({"name": name})
+    fewer = {key: value for key, value in frames.items() if key != "head"}
+    wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
+    for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features are 9 wide")):
+        with pytest.raises(ValueError, match=message):
+            model.init(jax.random.key(0), wrong, **rest, train=False)
