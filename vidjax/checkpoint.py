@@ -1,8 +1,8 @@
 """Checkpoints: Orbax behind save, restore_latest and restore_params, with digests.
 
-A step lies in `checkpoints/<step>/`: Orbax's folder `state` and, written last, `manifest.json` with
-the sha256 of every file in it. A step without its manifest does not exist; a step whose files do not
-match it is never used. The latest step and the best one by MAP are kept.
+A step lies in `checkpoints/<step>/`: Orbax's folder `state` and, written last, `manifest.json`
+with the sha256 of every file in it. A step without its manifest does not exist; a step whose files
+do not match it is never used. The latest step and the best one by MAP are kept.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Every configuration field with its default, and how configurations are read, overridden and kept."""
+"""Every configuration field with its default; how configurations are read, overridden, kept."""
 
 import ast
 import difflib

@@ -1,0 +1,51 @@
+"""Eight emulated devices, quiet libraries, and small folders of official files for every test."""
+
+import os
+
+# Before jax or TensorFlow is imported anywhere.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import official
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A records cache that the tests share; the user's own is never touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["VIDJAX_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of official files: 12 identities, three splits, face, head and audio."""
+    folder = tmp_path_factory.mktemp("official")
+    official.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m MODULE WORDS` as a user would, on one device."""
+
+    def run(
+        *words: str | Path, module: str = "vidjax.main", **kwargs: object
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
+        command = [sys.executable, "-m", module, *map(str, words)]
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs
+        )
+
+    return run

@@ -1,0 +1,102 @@
+"""Checkpoints: what is saved comes back, damage is found, latest and best are kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import checkpoint
+from vidjax import mesh as mesh_lib
+
+
+@pytest.fixture
+def items():
+    state = {"w": jnp.arange(12.0).reshape(3, 4), "rng": jax.random.key(3)}
+    return {"params": {"a": jnp.ones((4, 2))}, "model_state": {}, "train": state}
+
+
+def everywhere():
+    return mesh_lib.replicated(mesh_lib.make_mesh())
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_saved_comes_back(tmp_path, items):
+    assert checkpoint.restore_latest(tmp_path, items, everywhere()) is None
+    checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
+    restored, manifest = checkpoint.restore_latest(tmp_path, items, everywhere())
+    assert_same(items, restored)
+    assert manifest["step"] == 5
+    assert manifest["seconds"] == 1.5
+    assert restored["params"]["a"].sharding.num_devices == 8
+
+
+def test_latest_and_best_are_kept(tmp_path, items):
+    for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
+        checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
+    assert list(checkpoint.manifests(tmp_path)) == [2, 5]
+    assert checkpoint.best_step(tmp_path) == 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
+
+
+def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
+    checkpoint.save(tmp_path, 1, items, {})
+    left = tmp_path / "checkpoints" / "2" / "state"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"x")
+    assert list(checkpoint.manifests(tmp_path)) == [1]
+    checkpoint.save(tmp_path, 2, items, {})
+    assert list(checkpoint.manifests(tmp_path)) == [2]
+    assert_same(items, checkpoint.restore(tmp_path, 2, items, everywhere()))
+
+
+def largest_file(tmp_path, step):
+    files = (tmp_path / "checkpoints" / str(step) / "state").rglob("*")
+    return max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
+    checkpoint.save(tmp_path, 1, items, {"map": 0.9})
+    checkpoint.save(tmp_path, 2, items, {"map": 0.1})
+    path = largest_file(tmp_path, 2)
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    with pytest.warns(UserWarning, match="checkpoint 2 is not used"):
+        restored, manifest = checkpoint.restore_latest(tmp_path, items, everywhere())
+    assert manifest["step"] == 1
+    assert_same(items, restored)
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.restore(tmp_path, 2, items, everywhere())
+
+
+def test_no_good_step_is_an_error(tmp_path, items):
+    checkpoint.save(tmp_path, 1, items, {})
+    largest_file(tmp_path, 1).write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="checkpoint 1"),
+        pytest.raises(checkpoint.CheckpointError, match="no good checkpoint"),
+    ):
+        checkpoint.restore_latest(tmp_path, items, everywhere())
+
+
+def test_another_model_is_an_error(tmp_path, items):
+    checkpoint.save(tmp_path, 1, items, {})
+    other = {**items, "params": {"a": jnp.ones((4, 3))}}
+    with pytest.raises(checkpoint.CheckpointError, match="another model") as caught:
+        checkpoint.restore(tmp_path, 1, other, everywhere())
+    assert "float32[4, 2]" in str(caught.value)
+    other = {**items, "params": {"a": jnp.ones((4, 2), jnp.bfloat16)}}
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
+        checkpoint.restore(tmp_path, 1, other, everywhere())

@@ -1,0 +1,154 @@
+"""The command line as a person uses it, mistakes included."""
+
+import json
+
+import pytest
+
+from vidjax.main import main
+
+SHRUNK = (
+    "--config.batch_size=32",
+    "--config.num_epochs=2",
+    "--config.model.embed_dim=16",
+    "--config.model.num_clusters=2",
+    "--config.eval.block_size=32",
+)
+
+
+def complaint(capsys, *words):
+    """Runs a command that is expected to fail; returns its exit code and what it said."""
+    code = main(words)
+    said = capsys.readouterr().err.strip()
+    assert 1 <= len(said.splitlines()) <= 3, said
+    assert "Traceback" not in said
+    return code, said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs --config"),
+        (("--config=configs/mmaa.py",), "did you mean 'configs/mma.py'"),
+        (("--config=nowhere/x.py",), "no such file"),
+        (("--config=configs/mma.py", "--config.bacth_size=3"), "did you mean --config.batch_size"),
+        (("--config=configs/mma.py", "--config.batch_size=x"), "batch_size"),
+        (("--config=configs/mma.py", "stray"), "stray"),
+        (("--config=configs/mma.py", "--modes=train"), "--modes"),
+        (("--config=configs/mma.py", "--mode=trian"), "trian"),
+        (("--config=configs/mma.py:publishd",), "did you mean 'published'"),
+        (("--mode=evaluate",), "needs --workdir"),
+        (("--mode=evaluate", "--workdir=nowhere"), "no run in 'nowhere'"),
+        (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "not --config"),
+    ],
+)
+def test_mistakes_in_the_words(capsys, words, message):
+    code, said = complaint(capsys, *words)
+    assert code == 2
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config.data.dir={tmp}/nowhere",), "nowhere"),
+        (("--config.data.dir={tmp}/empty",), "empty"),
+        ((), "config.data.dir"),
+        (("--config.data.dir={official}", "--config.modalities=face,haed"), "did you mean 'head'"),
+        (("--config.data.dir={official}", "--config.eval.split=vall"), "vall"),
+        (("--config.data.dir={official}", "--config.eval.split=train"), "config.eval.split"),
+        (("--config.data.dir={official}", "--config.batch_size=0"), "config.batch_size"),
+        (("--config.data.dir={official}", "--config.dtype=float31"), "float31"),
+        (("--config.data.name=imagenet",), "imagenet"),
+        (("--config.data.dir={official}", "--config.model.name=resnet"), "resnet"),
+        (("--config.data.dir={official}", "--config.optim.name=adamm"), "adamm"),
+        (("--config.data.dir={official}", "--config.eval.scores=prob"), "prob"),
+        (("--config.data.dir={official}", "--config.data.crop=left"), "left"),
+    ],
+)
+def test_mistakes_in_the_fields(capsys, tmp_path, official_dir, cache_dir, words, message):
+    del cache_dir
+    (tmp_path / "empty").mkdir()
+    words = [word.format(tmp=tmp_path, official=official_dir) for word in words]
+    code, said = complaint(
+        capsys, "--config=configs/mma.py:iqiyi_vid,face,head", f"--workdir={tmp_path}/w", *words
+    )
+    assert code == 2, said
+    assert message in said
+
+
+def test_a_workdir_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "w").write_text("")
+    code, said = complaint(capsys, "--config=configs/mma.py", f"--workdir={tmp_path}/w")
+    assert code == 2
+    assert "is a file" in said
+
+
+def test_help_names_modes_and_flags(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("--config", "--workdir", "--mode", "--debug", "evaluate"):
+        assert word in said
+
+
+def test_the_official_journey(vidjax_command, official_dir, tmp_path):
+    """Train on official files, come back to the finished run, rank a split without ground truth."""
+    workdir = tmp_path / "run with a space"
+    config = "--config=configs/mma.py:iqiyi_vid,face,head,audio"
+    words = (config, f"--config.data.dir={official_dir}", f"--workdir={workdir}/", *SHRUNK)
+    first = vidjax_command(*words)
+    assert first.returncode == 0, first.stderr
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    for name in [
+        "map",
+        "map_kind",
+        "top1",
+        "num_clips",
+        "num_identities",
+        "num_distractors",
+        "num_params",
+        "step",
+        "seconds",
+        "seed",
+        "train_clips_per_second",
+        "eval_clips_per_second",
+        "versions",
+        "best_map",
+        "best_step",
+    ]:
+        assert name in metrics, name
+    assert metrics["map_kind"] == "val"
+    assert metrics["num_clips"] == 60
+    assert metrics["num_distractors"] == 20
+    for name in ("ranking.txt", "data_report.json", "identities.json", "metrics.jsonl"):
+        assert (workdir / name).stat().st_size > 0
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+    again = vidjax_command(*words)
+    assert again.returncode == 0, again.stderr
+    assert f"{metrics['map']:.4f}" in again.stdout
+    other = vidjax_command(*words, "--config.seed=5")
+    assert other.returncode == 2
+    assert "seed: 0 -> 5" in other.stderr
+
+    scored = vidjax_command(
+        official_dir / "val_gt.txt", workdir / "ranking.txt", module="vidjax.ranking"
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert float(scored.stdout.split()[-1]) == pytest.approx(metrics["map"], abs=1e-12)
+
+    moved = tmp_path / "moved"
+    official_dir.rename(moved)
+    try:
+        test = vidjax_command(
+            "--mode=evaluate", f"--workdir={workdir}", "--config.eval.split=test",
+            f"--config.data.dir={moved}",
+        )  # fmt: skip
+    finally:
+        moved.rename(official_dir)
+    assert test.returncode == 0, test.stderr
+    lines = (workdir / "ranking_test.txt").read_text().splitlines()
+    assert len(lines) == 12
+    assert all(len(line.split()) == 41 for line in lines)  # 40 clips, none lost
+    assert "map" not in json.loads((workdir / "metrics_test.json").read_text())

@@ -1,0 +1,65 @@
+"""Schedules against their formula, optimisers against one hand-made step."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import optim
+
+SPEC = {
+    "name": "adam",
+    "learning_rate": 0.1,
+    "warmup": 0.2,
+    "final_scale": 0.01,
+    "weight_decay": 0.0,
+    "momentum": 0.9,
+    "clip_norm": 0.0,
+}
+
+
+def test_warmup_cosine_by_its_formula():
+    schedule = optim.make_schedule(0.1, total_steps=50, warmup=0.2, final_scale=0.01)
+    for step in range(51):
+        if step < 10:
+            wanted = 0.01 + (0.1 - 0.01) * step / 10
+        else:
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
+            wanted = 0.1 * (0.01 + 0.99 * cosine)
+        assert float(schedule(step)) == pytest.approx(wanted, rel=1e-5), step
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+def test_short_runs_have_finite_positive_rates(total_steps):
+    schedule = optim.make_schedule(0.1, total_steps=total_steps, warmup=0.1, final_scale=0.0)
+    rates = [float(schedule(step)) for step in range(total_steps)]
+    assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
+
+
+def test_sgd_and_decay_by_hand():
+    spec = {**SPEC, "name": "sgd", "momentum": 0.0, "warmup": 0.0, "weight_decay": 0.5}
+    tx, _ = optim.make_optimizer(spec, total_steps=10)
+    params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
+    grads = {"kernel": jnp.full((1, 1), 3.0), "bias": jnp.full(1, 3.0)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], [[-0.1 * (3 + 0.5 * 2)]], rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], [-0.1 * 3], rtol=1e-6)  # biases do not decay
+
+
+def test_gradients_are_clipped_by_their_norm():
+    spec = {**SPEC, "name": "sgd", "momentum": 0.0, "warmup": 0.0, "clip_norm": 1.0}
+    tx, _ = optim.make_optimizer(spec, total_steps=10)
+    params = {"w": jnp.zeros(2)}
+    updates, _ = tx.update({"w": jnp.asarray([3.0, 4.0])}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.06, -0.08], rtol=1e-6)
+
+
+def test_nothing_to_train_is_allowed():
+    tx, _ = optim.make_optimizer(SPEC, total_steps=3)
+    assert tx.update({}, tx.init({}), {})[0] == {}
+
+
+def test_unknown_optimiser():
+    with pytest.raises(ValueError, match="known are adam, sgd"):
+        optim.make_optimizer({**SPEC, "name": "lion"}, total_steps=1)

@@ -1,0 +1,240 @@
+"""Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vidjax import checkpoint, train
+from vidjax import config as config_lib
+from vidjax import evaluate as evaluate_lib
+from vidjax import mesh as mesh_lib
+from vidjax import workdir as workdir_lib
+from vidjax.data import pipeline
+
+ROOT = Path(__file__).parent.parent
+MODALITIES = "--config.modalities=face,head,audio"
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
+    name, _, words = spec.partition(":")
+    small = ["--config.batch_size=32", "--config.num_epochs=8", "--config.log_every_steps=5"]
+    if "mma" in spec:
+        small += ["--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES]
+    config = config_lib.load_file(f"{ROOT / name}:{words}")
+    return config_lib.override(config, [*small, "--config.eval.block_size=16", *overrides])
+
+
+def weights(workdir, step=None):
+    """Returns the bytes of all saved parameters, by way of a restore."""
+    step = step or max(checkpoint.manifests(workdir))
+    path = workdir / "checkpoints" / str(step) / "state"
+    from orbax.checkpoint import v1 as ocp
+
+    tree = ocp.load_checkpointables(path)
+    leaves = jax.tree_util.tree_leaves_with_path({k: tree[k] for k in ("params", "model_state")})
+    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+
+def run(config, folder, data, **kwargs):
+    folder.mkdir(exist_ok=True)
+    return train.train(config, folder, data, **kwargs)
+
+
+class Interrupting:
+    """A dataset that sends this process a signal while its n-th batch is fetched."""
+
+    def __init__(self, data, batch, signum):
+        self._data, self._batch, self._signum = data, batch, signum
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train_batches(self, **kwargs):
+        for i, batch in enumerate(self._data.train_batches(**kwargs)):
+            if i == self._batch:
+                os.kill(os.getpid(), self._signum)
+            yield batch
+
+
+def test_it_learns_and_leaves_everything(data, tmp_path):
+    results = run(shrunk("--config.num_epochs=30"), tmp_path, data)
+    assert results["map"] > 0.8
+    assert results["map_kind"] == "val"
+    assert results["num_identities"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert losses[-1] < 0.3 * losses[0]
+    assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
+    assert train.finished(tmp_path, shrunk("--config.num_epochs=30"))["map"] == results["map"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum):
+    config = shrunk("--config.eval.every_epochs=3")
+    run(config, tmp_path / "whole", data, num_devices=1)
+    for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
+        with pytest.raises(workdir_lib.Interrupted) as caught:
+            run(config, tmp_path / "parts", Interrupting(data, batch, signum), num_devices=1)
+        assert caught.value.exit_code == 128 + signum
+        assert train.finished(tmp_path / "parts", config) is None
+    run(config, tmp_path / "parts", data, num_devices=1)
+    for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+def test_a_finished_step_without_results_is_completed(data, tmp_path):
+    config = shrunk()
+    first = run(config, tmp_path, data)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "ranking.txt").unlink()
+    again = run(config, tmp_path, data)
+    assert again["map"] == first["map"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused(data, tmp_path):
+    run(shrunk("--config.num_epochs=1"), tmp_path, data)
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        train.finished(tmp_path, shrunk("--config.num_epochs=1", "--config.model.gamma=0.1"))
+    assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
+    moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
+    assert train.finished(tmp_path, moved) is not None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["configs/mma.py:iqiyi_vid", "configs/mma.py:iqiyi_vid,published", "configs/knn.py:iqiyi_vid"],
+)
+def test_shipped_configurations_run(data, tmp_path, spec):
+    results = run(shrunk("--config.num_epochs=1", spec=spec), tmp_path, data)
+    assert 0 <= results["map"] <= 1
+    assert results["num_clips"] == 60
+
+
+def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
+    config = shrunk(
+        "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.num_epochs=6.6"
+    )
+    for devices in (1, 8):
+        run(config, tmp_path / str(devices), data, num_devices=devices)
+    left, right = weights(tmp_path / "1"), weights(tmp_path / "8")
+    for name, value in left.items():
+        np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def scores(workdir, data, config, num_devices):
+    """Returns the scores of every val clip [N, C] with the weights of a run."""
+    found = {}
+
+    def rank(blocks, num_identities):
+        for block, index, mask in blocks:
+            found.update(zip(np.asarray(index)[mask], np.asarray(block)[mask], strict=True))
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_lib.ranking, "rank", rank)
+        with pytest.raises(StopIteration):
+            evaluate_lib.evaluate(config, workdir, data, num_devices=num_devices)
+    return np.stack([found[i] for i in range(len(found))])
+
+
+def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
+    config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256")
+    run(config, tmp_path, data)
+    wanted = None
+    for devices in (1, 8):
+        for batch_size in (1, 7, 64, 1024):
+            other = config_lib.override(config, [f"--config.batch_size={batch_size}"])
+            found = scores(tmp_path, data, other, devices)
+            wanted = found if wanted is None else wanted
+            assert found.shape == (60, 12)
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, tmp_path):
+    config = shrunk("--config.num_epochs=2")
+    first = run(config, tmp_path, data, num_devices=8)
+    ranking = (tmp_path / "ranking.txt").read_bytes()
+    again = evaluate_lib.evaluate(config, tmp_path, data, num_devices=1)
+    assert again["map"] == first["map"]
+    assert (tmp_path / "ranking.txt").read_bytes() == ranking
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert kept["train_clips_per_second"] == first["train_clips_per_second"]
+    on_train = config_lib.override(config, ["--config.eval.split=train"])
+    assert evaluate_lib.evaluate(on_train, tmp_path, data)["map_kind"] == "in_sample"
+
+
+def test_nearest_neighbours_against_a_loop(data, tmp_path):
+    """The baseline's MAP equals brute force over the clips' weighted means, in float64."""
+    config = shrunk(spec="configs/knn.py:iqiyi_vid")
+    config.num_epochs = 1.0
+    results = run(config, tmp_path, data)
+
+    def means(split):
+        found = {}
+        for batch in data.eval_batches(split=split, modalities=("face",), rows=16):
+            frames = batch.frames["face"]
+            for row in np.flatnonzero(batch.batch_mask):
+                real = frames.mask[row]
+                weight = frames.quality[row][real] * frames.detection[row][real]
+                weight = np.maximum(weight.astype(np.float64), 0)
+                x = frames.features[row][real].astype(np.float64)
+                if len(x):
+                    weight = weight if weight.sum() else np.ones(len(x))
+                    mean = weight @ x / weight.sum()
+                    found[batch.clip_index[row]] = mean / np.linalg.norm(mean)
+        return found
+
+    gallery, probes = means("train"), means("val")
+    labels, truth = data.split("train").labels, data.split("val").labels
+    precisions = []
+    for identity in range(1, 13):
+        score = {
+            i: max(probe @ g for j, g in gallery.items() if labels[j] == identity)
+            for i, probe in probes.items()
+        }
+        order = sorted(range(len(truth)), key=lambda i: (-score.get(i, -np.inf), i))[:100]
+        hits, total = 0, 0.0
+        for place, clip in enumerate(order, start=1):
+            if truth[clip] == identity:
+                hits += 1
+                total += hits / place
+        precisions.append(total / np.sum(truth == identity))
+    assert results["map"] == pytest.approx(np.mean(precisions), abs=1e-6)
+
+
+def test_random_draws_do_not_depend_on_the_number_of_devices(data):
+    from vidjax import steps
+
+    config = shrunk()
+    sizes = steps.Sizes({"face": 24, "head": 16, "audio": 8}, 12, 96, 10, False)
+    system = steps.make_system(config.to_dict(), sizes)
+    host = next(
+        data.train_batches(
+            splits=("train",), modalities=("face",), batch_size=32, max_frames=8, crop="window",
+            seed=0,
+        )
+    )  # fmt: skip
+    drawn = []
+    for devices in (1, 8):
+        mesh = mesh_lib.make_mesh(devices)
+        batch = mesh_lib.shard_batch(mesh, host)
+        fused = jax.jit(system.fuse_train["face"])(jax.random.key(1), batch.frames["face"])
+        drawn.append(jax.device_get(fused))
+    for left, right in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(left, right)
