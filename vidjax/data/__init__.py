@@ -1,1 +1,1 @@
-"""Official files in, batches of frames out: the only room that knows TensorFlow, TFDS and pickles."""
+"""Official files in, batches of frames out: alone in knowing TensorFlow, TFDS and pickles."""

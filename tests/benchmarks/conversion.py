@@ -1,0 +1,82 @@
+"""Rate and peak memory of converting official pickles into records.
+
+    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30]
+
+One face file. Peak memory is that of the converting process and its caged child together, sampled
+every .1 s; the bound is 2 x the pickle + 1 GB.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.clip_files import random_clip, write_pickle
+
+GIB = 1 << 30
+
+
+def convert(source: str, cache: str) -> None:
+    """Converts and prints the seconds it took; runs in a process of its own."""
+    from vidjax.data import iqiyi_vid
+
+    start = time.perf_counter()
+    iqiyi_vid.prepare(source, cache)
+    sys.stdout.write(f"{time.perf_counter() - start}\n")
+
+
+def resident_bytes(root: int) -> int:
+    """Returns the resident memory of a process and all below it, now."""
+    parents, resident = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except OSError:  # it ended meanwhile
+            continue
+        pid = int(fields["Pid"])
+        parents[pid] = int(fields["PPid"])
+        resident[pid] = 1024 * int(fields.get("VmRSS", "0").split()[0])
+    family = {root}
+    for pid in sorted(parents):
+        if parents[pid] in family:
+            family.add(pid)
+    return sum(resident.get(pid, 0) for pid in family)
+
+
+def main() -> None:
+    """Prints faces per second and peak memory of one conversion."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clips", type=int, default=20_000)
+    parser.add_argument("--frames", type=int, default=30)
+    parser.add_argument("--convert", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.convert:
+        convert(*args.convert)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        clip = random_clip(np.random.default_rng(0), args.frames, 512)
+        clips = {f"clip_{number:06d}": clip for number in range(args.clips)}
+        size = write_pickle(Path(folder), "face", "train", clips).stat().st_size
+        command = [sys.executable, "-m", "tests.benchmarks.conversion", "--convert", folder]
+        peak = 0
+        with subprocess.Popen(
+            [*command, f"{folder}/cache"], stdout=subprocess.PIPE, text=True
+        ) as converter:
+            while converter.poll() is None:
+                peak = max(peak, resident_bytes(converter.pid))
+                time.sleep(0.1)
+            seconds = float(converter.communicate()[0])
+        faces = args.clips * args.frames
+        sys.stdout.write(
+            f"{faces} faces, pickle {size / GIB:.2f} GiB, {seconds:.1f} s: "
+            f"{faces / seconds:.0f} faces/s (15000 wanted)\n"
+            f"peak {peak / GIB:.2f} GiB, {(2 * size + GIB) / GIB:.2f} allowed\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

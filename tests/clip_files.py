@@ -1,0 +1,63 @@
+"""Writes feature pickles as the official ones are laid out, of any content a test wants."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Clip(NamedTuple):
+    """The frames of one clip in one modality; what a modality does not have is not written."""
+
+    features: np.ndarray  # [T, D]
+    quality: np.ndarray  # [T]
+    detection: np.ndarray  # [T]
+    number: np.ndarray  # [T]
+    box: np.ndarray  # [T, 4]
+
+
+def random_clip(
+    rng: np.random.Generator, num_frames: int, dim: int, dtype: str = "float16"
+) -> Clip:
+    """Returns a clip of made-up frames."""
+    features = rng.normal(0, 20, (num_frames, dim)).astype(dtype)
+    return Clip(
+        features=features,
+        quality=rng.normal(80, 20, num_frames).astype(np.float32),
+        detection=rng.uniform(0.8, 1, num_frames).astype(np.float32),
+        number=np.sort(rng.integers(0, 1000, num_frames)).astype(np.int32),
+        box=rng.uniform(0, 500, (num_frames, 4)).astype(np.float32),
+    )
+
+
+def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
+    """Writes `{modality}_{split}.pickle` and returns its path; of audio, the first frame alone."""
+    content = {}
+    for name, clip in clips.items():
+        if modality == "audio":
+            if len(clip.features):
+                content[name.encode()] = clip.features[0]
+            continue
+        frames = []
+        for feature, quality, detection, number, box in zip(*clip, strict=True):
+            scores = {"face": [float(detection), float(quality)], "head": [float(detection)]}
+            frames.append([str(number), box.tolist(), *scores.get(modality, []), feature])
+        content[name.encode()] = frames
+    path = directory / f"{modality}_{split}.pickle"
+    with path.open("wb") as file:
+        pickle.dump(content, file, protocol=2)
+    return path
+
+
+def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
+    """Writes `{split}_gt.txt`: a clip a line for train, an identity a line for the others."""
+    if split == "train":
+        lines = [f"{name}.mp4 {identity}" for name, identity in labels.items()]
+    else:
+        clips: dict[str, list[str]] = {}
+        for name, identity in labels.items():
+            clips.setdefault(identity, []).append(f"{name}.mp4")
+        lines = [" ".join([identity, *names]) for identity, names in clips.items()]
+    (directory / f"{split}_gt.txt").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,278 @@
+"""How the frames of one clip lie in a record, and the one place that sets TensorFlow up.
+
+Every field of a modality is one bytes string in the record: float16 has no `tf.train.Example` type,
+and a ragged float list decodes several times slower than bytes do. `PackedFrames` is how TFDS reads
+them, clip by clip; `parse_batch` and `decode_batch` do the same for whole batches, much faster.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# TensorFlow reads both when it is imported. It only moves records here: oneDNN is of no use to it
+# and announces itself on stderr, and what matters of its log arrives as an exception.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import tensorflow
+import tensorflow_datasets
+
+# TensorFlow ships no types, and the stubs that type checkers bring know half of it.
+tf: Any = tensorflow
+tfds: Any = tensorflow_datasets
+
+# The accelerator belongs to JAX: TensorFlow would take all of its memory.
+tf.config.set_visible_devices([], "GPU")
+tfds.disable_progress_bar()
+
+
+def _keep_freed_memory() -> None:
+    """Lets the memory of one batch serve the next one, where the C library is glibc.
+
+    By default every array above 32 MB is mapped and unmapped by the kernel, which clears it page by
+    page, and every thread has a heap of its own to trim: that halves the rate of batches.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, 1)):
+            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+
+
+_keep_freed_memory()
+
+# field -> (dtype in the record, values per frame); features are apart, their modality says both
+SCALARS = {
+    "quality": (np.dtype("<f4"), 1),
+    "detection": (np.dtype("<f4"), 1),
+    "number": (np.dtype("<i4"), 1),
+    "box": (np.dtype("<f4"), 4),
+}
+FIELDS = ("features", *SCALARS)
+DECODED = ("features", "quality", "detection", "number")  # a Batch has no boxes
+# `decode_raw` has no float16 kernel of fixed length: bits pass through an integer of that width.
+CARRIERS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
+
+
+class Modality(NamedTuple):
+    """What all frames of one modality have in common.
+
+    Attributes:
+      dim: the width D of a feature.
+      dtype: name of the stored dtype, such as 'float16'.
+    """
+
+    dim: int
+    dtype: str
+
+
+class PackedFrames(tfds.features.FeatureConnector):
+    """The frames of one clip in one modality, bytes in the record and arrays for the reader.
+
+    Reads as a dict: features [T, D] in the stored dtype, quality and detection [T] float32, number
+    [T] int32, box [T, 4] float32 (x1, y1, x2, y2 in pixels).
+    """
+
+    def __init__(self, *, dim: int, dtype: str, doc: Any = None):
+        """Makes the connector of frames with `dim` features of `dtype`."""
+        super().__init__(doc=doc)
+        self._modality = Modality(dim, dtype)
+        self._info = {
+            "features": tfds.features.TensorInfo(shape=(None, dim), dtype=np.dtype(dtype))
+        }
+        for field, (field_dtype, width) in SCALARS.items():
+            shape = (None,) if width == 1 else (None, width)
+            self._info[field] = tfds.features.TensorInfo(shape=shape, dtype=field_dtype)
+
+    def get_tensor_info(self) -> dict[str, Any]:
+        """Returns shape and dtype of every field as the reader sees it."""
+        return self._info
+
+    def get_serialized_info(self) -> dict[str, Any]:
+        """Returns shape and dtype of every field as the record holds it: one string each."""
+        return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in FIELDS}
+
+    def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
+        """Returns the fields of one clip as bytes.
+
+        Args:
+          example_data: the arrays that the reader is to see, T of 0 or more the same in all.
+
+        Raises:
+          ValueError: a field is missing, or its shape is not the one announced.
+        """
+        encoded = {}
+        num_frames = len(example_data["features"])
+        for field, info in self._info.items():
+            array = np.asarray(example_data[field])
+            wanted = (num_frames, *info.shape[1:])
+            if array.shape != wanted:
+                raise ValueError(f"{field}: got shape {array.shape}, wanted {wanted}")
+            dtype = np.dtype(info.np_dtype)
+            if not np.can_cast(array.dtype, dtype, "safe"):
+                raise ValueError(f"{field}: {array.dtype} does not fit {dtype} exactly")
+            encoded[field] = array.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+        return encoded
+
+    def decode_example(self, tfexample_data: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of one clip as tensors of the announced shapes."""
+        decoded = {}
+        for field, info in self._info.items():
+            flat = tf.io.decode_raw(tfexample_data[field], info.tf_dtype)
+            decoded[field] = tf.reshape(flat, [-1, *info.shape[1:]])
+        return decoded
+
+    def to_json_content(self) -> dict[str, Any]:
+        """Returns the arguments that make this connector again."""
+        return self._modality._asdict()
+
+
+def parse_batch(
+    serialized: Any, modalities: Sequence[str]
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Returns the clip index of B records and modality -> field -> their bytes, [B] each.
+
+    Args:
+      serialized: [B] strings; an empty one reads as clip 0 without frames.
+      modalities: those to take out of the records.
+    """
+    features: dict[str, Any] = {"clip_index": tf.io.FixedLenFeature([], tf.int64, 0)}
+    for name in modalities:
+        for field in DECODED:
+            features[f"frames/{name}/{field}"] = tf.io.FixedLenFeature([], tf.string, "")
+    examples = tf.io.parse_example(serialized, features)
+    fields = {
+        name: {field: examples[f"frames/{name}/{field}"] for field in DECODED}
+        for name in modalities
+    }
+    return tf.cast(examples["clip_index"], tf.int32), fields
+
+
+def _frame_bytes(modality: Modality) -> dict[str, int]:
+    """Returns field -> bytes of one frame."""
+    sizes = {field: dtype.itemsize * width for field, (dtype, width) in SCALARS.items()}
+    return {"features": modality.dim * np.dtype(modality.dtype).itemsize, **sizes}
+
+
+def _carriers(modality: Modality) -> dict[str, Any]:
+    """Returns field -> the TensorFlow dtype that carries its bits."""
+    scalars = {field: tf.as_dtype(dtype) for field, (dtype, _) in SCALARS.items()}
+    return {"features": CARRIERS[np.dtype(modality.dtype).itemsize], **scalars}
+
+
+def _num_frames(fields: Mapping[str, Any]) -> Any:
+    """Returns [B] int32, the frames of each clip."""
+    return tf.strings.length(fields["number"]) // SCALARS["number"][0].itemsize
+
+
+def random_window(
+    fields: Mapping[str, Any],
+    modality: Modality,
+    size: int,
+    positions: Any,
+    seed: tuple[int, int],
+) -> dict[str, Any]:
+    """Returns the bytes of at most `size` consecutive frames of each clip, from a random place.
+
+    Args:
+      fields: field -> [B] strings.
+      modality: which it is.
+      size: frames of a window.
+      positions: [B] int64, places of the clips in the endless stream: a window depends on nothing
+        else, so it is the same after a resume.
+      seed: two integers, apart for each modality.
+    """
+    places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
+    drawn = _uniform(positions, seed)
+    first = tf.cast(drawn * tf.cast(places, tf.float64), tf.int32)
+    sizes = _frame_bytes(modality)
+    return {
+        field: tf.strings.substr(
+            strings, first * sizes[field], tf.fill(tf.shape(first), size * sizes[field])
+        )
+        for field, strings in fields.items()
+    }
+
+
+def _uniform(positions: Any, seed: tuple[int, int]) -> Any:
+    """Returns [B] float64 in [0, 1), a hash of each position.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014, the
+    finaliser of SplitMix64. `index_shuffle` of TensorFlow leaves neighbouring positions alike.
+    """
+    words = [word % 2**64 for word in seed]
+    key = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    mixed = tf.cast(positions, tf.uint64) * tf.constant(0x9E3779B97F4A7C15, tf.uint64) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        shifted = tf.bitwise.right_shift(mixed, tf.constant(shift, tf.uint64))
+        mixed = tf.bitwise.bitwise_xor(mixed, shifted) * tf.constant(factor, tf.uint64)
+    high = tf.bitwise.right_shift(mixed, tf.constant(11, tf.uint64))
+    return tf.cast(high, tf.float64) / 2**53
+
+
+def decode_batch(
+    fields: Mapping[str, Any], modality: Modality, size: Any, *, best: bool
+) -> dict[str, Any]:
+    """Returns the frames of B clips in one modality, padded to T = `size`.
+
+    Args:
+      fields: field -> [B] strings.
+      modality: which it is.
+      size: T, an int or a scalar tensor.
+      best: whether a longer clip gives its best frames; otherwise it must not be longer.
+
+    Returns:
+      features [B, T * D] as integers of the same width, quality, detection, number [B, T], and mask
+      [B, T] bool.
+    """
+    frame_bytes, carriers = _frame_bytes(modality), _carriers(modality)
+    decoded = {
+        field: tf.io.decode_raw(strings, carriers[field], fixed_length=size * frame_bytes[field])
+        for field, strings in fields.items()
+    }
+    lengths = _num_frames(fields)
+    if best:
+        rows = tf.where(lengths > size)[:, 0]
+        decoded = tf.cond(
+            tf.size(rows) > 0,
+            lambda: _put_best(decoded, fields, modality, size, rows),
+            lambda: decoded,
+        )
+    return {**decoded, "mask": tf.sequence_mask(lengths, size)}
+
+
+def _put_best(
+    decoded: Mapping[str, Any], fields: Mapping[str, Any], modality: Modality, size: Any, rows: Any
+) -> dict[str, Any]:
+    """Returns `decoded` with the best frames of the clips in `rows`, which have more than T."""
+    carriers = _carriers(modality)
+
+    def choose(strings: dict[str, Any]) -> dict[str, Any]:
+        quality = tf.io.decode_raw(strings["quality"], tf.float32)
+        worst = tf.fill(tf.shape(quality), -np.inf)
+        quality = tf.where(tf.math.is_nan(quality), worst, quality)
+        best = tf.sort(tf.math.top_k(quality, size).indices)  # of equal ones, the earlier
+        return {
+            field: tf.reshape(
+                tf.gather(
+                    tf.reshape(tf.io.decode_raw(s, carriers[field]), [tf.size(quality), -1]), best
+                ),
+                [-1],
+            )
+            for field, s in strings.items()
+        }
+
+    # One clip at a time: padding them all to the longest would take its length times B of memory.
+    chosen = tf.map_fn(
+        choose,
+        {field: tf.gather(strings, rows) for field, strings in fields.items()},
+        fn_output_signature={f: tf.TensorSpec([None], carriers[f]) for f in fields},
+        parallel_iterations=1,
+    )
+    return {
+        field: tf.tensor_scatter_nd_update(decoded[field], rows[:, None], chosen[field])
+        for field in fields
+    }

@@ -1,0 +1,401 @@
+"""A directory of official files as checked TFRecords, and its ground truth as tables.
+
+    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C]
+
+converts a directory and prints what is in it. Records hold features alone; labels come from the
+ground-truth files each time, so that mending a label never means converting again.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from vidjax.data import pickles
+from vidjax.data.data_report import format_report, report_labels, report_split
+from vidjax.data.features import FIELDS, Modality, PackedFrames, tfds
+from vidjax.data.pickles import PackedClips
+from vidjax.data.records import (
+    Records,
+    SplitRecords,
+    building,
+    default_cache_dir,
+    describe_shard,
+    exclusive,
+    load_records,
+    write_manifest,
+)
+
+# Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
+VERSION = "1.0.0"
+MIN_SHARDS = 8
+SHARD_BYTES = 256 << 20
+ORDER_SEED = 0
+MAX_UNKNOWN_RATE = 0.01
+
+Sources = Mapping[tuple[str, str], Path]  # (modality, split) -> feature pickle
+
+
+class Labels(NamedTuple):
+    """What the ground truth says of one split.
+
+    Attributes:
+      labels: [N] int32, column 1..C by clip index, 0 for a distractor.
+      labelled: False when the split has no ground truth at all.
+      positives: [C] int64, clips that the ground truth gives each identity, whether or not a record
+        holds them.
+    """
+
+    labels: np.ndarray
+    labelled: bool
+    positives: np.ndarray
+
+
+class _Staged(NamedTuple):
+    """One split between the pickles and the records: clips joined by name, arrays still flat.
+
+    Attributes:
+      clips: clip names in byte order.
+      order: [N] int32, clip index of each record.
+      packed: modality -> its flat arrays.
+      starts, lengths: modality -> [N] first frame and number of frames by clip index.
+    """
+
+    clips: tuple[str, ...]
+    order: np.ndarray
+    packed: dict[str, PackedClips]
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+
+class IqiyiVid(tfds.core.ShardBasedBuilder):
+    """Records of frame features: clip name, clip index and the packed frames of each modality.
+
+    It is given shards rather than a shuffled stream because TFDS's shuffler holds up to 1 GB and
+    spills the rest once more to disk; the order is ours (`_stage`) anyway.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(
+        self, *, modalities: Mapping[str, Modality], staged: Mapping[str, _Staged], data_dir: Path
+    ):
+        """Makes the builder that writes `staged` under `data_dir`."""
+        self._modalities = modalities
+        self._staged = staged
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> Any:
+        frames = {
+            name: PackedFrames(dim=modality.dim, dtype=modality.dtype)
+            for name, modality in self._modalities.items()
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Frame features of video clips, converted from official pickles.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "clip": tfds.features.Text(),
+                    "clip_index": tfds.features.Scalar(dtype=np.int64),
+                    "frames": tfds.features.FeaturesDict(frames),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable]]:
+        return {
+            name: [
+                lambda split=split, first=first, last=last: self._examples(split, first, last)
+                for first, last in _shard_bounds(split, self._modalities)
+            ]
+            for name, split in self._staged.items()
+        }
+
+    def _examples(self, split: _Staged, first: int, last: int) -> Iterator[tuple[int, dict]]:
+        for index in split.order[first:last].tolist():
+            frames = {
+                name: _clip_frames(split, name, index, modality)
+                for name, modality in self._modalities.items()
+            }
+            yield index, {"clip": split.clips[index], "clip_index": index, "frames": frames}
+        _release(split)
+
+
+def _clip_frames(split: _Staged, name: str, index: int, modality: Modality) -> dict:
+    """Returns the frames of one clip as views of the flat arrays; of length 0 without any."""
+    if name not in split.packed or not split.lengths[name][index]:
+        return {
+            "features": np.zeros((0, modality.dim), modality.dtype),
+            "quality": np.zeros(0, np.float32),
+            "detection": np.zeros(0, np.float32),
+            "number": np.zeros(0, np.int32),
+            "box": np.zeros((0, 4), np.float32),
+        }
+    start = int(split.starts[name][index])
+    frames = slice(start, start + int(split.lengths[name][index]))
+    return {field: getattr(split.packed[name], field)[frames] for field in FIELDS}
+
+
+def _release(split: _Staged) -> None:
+    """Lets go of the pages that were read: mapped files count as memory of the process."""
+    for packed, field in itertools.product(split.packed.values(), FIELDS):
+        owner = getattr(packed, field)
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            owner.madvise(mmap.MADV_DONTNEED)
+
+
+def _shard_bounds(split: _Staged, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
+    """Returns first and last + 1 record of each shard; every shard has one record or more."""
+    num_bytes = sum(
+        int(split.lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
+        for name, modality in modalities.items()
+        if name in split.lengths
+    )
+    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-num_bytes // SHARD_BYTES)))
+    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def prepare(source_dir: str | Path, cache_dir: str | Path | None = None) -> Records:
+    """Returns the records of a directory of official files, converting it unless that is done.
+
+    Args:
+      source_dir: the directory with `{modality}_{split}[_v2].pickle` files.
+      cache_dir: where records are kept; None for the default.
+
+    Raises:
+      FileNotFoundError: no such directory, or no feature pickle in it.
+      ValueError: the files contradict each other, or the records are damaged.
+      OSError: the cache cannot be written.
+    """
+    source_dir = Path(source_dir).expanduser()
+    sources = pickles.find_pickles(source_dir)
+    if not sources:
+        raise FileNotFoundError(
+            f"{source_dir}: no feature pickles here: looked for\n"
+            "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
+        )
+    root = Path(cache_dir or default_cache_dir()).expanduser() / "iqiyi_vid"
+    facts = _source_facts(sources)
+    key = hashlib.sha256(json.dumps([VERSION, facts]).encode()).hexdigest()[:20]
+    if not (root / key / "manifest.json").exists():
+        with exclusive(root):
+            if not (root / key / "manifest.json").exists():
+                with building(root / key) as partial:
+                    _convert(sources, facts, partial)
+                    if _source_facts(sources) != facts:
+                        raise ValueError(f"{source_dir}: files changed while they were converted")
+    return load_records(root / key)
+
+
+def _source_facts(sources: Sources) -> list[dict[str, Any]]:
+    """Returns what tells one set of sources from another without reading them."""
+    facts = []
+    for (modality, split), path in sorted(sources.items()):
+        stat = path.stat()
+        facts.append(
+            {
+                "modality": modality,
+                "split": split,
+                "path": str(path.resolve()),
+                "size": stat.st_size,
+                "mtime_ns": stat.st_mtime_ns,
+            }
+        )
+    return facts
+
+
+def _convert(sources: Sources, facts: list[dict[str, Any]], folder: Path) -> None:
+    """Fills `folder` with the records of `sources`."""
+    staging = folder / "staging"
+    unpacked: dict[str, dict[str, PackedClips]] = {}
+    for (modality, split), path in sorted(sources.items()):
+        logging.info("reading %s", path)
+        packed = pickles.unpack(path, modality, staging / f"{modality}_{split}")
+        unpacked.setdefault(split, {})[modality] = packed
+    modalities = _common_modalities(unpacked, sources)
+    _refuse_shared_clips(unpacked, sources)
+    staged = {split: _stage(split, packed) for split, packed in unpacked.items()}
+    report = {"version": VERSION, "splits": {}}
+    for split, joined in staged.items():
+        paths = {name: sources[name, split] for name in joined.packed}
+        if not joined.clips:
+            raise ValueError(f"{', '.join(map(str, paths.values()))}: no clip in split {split!r}")
+        report["splits"][split] = report_split(joined.packed, joined.lengths, paths)
+        _release(joined)
+
+    builder = IqiyiVid(modalities=modalities, staged=staged, data_dir=folder)
+    logging.info("writing %d clips into %s", sum(len(s.clips) for s in staged.values()), folder)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download there
+        builder.download_and_prepare(download_dir=staging)
+    splits = {}
+    for split, joined in staged.items():
+        counts = [last - first for first, last in _shard_bounds(joined, modalities)]
+        paths = map(Path, builder.info.splits[split].filepaths)
+        shards = tuple(map(describe_shard, paths, counts))
+        splits[split] = SplitRecords(joined.clips, joined.order, joined.lengths, shards)
+    shutil.rmtree(staging)
+    write_manifest(Records(folder, modalities, splits, report), facts)
+
+
+def _common_modalities(
+    unpacked: Mapping[str, Mapping[str, PackedClips]], sources: Sources
+) -> dict[str, Modality]:
+    """Returns width and dtype of each modality; the dtype is one that holds every split exactly.
+
+    Raises:
+      ValueError: two splits disagree about the width.
+    """
+    found: dict[str, tuple[str, Modality]] = {}
+    for split, packed in unpacked.items():
+        for name, clips in packed.items():
+            if not len(clips.features):  # a file of empty lists says nothing of width and dtype
+                continue
+            dim, dtype = clips.features.shape[1], clips.features.dtype
+            if name in found:
+                first, other = found[name]
+                if other.dim != dim:
+                    raise ValueError(
+                        f"{name}: features are {other.dim} wide in {sources[name, first]}\n"
+                        f"but {dim} wide in {sources[name, split]}"
+                    )
+                dtype = np.result_type(dtype, other.dtype)
+            found[name] = (found[name][0] if name in found else split, Modality(dim, dtype.name))
+    if not found:
+        raise ValueError(f"{next(iter(sources.values())).parent}: not one frame in its pickles")
+    return {name: modality for name, (_, modality) in sorted(found.items())}
+
+
+def _refuse_shared_clips(
+    unpacked: Mapping[str, Mapping[str, PackedClips]], sources: Sources
+) -> None:
+    """Raises ValueError when a clip is in two splits: a model would be tested on what it saw."""
+    owners: dict[str, str] = {}
+    shared = []
+    for split, packed in sorted(unpacked.items()):
+        for name in sorted({name for clips in packed.values() for name in clips.names}):
+            if owners.setdefault(name, split) != split:
+                shared.append(f"{name} ({owners[name]} and {split})")
+    if shared:
+        folder = next(iter(sources.values())).parent
+        more = ", ..." if len(shared) > 5 else ""
+        raise ValueError(
+            f"{folder}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
+        )
+
+
+def _stage(split: str, packed: Mapping[str, PackedClips]) -> _Staged:
+    """Returns the clips of one split joined by name over its modalities."""
+    # Python orders str by code point, which is the byte order of UTF-8.
+    clips = tuple(sorted({name for clips in packed.values() for name in clips.names}))
+    index = {name: position for position, name in enumerate(clips)}
+    starts, lengths = {}, {}
+    for modality, flat in packed.items():
+        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+        starts[modality] = np.zeros(len(clips), np.int64)
+        lengths[modality] = np.zeros(len(clips), np.int32)
+        starts[modality][rows] = np.cumsum(flat.lengths, dtype=np.int64) - flat.lengths
+        lengths[modality][rows] = flat.lengths
+    # Ground truth, and often the names with it, is sorted by identity: a shuffle buffer does not
+    # mend that, a permutation once and for all does.
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
+    order = shuffled if split == "train" else np.arange(len(clips))
+    return _Staged(clips, order.astype(np.int32), dict(packed), starts, lengths)
+
+
+def load_labels(
+    source_dir: str | Path, records: Records
+) -> tuple[tuple[str, ...], dict[str, Labels], dict[str, Any]]:
+    """Returns the identities, the labels of each split, and the report with both.
+
+    Identities are those of the train and val ground truth, whether or not a record shows them.
+
+    Args:
+      source_dir: the directory with `{split}_gt.txt` files.
+      records: its records.
+
+    Raises:
+      ValueError: a ground-truth file is malformed or does not fit the records.
+    """
+    truth = {}
+    for split, path in pickles.find_ground_truth(source_dir).items():
+        clips = frozenset(records.splits[split].clips) if split in records.splits else None
+        truth[split] = pickles.load_ground_truth(path, known_clips=clips)
+        if clips is not None:
+            _check_known(path, truth[split], clips)
+    identities = pickles.sort_identities(
+        identity for split in ("train", "val") for identity in truth.get(split, {}).values()
+    )
+    column = {identity: position for position, identity in enumerate(identities, 1)}
+    labels, report = {}, copy.deepcopy(records.report)
+    report["identities"] = len(identities)
+    for split, facts in records.splits.items():
+        pairs = truth.get(split)
+        columns = {name: column.get(identity, 0) for name, identity in (pairs or {}).items()}
+        positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
+        labels[split] = Labels(
+            labels=np.array([columns.get(name, 0) for name in facts.clips], np.int32),
+            labelled=pairs is not None,
+            positives=positives[1:].astype(np.int64),
+        )
+        if positives[0]:
+            warnings.warn(
+                f"{split}_gt.txt: {positives[0]} clips show identities that are in neither "
+                "train_gt.txt nor val_gt.txt: no model can name them",
+                stacklevel=2,
+            )
+        report["splits"][split] |= report_labels(pairs, facts.clips, identities)
+    return identities, labels, report
+
+
+def _check_known(path: Path, truth: Mapping[str, str], clips: frozenset[str]) -> None:
+    """Warns of clips that no record holds; raises ValueError when they are too many for a slip."""
+    unknown = [name for name in truth if name not in clips]
+    if not unknown:
+        return
+    message = f"{path}: {len(unknown)} of {len(truth)} clips are in no feature file, {unknown[0]}"
+    if len(unknown) == len(truth):
+        raise ValueError(f"{message},\nnor any other: suffix? The files name {min(clips)}")
+    if len(unknown) > MAX_UNKNOWN_RATE * len(truth):
+        raise ValueError(f"{message} for one: more than {MAX_UNKNOWN_RATE:.0%}")
+    warnings.warn(f"{message} for one", stacklevel=3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts a directory, prints its report and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vidjax.data.iqiyi_vid", description="Convert a directory of official files."
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument(
+        "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
+    )
+    args = parser.parse_args(argv)
+    try:
+        records = prepare(args.directory, args.cache_dir)
+        _, _, report = load_labels(args.directory, records)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{format_report(report)}\n{records.folder / 'data_report.json'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,382 @@
+"""Records as batches of padded frames: endless and shuffled for training, once each to evaluate.
+
+Records are batched before they are parsed, and only the configured modalities are decoded, in their
+stored dtype: parsing clip by clip runs at a third of the rate.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vidjax.batch import Batch, Frames
+from vidjax.data import iqiyi_vid, synthetic
+from vidjax.data.features import Modality, decode_batch, parse_batch, random_window, tf
+from vidjax.data.records import (
+    Records,
+    Shard,
+    building,
+    check_shard,
+    default_cache_dir,
+    exclusive,
+)
+
+NAMES = ("synthetic", "iqiyi_vid")
+BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
+MAX_EVAL_FRAMES = BUCKETS[-1]
+# A modality is never padded beyond its longest clip of the split, rounded up to one of these: one
+# audio vector a clip stays one, and splits of similar clips share their compiled programs.
+SIZES = (1, 8, *BUCKETS)
+OPEN_SHARDS = 16
+SHUFFLE_RECORDS = 2048
+SHUFFLE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Split:
+    """The clips of one split and what the ground truth says of them.
+
+    Attributes:
+      name: 'train', 'val' or 'test'.
+      clips: clip names in byte order; clip_index is the position here.
+      labels: [N] int32, column 1..C, or 0 for a distractor or an unlabelled clip.
+      labelled: False when the split has no ground truth at all.
+      positives: [C] int64, ground-truth clips of each identity, in the records or not.
+      lengths: modality -> [N] int32 frames.
+    """
+
+    name: str
+    clips: tuple[str, ...]
+    labels: np.ndarray
+    labelled: bool
+    positives: np.ndarray
+    lengths: dict[str, np.ndarray]
+
+
+class Dataset:
+    """Converted clips with their labels: tables for the device, batches for the loop.
+
+    Attributes:
+      identities: names of the columns: column c is `identities[c - 1]`.
+      modalities: name -> width and stored dtype.
+      report: what was loaded and what was skipped, the ground truth included.
+    """
+
+    def __init__(self, records: Records, source_dir: str | Path):
+        """Reads the ground truth of `source_dir` for its `records`."""
+        self._records = records
+        self.modalities: dict[str, Modality] = records.modalities
+        self.identities, labels, self.report = iqiyi_vid.load_labels(source_dir, records)
+        self._splits: dict[str, Split] = {}
+        for name, facts in records.splits.items():
+            absent = [m for m in self.modalities if m not in facts.lengths]
+            if absent:
+                warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=2)
+            none = np.zeros(len(facts.clips), np.int32)
+            lengths = {m: facts.lengths.get(m, none) for m in self.modalities}
+            self._splits[name] = Split(name, facts.clips, *labels[name], lengths)
+
+    def split(self, name: str) -> Split:
+        """Returns one split.
+
+        Raises:
+          ValueError: there are no records of that split.
+        """
+        if name not in self._splits:
+            raise ValueError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
+        return self._splits[name]
+
+    def num_cropped(
+        self, *, splits: Sequence[str], modalities: Sequence[str], max_frames: int
+    ) -> dict[str, dict[str, int]]:
+        """Returns modality -> the `clips` that lose frames in an epoch, and how many `frames`."""
+        self._check(splits, modalities)
+        counts = {}
+        for name in modalities:
+            lengths = np.concatenate([self.split(split).lengths[name] for split in splits])
+            lost = np.maximum(lengths.astype(np.int64) - max_frames, 0)
+            counts[name] = {"clips": int((lost > 0).sum()), "frames": int(lost.sum())}
+        return counts
+
+    def train_batches(
+        self,
+        *,
+        splits: Sequence[str],
+        modalities: Sequence[str],
+        batch_size: int,
+        max_frames: int,
+        crop: Literal["window", "quality"],
+        seed: int,
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """Yields batches without end, every clip once an epoch, in an order of (seed, epoch) alone.
+
+        Batches run on across epochs, so none is short and no clip is dropped.
+
+        Args:
+          splits: whose clips; clip_index counts through them one after another.
+          modalities: which to decode.
+          batch_size: clips a batch; may exceed the clips there are.
+          max_frames: T of a modality whose clips are longer; others take their longest, rounded up.
+          crop: what a clip of more frames gives: 'window', consecutive ones from a random place, or
+            'quality', the best ones in time order.
+          seed: of order and windows.
+          start: clips that earlier batches held; the stream goes on exactly where they ended.
+
+        Raises:
+          ValueError: an unknown split, modality or crop; or, while reading, damaged records.
+        """
+        self._check(splits, modalities)
+        if crop not in ("window", "quality"):
+            raise ValueError(f"crop is 'window' or 'quality', got {crop!r}")
+        if batch_size < 1 or max_frames < 1 or start < 0:
+            raise ValueError(
+                f"batch_size {batch_size} and max_frames {max_frames} must be 1 or more, "
+                f"start {start} 0 or more"
+            )
+        longest = {
+            name: max(int(self.split(split).lengths[name].max()) for split in splits)
+            for name in modalities
+        }
+        num_frames = {m: _padded(length, max_frames) for m, length in longest.items()}
+        shards, offsets, num_clips = [], [], 0
+        for split in splits:
+            shards += self._records.splits[split].shards
+            offsets += [num_clips] * len(self._records.splits[split].shards)
+            num_clips += len(self.split(split).clips)
+
+        records = _shuffled(shards, offsets, num_clips, seed, start)
+        records = records.batch(batch_size, drop_remainder=True)
+        positions = tf.data.Dataset.counter(start=start, step=batch_size)
+
+        def decode(position: Any, batch: tuple[Any, Any]) -> Any:
+            serialized, offset = batch
+            clip_index, examples = parse_batch(serialized, modalities)
+            positions = position + tf.range(batch_size, dtype=tf.int64)
+            decoded = {}
+            for number, name in enumerate(modalities):
+                modality, size = self.modalities[name], num_frames[name]
+                fields, too_long = examples[name], longest[name] > size
+                if too_long and crop == "window":
+                    fields = random_window(fields, modality, size, positions, (seed, number))
+                best = too_long and crop == "quality"
+                decoded[name] = decode_batch(fields, modality, size, best=best)
+            return decoded, clip_index + offset, tf.ones([batch_size], tf.bool)
+
+        dataset = tf.data.Dataset.zip((positions, records))
+        dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
+        return self._batches(dataset, shards)
+
+    def eval_batches(self, *, split: str, modalities: Sequence[str], rows: int) -> Iterator[Batch]:
+        """Yields every clip of a split once, in blocks of `rows` rows and of similar length.
+
+        A clip's bucket follows from its own longest configured modality, so T depends on the clip
+        and its split alone, never on `rows`. Within a bucket clips come as the records do: by
+        name, except in 'train'. Beyond 512 frames the best 512 by quality are kept, in time
+        order; where quality ties, the earlier ones.
+
+        Args:
+          split: whose clips.
+          modalities: which to decode.
+          rows: clips a block; blocks are filled up with rows of batch_mask False.
+
+        Raises:
+          ValueError: an unknown split or modality; damaged records; not every clip came once.
+        """
+        self._check([split], modalities)
+        facts, clips = self._records.splits[split], self.split(split)
+        lengths = {name: clips.lengths[name] for name in modalities}
+        longest = np.max(list(lengths.values()), axis=0)
+        buckets = np.searchsorted(BUCKETS, np.minimum(longest, MAX_EVAL_FRAMES)).astype(np.int64)
+        sizes = {
+            name: tf.constant([_padded(int(length.max()), bucket) for bucket in BUCKETS])
+            for name, length in lengths.items()
+        }
+        too_long = {name: int(length.max()) > MAX_EVAL_FRAMES for name, length in lengths.items()}
+
+        def decode(serialized: Any, buckets: Any) -> Any:
+            num_rows = tf.shape(serialized)[0]
+            # The parser reads an empty record as a clip of which everything is missing.
+            padded = tf.concat([serialized, tf.fill([rows - num_rows], "")], 0)
+            clip_index, examples = parse_batch(padded, modalities)
+            decoded = {}
+            for name in modalities:
+                size = sizes[name][buckets[0]]  # all of a block are of one bucket
+                decoded[name] = decode_batch(
+                    examples[name], self.modalities[name], size, best=too_long[name]
+                )
+            return decoded, clip_index, tf.range(rows) < num_rows
+
+        records = tf.data.Dataset.zip(
+            (
+                _shard_table(facts.shards).flat_map(_read_shard),
+                tf.data.Dataset.from_tensor_slices(buckets[facts.order]),
+            )
+        )
+        blocks = records.group_by_window(
+            key_func=lambda record, bucket: bucket,
+            reduce_func=lambda bucket, group: group.batch(rows),
+            window_size=rows,
+        )
+        dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
+        return self._counted(self._batches(dataset, facts.shards), clips)
+
+    def _check(self, splits: Sequence[str], modalities: Sequence[str]) -> None:
+        """Raises ValueError unless every split has a file of every modality."""
+        for words in (splits, modalities):
+            if not words or len(set(words)) < len(words):
+                raise ValueError(f"wanted one name or more, none of them twice, got {words}")
+        for split in splits:
+            self.split(split)
+            for name in modalities:
+                if name not in self.modalities:
+                    raise ValueError(
+                        f"no modality {name!r} in the data, only {', '.join(self.modalities)}"
+                    )
+                if name not in self._records.splits[split].lengths:
+                    raise ValueError(
+                        f"there is no {name}_{split}.pickle, and {name!r} is asked for"
+                    )
+
+    def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
+        """Yields what the dataset decodes as numpy arrays, without a copy."""
+        options = tf.data.Options()
+        options.deterministic = True
+        iterator = dataset.with_options(options).as_numpy_iterator()
+        while True:
+            try:
+                decoded, clip_index, batch_mask = next(iterator)
+            except StopIteration:
+                return
+            except tf.errors.OpError as error:
+                for shard in shards:
+                    check_shard(shard)
+                raise ValueError(f"cannot read the records: {error.message[:200]}") from error
+            frames = {
+                name: Frames(
+                    features=fields["features"]
+                    .view(self.modalities[name].dtype)
+                    .reshape(*fields["mask"].shape, self.modalities[name].dim),  # [B, T, D]
+                    quality=fields["quality"],
+                    detection=fields["detection"],
+                    number=fields["number"],
+                    mask=fields["mask"],
+                )
+                for name, fields in decoded.items()
+            }
+            yield Batch(frames, clip_index, batch_mask)
+
+    def _counted(self, batches: Iterator[Batch], split: Split) -> Iterator[Batch]:
+        """Yields the batches and raises ValueError at the end unless each clip came once."""
+        times = np.zeros(len(split.clips), np.int64)
+        for batch in batches:
+            np.add.at(times, batch.clip_index[batch.batch_mask], 1)
+            yield batch
+        wrong = np.flatnonzero(times != 1)
+        if wrong.size:
+            raise ValueError(
+                f"split {split.name!r}: {wrong.size} of {times.size} clips did not come just once, "
+                f"such as {split.clips[wrong[0]]}"
+            )
+
+
+def load(
+    name: str,
+    *,
+    directory: str | Path | None,
+    cache_dir: str | Path | None,
+    size: Literal["small", "standard"] = "small",
+    seed: int = 0,
+) -> Dataset:
+    """Returns a dataset by name, converted or generated first where that is not done yet.
+
+    Args:
+      name: 'synthetic' or 'iqiyi_vid'.
+      directory: where the official files are; of no meaning to 'synthetic'.
+      cache_dir: where records are kept; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      size, seed: of the synthetic dataset.
+
+    Raises:
+      ValueError: an unknown name, no directory, or bad data.
+      FileNotFoundError: nothing to convert in the directory.
+      OSError: the cache cannot be written.
+    """
+    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    if name == "synthetic":
+        directory = _synthetic_files(cache_dir / "synthetic", size, seed)
+    elif name != "iqiyi_vid":
+        raise ValueError(f"unknown dataset {name!r}: config.data.name is one of {', '.join(NAMES)}")
+    elif not directory:
+        raise ValueError("config.data.dir is not set: name the directory of the official files")
+    directory = Path(directory).expanduser()
+    return Dataset(iqiyi_vid.prepare(directory, cache_dir), directory)
+
+
+def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) -> Path:
+    """Returns the directory of the synthetic set as official files, written at the first call."""
+    # Its own source is the version of a generator: nobody can forget to raise it.
+    version = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
+    folder = root / f"{size}-{seed}-{version}"
+    if not folder.exists():
+        with exclusive(root):
+            if not folder.exists():
+                with building(folder) as partial:
+                    synthetic.write(partial, size=size, seed=seed)
+    return folder
+
+
+def _padded(longest: int, limit: int) -> int:
+    """Returns T for clips of up to `longest` frames: the least of SIZES, but at most `limit`."""
+    return min(limit, next((size for size in SIZES if size >= longest), limit))
+
+
+def _shard_table(shards: Sequence[Shard]) -> Any:
+    """Returns a tf.data dataset of (path, number of records)."""
+    return tf.data.Dataset.from_tensor_slices(
+        ([str(s.path) for s in shards], np.array([s.records for s in shards], np.int64))
+    )
+
+
+def _read_shard(path: Any, num_records: Any) -> Any:
+    """Returns the serialised records of a shard; reading fails unless there are `num_records`."""
+    # A TFRecord file that was cut between two records reads without an error.
+    return tf.data.TFRecordDataset(path, buffer_size=1 << 20).apply(
+        tf.data.experimental.assert_cardinality(num_records)
+    )
+
+
+def _shuffled(
+    shards: Sequence[Shard], offsets: Sequence[int], num_clips: int, seed: int, start: int
+) -> Any:
+    """Returns a tf.data dataset of (serialised record, offset of its split) without end."""
+    paths = tf.constant([str(shard.path) for shard in shards])
+    counts = tf.constant([shard.records for shard in shards], tf.int64)
+    offset_table = tf.constant(offsets, tf.int32)
+    mean_bytes = sum(shard.size for shard in shards) // num_clips + 1
+    buffer = min(num_clips, SHUFFLE_RECORDS, max(1, SHUFFLE_BYTES // mean_bytes))
+    first_epoch, skipped = divmod(start, num_clips)
+
+    def read(path: Any, count: Any, offset: Any) -> Any:
+        return tf.data.Dataset.zip(
+            (_read_shard(path, count), tf.data.Dataset.from_tensors(offset).repeat())
+        )
+
+    def read_epoch(epoch: Any) -> Any:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(len(shards)), seed=tf.stack([seed, 2 * epoch])
+        )
+        buffer_seed = tf.random.stateless_uniform(
+            [], seed=tf.stack([seed, 2 * epoch + 1]), minval=None, maxval=None, dtype=tf.int64
+        )
+        tables = [tf.gather(table, order) for table in (paths, counts, offset_table)]
+        records = tf.data.Dataset.from_tensor_slices(tuple(tables)).interleave(
+            read, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
+        )
+        records = records.shuffle(buffer, seed=buffer_seed, reshuffle_each_iteration=False)
+        return records.skip(tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), 0))
+
+    return tf.data.Dataset.counter(start=first_epoch).flat_map(read_epoch)

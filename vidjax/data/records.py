@@ -1,0 +1,234 @@
+"""A folder of records that can be trusted: built under a lock, named when complete, checked.
+
+A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
+`manifest.json`, which is written last: counts, sizes and sha256 of everything that is read later.
+TFRecord files need that: cut between two records they read without an error.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from vidjax.data.features import Modality, tf
+
+
+class Shard(NamedTuple):
+    """One TFRecord file: where it lies and what the manifest says of it."""
+
+    path: Path
+    records: int
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class SplitRecords(NamedTuple):
+    """The records of one split.
+
+    Attributes:
+      clips: clip names in byte order; a clip's index is its position here.
+      order: [N] int32, the clip index of each record, in the order of the shards.
+      lengths: modality -> [N] int32 frames by clip index, 0 where the clip has none; only the
+        modalities that the split has a file of.
+      shards: the files, in order.
+    """
+
+    clips: tuple[str, ...]
+    order: np.ndarray
+    lengths: dict[str, np.ndarray]
+    shards: tuple[Shard, ...]
+
+
+class Records(NamedTuple):
+    """A finished conversion: its folder, what its manifest promises and its report."""
+
+    folder: Path
+    modalities: dict[str, Modality]
+    splits: dict[str, SplitRecords]
+    report: dict[str, Any]
+
+
+def default_cache_dir() -> Path:
+    """Returns where records go unless told otherwise: `$VIDJAX_CACHE` or `~/.cache/vidjax`."""
+    given = os.environ.get("VIDJAX_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Holds the one lock of a cache directory, waiting for it; clears what killed holders left.
+
+    Raises:
+      OSError: the directory cannot be written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("waiting for another process that fills %s", root)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left_over in root.glob("*.partial"):
+            shutil.rmtree(left_over)
+        yield
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill that takes its final name only when all went well.
+
+    Raises:
+      OSError: the disk is full or refuses; the partial folder is gone then.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        partial.mkdir()
+        yield partial
+        if folder.exists():  # it lacks what marks it as complete, or nobody would build it again
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(partial)) from error
+        if isinstance(error, tf.errors.OpError):  # of a TensorFlow writer
+            full = isinstance(error, tf.errors.ResourceExhaustedError)
+            number = errno.ENOSPC if full else errno.EIO
+            raise OSError(number, os.strerror(number), str(partial)) from error
+        raise
+
+
+def describe_shard(path: Path, num_records: int) -> Shard:
+    """Returns what the manifest is to say of a file that was just written."""
+    stat = path.stat()
+    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, _sha256(path))
+
+
+def write_manifest(records: Records, sources: list[dict[str, Any]]) -> None:
+    """Writes index, report and, last, the manifest: from then on the folder is complete.
+
+    Args:
+      records: all that lies in the folder.
+      sources: what tells the files that it came from from others.
+    """
+    folder = records.folder
+    _write_index(folder / "index.npz", records.splits)
+    _write_json(folder / "data_report.json", records.report)
+    manifest = {
+        "sources": sources,
+        "modalities": {name: facts._asdict() for name, facts in records.modalities.items()},
+        "index_sha256": _sha256(folder / "index.npz"),
+        "splits": {
+            name: {
+                "records": len(split.clips),
+                "shards": [
+                    {**shard._asdict(), "path": str(shard.path.relative_to(folder))}
+                    for shard in split.shards
+                ],
+            }
+            for name, split in records.splits.items()
+        },
+    }
+    _write_json(folder / "manifest.json", manifest)
+
+
+def load_records(folder: Path) -> Records:
+    """Returns a finished conversion, checked as far as can be without reading the shards.
+
+    Raises:
+      ValueError: a file is missing, damaged or not of its size.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        report = json.loads((folder / "data_report.json").read_text())
+        if _sha256(folder / "index.npz") != manifest["index_sha256"]:
+            raise ValueError("index.npz does not match its sha256")
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            splits = {
+                name: _load_split(folder, name, facts, index)
+                for name, facts in manifest["splits"].items()
+            }
+        modalities = {name: Modality(**facts) for name, facts in manifest["modalities"].items()}
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder}: damaged records: {error}\ndelete this folder to convert again"
+        ) from error
+    for split in splits.values():
+        for shard in split.shards:
+            # Its time tells a file that was put in its place; a copied folder is read once more.
+            stat = shard.path.stat() if shard.path.exists() else None
+            if not stat or (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
+                check_shard(shard)
+    return Records(folder, modalities, splits, report)
+
+
+def _load_split(folder: Path, name: str, facts: Mapping[str, Any], index: Any) -> SplitRecords:
+    names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
+    prefix = f"{name}/lengths/"
+    return SplitRecords(
+        clips=tuple(names.split("\n")),
+        order=index[f"{name}/order"],
+        lengths={
+            key.removeprefix(prefix): index[key] for key in index.files if key.startswith(prefix)
+        },
+        shards=tuple(
+            Shard(**{**shard, "path": folder / shard["path"]}) for shard in facts["shards"]
+        ),
+    )
+
+
+def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
+    arrays = {}
+    for name, split in splits.items():
+        # One string: an array of str is as wide as its longest name, and white space is in none.
+        clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
+        arrays[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
+        arrays[f"{name}/order"] = split.order
+        for modality, lengths in split.lengths.items():
+            arrays[f"{name}/lengths/{modality}"] = lengths
+    np.savez(path, **arrays)
+
+
+def check_shard(shard: Shard) -> None:
+    """Reads one shard from end to end.
+
+    Raises:
+      ValueError: it is missing, holds another number of records, or is not what was written.
+    """
+    hint = f"delete {shard.path.parents[2]} to convert again"
+    wanted = f"{shard.path}: expected {shard.records} records, found"
+    if not shard.path.exists():
+        raise ValueError(f"{wanted} no such file\n{hint}")
+    found = 0
+    try:
+        for _ in tf.data.TFRecordDataset(str(shard.path)):
+            found += 1
+    except tf.errors.OpError as error:
+        raise ValueError(f"{wanted} {found}: record {found + 1} is damaged\n{hint}") from error
+    if found != shard.records:
+        raise ValueError(f"{wanted} {found}\n{hint}")
+    if _sha256(shard.path) != shard.sha256:
+        raise ValueError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
