@@ -2,10 +2,14 @@
 
     python -m vidjax.main --config=configs/mma.py
 
+About 30 seconds on 2 CPU cores; MAP@100 about .89 on the small synthetic dataset.
+
 Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
 dataset of 1,000 identities), `published` (the paper to the letter), and names of modalities.
 
-Every value says where it comes from: paper (papers: iQIYI-VID, sections 5 and 6), or ours.
+Every value says where it comes from: `paper` (iQIYI-VID: A Large Dataset for Multi-modal Person
+Identification, sections 5 and 6) or `ours`, where the paper is silent or something else did better
+on validation clips. Nobody published code.
 """
 
 from ml_collections import ConfigDict
@@ -20,32 +24,55 @@ def get_config(args: str = "") -> ConfigDict:
     config_lib.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # paper
     config.batch_size = 128  # ours
-    config.num_epochs = 60.0  # ours
+    config.num_epochs = 30.0  # ours
+    if words & {"iqiyi_vid", "standard"}:
+        config.batch_size = 512 if "iqiyi_vid" in words else 256  # ours
+        config.num_epochs = 40.0  # ours
+        config.eval.every_epochs = 10.0  # ours
 
     config.model = ConfigDict(
         {
             "name": "mma",
             "netvlad": ("face",),  # paper
-            "num_clusters": 8,  # ours; the paper does not say
+            "num_clusters": 3,  # ours: 8 is no better
             "netvlad_reduce": "mean",  # ours: no dependence on the number of frames
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
-            "attention": True,
+            "map_norm": True,  # ours: .87 -> .90 on real clips
+            "attention": True,  # paper
             "gram_dim": 64,  # paper
             "gamma": 0.05,  # paper
-            "train_gamma": False,  # ours; the paper does not say
-            "feature_scale": 0.1,  # ours
-            "modality_dropout_rate": 0.5,  # ours
+            "train_gamma": False,  # ours
+            "feature_scale": 1.0,  # ours
+            "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
             "dropout_rate": 0.5,  # ours
         }
     )
-    config.fusion = ConfigDict(
+    # Ours: what the quality-fusion system (4th place 2019) does to faces, in place of the top 32.
+    config.fusion.face = ConfigDict(
         {
-            "face": {
-                "train": {"name": "random", "num_draws": 8, "weighting": "uniform"},
-                "evaluate": {"name": "all"},
-            }
+            "train": {
+                "name": "random",
+                "num_draws": 4,
+                "max_frames": 5,
+                "sampling": "uniform",
+                "weighting": "quality",
+            },
+            "evaluate": {"name": "mean", "weighting": "quality"},
         }
     )
     config.optim.learning_rate = 1e-3  # ours
+    config.optim.warmup = 0.1  # ours
+    config.optim.total_decay = 2.0  # ours
+
+    if "published" in words:
+        top = {"name": "top", "num_frames": 32}  # paper
+        config.fusion.face = ConfigDict({"train": top, "evaluate": top})
+        config.model.netvlad_reduce = "sum"  # paper
+        config.model.map_norm = False  # paper
+        config.model.modality_dropout_rate = 0.0  # paper
+        config.model.dropout_rate = 0.0  # paper
+        config.model.num_clusters = 8  # ours
+        config.model.feature_scale = 0.1  # ours
+        config.optim.total_decay = 0.0  # ours
     return config

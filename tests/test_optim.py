@@ -2,8 +2,10 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vidjax import optim
@@ -13,7 +15,7 @@ SPEC = {
     "learning_rate": 0.1,
     "warmup": 0.2,
     "final_scale": 0.01,
-    "weight_decay": 0.0,
+    "total_decay": 0.0,
     "momentum": 0.9,
     "clip_norm": 0.0,
 }
@@ -37,14 +39,31 @@ def test_short_runs_have_finite_positive_rates(total_steps):
     assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
 
 
-def test_sgd_and_decay_by_hand():
-    spec = {**SPEC, "name": "sgd", "momentum": 0.0, "warmup": 0.0, "weight_decay": 0.5}
+def test_sgd_by_hand():
+    spec = {**SPEC, "name": "sgd", "momentum": 0.0, "warmup": 0.0}
     tx, _ = optim.make_optimizer(spec, total_steps=10)
-    params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
-    grads = {"kernel": jnp.full((1, 1), 3.0), "bias": jnp.full(1, 3.0)}
+    params, grads = {"w": jnp.full((1, 1), 2.0)}, {"w": jnp.full((1, 1), 3.0)}
     updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], [[-0.1 * (3 + 0.5 * 2)]], rtol=1e-6)
-    np.testing.assert_allclose(updates["bias"], [-0.1 * 3], rtol=1e-6)  # biases do not decay
+    np.testing.assert_allclose(updates["w"], [[-0.1 * 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "rate", "steps"), [("adam", 1e-3, 300), ("sgd", 1e-2, 50)])
+def test_decay_is_that_of_the_whole_run(name, rate, steps):
+    """Without gradients matrices shrink by exp(-total_decay), and nothing else changes."""
+    spec = {**SPEC, "name": name, "learning_rate": rate, "total_decay": 0.7}
+    tx, _ = optim.make_optimizer(spec, total_steps=steps)
+    params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
+    np.testing.assert_array_equal(params["bias"], [2.0])
 
 
 def test_gradients_are_clipped_by_their_norm():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import jax
@@ -40,14 +41,16 @@ def weights(workdir, step=None):
     path = workdir / "checkpoints" / str(step) / "state"
     from orbax.checkpoint import v1 as ocp
 
-    tree = ocp.load_checkpointables(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would rather be told how to lay them out
+        tree = ocp.load_checkpointables(path)
     leaves = jax.tree_util.tree_leaves_with_path({k: tree[k] for k in ("params", "model_state")})
     return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
 
 
-def run(config, folder, data, **kwargs):
+def run(config, folder, data, num_devices=1):
     folder.mkdir(exist_ok=True)
-    return train.train(config, folder, data, **kwargs)
+    return train.train(config, folder, data, num_devices=num_devices)
 
 
 class Interrupting:
@@ -67,7 +70,13 @@ class Interrupting:
 
 
 def test_it_learns_and_leaves_everything(data, tmp_path):
-    results = run(shrunk("--config.num_epochs=30"), tmp_path, data)
+    config = shrunk(
+        "--config.num_epochs=30",
+        "--config.optim.learning_rate=0.01",
+        "--config.model.dropout_rate=0.0",
+        "--config.model.modality_dropout_rate=0.0",
+    )
+    results = run(config, tmp_path, data)
     assert results["map"] > 0.8
     assert results["map_kind"] == "val"
     assert results["num_identities"] == 12
@@ -75,19 +84,21 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < 0.3 * losses[0]
     assert json.loads((tmp_path / "metrics.json").read_text())["map"] == results["map"]
-    assert train.finished(tmp_path, shrunk("--config.num_epochs=30"))["map"] == results["map"]
+    assert train.finished(tmp_path, config) == json.loads(json.dumps(results))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum):
     config = shrunk("--config.eval.every_epochs=3")
-    run(config, tmp_path / "whole", data, num_devices=1)
+    run(config, tmp_path / "whole", data)
     for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
         with pytest.raises(workdir_lib.Interrupted) as caught:
-            run(config, tmp_path / "parts", Interrupting(data, batch, signum), num_devices=1)
+            run(config, tmp_path / "parts", Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
         assert train.finished(tmp_path / "parts", config) is None
-    run(config, tmp_path / "parts", data, num_devices=1)
+    run(config, tmp_path / "parts", data)
     for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     left, right = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -107,13 +118,16 @@ def test_a_finished_step_without_results_is_completed(data, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_configuration_is_refused(data, tmp_path):
-    run(shrunk("--config.num_epochs=1"), tmp_path, data)
+def test_another_configuration_is_refused(tmp_path):
+    config = shrunk("--config.num_epochs=1")
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    assert train.finished(tmp_path, config) is None
+    (tmp_path / "metrics.json").write_text('{"map": 0.5}')
     with pytest.raises(ValueError, match="another configuration") as caught:
         train.finished(tmp_path, shrunk("--config.num_epochs=1", "--config.model.gamma=0.1"))
     assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
     moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
-    assert train.finished(tmp_path, moved) is not None
+    assert train.finished(tmp_path, moved) == {"map": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +148,9 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
         run(config, tmp_path / str(devices), data, num_devices=devices)
     left, right = weights(tmp_path / "1"), weights(tmp_path / "8")
     for name, value in left.items():
-        np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
+        # Running statistics of raw features are no parameters, and far from 1.
+        rtol, atol = (0, 1e-6) if "params" in name else (1e-6, 0)
+        np.testing.assert_allclose(value, right[name], rtol, atol, err_msg=name)
 
 
 def scores(workdir, data, config, num_devices):

@@ -60,7 +60,7 @@ def default() -> ConfigDict:
     config.optim.learning_rate = 1e-3
     config.optim.warmup = 0.1  # share of all steps
     config.optim.final_scale = 0.01  # learning rate at the end, relative to its peak
-    config.optim.weight_decay = 0.0
+    config.optim.total_decay = 0.0  # log of what matrices shrink by over the whole run
     config.optim.momentum = 0.9  # of sgd
     config.optim.clip_norm = 0.0  # 0: gradients are not clipped
     return config

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.batch import Array, Batch
-from vidjax.logs import Progress
+from vidjax.logs import CompileClock, Progress
 
 
 class Evaluation(NamedTuple):
@@ -62,12 +62,10 @@ class Evaluator:
         """
         split = data.split(split_name)
         labels = mesh_lib.replicate(self._mesh, jnp.asarray(split.labels))
-        timing: dict[Any, list[tuple[int, float]]] = {}  # shapes -> (clips, seconds) of each block
         right: list[tuple[Array, Array]] = []
 
         def blocks() -> Iterator[tuple[Array, Array, Array]]:
             progress = Progress(len(split.clips), initial=0, unit="clip", label=label)
-            began = time.monotonic()
             for host_batch in data.eval_batches(
                 split=split_name, modalities=self._modalities, rows=self._rows
             ):
@@ -76,27 +74,26 @@ class Evaluator:
                 right.append(_top1(scores, labels, batch))
                 yield scores, batch.clip_index, batch.batch_mask
                 jax.block_until_ready(scores)
-                shapes = tuple(frames.mask.shape for frames in batch.frames.values())
-                count = int(np.sum(host_batch.batch_mask))
-                timing.setdefault(shapes, []).append((count, time.monotonic() - began))
-                began = time.monotonic()
-                progress.advance(count)
+                progress.advance(int(np.sum(host_batch.batch_mask)))
             progress.close()
 
+        began, compiling = time.monotonic(), CompileClock()
         top = ranking.rank(blocks(), self._num_identities)
+        compiling.close()
+        seconds = time.monotonic() - began - compiling.seconds
         results: dict[str, Any] = {}
         if split.labelled:
             results["map"] = metrics.mean_average_precision(
-                top.index, split.labels, split.positives
+                top.index, split.labels, split.positives, split.num_others
             )
             results["map_kind"] = split_name
             correct, labelled = np.sum(np.asarray(right), axis=0)
             results["top1"] = float(correct / max(labelled, 1))
         results |= {
-            "num_clips": sum(count for same in timing.values() for count, _ in same),
+            "num_clips": len(split.clips),
             "num_identities": self._num_identities,
             "num_distractors": int(np.sum(split.labels == 0)) if split.labelled else None,
-            "eval_clips_per_second": _rate(timing),
+            "eval_clips_per_second": len(split.clips) / max(seconds, 1e-9),
         }
         return Evaluation(top, results)
 
@@ -104,12 +101,6 @@ class Evaluator:
 @jax.jit
 def _top1(scores: Array, labels: Array, batch: Batch) -> tuple[Array, Array]:
     return metrics.top1(scores, labels[batch.clip_index], batch.batch_mask)
-
-
-def _rate(timing: Mapping[Any, list[tuple[int, float]]]) -> float:
-    # The first block of a shape compiles; it counts only where there is no other.
-    kept = [block for same in timing.values() for block in (same[1:] or same)]
-    return sum(count for count, _ in kept) / max(sum(seconds for _, seconds in kept), 1e-9)
 
 
 def evaluate(

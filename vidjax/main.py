@@ -1,7 +1,6 @@
 """The command line: flags to a mode, and errors short enough to read."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -174,7 +173,13 @@ def _exit_code(error: Exception) -> int | None:
     return 2 if isinstance(error, (ValueError, OSError)) else None
 
 
+def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
+    del args, kwargs  # where in the code it arose is no use to a reader
+    _complain(f"warning: {message}")
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.simplefilter("ignore")  # what libraries say to programmers
+    warnings.filterwarnings("default", category=UserWarning, module="vidjax")
+    warnings.showwarning = _show_warning
     sys.exit(main())

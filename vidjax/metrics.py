@@ -34,7 +34,9 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return sums / np.maximum(positives, 1)
 
 
-def mean_average_precision(index: Array, labels: Array, positives: Array) -> float:
+def mean_average_precision(
+    index: Array, labels: Array, positives: Array, num_others: int = 0
+) -> float:
     """Returns MAP over the identities that have positives, in float64.
 
     Args:
@@ -43,6 +45,7 @@ def mean_average_precision(index: Array, labels: Array, positives: Array) -> flo
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
       positives: [C] int, all ground-truth positives of every identity. An identity with none is
         not in the ground truth and is left out of the mean.
+      num_others: identities of the ground truth that have no column; they count 0.
 
     Returns:
       The mean in 0..1, the same whatever the order of the identities.
@@ -60,7 +63,7 @@ def mean_average_precision(index: Array, labels: Array, positives: Array) -> flo
         found = np.zeros_like(index)
     hits = found == np.arange(1, len(index) + 1)[:, None]
     precisions = average_precision(hits, positives)[positives > 0]
-    return math.fsum(precisions) / len(precisions)
+    return math.fsum(precisions) / (len(precisions) + num_others)
 
 
 def top1(scores: Array, labels: Array, batch_mask: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -37,9 +38,12 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns an optimiser and its schedule.
 
+    Weight decay is decoupled, on matrices only, and given for the whole run: without gradients a
+    matrix would shrink by exp(-total_decay), whatever the learning rate and the number of steps.
+
     Args:
-      spec: `name` (adam | sgd), `learning_rate`, `warmup`, `final_scale`, `weight_decay`
-        (decoupled, on matrices only), `momentum` (sgd; 0 for none), `clip_norm` (0 for none).
+      spec: `name` (adam | sgd), `learning_rate`, `warmup`, `final_scale`,
+        `total_decay`, `momentum` (sgd; 0 for none), `clip_norm` (0 for none).
       total_steps: steps of the whole run.
 
     Raises:
@@ -59,8 +63,9 @@ def make_optimizer(
         raise ValueError(f"config.optim.name='{spec['name']}': known are adam, sgd")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     parts.append(scale)
-    if spec["weight_decay"]:
-        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
+    if spec["total_decay"]:
+        decay = spec["total_decay"] / float(jnp.sum(schedule(jnp.arange(total_steps))))
+        parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule
 

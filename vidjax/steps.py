@@ -104,6 +104,9 @@ def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
     scores = config["eval"]["scores"]
     if scores not in SCORES:
         raise ValueError(f"config.eval.scores='{scores}': known are {', '.join(SCORES)}")
+    dtypes = ("float32", "bfloat16", "float64")
+    if config["dtype"] not in dtypes:
+        raise ValueError(f"config.dtype='{config['dtype']}': known are {', '.join(dtypes)}")
     class_mask = jnp.ones(1 + sizes.num_identities, bool).at[0].set(sizes.train_other)
     tx, schedule = optim.make_optimizer(config["optim"], total_steps=sizes.total_steps)
     steps_per_epoch = sizes.num_clips / config["batch_size"]

@@ -201,7 +201,13 @@ def _measure(config: ConfigDict, data: Any) -> tuple[np.ndarray, steps.Sizes]:
 def _claim(workdir: Path, config: ConfigDict, data: Any) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
-    workdir_lib.write_json(workdir / "data_report.json", data.report)
+    cropped = data.num_cropped(
+        splits=config.data.train_splits,
+        modalities=config.modalities,
+        max_frames=config.data.max_frames,
+    )
+    report = {**data.report, "cropped_in_an_epoch": cropped}
+    workdir_lib.write_json(workdir / "data_report.json", report)
 
 
 def _start(

@@ -57,11 +57,13 @@ class Labels(NamedTuple):
       labelled: False when the split has no ground truth at all.
       positives: [C] int64, clips that the ground truth gives each identity, whether or not a record
         holds them.
+      num_others: identities of the ground truth that have no column.
     """
 
     labels: np.ndarray
     labelled: bool
     positives: np.ndarray
+    num_others: int
 
 
 class _Staged(NamedTuple):
@@ -320,15 +322,15 @@ def _stage(split: str, packed: Mapping[str, PackedClips]) -> _Staged:
 
 
 def load_labels(
-    source_dir: str | Path, records: Records
+    source_dir: str | Path, records: Records, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Labels], dict[str, Any]]:
     """Returns the identities, the labels of each split, and the report with both.
-
-    Identities are those of the train and val ground truth, whether or not a record shows them.
 
     Args:
       source_dir: the directory with `{split}_gt.txt` files.
       records: its records.
+      identities: in the order of their columns; None for those of the train and val ground truth,
+        whether or not a record shows them.
 
     Raises:
       ValueError: a ground-truth file is malformed or does not fit the records.
@@ -339,9 +341,10 @@ def load_labels(
         truth[split] = pickles.load_ground_truth(path, known_clips=clips)
         if clips is not None:
             _check_known(path, truth[split], clips)
-    identities = pickles.sort_identities(
-        identity for split in ("train", "val") for identity in truth.get(split, {}).values()
-    )
+    if identities is None:
+        identities = pickles.sort_identities(
+            identity for split in ("train", "val") for identity in truth.get(split, {}).values()
+        )
     column = {identity: position for position, identity in enumerate(identities, 1)}
     labels, report = {}, copy.deepcopy(records.report)
     report["identities"] = len(identities)
@@ -353,15 +356,16 @@ def load_labels(
             labels=np.array([columns.get(name, 0) for name in facts.clips], np.int32),
             labelled=pairs is not None,
             positives=positives[1:].astype(np.int64),
+            num_others=len(set((pairs or {}).values()) - column.keys()),
         )
         if positives[0]:
             warnings.warn(
-                f"{split}_gt.txt: {positives[0]} clips show identities that are in neither "
-                "train_gt.txt nor val_gt.txt: no model can name them",
+                f"{split}_gt.txt: {positives[0]} clips show identities that no model "
+                "here can name, such as those in neither train_gt.txt nor val_gt.txt",
                 stacklevel=2,
             )
         report["splits"][split] |= report_labels(pairs, facts.clips, identities)
-    return identities, labels, report
+    return tuple(identities), labels, report
 
 
 def _check_known(path: Path, truth: Mapping[str, str], clips: frozenset[str]) -> None:

@@ -46,6 +46,7 @@ class Split:
       labels: [N] int32, column 1..C, or 0 for a distractor or an unlabelled clip.
       labelled: False when the split has no ground truth at all.
       positives: [C] int64, ground-truth clips of each identity, in the records or not.
+      num_others: identities of the ground truth that have no column.
       lengths: modality -> [N] int32 frames.
     """
 
@@ -54,6 +55,7 @@ class Split:
     labels: np.ndarray
     labelled: bool
     positives: np.ndarray
+    num_others: int
     lengths: dict[str, np.ndarray]
 
 
@@ -66,11 +68,20 @@ class Dataset:
       report: what was loaded and what was skipped, the ground truth included.
     """
 
-    def __init__(self, records: Records, source_dir: str | Path):
-        """Reads the ground truth of `source_dir` for its `records`."""
+    def __init__(
+        self,
+        records: Records,
+        source_dir: str | Path,
+        *,
+        identities: Sequence[str] | None = None,
+    ):
+        """Reads the ground truth of `source_dir` for its `records`, for some list of identities."""
         self._records = records
+        self._source_dir = source_dir
         self.modalities: dict[str, Modality] = records.modalities
-        self.identities, labels, self.report = iqiyi_vid.load_labels(source_dir, records)
+        self.identities, labels, self.report = iqiyi_vid.load_labels(
+            source_dir, records, identities
+        )
         self._splits: dict[str, Split] = {}
         for name, facts in records.splits.items():
             absent = [m for m in self.modalities if m not in facts.lengths]
@@ -89,6 +100,12 @@ class Dataset:
         if name not in self._splits:
             raise ValueError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
         return self._splits[name]
+
+    def with_identities(self, identities: Sequence[str]) -> "Dataset":
+        """Returns the same clips, labelled for the columns of a trained model."""
+        if tuple(identities) == self.identities:
+            return self
+        return Dataset(self._records, self._source_dir, identities=identities)
 
     def num_cropped(
         self, *, splits: Sequence[str], modalities: Sequence[str], max_frames: int

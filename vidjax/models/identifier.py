@@ -31,6 +31,8 @@ class MultimodalIdentifier(nn.Module):
       gram_dim: D~ of the attention.
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
+      map_norm: True for LayerNorm after the maps: a vector's weight in the classifier then says
+        nothing of the norm of its features, by which the modalities differ.
       feature_scale: factor on raw features.
       modality_dropout_rate: training only: probability that a clip goes without a modality which
         it has; it always keeps one. Nothing is rescaled: this is what a missing one looks like.
@@ -39,7 +41,8 @@ class MultimodalIdentifier(nn.Module):
 
     Source: iQIYI-VID paper, section 5 and figure 3. Open there, and ours: three maps for the three
     face vectors, K, a linear classifier, no activation after the maps, feature scale. Ours: masks,
-    modality dropout. The vectors of a missing modality are exactly 0 after the maps, bias included.
+    LayerNorm after the maps, modality dropout. The vectors of a missing modality are exactly 0
+    after the maps, bias included.
     """
 
     modalities: Mapping[str, int]
@@ -54,6 +57,7 @@ class MultimodalIdentifier(nn.Module):
     gamma: float = 0.05
     train_gamma: bool = False
     feature_scale: float = 0.1
+    map_norm: bool = False
     modality_dropout_rate: float = 0.0
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -111,7 +115,12 @@ class MultimodalIdentifier(nn.Module):
                 name=f"{name}_map",
             )(video)
             exists = present[:, position, None]
-            vectors.append(mapped.reshape(-1, count, self.embed_dim) * exists[..., None])
+            mapped = mapped.reshape(-1, count, self.embed_dim)
+            if self.map_norm:
+                mapped = nn.LayerNorm(
+                    dtype=self.dtype, param_dtype=param_dtype, name=f"{name}_map_norm"
+                )(mapped)
+            vectors.append(mapped * exists[..., None])
             vector_mask.append(jnp.repeat(exists, count, axis=1))
         x = jnp.concatenate(vectors, axis=1)  # [B, M', embed_dim]
         if self.attention:
