@@ -140,6 +140,7 @@ def test_shipped_configurations_run(data, tmp_path, spec):
     assert results["num_clips"] == 60
 
 
+@pytest.mark.slow
 def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
     config = shrunk(
         "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.num_epochs=6.6"
@@ -182,6 +183,7 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
             np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
     first = run(config, tmp_path, data, num_devices=8)
