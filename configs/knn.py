@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vidjax import config as config_lib
 
 
-def get_config(args: str = "") -> ConfigDict:
+def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=configs/knn.py:...`."""
     words, modalities = config_lib.split_args(args, ("iqiyi_vid", "standard"))
     config = config_lib.default()

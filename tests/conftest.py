@@ -47,13 +47,11 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m MODULE WORDS` as a user would, on one device."""
 
-    def run(
-        *words: str | Path, module: str = "vidjax.main", **kwargs: object
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*words: str | Path, module: str = "vidjax.main") -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
         command = [sys.executable, "-m", module, *map(str, words)]
         return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
         )
 
     return run

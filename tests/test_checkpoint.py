@@ -15,6 +15,12 @@ def items():
     return {"params": {"a": jnp.ones((4, 2))}, "model_state": {}, "train": state}
 
 
+def restore_latest(workdir, items):
+    found = checkpoint.restore_latest(workdir, items, everywhere())
+    assert found is not None
+    return found
+
+
 def everywhere():
     return mesh_lib.replicated(mesh_lib.make_mesh())
 
@@ -29,7 +35,7 @@ def assert_same(left, right):
 def test_what_is_saved_comes_back(tmp_path, items):
     assert checkpoint.restore_latest(tmp_path, items, everywhere()) is None
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
-    restored, manifest = checkpoint.restore_latest(tmp_path, items, everywhere())
+    restored, manifest = restore_latest(tmp_path, items)
     assert_same(items, restored)
     assert manifest["step"] == 5
     assert manifest["seconds"] == 1.5
@@ -74,7 +80,7 @@ def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
     else:
         path.unlink()
     with pytest.warns(UserWarning, match="checkpoint 2 is not used"):
-        restored, manifest = checkpoint.restore_latest(tmp_path, items, everywhere())
+        restored, manifest = restore_latest(tmp_path, items)
     assert manifest["step"] == 1
     assert_same(items, restored)
     with pytest.raises(checkpoint.CheckpointError):

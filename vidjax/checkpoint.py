@@ -46,7 +46,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
             shutil.rmtree(folder)  # of a save that was cut short
         folder.mkdir(parents=True)
         filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
-        ocp.save_checkpointables(folder / "state", filled)
+        ocp.save_checkpointables(str(folder / "state"), filled)
         manifest = {
             "step": step,
             "arrays": _arrays(items),
@@ -96,7 +96,7 @@ def restore(
         for name, tree in abstract.items()
         if jax.tree.leaves(tree)
     }
-    restored = ocp.load_checkpointables(folder / "state", wanted)
+    restored = ocp.load_checkpointables(str(folder / "state"), wanted)
     return {name: restored.get(name, tree) for name, tree in abstract.items()}
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+Config = Any  # a ConfigDict, whose fields no type checker can follow
 
-def default() -> ConfigDict:
+
+def default() -> Config:
     """Returns a configuration with every field that every experiment has.
 
     The files in `configs/` start from this one and set `model`, `fusion` and what else differs.
@@ -20,7 +22,7 @@ def default() -> ConfigDict:
     `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
     `optim.make_optimizer`.
     """
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0
     config.batch_size = 128  # clips a step, over all devices
     config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
@@ -66,7 +68,7 @@ def default() -> ConfigDict:
     return config
 
 
-def choose_data(config: ConfigDict, words: Collection[str]) -> None:
+def choose_data(config: Config, words: Collection[str]) -> None:
     """Sets the dataset that `iqiyi_vid` or `standard` among the words asks for."""
     if {"iqiyi_vid", "standard"} <= set(words):
         raise ValueError("config arguments: 'iqiyi_vid' and 'standard' are two datasets")
@@ -96,7 +98,7 @@ def split_args(args: str, known: Sequence[str]) -> tuple[set[str], tuple[str, ..
     return given, modalities
 
 
-def load_file(spec: str) -> ConfigDict:
+def load_file(spec: str) -> Config:
     """Returns the configuration that `FILE` or `FILE:ARG,ARG` describes.
 
     Args:
@@ -122,7 +124,7 @@ def load_file(spec: str) -> ConfigDict:
     return module.get_config(args)
 
 
-def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every leaf of a configuration."""
     for key in config:
         value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
@@ -132,7 +134,7 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def override(config: Config, overrides: Sequence[str]) -> Config:
     """Returns a copy of a configuration with `--config.a.b=value` applied to it.
 
     Args:
@@ -177,12 +179,12 @@ def _as_tuple(text: str) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """Returns a configuration as JSON text."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str) -> Config:
     """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
     config = default()
     with config.unlocked():
@@ -196,7 +198,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns field -> (old value, new value) for every field that differs."""
     before, after = dict(fields(old)), dict(fields(new))
     return {

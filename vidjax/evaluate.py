@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vidjax import checkpoint, metrics, ranking, steps
 from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.batch import Array, Batch
+from vidjax.config import Config
 from vidjax.logs import CompileClock, Progress
 
 
@@ -104,7 +104,7 @@ def _top1(scores: Array, labels: Array, batch: Batch) -> tuple[Array, Array]:
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, data: Any, *, num_devices: int | None = None
+    config: Config, workdir: Path, data: Any, *, num_devices: int | None = None
 ) -> dict[str, Any]:
     """Scores a split with the weights of a run; writes the ranking and returns the metrics.
 
@@ -164,7 +164,7 @@ def evaluate(
     return results
 
 
-def _choose_step(config: ConfigDict, workdir: Path) -> int:
+def _choose_step(config: Config, workdir: Path) -> int:
     saved = checkpoint.manifests(workdir)
     best = checkpoint.best_step(workdir)
     choices = {"latest": max(saved, default=None), "best": best}

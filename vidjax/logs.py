@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from vidjax import workdir as workdir_lib
+
+# Protocol buffers make their classes at run time: type checkers do not see them.
+Event: Any = event_pb2.Event  # type: ignore[attr-defined]
+SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
+Summary: Any = summary_pb2.Summary  # type: ignore[attr-defined]
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -70,7 +74,7 @@ class Logs:
         """Writes one line of measured times of a step."""
         _write_line(self._timing, step, values)
 
-    def _event(self, event: Event) -> None:
+    def _event(self, event: Any) -> None:
         event.wall_time = time.time()
         self._events.write(event.SerializeToString())
         self._events_file.flush()
@@ -127,9 +131,9 @@ class CompileClock:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, duration: float, **kwargs: Any) -> None:
+    def _add(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += duration
+            self.seconds += duration_secs
 
     def close(self) -> None:
         """Stops counting."""

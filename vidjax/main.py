@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from vidjax import config as config_lib
+from vidjax.config import Config
 
 MODES = ("train", "evaluate")
 
@@ -109,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_config(args: argparse.Namespace) -> tuple[ConfigDict, str]:
+def _train_config(args: argparse.Namespace) -> tuple[Config, str]:
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
     config = config_lib.override(config_lib.load_file(args.config), args.overrides)
@@ -118,7 +117,7 @@ def _train_config(args: argparse.Namespace) -> tuple[ConfigDict, str]:
     return config, args.workdir or f"runs/{default}"
 
 
-def _workdir_config(args: argparse.Namespace) -> tuple[ConfigDict, str]:
+def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     if not args.workdir:
         raise ValueError(f"--mode={args.mode} needs --workdir=FOLDER, that of a trained run")
     if args.config:
@@ -130,7 +129,7 @@ def _workdir_config(args: argparse.Namespace) -> tuple[ConfigDict, str]:
     return config_lib.override(config, args.overrides), args.workdir
 
 
-def _load(config: ConfigDict) -> Any:
+def _load(config: Config) -> Any:
     from vidjax.data import pipeline
 
     return pipeline.load(

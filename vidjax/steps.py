@@ -230,7 +230,10 @@ def train_step(
     new_state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        model_state=model_state,
+        # Linen's running statistics start as float32 and would take the dtype of the batch's.
+        model_state=jax.tree.map(
+            lambda new, old: new.astype(old.dtype), model_state, dict(state.model_state)
+        ),
         opt_state=opt_state,
         sums={name: state.sums[name] + added[name].astype(jnp.float32) for name in added},
     )

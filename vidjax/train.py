@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vidjax import checkpoint, ranking, steps
 from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
+from vidjax.config import Config
 from vidjax.evaluate import Evaluator, digest, select_modalities
 from vidjax.logs import Logs, Progress, say
 
@@ -27,7 +27,7 @@ from vidjax.logs import Logs, Progress, say
 MOVABLE = ("checkpoint_every_seconds", "data.dir", "data.cache_dir", "eval.checkpoint")
 
 
-def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder if it is finished, None if it can go on or begin.
 
     Raises:
@@ -49,7 +49,7 @@ def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
 
 
 def train(
-    config: ConfigDict, workdir: Path, data: Any, *, num_devices: int | None = None
+    config: Config, workdir: Path, data: Any, *, num_devices: int | None = None
 ) -> dict[str, Any]:
     """Trains a system, or goes on where an earlier process stopped; returns the run's metrics.
 
@@ -173,7 +173,7 @@ def train(
     return results
 
 
-def _measure(config: ConfigDict, data: Any) -> tuple[np.ndarray, steps.Sizes]:
+def _measure(config: Config, data: Any) -> tuple[np.ndarray, steps.Sizes]:
     """Returns the labels of the training clips and the sizes that follow from data and config."""
     modalities = select_modalities(config.modalities, data)
     train_splits = tuple(config.data.train_splits)
@@ -198,7 +198,7 @@ def _measure(config: ConfigDict, data: Any) -> tuple[np.ndarray, steps.Sizes]:
     )
 
 
-def _claim(workdir: Path, config: ConfigDict, data: Any) -> None:
+def _claim(workdir: Path, config: Config, data: Any) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     cropped = data.num_cropped(
@@ -211,7 +211,7 @@ def _claim(workdir: Path, config: ConfigDict, data: Any) -> None:
 
 
 def _start(
-    workdir: Path, config: ConfigDict, system: steps.System, sizes: steps.Sizes, mesh: Mesh
+    workdir: Path, config: Config, system: steps.System, sizes: steps.Sizes, mesh: Mesh
 ) -> tuple[steps.TrainState, dict[str, Any]]:
     """Returns the newest saved state and its manifest, or a new state and nothing."""
 
@@ -238,19 +238,19 @@ def _state(items: dict[str, Any]) -> steps.TrainState:
     )
 
 
-def _eval_steps(config: ConfigDict, sizes: steps.Sizes) -> set[int]:
+def _eval_steps(config: Config, sizes: steps.Sizes) -> set[int]:
     every = round(config.eval.every_epochs * sizes.num_clips / config.batch_size)
     return {sizes.total_steps, *(range(every, sizes.total_steps, every) if every else ())}
 
 
 def _summary(
-    config: ConfigDict, system: steps.System, sizes: steps.Sizes, state: steps.TrainState
+    config: Config, system: steps.System, sizes: steps.Sizes, state: steps.TrainState
 ) -> dict[str, float]:
     """Returns the means since the last line of the log: functions of config, data and step."""
     step, weight = int(state.step), max(float(state.sums["weight"]), 1e-6)
     return {
         "epoch": step * config.batch_size / sizes.num_clips,
-        "learning_rate": float(system.schedule(step - 1)),
+        "learning_rate": float(jnp.asarray(system.schedule(step - 1))),
         "train_loss": float(state.sums["loss"]) / weight,
         "train_accuracy": float(state.sums["correct"]) / weight,
     }

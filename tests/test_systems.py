@@ -1,0 +1,194 @@
+"""The shipped experiments at their real size, by the commands that a user types. Minutes long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import config as config_lib
+from vidjax import mesh as mesh_lib
+from vidjax import steps
+from vidjax.batch import Batch, Frames
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
+
+
+def results(vidjax_command, workdir, *words):
+    """Runs a training command and returns its metrics.json."""
+    done = vidjax_command(*words, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return json.loads((workdir / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, seed):
+    """The first command of the README, with another seed of everything."""
+    seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
+
+    def score(spec):
+        name = spec.replace("/", "-").replace(":", "-")
+        return results(vidjax_command, tmp_path / name, f"--config={spec}", *seeds)["map"]
+
+    whole = score("configs/mma.py")
+    others = {spec: score(spec) for spec in ("configs/knn.py", "configs/mma.py:face")}
+    if seed == 0:  # the weak ones are far below: once is enough
+        for modality in ("head", "body", "audio"):
+            spec = f"configs/mma.py:{modality}"
+            others[spec] = score(spec)
+    assert whole > max(others.values()), (whole, others)
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
+def test_real_clips(vidjax_command, tmp_path):
+    words = (
+        "--config=configs/mma.py:iqiyi_vid,face,head,audio",
+        f"--config.data.dir={REAL_DATA}",
+        "--config.batch_size=128",
+        "--config.num_epochs=40",
+        "--config.eval.every_epochs=0",
+    )
+    metrics = results(vidjax_command, tmp_path, *words)
+    assert metrics["num_clips"] == 1232
+    assert metrics["num_distractors"] == 373
+    assert metrics["num_identities"] == 413
+    assert metrics["map"] >= 0.88
+    scored = vidjax_command(
+        f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt", module="vidjax.ranking"
+    )
+    assert float(scored.stdout.split()[-1]) == metrics["map"]
+    test = vidjax_command(
+        "--mode=evaluate", f"--workdir={tmp_path}", "--config.eval.split=test"
+    )  # fmt: skip
+    assert test.returncode == 0, test.stderr
+    lines = (tmp_path / "ranking_test.txt").read_text().splitlines()
+    assert len(lines) == 413
+    assert all(len(line.split()) == 101 for line in lines)
+
+
+def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
+    """A real SIGINT to a real process, whenever it comes, costs nothing but time."""
+    words = ("--config=configs/mma.py", "--config.num_epochs=20", "--config.log_every_steps=7")
+    results(vidjax_command, tmp_path / "whole", *words)
+    command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={tmp_path / 'parts'}"]
+    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
+    stops = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("train:"):  # the first steps are done
+                time.sleep(1.5)
+                process.send_signal(signal.SIGINT)
+                break
+        process.stderr.close()
+        code = process.wait(timeout=120)
+        assert code in (0, 130)
+        stops += code == 130
+    assert stops
+    results(vidjax_command, tmp_path / "parts", *words)
+    for name in ("metrics.jsonl", "ranking.txt"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "parts" / name).read_bytes() == whole
+
+
+FULL_SIZE = {  # arguments of configs/mma.py -> parameters at 10,034 identities
+    "iqiyi_vid": 34_026_297,
+    "iqiyi_vid,face": 17_821_497,
+    "iqiyi_vid,face,head": 23_223_097,
+    "iqiyi_vid,published": 37_959_491,
+}
+
+
+def made_up_batch(rng, config, rows, num_classes):
+    def frames(name):
+        length = 1 if name == "audio" else config.data.max_frames
+        features = rng.normal(size=(rows, length, 512)).astype(np.float16)
+        flat = np.ones((rows, length), np.float32)
+        mask = np.arange(length) < rng.integers(1, length + 1, (rows, 1))
+        return Frames(features, 80 * flat, flat, np.zeros_like(flat, np.int32), mask)
+
+    index = rng.choice(num_classes, rows, replace=False).astype(np.int32)
+    return Batch({name: frames(name) for name in config.modalities}, index, np.ones(rows, bool))
+
+
+@pytest.mark.parametrize("args", FULL_SIZE)
+def test_published_size(args):
+    """One step of 8 clips at 10,035 classes, after a look at the number of parameters."""
+    config = config_lib.load_file(f"{ROOT}/configs/mma.py:{args}")
+    config = config_lib.override(config, ["--config.batch_size=8"])
+    widths = {name: 512 for name in config.modalities}
+    sizes = steps.Sizes(widths, 10_034, 57_820, 1000, train_other=False)
+    system = steps.make_system(config.to_dict(), sizes)
+
+    def init():
+        return steps.init_state(system, widths, jax.random.key(0))
+
+    shapes = jax.eval_shape(init).params
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == FULL_SIZE[args]
+    mesh = mesh_lib.make_mesh(1)
+    state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
+    rng = np.random.default_rng(0)
+    batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, config, 8, 57_820))
+    labels = rng.integers(1, 10_035, 57_820).astype(np.int32)
+    tables = {"label": jnp.asarray(labels), "weight": jnp.ones(57_820)}
+    step = steps.make_train_step(system, mesh)
+    losses = []
+    for _ in range(3):
+        state, loss = step(state, mesh_lib.replicate(mesh, tables), batch)
+        losses.append(float(loss))
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+    assert losses[0] == pytest.approx(np.log(10_034), rel=0.2)
+    assert all(np.isfinite(losses))
+
+
+ONE_AND_EIGHT = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_enable_x64", True)
+from tests.test_systems import ROOT, made_up_batch
+from vidjax import config as config_lib, mesh as mesh_lib, steps
+
+config = config_lib.override(
+    config_lib.load_file(f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"),
+    ["--config.dtype=float64", "--config.data.max_frames=8", "--config.model.embed_dim=32"],
+)
+widths = {name: 512 for name in config.modalities}
+sizes = steps.Sizes(widths, 50, 200, 20, train_other=False)
+system = steps.make_system(config.to_dict(), sizes)
+labels = np.random.default_rng(1).integers(1, 51, 200).astype(np.int32)
+final = []
+for devices in (1, 8):
+    mesh = mesh_lib.make_mesh(devices)
+    state = mesh_lib.replicate(mesh, steps.init_state(system, widths, jax.random.key(0)))
+    tables = mesh_lib.replicate(mesh, {"label": labels, "weight": np.ones(200)})
+    step = steps.make_train_step(system, mesh)
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, config, 32, 200))
+        state, loss = step(state, tables, batch)
+    assert step._cache_size() == 1, step._cache_size()
+    final.append(jax.device_get(state.params))
+leaves = list(zip(*map(jax.tree.leaves, final)))
+assert all(a.dtype == np.float64 for a, _ in leaves)
+worst = max(np.max(np.abs(a - b)) for a, b in leaves)
+moved = max(np.max(np.abs(a)) for a, _ in leaves)
+print(worst, moved)
+assert worst < 1e-10 < 1e-3 < moved, worst
+"""
+
+
+def test_adam_in_float64_does_not_depend_on_the_number_of_devices():
+    env = {**os.environ, "JAX_ENABLE_X64": "1"}
+    command = [sys.executable, "-c", ONE_AND_EIGHT]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
