@@ -72,7 +72,4 @@ def get_config(args: str = "") -> config_lib.Config:
         config.model.map_norm = False  # paper
         config.model.modality_dropout_rate = 0.0  # paper
         config.model.dropout_rate = 0.0  # paper
-        config.model.num_clusters = 8  # ours
-        config.model.feature_scale = 0.1  # ours
-        config.optim.total_decay = 0.0  # ours
     return config
