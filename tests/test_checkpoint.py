@@ -106,3 +106,17 @@ def test_another_model_is_an_error(tmp_path, items):
     other = {**items, "params": {"a": jnp.ones((4, 2), jnp.bfloat16)}}
     with pytest.raises(checkpoint.CheckpointError, match="another model"):
         checkpoint.restore(tmp_path, 1, other, everywhere())
+
+
+def test_a_damaged_manifest_is_a_damaged_step(tmp_path, items):
+    checkpoint.save(tmp_path, 1, items, {"map": 0.9})
+    checkpoint.save(tmp_path, 2, items, {"map": 0.1})
+    (tmp_path / "checkpoints" / "2" / "manifest.json").write_text('{"step": 2, ')
+    with pytest.warns(UserWarning, match="damaged"):
+        assert restore_latest(tmp_path, items)[1]["step"] == 1
+    (tmp_path / "checkpoints" / "1" / "manifest.json").write_text("")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(checkpoint.CheckpointError, match="no good checkpoint"),
+    ):
+        restore_latest(tmp_path, items)

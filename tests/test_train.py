@@ -122,12 +122,12 @@ def test_another_configuration_is_refused(tmp_path):
     config = shrunk("--config.num_epochs=1")
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     assert train.finished(tmp_path, config) is None
-    (tmp_path / "metrics.json").write_text('{"map": 0.5}')
+    (tmp_path / "metrics.json").write_text('{"map": 0.5, "finished": true}')
     with pytest.raises(ValueError, match="another configuration") as caught:
         train.finished(tmp_path, shrunk("--config.num_epochs=1", "--config.model.gamma=0.1"))
     assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
     moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
-    assert train.finished(tmp_path, moved) == {"map": 0.5}
+    assert train.finished(tmp_path, moved) == {"map": 0.5, "finished": True}
 
 
 @pytest.mark.parametrize(
@@ -256,3 +256,50 @@ def test_random_draws_do_not_depend_on_the_number_of_devices(data):
         drawn.append(jax.device_get(fused))
     for left, right in zip(*drawn, strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+class Failing:
+    """A dataset whose clips cannot be read when the n-th evaluation wants them."""
+
+    def __init__(self, data, evaluation):
+        self._data, self._left = data, evaluation
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def eval_batches(self, **kwargs):
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("a shard is damaged")
+        return self._data.eval_batches(**kwargs)
+
+
+def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
+    config = shrunk("--config.eval.every_epochs=3")
+    run(config, tmp_path / "whole", data)
+    for evaluation in (0, 1):
+        with pytest.raises(ValueError, match="damaged"):
+            run(config, tmp_path / "parts", Failing(data, evaluation))
+        assert max(checkpoint.manifests(tmp_path / "parts")) == (9, 18)[evaluation]
+    run(config, tmp_path / "parts", data)
+    for name in ("metrics.jsonl", "ranking.txt"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
+    config = shrunk()
+    with pytest.raises(workdir_lib.Interrupted):
+        run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
+    evaluate_lib.evaluate(config, tmp_path, data, num_devices=1)
+    assert train.finished(tmp_path, config) is None
+    other = config_lib.override(config, ["--config.modalities=face"])
+    with pytest.raises(ValueError, match="trained on face,head,audio"):
+        evaluate_lib.evaluate(other, tmp_path, data, num_devices=1)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
+    config = shrunk("--config.optim.name=sgd", "--config.optim.learning_rate=1e30")
+    with pytest.raises(ValueError, match="learning rate") as caught:
+        run(config, tmp_path, data)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert not checkpoint.manifests(tmp_path)

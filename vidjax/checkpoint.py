@@ -31,11 +31,16 @@ class DamagedError(CheckpointError):
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Saves a step, then drops those that are neither the latest nor the best.
 
+    A step that is saved already keeps its arrays and gains facts.
+
     Args:
       workdir: the run's folder.
       step: optimiser steps done.
       items: name -> tree of arrays; restored by the same names.
-      info: plain facts kept in the manifest; `map` marks an evaluated step.
+      info: plain facts kept in the manifest; the best step is that of the highest `map`.
+
+    Raises:
+      OSError: it cannot be written; what was saved before is intact.
     """
     folder = workdir / "checkpoints" / str(step)
     if (folder / "manifest.json").exists():
@@ -44,25 +49,36 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
     else:
         if folder.exists():
             shutil.rmtree(folder)  # of a save that was cut short
-        folder.mkdir(parents=True)
         filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
-        ocp.save_checkpointables(str(folder / "state"), filled)
-        manifest = {
-            "step": step,
-            "arrays": _arrays(items),
-            "files": _digests(folder / "state"),
-            **info,
-        }
-        workdir_lib.write_json(folder / "manifest.json", manifest)
+        try:
+            folder.mkdir(parents=True)
+            ocp.save_checkpointables(str(folder / "state"), filled)
+            manifest = {
+                "step": step,
+                "arrays": _arrays(items),
+                "files": _digests(folder / "state"),
+                **info,
+            }
+            workdir_lib.write_json(folder / "manifest.json", manifest)
+        except Exception as error:  # Orbax reports a full disk in a dozen ways
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise OSError(
+                f"cannot save a checkpoint in '{folder}': {reason}\n"
+                "earlier checkpoints are intact; is the disk full?"
+            ) from error
     _drop_others(workdir)
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> manifest of every saved step, in ascending order."""
+    """Returns step -> manifest of every saved step, in ascending order; warns of damaged ones."""
     found = {}
     for path in (workdir / "checkpoints").glob("*/manifest.json"):
         if path.parent.name.isdigit():
-            found[int(path.parent.name)] = json.loads(path.read_text())
+            try:
+                found[int(path.parent.name)] = json.loads(path.read_text())
+            except ValueError:
+                warnings.warn(f"'{path}' is damaged: the step is not used", stacklevel=2)
     return dict(sorted(found.items()))
 
 
@@ -116,7 +132,7 @@ def restore_latest(
             return restore(workdir, step, abstract, sharding), steps[step]
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
-    if steps:
+    if steps or list((workdir / "checkpoints").glob("*/manifest.json")):
         raise CheckpointError(f"no good checkpoint in '{workdir / 'checkpoints'}'")
     return None
 
@@ -162,7 +178,9 @@ def _drop_others(workdir: Path) -> None:
     for step in steps.keys() - keep:
         folder = workdir / "checkpoints" / str(step)
         (folder / "manifest.json").unlink()  # first: half a folder must not look like a step
-        shutil.rmtree(folder)
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.name.isdigit() and not (folder / "manifest.json").exists():
+            shutil.rmtree(folder)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -110,9 +110,10 @@ def load_file(spec: str) -> Config:
     name, _, args = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, near, n=1)
-        hint = f"did you mean '{path.parent / close[0]}'?" if close else f"there: {near}"
+        folder = path if path.is_dir() else path.parent
+        near = sorted(str(folder / p.name) for p in folder.glob("*.py")) if folder.is_dir() else []
+        close = difflib.get_close_matches(str(path), near, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there: {', '.join(near) or 'nothing'}"
         raise ValueError(f"--config: no such file '{name}'\n{hint}")
     module_spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
@@ -190,6 +191,21 @@ def from_json(text: str) -> Config:
     with config.unlocked():
         config.update(_tuples(json.loads(text)))
     return config
+
+
+def load_workdir(workdir: Path) -> Config:
+    """Returns the configuration of the run in a folder.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)")
+    try:
+        return from_json(path.read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
 def _tuples(value: Any) -> Any:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,18 @@ from vidjax import workdir as workdir_lib
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.logs import CompileClock, Progress
+
+# What metrics.json says of the training, whatever is evaluated later.
+OF_TRAINING = (
+    "best_step",
+    "best_map",
+    "num_params",
+    "train_clips_per_second",
+    "seconds",
+    "seed",
+    "finished",
+    "versions",
+)
 
 
 class Evaluation(NamedTuple):
@@ -49,7 +61,13 @@ class Evaluator:
         self._rows = block_size * mesh.size
 
     def __call__(
-        self, params: Any, model_state: Any, data: Any, split_name: str, *, label: str
+        self,
+        params: Any,
+        model_state: Any,
+        data: Any,
+        split_name: str,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         """Scores every clip of a split once.
 
@@ -58,14 +76,14 @@ class Evaluator:
           model_state: the model's other collections.
           data: a `vidjax.data.pipeline.Dataset` of the system's identities.
           split_name: which split.
-          label: what the progress bar says.
+          check: called after every block; what it raises ends the evaluation.
         """
         split = data.split(split_name)
         labels = mesh_lib.replicate(self._mesh, jnp.asarray(split.labels))
         right: list[tuple[Array, Array]] = []
 
         def blocks() -> Iterator[tuple[Array, Array, Array]]:
-            progress = Progress(len(split.clips), initial=0, unit="clip", label=label)
+            progress = Progress(len(split.clips), initial=0, unit="clip", label="evaluate")
             for host_batch in data.eval_batches(
                 split=split_name, modalities=self._modalities, rows=self._rows
             ):
@@ -75,6 +93,7 @@ class Evaluator:
                 yield scores, batch.clip_index, batch.batch_mask
                 jax.block_until_ready(scores)
                 progress.advance(int(np.sum(host_batch.batch_mask)))
+                check()
             progress.close()
 
         began, compiling = time.monotonic(), CompileClock()
@@ -126,14 +145,22 @@ def evaluate(
     step = _choose_step(config, workdir)
     manifest = checkpoint.manifests(workdir)[step]
     sizes = steps.Sizes(**{name: manifest[name] for name in steps.Sizes._fields})
+    if tuple(config.modalities) != tuple(sizes.modalities):
+        raise ValueError(
+            f"config.modalities={','.join(config.modalities)}: the run was trained on "
+            f"{','.join(sizes.modalities)}, in this order"
+        )
     found = select_modalities(tuple(sizes.modalities), data)
     for name, width in sizes.modalities.items():
         if found[name] != width:
             raise ValueError(f"modality '{name}': the run wants width {width}, got {found[name]}")
-    identities = tuple(json.loads((workdir / "identities.json").read_text()))
-    if digest(identities) != manifest["identities_sha256"]:
-        raise checkpoint.CheckpointError(f"'{workdir / 'identities.json'}' is not that of the run")
+    identities = _identities(workdir / "identities.json", manifest["identities_sha256"])
     data = data.with_identities(identities)
+    split = config.eval.split
+    if data.split(split).labelled and not np.any(data.split(split).positives):
+        raise ValueError(
+            f"config.eval.split={split}: its ground truth names no identity that the run knows"
+        )
 
     system = steps.make_system(config.to_dict(), sizes)
     mesh = mesh_lib.make_mesh(num_devices)
@@ -147,21 +174,31 @@ def evaluate(
         mesh_lib.replicated(mesh),
     )
     evaluator = Evaluator(system, mesh, block_size=config.eval.block_size)
-    split = config.eval.split
-    evaluation = evaluator(items["params"], items["model_state"], data, split, label="evaluate")
-    results = evaluation.results | {"step": step, "seconds": time.monotonic() - began}
+    evaluation = evaluator(items["params"], items["model_state"], data, split)
+    results = evaluation.results | {"step": step, "eval_seconds": time.monotonic() - began}
     if split in config.data.train_splits:
         results["map_kind"] = "in_sample"
 
-    trained = config_lib.from_json((workdir / "config.json").read_text())
+    trained = config_lib.load_workdir(workdir)
     suffix = "" if split == trained.eval.split else f"_{split}"
     ranking.write_ranking(
         workdir / f"ranking{suffix}.txt", identities, data.split(split).clips, evaluation.top
     )
-    path = workdir / f"metrics{suffix}.json"
-    kept = json.loads(path.read_text()) if path.exists() and not suffix else {}
-    workdir_lib.write_json(path, kept | results)
+    trained_path = workdir / "metrics.json"
+    facts = json.loads(trained_path.read_text()) if trained_path.exists() else {}
+    kept = {name: facts[name] for name in OF_TRAINING if name in facts}
+    workdir_lib.write_json(workdir / f"metrics{suffix}.json", kept | results)
     return results
+
+
+def _identities(path: Path, wanted: str) -> tuple[str, ...]:
+    try:
+        identities = tuple(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"cannot read '{path}': {error}") from error
+    if digest(identities) != wanted:
+        raise checkpoint.CheckpointError(f"'{path}' is not the list that the run was trained on")
+    return identities
 
 
 def _choose_step(config: Config, workdir: Path) -> int:
@@ -184,6 +221,8 @@ def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:
     """
     if not names:
         raise ValueError("config.modalities is empty: name at least one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
     for name in names:
         if name not in data.modalities:
             close = difflib.get_close_matches(name, data.modalities, n=1)

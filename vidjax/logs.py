@@ -22,10 +22,15 @@ SessionLog: Any = event_pb2.SessionLog  # type: ignore[attr-defined]
 Summary: Any = summary_pb2.Summary  # type: ignore[attr-defined]
 
 
-def keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Cuts a .jsonl file back to the lines of steps up to `step`: a resumed run repeats none.
 
     A last line that a kill left unfinished goes as well.
+
+    Args:
+      path: the file; it may be absent.
+      step: the last one to keep.
+      evaluated: False to drop the evaluation of `step` itself, a line that has a `split`.
     """
     if not path.exists():
         return
@@ -35,7 +40,8 @@ def keep_until(path: Path, step: int) -> None:
             value = json.loads(line)
         except json.JSONDecodeError:
             break
-        if value["step"] <= step:
+        again = value["step"] == step and "split" in value and not evaluated
+        if value["step"] <= step and not again:
             lines.append(line)
     workdir_lib.write_text(path, "".join(line + "\n" for line in lines))
 
@@ -47,10 +53,10 @@ class Logs:
     configuration write the same bytes. What depends on the machine goes to `timing.jsonl`.
     """
 
-    def __init__(self, workdir: Path, *, step: int):
-        """Opens the files, cut back to the step that a run goes on from (0 for a new one)."""
+    def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
+        """Opens the files, cut back to where a run goes on (see `keep_until`; 0 for a new one)."""
         for name in ("metrics.jsonl", "timing.jsonl"):
-            keep_until(workdir / name, step)
+            keep_until(workdir / name, step, evaluated=evaluated)
         self._metrics = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115
         self._timing = open(workdir / "timing.jsonl", "a")  # noqa: SIM115
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"

@@ -1,6 +1,10 @@
 """The command line: flags to a mode, and errors short enough to read."""
 
 import argparse
+import difflib
+import logging
+import os
+import signal
 import sys
 import time
 import traceback
@@ -9,10 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import config as config_lib
-from vidjax.config import Config
+
+def _stop_at_once(*args: Any) -> None:
+    del args
+    # Not an exception: one that lands within an import or a callback of a library is lost there.
+    os.write(2, b"vidjax: stopped\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":  # before the imports that take seconds; the loop has its own handler
+    signal.signal(signal.SIGINT, _stop_at_once)
+
+from vidjax import config as config_lib  # noqa: E402
+from vidjax.config import Config  # noqa: E402
 
 MODES = ("train", "evaluate")
+FLAGS = ("--config", "--workdir", "--mode", "--debug", "--help")
 
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of every identity.
@@ -37,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(_parse(words))
     except KeyboardInterrupt:
-        _complain("stopped before the first step; nothing to save")
+        _complain("stopped")
         return 130
     except Exception as error:
         code = _exit_code(error)
@@ -80,7 +96,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             overrides.append(f"{word}={words.pop(0)}")
         else:
             overrides.append(word)
+    for word in own:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in FLAGS:
+            close = difflib.get_close_matches(flag, FLAGS, n=1)
+            hint = f": did you mean {close[0]}?" if close else "; --help lists them"
+            raise ValueError(f"no flag {flag}{hint}")
     args = parser.parse_args(own)
+    if args.workdir == "":
+        raise ValueError("--workdir= is empty: name a folder")
     args.overrides = overrides
     return args
 
@@ -122,10 +146,7 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
         raise ValueError(f"--mode={args.mode} needs --workdir=FOLDER, that of a trained run")
     if args.config:
         raise ValueError(f"--mode={args.mode} takes its configuration from --workdir, not --config")
-    path = Path(args.workdir).expanduser() / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir: no run in '{args.workdir}' (no config.json)")
-    config = config_lib.from_json(path.read_text())
+    config = config_lib.load_workdir(Path(args.workdir).expanduser())
     return config_lib.override(config, args.overrides), args.workdir
 
 
@@ -181,4 +202,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # what libraries say to programmers
     warnings.filterwarnings("default", category=UserWarning, module="vidjax")
     warnings.showwarning = _show_warning
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
     sys.exit(main())

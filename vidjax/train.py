@@ -20,7 +20,7 @@ from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.config import Config
-from vidjax.evaluate import Evaluator, digest, select_modalities
+from vidjax.evaluate import Evaluation, Evaluator, digest, select_modalities
 from vidjax.logs import Logs, Progress, say
 
 # These may differ when a run goes on: they say where things lie, not what is computed.
@@ -33,10 +33,9 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     Raises:
       ValueError: the folder holds a run of another configuration.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         return None
-    other = config_lib.differences(config_lib.from_json(path.read_text()), config)
+    other = config_lib.differences(config_lib.load_workdir(workdir), config)
     other = {name: pair for name, pair in other.items() if name not in MOVABLE}
     if other:
         shown = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in other.items())
@@ -45,7 +44,8 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
             f"{shown[:300]}\nuse another --workdir, or the configuration of that run"
         )
     done = workdir / "metrics.json"
-    return json.loads(done.read_text()) if done.exists() else None
+    results = json.loads(done.read_text()) if done.exists() else {}
+    return results if results.get("finished") else None  # evaluation writes the file too
 
 
 def train(
@@ -71,7 +71,6 @@ def train(
     evaluate = Evaluator(system, mesh, block_size=config.eval.block_size)
     facts = {**sizes._asdict(), "identities_sha256": digest(data.identities)}
 
-    _claim(workdir, config, data)
     state, saved = _start(workdir, config, system, sizes, mesh)
     if saved and saved["identities_sha256"] != facts["identities_sha256"]:
         raise checkpoint.CheckpointError(f"'{workdir}' was trained on another list of identities")
@@ -82,8 +81,8 @@ def train(
     def seconds() -> float:
         return saved.get("seconds", 0.0) + time.monotonic() - began
 
-    def save(state: steps.TrainState, **scores: float) -> None:
-        info = {**facts, **scores, "seconds": seconds()}
+    def save(state: steps.TrainState, **more: Any) -> None:
+        info = {**facts, **more, "seconds": seconds()}
         checkpoint.save(workdir, int(state.step), _items(state), info)
 
     weight = np.ones(sizes.num_clips, np.float32)
@@ -98,16 +97,40 @@ def train(
         seed=config.seed,
         start=step * config.batch_size,
     )
+    _claim(workdir, config, data)
     eval_steps = _eval_steps(config, sizes)
     evaluation = None
+    pending = step in eval_steps and not saved.get("evaluated")
     steps_seconds: list[float] = []
     waited = 0.0
     last_save = time.monotonic()
-    logs = Logs(workdir, step=step)
+    logs = Logs(workdir, step=step, evaluated=not pending)
     clips = sizes.total_steps * config.batch_size
     progress = Progress(clips, initial=step * config.batch_size, unit="clip", label="train")
     try:
         with workdir_lib.catch_interruption() as interruption:
+
+            def stop_if_asked() -> None:
+                if interruption.signum:
+                    raise workdir_lib.Interrupted(interruption.signum, step)
+
+            def watch() -> Evaluation:
+                evaluation = evaluate(
+                    state.params,
+                    state.model_state,
+                    data,
+                    config.eval.split,
+                    check=stop_if_asked,
+                )
+                scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
+                logs.metrics(step, {"split": config.eval.split, **scores})
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
+                save(state, **scores, evaluated=True)
+                return evaluation
+
+            if pending:  # an earlier process stopped in this evaluation
+                evaluation = watch()
             batch = mesh_lib.shard_batch(mesh, next(batches))
             while step < sizes.total_steps:
                 dispatched = time.monotonic()
@@ -117,9 +140,16 @@ def train(
                 fetching = time.monotonic()
                 batch = mesh_lib.shard_batch(mesh, next(batches))
                 fetched = time.monotonic()
-                progress.advance(config.batch_size, f"loss {float(loss):.3f}")
+                loss = float(loss)
                 steps_seconds.append(time.monotonic() - dispatched)
                 waited += fetched - fetching
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {loss} at step {step}, learning rate "
+                        f"{float(jnp.asarray(system.schedule(step - 1))):g}\n"
+                        "the last checkpoint is older; is config.optim.learning_rate too high?"
+                    )
+                progress.advance(config.batch_size, f"loss {loss:.3f}")
 
                 if step % config.log_every_steps == 0 or step == sizes.total_steps:
                     logs.metrics(step, _summary(config, system, sizes, state))
@@ -127,46 +157,36 @@ def train(
                     recent = steps_seconds[-config.log_every_steps :]
                     rate = config.batch_size / statistics.median(recent)
                     logs.timing(step, {"clips_per_second": rate, "input_seconds": waited})
-                if step in eval_steps:
-                    evaluation = evaluate(
-                        state.params, state.model_state, data, config.eval.split, label="evaluate"
-                    )
-                    scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
-                    logs.metrics(step, scores)
-                    shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-                    say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
-                    save(state, **scores)
-                    last_save = time.monotonic()
-                elif interruption.signum or (
-                    time.monotonic() - last_save >= config.checkpoint_every_seconds
-                ):
+                late = time.monotonic() - last_save >= config.checkpoint_every_seconds
+                if step in eval_steps or interruption.signum or late:
                     save(state)
                     last_save = time.monotonic()
-                if interruption.signum and step < sizes.total_steps:
-                    raise workdir_lib.Interrupted(interruption.signum, step)
+                if step in eval_steps:
+                    evaluation = watch()
+                if step < sizes.total_steps:
+                    stop_if_asked()
     finally:
         progress.close()
         logs.close()
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
-        evaluation = evaluate(
-            state.params, state.model_state, data, config.eval.split, label="evaluate"
-        )
+        evaluation = evaluate(state.params, state.model_state, data, config.eval.split)
     ranking.write_ranking(
         workdir / "ranking.txt",
         data.identities,
         data.split(config.eval.split).clips,
         evaluation.top,
     )
-    typical = statistics.median(steps_seconds[1:] or steps_seconds or [float("nan")])
+    rates = [config.batch_size / seconds for seconds in steps_seconds[1:] or steps_seconds]
     results = {
         **evaluation.results,
         **_best(workdir),
         "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
-        "train_clips_per_second": config.batch_size / typical,
+        "train_clips_per_second": statistics.median(rates) if rates else None,
         "seconds": seconds(),
         "seed": config.seed,
         "step": step,
+        "finished": True,
         "versions": versions(),
     }
     workdir_lib.write_json(workdir / "metrics.json", results)
@@ -184,11 +204,16 @@ def _measure(config: Config, data: Any) -> tuple[np.ndarray, steps.Sizes]:
         )
     data.split(config.eval.split)  # before an hour of training, not after
     for name in ("batch_size", "log_every_steps", "num_epochs"):
-        if config[name] <= 0:
+        if not 0 < config[name] < math.inf:
             raise ValueError(f"config.{name}={config[name]}: must be positive")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"config.seed={config.seed}: must be 0 or more, below 2**31")
+    if not train_splits:
+        raise ValueError("config.data.train_splits is empty: name at least one")
     labels = np.concatenate([data.split(name).labels for name in train_splits])
     if not np.any(labels > 0):
-        raise ValueError(f"no clip of {train_splits} has an identity: is the ground truth there?")
+        names = ", ".join(f"{name}_gt.txt" for name in train_splits)
+        raise ValueError(f"no clip to train on has an identity: is there a good {names}?")
     return labels, steps.Sizes(
         modalities=modalities,
         num_identities=len(data.identities),
