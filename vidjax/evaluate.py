@@ -83,7 +83,7 @@ class Evaluator:
         right: list[tuple[Array, Array]] = []
 
         def blocks() -> Iterator[tuple[Array, Array, Array]]:
-            progress = Progress(len(split.clips), initial=0, unit="clip", label="evaluate")
+            progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
             for host_batch in data.eval_batches(
                 split=split_name, modalities=self._modalities, rows=self._rows
             ):

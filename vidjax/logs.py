@@ -99,7 +99,7 @@ def _write_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
 class Progress:
     """A tqdm bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total: int, *, initial: int, unit: str, label: str):
+    def __init__(self, total: int, *, initial: int = 0, unit: str, label: str, leave: bool = True):
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
         self._done, self._printed = initial, time.monotonic()
@@ -111,6 +111,7 @@ class Progress:
                 unit_scale=True,
                 desc=label,
                 dynamic_ncols=True,
+                leave=leave,
             )
 
     def advance(self, count: int, text: str = "") -> None:

@@ -202,5 +202,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # what libraries say to programmers
     warnings.filterwarnings("default", category=UserWarning, module="vidjax")
     warnings.showwarning = _show_warning
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
     sys.exit(main())

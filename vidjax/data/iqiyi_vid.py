@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import mmap
 import shutil
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
+from tqdm import tqdm
 
 from vidjax.data import pickles
 from vidjax.data.data_report import format_report, report_labels, report_split
@@ -42,6 +43,7 @@ from vidjax.data.records import (
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.0.0"
 MIN_SHARDS = 8
+_LOG = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
 MAX_UNKNOWN_RATE = 0.01
@@ -227,8 +229,9 @@ def _convert(sources: Sources, facts: list[dict[str, Any]], folder: Path) -> Non
     """Fills `folder` with the records of `sources`."""
     staging = folder / "staging"
     unpacked: dict[str, dict[str, PackedClips]] = {}
-    for (modality, split), path in sorted(sources.items()):
-        logging.info("reading %s", path)
+    _LOG.info("converting %d files of %s", len(sources), next(iter(sources.values())).parent)
+    files = tqdm(sorted(sources.items()), desc="read", unit="file", leave=False, disable=None)
+    for (modality, split), path in files:
         packed = pickles.unpack(path, modality, staging / f"{modality}_{split}")
         unpacked.setdefault(split, {})[modality] = packed
     modalities = _common_modalities(unpacked, sources)
@@ -243,7 +246,6 @@ def _convert(sources: Sources, facts: list[dict[str, Any]], folder: Path) -> Non
         _release(joined)
 
     builder = IqiyiVid(modalities=modalities, staged=staged, data_dir=folder)
-    logging.info("writing %d clips into %s", sum(len(s.clips) for s in staged.values()), folder)
     with contextlib.redirect_stdout(io.StringIO()):  # it announces a download there
         builder.download_and_prepare(download_dir=staging)
     splits = {}
@@ -391,6 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
     )
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vidjax").setLevel(logging.INFO)
     try:
         records = prepare(args.directory, args.cache_dir)
         _, _, report = load_labels(args.directory, records)

@@ -5,6 +5,7 @@ stored dtype: parsing clip by clip runs at a third of the rate.
 """
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vidjax.data.records import (
     exclusive,
 )
 
+_LOG = logging.getLogger(__name__)
 NAMES = ("synthetic", "iqiyi_vid")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
 MAX_EVAL_FRAMES = BUCKETS[-1]
@@ -341,6 +343,7 @@ def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) 
     if not folder.exists():
         with exclusive(root):
             if not folder.exists():
+                _LOG.info("making the synthetic dataset in %s", folder)
                 with building(folder) as partial:
                     synthetic.write(partial, size=size, seed=seed)
     return folder

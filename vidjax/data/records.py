@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from vidjax.data.features import Modality, tf
+
+_LOG = logging.getLogger(__name__)
 
 
 class Shard(NamedTuple):
@@ -76,7 +78,7 @@ def exclusive(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logging.info("waiting for another process that fills %s", root)
+            _LOG.info("waiting for another process that fills %s", root)
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in root.glob("*.partial"):
             shutil.rmtree(left_over)
