@@ -96,9 +96,9 @@ class Evaluator:
                 check()
             progress.close()
 
-        began, compiling = time.monotonic(), CompileClock()
-        top = ranking.rank(blocks(), self._num_identities)
-        compiling.close()
+        began = time.monotonic()
+        with CompileClock() as compiling:
+            top = ranking.rank(blocks(), self._num_identities)
         seconds = time.monotonic() - began - compiling.seconds
         results: dict[str, Any] = {}
         if split.labelled:

@@ -132,19 +132,21 @@ class Progress:
 
 
 class CompileClock:
-    """Counts the seconds that XLA compiles in this process, from its making to `close`."""
+    """Counts the seconds that XLA compiles in this process, from entering to leaving."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+
+    def __enter__(self) -> "CompileClock":
         jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
 
     def _add(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += duration_secs
-
-    def close(self) -> None:
-        """Stops counting."""
-        jax.monitoring.unregister_event_duration_listener(self._add)
 
 
 def say(text: str) -> None:
