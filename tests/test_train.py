@@ -235,6 +235,15 @@ def test_nearest_neighbours_against_a_loop(data, tmp_path):
         precisions.append(total / np.sum(truth == identity))
     assert results["map"] == pytest.approx(np.mean(precisions), abs=1e-6)
 
+    # Clips without a face come after all others, by name, and none is lost.
+    clips = data.split("val").clips
+    unseen = [f"{clip}.mp4" for i, clip in enumerate(clips) if i not in probes]
+    assert unseen
+    for line in (tmp_path / "ranking.txt").read_text().splitlines():
+        names = line.split()[1:]
+        assert len(names) == len(clips)
+        assert names[-len(unseen) :] == unseen
+
 
 def test_random_draws_do_not_depend_on_the_number_of_devices(data):
     from vidjax import steps
