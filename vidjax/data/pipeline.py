@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.data import iqiyi_vid, synthetic
+from vidjax.data import iqiyi_vid, python2, synthetic
 from vidjax.data.features import Modality, decode_batch, parse_batch, random_window, tf
 from vidjax.data.records import (
     Records,
@@ -338,7 +338,8 @@ def load(
 def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) -> Path:
     """Returns the directory of the synthetic set as official files, written at the first call."""
     # Its own source is the version of a generator: nobody can forget to raise it.
-    version = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
+    source = b"".join(Path(str(room.__file__)).read_bytes() for room in (synthetic, python2))
+    version = hashlib.sha256(source).hexdigest()[:12]
     folder = root / f"{size}-{seed}-{version}"
     if not folder.exists():
         with exclusive(root):

@@ -22,11 +22,13 @@ iQIYI-VID-2019; what is published nowhere (programmes, strangers, boxes) is inve
 import argparse
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from vidjax.data.python2 import DictPickle, FlatFrames, pickled_items
 
 _RANK = 64
 _POSE_RANK = 8
@@ -146,13 +148,13 @@ def _write_split(folder: Path, world: "_World", split: str, rng: np.random.Gener
     clips = _Clips(world, split, rng)
     suffix = {("face", "train"): "_v2", ("face", "val"): "_v2"}
     files = {m: folder / f"{m}_{split}{suffix.get((m, split), '')}.pickle" for m in _MODALITIES}
-    pickles = {modality: _DictPickle(path) for modality, path in files.items()}
+    pickles = {modality: DictPickle(path) for modality, path in files.items()}
     try:
         for start in range(0, len(clips.labels), _CHUNK_CLIPS):
             rows = np.arange(start, min(start + _CHUNK_CLIPS, len(clips.labels)))
             for modality, frames in clips.frames(rows, rng).items():
                 names = [clips.names[row] for row in rows]
-                pickles[modality].add(_values(modality, names, frames), frames.features)
+                pickles[modality].add(pickled_items(modality, names, frames), frames.features)
     finally:
         for file in pickles.values():
             file.close()
@@ -169,27 +171,6 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
     else:
         lines = [f"{name} {label}" for label, names in by_identity.items() for name in names]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii", newline="\n")
-
-
-class _Frames(NamedTuple):
-    """The frames of some clips, one after another.
-
-    Attributes:
-      present: [n] bool, whether the clip has the modality.
-      lengths: [n] int, frames of the clip; 0 where it lacks the modality.
-      features: [F, D] float16 or float32.
-      number: [F] int, frame number.
-      box: [F, 4] float64, x1, y1, x2, y2 in pixels.
-      detection, quality: [F] float64.
-    """
-
-    present: np.ndarray
-    lengths: np.ndarray
-    features: np.ndarray
-    number: np.ndarray
-    box: np.ndarray
-    detection: np.ndarray
-    quality: np.ndarray
 
 
 class _World:
@@ -269,7 +250,7 @@ class _Clips:
         self.missing = {m: rng.random(total) < k.missing_rate for m, k in _MODALITIES.items()}
         self.blank = {m: rng.random(total) < k.blank_rate for m, k in _MODALITIES.items()}
 
-    def frames(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, _Frames]:
+    def frames(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, FlatFrames]:
         """Draws the frames of the clips `rows`, modality by modality."""
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
@@ -303,7 +284,7 @@ class _Clips:
             clarity = quality[keep] if kind.every else np.full(len(keep), 78.0)
             detection = 1 - 0.01 * rng.exponential(1 + np.exp((40 - clarity) / 25))
             points = self._points_shown(modality, rows[clip[keep]], wrong[keep])
-            result[modality] = _Frames(
+            result[modality] = FlatFrames(
                 present,
                 np.bincount(clip[keep], minlength=len(rows)),
                 self._features(modality, points, spread, track[keep], position[keep], clarity, rng),
@@ -397,108 +378,6 @@ def _boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Boxes [F, 4] of a face of `width` [F] about `centre` [F, 2], to a hundredth of a pixel."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
-
-
-class _DictPickle:
-    """A file holding one dict, pickled at protocol 2 as Python 2 and its numpy did it.
-
-    Python 3 cannot: its protocol 2 has no 8-bit strings. Differs from cPickle only in that nothing
-    but numpy's globals and the dtype enter the memo.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(b"\x80\x02}")
-        self._count = 0
-        self._first_array = True
-
-    def add(self, items: Iterable[bytes], like: np.ndarray) -> None:
-        """Writes pickled (key, value) pairs whose arrays are rows of `like` [F, D]."""
-        for item in items:
-            if self._first_array and (short := _array_head(like)) in item:
-                item = item.replace(short, _array_head(like, first=True), 1)
-                self._first_array = False
-            if self._count % 1000 == 0:
-                self._file.write(b"u(" if self._count else b"(")
-            self._file.write(item)
-            self._count += 1
-
-    def close(self) -> None:
-        """Ends the dict and the file."""
-        self._file.write(b"u." if self._count else b".")
-        self._file.close()
-
-
-def _array_head(like: np.ndarray, *, first: bool = False) -> bytes:
-    """Pickled array of shape [D] up to its bytes; later ones name the globals by memo."""
-    _, dim = like.shape
-    shape = b"K" + bytes([dim]) if dim < 256 else b"M" + dim.to_bytes(2, "little")
-    make, array, dtype = b"h\x00", b"h\x01", b"h\x02"
-    if first:
-        make = b"cnumpy.core.multiarray\n_reconstruct\nq\x00"
-        array = b"cnumpy\nndarray\nq\x01"
-        dtype = b"cnumpy\ndtype\n" + _string(like.dtype.str[1:].encode()) + b"K\x00K\x01\x87R"
-        dtype += b"(K\x03" + _string(b"<") + b"NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tbq\x02"
-    size = dim * like.itemsize
-    head = b"U" + bytes([size]) if size < 256 else b"T" + size.to_bytes(4, "little")
-    empty = make + array + b"K\x00\x85" + _string(b"b") + b"\x87R"
-    return empty + b"(K\x01" + shape + b"\x85" + dtype + b"\x89" + head
-
-
-def _string(text: bytes) -> bytes:
-    """An 8-bit string of under 256 bytes, pickled."""
-    return b"U" + bytes([len(text)]) + text
-
-
-def _values(modality: str, names: list[str], frames: _Frames) -> Iterator[bytes]:
-    """Yields pickled (name, value) pairs of the clips that stand in the file."""
-    box = (b"](", *(p for x in frames.box.T for p in (b"G", _double(x))), b"e")
-    detection = (b"G", _double(frames.detection))
-    quality = (b"G", _double(frames.quality))
-    feature = (_array_head(frames.features), frames.features, b"tb")
-    # After the frame number, the only part whose length varies.
-    tails: dict[str, tuple[bytes | np.ndarray, ...]] = {
-        "face": (*box, *detection, *quality, *feature, b"e"),
-        "head": (*box, *detection, *feature, b"e"),
-        "body": (*box, *feature, b"e"),
-        "audio": feature,
-        "scene": (*feature, b"\x86"),
-    }
-    tail = _rows(tails[modality], len(frames.features))
-    number = frames.number.tolist()
-    start = 0
-    for name, length, present in zip(names, frames.lengths.tolist(), frames.present, strict=True):
-        rows = range(start, start + length)
-        start += length
-        if modality == "audio":
-            value = [tail[row] for row in rows]
-        elif modality == "scene":
-            entries = [b"K" + bytes([i]) + tail[row] for i, row in enumerate(rows)]
-            value = [b"](", *entries, b"e"]
-        else:
-            entries = [b"](" + _string(b"%d" % number[row]) + tail[row] for row in rows]
-            value = [b"](", *entries, b"e"] if entries else [b"]"]
-        # Only the official face files list a clip that lacks the modality.
-        if present or modality == "face":
-            yield b"".join((_string(name.encode("ascii")), *value))
-
-
-def _double(values: np.ndarray) -> np.ndarray:
-    """Big-endian doubles [n, 1], as a pickle holds them."""
-    return values.astype(">f8")[:, None]
-
-
-def _rows(parts: tuple[bytes | np.ndarray, ...], count: int) -> list[bytes]:
-    """Concatenates constants and arrays [count, k], row by row."""
-    columns = [
-        np.broadcast_to(np.frombuffer(part, np.uint8), (count, len(part)))
-        if isinstance(part, bytes)
-        else np.ascontiguousarray(part).view(np.uint8)
-        for part in parts
-    ]
-    joined = np.concatenate(columns, axis=1)  # [count, bytes of a row]
-    width, data = joined.shape[1], joined.tobytes()
-    return [data[i * width : (i + 1) * width] for i in range(count)]
 
 
 def main(argv: list[str] | None = None) -> int:
