@@ -82,20 +82,21 @@ def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
     results(vidjax_command, tmp_path / "whole", *words)
     command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={tmp_path / 'parts'}"]
     env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
-    stops = 0
+    log = tmp_path / "parts" / "metrics.jsonl"
+
+    def num_lines():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     for _ in range(2):
+        lines = num_lines()
         process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("train:"):  # the first steps are done
-                time.sleep(1.5)
-                process.send_signal(signal.SIGINT)
-                break
-        process.stderr.close()
-        code = process.wait(timeout=120)
-        assert code in (0, 130)
-        stops += code == 130
-    assert stops
+        while process.poll() is None and num_lines() <= lines:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130, said
+        assert "the same command goes on" in said
+        assert not (tmp_path / "parts" / "metrics.json").exists()
     results(vidjax_command, tmp_path / "parts", *words)
     for name in ("metrics.jsonl", "ranking.txt"):
         whole = (tmp_path / "whole" / name).read_bytes()
@@ -106,7 +107,7 @@ FULL_SIZE = {  # arguments of configs/mma.py -> parameters at 10,034 identities
     "iqiyi_vid": 34_026_297,
     "iqiyi_vid,face": 17_821_497,
     "iqiyi_vid,face,head": 23_223_097,
-    "iqiyi_vid,published": 37_959_491,
+    "iqiyi_vid,published": 34_022_201,
 }
 
 
@@ -151,7 +152,8 @@ def test_published_size(args):
             state, loss = step(state, tables, batch)
             losses.append(float(loss))
     assert clock.seconds == 0  # one compilation
-    assert losses[0] == pytest.approx(np.log(10_034), rel=0.2)
+    if config.model.map_norm:  # without, logits are as large as the features
+        assert losses[0] == pytest.approx(np.log(10_034), rel=0.2)
     assert all(np.isfinite(losses))
 
 
