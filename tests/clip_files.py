@@ -61,3 +61,33 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
             clips.setdefault(identity, []).append(f"{name}.mp4")
         lines = [" ".join([identity, *names]) for identity, names in clips.items()]
     (directory / f"{split}_gt.txt").write_text("\n".join(lines) + "\n")
+
+
+WIDTHS = {"face": 24, "head": 16, "audio": 8}
+CLIPS = {"train": 96, "val": 60, "test": 40}
+
+
+def write_learnable(directory: Path, *, num_identities: int = 12) -> None:
+    """Writes three splits that a few steps of training learn; test has no ground truth.
+
+    A third of the val and test clips are distractors; every modality is missing here and there.
+    """
+    rng = np.random.default_rng(0)
+    centres = {name: rng.normal(size=(num_identities + 1, dim)) for name, dim in WIDTHS.items()}
+    for split, count in CLIPS.items():
+        names = [f"IQIYI_VID_{split.upper()}_{i:07d}" for i in range(count)]
+        labels = np.arange(count) % num_identities + 1
+        if split != "train":
+            labels[rng.permutation(count)[: count // 3]] = 0
+        for modality, dim in WIDTHS.items():
+            clips = {}
+            for name, label in zip(names, labels, strict=True):
+                length = 0 if rng.random() < 0.1 else int(rng.integers(1, 12))
+                point = centres[modality][label] if label else rng.normal(size=dim)
+                noise = 0.7 * rng.normal(size=(length, dim))
+                clip = random_clip(rng, length, dim)
+                clips[name] = clip._replace(features=(3 * (point + noise)).astype(np.float16))
+            write_pickle(directory, modality, split, clips)
+        if split != "test":
+            truth = {n: str(i) for n, i in zip(names, labels, strict=True) if i}
+            write_truth(directory, split, truth)

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests import official
+from tests import clip_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""
     folder = tmp_path_factory.mktemp("official")
-    official.write(folder)
+    clip_files.write_learnable(folder)
     return folder
 
 
