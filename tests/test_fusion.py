@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vidjax import fusion
+from vidjax import fusion, selection
 from vidjax.batch import Frames
 
 
@@ -110,8 +110,18 @@ def test_drawn_frames_that_weigh_nothing_are_averaged_uniformly():
 
 SPECS = [
     {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
-    {"name": "top", "num_frames": 4},
-    {"name": "mean", "weighting": "quality"},
+    {
+        "name": "random",
+        "num_draws": 2,
+        "max_frames": 3,
+        "replacement": False,
+        "weighting": "mixup",
+    },
+    {"name": "top", "num_frames": 4, "top_share": 0.7},
+    {"name": "mean", "weighting": "graded"},
+    {"name": "sample", "num_frames": 4},
+    {"name": "windows", "weighting": "quality", "min_quality": 20.0},
+    {"name": "crops"},
 ]
 
 
@@ -121,13 +131,14 @@ def test_padding_and_bad_quality_reach_no_feature(spec):
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
     short = fuse(rng=jax.random.key(5), frames=frames, **spec)
     long = fuse(rng=jax.random.key(5), frames=pad(frames, 7), **spec)
-    np.testing.assert_array_equal(short.mask, long.mask)
+    np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
-    keep = np.asarray(short.mask)
     for name in ("features", "quality", "detection", "number"):
-        np.testing.assert_array_equal(getattr(short, name)[keep], getattr(long, name)[keep])
-    assert np.isfinite(short.features).all()
-    assert np.abs(np.asarray(short.features)[keep]).max(axis=1).min() > 0
+        real = np.asarray(getattr(short, name))[short.mask]
+        np.testing.assert_array_equal(real, np.asarray(getattr(long, name))[long.mask])
+    features = np.asarray(short.features)
+    assert np.isfinite(features).all()
+    assert np.abs(features[short.mask]).max(axis=1).min() > 0
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -147,36 +158,148 @@ def test_one_and_eight_devices_draw_the_same(spec):
         compiled = jitted.lower(jax.random.key(7), frames).compile()
         program = compiled.as_text()
         assert program and "all-gather" not in program
-        assert f"f32[{16 // count},7,6]" not in program  # never the whole in float32
+        if spec["name"] != "windows":  # which has a mean for every frame
+            assert f"f32[{16 // count},7,6]" not in program  # never the whole in float32
         fused.append(compiled(jax.device_put(jax.random.key(7), everywhere), frames))
     jax.tree.map(np.testing.assert_array_equal, *fused)
 
 
-def test_top_frames_keeps_the_best_in_time_order():
-    frames = make_frames([9, 9], max_frames=9)
-    top = fuse("top", None, frames, num_frames=4)
-    for clip in range(2):
-        best = np.sort(np.argsort(-frames.quality[clip], kind="stable")[:4])
-        np.testing.assert_array_equal(top.number[clip], frames.number[clip, best])
-        np.testing.assert_array_equal(top.features[clip], frames.features[clip, best])
-    assert top.features.dtype == np.float16
+def test_without_replacement_frames_repeat_only_when_all_were_drawn():
+    lengths = [1, 3, 5, 8]
+    clips = [one_hot_frames(np.ones(length), padding=9 - length) for length in lengths]
+    wide = [c._replace(features=np.eye(9, 9, dtype=np.float16)[None]) for c in clips]
+    frames = jax.tree.map(lambda *clip: np.concatenate(clip), *wide)
+    options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
+    fused = np.asarray(fuse("random", jax.random.key(6), frames, **options).features)
+    for length, clip in zip(lengths, fused, strict=True):
+        counts = np.rint(5 * clip[:, :length])
+        np.testing.assert_allclose(clip[:, :length], counts / 5, atol=1e-6)
+        np.testing.assert_array_equal(counts.sum(axis=1), 5)
+        assert np.ptp(counts, axis=1).max() <= 1
+        np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
 
 
-def test_top_frames_repeats_what_there_is():
-    frames = make_frames([3, 1, 0], max_frames=3)
-    turns = fuse("top", None, frames, num_frames=32)
-    best, middle, worst = np.argsort(-frames.quality[0])
-    counts = np.bincount(np.asarray(turns.number[0]) // 10, minlength=3)
-    assert (counts[best], counts[middle], counts[worst]) == (11, 11, 10)
-    np.testing.assert_array_equal(turns.number[1], np.zeros(32))
-    assert np.array_equal(turns.mask.sum(axis=1), [32, 32, 0])
+def test_without_replacement_frames_are_drawn_by_what_is_left():
+    weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
+    options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
+    fused = fuse(
+        "random", jax.random.key(7), one_hot_frames(weights), sampling="quality", **options
+    )
+    drawn = np.asarray(fused.features[0]) > 0
+    np.testing.assert_array_equal(drawn.sum(axis=1), 2)
+    probs = weights / weights.sum()
+    expected = [
+        p + sum(q * p / (1 - q) for j, q in enumerate(probs) if j != i) for i, p in enumerate(probs)
+    ]
+    np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
 
-    draw = jax.vmap(lambda rng: fusion.top_frames(rng, frames, num_frames=32).number[0])
-    drawn = jax.jit(draw)(jax.random.split(jax.random.key(8), 200))
-    counts = np.stack([np.sum(np.asarray(drawn) == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1  # every frame is there once before any is drawn again
-    np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
-    assert counts.std() > 1
+
+def test_mixup_is_a_convex_combination_at_random():
+    options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
+    frames = one_hot_frames([1.0, 1.0, 1.0])
+    fused = fuse("random", jax.random.key(8), frames, weighting="mixup", **options)
+    shares = np.asarray(fused.features[0])
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-6)
+    # Dirichlet with parameters 1 over three frames: mean 1/3, variance 1/18, median 1 - 1/sqrt(2).
+    np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
+    np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
+    np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
+
+
+def graded_oracle(quality, detection):
+    """W(x) of quality fusion, frame by frame."""
+    out = []
+    for q, d in zip(quality, detection, strict=True):
+        g = 0 if q < 0 else 0.2 if q < 20 else 0.3 if q < 30 else 0.6 if q < 40 else 1
+        out.append(float(q) * float(d) * g)
+    return np.asarray(out)
+
+
+def test_graded_mean_is_w_of_x():
+    quality = [-5, 0, 5, 20, 25, 30, 39.5, 40, 90]
+    frames = one_hot_frames(quality)
+    frames.detection[0] = np.linspace(0.5, 1, len(frames.detection[0]))
+    expected = graded_oracle(quality, frames.detection[0][:9])
+    mean = fuse("mean", None, frames, weighting="graded")
+    np.testing.assert_allclose(mean.features[0, 0], expected / expected.sum(), rtol=1e-5)
+    # Where the weights are all 0, theirs is 0 / 0.
+    for worthless in ([-5, -1], [0, 0], [np.nan, -1]):
+        mean = fuse("mean", None, one_hot_frames(worthless, padding=9), weighting="graded")
+        np.testing.assert_allclose(mean.features[0, 0], [0.5, 0.5], rtol=1e-6)
+
+
+def windows_oracle(frames, clip, max_frames, weights):
+    """The fixed windows of one clip, loop by loop: the originals, then the merged."""
+    real = np.flatnonzero(frames.mask[clip])
+    ring = sorted(range(len(real)), key=lambda rank: rank * 2654435769 % 2**32)
+    originals, merged = [], []
+    for rank, t in enumerate(real):
+        count = min(2 + rank % (max_frames - 1), len(real))
+        place = ring.index(rank)
+        window = [real[ring[(place + slot) % len(ring)]] for slot in range(count)]
+        total = sum(weights[clip, u] for u in window)
+        originals.append(frames.features[clip, t])
+        merged.append(sum(weights[clip, u] / total * frames.features[clip, u] for u in window))
+    return np.asarray(originals + merged)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "quality"])
+def test_fixed_windows_match_a_loop(weighting):
+    frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype="float32")
+    frames.mask[0, 4] = frames.mask[4, 0] = False  # filters leave holes
+    weights = np.ones((5, 9)) if weighting == "uniform" else frames.quality * frames.detection
+    union = fuse("windows", None, frames, max_frames=4, weighting=weighting)
+    for clip in (0, 1, 2, 4):
+        expected = windows_oracle(frames, clip, 4, weights)
+        real = np.asarray(union.mask[clip])
+        assert real.sum() == 2 * frames.mask[clip].sum()
+        np.testing.assert_allclose(union.features[clip, real], expected, atol=1e-6)
+    np.testing.assert_array_equal(union.mask, np.concatenate([frames.mask] * 2, axis=1))
+    np.testing.assert_array_equal(union.number, np.concatenate([frames.number] * 2, axis=1))
+
+
+def test_random_windows_hold_their_frame_and_one_to_four_others():
+    length = 12
+    frames = one_hot_frames(np.ones(length), padding=2)
+    draw = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
+    union = jax.jit(draw)(jax.random.split(jax.random.key(9), 500))
+    assert union.features.dtype == np.float16
+    np.testing.assert_array_equal(union.features[:, 0, :length], [np.eye(length)] * 500)
+    merged = np.asarray(union.features[:, 0, length + 2 : -2], np.float32) > 0  # (500, 12, 12)
+    assert merged[:, range(length), range(length)].all()
+    counts = merged.sum(axis=2)
+    np.testing.assert_allclose(np.bincount(counts.ravel(), minlength=6)[2:] / 6000, 0.25, atol=0.02)
+    others = merged.mean(axis=0)[~np.eye(length, dtype=bool)]
+    np.testing.assert_allclose(others, 2.5 / 11, atol=0.08)
+
+
+def test_crops_are_the_means_of_their_frames():
+    frames = make_frames([7, 12, 2, 1, 0], max_frames=13)
+    frames.mask[1, 3] = False  # 11 real frames are left
+    crops = fuse("crops", None, frames)
+    bounds = {7: [(0, 7), (2, 7), (0, 5), (1, 6)], 11: [(0, 11), (3, 11), (0, 8), (1, 10)]}
+    bounds |= {n: [(0, n)] * 4 for n in (1, 2)}
+    for clip in range(4):
+        real = np.flatnonzero(frames.mask[clip])
+        for crop, (start, stop) in enumerate(bounds[len(real)]):
+            t = real[start:stop]
+            weights = (frames.quality * frames.detection)[clip, t].astype(float)
+            expected = weights @ frames.features[clip, t].astype(float) / weights.sum()
+            np.testing.assert_allclose(crops.features[clip, crop], expected, atol=1e-6)
+            assert crops.number[clip, crop] == frames.number[clip, t[0]]
+    np.testing.assert_array_equal(crops.mask, [[True] * 4] * 4 + [[False] * 4])
+    np.testing.assert_array_equal(crops.features[4], 0)
+
+
+def test_every_fusion_filters_first():
+    frames = make_frames([9, 4, 0], max_frames=9)
+    narrow = selection.filter_frames(frames, min_quality=40.0, min_detection=0.6, top_share=0.7)
+    assert 1 < narrow.mask[0].sum() < 6
+    filters = {"min_quality": 40.0, "min_detection": 0.6, "top_share": 0.7}
+    for name in ("mean", "top"):
+        filtered = fuse(name, None, frames, **filters)
+        expected = fuse(name, None, narrow)
+        jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
 def test_mean_frame_is_the_weighted_mean():
@@ -203,9 +326,9 @@ def test_all_frames_is_the_identity():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "random_fusion"}, "known are all, mean, random, top"),
-        ({}, "known are all, mean, random, top"),
-        ({"name": "top", "frames": 3}, "no option frames; known are num_frames"),
+        ({"name": "random_fusion"}, "known are all, crops, mean, random, sample, top, windows"),
+        ({}, "known are all, crops, mean, random, sample, top, windows"),
+        ({"name": "top", "frames": 3}, "no option frames; known are num_frames, and for every"),
         ({"name": "random"}, "needs num_draws"),
     ],
 )
@@ -220,7 +343,7 @@ def test_unknown_specs_are_refused(spec, message):
         ({"num_draws": 0}, "1 or more"),
         ({"num_draws": 1, "probs": (1, 2)}, "5 numbers"),
         ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 numbers"),
-        ({"num_draws": 1, "weighting": "norm"}, "known are quality, uniform"),
+        ({"num_draws": 1, "weighting": "norm"}, "known are graded, quality, uniform"),
     ],
 )
 def test_impossible_values_are_refused(options, message):

@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from vidjax import losses
 
 LOSSES = {
-    "softmax": lambda logits, labels, **kw: losses.softmax_cross_entropy(logits, labels, **kw),
+    "softmax": losses.softmax_cross_entropy,
     "binary": losses.binary_focal,
     "multiclass": losses.multiclass_focal,
 }
@@ -70,6 +70,20 @@ def test_gradients(name, masked):
         check_grads(loss, (jnp.asarray(logits),), order=1, modes=("fwd", "rev"))
 
 
+def test_smoothed_extreme_logits_have_finite_gradients():
+    logits = jnp.asarray([[1e4, -1e4, 3e38], [-1e4, 1e4, 0], [-jnp.inf, 0, 90]], jnp.float32)
+    labels = jnp.asarray([1, 2, 1], jnp.int32)
+    class_mask = jnp.asarray([False, True, True])
+    gradient = jax.jit(
+        jax.value_and_grad(
+            lambda x: losses.softmax_cross_entropy(
+                x, labels, class_mask, label_smoothing=0.1
+            ).mean()
+        )
+    )(logits)
+    assert all(np.isfinite(value).all() for value in gradient)
+
+
 def test_gamma_zero_is_cross_entropy():
     logits, labels = example()
     np.testing.assert_array_equal(
@@ -120,6 +134,133 @@ def test_masked_columns_change_nothing(name):
     np.testing.assert_array_equal(jax.grad(loss)(logits)[:, 0], 0)
 
 
+def test_leading_axes_are_only_a_shape():
+    logits, labels = example(batch=12)
+
+    @jax.jit
+    def all_losses(logits, labels):
+        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
+        return [loss(harder, labels) for loss in LOSSES.values()]
+
+    flat = all_losses(logits, labels)
+    shaped = all_losses(logits.reshape(2, 3, 2, -1), labels.reshape(2, 3, 2))
+    for one, other in zip(flat, shaped, strict=True):
+        np.testing.assert_allclose(np.ravel(other), one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_label_smoothing_is_cross_entropy_with_a_soft_target(masked):
+    with jax.enable_x64(True):
+        logits, labels = example(dtype="float64")
+        class_mask = np.arange(logits.shape[1]) >= masked
+        expected = []
+        for row, label in zip(logits, labels, strict=True):
+            columns = np.flatnonzero(class_mask)
+            log_probs = row - np.log(sum(np.exp(row[c]) for c in columns))
+            target = [0.9 * (c == label) + 0.1 / len(columns) for c in columns]
+            expected.append(-sum(t * log_probs[c] for t, c in zip(target, columns, strict=True)))
+        options = {"labels": labels, "class_mask": class_mask, "label_smoothing": 0.1}
+        loss = jax.jit(functools.partial(losses.softmax_cross_entropy, **options))
+        np.testing.assert_allclose(loss(logits), expected, rtol=1e-11)
+        check_grads(loss, (jnp.asarray(logits),), order=1, modes=("fwd", "rev"))
+
+
+def margin_oracle(logits, labels, margin, scale):
+    """ArcFace in float64 by the angle itself, clip by clip."""
+    out = np.array(logits, np.float64)
+    for row, label in zip(out, labels, strict=True):
+        cosine = row[label] / scale
+        angle = np.arccos(np.clip(cosine, -1, 1))
+        if angle + margin < np.pi:
+            row[label] = scale * np.cos(angle + margin)
+        else:
+            row[label] = scale * (cosine - margin * np.sin(margin))
+    return out
+
+
+def cosines(count=400, columns=6, seed=2):
+    rng = np.random.default_rng(seed)
+    values = rng.uniform(-1, 1, (count, columns))
+    values[:2] = [[1] * columns, [-1] * columns]
+    return values, rng.integers(0, columns, count).astype(np.int32)
+
+
+@pytest.mark.parametrize(("margin", "scale"), [(0.5, 30.0), (0.5, 64.0), (1.5, 30.0)])
+def test_angular_margin_matches_the_equation(margin, scale):
+    values, labels = cosines()
+    expected = margin_oracle(scale * values, labels, margin, scale)
+    harder = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=scale))
+    with jax.enable_x64(True):
+        exact = harder(scale * values, labels)
+        np.testing.assert_allclose(exact, expected, atol=1e-9)
+    logits = (scale * values).astype(np.float32)
+    np.testing.assert_allclose(harder(logits, labels), expected, atol=2e-3)
+    assert harder(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
+
+
+def test_angular_margin_falls_with_the_angle_and_spares_other_columns():
+    angle = np.linspace(0, np.pi, 1001)
+    logits = np.stack([30 * np.cos(angle), 7 + angle], axis=1)
+    labels = np.zeros(1001, np.int32)
+    for margin in (0.1, 0.5, 1.5):
+        harder = np.asarray(losses.angular_margin(logits, labels, margin=margin, scale=30.0))
+        assert np.all(np.diff(harder[:, 0]) < 0)
+        assert np.all(harder[:, 0] < logits[:, 0])
+        np.testing.assert_array_equal(harder[:, 1], logits[:, 1].astype(np.float32))
+
+
+def test_no_margin_changes_nothing():
+    values, labels = cosines()
+    np.testing.assert_array_equal(
+        losses.angular_margin(values, labels, margin=0, scale=30.0), values
+    )
+
+
+def test_angular_margin_gradients():
+    values, labels = cosines(count=8, columns=3)
+    with jax.enable_x64(True):
+        # Not at the ends, and both before and past pi - m.
+        inner = jnp.asarray(30 * np.clip(values, -0.97, 0.97))
+        options = {"labels": labels, "margin": 0.5, "scale": 30.0}
+        harder = jax.jit(functools.partial(losses.angular_margin, **options))
+        check_grads(harder, (inner,), order=1, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_angular_margin_has_finite_gradients_at_the_ends(name):
+    ends = np.nextafter(
+        np.ones(3, np.float32), np.arange(3, dtype=np.float32)
+    )  # just below, at, just above 1
+    column = 30 * np.concatenate([ends, -ends, [0]])
+    logits = jnp.asarray(np.stack([column, column[::-1]], axis=1), jnp.float32)
+    labels = jnp.zeros(len(column), jnp.int32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_fn(logits):
+        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
+        return LOSSES[name](harder, labels).sum()
+
+    loss, gradient = loss_fn(logits)
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient).all()
+
+
+def test_angular_margin_keeps_rows_on_their_devices():
+    values, labels = cosines(count=16, columns=5)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    harder = functools.partial(losses.angular_margin, margin=0.5, scale=30.0)
+    gradient = jax.grad(lambda x, y: losses.softmax_cross_entropy(harder(x, y), y).sum())
+    logits = (30 * values).astype(np.float32)
+    compiled = jax.jit(gradient, in_shardings=(rows, rows)).lower(logits, labels).compile()
+    program = compiled.as_text()
+    assert program
+    assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all"))
+    sharded = compiled(jax.device_put(logits, rows), jax.device_put(labels, rows))
+    np.testing.assert_allclose(sharded, jax.jit(gradient)(logits, labels), atol=1e-6)
+
+
 def test_schedule_mixes_and_compiles_once():
     logits, labels = example()
     schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))
@@ -148,9 +289,32 @@ def test_pure_losses_need_no_mixture():
     np.testing.assert_array_equal(focal, losses.multiclass_focal(logits, labels, gamma=1.5))
 
 
+def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
+    values, labels = cosines(count=9)
+    logits = (30 * values).astype(np.float32)
+    spec = {"margin": 0.5, "label_smoothing": 0.1, "schedule": ((0, 0.25),)}
+    loss = jax.jit(losses.make_loss(spec, None, 10, logit_scale=30.0))
+
+    @jax.jit
+    def expected(logits, labels):
+        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
+        softmax = losses.softmax_cross_entropy(harder, labels, label_smoothing=0.1)
+        return 0.25 * losses.binary_focal(harder, labels) + 0.75 * softmax
+
+    np.testing.assert_allclose(
+        loss(logits, labels, jnp.int32(0)), expected(logits, labels), rtol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ({"margin": 0.5}, "config.loss.margin=0.5 needs a cosine classifier"),
+        ({"margin": -0.5}, "config.loss.margin=-0.5"),
+        ({"margin": 1.6}, "between 0 and pi/2"),
+        ({"label_smoothing": 1.0}, "config.loss.label_smoothing=1.0"),
+        ({"label_smoothing": 0.1, "schedule": ((0, 1),)}, "no share in config.loss.schedule"),
+        ({"schedule": ((float("nan"), 1),)}, "finite"),
         ({"focal_weight": 1}, "no option focal_weight; known are focal, gamma, schedule"),
         ({"focal": "sigmoid"}, "known are binary, multiclass"),
         ({"gamma": -1}, "gamma"),

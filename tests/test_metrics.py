@@ -1,4 +1,4 @@
-"""The metric against the oracle, the hand, and a library where the definitions agree."""
+"""The metrics against oracles, the hand, and a library where the definitions agree."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import pytrec_eval
+from sklearn.metrics import roc_auc_score
 
 from tests import map_oracle
 from vidjax import metrics, ranking
@@ -203,21 +204,114 @@ def test_no_clips_score_nothing():
     assert metrics.mean_average_precision(np.zeros((1, 0), int), empty, np.array([3])) == 0.0
 
 
-@pytest.mark.parametrize("module", [np, jnp])
-def test_top1_counts_labelled_real_clips(module):
-    scores = module.asarray(
-        [
-            [1.0, 2.0],  # right
-            [1.0, 2.0],  # wrong
-            [3.0, 2.0],  # a distractor
-            [3.0, 2.0],  # padding
-            [-np.inf, -np.inf],  # no usable frame: a miss, whatever the label
-            [np.nan, 1.0],  # broken: a miss
-        ]
-    )
-    labels = module.asarray([2, 1, 0, 1, 1, 1])
-    mask = module.asarray([True, True, True, False, True, True])
-    assert [int(n) for n in metrics.top1(scores, labels, mask)] == [1, 4]
+def tied_scores(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Scores with ties, -inf and a NaN."""
+    scores = rng.integers(-5, 6, count).astype(np.float64) / 4 + rng.choice([0, 1e-9], count)
+    scores[rng.random(count) < 0.1] = -np.inf
+    scores[rng.random(count) < 0.02] = np.nan
+    return scores
+
+
+def slow_auroc(scores, positive):
+    wins, pairs = F(0), 0
+    scores = [-np.inf if np.isnan(score) else score for score in scores]
+    for a in (s for s, p in zip(scores, positive, strict=True) if p):
+        for b in (s for s, p in zip(scores, positive, strict=True) if not p):
+            wins += F(1) if a > b else F(1, 2) if a == b else F(0)
+            pairs += 1
+    return wins / pairs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_auroc_against_a_loop_and_a_library(dtype):
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        scores = tied_scores(rng, 40).astype(dtype)
+        positive = rng.random(40) < rng.uniform(0.1, 0.9)
+        positive[:2] = True, False
+        ours = metrics.auroc(scores, positive)
+        assert type(ours) is float
+        assert ours == pytest.approx(float(slow_auroc(scores, positive)), rel=0, abs=1e-15)
+        finite = np.nan_to_num(scores, nan=-9, neginf=-9)
+        assert ours == pytest.approx(roc_auc_score(positive, finite), rel=0, abs=1e-12)
+        order = rng.permutation(40)
+        assert metrics.auroc(scores[order], positive[order]) == ours
+        assert metrics.auroc(-finite, positive) == pytest.approx(1 - ours, abs=1e-12)
+
+
+def test_auroc_by_hand():
+    assert metrics.auroc([1.0, 2.0, 3.0], [False, False, True]) == 1.0
+    assert metrics.auroc([1, 2, 3], [True, False, False]) == 0.0
+    assert metrics.auroc([-np.inf, -np.inf], [True, False]) == 0.5
+    assert metrics.auroc(jnp.asarray([1.0, 1.0, 2.0]), jnp.asarray([True, False, False])) == 0.25
+    assert metrics.auroc([1.0, 2.0], [True, True]) is None
+    assert metrics.auroc([1.0, 2.0], [False, False]) is None
+    assert metrics.auroc([], []) is None
+
+
+def slow_errors(scores, correct, known, fpir, threshold):
+    """FNIR at a threshold, having checked that it is the lowest: one clip at a time."""
+
+    def false_alarms(passes):
+        strangers = [passes(score) for score, is_known in zip(scores, known, strict=True)]
+        return [alarm for alarm, is_known in zip(strangers, known, strict=True) if not is_known]
+
+    alarms = false_alarms(lambda score: score >= threshold)
+    assert sum(alarms) / len(alarms) <= fpir
+    # Any lower threshold lets the best of the refused strangers pass, if there is one with a score.
+    refused = [s for s, k in zip(scores, known, strict=True) if not k and -np.inf < s < threshold]
+    if refused:
+        more = false_alarms(lambda score: score >= max(refused))
+        assert sum(more) / len(more) > fpir
+        assert np.nextafter(max(refused), max(refused) + 1) == threshold
+    missed, total = 0, 0
+    for score, right, is_known in zip(scores, correct, known, strict=True):
+        if is_known:
+            total += 1
+            missed += not (right and score >= threshold)
+    return sum(alarms) / len(alarms), missed / total
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_identification_errors_against_a_loop(dtype):
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        scores = tied_scores(rng, 60).astype(dtype)
+        known, correct = rng.random((2, 60)) < 0.6
+        fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
+        got = metrics.identification_errors(scores, correct, known, fpir=fpir)
+        assert got is not None
+        assert np.isfinite(got).all() and all(type(value) is float for value in got)
+        assert dtype(got.threshold) == got.threshold
+        scores = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
+        expected = slow_errors(scores, correct, known, fpir, dtype(got.threshold))
+        assert (got.fpir, got.fnir) == pytest.approx(expected, rel=0, abs=1e-15)
+
+
+def test_identification_errors_by_hand():
+    scores = np.array([4, 3, 2, 1, 3.5, 2, 0.5, -np.inf])
+    known = np.array([True, True, True, True, False, False, False, False])
+    correct = np.array([True, False, True, True, False, False, False, False])
+
+    def errors(fpir, scores=scores, known=known):
+        return metrics.identification_errors(scores, correct, known, fpir=fpir)
+
+    assert errors(0) == (np.nextafter(3.5, 4), 0, 0.75)  # only the first clip is identified
+    assert errors(0.25) == (np.nextafter(2, 3), 0.25, 0.75)  # a tie is above as well: not passed
+    assert errors(0.49) == errors(0.25)
+    assert errors(0.5) == (np.nextafter(0.5, 1), 0.5, 0.25)  # the second stays wrong for ever
+    assert errors(1) == (np.finfo(np.float64).min, 0.75, 0.25)  # -inf is never identified
+    nobody = errors(1, scores=np.full(8, -np.inf))
+    assert nobody is not None and (nobody.fpir, nobody.fnir) == (0, 1)
+    # 29 of 100 are .29 of them, though .29 * 100 is less than 29.
+    hundred = np.arange(101.0), np.ones(101, bool), np.arange(101) == 100
+    got = metrics.identification_errors(*hundred, fpir=0.29)
+    assert got is not None and got.fpir == 0.29
+    assert errors(0.1, known=np.ones(8, bool)) is None
+    assert errors(0.1, known=np.zeros(8, bool)) is None
+    for wrong in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match=r"fpir must be within 0\.\.1"):
+            errors(wrong)
 
 
 def test_the_oracle_imports_nothing_of_ours():

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from tests.test_fusion import make_frames, pad
-from vidjax.models import identifier
-from vidjax.models.attention import MultimodalAttention
+from vidjax.models import identifier, inputs
+from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import NearestNeighbours
 from vidjax.models.netvlad import NetVLAD
 
@@ -56,7 +57,27 @@ def attention_oracle(kernel, x, gamma):
 def randomised(params, seed=3):
     """Every parameter at random, so that none hides at 0 or 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
+    return jax.tree.map(
+        lambda p: np.asarray(p) + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params
+    )
+
+
+def check_gradients(function, *args, **options):
+    """One vector for all arguments: leaf by leaf it takes seconds."""
+    flat, unravel = ravel_pytree(args)
+    check_grads(jax.jit(lambda v: function(*unravel(v))), (flat,), order=1, **options)
+
+
+# Compiled: operation by operation it takes seconds.
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def init(model, *args, train=None):
+    options = {} if train is None else {"train": train}
+    return model.init(jax.random.key(0), *args, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_identifier(model, frames, rest):
+    return model.init(jax.random.key(0), frames, **rest, train=False)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -64,7 +85,7 @@ def test_netvlad_matches_the_paper(reduce):
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(3, reduce=reduce, dtype=jnp.dtype("float64"))
-        variables = model.init(jax.random.key(0), frames.features, frames.mask, train=False)
+        variables = init(model, frames.features, frames.mask, train=False)
         params = randomised(variables["params"])
 
         @jax.jit
@@ -78,13 +99,13 @@ def test_netvlad_matches_the_paper(reduce):
         np.testing.assert_allclose(forward(params, frames.features), expected, atol=1e-6)
         np.testing.assert_array_equal(forward(params, frames.features)[2], 0)
         if reduce == "sum":
-            check_grads(forward, (params, jnp.asarray(frames.features)), order=1, modes=("rev",))
+            check_gradients(forward, params, frames.features, modes=("rev",))
 
 
 def test_netvlad_ignores_the_order_of_frames_and_padding():
     frames = make_frames([5, 3, 0, 1], max_frames=5, dtype="float32")
     model = NetVLAD(3)
-    variables = model.init(jax.random.key(0), frames.features, frames.mask, train=False)
+    variables = init(model, frames.features, frames.mask, train=False)
 
     @jax.jit
     def forward(frames):
@@ -109,7 +130,7 @@ def test_attention_matches_the_paper():
         x = rng.standard_normal((3, 6, 8))
         mask = np.ones((3, 6), bool)
         model = MultimodalAttention(dim=4, gamma=0.05, train_gamma=True, dtype=jnp.dtype("float64"))
-        params = model.init(jax.random.key(0), x, mask)["params"]
+        params = init(model, x, mask)["params"]
 
         @jax.jit
         def forward(params, x):
@@ -122,7 +143,7 @@ def test_attention_matches_the_paper():
             expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05)
             np.testing.assert_allclose(out[b], expected.T, atol=1e-6)
             np.testing.assert_allclose(y[b], expected_y, atol=1e-6)
-        check_grads(lambda p, x: forward(p, x)[0], (params, jnp.asarray(x)), order=1)
+        check_gradients(lambda p, x: forward(p, x)[0], params, x)
 
 
 def test_attention_leaves_missing_vectors_out():
@@ -130,7 +151,7 @@ def test_attention_leaves_missing_vectors_out():
     mask = np.array([[True, True, False, True, False], [False] * 5])
     x = (rng.standard_normal((2, 5, 8)) * mask[..., None]).astype(np.float32)
     model = MultimodalAttention(dim=4, gamma=0.5)
-    params = model.init(jax.random.key(0), x, mask)["params"]
+    params = init(model, x, mask)["params"]
 
     @jax.jit
     def forward(params, x):
@@ -145,6 +166,25 @@ def test_attention_leaves_missing_vectors_out():
     np.testing.assert_allclose(columns, mask, atol=1e-6)
     gradients = jax.grad(lambda p, x: jnp.sum(forward(p, x)[0] ** 2), (0, 1))(params, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_gate_matches_a_loop_and_leaves_missing_vectors_out():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((3, 4, 5))
+        x[1, 2] = 0
+        model = SigmoidGate(dtype=jnp.dtype("float64"))
+        params = init(model, x)["params"]
+        forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
+        np.testing.assert_array_equal(forward(params, x), x / 2)
+        params = randomised(params)
+        expected = np.zeros_like(x)
+        for b, m in np.ndindex(3, 4):
+            score = sum(x[b, m] * params["kernel"][m]) + params["bias"][m]
+            expected[b, m] = x[b, m] / (1 + np.exp(-score))
+        np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
+        np.testing.assert_array_equal(forward(params, x)[1, 2], 0)
+        check_gradients(forward, params, x)
 
 
 def make_batch(num_clips=8, seed=0):
@@ -189,7 +229,7 @@ def eval_logits(model, variables, frames, rest):
 def mma():
     frames, rest = make_batch()
     model = make_model()
-    variables = jax.jit(lambda: model.init(jax.random.key(0), frames, **rest, train=False))()
+    variables = init_identifier(model, frames, rest)
     return model, variables, frames, rest
 
 
@@ -272,11 +312,11 @@ def test_modality_dropout_never_drops_everything():
     present = jnp.asarray(np.random.default_rng(0).random((4000, 4)) < 0.7)
     has_any = np.asarray(present).any(axis=1)
     for rate in (0.3, 0.999):
-        kept = np.asarray(jax.jit(identifier.drop_modalities)(jax.random.key(1), present, rate))
+        kept = np.asarray(jax.jit(inputs.drop_modalities)(jax.random.key(1), present, rate))
         assert not np.any(kept & ~np.asarray(present))
         np.testing.assert_array_equal(kept.any(axis=1), has_any)
     full = jnp.ones((20_000, 3), bool)
-    kept = np.asarray(identifier.drop_modalities(jax.random.key(2), full, 0.3))
+    kept = np.asarray(inputs.drop_modalities(jax.random.key(2), full, 0.3))
     # Lost with probability .3, save for one in three of the .027 where all would go.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
@@ -301,6 +341,7 @@ def test_modality_dropout_is_for_training_only(mma):
         (("face", "head", "body", "audio"), {"attention": False}, 37_926_723),
         (("face", "head", "body", "audio"), {}, 37_959_491),
         (("face", "head", "body", "audio"), {"train_gamma": True}, 37_959_492),
+        (("face", "head", "body", "audio"), {"gate": True}, 37_959_491 + 6 * 513),
     ],
 )
 def test_parameter_counts(modalities, options, expected):
@@ -324,7 +365,7 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
     model = NearestNeighbours(num_clips=12, num_classes=5)
     rest: dict[str, Any] = {"labels": labels, "clip_index": np.arange(10, dtype=np.int32)[::-1]}
     rest["batch_mask"] = np.arange(10) < 9
-    memory = model.init(jax.random.key(0), vectors, **rest, train=True)
+    memory = jax.jit(lambda: model.init(jax.random.key(0), vectors, **rest, train=True))()
     blank = model.apply(memory, vectors, **rest, train=False)
     np.testing.assert_array_equal(blank, -2)
 
@@ -340,12 +381,15 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
             best = max([c for c, label in zip(cosines, labels, strict=False) if label == column])
             np.testing.assert_allclose(row[column], best, atol=1e-6)
     np.testing.assert_array_equal(scores[3], -2)
+    scaled: Any = NearestNeighbours(num_clips=12, num_classes=5, logit_scale=16.0)
+    scaled_scores = jax.jit(lambda q: scaled.apply(memory, q, **rest, train=False))(queries)
+    np.testing.assert_allclose(scaled_scores, 16 * scores, rtol=1e-6)
 
 
 def test_knn_identifier_finds_its_training_clips():
     frames, rest = make_batch()
     model = make_model({"name": "knn"})
-    variables = model.init(jax.random.key(0), frames, **rest, train=False)
+    variables = init_identifier(model, frames, rest)
     assert "params" not in variables
     logits, memory = train_logits(model, variables, frames, rest)
     np.testing.assert_array_equal(logits, 0)
@@ -358,7 +402,7 @@ def test_knn_identifier_finds_its_training_clips():
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ({"name": "mlp"}, {}, "known are knn, mma"),
+        ({"name": "mlp"}, {}, "known are .*knn, mma"),
         ({"name": "mma", "gama": 1}, {}, "no option gama; known are attention, dropout_rate"),
         ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
         ({"name": "mma"}, {"modalities": {}}, "at least one modality"),
@@ -381,4 +425,4 @@ def test_frames_that_do_not_fit_are_refused(name):
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
     for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features are 9 wide")):
         with pytest.raises(ValueError, match=message):
-            model.init(jax.random.key(0), wrong, **rest, train=False)
+            init_identifier(model, wrong, rest)

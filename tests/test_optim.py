@@ -1,6 +1,7 @@
 """Schedules against their formula, optimisers against one hand-made step."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -33,9 +34,53 @@ def test_warmup_cosine_by_its_formula():
         assert float(np.asarray(schedule(step))) == pytest.approx(wanted, rel=1e-5), step
 
 
+def test_warmup_starts_where_it_is_told():
+    schedule = optim.make_schedule(
+        1.5e-4, total_steps=50, warmup=0.2, final_scale=0.0, warmup_scale=0.1
+    )
+    rates = np.asarray(schedule(np.arange(11)))
+    np.testing.assert_allclose(rates, np.linspace(1.5e-5, 1.5e-4, 11), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps_per_epoch"), [(1.0, 7.8125), (2, 5), (0.1, 30), (1 / 3, 49.0)]
+)
+def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
+    total = 60
+    schedule = optim.make_schedule(
+        0.01,
+        total_steps=total,
+        warmup=0.0,
+        final_scale=1.0,
+        decay="steps",
+        decay_factor=0.7,
+        decay_every_epochs=every,
+        steps_per_epoch=steps_per_epoch,
+    )
+    # Exact arithmetic: the epoch of a step is the step over the steps of an epoch.
+    width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
+    expected = [0.01 * 0.7 ** (step // width) for step in range(total)]
+    np.testing.assert_allclose(schedule(np.arange(total)), expected, rtol=1e-5)
+    np.testing.assert_allclose([jax.jit(schedule)(step) for step in (0, 59)], expected[::59], 1e-5)
+
+
+def test_warmup_goes_before_the_other_decays_too():
+    options: Any = {"total_steps": 20, "warmup": 0.5, "final_scale": 0.01}
+    constant = optim.make_schedule(0.1, decay="constant", **options)
+    np.testing.assert_allclose(constant(np.arange(10)), 0.01 + 0.009 * np.arange(10), rtol=1e-5)
+    np.testing.assert_allclose(constant(np.arange(10, 20)), 0.1, rtol=1e-6)
+    options |= {"decay_factor": 0.5, "decay_every_epochs": 2, "steps_per_epoch": 4}
+    steps = optim.make_schedule(0.1, decay="steps", **options)
+    halved = constant(np.arange(20)) * 0.5 ** (np.arange(20) // 8)
+    np.testing.assert_allclose(steps(np.arange(20)), halved, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "steps", "constant"])
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
-def test_short_runs_have_finite_positive_rates(total_steps):
-    schedule = optim.make_schedule(0.1, total_steps=total_steps, warmup=0.1, final_scale=0.0)
+def test_short_runs_have_finite_positive_rates(total_steps, decay):
+    schedule = optim.make_schedule(
+        0.1, total_steps=total_steps, warmup=0.1, final_scale=0.0, decay=decay, steps_per_epoch=0.5
+    )
     rates = [float(np.asarray(schedule(step))) for step in range(total_steps)]
     assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
 
@@ -76,11 +121,70 @@ def test_gradients_are_clipped_by_their_norm():
     np.testing.assert_allclose(updates["w"], [-0.06, -0.08], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_weight_decay_is_part_of_the_gradient_of_matrices(name):
+    params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
+    grads = jax.tree.map(lambda p: 0.3 * jnp.ones_like(p), params)
+    penalised = {**grads, "kernel": grads["kernel"] + 0.05 * params["kernel"]}
+    plain, _ = optim.make_optimizer({**SPEC, "name": name}, total_steps=9)
+    decayed, _ = optim.make_optimizer({**SPEC, "name": name, "weight_decay": 0.05}, total_steps=9)
+    expected = plain.update(penalised, plain.init(params), params)[0]
+    updates = decayed.update(grads, decayed.init(params), params)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+
+
+def test_weight_decay_is_not_clipped():
+    spec = {**SPEC, "name": "sgd", "momentum": 0.0, "warmup": 0.0, "clip_norm": 1.0}
+    tx, _ = optim.make_optimizer({**spec, "weight_decay": 0.5}, total_steps=10)
+    params = {"w": jnp.full((1, 2), 2.0)}
+    updates: Any = tx.update({"w": jnp.asarray([[3.0, 4.0]])}, tx.init(params), params)[0]
+    np.testing.assert_allclose(updates["w"], [[-0.16, -0.18]], rtol=1e-6)
+
+
+def test_a_sparse_spec_is_the_default():
+    params = {"w": jnp.full((1, 2), 2.0)}
+    sparse, _ = optim.make_optimizer({"learning_rate": 0.1, "warmup": 0.2}, total_steps=9)
+    full, _ = optim.make_optimizer(SPEC, total_steps=9)
+    updates = [tx.update(params, tx.init(params), params)[0] for tx in (sparse, full)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
 def test_nothing_to_train_is_allowed():
-    tx, _ = optim.make_optimizer(SPEC, total_steps=3)
+    tx, _ = optim.make_optimizer({**SPEC, "weight_decay": 0.1}, total_steps=3)
     assert tx.update({}, tx.init({}), {})[0] == {}
 
 
 def test_unknown_optimiser():
     with pytest.raises(ValueError, match="known are adam, sgd"):
         optim.make_optimizer({**SPEC, "name": "lion"}, total_steps=1)
+
+
+def test_piecewise_is_linear_between_its_points_and_constant_outside():
+    value = optim.make_piecewise(((0, 0.75), (24, 0.75), (24, 1.0), (50, 1), (60, 0.5)))
+    expected = {-1: 0.75, 0: 0.75, 23.5: 0.75, 24: 1.0, 50: 1.0, 55: 0.75, 60: 0.5, 999: 0.5}
+    epochs = np.asarray(list(expected), np.float32)
+    np.testing.assert_allclose(jax.jit(value)(epochs), list(expected.values()), rtol=1e-6)
+    assert float(optim.make_piecewise([(3, 0.5)])(1)) == 0.5
+
+
+@pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])
+def test_impossible_points_are_refused(points):
+    with pytest.raises(ValueError, match=r"^mirrors must be .* in order"):
+        optim.make_piecewise(points, name="mirrors")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"decay": "linear"}, "known are constant, cosine, steps"),
+        ({"decay": "steps"}, "needs steps_per_epoch"),
+        ({"warmup_scale": 2}, "between 0 and 1"),
+        ({"weight_deacy": 1}, "no field weight_deacy; known are name"),
+    ],
+)
+def test_impossible_specs_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        optim.make_optimizer({**SPEC, **spec}, total_steps=1)
+    options = {**SPEC, "decay": "steps", "decay_factor": 0.0}
+    with pytest.raises(ValueError, match="decay_factor and decay_every_epochs above 0"):
+        optim.make_optimizer(options, total_steps=1, steps_per_epoch=3)

@@ -5,6 +5,7 @@ import pickle
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,77 @@ def test_identities_sort_by_number_or_else_by_name() -> None:
     assert pickles.sort_identities([]) == ()
     with pytest.raises(ValueError, match="identity 7 is written in 2 ways"):
         pickles.sort_identities(["7", "1", "007"])
+
+
+WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
+
+
+def weights(folder: Path, text: str | bytes, clips: Sequence[str] = "abcde") -> list[float]:
+    path = folder / "weights.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    got = pickles.load_clip_weights(path, clips)
+    assert got.dtype == np.float32 and got.shape == (len(clips),)
+    return got.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace(" ", "\t"),
+        lambda text: text.replace("\n", " \n\n \n"),
+        lambda text: text.replace(".mp4", ""),
+        lambda text: text.rstrip("\n"),
+    ],
+)
+def test_clip_weights_are_read_whatever_the_editor_left(
+    change: Callable[[str], str], tmp_path: Path
+) -> None:
+    expected = np.array([0.5, 2, 1, 1e-3, 0], np.float32).tolist()
+    assert weights(tmp_path, change(WEIGHTED)) == expected
+    assert weights(tmp_path, change(WEIGHTED), "edcba") == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds no weights"),
+        ("\ufeff\n \n", "holds no weights"),
+        (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
+        ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
+        ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
+        ("a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
+        ("a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
+        ("a.mp4 nan\n", "line 1: weight nan is negative or not finite"),
+        ("a.mp4 inf\n", "line 1: weight inf is negative or not finite"),
+        ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
+        ("a.mp4 1\nb 1\na 1\n", "line 3: clip a again, after line 1"),
+        ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
+        ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, x for one: more than 1%"),
+        ("a.avi 1\nb.avi 1\n", "2 of 2 clips are in no feature file, a.avi,\nnor any other: "),
+    ],
+)
+def test_mistakes_in_clip_weights_are_told_with_their_line(
+    text: str | bytes, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        weights(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'weights.txt'}: ") and told in message
+    assert message.count("\n") < 3
+
+
+def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:
+    clips = [f"c{i:03d}" for i in range(200)]
+    text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
+    with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, x for one$"):
+        assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]
+    with pytest.raises(ValueError, match=r"3 of 202 clips .* more than 1%"):
+        weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
+        pickles.load_clip_weights(tmp_path / "none.txt", clips)
 
 
 # ----------------------------------------------------------------------------------------------

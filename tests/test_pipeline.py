@@ -272,6 +272,61 @@ def test_one_modality_sets_the_length_of_its_own_blocks(dataset: pipeline.Datase
     assert batch.frames["audio"].features.shape == (26, 1, 4)
 
 
+def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
+    dataset: pipeline.Dataset,
+) -> None:
+    def stream(modalities: tuple[str, ...], lengths: np.ndarray | None = None) -> list[Batch]:
+        arguments = {"split": "train", "modalities": modalities, "rows": 4, "lengths": lengths}
+        return list(dataset.eval_batches(**arguments))
+
+    kinds = (("audio",), ("face",), ("body", "face"))
+    longest = [dataset.longest("train", kind) for kind in kinds]
+    frames = dataset.split("train").lengths
+    np.testing.assert_array_equal(longest[0], frames["audio"])
+    np.testing.assert_array_equal(longest[2], np.maximum(frames["body"], frames["face"]))
+    audio, face, both = (stream(kind, np.max(longest, axis=0)) for kind in kinds)
+    for one in (audio, face):
+        for batch, other in zip(one, both, strict=True):
+            np.testing.assert_array_equal(batch.clip_index, other.clip_index)
+            np.testing.assert_array_equal(batch.batch_mask, other.batch_mask)
+    # How far a modality is padded is the business of its own dataset.
+    assert {batch.frames["audio"].mask.shape for batch in audio} == {(4, 1)}
+    assert_equal(stream(kinds[2]), both)  # the longest of these two is the longest of all
+    assert order_of(stream(kinds[1])) != order_of(face)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluation_of_chosen_clips_alone(dataset: pipeline.Dataset, split: str) -> None:
+    arguments = {"split": split, "modalities": ("face", "audio"), "rows": 4}
+
+    def shown(**chosen: Any) -> dict[int, Any]:
+        return {
+            int(batch.clip_index[row]): jax.tree.map(lambda array: array[row], batch.frames)  # noqa: B023
+            for batch in dataset.eval_batches(**arguments, **chosen)
+            for row in np.flatnonzero(batch.batch_mask).tolist()
+        }
+
+    only = np.random.default_rng(0).random(len(dataset.split(split).clips)) < 0.4
+    some, every = shown(only=only), shown()
+    assert sorted(some) == np.flatnonzero(only).tolist() and len(every) == len(only)
+    for index, frames in some.items():  # with the same T as among all
+        jax.tree.map(np.testing.assert_array_equal, frames, every[index])
+    assert shown(only=np.zeros(len(only), bool)) == {}
+
+
+def test_a_chosen_clip_that_does_not_come_is_an_error(found: records.Records, source: Path) -> None:
+    order = found.splits["val"].order.copy()
+    order[0] = order[1]  # the records no longer are what the index says
+    broken = found._replace(
+        splits={**found.splits, "val": found.splits["val"]._replace(order=order)}
+    )
+    with pytest.warns(UserWarning, match="no file of body"):
+        dataset = pipeline.Dataset(broken, source)
+    only = np.arange(26) == 0
+    with pytest.raises(ValueError, match=r"1 of 1 clips did not come just once, such as val_000"):
+        list(dataset.eval_batches(split="val", modalities=("face",), rows=4, only=only))
+
+
 def test_a_clip_of_ten_thousand_frames_gives_its_best(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     clips = {"long": random_clip(rng, 10_000, 16), "short": random_clip(rng, 2, 16)}
@@ -353,6 +408,17 @@ def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -
             dataset.train_batches(**{**TRAIN, **changed})
     with pytest.raises(ValueError, match="no split 'test'"):
         dataset.eval_batches(split="test", modalities=("face",), rows=4)
+    tables = [
+        ({"lengths": np.zeros(25, int)}, r"lengths: got \(25,\), wanted one for 26 clips"),
+        ({"lengths": np.zeros(26, int)}, "lengths: clip val_001 has 700 frames, not 0"),
+        ({"only": np.zeros(26, int)}, r"only: got int64 \(26,\), wanted bool for 26 clips"),
+        ({"only": np.zeros(25, bool)}, r"only: got bool \(25,\), wanted bool for 26 clips"),
+    ]
+    for table, message in tables:
+        with pytest.raises(ValueError, match=message):
+            dataset.eval_batches(split="val", modalities=("face",), rows=4, **table)
+    with pytest.raises(ValueError, match="no modality 'scene'"):
+        dataset.longest("val", ("scene",))
 
 
 def test_load_names_what_it_lacks(tmp_path: Path) -> None:

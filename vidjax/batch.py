@@ -4,7 +4,8 @@ Axis letters, the same in the whole code: B clips, T frames, M modalities, D fea
 C identities, E ensemble members.
 
 Class columns, the same in the whole code: column 0 is "other" (distractors), columns 1..C are the
-identities in the order of `identities.json`. Logits and scores are therefore [B, 1 + C].
+identities in the order of `identities.json`. Logits and scores are therefore [B, 1 + C]. Where
+columns for noise follow behind, a model counts them too: its `num_classes` is how many there are.
 """
 
 from collections.abc import Mapping
@@ -43,3 +44,19 @@ class Batch(NamedTuple):
     frames: Mapping[str, Frames]
     clip_index: Array
     batch_mask: Array
+
+
+class Branches(NamedTuple):
+    """Logits of a model whose branches answer for different clips.
+
+    Attributes:
+      logits: [B, G, 1 + C] float32, of G branches.
+      train_weight: [B, G] float32, weight of a branch's loss on a clip; 0 where the branch is not
+        trained on it.
+      eval_weight: [B, G] float32, with which the scores (probabilities, not logits) of the branches
+        are summed in evaluation. They need not sum to 1: clips are ranked against each other.
+    """
+
+    logits: Array
+    train_weight: Array
+    eval_weight: Array

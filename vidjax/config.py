@@ -29,6 +29,8 @@ def default() -> Config:
     config.modalities = ("face",)
     config.dtype = "float32"  # of the computation; parameters stay float32
     config.matmul_precision = "highest"  # of evaluation, on every backend
+    config.after_fusion = "pool"  # the model takes all fused frames; or examples: one at a time
+    config.mixup = 0.0  # alpha of the Beta distribution that mixes pairs of clips; 0: none
     config.log_every_steps = 20
     config.checkpoint_every_seconds = 300.0
 
@@ -41,12 +43,36 @@ def default() -> Config:
     config.data.train_splits = ("train",)
     config.data.max_frames = 64  # of a clip in training
     config.data.crop = "window"  # which ones of a longer clip; or quality
+    config.data.distractors = "other"  # their column in training; or leave_out, noise
+    config.data.weights = config_dict.placeholder(str)  # file of clip weights
+    config.data.balance = 0.0  # clips of a class that has n of them weigh n ** -balance
+
+    config.ensemble = ConfigDict()  # members: the product of all that varies
+    config.ensemble.folds = 0  # every member leaves out one; 0: none
+    config.ensemble.bootstraps = 0  # bootstrap samples; 0: none
+    config.ensemble.views = 0  # members that leave out a chunk of the features; 0: none
+    config.ensemble.chunks = 16  # of which a view leaves out one
+    config.ensemble.min_quality = ()  # of the frames that a member is trained on
+    config.ensemble.seeds = 1
+    config.ensemble.only = ()  # numbers of the members to train here; all
+    config.ensemble.mapping = "auto"  # how members run: map on CPU, else vmap
+
+    config.noise = ConfigDict()  # with data.distractors=noise
+    config.noise.method = "dbscan"  # or hdbscan
+    config.noise.eps = 0.9  # distance of neighbours, between unit vectors
+    config.noise.min_samples = 2
+    config.noise.modality = "face"  # what is clustered
+    config.noise.relabel_every_epochs = 1.0
+    config.noise.mirror_weight = ((0.0, 1.0),)  # (epoch, weight of unclustered noise)
+    config.noise.join = False  # join short distractor clips, cut long ones
 
     config.eval = ConfigDict()
     config.eval.split = "val"
     config.eval.every_epochs = 0.0  # 0: once, after training
     config.eval.block_size = 256  # clips a device scores at a time
     config.eval.scores = "log_softmax"  # or log_sigmoid, logits
+    config.eval.reduce = "mean"  # of a clip's examples; or max
+    config.eval.members = True  # rank every member of an ensemble, too
     config.eval.checkpoint = "latest"  # which one `--mode=evaluate` restores; or best
 
     config.model = ConfigDict()
@@ -56,15 +82,28 @@ def default() -> Config:
     config.loss.focal = "binary"  # or multiclass
     config.loss.gamma = 2.0
     config.loss.schedule = ((0.0, 0.0),)  # (epoch, weight of focal); the rest is softmax
+    config.loss.margin = 0.0  # angular margin, of a cosine classifier
+    config.loss.label_smoothing = 0.0  # of softmax
 
     config.optim = ConfigDict()
     config.optim.name = "adam"  # or sgd
     config.optim.learning_rate = 1e-3
     config.optim.warmup = 0.1  # share of all steps
-    config.optim.final_scale = 0.01  # learning rate at the end, relative to its peak
+    config.optim.warmup_scale = 0.0  # where the warm-up starts, relative to the peak
+    config.optim.decay = "cosine"  # or steps, constant
+    config.optim.final_scale = 0.01  # of cosine: learning rate at the end, relative to its peak
+    config.optim.decay_factor = 0.7  # of steps
+    config.optim.decay_every_epochs = 1.0  # of steps
+    config.optim.weight_decay = 0.0  # added to the gradient
     config.optim.total_decay = 0.0  # log of what matrices shrink by over the whole run
     config.optim.momentum = 0.9  # of sgd
     config.optim.clip_norm = 0.0  # 0: gradients are not clipped
+
+    config.join = ConfigDict()  # --mode=evaluate --runs=A,B
+    config.join.runs = ()  # folders
+    config.join.weights = ()  # of the runs; equal
+    config.join.greedy = False  # choose weights on config.join.split
+    config.join.split = "train"  # scored out of fold
     return config
 
 

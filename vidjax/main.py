@@ -28,7 +28,7 @@ from vidjax import config as config_lib  # noqa: E402
 from vidjax.config import Config  # noqa: E402
 
 MODES = ("train", "evaluate")
-FLAGS = ("--config", "--workdir", "--mode", "--debug", "--help")
+FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
 
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of every identity.
@@ -36,6 +36,7 @@ Identify people in video: train a system on frame features, rank the clips of ev
   python -m vidjax.main --config=configs/mma.py
   python -m vidjax.main --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
   python -m vidjax.main --mode=evaluate --workdir=runs/mma --config.eval.split=test
+  python -m vidjax.main --mode=evaluate --workdir=runs/both --runs=runs/mma,runs/deepmef
 """
 
 
@@ -79,6 +80,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE[:ARG,...]", help="a file of configs/")
     parser.add_argument("--workdir", metavar="W", help="the run's folder (default runs/NAME)")
     parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
+    parser.add_argument("--runs", metavar="A,B", help="folders of runs to join, with evaluate")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument(
         "--config.FIELD",
@@ -118,6 +120,7 @@ def _run(args: argparse.Namespace) -> int:
 
     # Heavy imports wait until the words are known to make sense.
     from vidjax import evaluate, train
+    from vidjax import join as join_lib
     from vidjax import workdir as workdir_lib
 
     workdir = workdir_lib.make_workdir(workdir_path)
@@ -126,6 +129,8 @@ def _run(args: argparse.Namespace) -> int:
             results = train.finished(workdir, config)
             if results is None:
                 results = train.train(config, workdir, _load(config))
+        elif config.join.runs:
+            results = join_lib.join(config, workdir, _load)
         else:
             results = evaluate.evaluate(config, workdir, _load(config))
     _summarise(args.mode, workdir, results, time.monotonic() - began)
@@ -133,6 +138,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _train_config(args: argparse.Namespace) -> tuple[Config, str]:
+    if args.runs is not None:
+        raise ValueError("--runs joins trained runs: it goes with --mode=evaluate")
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
     config = config_lib.override(config_lib.load_file(args.config), args.overrides)
@@ -146,7 +153,18 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
         raise ValueError(f"--mode={args.mode} needs --workdir=FOLDER, that of a trained run")
     if args.config:
         raise ValueError(f"--mode={args.mode} takes its configuration from --workdir, not --config")
-    config = config_lib.load_workdir(Path(args.workdir).expanduser())
+    workdir = Path(args.workdir).expanduser()
+    runs = tuple(str(Path(r.strip()).expanduser().absolute()) for r in (args.runs or "").split(","))
+    if args.runs is None:
+        config = config_lib.load_workdir(workdir)
+    else:
+        config = config_lib.default()
+        config.join.runs = runs
+        if (workdir / "config.json").exists():
+            there = config_lib.load_workdir(workdir).join.runs
+            if tuple(there) != runs:
+                what = "joins other runs" if there else "is a run of its own"
+                raise ValueError(f"--workdir: '{args.workdir}' {what}: use another folder")
     return config_lib.override(config, args.overrides), args.workdir
 
 

@@ -1,6 +1,6 @@
 """The best 100 clips of every identity, and the submission file that lists them.
 
-On the device: `rank` keeps an exact top k over a stream of score blocks, built of `init_top`,
+On the device: `Ranking` keeps an exact top k over a stream of score blocks, built of `init_top`,
 `update_top` and `finish_top`. On disk: `write_ranking`, `load_ranking` and the scorer,
 `python -m vidjax.ranking GT RANKING`.
 
@@ -96,34 +96,60 @@ def finish_top(top: TopK) -> TopK:
     return TopK(scores=-descending, index=index)
 
 
+class Ranking:
+    """A running top k that blocks of scores are fed to.
+
+    The first device does the work; blocks that are split over several are gathered there.
+    """
+
+    def __init__(self, num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048):
+        """Begins with nothing ranked.
+
+        Args:
+          num_identities: C.
+          k: clips to keep for every identity.
+          rows: clips that are gathered before they are merged. It bounds the memory, O(C x rows),
+            and sets the pace, not the result.
+        """
+        self._device = jax.devices()[0]
+        self._top = jax.device_put(init_top(num_identities, k), self._device)
+        self._rows = rows
+        self._waiting: list[Block] = []
+
+    def add(self, block: Block) -> None:
+        """Takes a block as in `update_top`; all are of one shape."""
+        self._waiting.append(jax.device_put(block, self._device))
+        if len(self._waiting) * len(block[0]) >= self._rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Merges the blocks that wait, so that nothing but the top k is held."""
+        if not self._waiting:
+            return
+        # Filled up to the usual number of blocks, so that the program is not compiled again.
+        scores, clip_index, batch_mask = self._waiting[-1]
+        missing = -(-self._rows // len(scores)) - len(self._waiting)
+        empty = (scores, clip_index, batch_mask & False)
+        self._top = _update(self._top, [*self._waiting, *[empty] * missing])
+        self._waiting = []
+
+    def finish(self) -> TopK:
+        """Returns the top k of every identity, in order, on the host."""
+        self.flush()
+        return jax.device_get(_finish(self._top))
+
+
+_update, _finish = jax.jit(update_top), jax.jit(finish_top)
+
+
 def rank(
     blocks: Iterable[Block], num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048
 ) -> TopK:
-    """Returns the top k of every identity over a stream of blocks, in order, on the host.
-
-    The first device does the work; blocks that are split over several are gathered there.
-
-    Args:
-      blocks: as in `update_top`, all of one shape.
-      num_identities: C.
-      k: clips to keep for every identity.
-      rows: clips that are gathered before they are merged. It bounds the memory, O(C x rows), and
-        sets the pace, not the result.
-    """
-    update = jax.jit(update_top)
-    device = jax.devices()[0]
-    top = jax.device_put(init_top(num_identities, k), device)
-    waiting = []
+    """Returns the top k of every identity over a stream of blocks; arguments as in `Ranking`."""
+    ranking = Ranking(num_identities, k, rows=rows)
     for block in blocks:
-        waiting.append(jax.device_put(block, device))
-        if len(waiting) * len(block[0]) >= rows:
-            top, waiting = update(top, waiting), []
-    if waiting:
-        # Filled up to the usual number of blocks, so that the program is not compiled again.
-        scores, clip_index, batch_mask = waiting[-1]
-        missing = -(-rows // len(scores)) - len(waiting)
-        top = update(top, waiting + [(scores, clip_index, batch_mask & False)] * missing)
-    return jax.device_get(jax.jit(finish_top)(top))
+        ranking.add(block)
+    return ranking.finish()
 
 
 def _clean(scores: Array, batch_mask: Array) -> Array:

@@ -3,57 +3,31 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from vidjax import fusion, losses, optim
+from vidjax import members, selection
 from vidjax import mesh as mesh_lib
-from vidjax.batch import Array, Batch, Frames
-from vidjax.models import identifier
+from vidjax.batch import Array, Batch, Branches, Frames
+from vidjax.system import System
 
-FuseFn = Callable[[Array | None, Frames], Frames]
-
-
-class System(NamedTuple):
-    """What a configuration describes: everything a step needs but state and data.
-
-    Attributes:
-      model: a linen module that maps frames to logits [B, 1 + C].
-      fuse_train: modality -> fusion of training, drawn with an rng.
-      fuse_eval: modality -> fusion of evaluation, called without one.
-      loss_fn: (logits, labels, step) -> [B].
-      tx: the optimiser.
-      schedule: step -> learning rate.
-      scores: log_softmax | log_sigmoid | logits, what clips are ranked by.
-      class_mask: [1 + C] bool, False for columns that training never sees.
-      matmul_precision: of evaluation.
-    """
-
-    model: nn.Module
-    fuse_train: Mapping[str, FuseFn]
-    fuse_eval: Mapping[str, FuseFn]
-    loss_fn: Callable[[Array, Array, Array], Array]
-    tx: optax.GradientTransformation
-    schedule: optax.Schedule
-    scores: str
-    class_mask: Array
-    matmul_precision: str
+JOINED_FRAMES = 50  # clips of fewer are joined, of more cut; the 5th place's code, 2018
 
 
 class TrainState(struct.PyTreeNode):
-    """What a step changes, and what a checkpoint holds.
+    """What a step changes, and what a checkpoint holds; all but `step` have a leading axis E.
 
     Attributes:
       step: optimiser steps done.
       params: the model's parameters.
       model_state: the model's other collections, e.g. batch_stats.
       opt_state: the optimiser's state.
-      rng: typed key; a step uses it folded with `step`, so it never changes.
-      sums: metric -> sum since the last line of the log.
+      rng: [E] typed keys; a step uses them folded with `step`, so they never change.
+      labels: [E, N] int32, the class column of every training clip; a step leaves them alone.
+      sums: metric -> [E] sum since the last line of the log.
     """
 
     step: Array
@@ -61,112 +35,65 @@ class TrainState(struct.PyTreeNode):
     model_state: Any
     opt_state: Any
     rng: Array
+    labels: Array
     sums: Mapping[str, Array]
 
 
-class Sizes(NamedTuple):
-    """What a system takes from the data it is trained on; a checkpoint keeps it beside the weights.
+class Tables(NamedTuple):
+    """What every member learns from: rows by member and by clip.
 
     Attributes:
-      modalities: name -> feature width, in the order of the configuration.
-      num_identities: C.
-      num_clips: training clips.
-      total_steps: optimiser steps of the whole run.
-      train_other: whether training has clips of column 0.
+      weight: [E, N] float32, the weight of every training clip; 0 where a member never sees it.
+      min_quality: [E] float32, of the frames that a member is trained on.
+      view: [E] int32, the chunk of the features that a member never sees.
     """
 
-    modalities: Mapping[str, int]
-    num_identities: int
-    num_clips: int
-    total_steps: int
-    train_other: bool
+    weight: Array
+    min_quality: Array
+    view: Array
 
 
-def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
-    """Returns the system that a configuration describes for data of some size.
-
-    Args:
-      config: the configuration as a plain nested mapping. Entries of `fusion` for modalities that
-        are not configured lie idle.
-      sizes: of the training data.
-
-    Raises:
-      ValueError: a specification names something that does not exist.
-    """
-
-    def fuse(phase: str) -> dict[str, FuseFn]:
-        specs = (config["fusion"].get(name, {}).get(phase) for name in sizes.modalities)
-        return {
-            name: fusion.make_fusion(spec or {"name": "all"})
-            for name, spec in zip(sizes.modalities, specs, strict=True)
-        }
-
-    scores = config["eval"]["scores"]
-    if scores not in SCORES:
-        raise ValueError(f"config.eval.scores='{scores}': known are {', '.join(SCORES)}")
-    dtypes = ("float32", "bfloat16", "float64")
-    if config["dtype"] not in dtypes:
-        raise ValueError(f"config.dtype='{config['dtype']}': known are {', '.join(dtypes)}")
-    class_mask = jnp.ones(1 + sizes.num_identities, bool).at[0].set(sizes.train_other)
-    tx, schedule = optim.make_optimizer(config["optim"], total_steps=sizes.total_steps)
-    steps_per_epoch = sizes.num_clips / config["batch_size"]
-    return System(
-        model=identifier.make_identifier(
-            config["model"],
-            modalities=sizes.modalities,
-            num_classes=1 + sizes.num_identities,
-            num_clips=sizes.num_clips,
-            dtype=jnp.dtype(config["dtype"]),
-        ),
-        fuse_train=fuse("train"),
-        fuse_eval=fuse("evaluate"),
-        loss_fn=losses.make_loss(config["loss"], class_mask, steps_per_epoch),
-        tx=tx,
-        schedule=schedule,
-        scores=scores,
-        class_mask=class_mask,
-        matmul_precision=config["matmul_precision"],
-    )
-
-
-def _fuse(fns: Mapping[str, FuseFn], rng: Array | None, batch: Batch) -> dict[str, Frames]:
-    fused = {}
-    for i, (modality, fn) in enumerate(fns.items()):
-        fused[modality] = fn(
-            None if rng is None else jax.random.fold_in(rng, i), batch.frames[modality]
-        )
-    return fused
-
-
-def init_state(system: System, modalities: Mapping[str, int], rng: Array) -> TrainState:
+def init_state(
+    system: System, modalities: Mapping[str, int], rngs: Array, labels: Array
+) -> TrainState:
     """Returns the state of step 0.
 
     Args:
       system: the system.
-      modalities: name -> feature width.
-      rng: typed key; parameters and all later draws follow from it.
+      modalities: name -> feature width of the data.
+      rngs: [E] typed keys; a member's parameters and all its later draws follow from its own.
+      labels: [E, N] int32, class columns of the training clips.
     """
-    init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
     batch = _blank_batch(modalities)
-    variables = dict(
-        system.model.init(
-            init_rng,
-            _fuse(system.fuse_train, fuse_rng, batch),
-            clip_index=batch.clip_index,
-            labels=batch.clip_index,
-            batch_mask=batch.batch_mask,
-            train=False,
+    view = jnp.int32(0)
+
+    def init_member(rng: Array) -> dict[str, Any]:
+        init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
+        frames = _fuse(system, system.fuse_train, fuse_rng, batch.frames, view)
+        if system.examples:
+            frames, _ = _as_examples(frames)
+        clips = len(next(iter(frames.values())).mask)
+        zeros = jnp.zeros(clips, jnp.int32)
+        variables = dict(
+            system.model.init(
+                init_rng,
+                frames,
+                clip_index=zeros,
+                labels=zeros,
+                batch_mask=jnp.ones(clips, bool),
+                train=False,
+            )
         )
-    )
-    params = variables.pop("params", {})
-    return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        model_state=variables,
-        opt_state=system.tx.init(params),
-        rng=state_rng,
-        sums=zero_sums(),
-    )
+        params = variables.pop("params", {})
+        return {
+            "params": params,
+            "model_state": variables,
+            "opt_state": system.tx.init(params),
+            "rng": state_rng,
+        }
+
+    state = jax.lax.map(init_member, rngs)
+    return TrainState(step=jnp.int32(0), labels=labels, sums=zero_sums(len(labels)), **state)
 
 
 def _blank_batch(modalities: Mapping[str, int]) -> Batch:
@@ -182,134 +109,346 @@ def _blank_batch(modalities: Mapping[str, int]) -> Batch:
     )
 
 
-def zero_sums() -> dict[str, Array]:
-    """Returns empty metric sums."""
-    return {name: jnp.float32(0) for name in ("loss", "correct", "weight")}
+def zero_sums(num_members: int) -> dict[str, Array]:
+    """Returns empty metric sums, metric -> [E]."""
+    return {name: jnp.zeros(num_members, jnp.float32) for name in ("loss", "correct", "weight")}
+
+
+def _fuse(
+    system: System,
+    fns: Mapping[str, Any],
+    rng: Array | None,
+    frames: Mapping[str, Frames],
+    view: Array,
+) -> dict[str, Frames]:
+    fused = {}
+    for i, (modality, fn) in enumerate(fns.items()):
+        one = fn(None if rng is None else jax.random.fold_in(rng, i), frames[modality])
+        if system.num_chunks:
+            kept = members.drop_chunk(one.features, view, system.num_chunks)
+            one = one._replace(features=kept)
+        fused[modality] = one
+    return fused
+
+
+def _as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
+    """Returns [B, T'] fused frames as B T' clips of one frame, and which of them exist [B, T'].
+
+    A modality with a single frame goes with every example of its clip. A clip that has no frame of
+    the others is one example.
+
+    Raises:
+      ValueError: two modalities differ in T', and neither is 1.
+    """
+    sizes = {one.mask.shape[1] for one in frames.values()}
+    if len(sizes - {1}) > 1:
+        raise ValueError(f"config.after_fusion='examples': modalities give {sorted(sizes)} frames")
+    num_examples = max(sizes)
+    leading = [one.mask for one in frames.values() if one.mask.shape[1] == num_examples]
+    exists = jnp.any(jnp.stack(leading), axis=0)  # [B, T']
+    others = jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
+    alone = others & ~exists.any(axis=1)
+    exists = exists.at[:, 0].set(exists[:, 0] | alone)
+
+    def reshape(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
+        return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
+
+    return {name: jax.tree.map(reshape, one) for name, one in frames.items()}, exists
+
+
+def _mix_up(
+    rng: Array, alpha: float, frames: Mapping[str, Frames], weight: Array
+) -> tuple[dict[str, Frames], Array, Array]:
+    """Returns frames mixed with those of another clip, the share of a clip's own [B], the other.
+
+    The share is Beta(alpha, alpha), never below a half, and 1 beside a clip of weight 0: a member
+    sees nothing of the fold that it must not know.
+
+    Source: Zhang et al., mixup, equation 1; ours: a share for every clip instead of for the batch.
+    """
+    share_rng, partner_rng = jax.random.split(rng)
+    share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
+    partner = jax.random.permutation(partner_rng, len(weight))
+    share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
+
+    def mix(one: Frames) -> Frames:
+        row = share[:, None]
+        other = jax.tree.map(lambda x: x[partner], one)
+
+        def blend(mine: Array, theirs: Array) -> Array:
+            shape = (-1,) + (1,) * (mine.ndim - 1)
+            mine = jnp.where(one.mask.reshape(one.mask.shape + shape[2:]), mine, 0)
+            theirs = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), theirs, 0)
+            return share.reshape(shape) * mine + (1 - share).reshape(shape) * theirs
+
+        return Frames(
+            features=blend(one.features, other.features),
+            quality=blend(one.quality, other.quality),
+            detection=blend(one.detection, other.detection),
+            number=one.number,
+            mask=one.mask | (other.mask & (row < 1)),
+        )
+
+    return {name: mix(one) for name, one in frames.items()}, share, partner
+
+
+def _has_frames(frames: Mapping[str, Frames]) -> Array:
+    """Returns [B] bool, which clips have a frame of any modality."""
+    return jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
+
+
+def _branches(output: Any) -> Branches:
+    """Returns what a model gave as branches, of which most have one."""
+    if isinstance(output, Branches):
+        return output
+    ones = jnp.ones((len(output), 1), output.dtype)
+    return Branches(output[:, None], ones, ones)
 
 
 def train_step(
-    system: System, state: TrainState, tables: Mapping[str, Array], batch: Batch
+    system: System, state: TrainState, tables: Tables, batch: Batch
 ) -> tuple[TrainState, Array]:
-    """Returns the state after one optimiser step, and the loss of its batch.
+    """Returns the state after one optimiser step of every member, and their losses [E].
 
     Args:
       system: the system.
       state: before the step.
-      tables: `label` [N] int32 and `weight` [N] float32, rows by `clip_index`.
-      batch: B clips; rows outside `batch_mask` change nothing.
+      tables: what every member learns from.
+      batch: B clips, read once for all members; rows outside `batch_mask` change nothing, nor do
+        clips without a frame or those that have weight 0 for a member.
     """
-    step_rng = jax.random.fold_in(state.rng, state.step)
-    fuse_rng, dropout_rng, modality_rng = jax.random.split(step_rng, 3)
-    frames = _fuse(system.fuse_train, fuse_rng, batch)
-    labels = tables["label"][batch.clip_index]
-    weight = tables["weight"][batch.clip_index] * batch.batch_mask
-
-    def mean_loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
-        logits, model_state = system.model.apply(
-            {"params": params, **state.model_state},
-            frames,
-            clip_index=batch.clip_index,
-            labels=labels,
-            batch_mask=batch.batch_mask,
-            train=True,
-            rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
-            mutable=list(state.model_state),
-        )
-        per_clip = system.loss_fn(logits, labels, state.step)
-        loss = jnp.sum(per_clip * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
-        return loss, (logits, model_state)
-
-    (loss, (logits, model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = system.tx.update(grads, state.opt_state, state.params)
-    correct = jnp.argmax(jnp.where(system.class_mask, logits, -jnp.inf), axis=-1) == labels
-    added = {
-        "loss": loss * jnp.sum(weight),
-        "correct": jnp.sum(correct * weight),
-        "weight": jnp.sum(weight),
+    usable = batch.batch_mask & _has_frames({m: batch.frames[m] for m in system.fuse_train})
+    inputs = {
+        "rng": state.rng,
+        "labels": state.labels[:, batch.clip_index],  # [E, B]
+        "weight": tables.weight[:, batch.clip_index] * usable,
+        "min_quality": tables.min_quality,
+        "view": tables.view,
     }
+    learned = (state.params, state.model_state, state.opt_state, state.sums)
+
+    def step_member(learned: Any, inputs: Mapping[str, Array]) -> tuple[Any, Array]:
+        return _train_member(system, state.step, learned, inputs, batch)
+
+    learned, losses = members.apply_each(step_member, learned, inputs, system.mapping)
+    params, model_state, opt_state, sums = learned
     new_state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        # Linen's running statistics start as float32 and would take the dtype of the batch's.
-        model_state=jax.tree.map(
-            lambda new, old: new.astype(old.dtype), model_state, dict(state.model_state)
-        ),
+        params=params,
+        model_state=model_state,
         opt_state=opt_state,
-        sums={name: state.sums[name] + added[name].astype(jnp.float32) for name in added},
+        sums=sums,
     )
-    return new_state, loss
+    return new_state, losses
+
+
+def _train_member(
+    system: System, step: Array, learned: Any, inputs: Mapping[str, Array], batch: Batch
+) -> tuple[Any, Array]:
+    params, model_state, opt_state, sums = learned
+    labels, weight = inputs["labels"], inputs["weight"]
+    weight = weight * system.column_weight(labels, step)
+    step_rng = jax.random.fold_in(inputs["rng"], step)
+    fuse_rng, dropout_rng, modality_rng, clip_rng = jax.random.split(step_rng, 4)
+    frames, batch_mask = _draw_frames(system, fuse_rng, batch, inputs), weight > 0
+    share, partner = jnp.ones_like(weight), jnp.arange(len(weight))
+    if system.mixup:
+        frames, share, partner = _mix_up(clip_rng, system.mixup, frames, weight)
+    exists = jnp.ones((len(weight), 1), bool)
+    if system.examples:
+        frames, exists = _as_examples(frames)
+    num_examples = exists.shape[1]
+    exists = exists & batch_mask[:, None]  # [B, T']
+
+    def spread(x: Array) -> Array:  # [B] -> [B T']
+        return jnp.repeat(x, num_examples)
+
+    def mean_loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
+        output, new_model_state = system.model.apply(
+            {"params": params, **model_state},
+            frames,
+            clip_index=spread(batch.clip_index),
+            labels=spread(labels),
+            batch_mask=exists.reshape(-1),
+            train=True,
+            rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
+            mutable=list(model_state),
+        )
+        logits, train_weight, _ = _branches(output)  # [B T', G, K]
+
+        def loss_of(labels: Array) -> Array:
+            columns = jnp.broadcast_to(spread(labels)[:, None], logits.shape[:2])
+            losses = jnp.sum(system.loss_fn(logits, columns, step) * train_weight, axis=1)
+            losses = jnp.where(exists, losses.reshape(exists.shape), 0.0)
+            return jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)  # [B]
+
+        per_clip = loss_of(labels)
+        if system.mixup:
+            per_clip = share * per_clip + (1 - share) * loss_of(labels[partner])
+        loss = jnp.sum(per_clip * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
+        return loss, (logits[:, 0], new_model_state)
+
+    (loss, (logits, new_model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    updates, opt_state = system.tx.update(grads, opt_state, params)
+    best = jnp.argmax(jnp.where(system.class_mask, logits, -jnp.inf), axis=-1)
+    right = jnp.sum((best.reshape(exists.shape) == labels[:, None]) & exists, axis=1)
+    correct = right / jnp.maximum(jnp.sum(exists, axis=1), 1)
+    total = jnp.sum(weight)
+    added = {"loss": loss * total, "correct": jnp.sum(correct * weight), "weight": total}
+    learned = (
+        optax.apply_updates(params, updates),
+        # Linen's running statistics start as float32 and would take the dtype of the batch's.
+        jax.tree.map(lambda new, old: new.astype(old.dtype), new_model_state, dict(model_state)),
+        opt_state,
+        {name: sums[name] + added[name].astype(jnp.float32) for name in added},
+    )
+    return learned, loss
+
+
+def _draw_frames(
+    system: System, rng: Array, batch: Batch, inputs: Mapping[str, Array]
+) -> dict[str, Frames]:
+    """Returns the fused frames on which a member is trained."""
+    frames = {name: batch.frames[name] for name in system.fuse_train}
+    if system.by_quality:
+        frames = {
+            name: selection.filter_frames(one, min_quality=inputs["min_quality"])
+            for name, one in frames.items()
+        }
+    if system.join_noise:
+        labels = inputs["labels"]
+        is_noise = (inputs["weight"] > 0) & ((labels == 0) | (labels > system.num_identities))
+        # The first modality decides how long a clip is, so that all are joined to the same ones.
+        counts = jnp.sum(next(iter(frames.values())).mask, axis=1)
+        short = (counts > 0) & (counts < JOINED_FRAMES)
+        join_rng = jax.random.fold_in(rng, len(frames))
+        frames = {
+            name: selection.join_clips(join_rng, one, is_noise, short, max_frames=JOINED_FRAMES)
+            for name, one in frames.items()
+        }
+    return _fuse(system, system.fuse_train, rng, frames, inputs["view"])
 
 
 def make_train_step(
     system: System, mesh: Mesh
-) -> Callable[[TrainState, Mapping[str, Array], Batch], tuple[TrainState, Array]]:
+) -> Callable[[TrainState, Tables, Batch], tuple[TrainState, Array]]:
     """Returns `train_step` of a system, compiled for a mesh; the state it is given is donated."""
 
-    def step(
-        state: TrainState, tables: Mapping[str, Array], batch: Batch
-    ) -> tuple[TrainState, Array]:
+    def step(state: TrainState, tables: Tables, batch: Batch) -> tuple[TrainState, Array]:
         return train_step(system, state, tables, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=mesh_lib.replicated(mesh))
 
 
-def _log_softmax(logits: Array, class_mask: Array) -> Array:
-    return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True, where=class_mask)
+def eval_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    """Returns one member's scores [B, K] of clips for class columns.
 
-
-def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    del class_mask
-    return jax.nn.log_sigmoid(logits)
-
-
-def _logits(logits: Array, class_mask: Array) -> Array:
-    del class_mask
-    return logits
-
-
-# Ranks are taken on logs: sigmoid(17) is 1.0 in float32, its logarithm is not 0.
-SCORES = {"log_softmax": _log_softmax, "log_sigmoid": _log_sigmoid, "logits": _logits}
-
-
-def eval_step(system: System, params: Any, model_state: Any, batch: Batch) -> Array:
-    """Returns the scores [B, C] of clips for identities; -inf for a clip without a usable frame.
+    A clip without a usable frame scores -inf everywhere.
 
     Args:
       system: the system.
-      params: the model's parameters.
-      model_state: the model's other collections.
+      params: the member's parameters.
+      model_state: the member's other collections.
+      view: [] int32, the chunk of the features that it does not see.
       batch: B clips with all their frames.
     """
-    with jax.default_matmul_precision(system.matmul_precision):
-        logits = system.model.apply(
+    fused = _fuse(system, system.fuse_eval, None, batch.frames, view)
+
+    def scores_of(frames: Mapping[str, Frames], batch_mask: Array) -> Array:
+        output = system.model.apply(
             {"params": params, **model_state},
-            _fuse(system.fuse_eval, None, batch),
+            frames,
             clip_index=batch.clip_index,
             labels=None,
-            batch_mask=batch.batch_mask,
+            batch_mask=batch_mask,
             train=False,
         )
-    assert not isinstance(logits, tuple)  # nothing is mutable here
-    scores = SCORES[system.scores](logits, system.class_mask)[:, 1:]  # (B, C)
-    usable = jnp.any(
-        jnp.stack([jnp.any(batch.frames[m].mask, axis=1) for m in system.fuse_eval]), axis=0
-    )
+        logits, _, weights = _branches(output)
+        scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
+        total = _empty(scores[:, 0], system.logs)
+        if scores.shape[1] == 1:
+            return scores[:, 0]
+        for branch in range(scores.shape[1]):
+            total = members.add_scores(
+                total, scores[:, branch], weights[:, branch], logs=system.logs
+            )
+        return total
+
+    with jax.default_matmul_precision(system.matmul_precision):
+        if system.examples:
+            scores = _reduce_examples(system, fused, batch, scores_of)
+        else:
+            scores = scores_of(fused, batch.batch_mask)
+    usable = _has_frames({name: batch.frames[name] for name in system.fuse_eval})
     return jnp.where(usable[:, None], scores, -jnp.inf)
 
 
-def make_eval_step(system: System, mesh: Mesh) -> Callable[[Any, Any, Batch], Array]:
-    """Returns `eval_step` of a system, compiled for a mesh.
+def _empty(scores: Array, logs: bool) -> Array:
+    return jnp.full_like(scores, -jnp.inf if logs else 0.0)
+
+
+def _reduce_examples(
+    system: System,
+    fused: Mapping[str, Frames],
+    batch: Batch,
+    scores_of: Callable[[Mapping[str, Frames], Array], Array],
+) -> Array:
+    """Returns the mean or the largest scores [B, K] of every clip's examples, one after another.
+
+    The scores of all T' examples never exist at once.
+    """
+    _, exists = _as_examples(fused)
+    weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
+
+    def example(t: Array) -> dict[str, Frames]:
+        def take(x: Array) -> Array:
+            at = jnp.minimum(t, x.shape[1] - 1)  # a modality with one frame goes with each
+            return jax.lax.dynamic_index_in_dim(x, at, axis=1)
+
+        return {name: jax.tree.map(take, one) for name, one in fused.items()}
+
+    def add(t: Array, total: Array) -> Array:
+        scores = scores_of(example(t), batch.batch_mask & exists[:, t])
+        if system.reduce == "max":
+            return jnp.maximum(total, jnp.where(exists[:, t, None], scores, -jnp.inf))
+        return members.add_scores(total, scores, weight[:, t], logs=system.logs)
+
+    first = jax.eval_shape(scores_of, example(jnp.int32(0)), batch.batch_mask)
+    logs = system.logs or system.reduce == "max"
+    total = _empty(jnp.zeros(first.shape, first.dtype), logs)
+    last = jnp.max(jnp.where(exists, jnp.arange(1, exists.shape[1] + 1), 0))
+    return jax.lax.fori_loop(0, last, add, total)
+
+
+def make_eval_step(system: System, mesh: Mesh) -> Callable[[Any, Any, Array, Batch], Array]:
+    """Returns `eval_step` of a system for the identity columns alone, [B, C], compiled for a mesh.
 
     Every device runs the program of its own rows, so that with a fixed number of rows per device
     the scores are bit-equal on any number of devices.
     """
 
-    def step(params: Any, model_state: Any, batch: Batch) -> Array:
-        return eval_step(system, params, model_state, batch)
+    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, view, batch)
+        return scores[:, 1 : 1 + system.num_identities]
 
+    return _by_rows(step, mesh)
+
+
+def make_predict_step(system: System, mesh: Mesh) -> Callable[[Any, Any, Array, Batch], Array]:
+    """Returns a function like that of `make_eval_step` that gives [B] int32, the best column."""
+
+    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, view, batch)
+        return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
+
+    return _by_rows(step, mesh)
+
+
+def _by_rows(step: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     rows, whole = PartitionSpec("data"), PartitionSpec()
     return jax.jit(
         jax.shard_map(
-            step, mesh=mesh, in_specs=(whole, whole, rows), out_specs=rows, check_vma=False
+            step, mesh=mesh, in_specs=(whole, whole, whole, rows), out_specs=rows, check_vma=False
         )
     )

@@ -8,20 +8,23 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import checkpoint, ranking, steps
+from vidjax import checkpoint, members, ranking, steps
 from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.config import Config
-from vidjax.evaluate import Evaluation, Evaluator, digest, select_modalities
+from vidjax.data import noise, pickles
+from vidjax.evaluate import Contender, Evaluation, Scorer, digest, score, select_modalities
 from vidjax.logs import Logs, Progress, say
+from vidjax.relabel import Relabeller, label_distractors
+from vidjax.system import Sizes, System, make_system
 
 # These may differ when a run goes on: they say where things lie, not what is computed.
 MOVABLE = ("checkpoint_every_seconds", "data.dir", "data.cache_dir", "eval.checkpoint")
@@ -65,15 +68,24 @@ def train(
       Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step was saved.
     """
     began = time.monotonic()
-    labels, sizes = _measure(config, data)
-    system = steps.make_system(config.to_dict(), sizes)
+    plan = _plan(config, data)
+    sizes, membership = plan.sizes, plan.membership
+    system = make_system(config.to_dict(), sizes)
     mesh = mesh_lib.make_mesh(num_devices)
-    evaluate = Evaluator(system, mesh, block_size=config.eval.block_size)
-    facts = {**sizes._asdict(), "identities_sha256": digest(data.identities)}
+    scorer = Scorer(system, mesh)
+    facts = {
+        **sizes._asdict(),
+        "identities_sha256": digest(data.identities),
+        "members_sha256": members.digest(membership),
+    }
 
-    state, saved = _start(workdir, config, system, sizes, mesh)
-    if saved and saved["identities_sha256"] != facts["identities_sha256"]:
-        raise checkpoint.CheckpointError(f"'{workdir}' was trained on another list of identities")
+    state, saved = _start(workdir, config, system, plan, mesh)
+    for name in ("identities_sha256", "members_sha256"):
+        if saved and saved[name] != facts[name]:
+            what = (
+                "list of identities" if name == "identities_sha256" else "set of clips or members"
+            )
+            raise checkpoint.CheckpointError(f"'{workdir}' was trained on another {what}")
     step = int(state.step)
     if step:
         say(f"going on from step {step} of {sizes.total_steps}")
@@ -85,9 +97,27 @@ def train(
         info = {**facts, **more, "seconds": seconds()}
         checkpoint.save(workdir, int(state.step), _items(state), info)
 
-    weight = np.ones(sizes.num_clips, np.float32)
-    tables = mesh_lib.replicate(mesh, {"label": jnp.asarray(labels), "weight": jnp.asarray(weight)})
+    def evaluate(**kwargs: Any) -> Evaluation:
+        name = str(workdir)
+        run = Contender(name, scorer, state.params, state.model_state, membership, data)
+        return score(
+            [run],
+            config.eval.split,
+            mesh,
+            block_size=config.eval.block_size,
+            each_member=config.eval.members,
+            **kwargs,
+        )
+
+    tables = mesh_lib.replicate(mesh, plan.tables)
     train_step = steps.make_train_step(system, mesh)
+    relabel_steps: set[int] = set()
+    relabel = None
+    if plan.layout:
+        relabel_steps = _every(config.noise.relabel_every_epochs, config, sizes)
+        relabel = Relabeller(
+            config, workdir, data, system, plan.layout, membership, mesh, step=step
+        )
     batches = data.train_batches(
         splits=tuple(config.data.train_splits),
         modalities=tuple(sizes.modalities),
@@ -97,8 +127,8 @@ def train(
         seed=config.seed,
         start=step * config.batch_size,
     )
-    _claim(workdir, config, data)
-    eval_steps = _eval_steps(config, sizes)
+    _claim(workdir, config, data, membership)
+    eval_steps = _every(config.eval.every_epochs, config, sizes) | {sizes.total_steps}
     evaluation = None
     pending = step in eval_steps and not saved.get("evaluated")
     steps_seconds: list[float] = []
@@ -115,13 +145,7 @@ def train(
                     raise workdir_lib.Interrupted(interruption.signum, step)
 
             def watch() -> Evaluation:
-                evaluation = evaluate(
-                    state.params,
-                    state.model_state,
-                    data,
-                    config.eval.split,
-                    check=stop_if_asked,
-                )
+                evaluation = evaluate(check=stop_if_asked)
                 scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
                 logs.metrics(step, {"split": config.eval.split, **scores})
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
@@ -134,13 +158,13 @@ def train(
             batch = mesh_lib.shard_batch(mesh, next(batches))
             while step < sizes.total_steps:
                 dispatched = time.monotonic()
-                state, loss = train_step(state, tables, batch)
+                state, losses = train_step(state, tables, batch)
                 step += 1
                 # While the device works on this step, the host fetches the next batch.
                 fetching = time.monotonic()
                 batch = mesh_lib.shard_batch(mesh, next(batches))
                 fetched = time.monotonic()
-                loss = float(loss)
+                loss = float(np.mean(losses))
                 steps_seconds.append(time.monotonic() - dispatched)
                 waited += fetched - fetching
                 if not math.isfinite(loss):
@@ -153,10 +177,13 @@ def train(
 
                 if step % config.log_every_steps == 0 or step == sizes.total_steps:
                     logs.metrics(step, _summary(config, system, sizes, state))
-                    state = state.replace(sums=mesh_lib.replicate(mesh, steps.zero_sums()))
+                    zeros = steps.zero_sums(len(membership.members))
+                    state = state.replace(sums=mesh_lib.replicate(mesh, zeros))
                     recent = steps_seconds[-config.log_every_steps :]
                     rate = config.batch_size / statistics.median(recent)
                     logs.timing(step, {"clips_per_second": rate, "input_seconds": waited})
+                if relabel and step in relabel_steps:
+                    state = relabel(state)
                 late = time.monotonic() - last_save >= config.checkpoint_every_seconds
                 if step in eval_steps or interruption.signum or late:
                     save(state)
@@ -170,7 +197,7 @@ def train(
         logs.close()
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
-        evaluation = evaluate(state.params, state.model_state, data, config.eval.split)
+        evaluation = evaluate()
     ranking.write_ranking(
         workdir / "ranking.txt",
         data.identities,
@@ -181,7 +208,8 @@ def train(
     results = {
         **evaluation.results,
         **_best(workdir),
-        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "num_params": sum(x[0].size for x in jax.tree.leaves(state.params)),
+        "num_members": len(membership.members),
         "train_clips_per_second": statistics.median(rates) if rates else None,
         "seconds": seconds(),
         "seed": config.seed,
@@ -193,14 +221,26 @@ def train(
     return results
 
 
-def _measure(config: Config, data: Any) -> tuple[np.ndarray, steps.Sizes]:
-    """Returns the labels of the training clips and the sizes that follow from data and config."""
+class _Plan(NamedTuple):
+    """What follows from a configuration and its data before anything is compiled."""
+
+    sizes: Sizes
+    membership: members.Membership
+    labels: np.ndarray  # [N] int32, class columns
+    tables: steps.Tables
+    layout: noise.NoiseLayout | None
+
+
+def _plan(config: Config, data: Any) -> _Plan:
     modalities = select_modalities(config.modalities, data)
     train_splits = tuple(config.data.train_splits)
-    if config.eval.split in train_splits:
+    ensemble = config.ensemble.to_dict()
+    mates = members.make_members(ensemble)
+    if config.eval.split in train_splits and not (ensemble["folds"] or ensemble["bootstraps"]):
         raise ValueError(
             f"config.eval.split='{config.eval.split}' is among config.data.train_splits: "
-            "a score on clips that were trained on says nothing"
+            "a score on clips\nthat were trained on says nothing; with --config.ensemble.folds=5 "
+            "every clip is scored by members that never saw it"
         )
     data.split(config.eval.split)  # before an hour of training, not after
     for name in ("batch_size", "log_every_steps", "num_epochs"):
@@ -211,21 +251,58 @@ def _measure(config: Config, data: Any) -> tuple[np.ndarray, steps.Sizes]:
     if not train_splits:
         raise ValueError("config.data.train_splits is empty: name at least one")
     labels = np.concatenate([data.split(name).labels for name in train_splits])
+    clips = tuple(clip for name in train_splits for clip in data.split(name).clips)
     if not np.any(labels > 0):
         names = ", ".join(f"{name}_gt.txt" for name in train_splits)
         raise ValueError(f"no clip to train on has an identity: is there a good {names}?")
-    return labels, steps.Sizes(
-        modalities=modalities,
-        num_identities=len(data.identities),
-        num_clips=len(labels),
-        total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
-        train_other=bool(np.any(labels == 0)),
+
+    seen = members.partition(mates, labels, ensemble["folds"], config.seed)  # [E, N]
+    weight = seen * _clip_weights(config, labels, clips)
+    layout = None
+    if config.data.distractors == "noise":
+        labels, layout = label_distractors(config, data, labels)
+    elif config.data.distractors == "leave_out":
+        weight = weight * (labels > 0)
+    elif config.data.distractors != "other":
+        given = config.data.distractors
+        raise ValueError(f"config.data.distractors='{given}': known are other, leave_out, noise")
+    for member, row in zip(mates, weight, strict=True):
+        if not row.any():
+            raise ValueError(f"no clip is left to train on for {member}")
+    return _Plan(
+        sizes=Sizes(
+            modalities=modalities,
+            num_identities=len(data.identities),
+            num_clusters=layout.num_clusters if layout else None,
+            num_clips=len(labels),
+            total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
+            train_other=bool(np.any(weight[:, labels == 0])),
+        ),
+        membership=members.Membership(mates, clips, seen > 0),
+        labels=labels,
+        tables=steps.Tables(
+            weight=jnp.asarray(weight, jnp.float32),
+            min_quality=jnp.asarray([member.min_quality for member in mates], jnp.float32),
+            view=jnp.asarray([member.view for member in mates], jnp.int32),
+        ),
+        layout=layout,
     )
 
 
-def _claim(workdir: Path, config: Config, data: Any) -> None:
+def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
+    """Returns [N] float, the weight of every training clip by its class and by its own."""
+    _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weight = counts[column] ** -float(config.data.balance)
+    weight = weight / weight.mean()
+    if config.data.weights:
+        weight = weight * pickles.load_clip_weights(config.data.weights, clips)
+    return weight
+
+
+def _claim(workdir: Path, config: Config, data: Any, membership: members.Membership) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
+    members.save(workdir, membership)
     cropped = data.num_cropped(
         splits=config.data.train_splits,
         modalities=config.modalities,
@@ -236,12 +313,15 @@ def _claim(workdir: Path, config: Config, data: Any) -> None:
 
 
 def _start(
-    workdir: Path, config: Config, system: steps.System, sizes: steps.Sizes, mesh: Mesh
+    workdir: Path, config: Config, system: System, plan: _Plan, mesh: Mesh
 ) -> tuple[steps.TrainState, dict[str, Any]]:
     """Returns the newest saved state and its manifest, or a new state and nothing."""
 
     def init() -> steps.TrainState:
-        return steps.init_state(system, sizes.modalities, jax.random.key(config.seed))
+        mates = plan.membership.members
+        labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(mates), 1))
+        rngs = members.make_rngs(mates, config.seed)
+        return steps.init_state(system, plan.sizes.modalities, rngs, labels)
 
     sharding = mesh_lib.replicated(mesh)
     found = checkpoint.restore_latest(workdir, _items(jax.eval_shape(init)), sharding)
@@ -253,7 +333,7 @@ def _start(
 
 def _items(state: steps.TrainState) -> dict[str, Any]:
     # Apart, so that evaluation reads the first two only.
-    rest = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "sums")}
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "labels", "sums")}
     return {"params": state.params, "model_state": state.model_state, "train": rest}
 
 
@@ -263,21 +343,23 @@ def _state(items: dict[str, Any]) -> steps.TrainState:
     )
 
 
-def _eval_steps(config: Config, sizes: steps.Sizes) -> set[int]:
-    every = round(config.eval.every_epochs * sizes.num_clips / config.batch_size)
-    return {sizes.total_steps, *(range(every, sizes.total_steps, every) if every else ())}
+def _every(epochs: float, config: Config, sizes: Sizes) -> set[int]:
+    """Returns the steps before the last at which so many epochs have passed again; 0 for none."""
+    every = round(epochs * sizes.num_clips / config.batch_size)
+    return set(range(every, sizes.total_steps, every)) if every else set()
 
 
 def _summary(
-    config: Config, system: steps.System, sizes: steps.Sizes, state: steps.TrainState
+    config: Config, system: System, sizes: Sizes, state: steps.TrainState
 ) -> dict[str, float]:
     """Returns the means since the last line of the log: functions of config, data and step."""
-    step, weight = int(state.step), max(float(state.sums["weight"]), 1e-6)
+    sums = {name: float(np.sum(value)) for name, value in state.sums.items()}  # over members
+    step, weight = int(state.step), max(sums["weight"], 1e-6)
     return {
         "epoch": step * config.batch_size / sizes.num_clips,
         "learning_rate": float(jnp.asarray(system.schedule(step - 1))),
-        "train_loss": float(state.sums["loss"]) / weight,
-        "train_accuracy": float(state.sums["correct"]) / weight,
+        "train_loss": sums["loss"] / weight,
+        "train_accuracy": sums["correct"] / weight,
     }
 
 

@@ -55,10 +55,15 @@ def lock(workdir: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that its name shows either what was there before or the whole new text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that its name shows what was there before or all of the new content."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -46,7 +46,6 @@ MIN_SHARDS = 8
 _LOG = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
-MAX_UNKNOWN_RATE = 0.01
 
 Sources = Mapping[tuple[str, str], Path]  # (modality, split) -> feature pickle
 
@@ -342,7 +341,7 @@ def load_labels(
         clips = frozenset(records.splits[split].clips) if split in records.splits else None
         truth[split] = pickles.load_ground_truth(path, known_clips=clips)
         if clips is not None:
-            _check_known(path, truth[split], clips)
+            pickles.check_known(path, truth[split], clips)
     if identities is None:
         identities = pickles.sort_identities(
             identity for split in ("train", "val") for identity in truth.get(split, {}).values()
@@ -368,19 +367,6 @@ def load_labels(
             )
         report["splits"][split] |= report_labels(pairs, facts.clips, identities)
     return tuple(identities), labels, report
-
-
-def _check_known(path: Path, truth: Mapping[str, str], clips: frozenset[str]) -> None:
-    """Warns of clips that no record holds; raises ValueError when they are too many for a slip."""
-    unknown = [name for name in truth if name not in clips]
-    if not unknown:
-        return
-    message = f"{path}: {len(unknown)} of {len(truth)} clips are in no feature file, {unknown[0]}"
-    if len(unknown) == len(truth):
-        raise ValueError(f"{message},\nnor any other: suffix? The files name {min(clips)}")
-    if len(unknown) > MAX_UNKNOWN_RATE * len(truth):
-        raise ValueError(f"{message} for one: more than {MAX_UNKNOWN_RATE:.0%}")
-    warnings.warn(f"{message} for one", stacklevel=3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

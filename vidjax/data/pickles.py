@@ -7,8 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from vidjax.data import cage
 from vidjax.data.sealed import show
 
 SPLITS = ("train", "val", "test")
+MAX_UNKNOWN_RATE = 0.01  # of the clips that a text file names, those in no feature file
 # A slow disk may need its time, a hung one must not hold the caller for ever.
 _WALL_SECONDS = 60
 _WALL_BYTES_PER_SECOND = 1 << 20
@@ -337,6 +339,80 @@ def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise ValueError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
     return labels
+
+
+def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
+    """Returns the weight of every clip from a text file of `NAME.mp4 WEIGHT` lines.
+
+    As in the ground truth, a byte order mark, CRLF, tabs, blank lines, stray spaces and a missing
+    `.mp4` change nothing.
+
+    Args:
+      path: the text file.
+      clips: names without `.mp4`, in the order of the weights.
+
+    Returns:
+      [N] float32, not negative; 1 for a clip that the file does not name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: with line number: not UTF-8, not two fields, a weight that is no number, negative
+        or not finite, a clip twice. Without: no line at all, or more than 1 % of the clips named
+        unknown; fewer are a warning.
+    """
+    path = Path(path)
+    lines = _lines(path)
+    if not lines:
+        raise ValueError(f"{path}: holds no weights")
+    given: dict[str, float] = {}
+    at: dict[str, int] = {}
+    for number, fields in lines:
+        where = f"{path}: line {number}:"
+        if len(fields) != 2:
+            raise ValueError(f"{where} {len(fields)} fields, wanted a clip and its weight")
+        try:
+            name = cage.clean_name(fields[0])
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
+        if name in at:
+            raise ValueError(f"{where} clip {show(name)} again, after line {at[name]}")
+        at[name] = number
+        given[name] = _weight(fields[1], where)
+    check_known(path, given, clips)
+    return np.array([given.get(name, 1.0) for name in clips], np.float32)
+
+
+def _weight(text: str, where: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        raise ValueError(f"{where} weight {show(text)} is not a number") from None
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{where} weight {show(text)} is negative or not finite")
+    return weight
+
+
+def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
+    """Warns of clips that a text file names and no record holds; raises when they are no slip.
+
+    Args:
+      path: the text file.
+      named: the clips it names.
+      clips: those there are.
+
+    Raises:
+      ValueError: more than 1 % of the named ones are not there, or none is.
+    """
+    known = frozenset(clips)
+    unknown = [name for name in named if name not in known]
+    if not unknown:
+        return
+    message = f"{path}: {len(unknown)} of {len(named)} clips are in no feature file, {unknown[0]}"
+    if len(unknown) == len(named):
+        raise ValueError(f"{message},\nnor any other: suffix? The files name {min(known)}")
+    if len(unknown) > MAX_UNKNOWN_RATE * len(named):
+        raise ValueError(f"{message} for one: more than {MAX_UNKNOWN_RATE:.0%}")
+    warnings.warn(f"{message} for one", stacklevel=3)
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:

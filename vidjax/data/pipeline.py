@@ -190,32 +190,67 @@ class Dataset:
         dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
         return self._batches(dataset, shards)
 
-    def eval_batches(self, *, split: str, modalities: Sequence[str], rows: int) -> Iterator[Batch]:
+    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
+        """Returns [N] int32, the frames of each clip in whichever of the modalities has most.
+
+        Raises:
+          ValueError: an unknown split or modality.
+        """
+        self._check([split], modalities)
+        return np.max([self.split(split).lengths[name] for name in modalities], axis=0)
+
+    def eval_batches(
+        self,
+        *,
+        split: str,
+        modalities: Sequence[str],
+        rows: int,
+        lengths: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+    ) -> Iterator[Batch]:
         """Yields every clip of a split once, in blocks of `rows` rows and of similar length.
 
-        A clip's bucket follows from its own longest configured modality, so T depends on the clip
-        and its split alone, never on `rows`. Within a bucket clips come as the records do: by
-        name, except in 'train'. Beyond 512 frames the best 512 by quality are kept, in time
-        order; where quality ties, the earlier ones.
+        A clip's bucket follows from its own length, and how far each modality is padded there from
+        the whole split: T depends on the clip, its split and `lengths` alone, never on `rows`
+        or `only`. Within a bucket clips come as the records do: by name, except in 'train'.
+        Beyond 512 frames the best 512 by quality are kept, in time order; where quality ties,
+        the earlier ones.
 
         Args:
           split: whose clips.
           modalities: which to decode.
           rows: clips a block; blocks are filled up with rows of batch_mask False.
+          lengths: [N] int, what chooses the bucket of each clip; None for `longest` of the
+            modalities. Datasets of the same clips give the same blocks where this is the same,
+            such as the maximum of what `longest` says of each.
+          only: [N] bool, the clips that come, the others are not decoded; None for all.
 
         Raises:
-          ValueError: an unknown split or modality; damaged records; not every clip came once.
+          ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
+            more frames than `lengths` says; damaged records; a clip did not come just once.
         """
-        self._check([split], modalities)
+        longest = self.longest(split, modalities)
         facts, clips = self._records.splits[split], self.split(split)
-        lengths = {name: clips.lengths[name] for name in modalities}
-        longest = np.max(list(lengths.values()), axis=0)
-        buckets = np.searchsorted(BUCKETS, np.minimum(longest, MAX_EVAL_FRAMES)).astype(np.int64)
+        lengths = longest if lengths is None else np.asarray(lengths)
+        wanted = np.ones(longest.shape, bool) if only is None else np.asarray(only)
+        if wanted.shape != longest.shape or wanted.dtype != bool:
+            raise ValueError(
+                f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(longest)} clips"
+            )
+        if lengths.shape != longest.shape:
+            raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(longest)} clips")
+        if (lengths < longest).any():
+            clip = int(np.argmax(lengths < longest))
+            raise ValueError(
+                f"lengths: clip {clips.clips[clip]} has {longest[clip]} frames, not {lengths[clip]}"
+            )
+        buckets = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
+        buckets = np.where(wanted, buckets, -1)
+        most = {name: int(clips.lengths[name].max()) for name in modalities}
         sizes = {
-            name: tf.constant([_padded(int(length.max()), bucket) for bucket in BUCKETS])
-            for name, length in lengths.items()
+            name: tf.constant([_padded(frames, bucket) for bucket in BUCKETS])
+            for name, frames in most.items()
         }
-        too_long = {name: int(length.max()) > MAX_EVAL_FRAMES for name, length in lengths.items()}
 
         def decode(serialized: Any, buckets: Any) -> Any:
             num_rows = tf.shape(serialized)[0]
@@ -225,9 +260,8 @@ class Dataset:
             decoded = {}
             for name in modalities:
                 size = sizes[name][buckets[0]]  # all of a block are of one bucket
-                decoded[name] = decode_batch(
-                    examples[name], self.modalities[name], size, best=too_long[name]
-                )
+                best = most[name] > MAX_EVAL_FRAMES
+                decoded[name] = decode_batch(examples[name], self.modalities[name], size, best=best)
             return decoded, clip_index, tf.range(rows) < num_rows
 
         records = tf.data.Dataset.zip(
@@ -236,13 +270,15 @@ class Dataset:
                 tf.data.Dataset.from_tensor_slices(buckets[facts.order]),
             )
         )
+        if only is not None:  # asking every record costs a third of a light modality's rate
+            records = records.filter(lambda record, bucket: bucket >= 0)
         blocks = records.group_by_window(
             key_func=lambda record, bucket: bucket,
             reduce_func=lambda bucket, group: group.batch(rows),
             window_size=rows,
         )
         dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return self._counted(self._batches(dataset, facts.shards), clips)
+        return self._counted(self._batches(dataset, facts.shards), clips, wanted)
 
     def _check(self, splits: Sequence[str], modalities: Sequence[str]) -> None:
         """Raises ValueError unless every split has a file of every modality."""
@@ -289,17 +325,19 @@ class Dataset:
             }
             yield Batch(frames, clip_index, batch_mask)
 
-    def _counted(self, batches: Iterator[Batch], split: Split) -> Iterator[Batch]:
-        """Yields the batches and raises ValueError at the end unless each clip came once."""
+    def _counted(
+        self, batches: Iterator[Batch], split: Split, wanted: np.ndarray
+    ) -> Iterator[Batch]:
+        """Yields the batches; ValueError at the end unless each clip of `wanted` came once."""
         times = np.zeros(len(split.clips), np.int64)
         for batch in batches:
             np.add.at(times, batch.clip_index[batch.batch_mask], 1)
             yield batch
-        wrong = np.flatnonzero(times != 1)
+        wrong = np.flatnonzero(times != wanted)
         if wrong.size:
             raise ValueError(
-                f"split {split.name!r}: {wrong.size} of {times.size} clips did not come just once, "
-                f"such as {split.clips[wrong[0]]}"
+                f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come just "
+                f"once, such as {split.clips[wrong[0]]}"
             )
 
 

@@ -1,0 +1,81 @@
+"""DeepMEF, the third place of 2019: frames that attend to each other, scenes, an angular margin.
+
+    python -m vidjax.main --config=configs/deepmef.py
+
+Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
+dataset of 1,000 identities), `published` (channel attention over 40 frames in their order),
+`views` (eleven members, each without another sixteenth of the features), and names of modalities:
+`face` alone, or others in place of `scene`.
+
+A clip without a face, or with one of the faintest, is left to a model of the scene alone.
+
+Every value says where it comes from: `paper` (the team's article), `code` (theirs) or `ours`.
+"""
+
+from ml_collections import ConfigDict
+
+from vidjax import config as config_lib
+
+
+def get_config(args: str = "") -> config_lib.Config:
+    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
+    known = ("iqiyi_vid", "standard", "published", "views")
+    words, modalities = config_lib.split_args(args, known)
+    config = config_lib.default()
+    config_lib.choose_data(config, words)
+    config.modalities = modalities or ("face", "scene")  # paper
+    others = tuple(name for name in config.modalities if name != "face")
+    full = "iqiyi_vid" in words
+    config.batch_size = 4096 if full else 128  # code; ours on few clips
+    config.num_epochs = 100.0 if full else 30.0  # code; ours
+    config.data.distractors = "leave_out"  # code
+    config.ensemble.views = 11 if "views" in words else 0  # code
+    config.ensemble.chunks = 16  # code
+
+    main = {
+        "name": "deepmef",
+        "channel_attention": "features",  # ours
+        "aggregation": "attention",  # code
+        "branch_dims": (480, 120),  # code
+        "hidden_dim": 964,  # code
+        "dropout_rate": 0.5,  # code
+        "modality_dropout_rate": 0.3,  # ours
+        "logit_scale": 30.0,  # code
+    }
+    if "published" in words:
+        main |= {"channel_attention": "channels", "num_frames": 40, "modality_dropout_rate": 0.0}
+    model = main
+    if others:
+        model = {
+            "name": "fallback",
+            "main": main,
+            "other": {
+                "name": "dense",
+                "layers": ((480, "prelu", True, 0.5), (120, "prelu", True, 0.5)),  # code
+                "head": "cosine",  # ours
+                "logit_scale": 30.0,  # code
+            },
+            "other_modalities": others,
+            "missing_scale": 0.95,  # code
+            "measure": "norm",  # code
+            "threshold": 8.867,  # code: the faintest hundredth of the official faces
+            "main_share": 0.2,  # code
+            "other_share": 0.8,  # code
+        }
+    config.model = ConfigDict(model)
+    sample = {"name": "sample", "num_frames": 40}  # code
+    config.fusion.face = ConfigDict(
+        {"train": sample, "evaluate": sample if "published" in words else {"name": "all"}}
+    )
+
+    config.loss.margin = 0.5  # code
+    config.loss.focal = "multiclass"  # paper; code: of the mean over the batch
+    config.loss.gamma = 2.0  # code
+    config.loss.schedule = ((0.0, 1.0),)  # code
+    config.optim.name = "sgd"  # code
+    config.optim.momentum = 0.9  # code
+    config.optim.learning_rate = 0.1  # code
+    config.optim.weight_decay = 1e-5  # code
+    config.optim.warmup = 0.0  # code
+    config.optim.decay = "cosine"  # code
+    return config

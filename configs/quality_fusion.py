@@ -1,0 +1,87 @@
+"""Quality fusion, the fourth place of 2019: a few good faces fused into one vector, and an MLP.
+
+    python -m vidjax.main --config=configs/quality_fusion.py
+
+Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
+dataset of 1,000 identities), `mlp1` to `mlp5` (the five published nets; 5 is the main one),
+`folds` (five folds of the training clips), `voting` (every face is scored by itself and the
+probabilities averaged, instead of one fused vector), and names of modalities.
+
+Every value says where it comes from: `paper` (the team's article and slides), `code` (theirs) or
+`ours`.
+"""
+
+from ml_collections import ConfigDict
+
+from vidjax import config as config_lib
+
+# (width, activation, batch norm after it, dropout) of every hidden layer: code.
+MLPS = {
+    "mlp1": ((1024, "sigmoid", True, 0.25),),
+    "mlp2": ((512, "sigmoid", True, 0.2), (1024, "sigmoid", True, 0.5)),
+    "mlp3": ((1024, "swish", True, 0.25),),
+    "mlp4": ((768, "swish", False, 0.2), (1024, "swish", False, 0.5)),
+    "mlp5": ((1024, "swish", False, 0.5), (1024, "swish", False, 0.5)),
+}
+
+
+def get_config(args: str = "") -> config_lib.Config:
+    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
+    known = ("iqiyi_vid", "standard", "folds", "voting", *MLPS)
+    words, modalities = config_lib.split_args(args, known)
+    config = config_lib.default()
+    config_lib.choose_data(config, words)
+    config.modalities = modalities or ("face",)  # paper
+    full = "iqiyi_vid" in words
+    config.batch_size = 512 if full else 128  # code; ours on few clips
+    config.num_epochs = 200.0 if full else 100.0  # paper: best near 200; ours
+    config.eval.scores = "log_sigmoid"  # code: a plain sum of sigmoids
+    config.ensemble.folds = 5 if "folds" in words else 0  # paper
+
+    (net,) = sorted(words & set(MLPS)) or ["mlp5"]
+    config.model = ConfigDict(
+        {
+            "name": "dense",
+            "backbone": "mlp",
+            "layers": MLPS[net],  # code
+            "head": "linear",  # code
+            "feature_scale": 1.0,  # ours
+            "modality_dropout_rate": 0.0,  # code: one modality; ours
+        }
+    )
+    config.fusion.face = ConfigDict(
+        {
+            "train": {
+                "name": "random",  # paper: 1 to 5 faces, with replacement
+                "num_draws": 1,  # paper
+                "max_frames": 5,  # paper
+                "probs": (0.25, 0.0, 0.65, 0.0, 0.10),  # code
+                "weighting": "quality",  # code
+                "min_quality": 25.0,  # code; 30 on the slides
+                "min_detection": 0.7,  # code; .8 on the slides
+            },
+            "evaluate": {"name": "mean", "weighting": "graded"},  # code: W(x)
+        }
+    )
+    if "voting" in words:
+        config.after_fusion = "examples"
+        config.fusion.face.evaluate = ConfigDict({"name": "all"})
+
+    config.loss.focal = "binary"  # code
+    config.loss.gamma = 2.0  # code
+    part = config.num_epochs / 200.0  # the published stages, of 200 epochs
+    config.loss.schedule = (  # code
+        (0.0, 0.75),
+        (24.0 * part, 0.75),
+        (24.0 * part, 1.0),
+        (100.0 * part, 1.0),
+        (100.0 * part, 0.98),
+    )
+    config.optim.name = "adam"  # code
+    config.optim.learning_rate = 1.5e-4 if full else 1e-3  # code; ours on few steps
+    config.optim.warmup = 0.045  # code: 9 epochs of 200, there at a constant rate
+    config.optim.warmup_scale = 0.13  # code: 2e-5
+    config.optim.decay = "cosine"  # paper; code: halved every 50 epochs
+    if full:
+        config.eval.every_epochs = 20.0  # ours
+    return config

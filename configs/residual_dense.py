@@ -1,0 +1,70 @@
+"""Residual Dense Net, the second place of 2019: merged frames, three quality subsets, shortcuts.
+
+    python -m vidjax.main --config=configs/residual_dense.py
+
+Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
+dataset of 1,000 identities), `one` (one subset, of all frames, instead of three), `single` (frames
+as they are, not merged), `fused` (a clip is scored once, by its mean frame, instead of frame by
+frame), `folds` (five folds of the training clips, of each subset), and names of modalities.
+
+Every value says where it comes from: `paper` (the team's article) or `ours`; no code was published.
+"""
+
+from ml_collections import ConfigDict
+
+from vidjax import config as config_lib
+
+
+def get_config(args: str = "") -> config_lib.Config:
+    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
+    known = ("iqiyi_vid", "standard", "one", "single", "fused", "folds")
+    words, modalities = config_lib.split_args(args, known)
+    config = config_lib.default()
+    config_lib.choose_data(config, words)
+    config.modalities = modalities or ("face",)  # paper
+    full = "iqiyi_vid" in words
+    config.batch_size = 512 if full else 128  # ours
+    # Paper: 8 epochs, of some 60 merged and original frames a clip; here an epoch has 2 of a clip.
+    config.num_epochs = 240.0 if full else 60.0  # ours
+    config.after_fusion = "examples"  # paper
+    if "one" not in words:
+        config.ensemble.min_quality = (-1000.0, 20.0, 40.0)  # paper: all, > 20, > 40
+    config.ensemble.folds = 5 if "folds" in words else 0  # ours
+
+    config.model = ConfigDict(
+        {
+            "name": "dense",
+            "backbone": "residual",
+            "width": 8192 if full else 1024,  # ours: .44 GFLOP a frame; paper: about .5
+            "num_layers": 3,  # paper
+            "shortcut": "add",  # ours
+            "activation": "relu",  # ours
+            "dropout_rate": 0.5,  # ours
+            "head": "linear",  # paper
+            "feature_scale": 1.0,  # ours
+        }
+    )
+    # Paper: frames, shuffled and each merged with 1 to 4 others, united with the originals. Half of
+    # the draws are therefore of one frame.
+    merged = {
+        "name": "random",
+        "num_draws": 2,  # ours
+        "max_frames": 5,
+        "probs": (0.5, 0.125, 0.125, 0.125, 0.125),
+        "replacement": False,
+    }
+    evaluate = {"name": "windows", "max_frames": 5, "top_share": 0.7}  # paper
+    if "single" in words:
+        merged = {"name": "random", "num_draws": 2, "max_frames": 1}
+        evaluate = {"name": "all", "top_share": 0.7}
+    if "fused" in words:
+        evaluate = {"name": "mean", "weighting": "quality"}
+    config.fusion.face = ConfigDict({"train": merged, "evaluate": evaluate})
+
+    config.optim.name = "adam"  # paper
+    config.optim.learning_rate = 1e-2 if full else 1e-3  # paper; ours on few steps
+    config.optim.warmup = 0.0  # paper
+    config.optim.decay = "steps"  # paper
+    config.optim.decay_factor = 0.7  # paper
+    config.optim.decay_every_epochs = config.num_epochs / 8  # paper: an epoch of 8
+    return config

@@ -1,0 +1,236 @@
+"""The axis E: who trains on what, members against separate runs, honest scores."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_train import run, shrunk, weights
+from vidjax import config as config_lib
+from vidjax import members
+from vidjax.data import pipeline
+
+SPEC = {
+    "folds": 0,
+    "bootstraps": 0,
+    "views": 0,
+    "chunks": 16,
+    "min_quality": (),
+    "seeds": 1,
+    "only": (),
+}
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+def test_members_are_the_product_of_what_varies():
+    spec = {**SPEC, "folds": 5, "seeds": 5}
+    everyone = members.make_members(spec)
+    assert len(everyone) == len(set(everyone)) == 25
+    assert [member.fold for member in everyone] == [fold for fold in range(5) for _ in range(5)]
+    assert [member.seed for member in everyone] == list(range(25))
+    assert members.make_members({**spec, "only": (7, 3)}) == (everyone[7], everyone[3])
+    views = members.make_members({**SPEC, "views": 11, "min_quality": (-1e9, 20, 40)})
+    assert {(m.view, m.min_quality) for m in views} == set(
+        itertools.product(range(11), (-1e9, 20.0, 40.0))
+    )
+    assert members.make_members(SPEC) == (members.Member(),)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folds": 1}, "folds=1"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"views": 17}, "16 chunks"),
+        ({"folds": 2, "bootstraps": 2}, "exclude"),
+        ({"only": (1,)}, "no member 1 of 1"),
+    ],
+)
+def test_specifications_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        members.make_members({**SPEC, **change})
+
+
+@pytest.mark.parametrize("num_folds", [2, 5, 10])
+def test_folds_split_every_identity_evenly(num_folds):
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.repeat(np.arange(40), rng.integers(1, 9, 40)), np.zeros(33, int)])
+    labels = rng.permutation(labels)
+    folds = members.stratified_folds(labels, num_folds, seed=3)
+    for rows in [np.arange(len(labels)), *(np.flatnonzero(labels == c) for c in range(40))]:
+        counts = np.bincount(folds[rows], minlength=num_folds)
+        assert counts.max() - counts.min() <= 1
+    np.testing.assert_array_equal(folds, members.stratified_folds(labels, num_folds, seed=3))
+    assert (folds != members.stratified_folds(labels, num_folds, seed=4)).any()
+
+
+def test_bootstrap_samples_lose_no_identity():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), np.arange(50) % 7 + 1))
+    counts = np.stack([members.bootstrap_counts(labels, number, seed=0) for number in range(200)])
+    for column in range(50):
+        rows = labels == column
+        assert (counts[:, rows].sum(axis=1) == rows.sum()).all()
+    left_out = (counts == 0)[:, np.bincount(labels)[labels] == 7].mean()
+    assert left_out == pytest.approx((1 - 1 / 7) ** 7, abs=0.02)
+
+
+def test_held_out_goes_by_name():
+    trained = np.array([[True, False, True], [False, True, True]])
+    membership = members.Membership((members.Member(), members.Member(1)), ("a", "b", "c"), trained)
+    found = members.held_out(membership, ("c", "new", "b", "a"))
+    np.testing.assert_array_equal(found, [[0, 1, 1, 0], [0, 1, 0, 1]])
+
+
+def test_membership_survives_the_disk(tmp_path):
+    trained = np.array([[True, False], [False, True]])
+    everyone = members.make_members({**SPEC, "folds": 2, "min_quality": (20.0,)})
+    membership = members.Membership(everyone, ("clip", "ünï-§"), trained)
+    members.save(tmp_path, membership)
+    again = members.load(tmp_path)
+    assert again[:2] == membership[:2]
+    np.testing.assert_array_equal(again.trained, trained)
+    assert members.digest(again) == members.digest(membership)
+    other = membership._replace(trained=~trained)
+    assert members.digest(other) != members.digest(membership)
+    path = tmp_path / members.FILE
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"cannot read .*members\.npz"):
+        members.load(tmp_path)
+
+
+@pytest.mark.parametrize("view", [0, 1, 15])
+def test_a_view_lacks_its_chunk(view):
+    features = np.arange(2 * 512).reshape(2, 512)
+    found = members.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
+    wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_scores_combine_as_means(logs):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 6, 5)) * 30 - 40
+    use = rng.random((4, 6)) < 0.6
+    use[:, 0], use[:, 1] = False, True
+    total = jnp.full((6, 5), -jnp.inf if logs else 0.0)
+    weight = jnp.zeros(6)
+    for one, rows in zip(scores, use, strict=True):
+        row = jnp.asarray(rows, jnp.float32)
+        total, weight = members.add_scores(total, jnp.asarray(one), row, logs=logs), weight + row
+    found = np.asarray(members.mean_scores(total, weight, logs=logs))
+    assert (found[0] == -np.inf).all()
+    for clip in range(1, 6):
+        voted = scores[use[:, clip], clip]
+        wanted = np.log(np.exp(voted).mean(axis=0)) if logs else voted.mean(axis=0)
+        np.testing.assert_allclose(found[clip], wanted, rtol=1e-5)
+
+
+FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=4")
+
+
+def test_a_member_equals_its_own_run_to_the_bit(data, tmp_path):
+    run(shrunk(*FOLDS), tmp_path / "all", data)
+    everyone = weights(tmp_path / "all")
+    for number in (0, 2):
+        config = shrunk(*FOLDS, f"--config.ensemble.only={number}")
+        folder = tmp_path / str(number)
+        run(config, folder, data)
+        alone = weights(folder)
+        assert alone.keys() == everyone.keys()
+        for name, value in alone.items():
+            np.testing.assert_array_equal(value[0], everyone[name][number], err_msg=name)
+        results = json.loads((folder / "metrics.json").read_text())
+        together = json.loads((tmp_path / "all" / "metrics.json").read_text())
+        assert results["map"] == together["members"][number]["map"]
+
+
+def test_vmap_agrees_with_separate_steps(data, tmp_path):
+    sgd = (*FOLDS, "--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
+    for mapping in ("map", "vmap"):
+        run(shrunk(*sgd, f"--config.ensemble.mapping={mapping}"), tmp_path / mapping, data)
+    left, right = weights(tmp_path / "map"), weights(tmp_path / "vmap")
+    for name, value in left.items():
+        if "params" in name:
+            np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_members_do_not_see_what_they_leave_out(data, tmp_path):
+    """Other features and labels of a held-out fold change nothing in its member, only in others."""
+    config = shrunk(*FOLDS, "--config.num_epochs=2")
+    run(config, tmp_path / "plain", data)
+    held = ~members.load(tmp_path / "plain").trained[1]
+
+    class Spoilt:
+        def __getattr__(self, name):
+            return getattr(data, name)
+
+        def split(self, name):
+            split = data.split(name)
+            if name != "train":
+                return split
+            labels = np.where(held, split.labels % len(data.identities) + 1, split.labels)
+            return split.__class__(**{**vars(split), "labels": labels.astype(np.int32)})
+
+        def train_batches(self, **kwargs):
+            for batch in data.train_batches(**kwargs):
+                frames = {
+                    name: one._replace(
+                        features=np.where(
+                            held[batch.clip_index][:, None, None], 7, one.features
+                        ).astype(one.features.dtype)
+                    )
+                    for name, one in batch.frames.items()
+                }
+                yield batch._replace(frames=frames)
+
+    folds = members.stratified_folds
+    try:  # of the labels as they were: a fold must not move with the labels that are spoilt
+        fixed = folds(data.split("train").labels, 3, config.seed)
+        members.stratified_folds = lambda *args: fixed
+        run(config, tmp_path / "spoilt", Spoilt())
+    finally:
+        members.stratified_folds = folds
+    left, right = weights(tmp_path / "plain"), weights(tmp_path / "spoilt")
+    changed = [not np.array_equal(value[0], right[name][0]) for name, value in left.items()]
+    assert any(changed)
+    for name, value in left.items():
+        np.testing.assert_array_equal(value[1], right[name][1], err_msg=name)
+
+
+def test_out_of_fold_scores_of_clips_that_were_trained_on(data, tmp_path):
+    splits = "--config.data.train_splits=train,val"
+    with pytest.raises(ValueError, match=r"ensemble\.folds=5"):
+        run(shrunk(splits), tmp_path / "none", data)
+    results = run(shrunk(splits, *FOLDS), tmp_path / "folds", data)
+    assert results["map_kind"] == "out_of_fold"
+    assert results["num_clips"] == len(data.split("val").clips)
+    assert len(results["members"]) == 3
+    only = run(shrunk(splits, *FOLDS, "--config.ensemble.only=1"), tmp_path / "one", data)
+    assert only["map_kind"] == "out_of_fold"
+    assert only["num_clips"] < len(data.split("val").clips)
+    assert only["map"] == results["members"][1]["map"]
+    lines = (tmp_path / "one" / "ranking.txt").read_text().split()
+    assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
+
+
+def test_min_quality_and_views_run(data, tmp_path):
+    config = shrunk(
+        "--config.ensemble.views=2",
+        "--config.ensemble.chunks=4",
+        "--config.ensemble.min_quality=(-1000, 80)",
+        "--config.num_epochs=2",
+    )
+    results = run(config, tmp_path, data)
+    assert len(results["members"]) == 4
+    assert {member.get("view") for member in results["members"]} == {0, 1}
+    whole = config_lib.load_workdir(tmp_path)
+    assert whole.ensemble.chunks == 4
+    face = weights(tmp_path)["['params']['face_map']['kernel']"]
+    assert jax.tree.leaves(face)[0].shape[:2] == (4, 2 * 18)  # of 24, a quarter is left out

@@ -1,0 +1,373 @@
+"""Fully connected systems against loops over clips, layers and columns."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_fusion import make_frames, pad
+from tests.test_models import (
+    DIMS,
+    check_gradients,
+    eval_logits,
+    init,
+    init_identifier,
+    make_batch,
+    make_model,
+    randomised,
+    train_logits,
+)
+from vidjax.models import identifier
+from vidjax.models.heads import CosineClassifier
+from vidjax.models.mlp import MLP
+from vidjax.models.residual_dense import ResidualDenseNet
+
+FLOAT64 = jnp.dtype("float64")
+ACTIVATIONS = {
+    "linear": lambda z, slope: z,
+    "relu": lambda z, slope: max(z, 0.0),
+    "sigmoid": lambda z, slope: 1 / (1 + math.exp(-z)),
+    "swish": lambda z, slope: z / (1 + math.exp(-z)),
+    "prelu": lambda z, slope: z if z > 0 else slope * z,
+}
+
+
+def norm_oracle(params, rows, mask):
+    """BatchNorm by the statistics of the real rows."""
+    out = [[0.0] * len(row) for row in rows]
+    for d in range(len(rows[0])):
+        real = [row[d] for row, flag in zip(rows, mask, strict=True) if flag]
+        mean = sum(real) / len(real)
+        var = sum((value - mean) ** 2 for value in real) / len(real)
+        for b, row in enumerate(rows):
+            z = (row[d] - mean) / math.sqrt(var + 1e-5)
+            out[b][d] = z * params["scale"][d] + params["bias"][d]
+    return out
+
+
+def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
+    """Product, activation, BatchNorm (or BatchNorm, activation), row by row."""
+    kernel, bias = np.asarray(params["dense"]["kernel"]), np.asarray(params["dense"]["bias"])
+    slope = float(params.get("slope", 0))
+    out = [
+        [
+            sum(x * k for x, k in zip(row, column, strict=True)) + b
+            for column, b in zip(kernel.T, bias, strict=True)
+        ]
+        for row in rows
+    ]
+    if batch_norm and norm_first:
+        out = norm_oracle(params["norm"], out, mask)
+    out = [[ACTIVATIONS[activation](z, slope) for z in row] for row in out]
+    if batch_norm and not norm_first:
+        out = norm_oracle(params["norm"], out, mask)
+    return out
+
+
+def train_forward(model, variables, mask):
+    """Returns the function of (params, x) that training computes, in float64."""
+
+    @jax.jit
+    def forward(params, x):
+        collections = {**variables, "params": params}
+        return model.apply(collections, x, mask, train=True, mutable=["batch_stats"])[0]
+
+    return forward
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_mlp_matches_a_loop(norm_first):
+    layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
+    mask = np.array([True, True, False, True, True])
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).standard_normal((5, 3))
+        model = MLP(layers, norm_first, FLOAT64)
+        variables = init(model, x, mask, train=False)
+        params = randomised(variables["params"])
+        forward = train_forward(model, variables, mask)
+        expected = x.tolist()
+        for i, (_, activation, batch_norm, _) in enumerate(layers):
+            expected = layer_oracle(
+                params[f"layer_{i}"], expected, mask, activation, batch_norm, norm_first
+            )
+        np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
+        if not norm_first:
+            check_gradients(forward, params, x, modes=("rev",))
+
+
+@pytest.mark.parametrize(
+    "shortcut", ["add", "concat", pytest.param("none", marks=pytest.mark.slow)]
+)
+def test_residual_dense_net_matches_a_loop(shortcut):
+    mask = np.arange(8) != 2
+    with jax.enable_x64(True):
+        x = np.random.default_rng(1).standard_normal((8, 3))
+        model = ResidualDenseNet(5, 4, "swish", 0.0, shortcut, dtype=FLOAT64)
+        variables = init(model, x, mask, train=False)
+        params = randomised(variables["params"])
+        forward = train_forward(model, variables, mask)
+
+        def layer(i, rows):
+            return np.array(layer_oracle(params[f"layer_{i - 1}"], rows, mask, "swish", True))
+
+        h1 = layer(1, x)
+        if shortcut == "add":
+            h2 = h1 + layer(2, h1)
+            h3 = h2 + layer(3, h2)
+        elif shortcut == "concat":
+            h2 = layer(2, np.hstack([x, h1]))
+            h3 = layer(3, np.hstack([x, h1, h2]))
+        else:
+            h2 = layer(2, h1)
+            h3 = layer(3, h2)
+        np.testing.assert_allclose(forward(params, x), layer(4, h3), atol=1e-6)
+        check_gradients(forward, params, x, modes=("rev",), eps=1e-5)
+
+
+def test_batch_statistics_are_of_real_rows_and_stay_finite_without_any():
+    x = np.random.default_rng(2).standard_normal((4, 3)).astype(np.float32)
+    model = MLP(((4, "relu", True, 0.0),))
+    variables = init(model, x, np.ones(4, bool), train=False)
+
+    @jax.jit
+    def forward(x, mask):
+        return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+
+    mask = np.array([True, True, True, False])
+    out, new = forward(x, mask)
+    padded, padded_new = forward(np.where(mask[:, None], x, 99), mask)
+    np.testing.assert_allclose(padded[:3], out[:3], atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), padded_new, new)
+    for leaf in jax.tree.leaves(forward(x, np.zeros(4, bool))):
+        assert np.isfinite(leaf).all()
+
+
+def test_dropout_is_for_training_only():
+    x = np.random.default_rng(4).standard_normal((4, 3)).astype(np.float32)
+    mask = np.ones(4, bool)
+    for model in (MLP(((64, "linear", False, 0.5),)), ResidualDenseNet(64, 1, "swish", 0.5)):
+        variables = init(model, x, mask, train=False)
+
+        @functools.partial(jax.jit, static_argnames="train")
+        def forward(seed, train, model=model, variables=variables):
+            rngs = {"dropout": jax.random.key(seed)}
+            return model.apply(variables, x, mask, train=train, rngs=rngs, mutable=["batch_stats"])[
+                0
+            ]
+
+        dropped = np.asarray(forward(1, train=True)) == 0
+        assert 0.3 < dropped.mean() < 0.7
+        assert not np.array_equal(forward(2, train=True) == 0, dropped)
+        np.testing.assert_array_equal(forward(1, train=False), forward(2, train=False))
+
+
+def test_cosine_classifier_matches_a_loop():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        x = rng.standard_normal((4, 5))
+        model = CosineClassifier(num_classes=3, scale=30.0)
+        params = randomised(init(model, x)["params"])
+        forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
+        kernel = np.asarray(params["kernel"])
+        expected = np.zeros((4, 3))
+        for b in range(4):
+            for c in range(3):
+                product = sum(x[b, d] * kernel[d, c] for d in range(5))
+                lengths = math.sqrt(sum(v * v for v in x[b]) * sum(v * v for v in kernel[:, c]))
+                expected[b, c] = 30 * product / lengths
+        np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
+        np.testing.assert_allclose(forward(params, 1e3 * x), expected, atol=1e-6)
+        check_gradients(forward, params, x)
+
+
+def test_cosine_of_nothing_is_zero_with_a_gradient_of_zero():
+    x = np.zeros((2, 5), np.float32)
+    x[1] = 1e18
+    model = CosineClassifier(num_classes=3, scale=64.0)
+    kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
+    kernel[:, 0] = 0
+    params = {"kernel": kernel}
+
+    @jax.jit
+    def forward(params, x):
+        return model.apply({"params": params}, x)
+
+    logits = np.asarray(forward(params, x))
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits[0], 0)
+    np.testing.assert_array_equal(logits[:, 0], 0)
+    assert 0 < np.abs(logits[1, 1:]).max() <= 64.001
+    gradient = jax.grad(lambda p, x: jnp.sum((1 + forward(p, x)) ** 2), (0, 1))
+    by_params, by_x = jax.jit(gradient)(params, x)
+    np.testing.assert_array_equal(by_x[0], 0)
+    np.testing.assert_array_equal(by_params["kernel"][:, 0], 0)
+    assert np.isfinite(by_params["kernel"]).all() and np.isfinite(by_x).all()
+
+
+SPECS = {
+    "mlp": {"layers": ((8, "swish", True, 0.0), (6, "prelu", False, 0.0))},
+    "residual": {"backbone": "residual", "width": 8, "dropout_rate": 0.0},
+    "cosine": {"layers": ((8, "linear", False, 0.0),), "head": "cosine", "logit_scale": 64.0},
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def dense(request):
+    frames, rest = make_batch()
+    model = make_model({"name": "dense", **SPECS[request.param]})
+    variables = init_identifier(model, frames, rest)
+    return model, variables, frames, rest
+
+
+def test_identifier_ignores_padding_order_and_padded_rows(dense):
+    model, variables, frames, rest = dense
+    logits, new = train_logits(model, variables, frames, rest)
+    assert logits.shape == (8, 5) and logits.dtype == np.float32
+    longer = {name: pad(value, 3) for name, value in frames.items()}
+    turned = {name: jax.tree.map(lambda v: v[:, ::-1], value) for name, value in frames.items()}
+    garbage = {
+        name: value._replace(features=np.where(np.arange(8)[:, None, None] < 6, value.features, 99))
+        for name, value in frames.items()
+    }
+    for other_frames in (longer, turned, garbage):
+        other, other_new = train_logits(model, variables, other_frames, rest)
+        np.testing.assert_allclose(other[:6], logits[:6], atol=2e-5 * model.logit_scale)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_new, new)
+
+
+def test_gradients_are_finite_on_zero_features_and_missing_frames(dense):
+    model, variables, frames, rest = dense
+    zeros = {
+        name: value._replace(features=np.zeros_like(value.features))
+        for name, value in frames.items()
+    }
+
+    def loss(params):
+        logits, _ = train_logits(model, {**variables, "params": params}, zeros, rest)
+        return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
+
+    for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() < 1e3
+
+
+def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
+    frames, rest = make_batch()
+    model = make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
+    variables = init_identifier(model, frames, rest)
+    classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
+    np.testing.assert_array_equal(classifier["bias"], 0)
+    limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
+    assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
+    logits = eval_logits(model, variables, frames, rest)
+    for b in range(8):
+        x = []
+        for name, dim in DIMS.items():
+            real = [
+                vector.astype(np.float64)
+                for vector, flag in zip(frames[name].features[b], frames[name].mask[b], strict=True)
+                if flag and rest["batch_mask"][b]
+            ]
+            x.extend(0.5 * np.mean(real, axis=0) if real else np.zeros(dim))
+        np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
+
+
+def test_modality_dropout_leaves_one_and_only_in_training():
+    frames, rest = make_batch()
+    spec = {"name": "dense", "layers": ()}
+    model, plain = make_model(spec, modality_dropout_rate=0.999), make_model(spec)
+    variables = init_identifier(model, frames, rest)
+    logits, _ = train_logits(model, variables, frames, rest)
+    kernel = np.asarray(variables["params"]["classifier"]["logits"]["kernel"])
+    choices, start = [], 0
+    for name, dim in DIMS.items():
+        mean = eval_logits(plain, _only(variables, kernel, start, dim), frames, rest)
+        choices.append(np.where(frames[name].mask.any(axis=1)[:, None], mean, np.inf))
+        start += dim
+    distance = np.abs(np.stack(choices) - np.asarray(logits)).max(axis=2).min(axis=0)
+    seen = np.stack([frame.mask.any(axis=1) for frame in frames.values()]).any(axis=0)
+    np.testing.assert_allclose(distance[seen & rest["batch_mask"]], 0, atol=1e-5)
+    np.testing.assert_array_equal(
+        eval_logits(model, variables, frames, rest), eval_logits(plain, variables, frames, rest)
+    )
+
+
+def _only(variables, kernel, start, dim):
+    """Returns the variables with a classifier that looks at some columns of its input alone."""
+    kept = np.zeros_like(kernel)
+    kept[start : start + dim] = kernel[start : start + dim]
+    return jax.tree.map(lambda leaf: kept if leaf.shape == kernel.shape else leaf, variables)
+
+
+def test_bfloat16_computes_near_float32_with_a_cosine_in_float32():
+    frames, rest = make_batch()
+    spec = {"name": "dense", **SPECS["cosine"]}
+    full, half = make_model(spec), make_model(spec, dtype="bfloat16")
+    variables = init_identifier(full, frames, rest)
+    fresh = jax.eval_shape(lambda: half.init(jax.random.key(0), frames, **rest, train=False))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+    logits, half_logits = (eval_logits(m, variables, frames, rest) for m in (full, half))
+    assert half_logits.dtype == np.float32
+    assert 0 < np.abs(half_logits - logits).max() < 0.02 * full.logit_scale
+    # No layer before it: nothing is left that may be rounded.
+    bare = {**spec, "layers": ()}
+    variables = init_identifier(make_model(bare), frames, rest)
+    both = [
+        eval_logits(make_model(bare, dtype=d), variables, frames, rest)
+        for d in ("float32", "bfloat16")
+    ]
+    np.testing.assert_array_equal(*both)
+
+
+QUALITY_FUSION = [  # code: the five nets of the quality-fusion system
+    (((1024, "sigmoid", True, 0.25),), 10_813_235),
+    (((512, "sigmoid", True, 0.2), (1024, "sigmoid", True, 0.5)), 11_076_915),
+    (((1024, "swish", True, 0.25),), 10_813_235),
+    (((768, "swish", False, 0.2), (1024, "swish", False, 0.5)), 11_467_315),
+    (((1024, "swish", False, 0.5), (1024, "swish", False, 0.5)), 11_860_787),
+]
+EMBEDDING = {"layers": ((512, "linear", False, 0.0),), "head": "cosine", "logit_scale": 64.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        *(({"layers": layers}, count) for layers, count in QUALITY_FUSION),
+        ({"backbone": "residual"}, 76_801_843),
+        ({"backbone": "residual", "shortcut": "none"}, 76_801_843),
+        ({"backbone": "residual", "shortcut": "concat"}, 97_773_363),
+        ({"backbone": "residual", "width": 8192}, 220_702_515),
+        (EMBEDDING, 5_400_576),
+    ],
+)
+def test_parameter_counts(options, expected):
+    model = identifier.make_identifier(
+        {"name": "dense", **options}, modalities={"face": 512}, num_classes=10_035, num_clips=1
+    )
+    frames = {"face": make_frames([2, 1], max_frames=2, dim=512)}
+    _, rest = make_batch(2)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "deep"}, "unknown backbone 'deep'; known are mlp, residual"),
+        ({"head": "round"}, "unknown head"),
+        ({"logit_scale": 30.0}, "option of the cosine head"),
+        ({"width": 8}, "backbone 'mlp' has no option width"),
+        ({"backbone": "residual", "layers": ()}, "backbone 'residual' has no option layers"),
+        ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; known are linear"),
+        ({"layers": ((8, "relu"),)}, "a layer is"),
+        ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
+        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs a layer"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    frames, rest = make_batch(2)
+    with pytest.raises(ValueError, match=message):
+        model = make_model({"name": "dense", **options})
+        init_identifier(model, frames, rest)

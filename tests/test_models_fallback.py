@@ -1,0 +1,138 @@
+"""The fallback: who is trained on which clip, and who answers for it."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_models import (
+    DIMS,
+    eval_logits,
+    init_identifier,
+    make_batch,
+    make_model,
+    train_logits,
+    train_step,
+)
+from vidjax.batch import Branches
+from vidjax.models import identifier
+
+MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
+OTHER = {"name": "dense", "layers": ((6, "swish", True, 0.0),)}
+BARE = {"name": "dense", "layers": ()}
+SPEC = {"name": "fallback", "main": MAIN, "other": OTHER, "other_modalities": ("head",)}
+
+
+def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares=(0.2, 0.8)):
+    """Clip by clip: (main, other) in training, and in evaluation."""
+    train, evaluate = [], []
+    for b, real in enumerate(batch_mask):
+        face = [t for t, flag in enumerate(frames["face"].mask[b]) if flag and real]
+        head = [t for t, flag in enumerate(frames["head"].mask[b]) if flag and real]
+        train.append((float(bool(face)), float(bool(head))))
+        if measure == "norm":
+            measures = [np.linalg.norm(frames["face"].features[b, t].astype(float)) for t in face]
+        else:
+            measures = [frames["face"].quality[b, t] for t in face]
+        if not head:
+            evaluate.append((1, 0))
+        elif not face:
+            evaluate.append((0, scale))
+        elif sum(measures) / len(measures) < threshold:
+            evaluate.append(shares)
+        else:
+            evaluate.append((1, 0))
+    return train, evaluate
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"measure": "norm", "threshold": 2.4}, {(1, 0), (0, 0.95), (0.2, 0.8)}),
+        ({"measure": "quality", "threshold": 50.0}, {(1, 0), (0, 0.95), (0.2, 0.8)}),
+        ({"measure": "norm", "threshold": 0.0}, {(1, 0), (0, 0.95)}),
+    ],
+)
+def test_weights_match_a_loop(options, kinds):
+    frames, rest = make_batch()
+    model = make_model(SPEC, main=BARE, other=BARE, **options)
+    out = eval_logits(model, init_identifier(model, frames, rest), frames, rest)
+    assert isinstance(out, Branches)
+    assert out.logits.shape == (8, 2, 5)
+    assert {leaf.dtype.name for leaf in out} == {"float32"}
+    train, evaluate = weights_oracle(frames, rest["batch_mask"], **options)
+    assert set(evaluate) == kinds
+    np.testing.assert_array_equal(out.train_weight, train)
+    np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
+
+
+def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
+    frames, rest = make_batch()
+    model = make_model(SPEC)
+    variables = init_identifier(model, frames, rest)
+    out, new = train_logits(model, variables, frames, rest)
+    evaluated = eval_logits(model, variables, frames, rest)
+    alone = {
+        "main": (make_model(MAIN), "face"),
+        "other": (
+            identifier.make_identifier(
+                OTHER, modalities={"head": DIMS["head"]}, num_classes=5, num_clips=6
+            ),
+            "head",
+        ),
+    }
+    for branch, (name, (part, modality)) in enumerate(alone.items()):
+        own = {collection: tree[name] for collection, tree in variables.items()}
+        seen = rest["batch_mask"] & frames[modality].mask.any(axis=1)
+        rows = {**rest, "batch_mask": seen}
+        logits, part_new = train_step(part, own, frames, rows, jax.random.key(5))
+        np.testing.assert_allclose(out.logits[:, branch][seen], logits[seen], atol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            part_new["batch_stats"],
+            new["batch_stats"][name],
+        )
+        logits = eval_logits(part, own, frames, rest)
+        np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
+
+
+def test_the_main_model_may_see_less_than_everything():
+    frames, rest = make_batch()
+    model = make_model(SPEC, main_modalities=("face",), other_modalities=("audio", "head"))
+    params = jax.eval_shape(lambda: init_identifier(model, frames, rest))["params"]
+    shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
+    assert shapes == {"main": (6, 8), "other": (9, 6)}
+
+
+def test_scale_of_the_logits_is_that_of_both():
+    cosine = {"head": "cosine", "logit_scale": 30.0}
+    model = make_model(SPEC, main={**MAIN, **cosine}, other={**OTHER, **cosine})
+    assert model.logit_scale == 30
+    assert make_model(SPEC).logit_scale == 1
+    for spec, scale in (({"name": "mma"}, 1), ({"name": "knn", "logit_scale": 8.0}, 8)):
+        assert make_model(spec).logit_scale == scale
+    assert make_model({"name": "deepmef"}).logit_scale == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measure": "size"}, "unknown measure 'size'"),
+        ({"modality": "scene"}, "must see 'scene'"),
+        ({"main_modalities": ("head",)}, "must see 'face'"),
+        ({"other_modalities": ()}, "needs other_modalities without it, got none"),
+        ({"other_modalities": ("face",)}, "needs other_modalities without it, got face"),
+        ({"other_modalities": ("scene",)}, "other_modalities of model 'fallback' names scene"),
+        ({"main": {"name": "none"}}, "unknown model 'none'"),
+        ({"main": {**MAIN, "head": "cosine", "logit_scale": 9.0}}, "must be equal, got 9.0 and 1"),
+        ({"main": SPEC}, "cannot have branches themselves"),
+    ],
+)
+def test_impossible_fallbacks_are_refused(options, message):
+    frames, rest = make_batch()
+    with pytest.raises(ValueError, match=message):
+        init_identifier(make_model(SPEC, **options), frames, rest)
+
+
+def test_a_spec_without_its_parts_is_refused():
+    with pytest.raises(ValueError, match="model 'fallback' needs main, other, other_modalities"):
+        make_model({"name": "fallback"})

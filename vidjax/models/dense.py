@@ -1,0 +1,139 @@
+"""Systems that are a fully connected net over the mean frames of a clip."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vidjax import fusion
+from vidjax.batch import Array, Frames
+from vidjax.models import inputs
+from vidjax.models.heads import Classifier, CosineClassifier
+from vidjax.models.mlp import MLP, Layer
+from vidjax.models.residual_dense import ResidualDenseNet
+
+# What only one of the backbones reads.
+_OPTIONS = {
+    "mlp": ("layers",),
+    "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut"),
+}
+
+
+class DenseIdentifier(nn.Module):
+    """Mean frame of every modality, side by side; a fully connected net; a classifier.
+
+    Attributes:
+      modalities: name -> feature width, in the order of the concatenation.
+      num_classes: 1 + C.
+      backbone: mlp | residual.
+      layers: of `mlp`: (width, activation, batch_norm, dropout_rate) of each; () for none.
+      width: of `residual`: of every layer.
+      num_layers: of `residual`.
+      activation: of `residual`.
+      dropout_rate: of `residual`: of every layer.
+      shortcut: of `residual`: add | concat | none.
+      norm_first: True for BatchNorm before the activations.
+      head: linear | cosine.
+      logit_scale: of the cosine head: what a cosine of 1 becomes.
+      feature_scale: factor on raw features.
+      modality_dropout_rate: training only: probability that a clip goes without a modality which
+        it has; it always keeps one.
+      dtype: of the matrix products; parameters and logits are float32 at least, and so is the whole
+        of the cosine head.
+
+    Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
+    noise classes (5th place 2018: one linear layer and the cosine head). All of these see the face
+    alone. Ours: further modalities, which are 0 where a clip lacks them; modality dropout.
+    """
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    backbone: str = "mlp"
+    layers: tuple[Layer, ...] = ((1024, "swish", False, 0.5), (1024, "swish", False, 0.5))
+    width: int = 4096
+    num_layers: int = 3
+    activation: str = "relu"
+    dropout_rate: float = 0.5
+    shortcut: str = "add"
+    norm_first: bool = False
+    head: str = "linear"
+    logit_scale: float = 1.0
+    feature_scale: float = 1.0
+    modality_dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backbone not in _OPTIONS:
+            known = ", ".join(sorted(_OPTIONS))
+            raise ValueError(f"unknown backbone {self.backbone!r}; known are {known}")
+        if self.head not in ("linear", "cosine"):
+            raise ValueError(f"unknown head {self.head!r}; known are cosine, linear")
+        if self.head == "linear" and self.logit_scale != 1.0:
+            raise ValueError("logit_scale is an option of the cosine head")
+        # A value that nobody reads would look like an experiment.
+        others = {option for name in _OPTIONS if name != self.backbone for option in _OPTIONS[name]}
+        for field in dataclasses.fields(self):
+            if field.name in others and getattr(self, field.name) != field.default:
+                raise ValueError(f"backbone {self.backbone!r} has no option {field.name}")
+
+    @nn.compact
+    def __call__(
+        self,
+        frames: Mapping[str, Frames],
+        *,
+        clip_index: Array,
+        labels: Array,
+        batch_mask: Array,
+        train: bool,
+    ) -> Array:
+        """Returns logits.
+
+        Args:
+          frames: modality -> Frames [B, T], each with a T of its own.
+          clip_index: [B] int32, unused.
+          labels: [B] int32, unused.
+          batch_mask: [B] bool; padded rows change nothing, statistics included.
+          train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
+            collection `batch_stats`, where there is one, must be mutable).
+
+        Returns:
+          [B, 1 + C] float32.
+
+        Raises:
+          ValueError: where a configured modality is missing or has another width.
+        """
+        del clip_index, labels
+        frames, present = inputs.real_frames(frames, self.modalities, batch_mask)
+        # A clip that cannot be seen would move the statistics.
+        seen = present.any(axis=1)
+        if train and self.modality_dropout_rate > 0:
+            rng = self.make_rng("modality_dropout")
+            present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
+        means = [
+            fusion.mean_frame(real).features[:, 0] * present[:, i, None]
+            for i, real in enumerate(frames.values())
+        ]
+        x = jnp.concatenate(means, axis=-1) * self.feature_scale  # [B, sum of D]
+        if self.backbone == "mlp":
+            net = MLP(self.layers, self.norm_first, self.dtype, name="backbone")
+        else:
+            net = ResidualDenseNet(
+                self.width,
+                self.num_layers,
+                self.activation,
+                self.dropout_rate,
+                self.shortcut,
+                self.norm_first,
+                self.dtype,
+                name="backbone",
+            )
+        x = net(x, seen, train=train)
+        if self.head == "cosine":
+            return CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        init = nn.initializers.xavier_uniform()
+        classifier = Classifier(
+            self.num_classes, dtype=self.dtype, kernel_init=init, name="classifier"
+        )
+        return classifier(x, train=train)
