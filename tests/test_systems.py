@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from vidjax import config as config_lib
+from vidjax import members, steps
 from vidjax import mesh as mesh_lib
-from vidjax import steps
 from vidjax.batch import Batch, Frames
 from vidjax.logs import CompileClock
+from vidjax.system import Sizes, make_system
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -103,18 +104,33 @@ def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
         assert (tmp_path / "parts" / name).read_bytes() == whole
 
 
-FULL_SIZE = {  # arguments of configs/mma.py -> parameters at 10,034 identities
-    "iqiyi_vid": 34_026_297,
-    "iqiyi_vid,face": 17_821_497,
-    "iqiyi_vid,face,head": 23_223_097,
-    "iqiyi_vid,published": 34_022_201,
+FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
+    "mma:iqiyi_vid": 34_026_297,
+    "mma:iqiyi_vid,face": 17_821_497,
+    "mma:iqiyi_vid,face,head": 23_223_097,
+    "mma:iqiyi_vid,published": 34_022_201,
+    "mma:iqiyi_vid,average": 0,
+    "mma:iqiyi_vid,concat": 0,
+    "residual_dense:iqiyi_vid": 220_702_515,
+    "quality_fusion:iqiyi_vid,mlp1": 10_813_235,
+    "quality_fusion:iqiyi_vid,mlp2": 11_076_915,
+    "quality_fusion:iqiyi_vid,mlp3": 10_813_235,
+    "quality_fusion:iqiyi_vid,mlp4": 11_467_315,
+    "quality_fusion:iqiyi_vid,mlp5": 11_860_787,
+    "deepmef:iqiyi_vid": 0,
+    "deepmef:iqiyi_vid,face": 6_682_580,
+    "deepmef:iqiyi_vid,views": 0,
+    "deepmef:iqiyi_vid,published": 0,
+    "noise_classes:iqiyi_vid": 0,
+    "knn:iqiyi_vid": 0,
 }
+NUM_CLUSTERS = 3691  # published: noise classes, 2018
 
 
-def made_up_batch(rng, config, rows, num_classes):
+def made_up_batch(rng, widths, config, rows, num_classes):
     def frames(name):
         length = 1 if name == "audio" else config.data.max_frames
-        features = rng.normal(size=(rows, length, 512)).astype(np.float16)
+        features = rng.normal(size=(rows, length, widths[name])).astype(np.float16)
         flat = np.ones((rows, length), np.float32)
         mask = np.arange(length) < rng.integers(1, length + 1, (rows, 1))
         return Frames(features, 80 * flat, flat, np.zeros_like(flat, np.int32), mask)
@@ -123,36 +139,53 @@ def made_up_batch(rng, config, rows, num_classes):
     return Batch({name: frames(name) for name in config.modalities}, index, np.ones(rows, bool))
 
 
-@pytest.mark.parametrize("args", FULL_SIZE)
-def test_published_size(args):
-    """One step of 8 clips at 10,035 classes, after a look at the number of parameters."""
-    config = config_lib.load_file(f"{ROOT}/configs/mma.py:{args}")
+def full_size(name):
+    """Returns a configuration and its system at published size, for one member."""
+    file, _, words = name.partition(":")
+    config = config_lib.load_file(f"{ROOT}/configs/{file}.py:{words}")
     config = config_lib.override(config, ["--config.batch_size=8"])
-    widths = {name: 512 for name in config.modalities}
-    sizes = steps.Sizes(widths, 10_034, 57_820, 1000, train_other=False)
-    system = steps.make_system(config.to_dict(), sizes)
+    widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
+    clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
+    sizes = Sizes(widths, 10_034, clusters, 57_820, 1000, train_other=False)
+    return config, sizes, make_system(config.to_dict(), sizes)
 
-    def init():
-        return steps.init_state(system, widths, jax.random.key(0))
 
-    shapes = jax.eval_shape(init).params
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == FULL_SIZE[args]
-    mesh = mesh_lib.make_mesh(1)
-    state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
+def init_one(system, sizes, labels):
+    rngs = members.make_rngs((members.Member(),), 0)
+    return steps.init_state(system, sizes.modalities, rngs, labels)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_parameters_at_published_size(name):
+    _, sizes, system = full_size(name)
+    shapes = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
+    assert sum(x.size for x in jax.tree.leaves(shapes.params)) == FULL_SIZE[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mma:iqiyi_vid", "mma:iqiyi_vid,published", "deepmef:iqiyi_vid", "noise_classes:iqiyi_vid"],
+)
+def test_published_size(name):
+    """A few steps of 8 clips at 10,035 classes and more."""
+    config, sizes, system = full_size(name)
     rng = np.random.default_rng(0)
-    batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, config, 8, 57_820))
-    labels = rng.integers(1, 10_035, 57_820).astype(np.int32)
-    tables = {"label": jnp.asarray(labels), "weight": jnp.ones(57_820)}
-    step = steps.make_train_step(system, mesh)
+    labels = jnp.asarray(rng.integers(1, 10_035, (1, 57_820)), jnp.int32)
+    mesh = mesh_lib.make_mesh(1)
+    replicated = mesh_lib.replicated(mesh)
+    state = jax.jit(lambda: init_one(system, sizes, labels), out_shardings=replicated)()
+    batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
+    tables = steps.make_tables((members.Member(),), np.ones((1, 57_820)))
     tables = mesh_lib.replicate(mesh, tables)
+    step = steps.make_train_step(system, mesh)
     state, loss = step(state, tables, batch)
-    losses = [float(loss)]
+    losses = [float(loss[0])]
     with CompileClock() as clock:
         for _ in range(2):
             state, loss = step(state, tables, batch)
-            losses.append(float(loss))
+            losses.append(float(loss[0]))
     assert clock.seconds == 0  # one compilation
-    if config.model.map_norm:  # without, logits are as large as the features
+    if config.model.get("map_norm"):  # without, logits are as large as the features
         assert losses[0] == pytest.approx(np.log(10_034), rel=0.2)
     assert all(np.isfinite(losses))
 
@@ -161,27 +194,29 @@ ONE_AND_EIGHT = """
 import sys
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
-from tests.test_systems import ROOT, made_up_batch
-from vidjax import config as config_lib, mesh as mesh_lib, steps
+from tests.test_systems import ROOT, init_one, made_up_batch
+from vidjax import config as config_lib, members, mesh as mesh_lib, steps
 from vidjax.logs import CompileClock
+from vidjax.system import Sizes, make_system
 
 config = config_lib.override(
     config_lib.load_file(f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"),
     ["--config.dtype=float64", "--config.data.max_frames=8", "--config.model.embed_dim=32"],
 )
 widths = {name: 512 for name in config.modalities}
-sizes = steps.Sizes(widths, 50, 200, 20, train_other=False)
-system = steps.make_system(config.to_dict(), sizes)
-labels = np.random.default_rng(1).integers(1, 51, 200).astype(np.int32)
+sizes = Sizes(widths, 50, None, 200, 20, train_other=False)
+system = make_system(config.to_dict(), sizes)
+labels = np.random.default_rng(1).integers(1, 51, (1, 200)).astype(np.int32)
 final = []
 for devices in (1, 8):
     mesh = mesh_lib.make_mesh(devices)
-    state = mesh_lib.replicate(mesh, steps.init_state(system, widths, jax.random.key(0)))
-    tables = mesh_lib.replicate(mesh, {"label": labels, "weight": np.ones(200)})
+    state = mesh_lib.replicate(mesh, init_one(system, sizes, labels))
+    tables = steps.make_tables((members.Member(),), np.ones((1, 200)))
+    tables = mesh_lib.replicate(mesh, tables)
     step = steps.make_train_step(system, mesh)
     rng = np.random.default_rng(2)
     for i in range(20):
-        batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, config, 32, 200))
+        batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, widths, config, 32, 200))
         with CompileClock() as clock:
             state, loss = step(state, tables, batch)
         assert (clock.seconds > 0) == (i == 0), f"compiled at step {i}"

@@ -16,6 +16,7 @@ from vidjax import evaluate as evaluate_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.data import pipeline
+from vidjax.system import Sizes, make_system
 
 ROOT = Path(__file__).parent.parent
 MODALITIES = "--config.modalities=face,head,audio"
@@ -246,11 +247,9 @@ def test_nearest_neighbours_against_a_loop(data, tmp_path):
 
 
 def test_random_draws_do_not_depend_on_the_number_of_devices(data):
-    from vidjax import steps
-
     config = shrunk()
-    sizes = steps.Sizes({"face": 24, "head": 16, "audio": 8}, 12, 96, 10, False)
-    system = steps.make_system(config.to_dict(), sizes)
+    sizes = Sizes({"face": 24, "head": 16, "audio": 8}, 12, None, 96, 10, False)
+    system = make_system(config.to_dict(), sizes)
     host = next(
         data.train_batches(
             splits=("train",), modalities=("face",), batch_size=32, max_frames=8, crop="window",

@@ -1,6 +1,6 @@
 """The training step and the evaluation step: pure functions of state, tables and batch, jitted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,20 @@ class Tables(NamedTuple):
     weight: Array
     min_quality: Array
     view: Array
+
+
+def make_tables(mates: Sequence[members.Member], weight: Array) -> Tables:
+    """Returns the tables of some members.
+
+    Args:
+      mates: [E].
+      weight: [E, N], of every training clip for every member.
+    """
+    return Tables(
+        weight=jnp.asarray(weight, jnp.float32),
+        min_quality=jnp.asarray([member.min_quality for member in mates], jnp.float32),
+        view=jnp.asarray([member.view for member in mates], jnp.int32),
+    )
 
 
 def init_state(

@@ -280,11 +280,7 @@ def _plan(config: Config, data: Any) -> _Plan:
         ),
         membership=members.Membership(mates, clips, seen > 0),
         labels=labels,
-        tables=steps.Tables(
-            weight=jnp.asarray(weight, jnp.float32),
-            min_quality=jnp.asarray([member.min_quality for member in mates], jnp.float32),
-            view=jnp.asarray([member.view for member in mates], jnp.int32),
-        ),
+        tables=steps.make_tables(mates, weight),
         layout=layout,
     )
 

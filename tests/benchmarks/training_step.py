@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from vidjax import config as config_lib
+from vidjax import members, steps
 from vidjax import mesh as mesh_lib
-from vidjax import steps
 from vidjax.batch import Array, Batch, Frames
+from vidjax.system import Sizes, make_system
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mma.py"
 DIM = 512
@@ -140,24 +142,27 @@ def main() -> None:
 
     config = config_lib.load_file(f"{CONFIG}:{'published' if args.published else ''}")
     config.batch_size = args.batch_size
-    sizes = steps.Sizes(
+    sizes = Sizes(
         modalities=dict.fromkeys(config.modalities, DIM),
         num_identities=args.num_identities,
+        num_clusters=None,
         num_clips=args.batch_size,
         total_steps=10_000,
         train_other=True,
     )
-    system = steps.make_system(config.to_dict(), sizes)
+    system = make_system(config.to_dict(), sizes)
     mesh = mesh_lib.make_mesh(1)
     step: Any = steps.make_train_step(system, mesh)  # it counts its compilations
     host = np.random.default_rng(0)
     labels = host.integers(0, 1 + args.num_identities, args.batch_size).astype(np.int32)
-    weight = np.ones(args.batch_size, np.float32)
-    tables = mesh_lib.replicate(mesh, {"label": labels, "weight": weight})
+    mates = (members.Member(),)
+    tables = steps.make_tables(mates, np.ones((1, args.batch_size)))
+    tables = mesh_lib.replicate(mesh, tables)
     batch = mesh_lib.shard_batch(mesh, make_batch(host, args.batch_size))
 
     def init() -> steps.TrainState:
-        return steps.init_state(system, sizes.modalities, jax.random.key(config.seed))
+        rngs = members.make_rngs(mates, config.seed)
+        return steps.init_state(system, sizes.modalities, rngs, jnp.asarray(labels)[None])
 
     state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
