@@ -2,10 +2,10 @@
 
     python -m vidjax.main --config=configs/deepmef.py
 
-Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
-dataset of 1,000 identities), `published` (channel attention over 40 frames in their order),
-`views` (eleven members, each without another sixteenth of the features), and names of modalities:
-`face` alone, or others in place of `scene`.
+Arguments, in any combination: `iqiyi_vid` (official files, full size), with `few` (values for some
+thousand clips), `standard` (the synthetic dataset of 1,000 identities), `published` (channel
+attention over 40 frames in their order), `views` (eleven members, each without another sixteenth of
+the features), and names of modalities: `face` alone, or others in place of `scene`.
 
 A clip without a face, or with one of the faintest, is left to a model of the scene alone.
 
@@ -19,13 +19,12 @@ from vidjax import config as config_lib
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
-    known = ("iqiyi_vid", "standard", "published", "views")
+    known = (*config_lib.SIZES, "published", "views")
     words, modalities = config_lib.split_args(args, known)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    full = config_lib.choose_data(config, words)
     config.modalities = modalities or ("face", "scene")  # paper
     others = tuple(name for name in config.modalities if name != "face")
-    full = "iqiyi_vid" in words
     config.batch_size = 4096 if full else 128  # code; ours on few clips
     config.num_epochs = 100.0 if full else 30.0  # code; ours
     config.data.distractors = "leave_out"  # code
@@ -63,7 +62,8 @@ def get_config(args: str = "") -> config_lib.Config:
             "other_share": 0.8,  # code
         }
     config.model = ConfigDict(model)
-    sample = {"name": "sample", "num_frames": 40}  # code
+    published = full or "published" in words
+    sample = {"name": "sample", "num_frames": 40 if published else 12}  # code; ours
     config.fusion.face = ConfigDict(
         {"train": sample, "evaluate": sample if "published" in words else {"name": "all"}}
     )
@@ -74,8 +74,9 @@ def get_config(args: str = "") -> config_lib.Config:
     config.loss.schedule = ((0.0, 1.0),)  # code
     config.optim.name = "sgd"  # code
     config.optim.momentum = 0.9  # code
-    config.optim.learning_rate = 0.1  # code
-    config.optim.weight_decay = 1e-5  # code
+    config.optim.learning_rate = 0.1 if full else 0.02  # code; ours on few clips
+    config.optim.weight_decay = 1e-5 if full else 0.0  # code
+    config.optim.total_decay = 0.0 if full else 2.0  # ours
     config.optim.warmup = 0.0  # code
     config.optim.decay = "cosine"  # code
     return config

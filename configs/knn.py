@@ -6,8 +6,8 @@ A clip is the mean of its faces, weighted by quality x detection; an identity sc
 the nearest of its training clips. Nothing is trained: the one epoch fills the memory. A checkpoint
 of this system therefore holds a feature vector of every training clip.
 
-Arguments: `iqiyi_vid`, `standard` (the synthetic dataset of 1,000 identities), and the name of the
-modality to compare instead of `face`.
+Arguments: `iqiyi_vid` (with or without `few`, nothing differs), `standard` (the synthetic dataset
+of 1,000 identities), and the name of the modality to compare instead of `face`.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from vidjax import config as config_lib
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=configs/knn.py:...`."""
-    words, modalities = config_lib.split_args(args, ("iqiyi_vid", "standard"))
+    words, modalities = config_lib.split_args(args, config_lib.SIZES)
     config = config_lib.default()
     config_lib.choose_data(config, words)
     config.modalities = modalities[:1] or ("face",)

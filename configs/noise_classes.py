@@ -5,9 +5,10 @@
 Distractors are in val alone, so training takes train and val, in folds; every clip of val is then
 scored by the member that has not seen it.
 
-Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
-dataset of 1,000 identities), `other` (distractors are one class) or `leave_out` (they are not
-trained on), to compare with, and the name of the modality to use instead of `face`.
+Arguments, in any combination: `iqiyi_vid` (official files, full size), with `few` (values for some
+thousand clips), `standard` (the synthetic dataset of 1,000 identities), `other` (distractors are
+one class) or `leave_out` (they are not trained on), to compare with, and the name of the modality
+to use instead of `face`.
 
 Every value says where it comes from: `paper` (the author's article), `code` (theirs) or `ours`.
 """
@@ -19,13 +20,12 @@ from vidjax import config as config_lib
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
-    known = ("iqiyi_vid", "standard", "other", "leave_out")
+    known = (*config_lib.SIZES, "other", "leave_out")
     words, modalities = config_lib.split_args(args, known)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    full = config_lib.choose_data(config, words)
     config.modalities = modalities[:1] or ("face",)  # paper
     modality = config.modalities[0]
-    full = "iqiyi_vid" in words
     config.batch_size = 10240 if full else 256  # code; ours on few clips
     config.num_epochs = 200.0 if full else 40.0  # code; ours
     config.data.train_splits = ("train", "val")  # code

@@ -2,10 +2,11 @@
 
     python -m vidjax.main --config=configs/quality_fusion.py
 
-Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
-dataset of 1,000 identities), `mlp1` to `mlp5` (the five published nets; 5 is the main one),
-`folds` (five folds of the training clips), `voting` (every face is scored by itself and the
-probabilities averaged, instead of one fused vector), and names of modalities.
+Arguments, in any combination: `iqiyi_vid` (official files, full size), with `few` (values for some
+thousand clips), `standard` (the synthetic dataset of 1,000 identities), `mlp1` to `mlp5` (the five
+published nets; 5 is the main one), `folds` (five folds of the training clips), `voting` (every face
+is scored by itself and the probabilities averaged, instead of one fused vector), and names of
+modalities.
 
 Every value says where it comes from: `paper` (the team's article and slides), `code` (theirs) or
 `ours`.
@@ -27,12 +28,11 @@ MLPS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
-    known = ("iqiyi_vid", "standard", "folds", "voting", *MLPS)
+    known = (*config_lib.SIZES, "folds", "voting", *MLPS)
     words, modalities = config_lib.split_args(args, known)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    full = config_lib.choose_data(config, words)
     config.modalities = modalities or ("face",)  # paper
-    full = "iqiyi_vid" in words
     config.batch_size = 512 if full else 128  # code; ours on few clips
     config.num_epochs = 200.0 if full else 100.0  # paper: best near 200; ours
     config.eval.scores = "log_sigmoid"  # code: a plain sum of sigmoids

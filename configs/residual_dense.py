@@ -2,10 +2,11 @@
 
     python -m vidjax.main --config=configs/residual_dense.py
 
-Arguments, in any combination: `iqiyi_vid` (official files, full size), `standard` (the synthetic
-dataset of 1,000 identities), `one` (one subset, of all frames, instead of three), `single` (frames
-as they are, not merged), `fused` (a clip is scored once, by its mean frame, instead of frame by
-frame), `folds` (five folds of the training clips, of each subset), and names of modalities.
+Arguments, in any combination: `iqiyi_vid` (official files, full size), with `few` (values for some
+thousand clips), `standard` (the synthetic dataset of 1,000 identities), `one` (one subset, of all
+frames, instead of three), `single` (frames as they are, not merged), `fused` (a clip is scored
+once, by its mean frame, instead of frame by frame), `folds` (five folds of the training clips, of
+each subset), and names of modalities.
 
 Every value says where it comes from: `paper` (the team's article) or `ours`; no code was published.
 """
@@ -17,12 +18,11 @@ from vidjax import config as config_lib
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
-    known = ("iqiyi_vid", "standard", "one", "single", "fused", "folds")
+    known = (*config_lib.SIZES, "one", "single", "fused", "folds")
     words, modalities = config_lib.split_args(args, known)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    full = config_lib.choose_data(config, words)
     config.modalities = modalities or ("face",)  # paper
-    full = "iqiyi_vid" in words
     config.batch_size = 512 if full else 128  # ours
     # Paper: 8 epochs, of some 60 merged and original frames a clip; here an epoch has 2 of a clip.
     config.num_epochs = 240.0 if full else 60.0  # ours
@@ -63,6 +63,7 @@ def get_config(args: str = "") -> config_lib.Config:
 
     config.optim.name = "adam"  # paper
     config.optim.learning_rate = 1e-2 if full else 1e-3  # paper; ours on few steps
+    config.optim.total_decay = 2.0  # ours
     config.optim.warmup = 0.0  # paper
     config.optim.decay = "steps"  # paper
     config.optim.decay_factor = 0.7  # paper

@@ -67,14 +67,16 @@ WIDTHS = {"face": 24, "head": 16, "audio": 8}
 CLIPS = {"train": 96, "val": 60, "test": 40}
 
 
-def write_learnable(directory: Path, *, num_identities: int = 12) -> None:
-    """Writes three splits that a few steps of training learn; test has no ground truth.
+def write_learnable(
+    directory: Path, *, num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
+) -> None:
+    """Writes some splits that a few steps of training learn; test has no ground truth.
 
     A third of the val and test clips are distractors; every modality is missing here and there.
     """
     rng = np.random.default_rng(0)
     centres = {name: rng.normal(size=(num_identities + 1, dim)) for name, dim in WIDTHS.items()}
-    for split, count in CLIPS.items():
+    for split, count in num_clips.items():
         names = [f"IQIYI_VID_{split.upper()}_{i:07d}" for i in range(count)]
         labels = np.arange(count) % num_identities + 1
         if split != "train":

@@ -55,6 +55,16 @@ def test_override_knows_types():
     assert config.loss.schedule == ((0, 1.0), (5, 0.5))
 
 
+def test_the_last_of_two_overrides_counts():
+    config = config_lib.override(
+        load(),
+        ["--config.modalities=face", "--config.seed=1", "--config.modalities=head,audio"]
+        + ["--config.seed=2"],
+    )
+    assert config.modalities == ("head", "audio")
+    assert config.seed == 2
+
+
 def test_override_leaves_the_original_alone():
     config = load()
     config_lib.override(config, ["--config.seed=7"])

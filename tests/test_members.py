@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_train import run, shrunk, weights
+from tests.small_runs import run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import members
 from vidjax.data import pipeline

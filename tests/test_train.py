@@ -1,15 +1,20 @@
 """Training end to end: learning, resuming to the bit, devices, the shipped configurations."""
 
 import json
-import os
 import signal
-import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests.small_runs import (
+    Interrupting,
+    assert_equal_weights,
+    ranked_scores,
+    run,
+    shrunk,
+    weights,
+)
 from vidjax import checkpoint, train
 from vidjax import config as config_lib
 from vidjax import evaluate as evaluate_lib
@@ -18,56 +23,10 @@ from vidjax import workdir as workdir_lib
 from vidjax.data import pipeline
 from vidjax.system import Sizes, make_system
 
-ROOT = Path(__file__).parent.parent
-MODALITIES = "--config.modalities=face,head,audio"
-
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
     return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
-
-
-def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
-    name, _, words = spec.partition(":")
-    small = ["--config.batch_size=32", "--config.num_epochs=8", "--config.log_every_steps=5"]
-    if "mma" in spec:
-        small += ["--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES]
-    config = config_lib.load_file(f"{ROOT / name}:{words}")
-    return config_lib.override(config, [*small, "--config.eval.block_size=16", *overrides])
-
-
-def weights(workdir, step=None):
-    """Returns the bytes of all saved parameters, by way of a restore."""
-    step = step or max(checkpoint.manifests(workdir))
-    path = workdir / "checkpoints" / str(step) / "state"
-    from orbax.checkpoint import v1 as ocp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would rather be told how to lay them out
-        tree = ocp.load_checkpointables(path)
-    leaves = jax.tree_util.tree_leaves_with_path({k: tree[k] for k in ("params", "model_state")})
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
-
-
-def run(config, folder, data, num_devices=1):
-    folder.mkdir(exist_ok=True)
-    return train.train(config, folder, data, num_devices=num_devices)
-
-
-class Interrupting:
-    """A dataset that sends this process a signal while its n-th batch is fetched."""
-
-    def __init__(self, data, batch, signum):
-        self._data, self._batch, self._signum = data, batch, signum
-
-    def __getattr__(self, name):
-        return getattr(self._data, name)
-
-    def train_batches(self, **kwargs):
-        for i, batch in enumerate(self._data.train_batches(**kwargs)):
-            if i == self._batch:
-                os.kill(os.getpid(), self._signum)
-            yield batch
 
 
 def test_it_learns_and_leaves_everything(data, tmp_path):
@@ -102,10 +61,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum):
     run(config, tmp_path / "parts", data)
     for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    left, right = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        np.testing.assert_array_equal(value, right[name], err_msg=name)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_finished_step_without_results_is_completed(data, tmp_path):
@@ -131,12 +87,32 @@ def test_another_configuration_is_refused(tmp_path):
     assert train.finished(tmp_path, moved) == {"map": 0.5, "finished": True}
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["configs/mma.py:iqiyi_vid", "configs/mma.py:iqiyi_vid,published", "configs/knn.py:iqiyi_vid"],
-)
+QUICK = ["quality_fusion", "residual_dense", "deepmef:face,audio"]
+SLOW = [
+    "mma",
+    "mma:published",
+    "mma:average,concat",
+    "mma:ensemble",
+    "knn:head",
+    "quality_fusion:mlp1,folds",
+    "quality_fusion:mlp2,voting",
+    "quality_fusion:mlp5,face,head",
+    "quality_fusion:voting,face,audio",
+    "residual_dense:one,single",
+    "residual_dense:fused,folds",
+    "residual_dense:face,audio",
+    "deepmef:face",
+    "deepmef:face,audio,published",
+    "deepmef:face,head,audio,views",
+    "noise_classes:head",
+]
+
+
+@pytest.mark.parametrize("spec", QUICK + [pytest.param(s, marks=pytest.mark.slow) for s in SLOW])
 def test_shipped_configurations_run(data, tmp_path, spec):
-    results = run(shrunk("--config.num_epochs=1", spec=spec), tmp_path, data)
+    name, _, words = spec.partition(":")
+    config = shrunk("--config.num_epochs=1", spec=f"configs/{name}.py:iqiyi_vid,{words}")
+    results = run(config, tmp_path, data)
     assert 0 <= results["map"] <= 1
     assert results["num_clips"] == 60
 
@@ -157,18 +133,10 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
 
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
-    found = {}
-
-    def rank(blocks, num_identities):
-        for block, index, mask in blocks:
-            found.update(zip(np.asarray(index)[mask], np.asarray(block)[mask], strict=True))
-        raise StopIteration
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_lib.ranking, "rank", rank)
-        with pytest.raises(StopIteration):
-            evaluate_lib.evaluate(config, workdir, data, num_devices=num_devices)
-    return np.stack([found[i] for i in range(len(found))])
+    mesh = mesh_lib.make_mesh(num_devices)
+    _, one = evaluate_lib.restore(config, workdir, data, mesh)
+    found = evaluate_lib.score([one], "val", mesh, block_size=config.eval.block_size)
+    return ranked_scores(found.top, len(data.split("val").clips))
 
 
 def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):

@@ -107,14 +107,29 @@ def default() -> Config:
     return config
 
 
-def choose_data(config: Config, words: Collection[str]) -> None:
-    """Sets the dataset that `iqiyi_vid` or `standard` among the words asks for."""
+SIZES = ("iqiyi_vid", "few", "standard")  # words that every configuration knows
+
+
+def choose_data(config: Config, words: Collection[str]) -> bool:
+    """Sets the dataset that words ask for; returns whether values of the published size apply.
+
+    Args:
+      config: changed in place.
+      words: `iqiyi_vid` for official files, with `few` for some thousand clips of them; `standard`
+        for the larger synthetic dataset.
+
+    Raises:
+      ValueError: words that contradict each other.
+    """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise ValueError("config arguments: 'iqiyi_vid' and 'standard' are two datasets")
+    if "few" in words and "iqiyi_vid" not in words:
+        raise ValueError("config arguments: 'few' goes with 'iqiyi_vid'")
     if "iqiyi_vid" in words:
         config.data.name = "iqiyi_vid"
     if "standard" in words:
         config.data.size = "standard"
+    return "iqiyi_vid" in words and "few" not in words
 
 
 def split_args(args: str, known: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
@@ -187,7 +202,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     """
     config = ConfigDict(config)
     known = dict(fields(config))
-    words = []
+    words = {}  # the last one of a field counts; tuples would be strung together
     for word in overrides:
         name, equals, value = word.removeprefix("--config.").partition("=")
         if name not in known:
@@ -200,9 +215,9 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
             raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
         if isinstance(known[name], tuple):
             value = repr(_as_tuple(value))
-        words.append(f"--config.{name}={value}")
+        words[name] = f"--config.{name}={value}"
     values = flags.FlagValues()
-    argv = ["vidjax", *words]
+    argv = ["vidjax", *words.values()]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
         values(argv)

@@ -181,10 +181,7 @@ def _map_of(
     """Returns MAP of the weighted mean of log scores `found` [R, C, n] of the clips [C, n]."""
     used = weights > 0
     logs = found[used] + np.log(weights[used])[:, None, None]
-    most = np.maximum(np.max(logs, axis=0), -1e9)  # -inf has no difference to itself
-    total = np.where(
-        clips < len(labels), most + np.log(np.sum(np.exp(logs - most), axis=0)), -np.inf
-    )
+    total = np.where(clips < len(labels), np.logaddexp.reduce(logs, axis=0), -np.inf)
     order = np.lexsort((clips, -total), axis=1)[:, : ranking.MAX_NAMES]
     index = np.take_along_axis(clips, order, axis=1)
     return metrics.mean_average_precision(index, labels, positives)

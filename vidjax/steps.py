@@ -378,11 +378,11 @@ def eval_step(system: System, params: Any, model_state: Any, view: Array, batch:
             batch_mask=batch_mask,
             train=False,
         )
-        logits, _, weights = _branches(output)
+        if not isinstance(output, Branches):
+            return system.score_fn(output, system.class_mask)
+        logits, _, weights = output
         scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
         total = _empty(scores[:, 0], system.logs)
-        if scores.shape[1] == 1:
-            return scores[:, 0]
         for branch in range(scores.shape[1]):
             total = members.add_scores(
                 total, scores[:, branch], weights[:, branch], logs=system.logs

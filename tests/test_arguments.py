@@ -1,0 +1,171 @@
+"""Every argument of every shipped experiment changes what it says, and nothing goes unread."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vidjax import config as config_lib
+from vidjax import members, steps
+from vidjax.batch import Frames
+from vidjax.system import Sizes, make_system
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+WIDTHS = {"face": 32, "head": 16, "body": 16, "audio": 16, "scene": 48}
+
+# experiment -> argument -> what it must change of: the parameters of a member, the members, the
+# frames that reach the model in training or in evaluation, the labels, the modalities that are
+# decoded, the data, the passes over it.
+CHANGES = {
+    "mma": {
+        "iqiyi_vid": {"data", "passes"},
+        "standard": {"data", "passes"},
+        "published": {"parameters", "training frames", "evaluation frames"},
+        "average": {"parameters"},
+        "concat": {"parameters"},
+        "ensemble": {"members"},
+        "face": {"parameters", "modalities"},
+        "face,audio": {"parameters", "modalities"},
+    },
+    "knn": {
+        "iqiyi_vid": {"data"},
+        "standard": {"data"},
+        "head": {"memory", "modalities", "training frames", "evaluation frames"},
+    },
+    "quality_fusion": {
+        "iqiyi_vid": {"data", "passes"},
+        "standard": {"data"},
+        "folds": {"members"},
+        "voting": {"evaluation frames"},
+        "mlp1": {"parameters"},
+        "mlp2": {"parameters"},
+        "mlp3": {"parameters"},
+        "mlp4": {"parameters"},
+        "mlp5": set(),  # the default, by its name
+        "face,head": {"parameters", "modalities", "training frames", "evaluation frames"},
+    },
+    "residual_dense": {
+        "iqiyi_vid": {"data", "passes", "parameters"},
+        "standard": {"data"},
+        "one": {"members"},
+        "single": {"training frames", "evaluation frames"},
+        "fused": {"evaluation frames"},
+        "folds": {"members"},
+        "face,head": {"parameters", "modalities", "training frames", "evaluation frames"},
+    },
+    "deepmef": {
+        "iqiyi_vid": {"data", "passes"},
+        "standard": {"data"},
+        "published": {"parameters", "evaluation frames"},
+        "views": {"parameters", "members"},
+        "face": {"parameters", "modalities"},
+        "face,audio": {"parameters", "modalities"},
+    },
+    "noise_classes": {
+        "iqiyi_vid": {"data", "passes", "members"},
+        "standard": {"data"},
+        "other": {"parameters", "labels"},
+        "leave_out": {"parameters", "labels"},
+        "head": {"parameters", "modalities", "training frames", "evaluation frames"},
+    },
+}
+CASES = [(name, words) for name, table in CHANGES.items() for words in table]
+
+
+def load(name, words=""):
+    return config_lib.load_file(f"{ROOT}/configs/{name}.py:{words}")
+
+
+@functools.cache
+def facts(name, words=""):
+    """What a run would train and read, as plain values."""
+    config = load(name, words)
+    widths = {m: WIDTHS[m] for m in config.modalities}
+    clusters = 7 if config.data.distractors == "noise" else None
+    sizes = Sizes(widths, 12, clusters, 96, 20, train_other=False)
+    system = make_system(config.to_dict(), sizes)
+    mates = members.make_members(config.ensemble)
+    rngs = members.make_rngs(mates[:1], 0)
+
+    def init():
+        return steps.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
+
+    state = jax.eval_shape(init)
+
+    def reach(phase, fns, rng):
+        specs = {m: config.to_dict()["fusion"].get(m, {}).get(phase) for m in widths}
+        fused = {m: jax.eval_shape(functools.partial(fn, rng), frames(m)) for m, fn in fns.items()}
+        return config.after_fusion, specs, _shapes(fused)
+
+    def frames(m):
+        shapes = ((2, 50, widths[m]), *[(2, 50)] * 4)
+        dtypes = (jnp.float16, jnp.float32, jnp.float32, jnp.int32, bool)
+        return Frames(*map(jax.ShapeDtypeStruct, shapes, dtypes))
+
+    return {
+        "parameters": _shapes(state.params),
+        "memory": _shapes(state.model_state.get("memory", {})),
+        "members": mates,
+        "training frames": reach("train", system.fuse_train, jax.random.key(0)),
+        "evaluation frames": reach("evaluate", system.fuse_eval, None),
+        "labels": config.data.distractors,
+        "modalities": config.modalities,
+        "data": (config.data.name, config.data.size),
+        "passes": (config.batch_size, config.num_epochs),
+    }
+
+
+def _shapes(tree):
+    return {
+        jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.mark.parametrize(("name", "words"), CASES)
+def test_an_argument_changes_what_it_says(name, words):
+    wanted = CHANGES[name][words]
+    plain, changed = load(name), load(name, words)
+    same_file = config_lib.to_json(plain) == config_lib.to_json(changed)
+    assert same_file == (not wanted), "config.json does not tell what ran"
+    left, right = facts(name), facts(name, words)
+    differs = {key for key in left if left[key] != right[key]}
+    assert wanted <= differs, (wanted, differs)
+    if not wanted:
+        assert not differs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_argument_goes_untested_or_undocumented(name, monkeypatch):
+    known = []
+    split = config_lib.split_args
+
+    def noted(args, words):
+        known.extend(words)
+        return split(args, words)
+
+    monkeypatch.setattr(config_lib, "split_args", noted)
+    load(name)
+    tested = {word for words in CHANGES[name] for word in words.split(",")}
+    assert set(known) == tested - set(WIDTHS)
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    text = re.sub(r"`mlp1` to `mlp5`", " ".join(f"`mlp{i}`" for i in range(1, 6)), text)
+    for word in known:
+        assert f"`{word}`" in text, f"{name}: nobody is told of {word}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_combine(name):
+    """All that do not exclude each other, at once."""
+    words = {word for word in CHANGES[name] if "," not in word}
+    words -= {"standard", "leave_out", "mlp1", "mlp2", "mlp3", "mlp4"}
+    facts(name, ",".join(sorted(words)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_that_nobody_knows_is_told(name):
+    with pytest.raises(ValueError, match="did you mean 'iqiyi_vid'"):
+        load(name, "iqiyi_vdi")

@@ -1,0 +1,199 @@
+"""Noise classes end to end: what moves, what is said of it, and that a stop changes nothing."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from tests.small_runs import Interrupting, assert_equal_weights, run, saved, shrunk, weights
+from vidjax import members, relabel, workdir
+from vidjax.data import noise, pipeline
+
+SPEC = "configs/noise_classes.py:iqiyi_vid"
+WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.members=false")
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("noise") / "whole"
+    run(shrunk(*WORDS, spec=SPEC), folder, data)
+    return folder
+
+
+def training_labels(data):
+    return np.concatenate([data.split(name).labels for name in ("train", "val")])
+
+
+def starting(data, config=None):
+    """The labels that training starts from, and the class columns."""
+    config = config or shrunk(*WORDS, spec=SPEC)
+    return relabel.label_distractors(config, data, training_labels(data))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / relabel.FILE).read_text().splitlines()]
+
+
+def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
+    truth, (start, layout) = training_labels(data), starting(data)
+    membership = members.load(whole)
+    end = saved(whole)["train"]["labels"]  # [E, N]
+    unclustered = layout.is_mirror(start)
+    assert layout.num_clusters > 0 and 0 < unclustered.sum() < (truth == 0).sum()
+    for number, row in enumerate(np.asarray(end)):
+        moved = row != start
+        assert moved.any()
+        assert not (moved & (truth > 0)).any()
+        assert not (moved & ~unclustered).any()
+        assert not (moved & ~membership.trained[number]).any()
+        assert layout.is_mirror(row[unclustered]).all()
+
+
+def test_the_log_says_what_moved_and_nothing_else(data, whole):
+    start, layout = starting(data)
+    membership = members.load(whole)
+    position = {name: i for i, name in enumerate(membership.clips)}
+    column = {name: i + 1 for i, name in enumerate(data.identities)}
+    table = np.tile(start, (len(membership.members), 1))
+    found = lines(whole)
+    # 156 clips in batches of 32: after each epoch but the last.
+    assert [(line["step"], line["member"]) for line in found] == [
+        (step, member) for step in (5, 10, 15) for member in range(3)
+    ]
+    for line in found:
+        row, own = table[line["member"]], membership.trained[line["member"]]
+        assert line["moved"] == len(line["now_mirrors"])
+        assert line["unclustered"] == line["moved"] + line["kept"]
+        assert line["unclustered"] == (layout.is_mirror(row) & own).sum()
+        for clip, identity in line["now_mirrors"].items():
+            wanted = column[identity] + layout.mirror_shift
+            assert row[position[clip]] != wanted, "a move to where it was"
+            row[position[clip]] = wanted
+    np.testing.assert_array_equal(table, saved(whole)["train"]["labels"])
+
+
+def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path):
+    config = shrunk(*WORDS, spec=SPEC)
+    for batch in (5, 8):  # right after a relabelling; amid an epoch
+        with pytest.raises(workdir.Interrupted):
+            run(config, tmp_path, Interrupting(data, batch, signal.SIGINT))
+        with open(tmp_path / relabel.FILE, "a") as file:
+            file.write('{"step": 999, "memb')  # a line that a kill would leave
+    run(config, tmp_path, data)
+    for name in ("noise.jsonl", "metrics.jsonl", "ranking.txt"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_equal_weights(tmp_path, whole)
+    np.testing.assert_array_equal(
+        saved(tmp_path)["train"]["labels"], saved(whole)["train"]["labels"]
+    )
+
+
+def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
+    layout = starting(data)[1]
+    columns, first = {"noise": layout.num_columns, "other": 13, "leave_out": 13}, {}
+    for word, wanted in columns.items():
+        folder = whole
+        if word != "noise":
+            folder = tmp_path / word
+            run(shrunk(*WORDS, spec=f"{SPEC},{word}"), folder, data)
+            assert not (folder / relabel.FILE).exists()
+        found = weights(folder)
+        assert found["['params']['classifier']['kernel']"].shape[-1] == wanted
+        first[word] = found["['params']['backbone']['layer_0']['dense']['kernel']"]
+    for left, right in (("noise", "other"), ("noise", "leave_out"), ("other", "leave_out")):
+        assert np.abs(first[left] - first[right]).max() > 1e-4
+
+
+def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
+    """As if they were not in val: whatever their features are."""
+    config = shrunk(*WORDS, "--config.num_epochs=1", spec=f"{SPEC},leave_out")
+    truth = training_labels(data)
+
+    class Spoilt:
+        def __getattr__(self, name):
+            return getattr(data, name)
+
+        def train_batches(self, **kwargs):
+            for batch in data.train_batches(**kwargs):
+                hidden = (truth[batch.clip_index] == 0)[:, None, None]
+                frames = {
+                    name: one._replace(
+                        features=np.where(hidden, 7, one.features).astype(one.features.dtype)
+                    )
+                    for name, one in batch.frames.items()
+                }
+                yield batch._replace(frames=frames)
+
+    run(config, tmp_path / "plain", data)
+    run(config, tmp_path / "spoilt", Spoilt())
+    assert_equal_weights(tmp_path / "plain", tmp_path / "spoilt")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config.data.train_splits=train",), "no clip to train on is a distractor"),
+        (("--config.data.distractors=drop",), "known are other, leave_out, noise"),
+        (("--config.noise.modality=fac",), "no such modality"),
+        (("--config.noise.method=kmeans",), "'dbscan' or 'hdbscan'"),
+    ],
+)
+def test_mistakes(data, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run(shrunk(*WORDS, *words, spec=SPEC), tmp_path, data)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_clusters_do_not_depend_on_labels(data):
+    """Nor on the seed of the run, which draws the mirror classes alone."""
+    config = shrunk(*WORDS, spec=SPEC)
+    truth = training_labels(data)
+    start, layout = relabel.label_distractors(config, data, truth)
+    other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
+    again, same = relabel.label_distractors(config, data, other)
+    assert same == layout
+    np.testing.assert_array_equal(again[truth == 0], start[truth == 0])
+    np.testing.assert_array_equal(again[truth > 0], other[truth > 0])
+    config.seed = 1
+    third, same = relabel.label_distractors(config, data, truth)
+    clustered = layout.is_cluster(start)
+    assert same == layout
+    np.testing.assert_array_equal(third[clustered], start[clustered])
+    assert (third != start).any()
+
+
+def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
+    config = shrunk(*WORDS, spec=SPEC)
+    start, layout = starting(data, config)
+    labels = training_labels(data)
+    vectors = np.zeros((len(labels), data.modalities["face"].dim))
+    first = {"train": 0, "val": len(data.split("train").clips)}
+    for split, offset in first.items():
+        for batch in data.eval_batches(split=split, modalities=("face",), rows=7):
+            one = batch.frames["face"]
+            for row in np.flatnonzero(batch.batch_mask):
+                weight = np.maximum(one.quality[row] * one.detection[row], 0) * one.mask[row]
+                if one.mask[row].any():
+                    weight = weight if weight.sum() else one.mask[row]
+                    mean = weight @ one.features[row].astype(np.float64) / weight.sum()
+                    vectors[offset + batch.clip_index[row]] = mean
+    wanted = noise.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
+    found = start[labels == 0] - 1 - layout.num_identities
+    np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
+
+
+@pytest.mark.slow
+def test_a_member_with_noise_classes_equals_its_own_run(data, whole, tmp_path):
+    run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
+    alone, everyone = weights(tmp_path), weights(whole)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
+    kept = [line | {"member": 0} for line in lines(whole) if line["member"] == 1]
+    assert lines(tmp_path) == kept

@@ -1,0 +1,373 @@
+"""Steps against hand computation: examples, MixUp, branches, weights, and what is never held."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_fusion import make_frames
+from vidjax import config as config_lib
+from vidjax import members, steps
+from vidjax.batch import Batch, Branches
+from vidjax.system import Sizes, make_system
+
+DIMS = {"face": 6, "audio": 4}
+C = 37  # no other axis is as long
+LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
+NORMED = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}
+MMA = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 2, "netvlad": ("face",)}
+
+
+def make(model=None, *, num_clips=5, **fields) -> Any:
+    """Returns a tiny system; fields of the configuration are named `optim__name` and so on."""
+    config = config_lib.default()
+    config.modalities = tuple(DIMS)
+    config.batch_size = num_clips
+    config.optim.name = "sgd"
+    config.optim.momentum = 0.0
+    config.optim.warmup = 0.0
+    config.optim.decay = "constant"
+    config.optim.learning_rate = 0.1
+    plain = config.to_dict()
+    plain["model"] = LINEAR if model is None else model
+    for name, value in fields.items():
+        *path, leaf = name.split("__")
+        inner = plain
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[leaf] = value
+    return make_system(plain, Sizes(DIMS, C, None, num_clips, 100, train_other=True))
+
+
+def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, seed=0):
+    """A batch of clips with so many frames of each modality."""
+    frames = {
+        "face": make_frames(face, max_frames=max_frames, dim=DIMS["face"], seed=seed),
+        "audio": make_frames(audio, max_frames=1, dim=DIMS["audio"], seed=seed + 1),
+    }
+    frames = {k: v._replace(features=v.features.astype(np.float32)) for k, v in frames.items()}
+    return Batch(frames, np.arange(len(face), dtype=np.int32), np.ones(len(face), bool))
+
+
+def init(system, labels, num_members=1):
+    mates = tuple(members.Member(seed) for seed in range(num_members))
+    rngs = members.make_rngs(mates, 3)
+    labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
+    state = jax.jit(lambda: steps.init_state(system, DIMS, rngs, labels))()
+    return state.replace(params=_moved(state.params))
+
+
+def _moved(params):
+    """Returns parameters of which none is 0, and logits that differ enough to be told apart."""
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda p: p + rng.normal(0, 0.5, p.shape).astype(p.dtype), params)
+
+
+def trainer(system):
+    """Returns (state, batch, weights of its clips) -> the next state and the loss, compiled."""
+    step = jax.jit(functools.partial(steps.train_step, system))
+
+    def train(state, batch, weight=None):
+        mates = tuple(members.Member(seed) for seed in range(len(state.labels)))
+        weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
+        return step(state, steps.make_tables(mates, weight), batch)
+
+    return train
+
+
+def evaluate(system, state, batch):
+    one = members.take((state.params, state.model_state), 0)
+    step = jax.jit(functools.partial(steps.eval_step, system))
+    return np.asarray(step(*one, jnp.int32(0), batch), np.float64)
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def linear_logits(state, batch, frame):
+    """The linear model by hand: logits [B, K] of one frame of the face beside the voice."""
+    params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
+    layer = params["classifier"]["logits"]
+    face, audio = batch.frames["face"], batch.frames["audio"]
+    x = [
+        np.where(face.mask[:, frame, None], face.features[:, frame], 0),
+        np.where(audio.mask[:, 0, None], audio.features[:, 0], 0),
+    ]
+    return np.concatenate(x, axis=1).astype(np.float64) @ layer["kernel"] + layer["bias"]
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def examples_of(batch, clip):
+    """The frames of a clip that are examples of their own; a clip of the others alone is one."""
+    found = np.flatnonzero(batch.frames["face"].mask[clip])
+    return found if len(found) else np.flatnonzero(batch.frames["audio"].mask[clip])
+
+
+EXAMPLES = {"after_fusion": "examples"}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("scores", ["log_softmax", "log_sigmoid", "logits"])
+def test_voting_is_a_mean_or_a_maximum_over_frames(scores, reduce):
+    system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce)
+    batch = make_batch()
+    state = init(system, np.arange(5))
+    found = evaluate(system, state, batch)
+    for clip in range(5):
+        voted = []
+        for frame in examples_of(batch, clip):
+            logits = linear_logits(state, batch, frame)[clip]
+            sigmoid = 1 / (1 + np.exp(-logits))
+            value = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": sigmoid}
+            voted.append(value.get(scores, logits))
+        if not voted:
+            assert (found[clip] == -np.inf).all()
+            continue
+        wanted = np.mean(voted, axis=0) if reduce == "mean" else np.max(voted, axis=0)
+        wanted = wanted if scores == "logits" else np.log(wanted)
+        np.testing.assert_allclose(found[clip], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [NORMED, *(pytest.param(model, marks=pytest.mark.slow) for model in (LINEAR, MMA))],
+    ids=["normed", "linear", "mma"],
+)
+def test_one_example_a_clip_is_the_pool(model):
+    mean = {"name": "mean", "weighting": "quality"}
+    draw = {"name": "random", "num_draws": 1, "max_frames": 3}
+    fusion = {"face": {"train": draw, "evaluate": mean}}
+    batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
+    found = []
+    for after in ("pool", "examples"):
+        system = make(model, fusion=fusion, after_fusion=after)
+        state = init(system, labels)
+        scores = evaluate(system, state, batch)
+        found.append((scores, *trainer(system)(state, batch)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    for left, right in zip(*(jax.tree.leaves(one[1:]) for one in found), strict=True):
+        if jnp.issubdtype(left.dtype, jnp.floating):
+            np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_the_loss_of_examples_is_the_mean_over_a_clips_frames():
+    system = make(**EXAMPLES)
+    batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
+    weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])  # of the one without a frame, too
+    state = init(system, labels)
+    _, loss = trainer(system)(state, batch, weight)
+    per_clip = np.zeros(5)
+    for clip, label in enumerate(labels):
+        losses = [
+            -log_softmax(linear_logits(state, batch, frame))[clip, label]
+            for frame in examples_of(batch, clip)
+        ]
+        per_clip[clip] = np.mean(losses) if losses else 0
+    weight[3] = 0
+    assert float(loss[0]) == pytest.approx(per_clip @ weight / weight.sum(), rel=1e-5)
+
+
+def test_modalities_of_different_numbers_of_frames_are_no_examples():
+    four = {"train": {"name": "sample", "num_frames": 4}, "evaluate": {"name": "all"}}
+    two = {"train": {"name": "sample", "num_frames": 2}, "evaluate": {"name": "all"}}
+    with pytest.raises(ValueError, match=r"after_fusion='examples': .* \[2, 4\]"):
+        init(make(**EXAMPLES, fusion={"face": four, "audio": two}), np.arange(5))
+
+
+MEAN = {"face": {"train": {"name": "mean"}, "evaluate": {"name": "mean"}}}
+
+
+def test_mixup_of_almost_nothing_is_the_plain_loss():
+    batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
+    state = init(make(fusion=MEAN), labels)
+    plain = trainer(make(fusion=MEAN))(state, batch)
+    tiny = trainer(make(fusion=MEAN, mixup=1e-4))(state, batch)
+    np.testing.assert_allclose(plain[1], tiny[1], rtol=1e-5)
+    mixed = trainer(make(fusion=MEAN, mixup=1.0))(state, batch)
+    assert abs(float(mixed[1][0] - plain[1][0])) > 1e-3
+
+
+def test_mixup_never_takes_from_a_clip_of_no_weight():
+    batch, labels = make_batch((7, 3, 5, 2, 1), (1, 1, 1, 1, 1)), np.array([3, 1, 4, 1, 5])
+    weight = np.array([1.0, 0.0, 2.0, 0.0, 1.0])
+    hidden = weight == 0
+
+    def spoil(one):
+        spoilt = np.where(hidden[:, None, None], 99, one.features).astype(np.float32)
+        return one._replace(features=spoilt, quality=np.where(hidden[:, None], 1, one.quality))
+
+    other = batch._replace(frames={name: spoil(one) for name, one in batch.frames.items()})
+    for model in (LINEAR, NORMED):
+        system = make(model, fusion=MEAN, mixup=1.0)
+        state = init(system, labels)
+        spoilt_labels = state.replace(labels=jnp.where(hidden, 9, state.labels))
+        train = trainer(system)
+        for seed in range(3):  # other partners
+            step = jnp.int32(seed)
+            left, loss = train(state.replace(step=step), batch, weight)
+            right, same = train(spoilt_labels.replace(step=step), other, weight)
+            assert_same(
+                (loss, left.params, left.model_state, left.sums),
+                (same, right.params, right.model_state, right.sums),
+            )
+
+
+def test_mixup_against_a_loop():
+    batch = make_batch((7, 3, 0, 2, 1))
+    weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
+    mixed, share, partner = jax.jit(steps._mix_up, static_argnums=1)(
+        jax.random.key(0), 0.7, batch.frames, weight
+    )
+    share, partner = np.asarray(share), np.asarray(partner)
+    assert sorted(partner) == list(range(5))
+    assert (share >= 0.5).all() and (share[weight[partner] == 0] == 1).all() and (share < 1).any()
+    for name, one in batch.frames.items():
+        for clip, other in enumerate(partner):
+            for frame, real in enumerate(one.mask[clip]):
+                theirs = bool(one.mask[other, frame]) and share[clip] < 1
+                assert mixed[name].mask[clip, frame] == (real or theirs)
+                wanted = share[clip] * real * one.features[clip, frame]
+                if theirs:
+                    wanted = wanted + (1 - share[clip]) * one.features[other, frame]
+                found = mixed[name].features[clip, frame]
+                np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+class TwoBranches(nn.Module):
+    """Two linear layers of the voice and the weights that a test wants."""
+
+    train_weight: tuple
+    eval_weight: tuple
+    logit_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, frames, *, clip_index, labels, batch_mask, train):
+        x = frames["audio"].features[:, 0]
+        num = len(self.train_weight[0])
+        logits = [nn.Dense(1 + C, name=f"branch_{i}")(x) for i in range(num)]
+        return Branches(
+            jnp.stack(logits, axis=1),
+            jnp.asarray(self.train_weight, jnp.float32),
+            jnp.asarray(self.eval_weight, jnp.float32),
+        )
+
+
+def branch_logits(state, batch, branch):
+    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)[f"branch_{branch}"]
+    return batch.frames["audio"].features[:, 0] @ layer["kernel"] + layer["bias"]
+
+
+@pytest.mark.parametrize("num_branches", [1, 2])
+@pytest.mark.parametrize("scores", ["log_softmax", "logits"])
+def test_branches_are_weighted(scores, num_branches):
+    learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])[:, :num_branches]
+    answer = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])[:, :num_branches]
+    model = TwoBranches(tuple(map(tuple, learn)), tuple(map(tuple, answer)))
+    system = make(eval__scores=scores)._replace(model=model)
+    batch = make_batch(audio=(1, 1, 1, 1, 1))
+    labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])
+    state = init(system, labels)
+    logits = [branch_logits(state, batch, i) for i in range(num_branches)]
+
+    _, loss = trainer(system)(state, batch, weight)
+    losses = [-log_softmax(one)[np.arange(5), labels] for one in logits]
+    wanted = sum(learn[:, i] * one for i, one in enumerate(losses)) @ weight / weight.sum()
+    assert float(loss[0]) == pytest.approx(wanted, rel=1e-5)
+
+    found = evaluate(system, state, batch)
+    with np.errstate(divide="ignore"):
+        if scores == "logits":
+            wanted = sum(answer[:, i, None] * one for i, one in enumerate(logits))
+        else:
+            parts = (np.exp(log_softmax(one)) for one in logits)
+            wanted = np.log(sum(answer[:, i, None] * one for i, one in enumerate(parts)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "after"),
+    [
+        (MMA, "pool"),
+        (NORMED, "examples"),
+        pytest.param(MMA, "examples", marks=pytest.mark.slow),
+        pytest.param(NORMED, "pool", marks=pytest.mark.slow),
+    ],
+    ids=["mma-pool", "normed-examples", "mma-examples", "normed-pool"],
+)
+def test_a_clip_without_a_frame_teaches_nothing(model, after):
+    """Nor does a padded row, whatever lies in either."""
+    draw = {"name": "random", "num_draws": 2, "max_frames": 3}
+    system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
+    system = system._replace(examples=after == "examples")
+    batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
+    batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
+    idle = np.array([False, False, True, True, False])
+    state = init(system, np.array([3, 1, 4, 1, 5]))
+    train = trainer(system)
+    left, loss = train(state, batch)
+
+    def spoil(one):
+        return one._replace(
+            features=np.where(idle[:, None, None], 1e4, one.features).astype(np.float32),
+            quality=np.where(idle[:, None], 3, one.quality).astype(np.float32),
+        )
+
+    other = batch._replace(frames={name: spoil(one) for name, one in batch.frames.items()})
+    labels = jnp.where(idle, 9, state.labels)
+    right, same = train(state.replace(labels=labels), other)
+    assert_same(
+        (loss, left.params, left.model_state, left.sums),
+        (same, right.params, right.model_state, right.sums),
+    )
+    assert float(left.sums["weight"][0]) == 3
+    with pytest.raises(AssertionError):
+        assert_same(left.params, state.params)
+
+
+def shapes_in(jaxpr):
+    """Yields the shape of every value that a program computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            yield tuple(value.aval.shape)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+B, T, E = 5, 11, 3  # and C: all different, and no width of a layer
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_scores_of_all_examples_never_exist_at_once(reduce):
+    system = make(MMA, **EXAMPLES, eval__reduce=reduce)
+    state = jax.eval_shape(lambda: init(system, np.arange(B)))
+    batch = make_batch()
+    one = jax.eval_shape(lambda: members.take((state.params, state.model_state), 0))
+    step = functools.partial(steps.eval_step, system)
+    shapes = set(shapes_in(jax.make_jaxpr(step)(*one, jnp.int32(0), batch).jaxpr))
+    assert (B, 1 + C) in shapes
+    for shape in shapes:
+        assert not {1 + C, C} & set(shape) or not {T, B * T} & set(shape), shape
+
+
+def test_logits_of_all_members_never_exist_at_once():
+    system = make(NORMED, ensemble__mapping="map")
+    tables = steps.make_tables(tuple(members.Member(i) for i in range(E)), np.ones((E, B)))
+    state = jax.eval_shape(lambda: init(system, np.arange(B), E))
+    step = functools.partial(steps.train_step, system)
+    shapes = set(shapes_in(jax.make_jaxpr(step)(state, tables, make_batch()).jaxpr))
+    assert (B, 1 + C) in shapes
+    for shape in shapes:
+        assert not {E, B, 1 + C} <= set(shape), shape
