@@ -6,7 +6,7 @@ Arguments, in any combination: `iqiyi_vid` (official files, full size), with `fe
 thousand clips), `standard` (the synthetic dataset of 1,000 identities), `one` (one subset, of all
 frames, instead of three), `single` (frames as they are, not merged), `fused` (a clip is scored
 once, by its mean frame, instead of frame by frame), `folds` (five folds of the training clips, of
-each subset), and names of modalities.
+each subset), and names of modalities: those beside `face` are for clips without one.
 
 Every value says where it comes from: `paper` (the team's article) or `ours`; no code was published.
 """
@@ -22,7 +22,8 @@ def get_config(args: str = "") -> config_lib.Config:
     words, modalities = config_lib.split_args(args, known)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)
-    config.modalities = modalities or ("face",)  # paper
+    config.modalities = modalities or ("face", "body")  # paper
+    others = tuple(name for name in config.modalities if name != "face")
     config.batch_size = 512 if full else 128  # ours
     # Paper: 8 epochs, of some 60 merged and original frames a clip; here an epoch has 2 of a clip.
     config.num_epochs = 240.0 if full else 60.0  # ours
@@ -31,19 +32,27 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.min_quality = (-1000.0, 20.0, 40.0)  # paper: all, > 20, > 40
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
 
-    config.model = ConfigDict(
-        {
-            "name": "dense",
-            "backbone": "residual",
-            "width": 8192 if full else 1024,  # ours: .44 GFLOP a frame; paper: about .5
-            "num_layers": 3,  # paper
-            "shortcut": "add",  # ours
-            "activation": "relu",  # ours
-            "dropout_rate": 0.5,  # ours
-            "head": "linear",  # paper
-            "feature_scale": 1.0,  # ours
+    model = {
+        "name": "dense",
+        "backbone": "residual",
+        "width": 8192 if full else 1024,  # ours: .44 GFLOP a frame; paper: about .5
+        "num_layers": 3,  # paper
+        "shortcut": "add",  # ours
+        "activation": "relu",  # ours
+        "dropout_rate": 0.5,  # ours
+        "head": "linear",  # paper
+        "feature_scale": 1.0,  # ours
+    }
+    if others:  # paper: the body where a clip has no face
+        model = {
+            "name": "fallback",
+            "main": model,
+            "main_modalities": ("face",),
+            "other": {"name": "dense", "layers": ((512, "relu", True, 0.5),)},  # ours
+            "other_modalities": others,
+            "missing_scale": 0.95,  # ours
         }
-    )
+    config.model = ConfigDict(model)
     # Paper: frames, shuffled and each merged with 1 to 4 others, united with the originals. Half of
     # the draws are therefore of one frame.
     merged = {
@@ -60,6 +69,9 @@ def get_config(args: str = "") -> config_lib.Config:
     if "fused" in words:
         evaluate = {"name": "mean", "weighting": "quality"}
     config.fusion.face = ConfigDict({"train": merged, "evaluate": evaluate})
+    for name in others:
+        mean = {"name": "mean", "weighting": "quality"}  # ours
+        config.fusion[name] = ConfigDict({"train": mean, "evaluate": mean})
 
     config.optim.name = "adam"  # paper
     config.optim.learning_rate = 1e-2 if full else 1e-3  # paper; ours on few steps

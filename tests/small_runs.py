@@ -13,19 +13,15 @@ from vidjax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 MODALITIES = "--config.modalities=face,head,audio"
-LAYER = "--config.model.layers=((8,'swish',True,0.5),)"
+LAYER = "--config.model.layers=((8,'swish',True,0.5),)"  # BatchNorm and dropout
 SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
     "knn": (),
     "quality_fusion": (LAYER,),
-    "residual_dense": ("--config.model.width=8",),
+    "residual_dense": ("--config.model.{main}width=8",),
     "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)", "--config.noise.eps=1.1"),
-    "deepmef": (),
+    "deepmef": ("--config.model.{main}branch_dims=(6,4)", "--config.model.{main}hidden_dim=8"),
 }
-SMALL_DEEPMEF = (
-    "--config.model.{}branch_dims=(6,4)",
-    "--config.model.{}hidden_dim=8",
-)
 
 
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
@@ -43,11 +39,10 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     ]
     if config.ensemble.folds:
         small.append("--config.ensemble.folds=3")
-    if stem == "deepmef":
-        part = "main." if "main" in config.model else ""
-        small += [word.format(part) for word in SMALL_DEEPMEF]
-        if part:
-            small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
+    main = "main." if "main" in config.model else ""
+    small = [word.replace("{main}", main) for word in small]
+    if main:
+        small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
     return config_lib.override(config, [*small, *overrides])
 
 

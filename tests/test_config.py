@@ -9,14 +9,23 @@ from vidjax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+ARGUMENTS = {
+    "mma": ["published,face", "standard,face,head", "average,concat", "ensemble"],
+    "knn": ["head", "standard"],
+    "quality_fusion": ["mlp1", "mlp2", "mlp3", "mlp4", "mlp5,folds", "voting", "standard"],
+    "residual_dense": ["one", "single", "fused,folds", "face", "standard"],
+    "deepmef": ["published", "views", "face", "face,body,audio", "standard"],
+    "noise_classes": ["other", "leave_out", "head", "standard"],
+}
 SPECS = [
-    "configs/mma.py",
-    "configs/mma.py:iqiyi_vid",
-    "configs/mma.py:published,face",
-    "configs/mma.py:standard,face,head",
-    "configs/knn.py",
-    "configs/knn.py:iqiyi_vid,head",
+    f"configs/{name}.py:{words}"
+    for name, arguments in ARGUMENTS.items()
+    for words in ["", "iqiyi_vid", "iqiyi_vid,few", *arguments]
 ]
+
+
+def test_no_shipped_configuration_is_left_out():
+    assert {path.stem for path in SHIPPED} == set(ARGUMENTS)
 
 
 def load(spec="configs/mma.py"):
@@ -58,8 +67,12 @@ def test_override_knows_types():
 def test_the_last_of_two_overrides_counts():
     config = config_lib.override(
         load(),
-        ["--config.modalities=face", "--config.seed=1", "--config.modalities=head,audio"]
-        + ["--config.seed=2"],
+        [
+            "--config.modalities=face",
+            "--config.seed=1",
+            "--config.modalities=head,audio",
+            "--config.seed=2",
+        ],
     )
     assert config.modalities == ("head", "audio")
     assert config.seed == 2

@@ -1,9 +1,7 @@
 """The axis E: who trains on what, members against separate runs, honest scores."""
 
 import itertools
-import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,40 +130,76 @@ def test_scores_combine_as_means(logs):
         np.testing.assert_allclose(found[clip], wanted, rtol=1e-5)
 
 
-FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=4")
+MLP = "configs/quality_fusion.py:iqiyi_vid"
+FOLDS = ("--config.ensemble.folds=3", "--config.num_epochs=2")
+SPLITS = "--config.data.train_splits=train,val"
 
 
-def test_a_member_equals_its_own_run_to_the_bit(data, tmp_path):
-    run(shrunk(*FOLDS), tmp_path / "all", data)
-    everyone = weights(tmp_path / "all")
+@pytest.fixture(scope="module")
+def everyone(data, tmp_path_factory):
+    """The folder and the metrics of three members that leave out a fold of train and val each."""
+    folder = tmp_path_factory.mktemp("members") / "all"
+    return folder, run(shrunk(SPLITS, *FOLDS, spec=MLP), folder, data)
+
+
+def assert_member(folder, alone, number):
+    """Asserts that a run of one member is that member of another run, bit for bit."""
+    together, own = weights(folder), weights(alone)
+    assert own.keys() == together.keys()
+    for name, value in own.items():
+        np.testing.assert_array_equal(value[0], together[name][number], err_msg=name)
+
+
+def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
+    """In what it learns, and in how it scores the clips that it has not seen."""
+    folder, together = everyone
+    config = shrunk(SPLITS, *FOLDS, "--config.ensemble.only=1", spec=MLP)
+    only = run(config, tmp_path, data)
+    assert_member(folder, tmp_path, 1)
+    assert only["map_kind"] == "out_of_fold"
+    assert only["num_clips"] < len(data.split("val").clips)
+    assert only["map"] == together["members"][1]["map"]
+    lines = (tmp_path / "ranking.txt").read_text().split()
+    assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    ["mma", "quality_fusion", "residual_dense:face,one", "deepmef:face,audio", "noise_classes"],
+)
+def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
+    name, _, words = spec.partition(":")
+    config = shrunk(*FOLDS, spec=f"configs/{name}.py:iqiyi_vid,{words}")
+    run(config, tmp_path / "all", data)
     for number in (0, 2):
-        config = shrunk(*FOLDS, f"--config.ensemble.only={number}")
-        folder = tmp_path / str(number)
-        run(config, folder, data)
-        alone = weights(folder)
-        assert alone.keys() == everyone.keys()
-        for name, value in alone.items():
-            np.testing.assert_array_equal(value[0], everyone[name][number], err_msg=name)
-        results = json.loads((folder / "metrics.json").read_text())
-        together = json.loads((tmp_path / "all" / "metrics.json").read_text())
-        assert results["map"] == together["members"][number]["map"]
+        own = config_lib.override(config, [f"--config.ensemble.only={number}"])
+        run(own, tmp_path / str(number), data)
+        assert_member(tmp_path / "all", tmp_path / str(number), number)
 
 
-def test_vmap_agrees_with_separate_steps(data, tmp_path):
+@pytest.mark.parametrize(
+    "spec",
+    [f"{MLP},mlp1", pytest.param("configs/mma.py:iqiyi_vid", marks=pytest.mark.slow)],
+    ids=["mlp1", "mma"],
+)
+def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
     sgd = (*FOLDS, "--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
     for mapping in ("map", "vmap"):
-        run(shrunk(*sgd, f"--config.ensemble.mapping={mapping}"), tmp_path / mapping, data)
+        config = shrunk(*sgd, f"--config.ensemble.mapping={mapping}", spec=spec)
+        run(config, tmp_path / mapping, data)
     left, right = weights(tmp_path / "map"), weights(tmp_path / "vmap")
     for name, value in left.items():
         if "params" in name:
             np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_members_do_not_see_what_they_leave_out(data, tmp_path):
+def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
     """Other features and labels of a held-out fold change nothing in its member, only in others."""
-    config = shrunk(*FOLDS, "--config.num_epochs=2")
-    run(config, tmp_path / "plain", data)
-    held = ~members.load(tmp_path / "plain").trained[1]
+    config = shrunk(SPLITS, *FOLDS, spec=MLP)
+    plain, _ = everyone
+    held = ~members.load(plain).trained[1]
+    rows = {"train": slice(0, 96), "val": slice(96, 156)}
 
     class Spoilt:
         def __getattr__(self, name):
@@ -173,10 +207,11 @@ def test_members_do_not_see_what_they_leave_out(data, tmp_path):
 
         def split(self, name):
             split = data.split(name)
-            if name != "train":
-                return split
-            labels = np.where(held, split.labels % len(data.identities) + 1, split.labels)
-            return split.__class__(**{**vars(split), "labels": labels.astype(np.int32)})
+            hidden, many = held[rows[name]], np.full_like(split.positives, 99)
+            labels = np.where(hidden, split.labels % len(data.identities) + 1, split.labels)
+            return split.__class__(
+                **{**vars(split), "labels": labels.astype(np.int32), "positives": many}
+            )
 
         def train_batches(self, **kwargs):
             for batch in data.train_batches(**kwargs):
@@ -192,32 +227,26 @@ def test_members_do_not_see_what_they_leave_out(data, tmp_path):
 
     folds = members.stratified_folds
     try:  # of the labels as they were: a fold must not move with the labels that are spoilt
-        fixed = folds(data.split("train").labels, 3, config.seed)
+        labels = np.concatenate([data.split(name).labels for name in rows])
+        fixed = folds(labels, 3, config.seed)
         members.stratified_folds = lambda *args: fixed
-        run(config, tmp_path / "spoilt", Spoilt())
+        run(config, tmp_path, Spoilt())
     finally:
         members.stratified_folds = folds
-    left, right = weights(tmp_path / "plain"), weights(tmp_path / "spoilt")
+    left, right = weights(plain), weights(tmp_path)
     changed = [not np.array_equal(value[0], right[name][0]) for name, value in left.items()]
     assert any(changed)
     for name, value in left.items():
         np.testing.assert_array_equal(value[1], right[name][1], err_msg=name)
 
 
-def test_out_of_fold_scores_of_clips_that_were_trained_on(data, tmp_path):
-    splits = "--config.data.train_splits=train,val"
+def test_out_of_fold_scores_of_clips_that_were_trained_on(data, everyone, tmp_path):
     with pytest.raises(ValueError, match=r"ensemble\.folds=5"):
-        run(shrunk(splits), tmp_path / "none", data)
-    results = run(shrunk(splits, *FOLDS), tmp_path / "folds", data)
+        run(shrunk(SPLITS), tmp_path, data)
+    _, results = everyone
     assert results["map_kind"] == "out_of_fold"
     assert results["num_clips"] == len(data.split("val").clips)
     assert len(results["members"]) == 3
-    only = run(shrunk(splits, *FOLDS, "--config.ensemble.only=1"), tmp_path / "one", data)
-    assert only["map_kind"] == "out_of_fold"
-    assert only["num_clips"] < len(data.split("val").clips)
-    assert only["map"] == results["members"][1]["map"]
-    lines = (tmp_path / "one" / "ranking.txt").read_text().split()
-    assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
 
 
 def test_min_quality_and_views_run(data, tmp_path):
@@ -225,12 +254,13 @@ def test_min_quality_and_views_run(data, tmp_path):
         "--config.ensemble.views=2",
         "--config.ensemble.chunks=4",
         "--config.ensemble.min_quality=(-1000, 80)",
-        "--config.num_epochs=2",
+        "--config.num_epochs=1",
+        spec=MLP,
     )
     results = run(config, tmp_path, data)
     assert len(results["members"]) == 4
     assert {member.get("view") for member in results["members"]} == {0, 1}
     whole = config_lib.load_workdir(tmp_path)
     assert whole.ensemble.chunks == 4
-    face = weights(tmp_path)["['params']['face_map']['kernel']"]
-    assert jax.tree.leaves(face)[0].shape[:2] == (4, 2 * 18)  # of 24, a quarter is left out
+    kernel = weights(tmp_path)["['params']['backbone']['layer_0']['dense']['kernel']"]
+    assert kernel.shape == (4, 18, 8)  # of 24, a quarter is left out

@@ -112,7 +112,7 @@ def examples_of(batch, clip):
     return found if len(found) else np.flatnonzero(batch.frames["audio"].mask[clip])
 
 
-EXAMPLES = {"after_fusion": "examples"}
+EXAMPLES: Any = {"after_fusion": "examples"}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])

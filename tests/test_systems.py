@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,20 +110,21 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "mma:iqiyi_vid,face": 17_821_497,
     "mma:iqiyi_vid,face,head": 23_223_097,
     "mma:iqiyi_vid,published": 34_022_201,
-    "mma:iqiyi_vid,average": 0,
-    "mma:iqiyi_vid,concat": 0,
-    "residual_dense:iqiyi_vid": 220_702_515,
+    "mma:iqiyi_vid,average": 32_450_355,
+    "mma:iqiyi_vid,concat": 33_993_529,
+    "residual_dense:iqiyi_vid": 226_114_150,
+    "residual_dense:iqiyi_vid,face": 220_702_515,
     "quality_fusion:iqiyi_vid,mlp1": 10_813_235,
     "quality_fusion:iqiyi_vid,mlp2": 11_076_915,
     "quality_fusion:iqiyi_vid,mlp3": 10_813_235,
     "quality_fusion:iqiyi_vid,mlp4": 11_467_315,
     "quality_fusion:iqiyi_vid,mlp5": 11_860_787,
-    "deepmef:iqiyi_vid": 0,
+    "deepmef:iqiyi_vid": 11_407_344,
     "deepmef:iqiyi_vid,face": 6_682_580,
-    "deepmef:iqiyi_vid,views": 0,
-    "deepmef:iqiyi_vid,published": 0,
-    "noise_classes:iqiyi_vid": 0,
-    "knn:iqiyi_vid": 0,
+    "deepmef:iqiyi_vid,views": 10_837_760,
+    "deepmef:iqiyi_vid,published": 10_880_967,
+    "noise_classes:iqiyi_vid": 12_427_776,
+    "knn:iqiyi_vid": 0,  # its memory is no parameter
 }
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
 
@@ -160,6 +162,80 @@ def test_parameters_at_published_size(name):
     _, sizes, system = full_size(name)
     shapes = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
     assert sum(x.size for x in jax.tree.leaves(shapes.params)) == FULL_SIZE[name]
+
+
+def dense(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def test_parameters_by_hand():
+    """Layer by layer, as the papers describe them, for one of each kind."""
+    classes, face, scene = 10_035, 512, 2048
+    maps = dense(face, 3 * 512) + 3 * dense(512, 512) + 4 * 2 * 512  # with their LayerNorms
+    average = maps + 512 * 64 + dense(6 * 512, classes)
+    assert FULL_SIZE["mma:iqiyi_vid,average"] == average
+    # Centres, the assignment's kernel and its BatchNorm; a map of 3 centres instead of one mean.
+    netvlad = 2 * 3 * 512 + 2 * 3 + 2 * 512 * 3 * 512
+    assert FULL_SIZE["mma:iqiyi_vid"] == average + netvlad
+    assert FULL_SIZE["mma:iqiyi_vid,concat"] == average + netvlad - 512 * 64
+    residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
+    assert FULL_SIZE["residual_dense:iqiyi_vid,face"] == residual
+    body = dense(512, 512) + 2 * 512 + dense(512, classes)
+    assert FULL_SIZE["residual_dense:iqiyi_vid"] == residual + body
+    for name, widths, norm in [
+        ("mlp1", (1024,), True),
+        ("mlp2", (512, 1024), True),
+        ("mlp3", (1024,), True),
+        ("mlp4", (768, 1024), False),
+        ("mlp5", (1024, 1024), False),
+    ]:
+        sizes = (face, *widths)
+        layers = sum(map(dense, sizes, widths)) + norm * 2 * sum(widths)
+        assert FULL_SIZE[f"quality_fusion:iqiyi_vid,{name}"] == layers + dense(widths[-1], classes)
+
+    def prelu(inputs, outputs):  # with BatchNorm and a slope
+        return dense(inputs, outputs) + 2 * outputs + 1
+
+    def deepmef(frame, attention, vector):
+        return attention + frame + prelu(vector, 964) + dense(964, vector) + vector * classes
+
+    def attention(width):
+        return 3 * dense(width, width // 2) + dense(width // 2, width)
+
+    branch = prelu(scene, 480) + prelu(480, 120)
+    main = deepmef(514, attention(514), 514 + 120)
+    assert FULL_SIZE["deepmef:iqiyi_vid"] == main + 2 * branch + 120 * classes
+    assert FULL_SIZE["deepmef:iqiyi_vid,face"] == deepmef(514, attention(514), 514)
+    over_frames = deepmef(514, attention(40), 514 + 120)
+    assert FULL_SIZE["deepmef:iqiyi_vid,published"] == over_frames + 2 * branch + 120 * classes
+    view = prelu(scene - 128, 480) + prelu(480, 120)
+    main = deepmef(482, attention(482), 482 + 120)
+    assert FULL_SIZE["deepmef:iqiyi_vid,views"] == main + 2 * view + 120 * classes
+    columns = 1 + 2 * 10_034 + NUM_CLUSTERS
+    assert FULL_SIZE["noise_classes:iqiyi_vid"] == dense(face, 512) + 512 * columns
+
+
+def test_the_residual_net_takes_half_a_gflop_a_frame():
+    """Published: about .5; two for every product and its sum, of all layers and the classifier."""
+    _, sizes, system = full_size("residual_dense:iqiyi_vid,face")
+    width, by_hand = 8192, 0
+    for inputs, outputs in [(512, width), (width, width), (width, width), (width, 10_035)]:
+        by_hand += 2 * inputs * outputs
+    assert by_hand == pytest.approx(0.44e9, rel=0.01)
+
+    def scores(state, frames):
+        params, model_state = members.take((state.params, state.model_state), 0)
+        batch = Batch({"face": frames}, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+        system_of_one = system._replace(fuse_eval={"face": lambda rng, frames: frames})
+        system_of_one = system_of_one._replace(examples=False)
+        return steps.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
+
+    state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
+    row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    number, mask = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool)
+    frame = Frames(jax.ShapeDtypeStruct((1, 1, 512), jnp.float32), row, row, number, mask)
+    counted: Any = jax.jit(scores).lower(state, frame).cost_analysis()
+    assert counted["flops"] == pytest.approx(by_hand, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import checkpoint, train
+from vidjax import checkpoint, members, steps, train
 from vidjax import config as config_lib
 from vidjax import evaluate as evaluate_lib
 from vidjax import mesh as mesh_lib
@@ -47,11 +47,18 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
     assert train.finished(tmp_path, config) == json.loads(json.dumps(results))
 
 
+MLP = "configs/quality_fusion.py:iqiyi_vid"
+
+
 @pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    ("signum", "spec"),
+    [
+        (signal.SIGINT, MLP),
+        pytest.param(signal.SIGTERM, "configs/mma.py:iqiyi_vid", marks=pytest.mark.slow),
+    ],
 )
-def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum):
-    config = shrunk("--config.eval.every_epochs=3")
+def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
+    config = shrunk("--config.eval.every_epochs=3", spec=spec)
     run(config, tmp_path / "whole", data)
     for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
         with pytest.raises(workdir_lib.Interrupted) as caught:
@@ -87,7 +94,7 @@ def test_another_configuration_is_refused(tmp_path):
     assert train.finished(tmp_path, moved) == {"map": 0.5, "finished": True}
 
 
-QUICK = ["quality_fusion", "residual_dense", "deepmef:face,audio"]
+QUICK = ["residual_dense:face,one", "deepmef:face"]
 SLOW = [
     "mma",
     "mma:published",
@@ -98,10 +105,12 @@ SLOW = [
     "quality_fusion:mlp2,voting",
     "quality_fusion:mlp5,face,head",
     "quality_fusion:voting,face,audio",
-    "residual_dense:one,single",
-    "residual_dense:fused,folds",
+    "residual_dense:face,one,single",
+    "residual_dense:face,fused,folds",
     "residual_dense:face,audio",
-    "deepmef:face",
+    "mma:few",
+    "deepmef:face,audio",
+    "quality_fusion",
     "deepmef:face,audio,published",
     "deepmef:face,head,audio,views",
     "noise_classes:head",
@@ -143,13 +152,12 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
     config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256")
     run(config, tmp_path, data)
     wanted = None
-    for devices in (1, 8):
-        for batch_size in (1, 7, 64, 1024):
-            other = config_lib.override(config, [f"--config.batch_size={batch_size}"])
-            found = scores(tmp_path, data, other, devices)
-            wanted = found if wanted is None else wanted
-            assert found.shape == (60, 12)
-            np.testing.assert_array_equal(found, wanted)
+    for devices, batch_size in [(1, 1), (1, 1024), (8, 7), (8, 64)]:
+        other = config_lib.override(config, [f"--config.batch_size={batch_size}"])
+        found = scores(tmp_path, data, other, devices)
+        wanted = found if wanted is None else wanted
+        assert found.shape == (60, 12)
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.slow
@@ -251,7 +259,7 @@ class Failing:
 
 
 def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
-    config = shrunk("--config.eval.every_epochs=3")
+    config = shrunk("--config.eval.every_epochs=3", spec=MLP)
     run(config, tmp_path / "whole", data)
     for evaluation in (0, 1):
         with pytest.raises(ValueError, match="damaged"):
@@ -274,8 +282,62 @@ def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
-    config = shrunk("--config.optim.name=sgd", "--config.optim.learning_rate=1e30")
+    config = shrunk(
+        "--config.optim.name=sgd",
+        "--config.optim.learning_rate=1e30",
+        "--config.num_epochs=2",
+        spec=MLP,
+    )
     with pytest.raises(ValueError, match="learning rate") as caught:
         run(config, tmp_path, data)
     assert len(str(caught.value).splitlines()) <= 3
     assert not checkpoint.manifests(tmp_path)
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0, 0.5])
+def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance):
+    """The logged loss of one step over all clips, against numpy in float64."""
+    splits = ("train", "val")  # with distractors: column 0 has 20 clips, others 11 or 12
+    clips = [name for split in splits for name in data.split(split).clips]
+    labels = np.concatenate([data.split(name).labels for name in splits])
+    own = np.ones(len(clips))
+    own[::3], own[1::7] = 2.5, 0.0
+    path = tmp_path / "weights.txt"
+    path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, own, strict=True) if w != 1))
+    config = shrunk(
+        "--config.model.layers=()",
+        f"--config.batch_size={len(clips)}",
+        "--config.num_epochs=1",
+        "--config.data.train_splits=train,val",
+        "--config.eval.split=test",
+        f"--config.data.balance={balance}",
+        f"--config.data.weights={path}",
+        "--config.loss.schedule=((0, 0.0),)",
+        spec=MLP,
+    )
+    config.fusion.face.train = {"name": "mean"}
+    run(config, tmp_path / "run", data)
+    line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
+
+    # Parameters of step 0, and every clip's mean face.
+    sizes = Sizes({"face": 24}, 12, None, len(clips), 1, train_other=True)
+    system = make_system(config.to_dict(), sizes)
+    rngs = members.make_rngs((members.Member(),), config.seed)
+    first = steps.init_state(system, sizes.modalities, rngs, labels[None])
+    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
+    losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
+    for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
+        for batch in data.eval_batches(split=split, modalities=("face",), rows=20):
+            one = batch.frames["face"]
+            for row in np.flatnonzero(batch.batch_mask & one.mask.any(axis=1)):
+                x = one.features[row][one.mask[row]].astype(np.float64).mean(axis=0)
+                logits = x @ layer["logits"]["kernel"] + layer["logits"]["bias"]
+                clip = offset + batch.clip_index[row]
+                top = logits.max()
+                seen[clip] = True
+                losses[clip] = top + np.log(np.exp(logits - top).sum()) - logits[labels[clip]]
+    count = np.array([np.sum(labels == label) for label in labels])
+    weight = own * seen * count**-balance
+    found = json.loads(line)["train_loss"]
+    assert found == pytest.approx(losses @ weight / weight.sum(), rel=1e-5)
+    assert abs(found - losses[seen].mean()) > 1e-3  # which weights do move

@@ -454,6 +454,11 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
     """
     step = _choose_step(config, workdir)
     manifest = checkpoint.manifests(workdir)[step]
+    for name in (*Sizes._fields, "members_sha256"):
+        if name not in manifest:
+            raise checkpoint.CheckpointError(
+                f"'{workdir}' was trained by another version of vidjax: it says nothing of {name}"
+            )
     sizes = Sizes(**{name: manifest[name] for name in Sizes._fields})
     if tuple(config.modalities) != tuple(sizes.modalities):
         raise ValueError(

@@ -253,13 +253,19 @@ def apply_each(
         return jax.vmap(fn)(state, inputs)
     if mapping != "map":
         raise ValueError(f"config.ensemble.mapping='{mapping}': known are auto, map, vmap")
+
+    # What surrounds it must not be compiled into a member's own arithmetic: its bits would depend
+    # on how many members there are.
+    def apply(state: Any, inputs: Any) -> tuple[Any, Any]:
+        return jax.lax.optimization_barrier(fn(*jax.lax.optimization_barrier((state, inputs))))
+
     if num_members == 1:
-        new, output = fn(*jax.tree.map(lambda x: x[0], (state, inputs)))
+        new, output = apply(*jax.tree.map(lambda x: x[0], (state, inputs)))
         return jax.tree.map(lambda x: x[None], (new, output))
 
     # In place, in the carry of a loop: the outputs of a scan would be a second copy of the state.
     def step(member: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        new = fn(take(carry[0], member), take(inputs, member))
+        new = apply(take(carry[0], member), take(inputs, member))
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, member, 0),
             carry,
