@@ -47,7 +47,10 @@ def test_everything_else_works_without_tensorflow():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("room", ["models", "fusion.py", "losses.py", "metrics.py", "batch.py"])
+@pytest.mark.parametrize(
+    "room",
+    ["models", "selection.py", "fusion.py", "examples.py", "losses.py", "metrics.py", "batch.py"],
+)
 def test_lower_rooms_know_no_configuration_and_no_loop(room):
     path = ROOT / "vidjax" / room
     for file in path.rglob("*.py") if path.is_dir() else [path]:

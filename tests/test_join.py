@@ -9,7 +9,7 @@ import pytest
 from tests import clip_files
 from tests.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
-from vidjax import evaluate, join
+from vidjax import evaluate, join, scoring
 from vidjax import mesh as mesh_lib
 from vidjax.data import pipeline
 from vidjax.main import main
@@ -94,7 +94,7 @@ def probabilities(folder, load, split):
         config.eval.scores = "log_softmax"
     mesh = mesh_lib.make_mesh(1)
     _, one = evaluate.restore(config, folder, load(config), mesh)
-    found = evaluate.score([one], split, mesh, block_size=32, each_member=False)
+    found = scoring.score([one], split, mesh, block_size=32, each_member=False)
     clips = one.data.split(split).clips
     logs = ranked_scores(found.top, len(clips)).astype(np.float64)
     return dict(zip(clips, np.exp(logs), strict=True)), one.data.split(split)
@@ -160,7 +160,7 @@ def test_every_score_equals_the_loop(runs, load):
         config = config_lib.load_workdir(folder)
         _, one = evaluate.restore(config, folder, load(config), mesh)
         contenders.append(one._replace(weight=weight))
-    found = evaluate.score(contenders, "val", mesh, block_size=32, each_member=False)
+    found = scoring.score(contenders, "val", mesh, block_size=32, each_member=False)
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))
     clips = contenders[0].data.split("val").clips
     scores = np.exp(ranked_scores(found.top, len(clips)).astype(np.float64))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_fusion import make_frames
 from vidjax import config as config_lib
-from vidjax import members, steps
+from vidjax import examples, members, steps
 from vidjax.batch import Batch, Branches
 from vidjax.system import Sizes, make_system
 
@@ -224,7 +224,7 @@ def test_mixup_never_takes_from_a_clip_of_no_weight():
 def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
-    mixed, share, partner = jax.jit(steps._mix_up, static_argnums=1)(
+    mixed, share, partner = jax.jit(examples.mix_up, static_argnums=1)(
         jax.random.key(0), 0.7, batch.frames, weight
     )
     share, partner = np.asarray(share), np.asarray(partner)

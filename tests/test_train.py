@@ -15,7 +15,7 @@ from tests.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import checkpoint, members, steps, train
+from vidjax import checkpoint, members, scoring, steps, train
 from vidjax import config as config_lib
 from vidjax import evaluate as evaluate_lib
 from vidjax import mesh as mesh_lib
@@ -144,7 +144,7 @@ def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = mesh_lib.make_mesh(num_devices)
     _, one = evaluate_lib.restore(config, workdir, data, mesh)
-    found = evaluate_lib.score([one], "val", mesh, block_size=config.eval.block_size)
+    found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 
 

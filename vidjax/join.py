@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import evaluate, metrics, ranking
+from vidjax import evaluate, metrics, ranking, scoring
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.batch import Array, Batch
@@ -52,7 +52,7 @@ def join(
         raise ValueError(f"--runs={','.join(spec.runs)}: name two runs or more")
     datasets: dict[str, Any] = {}
 
-    def contenders(split: str, weights: Sequence[float]) -> list[evaluate.Contender]:
+    def contenders(split: str, weights: Sequence[float]) -> list[scoring.Contender]:
         found = []
         for name, weight in zip(spec.runs, weights, strict=True):
             run_config = _run_config(config, name, split)
@@ -69,7 +69,7 @@ def join(
         )
     if spec.greedy:
         weights = _fit(contenders(spec.split, weights), config, mesh)
-    evaluation = evaluate.score(
+    evaluation = scoring.score(
         (joined := contenders(split, weights)),
         split,
         mesh,
@@ -117,7 +117,7 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
     return config
 
 
-def _fit(contenders: Sequence[evaluate.Contender], config: Config, mesh: Any) -> list[float]:
+def _fit(contenders: Sequence[scoring.Contender], config: Config, mesh: Any) -> list[float]:
     """Returns weights chosen greedily, one run after another, by MAP on clips not trained on."""
     split_name = config.join.split
     split = contenders[0].data.split(split_name)
@@ -126,7 +126,7 @@ def _fit(contenders: Sequence[evaluate.Contender], config: Config, mesh: Any) ->
             f"config.join.split={split_name}: it has no ground truth to fit weights on"
         )
     run = functools.partial(
-        evaluate.score,
+        scoring.score,
         contenders,
         split_name,
         mesh,

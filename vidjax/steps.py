@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from vidjax import members, selection
+from vidjax import examples, members, selection
 from vidjax import mesh as mesh_lib
 from vidjax.batch import Array, Batch, Branches, Frames
 from vidjax.system import System
@@ -85,7 +85,7 @@ def init_state(
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
         frames = _fuse(system, system.fuse_train, fuse_rng, batch.frames, view)
         if system.examples:
-            frames, _ = _as_examples(frames)
+            frames, _ = examples.as_examples(frames)
         clips = len(next(iter(frames.values())).mask)
         zeros = jnp.zeros(clips, jnp.int32)
         variables = dict(
@@ -145,73 +145,6 @@ def _fuse(
     return fused
 
 
-def _as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
-    """Returns [B, T'] fused frames as B T' clips of one frame, and which of them exist [B, T'].
-
-    A modality with a single frame goes with every example of its clip. A clip that has no frame of
-    the others is one example.
-
-    Raises:
-      ValueError: two modalities differ in T', and neither is 1.
-    """
-    sizes = {one.mask.shape[1] for one in frames.values()}
-    if len(sizes - {1}) > 1:
-        raise ValueError(f"config.after_fusion='examples': modalities give {sorted(sizes)} frames")
-    num_examples = max(sizes)
-    leading = [one.mask for one in frames.values() if one.mask.shape[1] == num_examples]
-    exists = jnp.any(jnp.stack(leading), axis=0)  # [B, T']
-    others = jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
-    alone = others & ~exists.any(axis=1)
-    exists = exists.at[:, 0].set(exists[:, 0] | alone)
-
-    def reshape(x: Array) -> Array:
-        x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
-        return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
-
-    return {name: jax.tree.map(reshape, one) for name, one in frames.items()}, exists
-
-
-def _mix_up(
-    rng: Array, alpha: float, frames: Mapping[str, Frames], weight: Array
-) -> tuple[dict[str, Frames], Array, Array]:
-    """Returns frames mixed with those of another clip, the share of a clip's own [B], the other.
-
-    The share is Beta(alpha, alpha), never below a half, and 1 beside a clip of weight 0: a member
-    sees nothing of the fold that it must not know.
-
-    Source: Zhang et al., mixup, equation 1; ours: a share for every clip instead of for the batch.
-    """
-    share_rng, partner_rng = jax.random.split(rng)
-    share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
-    partner = jax.random.permutation(partner_rng, len(weight))
-    share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
-
-    def mix(one: Frames) -> Frames:
-        row = share[:, None]
-        other = jax.tree.map(lambda x: x[partner], one)
-
-        def blend(mine: Array, theirs: Array) -> Array:
-            shape = (-1,) + (1,) * (mine.ndim - 1)
-            mine = jnp.where(one.mask.reshape(one.mask.shape + shape[2:]), mine, 0)
-            theirs = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), theirs, 0)
-            return share.reshape(shape) * mine + (1 - share).reshape(shape) * theirs
-
-        return Frames(
-            features=blend(one.features, other.features),
-            quality=blend(one.quality, other.quality),
-            detection=blend(one.detection, other.detection),
-            number=one.number,
-            mask=one.mask | (other.mask & (row < 1)),
-        )
-
-    return {name: mix(one) for name, one in frames.items()}, share, partner
-
-
-def _has_frames(frames: Mapping[str, Frames]) -> Array:
-    """Returns [B] bool, which clips have a frame of any modality."""
-    return jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
-
-
 def _branches(output: Any) -> Branches:
     """Returns what a model gave as branches, of which most have one."""
     if isinstance(output, Branches):
@@ -232,7 +165,7 @@ def train_step(
       batch: B clips, read once for all members; rows outside `batch_mask` change nothing, nor do
         clips without a frame or those that have weight 0 for a member.
     """
-    usable = batch.batch_mask & _has_frames({m: batch.frames[m] for m in system.fuse_train})
+    usable = batch.batch_mask & examples.has_frames({m: batch.frames[m] for m in system.fuse_train})
     inputs = {
         "rng": state.rng,
         "labels": state.labels[:, batch.clip_index],  # [E, B]
@@ -268,10 +201,10 @@ def _train_member(
     frames, batch_mask = _draw_frames(system, fuse_rng, batch, inputs), weight > 0
     share, partner = jnp.ones_like(weight), jnp.arange(len(weight))
     if system.mixup:
-        frames, share, partner = _mix_up(clip_rng, system.mixup, frames, weight)
+        frames, share, partner = examples.mix_up(clip_rng, system.mixup, frames, weight)
     exists = jnp.ones((len(weight), 1), bool)
     if system.examples:
-        frames, exists = _as_examples(frames)
+        frames, exists = examples.as_examples(frames)
     num_examples = exists.shape[1]
     exists = exists & batch_mask[:, None]  # [B, T']
 
@@ -394,7 +327,7 @@ def eval_step(system: System, params: Any, model_state: Any, view: Array, batch:
             scores = _reduce_examples(system, fused, batch, scores_of)
         else:
             scores = scores_of(fused, batch.batch_mask)
-    usable = _has_frames({name: batch.frames[name] for name in system.fuse_eval})
+    usable = examples.has_frames({name: batch.frames[name] for name in system.fuse_eval})
     return jnp.where(usable[:, None], scores, -jnp.inf)
 
 
@@ -412,7 +345,7 @@ def _reduce_examples(
 
     The scores of all T' examples never exist at once.
     """
-    _, exists = _as_examples(fused)
+    _, exists = examples.as_examples(fused)
     weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
 
     def example(t: Array) -> dict[str, Frames]:

@@ -21,9 +21,10 @@ from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.config import Config
 from vidjax.data import noise, pickles
-from vidjax.evaluate import Contender, Evaluation, Scorer, digest, score, select_modalities
+from vidjax.evaluate import digest, select_modalities
 from vidjax.logs import Logs, Progress, say
 from vidjax.relabel import Relabeller, label_distractors
+from vidjax.scoring import Contender, Evaluation, Scorer, score
 from vidjax.system import Sizes, System, make_system
 
 # These may differ when a run goes on: they say where things lie, not what is computed.

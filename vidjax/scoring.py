@@ -1,0 +1,374 @@
+"""Scores of every clip of a split by trained systems, and what they are worth."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import members, metrics, ranking, steps
+from vidjax import mesh as mesh_lib
+from vidjax.batch import Array, Batch
+from vidjax.logs import CompileClock, Progress
+from vidjax.system import System
+
+# Members take turns on a few blocks at a time: often enough that no more than that many scores are
+# held, seldom enough that taking a member's slice of the parameters costs nothing.
+WINDOW_ROWS = 2048
+WINDOW_BYTES = 512 << 20
+FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
+
+
+class Scorer:
+    """The compiled evaluation of a system; one serves every evaluation of a run."""
+
+    def __init__(self, system: System, mesh: Mesh):
+        """Prepares the evaluation of a system on a mesh."""
+        self.step = steps.make_eval_step(system, mesh)
+        self.modalities = tuple(system.fuse_eval)
+        self.num_identities = system.num_identities
+        self.logs = system.logs
+
+
+class Contender(NamedTuple):
+    """A trained system as evaluation sees it.
+
+    Attributes:
+      name: of the run.
+      scorer: its compiled evaluation.
+      params: the model's parameters, [E, ...].
+      model_state: the model's other collections, [E, ...].
+      membership: what its members were trained on.
+      data: a `vidjax.data.pipeline.Dataset` of its identities.
+      weight: its share where several are joined.
+    """
+
+    name: str
+    scorer: Scorer
+    params: Any
+    model_state: Any
+    membership: members.Membership
+    data: Any
+    weight: float = 1.0
+
+
+class Evaluation(NamedTuple):
+    """Scores of one split.
+
+    Attributes:
+      top: the best 100 clips of every identity, in their final order.
+      each: the same of each contender, where there are several.
+      positives: [C] int, ground-truth clips of every identity in the pool that is ranked.
+      results: `map`, `map_kind`, `top1` and the open-set metrics (where there is a ground truth),
+        counts, `eval_clips_per_second`, and what single members and runs reach.
+    """
+
+    top: ranking.TopK
+    each: list[ranking.TopK]
+    positives: np.ndarray
+    results: dict[str, Any]
+
+
+class _Tally:
+    """A running top k over a pool of clips, and what it is worth."""
+
+    def __init__(self, num_identities: int, pool: np.ndarray):
+        self.ranking = ranking.Ranking(num_identities, rows=WINDOW_ROWS)
+        self.pool = pool
+        self._pool = jnp.asarray(pool)
+
+    def add(self, scores: Array, batch: Batch) -> None:
+        mask = _in_pool(self._pool, batch.clip_index, batch.batch_mask)
+        self.ranking.add((scores, batch.clip_index, mask))
+
+    def positives(self, split: Any) -> np.ndarray:
+        """Returns [C] int, the ground-truth clips of every identity, without those outside."""
+        outside = np.bincount(split.labels[~self.pool], minlength=len(split.positives) + 1)[1:]
+        return split.positives - outside
+
+    def finish(self, split: Any) -> tuple[ranking.TopK, float | None]:
+        """Returns the ranking and its MAP, None where the pool has no positive clip."""
+        top, positives = self.ranking.finish(), self.positives(split)
+        if not split.labelled or not positives.any():
+            return top, None
+        others = split.num_others if self.pool.all() else 0
+        value = metrics.mean_average_precision(top.index, split.labels, positives, others)
+        return top, value
+
+
+def score(
+    contenders: Sequence[Contender],
+    split_name: str,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    each_member: bool = True,
+    check: Callable[[], None] = lambda: None,
+    observe: Callable[[Sequence[Batch], Sequence[Sequence[Array]]], None] | None = None,
+) -> Evaluation:
+    """Returns how systems rank every clip of a split, each clip read once.
+
+    A clip is scored by those members that were not trained on it. Where none is left, for a system
+    without folds, all of them score it, and the result says `in_sample`; where folds were not all
+    trained, the clips of the others stay out of the pool.
+
+    Args:
+      contenders: one system, or several whose scores are logarithms, on the same clips.
+      split_name: which split.
+      mesh: the devices.
+      block_size: clips that a device scores at a time.
+      each_member: whether the members of an ensemble are ranked, too.
+      check: called after every few blocks; what it raises ends the evaluation.
+      observe: called with every few blocks and, for each contender, their scores [B, C].
+
+    Raises:
+      ValueError: systems differ in their clips or identities, or no clip may be scored.
+    """
+    if block_size < 1:
+        raise ValueError(f"config.eval.block_size={block_size}: must be positive")
+    split = contenders[0].data.split(split_name)
+    num_identities = contenders[0].scorer.num_identities
+    for other in contenders[1:]:
+        _check_alike(contenders[0], other, split_name)
+    entries = [_Entry(one, split.clips, mesh) for one in contenders]
+    pool = np.all([entry.use.any(axis=0) for entry in entries], axis=0)
+    if not pool.any():
+        raise ValueError(
+            f"config.eval.split={split_name}: every clip was trained on by all members there are"
+        )
+    whole = _Tally(num_identities, pool)
+    joined = len(entries) > 1
+    for entry in entries:
+        entry.keep_tallies(num_identities, pool, whole=joined, each_member=each_member)
+    best: list[tuple[Array, ...]] = []
+
+    began = time.monotonic()
+    with CompileClock() as compiling:
+        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
+        rows = 1 if not joined and len(entries[0].use) == 1 else WINDOW_ROWS
+        for window in _windows(contenders, split_name, block_size, mesh, rows):
+            scores = [entry.score(window[i]) for i, entry in enumerate(entries)]
+            blocks = window[0]
+            if observe:
+                observe(blocks, scores)
+            if joined:
+                weights = [one.weight for one in contenders]
+                scores = [_join(of_block, weights) for of_block in zip(*scores, strict=True)]
+            else:
+                scores = scores[0]
+            for block, of_block in zip(blocks, scores, strict=True):
+                whole.add(of_block, block)
+                best.append((*_best(of_block), block.clip_index, block.batch_mask))
+            jax.block_until_ready(best[-1])
+            progress.advance(sum(int(jnp.sum(block.batch_mask)) for block in blocks))
+            check()
+        progress.close()
+        top, value = whole.finish(split)
+    seconds = time.monotonic() - began - compiling.seconds
+
+    results: dict[str, Any] = {}
+    if value is not None:
+        kind = split_name if all(entry.use.all() for entry in entries) else "out_of_fold"
+        results["map"] = value
+        results["map_kind"] = "in_sample" if any(one.in_sample for one in entries) else kind
+        results |= _clip_metrics(best, split, pool)
+    results |= {
+        "num_clips": int(np.sum(pool)),
+        "num_identities": num_identities,
+        "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
+        "eval_clips_per_second": len(split.clips) / max(seconds, 1e-9),
+    }
+    each: list[ranking.TopK] = []
+    for entry in entries:
+        if entry.tally:
+            top_of_run, value = entry.tally.finish(split)
+            each.append(top_of_run)
+            facts = {"name": entry.contender.name, "weight": entry.contender.weight, "map": value}
+            results.setdefault("runs", []).append(facts)
+        of_run = {"run": entry.contender.name} if joined else {}
+        for member, tally in zip(entry.contender.membership.members, entry.tallies, strict=False):
+            facts = {**of_run, **_describe(member), "map": tally.finish(split)[1]}
+            results.setdefault("members", []).append(facts)
+    return Evaluation(top, each, whole.positives(split), results)
+
+
+class _Entry:
+    """A contender in one evaluation: who of it may score what, and how well its parts do."""
+
+    def __init__(self, contender: Contender, clips: Sequence[str], mesh: Mesh):
+        self.contender = contender
+        self.use = members.held_out(contender.membership, clips)  # [E, n]
+        # Without folds there is no member that has not seen a training clip.
+        self.in_sample = bool(contender.membership.trained.all() and not self.use.all())
+        if self.in_sample:
+            self.use = np.ones_like(self.use)
+        self._use = mesh_lib.replicate(mesh, jnp.asarray(self.use, jnp.float32))
+        self._weights = (contender.params, contender.model_state)
+        self._only = _take(self._weights, 0) if len(self.use) == 1 else None
+        self.tally: _Tally | None = None
+        self.tallies: list[_Tally] = []
+
+    def keep_tallies(
+        self, num_identities: int, pool: np.ndarray, *, whole: bool, each_member: bool
+    ) -> None:
+        """Prepares to rank what the contender scores as a `whole`, and its `members`."""
+        if whole:
+            self.tally = _Tally(num_identities, pool)
+        if each_member and len(self.use) > 1:
+            self.tallies = [_Tally(num_identities, member & pool) for member in self.use]
+
+    def score(self, blocks: Sequence[Batch]) -> list[Array]:
+        """Returns the scores [B, C] of some blocks: the mean over members that may score a clip."""
+        scorer = self.contender.scorer
+        totals: list[Any] = [None] * len(blocks)
+        for number, member in enumerate(self.contender.membership.members):
+            params, model_state = self._only or _take(self._weights, number)
+            for i, block in enumerate(blocks):
+                scores = scorer.step(params, model_state, jnp.int32(member.view), block)
+                if self.tallies:
+                    self.tallies[number].add(scores, block)
+                if len(self.use) == 1:
+                    totals[i] = scores
+                else:
+                    use = _rows(self._use, number, block.clip_index)
+                    totals[i] = _add(totals[i], scores, use, logs=scorer.logs)
+            if self.tallies:
+                self.tallies[number].ranking.flush()  # not the scores of all members at once
+        if len(self.use) > 1:
+            totals = [_mean(total, weight, logs=scorer.logs) for total, weight in totals]
+        if self.tally:
+            for block, scores in zip(blocks, totals, strict=True):
+                self.tally.add(scores, block)
+            self.tally.ranking.flush()
+        return totals
+
+
+def _describe(member: members.Member) -> dict[str, Any]:
+    """Returns what sets a member apart: the fields that are not at their default."""
+    defaults = members.Member._field_defaults
+    fields = member._asdict().items()
+    return {name: value for name, value in fields if name == "seed" or value != defaults[name]}
+
+
+def _check_alike(one: Contender, other: Contender, split: str) -> None:
+    if one.data.split(split).clips != other.data.split(split).clips:
+        few = sorted(set(one.data.split(split).clips) ^ set(other.data.split(split).clips))[:3]
+        raise ValueError(
+            f"--runs: the data of {one.name} and {other.name} differ in the clips of {split}\n"
+            f"such as {', '.join(few)}"
+        )
+    if tuple(one.data.identities) != tuple(other.data.identities):
+        raise ValueError(
+            f"--runs: {one.name} and {other.name} were trained on different lists of identities"
+        )
+    for run in (one, other):
+        if not run.scorer.logs:
+            raise ValueError(
+                f"--runs: {run.name} ranks by raw logits, which cannot be joined with others\n"
+                "use --config.eval.scores=log_softmax"
+            )
+
+
+def _windows(
+    contenders: Sequence[Contender], split: str, block_size: int, mesh: Mesh, rows: int
+) -> Iterator[list[list[Batch]]]:
+    """Yields for every contender the same few blocks of clips, about `rows` rows of them.
+
+    Datasets are read once, whoever shares them.
+    """
+    modalities: dict[int, dict[str, None]] = {}
+    for one in contenders:
+        modalities.setdefault(id(one.data), {}).update(dict.fromkeys(one.scorer.modalities))
+    datasets = {id(one.data): one.data for one in contenders}
+    lengths = np.max(
+        [data.longest(split, tuple(modalities[key])) for key, data in datasets.items()], axis=0
+    )
+    streams = [
+        data.eval_batches(
+            split=split,
+            modalities=tuple(modalities[key]),
+            rows=block_size * mesh.size,
+            lengths=lengths,
+        )
+        for key, data in datasets.items()
+    ]
+    window: list[dict[int, Batch]] = []
+    size = 0
+    for host in zip(*streams, strict=True):
+        for other in host[1:]:
+            if not np.array_equal(host[0].clip_index, other.clip_index):
+                raise ValueError("--runs: the records of the runs' data are in different orders")
+        batches = [mesh_lib.shard_batch(mesh, batch) for batch in host]
+        window.append(dict(zip(datasets, batches, strict=True)))
+        size += sum(x.nbytes for x in jax.tree.leaves(host))
+        if size >= WINDOW_BYTES or len(window) * len(host[0].clip_index) >= rows:
+            yield [[batches[id(one.data)] for batches in window] for one in contenders]
+            window, size = [], 0
+    if window:
+        yield [[batches[id(one.data)] for batches in window] for one in contenders]
+
+
+_take = jax.jit(members.take)
+
+
+@jax.jit
+def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
+    return table[member, clip_index]
+
+
+@functools.partial(jax.jit, static_argnames="logs")
+def _add(
+    total: tuple[Array, Array] | None, scores: Array, weight: Array, *, logs: bool
+) -> tuple[Array, Array]:
+    if total is None:
+        start = jnp.full_like(scores, -jnp.inf if logs else 0.0)
+        total = start, jnp.zeros_like(weight)
+    return members.add_scores(total[0], scores, weight, logs=logs), total[1] + weight
+
+
+_mean = jax.jit(members.mean_scores, static_argnames="logs")
+
+
+@jax.jit
+def _join(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
+    """Returns the weighted mean of the probabilities that several systems give, as logarithms."""
+    total = None
+    for one, weight in zip(scores, weights, strict=True):
+        total = _add(total, one, jnp.full(len(one), weight), logs=True)
+    assert total is not None
+    return members.mean_scores(total[0], total[1], logs=True)
+
+
+@jax.jit
+def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
+    return pool[clip_index] & batch_mask
+
+
+@jax.jit
+def _best(scores: Array) -> tuple[Array, Array]:
+    return jnp.max(scores, axis=1), jnp.argmax(scores, axis=1) + 1
+
+
+def _clip_metrics(
+    best: Sequence[tuple[Array, ...]], split: Any, pool: np.ndarray
+) -> dict[str, float | None]:
+    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
+    value, column, clip_index, batch_mask = (
+        np.concatenate([np.asarray(x) for x in part]) for part in zip(*best, strict=True)
+    )
+    real = batch_mask & pool[clip_index]
+    value, column, labels = value[real], column[real], split.labels[clip_index[real]]
+    known = labels > 0
+    right = known & (column == labels) & (value > -np.inf)
+    results = {
+        "top1": float(right.sum() / max(known.sum(), 1)),
+        "auroc": metrics.auroc(value, known),
+    }
+    for share in FALSE_POSITIVES:
+        errors = metrics.identification_errors(value, right, known, fpir=share)
+        results[f"fnir_at_fpir_{share}"] = errors.fnir if errors else None
+    return results
