@@ -78,6 +78,7 @@ def test_readme_lists_every_flag_and_no_other():
     assert {re.split(r"[=\[]", flag)[0] for flag in named} == flags
 
 
+@pytest.mark.slow
 def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
     from tests.small_runs import shrunk
     from vidjax import train

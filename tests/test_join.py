@@ -247,6 +247,7 @@ def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
         join.join(joining(runs, *words), tmp_path, load, num_devices=1)
 
 
+@pytest.mark.slow
 def test_the_command_line(runs, load, tmp_path, capsys):
     """Join on val with weights, come back for test with them; folders that cannot be joined."""
     out = tmp_path / "both"

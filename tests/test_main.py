@@ -102,6 +102,7 @@ def test_help_names_modes_and_flags(capsys):
         assert word in said
 
 
+@pytest.mark.slow
 def test_the_official_journey(vidjax_command, official_dir, tmp_path, capsys):
     """Train on official files, come back to the finished run, rank a split without ground truth."""
     workdir = tmp_path / "run with a space"

@@ -178,11 +178,8 @@ def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
         assert_member(tmp_path / "all", tmp_path / str(number), number)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [f"{MLP},mlp1", pytest.param("configs/mma.py:iqiyi_vid", marks=pytest.mark.slow)],
-    ids=["mlp1", "mma"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [f"{MLP},mlp1", "configs/mma.py:iqiyi_vid"], ids=["mlp1", "mma"])
 def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
     sgd = (*FOLDS, "--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
     for mapping in ("map", "vmap"):
@@ -249,6 +246,7 @@ def test_out_of_fold_scores_of_clips_that_were_trained_on(data, everyone, tmp_pa
     assert len(results["members"]) == 3
 
 
+@pytest.mark.slow
 def test_min_quality_and_views_run(data, tmp_path):
     config = shrunk(
         "--config.ensemble.views=2",

@@ -202,6 +202,7 @@ def test_a_clip_alone_is_joined_to_nothing():
         np.testing.assert_array_equal(union.mask.sum(axis=1), [3, 2])
 
 
+@pytest.mark.slow
 def test_padding_changes_no_joint():
     frames = make_frames([5, 3, 9, 4], max_frames=9)
     longer, chosen = pad(frames, 4), np.ones(4, bool)

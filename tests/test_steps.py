@@ -186,6 +186,7 @@ def test_modalities_of_different_numbers_of_frames_are_no_examples():
 MEAN = {"face": {"train": {"name": "mean"}, "evaluate": {"name": "mean"}}}
 
 
+@pytest.mark.slow
 def test_mixup_of_almost_nothing_is_the_plain_loss():
     batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
     state = init(make(fusion=MEAN), labels)

@@ -71,6 +71,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_finished_step_without_results_is_completed(data, tmp_path):
     config = shrunk()
     first = run(config, tmp_path, data)
@@ -94,9 +95,10 @@ def test_another_configuration_is_refused(tmp_path):
     assert train.finished(tmp_path, moved) == {"map": 0.5, "finished": True}
 
 
-QUICK = ["residual_dense:face,one", "deepmef:face"]
+QUICK = ["residual_dense:face,one"]
 SLOW = [
     "mma",
+    "deepmef:face",
     "mma:published",
     "mma:average,concat",
     "mma:ensemble",
@@ -148,6 +150,7 @@ def scores(workdir, data, config, num_devices):
     return ranked_scores(found.top, len(data.split("val").clips))
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
     config = shrunk("--config.num_epochs=2", "--config.eval.block_size=256")
     run(config, tmp_path, data)

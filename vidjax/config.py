@@ -55,7 +55,7 @@ def default() -> Config:
     config.ensemble.min_quality = ()  # of the frames that a member is trained on
     config.ensemble.seeds = 1
     config.ensemble.only = ()  # numbers of the members to train here; all
-    config.ensemble.mapping = "auto"  # how members run: map on CPU, else vmap
+    config.ensemble.mapping = "auto"  # map: members in turn; vmap: together; auto: map on CPU
 
     config.noise = ConfigDict()  # with data.distractors=noise
     config.noise.method = "dbscan"  # or hdbscan

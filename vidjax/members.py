@@ -234,47 +234,37 @@ def take(tree: Any, member: Array | int) -> Any:
 
 
 def apply_each(
-    fn: Callable[[Any, Any], tuple[Any, Any]], state: Any, inputs: Any, mapping: str
+    fn: Callable[[Any, Any], tuple[Any, Any]], state: Any, inputs: Any
 ) -> tuple[Any, Any]:
-    """Returns what `fn` makes of every member's state and input, stacked again.
+    """Returns what `fn` makes of every member's state and input, all members at once, stacked.
 
     Args:
       fn: (state of one member, input of one member) -> (its new state, an output).
-      state: tree of [E, ...]; the new one has its shapes and dtypes.
+      state: tree of [E, ...].
       inputs: tree of [E, ...].
-      mapping: `map`, one member after another, bit-equal to separate runs, in the memory of one; or
-        `vmap`, all at once, for accelerators.
-
-    Raises:
-      ValueError: for another mapping.
     """
-    num_members = len(jax.tree.leaves(inputs)[0])
-    if mapping == "vmap":
+    if len(jax.tree.leaves(inputs)[0]) > 1:
         return jax.vmap(fn)(state, inputs)
-    if mapping != "map":
-        raise ValueError(f"config.ensemble.mapping='{mapping}': known are auto, map, vmap")
+    new, output = fn(*jax.tree.map(lambda x: x[0], (state, inputs)))
+    return jax.tree.map(lambda x: x[None], (new, output))
 
-    # What surrounds it must not be compiled into a member's own arithmetic: its bits would depend
-    # on how many members there are.
-    def apply(state: Any, inputs: Any) -> tuple[Any, Any]:
-        return jax.lax.optimization_barrier(fn(*jax.lax.optimization_barrier((state, inputs))))
 
-    if num_members == 1:
-        new, output = apply(*jax.tree.map(lambda x: x[0], (state, inputs)))
-        return jax.tree.map(lambda x: x[None], (new, output))
+def split(tree: Any, size: int) -> tuple[Any, ...]:
+    """Returns a tree of arrays [E, ...] as trees of [size, ...], one after another."""
+    num_members = len(jax.tree.leaves(tree)[0])
+    if size == num_members:
+        return (tree,)
+    return tuple(
+        jax.tree.map(lambda x, start=start: x[start : start + size], tree)
+        for start in range(0, num_members, size)
+    )
 
-    # In place, in the carry of a loop: the outputs of a scan would be a second copy of the state.
-    def step(member: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        new = apply(take(carry[0], member), take(inputs, member))
-        return jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, member, 0),
-            carry,
-            new,
-        )
 
-    one = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], (state, inputs)))[1]
-    outputs = jax.tree.map(lambda x: jnp.zeros((num_members, *x.shape), x.dtype), one)
-    return jax.lax.fori_loop(0, num_members, step, (state, outputs))
+def merge(trees: Sequence[Any]) -> Any:
+    """Returns the tree that `split` was given."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
 
 
 def add_scores(total: Array, scores: Array, weight: Array, *, logs: bool) -> Array:

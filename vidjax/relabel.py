@@ -120,8 +120,8 @@ class Relabeller:
         self._path = workdir / FILE
         keep_until(self._path, step)
 
-    def __call__(self, state: steps.TrainState) -> steps.TrainState:
-        """Returns the state with new labels; what moved is written to `noise.jsonl`."""
+    def __call__(self, state: steps.TrainState) -> np.ndarray:
+        """Returns the new labels [E, N] int32; what moved is written to `noise.jsonl`."""
         old = np.asarray(state.labels)
         movable = self._layout.is_mirror(old) & self._membership.trained  # [E, N]
         predicted = np.zeros_like(old)
@@ -131,7 +131,7 @@ class Relabeller:
                 self._predict_split(state, split, only, predicted[:, rows])
         new = np.where(movable, noise.relabel(old, predicted, self._layout), old).astype(np.int32)
         self._write(int(state.step), old, new, predicted, movable)
-        return state.replace(labels=mesh_lib.replicate(self._mesh, jnp.asarray(new)))
+        return new
 
     def _predict_split(
         self, state: steps.TrainState, split: str, only: np.ndarray, predicted: np.ndarray

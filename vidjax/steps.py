@@ -39,6 +39,9 @@ class TrainState(struct.PyTreeNode):
     sums: Mapping[str, Array]
 
 
+_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "sums")
+
+
 class Tables(NamedTuple):
     """What every member learns from: rows by member and by clip.
 
@@ -178,7 +181,7 @@ def train_step(
     def step_member(learned: Any, inputs: Mapping[str, Array]) -> tuple[Any, Array]:
         return _train_member(system, state.step, learned, inputs, batch)
 
-    learned, losses = members.apply_each(step_member, learned, inputs, system.mapping)
+    learned, losses = members.apply_each(step_member, learned, inputs)
     params, model_state, opt_state, sums = learned
     new_state = state.replace(
         step=state.step + 1,
@@ -286,6 +289,20 @@ def make_train_step(
         return train_step(system, state, tables, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=mesh_lib.replicated(mesh))
+
+
+def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
+    """Returns the state of every `size` members."""
+    parts = members.split({name: getattr(state, name) for name in _BY_MEMBER}, size)
+    return tuple(TrainState(step=state.step + 0, **part) for part in parts)  # each is donated
+
+
+def merge_states(states: Sequence[TrainState]) -> TrainState:
+    """Returns the state that `split_state` was given."""
+    if len(states) == 1:
+        return states[0]
+    parts = [{name: getattr(state, name) for name in _BY_MEMBER} for state in states]
+    return TrainState(step=states[0].step, **members.merge(parts))
 
 
 def eval_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:

@@ -38,7 +38,8 @@ class System(NamedTuple):
       num_identities: C; columns 1..C are ranked.
       num_chunks: of which a member's view leaves out one; 0: members see whole features.
       by_quality: whether members differ in the frames they are trained on.
-      mapping: how the axis E runs in training, see `members.apply_each`.
+      together: whether all members are trained in one program, by vmap, or one after another, to
+        the bit as if each were alone.
       matmul_precision: of evaluation.
     """
 
@@ -59,7 +60,7 @@ class System(NamedTuple):
     num_identities: int
     num_chunks: int
     by_quality: bool
-    mapping: str
+    together: bool
     matmul_precision: str
 
 
@@ -164,7 +165,7 @@ def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
         num_identities=sizes.num_identities,
         num_chunks=num_chunks,
         by_quality=bool(ensemble["min_quality"]),
-        mapping=mapping,
+        together=mapping == "vmap",
         matmul_precision=config["matmul_precision"],
     )
 

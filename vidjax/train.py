@@ -98,7 +98,7 @@ def train(
         info = {**facts, **more, "seconds": seconds()}
         checkpoint.save(workdir, int(state.step), _items(state), info)
 
-    def evaluate(**kwargs: Any) -> Evaluation:
+    def evaluate(state: steps.TrainState, **kwargs: Any) -> Evaluation:
         name = str(workdir)
         run = Contender(name, scorer, state.params, state.model_state, membership, data)
         return score(
@@ -110,7 +110,11 @@ def train(
             **kwargs,
         )
 
-    tables = mesh_lib.replicate(mesh, plan.tables)
+    # Members in one program share its large products, one after another its small memory and bits.
+    size = len(membership.members) if system.together else 1
+    tables = [mesh_lib.replicate(mesh, part) for part in members.split(plan.tables, size)]
+    states = [mesh_lib.replicate(mesh, part) for part in steps.split_state(state, size)]
+    del state  # not held beside its parts
     train_step = steps.make_train_step(system, mesh)
     relabel_steps: set[int] = set()
     relabel = None
@@ -146,7 +150,8 @@ def train(
                     raise workdir_lib.Interrupted(interruption.signum, step)
 
             def watch() -> Evaluation:
-                evaluation = evaluate(check=stop_if_asked)
+                state = steps.merge_states(states)
+                evaluation = evaluate(state, check=stop_if_asked)
                 scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
                 logs.metrics(step, {"split": config.eval.split, **scores})
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
@@ -159,13 +164,16 @@ def train(
             batch = mesh_lib.shard_batch(mesh, next(batches))
             while step < sizes.total_steps:
                 dispatched = time.monotonic()
-                state, losses = train_step(state, tables, batch)
+                losses = []
+                for i, table in enumerate(tables):
+                    states[i], loss = train_step(states[i], table, batch)
+                    losses.append(loss)
                 step += 1
                 # While the device works on this step, the host fetches the next batch.
                 fetching = time.monotonic()
                 batch = mesh_lib.shard_batch(mesh, next(batches))
                 fetched = time.monotonic()
-                loss = float(np.mean(losses))
+                loss = float(np.mean(np.concatenate(losses)))
                 steps_seconds.append(time.monotonic() - dispatched)
                 waited += fetched - fetching
                 if not math.isfinite(loss):
@@ -177,17 +185,22 @@ def train(
                 progress.advance(config.batch_size, f"loss {loss:.3f}")
 
                 if step % config.log_every_steps == 0 or step == sizes.total_steps:
-                    logs.metrics(step, _summary(config, system, sizes, state))
-                    zeros = steps.zero_sums(len(membership.members))
-                    state = state.replace(sums=mesh_lib.replicate(mesh, zeros))
+                    logs.metrics(step, _summary(config, system, sizes, step, states))
+                    for i, state in enumerate(states):
+                        zeros = mesh_lib.replicate(mesh, steps.zero_sums(size))
+                        states[i] = state.replace(sums=zeros)
                     recent = steps_seconds[-config.log_every_steps :]
                     rate = config.batch_size / statistics.median(recent)
                     logs.timing(step, {"clips_per_second": rate, "input_seconds": waited})
                 if relabel and step in relabel_steps:
-                    state = relabel(state)
+                    labels = members.split(relabel(steps.merge_states(states)), size)
+                    states = [
+                        state.replace(labels=mesh_lib.replicate(mesh, part))
+                        for state, part in zip(states, labels, strict=True)
+                    ]
                 late = time.monotonic() - last_save >= config.checkpoint_every_seconds
                 if step in eval_steps or interruption.signum or late:
-                    save(state)
+                    save(steps.merge_states(states))
                     last_save = time.monotonic()
                 if step in eval_steps:
                     evaluation = watch()
@@ -198,7 +211,7 @@ def train(
         logs.close()
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
-        evaluation = evaluate()
+        evaluation = evaluate(steps.merge_states(states))
     ranking.write_ranking(
         workdir / "ranking.txt",
         data.identities,
@@ -209,7 +222,7 @@ def train(
     results = {
         **evaluation.results,
         **_best(workdir),
-        "num_params": sum(x[0].size for x in jax.tree.leaves(state.params)),
+        "num_params": sum(x[0].size for x in jax.tree.leaves(states[0].params)),
         "num_members": len(membership.members),
         "train_clips_per_second": statistics.median(rates) if rates else None,
         "seconds": seconds(),
@@ -347,11 +360,13 @@ def _every(epochs: float, config: Config, sizes: Sizes) -> set[int]:
 
 
 def _summary(
-    config: Config, system: System, sizes: Sizes, state: steps.TrainState
+    config: Config, system: System, sizes: Sizes, step: int, states: Sequence[steps.TrainState]
 ) -> dict[str, float]:
     """Returns the means since the last line of the log: functions of config, data and step."""
-    sums = {name: float(np.sum(value)) for name, value in state.sums.items()}  # over members
-    step, weight = int(state.step), max(sums["weight"], 1e-6)
+    sums = {
+        name: sum(float(np.sum(state.sums[name])) for state in states) for name in states[0].sums
+    }
+    weight = max(sums["weight"], 1e-6)
     return {
         "epoch": step * config.batch_size / sizes.num_clips,
         "learning_rate": float(jnp.asarray(system.schedule(step - 1))),

@@ -47,12 +47,11 @@ def make_batch(rng: np.random.Generator, rows: int) -> Batch:
 
 def make_step(
     args: argparse.Namespace, num_members: int, mapping: str, batch: Batch
-) -> Callable[[], Array]:
+) -> Callable[[], list[Array]]:
     """Returns a function that does one training step of so many members."""
     config = config_lib.load_file(str(CONFIG))
     config.batch_size = args.batch_size
     config.ensemble.seeds = num_members
-    config.ensemble.mapping = mapping
     sizes = Sizes({"face": DIM}, args.num_identities, None, args.batch_size, 10_000, True)
     system = make_system(config.to_dict(), sizes)
     mates = members.make_members(config.ensemble.to_dict())
@@ -68,19 +67,23 @@ def make_step(
     state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
     tables = steps.make_tables(mates, np.ones((num_members, args.batch_size)))
     tables = mesh_lib.replicate(mesh, tables)
+    size = num_members if mapping == "vmap" else 1
+    states, parts = list(steps.split_state(state, size)), members.split(tables, size)
     step = steps.make_train_step(system, mesh)
     on_device = mesh_lib.shard_batch(mesh, batch)
 
-    def train() -> Array:
-        nonlocal state
-        state, losses = step(state, tables, on_device)
+    def train() -> list[Array]:
+        losses = []
+        for i, part in enumerate(parts):
+            states[i], loss = step(states[i], part, on_device)
+            losses.append(loss)
         return losses
 
     jax.block_until_ready(train())  # compiles
     return train
 
 
-def seconds(train: Callable[[], Array], repeats: int) -> float:
+def seconds(train: Callable[[], list[Array]], repeats: int) -> float:
     """Returns the seconds of one call."""
     began = time.perf_counter()
     for _ in range(repeats):
