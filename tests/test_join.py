@@ -209,6 +209,7 @@ def test_cosines_are_joined_as_probabilities(runs, plain, load, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_other_identities_or_clips_are_refused(
     runs, train, load, loaded, folders, tmp_path, monkeypatch
 ):

@@ -2,13 +2,15 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.small_runs import run, shrunk, weights
 from vidjax import config as config_lib
-from vidjax import members
+from vidjax import evaluate, members, scoring
+from vidjax import mesh as mesh_lib
 from vidjax.data import pipeline
 
 SPEC = {
@@ -161,6 +163,25 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
     assert only["map"] == together["members"][1]["map"]
     lines = (tmp_path / "ranking.txt").read_text().split()
     assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
+
+
+def test_scores_of_all_members_never_exist_at_once(data, everyone, monkeypatch):
+    folder, _ = everyone
+    mesh = mesh_lib.make_mesh(1)
+    _, one = evaluate.restore(config_lib.load_workdir(folder), folder, data, mesh)
+    step, alive = one.scorer.step, []
+
+    def counting(*args):
+        scores = step(*args)
+        alive.append(sum(x.shape == scores.shape for x in jax.live_arrays()))
+        return scores
+
+    monkeypatch.setattr(one.scorer, "step", counting)
+    scoring.score([one], "val", mesh, block_size=16)
+    blocks, left_over = len(alive) // 3, len(alive) % 3
+    assert blocks > 3 and not left_over
+    # Of every block the running sum, a sum in the making, and the scores of one member.
+    assert max(alive) - alive[0] <= 2 * blocks + 2 < 3 * blocks
 
 
 @pytest.mark.slow

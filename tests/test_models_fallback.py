@@ -65,6 +65,7 @@ def test_weights_match_a_loop(options, kinds):
     np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
     frames, rest = make_batch()
     model = make_model(SPEC)

@@ -95,6 +95,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
     layout = starting(data)[1]
     columns, first = {"noise": layout.num_columns, "other": 13, "leave_out": 13}, {}
@@ -111,6 +112,7 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
         assert np.abs(first[left] - first[right]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     """As if they were not in val: whatever their features are."""
     config = shrunk(*WORDS, "--config.num_epochs=1", spec=f"{SPEC},leave_out")
