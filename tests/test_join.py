@@ -14,6 +14,8 @@ from vidjax import mesh as mesh_lib
 from vidjax.data import pipeline
 from vidjax.main import main
 
+pytestmark = pytest.mark.slow  # several trainings
+
 FOLDS = "--config.ensemble.folds=2"
 SHORT = ("--config.num_epochs=3", "--config.eval.block_size=32", "--config.eval.members=false")
 
@@ -209,7 +211,6 @@ def test_cosines_are_joined_as_probabilities(runs, plain, load, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_other_identities_or_clips_are_refused(
     runs, train, load, loaded, folders, tmp_path, monkeypatch
 ):
@@ -248,7 +249,6 @@ def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
         join.join(joining(runs, *words), tmp_path, load, num_devices=1)
 
 
-@pytest.mark.slow
 def test_the_command_line(runs, load, tmp_path, capsys):
     """Join on val with weights, come back for test with them; folders that cannot be joined."""
     out = tmp_path / "both"
@@ -281,7 +281,6 @@ def test_the_command_line(runs, load, tmp_path, capsys):
         assert len(said.strip().splitlines()) <= 3
 
 
-@pytest.mark.slow
 def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     """Where config.data.dir is set it stands for that of every run, and scores do not change."""
     found = []

@@ -10,6 +10,8 @@ from tests.small_runs import Interrupting, assert_equal_weights, run, saved, shr
 from vidjax import members, relabel, workdir
 from vidjax.data import noise, pipeline
 
+pytestmark = pytest.mark.slow  # several trainings
+
 SPEC = "configs/noise_classes.py:iqiyi_vid"
 WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.members=false")
 
@@ -95,7 +97,6 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
     layout = starting(data)[1]
     columns, first = {"noise": layout.num_columns, "other": 13, "leave_out": 13}, {}
@@ -112,7 +113,6 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
         assert np.abs(first[left] - first[right]).max() > 1e-4
 
 
-@pytest.mark.slow
 def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     """As if they were not in val: whatever their features are."""
     config = shrunk(*WORDS, "--config.num_epochs=1", spec=f"{SPEC},leave_out")
@@ -191,7 +191,6 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
 
 
-@pytest.mark.slow
 def test_a_member_with_noise_classes_equals_its_own_run(data, whole, tmp_path):
     run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
     alone, everyone = weights(tmp_path), weights(whole)

@@ -263,6 +263,7 @@ class Failing:
         return self._data.eval_batches(**kwargs)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
     config = shrunk("--config.eval.every_epochs=3", spec=MLP)
     run(config, tmp_path / "whole", data)
@@ -275,6 +276,7 @@ def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
     config = shrunk()
     with pytest.raises(workdir_lib.Interrupted):
