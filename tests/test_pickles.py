@@ -3,10 +3,10 @@
 import os
 import pickle
 import resource
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +395,14 @@ def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
     assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5
 
 
+def unpack_measured(path: Path, out: Path) -> tuple[int, tuple[int, ...], np.ndarray, float, int]:
+    """Returns faces seen, shape, the last one, CPU seconds, and the most bytes of the cage."""
+    got = pickles.unpack(path, "face", out)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    return got.seen, got.features.shape, np.array(got.features[-1]), cpu, used.ru_maxrss * 1024
+
+
 @pytest.mark.slow
 def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -410,14 +418,12 @@ def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path: Path) -> No
             file.write(b"U\x04%04d](" % clip + faces[1:])
         file.write(b"u.")
     size = path.stat().st_size
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started = time.perf_counter()
-    got = pickles.unpack(path, "face", tmp_path / "out")
-    seconds = time.perf_counter() - started
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    assert got.seen == 600_000 and got.features.shape == (600_000, 512)
-    np.testing.assert_array_equal(got.features[-1], entries[-1][4])
-    assert 600_000 / cpu > 60_000, (cpu, seconds)
-    assert used.ru_maxrss * 1024 < 2 * size + (1 << 30)
+    # In a process of its own: the largest child so far is the cage, whatever tests came before.
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        found = alone.submit(unpack_measured, path, tmp_path / "out").result()
+    seen, shape, last, cpu, peak = found
+    assert seen == 600_000 and shape == (600_000, 512)
+    np.testing.assert_array_equal(last, entries[-1][4])
+    assert 600_000 / cpu > 60_000, cpu
+    assert peak < 2 * size + (1 << 30)
     assert cage.memory_limit(size) == (512 << 20) + 4 * size
