@@ -3,7 +3,8 @@
     python -m vidjax.main --config=configs/noise_classes.py
 
 Distractors are in val alone, so training takes train and val, in folds; every clip of val is then
-scored by the member that has not seen it.
+scored by the member that has not seen it. Only the clustering, which knows no identity, looks at
+the distractors of all folds.
 
 Arguments, in any combination: `iqiyi_vid` (official files, full size), with `few` (values for some
 thousand clips), `standard` (the synthetic dataset of 1,000 identities), `other` (distractors are

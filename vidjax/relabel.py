@@ -125,16 +125,19 @@ class Relabeller:
         old = np.asarray(state.labels)
         movable = self._layout.is_mirror(old) & self._membership.trained  # [E, N]
         predicted = np.zeros_like(old)
+        weights = [
+            members.take((state.params, state.model_state), number) for number in range(len(old))
+        ]
         for split, rows in _by_split(self._config, self._data):
             only = movable[:, rows].any(axis=0)
             if only.any():
-                self._predict_split(state, split, only, predicted[:, rows])
+                self._predict_split(weights, split, only, predicted[:, rows])
         new = np.where(movable, noise.relabel(old, predicted, self._layout), old).astype(np.int32)
         self._write(int(state.step), old, new, predicted, movable)
         return new
 
     def _predict_split(
-        self, state: steps.TrainState, split: str, only: np.ndarray, predicted: np.ndarray
+        self, weights: Sequence[Any], split: str, only: np.ndarray, predicted: np.ndarray
     ) -> None:
         for batch in self._data.eval_batches(
             split=split,
@@ -144,7 +147,7 @@ class Relabeller:
         ):
             on_device = mesh_lib.shard_batch(self._mesh, batch)
             for number, member in enumerate(self._membership.members):
-                params, model_state = members.take((state.params, state.model_state), number)
+                params, model_state = weights[number]
                 columns = self._predict(params, model_state, jnp.int32(member.view), on_device)
                 real = batch.batch_mask
                 predicted[number, batch.clip_index[real]] = np.asarray(columns)[real]
