@@ -1,5 +1,6 @@
 """Runs that take seconds: shipped experiments with tiny nets on the small official files."""
 
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -8,11 +9,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vidjax import checkpoint, train
+from vidjax import checkpoint, feed, train
 from vidjax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 MODALITIES = "--config.modalities=face,head,audio"
+STREAMED = "--config.data.mode=streaming"
 LAYER = "--config.model.layers=((8,'swish',True,0.5),)"  # BatchNorm and dropout
 SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
@@ -76,8 +78,40 @@ def assert_equal_weights(left, right):
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
+class Spoilt:
+    """A dataset with one value for the training features of hidden clips: [n] bool by split."""
+
+    def __init__(self, data, hidden, value=7.0):
+        self._data, self._hidden, self._value = data, hidden, value
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train_batches(self, *, splits, **kwargs):
+        hidden = np.concatenate([self._hidden[split] for split in splits])
+        for batch in self._data.train_batches(splits=splits, **kwargs):
+            spoilt = hidden[batch.clip_index][:, None, None]
+            frames = {name: self._spoil(one, spoilt) for name, one in batch.frames.items()}
+            yield batch._replace(frames=frames)
+
+    def packed(self, *, split, **kwargs):
+        for clip_index, frames in self._data.packed(split=split, **kwargs):
+            spoilt = self._hidden[split][clip_index]
+            yield (
+                clip_index,
+                {
+                    name: self._spoil(one, np.repeat(spoilt, one.length)[:, None])
+                    for name, one in frames.items()
+                },
+            )
+
+    def _spoil(self, one, where):
+        features = np.where(where, self._value, one.features)
+        return one._replace(features=features.astype(one.features.dtype))
+
+
 class Interrupting:
-    """A dataset that sends this process a signal while its n-th batch is fetched."""
+    """A dataset that sends this process a signal while its n-th batch is fetched, of STREAMED."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -90,6 +124,19 @@ class Interrupting:
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch
+
+
+def interrupt_dispatch(monkeypatch, number, signum):
+    """Sends this process a signal after the n-th dispatch of steps on resident clips."""
+    run, dispatches = feed.ResidentFeed.run, itertools.count()
+
+    def interrupted(self, *args):
+        done = run(self, *args)
+        if next(dispatches) == number:
+            os.kill(os.getpid(), signum)
+        return done
+
+    monkeypatch.setattr(feed.ResidentFeed, "run", interrupted)
 
 
 def ranked_scores(top, num_clips):

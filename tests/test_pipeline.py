@@ -314,6 +314,53 @@ def test_evaluation_of_chosen_clips_alone(dataset: pipeline.Dataset, split: str)
     assert shown(only=np.zeros(len(only), bool)) == {}
 
 
+@pytest.mark.parametrize(
+    ("split", "modalities", "packed_clips"),
+    [("train", ("face", "audio", "body"), 256), ("train", ("body",), 4), ("val", ("face",), 1)],
+)
+def test_packed_clips_come_once_with_just_their_frames(
+    dataset: pipeline.Dataset,
+    split: str,
+    modalities: tuple[str, ...],
+    packed_clips: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "PACKED_CLIPS", packed_clips)
+    seen = []
+    for clip_index, frames in dataset.packed(split=split, modalities=modalities):
+        assert clip_index.dtype == np.int32 and 0 < len(clip_index) <= packed_clips
+        assert tuple(frames) == modalities
+        seen += clip_index.tolist()
+        for modality, packed in frames.items():
+            assert packed.start.dtype == packed.length.dtype == np.int32
+            assert len(packed.features) == packed.length.sum()
+            for index, start, length in zip(clip_index, packed.start, packed.length, strict=True):
+                clip = source_clip(dataset, split, modality, index)
+                for field in ("features", "quality", "detection", "number"):
+                    values, wanted = getattr(packed, field), getattr(clip, field)
+                    assert values.dtype == wanted.dtype
+                    np.testing.assert_array_equal(values[start : start + length], wanted)
+    assert sorted(seen) == list(range(len(dataset.split(split).clips)))
+
+
+def test_packing_names_mistakes_and_clips_that_do_not_come(
+    dataset: pipeline.Dataset, found: records.Records, source: Path
+) -> None:
+    for split, modalities, message in (
+        ("test", ("face",), "no split 'test'"),
+        ("val", ("scene",), "no modality 'scene'"),
+        ("val", ("body",), "there is no body_val.pickle"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(dataset.packed(split=split, modalities=modalities))
+    val = found.splits["val"]
+    fewer = found._replace(splits={**found.splits, "val": val._replace(shards=val.shards[1:])})
+    with pytest.warns(UserWarning, match="no file of body"):
+        damaged = pipeline.Dataset(fewer, source)
+    with pytest.raises(ValueError, match="did not come just once, such as val_0"):
+        list(damaged.packed(split="val", modalities=("face",)))
+
+
 def test_a_chosen_clip_that_does_not_come_is_an_error(found: records.Records, source: Path) -> None:
     order = found.splits["val"].order.copy()
     order[0] = order[1]  # the records no longer are what the index says
@@ -371,7 +418,7 @@ def copy_of(found: records.Records, source: Path, folder: Path) -> pipeline.Data
         ("missing", "no such file"),
     ],
 )
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", ["train", "eval", "packed"])
 def test_damage_after_loading_shows_while_reading(
     source: Path, found: records.Records, tmp_path: Path, damage: str, message: str, mode: str
 ) -> None:
@@ -388,6 +435,8 @@ def test_damage_after_loading_shows_while_reading(
     with pytest.raises(ValueError, match=message) as error:
         if mode == "train":
             take(dataset.train_batches(**TRAIN), 20)
+        elif mode == "packed":
+            list(dataset.packed(split="train", modalities=("face",)))
         else:
             list(dataset.eval_batches(split="train", modalities=("face",), rows=8))
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) <= 3

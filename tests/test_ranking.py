@@ -94,6 +94,26 @@ def test_equals_a_full_sort_when_identities_take_several_chunks(monkeypatch):
     assert_exact(ranking.finish_top(top), full_sort(scores, clip_index, K))
 
 
+@pytest.mark.parametrize("name", STREAMS)
+def test_equals_a_full_sort_where_few_rows_are_looked_into(name, monkeypatch):
+    monkeypatch.setattr(ranking, "GROUP", 4)
+    monkeypatch.setattr(ranking, "MOST_GROUPS", 3)
+    rng = np.random.default_rng(1)
+    scores = STREAMS[name](rng.standard_normal((1500, C), np.float32), rng).astype(np.float32)
+    clip_index = rng.permutation(1500).astype(np.int32)
+    top, few = ranking.init_top(C, K), []
+    update = jax.jit(lambda top, block: ranking.update_top(top, [block]))
+    for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
+        rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
+        least = np.min(top.scores, axis=1)
+        few.append(bool(np.all(np.sum(rows >= least, axis=0) <= 3)))
+        top = update(top, block)
+    assert_exact(ranking.finish_top(top), full_sort(scores, clip_index, K))
+    assert not few[0]
+    if name in ("random", "descending"):
+        assert any(few), "rows were never left out"
+
+
 def test_a_tie_of_two_over_the_last_place():
     scores = np.array([[5], [4], [3], [3], [2]], np.float32)
     clips = np.array([7, 8, 6, 2, 0], np.int32)

@@ -6,8 +6,17 @@ import signal
 import numpy as np
 import pytest
 
-from tests.small_runs import Interrupting, assert_equal_weights, run, saved, shrunk, weights
-from vidjax import members, relabel, workdir
+from tests.small_runs import (
+    Interrupting,
+    Spoilt,
+    assert_equal_weights,
+    interrupt_dispatch,
+    run,
+    saved,
+    shrunk,
+    weights,
+)
+from vidjax import checkpoint, feed, members, relabel, workdir
 from vidjax.data import noise, pipeline
 
 pytestmark = pytest.mark.slow  # several trainings
@@ -37,6 +46,10 @@ def starting(data, config=None):
     """The labels that training starts from, and the class columns."""
     config = config or shrunk(*WORDS, spec=SPEC)
     return relabel.label_distractors(config, data, training_labels(data))
+
+
+def step_of(folder):
+    return max(checkpoint.manifests(folder), default=0)
 
 
 def lines(folder):
@@ -81,20 +94,24 @@ def test_the_log_says_what_moved_and_nothing_else(data, whole):
     np.testing.assert_array_equal(table, saved(whole)["train"]["labels"])
 
 
-def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path):
-    config = shrunk(*WORDS, spec=SPEC)
-    for batch in (5, 8):  # right after a relabelling; amid an epoch
-        with pytest.raises(workdir.Interrupted):
-            run(config, tmp_path, Interrupting(data, batch, signal.SIGINT))
-        with open(tmp_path / relabel.FILE, "a") as file:
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mode, monkeypatch):
+    config, parts = shrunk(*WORDS, f"--config.data.mode={mode}", spec=SPEC), tmp_path / "parts"
+    if mode == "streaming":
+        whole = tmp_path / "whole"
+        run(config, whole, data)
+    for number in (5, 8):  # right after a relabelling; amid an epoch
+        with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
+            interrupt_dispatch(patch, number - 1 - step_of(parts), signal.SIGINT)
+            run(config, parts, Interrupting(data, number - step_of(parts), signal.SIGINT))
+        with open(parts / relabel.FILE, "a") as file:
             file.write('{"step": 999, "memb')  # a line that a kill would leave
-    run(config, tmp_path, data)
+    run(config, parts, data)
     for name in ("noise.jsonl", "metrics.jsonl", "ranking.txt"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
-    assert_equal_weights(tmp_path, whole)
-    np.testing.assert_array_equal(
-        saved(tmp_path)["train"]["labels"], saved(whole)["train"]["labels"]
-    )
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_equal_weights(parts, whole)
+    np.testing.assert_array_equal(saved(parts)["train"]["labels"], saved(whole)["train"]["labels"])
 
 
 def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
@@ -118,23 +135,9 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     config = shrunk(*WORDS, "--config.num_epochs=1", spec=f"{SPEC},leave_out")
     truth = training_labels(data)
 
-    class Spoilt:
-        def __getattr__(self, name):
-            return getattr(data, name)
-
-        def train_batches(self, **kwargs):
-            for batch in data.train_batches(**kwargs):
-                hidden = (truth[batch.clip_index] == 0)[:, None, None]
-                frames = {
-                    name: one._replace(
-                        features=np.where(hidden, 7, one.features).astype(one.features.dtype)
-                    )
-                    for name, one in batch.frames.items()
-                }
-                yield batch._replace(frames=frames)
-
+    hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}
     run(config, tmp_path / "plain", data)
-    run(config, tmp_path / "spoilt", Spoilt())
+    run(config, tmp_path / "spoilt", Spoilt(data, hidden))
     assert_equal_weights(tmp_path / "plain", tmp_path / "spoilt")
 
 

@@ -359,3 +359,15 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
     assert (B, 1 + C) in shapes
     for shape in shapes:
         assert not {1 + C, C} & set(shape) or not {T, B * T} & set(shape), shape
+
+
+def test_is_best_is_argmax():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, (500, 6)).astype(np.float32)  # ties
+    scores[rng.random(scores.shape) < 0.2] = -np.inf
+    column = rng.integers(0, 6, 500).astype(np.int32)
+    scores[0] = -np.inf
+    found = jax.jit(steps.is_best)(scores, column)
+    np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
+    assert 0 < np.sum(found) < 500
+    assert not steps.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]

@@ -53,18 +53,18 @@ def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path,
 
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
 def test_real_clips(vidjax_command, tmp_path):
+    """Five nets of the README, .912 there: another processor rounds otherwise."""
     words = (
-        "--config=configs/mma.py:iqiyi_vid,face,head,audio",
+        "--config=configs/mma.py:iqiyi_vid,few,face,head,audio",
         f"--config.data.dir={REAL_DATA}",
-        "--config.batch_size=128",
-        "--config.num_epochs=40",
-        "--config.eval.every_epochs=0",
+        "--config.ensemble.seeds=5",
     )
     metrics = results(vidjax_command, tmp_path, *words)
+    assert metrics["map_kind"] == "val"
     assert metrics["num_clips"] == 1232
     assert metrics["num_distractors"] == 373
     assert metrics["num_identities"] == 413
-    assert metrics["map"] >= 0.88
+    assert metrics["map"] >= 0.905
     scored = vidjax_command(
         f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt", module="vidjax.ranking"
     )
@@ -103,6 +103,7 @@ def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
     for name in ("metrics.jsonl", "ranking.txt"):
         whole = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "parts" / name).read_bytes() == whole
+    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
 FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.small_runs import (
+    STREAMED,
     Interrupting,
     assert_equal_weights,
     ranked_scores,
@@ -50,15 +51,13 @@ def test_it_learns_and_leaves_everything(data, tmp_path):
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "spec"),
-    [
-        (signal.SIGINT, MLP),
-        pytest.param(signal.SIGTERM, "configs/mma.py:iqiyi_vid", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGINT, MLP), (signal.SIGTERM, "configs/mma.py:iqiyi_vid")],
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
-    config = shrunk("--config.eval.every_epochs=3", spec=spec)
+    config = shrunk("--config.eval.every_epochs=3", STREAMED, spec=spec)
     run(config, tmp_path / "whole", data)
     for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
         with pytest.raises(workdir_lib.Interrupted) as caught:
@@ -265,7 +264,7 @@ class Failing:
 
 @pytest.mark.slow
 def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
-    config = shrunk("--config.eval.every_epochs=3", spec=MLP)
+    config = shrunk("--config.eval.every_epochs=3", STREAMED, spec=MLP)
     run(config, tmp_path / "whole", data)
     for evaluation in (0, 1):
         with pytest.raises(ValueError, match="damaged"):
@@ -278,7 +277,7 @@ def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
 
 @pytest.mark.slow
 def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
-    config = shrunk()
+    config = shrunk(STREAMED)
     with pytest.raises(workdir_lib.Interrupted):
         run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
     evaluate_lib.evaluate(config, tmp_path, data, num_devices=1)

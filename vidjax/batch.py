@@ -14,11 +14,29 @@ from typing import Any, NamedTuple
 Array = Any  # a numpy or a jax array: the same structures serve the host and the device
 
 
+class Rows(NamedTuple):
+    """Features [B, T, D] that stay where they lie until it is known which of them are wanted.
+
+    Attributes:
+      values: [F, D], all frames of a dataset, in the stored dtype.
+      index: [B, T] int32, where each frame lies; any valid place on padding.
+    """
+
+    values: Array
+    index: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the features that this stands for."""
+        return (*self.index.shape, self.values.shape[-1])
+
+
 class Frames(NamedTuple):
     """The frames of one modality of B clips, padded to T.
 
     Attributes:
-      features: [B, T, D], in the stored dtype (float16 for official files) until the device.
+      features: [B, T, D], in the stored dtype (float16 for official files) until the device; or
+        Rows of that shape, which `vidjax.selection` passes on and `vidjax.fusion` reads.
       quality: [B, T] float32, the quality score; 0 where the modality has none.
       detection: [B, T] float32, the detection score; 1 where the modality has none.
       number: [B, T] int32, the frame number within the clip, non-decreasing.
@@ -60,3 +78,23 @@ class Branches(NamedTuple):
     logits: Array
     train_weight: Array
     eval_weight: Array
+
+
+class Packed(NamedTuple):
+    """The frames of one modality of N clips without padding, each clip's in a row.
+
+    Attributes:
+      features: [F, D], in the stored dtype.
+      quality: [F] float32, as in Frames, and so are the next two.
+      detection: [F] float32.
+      number: [F] int32.
+      start: [N] int32, where a clip's frames begin.
+      length: [N] int32, how many they are.
+    """
+
+    features: Array
+    quality: Array
+    detection: Array
+    number: Array
+    start: Array
+    length: Array

@@ -121,8 +121,11 @@ def _run(args: argparse.Namespace) -> int:
     # Heavy imports wait until the words are known to make sense.
     from vidjax import evaluate, train
     from vidjax import join as join_lib
+    from vidjax import mesh as mesh_lib
     from vidjax import workdir as workdir_lib
+    from vidjax.data.records import default_cache_dir
 
+    mesh_lib.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
     workdir = workdir_lib.make_workdir(workdir_path)
     with workdir_lib.lock(workdir):
         if args.mode == "train":

@@ -1,12 +1,30 @@
 """Devices: the mesh, and how arrays are laid out on it."""
 
+import hashlib
+import platform
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax.batch import Batch
+from vidjax.batch import Array, Batch, Frames, Rows
+
+
+def keep_programs(folder: Path) -> None:
+    """Keeps compiled programs in a folder for later processes, unless jax was told of another."""
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    # A folder may be shared by machines whose processors differ.
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+        processor = next(line for line in facts.splitlines() if line.startswith(("flags", "Feat")))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs" / kind))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -34,11 +52,23 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, replicated(mesh))
 
 
+def batch_specs(batch: Batch) -> Batch:
+    """Returns how a batch is split: everything by clips, but the values of Rows are whole."""
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def of_modality(one: Frames) -> Frames:
+        lazy = isinstance(one.features, Rows)
+        return Frames(Rows(whole, rows) if lazy else rows, *[rows] * (len(Frames._fields) - 1))
+
+    frames = {name: of_modality(one) for name, one in batch.frames.items()}
+    return Batch(frames, clip_index=rows, batch_mask=rows)
+
+
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Returns a batch on the devices, B / devices clips on each.
 
     Args:
-      batch: numpy arrays of B clips.
+      batch: arrays of B clips, of numpy or already on the devices.
 
     Raises:
       ValueError: B is no multiple of the number of devices.
@@ -48,4 +78,14 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
         raise ValueError(
             f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"
         )
-    return jax.device_put(batch, by_rows(mesh))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
+    return jax.device_put(batch, shardings)
+
+
+def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """Returns a batch that is made within a compiled function, split as `shard_batch` would."""
+
+    def constrain(spec: PartitionSpec, x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(constrain, batch_specs(batch), batch)

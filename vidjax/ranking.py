@@ -27,6 +27,8 @@ from vidjax.batch import Array
 NO_CLIP = np.iinfo(np.int32).max  # the index of an empty place: sorts after every clip
 MAX_NAMES = 100  # clips an identity may list in a submission
 CHUNK = 256  # identities merged at a time: their scores stay in a CPU's cache
+GROUP = 8  # rows that are looked at together
+MOST_GROUPS = 32  # of them that are looked into
 
 
 class TopK(NamedTuple):
@@ -79,7 +81,7 @@ def update_top(top: TopK, blocks: Sequence[Block]) -> TopK:
             _clean(lax.dynamic_slice_in_dim(scores, start, size, axis=1), mask)
             for scores, _, mask in blocks
         ]
-        new = _select(old, jnp.concatenate([old.scores.T, *rows]).T, clips)
+        new = _merge(old, jnp.concatenate(rows), clips)
         return TopK(
             *(
                 lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
@@ -159,8 +161,34 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
     return jnp.where(batch_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
 
 
+def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
+    """Returns the best k of `old` and of rows [B, C], scores of the clips [B].
+
+    Once many clips have been ranked, few rows hold anything for an identity. Those that do are
+    found by the best of every 8 rows, and only they are sorted, where no identity has too many.
+    """
+    num_groups = len(rows) // GROUP
+
+    def of_all() -> TopK:
+        return _select(old, jnp.concatenate([old.scores.T, rows]).T, clips[None])
+
+    if len(rows) % GROUP or num_groups <= 4 * MOST_GROUPS:
+        return of_all()
+    best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
+    # An equal score may enter by its clip index.
+    counts = jnp.sum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+
+    def of_few() -> TopK:
+        _, groups = lax.top_k(best, MOST_GROUPS)
+        chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
+        scores = rows[chosen, jnp.arange(len(chosen))[:, None]]
+        return _select(old, jnp.concatenate([old.scores, scores], axis=1), clips[chosen])
+
+    return lax.cond(jnp.max(counts) <= MOST_GROUPS, of_few, of_all)
+
+
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
-    """Returns the best k of [C, k + B] `scores`: those of `old`, then those of the B `clips`."""
+    """Returns the best k of [C, k + B] `scores`: of `old`, then of `clips` [C, B] or [1, B]."""
     k = old.scores.shape[1]
     # One place more than needed shows whether equal scores straddle the last place: among equals
     # top_k takes the earlier column, which need not be the earlier clip. Without the barriers XLA
@@ -170,14 +198,16 @@ def _select(old: TopK, scores: Array, clips: Array) -> TopK:
 
     def clips_of(columns: Array) -> Array:
         kept = jnp.take_along_axis(old.index, jnp.minimum(columns, k - 1), axis=1)
-        return jnp.where(columns < k, kept, clips[jnp.maximum(columns - k, 0)])
+        new = jnp.take_along_axis(clips, jnp.maximum(columns - k, 0), axis=1)
+        return jnp.where(columns < k, kept, new)
 
     def keep_order() -> TopK:
         return TopK(values[:, :k], clips_of(columns[:, :k]))
 
     def settle_ties() -> TopK:
         last = values[:, k - 1 : k]
-        index = jnp.concatenate([old.index, jnp.tile(clips, (len(old.index), 1))], axis=1)
+        index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
+        index = jnp.concatenate([old.index, index], axis=1)
         # The bits of a positive float32 are ordered as the float is: a key for a whole integer.
         # NO_CLIP gives the bits of -inf: after every clip.
         bits = lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) - index

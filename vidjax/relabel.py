@@ -149,8 +149,9 @@ class Relabeller:
             for number, member in enumerate(self._membership.members):
                 params, model_state = weights[number]
                 columns = self._predict(params, model_state, jnp.int32(member.view), on_device)
-                real = batch.batch_mask
-                predicted[number, batch.clip_index[real]] = np.asarray(columns)[real]
+                real = np.asarray(batch.batch_mask)
+                clips = np.asarray(batch.clip_index)[real]
+                predicted[number, clips] = np.asarray(columns)[real]
 
     def _write(
         self, step: int, old: np.ndarray, new: np.ndarray, predicted: np.ndarray, of: np.ndarray

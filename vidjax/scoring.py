@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vidjax import members, metrics, ranking, steps
 from vidjax import mesh as mesh_lib
-from vidjax.batch import Array, Batch
+from vidjax.batch import Array, Batch, Rows
 from vidjax.logs import CompileClock, Progress
 from vidjax.system import System
 
@@ -145,6 +145,7 @@ def score(
     for entry in entries:
         entry.keep_tallies(num_identities, pool, whole=joined, each_member=each_member)
     best: list[tuple[Array, ...]] = []
+    labels = mesh_lib.replicate(mesh, jnp.asarray(split.labels))
 
     began = time.monotonic()
     with CompileClock() as compiling:
@@ -162,9 +163,10 @@ def score(
                 scores = scores[0]
             for block, of_block in zip(blocks, scores, strict=True):
                 whole.add(of_block, block)
-                best.append((*_best(of_block), block.clip_index, block.batch_mask))
-            jax.block_until_ready(best[-1])
-            progress.advance(sum(int(jnp.sum(block.batch_mask)) for block in blocks))
+                best.append((*_best(of_block, labels, block.clip_index), *block[1:]))
+            # One window behind, so that the devices never wait for the host.
+            jax.block_until_ready(best[max(len(best) - 1 - len(blocks), 0)])
+            progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
         progress.close()
         top, value = whole.finish(split)
@@ -304,12 +306,20 @@ def _windows(
                 raise ValueError("--runs: the records of the runs' data are in different orders")
         batches = [mesh_lib.shard_batch(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
-        size += sum(x.nbytes for x in jax.tree.leaves(host))
+        size += sum(_nbytes(batch) for batch in host)
         if size >= WINDOW_BYTES or len(window) * len(host[0].clip_index) >= rows:
             yield [[batches[id(one.data)] for batches in window] for one in contenders]
             window, size = [], 0
     if window:
         yield [[batches[id(one.data)] for batches in window] for one in contenders]
+
+
+def _nbytes(batch: Batch) -> int:
+    frames = [
+        one._replace(features=one.features.index) if isinstance(one.features, Rows) else one
+        for one in batch.frames.values()
+    ]
+    return sum(x.nbytes for x in jax.tree.leaves(frames))
 
 
 _take = jax.jit(members.take)
@@ -349,21 +359,21 @@ def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 
 
 @jax.jit
-def _best(scores: Array) -> tuple[Array, Array]:
-    return jnp.max(scores, axis=1), jnp.argmax(scores, axis=1) + 1
+def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
+    """Returns [B] the best score, and whether it is that of the clip's own identity."""
+    return jnp.max(scores, axis=1), steps.is_best(scores, labels[clip_index] - 1)
 
 
 def _clip_metrics(
     best: Sequence[tuple[Array, ...]], split: Any, pool: np.ndarray
 ) -> dict[str, float | None]:
     """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
-    value, column, clip_index, batch_mask = (
+    value, right, clip_index, batch_mask = (
         np.concatenate([np.asarray(x) for x in part]) for part in zip(*best, strict=True)
     )
     real = batch_mask & pool[clip_index]
-    value, column, labels = value[real], column[real], split.labels[clip_index[real]]
-    known = labels > 0
-    right = known & (column == labels) & (value > -np.inf)
+    value, known = value[real], split.labels[clip_index[real]] > 0
+    right = right[real] & known & (value > -np.inf)
     results = {
         "top1": float(right.sum() / max(known.sum(), 1)),
         "auroc": metrics.auroc(value, known),

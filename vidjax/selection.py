@@ -1,14 +1,18 @@
 """Which frames of a clip, and with what weight: Frames of whole frames in, of whole frames out.
 
-Nothing is averaged here, so features keep their stored dtype; `vidjax.fusion` averages. The mask of
-what comes in may have holes anywhere, as `filter_frames` leaves them.
+Nothing is averaged here, so features keep their stored dtype, and Rows stay Rows: no feature is
+read before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in may have
+holes anywhere, as `filter_frames` leaves them.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array, Frames
+from vidjax.batch import Array, Frames, Rows
 
 
 def filter_frames(
@@ -140,7 +144,7 @@ def join_clips(
     ring = jnp.argsort(jnp.where(pool, jax.random.uniform(partner_rng, (num_clips,)), jnp.inf))
     partner = ring[(jnp.argsort(ring) + 1) % jnp.maximum(size, 1)]
     joined = pool & (size > 1) & (jax.random.uniform(join_rng, (num_clips,)) < 0.5)
-    second = jax.tree.map(lambda x: jnp.take(x, partner, axis=0, mode="clip"), frames)
+    second = map_fields(lambda x: jnp.take(x, partner, axis=0, mode="clip"), frames)
 
     rank = jnp.cumsum(frames.mask, axis=1) - 1
     spare = jnp.maximum(rank[:, -1:] + 1 - max_frames, 0)
@@ -151,7 +155,7 @@ def join_clips(
     last = jnp.max(jnp.where(frames.mask, frames.number, -1), axis=1, keepdims=True)
     first = frames._replace(mask=frames.mask & (piece | ~cut))
     second = second._replace(number=second.number + last + 1, mask=second.mask & joined[:, None])
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+    return map_fields(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
@@ -210,10 +214,30 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
-def take(values: Array, index: Array) -> Array:
-    """Returns values[b, index[b, j]]: of [B, T] or [B, T, D], at [B, T'], in the stored dtype."""
+def take(values: Array | Rows, index: Array) -> Any:
+    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or Rows, at [B, T'], in their dtype."""
+    if isinstance(values, Rows):
+        return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")
+
+
+def read(features: Array | Rows) -> Array:
+    """Returns features [B, T, D] as an array; Rows are read from where they lie."""
+    if not isinstance(features, Rows):
+        return features
+    return features.values.at[features.index].get(mode="promise_in_bounds")
+
+
+def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
+    """Returns Frames of `fn` of every field; of Rows it is given and gives where they lie."""
+
+    def field(*values: Any) -> Any:
+        if isinstance(values[0], Rows):
+            return values[0]._replace(index=fn(*(rows.index for rows in values)))
+        return fn(*values)
+
+    return Frames(*map(field, *frames))
 
 
 def _ordered_quality(quality: Array) -> Array:
@@ -243,6 +267,6 @@ def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: i
 
 def _frames_at(frames: Frames, index: Array) -> Frames:
     """Returns Frames [B, T'] at indices [B, T'], all real where the clip has a frame."""
-    chosen = jax.tree.map(lambda values: take(values, index), frames)
+    chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))

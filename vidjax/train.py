@@ -1,5 +1,6 @@
 """Training: from a configuration and a dataset to a finished workdir."""
 
+import bisect
 import importlib.metadata
 import json
 import math
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import checkpoint, members, ranking, steps
+from vidjax import checkpoint, members, ranking, resident, steps
 from vidjax import config as config_lib
+from vidjax import feed as feed_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.config import Config
@@ -100,7 +102,7 @@ def train(
 
     def evaluate(state: steps.TrainState, **kwargs: Any) -> Evaluation:
         name = str(workdir)
-        run = Contender(name, scorer, state.params, state.model_state, membership, data)
+        run = Contender(name, scorer, state.params, state.model_state, membership, seen)
         return score(
             [run],
             config.eval.split,
@@ -115,29 +117,23 @@ def train(
     tables = [mesh_lib.replicate(mesh, part) for part in members.split(plan.tables, size)]
     states = [mesh_lib.replicate(mesh, part) for part in steps.split_state(state, size)]
     del state  # not held beside its parts
-    train_step = steps.make_train_step(system, mesh)
+    feed, seen = _make_feed(config, data, system, sizes, mesh, step, saved.get("mode"))
+    facts["mode"] = feed.mode
     relabel_steps: set[int] = set()
     relabel = None
     if plan.layout:
         relabel_steps = _every(config.noise.relabel_every_epochs, config, sizes)
         relabel = Relabeller(
-            config, workdir, data, system, plan.layout, membership, mesh, step=step
+            config, workdir, seen, system, plan.layout, membership, mesh, step=step
         )
-    batches = data.train_batches(
-        splits=tuple(config.data.train_splits),
-        modalities=tuple(sizes.modalities),
-        batch_size=config.batch_size,
-        max_frames=config.data.max_frames,
-        crop=config.data.crop,
-        seed=config.seed,
-        start=step * config.batch_size,
-    )
     _claim(workdir, config, data, membership)
     eval_steps = _every(config.eval.every_epochs, config, sizes) | {sizes.total_steps}
     evaluation = None
     pending = step in eval_steps and not saved.get("evaluated")
-    steps_seconds: list[float] = []
-    waited = 0.0
+    log_steps = {*range(0, sizes.total_steps, config.log_every_steps), sizes.total_steps}
+    stops = sorted(log_steps | eval_steps | relabel_steps)
+    rates: list[float] = []  # clips a second
+    logged = 0  # of them
     last_save = time.monotonic()
     logs = Logs(workdir, step=step, evaluated=not pending)
     clips = sizes.total_steps * config.batch_size
@@ -161,37 +157,29 @@ def train(
 
             if pending:  # an earlier process stopped in this evaluation
                 evaluation = watch()
-            batch = mesh_lib.shard_batch(mesh, next(batches))
             while step < sizes.total_steps:
                 dispatched = time.monotonic()
-                losses = []
-                for i, table in enumerate(tables):
-                    states[i], loss = train_step(states[i], table, batch)
-                    losses.append(loss)
-                step += 1
-                # While the device works on this step, the host fetches the next batch.
-                fetching = time.monotonic()
-                batch = mesh_lib.shard_batch(mesh, next(batches))
-                fetched = time.monotonic()
-                loss = float(np.mean(np.concatenate(losses)))
-                steps_seconds.append(time.monotonic() - dispatched)
-                waited += fetched - fetching
-                if not math.isfinite(loss):
+                states, count, loss, bad_step = feed.run(
+                    states, tables, step, stops[bisect.bisect(stops, step)] - step
+                )
+                step += count
+                rates.append(count * config.batch_size / (time.monotonic() - dispatched))
+                if bad_step is not None:
                     raise ValueError(
-                        f"the loss is {loss} at step {step}, learning rate "
-                        f"{float(jnp.asarray(system.schedule(step - 1))):g}\n"
+                        f"the loss is {loss} at step {bad_step + 1}, learning rate "
+                        f"{float(jnp.asarray(system.schedule(bad_step))):g}\n"
                         "the last checkpoint is older; is config.optim.learning_rate too high?"
                     )
-                progress.advance(config.batch_size, f"loss {loss:.3f}")
+                progress.advance(count * config.batch_size, f"loss {loss:.3f}")
 
-                if step % config.log_every_steps == 0 or step == sizes.total_steps:
+                if step in log_steps:
                     logs.metrics(step, _summary(config, system, sizes, step, states))
                     for i, state in enumerate(states):
                         zeros = mesh_lib.replicate(mesh, steps.zero_sums(size))
                         states[i] = state.replace(sums=zeros)
-                    recent = steps_seconds[-config.log_every_steps :]
-                    rate = config.batch_size / statistics.median(recent)
-                    logs.timing(step, {"clips_per_second": rate, "input_seconds": waited})
+                    rate = statistics.median(rates[logged:])
+                    logged = len(rates)
+                    logs.timing(step, {"clips_per_second": rate, "waited_seconds": feed.waited})
                 if relabel and step in relabel_steps:
                     labels = members.split(relabel(steps.merge_states(states)), size)
                     states = [
@@ -218,13 +206,15 @@ def train(
         data.split(config.eval.split).clips,
         evaluation.top,
     )
-    rates = [config.batch_size / seconds for seconds in steps_seconds[1:] or steps_seconds]
+    rates = rates[1:] or rates  # the first one compiled
     results = {
         **evaluation.results,
         **_best(workdir),
         "num_params": sum(x[0].size for x in jax.tree.leaves(states[0].params)),
         "num_members": len(membership.members),
         "train_clips_per_second": statistics.median(rates) if rates else None,
+        "mode": feed.mode,
+        "waited_seconds": feed.waited,
         "seconds": seconds(),
         "seed": config.seed,
         "step": step,
@@ -307,6 +297,46 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     if config.data.weights:
         weight = weight * pickles.load_clip_weights(config.data.weights, clips)
     return weight
+
+
+def _make_feed(
+    config: Config,
+    data: Any,
+    system: System,
+    sizes: Sizes,
+    mesh: Mesh,
+    step: int,
+    mode: str | None,
+) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, Any]:
+    """Returns how clips reach the training step from some step on, and what evaluation reads.
+
+    Args:
+      config, data, system, sizes, mesh: of the run.
+      step: how many steps were done.
+      mode: of the process that did them, which the order of clips depends on; None for the first.
+    """
+    stream = {
+        "modalities": tuple(sizes.modalities),
+        "max_frames": config.data.max_frames,
+        "crop": config.data.crop,
+    }
+    splits = tuple(config.data.train_splits)
+    layout = resident.make_layout(data, train_splits=splits, eval_split=config.eval.split, **stream)
+    num_drawn = sizes.total_steps * config.batch_size
+    mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    stream |= {"splits": splits, "batch_size": config.batch_size, "seed": config.seed}
+    if mode == "streaming":
+        say("clips are streamed from the records")
+        batches = data.train_batches(**stream, start=step * config.batch_size)
+        return feed_lib.StreamingFeed(system, mesh, batches), data
+    began = time.monotonic()
+    plan = resident.make_plan(data, **stream)
+    clips = resident.Resident(data, layout, mesh)
+    say(
+        f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
+        f"read in {time.monotonic() - began:.1f} s"
+    )
+    return feed_lib.ResidentFeed(system, mesh, clips.train, plan), clips
 
 
 def _claim(workdir: Path, config: Config, data: Any, membership: members.Membership) -> None:

@@ -244,6 +244,25 @@ def decode_batch(
     return {**decoded, "mask": tf.sequence_mask(lengths, size)}
 
 
+def flatten_batch(fields: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
+    """Returns the frames of B clips in one modality, one clip's after another's.
+
+    Args:
+      fields: field -> [B] strings.
+      modality: which it is.
+
+    Returns:
+      features [F * D] as integers of the same width, quality, detection, number [F], and length
+      [B] int32.
+    """
+    carriers = _carriers(modality)
+    flat = {
+        field: tf.io.decode_raw(tf.strings.reduce_join(strings), carriers[field])
+        for field, strings in fields.items()
+    }
+    return {**flat, "length": _num_frames(fields)}
+
+
 def _put_best(
     decoded: Mapping[str, Any], fields: Mapping[str, Any], modality: Modality, size: Any, rows: Any
 ) -> dict[str, Any]:

@@ -10,13 +10,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vidjax.batch import Batch, Frames
+from vidjax.batch import Batch, Frames, Packed
 from vidjax.data import iqiyi_vid, python2, synthetic
-from vidjax.data.features import Modality, decode_batch, parse_batch, random_window, tf
+from vidjax.data.features import (
+    Modality,
+    decode_batch,
+    flatten_batch,
+    parse_batch,
+    random_window,
+    tf,
+)
 from vidjax.data.records import (
     Records,
     Shard,
@@ -34,6 +41,7 @@ MAX_EVAL_FRAMES = BUCKETS[-1]
 # audio vector a clip stays one, and splits of similar clips share their compiled programs.
 SIZES = (1, 8, *BUCKETS)
 OPEN_SHARDS = 16
+PACKED_CLIPS = 256
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
 
@@ -59,6 +67,18 @@ class Split:
     positives: np.ndarray
     num_others: int
     lengths: dict[str, np.ndarray]
+
+
+class Blocks(NamedTuple):
+    """How a split is cut into blocks of clips of similar length.
+
+    Attributes:
+      bucket: [N] int, which of the BUCKETS a clip is evaluated in; -1 for none.
+      sizes: modality -> T of each bucket.
+    """
+
+    bucket: np.ndarray
+    sizes: dict[str, tuple[int, ...]]
 
 
 class Dataset:
@@ -157,11 +177,8 @@ class Dataset:
                 f"batch_size {batch_size} and max_frames {max_frames} must be 1 or more, "
                 f"start {start} 0 or more"
             )
-        longest = {
-            name: max(int(self.split(split).lengths[name].max()) for split in splits)
-            for name in modalities
-        }
-        num_frames = {m: _padded(length, max_frames) for m, length in longest.items()}
+        longest = {name: self._most(splits, name) for name in modalities}
+        num_frames = self.train_sizes(splits, modalities, max_frames)
         shards, offsets, num_clips = [], [], 0
         for split in splits:
             shards += self._records.splits[split].shards
@@ -190,6 +207,15 @@ class Dataset:
         dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
         return self._batches(dataset, shards)
 
+    def _most(self, splits: Sequence[str], modality: str) -> int:
+        return max(int(self.split(split).lengths[modality].max()) for split in splits)
+
+    def train_sizes(
+        self, splits: Sequence[str], modalities: Sequence[str], max_frames: int
+    ) -> dict[str, int]:
+        """Returns modality -> T of training, of clips of which at most `max_frames` are used."""
+        return {name: _padded(self._most(splits, name), max_frames) for name in modalities}
+
     def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
         """Returns [N] int32, the frames of each clip in whichever of the modalities has most.
 
@@ -198,6 +224,40 @@ class Dataset:
         """
         self._check([split], modalities)
         return np.max([self.split(split).lengths[name] for name in modalities], axis=0)
+
+    def blocks(
+        self,
+        split: str,
+        modalities: Sequence[str],
+        lengths: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+    ) -> Blocks:
+        """Returns which clips are evaluated together; arguments as of `eval_batches`.
+
+        Raises:
+          ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
+            more frames than `lengths` says.
+        """
+        longest, clips = self.longest(split, modalities), self.split(split)
+        lengths = longest if lengths is None else np.asarray(lengths)
+        wanted = np.ones(longest.shape, bool) if only is None else np.asarray(only)
+        if wanted.shape != longest.shape or wanted.dtype != bool:
+            raise ValueError(
+                f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(longest)} clips"
+            )
+        if lengths.shape != longest.shape:
+            raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(longest)} clips")
+        if (lengths < longest).any():
+            clip = int(np.argmax(lengths < longest))
+            raise ValueError(
+                f"lengths: clip {clips.clips[clip]} has {longest[clip]} frames, not {lengths[clip]}"
+            )
+        bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
+        sizes = {
+            name: tuple(_padded(int(clips.lengths[name].max()), size) for size in BUCKETS)
+            for name in modalities
+        }
+        return Blocks(np.where(wanted, bucket, -1), sizes)
 
     def eval_batches(
         self,
@@ -229,28 +289,11 @@ class Dataset:
           ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
             more frames than `lengths` says; damaged records; a clip did not come just once.
         """
-        longest = self.longest(split, modalities)
+        plan = self.blocks(split, modalities, lengths, only)
         facts, clips = self._records.splits[split], self.split(split)
-        lengths = longest if lengths is None else np.asarray(lengths)
-        wanted = np.ones(longest.shape, bool) if only is None else np.asarray(only)
-        if wanted.shape != longest.shape or wanted.dtype != bool:
-            raise ValueError(
-                f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(longest)} clips"
-            )
-        if lengths.shape != longest.shape:
-            raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(longest)} clips")
-        if (lengths < longest).any():
-            clip = int(np.argmax(lengths < longest))
-            raise ValueError(
-                f"lengths: clip {clips.clips[clip]} has {longest[clip]} frames, not {lengths[clip]}"
-            )
-        buckets = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
-        buckets = np.where(wanted, buckets, -1)
+        buckets = plan.bucket
         most = {name: int(clips.lengths[name].max()) for name in modalities}
-        sizes = {
-            name: tf.constant([_padded(frames, bucket) for bucket in BUCKETS])
-            for name, frames in most.items()
-        }
+        sizes = {name: tf.constant(of_bucket) for name, of_bucket in plan.sizes.items()}
 
         def decode(serialized: Any, buckets: Any) -> Any:
             num_rows = tf.shape(serialized)[0]
@@ -278,7 +321,49 @@ class Dataset:
             window_size=rows,
         )
         dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return self._counted(self._batches(dataset, facts.shards), clips, wanted)
+        return self._counted(self._batches(dataset, facts.shards), clips, buckets >= 0)
+
+    def packed(
+        self, *, split: str, modalities: Sequence[str]
+    ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
+        """Yields every clip of a split once: some [n] int32 clip_index and modality -> Packed.
+
+        Clips come as the records do, with all their frames.
+
+        Args:
+          split: whose clips.
+          modalities: which to decode.
+
+        Raises:
+          ValueError: an unknown split or modality; damaged records; a clip did not come just once.
+        """
+        self._check([split], modalities)
+        facts, clips = self._records.splits[split], self.split(split)
+
+        def decode(serialized: Any) -> Any:
+            clip_index, examples = parse_batch(serialized, modalities)
+            frames = {m: flatten_batch(examples[m], self.modalities[m]) for m in modalities}
+            return frames, clip_index
+
+        records = _shard_table(facts.shards).flat_map(_read_shard).batch(PACKED_CLIPS)
+        dataset = records.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
+        times = np.zeros(len(clips.clips), np.int64)
+        for decoded, clip_index in self._arrays(dataset, facts.shards):
+            np.add.at(times, clip_index, 1)
+            frames = {}
+            for name, fields in decoded.items():
+                length = fields["length"]
+                dim, dtype = self.modalities[name]
+                frames[name] = Packed(
+                    features=fields["features"].view(dtype).reshape(-1, dim),
+                    quality=fields["quality"],
+                    detection=fields["detection"],
+                    number=fields["number"],
+                    start=np.cumsum(length, dtype=np.int32) - length,
+                    length=length,
+                )
+            yield clip_index, frames
+        _check_times(times, clips, np.ones(len(times), bool))
 
     def _check(self, splits: Sequence[str], modalities: Sequence[str]) -> None:
         """Raises ValueError unless every split has a file of every modality."""
@@ -297,20 +382,24 @@ class Dataset:
                         f"there is no {name}_{split}.pickle, and {name!r} is asked for"
                     )
 
-    def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
+    def _arrays(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
         """Yields what the dataset decodes as numpy arrays, without a copy."""
         options = tf.data.Options()
         options.deterministic = True
         iterator = dataset.with_options(options).as_numpy_iterator()
         while True:
             try:
-                decoded, clip_index, batch_mask = next(iterator)
+                decoded = next(iterator)
             except StopIteration:
                 return
             except tf.errors.OpError as error:
                 for shard in shards:
                     check_shard(shard)
                 raise ValueError(f"cannot read the records: {error.message[:200]}") from error
+            yield decoded
+
+    def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
+        for decoded, clip_index, batch_mask in self._arrays(dataset, shards):
             frames = {
                 name: Frames(
                     features=fields["features"]
@@ -333,12 +422,17 @@ class Dataset:
         for batch in batches:
             np.add.at(times, batch.clip_index[batch.batch_mask], 1)
             yield batch
-        wrong = np.flatnonzero(times != wanted)
-        if wrong.size:
-            raise ValueError(
-                f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come just "
-                f"once, such as {split.clips[wrong[0]]}"
-            )
+        _check_times(times, split, wanted)
+
+
+def _check_times(times: np.ndarray, split: Split, wanted: np.ndarray) -> None:
+    """Raises ValueError unless each clip of `wanted` [N] bool came once, and no other did."""
+    wrong = np.flatnonzero(times != wanted)
+    if wrong.size:
+        raise ValueError(
+            f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come just "
+            f"once, such as {split.clips[wrong[0]]}"
+        )
 
 
 def load(

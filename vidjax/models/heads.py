@@ -1,12 +1,11 @@
 """From one vector a clip to a score for every class column."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.models import products
 
 # Below every cosine, and finite so that a loss or a log-softmax of it is finite too.
 _NO_NEIGHBOUR = -2.0
@@ -62,7 +61,7 @@ class Classifier(nn.Module):
             dtype=self.dtype,
             param_dtype=param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=param_dtype),
+            dot_general=products.dot_general,
             name="logits",
         )(x).astype(param_dtype)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, Frames
-from vidjax.models import inputs
+from vidjax.models import inputs, products
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier
 from vidjax.models.netvlad import NetVLAD
@@ -113,6 +113,7 @@ class MultimodalIdentifier(nn.Module):
                 count * self.embed_dim,
                 dtype=self.dtype,
                 param_dtype=param_dtype,
+                dot_general=products.dot_general,
                 name=f"{name}_map",
             )(video)
             exists = present[:, position, None]

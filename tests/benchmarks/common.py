@@ -1,0 +1,244 @@
+"""What the benchmarks share: made-up clips, timing in turns, bare matrix products, tables.
+
+Needs jax, flax and optax only, and fills its arrays on the device, so that it runs where there is
+neither TensorFlow nor a dataset.
+"""
+
+import gc
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from vidjax import config as config_lib
+from vidjax import members, resident, steps
+from vidjax import mesh as mesh_lib
+from vidjax.batch import Array, Packed
+from vidjax.system import Sizes, System, make_system
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DIM = 512
+LONGEST = {"face": 59, "head": 59, "body": 29, "audio": 1}  # frames: 1 to these, 30 on average
+PLACES = {"face": 64, "head": 64, "body": 32, "audio": 1}  # to which they are padded
+DRAWN = 1 << 16  # different frames of a modality
+SECONDS = 0.25  # the least that is timed at once: a step of an accelerator takes milliseconds
+MIB = 1 << 20
+
+
+def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:
+    """Returns made-up clips as `vidjax.resident` holds them, float16 x 512, made on the device."""
+    clips = {}
+    for number, name in enumerate(modalities):
+        lengths = np.random.default_rng((seed, number)).integers(1, LONGEST[name] + 1, num_clips)
+        total = int(lengths.sum())
+
+        @jax.jit
+        def fill(key: Array, total: int = total) -> list[Array]:
+            keys = jax.random.split(key, 3)
+            # Numbers between -2 and 2 by their bits: a normal draw of all would take minutes.
+            bits = jax.random.bits(keys[0], (DRAWN, DIM), jnp.uint16)
+            drawn = jax.lax.bitcast_convert_type(bits & jnp.uint16(0xBFFF), jnp.float16)
+            features = drawn[jnp.arange(total + 1) % DRAWN].at[-1].set(0)
+            quality = jax.random.uniform(keys[1], (total + 1,), minval=1, maxval=100)
+            detection = jax.random.uniform(keys[2], (total + 1,), minval=0.5, maxval=1)
+            return [features, quality, detection, jnp.arange(total + 1, dtype=jnp.int32)]
+
+        fields = fill(jax.random.key(number))
+        start = jnp.asarray(np.cumsum(lengths) - lengths, jnp.int32)
+        clips[name] = Packed(*fields, start=start, length=jnp.asarray(lengths, jnp.int32))
+    return clips
+
+
+class Run(NamedTuple):
+    """A system on made-up resident clips, ready to train."""
+
+    system: System
+    state: steps.TrainState
+    tables: steps.Tables
+    clips: dict[str, Packed]
+    plan: resident.Plan
+    num_params: int
+
+
+def make_run(
+    spec: str,
+    overrides: Sequence[str] = (),
+    *,
+    batch_size: int,
+    num_identities: int,
+    num_clips: int | None = None,
+) -> Run:
+    """Returns the system of a configuration on as many clips as there are in four batches.
+
+    Args:
+      spec: `NAME:ARGS` of a file in `configs/`.
+      overrides: `FIELD=VALUE`, of the configuration.
+      batch_size: B.
+      num_identities: C.
+      num_clips: of all made-up clips.
+    """
+    config = config_lib.load_file(f"{CONFIGS / spec}")
+    words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
+    config = config_lib.override(config, [f"--config.{word}" for word in words])
+    num_clips = num_clips or 4 * batch_size
+    modalities = dict.fromkeys(config.modalities, DIM)
+    sizes = Sizes(modalities, num_identities, None, num_clips, 10_000, True)
+    system = make_system(config.to_dict(), sizes)
+    mates = members.make_members(config.ensemble.to_dict())
+    labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(mates), num_clips))
+    mesh = mesh_lib.make_mesh(1)
+
+    def init() -> steps.TrainState:
+        rngs = members.make_rngs(mates, config.seed)
+        return steps.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
+
+    state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
+    tables = steps.make_tables(mates, np.ones((len(mates), num_clips)))
+    tables = mesh_lib.replicate(mesh, tables)
+    clips = mesh_lib.replicate(mesh, make_clips(config.modalities, num_clips))
+    places = {name: PLACES[name] for name in modalities}
+    plan = resident.Plan(config.seed, batch_size, num_clips, places, ())
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    return Run(system, state, tables, clips, plan, num_params)
+
+
+class Product(NamedTuple):
+    """A matrix product of a trace: shapes of both operands, what is contracted, its work."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    flops: int
+    equation: Any  # of the trace; bound again to run it alone
+
+
+def products(jaxpr: Any) -> Iterator[Product]:
+    """Yields every matrix product of a trace, those of its inner functions included.
+
+    Raises:
+      ValueError: one lies in a loop, where it would count once and run often.
+    """
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            left, right = (x.aval.shape for x in equation.invars)
+            contracted, _ = equation.params["dimension_numbers"]
+            inner = math.prod(left[axis] for axis in contracted[0])
+            flops = 2 * inner * math.prod(equation.outvars[0].aval.shape)
+            yield Product(left, right, contracted, flops, equation)
+        for inner_jaxpr in core.jaxprs_in_params(equation.params):
+            found = list(products(inner_jaxpr))
+            if found and name in ("scan", "while", "cond"):
+                raise ValueError(f"a matrix product within '{name}': {found[0][:3]}")
+            yield from found
+
+
+def make_bare(found: Sequence[Product], rng: Array) -> Callable[[], list[Array]]:
+    """Returns the products alone, compiled as one function, on made-up operands of their own."""
+    shapes = [x.aval for product in found for x in product.equation.invars]
+    keys = jax.random.split(rng, len(shapes))
+    arrays = iter(
+        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, shapes, strict=True)]
+    )
+    operands = [[next(arrays), next(arrays)] for _ in found]  # no product stands for another
+
+    @jax.jit
+    def bare(operands: Any) -> list[Array]:
+        return [
+            p.equation.primitive.bind(*pair, **p.equation.params)
+            for p, pair in zip(found, operands, strict=True)
+        ]
+
+    return lambda: bare(operands)
+
+
+def make_copy() -> tuple[Callable[[], Array], int]:
+    """Returns a function that reads and writes memory and does nothing else, and its bytes."""
+    size = 64 * MIB
+    x = jnp.zeros(size // 4, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    return lambda: add(x), 2 * size
+
+
+def seconds_each(function: Callable[[], Any], repeats: int) -> float:
+    """Returns the time of one call, over calls that are dispatched one after another."""
+    start = time.perf_counter()
+    result = None
+    for _ in range(repeats):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = SECONDS
+) -> dict[str, list[float]]:
+    """Returns name -> seconds of a call, by round; each runs in every round, in turn.
+
+    Machines drift, so only figures of one round can be compared.
+    """
+    repeats = {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())  # compiles
+        repeats[name] = math.ceil(seconds / seconds_each(function, 1))
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            found[name].append(seconds_each(function, repeats[name]))
+    return found
+
+
+def ratio(found: Mapping[str, Sequence[float]], above: str, below: str) -> str:
+    """Returns the median and the range of the ratio of two times, of the same rounds."""
+    values = [a / b for a, b in zip(found[above], found[below], strict=True)]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def median(values: Sequence[float]) -> float:
+    """Returns the median."""
+    return statistics.median(values)
+
+
+def peak_bytes() -> int:
+    """Returns the most memory so far: of the device where it counts, else of the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_added(function: Callable[[], Any]) -> tuple[int, int]:
+    """Returns the memory of the process before a call, and how much more its peak is (Linux)."""
+
+    def read(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = read("VmRSS:")
+    function()
+    return before, read("VmHWM:") - before
+
+
+def describe() -> str:
+    """Returns what the figures are of."""
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
+def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a Markdown table, at once."""
+    lines = [header, ["---"] * len(header), *rows]
+    for line in lines:
+        sys.stdout.write("| " + " | ".join(str(cell) for cell in line) + " |\n")
+    sys.stdout.write("\n")
+    sys.stdout.flush()

@@ -1,0 +1,126 @@
+"""Whole training runs, each a process: start, compilation, input, evaluation, checkpoints.
+
+    python -m tests.benchmarks.end_to_end [--clips=20000] [--epochs=10] [--rounds=2] [--compile]
+
+The MLP of `configs/quality_fusion.py` at published size on made-up official files (20 to 30 faces a
+clip, 10,034 identities), against the same net in PyTorch (the extra `bench`) that unpickles the
+files into memory, as the systems of the challenge did. They take turns. Our first run converts the
+files and compiles; it is shown by itself, the ratio is that of later ones.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tests.benchmarks import common
+from tests.clip_files import random_clip, write_pickle, write_truth
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_files(directory: Path, counts: dict[str, int], num_identities: int) -> None:
+    """Writes made-up faces of some splits as official files; a third of val are distractors."""
+    rng = np.random.default_rng(0)
+    frames = random_clip(rng, 4096, 512)
+    for split, count in counts.items():
+        clips, labels = {}, {}
+        for number in range(count):
+            first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
+            name = f"IQIYI_VID_{split.upper()}_{number:07d}"
+            clips[name] = type(frames)(*(field[first : first + length] for field in frames))
+            if split == "train" or number % 3:
+                labels[name] = str(1 + number % num_identities)
+        write_pickle(directory, "face", split, clips)
+        write_truth(directory, split, labels)
+
+
+def run(words: Sequence[str], env: dict[str, str]) -> tuple[float, float, str]:
+    """Returns the seconds of a process, those until its first training step, and what it wrote."""
+    began = time.perf_counter()
+    first = float("nan")
+    output = []
+    with subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("train: ") and first != first:
+                first = time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit("".join(output[-20:]))
+    return time.perf_counter() - began, first, output[-1]
+
+
+def main() -> None:
+    """Prints the seconds by round and the ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clips", type=int, default=20_000)
+    parser.add_argument("--val_clips", type=int, default=5_000)
+    parser.add_argument("--num_identities", type=int, default=10_034)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    args = parser.parse_args()
+
+    folder = Path(tempfile.mkdtemp())
+    env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
+    counts = {"train": args.clips, "val": args.val_clips}
+    ours = [
+        "vidjax.main",
+        "--config=configs/quality_fusion.py:iqiyi_vid",
+        f"--config.data.dir={folder}",
+        f"--config.num_epochs={args.epochs}",
+        f"--config.batch_size={args.batch_size}",
+        "--config.eval.every_epochs=0",
+    ]
+    theirs = ["tests.benchmarks.peer", str(folder), f"--epochs={args.epochs}"]
+    theirs += [f"--batch_size={args.batch_size}", f"--checkpoint={folder / 'checkpoint.pt'}"]
+    theirs += ["--compile"] if args.compile else []
+    try:
+        write_files(folder, counts, args.num_identities)
+        seconds: dict[str, list[float]] = {"vidjax": [], "PyTorch": []}
+        starts, waits = [], []
+        cold = run([*ours, f"--workdir={folder / 'cold'}"], env)
+        for number in range(args.rounds):
+            workdir = folder / f"run{number}"
+            whole, first, _ = run([*ours, f"--workdir={workdir}"], env)
+            starts.append(first)
+            metrics = json.loads((workdir / "metrics.json").read_text())
+            waits.append(metrics["waited_seconds"] / whole)
+            seconds["vidjax"].append(whole)
+            seconds["PyTorch"].append(run(theirs, env)[0])
+    finally:
+        shutil.rmtree(folder)
+    kind = "torch.compile" if args.compile else "eager"
+    rows = [
+        ["vidjax, first run (converts, compiles)", f"{cold[0]:.0f}"],
+        ["vidjax", f"{common.median(seconds['vidjax']):.0f}"],
+        ["until its first training step", f"{common.median(starts):.1f}"],
+        [f"PyTorch, {kind}", f"{common.median(seconds['PyTorch']):.0f}"],
+    ]
+    common.write_table(["run", "seconds"], rows)
+    rows = [
+        [f"PyTorch, {kind} / vidjax", common.ratio(seconds, "PyTorch", "vidjax")],
+        ["share of the time in which a step waits for data", f"{max(waits):.3f}"],
+    ]
+    common.write_table(["", "ratio"], rows)
+
+
+if __name__ == "__main__":
+    main()

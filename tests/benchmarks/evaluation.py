@@ -1,0 +1,222 @@
+"""Rate of an evaluation: forward pass over all clips and the exact top 100 of every identity.
+
+    python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
+        [--peer] [--rounds=3] [--growth]
+
+Clips are made up and resident. The whole is `vidjax.scoring.score`, with MAP and the open-set
+figures; the forward pass is the same blocks without a ranking. With `--peer` the same net in
+PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
+blocks that lie in memory. All take turns in one process. `--growth` shows time and memory for other
+numbers of clips and identities, each in a process of its own.
+"""
+
+# pyright: reportMissingImports=false
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.benchmarks import common, training_step
+from vidjax import members, resident, scoring, selection
+from vidjax import mesh as mesh_lib
+from vidjax.batch import Batch
+
+PEER_CLIPS = 8192  # that PyTorch ranks: padded ones of all would not fit into memory
+
+
+class MadeUp:
+    """Resident clips as evaluation sees a dataset."""
+
+    def __init__(self, run: common.Run, num_identities: int):
+        """Takes a run's clips as a split."""
+        self.run, num_clips = run, run.plan.num_clips
+        labels = np.random.default_rng(2).integers(0, 1 + num_identities, num_clips)
+        self.identities = tuple(str(i) for i in range(num_identities))
+        self._split = SimpleNamespace(
+            clips=tuple(f"clip_{i:07d}" for i in range(num_clips)),
+            labels=labels.astype(np.int32),
+            labelled=True,
+            positives=np.bincount(labels, minlength=1 + num_identities)[1:],
+            num_others=0,
+        )
+        self.lengths = np.max([np.asarray(one.length) for one in run.clips.values()], axis=0)
+        self._lay = jax.jit(resident.frames_of, static_argnames="size")
+
+    def split(self, name: str) -> Any:
+        """Returns the one split."""
+        del name
+        return self._split
+
+    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
+        """Returns [N], frames of each clip."""
+        del split, modalities
+        return self.lengths
+
+    def eval_batches(self, *, rows: int, **kwargs: Any) -> Iterator[Batch]:
+        """Yields all clips, in blocks of one bucket."""
+        del kwargs
+        for short in (True, False):
+            clips = np.flatnonzero((self.lengths <= 32) == short)
+            for at in range(0, len(clips), rows):
+                chosen = clips[at : at + rows]
+                clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
+                batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
+                frames = {}
+                for name, packed in self.run.clips.items():
+                    size = min(32 if short else 128, common.PLACES[name])
+                    laid = self._lay(
+                        packed._replace(features=None), clip_index, batch_mask, size=size
+                    )
+                    rows_of = laid.features._replace(values=packed.features)
+                    frames[name] = laid._replace(features=rows_of)
+                yield Batch(frames, clip_index, batch_mask)
+
+
+def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:
+    """Returns the whole and the forward pass, as functions."""
+    spec, overrides, _ = training_step.NETS[args.net]
+    words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
+    run = common.make_run(
+        spec,
+        words,
+        batch_size=256,
+        num_identities=args.num_identities,
+        num_clips=args.clips,
+    )
+    mesh = mesh_lib.make_mesh(1)
+    scorer = scoring.Scorer(run.system, mesh)
+    data = MadeUp(run, args.num_identities)
+    membership = members.Membership((members.Member(),), ("another",), np.ones((1, 1), bool))
+    contender = scoring.Contender(
+        "", scorer, run.state.params, run.state.model_state, membership, data
+    )
+    params, model_state = members.take((run.state.params, run.state.model_state), 0)
+
+    def whole() -> Any:
+        return scoring.score([contender], "val", mesh, block_size=args.block_size).results
+
+    def forward() -> None:
+        block = None
+        for batch in data.eval_batches(rows=args.block_size):
+            block = scorer.step(params, model_state, jnp.int32(-1), batch)
+        jax.block_until_ready(block)
+
+    return {"whole": whole, "forward": forward}, run
+
+
+def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[[], Any]]:
+    """Returns the rankings of PyTorch, eager and compiled."""
+    import torch
+
+    from tests.benchmarks import peer
+
+    options = training_step.NETS[args.net][2]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    blocks = []
+    for at in range(0, PEER_CLIPS, 1024):
+        clip_index, mask = jnp.arange(at, at + 1024, dtype=jnp.int32), jnp.ones(1024, bool)
+        frames = {}
+        for name, packed in run.clips.items():
+            one = resident.frames_of(packed, clip_index, mask, common.PLACES[name])
+            fields = (selection.read(one.features), one.quality, one.detection, one.mask)
+            frames[name] = tuple(np.array(x) for x in fields)
+        blocks.append(peer.make_batch(frames, np.zeros(1024, np.int64), device))
+    recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **options)
+    recipe.net.to(device).eval()
+    found = {}
+    for kind in ("eager", "compiled"):
+        score = peer.make_scorer(
+            recipe,
+            compile=kind == "compiled",
+            dtype=torch.bfloat16 if args.bfloat16 else torch.float32,
+            device=device,
+        )
+        found[kind] = lambda score=score: peer.rank(score, blocks)
+    return found
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Writes the table of one size."""
+    functions, run = make_functions(args)
+    counts = {name: args.clips for name in functions}
+    if args.peer:
+        peers = make_peers(args, run)
+        functions |= peers
+        counts |= {name: PEER_CLIPS for name in peers}
+    seconds = common.in_turns(functions, args.rounds)
+    seconds = {name: [x / counts[name] for x in values] for name, values in seconds.items()}
+    seconds["top 100"] = [
+        whole - forward for whole, forward in zip(seconds["whole"], seconds["forward"], strict=True)
+    ]
+    rows = [[name, f"{1 / common.median(x):,.0f}"] for name, x in seconds.items()]
+    sys.stdout.write(f"{common.describe()}, {args.net}, {args.clips:,} clips, ")
+    sys.stdout.write(f"{args.num_identities:,} identities\n\n")
+    common.write_table(["", "clips/s"], rows)
+    rows: list[list[str]] = [["top 100 / forward", common.ratio(seconds, "top 100", "forward")]]
+    rows += [
+        [f"{k} / whole", common.ratio(seconds, k, "whole")]
+        for k in counts
+        if k in ("eager", "compiled")
+    ]
+    common.write_table(["", "ratio"], rows)
+
+
+def grow(args: argparse.Namespace) -> None:
+    """Writes time and memory for growing numbers of clips and of identities."""
+    rows = []
+    sizes = [(clips, args.num_identities) for clips in (10_000, 40_000, 160_000)]
+    sizes += [(10_000, identities) for identities in (1_000, 10_000, 100_000)]
+    for clips, identities in sizes:
+        words = [f"--net={args.net}", f"--clips={clips}", f"--num_identities={identities}", "--one"]
+        command = [sys.executable, "-m", "tests.benchmarks.evaluation", *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, before, added = map(float, done.stdout.split()[-3:])
+        figures = (
+            f"{1e6 * seconds / clips:.0f}",
+            *(f"{x / common.MIB:,.0f}" for x in (before, added)),
+        )
+        rows.append([f"{clips:,}", f"{identities:,}", *figures])
+    header = ["clips", "identities", "microseconds a clip", "MiB before", "MiB that it adds"]
+    common.write_table(header, rows)
+
+
+def measure_one(args: argparse.Namespace) -> None:
+    """Writes the seconds of an evaluation, the memory before it and what it adds."""
+    functions, _ = make_functions(args)
+    functions["whole"]()
+    began = time.perf_counter()
+    before, added = common.memory_added(functions["whole"])
+    sys.stdout.write(f"{time.perf_counter() - began} {before} {added}\n")
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--net", choices=tuple(training_step.NETS), default="mlp")
+    parser.add_argument("--clips", type=int, default=60_000)
+    parser.add_argument("--num_identities", type=int, default=10_034)
+    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="PyTorch, too")
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        measure_one(args)
+    elif args.growth:
+        grow(args)
+    else:
+        benchmark(args)
+
+
+if __name__ == "__main__":
+    main()

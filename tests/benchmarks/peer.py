@@ -1,0 +1,1078 @@
+"""The peer of the benchmarks: the same nets and data in idiomatic PyTorch, eager or compiled.
+
+    python -m tests.benchmarks.peer DIR [--net=mlp] [--epochs=10] [--batch_size=1024] [--compile]
+
+Unpickles the official files of DIR into memory, trains, ranks val, saves a checkpoint, and prints
+one line of JSON with the seconds of every phase. `make_step`, `make_scorer` and `rank` are the
+parts of it that other benchmarks time one by one. Needs torch; knows nothing of vidjax.
+"""
+
+# Torch is an extra of the benchmarks: where it is not installed, types are checked without it.
+# pyright: reportMissingImports=false
+
+import argparse
+import itertools
+import json
+import math
+import pickle
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+MMA_MODALITIES = ("face", "head", "body", "audio")
+FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compiled
+
+
+class Frames(NamedTuple):
+    """The frames of one modality of B clips, padded to T.
+
+    Attributes:
+      features: [B, T, D], float16 as stored; 0 on padding.
+      quality: [B, T] float32; 0 where the modality has none.
+      detection: [B, T] float32; 1 where the modality has none.
+      mask: [B, T] bool, True for real frames.
+    """
+
+    features: Tensor
+    quality: Tensor
+    detection: Tensor
+    mask: Tensor
+
+
+class Batch(NamedTuple):
+    """Clips of one step: modality -> Frames, and labels [B] int64, class columns."""
+
+    frames: dict[str, Frames]
+    labels: Tensor
+
+
+class Fused(NamedTuple):
+    """Fused frames: features [B, T', D], and mask [B, T'] bool, True where the clip has any."""
+
+    features: Tensor
+    mask: Tensor
+
+
+def make_batch(
+    frames: Mapping[str, Sequence[Any]], labels: Any, device: str | torch.device = "cpu"
+) -> Batch:
+    """Returns numpy arrays as a batch.
+
+    Args:
+      frames: modality -> (features, quality, detection, mask), as in Frames.
+      labels: [B] int.
+      device: where the batch shall lie.
+    """
+
+    def put(x: Any) -> Tensor:
+        return torch.from_numpy(np.array(x)).to(device)
+
+    return Batch(
+        {name: Frames(*(put(x) for x in arrays)) for name, arrays in frames.items()},
+        put(labels).long(),
+    )
+
+
+def _to_device(batch: Batch, device: str | torch.device) -> Batch:
+    def put(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    frames = {name: Frames(*(put(x) for x in one)) for name, one in batch.frames.items()}
+    return Batch(frames, put(batch.labels))
+
+
+# Fusion.
+
+
+def filter_frames(frames: Frames, *, min_quality: float, min_detection: float) -> Frames:
+    """Returns the frames with a mask of the good ones; a clip that would lose all keeps them."""
+    good = frames.mask & (frames.quality >= min_quality) & (frames.detection >= min_detection)
+    mask = torch.where(good.any(dim=1, keepdim=True), good, frames.mask)
+    return frames._replace(mask=mask)
+
+
+def frame_weights(frames: Frames, weighting: str) -> Tensor:
+    """Returns weights of frames [B, T] float32, 0 on padding and not all 0 in a clip with frames.
+
+    Args:
+      frames: Frames [B, T].
+      weighting: `uniform`; `quality`, quality x detection; or `graded`, W(x): that times 0, .2, .3,
+        .6 or 1 for a quality below 0, 20, 30, 40 or no less.
+    """
+    uniform = frames.mask.float()
+    if weighting == "uniform":
+        return uniform
+    quality = frames.quality
+    weights = quality * frames.detection
+    if weighting == "graded":
+        grade = torch.ones_like(quality)
+        for least, value in ((40.0, 0.6), (30.0, 0.3), (20.0, 0.2), (0.0, 0.0)):
+            grade = torch.where(quality < least, value, grade)
+        weights = weights * grade
+    weights = weights.clamp(min=0) * uniform
+    return torch.where((weights > 0).any(dim=1, keepdim=True), weights, uniform)
+
+
+def take_frames(features: Tensor, index: Tensor) -> Tensor:
+    """Returns features[b, index[b, j]]: of [B, T, D], at [B, T'], in the stored dtype."""
+    num_clips, num_frames, dim = features.shape
+    first = torch.arange(num_clips, device=index.device)[:, None] * num_frames
+    rows = (first + index).flatten()
+    return features.flatten(0, 1).index_select(0, rows).view(*index.shape, dim)
+
+
+def random_fusion(
+    frames: Frames,
+    *,
+    num_draws: int = 1,
+    probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
+    replacement: bool = True,
+    weighting: str = "uniform",
+) -> Fused:
+    """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
+
+    Args:
+      frames: Frames [B, T].
+      num_draws: vectors a clip.
+      probs: S probabilities of fusing 1, 2, ... frames.
+      replacement: False: no frame twice in a vector, unless the clip has fewer than are wanted.
+      weighting: of the mean, as in `frame_weights`; every frame is as likely to be drawn.
+
+    Returns:
+      Fused [B, num_draws], float32.
+    """
+    device, num_slots = frames.mask.device, len(probs)
+    num_clips, num_frames = frames.mask.shape
+    slots = torch.arange(num_slots, device=device)
+    draw = torch.rand(num_clips, num_draws, 1, device=device)
+    thresholds = [sum(probs[:i]) / sum(probs) for i in range(1, num_slots)]
+    more = [(draw >= threshold).long() for threshold in thresholds]
+    used = slots < 1 + sum(more)  # [B, N, S]
+
+    if replacement:
+        cdf = frames.mask.cumsum(dim=1, dtype=torch.float32)
+        points = torch.rand(num_clips, num_draws * num_slots, device=device) * cdf[:, -1:]
+        index = torch.searchsorted(cdf, points, right=True).clamp(max=num_frames - 1)
+    else:
+        keys = torch.rand(num_clips, num_draws, num_frames, device=device)
+        keys = keys.masked_fill(~frames.mask[:, None], -1.0)
+        order = keys.topk(min(num_slots, num_frames), dim=-1).indices
+        turn = slots % frames.mask.sum(dim=1, keepdim=True).clamp(min=1, max=num_slots)  # [B, S]
+        index = order.gather(2, turn[:, None].expand(-1, num_draws, -1)).flatten(1)
+
+    weights = frame_weights(frames, weighting).gather(1, index).view_as(used) * used
+    weights = torch.where(weights.sum(dim=-1, keepdim=True) > 0, weights, used.float())
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    exists = frames.mask.any(dim=1)[:, None].expand(-1, num_draws)
+    weights = weights * exists[..., None]
+    picked = take_frames(frames.features, index).view(*used.shape, -1)  # [B, N, S, D]
+    return Fused((weights[..., None] * picked.float()).sum(dim=2), exists)
+
+
+def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
+    """Returns Fused [B, 1], float32: the weighted mean of all frames of a clip."""
+    weights = frame_weights(frames, weighting)
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    features, num_clips = frames.features, len(weights)
+    # Eager on a CPU, 8 times faster than one product of all in float32, which leaves the cache.
+    step = num_clips if features.is_cuda or torch.compiler.is_compiling() else 64
+    means = [
+        torch.bmm(weights[i : i + step, None], features[i : i + step].float())
+        for i in range(0, num_clips, step)
+    ]
+    mean = torch.cat(means) if len(means) > 1 else means[0]  # [B, 1, D]
+    return Fused(mean, frames.mask.any(dim=1, keepdim=True))
+
+
+def top_frames(frames: Frames, *, num_frames: int = 32, at_random: bool = True) -> Fused:
+    """Returns the best frames by quality in time order, Fused [B, num_frames] as stored.
+
+    A clip with fewer repeats some: at random, or in turn, the best first.
+    """
+    device = frames.mask.device
+    quality = frames.quality.masked_fill(~frames.mask, -torch.inf)
+    order = quality.sort(dim=1, descending=True, stable=True).indices[:, :num_frames]
+    count = frames.mask.sum(dim=1, keepdim=True).clamp(min=1, max=order.shape[1])
+    slots = torch.arange(num_frames, device=device).expand(len(order), -1)
+    again = slots % count
+    if at_random:
+        again = (torch.rand(slots.shape, device=device) * count).long()
+    place = torch.where(slots < count, slots, again)
+    index = order.gather(1, place).sort(dim=1).values
+    mask = frames.mask.any(dim=1, keepdim=True).expand(-1, num_frames)
+    return Fused(take_frames(frames.features, index), mask)
+
+
+# Nets.
+
+
+class DenseLayer(nn.Module):
+    """A linear layer, an activation, BatchNorm or not, dropout."""
+
+    def __init__(
+        self, in_dim: int, width: int, activation: nn.Module, batch_norm: bool, dropout_rate: float
+    ):
+        super().__init__()
+        self.dense = nn.Linear(in_dim, width)
+        self.activation = activation
+        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout_rate)
+        _init_linear(self.dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.activation(self.dense(x))))
+
+
+def _init_linear(linear: nn.Linear) -> None:
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+class MLP(nn.Module):
+    """Quality fusion (4th place 2019), its main net: swish layers with dropout, a classifier."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        widths: Sequence[int] = (1024, 1024),
+        dropout_rate: float = 0.5,
+    ):
+        super().__init__()
+        dims = (dim, *widths)
+        self.layers = nn.Sequential(
+            *(
+                DenseLayer(before, after, nn.SiLU(), False, dropout_rate)
+                for before, after in itertools.pairwise(dims)
+            )
+        )
+        self.classifier = nn.Linear(dims[-1], num_classes)
+        _init_linear(self.classifier)
+
+    def forward(self, fused: Mapping[str, Fused]) -> Tensor:
+        """Returns logits [B N, 1 + C] of N face vectors of every clip."""
+        return self.classifier(self.layers(fused["face"].features.flatten(0, 1)))
+
+
+class ResidualDense(nn.Module):
+    """Residual Dense Net (2nd place 2019): h1 = f1(x), h2 = h1 + f2(h1), h3 = h2 + f3(h2)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        width: int = 8192,
+        num_layers: int = 3,
+        dropout_rate: float = 0.5,
+    ):
+        super().__init__()
+        dims = (dim, *[width] * (num_layers - 1))
+        self.layers = nn.ModuleList(
+            DenseLayer(before, width, nn.ReLU(), True, dropout_rate) for before in dims
+        )
+        self.classifier = nn.Linear(width, num_classes)
+        _init_linear(self.classifier)
+
+    def forward(self, fused: Mapping[str, Fused]) -> Tensor:
+        """Returns logits [B N, 1 + C] of N face vectors of every clip."""
+        x = fused["face"].features.flatten(0, 1)
+        for i, layer in enumerate(self.layers):
+            x = x + layer(x) if i in (1, 2) else layer(x)
+        return self.classifier(x)
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm over the real frames of [B, T, K]; nn.BatchNorm1d would count the others too."""
+
+    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mean: Tensor = self.running_mean  # type: ignore[assignment]
+        var: Tensor = self.running_var  # type: ignore[assignment]
+        if self.training:
+            real = mask[..., None].to(x.dtype)
+            count = real.sum().clamp(min=1)
+            mean = (x * real).sum(dim=(0, 1)) / count
+            var = ((x - mean).square() * real).sum(dim=(0, 1)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)  # type: ignore[operator]
+                self.running_var.lerp_(var, self.momentum)  # type: ignore[operator]
+        return (x - mean) * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
+
+
+class NetVLAD(nn.Module):
+    """Sums, or means, of the differences of frames from learned cluster centres."""
+
+    def __init__(self, dim: int, num_clusters: int, reduce: str = "mean"):
+        super().__init__()
+        self.assignment = nn.Linear(dim, num_clusters, bias=False)
+        self.norm = MaskedBatchNorm(num_clusters)
+        self.centers = nn.Parameter(torch.randn(num_clusters, dim) * dim**-0.5)
+        self.reduce = reduce
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Returns [B, K, D] of features [B, T, D] float32 with mask [B, T]."""
+        scores = self.norm(self.assignment(features).float(), mask)  # [B, T, K]
+        assignment = scores.softmax(dim=-1) * mask[..., None]
+        weighted = torch.bmm(assignment.transpose(1, 2), features)  # [B, K, D]
+        descriptors = weighted - assignment.sum(dim=1)[..., None] * self.centers
+        if self.reduce == "mean":
+            descriptors = descriptors / mask.sum(dim=1).clamp(min=1)[:, None, None]
+        return descriptors
+
+
+class MultimodalAttention(nn.Module):
+    """O = X + gamma X Y, Y the softmax of the Gram matrix of W_f X over the vectors that exist."""
+
+    def __init__(self, embed_dim: int, dim: int = 64, gamma: float = 0.05):
+        super().__init__()
+        self.w_f = nn.Linear(embed_dim, dim, bias=False)
+        self.gamma = gamma
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Returns [B, M, D] of vectors x [B, M, D] with mask [B, M]."""
+        f = self.w_f(x)
+        z = torch.bmm(f, f.transpose(1, 2)).float()  # [B, M, M]
+        pairs = mask[:, :, None] & mask[:, None, :]
+        z = z.masked_fill(~pairs, torch.finfo(z.dtype).min)
+        y = z.softmax(dim=1).masked_fill(~pairs, 0.0)
+        return x + self.gamma * torch.bmm(y.transpose(1, 2), x)
+
+
+class MMA(nn.Module):
+    """The iQIYI-VID paper's system: NetVLAD on the face, maps, attention, a classifier.
+
+    Args:
+      dims: modality -> feature width, in the order of the feature map.
+      num_classes: 1 + C.
+      num_clusters: K of NetVLAD.
+      netvlad_reduce: `mean`, or `sum` as published.
+      map_norm: LayerNorm after the maps; not as published.
+      dropout_rate: of the classifier's input; 0 as published.
+      modality_dropout_rate: with which a clip loses a modality in training, never all; 0 as
+        published.
+      embed_dim: width that every modality is mapped to.
+      num_face_vectors: vectors that come from the face.
+      gram_dim: width in which attention compares.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        num_classes: int,
+        num_clusters: int = 3,
+        netvlad_reduce: str = "mean",
+        map_norm: bool = True,
+        dropout_rate: float = 0.5,
+        modality_dropout_rate: float = 0.5,
+        embed_dim: int = 512,
+        num_face_vectors: int = 3,
+        gram_dim: int = 64,
+    ):
+        super().__init__()
+        self.counts = {name: num_face_vectors if name == "face" else 1 for name in dims}
+        self.embed_dim, self.modality_dropout_rate = embed_dim, modality_dropout_rate
+        self.netvlad = NetVLAD(dims["face"], num_clusters, netvlad_reduce)
+        widths = {**dims, "face": num_clusters * dims["face"]}
+        self.maps = nn.ModuleDict(
+            {name: nn.Linear(widths[name], n * embed_dim) for name, n in self.counts.items()}
+        )
+        self.map_norms = nn.ModuleDict(
+            {
+                name: nn.LayerNorm(embed_dim, eps=1e-6) if map_norm else nn.Identity()
+                for name in dims
+            }
+        )
+        self.attention = MultimodalAttention(embed_dim, gram_dim)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.classifier = nn.Linear(sum(self.counts.values()) * embed_dim, num_classes)
+
+    def forward(self, fused: Mapping[str, Fused]) -> Tensor:
+        """Returns logits [B, 1 + C]; of modalities but the face, the one fused frame."""
+        present = torch.stack([fused[name].mask.any(dim=1) for name in self.counts], dim=1)
+        if self.training and self.modality_dropout_rate:
+            present = self._drop(present)
+        vectors, masks = [], []
+        for i, (name, count) in enumerate(self.counts.items()):
+            features, mask = fused[name]
+            video = self.netvlad(features.float(), mask) if name == "face" else features.float()
+            mapped = self.maps[name](video.flatten(1)).view(-1, count, self.embed_dim)
+            exists = present[:, i, None]
+            vectors.append(self.map_norms[name](mapped) * exists[..., None])
+            masks.append(exists.expand(-1, count))
+        x = torch.cat(vectors, dim=1)  # [B, M', D]
+        x = self.attention(x, torch.cat(masks, dim=1))
+        return self.classifier(self.dropout(x.flatten(1)))
+
+    def _drop(self, present: Tensor) -> Tensor:
+        draw = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
+        last = draw == draw.amax(dim=1, keepdim=True)
+        return present & ((draw >= self.modality_dropout_rate) | last)
+
+
+# Losses.
+
+
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    """Returns the sigmoid one-vs-rest focal loss [B], summed over classes.
+
+    The sum of the negative term over all classes, corrected at the label: no one-hot is built.
+    """
+    at_label = logits.gather(1, labels[:, None])  # [B, 1]
+
+    def negative(x: Tensor) -> Tensor:
+        return x.sigmoid().pow(gamma) * F.softplus(x)
+
+    corrected = negative(-at_label) - negative(at_label)
+    return negative(logits).sum(dim=1) + corrected[:, 0]
+
+
+def mixed_loss(logits: Tensor, labels: Tensor, focal_weight: Tensor | float | None) -> Tensor:
+    """Returns w x focal + (1 - w) x softmax cross-entropy, [B]; None for the latter alone."""
+    softmax = F.cross_entropy(logits, labels, reduction="none")
+    if focal_weight is None:
+        return softmax
+    return focal_weight * focal_loss(logits, labels) + (1 - focal_weight) * softmax
+
+
+# What belongs together, a training step, and ranking.
+
+
+class Recipe(NamedTuple):
+    """A net and what goes with it.
+
+    Attributes:
+      net: the net, a function of modality -> Fused.
+      fuse_train: modality -> Frames to modality -> Fused, in training.
+      fuse_eval: the same, in evaluation.
+      score: logits to what clips are ranked by.
+      focal: True where the loss has a focal part.
+    """
+
+    net: nn.Module
+    fuse_train: Callable[[Mapping[str, Frames]], dict[str, Fused]]
+    fuse_eval: Callable[[Mapping[str, Frames]], dict[str, Fused]]
+    score: Callable[[Tensor], Tensor]
+    focal: bool
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(dim=-1)
+
+
+def make_recipe(
+    net_name: str,
+    *,
+    num_classes: int,
+    dims: Mapping[str, int] | None = None,
+    width: int = 8192,
+    num_draws: int | None = None,
+    published: bool = False,
+    num_clusters: int = 3,
+) -> Recipe:
+    """Returns one of the three systems.
+
+    Args:
+      net_name: `mlp`, `residual` or `mma`.
+      num_classes: 1 + C.
+      dims: modality -> feature width; None: 512 for each modality of the net.
+      width: of `residual`.
+      num_draws: random fusions of a clip in a step; None: 1, 2 and 4.
+      published: of `mma`: the paper to the letter, with the 32 best faces.
+      num_clusters: of `mma`.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if net_name == "mlp":
+        dims = dims or {"face": 512}
+
+        def fuse_mlp(frames: Mapping[str, Frames]) -> dict[str, Fused]:
+            face = filter_frames(frames["face"], min_quality=25.0, min_detection=0.7)
+            probs = (0.25, 0.0, 0.65, 0.0, 0.10)
+            draws = num_draws or 1
+            return {"face": random_fusion(face, num_draws=draws, probs=probs, weighting="quality")}
+
+        return Recipe(
+            net=MLP(dims["face"], num_classes),
+            fuse_train=fuse_mlp,
+            fuse_eval=lambda frames: {"face": mean_frame(frames["face"], "graded")},
+            score=F.logsigmoid,
+            focal=True,
+        )
+    if net_name == "residual":
+        dims = dims or {"face": 512}
+
+        def fuse_residual(frames: Mapping[str, Frames]) -> dict[str, Fused]:
+            probs = (0.5, 0.125, 0.125, 0.125, 0.125)
+            draws = num_draws or 2
+            face = random_fusion(frames["face"], num_draws=draws, probs=probs, replacement=False)
+            return {"face": face}
+
+        return Recipe(
+            net=ResidualDense(dims["face"], num_classes, width),
+            fuse_train=fuse_residual,
+            fuse_eval=lambda frames: {"face": mean_frame(frames["face"], "quality")},
+            score=_log_softmax,
+            focal=False,
+        )
+    if net_name != "mma":
+        raise ValueError(f"unknown net {net_name!r}; known are mlp, mma, residual")
+    dims = dims or dict.fromkeys(MMA_MODALITIES, 512)
+    others = [name for name in dims if name != "face"]
+
+    def fuse_mma(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
+        if published:
+            face = top_frames(frames["face"], at_random=train)
+        elif train:
+            face = random_fusion(frames["face"], num_draws=num_draws or 4, weighting="quality")
+        else:
+            face = mean_frame(frames["face"], "quality")
+        return {"face": face, **{name: mean_frame(frames[name]) for name in others}}
+
+    plain = {"netvlad_reduce": "sum", "map_norm": False}
+    plain |= {"dropout_rate": 0.0, "modality_dropout_rate": 0.0}
+    return Recipe(
+        net=MMA(dims, num_classes, num_clusters, **(plain if published else {})),
+        fuse_train=lambda frames: fuse_mma(frames, True),
+        fuse_eval=lambda frames: fuse_mma(frames, False),
+        score=_log_softmax,
+        focal=False,
+    )
+
+
+def _autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+
+
+def _compiled(function: Callable[..., Tensor], on: bool, mode: str | None) -> Callable[..., Tensor]:
+    return torch.compile(function, mode=mode) if on else function
+
+
+def _seen(frames: Mapping[str, Frames]) -> Tensor:
+    return torch.stack([one.mask.any(dim=1) for one in frames.values()]).any(dim=0)
+
+
+class Step:
+    """One training step: fusion, net, loss, backward, fused Adam."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        compile: bool = False,
+        mode: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        focal_weight: float = 0.75,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+    ):
+        """Prepares it.
+
+        Args:
+          recipe: the net and its fusion.
+          compile: whether fusion, net and loss are compiled, as one function.
+          mode: of torch.compile.
+          dtype: of the computation, float32 or bfloat16; parameters are float32.
+          device: where the net lies.
+          focal_weight: weight of the focal loss, in a recipe that has one; later `set_focal`.
+          learning_rate: of Adam.
+          weight_decay: of matrices, decoupled from the gradient.
+        """
+        if torch.device(device).type == "cuda":
+            torch.set_float32_matmul_precision("high")  # what jax does by default there
+        self.recipe = recipe
+        self.net = recipe.net.to(device).train()
+        matrices = [x for x in self.net.parameters() if x.ndim > 1]
+        vectors = [x for x in self.net.parameters() if x.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+        # A tensor, so that another weight compiles nothing anew.
+        self.focal_weight = torch.tensor(focal_weight, device=device) if recipe.focal else None
+
+        def mean_loss(batch: Batch, focal_weight: Tensor | None) -> Tensor:
+            with torch.no_grad():
+                fused = recipe.fuse_train(batch.frames)
+            with _autocast(device, dtype):
+                logits = recipe.net(fused)
+            repeats = len(logits) // len(batch.labels)  # examples of a clip
+            labels = batch.labels.repeat_interleave(repeats)
+            losses = mixed_loss(logits.float(), labels, focal_weight)
+            seen = _seen(batch.frames).repeat_interleave(repeats)
+            return (losses * seen).sum() / seen.sum().clamp(min=1)
+
+        self.mean_loss = _compiled(mean_loss, compile, mode)
+
+    def set_focal(self, weight: float) -> None:
+        """Changes the weight of the focal loss."""
+        if self.focal_weight is not None:
+            self.focal_weight.fill_(weight)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the loss of a batch, on the device, after which the parameters are changed."""
+        loss = self.mean_loss(batch, self.focal_weight)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def make_step(
+    net_name: str,
+    *,
+    num_classes: int,
+    compile: bool = False,
+    mode: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    focal_weight: float = 0.75,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> Step:
+    """Returns a training step of one of the nets, called as step(batch) -> loss.
+
+    Args:
+      net_name, num_classes, options: as in `make_recipe`.
+      compile, mode, dtype, device, focal_weight, learning_rate, weight_decay: as in `Step`.
+    """
+    return Step(
+        make_recipe(net_name, num_classes=num_classes, **options),
+        compile=compile,
+        mode=mode,
+        dtype=dtype,
+        device=device,
+        focal_weight=focal_weight,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
+
+
+def make_scorer(
+    recipe: Recipe,
+    *,
+    compile: bool = False,
+    mode: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Callable[[Batch], Tensor]:
+    """Returns a function of a batch that gives scores [B, C] of identities, -inf where unseen."""
+    net = recipe.net.to(device)
+
+    def scores(batch: Batch) -> Tensor:
+        fused = recipe.fuse_eval(batch.frames)
+        with _autocast(device, dtype):
+            logits = net(fused)
+        scores = recipe.score(logits.float())[:, 1:]
+        return scores.masked_fill(~_seen(batch.frames)[:, None], -torch.inf)
+
+    compiled = _compiled(scores, compile, mode)
+
+    def score(batch: Batch) -> Tensor:
+        net.eval()
+        with torch.inference_mode():
+            return compiled(batch)
+
+    return score
+
+
+def rank(
+    score: Callable[[Batch], Tensor], blocks: Iterable[Batch], *, num_best: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Returns the best clips of every identity, best first: scores and rows, both [C, num_best].
+
+    Args:
+      score: of `make_scorer`.
+      blocks: the clips, in the order of their rows.
+      num_best: how many; places that no clip takes have a score of -inf.
+    """
+    start, best, rows = 0, None, None
+    with torch.inference_mode():
+        for batch in blocks:
+            scores = score(batch).T  # [C, B]
+            index = torch.arange(start, start + scores.shape[1], device=scores.device)
+            start += scores.shape[1]
+            index = index.expand(len(scores), -1)
+            if best is not None and rows is not None:
+                scores, index = torch.cat([best, scores], dim=1), torch.cat([rows, index], dim=1)
+            best, place = scores.topk(min(num_best, scores.shape[1]), dim=1)
+            rows = index.gather(1, place)
+    if best is None or rows is None:
+        raise ValueError("no clips to rank")
+    return best, rows
+
+
+def mean_average_precision(
+    rows: np.ndarray, scores: np.ndarray, labels: np.ndarray, positives: np.ndarray
+) -> float:
+    """Returns MAP: the mean over identities with positives of the average precision.
+
+    Args:
+      rows: [C, 100] int, clips, best first.
+      scores: [C, 100] float; -inf where there is no clip.
+      labels: [N] int, 1 + identity, or 0.
+      positives: [C] int, ground-truth clips of every identity.
+    """
+    hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(scores)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1])
+    known = positives > 0
+    return float(np.mean((precision * hits).sum(axis=1)[known] / positives[known]))
+
+
+# The official files in memory.
+
+
+class Clip(NamedTuple):
+    """One modality of one clip: features [T, D], quality [T], detection [T]."""
+
+    features: np.ndarray
+    quality: np.ndarray
+    detection: np.ndarray
+
+
+def load_clips(directory: Path, modality: str, split: str) -> dict[str, Clip]:
+    """Returns clip name -> Clip, of clips with a frame, unpickled from an official file."""
+    path = directory / f"{modality}_{split}_v2.pickle"
+    if not path.is_file():
+        path = directory / f"{modality}_{split}.pickle"
+    with path.open("rb") as file:
+        content = pickle.load(file, encoding="bytes")
+    clips = {}
+    for key, frames in content.items():
+        if len(frames):
+            name = key.decode() if isinstance(key, bytes) else key
+            clips[name.removesuffix(".mp4")] = _stack(modality, frames)
+    return clips
+
+
+def _stack(modality: str, frames: Any) -> Clip:
+    if modality == "audio":  # one array a clip
+        features = np.asarray(frames)[None]
+    else:
+        features = np.stack([frame[-1] for frame in frames])
+    quality = np.zeros(len(features), np.float32)
+    detection = np.ones(len(features), np.float32)
+    if modality in ("face", "head"):
+        detection[:] = [frame[2] for frame in frames]
+    if modality == "face":
+        quality[:] = [frame[3] for frame in frames]
+    return Clip(features, quality, detection)
+
+
+def load_truth(directory: Path, split: str) -> dict[str, int]:
+    """Returns clip name -> identity, of `train_gt.txt` or of the inverted `val_gt.txt`."""
+    labels = {}
+    for line in (directory / f"{split}_gt.txt").read_text().splitlines():
+        first, *rest = line.split()
+        pairs = [(first, rest[0])] if split == "train" else [(name, first) for name in rest]
+        labels.update((name.removesuffix(".mp4"), int(identity)) for name, identity in pairs)
+    return labels
+
+
+class ClipDataset(Dataset):
+    """The clips of one split in memory, as arrays per clip.
+
+    Attributes:
+      names: [N] clip names. In training, those with a label; in evaluation by length, so that
+        blocks are padded little.
+      labels: [N] int64, class columns; 0 for others.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        modalities: Sequence[str],
+        columns: Mapping[int, int],
+        *,
+        train: bool,
+        max_frames: int = 64,
+    ):
+        """Loads the files.
+
+        Args:
+          directory: of the official files.
+          split: train or val.
+          modalities: which to load.
+          columns: identity -> class column, from 1.
+          train: whether clips without a label are left out, and longer ones cut at random.
+          max_frames: of a clip in training.
+        """
+        clips = {name: load_clips(directory, name, split) for name in modalities}
+        truth = load_truth(directory, split)
+        names = sorted(set().union(*clips.values()))
+        if train:
+            names = [name for name in names if truth.get(name) in columns]
+        else:
+            lead = clips[modalities[0]]
+            names.sort(key=lambda name: len(lead[name].features) if name in lead else 0)
+        self.names, self.train, self.max_frames = names, train, max_frames
+        self.labels = np.array([columns.get(truth.get(n, -1), 0) for n in names], np.int64)
+        self.clips = [{m: clips[m].get(name) for m in modalities} for name in names]
+        self.dims = {m: next(iter(clips[m].values())).features.shape[1] for m in modalities}
+        self.dtypes = {m: next(iter(clips[m].values())).features.dtype for m in modalities}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, row: int) -> tuple[dict[str, Clip | None], int]:
+        clips = self.clips[row]
+        if self.train:
+            clips = {name: self._cut(clip) for name, clip in clips.items()}
+        return clips, int(self.labels[row])
+
+    def _cut(self, clip: Clip | None) -> Clip | None:
+        if clip is None or len(clip.features) <= self.max_frames:
+            return clip
+        start = int(torch.randint(len(clip.features) - self.max_frames + 1, ()))
+        return Clip(*(x[start : start + self.max_frames] for x in clip))
+
+    def collate(self, examples: Sequence[tuple[dict[str, Clip | None], int]]) -> Batch:
+        """Returns clips as a batch, padded to a multiple of FRAME_STEP where there are several."""
+        frames = {}
+        for name, dim in self.dims.items():
+            clips = [one[name] for one, _ in examples]
+            lengths = [len(clip.features) if clip else 0 for clip in clips]
+            longest = max(1, *lengths)
+            if longest > 1:
+                longest = math.ceil(longest / FRAME_STEP) * FRAME_STEP
+            shape = (len(clips), longest)
+            features = np.zeros((*shape, dim), self.dtypes[name])
+            quality, detection = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+            for i, clip in enumerate(clips):
+                if clip is not None:
+                    features[i, : lengths[i]] = clip.features
+                    quality[i, : lengths[i]] = clip.quality
+                    detection[i, : lengths[i]] = clip.detection
+            mask = np.arange(longest) < np.array(lengths)[:, None]
+            arrays = (features, quality, detection, mask)
+            frames[name] = Frames(*(torch.from_numpy(x) for x in arrays))
+        return Batch(frames, torch.tensor([label for _, label in examples]))
+
+
+def make_loader(
+    dataset: ClipDataset, batch_size: int, *, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Returns batches: in training, shuffled and of one size; in evaluation, in order and all."""
+    return DataLoader(
+        dataset,
+        batch_size=min(batch_size, len(dataset)),
+        shuffle=dataset.train,
+        drop_last=dataset.train,
+        collate_fn=dataset.collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+# The whole run.
+
+
+def learning_rate_scale(step: int, num_steps: int, warmup: float = 0.1) -> float:
+    """Returns what the peak is multiplied by: a linear warm-up, then a cosine to .01."""
+    warmup_steps = max(1, math.ceil(warmup * num_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+
+
+def focal_share(share: float) -> float:
+    """Returns the weight of the focal loss at a share of the run, as published of 200 epochs."""
+    return 0.75 if share < 0.12 else 1.0 if share < 0.5 else 0.98
+
+
+def fit(
+    directory: str | Path,
+    *,
+    net_name: str = "mlp",
+    modalities: Sequence[str] | None = None,
+    epochs: int = 10,
+    batch_size: int = 1024,
+    block_size: int = 1024,
+    compile: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    num_workers: int = 0,
+    learning_rate: float = 1e-3,
+    checkpoint: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Returns what a whole run took, and the MAP@100 that it reached on val.
+
+    Args:
+      directory: of the official files.
+      net_name, options: as in `make_recipe`.
+      modalities: of `mma`, face among them; None: face, head, body and audio.
+      epochs: passes over the training clips.
+      batch_size: clips a step.
+      block_size: clips that are scored at a time.
+      compile, dtype, device, learning_rate: as in `Step`.
+      num_workers: processes that make batches; 0: none beside the main one.
+      checkpoint: where to save; None: a temporary file.
+
+    Returns:
+      `seconds`, phase -> seconds (`wait`, for batches, and `first_step`, compilation included, are
+      parts of `train`); `map`; `clips_trained`, `clips_ranked`, and clips per second of both.
+    """
+    directory, cuda = Path(directory), torch.device(device).type == "cuda"
+    clock = _Clock(cuda)
+    identities = sorted(set(load_truth(directory, "train").values()))
+    columns = {identity: 1 + i for i, identity in enumerate(identities)}
+    if net_name != "mma":
+        modalities = ("face",)
+    modalities = modalities or MMA_MODALITIES
+    train = ClipDataset(directory, "train", modalities, columns, train=True)
+    val = ClipDataset(directory, "val", modalities, columns, train=False)
+    clock.lap("load")
+
+    torch.manual_seed(0)
+    recipe = make_recipe(net_name, num_classes=1 + len(columns), dims=train.dims, **options)
+    step = Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
+    loader = make_loader(train, batch_size, num_workers=num_workers, pin_memory=cuda)
+    num_steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        step.optimizer, lambda done: learning_rate_scale(done, num_steps)
+    )
+    clock.lap("build")
+
+    number, loss = 0, torch.zeros(())
+    for batch in clock.waiting(batch for _ in range(epochs) for batch in loader):
+        step.set_focal(focal_share(number / num_steps))
+        loss = step(_to_device(batch, device))
+        schedule.step()
+        if number == 0:
+            clock.note("first_step")
+        number += 1
+    clips_trained = number * min(batch_size, len(train))
+    last_loss = loss.item()
+    clock.lap("train")
+
+    score = make_scorer(recipe, compile=compile, dtype=dtype, device=device)
+    blocks = make_loader(val, block_size, num_workers=num_workers, pin_memory=cuda)
+    best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
+    truth = load_truth(directory, "val")
+    positives = np.zeros(len(columns), np.int64)
+    strangers = set()  # identities that training does not have: they count, with nothing found
+    for identity in truth.values():
+        if identity in columns:
+            positives[columns[identity] - 1] += 1
+        else:
+            strangers.add(identity)
+    value = mean_average_precision(rows.cpu().numpy(), best.cpu().numpy(), val.labels, positives)
+    known = int((positives > 0).sum())
+    clock.lap("evaluate")
+
+    with tempfile.TemporaryDirectory() as folder:
+        state = {"net": step.net.state_dict(), "optimizer": step.optimizer.state_dict()}
+        torch.save({**state, "step": number}, checkpoint or Path(folder) / "checkpoint.pt")
+    clock.lap("save")
+    seconds = clock.seconds
+    return {
+        "net": net_name,
+        "compile": compile,
+        "dtype": str(dtype).removeprefix("torch."),
+        "map": value * known / max(1, known + len(strangers)),
+        "loss": last_loss,
+        "steps": number,
+        "clips_trained": clips_trained,
+        "clips_ranked": len(val),
+        "train_clips_per_second": clips_trained / seconds["train"],
+        "eval_clips_per_second": len(val) / seconds["evaluate"],
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self, cuda: bool):
+        self.cuda = cuda
+        self.seconds: dict[str, float] = {}
+        self.began = self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a phase."""
+        self.note(name)
+        self.last = time.perf_counter()
+        self.seconds["total"] = self.last - self.began
+
+    def note(self, name: str) -> None:
+        """Notes the seconds since the last phase."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] = time.perf_counter() - self.last
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields batches, and adds up the seconds that they take to come."""
+        self.seconds["wait"] = 0.0
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self.seconds["wait"] += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
+def main() -> None:
+    """Prints the result of a whole run as one line of JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path, help="of official files")
+    parser.add_argument("--net", choices=("mlp", "residual", "mma"), default="mlp")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=1024)
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--width", type=int, default=8192, help="of the residual net")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--published", action="store_true", help="mma to the letter")
+    parser.add_argument("--checkpoint", type=Path)
+    args = parser.parse_args()
+    result = fit(
+        args.directory,
+        net_name=args.net,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        block_size=args.block_size,
+        compile=args.compile,
+        dtype=torch.bfloat16 if args.bfloat16 else torch.float32,
+        device=args.device,
+        num_workers=args.num_workers,
+        learning_rate=args.learning_rate,
+        checkpoint=args.checkpoint,
+        width=args.width,
+        published=args.published,
+    )
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

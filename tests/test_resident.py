@@ -1,0 +1,741 @@
+"""Resident clips: what is drawn, what is shown, and that no bit depends on how steps are called."""
+
+import itertools
+import json
+import os
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.clip_files import random_clip, write_pickle, write_truth
+from tests.small_runs import (
+    STREAMED,
+    Interrupting,
+    Spoilt,
+    assert_equal_weights,
+    interrupt_dispatch,
+    run,
+    shrunk,
+)
+from vidjax import evaluate as evaluate_lib
+from vidjax import feed, fusion, members, resident, selection, steps
+from vidjax import mesh as mesh_lib
+from vidjax import workdir as workdir_lib
+from vidjax.batch import Batch, Frames, Packed, Rows
+from vidjax.checkpoint import manifests
+from vidjax.data import pipeline
+from vidjax.system import Sizes, make_system
+
+MMA = "configs/mma.py:iqiyi_vid"
+MLP = "configs/quality_fusion.py:iqiyi_vid"
+FIELDS = ("features", "quality", "detection", "number", "mask")
+
+
+def order_of(num_clips, epochs, seed=0, first=0):
+    """Returns [epochs, N], the orders of some epochs in a row."""
+    rng = jax.random.key(seed)
+    epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), num_clips)
+    place = np.tile(np.arange(num_clips, dtype=np.int32), epochs)
+    order = jax.jit(lambda e, p: resident.shuffled(rng, e, p, num_clips))(epoch, place)
+    return np.asarray(order).reshape(epochs, num_clips)
+
+
+@pytest.mark.parametrize("num_clips", [1, 2, 5, 97, 1000, 57820])
+def test_every_clip_has_one_place_in_an_order(num_clips):
+    for order in order_of(num_clips, 3, first=40_000):
+        np.testing.assert_array_equal(np.sort(order), np.arange(num_clips))
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = np.concatenate([order_of(97, 50), order_of(97, 50, seed=1)])
+    assert len(np.unique(orders, axis=0)) == 100
+    np.testing.assert_array_equal(order_of(97, 50)[20:30], order_of(97, 10, first=20))
+
+
+def p_values(orders):
+    """Returns how likely orders at random are to be less even than these.
+
+    In the clip of every place, for which counts of permutations have (N - 1)^2 degrees of freedom;
+    and in the pairs of clips that stand at two places in a row, for each of these.
+    """
+    epochs, num_clips = orders.shape
+    places = np.arange(num_clips)
+    counts = np.zeros((num_clips, num_clips))
+    np.add.at(counts, (np.broadcast_to(places, orders.shape), orders), 1)
+    statistic = np.sum((counts - epochs / num_clips) ** 2) * (num_clips - 1) / epochs
+    found = [stats.chi2.sf(statistic, (num_clips - 1) ** 2)]
+    pairs = num_clips * (num_clips - 1)
+    for left, right in itertools.pairwise(orders.T):
+        seen = np.bincount(num_clips * left + right, minlength=num_clips**2)
+        seen = seen.reshape(num_clips, num_clips)[places[:, None] != places]
+        found.append(stats.chisquare(seen, np.full(pairs, epochs / pairs)).pvalue)
+    return found
+
+
+@pytest.mark.parametrize("num_clips", [6, 7, 12, 97])
+def test_orders_are_even(num_clips):
+    places, *neighbours = p_values(order_of(num_clips, 3000))
+    assert places > 1e-3
+    assert min(neighbours) > 1e-4
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_unevenness_of_too_few_rounds_would_show(rounds, monkeypatch):
+    monkeypatch.setattr(resident, "ROUNDS", rounds)
+    assert min(p_values(order_of(7, 3000))) < 1e-9
+
+
+@pytest.mark.slow
+def test_no_order_of_six_clips_is_missing():
+    _, seen = np.unique(order_of(6, 36_000), axis=0, return_counts=True)  # 50 of each
+    assert len(seen) == 720 and seen.max() < 150
+
+
+def pack(lengths, *, dim=3, seed=0):
+    """Returns Packed of made-up clips; the first feature of a frame is where it lies."""
+    lengths = np.asarray(lengths, np.int32)
+    total = int(lengths.sum())
+    frames = random_clip(np.random.default_rng(seed), total + 1, dim, "float32")
+    frames.features[:, 0] = np.arange(total + 1)
+    for field in (frames.features, frames.quality, frames.detection, frames.number):
+        field[-1] = 0
+    start = np.cumsum(lengths, dtype=np.int32) - lengths
+    return Packed(frames.features, frames.quality, frames.detection, frames.number, start, lengths)
+
+
+LENGTHS = (4, 0, 11, 1, 30, 7, 8)  # of 7 clips
+
+
+def drawer(clips, plan):
+    """Returns a function of a step that gives its batch as numpy arrays, features read."""
+    clips = jax.device_put(clips)
+
+    @jax.jit
+    def draw(step):
+        batch = resident.draw_batch(clips, plan, step)
+        frames = {
+            name: one._replace(features=selection.read(one.features))
+            for name, one in batch.frames.items()
+        }
+        return batch._replace(frames=frames)
+
+    return lambda step: jax.device_get(draw(np.int32(step)))
+
+
+def plan_of(*, batch_size=4, seed=3, num_clips=7, sizes=None, cropped=("face",)):
+    return resident.Plan(seed, batch_size, num_clips, sizes or {"face": 8, "audio": 1}, cropped)
+
+
+def two_modalities():
+    return {"face": pack(LENGTHS), "audio": pack((1, 0, 1, 1, 0, 1, 1), seed=1)}
+
+
+@pytest.mark.parametrize("batch_size", [4, 25])
+def test_batches_give_every_clip_once_an_epoch(batch_size):
+    draw = drawer(two_modalities(), plan_of(batch_size=batch_size))
+    batches = [draw(step) for step in range(1 + 4 * 7 // batch_size)]
+    assert all(batch.clip_index.shape == (batch_size,) for batch in batches)
+    assert all(batch.batch_mask.all() for batch in batches)
+    order = np.concatenate([batch.clip_index for batch in batches])[: 4 * 7].reshape(4, 7)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(7), (4, 1)))
+    assert len(np.unique(order, axis=0)) > 1
+    whole = drawer(two_modalities(), plan_of(batch_size=28))(0)
+    np.testing.assert_array_equal(order.ravel(), whole.clip_index)
+
+
+def test_clips_show_all_their_frames_or_a_window_in_a_row():
+    clips = two_modalities()
+    draw = drawer(clips, plan_of())
+    starts = {2: set(), 4: set()}
+    for step in range(120):
+        batch = draw(step)
+        for name, size in (("face", 8), ("audio", 1)):
+            one, packed = batch.frames[name], clips[name]
+            assert one.features.shape == (4, size, 3)
+            for row, clip in enumerate(batch.clip_index):
+                length = min(packed.length[clip], size)
+                assert one.mask[row].tolist() == [True] * length + [False] * (size - length)
+                for field in FIELDS[:-1]:
+                    assert not getattr(one, field)[row, length:].any()
+                if not length:
+                    continue
+                first = int(one.features[row, 0, 0]) - packed.start[clip]
+                assert 0 <= first <= packed.length[clip] - length
+                at = packed.start[clip] + first + np.arange(length)
+                for field in FIELDS[:-1]:
+                    wanted = getattr(packed, field)[at]
+                    np.testing.assert_array_equal(getattr(one, field)[row, :length], wanted)
+                if name == "face" and clip in starts:
+                    starts[clip].add(first)
+    assert starts[2] == {0, 1, 2, 3}
+    assert len(starts[4]) > 15 and min(starts[4]) == 0 and max(starts[4]) == 22
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    clips = two_modalities()
+    draw, again = drawer(clips, plan_of()), drawer(clips, plan_of())
+    batches = [draw(step) for step in range(6)]
+    for step in (5, 0, 3):
+        jax.tree.map(np.testing.assert_array_equal, batches[step], again(step))
+    other = [drawer(clips, plan_of(seed=4))(step) for step in range(6)]
+    assert any((a.clip_index != b.clip_index).any() for a, b in zip(batches, other, strict=True))
+    # Windows of the same order differ, too: those of a step and those of a modality.
+    one = drawer({"face": pack([30])}, plan_of(num_clips=1, batch_size=9, sizes={"face": 8}))
+    starts = np.stack([one(step).frames["face"].features[:, 0, 0] for step in range(4)])
+    assert len(np.unique(starts, axis=0)) == 4 and len(np.unique(starts[0])) > 3
+    twins = {name: pack([30] * 7) for name in ("face", "head")}
+    plan = plan_of(sizes={"face": 8, "head": 8}, cropped=("face", "head"))
+    both = drawer(twins, plan)(0).frames
+    assert (both["face"].features != both["head"].features).any()
+
+
+def test_draws_do_not_depend_on_the_number_of_devices():
+    clips, plan = two_modalities(), plan_of(batch_size=8)
+    found = []
+    for devices in (1, 8):
+        mesh = mesh_lib.make_mesh(devices)
+        on_device = mesh_lib.replicate(mesh, clips)
+
+        @jax.jit
+        def draw(clips, step, mesh=mesh):
+            return mesh_lib.constrain_batch(mesh, resident.draw_batch(clips, plan, step))
+
+        found.append([jax.device_get(draw(on_device, np.int32(step))) for step in range(5)])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+WIDTHS = {"audio": 4, "body": 3, "face": 6}
+COUNTS = {"train": 33, "val": 20, "test": 6}
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """Clips of 0 to 700 frames; of a few, qualities tie or are not numbers."""
+    folder = tmp_path_factory.mktemp("ragged")
+    for split, count in COUNTS.items():
+        rng = np.random.default_rng(count)
+        names = [f"{split}_{number:03d}" for number in range(count)]
+        clips = {name: {} for name in WIDTHS}
+        for number, name in enumerate(names):
+            length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
+            clips["face"][name] = random_clip(rng, length, WIDTHS["face"])
+            if number % 3:
+                clips["audio"][name] = random_clip(rng, 1, WIDTHS["audio"])
+            if number % 2:
+                body = random_clip(rng, 600 if number == 7 else 2, WIDTHS["body"])
+                clips["body"][name] = body
+        for name in names[1:3]:
+            quality = clips["face"][name].quality
+            quality[:] = np.round(quality / 20)
+        for modality, of_modality in clips.items():
+            write_pickle(folder, modality, split, of_modality)
+        truth = {name: str(number % 5 + 1) for number, name in enumerate(names)}
+        write_truth(folder, split, truth)
+    return pipeline.load("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
+
+
+def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face", "audio", "body")):
+    """Returns the train and val splits as Resident, their plan for batches of 8, and the layout."""
+    mesh = mesh_lib.make_mesh(devices)
+    stream = {"modalities": modalities, "max_frames": max_frames, "crop": crop}
+    layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
+    plan = resident.make_plan(data, splits=("train",), batch_size=8, seed=3, **stream)
+    return resident.Resident(data, layout, mesh), plan, layout
+
+
+def shown(batches):
+    """Returns clip -> its Frames by modality, read, each clip once; padding must be empty."""
+    found = {}
+    for batch in batches:
+        frames = {
+            name: Frames(selection.read(one.features), *one[1:])
+            for name, one in batch.frames.items()
+        }
+        frames, mask = jax.device_get((frames, batch.batch_mask))
+        for row, clip in enumerate(np.asarray(batch.clip_index).tolist()):
+            one = jax.tree.map(lambda x, row=row: x[row], frames)
+            if not mask[row]:
+                assert clip == 0 and not any(frames.mask.any() for frames in one.values())
+                continue
+            assert clip not in found
+            found[clip] = one
+    return found
+
+
+def assert_same_clips(left, right):
+    assert left.keys() == right.keys()
+    for clip, frames in left.items():
+        for name, one in frames.items():
+            for field in FIELDS:
+                a, b = getattr(one, field), getattr(right[clip][name], field)
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b, err_msg=f"{clip} {name} {field}")
+
+
+@pytest.fixture(scope="module")
+def held(ragged):
+    return clips_of(ragged)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluation_sees_what_streaming_shows(ragged, held, split):
+    clips, modalities = held[0], ("face", "audio", "body")
+    count = COUNTS[split]
+    only = np.random.default_rng(0).random(count) < 0.4
+    lengths = np.maximum(ragged.longest(split, modalities), 40)
+    assert (clips.longest(split, modalities) == ragged.longest(split, modalities)).all()
+    assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
+    cases = [
+        (modalities, {}, count),
+        (("face",), {"only": only}, only.sum()),
+        (("body", "audio"), {"lengths": lengths}, count),
+        (("face",), {"only": np.zeros_like(only)}, 0),
+    ]
+    for names, chosen, number in cases:
+        arguments = {"split": split, "rows": 4, "modalities": names, **chosen}
+        wanted = shown(ragged.eval_batches(**arguments))
+        assert_same_clips(shown(clips.eval_batches(**arguments)), wanted)
+        assert len(wanted) == number
+
+
+def test_evaluation_sees_the_same_on_eight_devices(ragged):
+    clips, _, _ = clips_of(ragged, devices=8, modalities=("face",))
+    arguments = {"split": "val", "modalities": ("face",), "rows": 16}
+    assert_same_clips(
+        shown(clips.eval_batches(**arguments)), shown(ragged.eval_batches(**arguments))
+    )
+
+
+def test_blocks_of_a_split_by_name_are_those_of_streaming(ragged, held):
+    arguments = {"split": "val", "modalities": ("face", "body"), "rows": 4}
+    pairs = zip(held[0].eval_batches(**arguments), ragged.eval_batches(**arguments), strict=True)
+    blocks = {}
+    for ours, _ in pairs:
+        size = ours.frames["face"].mask.shape[1]
+        blocks.setdefault(size, []).append(np.asarray(ours.clip_index)[np.asarray(ours.batch_mask)])
+    for batch in ragged.eval_batches(**arguments):
+        size = batch.frames["face"].mask.shape[1]
+        np.testing.assert_array_equal(blocks[size].pop(0), batch.clip_index[batch.batch_mask])
+
+
+def test_a_split_that_is_not_resident_is_streamed(ragged, held):
+    arguments = {"split": "test", "modalities": ("face", "audio"), "rows": 4}
+    ours, theirs = held[0].eval_batches(**arguments), ragged.eval_batches(**arguments)
+    for left, right in zip(ours, theirs, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("crop", [pytest.param("window", marks=pytest.mark.slow), "quality"])
+def test_training_sees_the_clips_that_streaming_shows(ragged, crop):
+    """Apart from windows of longer ones, which are drawn otherwise."""
+    modalities = ("face", "audio", "body")
+    clips, plan, _ = clips_of(ragged, crop=crop)
+    assert plan.cropped == (("face", "body") if crop == "window" else ())
+    stream = ragged.train_batches(
+        splits=("train",), modalities=modalities, batch_size=33, max_frames=7, crop=crop, seed=0
+    )
+    wanted = shown([next(stream)])
+    found = shown([drawer(clips.train, plan._replace(batch_size=33))(0)])
+    if crop == "window":
+        longer = ragged.longest("train", modalities) > 7
+        assert longer.sum() > 5
+        for clip in np.flatnonzero(longer).tolist():
+            del found[clip], wanted[clip]
+    assert_same_clips(found, wanted)
+
+
+def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
+    splits = ("val", "train")
+    stream = {"modalities": ("face",), "max_frames": 800, "crop": "window"}
+    layout = resident.make_layout(ragged, train_splits=splits, eval_split="train", **stream)
+    assert layout.splits == splits
+    clips = resident.Resident(ragged, layout, mesh_lib.make_mesh(1))
+    plan = resident.make_plan(ragged, splits=splits, batch_size=53, seed=0, **stream)
+    host = next(ragged.train_batches(splits=splits, batch_size=53, seed=0, **stream))
+    assert_same_clips(shown([drawer(clips.train, plan)(2)]), shown([host]))
+
+
+FUSIONS = [
+    {"name": "all"},
+    {"name": "crops"},
+    {"name": "mean", "weighting": "graded"},
+    {"name": "random", "num_draws": 3, "sampling": "quality", "weighting": "quality"},
+    {
+        "name": "random",
+        "num_draws": 2,
+        "max_frames": 2,
+        "replacement": False,
+        "weighting": "mixup",
+    },
+    {"name": "sample", "num_frames": 5},
+    {"name": "top", "num_frames": 5},
+    {"name": "windows"},
+]
+FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
+
+
+def test_every_fusion_is_here():
+    assert {spec["name"] for spec in FUSIONS} == set(fusion._FUSIONS)
+
+
+@pytest.mark.parametrize(
+    ("filters", "dtype"),
+    [
+        pytest.param({}, "float32", marks=pytest.mark.slow, id="whole"),
+        pytest.param(FILTERS, "float16", id="filtered"),
+    ],
+)
+@pytest.mark.parametrize("spec", FUSIONS, ids=lambda spec: spec["name"])
+def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
+    packed = pack((9, 0, 3, 1, 5, 16), dim=5)
+    packed = packed._replace(features=(packed.features % 7).astype(dtype))
+    packed = jax.device_put(packed)
+    lazy = resident.frames_of(packed, np.arange(6), np.arange(6) < 5, 12)
+    assert isinstance(lazy.features, Rows) and lazy.features.shape == (6, 12, 5)
+    plain = lazy._replace(features=selection.read(lazy.features))
+    fuse = jax.jit(
+        lambda one: (lambda fused: fused._replace(features=selection.read(fused.features)))(
+            fusion.make_fusion({**spec, **filters})(jax.random.key(4), one)
+        )
+    )
+    ours, wanted = fuse(lazy), fuse(plain)
+    for field in FIELDS:
+        left, right = getattr(ours, field), getattr(wanted, field)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right, err_msg=field)
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+class Setting:
+    """A shipped system on resident clips: its loop, and a state to begin with."""
+
+    def __init__(self, data, *words, spec, devices=1):
+        config = shrunk(*words, spec=spec)
+        modalities = {name: data.modalities[name].dim for name in config.modalities}
+        labels = data.split("train").labels
+        sizes = Sizes(modalities, 12, None, len(labels), 24, train_other=False)
+        self.system = make_system(config.to_dict(), sizes)
+        self.mesh = mesh_lib.make_mesh(devices)
+        stream = {
+            "modalities": tuple(modalities),
+            "max_frames": config.data.max_frames,
+            "crop": "window",
+        }
+        layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
+        self.clips = resident.Resident(data, layout, self.mesh).train
+        self.plan = resident.make_plan(data, splits=("train",), batch_size=32, seed=0, **stream)
+        self.tables = mesh_lib.replicate(
+            self.mesh, steps.make_tables((members.Member(),), np.ones((1, len(labels))))
+        )
+        rngs = members.make_rngs((members.Member(),), 0)
+        init = jax.jit(
+            lambda: steps.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            out_shardings=mesh_lib.replicated(self.mesh),
+        )
+        self._start = init()
+        self.loop: Any = steps.make_train_loop(
+            self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
+        )
+
+    def start(self):
+        return jax.tree.map(lambda x: x.copy(), self._start)
+
+    def run(self, *counts):
+        """Returns the state after some calls, and what the last one said."""
+        state = self.start()
+        outcome = steps.Outcome(jnp.zeros(1), jnp.int32(-1))
+        for count in counts:
+            state, outcome = self.loop(state, self.tables, self.clips, np.int32(count))
+        return state, outcome
+
+    def host_batches(self, count):
+        """Yields the batches of the first steps, padded by numpy from the clips they name."""
+        draw = jax.jit(lambda clips, step: resident.draw_batch(clips, self.plan, step).clip_index)
+        clips = jax.device_get(self.clips)
+        for step in range(count):
+            clip_index = np.asarray(draw(self.clips, np.int32(step)))
+            frames = {}
+            for name, size in self.plan.sizes.items():
+                packed, parts = clips[name], []
+                for field in FIELDS[:-1]:
+                    values = getattr(packed, field)
+                    padded = np.zeros((len(clip_index), size, *values.shape[1:]), values.dtype)
+                    for row, clip in enumerate(clip_index):
+                        first, length = packed.start[clip], packed.length[clip]
+                        padded[row, :length] = values[first : first + length]
+                    parts.append(padded)
+                mask = np.arange(size) < packed.length[clip_index][:, None]
+                frames[name] = Frames(*parts, mask=mask)
+            yield Batch(frames, clip_index, np.ones(len(clip_index), bool))
+
+
+def assert_same_state(left, right):
+    for name in ("step", "params", "model_state", "opt_state", "sums"):
+        a, b = jax.device_get((getattr(left, name), getattr(right, name)))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [MMA, MLP], ids=["mma", "mlp"])
+def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
+    setting = Setting(data, spec=spec)
+    assert not setting.plan.cropped
+    wanted, outcome = setting.run(*[1] * 8)
+    for counts in ((3, 5), (8,)):
+        state, last = setting.run(*counts)
+        assert_same_state(state, wanted)
+        jax.tree.map(np.testing.assert_array_equal, last, outcome)
+    assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
+    assert setting.loop._cache_size() == 1
+
+    step, state = steps.make_train_step(setting.system, setting.mesh), setting.start()
+    losses = np.zeros(1)
+    for batch in setting.host_batches(8):
+        on_device = mesh_lib.shard_batch(setting.mesh, batch)
+        state, losses = step(state, setting.tables, on_device)
+    assert_same_state(state, wanted)
+    np.testing.assert_array_equal(losses, outcome.loss)
+
+
+@pytest.mark.slow
+def test_parameters_do_not_depend_on_the_number_of_devices(data):
+    sgd = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
+    left, right = (
+        jax.device_get(Setting(data, *sgd, spec=MLP, devices=devices).run(8)[0].params)
+        for devices in (1, 8)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), left, right)
+
+
+@pytest.mark.slow
+def test_a_loop_says_which_step_went_wrong_first(data):
+    setting = Setting(data, spec=MLP)
+    setting.plan = setting.plan._replace(batch_size=8)
+    clip = first_with_a_face(data, order_of_plan(setting)[40:])
+    face = setting.clips["face"]
+    start = int(face.start[clip])
+    spoilt = face.features.at[start : start + int(face.length[clip])].set(jnp.nan)
+    setting.clips["face"] = face._replace(features=spoilt)
+    wanted = order_of_plan(setting).index(clip) // 8
+    assert wanted >= 5
+    for counts in ((12,), (3, wanted - 2)):
+        assert int(setting.run(*counts)[1].bad_step) == wanted
+    assert int(setting.run(wanted)[1].bad_step) == -1
+
+
+def order_of_plan(setting):
+    """Returns the clips of the first epoch."""
+    whole = setting.plan._replace(batch_size=setting.plan.num_clips)
+    return drawer(setting.clips, whole)(0).clip_index.tolist()
+
+
+def first_with_a_face(data, clips):
+    return next(clip for clip in clips if data.split("train").lengths["face"][clip])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_a_run_says_at_which_step_the_loss_is_no_number(data, tmp_path, mode):
+    words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
+    if mode == "resident":
+        order = order_of_plan(Setting(data, spec=MLP))
+    else:
+        stream = data.train_batches(
+            splits=("train",), modalities=("face",), batch_size=96, max_frames=8, crop="window",
+            seed=0,
+        )  # fmt: skip
+        order = next(stream).clip_index.tolist()
+    clip = first_with_a_face(data, order[40:])
+    spoilt = Spoilt(data, {"train": np.arange(96) == clip, "val": np.zeros(60, bool)}, np.nan)
+    number = order.index(clip) // 8 + 1
+    with pytest.raises(ValueError, match=f"the loss is nan at step {number}, learning rate"):
+        run(shrunk(*words, "--config.log_every_steps=20", spec=MLP), tmp_path, spoilt)
+    assert not manifests(tmp_path)
+
+
+def test_the_first_loss_that_is_not_finite_is_remembered():
+    outcome = steps.Outcome(jnp.zeros(2), jnp.int32(-1))
+    for step, losses in enumerate([(1, 2), (3, np.inf), (4, 5), (np.nan, 6)], start=7):
+        outcome = steps.watch_loss(outcome, jnp.int32(step), jnp.asarray(losses, jnp.float16))
+        assert int(outcome.bad_step) == (-1 if step == 7 else 8)
+        assert outcome.loss.dtype == jnp.float32
+        np.testing.assert_array_equal(outcome.loss, losses)
+
+
+class Stopping:
+    """A dataset that sends this process a signal when its n-th evaluation begins."""
+
+    def __init__(self, data, number):
+        self._data, self._left = data, number
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def longest(self, *args):
+        self._left -= 1
+        if self._left < 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self._data.longest(*args)
+
+
+RUN = ("--config.eval.every_epochs=3", "--config.num_epochs=6")  # of 18 steps; 9 is watched
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of a run on resident clips whose dispatches are as long as may be."""
+    folder = tmp_path_factory.mktemp("resident") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "DISPATCH_SECONDS", 1e9)
+        run(shrunk(*RUN, spec=MLP), folder, data)
+    assert {one["mode"] for one in manifests(folder).values()} == {"resident"}
+    return folder
+
+
+def assert_same_runs(left, right):
+    for name in ("metrics.jsonl", "ranking.txt"):
+        assert (left / name).read_bytes() == (right / name).read_bytes(), name
+    assert_equal_weights(left, right)
+
+
+@pytest.mark.slow
+def test_short_dispatches_change_nothing(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(feed, "DISPATCH_SECONDS", 0.0)
+    run(shrunk(*RUN, spec=MLP), tmp_path, data)
+    assert_same_runs(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, monkeypatch):
+    """And stays resident where there is no longer room for it by what a new run would say."""
+    config = shrunk(*RUN, spec=MLP)
+    with monkeypatch.context() as patch, pytest.raises(workdir_lib.Interrupted):
+        interrupt_dispatch(patch, 2, signal.SIGTERM)
+        run(config, tmp_path, data)
+    stopped = max(manifests(tmp_path))
+    assert 2 < stopped < 9
+    monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
+    with pytest.raises(workdir_lib.Interrupted) as caught:
+        run(config, tmp_path, Stopping(data, 0))
+    assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
+    run(config, tmp_path, data)
+    assert_same_runs(tmp_path, whole)
+    assert {one["mode"] for one in manifests(tmp_path).values()} == {"resident"}
+
+
+@pytest.mark.slow
+def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
+    run(shrunk(*RUN, STREAMED, spec=MLP), tmp_path / "whole", data)
+    config, parts = shrunk(*RUN, spec=MLP), tmp_path / "parts"
+    with monkeypatch.context() as patch, pytest.raises(workdir_lib.Interrupted):
+        patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
+        run(config, parts, Interrupting(data, 4, signal.SIGINT))
+    run(config, parts, data)
+    assert_same_runs(parts, tmp_path / "whole")
+
+
+def test_evaluation_from_the_records_gives_the_same_ranking(data, whole):
+    ranking = (whole / "ranking.txt").read_bytes()
+    wanted = json.loads((whole / "metrics.json").read_text())
+    found = evaluate_lib.evaluate(shrunk(*RUN, spec=MLP), whole, data, num_devices=1)
+    assert (whole / "ranking.txt").read_bytes() == ranking
+    for name in ("map", "top1", "auroc", "num_clips"):
+        assert found[name] == wanted[name]
+
+
+@pytest.mark.slow
+def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tmp_path):
+    """A split that is trained on and watched; mma sees three modalities."""
+    config = shrunk(
+        "--config.data.train_splits=train,val", "--config.ensemble.folds=2", "--config.num_epochs=2"
+    )
+    results = run(config, tmp_path, data, num_devices=8)
+    rankings = {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
+    found = evaluate_lib.evaluate(config, tmp_path, data, num_devices=8)
+    assert rankings == {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
+    assert found["map"] == results["map"] and found["members"] == results["members"]
+
+
+def layout_of(data, **changed):
+    arguments = {
+        "train_splits": ("train",),
+        "eval_split": "val",
+        "modalities": ("face", "audio", "body"),
+        "max_frames": 7,
+        "crop": "window",
+        **changed,
+    }
+    return resident.make_layout(data, **arguments)
+
+
+@pytest.mark.parametrize("crop", ["window", "quality"])
+def test_a_layout_says_what_the_clips_take(ragged, crop):
+    clips, _, layout = clips_of(ragged, crop=crop)
+    frame = sum(2 * width + resident.SCALAR_BYTES for width in WIDTHS.values())
+    taken = sum(
+        getattr(packed, field).nbytes for packed in clips.train.values() for field in FIELDS[:-1]
+    )
+    assert taken == layout.nbytes + frame
+    assert layout == layout_of(ragged, crop=crop)
+    for name, packed in clips.train.items():
+        for field in FIELDS[:-1]:
+            assert not np.asarray(getattr(packed, field)[-1]).any(), name
+    if crop == "window":  # of 700 and of 513 frames, the best 512 in both splits; of 600, too
+        extra = {"face": 4 * 512, "audio": 0, "body": 2 * 512}
+        for name, count in layout.num_frames.items():
+            lengths = [ragged.split(split).lengths[name].sum() for split in ("train", "val")]
+            assert count == sum(lengths) + extra[name]
+
+
+def test_auto_is_resident_where_it_fits(ragged, monkeypatch):
+    layout, mesh = layout_of(ragged), mesh_lib.make_mesh(1)
+    for free, wanted in ((2.0, "resident"), (1.99, "streaming"), (0.0, "streaming")):
+        monkeypatch.setattr(resident, "free_bytes", lambda mesh, f=free: f * layout.nbytes)
+        assert resident.choose_mode("auto", layout, mesh, 100) == wanted
+        for mode in ("resident", "streaming"):
+            assert resident.choose_mode(mode, layout, mesh, 100) == mode
+    monkeypatch.setattr(resident, "free_bytes", lambda mesh: float("inf"))
+    huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
+    for frames, drawn in ((huge, 100), (layout, 2**31)):
+        assert resident.choose_mode("auto", frames, mesh, drawn) == "streaming"
+        assert resident.choose_mode("streaming", frames, mesh, drawn) == "streaming"
+        with pytest.raises(ValueError, match="more than an int32 counts"):
+            resident.choose_mode("resident", frames, mesh, drawn)
+    with pytest.raises(ValueError, match=r"mode='disk': known are auto, resident, streaming"):
+        resident.choose_mode("disk", layout, mesh, 100)
+
+
+def test_memory_of_a_host_is_shared_by_its_emulated_devices():
+    total = resident._host_bytes()
+    assert total > 1e6
+    one, eight = (resident.free_bytes(mesh_lib.make_mesh(number)) for number in (1, 8))
+    assert eight == pytest.approx(one / 8, rel=0.5)
+
+
+def test_mistakes(ragged):
+    stream = {"modalities": ("face",), "max_frames": 7, "crop": "window"}
+    arguments = {"splits": ("train",), "seed": 0, "batch_size": 8, **stream}
+    assert resident.make_plan(ragged, **arguments).num_clips == 33
+    with pytest.raises(ValueError, match="'window' or 'quality', got 'centre'"):
+        resident.make_plan(ragged, **{**arguments, "crop": "centre"})
+    layout = layout_of(ragged, modalities=("face",))
+    layout = layout._replace(num_frames={"face": layout.num_frames["face"] + 1})
+    with pytest.raises(ValueError, match=r"the records hold \d+ frames instead of \d+"):
+        resident.Resident(ragged, layout, mesh_lib.make_mesh(1))
+
+
+def test_clips_reach_the_devices_in_pieces(ragged, monkeypatch):
+    """Of 40 frames of a face: longer clips are cut between two."""
+    wanted, _, _ = clips_of(ragged, crop="quality")
+    monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)
+    found, _, _ = clips_of(ragged, crop="quality")
+    jax.tree.map(np.testing.assert_array_equal, found.train, wanted.train)
