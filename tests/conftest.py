@@ -20,6 +20,19 @@ from tests import clip_files
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what campaigns of random faults ask for."""
+    parser.addoption(
+        "--campaign", action="store_true", help="random faults by the hundred, not a sample"
+    )
+
+
+@pytest.fixture(scope="session")
+def campaign(request: pytest.FixtureRequest) -> bool:
+    """Whether random faults come by the hundred (`--campaign`) or as a sample."""
+    return bool(request.config.getoption("--campaign"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that several tests compile are compiled once."""
