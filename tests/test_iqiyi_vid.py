@@ -411,7 +411,7 @@ def prepare_in_turn(source: Path, cache: Path, queue: "multiprocessing.Queue[int
     """Counts the pickles that this process unpacked."""
     unpacked = []
     unpack = pickles.unpack
-    pickles.unpack = lambda *args: unpacked.append(args) or unpack(*args)  # type: ignore[assignment]
+    pickles.unpack = lambda *args, **kwargs: unpacked.append(args) or unpack(*args, **kwargs)  # type: ignore[assignment]
     with warnings.catch_warnings():
         iqiyi_vid.prepare(source, cache)
     queue.put(len(unpacked))

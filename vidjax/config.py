@@ -41,6 +41,7 @@ def default() -> Config:
     config.data.size = "small"  # of the synthetic dataset; or standard
     config.data.seed = 0  # of the synthetic dataset and of the order of training records
     config.data.train_splits = ("train",)
+    config.data.non_finite = "drop"  # frames with a NaN or an Inf in their feature; or error
     config.data.mode = "auto"  # resident: clips stay on the device; streaming; auto: if they fit
     config.data.max_frames = 64  # of a clip in training
     config.data.crop = "window"  # which ones of a longer clip; or quality

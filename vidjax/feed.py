@@ -1,7 +1,8 @@
 """How clips reach the training step: streamed from the records, or resident on the devices."""
 
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from vidjax import mesh as mesh_lib
 from vidjax import resident, steps
-from vidjax.batch import Batch, Packed
+from vidjax.batch import Array, Batch, Packed
 from vidjax.system import System
 
 DISPATCH_SECONDS = 1.0  # how long the devices work without the host
@@ -23,7 +24,7 @@ class Done(NamedTuple):
       states: of every group of members, after them.
       num_steps: how many they were.
       loss: of the last of them, the mean over members.
-      bad_step: the first step whose loss was not finite, or None.
+      bad_step: the first step that was one too many without a finite loss and gradient, or None.
     """
 
     states: list[steps.TrainState]
@@ -46,6 +47,8 @@ class StreamingFeed:
         """Takes endless batches of numpy arrays, beginning with that of the step to come."""
         self._mesh, self._batches = mesh, batches
         self._step = steps.make_train_step(system, mesh)
+        self._find = _make_finder(system)
+        self._last: Batch | None = None
         self._next: Batch | None = None
         self._fastest = float("inf")
         self.waited = 0.0
@@ -69,7 +72,7 @@ class StreamingFeed:
           most: the most steps to do, 1 or more.
         """
         del most
-        batch = self._next or self._fetch()
+        batch = self._last = self._next or self._fetch()
         began = time.monotonic()
         results = [self._step(*pair, batch) for pair in zip(states, tables, strict=True)]
         losses = [loss for _, loss in results]
@@ -79,8 +82,16 @@ class StreamingFeed:
             self.waited += fetched - self._fastest
         loss = float(np.mean([np.mean(loss) for loss in losses]))
         self._fastest = min(self._fastest, time.monotonic() - began)
-        bad_step = None if np.isfinite(loss) else step
-        return Done([state for state, _ in results], 1, loss, bad_step)
+        states = [state for state, _ in results]
+        bad = any(np.any(state.bad_steps >= steps.MOST_BAD_STEPS) for state in states)
+        return Done(states, 1, loss, step if bad else None)
+
+    def bad_clips(
+        self, states: Sequence[steps.TrainState], tables: Sequence[steps.Tables], step: int
+    ) -> np.ndarray:
+        """Returns the clip_index of those that spoil the step just done, or of all its clips."""
+        assert self._last is not None
+        return self._find(states, tables, self._last, step)
 
 
 class ResidentFeed:
@@ -98,9 +109,13 @@ class ResidentFeed:
     ):
         """Takes the clips to train on and how they make batches."""
         self._clips = clips
-        self._loop = steps.make_train_loop(
-            system, mesh, lambda clips, step: resident.draw_batch(clips, plan, step)
-        )
+        self._find = _make_finder(system)
+
+        def draw(clips: Mapping[str, Packed], step: Array) -> Batch:
+            return resident.draw_batch(clips, plan, step)
+
+        self._draw = jax.jit(draw)
+        self._loop = steps.make_train_loop(system, mesh, draw)
         self._compiled = False
         self._seconds: float | None = None  # of a step
 
@@ -130,3 +145,26 @@ class ResidentFeed:
             loss=float(np.mean([one.loss for one in outcomes])),
             bad_step=min(bad) if bad else None,
         )
+
+    def bad_clips(
+        self, states: Sequence[steps.TrainState], tables: Sequence[steps.Tables], step: int
+    ) -> np.ndarray:
+        """Returns the clip_index of those that spoil some step, or of all its clips."""
+        return self._find(states, tables, self._draw(self._clips, np.int32(step)), step)
+
+
+def _make_finder(system: System) -> Callable[..., np.ndarray]:
+    """Returns the function that `bad_clips` of both feeds calls with a batch and its step."""
+    find = jax.jit(functools.partial(steps.find_bad_clips, system))
+
+    def bad_clips(
+        states: Sequence[steps.TrainState],
+        tables: Sequence[steps.Tables],
+        batch: Batch,
+        step: int,
+    ) -> np.ndarray:
+        bad = [find(*pair, batch, np.int32(step)) for pair in zip(states, tables, strict=True)]
+        bad, clip_index = np.any(bad, axis=0), np.asarray(batch.clip_index)
+        return clip_index[bad] if bad.any() else clip_index
+
+    return bad_clips

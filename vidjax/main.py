@@ -14,37 +14,41 @@ from pathlib import Path
 from typing import Any
 
 
-def _stop_at_once(*args: Any) -> None:
-    del args
+def _stop_at_once(signum: int, frame: Any) -> None:
+    del frame
     # Not an exception: one that lands within an import or a callback of a library is lost there.
     os.write(2, b"vidjax: stopped\n")
-    os._exit(130)
+    os._exit(128 + signum)
 
 
 if __name__ == "__main__":  # before the imports that take seconds; the loop has its own handler
     signal.signal(signal.SIGINT, _stop_at_once)
+    signal.signal(signal.SIGTERM, _stop_at_once)
 
 from vidjax import config as config_lib  # noqa: E402
 from vidjax.config import Config  # noqa: E402
 
-MODES = ("train", "evaluate")
+MODES = ("train", "evaluate", "check")
 FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
 
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of every identity.
+A check reads everything and changes nothing: environment, data, checkpoints, results.
 
   python -m vidjax.main --config=configs/mma.py
   python -m vidjax.main --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
   python -m vidjax.main --mode=evaluate --workdir=runs/mma --config.eval.split=test
   python -m vidjax.main --mode=evaluate --workdir=runs/both --runs=runs/mma,runs/deepmef
+  python -m vidjax.main --mode=check --workdir=runs/mma
+  python -m vidjax.main --mode=check --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    0 success, 2 a mistake of the user or in the data, 3 no usable checkpoint, 130 and 143 stopped
-    by SIGINT and SIGTERM.
+    0 success, 2 a mistake of the user or in the data, 3 no usable checkpoint (of a check: a damaged
+    one), 130 and 143 stopped by SIGINT and SIGTERM.
 
     Args:
       argv: the words after the program's name; None for those of the process.
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        return _run(_parse(words))
+        args = _parse(words)
+        return _check(args) if args.mode == "check" else _run(args)
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code is None:
             traceback.print_exc()
         else:
-            _complain(str(error))
+            _complain(_text(error))
         return code or 1
 
 
@@ -79,7 +84,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE[:ARG,...]", help="a file of configs/")
     parser.add_argument("--workdir", metavar="W", help="the run's folder (default runs/NAME)")
-    parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
+    parser.add_argument("--mode", metavar="M", default="train", help=f"{', '.join(MODES)}")
     parser.add_argument("--runs", metavar="A,B", help="folders of runs to join, with evaluate")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument(
@@ -100,11 +105,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             overrides.append(word)
     for word in own:
         flag = word.partition("=")[0]
-        if flag.startswith("--") and flag not in FLAGS:
-            close = difflib.get_close_matches(flag, FLAGS, n=1)
+        if flag.startswith("-") and flag not in (*FLAGS, "-h"):
+            close = difflib.get_close_matches("--" + flag.lstrip("-"), FLAGS, n=1)
             hint = f": did you mean {close[0]}?" if close else "; --help lists them"
             raise ValueError(f"no flag {flag}{hint}")
     args = parser.parse_args(own)
+    if args.mode not in MODES:
+        close = difflib.get_close_matches(args.mode, MODES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(MODES)}"
+        raise ValueError(f"no mode '{args.mode}': {hint}")
     if args.workdir == "":
         raise ValueError("--workdir= is empty: name a folder")
     args.overrides = overrides
@@ -113,31 +122,45 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    if args.mode == "train":
-        config, workdir_path = _train_config(args)
-    else:
-        config, workdir_path = _workdir_config(args)
+    config, path = _train_config(args) if args.mode == "train" else _workdir_config(args)
 
-    # Heavy imports wait until the words are known to make sense.
+    # The folder before the imports of `_results`, which take seconds.
+    from vidjax import workdir as workdir_lib
+
+    workdir = workdir_lib.make_workdir(path)
+    with workdir_lib.lock(workdir):
+        results = _results(args.mode, config, workdir)
+    _summarise(args.mode, workdir, results, time.monotonic() - began)
+    return 0
+
+
+def _results(mode: str, config: Config, workdir: Path) -> dict[str, Any]:
     from vidjax import evaluate, train
     from vidjax import join as join_lib
     from vidjax import mesh as mesh_lib
-    from vidjax import workdir as workdir_lib
     from vidjax.data.records import default_cache_dir
 
     mesh_lib.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
-    workdir = workdir_lib.make_workdir(workdir_path)
-    with workdir_lib.lock(workdir):
-        if args.mode == "train":
-            results = train.finished(workdir, config)
-            if results is None:
-                results = train.train(config, workdir, _load(config))
-        elif config.join.runs:
-            results = join_lib.join(config, workdir, _load)
-        else:
-            results = evaluate.evaluate(config, workdir, _load(config))
-    _summarise(args.mode, workdir, results, time.monotonic() - began)
-    return 0
+    if mode == "train":
+        done = train.finished(workdir, config)
+        return done if done is not None else train.train(config, workdir, _load(config))
+    if config.join.runs:
+        return join_lib.join(config, workdir, _load)
+    return evaluate.evaluate(config, workdir, _load(config))
+
+
+def _check(args: argparse.Namespace) -> int:
+    config, workdir = _check_config(args)
+
+    from vidjax import check
+
+    print(f"check: {workdir or args.config or 'the environment'}")  # noqa: T201
+    items = []
+    for item in check.check(config, workdir):  # a line as soon as it is known: reading takes time
+        items.append(item)
+        print(f"  {item.state:7}  {item.text}", flush=True)  # noqa: T201
+    print(check.verdict(items))  # noqa: T201
+    return check.exit_code(items)
 
 
 def _train_config(args: argparse.Namespace) -> tuple[Config, str]:
@@ -145,7 +168,7 @@ def _train_config(args: argparse.Namespace) -> tuple[Config, str]:
         raise ValueError("--runs joins trained runs: it goes with --mode=evaluate")
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
-    config = config_lib.override(config_lib.load_file(args.config), args.overrides)
+    config = config_lib.override(_load_file(args.config), args.overrides)
     name, _, words = args.config.partition(":")
     default = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
     return config, args.workdir or f"runs/{default}"
@@ -171,6 +194,50 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     return config_lib.override(config, args.overrides), args.workdir
 
 
+def _check_config(args: argparse.Namespace) -> tuple[Config | None, Path | None]:
+    """Returns what to check: a run's configuration and folder, or that of some data, or neither."""
+    if args.runs is not None:
+        raise ValueError("--runs goes with --mode=evaluate; a check takes one --workdir")
+    if args.workdir and args.config:
+        raise ValueError(
+            "--mode=check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
+        )
+    if args.config:
+        return config_lib.override(_load_file(args.config), args.overrides), None
+    if not args.workdir:
+        if args.overrides:
+            raise ValueError("--mode=check with fields needs --workdir=FOLDER or --config=FILE")
+        return None, None
+    workdir = Path(args.workdir).expanduser().absolute()
+    try:
+        config = config_lib.load_workdir(workdir)
+    except ValueError:
+        if not (workdir / "config.json").is_file():
+            raise
+        return None, workdir  # damaged: the check says so, among the rest
+    return config_lib.override(config, args.overrides), workdir
+
+
+def _load_file(spec: str) -> Config:
+    """Returns the configuration of a file, whose own mistakes are the user's."""
+    try:
+        config = config_lib.load_file(spec)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        path = spec.partition(":")[0]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if f.filename == str(Path(path).absolute())]
+        line, what = lines[-1] if lines else None, str(error)
+        if isinstance(error, SyntaxError):
+            line, what = error.lineno, error.msg
+        where = f"'{path}' line {line}" if line else f"'{path}'"
+        raise ValueError(f"--config: {where}: {type(error).__name__}: {what}") from error
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"--config: get_config of '{spec}' returns no ConfigDict")
+    return config
+
+
 def _load(config: Config) -> Any:
     from vidjax.data import pipeline
 
@@ -180,6 +247,7 @@ def _load(config: Config) -> Any:
         cache_dir=config.data.cache_dir,
         size=config.data.size,
         seed=config.data.seed,
+        non_finite=config.data.non_finite,
     )
 
 
@@ -202,16 +270,28 @@ def _complain(text: str) -> None:
     print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), file=sys.stderr)  # noqa: T201
 
 
+def _text(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package '{error.name}' is missing or broken: {error}\n"
+            "'pip install .' in vidjax's folder brings what it needs"
+        )
+    return str(error)
+
+
 def _exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error, None for a fault of the program."""
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "").startswith("vidjax") else 2
+    if isinstance(error, (ValueError, OSError)):
+        return 2  # without the imports below, which take a second
+
     from vidjax.checkpoint import CheckpointError
     from vidjax.workdir import Interrupted
 
     if isinstance(error, Interrupted):
         return error.exit_code
-    if isinstance(error, CheckpointError):
-        return 3
-    return 2 if isinstance(error, (ValueError, OSError)) else None
+    return 3 if isinstance(error, CheckpointError) else None
 
 
 def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:

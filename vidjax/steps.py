@@ -14,6 +14,7 @@ from vidjax import mesh as mesh_lib
 from vidjax.batch import Array, Batch, Branches, Frames
 from vidjax.system import System
 
+MOST_BAD_STEPS = 3  # in a row: then more of them would not help
 JOINED_FRAMES = 50  # clips of fewer are joined, of more cut; the 5th place's code, 2018
 
 
@@ -27,6 +28,7 @@ class TrainState(struct.PyTreeNode):
       opt_state: the optimiser's state.
       rng: [E] typed keys; a step uses them folded with `step`, so they never change.
       labels: [E, N] int32, the class column of every training clip; a step leaves them alone.
+      bad_steps: [E] int32, how many of the last steps were left out, one after another.
       sums: metric -> [E] sum since the last line of the log.
     """
 
@@ -36,10 +38,11 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     rng: Array
     labels: Array
+    bad_steps: Array
     sums: Mapping[str, Array]
 
 
-_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "sums")
+_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "bad_steps", "sums")
 
 
 class Tables(NamedTuple):
@@ -110,7 +113,13 @@ def init_state(
         }
 
     state = jax.lax.map(init_member, rngs)
-    return TrainState(step=jnp.int32(0), labels=labels, sums=zero_sums(len(labels)), **state)
+    return TrainState(
+        step=jnp.int32(0),
+        labels=labels,
+        bad_steps=jnp.zeros(len(labels), jnp.int32),
+        sums=zero_sums(len(labels)),
+        **state,
+    )
 
 
 def _blank_batch(modalities: Mapping[str, int]) -> Batch:
@@ -128,7 +137,8 @@ def _blank_batch(modalities: Mapping[str, int]) -> Batch:
 
 def zero_sums(num_members: int) -> dict[str, Array]:
     """Returns empty metric sums, metric -> [E]."""
-    return {name: jnp.zeros(num_members, jnp.float32) for name in ("loss", "correct", "weight")}
+    names = ("loss", "correct", "weight", "bad_steps")
+    return {name: jnp.zeros(num_members, jnp.float32) for name in names}
 
 
 def _fuse(
@@ -162,6 +172,8 @@ def train_step(
 ) -> tuple[TrainState, Array]:
     """Returns the state after one optimiser step of every member, and their losses [E].
 
+    A member whose loss or gradient is not finite stays as it was, and the step is counted.
+
     Args:
       system: the system.
       state: before the step.
@@ -169,35 +181,42 @@ def train_step(
       batch: B clips, read once for all members; rows outside `batch_mask` change nothing, nor do
         clips without a frame or those that have weight 0 for a member.
     """
+    learned = (state.params, state.model_state, state.opt_state, state.bad_steps, state.sums)
+
+    def step_member(learned: Any, inputs: Mapping[str, Array]) -> tuple[Any, Array]:
+        return _train_member(system, state.step, learned, inputs, batch)
+
+    learned, losses = members.apply_each(
+        step_member, learned, _inputs(system, state, tables, batch)
+    )
+    params, model_state, opt_state, bad_steps, sums = learned
+    new_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        bad_steps=bad_steps,
+        sums=sums,
+    )
+    return new_state, losses
+
+
+def _inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> dict[str, Array]:
+    """Returns what a step reads for every member, [E, ...]."""
     usable = batch.batch_mask & examples.has_frames({m: batch.frames[m] for m in system.fuse_train})
-    inputs = {
+    return {
         "rng": state.rng,
         "labels": state.labels[:, batch.clip_index],  # [E, B]
         "weight": tables.weight[:, batch.clip_index] * usable,
         "min_quality": tables.min_quality,
         "view": tables.view,
     }
-    learned = (state.params, state.model_state, state.opt_state, state.sums)
-
-    def step_member(learned: Any, inputs: Mapping[str, Array]) -> tuple[Any, Array]:
-        return _train_member(system, state.step, learned, inputs, batch)
-
-    learned, losses = members.apply_each(step_member, learned, inputs)
-    params, model_state, opt_state, sums = learned
-    new_state = state.replace(
-        step=state.step + 1,
-        params=params,
-        model_state=model_state,
-        opt_state=opt_state,
-        sums=sums,
-    )
-    return new_state, losses
 
 
 def _train_member(
     system: System, step: Array, learned: Any, inputs: Mapping[str, Array], batch: Batch
 ) -> tuple[Any, Array]:
-    params, model_state, opt_state, sums = learned
+    params, model_state, opt_state, bad_steps, sums = learned
     labels, weight = inputs["labels"], inputs["weight"]
     weight = weight * system.column_weight(labels, step)
     step_rng = jax.random.fold_in(inputs["rng"], step)
@@ -209,52 +228,108 @@ def _train_member(
     exists = jnp.ones((len(weight), 1), bool)
     if system.examples:
         frames, exists = examples.as_examples(frames)
-    num_examples = exists.shape[1]
     exists = exists & batch_mask[:, None]  # [B, T']
-
-    def spread(x: Array) -> Array:  # [B] -> [B T']
-        return jnp.repeat(x, num_examples)
 
     def mean_loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
         output, new_model_state = system.model.apply(
             {"params": params, **model_state},
             frames,
-            clip_index=spread(batch.clip_index),
-            labels=spread(labels),
+            clip_index=_spread(batch.clip_index, exists),
+            labels=_spread(labels, exists),
             batch_mask=exists.reshape(-1),
             train=True,
             rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
             mutable=list(model_state),
         )
-        logits, train_weight, _ = _branches(output)  # [B T', G, K]
-
-        def loss_of(labels: Array) -> Array:
-            columns = jnp.broadcast_to(spread(labels)[:, None], logits.shape[:2])
-            losses = jnp.sum(system.loss_fn(logits, columns, step) * train_weight, axis=1)
-            losses = jnp.where(exists, losses.reshape(exists.shape), 0.0)
-            return jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)  # [B]
-
-        per_clip = loss_of(labels)
+        per_clip = _loss_by_clip(system, step, output, labels, exists)
         if system.mixup:
-            per_clip = share * per_clip + (1 - share) * loss_of(labels[partner])
+            other = _loss_by_clip(system, step, output, labels[partner], exists)
+            per_clip = share * per_clip + (1 - share) * other
         loss = jnp.sum(per_clip * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
-        return loss, (logits[:, 0], new_model_state)
+        return loss, (_branches(output).logits[:, 0], new_model_state)
 
     (loss, (logits, new_model_state)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    updates, opt_state = system.tx.update(grads, opt_state, params)
-    best = is_best(jnp.where(system.class_mask, logits, -jnp.inf), spread(labels))
+    good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    updates, new_opt_state = system.tx.update(grads, opt_state, params)
+    best = is_best(jnp.where(system.class_mask, logits, -jnp.inf), _spread(labels, exists))
     right = jnp.sum(best.reshape(exists.shape) & exists, axis=1)
     correct = right / jnp.maximum(jnp.sum(exists, axis=1), 1)
     total = jnp.sum(weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * weight), "weight": total}
-    learned = (
-        optax.apply_updates(params, updates),
+
+    def if_good(new: Any, old: Any) -> Any:
         # Linen's running statistics start as float32 and would take the dtype of the batch's.
-        jax.tree.map(lambda new, old: new.astype(old.dtype), new_model_state, dict(model_state)),
-        opt_state,
-        {name: sums[name] + added[name].astype(jnp.float32) for name in added},
+        return jax.tree.map(lambda x, y: jnp.where(good, x.astype(y.dtype), y), new, old)
+
+    sums_now = {name: sums[name] + added[name] for name in added}
+    learned = (
+        if_good(optax.apply_updates(params, updates), params),
+        if_good(new_model_state, dict(model_state)),
+        if_good(new_opt_state, opt_state),
+        jnp.where(good, 0, bad_steps + 1),
+        {
+            **if_good(sums_now, {name: sums[name] for name in added}),
+            "bad_steps": sums["bad_steps"] + ~good,
+        },
     )
     return learned, loss
+
+
+def _spread(x: Array, exists: Array) -> Array:
+    """Returns [B T'], values of clips [B] for their examples [B, T']."""
+    return jnp.repeat(x, exists.shape[1])
+
+
+def _loss_by_clip(system: System, step: Array, output: Any, labels: Array, exists: Array) -> Array:
+    """Returns [B], the mean loss of every clip's examples [B, T'], of a model's output for them."""
+    logits, train_weight, _ = _branches(output)  # [B T', G, K]
+    columns = jnp.broadcast_to(_spread(labels, exists)[:, None], logits.shape[:2])
+    losses = jnp.sum(system.loss_fn(logits, columns, step) * train_weight, axis=1)
+    losses = jnp.where(exists, losses.reshape(exists.shape), 0.0)
+    return jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
+
+
+def find_bad_clips(
+    system: System, state: TrainState, tables: Tables, batch: Batch, step: Array
+) -> Array:
+    """Returns [B] bool, the clips of a batch whose own loss or slope is not finite.
+
+    Dropout and the other clips of the batch play no part, nor does noise that is joined to a clip.
+
+    Args:
+      system, tables, batch: as of `train_step`.
+      state: after a step that was left out, so that the parameters are those of before it.
+      step: [] int32, which step that was.
+    """
+
+    def find(member: tuple[Any, Any, Mapping[str, Array]]) -> Array:
+        params, model_state, inputs = member
+        labels = inputs["labels"]
+        fuse_rng = jax.random.split(jax.random.fold_in(inputs["rng"], step), 4)[0]
+        frames, batch_mask = _draw_frames(system, fuse_rng, batch, inputs), inputs["weight"] > 0
+        exists = jnp.ones((len(labels), 1), bool)
+        if system.examples:
+            frames, exists = examples.as_examples(frames)
+        exists = exists & batch_mask[:, None]
+
+        def losses_of(features: Mapping[str, Array]) -> Array:
+            output = system.model.apply(
+                {"params": params, **model_state},
+                {name: one._replace(features=features[name]) for name, one in frames.items()},
+                clip_index=_spread(batch.clip_index, exists),
+                labels=None,
+                batch_mask=exists.reshape(-1),
+                train=False,
+            )
+            return _loss_by_clip(system, step, output, labels, exists)
+
+        features = {name: one.features.astype(jnp.float32) for name, one in frames.items()}
+        # No clip touches another here, so one derivative tells of all of them.
+        losses, slopes = jax.jvp(losses_of, (features,), (features,))
+        return batch_mask & ~(jnp.isfinite(losses) & jnp.isfinite(slopes))
+
+    inputs = _inputs(system, state, tables, batch)
+    return jnp.any(jax.lax.map(find, (state.params, state.model_state, inputs)), axis=0)
 
 
 def is_best(scores: Array, column: Array) -> Array:
@@ -308,7 +383,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       loss: [E] float32, of the last step.
-      bad_step: [] int32, the first step whose loss was not finite; -1 for none.
+      bad_step: [] int32, the first step that was one too many with a loss or gradient that is not
+        finite; -1 for none.
     """
 
     loss: Array
@@ -335,7 +411,7 @@ def make_train_loop(
             state, outcome = carry
             batch = mesh_lib.constrain_batch(mesh, draw(clips, state.step))
             new_state, losses = train_step(system, state, tables, batch)
-            return new_state, watch_loss(outcome, state.step, losses)
+            return new_state, watch(outcome, new_state, losses)
 
         num_members = len(state.rng)
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
@@ -344,10 +420,11 @@ def make_train_loop(
     return jax.jit(loop, donate_argnums=0, out_shardings=mesh_lib.replicated(mesh))
 
 
-def watch_loss(outcome: Outcome, step: Array, losses: Array) -> Outcome:
-    """Returns the outcome after one more step."""
-    is_first = (outcome.bad_step < 0) & ~jnp.all(jnp.isfinite(losses))
-    return Outcome(losses.astype(jnp.float32), jnp.where(is_first, step, outcome.bad_step))
+def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
+    """Returns the outcome after one more step, the state after it and its losses [E]."""
+    is_first = (outcome.bad_step < 0) & jnp.any(state.bad_steps >= MOST_BAD_STEPS)
+    bad_step = jnp.where(is_first, state.step - 1, outcome.bad_step)
+    return Outcome(losses.astype(jnp.float32), bad_step)
 
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:

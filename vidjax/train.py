@@ -7,6 +7,7 @@ import math
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,10 +166,14 @@ def train(
                 step += count
                 rates.append(count * config.batch_size / (time.monotonic() - dispatched))
                 if bad_step is not None:
+                    clips = [membership.clips[i] for i in feed.bad_clips(states, tables, bad_step)]
+                    more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
                     raise ValueError(
-                        f"the loss is {loss} at step {bad_step + 1}, learning rate "
+                        f"loss or gradient is not finite at step {bad_step + 1}, the "
+                        f"{steps.MOST_BAD_STEPS}rd in a row, at learning rate "
                         f"{float(jnp.asarray(system.schedule(bad_step))):g}\n"
-                        "the last checkpoint is older; is config.optim.learning_rate too high?"
+                        f"clips: {', '.join(clips[:5])}{more}\n"
+                        "the last checkpoint is finite; is config.optim.learning_rate too high?"
                     )
                 progress.advance(count * config.batch_size, f"loss {loss:.3f}")
 
@@ -373,7 +378,8 @@ def _start(
 
 def _items(state: steps.TrainState) -> dict[str, Any]:
     # Apart, so that evaluation reads the first two only.
-    rest = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "labels", "sums")}
+    names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
+    rest = {name: getattr(state, name) for name in names}
     return {"params": state.params, "model_state": state.model_state, "train": rest}
 
 
@@ -397,11 +403,18 @@ def _summary(
         name: sum(float(np.sum(state.sums[name])) for state in states) for name in states[0].sums
     }
     weight = max(sums["weight"], 1e-6)
+    if sums["bad_steps"]:
+        warnings.warn(
+            f"{sums['bad_steps']:.0f} steps up to step {step} were left out: "
+            "loss or gradient not finite",
+            stacklevel=2,
+        )
     return {
         "epoch": step * config.batch_size / sizes.num_clips,
         "learning_rate": float(jnp.asarray(system.schedule(step - 1))),
         "train_loss": sums["loss"] / weight,
         "train_accuracy": sums["correct"] / weight,
+        "bad_steps": sums["bad_steps"],
     }
 
 

@@ -24,7 +24,7 @@ def report_split(
       paths: modality -> the file.
 
     Raises:
-      ValueError: loaded and skipped frames do not add up to the frames seen.
+      ValueError: loaded and skipped do not add up to what was seen, in frames or in clips.
     """
     modalities = {
         name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
@@ -41,8 +41,13 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
     loaded, skipped = int(lengths.sum()), sum(packed.skipped.values())
     if loaded + skipped != packed.seen or loaded != len(packed.features):
         raise ValueError(f"{path}: {packed.seen} frames seen, {loaded} loaded, {skipped} skipped")
+    clips, empty = int((lengths > 0).sum()), sum(packed.skipped_clips.values())
+    if clips + empty != len(packed.names):
+        raise ValueError(f"{path}: {len(packed.names)} clips seen, {clips} loaded, {empty} skipped")
     return {
         "file": path.name,
+        "clips_seen": len(packed.names),
+        "clips": clips,
         "frames_seen": packed.seen,
         "frames": loaded,
         "frames_skipped": dict(packed.skipped),
@@ -103,6 +108,7 @@ def report_labels(
     }
     return {
         "labelled": True,
+        "ground_truth_clips": len(truth),
         "identities": len(names),
         "unlisted_identities": len(set(names.tolist()) - set(identities)),
         "labelled_clips": known,
@@ -126,10 +132,14 @@ def format_report(report: Mapping[str, Any]) -> str:
         for name, modality in facts["modalities"].items():
             skipped = {**modality["frames_skipped"], **modality["clips_skipped"]}
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
-            lines.append(
+            line = (
                 f"  {name:6} {modality['frames']:>9} frames, "
                 f"{modality['frames_per_clip']['mean']:.1f} a clip, "
                 f"missing in {100 * modality['missing_rate']:.1f} % of clips, "
                 f"skipped: {reasons or 'nothing'}"
             )
+            replaced = modality["values_replaced"].items()
+            if replaced:
+                line += f", set to 0: {', '.join(f'{n} {reason}' for reason, n in replaced)}"
+            lines.append(line)
     return "\n".join(lines)

@@ -17,10 +17,11 @@ import logging
 import mmap
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -41,13 +42,14 @@ from vidjax.data.records import (
 )
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 MIN_SHARDS = 8
 _LOG = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
 
 Sources = Mapping[tuple[str, str], Path]  # (modality, split) -> feature pickle
+NonFinite = Literal["drop", "error"]  # what becomes of a frame whose feature holds a NaN or an Inf
 
 
 class Labels(NamedTuple):
@@ -175,18 +177,27 @@ def _shard_bounds(split: _Staged, modalities: Mapping[str, Modality]) -> list[tu
     return list(itertools.pairwise(bounds))
 
 
-def prepare(source_dir: str | Path, cache_dir: str | Path | None = None) -> Records:
+def prepare(
+    source_dir: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    non_finite: NonFinite = "drop",
+) -> Records:
     """Returns the records of a directory of official files, converting it unless that is done.
 
     Args:
       source_dir: the directory with `{modality}_{split}[_v2].pickle` files.
       cache_dir: where records are kept; None for the default.
+      non_finite: 'drop' leaves out frames with a feature that is not finite, and counts them.
 
     Raises:
       FileNotFoundError: no such directory, or no feature pickle in it.
-      ValueError: the files contradict each other, or the records are damaged.
+      ValueError: the files contradict each other, or the records are damaged; with
+        `non_finite='error'` a feature is not finite.
       OSError: the cache cannot be written.
     """
+    if non_finite not in ("drop", "error"):
+        raise ValueError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
     source_dir = Path(source_dir).expanduser()
     sources = pickles.find_pickles(source_dir)
     if not sources:
@@ -201,10 +212,22 @@ def prepare(source_dir: str | Path, cache_dir: str | Path | None = None) -> Reco
         with exclusive(root):
             if not (root / key / "manifest.json").exists():
                 with building(root / key) as partial:
-                    _convert(sources, facts, partial)
+                    _convert(sources, facts, partial, non_finite)
                     if _source_facts(sources) != facts:
                         raise ValueError(f"{source_dir}: files changed while they were converted")
-    return load_records(root / key)
+    records = load_records(root / key)
+    if non_finite == "error":  # they may have been converted without a word about it
+        _refuse_dropped(records, sources)
+    return records
+
+
+def _refuse_dropped(records: Records, sources: Sources) -> None:
+    """Raises ValueError, with the first clip, when a frame was left out of the records."""
+    for split, facts in records.report["splits"].items():
+        for modality, counts in facts["modalities"].items():
+            if counts["frames_skipped"].get("non_finite"):
+                with tempfile.TemporaryDirectory() as scratch:  # read it again for the clip
+                    pickles.unpack(sources[modality, split], modality, scratch, non_finite="error")
 
 
 def _source_facts(sources: Sources) -> list[dict[str, Any]]:
@@ -224,14 +247,18 @@ def _source_facts(sources: Sources) -> list[dict[str, Any]]:
     return facts
 
 
-def _convert(sources: Sources, facts: list[dict[str, Any]], folder: Path) -> None:
+def _convert(
+    sources: Sources, facts: list[dict[str, Any]], folder: Path, non_finite: NonFinite
+) -> None:
     """Fills `folder` with the records of `sources`."""
     staging = folder / "staging"
     unpacked: dict[str, dict[str, PackedClips]] = {}
     _LOG.info("converting %d files of %s", len(sources), next(iter(sources.values())).parent)
     files = tqdm(sorted(sources.items()), desc="read", unit="file", leave=False, disable=None)
     for (modality, split), path in files:
-        packed = pickles.unpack(path, modality, staging / f"{modality}_{split}")
+        packed = pickles.unpack(
+            path, modality, staging / f"{modality}_{split}", non_finite=non_finite
+        )
         unpacked.setdefault(split, {})[modality] = packed
     modalities = _common_modalities(unpacked, sources)
     _refuse_shared_clips(unpacked, sources)

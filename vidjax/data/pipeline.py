@@ -28,6 +28,7 @@ from vidjax.data.records import (
     Records,
     Shard,
     building,
+    check_changed,
     check_shard,
     default_cache_dir,
     exclusive,
@@ -109,6 +110,13 @@ class Dataset:
             absent = [m for m in self.modalities if m not in facts.lengths]
             if absent:
                 warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=2)
+            for modality, counts in records.report["splits"][name]["modalities"].items():
+                if dropped := counts["frames_skipped"].get("non_finite"):
+                    message = f"{counts['file']}: {dropped} of {counts['frames_seen']} frames"
+                    warnings.warn(
+                        f"{message} have a {modality} feature with a NaN or an Inf: left out",
+                        stacklevel=2,
+                    )
             none = np.zeros(len(facts.clips), np.int32)
             lengths = {m: facts.lengths.get(m, none) for m in self.modalities}
             self._splits[name] = Split(name, facts.clips, *labels[name], lengths)
@@ -321,7 +329,9 @@ class Dataset:
             window_size=rows,
         )
         dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return self._counted(self._batches(dataset, facts.shards), clips, buckets >= 0)
+        return self._counted(
+            self._batches(dataset, facts.shards), clips, buckets >= 0, facts.shards
+        )
 
     def packed(
         self, *, split: str, modalities: Sequence[str]
@@ -363,7 +373,7 @@ class Dataset:
                     length=length,
                 )
             yield clip_index, frames
-        _check_times(times, clips, np.ones(len(times), bool))
+        _check_times(times, clips, np.ones(len(times), bool), facts.shards)
 
     def _check(self, splits: Sequence[str], modalities: Sequence[str]) -> None:
         """Raises ValueError unless every split has a file of every modality."""
@@ -384,6 +394,7 @@ class Dataset:
 
     def _arrays(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
         """Yields what the dataset decodes as numpy arrays, without a copy."""
+        check_changed(shards)
         options = tf.data.Options()
         options.deterministic = True
         iterator = dataset.with_options(options).as_numpy_iterator()
@@ -393,9 +404,10 @@ class Dataset:
             except StopIteration:
                 return
             except tf.errors.OpError as error:
-                for shard in shards:
-                    check_shard(shard)
-                raise ValueError(f"cannot read the records: {error.message[:200]}") from error
+                _check_all(shards)
+                reason = " ".join(str(error.message).split())[:200]
+                folder = shards[0].path.parent
+                raise ValueError(f"{folder}: cannot read the records: {reason}") from error
             yield decoded
 
     def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
@@ -415,20 +427,29 @@ class Dataset:
             yield Batch(frames, clip_index, batch_mask)
 
     def _counted(
-        self, batches: Iterator[Batch], split: Split, wanted: np.ndarray
+        self, batches: Iterator[Batch], split: Split, wanted: np.ndarray, shards: Sequence[Shard]
     ) -> Iterator[Batch]:
         """Yields the batches; ValueError at the end unless each clip of `wanted` came once."""
         times = np.zeros(len(split.clips), np.int64)
         for batch in batches:
             np.add.at(times, batch.clip_index[batch.batch_mask], 1)
             yield batch
-        _check_times(times, split, wanted)
+        _check_times(times, split, wanted, shards)
 
 
-def _check_times(times: np.ndarray, split: Split, wanted: np.ndarray) -> None:
+def _check_all(shards: Sequence[Shard]) -> None:
+    """Raises ValueError, with file and record, when one of the shards is damaged."""
+    for shard in shards:
+        check_shard(shard)
+
+
+def _check_times(
+    times: np.ndarray, split: Split, wanted: np.ndarray, shards: Sequence[Shard]
+) -> None:
     """Raises ValueError unless each clip of `wanted` [N] bool came once, and no other did."""
     wrong = np.flatnonzero(times != wanted)
     if wrong.size:
+        _check_all(shards)
         raise ValueError(
             f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come just "
             f"once, such as {split.clips[wrong[0]]}"
@@ -442,6 +463,7 @@ def load(
     cache_dir: str | Path | None,
     size: Literal["small", "standard"] = "small",
     seed: int = 0,
+    non_finite: iqiyi_vid.NonFinite = "drop",
 ) -> Dataset:
     """Returns a dataset by name, converted or generated first where that is not done yet.
 
@@ -450,6 +472,8 @@ def load(
       directory: where the official files are; of no meaning to 'synthetic'.
       cache_dir: where records are kept; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       size, seed: of the synthetic dataset.
+      non_finite: whether frames with a feature that is not finite are left out and counted
+        ('drop'), or are an error.
 
     Raises:
       ValueError: an unknown name, no directory, or bad data.
@@ -464,7 +488,8 @@ def load(
     elif not directory:
         raise ValueError("config.data.dir is not set: name the directory of the official files")
     directory = Path(directory).expanduser()
-    return Dataset(iqiyi_vid.prepare(directory, cache_dir), directory)
+    records = iqiyi_vid.prepare(directory, cache_dir, non_finite=non_finite)
+    return Dataset(records, directory)
 
 
 def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) -> Path:

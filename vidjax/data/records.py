@@ -1,8 +1,8 @@
 """A folder of records that can be trusted: built under a lock, named when complete, checked.
 
 A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
-`manifest.json`, which is written last: counts, sizes and sha256 of everything that is read later.
-TFRecord files need that: cut between two records they read without an error.
+`manifest.json`, which is written last: counts, sizes and sha256 of everything that is read later,
+and of itself. TFRecord files need that: cut between two records they read without an error.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def exclusive(root: Path) -> Iterator[None]:
             _LOG.info("waiting for another process that fills %s", root)
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in root.glob("*.partial"):
-            shutil.rmtree(left_over)
+            # The reader of a killed holder may still write there; the next one clears it then.
+            shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 
@@ -92,7 +94,8 @@ def building(folder: Path) -> Iterator[Path]:
     Raises:
       OSError: the disk is full or refuses; the partial folder is gone then.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    # Never the same name twice: nothing that outlived a killed holder writes into this one.
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir()
         yield partial
@@ -129,7 +132,7 @@ def write_manifest(records: Records, sources: list[dict[str, Any]]) -> None:
     manifest = {
         "sources": sources,
         "modalities": {name: facts._asdict() for name, facts in records.modalities.items()},
-        "index_sha256": _sha256(folder / "index.npz"),
+        "sha256": {name: _sha256(folder / name) for name in ("index.npz", "data_report.json")},
         "splits": {
             name: {
                 "records": len(split.clips),
@@ -141,7 +144,8 @@ def write_manifest(records: Records, sources: list[dict[str, Any]]) -> None:
             for name, split in records.splits.items()
         },
     }
-    _write_json(folder / "manifest.json", manifest)
+    digest = hashlib.sha256(_json(manifest)).hexdigest()
+    _write_json(folder / "manifest.json", {**manifest, "manifest_sha256": digest})
 
 
 def load_records(folder: Path) -> Records:
@@ -150,11 +154,26 @@ def load_records(folder: Path) -> Records:
     Raises:
       ValueError: a file is missing, damaged or not of its size.
     """
+    records = load_index(folder)
+    splits = {
+        name: split._replace(shards=check_changed(split.shards))
+        for name, split in records.splits.items()
+    }
+    return records._replace(splits=splits)
+
+
+def load_index(folder: Path) -> Records:
+    """Returns what manifest, index and report of a finished conversion say; no shard is looked at.
+
+    Raises:
+      ValueError: one of the three is missing or damaged.
+    """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = _read_manifest(folder / "manifest.json")
+        for name, digest in manifest["sha256"].items():
+            if _sha256(folder / name) != digest:
+                raise ValueError(f"{name} does not match its sha256")
         report = json.loads((folder / "data_report.json").read_text())
-        if _sha256(folder / "index.npz") != manifest["index_sha256"]:
-            raise ValueError("index.npz does not match its sha256")
         with np.load(folder / "index.npz", allow_pickle=False) as index:
             splits = {
                 name: _load_split(folder, name, facts, index)
@@ -165,13 +184,21 @@ def load_records(folder: Path) -> Records:
         raise ValueError(
             f"{folder}: damaged records: {error}\ndelete this folder to convert again"
         ) from error
-    for split in splits.values():
-        for shard in split.shards:
-            # Its time tells a file that was put in its place; a copied folder is read once more.
-            stat = shard.path.stat() if shard.path.exists() else None
-            if not stat or (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
-                check_shard(shard)
     return Records(folder, modalities, splits, report)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+        digest = manifest.pop("manifest_sha256")
+        whole = _json({**manifest, "manifest_sha256": digest}) == content
+        good = whole and hashlib.sha256(_json(manifest)).hexdigest() == digest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{path.name} does not match its sha256")
+    return manifest
 
 
 def _load_split(folder: Path, name: str, facts: Mapping[str, Any], index: Any) -> SplitRecords:
@@ -201,26 +228,78 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
     np.savez(path, **arrays)
 
 
+def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Returns the shards with the times they have now; a changed one is read from end to end.
+
+    Raises:
+      ValueError: as of `check_shard`.
+    """
+    checked = []
+    for shard in shards:
+        # Its time tells a file that was put in its place; a copied folder is read once more.
+        stat = shard.path.stat() if shard.path.exists() else None
+        if not stat or (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            check_shard(shard)
+        checked.append(shard._replace(mtime_ns=stat.st_mtime_ns) if stat else shard)
+    return tuple(checked)
+
+
 def check_shard(shard: Shard) -> None:
     """Reads one shard from end to end.
 
     Raises:
-      ValueError: it is missing, holds another number of records, or is not what was written.
+      ValueError: it is missing, holds another number of records, or is not what was written; names
+        the file and the first damaged record.
     """
     hint = f"delete {shard.path.parents[2]} to convert again"
     wanted = f"{shard.path}: expected {shard.records} records, found"
     if not shard.path.exists():
         raise ValueError(f"{wanted} no such file\n{hint}")
+    with contextlib.suppress(OSError):  # the reader below says how far it can be read
+        if _sha256(shard.path) == shard.sha256:
+            return
     found = 0
     try:
-        for _ in tf.data.TFRecordDataset(str(shard.path)):
+        for _ in tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20):
             found += 1
-    except tf.errors.OpError as error:
+    except tf.errors.DataLossError as error:
         raise ValueError(f"{wanted} {found}: record {found + 1} is damaged\n{hint}") from error
+    except tf.errors.OpError as error:
+        reason = " ".join(str(error.message).split())[:200]
+        raise ValueError(f"{wanted} {found}: {reason}\n{hint}") from error
     if found != shard.records:
         raise ValueError(f"{wanted} {found}\n{hint}")
-    if _sha256(shard.path) != shard.sha256:
-        raise ValueError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+    raise ValueError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+
+
+def verify(records: Records) -> list[str]:
+    """Reads every file of a conversion from end to end.
+
+    Args:
+      records: what `load_records` found.
+
+    Returns:
+      what is wrong, at most three lines each, which name the file and, where one is damaged, the
+      record; empty when all is as it was written.
+    """
+    problems = []
+    try:
+        load_index(records.folder)
+    except ValueError as error:
+        problems.append(str(error))
+    shards = [shard for split in records.splits.values() for shard in split.shards]
+    for shard in shards:
+        try:
+            check_shard(shard)
+        except ValueError as error:
+            problems.append(str(error))
+    named = {shard.path for shard in shards}
+    problems += [
+        f"{path}: the manifest does not name this shard: it is not read"
+        for path in sorted(records.folder.rglob("*.tfrecord*"))
+        if path not in named
+    ]
+    return problems
 
 
 def _sha256(path: Path) -> str:
@@ -228,9 +307,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _json(content: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(content, indent=1)}\n".encode()
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    with path.open("wb") as file:
+        file.write(_json(content))
         file.flush()
         os.fsync(file.fileno())
