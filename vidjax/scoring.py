@@ -18,7 +18,7 @@ from vidjax.system import System
 
 # Members take turns on a few blocks at a time: often enough that no more than that many scores are
 # held, seldom enough that taking a member's slice of the parameters costs nothing.
-WINDOW_ROWS = 2048
+WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20
 FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
 

@@ -1,154 +1,118 @@
-"""The member axis: five members in one step against five steps, one run against five runs.
+"""The member axis: a step of E members against E steps, one run of folds against as many runs.
 
-    python -m tests.benchmarks.members [--runs]
+    python -m tests.benchmarks.members [--members=1,5,25] [--batch_size=512,4096] [--runs]
 
-Steps are timed alternately on made-up batches, so that a busy machine slows both alike. With
-`--runs` whole trainings follow, each a process: start, compilation, input, evaluation.
+Steps are those of `configs/quality_fusion.py` on made-up resident clips; `map` is what training
+does on a CPU (a member after the other, each batch drawn anew for it), `vmap` what it does on an
+accelerator (all at once). They take turns in one process. With `--runs` whole trainings follow,
+each a process: start, compilation, input, evaluation.
 """
 
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import members, steps
+from tests.benchmarks import common
+from vidjax import members, resident, steps
 from vidjax import mesh as mesh_lib
-from vidjax.batch import Array, Batch, Frames
-from vidjax.system import Sizes, make_system
 
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = ROOT / "configs" / "quality_fusion.py"
-DIM, FRAMES = 512, 32
+ROOT = Path(__file__).parents[2]
+SPEC = "quality_fusion.py"
 
 
-def make_batch(rng: np.random.Generator, rows: int) -> Batch:
-    """Returns clips of 1 to 32 made-up faces."""
-    flat = np.ones((rows, FRAMES), np.float32)
-    frames = Frames(
-        features=rng.normal(size=(rows, FRAMES, DIM)).astype(np.float16),
-        quality=80 * flat,
-        detection=flat,
-        number=np.zeros_like(flat, np.int32),
-        mask=np.arange(FRAMES) < rng.integers(1, FRAMES + 1, (rows, 1)),
+def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) -> Any:
+    """Returns a function that does a training step of `count` members, `size` in one program."""
+    run = common.make_run(
+        SPEC,
+        [f"ensemble.seeds={count}"],
+        batch_size=batch_size,
+        num_identities=args.num_identities,
     )
-    return Batch({"face": frames}, np.arange(rows, dtype=np.int32), np.ones(rows, bool))
-
-
-def make_step(
-    args: argparse.Namespace, num_members: int, mapping: str, batch: Batch
-) -> Callable[[], list[Array]]:
-    """Returns a function that does one training step of so many members."""
-    config = config_lib.load_file(str(CONFIG))
-    config.batch_size = args.batch_size
-    config.ensemble.seeds = num_members
-    sizes = Sizes({"face": DIM}, args.num_identities, None, args.batch_size, 10_000, True)
-    system = make_system(config.to_dict(), sizes)
-    mates = members.make_members(config.ensemble.to_dict())
-    mesh = mesh_lib.make_mesh(1)
-    labels = np.random.default_rng(1).integers(
-        0, 1 + args.num_identities, (num_members, args.batch_size)
+    loop = steps.make_train_loop(
+        run.system,
+        mesh_lib.make_mesh(1),
+        lambda clips, step: resident.draw_batch(clips, run.plan, step),
     )
+    states = list(steps.split_state(run.state, size))
+    tables = members.split(run.tables, size)
 
-    def init() -> steps.TrainState:
-        rngs = members.make_rngs(mates, 0)
-        return steps.init_state(system, sizes.modalities, rngs, jnp.asarray(labels, jnp.int32))
+    def train() -> list[Any]:
+        outcomes = []
+        for i, part in enumerate(tables):
+            states[i], outcome = loop(states[i], part, run.clips, np.int32(1))
+            outcomes.append(outcome)
+        return outcomes
 
-    state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
-    tables = steps.make_tables(mates, np.ones((num_members, args.batch_size)))
-    tables = mesh_lib.replicate(mesh, tables)
-    size = num_members if mapping == "vmap" else 1
-    states, parts = list(steps.split_state(state, size)), members.split(tables, size)
-    step = steps.make_train_step(system, mesh)
-    on_device = mesh_lib.shard_batch(mesh, batch)
-
-    def train() -> list[Array]:
-        losses = []
-        for i, part in enumerate(parts):
-            states[i], loss = step(states[i], part, on_device)
-            losses.append(loss)
-        return losses
-
-    jax.block_until_ready(train())  # compiles
     return train
 
 
-def seconds(train: Callable[[], list[Array]], repeats: int) -> float:
-    """Returns the seconds of one call."""
-    began = time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(train())
-    return (time.perf_counter() - began) / repeats
-
-
 def compare_steps(args: argparse.Namespace) -> None:
-    """Prints the cost of a step of E members beside E steps of one."""
-    batch = make_batch(np.random.default_rng(0), args.batch_size)
-    one = make_step(args, 1, "map", batch)
-    ratios: dict[str, list[float]] = {"map": [], "vmap": []}
-    rates: dict[str, list[float]] = {"map": [], "vmap": []}
-    together = {name: make_step(args, args.members, name, batch) for name in ratios}
-    for _ in range(args.rounds):
-        for name, train in together.items():
-            alone = seconds(one, args.members)
-            whole = seconds(train, 1)
-            ratios[name].append(whole / (args.members * alone))
-            rates[name].append(args.members * args.batch_size / whole)
-    write = sys.stdout.write
-    write(f"\nbatch {args.batch_size}, {args.num_identities + 1} classes, E = {args.members}\n")
-    write("| mapping | clips/s x members | cost against separate steps | from .. to |\n")
-    write("|---|---|---|---|\n")
-    for name, values in ratios.items():
-        low, high = min(values), max(values)
-        write(
-            f"| {name} | {statistics.median(rates[name]):,.0f} | "
-            f"{statistics.median(values):.3f} | {low:.3f} .. {high:.3f} |\n"
-        )
+    """Writes the cost of a step of E members beside E steps of one."""
+    rows = []
+    for batch_size in map(int, args.batch_size.split(",")):
+        for count in map(int, args.members.split(",")):
+            functions: dict[str, Callable[[], Any]] = {
+                "one": make_step(args, batch_size, 1, 1),
+                "map": make_step(args, batch_size, count, 1),
+                "vmap": make_step(args, batch_size, count, count),
+            }
+            seconds = common.in_turns(functions, args.rounds)
+            seconds["one"] = [count * x for x in seconds["one"]]
+            for name in ("map", "vmap"):
+                rate = count * batch_size / common.median(seconds[name])
+                rows.append(
+                    [batch_size, count, name, f"{rate:,.0f}", common.ratio(seconds, name, "one")]
+                )
+    sys.stdout.write(f"{common.describe()}, {1 + args.num_identities} classes\n\n")
+    common.write_table(
+        ["batch", "members", "how", "clips/s x members", "cost / single steps"], rows
+    )
 
 
 def compare_runs(args: argparse.Namespace) -> None:
-    """Prints the time of one run of E members beside that of E runs, each a process."""
+    """Writes the time of one run of five folds beside that of five runs, each a process."""
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
-    base = [sys.executable, "-m", "vidjax.main", f"--config={CONFIG}:folds"]
+    base = [sys.executable, "-m", "vidjax.main", f"--config={ROOT / 'configs' / SPEC}:folds"]
+    folds = 5
 
     def run(name: str, *words: str) -> float:
         began = time.perf_counter()
-        command = [*base, f"--workdir={folder / name}", *words]
+        command = [*base, f"--config.ensemble.folds={folds}", f"--workdir={folder / name}", *words]
         subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
         return time.perf_counter() - began
 
     try:
         run("warm", "--config.num_epochs=1")  # makes the dataset
-        found = []
-        for round_ in range(args.run_rounds):
-            apart = sum(
-                run(f"{round_}-{i}", f"--config.ensemble.only={i}") for i in range(args.members)
-            )
-            found.append(run(f"{round_}-all") / apart)
+        seconds: dict[str, list[float]] = {"all": [], "apart": []}
+        for number in range(args.run_rounds):
+            apart = [run(f"{number}-{i}", f"--config.ensemble.only={i}") for i in range(folds)]
+            seconds["apart"].append(sum(apart))
+            seconds["all"].append(run(f"{number}-all"))
     finally:
         shutil.rmtree(folder)
-    shown = ", ".join(f"{value:.3f}" for value in found)
-    sys.stdout.write(f"\nwhole run of {args.members} folds against as many runs: {shown}\n")
+    common.write_table(
+        ["run", "ratio"],
+        [[f"{folds} folds at once / {folds} runs", common.ratio(seconds, "all", "apart")]],
+    )
 
 
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", type=int, default=1024)
+    parser.add_argument("--batch_size", default="1024")
     parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--members", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--members", default="5")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", action="store_true", help="whole runs, too")
     parser.add_argument("--run_rounds", type=int, default=3)
     args = parser.parse_args()
