@@ -21,6 +21,12 @@ def restore_latest(workdir, items):
     return found
 
 
+def load(workdir, items, prefer="latest"):
+    found = checkpoint.find(workdir, prefer)
+    assert found is not None
+    return checkpoint.load(found, items, everywhere())
+
+
 def everywhere():
     return mesh_lib.replicated(mesh_lib.make_mesh())
 
@@ -42,23 +48,51 @@ def test_what_is_saved_comes_back(tmp_path, items):
     assert restored["params"]["a"].sharding.num_devices == 8
 
 
-def test_latest_and_best_are_kept(tmp_path, items):
+def test_two_latest_and_best_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
-    assert list(checkpoint.manifests(tmp_path)) == [2, 5]
+    assert list(checkpoint.manifests(tmp_path)) == [2, 4, 5]
     assert checkpoint.best_step(tmp_path) == 2
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
+def test_the_one_before_is_the_last_evaluated(tmp_path, items):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, items, {"evaluated": True, "map": 0.5} if step < 3 else {})
+    assert list(checkpoint.manifests(tmp_path)) == [2, 4]
+
+
+def test_a_saved_step_keeps_its_arrays_and_gains_facts(tmp_path, items):
+    checkpoint.save(tmp_path, 1, items, {"seconds": 1.0})
+    others = {**items, "params": {"a": jnp.zeros((4, 2))}}
+    checkpoint.save(tmp_path, 1, others, {"map": 0.5})
+    facts = checkpoint.manifests(tmp_path)[1]
+    assert (facts["seconds"], facts["map"]) == (1.0, 0.5)
+    assert_same(items, load(tmp_path, items))
 
 
 def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
-    left = tmp_path / "checkpoints" / "2" / "state"
+    left = tmp_path / "checkpoints" / ".partial" / "2" / "state"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
-    assert list(checkpoint.manifests(tmp_path)) == [1]
+    assert restore_latest(tmp_path, items)[1]["step"] == 1
     checkpoint.save(tmp_path, 2, items, {})
-    assert list(checkpoint.manifests(tmp_path)) == [2]
-    assert_same(items, checkpoint.restore(tmp_path, 2, items, everywhere()))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert_same(items, load(tmp_path, items))
+
+
+def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, items, {})
+    folder = tmp_path / "checkpoints"
+    (folder / ".dropped").mkdir()
+    (folder / "1").rename(folder / ".dropped" / "1")
+    largest_file(tmp_path, ".dropped/1").unlink()
+    (folder / "2" / ".manifest.json.77.partial").write_text("{")  # a kill while facts were added
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, items, {})
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]
 
 
 def largest_file(tmp_path, step):
@@ -83,8 +117,7 @@ def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
         restored, manifest = restore_latest(tmp_path, items)
     assert manifest["step"] == 1
     assert_same(items, restored)
-    with pytest.raises(checkpoint.CheckpointError):
-        checkpoint.restore(tmp_path, 2, items, everywhere())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged"]
 
 
 def test_no_good_step_is_an_error(tmp_path, items):
@@ -100,12 +133,12 @@ def test_no_good_step_is_an_error(tmp_path, items):
 def test_another_model_is_an_error(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
     other = {**items, "params": {"a": jnp.ones((4, 3))}}
-    with pytest.raises(checkpoint.CheckpointError, match="another model") as caught:
-        checkpoint.restore(tmp_path, 1, other, everywhere())
+    with pytest.raises(checkpoint.OtherModelError, match="another model") as caught:
+        load(tmp_path, other)
     assert "float32[4, 2]" in str(caught.value)
     other = {**items, "params": {"a": jnp.ones((4, 2), jnp.bfloat16)}}
-    with pytest.raises(checkpoint.CheckpointError, match="another model"):
-        checkpoint.restore(tmp_path, 1, other, everywhere())
+    with pytest.raises(checkpoint.OtherModelError, match="another model"):
+        load(tmp_path, other)
 
 
 def test_a_damaged_manifest_is_a_damaged_step(tmp_path, items):

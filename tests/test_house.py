@@ -1,6 +1,7 @@
-"""The house: what may import what, and a README whose words exist."""
+"""The house: what may import what, no unsafe loader, and a README whose words exist."""
 
 import ast
+import contextlib
 import re
 import subprocess
 import sys
@@ -57,6 +58,300 @@ def test_lower_rooms_know_no_configuration_and_no_loop(room):
         above = ("vidjax.train", "vidjax.evaluate", "vidjax.steps", "vidjax.config", "vidjax.data")
         found = [n for n in imports(file) if n.startswith((*above, "ml_collections"))]
         assert not found, f"{file} imports {found}"
+
+
+CAGE = "vidjax/data/sealed.py"  # the one place that may unpickle
+CONFIGS = "vidjax/config.py"  # runs the configuration that the user names: a program
+# What turns data into code, and who may use it all the same.
+UNSAFE_MODULES = ("cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "runpy", "shelve")
+UNSAFE_MODULES += ("code", "codeop", "torch", "yaml")
+UNSAFE_NAMES = {
+    **dict.fromkeys(("__import__", "compile", "eval", "exec"), ()),
+    **dict.fromkeys(("pickle.Unpickler", "pickle._Unpickler", "_pickle.Unpickler"), (CAGE,)),
+    **dict.fromkeys(("pickle.load", "pickle.loads", "_pickle.load", "_pickle.loads"), (CAGE,)),
+    **dict.fromkeys(("os.popen", "os.system"), ()),
+    **dict.fromkeys(("subprocess.getoutput", "subprocess.getstatusoutput"), ()),
+    **dict.fromkeys(
+        ("importlib.import_module", "importlib.__import__", "pkgutil.resolve_name"), ()
+    ),
+    "importlib.util.spec_from_file_location": (CONFIGS,),
+}
+UNSAFE_KEYWORDS = ("allow_pickle", "shell")  # any value but False
+GUARDED = ("pickle", "_pickle", "builtins")  # to be used by `module.name` alone, and never renamed
+
+
+def origins(tree):
+    """Returns what the names of a file stand for: name -> dotted origin, of its imports."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.split(".")[0]
+                found[alias.asname or name] = name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return found
+
+
+def dotted(node, names):
+    """Returns the dotted origin of an expression such as `p.loads`, None of any other."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value, names)
+        return f"{base}.{node.attr}" if base else None
+    return None
+
+
+def unsafe(source, name="x.py"):
+    """Returns what of a file turns data into code, or a string into a command: `line: what`."""
+    tree = ast.parse(source)
+    names, found = origins(tree), []
+    used_by_attribute = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+    def judge(node, origin):
+        origin = origin.removeprefix("builtins.")
+        if name not in UNSAFE_NAMES.get(origin, (name,)):
+            found.append(f"{node.lineno}: {origin}")
+
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            from_module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                judge(node, from_module + alias.name)
+                root = (from_module + alias.name).split(".")[0]
+                if root in UNSAFE_MODULES or alias.name == "*":
+                    found.append(f"{node.lineno}: import of {from_module}{alias.name}")
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            origin = dotted(node, names) or ""
+            if isinstance(node, ast.Attribute):
+                judge(node, origin)
+            else:
+                if "." in origin or node.id == origin:
+                    judge(node, origin)
+                if origin in GUARDED and node.id in names and id(node) not in used_by_attribute:
+                    found.append(f"{node.lineno}: {origin} handed on")
+        elif isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                safe = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in UNSAFE_KEYWORDS and not safe:
+                    found.append(f"{node.lineno}: {keyword.arg}={ast.unparse(keyword.value)}")
+            more = len(node.args) > 1 or any(keyword.arg is None for keyword in node.keywords)
+            if more and dotted(node.func, names) in ("numpy.load", "jax.numpy.load"):
+                found.append(f"{node.lineno}: numpy.load with more than a file")
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *sorted((ROOT / "configs").glob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_nothing_turns_data_into_code(path):
+    assert not unsafe(path.read_text(), str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.load(f)",
+        "import pickle\nx = pickle.loads",
+        "import pickle as p\np.loads(x)",
+        "import _pickle\n_pickle.loads(x)",
+        "from pickle import loads",
+        "from pickle import Unpickler as U",
+        "from pickle import *",
+        "import pickle\nclass U(pickle.Unpickler): pass",
+        "import pickle\ngetattr(pickle, 'lo' + 'ads')(x)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import numpy as np\nnp.load(f, allow_pickle=yes)",
+        "import numpy as np\nnp.load(f, None, True)",
+        "import numpy as np\nnp.load(f, **options)",
+        "from numpy import load\nload(f, None, True)",
+        "eval('1')",
+        "exec(text)",
+        "x = eval",
+        "import builtins\nbuiltins.eval(text)",
+        "from builtins import exec as run",
+        "compile(text, 'x', 'exec')",
+        "__import__(name)",
+        "import importlib\nimportlib.import_module(name)",
+        "from importlib import import_module",
+        "from importlib import util\nutil.spec_from_file_location('x', path)",
+        "import yaml\nyaml.load(f)",
+        "from yaml import safe_load",
+        "import torch\ntorch.load(f)",
+        "import marshal",
+        "import shelve",
+        "def f():\n    import dill",
+        "import joblib\njoblib.load(f)",
+        "import runpy\nrunpy.run_path(p)",
+        "import os\nos.system('ls')",
+        "from os import popen",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "import subprocess as s\ns.Popen(words, shell=flag)",
+        "import subprocess\nsubprocess.getoutput('ls')",
+    ],
+)
+def test_that_would_be_seen(source):
+    assert unsafe(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.dump(x, f)\nraise pickle.PickleError",
+        "import re\nre.compile('x')",
+        "import ast\nast.literal_eval(text)",
+        "import json\njson.load(f)",
+        "import numpy as np\nnp.load(f)\nnp.load(f, allow_pickle=False)",
+        "import subprocess\nsubprocess.run(['ls'], shell=False)",
+        "model.eval()\nself.exec(x)\nfoo.compile()",
+        "def load(f): return f.load()",
+    ],
+)
+def test_the_harmless_is_not_taken_for_it(source):
+    assert not unsafe(source)
+
+
+FAULT_TESTS = sorted((ROOT / "tests").glob("test_faults_*.py"))
+
+
+def patches(source):
+    """Returns where a test replaces a function instead of causing a fault: `line: what`.
+
+    Programs in its strings, for processes of its own, are looked at as well.
+    """
+    tree = ast.parse(source)
+    names, found = origins(tree), []
+    modules = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    bases = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        words: list[str] = []
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            words = [module + alias.name for alias in node.names]
+        elif isinstance(node, ast.arg):
+            words = [node.arg]
+        elif isinstance(node, ast.keyword):
+            words = [node.arg or ""]
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            words = [dotted(node, names) or getattr(node, "attr", "")]
+        for word in words:
+            if re.search(r"mock|MonkeyPatch|interrupt_dispatch", word):
+                found.append(f"{getattr(node, 'lineno', 0)}: {word}")
+        if isinstance(node, ast.Attribute) and re.fullmatch("(set|del)(attr|item)", node.attr):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.Name) and node.id == "monkeypatch" and id(node) not in bases:
+            found.append(f"{node.lineno}: monkeypatch handed on")  # chdir and setenv are harmless
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            if isinstance(base, ast.Name) and (base.id in modules or base.id in names):
+                found.append(f"{node.lineno}: {ast.unparse(node)} replaced")
+        if isinstance(node, ast.Call) and dotted(node.func, names) in ("setattr", "delattr"):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and "import" in node.value
+        ):
+            with contextlib.suppress(SyntaxError):  # it is prose
+                found += [f"{node.lineno}, in a string, {what}" for what in patches(node.value)]
+    return found
+
+
+def helpers(path):
+    """Returns the other files of the tests that a test imports."""
+    names = {name.split(".")[1] for name in imports(path) if name.startswith("tests.")}
+    files = (
+        ROOT / "tests" / f"{name}.py" for name in names - {"small_runs"}
+    )  # of other tests, too
+    return [file for file in files if file.exists()]
+
+
+@pytest.mark.parametrize("path", FAULT_TESTS, ids=lambda path: path.name)
+def test_fault_tests_cause_the_fault(path):
+    for file in [path, *helpers(path)]:
+        assert not patches(file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def test(monkeypatch): monkeypatch.setattr(os, 'replace', broken)",
+        "def test(monkeypatch): monkeypatch.setitem(table, 'save', broken)",
+        "def test(monkeypatch): broken_save(monkeypatch)",
+        "import pytest\nwith pytest.MonkeyPatch.context() as patch: pass",
+        "from pytest import MonkeyPatch",
+        "from unittest import mock",
+        "import unittest.mock",
+        "from unittest.mock import patch",
+        "def test(mocker): mocker.patch('builtins.open')",
+        "import os\nos.replace = broken",
+        "import os.path\nos.path.exists = broken",
+        "import builtins\nbuiltins.open = broken",
+        "import signal as s\ns.signal = broken",
+        "from vidjax import checkpoint\ncheckpoint.save = broken",
+        "import os\nsetattr(os, 'replace', broken)",
+        "from tests import small_runs\nsmall_runs.interrupt_dispatch(patch, 1, 2)",
+        "run(['-c', 'import os\\nos.replace = None'])",
+    ],
+)
+def test_a_patched_fault_would_be_seen(source):
+    assert patches(source)
+
+
+def test_causing_a_fault_is_no_patch():
+    source = (
+        "import os, signal, resource\n"
+        "os.kill(pid, signal.SIGKILL)\nos.environ['X'] = '1'\nself.path = path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "run(['-c', 'import sys; sys.stdin.read()', 'words of import'])\n"
+        "def test(monkeypatch):\n    monkeypatch.chdir(path)\n"
+    )
+    assert not patches(source)
+
+
+def fault_table():
+    """Returns number of a fault -> the tests that the README's table names for it."""
+    assert "\n## Faults\n" in README, "README.md has no section '## Faults'"
+    section = README.split("\n## Faults\n")[1].split("\n## ")[0]
+    found = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not cells or not cells[0][:1].isdigit():
+            continue
+        assert len(cells) == 4, f"{line}: wanted | # | fault | behaviour | test |"
+        for part in cells[0].split(","):
+            first, _, last = part.strip().partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                assert number not in found, f"fault {number} has two rows"
+                found[number] = re.findall(r"`([^`]+)`", cells[3])
+    return found
+
+
+def test_readme_has_a_row_for_every_fault():
+    assert sorted(fault_table()) == [*range(1, 40), 41, 42]
+
+
+def test_the_tests_of_the_fault_table_exist():
+    for number, tests in fault_table().items():
+        assert tests, f"fault {number} names no test"
+        for test in tests:
+            name, _, function = test.partition("::")
+            assert (ROOT / name).is_file(), f"fault {number}: no file {name}"
+            tree = ast.parse((ROOT / name).read_text())
+            there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert function in there, f"fault {number}: no test {test}"
+            assert function.startswith("test_"), test
 
 
 def table(heading):

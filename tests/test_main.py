@@ -33,24 +33,77 @@ def complaint(capsys, *words):
         (("--config=nowhere/x.py",), "no such file"),
         (("--config=configs/mma.py", "--config.bacth_size=3"), "did you mean --config.batch_size"),
         (("--config=configs/mma.py", "--config.batch_size=x"), "batch_size"),
-        (("--config=configs/mma.py", "stray"), "stray"),
+        (("--config=configs/mma.py", "--config.batch_size=1.5"), "batch_size"),
+        (("--config=configs/mma.py", "--config.noise.join=maybe"), "noise.join"),
+        (("--config=configs/mma.py", "--config.seed"), "--config.seed needs a value"),
+        (("--config=configs/mma.py", "--config.data=x"), "did you mean --config.data."),
+        (("--config=configs/mma.py", "stray"), "stray word 'stray'"),
+        (("configs/mma.py:face",), "did you mean --config=configs/mma.py:face?"),
+        (("evaluate", "--workdir=w"), "did you mean --mode=evaluate?"),
         (("--config=configs/mma.py", "--modes=train"), "did you mean --mode?"),
         (("--config=configs/mma.py", "--workdri=w"), "did you mean --workdir?"),
         (("--config=configs/mma.py", "--workdir="), "name a folder"),
+        (("--config=configs/mma.py", "-workdir=w"), "did you mean --workdir?"),
+        (("--config=configs/mma.py", "--workdir"), "--workdir: expected one argument"),
         (("--config=configs",), "configs/mma.py"),
-        (("--config=configs/mma.py", "--mode=trian"), "trian"),
+        (("--config=configs/mma",), "did you mean 'configs/mma.py'"),
+        (("--config=configs/mma.py", "--mode=trian"), "did you mean train?"),
+        (("--workdir=w", "--mode=evalaute"), "did you mean evaluate?"),
+        (("--workdir=w", "--mode=zzz"), "known are train, evaluate, check"),
         (("--config=configs/mma.py:publishd",), "did you mean 'published'"),
         (("--mode=evaluate",), "needs --workdir"),
         (("--mode=evaluate", "--workdir=nowhere"), "no run in 'nowhere'"),
+        (("--mode", "evaluate", "--workdir", "nowhere"), "no run in 'nowhere'"),
         (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "not --config"),
         (("--config=configs/mma.py", "--runs=a,b"), "goes with --mode=evaluate"),
         (("--mode=evaluate", "--runs=a,b"), "needs --workdir"),
+        (("--mode=evaluate", "--workdir=nowhere", "--runs="), "--runs= is empty"),
     ],
 )
 def test_mistakes_in_the_words(capsys, words, message):
     code, said = complaint(capsys, *words)
     assert code == 2
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no function get_config"),
+        ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError: '(' was never closed"),
+        ("def get_config(args=''):\n  return confg\n", "line 2: NameError: name 'confg'"),
+        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError: No module named 'nowhere_at"),
+        ("def get_config():\n  return 1\n", "get_config() takes 0 positional arguments"),
+        ("def get_config(args=''):\n  return {}\n", "returns no ConfigDict"),
+        (
+            "from vidjax import config\n\n"
+            "def get_config(args=''):\n  c = config.default()\n  c.batch_size = 'x'\n",
+            "line 5: TypeError: Could not override field 'batch_size'",
+        ),
+        ("\0", "null bytes"),
+    ],
+)
+def test_mistakes_in_a_configuration_file(capsys, tmp_path, content, message):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    for words in ([], ["--mode=check"]):
+        code, said = complaint(capsys, f"--config={path}", *words)
+        assert code == 2
+        assert f"'{path}'" in said
+        assert message in said
+
+
+def test_a_configuration_that_is_no_program(capsys, tmp_path):
+    (tmp_path / "mine.txt").write_text("seed: 3")
+    code, said = complaint(capsys, f"--config={tmp_path}/mine.txt")
+    assert code == 2
+    assert "is not a Python file" in said
+
+
+def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("raise KeyError('x')")
+    assert main([f"--config={tmp_path}/mine.py", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -68,7 +121,11 @@ def test_mistakes_in_the_words(capsys, words, message):
         (("--config.data.dir={official}", "--config.seed=99999999999"), "config.seed"),
         (("--config.data.dir={official}", "--config.num_epochs=nan"), "config.num_epochs"),
         (("--config.data.dir={official}", "--config.data.train_splits=()"), "train_splits"),
-        (("--config.data.name=imagenet",), "imagenet"),
+        (("--config.data.dir={official}", "--config.data.train_splits=trian"), "'trian'"),
+        (("--config.data.dir={official}", "--config.eval.split=tset"), "test, train, val"),
+        (("--config.data.dir={official}", "--config.loss.schedule=3"), "(epoch, value) pairs"),
+        (("--config.data.dir={official}", "--config.data.cache_dir={official}/val_gt.txt"), "val_"),
+        (("--config.data.name=imagenet",), "synthetic, iqiyi_vid"),
         (("--config.data.dir={official}", "--config.model.name=resnet"), "resnet"),
         (("--config.data.dir={official}", "--config.optim.name=adamm"), "adamm"),
         (("--config.data.dir={official}", "--config.eval.scores=prob"), "prob"),
@@ -93,12 +150,22 @@ def test_a_workdir_that_is_a_file(capsys, tmp_path):
     assert "is a file" in said
 
 
+def test_runs_to_join_that_are_none(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    both = f"--workdir={tmp_path}/both"
+    for names in ("nowhere,empty", "empty,nowhere"):
+        runs = ",".join(f"{tmp_path}/{name}" for name in names.split(","))
+        code, said = complaint(capsys, "--mode=evaluate", both, f"--runs={runs}")
+        assert code == 2
+        assert f"no run in '{tmp_path}/{names.split(',')[0]}'" in said
+
+
 def test_help_names_modes_and_flags(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for word in ("--config", "--workdir", "--mode", "--debug", "evaluate"):
+    for word in ("--config", "--workdir", "--mode", "--debug", "train", "evaluate", "check"):
         assert word in said
 
 
@@ -139,6 +206,10 @@ def test_the_official_journey(vidjax_command, official_dir, tmp_path, capsys):
     again = vidjax_command(*words)
     assert again.returncode == 0, again.stderr
     assert f"{metrics['map']:.4f}" in again.stdout
+    check = vidjax_command("--mode=check", f"--workdir={workdir}")
+    assert check.returncode == 0, check.stdout
+    assert check.stdout.endswith("all good\n")
+    assert check.stdout.count(f"checkpoint {metrics['step']}") == 2
     assert main([*words, "--config.seed=5"]) == 2
     assert "seed: 0 -> 5" in capsys.readouterr().err
     scored = ranking.score_files(official_dir / "val_gt.txt", workdir / "ranking.txt")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import python2
+from tests import hostile, python2
 from vidjax.data import cage, pickles
 
 
@@ -67,6 +67,9 @@ def test_a_file_without_frames_is_an_empty_modality(tmp_path: Path) -> None:
     got = pickles.unpack(path, "body", tmp_path / "out")
     assert got.names == ("a",) and got.lengths.tolist() == [0]
     assert got.features.shape == (0, 0) and got.box.shape == (0, 4) and got.seen == 0
+    path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
+    got = pickles.unpack(path, "audio", tmp_path / "out")
+    assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
 
 
 def test_several_at_once_and_from_anywhere_do_not_mix(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import python2
+from tests import hostile, python2
 from vidjax.data import sealed
 
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
@@ -85,137 +85,28 @@ def test_read_only_arrays_and_scalars_of_any_kind_load() -> None:
     (got,) = load(pickle.dumps([array], 5))
     assert got.shape == (5,) and got.data == array.tobytes()
     big = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
-    assert load(SCALAR + big + b"R.") == 0.1
+    assert load(hostile.SCALAR + big + b"R.") == 0.1
     assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
 
 
-def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
-    """A pickle of one array with this state, its dtype float16."""
-    head = f"cnumpy.core.multiarray\n_reconstruct\nc{kind.replace(' ', chr(10))}\n"
-    return head.encode() + b"K\x00\x85U\x01b\x87R" + python2.dumps(state, 1)[:-1] + b"b."
+ATTACKS = hostile.attacks(Path("/nowhere/mark"))
 
 
-def dtype_pickle(code: bytes, *state: Any) -> bytes:
-    build = python2.dumps(state, 1)[:-1] + b"b" if state else b""
-    return b"cnumpy\ndtype\n" + python2.dumps((code, 0, 1), 1)[:-1] + b"R" + build + b"."
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_refused_by_the_name_of_what_they_call(name: str) -> None:
+    message = refusal(ATTACKS[name].data)
+    assert ATTACKS[name].told in message and "byte" in message
 
 
-F2 = np.dtype("<f2")
-SCALAR = b"cnumpy.core.multiarray\nscalar\n"
-RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
-
-
-@pytest.mark.parametrize(
-    ("data", "named"),
-    [
-        (b"cos\nsystem\n(S'touch {mark}'\ntR.", "os.system"),
-        (b"cposix\nsystem\n(S'touch {mark}'\ntR.", "posix.system"),
-        (b"(S'touch {mark}'\nios\nsystem\n.", "os.system"),
-        (b"(cos\nsystem\nS'touch {mark}'\no.", "os.system"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0etouch {mark}\x85R.", "os.system"),
-        (b'c__builtin__\neval\n(S\'open("{mark}","w")\'\ntR.', "__builtin__.eval"),
-        (b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.", "builtins.getattr"),
-        (b"c__builtin__\nopen\n(S'{mark}'\nS'w'\ntR.", "__builtin__.open"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.", "numpy.ndarray.tofile"),
-        (b"cnumpy\nload\n.", "numpy.load"),
-        (b"cnumpy.core.multiarray\nfromfile\n.", "numpy.core.multiarray.fromfile"),
-        (b"cnumpy.core.numeric\n_frombuffer.__globals__\n.", "_frombuffer.__globals__"),
-        (b"c_codecs\ndecode\n.", "_codecs.decode"),
-        (b"c__builtin__\nbytearray\n.", "__builtin__.bytearray"),
-        (b"ccopy_reg\n_reconstructor\n.", "copy_reg._reconstructor"),
-        (b"cvidjax.data.sealed\nArray\n.", "vidjax.data.sealed.Array"),
-        (b"c__main__\nArray\n.", "__main__.Array"),
-        (b"cos\nsys\x1b[31m\xe2\x80\xaetem\n.", r"os.sys\x1b[31m"),
-        (b"\x80\x02\x82\x01.", "extension code 1"),
-        (b"\x80\x02\x83\x01\x01.", "extension code 257"),
-        (b"\x80\x02\x84\x01\x00\x00\x01.", "extension code"),
-        (b"Pthing\n.", "PERSID"),
-        (b"NQ.", "PERSID"),
-        (b"\x80\x05\x97.", "out-of-band"),
-    ],
-)
-def test_globals_extensions_and_persistent_ids_are_refused_without_side_effect(
-    data: bytes, named: str, tmp_path: Path
-) -> None:
-    mark = tmp_path / "m"
-    text = data.replace(b"{mark}", bytes(mark))
-    message = refusal(text.replace(b"\x8c\x0etouch", b"\x8c%ctouch" % (6 + len(bytes(mark)))))
-    assert named in message and "byte" in message
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        # Classes cannot be changed: BUILD with a dict, with slots, on any of them.
-        *(
-            b"c%s\n(N}X\x07\x00\x00\x00__new__Nstb." % name.replace(b" ", b"\n")
-            for name in (b"numpy ndarray", b"numpy dtype", b"_codecs encode", b"__builtin__ bytes")
-        ),
-        RECONSTRUCT + b"N}X\x07\x00\x00\x00__new__Ns\x86b.",
-        RECONSTRUCT + b"}X\x07\x00\x00\x00__new__Nsb.",
-        SCALAR + b"N}X\x07\x00\x00\x00__new__Ns\x86b.",
-        b"cnumpy\ndtype\n(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb.",
-        # Objects where classes are called for, classes where objects are.
-        RECONSTRUCT + RECONSTRUCT + b"K\x00\x85U\x01b\x87R.",
-        RECONSTRUCT + b"c_codecs\nencode\nK\x00\x85U\x01b\x87R.",
-        RECONSTRUCT + b"(NNNtR.",
-        RECONSTRUCT + b")R.",
-        RECONSTRUCT + b")\x81.",
-        b"cnumpy\nndarray\n(J\xff\xff\xff\x7ftR.",
-        b"cnumpy\nndarray\n)\x81.",
-        b"(inumpy\nndarray\n.",
-        b"c__builtin__\nbytes\n(J\xff\xff\xff\x7ftR.",
-        b"c_codecs\nencode\n(X\x01\x00\x00\x00aU\x04zlibtR.",
-        b"c_codecs\nencode\n(X\x01\x00\x00\x00aU\x05rot13tR.",
-        b"c_codecs\nencode\n(U\x01aU\x06latin1tR.",
-        b"(U\x01a(ltR.",
-        # Arrays whose state is not what numpy writes.
-        array_pickle((1, (2,), F2, False, b"ab")),
-        array_pickle((1, (-1,), F2, False, b"ab")),
-        array_pickle((1, (True,), F2, False, b"ab")),
-        array_pickle((1, (1, 1, 1), F2, False, b"ab")),
-        array_pickle((1, [1], F2, False, b"ab")),
-        array_pickle((1, (1,), None, False, b"ab")),
-        array_pickle((1, (1,), F2, False, [None])),
-        array_pickle((1, (1,), F2, False, "ab")),
-        array_pickle(((1,), F2, False, b"ab")),
-        array_pickle(None),
-        array_pickle({b"data": 1}),
-        array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype"),
-        # A dtype that is anything but a plain number, or whose state is damaged.
-        *(dtype_pickle(code) for code in (b"O8", b"O", b"V8", b"M8", b"S4", b"U4", b"c8", b"f16")),
-        *(dtype_pickle(code) for code in (b"f2,f2", b"<f2", b"", b"\xff", b"f2\x00")),
-        dtype_pickle(b"f2", 3, b"<", None, (b"a",), {b"a": 1}, -1, -1, 0),
-        dtype_pickle(b"f2", 3, b"<", (F2, (2,)), None, None, -1, -1, 0),
-        dtype_pickle(b"f2", 4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
-        dtype_pickle(b"f2", 3, b"<", None, None, None, 10**9, -1, 0),
-        dtype_pickle(b"f2", 3, b"<", None, None, None, -1, -1, 63),
-        dtype_pickle(b"f2", 3, b"<", None, None, None, -1, -1, None),
-        dtype_pickle(b"f2", 99, b"<", None, None, None, -1, -1, 0),
-        dtype_pickle(b"f2", 3, b"!", None, None, None, -1, -1, 0),
-        dtype_pickle(b"f2", 3, b"|", None, None, None, -1, -1, 0),
-        dtype_pickle(b"i1", 3, b">", None, None, None, -1, -1, 0),
-        dtype_pickle(b"f2", 3, 60, None, None, None, -1, -1, 0),
-        dtype_pickle(b"f2", 3),
-        SCALAR + python2.dumps((np.dtype("<f8"), b"7 bytes"), 1)[:-1] + b"R.",
-        SCALAR + python2.dumps((np.dtype("<f8"), "8 unicod"), 1)[:-1] + b"R.",
-        SCALAR + python2.dumps((None, b"8 bytes!"), 1)[:-1] + b"R.",
-        pickle.dumps(np.array([None]), 2),
-        pickle.dumps(np.zeros(2, [("a", "f2")]), 2),
-        pickle.dumps(np.zeros((2, 2, 2)), 5),
-        pickle.dumps(np.array(["a"]), 2),
-        pickle.dumps(np.zeros(2, "M8[s]"), 2),
-    ],
-)
-def test_tricks_with_classes_arrays_and_dtypes_are_refused(data: bytes) -> None:
+@pytest.mark.parametrize("name", hostile.TRICKS)
+def test_tricks_with_classes_arrays_and_dtypes_are_refused(name: str) -> None:
     before = {name: dict(vars(found)) for name, found in sealed._GLOBALS.items()}
-    assert "byte" in refusal(data)
+    assert "byte" in refusal(hostile.TRICKS[name])
     assert {name: dict(vars(found)) for name, found in sealed._GLOBALS.items()} == before
 
 
 def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated() -> None:
-    data = array_pickle((1, (12345,), F2, False, b"ab"))
+    data = hostile.array_pickle((1, (12345,), hostile.F2, False, b"ab"))
     wide = data.replace(b"J" + struct.pack("<i", 12345), b"\x8a\x08" + struct.pack("<q", 10**11))
     assert wide != data
     assert "shape and bytes disagree" in refusal(wide)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidjax import checkpoint, members, ranking, resident
+from vidjax import checkpoint, members, ranking, resident, resume
 from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax.config import Config
@@ -51,8 +51,10 @@ def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
     for room, items in _rooms(config, workdir):
         try:
             yield from (Item(state, room, _one_line(text)) for state, text in items)
-        except (ValueError, OSError, checkpoint.CheckpointError) as error:
-            yield Item(FAULT, room, _one_line(f"{room}: {error}"))
+        except Exception as error:  # damaged files raise whatever those who read them raise
+            expected = isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
+            what = "" if expected else f"{type(error).__name__}: "
+            yield Item(FAULT, room, _one_line(f"{what}{error}"))
 
 
 def exit_code(items: Iterable[Item]) -> int:
@@ -74,40 +76,39 @@ Found = Iterator[tuple[str, str]]  # (state, text)
 
 
 def _rooms(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, Found]]:
-    """Yields (room, what is found there)."""
-    yield "environment", _environment()
+    """Yields (room, what is found there), in parts that fail one by one."""
+    yield "environment", _packages()
+    yield "environment", _tensorflow()
+    yield "environment", _devices()
     if config is not None:
         yield "environment", _cache(config)
-    joined = tuple(config.join.runs) if config is not None and workdir else ()
+    runs: dict[str, Config | None] = {}  # those that the folder joins
     if workdir:
         yield "run", _folder("workdir", workdir)
-        yield "run", _run(config, workdir)
-        if not joined:
+        yield from (("run", found) for found in _run(config, workdir))
+        runs = {name: _config_of(name, config) for name in config.join.runs} if config else {}
+        if not runs:
             yield "checkpoints", _checkpoints(config, workdir)
-    for name in joined:
-        yield "checkpoints", _checkpoints(_config_of(name), Path(name), f"{name}: ")
-    if config is not None and not joined:
-        yield "data", _data(config)
-    datasets = set()
-    for name in joined:
-        one = _config_of(name)
-        if one is not None:
-            for field in ("dir", "cache_dir"):
-                if config is not None and config.data[field] is not None:
-                    one.data[field] = config.data[field]
-            if repr(one.data) not in datasets:
-                datasets.add(repr(one.data))
-                yield "data", _data(one)
+        for name, one in runs.items():
+            yield "checkpoints", _checkpoints(one, Path(name), f"{name}: ")
+    configs = runs.values() if runs else [config]
+    for one in {repr(one.data): one for one in configs if one is not None}.values():
+        yield "data", _data(one)
 
 
-def _config_of(run: str) -> Config | None:
+def _config_of(run: str, config: Config) -> Config | None:
+    """Returns the configuration of a joined run, with data where the joining folder has them."""
     try:
-        return config_lib.load_workdir(Path(run))
+        one = config_lib.load_workdir(Path(run))
     except ValueError:
         return None  # `_checkpoints` says so
+    for field in ("dir", "cache_dir"):
+        if config.data[field] is not None:
+            one.data[field] = config.data[field]
+    return one
 
 
-def _environment() -> Found:
+def _packages() -> Found:
     yield OK, f"python {platform.python_version()} on {platform.platform()}"
     found, absent = [], []
     for name in PACKAGES:
@@ -118,12 +119,18 @@ def _environment() -> Found:
     yield OK, f"packages: {', '.join(found)}"
     if absent:
         yield FAULT, f"packages: {', '.join(absent)} not installed"
+
+
+def _tensorflow() -> Found:
     try:
         from vidjax.data.features import tf, tfds
-
-        yield OK, f"TensorFlow {tf.__version__} and TFDS {tfds.__version__} can be imported"
     except Exception as error:  # a broken installation raises whatever its libraries raise
         yield FAULT, f"TensorFlow: no data can be read: {type(error).__name__}: {error}"
+    else:
+        yield OK, f"TensorFlow {tf.__version__} and TFDS {tfds.__version__} can be imported"
+
+
+def _devices() -> Found:
     mesh = mesh_lib.make_mesh()
     kind = mesh.devices.flat[0].device_kind
     yield OK, f"devices: {mesh.size} x {kind}, {_bytes(resident.free_bytes(mesh))} free on each"
@@ -135,7 +142,10 @@ def _cache(config: Config) -> Found:
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
     yield from _folder("cache", cache)
     for left in sorted(cache.glob("*/*.partial")):
-        yield WARNING, f"cache: '{left}': of a conversion cut short or under way; it will be cleared"
+        yield (
+            WARNING,
+            f"cache: '{left}': of a conversion cut short or under way; it will be cleared",
+        )
 
 
 def _folder(name: str, folder: Path) -> Found:
@@ -180,15 +190,19 @@ def _converted(
     config: Config, folder: Path, sources: Mapping[tuple[str, str], Path], cache: Path
 ) -> Found:
     """Yields what the records of some official files are like."""
-    from vidjax.data import iqiyi_vid, records
+    from vidjax.data import records
+    from vidjax.data.iqiyi_vid import load_labels, records_folder
 
     size = sum(path.stat().st_size for path in sources.values())
     yield OK, f"data: '{folder}': {len(sources)} pickles, {_bytes(size)}"
-    where = iqiyi_vid.records_folder(sources, cache)
+    where = records_folder(sources, cache)
     if not (where / "manifest.json").exists():
-        yield WARNING, (
-            f"records: not converted yet, or the files have changed: training converts them, "
-            f"or python -m vidjax.data.iqiyi_vid {folder}"
+        yield (
+            WARNING,
+            (
+                f"records: not converted yet, or the files have changed: training converts them, "
+                f"or python -m vidjax.data.iqiyi_vid {folder}"
+            ),
         )
         return
     found = records.load_index(where)
@@ -201,7 +215,7 @@ def _converted(
         yield OK, f"records: '{where}': {len(shards)} shards, {_bytes(size)}, every sha256 agrees"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, _, report = iqiyi_vid.load_labels(folder, found)
+        _, _, report = load_labels(folder, found)
     for warning in caught:
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():
@@ -226,12 +240,14 @@ def _sums(report: Mapping[str, Any]) -> Iterator[str]:
     """Yields where the counts of a data report do not add up."""
     for split, facts in report["splits"].items():
         for name, one in facts["modalities"].items():
-            loaded, skipped = one["frames"], sum(one["frames_skipped"].values())
-            if loaded + skipped != one["frames_seen"]:
-                yield (
-                    f"data_report.json: {name}_{split}: {one['frames_seen']} frames seen, "
-                    f"but {loaded} loaded + {skipped} skipped"
-                )
+            for what in ("frames", "clips"):
+                seen, loaded = one.get(f"{what}_seen"), one.get(what)
+                skipped = sum(one[f"{what}_skipped"].values())
+                if seen is not None and loaded + skipped != seen:
+                    yield (
+                        f"data_report.json: {name}_{split}: {seen} {what} seen, "
+                        f"but {loaded} loaded + {skipped} skipped"
+                    )
 
 
 def _counts(found: Any) -> Iterator[str]:
@@ -252,123 +268,143 @@ def _counts(found: Any) -> Iterator[str]:
                 yield f"{name}_{split}: {loaded} frames in data_report.json, {lengths.sum()} kept"
 
 
-def _run(config: Config | None, workdir: Path) -> Found:
-    """Yields what the files beside the checkpoints are like."""
+def _run(config: Config | None, workdir: Path) -> Iterator[Found]:
+    """Yields, part by part, what the files beside the checkpoints are like."""
+    yield _use(workdir)
+    if config is None:
+        yield _damaged_config(workdir)
+    for path in sorted(workdir.glob("*.json")):
+        if path.name not in ("config.json", "identities.json"):  # these go with the checkpoints
+            yield _results(path)
+    for path in sorted(workdir.glob("*.jsonl")):
+        yield _log(path)
+    if (workdir / "metrics.json").exists() and not (workdir / "ranking.txt").exists():
+        yield iter([(FAULT, "ranking.txt: missing, though metrics.json is there")])
+    for path in sorted(workdir.glob("ranking*.txt")):
+        yield _ranking(path)
+
+
+def _use(workdir: Path) -> Found:
     holder = _holder(workdir)
     if holder:
         yield WARNING, f"workdir: in use by {holder}: its newest files may be unfinished"
-    if config is None:
-        try:
-            config_lib.load_workdir(workdir)
-        except ValueError as error:
-            yield FAULT, f"config.json: {error}"
+        return
     for path in sorted([*workdir.glob(".*.partial"), *workdir.glob(".write-test-*")]):
-        if not holder:
-            yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
-    results = {}
-    for path in sorted(workdir.glob("*.json")):
-        try:
-            results[path.name] = json.loads(path.read_text())
-        except ValueError as error:
-            if path.name != "config.json":
-                yield FAULT, f"{path.name}: damaged: {error}"
-    if "data_report.json" in results:
-        problems = list(_sums(results["data_report.json"]))
+        yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
+
+
+def _damaged_config(workdir: Path) -> Found:
+    config_lib.load_workdir(workdir)  # says what is wrong
+    yield OK, "config.json: written while this was checked"
+
+
+def _results(path: Path) -> Found:
+    """Yields what a file of JSON says."""
+    content = _read_json(path)
+    if path.name == "data_report.json":
+        problems = list(_sums(content))
         yield from ((FAULT, problem) for problem in problems)
         if not problems:
             yield OK, "data_report.json: loaded + skipped = seen throughout"
-    for name in ("metrics.jsonl", "timing.jsonl", "noise.jsonl"):
-        if (workdir / name).exists():
-            yield _log(workdir / name)
-    identities = results.get("identities.json")
-    for path in sorted(workdir.glob("ranking*.txt")):
-        ranked = ranking.load_ranking(path, identities=identities)
-        if identities is not None and len(ranked) != len(identities):
-            yield FAULT, f"{path.name}: {len(ranked)} of {len(identities)} identities"
-        else:
-            yield OK, f"{path.name}: valid, {len(ranked)} identities"
-    of_run = results.get("metrics.json")
-    if of_run is not None and not (workdir / "ranking.txt").exists():
-        yield FAULT, "ranking.txt: missing, though metrics.json is there"
-    if of_run is not None and "map" in of_run:
-        yield OK, f"metrics.json: MAP@100 {of_run['map']:.4f} ({of_run.get('map_kind')})"
+    elif path.name.startswith("metrics") and "map" in content:
+        yield OK, f"{path.name}: MAP@100 {content['map']:.4f} ({content.get('map_kind')})"
+    else:
+        yield OK, f"{path.name}: can be read"
 
 
-def _log(path: Path) -> tuple[str, str]:
-    """Returns whether the lines of a log are whole and in the order of steps, none twice."""
+def _ranking(path: Path) -> Found:
+    known = path.with_name("identities.json")
+    identities = _read_json(known) if known.exists() else None
+    ranked = ranking.load_ranking(path, identities=identities)
+    if identities is not None and len(ranked) != len(identities):
+        yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
+    else:
+        yield OK, f"{path.name}: valid, {len(ranked)} identities"
+
+
+def _log(path: Path) -> Found:
+    """Yields whether the lines of a log are whole and in the order of steps, none twice."""
     *lines, rest = path.read_bytes().split(b"\n")
     before = (-1, False, 0)
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
             place = (int(value["step"]), "split" in value, value.get("member", 0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return FAULT, f"{path.name}: line {number} is damaged"
-        if place <= before:
-            return FAULT, f"{path.name}: line {number}: step {place[0]} after step {before[0]}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            yield FAULT, f"{path.name}: line {number} is damaged"
+            return
+        if place <= before and path.name != resume.FILE:
+            yield FAULT, f"{path.name}: line {number}: step {place[0]} after step {before[0]}"
+            return
         before = place
     if rest:
-        return WARNING, f"{path.name}: the last line is not finished; a resumed run cuts it off"
-    return OK, f"{path.name}: {len(lines)} lines to step {max(before[0], 0)}"
+        yield WARNING, f"{path.name}: the last line is not finished; a resumed run cuts it off"
+    else:
+        yield OK, f"{path.name}: {len(lines)} lines to step {max(before[0], 0)}"
 
 
 def _checkpoints(config: Config | None, workdir: Path, name: str = "") -> Found:
     """Yields what every saved step is like, and which one evaluation would use."""
     if name and config is None:
         config_lib.load_workdir(workdir)  # says what is wrong
-    holder, good, damaged = _holder(workdir), {}, []
-    folders = [path for path in (workdir / "checkpoints").glob("*") if path.is_dir()]
-    for folder in sorted(folders, key=lambda path: (len(path.name), path.name)):
-        if not folder.name.isdigit() or not (folder / "manifest.json").exists():
-            what = "being saved" if holder else "left over from a save that was cut short"
-            yield WARNING, f"{name}'{folder}': {what}; never used"
-            continue
+    holder = _holder(workdir)
+    for step in (steps := checkpoint.survey(workdir)):
+        folder = workdir / "checkpoints" / str(step)
         try:
-            checkpoint.verify(folder)
-            manifest = json.loads((folder / "manifest.json").read_text())
-            good[int(folder.name)] = manifest
+            manifest = checkpoint.verify(folder)
+        except checkpoint.CheckpointError as error:
+            if folder.exists():  # or it was dropped for a newer one meanwhile
+                yield FAULT, f"{name}checkpoint {step}: {error}"
+        else:
             scored = f", MAP {manifest['map']:.4f}" if "map" in manifest else ""
             count = len(manifest["files"])
-            yield OK, f"{name}checkpoint {folder.name}: {count} files, sha256 agrees{scored}"
-        except (checkpoint.CheckpointError, ValueError, LookupError, TypeError, OSError) as error:
-            if (folder / "manifest.json").exists():  # or it was dropped for a newer one meanwhile
-                damaged.append(int(folder.name))
-                yield FAULT, f"{name}checkpoint {folder.name}: {error}"
-    if not good:
-        trained = damaged or (workdir / "metrics.json").exists()
-        yield (
-            (FAULT, f"{name}no usable checkpoint: evaluation would end with exit code 3")
-            if trained
-            else (WARNING, f"{name}no checkpoint yet: training would begin at step 0")
-        )
+            yield OK, f"{name}checkpoint {step}: {count} files, sha256 agrees{scored}"
+    for path in sorted((workdir / "checkpoints").glob("*")):
+        if path.name not in map(str, steps):
+            doing = "being saved or dropped" if holder else "left over from a save cut short"
+            what = doing if path.name.startswith(".") else "no checkpoint"
+            yield WARNING, f"{name}'{path}': {what}; never used"
+    prefer = config.eval.checkpoint if config is not None else "latest"
+    with warnings.catch_warnings():  # of what was said above
+        warnings.simplefilter("ignore")
+        found = checkpoint.find(workdir, prefer)
+    if found is None:
+        trained = (workdir / "metrics.json").exists()
+        said = "though metrics.json is there" if trained else "training would begin at step 0"
+        yield FAULT if trained else WARNING, f"{name}no checkpoint: {said}"
         return
-    yield from _companions(workdir, good[max(good)], name)
-    step, wanted = max(good), config.eval.checkpoint if config is not None else "latest"
-    if wanted == "best":
-        scored = [(manifest["map"], step) for step, manifest in good.items() if "map" in manifest]
-        step = max(scored)[1] if scored else step
-    state = WARNING if any(other > step for other in damaged) else OK
-    yield state, f"{name}evaluation would use checkpoint {step} ({wanted})"
+    step = found.manifest["step"]
+    state = WARNING if prefer == "latest" and step < max(steps) else OK
+    yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
+    yield from _companions(workdir, found.manifest, name, damaged_config=config is None)
 
 
-def _companions(workdir: Path, manifest: Mapping[str, Any], name: str) -> Found:
+def _companions(
+    workdir: Path, manifest: Mapping[str, Any], name: str, *, damaged_config: bool
+) -> Found:
     """Yields whether the files that give a checkpoint its meaning are those it was saved with."""
     path = workdir / "identities.json"
     try:
-        identities = json.loads(path.read_text())
+        identities = _read_json(path)
         agrees = digest(identities) == manifest.get("identities_sha256")
-        state, said = (OK, f"{len(identities)} identities") if agrees else (FAULT, "another list")
-        yield state, f"{name}identities.json: {said}"
+        said = f"{len(identities)} identities" if agrees else "not what the run was trained with"
+        yield OK if agrees else FAULT, f"{name}identities.json: {said}"
     except (ValueError, TypeError, OSError) as error:
-        yield FAULT, f"{name}cannot read '{path}': {error}"
+        yield FAULT, f"{name}{error}"
     try:
         membership = members.load(workdir)
         agrees = members.digest(membership) == manifest.get("members_sha256")
         said = f"{len(membership.members)} members, {len(membership.clips)} clips"
-        state, said = (OK, said) if agrees else (FAULT, "not what the run was trained with")
-        yield state, f"{name}{members.FILE}: {said}"
+        said = said if agrees else "not what the run was trained with"
+        yield OK if agrees else FAULT, f"{name}{members.FILE}: {said}"
     except ValueError as error:
         yield FAULT, f"{name}{error}"
+    if "config" in manifest and not damaged_config:
+        spoilt = resume.spoilt(workdir, manifest["config"])
+        said = (
+            f"not what the run was trained with: {resume.describe(spoilt)}" if spoilt else "agrees"
+        )
+        yield FAULT if spoilt else OK, f"{name}config.json: {said}"
 
 
 def _holder(workdir: Path) -> str | None:
@@ -382,6 +418,13 @@ def _holder(workdir: Path) -> str | None:
     except OSError:
         pass
     return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
 def _one_line(text: str) -> str:

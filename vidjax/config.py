@@ -1,9 +1,11 @@
 """Every configuration field with its default; how configurations are read, overridden, kept."""
 
 import ast
+import copy
 import difflib
 import importlib.util
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,9 @@ def default() -> Config:
     config.join.weights = ()  # of the runs; equal
     config.join.greedy = False  # choose weights on config.join.split
     config.join.split = "train"  # scored out of fold
+
+    config.resume = ConfigDict()
+    config.resume.allow = ()  # fields in which a run may go on otherwise than it began
     return config
 
 
@@ -202,7 +207,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
       ValueError: a field that does not exist, or a value of another type.
     """
-    config = ConfigDict(config)
+    config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
     words = {}  # the last one of a field counts; tuples would be strung together
     for word in overrides:
@@ -216,7 +221,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         if not equals:
             raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
         if isinstance(known[name], tuple):
-            value = repr(_as_tuple(value))
+            items = _as_tuple(value)
+            kind = type(known[name][0]) if known[name] else None
+            if kind is str and not all(isinstance(item, str) for item in items):
+                raise ValueError(f"config.{name}={value}: wants names such as {known[name][0]}")
+            value = repr(items)
         words[name] = f"--config.{name}={value}"
     values = flags.FlagValues()
     argv = ["vidjax", *words.values()]
@@ -225,7 +234,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         values(argv)
     except (flags.Error, ValueError, TypeError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    return values["config"].value
+    changed = values["config"].value
+    for name, value in fields(changed):
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"config.{name}=nan: wants a number")
+    return changed
 
 
 def _as_tuple(text: str) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import checkpoint, members, ranking, steps
+from vidjax import analysis, checkpoint, members, ranking, report, resume, steps
 from vidjax import config as config_lib
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
@@ -29,13 +29,19 @@ OF_TRAINING = (
     "train_clips_per_second",
     "seconds",
     "seed",
+    "command",
     "finished",
     "versions",
 )
 
 
 def evaluate(
-    config: Config, workdir: Path, data: Any, *, num_devices: int | None = None
+    config: Config,
+    workdir: Path,
+    data: Any,
+    *,
+    num_devices: int | None = None,
+    analyse: bool = False,
 ) -> dict[str, Any]:
     """Scores a split with the weights of a run; writes the ranking and returns the metrics.
 
@@ -48,6 +54,7 @@ def evaluate(
       data: a `vidjax.data.pipeline.Dataset`; it need not be the one that was trained on, nor have a
         ground truth.
       num_devices: how many devices to use; None for all. Scores do not depend on it.
+      analyse: whether to write `analysis.npz` (or `analysis_<split>.npz`) and `report.html`, too.
 
     Raises:
       ValueError: the data does not fit the run.
@@ -57,12 +64,14 @@ def evaluate(
     mesh = mesh_lib.make_mesh(num_devices)
     step, contender = restore(config, workdir, data, mesh)
     split = config.eval.split
+    observer = analysis.Observer([contender], split, mesh) if analyse else None
     evaluation = score(
         [contender],
         split,
         mesh,
         block_size=config.eval.block_size,
         each_member=config.eval.members,
+        observe=observer,
     )
     results = evaluation.results | {"step": step, "eval_seconds": time.monotonic() - began}
 
@@ -74,15 +83,22 @@ def evaluate(
         contender.data.split(split).clips,
         evaluation.top,
     )
+    if observer:
+        found = observer.finish(evaluation, trained.data.train_splits)
+        analysis.save(workdir / f"analysis{suffix}.npz", *found)
     trained_path = workdir / "metrics.json"
     facts = json.loads(trained_path.read_text()) if trained_path.exists() else {}
     kept = {name: facts[name] for name in OF_TRAINING if name in facts}
     workdir_lib.write_json(workdir / f"metrics{suffix}.json", kept | results)
+    if observer:
+        report.write(workdir)
     return results
 
 
 def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, Contender]:
     """Returns the step that a run's folder restores, and the system with its weights.
+
+    Where the wanted step is damaged it is the next good one, with a warning.
 
     Args:
       config: the run's configuration, with what differs now.
@@ -94,23 +110,31 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
       ValueError: the data does not fit the run.
       CheckpointError: no usable checkpoint.
     """
-    step = _choose_step(config, workdir)
-    manifest = checkpoint.manifests(workdir)[step]
-    for name in (*Sizes._fields, "members_sha256"):
+    found = checkpoint.find(workdir, config.eval.checkpoint)
+    if found is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in '{workdir}'")
+    manifest = found.manifest
+    for name in (*Sizes._fields, "members_sha256", "config"):
         if name not in manifest:
             raise checkpoint.CheckpointError(
                 f"'{workdir}' was trained by another version of vidjax: it says nothing of {name}"
             )
+    spoilt = resume.spoilt(workdir, manifest["config"])
+    if spoilt:
+        raise checkpoint.CheckpointError(
+            f"'{workdir / 'config.json'}' is not what the run was trained with\n"
+            f"{resume.describe(spoilt)}"
+        )
     sizes = Sizes(**{name: manifest[name] for name in Sizes._fields})
     if tuple(config.modalities) != tuple(sizes.modalities):
         raise ValueError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(sizes.modalities)}, in this order"
         )
-    found = select_modalities(tuple(sizes.modalities), data)
+    widths = select_modalities(tuple(sizes.modalities), data)
     for name, width in sizes.modalities.items():
-        if found[name] != width:
-            raise ValueError(f"modality '{name}': the run wants width {width}, got {found[name]}")
+        if widths[name] != width:
+            raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
     identities = _identities(workdir / "identities.json", manifest["identities_sha256"])
     data = data.with_identities(identities)
     split = config.eval.split
@@ -118,11 +142,7 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
         raise ValueError(
             f"config.eval.split={split}: its ground truth names no identity that the run knows"
         )
-    membership = members.load(workdir)
-    if members.digest(membership) != manifest["members_sha256"]:
-        raise checkpoint.CheckpointError(
-            f"'{workdir / members.FILE}' is not what the run was trained with"
-        )
+    membership = _membership(workdir, manifest["members_sha256"])
     system = make_system(config.to_dict(), sizes)
     abstract = jax.eval_shape(
         lambda: steps.init_state(
@@ -132,38 +152,42 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
             jnp.zeros((len(membership.members), 1), jnp.int32),
         )
     )
-    items = checkpoint.restore(
-        workdir,
-        step,
+    items = checkpoint.load(
+        found,
         {"params": abstract.params, "model_state": abstract.model_state},
         mesh_lib.replicated(mesh),
     )
     scorer = Scorer(system, mesh)
-    return step, Contender(
+    return manifest["step"], Contender(
         str(workdir), scorer, items["params"], items["model_state"], membership, data
     )
+
+
+REWRITE = "delete it and metrics.json: the command that trained the run writes them anew"
 
 
 def _identities(path: Path, wanted: str) -> tuple[str, ...]:
     try:
         identities = tuple(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"cannot read '{path}': {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"cannot read '{path}': {error}\n{REWRITE}") from error
     if digest(identities) != wanted:
-        raise checkpoint.CheckpointError(f"'{path}' is not the list that the run was trained on")
+        raise checkpoint.CheckpointError(
+            f"'{path}' is not the list that the run was trained on\n{REWRITE}"
+        )
     return identities
 
 
-def _choose_step(config: Config, workdir: Path) -> int:
-    saved = checkpoint.manifests(workdir)
-    best = checkpoint.best_step(workdir)
-    choices = {"latest": max(saved, default=None), "best": best}
-    if config.eval.checkpoint not in choices:
-        raise ValueError(f"config.eval.checkpoint='{config.eval.checkpoint}': latest or best")
-    step = choices[config.eval.checkpoint]
-    if step is None:
-        raise checkpoint.CheckpointError(f"no {config.eval.checkpoint} checkpoint in '{workdir}'")
-    return step
+def _membership(workdir: Path, wanted: str) -> members.Membership:
+    try:
+        membership = members.load(workdir)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{error}\n{REWRITE}") from error
+    if members.digest(membership) != wanted:
+        raise checkpoint.CheckpointError(
+            f"'{workdir / members.FILE}' is not what the run was trained with\n{REWRITE}"
+        )
+    return membership
 
 
 def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:

@@ -1,13 +1,15 @@
 """What a run tells: metrics.jsonl, timing.jsonl, TensorBoard events, the progress bar."""
 
+import io
 import json
 import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -25,7 +27,8 @@ Summary: Any = summary_pb2.Summary  # type: ignore[attr-defined]
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Cuts a .jsonl file back to the lines of steps up to `step`: a resumed run repeats none.
 
-    A last line that a kill left unfinished goes as well.
+    A last line that a kill left unfinished goes as well; any other that cannot be read goes with a
+    warning.
 
     Args:
       path: the file; it may be absent.
@@ -34,16 +37,24 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """
     if not path.exists():
         return
-    lines = []
-    for line in path.read_text().splitlines():
+    lines, bad = [], []
+    given = path.read_bytes().splitlines()
+    for number, line in enumerate(given, start=1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        again = value["step"] == step and "split" in value and not evaluated
-        if value["step"] <= step and not again:
+            again = value["step"] == step and "split" in value and not evaluated
+            keep = value["step"] <= step and not again
+        except (ValueError, TypeError, KeyError):
+            bad.append(number)
+            continue
+        if keep:
             lines.append(line)
-    workdir_lib.write_text(path, "".join(line + "\n" for line in lines))
+    bad = [number for number in bad if number < len(given)]
+    if bad:
+        warnings.warn(f"'{path}': damaged lines are left out: {bad[:5]}", stacklevel=2)
+    content = b"".join(line + b"\n" for line in lines)
+    if content != path.read_bytes():
+        workdir_lib.write_bytes(path, content)
 
 
 class Logs:
@@ -57,17 +68,21 @@ class Logs:
         """Opens the files, cut back to where a run goes on (see `keep_until`; 0 for a new one)."""
         for name in ("metrics.jsonl", "timing.jsonl"):
             keep_until(workdir / name, step, evaluated=evaluated)
-        self._metrics = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115
-        self._timing = open(workdir / "timing.jsonl", "a")  # noqa: SIM115
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._events_file = open(workdir / name, "wb")  # noqa: SIM115
-        self._events = RecordWriter(self._events_file)
+        self._metrics, self._timing, self._events = (
+            open(workdir / file, "ab", buffering=0)  # noqa: SIM115
+            for file in ("metrics.jsonl", "timing.jsonl", name)
+        )
         self._event(Event(file_version="brain.Event:2"))
         # TensorBoard drops what an earlier process logged from this step on.
         self._event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of results of a step."""
+        """Writes one line of results of a step.
+
+        Raises:
+          OSError: it cannot be written, here as in `timing`; no half line is left.
+        """
         _write_line(self._metrics, step, values)
         scalars = [
             Summary.Value(tag=name, simple_value=value)
@@ -82,18 +97,18 @@ class Logs:
 
     def _event(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._events.write(event.SerializeToString())
-        self._events_file.flush()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        workdir_lib.append(self._events, record.getvalue())
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._timing, self._events_file):
+        for file in (self._metrics, self._timing, self._events):
             file.close()
 
 
-def _write_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
-    file.write(json.dumps({"step": step, **values}) + "\n")
-    file.flush()
+def _write_line(file: io.FileIO, step: int, values: Mapping[str, Any]) -> None:
+    workdir_lib.append(file, (json.dumps({"step": step, **values}) + "\n").encode())
 
 
 class Progress:

@@ -185,7 +185,7 @@ def make_loss(
         )
     if not 0 <= smoothing < 1:
         raise ValueError(f"config.loss.label_smoothing={smoothing} must be at least 0 and below 1")
-    focal_weight = optim.make_piecewise(options["schedule"], name="loss schedule")
+    focal_weight = optim.make_piecewise(options["schedule"], name="config.loss.schedule")
     weights = np.asarray(options["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
         raise ValueError(f"loss schedule weights must lie between 0 and 1, got {weights.tolist()}")

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -28,17 +29,19 @@ if __name__ == "__main__":  # before the imports that take seconds; the loop has
 from vidjax import config as config_lib  # noqa: E402
 from vidjax.config import Config  # noqa: E402
 
-MODES = ("train", "evaluate", "check")
+MODES = ("train", "evaluate", "report", "check")
 FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
 
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of every identity.
+A report is a page of what a run left; it is written by the other two, and anew by its own mode.
 A check reads everything and changes nothing: environment, data, checkpoints, results.
 
   python -m vidjax.main --config=configs/mma.py
   python -m vidjax.main --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
   python -m vidjax.main --mode=evaluate --workdir=runs/mma --config.eval.split=test
   python -m vidjax.main --mode=evaluate --workdir=runs/both --runs=runs/mma,runs/deepmef
+  python -m vidjax.main --mode=report --workdir=runs/mma
   python -m vidjax.main --mode=check --workdir=runs/mma
   python -m vidjax.main --mode=check --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
 """
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = _parse(words)
-        return _check(args) if args.mode == "check" else _run(args)
+        return {"check": _check, "report": _report}.get(args.mode, _run)(args)
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
@@ -94,6 +97,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="overrides a field, e.g. --config.seed=1",
     )
     own, overrides = [], []
+    command = shlex.join(["python", "-m", "vidjax.main", *words])
     words = list(words)
     while words:
         word = words.pop(0)
@@ -109,14 +113,19 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             close = difflib.get_close_matches("--" + flag.lstrip("-"), FLAGS, n=1)
             hint = f": did you mean {close[0]}?" if close else "; --help lists them"
             raise ValueError(f"no flag {flag}{hint}")
-    args = parser.parse_args(own)
+    args, strays = parser.parse_known_args(own)
+    if strays:
+        word, hint = strays[0], "; --help lists the flags"
+        if word in MODES or word.partition(":")[0].endswith(".py"):
+            hint = f": did you mean --{'mode' if word in MODES else 'config'}={word}?"
+        raise ValueError(f"stray word '{word}'{hint}")
     if args.mode not in MODES:
         close = difflib.get_close_matches(args.mode, MODES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(MODES)}"
         raise ValueError(f"no mode '{args.mode}': {hint}")
     if args.workdir == "":
         raise ValueError("--workdir= is empty: name a folder")
-    args.overrides = overrides
+    args.overrides, args.command = overrides, command
     return args
 
 
@@ -129,29 +138,50 @@ def _run(args: argparse.Namespace) -> int:
 
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
-        results = _results(args.mode, config, workdir)
+        results = _results(args, config, workdir)
     _summarise(args.mode, workdir, results, time.monotonic() - began)
     return 0
 
 
-def _results(mode: str, config: Config, workdir: Path) -> dict[str, Any]:
-    from vidjax import evaluate, train
+def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[str, Any]:
+    from vidjax import evaluate, report, train
     from vidjax import join as join_lib
     from vidjax import mesh as mesh_lib
     from vidjax.data.records import default_cache_dir
 
     mesh_lib.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
-    if mode == "train":
+    if args.mode == "train":
         done = train.finished(workdir, config)
-        return done if done is not None else train.train(config, workdir, _load(config))
+        if done is None:
+            data = _load(config)
+            return train.train(config, workdir, data, analyse=True, command=args.command)
+        if not (workdir / report.FILE).exists():  # a process stopped just before
+            report.write(workdir)
+        return done
     if config.join.runs:
-        return join_lib.join(config, workdir, _load)
-    return evaluate.evaluate(config, workdir, _load(config))
+        results = join_lib.join(config, workdir, _load)
+        report.write(workdir)
+        return results
+    return evaluate.evaluate(config, workdir, _load(config), analyse=True)
+
+
+def _report(args: argparse.Namespace) -> int:
+    if not args.workdir:
+        raise ValueError("--mode=report needs --workdir=FOLDER, that of a run")
+    if args.config or args.runs is not None or args.overrides:
+        raise ValueError("--mode=report takes --workdir alone: it shows what lies there")
+    from vidjax import report
+
+    path = report.write(Path(args.workdir).expanduser().absolute())
+    print(f"report: {path}")  # noqa: T201
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     config, workdir = _check_config(args)
 
+    # An accelerator may be at work on the run that is looked at.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax import check
 
     print(f"check: {workdir or args.config or 'the environment'}")  # noqa: T201
@@ -180,9 +210,12 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     if args.config:
         raise ValueError(f"--mode={args.mode} takes its configuration from --workdir, not --config")
     workdir = Path(args.workdir).expanduser()
-    runs = tuple(str(Path(r.strip()).expanduser().absolute()) for r in (args.runs or "").split(","))
+    names = [name.strip() for name in (args.runs or "").split(",") if name.strip()]
+    runs = tuple(str(Path(name).expanduser().absolute()) for name in names)
     if args.runs is None:
         config = config_lib.load_workdir(workdir)
+    elif not runs:
+        raise ValueError("--runs= is empty: name two runs or more")
     else:
         config = config_lib.default()
         config.join.runs = runs

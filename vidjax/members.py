@@ -79,6 +79,8 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
         raise ValueError(
             f"config.ensemble.views={spec['views']}: there are {spec['chunks']} chunks"
         )
+    if not all(isinstance(quality, (int, float)) for quality in spec["min_quality"]):
+        raise ValueError(f"config.ensemble.min_quality={spec['min_quality']}: wants numbers")
     axes = itertools.product(
         range(spec["folds"]) if spec["folds"] else (-1,),
         range(spec["bootstraps"]) if spec["bootstraps"] else (-1,),
@@ -91,7 +93,7 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
         for number, (fold, bootstrap, view, quality, _) in enumerate(axes)
     ]
     for number in spec["only"]:
-        if not 0 <= number < len(members):
+        if not isinstance(number, int) or not 0 <= number < len(members):
             raise ValueError(f"config.ensemble.only: no member {number} of {len(members)}")
     return tuple(members[number] for number in spec["only"]) or tuple(members)
 

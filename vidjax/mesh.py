@@ -32,9 +32,24 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
     The axis is Auto: one program runs on 1 or N devices with bit-identical random draws and with
     batch statistics over all of them, which is what pmap could not do.
+
+    Raises:
+      ValueError: jax cannot use the platform that it was told to.
     """
-    devices = jax.devices()[:num_devices]
+    devices = _devices()[:num_devices]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _devices() -> list[Any]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where no platform is left
+        platform = jax.config.values["jax_platforms"] or "the default platform"
+        reason = (str(error) or "it is not there").splitlines()[0][:300]
+        raise ValueError(
+            f"jax cannot use {platform}: {reason}\n"
+            "an NVIDIA GPU needs vidjax's extra [cuda], a TPU [tpu]: pip install '.[cuda]'"
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -43,7 +43,10 @@ def make_piecewise(
     Raises:
       ValueError: no points, not pairs, not finite, or out of order.
     """
-    table = np.asarray(points, np.float32)
+    try:
+        table = np.asarray(points, np.float32)
+    except (ValueError, TypeError):
+        table = np.empty(0)
     if table.ndim != 2 or table.shape[1] != 2 or not np.all(np.isfinite(table)):
         raise ValueError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
     epochs, values = table.T
@@ -86,6 +89,10 @@ def make_schedule(
     Raises:
       ValueError: an unknown decay, or a value out of its range.
     """
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"config.optim.learning_rate={learning_rate} must be 0 or more, finite")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"config.optim.warmup={warmup} is a share: between 0 and 1")
     if not 0 <= warmup_scale <= 1:
         raise ValueError(f"config.optim.warmup_scale={warmup_scale} must lie between 0 and 1")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)

@@ -28,6 +28,7 @@ class Scorer:
 
     def __init__(self, system: System, mesh: Mesh):
         """Prepares the evaluation of a system on a mesh."""
+        self.system = system
         self.step = steps.make_eval_step(system, mesh)
         self.modalities = tuple(system.fuse_eval)
         self.num_identities = system.num_identities
@@ -56,6 +57,20 @@ class Contender(NamedTuple):
     weight: float = 1.0
 
 
+class ClipScores(NamedTuple):
+    """How the clips of a split fare, by clip index.
+
+    Attributes:
+      pool: [N] bool, which are ranked.
+      best: [N] float32, the highest score of an identity; -inf outside the pool.
+      right: [N] bool, whether that identity is the clip's own.
+    """
+
+    pool: np.ndarray
+    best: np.ndarray
+    right: np.ndarray
+
+
 class Evaluation(NamedTuple):
     """Scores of one split.
 
@@ -63,6 +78,7 @@ class Evaluation(NamedTuple):
       top: the best 100 clips of every identity, in their final order.
       each: the same of each contender, where there are several.
       positives: [C] int, ground-truth clips of every identity in the pool that is ranked.
+      clips: the best score of every clip.
       results: `map`, `map_kind`, `top1` and the open-set metrics (where there is a ground truth),
         counts, `eval_clips_per_second`, and what single members and runs reach.
     """
@@ -70,6 +86,7 @@ class Evaluation(NamedTuple):
     top: ranking.TopK
     each: list[ranking.TopK]
     positives: np.ndarray
+    clips: ClipScores
     results: dict[str, Any]
 
 
@@ -134,7 +151,7 @@ def score(
     num_identities = contenders[0].scorer.num_identities
     for other in contenders[1:]:
         _check_alike(contenders[0], other, split_name)
-    entries = [_Entry(one, split.clips, mesh) for one in contenders]
+    entries = [Entry(one, split.clips, mesh) for one in contenders]
     pool = np.all([entry.use.any(axis=0) for entry in entries], axis=0)
     if not pool.any():
         raise ValueError(
@@ -172,12 +189,13 @@ def score(
         top, value = whole.finish(split)
     seconds = time.monotonic() - began - compiling.seconds
 
+    clips = _clip_scores(best, split, pool)
     results: dict[str, Any] = {}
     if value is not None:
         kind = split_name if all(entry.use.all() for entry in entries) else "out_of_fold"
         results["map"] = value
         results["map_kind"] = "in_sample" if any(one.in_sample for one in entries) else kind
-        results |= _clip_metrics(best, split, pool)
+        results |= _clip_metrics(clips, split)
     results |= {
         "num_clips": int(np.sum(pool)),
         "num_identities": num_identities,
@@ -195,10 +213,10 @@ def score(
         for member, tally in zip(entry.contender.membership.members, entry.tallies, strict=False):
             facts = {**of_run, **_describe(member), "map": tally.finish(split)[1]}
             results.setdefault("members", []).append(facts)
-    return Evaluation(top, each, whole.positives(split), results)
+    return Evaluation(top, each, whole.positives(split), clips, results)
 
 
-class _Entry:
+class Entry:
     """A contender in one evaluation: who of it may score what, and how well its parts do."""
 
     def __init__(self, contender: Contender, clips: Sequence[str], mesh: Mesh):
@@ -223,11 +241,18 @@ class _Entry:
         if each_member and len(self.use) > 1:
             self.tallies = [_Tally(num_identities, member & pool) for member in self.use]
 
-    def score(self, blocks: Sequence[Batch]) -> list[Array]:
-        """Returns the scores [B, C] of some blocks: the mean over members that may score a clip."""
+    def score(self, blocks: Sequence[Batch], without: int | None = None) -> list[Array]:
+        """Returns the scores [B, C] of some blocks: the mean over members that may score a clip.
+
+        Args:
+          blocks: on the devices.
+          without: the number of a member that is left out.
+        """
         scorer = self.contender.scorer
         totals: list[Any] = [None] * len(blocks)
         for number, member in enumerate(self.contender.membership.members):
+            if number == without:
+                continue
             params, model_state = self._only or _take(self._weights, number)
             for i, block in enumerate(blocks):
                 scores = scorer.step(params, model_state, jnp.int32(member.view), block)
@@ -364,16 +389,23 @@ def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array
     return jnp.max(scores, axis=1), steps.is_best(scores, labels[clip_index] - 1)
 
 
-def _clip_metrics(
-    best: Sequence[tuple[Array, ...]], split: Any, pool: np.ndarray
-) -> dict[str, float | None]:
-    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
+def _clip_scores(best: Sequence[tuple[Array, ...]], split: Any, pool: np.ndarray) -> ClipScores:
+    """Returns by clip what `_best` found block by block."""
     value, right, clip_index, batch_mask = (
         np.concatenate([np.asarray(x) for x in part]) for part in zip(*best, strict=True)
     )
     real = batch_mask & pool[clip_index]
-    value, known = value[real], split.labels[clip_index[real]] > 0
-    right = right[real] & known & (value > -np.inf)
+    value, right, clip_index = value[real], right[real], clip_index[real]
+    clips = ClipScores(pool, np.full(len(pool), -np.inf, value.dtype), np.zeros(len(pool), bool))
+    clips.best[clip_index] = value
+    clips.right[clip_index] = right & (split.labels[clip_index] > 0) & (value > -np.inf)
+    return clips
+
+
+def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:
+    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
+    value, right = clips.best[clips.pool], clips.right[clips.pool]
+    known = split.labels[clips.pool] > 0
     results = {
         "top1": float(right.sum() / max(known.sum(), 1)),
         "auroc": metrics.auroc(value, known),

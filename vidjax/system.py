@@ -130,7 +130,9 @@ def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
         num_clips=sizes.num_clips,
         dtype=jnp.dtype(dtype),
     )
-    mirror_weight = optim.make_piecewise(config["noise"]["mirror_weight"])
+    mirror_weight = optim.make_piecewise(
+        config["noise"]["mirror_weight"], name="config.noise.mirror_weight"
+    )
 
     def column_weight(labels: Array, step: Array) -> Array:
         if not layout:
@@ -140,6 +142,14 @@ def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
     mapping = choose("ensemble.mapping", ensemble["mapping"], ("auto", "map", "vmap"))
     if mapping == "auto":
         mapping = "map" if jax.default_backend() == "cpu" else "vmap"
+    try:
+        with jax.default_matmul_precision(config["matmul_precision"]):
+            pass
+    except ValueError as error:
+        raise ValueError(
+            f"config.matmul_precision='{config['matmul_precision']}': jax knows default, high, "
+            "highest, bfloat16, float32 and others"
+        ) from error
     after_fusion = choose("after_fusion", config["after_fusion"], ("pool", "examples"))
     score_fn, logs = SCORES[choose("eval.scores", config["eval"]["scores"], SCORES)]
     return System(

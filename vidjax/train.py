@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import checkpoint, members, ranking, resident, steps
+from vidjax import analysis, checkpoint, members, ranking, report, resident, resume, steps
 from vidjax import config as config_lib
 from vidjax import feed as feed_lib
 from vidjax import mesh as mesh_lib
@@ -30,9 +30,6 @@ from vidjax.relabel import Relabeller, label_distractors
 from vidjax.scoring import Contender, Evaluation, Scorer, score
 from vidjax.system import Sizes, System, make_system
 
-# These may differ when a run goes on: they say where things lie, not what is computed.
-MOVABLE = ("checkpoint_every_seconds", "data.dir", "data.cache_dir", "eval.checkpoint")
-
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder if it is finished, None if it can go on or begin.
@@ -42,21 +39,22 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """
     if not (workdir / "config.json").exists():
         return None
-    other = config_lib.differences(config_lib.load_workdir(workdir), config)
-    other = {name: pair for name, pair in other.items() if name not in MOVABLE}
-    if other:
-        shown = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in other.items())
-        raise ValueError(
-            f"--workdir: '{workdir}' holds a run of another configuration\n"
-            f"{shown[:300]}\nuse another --workdir, or the configuration of that run"
-        )
+    changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    if changed.keys() - set(resume.MOVABLE):
+        return None
     done = workdir / "metrics.json"
     results = json.loads(done.read_text()) if done.exists() else {}
     return results if results.get("finished") else None  # evaluation writes the file too
 
 
 def train(
-    config: Config, workdir: Path, data: Any, *, num_devices: int | None = None
+    config: Config,
+    workdir: Path,
+    data: Any,
+    *,
+    num_devices: int | None = None,
+    analyse: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Trains a system, or goes on where an earlier process stopped; returns the run's metrics.
 
@@ -65,6 +63,8 @@ def train(
       workdir: the run's folder, held by `workdir.lock`.
       data: a `vidjax.data.pipeline.Dataset`.
       num_devices: how many devices to use; None for all.
+      analyse: whether to write `analysis.npz` and `report.html` at the end, too.
+      command: what repeats the run; `metrics.json` and the report tell it.
 
     Raises:
       ValueError: the configuration does not fit the data, or not the run that lies in the folder.
@@ -81,18 +81,15 @@ def train(
         **sizes._asdict(),
         "identities_sha256": digest(data.identities),
         "members_sha256": members.digest(membership),
+        "config": config.to_dict(),
     }
 
-    state, saved = _start(workdir, config, system, plan, mesh)
-    for name in ("identities_sha256", "members_sha256"):
-        if saved and saved[name] != facts[name]:
-            what = (
-                "list of identities" if name == "identities_sha256" else "set of clips or members"
-            )
-            raise checkpoint.CheckpointError(f"'{workdir}' was trained on another {what}")
+    state, saved = _start(workdir, config, system, plan, mesh, facts)
     step = int(state.step)
     if step:
         say(f"going on from step {step} of {sizes.total_steps}")
+
+    observer: analysis.Observer | None = None
 
     def seconds() -> float:
         return saved.get("seconds", 0.0) + time.monotonic() - began
@@ -104,12 +101,16 @@ def train(
     def evaluate(state: steps.TrainState, **kwargs: Any) -> Evaluation:
         name = str(workdir)
         run = Contender(name, scorer, state.params, state.model_state, membership, seen)
+        nonlocal observer
+        if analyse and step == sizes.total_steps:
+            observer = analysis.Observer([run], config.eval.split, mesh)
         return score(
             [run],
             config.eval.split,
             mesh,
             block_size=config.eval.block_size,
             each_member=config.eval.members,
+            observe=observer,
             **kwargs,
         )
 
@@ -211,6 +212,9 @@ def train(
         data.split(config.eval.split).clips,
         evaluation.top,
     )
+    if observer:
+        found = observer.finish(evaluation, config.data.train_splits)
+        analysis.save(workdir / report.ANALYSIS, *found)
     rates = rates[1:] or rates  # the first one compiled
     results = {
         **evaluation.results,
@@ -226,7 +230,11 @@ def train(
         "finished": True,
         "versions": versions(),
     }
+    if command:
+        results["command"] = command
     workdir_lib.write_json(workdir / "metrics.json", results)
+    if analyse:
+        report.write(workdir)
     return results
 
 
@@ -252,9 +260,21 @@ def _plan(config: Config, data: Any) -> _Plan:
             "every clip is scored by members that never saw it"
         )
     data.split(config.eval.split)  # before an hour of training, not after
-    for name in ("batch_size", "log_every_steps", "num_epochs"):
-        if not 0 < config[name] < math.inf:
-            raise ValueError(f"config.{name}={config[name]}: must be positive")
+    for name, value in {
+        "batch_size": config.batch_size,
+        "log_every_steps": config.log_every_steps,
+        "num_epochs": config.num_epochs,
+        "data.max_frames": config.data.max_frames,
+        "eval.block_size": config.eval.block_size,
+    }.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{name}={value}: must be positive")
+    for name, value in {
+        "mixup": config.mixup,
+        "eval.every_epochs": config.eval.every_epochs,
+    }.items():
+        if not value >= 0:
+            raise ValueError(f"config.{name}={value}: must be 0 or more")
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"config.seed={config.seed}: must be 0 or more, below 2**31")
     if not train_splits:
@@ -358,7 +378,12 @@ def _claim(workdir: Path, config: Config, data: Any, membership: members.Members
 
 
 def _start(
-    workdir: Path, config: Config, system: System, plan: _Plan, mesh: Mesh
+    workdir: Path,
+    config: Config,
+    system: System,
+    plan: _Plan,
+    mesh: Mesh,
+    facts: Mapping[str, Any],
 ) -> tuple[steps.TrainState, dict[str, Any]]:
     """Returns the newest saved state and its manifest, or a new state and nothing."""
 
@@ -368,8 +393,30 @@ def _start(
         rngs = members.make_rngs(mates, config.seed)
         return steps.init_state(system, plan.sizes.modalities, rngs, labels)
 
+    def check(saved: Mapping[str, Any]) -> None:
+        before = config_lib.from_json(json.dumps(saved["config"]))
+        changed.update(resume.changes(workdir, before, config))
+        for name in ("identities_sha256", "members_sha256"):
+            if saved[name] != facts[name]:
+                of = "list of identities" if "identities" in name else "set of clips or members"
+                raise checkpoint.CheckpointError(f"'{workdir}' was trained on another {of}")
+        if saved["step"] > plan.sizes.total_steps:
+            raise ValueError(
+                f"'{workdir}' was trained for {saved['step']} steps already, "
+                f"of {plan.sizes.total_steps} by config.num_epochs={config.num_epochs}"
+            )
+
+    changed: resume.Changes = {}
     sharding = mesh_lib.replicated(mesh)
-    found = checkpoint.restore_latest(workdir, _items(jax.eval_shape(init)), sharding)
+    try:
+        found = checkpoint.restore_latest(workdir, _items(jax.eval_shape(init)), sharding, check)
+    except checkpoint.OtherModelError as error:
+        if not changed:
+            raise
+        raise ValueError(f"{error}\nbecause of {resume.describe(changed)}") from error
+    if (workdir / "config.json").exists():
+        changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    resume.record(workdir, found[1]["step"] if found else 0, changed)
     if found is None:
         return jax.jit(init, out_shardings=sharding)(), {}
     items, manifest = found

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import signal
@@ -21,9 +22,9 @@ def make_workdir(path: str | os.PathLike[str]) -> Path:
       ValueError: the path is a file, or cannot be written.
     """
     workdir = Path(path).expanduser().absolute()
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir: '{workdir}' is a file, not a folder")
     try:
+        if workdir.exists() and not workdir.is_dir():
+            raise ValueError(f"--workdir: '{workdir}' is a file, not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"
         probe.touch()
@@ -40,16 +41,19 @@ def lock(workdir: Path) -> Iterator[None]:
     Raises:
       ValueError: another process holds it.
     """
-    with open(workdir / ".lock", "a+") as file:
+    path = workdir / ".lock"
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.read().decode(errors="replace").strip() or "another process"
             raise ValueError(f"--workdir: '{workdir}' is in use by {owner}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        except OSError as error:
+            raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
+        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
@@ -59,7 +63,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that its name shows what was there before or all of the new content."""
+    """Writes a file so that its name shows what was there before or all of the new content.
+
+    Raises:
+      OSError: it cannot be written; the message names it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -67,14 +75,43 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Writes at the end of an unbuffered file: all of it or, where the disk is full, nothing.
+
+    Raises:
+      OSError: it cannot be written; the message names the file.
+    """
+    before = file.seek(0, os.SEEK_END)
+    left = content
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(before)
+        raise _cannot_write(file.name, error) from error
+
+
+def _cannot_write(path: Any, error: OSError) -> OSError:
+    named = OSError(f"cannot write '{path}': {error.strerror}")
+    named.errno = error.errno
+    return named
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as JSON, whole or not at all; numpy scalars and arrays are allowed."""
-    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Returns a value as JSON; numpy scalars and arrays are allowed."""
+    return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,15 @@
-"""Rate and peak memory of converting official pickles into records.
+"""Rate and peak memory of converting official pickles into records, and the cost of the cage.
 
-    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30]
+    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30] [--rounds=5]
 
 One face file. Peak memory is that of the converting process and its caged child together, sampled
-every .1 s; the bound is 2 x the pickle + 1 GB.
+every .1 s; the bound is 2 x the pickle + 1 GB. The cage is timed against `pickle.load` of the same
+file, in turns, each in a process of its own: `sealed.load` alone, and the whole `pickles.unpack`,
+which starts a child, checks every entry and writes flat files, too.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,38 @@ def convert(source: str, cache: str) -> None:
     start = time.perf_counter()
     iqiyi_vid.prepare(source, cache)
     sys.stdout.write(f"{time.perf_counter() - start}\n")
+
+
+def load(how: str, path: str) -> None:
+    """Reads a pickle and prints the seconds it took; runs in a process of its own."""
+    import gc
+    import pickle
+
+    from vidjax.data import cage, pickles, sealed
+
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        if how == "unpack":
+            held = pickles.unpack(path, "face", scratch)
+        elif how == "sealed":
+            gc.disable()  # as in the cage
+            with open(path, "rb", buffering=cage.READ_BYTES) as file:
+                held = sealed.load(file, Path(path).stat().st_size)
+        else:
+            with open(path, "rb") as file:
+                held = pickle.load(file, encoding="bytes")
+        sys.stdout.write(f"{time.perf_counter() - start}\n")
+        del held
+
+
+def loading_seconds(path: Path, rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each way to read a pickle, the ways in turns."""
+    seconds = {how: [] for how in ("pickle", "sealed", "unpack")}
+    for _ in range(rounds):
+        for how, found in seconds.items():
+            command = [sys.executable, "-m", "tests.benchmarks.conversion", "--load", how, path]
+            found.append(float(subprocess.run(command, check=True, capture_output=True).stdout))
+    return seconds
 
 
 def resident_bytes(root: int) -> int:
@@ -52,15 +87,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--frames", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--load", nargs=2, metavar=("HOW", "PATH"), help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.convert:
         convert(*args.convert)
         return
+    if args.load:
+        load(*args.load)
+        return
     with tempfile.TemporaryDirectory() as folder:
         clip = random_clip(np.random.default_rng(0), args.frames, 512)
         clips = {f"clip_{number:06d}": clip for number in range(args.clips)}
-        size = write_pickle(Path(folder), "face", "train", clips).stat().st_size
+        path = write_pickle(Path(folder), "face", "train", clips)
+        size = path.stat().st_size
         command = [sys.executable, "-m", "tests.benchmarks.conversion", "--convert", folder]
         peak = 0
         with subprocess.Popen(
@@ -75,6 +116,17 @@ def main() -> None:
             f"{faces} faces, pickle {size / GIB:.2f} GiB, {seconds:.1f} s: "
             f"{faces / seconds:.0f} faces/s (15000 wanted)\n"
             f"peak {peak / GIB:.2f} GiB, {(2 * size + GIB) / GIB:.2f} allowed\n"
+        )
+        seconds = loading_seconds(path, args.rounds)
+        plain = statistics.median(seconds["pickle"])
+        times = {
+            how: statistics.median(a / b for a, b in zip(found, seconds["pickle"], strict=True))
+            for how, found in seconds.items()
+        }
+        sys.stdout.write(
+            f"pickle.load {plain:.2f} s, median of {args.rounds}; "
+            f"sealed.load {times['sealed']:.2f} x, "
+            f"the whole pickles.unpack {times['unpack']:.2f} x (1.6 allowed)\n"
         )
 
 

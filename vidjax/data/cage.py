@@ -62,9 +62,10 @@ def clean_name(name: str) -> str:
       CageError: the name is empty, is not valid unicode, or holds white space, which would break
         the lines of a submission.
     """
-    clean = name
-    while clean.endswith(".mp4"):
-        clean = clean[:-4]
+    end = len(name)
+    while name.endswith(".mp4", 0, end):  # no copy: a name may be all suffixes
+        end -= 4
+    clean = name[:end]
     if not clean:
         raise CageError(f"clip name '{show(name)}' is empty")
     if clean.split() != [clean]:
@@ -315,7 +316,7 @@ class _Walk:
         return {
             "names": self.names,
             "lengths": self.kept.tolist(),
-            "width": self.width,
+            "width": self.width if self.total else 0,
             "dtype": self.native.str,
             "seen": self.total,
             "skipped": {"non_finite": dropped} if dropped else {},

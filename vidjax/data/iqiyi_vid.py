@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from vidjax.data import pickles
 from vidjax.data.data_report import format_report, report_labels, report_split
-from vidjax.data.features import FIELDS, Modality, PackedFrames, tfds
+from vidjax.data.features import FIELDS, Modality, PackedFrames, tf, tfds
 from vidjax.data.pickles import PackedClips
 from vidjax.data.records import (
     Records,
@@ -86,6 +86,19 @@ class _Staged(NamedTuple):
     lengths: dict[str, np.ndarray]
 
 
+class _SortedWriter(tfds.core.ExampleWriter):
+    """Writes the fields of every record in one order: equal data makes equal files.
+
+    The order in which protocol buffers write a map is another one in every process.
+    """
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Writes one shard of (key, serialised record)."""
+        parse = tf.train.Example.FromString
+        ordered = ((k, parse(one).SerializeToString(deterministic=True)) for k, one in examples)
+        return super().write(path, ordered)
+
+
 class IqiyiVid(tfds.core.ShardBasedBuilder):
     """Records of frame features: clip name, clip index and the packed frames of each modality.
 
@@ -129,6 +142,9 @@ class IqiyiVid(tfds.core.ShardBasedBuilder):
             ]
             for name, split in self._staged.items()
         }
+
+    def _example_writer(self) -> _SortedWriter:
+        return _SortedWriter(self.info.file_format)
 
     def _examples(self, split: _Staged, first: int, last: int) -> Iterator[tuple[int, dict]]:
         for index in split.order[first:last].tolist():
@@ -205,17 +221,16 @@ def prepare(
             f"{source_dir}: no feature pickles here: looked for\n"
             "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
         )
-    root = Path(cache_dir or default_cache_dir()).expanduser() / "iqiyi_vid"
     facts = _source_facts(sources)
-    key = hashlib.sha256(json.dumps([VERSION, facts]).encode()).hexdigest()[:20]
-    if not (root / key / "manifest.json").exists():
-        with exclusive(root):
-            if not (root / key / "manifest.json").exists():
-                with building(root / key) as partial:
+    folder = records_folder(sources, cache_dir)
+    if not (folder / "manifest.json").exists():
+        with exclusive(folder.parent):
+            if not (folder / "manifest.json").exists():
+                with building(folder) as partial:
                     _convert(sources, facts, partial, non_finite)
                     if _source_facts(sources) != facts:
                         raise ValueError(f"{source_dir}: files changed while they were converted")
-    records = load_records(root / key)
+    records = load_records(folder)
     if non_finite == "error":  # they may have been converted without a word about it
         _refuse_dropped(records, sources)
     return records
@@ -228,6 +243,20 @@ def _refuse_dropped(records: Records, sources: Sources) -> None:
             if counts["frames_skipped"].get("non_finite"):
                 with tempfile.TemporaryDirectory() as scratch:  # read it again for the clip
                     pickles.unpack(sources[modality, split], modality, scratch, non_finite="error")
+
+
+def records_folder(sources: Sources, cache_dir: str | Path | None = None) -> Path:
+    """Returns where the records of some pickles are, or would be; its manifest says if they are.
+
+    Args:
+      sources: what `pickles.find_pickles` found.
+      cache_dir: as of `prepare`.
+
+    Raises:
+      OSError: a pickle is gone.
+    """
+    key = hashlib.sha256(json.dumps([VERSION, _source_facts(sources)]).encode()).hexdigest()[:20]
+    return Path(cache_dir or default_cache_dir()).expanduser() / "iqiyi_vid" / key
 
 
 def _source_facts(sources: Sources) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,13 +91,31 @@ def unpack(
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     out_dir.mkdir(parents=True, exist_ok=True)
+    with _cleared(out_dir):
+        return take(path, out_dir, _run_cage(path, modality, out_dir, non_finite))
+
+
+@contextlib.contextmanager
+def _cleared(out_dir: Path) -> Iterator[None]:
+    """Takes the flat files away where what stands under it fails."""
     try:
-        summary = _run_cage(path, modality, out_dir, non_finite)
+        yield
     except BaseException:
         for key in ("features", *cage.COLUMNS):
             with contextlib.suppress(OSError):
                 (out_dir / f"{key}.bin").unlink()
         raise
+
+
+def take(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> PackedClips:
+    """Returns what a reader that has ended left in out_dir, or raises what it found, as `unpack`.
+
+    Args:
+      path: the pickle that it read.
+      out_dir: its folder.
+      child: its exit status, stdout and stderr.
+    """
+    summary = _answer(path, out_dir, child)
     lengths = np.array(summary["lengths"], np.int32)
     frames = int(lengths.sum())
 
@@ -121,8 +139,10 @@ def unpack(
     )
 
 
-def _run_cage(path: Path, modality: str, out_dir: Path, non_finite: str) -> dict:
-    """Returns the child's summary, or raises what it found as an error that names the file."""
+def _run_cage(
+    path: Path, modality: str, out_dir: Path, non_finite: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Returns the reader of a pickle when it has ended, however it ended."""
     size = path.stat().st_size
     # The child must find what this process finds, and nothing in a folder it happens to stand in.
     # Every BLAS thread would reserve address space of its own.
@@ -134,7 +154,7 @@ def _run_cage(path: Path, modality: str, out_dir: Path, non_finite: str) -> dict
     }
     arguments = [str(path.absolute()), modality, str(out_dir.absolute()), non_finite]
     try:
-        child = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-P", "-m", cage.__name__, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -144,8 +164,13 @@ def _run_cage(path: Path, modality: str, out_dir: Path, non_finite: str) -> dict
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{path}: reading took over {error.timeout:.0f} s: given up") from None
+
+
+def _answer(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> dict:
+    """Returns the child's summary, or raises what it found as an error that names the file."""
     if child.returncode == -signal.SIGXCPU:
-        raise ValueError(f"{path}: takes over {cage.cpu_limit(size)} s of CPU to read: refused")
+        seconds = cage.cpu_limit(path.stat().st_size)
+        raise ValueError(f"{path}: takes over {seconds} s of CPU to read: refused")
     if child.returncode == -signal.SIGKILL:
         raise ValueError(f"{path}: its reader was killed from outside: is memory short?")
     if child.returncode < 0:

@@ -192,13 +192,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         digest = manifest.pop("manifest_sha256")
-        whole = _json({**manifest, "manifest_sha256": digest}) == content
-        good = whole and hashlib.sha256(_json(manifest)).hexdigest() == digest
+        same = _json({**manifest, "manifest_sha256": digest}) == content
+        if same and hashlib.sha256(_json(manifest)).hexdigest() == digest:
+            return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(f"{path.name} does not match its sha256")
-    return manifest
+        pass
+    raise ValueError(f"{path.name} does not match its sha256")
 
 
 def _load_split(folder: Path, name: str, facts: Mapping[str, Any], index: Any) -> SplitRecords:
@@ -258,10 +257,14 @@ def check_shard(shard: Shard) -> None:
     with contextlib.suppress(OSError):  # the reader below says how far it can be read
         if _sha256(shard.path) == shard.sha256:
             return
-    found = 0
+    found = size = 0
+    dataset = tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20)
     try:
-        for _ in tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20):
+        for record in dataset.as_numpy_iterator():
             found += 1
+            size += 8 + 4 + len(record) + 4  # length and checksum, record and checksum
+        if size != shard.path.stat().st_size:  # too little for a length is no error of the reader
+            raise tf.errors.DataLossError(None, None, "truncated")
     except tf.errors.DataLossError as error:
         raise ValueError(f"{wanted} {found}: record {found + 1} is damaged\n{hint}") from error
     except tf.errors.OpError as error:

@@ -19,6 +19,19 @@ _STRUCT_CODES = {
     "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
 }  # fmt: skip
 
+# What is downloaded or saved in place of a pickle. None of these is the start of one.
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
+    b"\x93NUMPY": "a .npy file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
+
 
 class CageError(ValueError):
     """What is wrong with the file, in one line."""
@@ -226,6 +239,11 @@ def load(file: BinaryIO, size: int) -> Any:
             raise CageError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
         return held
     # The first pass reads ahead: only a second one knows where it stopped.
+    file.seek(0)
+    start = file.read(64).lstrip()
+    for magic, kind in _OTHER_FILES.items():
+        if start[: len(magic)].lower() == magic.lower():
+            raise CageError(f"not a pickle (at byte 0): the file is {kind}")
     file.seek(0)
     with contextlib.suppress(Exception):
         _Unpickler(_Unhurried(file), encoding="bytes").load()

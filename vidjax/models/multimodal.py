@@ -65,6 +65,15 @@ class MultimodalIdentifier(nn.Module):
     dtype: jnp.dtype = jnp.float32
     logit_scale: ClassVar[float] = 1.0
 
+    @property
+    def vector_names(self) -> tuple[str, ...]:
+        """Returns [M] what the vectors of the feature map come from: face 1, ..., head, audio."""
+        names = []
+        for name in self.modalities:
+            count = self.num_face_vectors if name == "face" else 1
+            names += [f"{name} {i + 1}" for i in range(count)] if count > 1 else [name]
+        return tuple(names)
+
     @nn.compact
     def __call__(
         self,

@@ -27,7 +27,7 @@ class NetVLAD(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k).
+        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k); sows a as `shares`.
 
         Args:
           features: [B, T, D] float.
@@ -61,6 +61,7 @@ class NetVLAD(nn.Module):
             name="norm",
         )(scores, mask=counted[..., None])
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
+        self.sow("intermediates", "shares", assignment)
 
         dim = features.shape[-1]
         centers = self.param(

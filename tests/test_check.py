@@ -1,0 +1,459 @@
+"""`--mode=check`: what it says of good and damaged data and runs, and that it changes nothing."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import clip_files
+from vidjax import checkpoint, members, ranking
+from vidjax import config as config_lib
+from vidjax import workdir as workdir_lib
+from vidjax.data import iqiyi_vid
+from vidjax.evaluate import digest
+from vidjax.main import main
+
+ROOT = Path(__file__).parent.parent
+SPEC = "configs/mma.py:iqiyi_vid,face,head,audio"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of official files and the cache of its records, of this file's tests alone."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "official").mkdir()
+    clip_files.write_learnable(folder / "official", num_clips={"train": 24, "val": 16})
+    iqiyi_vid.prepare(folder / "official", folder / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A folder as a finished run leaves it, of two steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "a run"
+    workdir.mkdir()
+    config = config_lib.override(
+        config_lib.load_file(f"{ROOT}/{SPEC}"),
+        [f"--config.data.dir={data}/official", f"--config.data.cache_dir={data}/cache"],
+    )
+    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    identities, clips = ["1", "2", "3"], ["a", "b", "c", "d"]
+    workdir_lib.write_json(workdir / "identities.json", identities)
+    member = (members.Member(),)
+    membership = members.Membership(member, tuple(clips), np.ones((1, 4), bool))
+    members.save(workdir, membership)
+    for step in (10, 20):
+        items = {"params": {"kernel": np.full((64, 64), step, np.float32)}}
+        info = {
+            "map": step / 100,
+            "identities_sha256": digest(identities),
+            "members_sha256": members.digest(membership),
+            "config": config.to_dict(),
+        }
+        checkpoint.save(workdir, step, items, info)
+    lines = [{"step": 10}, {"step": 20}, {"step": 20, "split": "val"}]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text)
+    top = ranking.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
+    ranking.write_ranking(workdir / "ranking.txt", identities, clips, top)
+    workdir_lib.write_json(workdir / "metrics.json", {"map": 0.2, "map_kind": "val"})
+    report = {"frames_seen": 9, "frames": 7, "frames_skipped": {"non_finite": 2}}
+    report |= {"clips_seen": 5, "clips": 4, "clips_skipped": {"no_frames": 1}}
+    splits = {"train": {"modalities": {"face": report}}}
+    workdir_lib.write_json(workdir / "data_report.json", {"splits": splits})
+    return workdir
+
+
+@pytest.fixture
+def run(finished, data, tmp_path):
+    """A copy of the run and of its records, to damage."""
+    shutil.copytree(data / "cache", tmp_path / "cache")
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def checked(capsys):
+    """Runs a check; returns its exit code and its lines."""
+
+    def check(run, *words):
+        words = [f"--workdir={run}", f"--config.data.cache_dir={run.parent}/cache", *words]
+        code = main(["--mode=check", *words])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return code, out.splitlines()
+
+    return check
+
+
+def states(lines, state):
+    """Returns what the lines of a state say."""
+    return [line[11:] for line in lines if line.startswith(f"  {state:7}  ")]
+
+
+def snapshot(folder):
+    """Returns path -> bytes and time of change of all that lies in a folder."""
+    return {
+        path: (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+def flip(path, at=-100):
+    """Flips a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def shards(run):
+    """Returns the shards of a run's records."""
+    return sorted((run.parent / "cache").rglob("*.tfrecord*"))
+
+
+def biggest(run, step):
+    """Returns the largest file of a saved step."""
+    files = (run / "checkpoints" / str(step) / "state").rglob("*")
+    return max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_good_run(run, checked):
+    before = snapshot(run.parent)
+    code, lines = checked(run)
+    assert (code, lines[-1]) == (0, "all good"), lines
+    assert snapshot(run.parent) == before
+    said = "\n".join(lines)
+    for words in (
+        "python 3.",
+        "jax ",
+        "TensorFlow",
+        "8 x cpu",
+        " free",
+        "checkpoint 10: ",
+        "checkpoint 20: ",
+        "evaluation would use checkpoint 20 (latest)",
+        "metrics.jsonl: 3 lines to step 20",
+        "ranking.txt: valid, 3 identities",
+        "identities.json: 3 identities",
+        "1 members, 4 clips",
+        "every sha256 agrees",
+    ):
+        assert words in said, said
+    found = re.findall(r"(\d+) frames seen = (\d+) loaded \+ (\d+) skipped", said)
+    assert [int(a) - int(b) - int(c) for a, b, c in found] == [0, 0]
+    assert checked(run, "--config.eval.checkpoint=best")[0] == 0
+
+
+def damage_newest(run):
+    flip(biggest(run, 20))
+
+
+def damage_all(run):
+    flip(biggest(run, 10))
+    biggest(run, 20).unlink()
+
+
+def truncate_checkpoint(run):
+    path = biggest(run, 10)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_manifest(run):
+    flip(run / "checkpoints" / "20" / "manifest.json")
+
+
+def lose_manifest(run):
+    (run / "checkpoints" / "20" / "manifest.json").unlink()
+
+
+def other_identities(run):
+    (run / "identities.json").write_text('["1", "3", "2"]')
+
+
+def half_an_identity_list(run):
+    (run / "identities.json").write_text('["1", "3"')
+
+
+def flip_members(run):
+    flip(run / "members.npz", 100)
+
+
+def other_config(run):
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"embed_dim": ', '"embed_dim": 1'))
+
+
+def lose_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def flip_shard(run):
+    flip(shards(run)[3])
+
+
+def lose_shard(run):
+    shards(run)[5].unlink()
+
+
+def empty_shard(run):
+    shards(run)[2].write_bytes(b"")
+
+
+def foreign_shard(run):
+    first, second = shards(run)[:2]
+    shutil.copy(first, second)
+
+
+def flip_index(run):
+    flip(next((run.parent / "cache").rglob("index.npz")), 200)
+
+
+def half_a_data_manifest(run):
+    path = next((run.parent / "cache").rglob("manifest.json"))
+    path.write_text(path.read_text()[:-20])
+
+
+def wrong_sum(run):
+    path = run / "data_report.json"
+    path.write_text(path.read_text().replace('"frames": 7', '"frames": 8'))
+
+
+def wrong_sum_of_records(run):
+    path = next((run.parent / "cache").rglob("data_report.json"))
+    report = json.loads(path.read_text())
+    report["splits"]["val"]["modalities"]["head"]["frames_skipped"]["lost"] = 3
+    path.write_text(json.dumps(report))
+
+
+def another_report(run):
+    (run / "data_report.json").write_text("[]")
+
+
+def half_a_result(run):
+    (run / "metrics.json").write_text('{"map": ')
+
+
+def junk_in_the_log(run):
+    path = run / "metrics.jsonl"
+    path.write_text("\x00\x00\n" + path.read_text())
+
+
+def step_twice(run):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 20}\n')
+
+
+def cut_ranking(run):
+    path = run / "ranking.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+
+
+def spoilt_ranking(run):
+    path = run / "ranking.txt"
+    path.write_text(path.read_text() + "4 a.mp4\n")
+
+
+def lose_ranking(run):
+    (run / "ranking.txt").unlink()
+
+
+def half_a_config(run):
+    (run / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        (damage_newest, 3, ["checkpoint 20", "sha256 differs"]),
+        (damage_all, 3, ["no good checkpoint", "file missing"]),
+        (truncate_checkpoint, 3, ["checkpoint 10", "sha256 differs"]),
+        (flip_manifest, 3, ["checkpoint 20", "manifest.json"]),
+        (lose_manifest, 3, ["checkpoint 20", "manifest.json"]),
+        (other_identities, 3, ["identities.json: not what the run"]),
+        (half_an_identity_list, 3, ["identities.json' is damaged"]),
+        (flip_members, 3, ["members.npz"]),
+        (other_config, 3, ["config.json", "embed_dim"]),
+        (lose_checkpoints, 3, ["no checkpoint", "metrics.json is there"]),
+        (flip_shard, 2, [".tfrecord", "records, found", "is damaged"]),
+        (lose_shard, 2, ["no such file"]),
+        (empty_shard, 2, ["expected 3 records, found 0"]),
+        (foreign_shard, 2, ["sha256"]),
+        (flip_index, 2, ["index.npz"]),
+        (half_a_data_manifest, 2, ["damaged records"]),
+        (wrong_sum, 2, ["face_train: 9 frames seen, but 8 loaded + 2 skipped"]),
+        (wrong_sum_of_records, 2, ["data_report.json does not match its sha256"]),
+        (another_report, 2, ["TypeError"]),
+        (half_a_result, 2, ["metrics.json' is damaged"]),
+        (junk_in_the_log, 2, ["metrics.jsonl: line 1 is damaged"]),
+        (step_twice, 2, ["metrics.jsonl: line 4: step 20 after step 20"]),
+        (cut_ranking, 2, ["ranking.txt: 2 lines for 3 identities"]),
+        (spoilt_ranking, 2, ["line 4", "'4' is unknown"]),
+        (lose_ranking, 2, ["ranking.txt: missing"]),
+        (half_a_config, 2, ["config.json' is damaged"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_damage_is_found_and_left_as_it_is(run, checked, damage, code, words):
+    damage(run)
+    before = snapshot(run.parent)
+    found, lines = checked(run)
+    assert found == code, lines
+    assert "FAULT" in lines[-1]
+    said = states(lines, "FAULT")
+    for word in words:
+        assert any(word in line for line in said), said
+    assert snapshot(run.parent) == before
+
+
+def test_a_fault_hides_no_other(run, checked):
+    for damage in (damage_newest, flip_shard, cut_ranking, half_a_result, step_twice):
+        damage(run)
+    code, lines = checked(run)
+    assert code == 3
+    assert len(states(lines, "FAULT")) == 5, lines
+    assert lines[-1] == "5 FAULTS: run, checkpoints, data"
+
+
+def test_which_checkpoint_evaluation_would_use(run, checked):
+    damage_newest(run)
+    for prefer in ("latest", "best"):
+        _, lines = checked(run, f"--config.eval.checkpoint={prefer}")
+        assert f"evaluation would use checkpoint 10 ({prefer})" in "\n".join(lines)
+    assert any("would use checkpoint 10" in line for line in states(checked(run)[1], "warning"))
+
+
+def test_left_overs_are_named(run, checked):
+    """Of a save that was cut short, of a write, of a conversion, and folders of the user's."""
+    left = [run / "checkpoints" / ".30.partial", run / "checkpoints" / "mine"]
+    left += [run / ".metrics.json.123.partial", run.parent / "cache" / "iqiyi_vid" / "ab.partial"]
+    for path in left:
+        path.mkdir()
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"ste')
+    code, lines = checked(run)
+    assert (code, lines[-1]) == (0, "all good, 5 to note")
+    said = states(lines, "warning")
+    for path in left:
+        assert any(f"'{path}'" in line for line in said), said
+    assert any("last line is not finished" in line for line in said)
+
+
+def test_a_run_in_use_is_read_and_left_alone(run, checked):
+    code = (
+        "import pathlib, sys\nfrom vidjax import workdir\n"
+        "with workdir.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n input()\n"
+        "with workdir.lock(pathlib.Path(sys.argv[1])): pass\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        code, lines = checked(run)
+        assert code == 0
+        said = states(lines, "warning")
+        assert [line for line in said if f"in use by process {child.pid} on" in line], said
+        child.communicate("go on\n")
+        assert child.returncode == 0
+    finally:
+        child.kill()
+        child.communicate()
+    assert checked(run)[1][-1] == "all good"
+
+
+def test_data_alone(data, checked, capsys, tmp_path):
+    words = ("--mode=check", f"--config={SPEC}", f"--config.data.dir={data}/official")
+    assert main([*words, f"--config.data.cache_dir={data}/cache"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "all good"
+    assert "checkpoint 2" not in said
+
+    cache = tmp_path / "elsewhere"
+    before = snapshot(tmp_path)
+    assert main([*words, f"--config.data.cache_dir={cache}"]) == 0
+    said = capsys.readouterr().out
+    assert "not converted yet" in said
+    assert said.splitlines()[-1] == "all good, 1 to note"
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config.data.dir={tmp}/nowhere",), "nowhere"),
+        (("--config.data.dir={tmp}",), "no feature pickles"),
+        ((), "config.data.dir is not set"),
+        (("--config.data.name=iqiyi",), "config.data.name='iqiyi'"),
+        (("--config.data.dir={data}/official", "--config.modalities=haed"), "did you mean 'head'"),
+        (("--config.data.dir={data}/official", "--config.data.cache_dir={tmp}/file"), "is a file"),
+    ],
+)
+def test_data_that_are_not_there(data, capsys, tmp_path, words, message):
+    (tmp_path / "file").write_text("")
+    words = [word.format(tmp=tmp_path, data=data) for word in words]
+    cache = f"--config.data.cache_dir={data}/cache"
+    assert main(["--mode=check", f"--config={SPEC}", cache, *words]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(message in line for line in states(lines, "FAULT")), lines
+
+
+def test_a_label_that_does_not_fit(data, capsys, tmp_path):
+    shutil.copytree(data / "official", tmp_path / "official")
+    cache = f"--config.data.cache_dir={tmp_path}/cache"
+    iqiyi_vid.prepare(tmp_path / "official", tmp_path / "cache")
+    truth = tmp_path / "official" / "train_gt.txt"
+    truth.write_text(truth.read_text() + truth.read_text().splitlines()[0].split()[0] + " 99\n")
+    words = [f"--config={SPEC}", f"--config.data.dir={tmp_path}/official", cache]
+    assert main(["--mode=check", *words]) == 2
+    assert "train_gt.txt" in "".join(states(capsys.readouterr().out.splitlines(), "FAULT"))
+
+
+def test_a_joined_folder_stands_for_its_runs(run, data, capsys, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    both = tmp_path / "both"
+    both.mkdir()
+    config = config_lib.default()
+    config.join.runs = (str(run), str(other))
+    workdir_lib.write_text(both / "config.json", config_lib.to_json(config))
+    assert main(["--mode=check", f"--workdir={both}"]) == 0
+    said = capsys.readouterr().out
+    assert f"{other}: checkpoint 20" in said
+    assert said.count("every sha256 agrees") == 1  # of data that both share
+
+    flip(biggest(other, 10))
+    assert main(["--mode=check", f"--workdir={both}"]) == 3
+    shutil.rmtree(other)
+    assert main(["--mode=check", f"--workdir={both}"]) == 3
+    assert f"no run in '{other}'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--workdir=nowhere",), "no run in"),
+        (("--workdir=w", "--config=configs/mma.py"), "not both"),
+        (("--workdir=w", "--runs=a,b"), "goes with --mode=evaluate"),
+        (("--config.seed=1",), "needs --workdir=FOLDER or --config=FILE"),
+        (("--config=configs/mma.py", "--config.sede=1"), "did you mean --config.seed"),
+    ],
+)
+def test_mistakes_in_the_words(capsys, words, message):
+    assert main(["--mode=check", *words]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+
+
+def test_the_environment_alone(capsys):
+    assert main(["--mode=check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "check: the environment"
+    assert lines[-1] == "all good"
