@@ -73,7 +73,7 @@ def test_a_saved_step_keeps_its_arrays_and_gains_facts(tmp_path, items):
 
 def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
-    left = tmp_path / "checkpoints" / ".partial" / "2" / "state"
+    left = tmp_path / "checkpoints" / ".partial" / "3" / "state"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
     assert restore_latest(tmp_path, items)[1]["step"] == 1

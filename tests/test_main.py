@@ -49,7 +49,7 @@ def complaint(capsys, *words):
         (("--config=configs/mma",), "did you mean 'configs/mma.py'"),
         (("--config=configs/mma.py", "--mode=trian"), "did you mean train?"),
         (("--workdir=w", "--mode=evalaute"), "did you mean evaluate?"),
-        (("--workdir=w", "--mode=zzz"), "known are train, evaluate, check"),
+        (("--workdir=w", "--mode=zzz"), "known are train, evaluate"),
         (("--config=configs/mma.py:publishd",), "did you mean 'published'"),
         (("--mode=evaluate",), "needs --workdir"),
         (("--mode=evaluate", "--workdir=nowhere"), "no run in 'nowhere'"),
@@ -130,6 +130,35 @@ def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_p
         (("--config.data.dir={official}", "--config.optim.name=adamm"), "adamm"),
         (("--config.data.dir={official}", "--config.eval.scores=prob"), "prob"),
         (("--config.data.dir={official}", "--config.data.crop=left"), "left"),
+        (("--config.data.dir={official}", "--config.modalities=5"), "wants names such as face"),
+        (("--config.data.dir={official}", "--config.ensemble.only=a"), "no member a of 1"),
+        (("--config.data.dir={official}", "--config.ensemble.only=0.5"), "no member 0.5"),
+        (("--config.data.dir={official}", "--config.ensemble.min_quality=abc"), "wants numbers"),
+        (
+            ("--config.data.dir={official}", "--config.noise.mirror_weight=x"),
+            "config.noise.mirror_weight",
+        ),
+        (("--config.data.dir={official}", "--config.loss.schedule=a"), "config.loss.schedule"),
+        (("--config.data.dir={official}", "--config.eval.block_size=0"), "config.eval.block_size"),
+        (
+            ("--config.data.dir={official}", "--config.matmul_precision=high1"),
+            "config.matmul_precision",
+        ),
+        (("--config.data.dir={official}", "--config.data.max_frames=0"), "config.data.max_frames"),
+        (("--config.data.dir={official}", "--config.mixup=-1"), "config.mixup"),
+        (
+            ("--config.data.dir={official}", "--config.optim.learning_rate=nan"),
+            "config.optim.learning_rate",
+        ),
+        (
+            ("--config.data.dir={official}", "--config.optim.learning_rate=-1"),
+            "config.optim.learning_rate",
+        ),
+        (("--config.data.dir={official}", "--config.optim.warmup=7"), "config.optim.warmup"),
+        (
+            ("--config.data.dir={official}", "--config.eval.every_epochs=-1"),
+            "config.eval.every_epochs",
+        ),
     ],
 )
 def test_mistakes_in_the_fields(capsys, tmp_path, official_dir, cache_dir, words, message):

@@ -70,17 +70,16 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     try:
-        if partial.exists():
-            shutil.rmtree(partial)  # of a save that was cut short
+        if partial.parent.exists():
+            shutil.rmtree(partial.parent)  # of a save that was cut short
         partial.mkdir(parents=True)
         ocp.save_checkpointables(str(partial / "state"), filled)
         facts = {"arrays": _arrays(items), "files": _digests(partial / "state")}
         _write_manifest(partial, {**facts, **info})
         set_aside(folder)
         os.rename(partial, folder)
-        partial.parent.rmdir()
     except Exception as error:  # Orbax reports a full disk in a dozen ways
-        shutil.rmtree(partial.parent, ignore_errors=True)
+        shutil.rmtree(partial.parent, ignore_errors=True)  # a thread of Orbax may still write there
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if len(reason) > 200:  # a path, which is named below; what happened comes after it
             reason = f"... {reason[-120:]}"
@@ -295,7 +294,7 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 def _drop_others(workdir: Path) -> None:
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
-    if partial.exists():  # of a save that was cut short
+    if partial.exists():
         shutil.rmtree(partial)
     steps = manifests(workdir)
     latest = max(steps)

@@ -31,6 +31,7 @@ def default() -> Config:
     config.modalities = ("face",)
     config.dtype = "float32"  # of the computation; parameters stay float32
     config.matmul_precision = "highest"  # of evaluation, on every backend
+    config.deterministic = False  # on a GPU, where runs else differ in the last bits
     config.after_fusion = "pool"  # the model takes all fused frames; or examples: one at a time
     config.mixup = 0.0  # alpha of the Beta distribution that mixes pairs of clips; 0: none
     config.log_every_steps = 20

@@ -136,6 +136,8 @@ def _run(args: argparse.Namespace) -> int:
     # The folder before the imports of `_results`, which take seconds.
     from vidjax import workdir as workdir_lib
 
+    if signal.getsignal(signal.SIGTERM) is _stop_at_once:
+        workdir_lib.end_on_signals()
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
         results = _results(args, config, workdir)
@@ -149,6 +151,8 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
     from vidjax import mesh as mesh_lib
     from vidjax.data.records import default_cache_dir
 
+    if config.deterministic:
+        mesh_lib.be_deterministic()
     mesh_lib.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
     if args.mode == "train":
         done = train.finished(workdir, config)

@@ -1,6 +1,7 @@
 """Devices: the mesh, and how arrays are laid out on it."""
 
 import hashlib
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def keep_programs(folder: Path) -> None:
     kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs" / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def be_deterministic() -> None:
+    """Has every run on a GPU give the same bits; before jax looks for devices."""
+    known = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{known} --xla_gpu_deterministic_ops=true".strip()
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

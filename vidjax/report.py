@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,9 +250,14 @@ def _model(run: Run) -> str:
 # What a page is made of.
 
 
+def _plain(value: Any) -> str:
+    """Returns text whose lone surrogates, which no encoding holds, are question marks."""
+    return str(value).encode(errors="replace").decode()
+
+
 def _text(value: Any) -> str:
-    """Returns text as HTML; lone surrogates, which no encoding holds, as question marks."""
-    return html.escape(str(value).encode(errors="replace").decode())
+    """Returns text as HTML."""
+    return html.escape(_plain(value))
 
 
 def _p(text: str) -> str:
@@ -303,6 +309,7 @@ class _Plot:
             "svg.fonttype": "none",
             "svg.hashsalt": "vidjax",
             "text.color": INK,
+            "text.parse_math": False,
             "axes.edgecolor": MUTED,
             "axes.labelcolor": INK,
             "axes.spines.top": False,
@@ -320,7 +327,7 @@ class _Plot:
         with matplotlib.rc_context(self._style):
             self.figure = Figure((WIDTH, height), layout="constrained")
             self.axes = self.figure.add_subplot()
-            self.axes.set_xlabel(x)
+            self.axes.set_xlabel(_plain(x))
             self.axes.set_ylabel(y)
 
     def twin(self, name: str) -> Any:
@@ -347,7 +354,8 @@ class _Plot:
           caption: HTML below it; the title where empty.
         """
         content = io.BytesIO()
-        with self._matplotlib.rc_context(self._style):
+        with self._matplotlib.rc_context(self._style), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the reader's fonts draw it
             self.figure.savefig(content, format="svg", transparent=True)
         svg = content.getvalue().decode()
         svg = svg[svg.index("<svg") :]
@@ -498,7 +506,7 @@ def _learning(run: Run) -> Iterator[str]:
         at = [epochs.get(line["step"], line["step"] * per_step) for line in scored]
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
-        plot.axes.plot(at, values, "o-", color=SECOND, ms=4, label=f"MAP@100 on {split}")
+        plot.axes.plot(at, values, "o-", color=SECOND, ms=4, label=f"MAP@100 on {_plain(split)}")
         told += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {len(values)} evaluations."
     plot.axes.set_ylim(0, 1.02)
     plot.legend()
@@ -552,7 +560,7 @@ def _identities(run: Run) -> Iterator[str]:
     yield _figures(first, second)
 
     def name(identity: int) -> str:
-        return _text(run.identities[identity]) if identity < len(run.identities) else "unknown"
+        return _text(_name(run, identity))
 
     def names(pairs: Sequence[Sequence[int]], nobody: str) -> str:
         found = [f"{nobody if i < 0 else name(i)} ({count})" for i, count in pairs]
@@ -623,6 +631,8 @@ def _strangers(run: Run) -> Iterator[str]:
         drawn = fpir > 0
         plot.axes.plot(fpir[drawn], fnir[drawn], color=FIRST)
         plot.axes.set_xscale("log")
+        plot.axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
+        plot.axes.xaxis.set_minor_formatter(lambda x, place: "")
         plot.axes.set_ylim(0, 1.02)
         at = int(np.argmin(np.abs(fpir - 0.01)))
         told = [f"Where {fpir[at]:.1%} of the distractors pass, {fnir[at]:.1%} are missed."]
@@ -671,8 +681,8 @@ def _attention(run: Run) -> Iterator[str]:
     axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=MUTED, linewidth=0.4)
     axes.invert_yaxis()
     middles = np.arange(size) + 0.5
-    axes.set_xticks(middles, names, rotation=30, ha="right")
-    axes.set_yticks(middles, names)
+    axes.set_xticks(middles, [_plain(name) for name in names], rotation=30, ha="right")
+    axes.set_yticks(middles, [_plain(name) for name in names])
     for i, j in np.ndindex(matrix.shape):
         red, green, blue, _ = colours(matrix[i, j] / top)
         dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18

@@ -148,6 +148,8 @@ def train(
                     raise workdir_lib.Interrupted(interruption.signum, step)
 
             def watch() -> Evaluation:
+                stop_if_asked()
+                interruption.at_once = True  # every step is saved
                 state = steps.merge_states(states)
                 evaluation = evaluate(state, check=stop_if_asked)
                 scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
@@ -155,16 +157,19 @@ def train(
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
                 save(state, **scores, evaluated=True)
+                interruption.at_once = False
                 return evaluation
 
             if pending:  # an earlier process stopped in this evaluation
                 evaluation = watch()
+            interruption.at_once = True  # until a step was done
             while step < sizes.total_steps:
                 dispatched = time.monotonic()
                 states, count, loss, bad_step = feed.run(
                     states, tables, step, stops[bisect.bisect(stops, step)] - step
                 )
                 step += count
+                interruption.at_once = False
                 rates.append(count * config.batch_size / (time.monotonic() - dispatched))
                 if bad_step is not None:
                     clips = [membership.clips[i] for i in feed.bad_clips(states, tables, bad_step)]

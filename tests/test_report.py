@@ -1,0 +1,364 @@
+"""The page of a run: whole, safe, accessible, small, and true to the files it is made of."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.small_runs import shrunk
+from vidjax import analysis, report, train
+from vidjax import main as main_lib
+from vidjax.data import pipeline
+
+SECTIONS = [
+    "summary",
+    "learning",
+    "identities",
+    "strata",
+    "strangers",
+    "attention",
+    "frames",
+    "robustness",
+    "ensemble",
+    "data",
+]
+EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds, as a browser would see it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs), tuple(self.open)))
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs), tuple(self.open)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, name):
+        return [attrs for tag, attrs, _ in self.tags if tag == name]
+
+
+def check_page(text):
+    """Asserts what is true of every page; returns it, taken apart."""
+    page = Page(text)
+    assert page.open == []
+    assert len(text.encode()) < 5e6
+    assert [attrs["id"] for attrs in page.all("section")] == SECTIONS
+    assert [attrs["href"] for attrs in page.all("a")] == [f"#{name}" for name in SECTIONS]
+    assert {"script", "img", "iframe", "object"} & {tag for tag, _, _ in page.tags} == set()
+    assert "http" not in text.replace("http-equiv", "")
+    for _, attrs, _ in page.tags:
+        for name in ("src", "href", "data", "action"):
+            assert attrs.get(name, "#").startswith(("#", "data:")), attrs
+        assert not any(name.startswith("on") for name in attrs)
+    names = [attrs["id"] for _, attrs, _ in page.tags if "id" in attrs]
+    assert len(names) == len(set(names))
+    figures = page.all("figure")
+    drawn = [attrs for attrs in page.all("svg")]
+    assert len(figures) == len(drawn) == len(page.all("figcaption"))
+    for attrs in drawn:
+        assert attrs["role"] == "img"
+        title, description = attrs["aria-labelledby"].split()
+        assert re.search(rf'<title id="{title}">[^<]+</title>', text)
+        assert re.search(rf'<desc id="{description}">[^<]+</desc>', text)
+    for tag, attrs, within in page.tags:
+        if tag == "th":
+            assert attrs["scope"] == ("col" if "thead" in within else "row")
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert len(page.all("h1")) == 1
+    return page
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+def section(text, name):
+    """Returns one section of a page, without its figures."""
+    found = re.search(rf'<section id="{name}".*?</section>', text, re.DOTALL)
+    assert found
+    return re.sub(r"<svg.*?</svg>", "", found[0], flags=re.DOTALL)
+
+
+def values(text):
+    """Returns the numbers of a part of a page with all their digits."""
+    return [float(value) for value in re.findall(r'<data value="([^"]+)">', text)]
+
+
+def test_of_attention(data, tmp_path):
+    config = shrunk("--config.num_epochs=2")
+    results = train.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
+    text = (tmp_path / "report.html").read_text()
+    page = check_page(text)
+    assert len(page.all("figure")) > 10
+    shown = values(section(text, "summary"))
+    for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
+        assert results[name] in shown, name
+    _, low, high = shown[:3]
+    assert low < results["map"] < high
+    assert "a &amp; b" in section(text, "summary")
+    assert "face 3" in section(text, "attention")
+    assert "no head" in section(text, "robustness")
+    assert "There are no members" in section(text, "ensemble")
+    assert "clips" in section(text, "data")
+    before = text
+    report.write(tmp_path)
+    assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
+
+
+@pytest.mark.slow
+def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
+    config = shrunk(spec="configs/knn.py:iqiyi_vid")
+    train.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
+    text = (tmp_path / "knn" / "report.html").read_text()
+    check_page(text)
+    assert "no attention of modalities" in section(text, "attention")
+    assert "no NetVLAD" in section(text, "frames")
+    assert "no probabilities" in section(text, "strangers")
+
+    config = shrunk("--config.num_epochs=2", "--config.ensemble.folds=3")
+    results = train.train(config, tmp_path / "folds", data, num_devices=1, analyse=True)
+    text = (tmp_path / "folds" / "report.html").read_text()
+    check_page(text)
+    shown = values(section(text, "ensemble"))
+    assert len(results["members"]) == 3
+    for member in results["members"]:
+        assert member["map"] in shown
+    assert "Marginal gain" in section(text, "ensemble")
+
+
+def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}"):
+    """Writes a run that nobody trained, of any size."""
+    rng = np.random.default_rng(0)
+    ap = np.clip(rng.beta(4, 1, identities), 0, 1)
+    ap[rng.random(identities) < 0.3] = 1.0
+    positives = rng.integers(1, 9, identities)
+    results = {"map": float(ap.mean()), "map_kind": "val", "num_clips": clips}
+    worst = [
+        {
+            "identity": int(i),
+            "ap": float(ap[i]),
+            "clips": int(positives[i]),
+            "lost_to": [[1, 2], [-1, 1]],
+            "mixed_with": [[-1, 3], [2, 1]],
+        }
+        for i in np.argsort(ap)[:20]
+    ]
+    row = {"label": name.format("kind"), "map": 0.5, "identities": 3, "clips": 9}
+    facts = {
+        "split": "val",
+        "lead": "face",
+        "modalities": ["face", "head"],
+        "logs": True,
+        "results": results,
+        "members": [{"seed": n, "map": 0.5} for n in range(80)],
+        "runs": [],
+        "num_others": 0,
+        "worst": worst,
+        "strata": [{"by": f"kind {n}", "rows": [row] * 8} for n in range(4)],
+        "calibration_error": 0.05,
+        "assignment": {"face": [0.25] * 4},
+        "vectors": [name.format(i) for i in range(8)],
+        "num_sampled": 2000,
+        "robustness": [{"change": f"change {n}", "map": 0.5} for n in range(10)],
+        "frames": [
+            {
+                "clip": clip.format(n),
+                "identity": n,
+                "right": n < 3,
+                "modality": "face",
+                "numbers": list(range(32)),
+                "quality": rng.uniform(20, 90, 32).tolist(),
+                "falls": rng.normal(size=32).tolist(),
+            }
+            for n in range(6)
+        ],
+    }
+    matrix = rng.random((8, 8))
+    known = rng.integers(0, clips, 40)
+    arrays = {
+        "ap": ap,
+        "positives": positives,
+        "train_clips": positives,
+        "attention": matrix / matrix.sum(axis=0),
+        "score_edges": np.linspace(-5, 0, 41),
+        "score_known": known,
+        "score_strange": known[::-1],
+        "fpir": np.geomspace(1e-3, 1, 40),
+        "fnir": np.linspace(1, 0, 40),
+        "calibration": np.stack([np.full(10, 6), *[np.linspace(0.05, 0.95, 10)] * 2], axis=1),
+    }
+    folder.mkdir(exist_ok=True)
+    analysis.save(folder / "analysis.npz", facts, arrays)
+    config = {"model": {"name": name.format("m")}, "modalities": ["face", "head"]}
+    lines = [
+        {"step": n, "epoch": n / 9, "learning_rate": 1e-3, "train_loss": 1 / n, "train_accuracy": 1}
+        for n in range(1, 5000)
+    ]
+    for file, value in {
+        "config.json": config,
+        "metrics.json": results,
+        "identities.json": [name.format(i) for i in range(identities)],
+        "metrics_test.json": {"num_clips": 4},
+    }.items():
+        (folder / file).write_text(json.dumps(value))
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_names_are_text_whatever_they_hold(tmp_path):
+    folder = made_up(tmp_path / "a<b>&", name=EVIL + "{}", clip=EVIL + "{}")
+    text = report.write(folder).read_text()
+    page = check_page(text)
+    assert EVIL + "0" in "".join(page.texts)
+    folder = made_up(tmp_path / "odd", name="$\ud800\u4e2d^ {}")
+    assert "$?\u4e2d^ 1" in report.write(folder).read_text()
+
+
+def test_the_interval_is_that_of_the_mean():
+    rng = np.random.default_rng(1)
+    sample = rng.normal(0.5, 0.1, 400)
+    low, high = report.bootstrap(sample)
+    assert (low, high) == report.bootstrap(sample)
+    error = sample.std() / 20
+    assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.25 * error)
+    assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.25 * error)
+
+
+def test_what_is_absent_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="no run in"):
+        report.write(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    text = report.write(tmp_path).read_text()
+    check_page(text)
+    for name in SECTIONS:
+        assert re.search(r"<p[ >].*\.", section(text, name)), name
+    (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
+    assert "no ground truth" in section(report.write(tmp_path).read_text(), "summary")
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"metrics\.json' is damaged"):
+        report.write(tmp_path)
+
+
+def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
+    folder = made_up(tmp_path / "run")
+    assert "another evaluation" not in report.write(folder).read_text()
+    (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
+    assert "another evaluation" in section(report.write(folder).read_text(), "summary")
+
+
+@pytest.mark.slow
+def test_official_size(tmp_path):
+    folder = made_up(tmp_path / "run", identities=10034, clips=72000)
+    began = time.monotonic()
+    text = report.write(folder).read_text()
+    assert time.monotonic() - began < 20
+    check_page(text)
+
+
+def luminance(colour):
+    """Returns the relative luminance of #rrggbb, as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return np.dot(parts, [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one, other):
+    """Returns the contrast of two colours, 1 to 21."""
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dress", [0, 1])
+def test_contrast_is_enough(dress):
+    roots = re.findall(r":root \{(.*?)\}", report.CSS, re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[dress]))
+    for name in ("ink", "muted", "link"):
+        assert contrast(colours[name], colours["back"]) >= 4.5, name
+    for behind in ("bar", "soft"):
+        assert contrast(colours["ink"], colours[behind]) >= 4.5, behind
+    for name in ("first", "second"):
+        assert contrast(colours[name], colours["back"]) >= 3, name
+
+
+def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
+    folder = made_up(tmp_path / "run")
+    code = (
+        "import sys\n"
+        "from vidjax.main import main\n"
+        f"assert main(['--mode=report', '--workdir={folder}']) == 0\n"
+        "assert not {'jax', 'tensorflow'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"report: {folder / 'report.html'}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs --workdir"),
+        (("--workdir=nowhere",), "no run in"),
+        (("--workdir=w", "--config=configs/mma.py"), "--workdir alone"),
+        (("--workdir=w", "--config.seed=1"), "--workdir alone"),
+    ],
+)
+def test_mistakes(capsys, words, message):
+    assert main_lib.main(["--mode=report", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
+    path = report.write(made_up(tmp_path / "run"))
+    log = tmp_path / "net.json"
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+    ]
+    words = [
+        *quiet,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--log-net-log={log}",
+        "--window-size=390,800",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    done = subprocess.run([str(CHROMIUM), *words], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    assert "</footer>" in done.stdout
+    # What the browser asks for itself has no origin.
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    origins = {event["initiator"] for event in events if "initiator" in event}
+    assert origins <= {"not an origin"}
