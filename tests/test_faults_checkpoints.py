@@ -492,9 +492,11 @@ def test_a_disk_that_fills_up_loses_nothing(config, data, stopped, whole, small_
     """Filled but for some bytes: writing fails at the start, in a log or in a save, by how many."""
     parts = small_disk / "parts"
     rng = np.random.default_rng(0)
-    sizes = [int(size) for size in rng.integers(0, 400, 20) * 1000] if campaign else [0, 60_000]
+    step = stopped / "checkpoints" / str(max(checkpoint.manifests(stopped)))
+    one_save = sum(len(content) for content in contents(step).values())
+    shares = rng.uniform(0, 0.9, 20) if campaign else (0.0, 0.5)
     failed = []
-    for size in sizes:
+    for size in (int(share * one_save) for share in shares):
         shutil.copytree(stopped, parts)
         before = contents(parts / "checkpoints")
         filler = small_disk / "filler"

@@ -105,6 +105,7 @@ def values(text):
     return [float(value) for value in re.findall(r'<data value="([^"]+)">', text)]
 
 
+@pytest.mark.slow
 def test_of_attention(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
@@ -116,7 +117,7 @@ def test_of_attention(data, tmp_path):
         assert results[name] in shown, name
     _, low, high = shown[:3]
     assert low < results["map"] < high
-    assert "a &amp; b" in section(text, "summary")
+    assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
     assert "face 3" in section(text, "attention")
     assert "no head" in section(text, "robustness")
     assert "There are no members" in section(text, "ensemble")
@@ -128,6 +129,8 @@ def test_of_attention(data, tmp_path):
 
 @pytest.mark.slow
 def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
+    for name in ("knn", "folds"):
+        (tmp_path / name).mkdir()
     config = shrunk(spec="configs/knn.py:iqiyi_vid")
     train.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
     text = (tmp_path / "knn" / "report.html").read_text()
@@ -136,12 +139,13 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     assert "no NetVLAD" in section(text, "frames")
     assert "no probabilities" in section(text, "strangers")
 
-    config = shrunk("--config.num_epochs=2", "--config.ensemble.folds=3")
+    words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
+    config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path / "folds", data, num_devices=1, analyse=True)
     text = (tmp_path / "folds" / "report.html").read_text()
     check_page(text)
     shown = values(section(text, "ensemble"))
-    assert len(results["members"]) == 3
+    assert len(results["members"]) == 2
     for member in results["members"]:
         assert member["map"] in shown
     assert "Marginal gain" in section(text, "ensemble")
@@ -227,12 +231,10 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
 
 
 def test_names_are_text_whatever_they_hold(tmp_path):
-    folder = made_up(tmp_path / "a<b>&", name=EVIL + "{}", clip=EVIL + "{}")
-    text = report.write(folder).read_text()
-    page = check_page(text)
-    assert EVIL + "0" in "".join(page.texts)
-    folder = made_up(tmp_path / "odd", name="$\ud800\u4e2d^ {}")
-    assert "$?\u4e2d^ 1" in report.write(folder).read_text()
+    name = EVIL + "$\ud800\u4e2d^{}"
+    folder = made_up(tmp_path / "a<b>&", name=name, clip=name)
+    page = check_page(report.write(folder).read_text())
+    assert EVIL + "$?\u4e2d^0" in "".join(page.texts)
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -262,9 +264,9 @@ def test_what_is_absent_is_explained(tmp_path):
 
 def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
     folder = made_up(tmp_path / "run")
-    assert "another evaluation" not in report.write(folder).read_text()
+    assert "another evaluation" not in "".join(report._summary(report.load(folder)))
     (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
-    assert "another evaluation" in section(report.write(folder).read_text(), "summary")
+    assert "another evaluation" in "".join(report._summary(report.load(folder)))
 
 
 @pytest.mark.slow

@@ -559,5 +559,6 @@ def save(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray])
     """Writes an analysis, whole or not at all."""
     content = io.BytesIO()
     text = json.dumps(facts, default=np.ndarray.tolist).encode()
-    np.savez_compressed(content, facts=np.frombuffer(text, np.uint8), **arrays)
+    parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
+    np.savez_compressed(content, **parts)
     workdir_lib.write_bytes(path, content.getvalue())

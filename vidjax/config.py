@@ -38,8 +38,8 @@ def default() -> Config:
     config.checkpoint_every_seconds = 300.0
 
     config.data = ConfigDict()
-    config.data.name = "synthetic"  # or iqiyi_vid
-    config.data.dir = config_dict.placeholder(str)  # folder of official files
+    config.data.name = "synthetic"  # or iqiyi_vid, arrays
+    config.data.dir = config_dict.placeholder(str)  # folder of official files, or of arrays
     config.data.cache_dir = config_dict.placeholder(str)  # records; else $VIDJAX_CACHE
     config.data.size = "small"  # of the synthetic dataset; or standard
     config.data.seed = 0  # of the synthetic dataset and of the order of training records

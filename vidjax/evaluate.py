@@ -4,9 +4,9 @@ import difflib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +95,27 @@ def evaluate(
     return results
 
 
+class Run(NamedTuple):
+    """What the folder of a run holds, its weights not read yet.
+
+    Attributes:
+      found: the checkpoint; every file of it matched its digest.
+      sizes: of the training data.
+      identities: [C] names of the columns.
+    """
+
+    found: checkpoint.Checkpoint
+    sizes: Sizes
+    identities: tuple[str, ...]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the checkpoint."""
+        return self.found.manifest
+
+
 def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, Contender]:
     """Returns the step that a run's folder restores, and the system with its weights.
-
-    Where the wanted step is damaged it is the next good one, with a warning.
 
     Args:
       config: the run's configuration, with what differs now.
@@ -108,6 +125,24 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
 
     Raises:
       ValueError: the data does not fit the run.
+      CheckpointError: no usable checkpoint.
+    """
+    run = find_run(config, workdir)
+    data = fit_data(data, config.eval.split, run.sizes.modalities, run.identities)
+    return run.manifest["step"], load_run(run, config, workdir, mesh)._replace(data=data)
+
+
+def find_run(config: Config, workdir: Path) -> Run:
+    """Returns what a run's folder restores.
+
+    Where the wanted step is damaged it is the next good one, with a warning.
+
+    Args:
+      config: the run's configuration, with what differs now.
+      workdir: the run's folder.
+
+    Raises:
+      ValueError: the configuration asks for other modalities.
       CheckpointError: no usable checkpoint.
     """
     found = checkpoint.find(workdir, config.eval.checkpoint)
@@ -131,18 +166,49 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(sizes.modalities)}, in this order"
         )
-    widths = select_modalities(tuple(sizes.modalities), data)
-    for name, width in sizes.modalities.items():
+    identities = _identities(workdir / "identities.json", manifest["identities_sha256"])
+    return Run(found, sizes, identities)
+
+
+def fit_data(
+    data: Any, split: str, modalities: Mapping[str, int], identities: Sequence[str]
+) -> Any:
+    """Returns a dataset labelled for the columns of a run.
+
+    Args:
+      data: a `vidjax.data.pipeline.Dataset`.
+      split: the one to evaluate.
+      modalities: name -> feature width, of the run.
+      identities: [C] of the run.
+
+    Raises:
+      ValueError: the data does not fit the run.
+    """
+    widths = select_modalities(tuple(modalities), data)
+    for name, width in modalities.items():
         if widths[name] != width:
             raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
-    identities = _identities(workdir / "identities.json", manifest["identities_sha256"])
     data = data.with_identities(identities)
-    split = config.eval.split
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise ValueError(
             f"config.eval.split={split}: its ground truth names no identity that the run knows"
         )
-    membership = _membership(workdir, manifest["members_sha256"])
+    return data
+
+
+def load_run(run: Run, config: Config, workdir: Path, mesh: Mesh) -> Contender:
+    """Returns the system of a run with its weights, without data.
+
+    Args:
+      run: what `find_run` found.
+      config, workdir: as there.
+      mesh: the devices.
+
+    Raises:
+      CheckpointError: the run's files do not belong together.
+    """
+    sizes = run.sizes
+    membership = _membership(workdir, run.manifest["members_sha256"])
     system = make_system(config.to_dict(), sizes)
     abstract = jax.eval_shape(
         lambda: steps.init_state(
@@ -153,13 +219,13 @@ def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, 
         )
     )
     items = checkpoint.load(
-        found,
+        run.found,
         {"params": abstract.params, "model_state": abstract.model_state},
         mesh_lib.replicated(mesh),
     )
     scorer = Scorer(system, mesh)
-    return manifest["step"], Contender(
-        str(workdir), scorer, items["params"], items["model_state"], membership, data
+    return Contender(
+        str(workdir), scorer, items["params"], items["model_state"], membership, data=None
     )
 
 

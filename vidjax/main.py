@@ -29,21 +29,45 @@ if __name__ == "__main__":  # before the imports that take seconds; the loop has
 from vidjax import config as config_lib  # noqa: E402
 from vidjax.config import Config  # noqa: E402
 
-MODES = ("train", "evaluate", "report", "check")
+MODES = ("train", "evaluate", "compare", "report", "check")
 FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
 
+USAGE = """\
+python -m vidjax.main [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]
+                             [--runs=A,B] [--config.FIELD=VALUE ...]"""
 DESCRIPTION = """\
-Identify people in video: train a system on frame features, rank the clips of every identity.
-A report is a page of what a run left; it is written by the other two, and anew by its own mode.
-A check reads everything and changes nothing: environment, data, checkpoints, results.
+Identify people in video: train a system on frame features, rank the clips of
+every identity.
 
-  python -m vidjax.main --config=configs/mma.py
-  python -m vidjax.main --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
-  python -m vidjax.main --mode=evaluate --workdir=runs/mma --config.eval.split=test
-  python -m vidjax.main --mode=evaluate --workdir=runs/both --runs=runs/mma,runs/deepmef
-  python -m vidjax.main --mode=report --workdir=runs/mma
-  python -m vidjax.main --mode=check --workdir=runs/mma
-  python -m vidjax.main --mode=check --config=configs/mma.py:iqiyi_vid --config.data.dir=PATH
+modes:
+  train     trains a system, evaluates it, writes a report; needs --config
+  evaluate  ranks a split with a trained run, or with several joined
+  compare   says how far apart runs are, and how sure that is
+  report    writes report.html anew, the page of what a run left
+  check     reads everything and changes nothing: environment, data, results
+"""
+EXAMPLES = """\
+examples:
+  a result in a minute, on synthetic clips
+    python -m vidjax.main --config=configs/mma.py
+  train on official files
+    python -m vidjax.main --config=configs/mma.py:iqiyi_vid \\
+        --config.data.dir=PATH
+  rank another split with a trained run
+    python -m vidjax.main --mode=evaluate --workdir=runs/mma \\
+        --config.eval.split=test
+  rank a split with two runs together
+    python -m vidjax.main --mode=evaluate --workdir=runs/both \\
+        --runs=runs/mma,runs/deepmef
+  is the second run better than the first?
+    python -m vidjax.main --mode=compare --workdir=runs/two \\
+        --runs=runs/mma,runs/deepmef
+  is everything in order, in a run or in data to train on?
+    python -m vidjax.main --mode=check --workdir=runs/mma
+    python -m vidjax.main --mode=check --config=configs/mma.py:iqiyi_vid \\
+        --config.data.dir=PATH
+
+Configurations, their arguments and all fields: README.md.
 """
 
 
@@ -60,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = _parse(words)
-        return {"check": _check, "report": _report}.get(args.mode, _run)(args)
+        modes = {"check": _check, "compare": _compare, "report": _report}
+        return modes.get(args.mode, _run)(args)
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
@@ -81,21 +106,23 @@ class _Parser(argparse.ArgumentParser):
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m vidjax.main",
+        usage=USAGE,
         description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE[:ARG,...]", help="a file of configs/")
-    parser.add_argument("--workdir", metavar="W", help="the run's folder (default runs/NAME)")
-    parser.add_argument("--mode", metavar="M", default="train", help=f"{', '.join(MODES)}")
-    parser.add_argument("--runs", metavar="A,B", help="folders of runs to join, with evaluate")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--mode", metavar="M", default="train", help="what to do, one of the above (default: train)")
+    parser.add_argument("--config", metavar="FILE[:ARG,...]", help="an experiment of configs/")
+    parser.add_argument("--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)")
+    parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
     parser.add_argument(
         "--config.FIELD",
         metavar="VALUE",
         dest="ignored",
         help="overrides a field, e.g. --config.seed=1",
     )
+    parser.add_argument("--debug", action="store_true", help="shows tracebacks")
     own, overrides = [], []
     command = shlex.join(["python", "-m", "vidjax.main", *words])
     words = list(words)
@@ -116,7 +143,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     args, strays = parser.parse_known_args(own)
     if strays:
         word, hint = strays[0], "; --help lists the flags"
-        if word in MODES or word.partition(":")[0].endswith(".py"):
+        if args.runs is not None and args.runs.endswith(","):
+            hint = f": no blank after a comma, --runs={args.runs}{word}"
+        elif word in MODES or word.partition(":")[0].endswith(".py"):
             hint = f": did you mean --{'mode' if word in MODES else 'config'}={word}?"
         raise ValueError(f"stray word '{word}'{hint}")
     if args.mode not in MODES:
@@ -141,12 +170,12 @@ def _run(args: argparse.Namespace) -> int:
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
         results = _results(args, config, workdir)
-    _summarise(args.mode, workdir, results, time.monotonic() - began)
+    _summarise(args.mode, config, workdir, results, time.monotonic() - began)
     return 0
 
 
 def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[str, Any]:
-    from vidjax import evaluate, report, train
+    from vidjax import evaluate, logs, report, train
     from vidjax import join as join_lib
     from vidjax import mesh as mesh_lib
     from vidjax.data.records import default_cache_dir
@@ -158,15 +187,19 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
         done = train.finished(workdir, config)
         if done is None:
             data = _load(config)
-            return train.train(config, workdir, data, analyse=True, command=args.command)
+            done = train.train(config, workdir, data, analyse=True, command=args.command)
+            logs.log_results(workdir, done, config.eval.split)
+            return done
         if not (workdir / report.FILE).exists():  # a process stopped just before
             report.write(workdir)
         return done
     if config.join.runs:
         results = join_lib.join(config, workdir, _load)
         report.write(workdir)
-        return results
-    return evaluate.evaluate(config, workdir, _load(config), analyse=True)
+    else:
+        results = evaluate.evaluate(config, workdir, _load(config), analyse=True)
+    logs.log_results(workdir, results, config.eval.split)
+    return results
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -178,6 +211,46 @@ def _report(args: argparse.Namespace) -> int:
 
     path = report.write(Path(args.workdir).expanduser().absolute())
     print(f"report: {path}")  # noqa: T201
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    if not args.workdir:
+        raise ValueError("--mode=compare needs --workdir=FOLDER, where the comparison is written")
+    if args.config:
+        raise ValueError("--mode=compare reads trained runs: --runs=A,B, not --config")
+    runs = _folders(args.runs)
+    if len(runs) < 2:
+        raise ValueError(
+            "--mode=compare needs --runs=A,B: folders of two runs or more, split by commas\n"
+            "all others are compared with the first"
+        )
+    allowed = ("eval.split", "data.dir", "data.cache_dir")
+    given = {word.removeprefix("--config.").partition("=")[0] for word in args.overrides}
+    config = config_lib.override(config_lib.default(), args.overrides)
+    if given - set(allowed):
+        raise ValueError(
+            f"--mode=compare computes nothing anew: config.{min(given - set(allowed))} says "
+            f"nothing here\nknown are {', '.join(f'--config.{name}' for name in allowed)}"
+        )
+    from vidjax import compare
+    from vidjax import workdir as workdir_lib
+
+    def load(of_run: Config) -> Any:
+        of_run.data.cache_dir = config.data.cache_dir or of_run.data.cache_dir
+        return _load(of_run)
+
+    workdir = workdir_lib.make_workdir(args.workdir)
+    with workdir_lib.lock(workdir):
+        table = compare.compare(
+            runs,
+            workdir,
+            load,
+            split=config.eval.split if "eval.split" in given else None,
+            directory=config.data.dir,
+        )
+    print(table)  # noqa: T201
+    print(f"comparison: {_shown(workdir)}/comparison.html, .md, .csv")  # noqa: T201
     return 0
 
 
@@ -199,7 +272,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _train_config(args: argparse.Namespace) -> tuple[Config, str]:
     if args.runs is not None:
-        raise ValueError("--runs joins trained runs: it goes with --mode=evaluate")
+        raise ValueError(
+            "--runs takes trained runs: it goes with --mode=evaluate, which joins them,\n"
+            "or with --mode=compare"
+        )
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
     config = config_lib.override(_load_file(args.config), args.overrides)
@@ -214,8 +290,7 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     if args.config:
         raise ValueError(f"--mode={args.mode} takes its configuration from --workdir, not --config")
     workdir = Path(args.workdir).expanduser()
-    names = [name.strip() for name in (args.runs or "").split(",") if name.strip()]
-    runs = tuple(str(Path(name).expanduser().absolute()) for name in names)
+    runs = tuple(str(Path(name).expanduser().absolute()) for name in _folders(args.runs))
     if args.runs is None:
         config = config_lib.load_workdir(workdir)
     elif not runs:
@@ -231,10 +306,14 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     return config_lib.override(config, args.overrides), args.workdir
 
 
+def _folders(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def _check_config(args: argparse.Namespace) -> tuple[Config | None, Path | None]:
     """Returns what to check: a run's configuration and folder, or that of some data, or neither."""
     if args.runs is not None:
-        raise ValueError("--runs goes with --mode=evaluate; a check takes one --workdir")
+        raise ValueError("--runs goes with --mode=evaluate or compare; a check takes one --workdir")
     if args.workdir and args.config:
         raise ValueError(
             "--mode=check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
@@ -288,18 +367,36 @@ def _load(config: Config) -> Any:
     )
 
 
-def _summarise(mode: str, workdir: Path, results: dict[str, Any], seconds: float) -> None:
-    lines = [f"{mode}: {workdir}"]
+def _summarise(
+    mode: str, config: Config, workdir: Path, results: dict[str, Any], seconds: float
+) -> None:
+    split = config.eval.split
+    suffix = "" if split == config_lib.load_workdir(workdir).eval.split else f"_{split}"
+    rows = [("workdir", _shown(workdir))]
     if "map" in results:
-        lines.append(
-            f"  MAP@100 {results['map']:.4f} ({results['map_kind']}), top-1 {results['top1']:.4f}"
-        )
+        kind = results["map_kind"].replace("_", " ")
+        kind = split if kind == "val" else f"{split}, {kind}"
+        rows.append(("MAP@100", f"{results['map']:.4f} on {kind}; top-1 {results['top1']:.4f}"))
     else:
-        lines.append("  no ground truth for this split: ranked, not scored")
-    lines.append(
-        f"  {results['num_clips']} clips, {results['num_identities']} identities, {seconds:.1f} s"
-    )
-    print("\n".join(lines))  # noqa: T201
+        rows.append(("MAP@100", f"none: {split} has no ground truth and is ranked, not scored"))
+    if "best_map" in results:
+        rows.append(("best", f"{results['best_map']:.4f} at step {results['best_step']:,}"))
+    rows += [
+        ("clips", f"{results['num_clips']:,}"),
+        ("identities", f"{results['num_identities']:,}"),
+        ("time", f"{seconds:.1f} s"),
+        ("ranking", _shown(workdir / f"ranking{suffix}.txt")),
+        ("report", _shown(workdir / "report.html")),
+    ]
+    print(mode)  # noqa: T201
+    for name, value in rows:
+        print(f"  {name:10}  {value}")  # noqa: T201
+
+
+def _shown(path: Path) -> str:
+    """Returns a path as short as it can be written from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _complain(text: str) -> None:

@@ -22,6 +22,7 @@ FILE, ANALYSIS = "report.html", "analysis.npz"
 RESAMPLES = 1000
 MOST_POINTS = 300  # of a curve
 MOST_ROWS = 60  # of a table of members
+MOST_LETTERS = 20  # of a name in a figure
 WIDTH = 4.8  # inches: text of a figure is still readable on a phone
 # Colours of figures, which the page maps to those of its light or dark dress.
 INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -70,13 +71,14 @@ tbody th { font-weight: 500; }
   var(--share) 70%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 pre { background: var(--soft); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .875rem; }
+pre span { display: inline-block; max-width: 100%; }
 footer { margin: 3rem auto 2rem; }
-@media (max-width: 40rem) { th, td { padding-right: .4rem; } .bar { min-width: 4.5rem; }
-  table { font-size: .85rem; } }
+@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .35rem; }
+  .bar { min-width: 4rem; } th.name { min-width: 3rem; } td.name { min-width: 4.8rem; } }
 @media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
   --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
-  body { font-size: 10pt; } .wide { overflow: visible; } h2 { break-after: avoid; }
-  h3 { break-after: avoid; } tr { break-inside: avoid; } }
+  body { font-size: 10pt; } .figures { grid-template-columns: 1fr 1fr; }
+  .wide { overflow: visible; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
 """
 
 
@@ -215,7 +217,8 @@ def render(run: Run) -> str:
         f"{''.join(make(run))}</section>\n"
         for key, title, make in sections
     )
-    title = _text(f"{run.folder.name}: {_model(run)}")
+    name, model = run.folder.name, _model(run)
+    title = _text(name if name == model else f"{name}: {model}")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -253,6 +256,12 @@ def _model(run: Run) -> str:
 def _plain(value: Any) -> str:
     """Returns text whose lone surrogates, which no encoding holds, are question marks."""
     return str(value).encode(errors="replace").decode()
+
+
+def _short(value: Any) -> str:
+    """Returns text that fits into a figure."""
+    text = _plain(value)
+    return text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 3] + "..."
 
 
 def _text(value: Any) -> str:
@@ -303,7 +312,7 @@ class _Plot:
         import matplotlib
         from matplotlib.figure import Figure
 
-        self._style = {
+        self._style: dict[Any, Any] = {
             "font.family": "DejaVu Sans",
             "font.size": 10,
             "svg.fonttype": "none",
@@ -327,7 +336,7 @@ class _Plot:
         with matplotlib.rc_context(self._style):
             self.figure = Figure((WIDTH, height), layout="constrained")
             self.axes = self.figure.add_subplot()
-            self.axes.set_xlabel(_plain(x))
+            self.axes.set_xlabel(x)
             self.axes.set_ylabel(y)
 
     def twin(self, name: str) -> Any:
@@ -355,7 +364,7 @@ class _Plot:
         """
         content = io.BytesIO()
         with self._matplotlib.rc_context(self._style), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the reader's fonts draw it
+            warnings.simplefilter("ignore", UserWarning)  # of glyphs that the reader's fonts have
             self.figure.savefig(content, format="svg", transparent=True)
         svg = content.getvalue().decode()
         svg = svg[svg.index("<svg") :]
@@ -412,42 +421,43 @@ def _summary(run: Run) -> Iterator[str]:
             "<strong>The analysis below is of another evaluation than this result.</strong> "
             "Evaluate the run again to bring them together."
         )
-    rows = []
+    rows: list[tuple[str, ...]] = []
 
     def add(name: str, key: str, digits: int = 4) -> None:
         if metrics.get(key) is not None:
             rows.append((_text(name), _number(metrics[key], digits)))
 
     add("top-1 of labelled clips", "top1")
-    add("AUROC of known clips against distractors", "auroc")
+    add("AUROC, known clips against distractors", "auroc")
     for key in metrics:
         if key.startswith("fnir_at_fpir_"):
             share = 100 * float(key.removeprefix("fnir_at_fpir_"))
-            add(f"known clips missed or misnamed where {share:g} % of the distractors pass", key)
+            add(f"known clips missed where {share:g} % of the distractors pass", key)
     add("clips ranked", "num_clips")
     add("identities", "num_identities")
     add("distractors", "num_distractors")
-    add("best MAP of the training", "best_map")
-    add("parameters of a member", "num_params")
-    add("members", "num_members")
-    add("steps", "step")
-    add("seed", "seed")
-    add("seconds of training, evaluations included", "seconds", 1)
-    add("clips a second in training", "train_clips_per_second", 0)
     add("clips a second in evaluation", "eval_clips_per_second", 0)
+    add("clips a second in training", "train_clips_per_second", 0)
+    add("seconds, evaluations included", "seconds", 1)
+    results, rows = rows, []
     data = config.get("data", {})
     what = data.get("name", "")
     what += f", {data.get('size')}, seed {data.get('seed')}" if what == "synthetic" else ""
-    trained_on = ", ".join(data.get("train_splits", ()))
     rows.append(("data", _text(what)))
-    rows.append(("trained on", _text(trained_on)))
+    rows.append(("trained on", _text(", ".join(data.get("train_splits", ())))))
     rows.append(("evaluated on", _text(config.get("eval", {}).get("split", ""))))
     rows.append(("modalities", _text(", ".join(config.get("modalities", ())))))
+    add("seed", "seed")
+    add("steps", "step")
+    add("best MAP@100", "best_map")
+    add("members", "num_members")
+    add("parameters", "num_params")
     versions = metrics.get("versions", {})
     if versions:
         words = ", ".join(f"{name} {value}" for name, value in versions.items())
         rows.append(("versions", _text(words)))
-    yield _table("The run", ("", "value"), rows)
+    tables = [_table("Results", ("result", "value"), results)] if results else []
+    yield _figures(*tables, _table("The run", ("fact", "value"), rows))
     if run.others:
         rows = [
             (
@@ -467,7 +477,8 @@ def _summary(run: Run) -> Iterator[str]:
         names = ",".join(runs)
         command = f"python -m vidjax.main --mode=evaluate --workdir={run.folder} --runs={names}"
     if command:
-        yield f"<p>The command to repeat it:</p><pre><code>{_text(command)}</code></pre>\n"
+        words = " ".join(f"<span>{_text(word)}</span>" for word in command.split(" "))
+        yield f"<p>The command to repeat it:</p><pre><code>{words}</code></pre>\n"
     else:
         yield _note("The command is not known: the run was started from Python.")
 
@@ -506,7 +517,7 @@ def _learning(run: Run) -> Iterator[str]:
         at = [epochs.get(line["step"], line["step"] * per_step) for line in scored]
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
-        plot.axes.plot(at, values, "o-", color=SECOND, ms=4, label=f"MAP@100 on {_plain(split)}")
+        plot.axes.plot(at, values, "o-", color=SECOND, ms=4, label=f"MAP@100 on {_short(split)}")
         told += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {len(values)} evaluations."
     plot.axes.set_ylim(0, 1.02)
     plot.legend()
@@ -526,6 +537,7 @@ NO_ANALYSIS = (
     "Nothing is known: <code>analysis.npz</code> is absent. "
     "<code>--mode=evaluate</code> of this folder writes it."
 )
+JOINED = "Nothing is measured here: the runs that are joined have reports of their own."
 NO_TRUTH = "Nothing is known: the split has no ground truth."
 
 
@@ -548,8 +560,8 @@ def _identities(run: Run) -> Iterator[str]:
     plot.axes.set_ylim(0, 1.02)
     low, middle = np.quantile(values, [0.1, 0.5])
     told = (
-        f"{np.mean(values == 1):.1%} of {len(values):,} identities have 1, the median is "
-        f"{middle:.3f}, one tenth is below {low:.3f}."
+        f"{np.mean(values == 1):.1%} of {len(values):,} identities have an average precision of 1; "
+        f"the median is {middle:.3f}, and one tenth is below {low:.3f}."
     )
     first = plot.html("sorted", "Average precision, identities sorted", told)
     plot = _Plot(x="average precision", y="identities")
@@ -571,14 +583,14 @@ def _identities(run: Run) -> Iterator[str]:
         (
             name(one["identity"]),
             _bar(one["ap"]),
-            _number(one["clips"]),
-            "unknown" if trained is None else _number(int(trained[one["identity"]])),
+            _number(one["clips"]) + ("" if trained is None else f" ({trained[one['identity']]})"),
             f'<td class="name">{names(one["lost_to"], "no list")}</td>',
             f'<td class="name">{names(one["mixed_with"], "distractors")}</td>',
         )
         for one in run.facts["worst"]
     ]
-    head = ("identity", "average precision", "clips", "trained on", "clips lost to", "mixed with")
+    count = "clips" if trained is None else "clips (trained on)"
+    head = ("identity", "average precision", count, "clips lost to", "mixed with")
     yield _table(f"The {len(rows)} identities of least average precision", head, rows)
     yield _note(
         "Lost to: in whose list of 100 its clips score best, where not in its own. Mixed with: "
@@ -666,7 +678,7 @@ def _attention(run: Run) -> Iterator[str]:
         if not run.facts:
             yield _p(NO_ANALYSIS)
         elif run.facts["runs"]:
-            yield _p("There is no attention matrix: the runs that are joined here have their own.")
+            yield _p(JOINED)
         else:
             yield _p("There is no attention matrix: this system has no attention of modalities.")
         return
@@ -681,8 +693,8 @@ def _attention(run: Run) -> Iterator[str]:
     axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=MUTED, linewidth=0.4)
     axes.invert_yaxis()
     middles = np.arange(size) + 0.5
-    axes.set_xticks(middles, [_plain(name) for name in names], rotation=30, ha="right")
-    axes.set_yticks(middles, [_plain(name) for name in names])
+    axes.set_xticks(middles, [_short(name) for name in names], rotation=30, ha="right")
+    axes.set_yticks(middles, [_short(name) for name in names])
     for i, j in np.ndindex(matrix.shape):
         red, green, blue, _ = colours(matrix[i, j] / top)
         dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
@@ -711,13 +723,16 @@ def _frames(run: Run) -> Iterator[str]:
     if not facts:
         yield _p(NO_ANALYSIS)
         return
-    for name, shares in facts["assignment"].items():
+    if facts["runs"]:
+        yield _p(JOINED)
+        return
+    for number, (name, shares) in enumerate(facts["assignment"].items()):
         plot = _Plot(2.2, x="cluster", y="share of the frames")
         plot.axes.bar(np.arange(1, len(shares) + 1), shares, color=FIRST)
         plot.axes.set_xticks(np.arange(1, len(shares) + 1))
         told = ", ".join(f"{k + 1}: {share:.0%}" for k, share in enumerate(shares))
         yield _p(f"How NetVLAD spreads the frames of {_text(name)} over its clusters:")
-        yield plot.html(f"vlad-{len(name)}{name.isalnum() and name}", f"Clusters of {name}", told)
+        yield plot.html(f"vlad-{number}", f"Clusters of {name}", told)
     if not facts["assignment"]:
         yield _p("There are no clusters to show: this system has no NetVLAD.")
     clips = facts.get("frames")
@@ -731,13 +746,15 @@ def _frames(run: Run) -> Iterator[str]:
         f"Which frames carried the score: the fall of the {unit} of the clip's identity when one "
         "frame is hidden. Below 0, the clip is better without the frame."
     )
+    from matplotlib.ticker import MaxNLocator
+
     figures = []
     for number, one in enumerate(clips):
         falls, quality = np.array(one["falls"]), np.array(one["quality"])
         at = np.arange(1, len(falls) + 1)
-        plot = _Plot(1.9, x=f"frame of {one['modality']}, in time order", y="fall")
+        plot = _Plot(1.9, x=f"frame of {_short(one['modality'])}, in time order", y="fall")
         plot.axes.bar(at, falls, color=FIRST, label="fall of the score")
-        plot.axes.xaxis.get_major_locator().set_params(integer=True)
+        plot.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if quality.any():
             plot.twin("quality").plot(at, quality, ".", color=SECOND, label="quality")
             plot.legend()
@@ -762,9 +779,7 @@ def _robustness(run: Run) -> Iterator[str]:
         if not run.facts:
             yield _p(NO_ANALYSIS)
         elif run.facts["runs"]:
-            yield _p(
-                "Nothing is measured here: the runs that are joined have reports of their own."
-            )
+            yield _p(JOINED)
         else:
             yield _p(NO_TRUTH)
         return

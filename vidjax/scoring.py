@@ -168,7 +168,7 @@ def score(
     with CompileClock() as compiling:
         progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
         rows = 1 if not joined and len(entries[0].use) == 1 else WINDOW_ROWS
-        for window in _windows(contenders, split_name, block_size, mesh, rows):
+        for window in windows(contenders, split_name, block_size, mesh, rows):
             scores = [entry.score(window[i]) for i, entry in enumerate(entries)]
             blocks = window[0]
             if observe:
@@ -300,7 +300,7 @@ def _check_alike(one: Contender, other: Contender, split: str) -> None:
             )
 
 
-def _windows(
+def windows(
     contenders: Sequence[Contender], split: str, block_size: int, mesh: Mesh, rows: int
 ) -> Iterator[list[list[Batch]]]:
     """Yields for every contender the same few blocks of clips, about `rows` rows of them.

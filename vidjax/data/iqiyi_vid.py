@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vidjax.data import pickles
 from vidjax.data.data_report import format_report, report_labels, report_split
 from vidjax.data.features import FIELDS, Modality, PackedFrames, tf, tfds
+from vidjax.data.packing import NonFinite
 from vidjax.data.pickles import PackedClips
 from vidjax.data.records import (
     Records,
@@ -49,7 +50,29 @@ SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
 
 Sources = Mapping[tuple[str, str], Path]  # (modality, split) -> feature pickle
-NonFinite = Literal["drop", "error"]  # what becomes of a frame whose feature holds a NaN or an Inf
+Unpacked = Mapping[str, Mapping[str, PackedClips]]  # split -> modality -> clips
+Truth = Mapping[str, Mapping[str, str]]  # split -> clip -> identity, of the splits that have labels
+
+
+class Source(NamedTuple):
+    """Frames that are to become records: official files, or others that can be told as flat arrays.
+
+    Attributes:
+      kind: the folder of the cache that its records go to.
+      place: where it lies, for messages.
+      title: what is converted, for the log.
+      files: (modality, split) -> what messages and the report call these frames.
+      facts: what tells it from every other source.
+      read: gives the clips, flat; arguments: a folder to fill, whose files outlive them, and what
+        becomes of frames that are not finite.
+    """
+
+    kind: str
+    place: str
+    title: str
+    files: Callable[[str, str], Path]
+    facts: Callable[[], list[dict[str, Any]]]
+    read: Callable[[Path, NonFinite], Unpacked]
 
 
 class Labels(NamedTuple):
@@ -107,6 +130,7 @@ class IqiyiVid(tfds.core.ShardBasedBuilder):
     """
 
     VERSION = tfds.core.Version(VERSION)
+    __module__ = "vidjax.data.iqiyi_vid"  # TFDS writes it down, be it run as __main__ or not
 
     def __init__(
         self, *, modalities: Mapping[str, Modality], staged: Mapping[str, _Staged], data_dir: Path
@@ -212,8 +236,6 @@ def prepare(
         `non_finite='error'` a feature is not finite.
       OSError: the cache cannot be written.
     """
-    if non_finite not in ("drop", "error"):
-        raise ValueError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
     source_dir = Path(source_dir).expanduser()
     sources = pickles.find_pickles(source_dir)
     if not sources:
@@ -221,28 +243,71 @@ def prepare(
             f"{source_dir}: no feature pickles here: looked for\n"
             "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
         )
-    facts = _source_facts(sources)
-    folder = records_folder(sources, cache_dir)
+    return convert(_of_pickles(sources), cache_dir, non_finite=non_finite)
+
+
+def convert(
+    source: Source, cache_dir: str | Path | None = None, *, non_finite: NonFinite = "drop"
+) -> Records:
+    """Returns the records of a source, converting it unless that is done.
+
+    Args:
+      source: what to convert.
+      cache_dir, non_finite: as of `prepare`.
+
+    Raises:
+      ValueError: the source contradicts itself, or the records are damaged; with
+        `non_finite='error'` a feature is not finite.
+      OSError: the cache cannot be written.
+    """
+    if non_finite not in ("drop", "error"):
+        raise ValueError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
+    facts = source.facts()
+    folder = folder_of(source.kind, facts, cache_dir)
     if not (folder / "manifest.json").exists():
         with exclusive(folder.parent):
             if not (folder / "manifest.json").exists():
                 with building(folder) as partial:
-                    _convert(sources, facts, partial, non_finite)
-                    if _source_facts(sources) != facts:
-                        raise ValueError(f"{source_dir}: files changed while they were converted")
+                    _convert(source, facts, partial, non_finite)
+                    if source.facts() != facts:
+                        raise ValueError(f"{source.place}: changed while it was converted")
     records = load_records(folder)
     if non_finite == "error":  # they may have been converted without a word about it
-        _refuse_dropped(records, sources)
+        _refuse_dropped(records, source)
     return records
 
 
-def _refuse_dropped(records: Records, sources: Sources) -> None:
+def _refuse_dropped(records: Records, source: Source) -> None:
     """Raises ValueError, with the first clip, when a frame was left out of the records."""
-    for split, facts in records.report["splits"].items():
-        for modality, counts in facts["modalities"].items():
+    for facts in records.report["splits"].values():
+        for counts in facts["modalities"].values():
             if counts["frames_skipped"].get("non_finite"):
                 with tempfile.TemporaryDirectory() as scratch:  # read it again for the clip
-                    pickles.unpack(sources[modality, split], modality, scratch, non_finite="error")
+                    source.read(Path(scratch), "error")
+
+
+def _of_pickles(sources: Sources) -> Source:
+    """Returns official files as a source."""
+    folder = next(iter(sources.values())).parent
+
+    def read(scratch: Path, non_finite: NonFinite) -> Unpacked:
+        unpacked: dict[str, dict[str, PackedClips]] = {}
+        files = tqdm(sorted(sources.items()), desc="read", unit="file", leave=False, disable=None)
+        for (modality, split), path in files:
+            packed = pickles.unpack(
+                path, modality, scratch / f"{modality}_{split}", non_finite=non_finite
+            )
+            unpacked.setdefault(split, {})[modality] = packed
+        return unpacked
+
+    return Source(
+        kind="iqiyi_vid",
+        place=str(folder),
+        title=f"{len(sources)} files of {folder}",
+        files=lambda modality, split: sources[modality, split],
+        facts=lambda: _source_facts(sources),
+        read=read,
+    )
 
 
 def records_folder(sources: Sources, cache_dir: str | Path | None = None) -> Path:
@@ -255,8 +320,13 @@ def records_folder(sources: Sources, cache_dir: str | Path | None = None) -> Pat
     Raises:
       OSError: a pickle is gone.
     """
-    key = hashlib.sha256(json.dumps([VERSION, _source_facts(sources)]).encode()).hexdigest()[:20]
-    return Path(cache_dir or default_cache_dir()).expanduser() / "iqiyi_vid" / key
+    return folder_of("iqiyi_vid", _source_facts(sources), cache_dir)
+
+
+def folder_of(kind: str, facts: list[dict[str, Any]], cache_dir: str | Path | None = None) -> Path:
+    """Returns where the records of a source are, or would be, by its `kind` and its facts."""
+    key = hashlib.sha256(json.dumps([VERSION, facts]).encode()).hexdigest()[:20]
+    return Path(cache_dir or default_cache_dir()).expanduser() / kind / key
 
 
 def _source_facts(sources: Sources) -> list[dict[str, Any]]:
@@ -277,26 +347,21 @@ def _source_facts(sources: Sources) -> list[dict[str, Any]]:
 
 
 def _convert(
-    sources: Sources, facts: list[dict[str, Any]], folder: Path, non_finite: NonFinite
+    source: Source, facts: list[dict[str, Any]], folder: Path, non_finite: NonFinite
 ) -> None:
-    """Fills `folder` with the records of `sources`."""
+    """Fills `folder` with the records of a source."""
     staging = folder / "staging"
-    unpacked: dict[str, dict[str, PackedClips]] = {}
-    _LOG.info("converting %d files of %s", len(sources), next(iter(sources.values())).parent)
-    files = tqdm(sorted(sources.items()), desc="read", unit="file", leave=False, disable=None)
-    for (modality, split), path in files:
-        packed = pickles.unpack(
-            path, modality, staging / f"{modality}_{split}", non_finite=non_finite
-        )
-        unpacked.setdefault(split, {})[modality] = packed
-    modalities = _common_modalities(unpacked, sources)
-    _refuse_shared_clips(unpacked, sources)
+    _LOG.info("converting %s", source.title)
+    unpacked = source.read(staging, non_finite)
+    modalities = _common_modalities(unpacked, source)
+    _refuse_shared_clips(unpacked, source.place)
     staged = {split: _stage(split, packed) for split, packed in unpacked.items()}
     report = {"version": VERSION, "splits": {}}
     for split, joined in staged.items():
-        paths = {name: sources[name, split] for name in joined.packed}
+        paths = {name: source.files(name, split) for name in joined.packed}
         if not joined.clips:
-            raise ValueError(f"{', '.join(map(str, paths.values()))}: no clip in split {split!r}")
+            where = ", ".join(map(str, paths.values())) or source.place
+            raise ValueError(f"{where}: no clip in split {split!r}")
         report["splits"][split] = report_split(joined.packed, joined.lengths, paths)
         _release(joined)
 
@@ -313,9 +378,7 @@ def _convert(
     write_manifest(Records(folder, modalities, splits, report), facts)
 
 
-def _common_modalities(
-    unpacked: Mapping[str, Mapping[str, PackedClips]], sources: Sources
-) -> dict[str, Modality]:
+def _common_modalities(unpacked: Unpacked, source: Source) -> dict[str, Modality]:
     """Returns width and dtype of each modality; the dtype is one that holds every split exactly.
 
     Raises:
@@ -331,19 +394,18 @@ def _common_modalities(
                 first, other = found[name]
                 if other.dim != dim:
                     raise ValueError(
-                        f"{name}: features are {other.dim} wide in {sources[name, first]}\n"
-                        f"but {dim} wide in {sources[name, split]}"
+                        f"{name}: features are {other.dim} wide in {source.files(name, first)}\n"
+                        f"but {dim} wide in {source.files(name, split)}"
                     )
                 dtype = np.result_type(dtype, other.dtype)
             found[name] = (found[name][0] if name in found else split, Modality(dim, dtype.name))
     if not found:
-        raise ValueError(f"{next(iter(sources.values())).parent}: not one frame in its pickles")
+        what = "pickles" if source.kind == "iqiyi_vid" else source.kind
+        raise ValueError(f"{source.place}: not one frame in its {what}")
     return {name: modality for name, (_, modality) in sorted(found.items())}
 
 
-def _refuse_shared_clips(
-    unpacked: Mapping[str, Mapping[str, PackedClips]], sources: Sources
-) -> None:
+def _refuse_shared_clips(unpacked: Unpacked, place: str) -> None:
     """Raises ValueError when a clip is in two splits: a model would be tested on what it saw."""
     owners: dict[str, str] = {}
     shared = []
@@ -352,10 +414,9 @@ def _refuse_shared_clips(
             if owners.setdefault(name, split) != split:
                 shared.append(f"{name} ({owners[name]} and {split})")
     if shared:
-        folder = next(iter(sources.values())).parent
         more = ", ..." if len(shared) > 5 else ""
         raise ValueError(
-            f"{folder}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
+            f"{place}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
         )
 
 
@@ -378,13 +439,30 @@ def _stage(split: str, packed: Mapping[str, PackedClips]) -> _Staged:
     return _Staged(clips, order.astype(np.int32), dict(packed), starts, lengths)
 
 
+def load_truth(
+    source_dir: str | Path, splits: Mapping[str, SplitRecords]
+) -> dict[str, dict[str, str]]:
+    """Returns split -> clip -> identity of the `{split}_gt.txt` files of a directory.
+
+    Raises:
+      ValueError: one is malformed or does not fit the clips of its split, where there are such.
+    """
+    truth = {}
+    for split, path in pickles.find_ground_truth(source_dir).items():
+        clips = frozenset(splits[split].clips) if split in splits else None
+        truth[split] = pickles.load_ground_truth(path, known_clips=clips)
+        if clips is not None:
+            pickles.check_known(path, truth[split], clips)
+    return truth
+
+
 def load_labels(
-    source_dir: str | Path, records: Records, identities: Sequence[str] | None = None
+    source: str | Path | Truth, records: Records, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Labels], dict[str, Any]]:
     """Returns the identities, the labels of each split, and the report with both.
 
     Args:
-      source_dir: the directory with `{split}_gt.txt` files.
+      source: the directory with `{split}_gt.txt` files, or what they would say.
       records: its records.
       identities: in the order of their columns; None for those of the train and val ground truth,
         whether or not a record shows them.
@@ -392,12 +470,7 @@ def load_labels(
     Raises:
       ValueError: a ground-truth file is malformed or does not fit the records.
     """
-    truth = {}
-    for split, path in pickles.find_ground_truth(source_dir).items():
-        clips = frozenset(records.splits[split].clips) if split in records.splits else None
-        truth[split] = pickles.load_ground_truth(path, known_clips=clips)
-        if clips is not None:
-            pickles.check_known(path, truth[split], clips)
+    truth = source if isinstance(source, Mapping) else load_truth(source, records.splits)
     if identities is None:
         identities = pickles.sort_identities(
             identity for split in ("train", "val") for identity in truth.get(split, {}).values()

@@ -7,15 +7,15 @@ stored dtype: parsing clip by clip runs at a third of the rate.
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from vidjax.batch import Batch, Frames, Packed
-from vidjax.data import iqiyi_vid, python2, synthetic
+from vidjax.data import arrays, iqiyi_vid, python2, synthetic
+from vidjax.data.blocks import MAX_EVAL_FRAMES, Blocks, Split, longest, make_blocks, padded
 from vidjax.data.features import (
     Modality,
     decode_batch,
@@ -24,6 +24,7 @@ from vidjax.data.features import (
     random_window,
     tf,
 )
+from vidjax.data.packing import NonFinite
 from vidjax.data.records import (
     Records,
     Shard,
@@ -35,51 +36,11 @@ from vidjax.data.records import (
 )
 
 _LOG = logging.getLogger(__name__)
-NAMES = ("synthetic", "iqiyi_vid")
-BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
-MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is never padded beyond its longest clip of the split, rounded up to one of these: one
-# audio vector a clip stays one, and splits of similar clips share their compiled programs.
-SIZES = (1, 8, *BUCKETS)
+NAMES = ("synthetic", "iqiyi_vid", "arrays")
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class Split:
-    """The clips of one split and what the ground truth says of them.
-
-    Attributes:
-      name: 'train', 'val' or 'test'.
-      clips: clip names in byte order; clip_index is the position here.
-      labels: [N] int32, column 1..C, or 0 for a distractor or an unlabelled clip.
-      labelled: False when the split has no ground truth at all.
-      positives: [C] int64, ground-truth clips of each identity, in the records or not.
-      num_others: identities of the ground truth that have no column.
-      lengths: modality -> [N] int32 frames.
-    """
-
-    name: str
-    clips: tuple[str, ...]
-    labels: np.ndarray
-    labelled: bool
-    positives: np.ndarray
-    num_others: int
-    lengths: dict[str, np.ndarray]
-
-
-class Blocks(NamedTuple):
-    """How a split is cut into blocks of clips of similar length.
-
-    Attributes:
-      bucket: [N] int, which of the BUCKETS a clip is evaluated in; -1 for none.
-      sizes: modality -> T of each bucket.
-    """
-
-    bucket: np.ndarray
-    sizes: dict[str, tuple[int, ...]]
 
 
 class Dataset:
@@ -94,17 +55,21 @@ class Dataset:
     def __init__(
         self,
         records: Records,
-        source_dir: str | Path,
+        truth: str | Path | iqiyi_vid.Truth,
         *,
         identities: Sequence[str] | None = None,
     ):
-        """Reads the ground truth of `source_dir` for its `records`, for some list of identities."""
+        """Labels `records` for some list of identities, that of the truth where it is None.
+
+        Args:
+          records: the clips.
+          truth: split -> clip -> identity, or the folder of the files that say so.
+          identities: in the order of their columns.
+        """
         self._records = records
-        self._source_dir = source_dir
+        self._truth = truth
         self.modalities: dict[str, Modality] = records.modalities
-        self.identities, labels, self.report = iqiyi_vid.load_labels(
-            source_dir, records, identities
-        )
+        self.identities, labels, self.report = iqiyi_vid.load_labels(truth, records, identities)
         self._splits: dict[str, Split] = {}
         for name, facts in records.splits.items():
             absent = [m for m in self.modalities if m not in facts.lengths]
@@ -135,7 +100,7 @@ class Dataset:
         """Returns the same clips, labelled for the columns of a trained model."""
         if tuple(identities) == self.identities:
             return self
-        return Dataset(self._records, self._source_dir, identities=identities)
+        return Dataset(self._records, self._truth, identities=identities)
 
     def num_cropped(
         self, *, splits: Sequence[str], modalities: Sequence[str], max_frames: int
@@ -222,7 +187,7 @@ class Dataset:
         self, splits: Sequence[str], modalities: Sequence[str], max_frames: int
     ) -> dict[str, int]:
         """Returns modality -> T of training, of clips of which at most `max_frames` are used."""
-        return {name: _padded(self._most(splits, name), max_frames) for name in modalities}
+        return {name: padded(self._most(splits, name), max_frames) for name in modalities}
 
     def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
         """Returns [N] int32, the frames of each clip in whichever of the modalities has most.
@@ -231,7 +196,7 @@ class Dataset:
           ValueError: an unknown split or modality.
         """
         self._check([split], modalities)
-        return np.max([self.split(split).lengths[name] for name in modalities], axis=0)
+        return longest(self.split(split), modalities)
 
     def blocks(
         self,
@@ -246,26 +211,8 @@ class Dataset:
           ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
             more frames than `lengths` says.
         """
-        longest, clips = self.longest(split, modalities), self.split(split)
-        lengths = longest if lengths is None else np.asarray(lengths)
-        wanted = np.ones(longest.shape, bool) if only is None else np.asarray(only)
-        if wanted.shape != longest.shape or wanted.dtype != bool:
-            raise ValueError(
-                f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(longest)} clips"
-            )
-        if lengths.shape != longest.shape:
-            raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(longest)} clips")
-        if (lengths < longest).any():
-            clip = int(np.argmax(lengths < longest))
-            raise ValueError(
-                f"lengths: clip {clips.clips[clip]} has {longest[clip]} frames, not {lengths[clip]}"
-            )
-        bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
-        sizes = {
-            name: tuple(_padded(int(clips.lengths[name].max()), size) for size in BUCKETS)
-            for name in modalities
-        }
-        return Blocks(np.where(wanted, bucket, -1), sizes)
+        self._check([split], modalities)
+        return make_blocks(self.split(split), modalities, lengths, only)
 
     def eval_batches(
         self,
@@ -388,9 +335,9 @@ class Dataset:
                         f"no modality {name!r} in the data, only {', '.join(self.modalities)}"
                     )
                 if name not in self._records.splits[split].lengths:
-                    raise ValueError(
-                        f"there is no {name}_{split}.pickle, and {name!r} is asked for"
-                    )
+                    own = isinstance(self._truth, Mapping)
+                    what = f"{name} in {split}" if own else f"{name}_{split}.pickle"
+                    raise ValueError(f"there is no {what}, and {name!r} is asked for")
 
     def _arrays(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
         """Yields what the dataset decodes as numpy arrays, without a copy."""
@@ -463,13 +410,14 @@ def load(
     cache_dir: str | Path | None,
     size: Literal["small", "standard"] = "small",
     seed: int = 0,
-    non_finite: iqiyi_vid.NonFinite = "drop",
+    non_finite: NonFinite = "drop",
 ) -> Dataset:
     """Returns a dataset by name, converted or generated first where that is not done yet.
 
     Args:
-      name: 'synthetic' or 'iqiyi_vid'.
-      directory: where the official files are; of no meaning to 'synthetic'.
+      name: 'synthetic', 'iqiyi_vid' or 'arrays'.
+      directory: where the official files are, or the features of one's own as
+        `vidjax.data.arrays` describes them; of no meaning to 'synthetic'.
       cache_dir: where records are kept; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       size, seed: of the synthetic dataset.
       non_finite: whether frames with a feature that is not finite are left out and counted
@@ -483,10 +431,13 @@ def load(
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     if name == "synthetic":
         directory = _synthetic_files(cache_dir / "synthetic", size, seed)
-    elif name != "iqiyi_vid":
+    elif name not in NAMES:
         raise ValueError(f"unknown dataset {name!r}: config.data.name is one of {', '.join(NAMES)}")
     elif not directory:
-        raise ValueError("config.data.dir is not set: name the directory of the official files")
+        files = "official files" if name == "iqiyi_vid" else "features"
+        raise ValueError(f"config.data.dir is not set: name the directory of the {files}")
+    elif name == "arrays":
+        return arrays.load(directory, cache_dir=cache_dir, non_finite=non_finite)
     directory = Path(directory).expanduser()
     records = iqiyi_vid.prepare(directory, cache_dir, non_finite=non_finite)
     return Dataset(records, directory)
@@ -505,11 +456,6 @@ def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) 
                 with building(folder) as partial:
                     synthetic.write(partial, size=size, seed=seed)
     return folder
-
-
-def _padded(longest: int, limit: int) -> int:
-    """Returns T for clips of up to `longest` frames: the least of SIZES, but at most `limit`."""
-    return min(limit, next((size for size in SIZES if size >= longest), limit))
 
 
 def _shard_table(shards: Sequence[Shard]) -> Any:

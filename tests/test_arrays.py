@@ -1,0 +1,520 @@
+"""Features of one's own become the records that official files would, or say why not."""
+
+import csv
+import importlib.util
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from tests import clip_files, small_runs
+from vidjax.data import arrays, iqiyi_vid, memory, packing, pickles, pipeline
+
+DIM = 6
+FIELDS = ("quality", "detection", "number", "box")
+needs_pyarrow = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="the extra [parquet] is not installed"
+)
+
+
+def clip_of(seed, length, dim=DIM, dtype="float32"):
+    """Returns the fields of made-up frames."""
+    frames = clip_files.random_clip(np.random.default_rng(seed), length, dim, dtype)
+    return frames._asdict()
+
+
+def make_splits(dtype="float32"):
+    """Returns 12 train and 8 val clips, one of each without a frame."""
+    return {
+        split: {f"{split}_{i:02d}": {"face": clip_of(i, i % 4, dtype=dtype)} for i in range(count)}
+        for split, count in (("train", 12), ("val", 8))
+    }
+
+
+def write_npz(folder, splits):
+    """Writes `SPLIT/CLIP.npz` with every field."""
+    for split, clips in splits.items():
+        (folder / split).mkdir(parents=True)
+        for name, modalities in clips.items():
+            content = {}
+            for modality, frames in modalities.items():
+                content[modality] = frames["features"]
+                content |= {f"{modality}_{field}": frames[field] for field in FIELDS}
+            np.savez(folder / split / f"{name}.npz", **content)
+    return folder
+
+
+def write_csv(path, labels):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("clip", "identity"), *labels.items()])
+    return path
+
+
+def shards(records):
+    """Returns what every shard of a conversion holds, by digest."""
+    return {
+        (split, shard.path.name.split("-", 1)[1]): shard.sha256
+        for split, facts in records.splits.items()
+        for shard in facts.shards
+    }
+
+
+LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None, "val_05": ""}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def refused(*words, source=None, labels=None, cache=None, **options):
+    """Asserts that clips are refused in at most three lines that hold some words."""
+    with pytest.raises((ValueError, OSError)) as error:
+        arrays.load(source, labels, cache_dir=cache, **options)
+    message = str(error.value)
+    assert 1 <= len(message.splitlines()) <= 3
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def official_arrays(official_dir, tmp_path_factory):
+    """Official files as arrays: split -> clip -> modality -> fields."""
+    splits, scratch = {}, tmp_path_factory.mktemp("flat")
+    for (modality, split), path in pickles.find_pickles(official_dir).items():
+        flat = pickles.unpack(path, modality, scratch / path.stem)
+        stops = np.cumsum(flat.lengths)
+        for name, length, stop in zip(flat.names, flat.lengths, stops, strict=True):
+            frames = slice(stop - length, stop)
+            fields = {field: getattr(flat, field)[frames] for field in packing.FIELDS}
+            splits.setdefault(split, {}).setdefault(name, {})[modality] = fields
+    return splits
+
+
+def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
+    official_dir, official_arrays, cache_dir, tmp_path
+):
+    official = iqiyi_vid.prepare(official_dir, cache_dir)
+    splits = official_arrays
+    backwards = {split: dict(reversed(clips.items())) for split, clips in splits.items()}
+    labels = {
+        name: identity
+        for split in ("train", "val")
+        for name, identity in pickles.load_ground_truth(official_dir / f"{split}_gt.txt").items()
+    }
+    data = arrays.load(backwards, labels, cache_dir=tmp_path)
+    own, _ = arrays.prepare(splits, labels, tmp_path)
+    assert shards(own) == shards(official)
+    wanted = pipeline.Dataset(official, official_dir)
+    assert data.identities == wanted.identities
+    assert data.modalities == wanted.modalities
+    for split in ("train", "val", "test"):
+        one, other = data.split(split), wanted.split(split)
+        assert one.clips == other.clips and one.labelled == other.labelled
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_array_equal(one.positives, other.positives)
+        for facts in (data.report, wanted.report):
+            for counts in facts["splits"][split]["modalities"].values():
+                counts.pop("file")
+    assert data.report == wanted.report
+
+
+def test_a_folder_of_npz_is_the_same_records(tmp_path, cache):
+    splits = make_splits()
+    folder = write_npz(tmp_path / "own", splits)
+    records, truth = arrays.prepare(folder, None, cache)
+    assert truth == {}
+    assert shards(records) == shards(arrays.prepare(splits, None, cache)[0])
+    assert records.splits["train"].lengths["face"].tolist() == [0, 1, 2, 3] * 3
+
+
+def write_parquet(path, clips, features=None):
+    """Writes a row a frame of the clips of one split, the rows of all clips mixed."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names = ("clip", "modality", "features", *FIELDS[:3])
+    rows = [
+        (name, modality, *(frames[field][i] for field in ("features", *FIELDS[:3])))
+        for name, modalities in clips.items()
+        for modality, frames in modalities.items()
+        for i in range(len(frames["features"]))
+    ]
+    rows = sorted(rows, key=lambda row: (row[-1], row[0]))  # by number of the frame
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    kind = features or pyarrow.list_(pyarrow.float32())
+    columns["features"] = pyarrow.array([list(row) for row in columns["features"]], kind)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+
+
+@needs_pyarrow
+@pytest.mark.parametrize("fixed", [False, True])
+def test_parquet_is_the_same_records(tmp_path, cache, fixed):
+    import pyarrow
+
+    splits = make_splits()
+    (tmp_path / "own").mkdir()
+    kind = pyarrow.list_(pyarrow.float32(), DIM) if fixed else None
+    for split, clips in splits.items():
+        write_parquet(tmp_path / "own" / f"{split}.parquet", clips, kind)
+        for name in [name for name, one in clips.items() if not len(one["face"]["features"])]:
+            del clips[name]  # of a table, a clip without a row is not there
+        for one in clips.values():
+            del one["face"]["box"]
+    found = arrays.prepare(tmp_path / "own", None, cache)[0]
+    assert shards(found) == shards(arrays.prepare(splits, None, cache)[0])
+
+
+def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
+    splits = make_splits()
+    folder = write_npz(tmp_path / "own", splits)
+    found = [arrays.load(splits, LABELS, cache_dir=cache)]
+    found.append(arrays.load(splits, write_csv(tmp_path / "any.csv", LABELS), cache_dir=cache))
+    text = tmp_path / "any_gt.txt"
+    text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in LABELS.items() if v))
+    found.append(arrays.load(folder, text, cache_dir=cache))
+    write_csv(folder / "labels.csv", LABELS)
+    found.append(pipeline.load("arrays", directory=folder, cache_dir=cache))
+    (folder / "labels.csv").unlink()
+    clip_files.write_truth(folder, "train", {k: v for k, v in LABELS.items() if "train" in k})
+    clip_files.write_truth(folder, "val", {"val_03": "7"})
+    found.append(arrays.load(str(folder), cache_dir=cache))
+    for data in found:
+        assert data.identities == ("3", "7")
+        assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
+        assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
+        assert data.with_identities(("7", "3")).split("val").labels[3] == 1
+
+
+def test_a_split_without_labels_is_there_to_be_ranked(cache):
+    train = {name: identity for name, identity in LABELS.items() if "train" in name}
+    data = arrays.load(make_splits(), train, cache_dir=cache)
+    assert data.split("train").labelled and not data.split("val").labelled
+    assert not arrays.load(make_splits(), cache_dir=cache).split("train").labelled
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
+def test_features_alone_of_any_width_and_dtype(cache, dtype):
+    rng = np.random.default_rng(0)
+    features = {f"c{i}": rng.normal(0, 20, (i, 17)).astype(dtype) for i in range(4)}
+    features["one"] = features["c1"][0].astype(np.dtype(dtype).newbyteorder(">"))
+    data = arrays.load({"test": {name: {"it": x} for name, x in features.items()}}, cache_dir=cache)
+    assert data.modalities == {"it": (17, dtype)}
+    (batch,) = data.eval_batches(split="test", modalities=("it",), rows=8)
+    frames = batch.frames["it"]
+    assert frames.features.dtype == dtype
+    for row, clip in enumerate(data.split("test").clips):
+        x = np.atleast_2d(features[clip])
+        np.testing.assert_array_equal(frames.features[row][frames.mask[row]], x)
+        assert frames.number[row][frames.mask[row]].tolist() == list(range(len(x)))
+    assert not frames.quality.any() and (frames.detection == frames.mask).all()
+
+
+def test_frames_go_by_time_and_lists_are_arrays(cache):
+    frames = {"features": [[1.0, 2.0], [3.0, 4.0]], "number": [7, 5], "quality": [10, 20]}
+    data = arrays.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
+    (batch,) = data.eval_batches(split="val", modalities=("face",), rows=1)
+    one = batch.frames["face"]
+    assert one.number[0, :2].tolist() == [5, 7] and one.quality[0, :2].tolist() == [20, 10]
+    assert one.features[0, :2].tolist() == [[3, 4], [1, 2]]
+
+
+def test_what_is_not_finite_is_left_out_and_counted(cache):
+    splits = make_splits()
+    splits["train"]["train_03"]["face"]["features"][1, 2] = np.nan
+    splits["train"]["train_01"]["face"]["features"][0, 0] = np.inf
+    splits["train"]["train_02"]["face"]["quality"][1] = np.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = arrays.load(splits, LABELS, cache_dir=cache)
+    assert any("2 of 18 frames" in str(one.message) for one in caught)
+    counts = data.report["splits"]["train"]["modalities"]["face"]
+    assert (counts["frames_seen"], counts["frames"]) == (18, 16)
+    assert counts["frames_skipped"] == {"non_finite": 2}
+    assert counts["clips_skipped"] == {"empty": 3, "non_finite": 1}
+    assert counts["values_replaced"] == {"non_finite_quality": 1}
+    for _ in range(2):  # converted already, and anew
+        refused("clip train_01, face", "frame 0", source=splits, cache=cache, non_finite="error")
+        cache = cache / "other"
+
+
+def test_changed_arrays_are_converted_anew_and_equal_ones_are_not(tmp_path, cache):
+    splits = make_splits()
+    folder = write_npz(tmp_path / "own", splits)
+
+    def folders():
+        return [arrays.prepare(source, None, cache)[0].folder for source in (splits, folder)]
+
+    first = folders()
+    assert folders() == first
+    copy = tmp_path / "copy"
+    folder.rename(copy)
+    assert arrays.prepare(copy, None, cache)[0].folder == first[1], "the content decides"
+    copy.rename(folder)
+    splits["val"]["val_03"]["face"]["quality"][0] += 1
+    frames = splits["val"]["val_03"]["face"]
+    np.savez(folder / "val" / "val_03.npz", face=frames["features"], face_quality=frames["quality"])
+    second = folders()
+    assert not set(first) & set(second)
+
+
+RAGGED = [[1.0, 2.0], [3.0]]
+BAD = {
+    "wrong width": ({"face": np.zeros((2, DIM + 1))}, "features are 7 wide, others 6"),
+    "ragged": ({"face": RAGGED}, "rows of different lengths"),
+    "objects": ({"face": np.array([None, "x"], object)}, "Python objects"),
+    "text": ({"face": np.array(["x"])}, "wanted numbers"),
+    "whole numbers": ({"face": np.zeros((2, DIM), int)}, "features are int64"),
+    "another dtype": ({"face": np.zeros((2, DIM), np.float16)}, "features are float16, others"),
+    "three axes": ({"face": np.zeros((1, 2, DIM))}, "wanted numbers [T, D]"),
+    "no width": ({"face": np.zeros((2, 0))}, "shape [2, 0]"),
+    "quality of another length": (
+        {"face": {"features": np.zeros((2, DIM), np.float32), "quality": [1.0]}},
+        "quality has shape [1], wanted [2]",
+    ),
+    "box of another shape": (
+        {"face": {"features": np.zeros((2, DIM), np.float32), "box": [1.0, 2.0]}},
+        "box has shape [2], wanted [2, 4]",
+    ),
+    "half a frame": (
+        {"face": {"features": np.zeros((1, DIM), np.float32), "number": [0.5]}},
+        "number 0.5",
+    ),
+    "quality of nothing": ({"face": {"quality": [1.0]}}, "no features"),
+    "unknown field": ({"face": {"feature": np.zeros((1, DIM))}}, "no field 'feature'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_clip_is_named(what, cache):
+    value, message = BAD[what]
+    splits = make_splits()
+    splits["val"] = {"odd": value, **splits["val"]}  # the first one, and still the odd one
+    said = refused("val: clip odd, face", message, source=splits, cache=cache)
+    assert len(said.splitlines()) == 1
+    assert not list(cache.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"clip": {"face": np.zeros((1, 2))}}, ("'clip' is no split", "{'train': {clip:")),
+        ({"train": np.zeros(3)}, ("'train' is no split",)),
+        ({"train": {"a": np.zeros((1, 2))}}, ("train: clip 'a' is of type ndarray",)),
+        ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, ("clip a", "modality 'fa ce'")),
+        ({"train": {"a": {"f": [1.0]}, "a.mp4": {"f": [1.0]}}}, ("train: clip a comes twice",)),
+        ({"train": {"a b": {"f": [1.0]}}}, ("train: clip name 'a b' holds white space",)),
+        ({"train": {7: {"f": [1.0]}}}, ("a clip name is text, not int",)),
+        (
+            {"train": {"a": {"f": [1.0]}}, "val": {"a": {"f": [1.0]}}},
+            ("1 clips are in two splits", "a (train and val)"),
+        ),
+        (
+            {"train": {"a": {"f": [1.0]}}, "val": {"b": {"f": [1.0, 2.0]}}},
+            ("f: features are 1 wide in train", "2 wide in val"),
+        ),
+        ({"train": {}}, ("not one frame",)),
+        ({}, ("not one frame",)),
+        ({"train": {"a": {"f": []}}}, ("not one frame",)),
+        ({"train": {"a": {"f": [1.0]}}, "val": {}}, ("no clip in split 'val'",)),
+    ],
+)
+def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
+    refused(*words, source=source, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"nobody": 1}, ("1 of 1 clips", "nobody")),
+        ({**LABELS, "nobody": 1}, ("1 of 5 clips", "nobody")),
+        ({"train_01": "Ada Byron"}, ("clip train_01", "'Ada Byron' holds white space")),
+        ({"train_01": 1.5}, ("clip train_01", "not float")),
+        ({"train_01": -1}, ("clip train_01", "identity -1")),
+        ({"train_01": 1, "train_01.mp4": 2}, ("clip train_01 is labelled 1 and 2",)),
+    ],
+)
+def test_bad_labels_are_refused(labels, words, cache):
+    refused(*words, source=make_splits(), labels=labels, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name,identity\na,1\n", ("line 1", "clip,identity", "name,identity")),
+        ("", ("line 1",)),
+        ("clip,identity\ntrain_01\n", ("line 2", "fewer fields")),
+        ("clip,identity\ntrain_01,1\ntrain_01,2\n", ("line 3", "labelled 1 and 2")),
+        ("clip,identity\n train 1,1\n", ("line 2", "white space")),
+    ],
+)
+def test_a_bad_table_of_labels_is_refused_with_its_line(text, words, tmp_path, cache):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    refused(str(path), *words, source=make_splits(), labels=path, cache=cache)
+    path.write_bytes(b"clip,identity\n\xff,1\n")
+    refused(str(path), "UTF-8", source=make_splits(), labels=path, cache=cache)
+    refused("no such file", source=make_splits(), labels=tmp_path / "gone.csv", cache=cache)
+
+
+def test_a_bad_folder_is_refused(tmp_path, cache):
+    folder = tmp_path / "own"
+    refused("no such folder", source=folder, cache=cache)
+    folder.mkdir()
+    refused("no features here", "SPLIT/CLIP.npz", source=folder, cache=cache)
+    (folder / "train").mkdir()
+    refused("train: holds no CLIP.npz", source=folder, cache=cache)
+    path = folder / "train" / "one.npz"
+    for content, word in (
+        ({"face": np.array([{}], object)}, "Python objects"),
+        ({"face": np.zeros((1, 2)), "face_quality": np.zeros(2)}, "clip one, face: quality"),
+    ):
+        np.savez(path, **content)
+        refused(str(path), word, source=folder, cache=cache)
+    path.write_bytes(path.read_bytes()[:-40])
+    refused(str(path), source=folder, cache=cache)
+    path.write_bytes(b"")
+    refused(str(path), source=folder, cache=cache)
+    np.savez(path, face=np.ones((1, 2)))
+    (folder / "train" / "notes.txt").write_text("mine")
+    refused("notes.txt", "CLIP.npz, nothing else", source=folder, cache=cache)
+    (folder / "train" / "notes.txt").unlink()
+    (folder / "train.parquet").write_bytes(b"")
+    refused("train.parquet and a folder train: which?", source=folder, cache=cache)
+    (folder / "train.parquet").unlink()
+    clip_files.write_truth(folder, "train", {"one": "1"})
+    write_csv(folder / "labels.csv", {"one": 1})
+    refused("labels.csv and train_gt.txt: which?", source=folder, cache=cache)
+
+
+@needs_pyarrow
+def test_a_bad_table_of_frames_is_refused(tmp_path, cache):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "train.parquet"
+    good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
+    for change, words in (
+        ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "1 wide in row 2, 2 in row 1")),
+        ({"features": [1.0, 2.0]}, ("column features is double",)),
+        ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
+        ({"clip": ["a", None]}, ("row 2: no clip",)),
+        ({"clip": [["a"], ["b"]]}, ("column clip is list", "wanted text")),
+        ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
+        ({"quality": ["x", "y"]}, ("clip a, f: quality",)),
+    ):
+        parquet.write_table(pyarrow.table(good | change), path)
+        refused(str(path), *words, source=tmp_path, cache=cache)
+    del good["modality"]
+    parquet.write_table(pyarrow.table(good), path)
+    refused(str(path), "no column modality", source=tmp_path, cache=cache)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(str(path), "damaged", source=tmp_path, cache=cache)
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"")
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from pathlib import Path\n"
+        "from vidjax.data import parquet\n"
+        f"list(parquet.read_clips(Path({str(tmp_path / 'train.parquet')!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "[parquet]" in done.stderr and "ValueError" in done.stderr
+
+
+def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arrays, cache_dir):
+    data = pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+    names = ("face", "audio")
+    backwards = dict(reversed(official_arrays["val"].items()))
+    widths = {name: clip_files.WIDTHS[name] for name in names}
+    own = memory.MemoryClips(backwards, widths, data.identities)
+    assert own.split("any").clips == data.split("val").clips
+    assert [own.split("any").clips[i] for i in own.places] == list(backwards)
+    wanted = data.eval_batches(split="val", modalities=names, rows=16)
+    found = own.eval_batches(split="any", modalities=names, rows=16)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.clip_index, other.clip_index)
+        np.testing.assert_array_equal(one.batch_mask, other.batch_mask)
+        for name in names:
+            for left, right in zip(one.frames[name], other.frames[name], strict=True):
+                assert left.dtype == right.dtype
+                np.testing.assert_array_equal(left, right)
+
+
+def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
+    clips = {"long": {"face": clip_of(0, 700)}, "short": {"face": clip_of(1, 3)}}
+    data = arrays.load({"val": clips}, cache_dir=cache)
+    own = memory.MemoryClips(clips, {"face": DIM}, ())
+    batches = [
+        list(one.eval_batches(split="val", modalities=("face",), rows=2)) for one in (own, data)
+    ]
+    order = [sorted(found, key=lambda one: one.clip_index[0]) for found in batches]
+    for one, other in zip(*order, strict=True):
+        for left, right in zip(one.frames["face"], other.frames["face"], strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert order[0][0].frames["face"].mask.sum() == 512
+
+
+GOOD = {"face": np.ones((1, 24), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        ({}, "no clips: the dict is empty"),
+        ([GOOD], "not list"),
+        ({"a": GOOD["face"]}, "clip a is of type ndarray"),
+        ({"a": {"fcae": [1.0]}}, "clip a: the run knows face, head, not fcae"),
+        (
+            {"a": {"face": np.zeros((2, 23))}},
+            "clip a, face: features are 23 wide, the run wants 24",
+        ),
+        (
+            {"b": GOOD, "c": GOOD, "a": {"face": np.zeros((2, 23))}},
+            "clip a, face: .* 23 wide, others 24",
+        ),
+        ({"a": {"face": [[1.0], [1.0, 2.0]]}}, "clip a, face: .*different lengths"),
+        ({"a": GOOD, "a.mp4": GOOD}, "clip a comes twice"),
+    ],
+)
+def test_bad_clips_in_memory_are_named(clips, message):
+    with pytest.raises(ValueError, match=message) as error:
+        memory.MemoryClips(clips, {"face": 24, "head": 8}, ("1",))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_trains_from_the_command_line(vidjax_command, tmp_path):
+    """The example of the README: one modality of width 128, twenty people, no quality."""
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(20, 128))
+    for split, count in (("train", 100), ("val", 60)):
+        (tmp_path / "own" / split).mkdir(parents=True)
+        for i in range(count):
+            face = people[i % 20] + rng.normal(size=(1 + i % 7, 128))
+            name = tmp_path / "own" / split / f"{split}{i}.npz"
+            np.savez(name, face=face.astype(np.float32))
+    labels = {f"{split}{i}": f"person{i % 20}" for split in ("train", "val") for i in range(60)}
+    labels |= {f"train{i}": f"person{i % 20}" for i in range(100)}
+    write_csv(tmp_path / "own" / "labels.csv", labels)
+    options = ("--config.data.name=arrays", f"--config.data.dir={tmp_path / 'own'}")
+    config = "--config=configs/quality_fusion.py"
+    words = (config, *options, "--config.num_epochs=10", f"--workdir={tmp_path / 'run'}")
+    done = vidjax_command(*words)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("MAP@100 ")[1].split()[0]) > 0.9
+    np.savez(tmp_path / "own" / "train" / "train3.npz", face=np.zeros((2, 64), np.float32))
+    done = vidjax_command(*words[:-1], f"--workdir={tmp_path / 'other'}")
+    assert done.returncode == 2 and "clip train3, face: features are 64 wide" in done.stderr
+
+
+def test_training_without_any_label_says_so(cache, tmp_path):
+    data = arrays.load(make_splits(), cache_dir=cache)
+    config = small_runs.shrunk(spec="configs/knn.py:iqiyi_vid")
+    with pytest.raises(ValueError, match=r"identit|label"):
+        small_runs.run(config, tmp_path / "run", data)

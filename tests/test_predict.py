@@ -1,0 +1,242 @@
+"""A run from Python gives the numbers of the command, to the bit, of clips that lie in memory."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from tests import small_runs
+from tests.test_arrays import official_arrays  # noqa: F401
+from vidjax import config as config_lib
+from vidjax import evaluate, predict, scoring
+from vidjax import mesh as mesh_lib
+from vidjax.checkpoint import CheckpointError
+from vidjax.data import pipeline
+
+pytestmark = pytest.mark.slow  # all of them train first
+SYSTEMS = {
+    "mma": ("configs/mma.py:iqiyi_vid",),
+    "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
+    "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
+    "knn": ("configs/knn.py:iqiyi_vid",),
+    "ensemble": (
+        "configs/quality_fusion.py:iqiyi_vid,folds",
+        "--config.data.train_splits=train,val",
+        "--config.ensemble.views=2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="module")
+def train(data, tmp_path_factory):
+    """Trains one of SYSTEMS, once; returns its folder."""
+    folders = {}
+
+    def trained(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            spec, *words = SYSTEMS[name]
+            config = small_runs.shrunk("--config.num_epochs=1", *words, spec=spec)
+            small_runs.run(config, folders[name], data)
+        return folders[name]
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def clips(official_arrays):  # noqa: F811
+    return {split: dict(reversed(found.items())) for split, found in official_arrays.items()}
+
+
+def ranked(run, clips):
+    """Returns a ranking as the lines of its file."""
+    lists = run.rank(clips).items()
+    return [" ".join([who, *(f"{name}.mp4" for name, _ in found)]) for who, found in lists]
+
+
+def test_clips_are_scored_as_by_the_nearest_neighbour(data, train, clips):
+    """Of the baseline, everything is known: what it embeds is the mean face, by quality."""
+    run = predict.restore(train("knn"), num_devices=1)
+    embedded = run.embed(clips["val"])
+    for row, frames in zip(embedded, clips["val"].values(), strict=True):
+        face = frames["face"]
+        weight = np.maximum(face["quality"] * face["detection"], 0)
+        mean = weight @ face["features"].astype(np.float64)
+        length = np.linalg.norm(mean) or 1.0
+        np.testing.assert_allclose(row, mean / length, atol=2e-6)
+    known = run.embed(data, split="train")
+    cosines = embedded @ known.T
+    scores = run.scores(clips["val"])
+    labels = data.split("train").labels
+    for i, row in enumerate(cosines):
+        if np.any(embedded[i]):
+            nearest = [row[labels == column].max() for column in range(1, 13)]
+            np.testing.assert_allclose(scores[i], nearest, atol=1e-5)
+        else:
+            assert np.isneginf(scores[i]).all()
+
+
+def test_bad_clips_are_named(train, data, clips):
+    run = predict.restore(train("knn"), num_devices=1)
+    for function in (run.scores, run.rank, run.embed):
+        with pytest.raises(
+            ValueError, match="clip a, face: features are 23 wide, the run wants 24"
+        ):
+            function({"a": {"face": np.zeros((2, 23))}})
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        run.scores(data, split="dev")
+
+
+def test_clips_without_a_frame_come_last(train, clips):
+    run = predict.restore(train("knn"), num_devices=1)
+    name, seen = next((n, c) for n, c in clips["val"].items() if len(c["face"]["features"]))
+    few = {"empty": {"face": []}, f"{name}.mp4": {**seen, "smell": [1.0]}, "bare": {}}
+    scores = run.scores(few)
+    assert scores.dtype == np.float32 and scores.shape == (3, len(run.identities))
+    assert np.isneginf(scores[[0, 2]]).all() and np.isfinite(scores[1]).all()
+    assert not run.embed(few)[[0, 2]].any()
+    for column, found in enumerate(run.rank(few).values()):
+        assert [clip for clip, _ in found] == [f"{name}.mp4", "bare", "empty"]
+        assert found[0][1] == scores[1, column]
+    nan = {"a": {"face": np.full((2, 24), np.nan, np.float16)}}
+    assert np.isneginf(run.scores(nan)).all()
+
+
+def test_what_cannot_be_restored_says_so(train, tmp_path):
+    with pytest.raises(ValueError, match="no run in"):
+        predict.restore(tmp_path)
+    config = config_lib.default()
+    config.join.runs = ("runs/a", "runs/b")
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    with pytest.raises(ValueError, match="joins other runs"):
+        predict.restore(tmp_path)
+    best = predict.restore(train("knn"), step="best", num_devices=1)
+    assert best.step == predict.restore(str(train("knn"))).step == best.manifest["step"]
+    (tmp_path / "config.json").write_text((train("knn") / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        predict.restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_scores_are_those_of_evaluation(name, data, train, clips):
+    folder = train(name)
+    config = config_lib.load_workdir(folder)
+    evaluate.evaluate(config, folder, data, num_devices=1)
+    mesh = mesh_lib.make_mesh(1)
+    step, contender = evaluate.restore(config, folder, data, mesh)
+    top = scoring.score([contender], "val", mesh, block_size=config.eval.block_size).top
+    wanted = small_runs.ranked_scores(top, len(clips["val"]))
+    run = predict.restore(folder, num_devices=1)
+    assert run.step == step
+    found = run.scores(data)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted.astype(np.float32))
+    in_memory = run.scores(clips["val"])
+    order = [data.split("val").clips.index(clip) for clip in clips["val"]]
+    np.testing.assert_array_equal(in_memory, found[order])
+    lines = (folder / "ranking.txt").read_text().splitlines()
+    assert ranked(run, data) == ranked(run, clips["val"]) == lines
+    if name in ("mma", "ensemble"):
+        many = predict.restore(folder, num_devices=4)
+        np.testing.assert_array_equal(many.scores(clips["val"]), in_memory)
+
+    vectors = run.embed(clips["val"])
+    norms = np.linalg.norm(vectors, axis=1)
+    seen = np.isfinite(in_memory).any(axis=1)
+    np.testing.assert_allclose(norms, seen, atol=1e-5)
+    np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
+    dims = {"mma": (3 + 1 + 1) * 16, "dense": 8, "knn": 24, "ensemble": 3 * 2 * 8}
+    assert vectors.shape[1] == dims.get(name, vectors.shape[1])
+
+
+def test_a_cosine_classifier_is_a_product_with_the_embedding(train, clips):
+    """And a fallback's other half is 0 where the main model speaks alone."""
+    run = predict.restore(train("fallback"), num_devices=1)
+    vectors, scores = run.embed(clips["val"]), run.scores(clips["val"])
+    has = {
+        name: np.array(
+            [name in one and len(one[name]["features"]) > 0 for one in clips["val"].values()]
+        )
+        for name in ("face", "head")
+    }
+    kernel = np.asarray(run.params["main"]["classifier"]["kernel"][0])  # [D, 1 + C]
+    main, other = vectors[:, : len(kernel)], vectors[:, len(kernel) :]
+    assert not other[has["face"]].any() and not main[~has["face"] & has["head"]].any()
+    assert np.linalg.norm(other[~has["face"] & has["head"]], axis=1).min() > 0.99
+    logits = 30 * main[has["face"]] @ (kernel / np.linalg.norm(kernel, axis=0))
+    logits = logits[:, 1:]  # no distractors in training
+    wanted = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(scores[has["face"]], wanted, atol=1e-3)
+
+
+def test_arrays_are_ranked_where_there_is_no_tensorflow(train, clips, tmp_path):
+    folder = train("mma")
+    flat = {
+        f"{name}/{modality}/{field}": column
+        for name, modalities in clips["val"].items()
+        for modality, fields in modalities.items()
+        for field, column in fields.items()
+    }
+    np.savez(tmp_path / "clips.npz", **flat)
+    code = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
+import numpy as np
+from vidjax import predict
+clips = {{}}
+with np.load({str(tmp_path / "clips.npz")!r}) as file:
+    for key in file.files:
+        clip, modality, field = key.split("/")
+        clips.setdefault(clip, {{}}).setdefault(modality, {{}})[field] = file[key]
+run = predict.restore({str(folder)!r})
+np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.embed(clips))
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    run = predict.restore(folder, num_devices=1)
+    with np.load(tmp_path / "found.npz") as found:
+        np.testing.assert_array_equal(found["scores"], run.scores(clips["val"]))
+        np.testing.assert_allclose(found["vectors"], run.embed(clips["val"]), atol=1e-6)
+
+
+def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
+    from vidjax.data import arrays
+
+    labels = {}
+    for split in ("train", "val"):
+        for line in (official_dir / f"{split}_gt.txt").read_text().splitlines():
+            names = line.split()
+            pairs = [names] if split == "train" else [(name, names[0]) for name in names[1:]]
+            labels |= dict(pairs)
+    own = arrays.load(clips, labels, cache_dir=tmp_path / "cache")
+    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
+    small_runs.run(config, tmp_path / "run", own)
+    small_runs.assert_equal_weights(tmp_path / "run", train("mma"))
+    for name in ("ranking.txt", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (train("mma") / name).read_text()
+
+
+def test_a_damaged_step_is_not_used(train, tmp_path, clips):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(train("knn"), folder)
+    step = predict.restore(folder).step
+    victim = next(
+        p for p in (folder / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()
+    )
+    victim.write_bytes(victim.read_bytes() + b"x")
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="no good checkpoint"):
+        warnings.simplefilter("ignore")
+        predict.restore(folder)
