@@ -383,7 +383,7 @@ def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
     data = pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
     with workdir_lib.lock(tmp_path):
-        train.train(config, tmp_path, data, num_devices=1)
+        train.train(config, tmp_path, data, num_devices=1, analyse=True)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
     named = {name.split("/")[0] for name in table("Files of a workdir")}
     assert written == {name for name in named if "_SPLIT" not in name}

@@ -78,6 +78,7 @@ def default() -> Config:
     config.eval.scores = "log_softmax"  # or log_sigmoid, logits
     config.eval.reduce = "mean"  # of a clip's examples; or max
     config.eval.members = True  # rank every member of an ensemble, too
+    config.eval.report = True  # the command ends with analysis.npz and report.html
     config.eval.checkpoint = "latest"  # which one `--mode=evaluate` restores; or best
 
     config.model = ConfigDict()

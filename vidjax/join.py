@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidjax import analysis, evaluate, metrics, ranking, scoring
 from vidjax import config as config_lib
-from vidjax import evaluate, metrics, ranking, scoring
 from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.batch import Array, Batch
@@ -69,12 +69,15 @@ def join(
         )
     if spec.greedy:
         weights = _fit(contenders(spec.split, weights), config, mesh)
+    joined = contenders(split, weights)
+    observer = analysis.Observer(joined, split, mesh) if config.eval.report else None
     evaluation = scoring.score(
-        (joined := contenders(split, weights)),
+        joined,
         split,
         mesh,
         block_size=config.eval.block_size,
         each_member=config.eval.members,
+        observe=observer,
     )
     results = evaluation.results | {"eval_seconds": time.monotonic() - began}
 
@@ -85,6 +88,9 @@ def join(
         workdir / f"ranking{suffix}.txt", data.identities, data.split(split).clips, evaluation.top
     )
     workdir_lib.write_json(workdir / f"metrics{suffix}.json", results)
+    if observer:
+        trained = config_lib.load_workdir(Path(config.join.runs[0])).data.train_splits
+        analysis.save(workdir / f"analysis{suffix}.npz", *observer.finish(evaluation, trained))
     return results
 
 

@@ -112,9 +112,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", metavar="M", default="train", help="what to do, one of the above (default: train)")
+    parser.add_argument(
+        "--mode", metavar="M", default="train", help="what to do, one of the above (default: train)"
+    )
     parser.add_argument("--config", metavar="FILE[:ARG,...]", help="an experiment of configs/")
-    parser.add_argument("--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)")
+    parser.add_argument(
+        "--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)"
+    )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
     parser.add_argument(
         "--config.FIELD",
@@ -187,17 +191,22 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
         done = train.finished(workdir, config)
         if done is None:
             data = _load(config)
-            done = train.train(config, workdir, data, analyse=True, command=args.command)
+            done = train.train(
+                config, workdir, data, analyse=config.eval.report, command=args.command
+            )
             logs.log_results(workdir, done, config.eval.split)
             return done
-        if not (workdir / report.FILE).exists():  # a process stopped just before
+        # A process may have stopped just before it.
+        if config.eval.report and not (workdir / report.FILE).exists():
             report.write(workdir)
         return done
     if config.join.runs:
         results = join_lib.join(config, workdir, _load)
-        report.write(workdir)
+        if config.eval.report:
+            report.write(workdir)
     else:
-        results = evaluate.evaluate(config, workdir, _load(config), analyse=True)
+        data = _load(config)
+        results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     logs.log_results(workdir, results, config.eval.split)
     return results
 

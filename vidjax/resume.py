@@ -12,7 +12,13 @@ from vidjax.config import Config
 
 FILE = "changes.jsonl"
 # These say where things lie and when they are saved, not what is computed.
-MOVABLE = ("checkpoint_every_seconds", "data.dir", "data.cache_dir", "eval.checkpoint")
+MOVABLE = (
+    "checkpoint_every_seconds",
+    "data.dir",
+    "data.cache_dir",
+    "eval.checkpoint",
+    "eval.report",
+)
 # These shape neither the state nor the order of clips: `config.resume.allow` may name them.
 CHANGEABLE = ("optim", "loss", "mixup", "num_epochs", "log_every_steps", "eval")
 
