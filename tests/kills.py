@@ -60,6 +60,7 @@ SMALL = (
     "--config.eval.every_epochs=4",
     "--config.eval.block_size=16",
     "--config.checkpoint_every_seconds=0.5",
+    "--config.eval.report=False",
 )
 LINEAR = "--config.model.layers=((8,'linear',False,0.0),)"
 DROPOUT = "--config.model.layers=((8,'swish',True,0.5),)"  # with BatchNorm

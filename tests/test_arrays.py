@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import clip_files, small_runs
+from vidjax import predict
 from vidjax.data import arrays, iqiyi_vid, memory, packing, pickles, pipeline
 
 DIM = 6
@@ -69,7 +70,7 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def refused(*words, source=None, labels=None, cache=None, **options):
+def refused(*words, source, labels=None, cache=None, **options):
     """Asserts that clips are refused in at most three lines that hold some words."""
     with pytest.raises((ValueError, OSError)) as error:
         arrays.load(source, labels, cache_dir=cache, **options)
@@ -368,14 +369,15 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     (folder / "train").mkdir()
     refused("train: holds no CLIP.npz", source=folder, cache=cache)
     path = folder / "train" / "one.npz"
-    for content, word in (
-        ({"face": np.array([{}], object)}, "Python objects"),
-        ({"face": np.zeros((1, 2)), "face_quality": np.zeros(2)}, "clip one, face: quality"),
-    ):
-        np.savez(path, **content)
-        refused(str(path), word, source=folder, cache=cache)
+    np.savez(path, face=np.array([{}], object))
+    refused(str(path), "Python objects", source=folder, cache=cache)
+    np.savez(path, face=np.zeros((1, 2)), face_quality=np.zeros(2))
+    refused(str(path), "clip one, face: quality", source=folder, cache=cache)
     path.write_bytes(path.read_bytes()[:-40])
     refused(str(path), source=folder, cache=cache)
+    with path.open("wb") as file:
+        np.save(file, np.ones((1, 2)))
+    refused(str(path), "use numpy.savez", source=folder, cache=cache)
     path.write_bytes(b"")
     refused(str(path), source=folder, cache=cache)
     np.savez(path, face=np.ones((1, 2)))
@@ -508,9 +510,18 @@ def test_a_folder_of_ones_own_trains_from_the_command_line(vidjax_command, tmp_p
     done = vidjax_command(*words)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("MAP@100 ")[1].split()[0]) > 0.9
-    np.savez(tmp_path / "own" / "train" / "train3.npz", face=np.zeros((2, 64), np.float32))
-    done = vidjax_command(*words[:-1], f"--workdir={tmp_path / 'other'}")
-    assert done.returncode == 2 and "clip train3, face: features are 64 wide" in done.stderr
+    (tmp_path / "run" / "ranking.txt").unlink()
+    done = vidjax_command("--mode=evaluate", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    val = {}
+    for path in (tmp_path / "own" / "val").iterdir():
+        with np.load(path) as file:
+            val[path.stem] = {"face": file["face"]}
+    found = predict.restore(tmp_path / "run", num_devices=1).rank(val)
+    lines = (tmp_path / "run" / "ranking.txt").read_text().splitlines()
+    assert lines == [
+        " ".join([who, *(f"{clip}.mp4" for clip, _ in ranked)]) for who, ranked in found.items()
+    ]
 
 
 def test_training_without_any_label_says_so(cache, tmp_path):

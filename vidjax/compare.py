@@ -23,6 +23,7 @@ DRAWS = 2**22  # of identities at a time
 LEVEL = 0.95
 FILES = ("comparison.md", "comparison.csv", "comparison.html")
 MOST_SHOWN = 20  # identities of a page
+FEW = 50  # identities, below which intervals are too narrow
 EQUAL = 1e-9  # average precisions that differ by less do not differ
 
 
@@ -124,6 +125,10 @@ def read(
         evaluations.
     """
     folder = Path(name).expanduser().absolute()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"--runs: no run in '{name}' (no config.json)\nname folders that training has made"
+        )
     config = config_lib.load_workdir(folder)
     own = config.eval.split
     split = split or own
@@ -309,8 +314,8 @@ def bootstrap(
 
     The bootstrap is studentised and symmetric: it looks at how far the mean of a resample is from
     the mean of the sample, in standard errors of the resample. Of few and skewed differences it
-    covers the true mean more often than percentiles of the means do. The same numbers give the same
-    result.
+    covers the true mean more often than percentiles of the means do: of skewed differences of 50
+    identities or more, in 95 +- 2 % of simulations. The same numbers give the same result.
 
     Args:
       gaps: [C] float, paired differences; or [R, C], one experiment a row.
@@ -361,7 +366,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 # What is shown.
 
 
-def _table(runs: Sequence[Ranked], found: Sequence[Difference]) -> tuple[list[str], list[list]]:
+def _table(
+    runs: Sequence[Ranked], found: Sequence[Difference]
+) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the rows of the table: text, without marks of any format."""
     head = ["run", "MAP@100", "difference", "95 % interval", "p"]
     if len(found) > 1:
@@ -404,6 +411,8 @@ def _about(runs: Sequence[Ranked]) -> list[str]:
             "p (Holm) is corrected for the number of runs that are compared with the first; every "
             "interval stands for itself."
         )
+    if len(first.identities) < FEW:
+        text.append(f"With fewer than {FEW} identities the interval is too narrow.")
     if first.num_others:
         text.append(
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
@@ -415,6 +424,9 @@ def _about(runs: Sequence[Ranked]) -> list[str]:
 
 def _printed(runs: Sequence[Ranked], found: Sequence[Difference]) -> str:
     head, rows = _table(runs, found)
+    if "p (Holm)" in head:  # the other is in the files
+        rows = [[*row[:4], *row[5:]] for row in rows]
+        head = [*head[:4], *head[5:]]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()

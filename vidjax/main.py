@@ -141,7 +141,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for word in own:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in (*FLAGS, "-h"):
-            close = difflib.get_close_matches("--" + flag.lstrip("-"), FLAGS, n=1)
+            name = flag.lstrip("-")
+            known = [*FLAGS, *(f"--config.{field}" for field, _ in config_lib.fields(config_lib.default()))]
+            close = difflib.get_close_matches(f"--{name}", FLAGS, n=1)
+            close = close or difflib.get_close_matches(f"--config.{name}", known, n=1, cutoff=0.8)
             hint = f": did you mean {close[0]}?" if close else "; --help lists them"
             raise ValueError(f"no flag {flag}{hint}")
     args, strays = parser.parse_known_args(own)
@@ -218,7 +221,9 @@ def _report(args: argparse.Namespace) -> int:
         raise ValueError("--mode=report takes --workdir alone: it shows what lies there")
     from vidjax import report
 
-    path = report.write(Path(args.workdir).expanduser().absolute())
+    workdir = Path(args.workdir).expanduser().absolute()
+    _config_of(workdir)
+    path = report.write(workdir)
     print(f"report: {path}")  # noqa: T201
     return 0
 
@@ -301,7 +306,7 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
     workdir = Path(args.workdir).expanduser()
     runs = tuple(str(Path(name).expanduser().absolute()) for name in _folders(args.runs))
     if args.runs is None:
-        config = config_lib.load_workdir(workdir)
+        config = _config_of(workdir)
     elif not runs:
         raise ValueError("--runs= is empty: name two runs or more")
     else:
@@ -313,6 +318,20 @@ def _workdir_config(args: argparse.Namespace) -> tuple[Config, str]:
                 what = "joins other runs" if there else "is a run of its own"
                 raise ValueError(f"--workdir: '{args.workdir}' {what}: use another folder")
     return config_lib.override(config, args.overrides), args.workdir
+
+
+def _config_of(workdir: Path) -> Config:
+    """Returns the configuration of the run in a folder; where there is none, what makes one."""
+    try:
+        return config_lib.load_workdir(workdir)
+    except ValueError as error:
+        if (workdir / "config.json").is_file():
+            raise
+        found = sorted(path.parent for path in workdir.glob("*/config.json"))
+        hint = f"train one: python -m vidjax.main --config=FILE --workdir={_shown(workdir)}"
+        if found:
+            hint = f"there are runs in it: {', '.join(_shown(path) for path in found[:3])}"
+        raise ValueError(f"{error}\n{hint}") from error
 
 
 def _folders(text: str | None) -> list[str]:
@@ -335,7 +354,7 @@ def _check_config(args: argparse.Namespace) -> tuple[Config | None, Path | None]
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = config_lib.load_workdir(workdir)
+        config = _config_of(workdir)
     except ValueError:
         if not (workdir / "config.json").is_file():
             raise
@@ -345,6 +364,11 @@ def _check_config(args: argparse.Namespace) -> tuple[Config | None, Path | None]
 
 def _load_file(spec: str) -> Config:
     """Returns the configuration of a file, whose own mistakes are the user's."""
+    name, _, words = spec.partition(":")
+    there = Path("configs", Path(name).name).with_suffix(".py")
+    if not Path(name).exists() and there.exists():
+        meant = f"{there}:{words}" if words else there
+        raise ValueError(f"--config: no such file '{name}'\ndid you mean '{meant}'?")
     try:
         config = config_lib.load_file(spec)
     except (ValueError, OSError):
@@ -395,8 +419,9 @@ def _summarise(
         ("identities", f"{results['num_identities']:,}"),
         ("time", f"{seconds:.1f} s"),
         ("ranking", _shown(workdir / f"ranking{suffix}.txt")),
-        ("report", _shown(workdir / "report.html")),
     ]
+    if (workdir / "report.html").exists():
+        rows.append(("report", _shown(workdir / "report.html")))
     print(mode)  # noqa: T201
     for name, value in rows:
         print(f"  {name:10}  {value}")  # noqa: T201

@@ -219,7 +219,7 @@ def restore(
       ValueError: no run in the folder, or one that joins others.
       CheckpointError: no usable checkpoint.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = Path(workdir).expanduser().absolute()
     config = config_lib.load_workdir(workdir)
     if config.join.runs:
         raise ValueError(

@@ -291,7 +291,9 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     lines = []
     for first, *rest in rows:
         cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in rest)
-        lines.append(f'<tr><th scope="row" class="name">{first}</th>{cells}</tr>\n')
+        # Only what is longer than a word may break anywhere.
+        kind = ' class="name"' if max(map(len, first.split()), default=0) > 16 else ""
+        lines.append(f'<tr><th scope="row"{kind}>{first}</th>{cells}</tr>\n')
     return (
         f'<div class="wide" role="region" aria-label="{_text(caption)}" tabindex="0"><table>'
         f"<caption>{_text(caption)}</caption>"

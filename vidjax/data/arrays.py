@@ -321,8 +321,12 @@ def _of_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         name = clean_name(path.stem, f"{path}:")
         try:
             # No pickles: an array of Python objects is refused.
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
+            with path.open("rb") as raw:
+                file = np.load(raw, allow_pickle=False)
+                if isinstance(file, np.ndarray):
+                    raise ValueError("one array, as .npy files hold: use numpy.savez")
+                with file:
+                    arrays = {key: file[key] for key in file.files}
         except OSError as error:
             if error.errno:
                 raise
