@@ -1,4 +1,4 @@
-"""Folders that look like those of evaluated runs, made in milliseconds, of any score a test wants."""
+"""Folders that look like those of evaluated runs, of any score that a test wants."""
 
 import json
 from collections.abc import Mapping

@@ -20,6 +20,9 @@ from vidjax import mesh as mesh_lib
 from vidjax import workdir as workdir_lib
 from vidjax.data import pipeline
 
+# Where a save fails, threads of Orbax complain after it to an event loop that is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SPEC = "configs/quality_fusion.py:iqiyi_vid,face"
 WORDS = (
     "--config.model.layers=((256,'swish',True,0.5),)",

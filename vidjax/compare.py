@@ -130,10 +130,10 @@ def read(
             f"--runs: no run in '{name}' (no config.json)\nname folders that training has made"
         )
     config = config_lib.load_workdir(folder)
-    own = config.eval.split
-    split = split or own
-    suffix = "" if split == own else f"_{split}"
-    results = _results(name, folder / f"metrics{suffix}.json", split)
+    own: str = config.eval.split
+    which = split or own
+    suffix = "" if which == own else f"_{which}"
+    results = _results(name, folder / f"metrics{suffix}.json", which)
     sources = [config_lib.load_workdir(Path(run)) for run in config.join.runs[:1]]
     if sources and config.data.dir:
         sources[0].data.dir = config.data.dir
@@ -152,7 +152,7 @@ def read(
         source = analysis.name
     else:
         ap, positives, num_others = _of_ranking(
-            folder / f"ranking{suffix}.txt", names, load(config), split, results
+            folder / f"ranking{suffix}.txt", names, load(config), which, results
         )
         source = f"ranking{suffix}.txt"
     if len(names) != len(ap):
@@ -162,11 +162,11 @@ def read(
     if abs(value - results["map"]) > 1e-9:
         raise ValueError(
             f"'{name}': MAP is {value:.4f} by {source} and {results['map']:.4f} by "
-            f"metrics{suffix}.json\n{_rank_it(name, split)}"
+            f"metrics{suffix}.json\n{_rank_it(name, which)}"
         )
     return Ranked(
         name=name,
-        split=split,
+        split=which,
         identities=tuple(itertools.compress(names, known)),
         ap=np.asarray(ap[known], np.float64),
         positives=np.asarray(positives[known], np.int64),
