@@ -148,7 +148,7 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
     np.testing.assert_array_equal(in_memory, found[order])
     lines = (folder / "ranking.txt").read_text().splitlines()
     assert ranked(run, data) == ranked(run, clips["val"]) == lines
-    if name == "mma":
+    if name == "knn":
         many = predict.restore(folder, num_devices=4)
         np.testing.assert_array_equal(many.scores(clips["val"]), in_memory)
 

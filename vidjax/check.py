@@ -5,13 +5,14 @@ go on meanwhile, and what that run drops or has not finished writing is no fault
 """
 
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +164,7 @@ def _folder(name: str, folder: Path) -> Found:
 
 
 def _data(config: Config) -> Found:
-    from vidjax.data import pickles
+    from vidjax.data import arrays, iqiyi_vid, pickles
     from vidjax.data.records import default_cache_dir
 
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
@@ -175,11 +176,19 @@ def _data(config: Config) -> Found:
         for folder in sorted(made):
             yield from _converted(config, folder, pickles.find_pickles(folder), cache)
         return
-    if config.data.name != "iqiyi_vid":
-        raise ValueError(f"config.data.name='{config.data.name}': synthetic or iqiyi_vid")
+    if config.data.name not in ("iqiyi_vid", "arrays"):
+        raise ValueError(f"config.data.name='{config.data.name}': synthetic, iqiyi_vid or arrays")
     if not config.data.dir:
-        raise ValueError("config.data.dir is not set: name the directory of the official files")
+        files = "official files" if config.data.name == "iqiyi_vid" else "features"
+        raise ValueError(f"config.data.dir is not set: name the directory of the {files}")
     folder = Path(config.data.dir).expanduser()
+    if config.data.name == "arrays":
+        source = arrays.of_folder(folder)
+        yield OK, f"data: {source.title}"
+        where = iqiyi_vid.folder_of(source.kind, source.facts(), cache)
+        truth = functools.partial(arrays.load_truth, folder, None)
+        yield from _records(config, where, truth, "training converts them")
+        return
     sources = pickles.find_pickles(folder)
     if not sources:
         raise ValueError(f"no feature pickles such as face_train.pickle in '{folder}'")
@@ -189,21 +198,23 @@ def _data(config: Config) -> Found:
 def _converted(
     config: Config, folder: Path, sources: Mapping[tuple[str, str], Path], cache: Path
 ) -> Found:
-    """Yields what the records of some official files are like."""
-    from vidjax.data import records
-    from vidjax.data.iqiyi_vid import load_labels, records_folder
+    """Yields what some official files and their records are like."""
+    from vidjax.data.iqiyi_vid import load_truth, records_folder
 
     size = sum(path.stat().st_size for path in sources.values())
     yield OK, f"data: '{folder}': {len(sources)} pickles, {_bytes(size)}"
     where = records_folder(sources, cache)
+    hint = f"training converts them, or python -m vidjax.data.iqiyi_vid {folder}"
+    yield from _records(config, where, lambda found: load_truth(folder, found.splits), hint)
+
+
+def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str) -> Found:
+    """Yields what the records in a folder are like, and their labels."""
+    from vidjax.data import records
+    from vidjax.data.iqiyi_vid import load_labels
+
     if not (where / "manifest.json").exists():
-        yield (
-            WARNING,
-            (
-                f"records: not converted yet, or the files have changed: training converts them, "
-                f"or python -m vidjax.data.iqiyi_vid {folder}"
-            ),
-        )
+        yield WARNING, f"records: not converted yet, or the files have changed: {hint}"
         return
     found = records.load_index(where)
     problems = [*records.verify(found), *_sums(found.report), *_counts(found)]
@@ -215,7 +226,7 @@ def _converted(
         yield OK, f"records: '{where}': {len(shards)} shards, {_bytes(size)}, every sha256 agrees"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, _, report = load_labels(folder, found)
+        _, _, report = load_labels(truth(found), found)
     for warning in caught:
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():

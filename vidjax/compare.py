@@ -472,7 +472,7 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _html(runs: Sequence[Ranked], names: Sequence[str], found: Sequence[Difference]) -> str:
-    title = report._text(f"{' and '.join(names) if len(names) < 4 else f'{len(names)} runs'}")
+    title = report._text(f"{', '.join(names[:-1])} and {names[-1]}")
     sections = [
         ("summary", "Summary", _summary(runs, names, found)),
         ("identities", "Identities", _by_identity(runs, names)),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from vidjax import mesh as mesh_lib
 from vidjax.batch import Array, Batch, Frames, Packed, Rows
+from vidjax.data import blocks
 
 MODES = ("auto", "resident", "streaming")
 SHARE = 0.5  # of the free memory that clips may take
@@ -374,8 +375,7 @@ def _best_frames(packed: Packed, row: int, size: int) -> Packed:
     """Returns the best `size` frames of a clip by quality, in time order; of equals the earlier."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     fields = (packed.features, packed.quality, packed.detection, packed.number)
-    quality = np.where(np.isnan(packed.quality[clip]), -np.inf, packed.quality[clip])
-    chosen = np.sort(np.argsort(-quality, kind="stable")[:size])
+    chosen = blocks.best_frames(np.asarray(packed.quality[clip]), size)
     return _flat([field[clip][chosen] for field in fields])
 
 

@@ -1,0 +1,321 @@
+"""The notebooks of colab/: calls of vidjax and no logic, run from top to bottom, with outputs."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
+COLAB = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/colab"
+MOST_LINES = 17  # of a cell that is not the setup
+# What a hosted image brings, at versions above our lower bounds.
+HOSTED = {
+    "absl-py": "2.3.1",
+    "importlib_resources": "6.5.2",
+    "jax": "0.99.0",
+    "jaxlib": "0.99.0",
+    "matplotlib": "3.10.8",
+    "numpy": "2.2.6",
+    "scikit-learn": "1.6.1",
+    "tensorboard": "2.20.0",
+    "tensorflow": "2.20.0",
+    "tqdm": "4.67.1",
+}
+KEPT = ("jax", "jaxlib", "numpy", "tensorflow")
+
+notebooks = pytest.mark.parametrize("name", PATHS)
+
+
+def read(name):
+    """Returns a notebook, which nbformat finds to be valid."""
+    notebook: Any = nbformat.reads(PATHS[name].read_text(), as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_of(cell):
+    """Returns the code of a cell as Python: lines for IPython alone become `pass`."""
+    return re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
+
+
+def cells(name, *, setup=False):
+    """Returns the syntax trees of a notebook's code, the setup cell's or those of all others."""
+    code = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    return [ast.parse(code_of(cell)) for cell in code if (cell.id == "setup") == setup]
+
+
+def shown(cell):
+    """Yields the texts that a cell left."""
+    for output in cell.outputs:
+        yield output.get("text", "")
+        for kind, text in output.get("data", {}).items():
+            if not kind.startswith("image/"):
+                yield text if isinstance(text, str) else json.dumps(text)
+
+
+def test_there_are_three_notebooks():
+    assert set(PATHS) == {"quickstart", "your_own_features", "evaluate_checkpoint"}
+
+
+@notebooks
+def test_it_says_what_it_is_and_opens_in_colab(name):
+    notebook = read(name)
+    assert notebook.metadata.kernelspec.name == "python3"
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert f"({COLAB}/{name}.ipynb)" in first.source
+    assert len(first.source.splitlines()[-1]) > 80  # what it is about
+    text = [cell.cell_type for cell in notebook.cells]
+    assert text.count("markdown") * 2 >= text.count("code")
+    cited = re.findall(r"`(\w+\.ipynb)`", "".join(cell.source for cell in notebook.cells))
+    assert all(Path(one).stem in PATHS for one in cited)
+
+
+@notebooks
+def test_it_holds_no_logic(name):
+    logic = (
+        *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda),
+        *(ast.For, ast.AsyncFor, ast.While, ast.If, ast.IfExp, ast.Match, ast.Try, ast.With),
+    )
+    for tree in cells(name):
+        found = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, logic)]
+        assert not found, ast.unparse(tree)
+        assert len(ast.unparse(tree).splitlines()) <= MOST_LINES
+    (setup,) = cells(name, setup=True)
+    found = {type(node) for node in ast.walk(setup) if isinstance(node, logic)}
+    assert found == {ast.If}  # what to fetch, what to install
+
+
+def test_the_setup_is_the_same_everywhere():
+    setups = {ast.unparse(*cells(name, setup=True)) for name in PATHS}
+    assert len(setups) == 1
+
+
+def thing(module, name):
+    """Returns what `from module import name` gives."""
+    found = importlib.import_module(module)
+    return (
+        getattr(found, name)
+        if hasattr(found, name)
+        else importlib.import_module(f"{module}.{name}")
+    )
+
+
+@notebooks
+def test_what_it_uses_of_vidjax_exists(name):
+    names, used = {}, []
+    for tree in cells(name):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not [one for one in node.names if one.name.startswith("vidjax")]
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vidjax"):
+                found = {one.name: thing(node.module, one.name) for one in node.names}
+                names |= {one.asname or one.name: found[one.name] for one in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = names.get(node.value.id)
+                if isinstance(owner, types.ModuleType):
+                    used.append(f"{owner.__name__}.{node.attr}")
+                    assert hasattr(owner, node.attr), used[-1]
+    assert "vidjax.predict.restore" in used
+    text = "\n".join(cell.source for cell in read(name).cells)
+    paths = re.findall(r"configs/\w+\.py", text)
+    assert paths and all((ROOT / path).is_file() for path in paths)
+
+
+@notebooks
+def test_its_outputs_are_kept_and_tell_nothing_of_a_machine(name):
+    notebook = read(name)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    assert counts == list(range(1, len(code) + 1))
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
+    assert any(
+        "image/png" in o.get("data", {}) or "<iframe" in o.get("data", {}).get("text/html", "")
+        for cell in code
+        for o in cell.outputs
+    )
+    places = {str(Path.home()), "/home/", "/root/", "/tmp/", "/usr/", "/opt/", "/var/", "/work/"}
+    places |= {"site-packages", "Users/", "Traceback", "Warning"}
+    for cell in code:
+        assert not [o for o in cell.outputs if o.output_type == "error"]
+        assert "execution" not in cell.metadata
+        for text in shown(cell):
+            assert not [place for place in places if place in text], f"{cell.id}: {text[:500]}"
+    assert PATHS[name].stat().st_size < 1 << 20
+
+
+# What the setup cell asks of pip.
+
+
+def setup_code():
+    notebook = read("quickstart")
+    return next(code_of(cell) for cell in notebook.cells if cell.id == "setup")
+
+
+class Distribution:
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*names, modules=()):
+        commands = []
+        monkeypatch.setattr(metadata, "distributions", lambda: map(Distribution, names))
+        monkeypatch.setattr(metadata, "version", HOSTED.__getitem__)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in modules or None)
+        monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+        exec(compile(setup_code(), "setup", "exec"), {})
+        monkeypatch.undo()
+        return commands
+
+    return run
+
+
+def test_nothing_is_installed_where_vidjax_is(asked):
+    assert asked("pip", "vidjax", "tensorflow", modules=("tensorflow",)) == []
+
+
+def names_of(words):
+    return [re.split(r"[<>=;\[ ]", word)[0] for word in words]
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "tensorflow-cpu", "tf_nightly", None])
+def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked, name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = set(names_of(project["dependencies"]))
+    modules = ("tensorflow",) if name else ()
+    ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]), modules=modules)
+    assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]
+    words = words[4:]
+    kept = [word for word in words if "==" in word and ";" not in word]
+    assert kept == [
+        f"{one}=={HOSTED[one]}" for one in KEPT if one != "tensorflow" or name == "tensorflow"
+    ]
+    asked_for = set(names_of(words))
+    tensorflow = {"tensorflow", "tensorflow-cpu"}
+    assert asked_for - tensorflow == (own - tensorflow) | {"jaxlib"}
+    assert asked_for & tensorflow == (
+        tensorflow if name is None else {"tensorflow"} if name == "tensorflow" else set()
+    )
+
+
+def plain(name):
+    return name.lower().replace("_", "-")
+
+
+def write_distribution(folder, name, version):
+    """Writes what pip knows an installed distribution by."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (info / "METADATA").write_text(text)
+    (info / "INSTALLER").write_text("pip\n")
+    (info / "RECORD").write_text("")
+
+
+@pytest.mark.slow
+def test_a_hosted_image_keeps_what_it_brings(tmp_path):
+    """Of a hosted image there is the metadata alone, and a module `tensorflow`."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    words = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([python, "-c", words], capture_output=True, text=True, check=True)
+    packages = Path(done.stdout.strip())
+    for name, version in HOSTED.items():
+        write_distribution(packages, name, version)
+    (packages / "tensorflow").mkdir()
+    (packages / "tensorflow" / "__init__.py").touch()
+
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "setup.py").write_text(setup_code())
+    report = tmp_path / "report.json"
+    env = {**os.environ, "PIP_DRY_RUN": "1", "PIP_REPORT": str(report)}
+    env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_TIMEOUT": "15", "PIP_RETRIES": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [python, "setup.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500
+    )
+    if done.returncode and re.search(
+        "(?i)connection|resolve host|timed out|from versions: none", done.stderr
+    ):
+        pytest.skip("no package index")
+    assert done.returncode == 0, done.stderr
+    chosen = json.loads(report.read_text())["install"]
+    names = {plain(one["metadata"]["name"]) for one in chosen}
+    assert {"flax", "optax", "orbax-checkpoint", "tensorflow-datasets"} <= names
+    assert not names & {plain(name) for name in HOSTED}
+    assert not [name for name in names if re.fullmatch("(tensorflow|tf)-?(cpu|gpu|nightly)?", name)]
+
+
+# From a clean kernel.
+
+
+@pytest.mark.slow
+@notebooks
+def test_it_runs_from_top_to_bottom(name, cache_dir, tmp_path):
+    notebook: Any = read(name)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    where, given, done = tmp_path / "at", tmp_path / "given.ipynb", tmp_path / "done.ipynb"
+    where.mkdir()
+    shutil.copytree(ROOT / "configs", where / "configs")
+    nbformat.write(notebook, given)
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "VIDJAX_CACHE": str(cache_dir),
+        "PYTHONPATH": str(ROOT),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),  # no kernel of the user's own
+    }
+    # In a process of its own, whose event loop and sockets are none of this one's.
+    code = f"""
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read({str(given)!r}, as_version=4)
+client = NotebookClient(notebook, kernel_name="python3", timeout=600, allow_errors=True)
+try:
+    client.execute(cwd={str(where)!r})
+finally:
+    nbformat.write(notebook, {str(done)!r})
+"""
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    executed: Any = nbformat.read(done, as_version=4)
+    assert len(executed.cells) == len(notebook.cells)
+    for cell, kept in zip(executed.cells, read(name).cells, strict=True):
+        if cell.cell_type != "code":
+            continue
+        errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
+        assert not errors, f"{cell.id}: {errors}"
+        assert kinds(cell) == kinds(kept), cell.id
+        if "main([" in cell.source:
+            assert "0" in shown(cell), "".join(shown(cell))
+        assert "Warning" not in "".join(shown(cell)), "".join(shown(cell))
+
+
+def kinds(cell):
+    """Returns of what kinds the outputs of a cell are, but for what it printed."""
+    return [sorted(o.data) for o in cell.outputs if o.output_type != "stream"]

@@ -1,0 +1,137 @@
+"""The README's commands and worked examples, run as it prints them, with shorter trainings."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vidjax import main, ranking
+from vidjax.data import iqiyi_vid, synthetic
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+MAINS = {
+    "vidjax.main": main.main,
+    "vidjax.ranking": ranking.main,
+    "vidjax.data.iqiyi_vid": iqiyi_vid.main,
+    "vidjax.data.synthetic": synthetic.main,
+}
+SHORT = ("--config.num_epochs=1", "--config.eval.report=False")
+SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
+
+
+def commands():
+    """Returns the words of every `python -m vidjax...` that the README prints, in its order."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("#")[0].split("&&"):
+                if (words := shlex.split(command))[:2] == ["python", "-m"]:
+                    found.append(words[2:])
+    return found
+
+
+def example(name):
+    """Returns the code block of the README below `<!-- NAME -->`."""
+    pattern = rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```\n"
+    found = re.findall(pattern, README.read_text(), re.DOTALL)
+    assert len(found) == 1, f"README.md: {len(found)} blocks of `<!-- {name} -->`"
+    return found[0]
+
+
+def with_line(source, block):
+    """Returns `identifier.py` with the import and the line of the table where they belong."""
+    imported, entry = block.rstrip("\n").split("\n")
+    assert imported.startswith("from vidjax.models.")
+    assert re.fullmatch(r'    "\w+": \w+,', entry)
+    last = source.rindex("\nfrom vidjax.models.")
+    source = source[:last] + "\n" + imported + source[last:]
+    table = "_SYSTEMS: dict[str, Any] = {\n"
+    assert source.count(table) == 1
+    return source.replace(table, table + entry + "\n")
+
+
+@pytest.mark.slow
+def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("vidjax", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("configs/mine.py", "vidjax/models/mine.py"):
+        assert not (tree / name).exists()
+        (tree / name).write_text(example(f"example: {name}"))
+    table = tree / "vidjax" / "models" / "identifier.py"
+    table.write_text(with_line(table.read_text(), example("example: line")))
+
+    workdir = tmp_path / "run"
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "VIDJAX_CACHE": str(cache_dir),
+        "PYTHONPATH": str(tree),
+    }
+
+    def command(*words):
+        command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}"]
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads((workdir / "metrics.json").read_text())
+
+    results = command(
+        "--config=configs/mine.py:iqiyi_vid,face,head,audio",
+        f"--config.data.dir={official_dir}",
+        "--config.batch_size=32",
+        "--config.num_epochs=20",
+        "--config.optim.learning_rate=0.01",
+        "--config.ensemble.folds=2",
+    )
+    # A classifier with its bias a modality, 13 columns, and the three weights.
+    assert results["num_params"] == (24 + 16 + 8 + 3) * 13 + 3
+    assert results["map"] > 0.8
+    assert command("--mode=evaluate")["map"] == results["map"]
+
+
+@pytest.mark.slow
+def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    synthetic.main(["PATH"])
+    runpy.run_path(write("features.py"))
+    found = commands()
+    assert len(found) > 12
+    for module, *words in found:
+        if words == ["--config=configs/mine.py"]:
+            continue  # below
+        if "--mode=" not in " ".join(words) and module == "vidjax.main":
+            words += SHORT + (SMALL if "mma.py:iqiyi_vid" in words[0] else ())
+        assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
+    assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
+
+
+def write(name):
+    """Writes a program of the section on own features and returns its path."""
+    Path(name).write_text(example(f"own: {name}"))
+    return name
+
+
+@pytest.mark.slow
+def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    runpy.run_path(write("features.py"))
+    words = shlex.split(example("own: train").replace("\\\n", " "))[3:]
+    assert main.main([*words, "--config.eval.report=False"]) == 0
+    assert json.loads(Path("runs/own/metrics.json").read_text())["map"] > 0.5
+    found = runpy.run_path(write("memory.py"))
+    assert len(found["ranked"]) == 20 and found["scores"].shape == (1, 20)
+    best = max(found["ranked"], key=lambda identity: found["ranked"][identity][0][1])
+    assert best == "person_7"
+    assert found["vectors"].shape[0] == 1
