@@ -141,13 +141,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for word in own:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in (*FLAGS, "-h"):
-            name = flag.lstrip("-")
-            known = [
-                *FLAGS,
-                *(f"--config.{field}" for field, _ in config_lib.fields(config_lib.default())),
+            name, fields = flag.lstrip("-"), dict(config_lib.fields(config_lib.default()))
+            close = difflib.get_close_matches(f"--{name}", FLAGS, n=1) or [
+                f"--config.{field}"
+                for field in fields
+                if field.rsplit(".", 1)[-1] == name or difflib.get_close_matches(name, [field])
             ]
-            close = difflib.get_close_matches(f"--{name}", FLAGS, n=1)
-            close = close or difflib.get_close_matches(f"--config.{name}", known, n=1, cutoff=0.8)
             hint = f": did you mean {close[0]}?" if close else "; --help lists them"
             raise ValueError(f"no flag {flag}{hint}")
     args, strays = parser.parse_known_args(own)

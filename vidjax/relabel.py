@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from vidjax import fusion, members, steps
 from vidjax import mesh as mesh_lib
+from vidjax import workdir as workdir_lib
 from vidjax.batch import Frames
 from vidjax.config import Config
 from vidjax.data import noise
@@ -157,7 +158,7 @@ class Relabeller:
         self, step: int, old: np.ndarray, new: np.ndarray, predicted: np.ndarray, of: np.ndarray
     ) -> None:
         clips, identities = self._membership.clips, self._data.identities
-        with open(self._path, "a") as file:
+        with open(self._path, "ab", buffering=0) as file:
             for number, rows in enumerate(of):
                 counts = noise.audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout
@@ -167,4 +168,4 @@ class Relabeller:
                     for clip in np.flatnonzero(old[number] != new[number])
                 }
                 line = {"step": step, "member": number, **counts, "now_mirrors": moved}
-                file.write(json.dumps(line) + "\n")
+                workdir_lib.append(file, (json.dumps(line) + "\n").encode())
