@@ -235,7 +235,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     try:
         values(argv)
     except (flags.Error, ValueError, TypeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        said = str(error).splitlines()[0]
+        for name, word in words.items():
+            if "invalid literal" in said and word.split("=", 1)[1] in said:
+                said = f"{word}: wants a number such as {known[name]}"
+        raise ValueError(said) from error
     changed = values["config"].value
     for name, value in fields(changed):
         if isinstance(value, float) and math.isnan(value):

@@ -143,7 +143,12 @@ def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: i
       labels: [N] int, class columns.
       folds: how many; 0 for none.
       seed: of folds and samples.
+
+    Raises:
+      ValueError: more folds than clips.
     """
+    if folds > len(labels):
+        raise ValueError(f"config.ensemble.folds={folds}: only {len(labels)} clips to train on")
     fold = stratified_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [
         bootstrap_counts(labels, member.bootstrap, seed)

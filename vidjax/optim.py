@@ -46,7 +46,7 @@ def make_piecewise(
     try:
         table = np.asarray(points, np.float32)
     except (ValueError, TypeError):
-        table = np.empty(0)
+        table = np.empty((0, 0), np.float32)
     if table.ndim != 2 or table.shape[1] != 2 or not np.all(np.isfinite(table)):
         raise ValueError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
     epochs, values = table.T

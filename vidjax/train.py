@@ -156,6 +156,8 @@ def train(
                 logs.metrics(step, {"split": config.eval.split, **scores})
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
+                if "map" in scores:
+                    progress.keep(f"MAP {scores['map']:.4f}")
                 save(state, **scores, evaluated=True)
                 interruption.at_once = False
                 return evaluation

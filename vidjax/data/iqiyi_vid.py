@@ -242,8 +242,18 @@ def prepare(
         raise FileNotFoundError(
             f"{source_dir}: no feature pickles here: looked for\n"
             "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
+            + _hint(source_dir)
         )
     return convert(_of_pickles(sources), cache_dir, non_finite=non_finite)
+
+
+def _hint(source_dir: Path) -> str:
+    """Returns where the pickles may be that a directory lacks, as a line or nothing."""
+    for inner in sorted(source_dir.glob("*/*_train*.pickle")):
+        return f"\nthey are in {inner.parent}: --config.data.dir={inner.parent}"
+    for packed in sorted([*source_dir.glob("*.zip"), *source_dir.glob("*.tar*")]):
+        return f"\nunpack {packed.name} first"
+    return ""
 
 
 def convert(

@@ -222,9 +222,11 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def _files(directory: str | os.PathLike[str]) -> list[Path]:
     directory = Path(directory)
     if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such directory")
+        raise FileNotFoundError(f"{directory}: no such directory; is config.data.dir right?")
     if not directory.is_dir():
-        raise NotADirectoryError(f"{directory}: not a directory")
+        raise NotADirectoryError(
+            f"{directory}: not a directory; name the folder that holds the files"
+        )
     return [path for path in directory.iterdir() if path.is_file() and path.name[0] != "."]
 
 

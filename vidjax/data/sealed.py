@@ -27,7 +27,7 @@ _OTHER_FILES = {
     b"\x1f\x8b": "compressed by gzip",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
-    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded",
+    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded (git lfs pull)",
     b"<!doctype html": "a web page",
     b"<html": "a web page",
 }
