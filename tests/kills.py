@@ -52,7 +52,7 @@ SAME_FILES = (
     "noise.jsonl",
     "ranking.txt",
 )
-MEASURED = re.compile("seconds|per_second")  # of metrics.json, what no two runs share
+MEASURED = re.compile("seconds|per_second|^command$")  # of metrics.json: what no two runs share
 
 SMALL = (
     "--config.batch_size=32",
