@@ -410,7 +410,7 @@ def _summarise(
     rows = [("workdir", _shown(workdir))]
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
-        kind = split if kind == "val" else f"{split}, {kind}"
+        kind = split if kind in ("val", split) else f"{split}, {kind}"
         rows.append(("MAP@100", f"{results['map']:.4f} on {kind}; top-1 {results['top1']:.4f}"))
     else:
         rows.append(("MAP@100", f"none: {split} has no ground truth and is ranked, not scored"))

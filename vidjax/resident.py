@@ -397,7 +397,10 @@ class _Filler:
         self._total = num_frames
         self._held = self._done = 0
         zeros = jax.jit(
-            lambda: [jnp.zeros((num_frames + 1, *shape), dtype) for shape, dtype in fields],
+            lambda: [
+                jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
+                for shape, dtype in fields
+            ],
             out_shardings=mesh_lib.replicated(mesh),
         )
         self._arrays = zeros()
