@@ -25,7 +25,7 @@ MAINS = {
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }
-SHORT = ("--config.num_epochs=1", "--config.eval.report=False")
+SHORT = ("--config.num_epochs=0.3", "--config.eval.report=False")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
 
