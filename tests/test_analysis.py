@@ -11,6 +11,8 @@ from vidjax import analysis, evaluate, metrics, ranking, report, train
 from vidjax import config as config_lib
 from vidjax.data import pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
@@ -95,7 +97,6 @@ def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
     assert not (tmp_path / "analysis.npz").exists()
 
 
-@pytest.mark.slow
 def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
     whole = report.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
@@ -127,7 +128,6 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
     assert "robustness" not in facts
 
 
-@pytest.mark.slow
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     config = shrunk("--config.ensemble.seeds=2", spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)

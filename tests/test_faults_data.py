@@ -94,6 +94,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     return Refused(capsys)
 
 
+@pytest.mark.slow
 def test_the_program_says_one_thing_about_a_bad_file(official: Path) -> None:
     clips = clips_of("train", 20)
     clips["train007"] = random_clip(np.random.default_rng(0), 2, DIM + 1)

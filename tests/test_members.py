@@ -166,6 +166,7 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
     assert len([word for word in lines if word.endswith(".mp4")]) == 12 * only["num_clips"]
 
 
+@pytest.mark.slow
 def test_scores_of_all_members_never_exist_at_once(data, everyone, monkeypatch):
     folder, _ = everyone
     mesh = mesh_lib.make_mesh(1)

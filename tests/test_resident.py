@@ -656,6 +656,7 @@ def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     assert_same_runs(parts, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_evaluation_from_the_records_gives_the_same_ranking(data, whole):
     ranking = (whole / "ranking.txt").read_bytes()
     wanted = json.loads((whole / "metrics.json").read_text())

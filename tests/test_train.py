@@ -287,6 +287,7 @@ def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
         evaluate_lib.evaluate(other, tmp_path, data, num_devices=1)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
     config = shrunk(
         "--config.optim.name=sgd",
@@ -300,6 +301,7 @@ def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
     assert not checkpoint.manifests(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("balance", [0.0, 0.5])
 def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance):
     """The logged loss of one step over all clips, against numpy in float64."""
