@@ -257,7 +257,7 @@ def test_the_command_line(runs, load, tmp_path, capsys):
     assert main([*words, given, "--config.join.weights=(1,3)"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     results = json.loads((out / "metrics.json").read_text())
-    assert f"{results['map']:.4f} (val)" in said
+    assert f"{results['map']:.4f} on val" in said
     assert [one["weight"] for one in results["runs"]] == [1, 3]
 
     assert main([*words, "--config.eval.split=test"]) == 0, capsys.readouterr().err

@@ -26,6 +26,7 @@ MAINS = {
     "vidjax.data.synthetic": synthetic.main,
 }
 SHORT = ("--config.num_epochs=0.3", "--config.eval.report=False")
+FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
 
@@ -112,6 +113,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
             continue  # below
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
             words += SHORT + (SMALL if "mma.py:iqiyi_vid" in words[0] else ())
+            if "ensemble" in " ".join(words):
+                words += FEW
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +31,18 @@ def results(vidjax_command, workdir, *words):
     return json.loads((workdir / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, seed):
-    """The first command of the README, with another seed of everything."""
-    seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
+def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir):
+    """The first command of the README; it has other seeds, too."""
 
     def score(spec):
         name = spec.replace("/", "-").replace(":", "-")
-        return results(vidjax_command, tmp_path / name, f"--config={spec}", *seeds)["map"]
+        return results(vidjax_command, tmp_path / name, f"--config={spec}")["map"]
 
     whole = score("configs/mma.py")
-    others = {spec: score(spec) for spec in ("configs/knn.py", "configs/mma.py:face")}
-    if seed == 0:  # the weak ones are far below: once is enough
-        for modality in ("head", "body", "audio"):
-            spec = f"configs/mma.py:{modality}"
-            others[spec] = score(spec)
+    parts = [f"configs/mma.py:{name}" for name in ("face", "head", "body", "audio")]
+    others = {spec: score(spec) for spec in ("configs/knn.py", *parts)}
     assert whole > max(others.values()), (whole, others)
+    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
@@ -76,34 +70,6 @@ def test_real_clips(vidjax_command, tmp_path):
     lines = (tmp_path / "ranking_test.txt").read_text().splitlines()
     assert len(lines) == 413
     assert all(len(line.split()) == 101 for line in lines)
-
-
-def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
-    """A real SIGINT to a real process, whenever it comes, costs nothing but time."""
-    words = ("--config=configs/mma.py", "--config.num_epochs=20", "--config.log_every_steps=7")
-    results(vidjax_command, tmp_path / "whole", *words)
-    command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={tmp_path / 'parts'}"]
-    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
-    log = tmp_path / "parts" / "metrics.jsonl"
-
-    def num_lines():
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    for _ in range(2):
-        lines = num_lines()
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and num_lines() <= lines:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 130, said
-        assert "the same command goes on" in said
-        assert not (tmp_path / "parts" / "metrics.json").exists()
-    results(vidjax_command, tmp_path / "parts", *words)
-    for name in ("metrics.jsonl", "ranking.txt"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (tmp_path / "parts" / name).read_bytes() == whole
-    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
 FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
