@@ -7,9 +7,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -68,3 +69,23 @@ def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess
         )
 
     return run
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
+    """Mounts a file system of its own with some options; None where that may not be done."""
+    with contextlib.ExitStack() as stack:
+
+        def mount(options: str) -> Path | None:
+            place = tmp_path / "mounted"
+            place.mkdir()
+            for sudo in ((), ("sudo", "-n")):
+                words = [*sudo, "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+                with contextlib.suppress(FileNotFoundError):
+                    if subprocess.run(words, capture_output=True).returncode == 0:
+                        unmount = [*sudo, "umount", str(place)]
+                        stack.callback(subprocess.run, unmount, check=True)
+                        return place
+            return None
+
+        yield mount

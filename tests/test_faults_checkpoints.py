@@ -5,7 +5,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import warnings
 
 import jax
@@ -476,18 +475,9 @@ def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, part
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mounted):
     """A file system of its own, of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    for sudo in ((), ("sudo", "-n")):
-        mount = [*sudo, "mount", "-t", "tmpfs", "-o", "size=16m,mode=777", "tmpfs", str(place)]
-        with contextlib.suppress(FileNotFoundError):
-            if subprocess.run(mount, capture_output=True).returncode == 0:
-                yield place
-                subprocess.run([*sudo, "umount", str(place)], check=True)
-                return
-    pytest.skip("no file system may be mounted here")
+    return mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
 
 
 @pytest.mark.slow

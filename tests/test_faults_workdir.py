@@ -19,18 +19,9 @@ from vidjax.logs import Logs, keep_until
 
 
 @pytest.fixture
-def read_only(tmp_path):
-    """A file system of its own that cannot be written, not even by root."""
-    place = tmp_path / "read_only"
-    place.mkdir()
-    for sudo in ((), ("sudo", "-n")):
-        mount = [*sudo, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)]
-        with contextlib.suppress(FileNotFoundError):
-            if subprocess.run(mount, capture_output=True).returncode == 0:
-                yield place
-                subprocess.run([*sudo, "umount", str(place)], check=True)
-                return
-    yield None
+def read_only(mounted):
+    """A file system of its own that cannot be written, not even by root; None without one."""
+    return mounted("ro")
 
 
 @pytest.mark.parametrize(

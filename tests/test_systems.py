@@ -31,16 +31,21 @@ def results(vidjax_command, workdir, *words):
     return json.loads((workdir / "metrics.json").read_text())
 
 
-def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir):
-    """The first command of the README; it has other seeds, too."""
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir, seed):
+    """The first command of the README, with another seed of everything."""
+    seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
 
     def score(spec):
         name = spec.replace("/", "-").replace(":", "-")
-        return results(vidjax_command, tmp_path / name, f"--config={spec}")["map"]
+        return results(vidjax_command, tmp_path / name, f"--config={spec}", *seeds)["map"]
 
     whole = score("configs/mma.py")
-    parts = [f"configs/mma.py:{name}" for name in ("face", "head", "body", "audio")]
-    others = {spec: score(spec) for spec in ("configs/knn.py", *parts)}
+    others = {spec: score(spec) for spec in ("configs/knn.py", "configs/mma.py:face")}
+    if seed == 0:  # the weak ones are far below: once is enough
+        for modality in ("head", "body", "audio"):
+            spec = f"configs/mma.py:{modality}"
+            others[spec] = score(spec)
     assert whole > max(others.values()), (whole, others)
     assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 

@@ -477,32 +477,12 @@ def _html(runs: Sequence[Ranked], names: Sequence[str], found: Sequence[Differen
         ("summary", "Summary", _summary(runs, names, found)),
         ("identities", "Identities", _by_identity(runs, names)),
     ]
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{text}</h2>'
-        f"{''.join(parts)}</section>\n"
-        for key, text, parts in sections
+    return report.page(
+        f"Comparison of {title}",
+        sections,
+        footer="Made by vidjax from the results of these runs. It holds names of\n"
+        "identities, and no feature.",
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>Comparison of {title}</title>
-<style>{report.CSS}</style>
-</head>
-<body>
-<header><h1>Comparison of {title}</h1></header>
-<main>
-{body}</main>
-<footer><p class="muted">Made by vidjax from the results of these runs. It holds names of
-identities, and no feature.</p></footer>
-</body>
-</html>
-"""
 
 
 def _summary(

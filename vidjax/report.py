@@ -211,14 +211,38 @@ def render(run: Run) -> str:
         ("ensemble", "Ensemble", _ensemble),
         ("data", "Data", _data),
     ]
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>'
-        f"{''.join(make(run))}</section>\n"
-        for key, title, make in sections
-    )
+    made = [(key, title, make(run)) for key, title, make in sections]
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in made)
     name, model = run.folder.name, _model(run)
-    title = _text(name if name == model else f"{name}: {model}")
+    return page(
+        _text(name if name == model else f"{name}: {model}"),
+        made,
+        nav=f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n',
+        footer="Made by vidjax from the files of this run. It holds names of clips and\n"
+        "identities, and no feature.",
+    )
+
+
+def page(
+    title: str,
+    sections: Sequence[tuple[str, str, Sequence[str]]],
+    *,
+    nav: str = "",
+    footer: str,
+) -> str:
+    """Returns a whole page of HTML that asks for nothing and runs nothing.
+
+    Args:
+      title: as HTML, like all that follows.
+      sections: (identifier, heading, parts).
+      nav: what stands above them.
+      footer: what stands below.
+    """
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{heading}</h2>'
+        f"{''.join(parts)}</section>\n"
+        for key, heading, parts in sections
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -233,11 +257,9 @@ def render(run: Run) -> str:
 </head>
 <body>
 <header><h1>{title}</h1></header>
-<nav aria-label="Contents"><ul>{links}</ul></nav>
-<main>
+{nav}<main>
 {body}</main>
-<footer><p class="muted">Made by vidjax from the files of this run. It holds names of clips and
-identities, and no feature.</p></footer>
+<footer><p class="muted">{footer}</p></footer>
 </body>
 </html>
 """
