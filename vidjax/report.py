@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,7 +225,7 @@ def render(run: Run) -> str:
 
 def page(
     title: str,
-    sections: Sequence[tuple[str, str, Sequence[str]]],
+    sections: Iterable[tuple[str, str, Iterable[str]]],
     *,
     nav: str = "",
     footer: str,
