@@ -97,21 +97,23 @@ def test_equals_a_full_sort_when_identities_take_several_chunks(monkeypatch):
 @pytest.mark.parametrize("name", STREAMS)
 def test_equals_a_full_sort_where_few_rows_are_looked_into(name, monkeypatch):
     monkeypatch.setattr(ranking, "GROUP", 4)
-    monkeypatch.setattr(ranking, "MOST_GROUPS", 3)
+    monkeypatch.setattr(ranking, "MOST_GROUPS", (1, 3))
     rng = np.random.default_rng(1)
     scores = STREAMS[name](rng.standard_normal((1500, C), np.float32), rng).astype(np.float32)
     clip_index = rng.permutation(1500).astype(np.int32)
-    top, few = ranking.init_top(C, K), []
+    top, most = ranking.init_top(C, K), []
     update = jax.jit(lambda top, block: ranking.update_top(top, [block]))
     for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
         rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
         least = np.min(top.scores, axis=1)
-        few.append(bool(np.all(np.sum(rows >= least, axis=0) <= 3)))
+        most.append(np.max(np.sum(rows >= least, axis=0)))
         top = update(top, block)
     assert_exact(ranking.finish_top(top), full_sort(scores, clip_index, K))
-    assert not few[0]
+    assert most[0] > 3
     if name in ("random", "descending"):
-        assert any(few), "rows were never left out"
+        assert min(most) <= 1, "rows were never left out"
+    if name == "random":
+        assert 2 in most or 3 in most
 
 
 def test_a_tie_of_two_over_the_last_place():

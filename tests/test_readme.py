@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ MAINS = {
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }
+KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
 SHORT = ("--config.num_epochs=0.3", "--config.eval.report=False")
 FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
@@ -59,6 +61,38 @@ def with_line(source, block):
     table = "_SYSTEMS: dict[str, Any] = {\n"
     assert source.count(table) == 1
     return source.replace(table, table + entry + "\n")
+
+
+def links():
+    """Returns (page, target) of every link in the README and in the cells of the notebooks."""
+    pages = {"README.md": README.read_text()}
+    for path in sorted((ROOT / "colab").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] != "code")
+        pages[f"colab/{path.name}"] = text
+    found = []
+    for page, text in pages.items():
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
+        found += [(page, target) for target in targets]
+    return found
+
+
+def test_links_lead_somewhere():
+    found = links()
+    assert len(found) > 8
+    headings = re.findall(r"^#+ (.*)$", README.read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in headings}
+    blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
+    for page, target in found:
+        if target.startswith("#"):
+            assert target[1:] in anchors, (page, target)
+        elif target.startswith(blob):  # the notebook itself
+            assert target.removeprefix(blob) == page
+        elif target.startswith("https://"):
+            assert urllib.parse.urlsplit(target).netloc in KNOWN_HOSTS, (page, target)
+        else:
+            assert ((ROOT / page).parent / target).exists(), (page, target)
 
 
 @pytest.mark.slow

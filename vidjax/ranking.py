@@ -10,6 +10,7 @@ of clip names.
 
 import argparse
 import codecs
+import functools
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ NO_CLIP = np.iinfo(np.int32).max  # the index of an empty place: sorts after eve
 MAX_NAMES = 100  # clips an identity may list in a submission
 CHUNK = 256  # identities merged at a time: their scores stay in a CPU's cache
 GROUP = 8  # rows that are looked at together
-MOST_GROUPS = 32  # of them that are looked into
+MOST_GROUPS = (32, 128)  # of them that are looked into: the first of these that is enough
 
 
 class TopK(NamedTuple):
@@ -168,23 +169,31 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
     found by the best of every 8 rows, and only they are sorted, where no identity has too many.
     """
     num_groups = len(rows) // GROUP
+    sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
 
     def of_all() -> TopK:
         return _select(old, jnp.concatenate([old.scores.T, rows]).T, clips[None])
 
-    if len(rows) % GROUP or num_groups <= 4 * MOST_GROUPS:
+    if len(rows) % GROUP or not sizes:
         return of_all()
     best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
     # An equal score may enter by its clip index.
-    counts = jnp.sum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+    seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+    counts = seen[:, -1]
 
-    def of_few() -> TopK:
-        _, groups = lax.top_k(best, MOST_GROUPS)
+    def of_few(size: int) -> TopK:
+        number = jnp.arange(1, size + 1)
+        # Where the count of groups reaches a number is the group of that number.
+        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(seen)
+        groups = jnp.minimum(groups, num_groups - 1)
         chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
-        scores = rows[chosen, jnp.arange(len(chosen))[:, None]]
-        return _select(old, jnp.concatenate([old.scores, scores], axis=1), clips[chosen])
+        real = jnp.repeat(number <= counts[:, None], GROUP, axis=1)
+        scores = jnp.where(real, rows[chosen, jnp.arange(len(chosen))[:, None]], -jnp.inf)
+        chosen_clips = jnp.where(real, clips[chosen], NO_CLIP)
+        return _select(old, jnp.concatenate([old.scores, scores], axis=1), chosen_clips)
 
-    return lax.cond(jnp.max(counts) <= MOST_GROUPS, of_few, of_all)
+    enough = jnp.searchsorted(jnp.array(sizes), jnp.max(counts))
+    return lax.switch(enough, [*(functools.partial(of_few, size) for size in sizes), of_all])
 
 
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:

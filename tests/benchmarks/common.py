@@ -235,10 +235,13 @@ def describe() -> str:
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
 def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Writes a Markdown table, at once."""
-    lines = [header, ["---"] * len(header), *rows]
-    for line in lines:
-        sys.stdout.write("| " + " | ".join(str(cell) for cell in line) + " |\n")
-    sys.stdout.write("\n")
+    sys.stdout.write(markdown(header, rows) + "\n")
     sys.stdout.flush()
