@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import logging
 import os
 import shlex
@@ -476,4 +477,6 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # what lives to the end is not looked through once more: over a second, otherwise
+    sys.exit(exit_code)

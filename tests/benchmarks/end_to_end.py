@@ -88,6 +88,7 @@ def main() -> None:
         f"--config.num_epochs={args.epochs}",
         f"--config.batch_size={args.batch_size}",
         "--config.eval.every_epochs=0",
+        "--config.eval.report=False",  # of which PyTorch has no like
     ]
     theirs = ["tests.benchmarks.peer", str(folder), f"--epochs={args.epochs}"]
     theirs += [f"--batch_size={args.batch_size}", f"--checkpoint={folder / 'checkpoint.pt'}"]
