@@ -133,6 +133,7 @@ class Ranking:
         scores, clip_index, batch_mask = self._waiting[-1]
         missing = -(-self._rows // len(scores)) - len(self._waiting)
         empty = (scores, clip_index, batch_mask & False)
+        jax.block_until_ready(self._top)  # not the scores of many merges that are still to come
         self._top = _update(self._top, [*self._waiting, *[empty] * missing])
         self._waiting = []
 

@@ -1,5 +1,6 @@
 """Scores of every clip of a split by trained systems, and what they are worth."""
 
+import collections
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,32 @@ class _Tally:
         return top, value
 
 
+class _Best:
+    """Brings what `_best` found, block by block, to the host: to where the clips have their place.
+
+    Nothing small is left behind between the large arrays of an evaluation, whose memory would be
+    broken up by it, more with every clip.
+    """
+
+    def __init__(self, split: Any, pool: np.ndarray):
+        best = np.full(len(pool), -np.inf, np.float32)
+        self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
+        self._known = split.labels > 0
+        self._waiting: collections.deque[tuple[Array, ...]] = collections.deque()
+
+    def add(self, value: Array, right: Array, block: Batch) -> None:
+        self._waiting.append((value, right, block.clip_index, block.batch_mask))
+
+    def take(self, but: int = 0) -> None:
+        """Waits for all blocks but the last few."""
+        while len(self._waiting) > but:
+            value, right, clip_index, mask = map(np.asarray, self._waiting.popleft())
+            real = mask & self.clips.pool[clip_index]
+            value, right, clip_index = value[real], right[real], clip_index[real]
+            self.clips.best[clip_index] = value
+            self.clips.right[clip_index] = right & self._known[clip_index] & (value > -np.inf)
+
+
 def score(
     contenders: Sequence[Contender],
     split_name: str,
@@ -161,7 +188,7 @@ def score(
     joined = len(entries) > 1
     for entry in entries:
         entry.keep_tallies(num_identities, pool, whole=joined, each_member=each_member)
-    best: list[tuple[Array, ...]] = []
+    best = _Best(split, pool)
     labels = mesh_lib.replicate(mesh, jnp.asarray(split.labels))
 
     began = time.monotonic()
@@ -180,16 +207,16 @@ def score(
                 scores = scores[0]
             for block, of_block in zip(blocks, scores, strict=True):
                 whole.add(of_block, block)
-                best.append((*_best(of_block, labels, block.clip_index), *block[1:]))
-            # One window behind, so that the devices never wait for the host.
-            jax.block_until_ready(best[max(len(best) - 1 - len(blocks), 0)])
+                best.add(*_best(of_block, labels, block.clip_index), block)
+            best.take(but=len(blocks))  # a window behind, so that the devices never wait
             progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
         progress.close()
         top, value = whole.finish(split)
     seconds = time.monotonic() - began - compiling.seconds
 
-    clips = _clip_scores(best, split, pool)
+    best.take()
+    clips = best.clips
     results: dict[str, Any] = {}
     if value is not None:
         kind = split_name if all(entry.use.all() for entry in entries) else "out_of_fold"
@@ -387,19 +414,6 @@ def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
     """Returns [B] the best score, and whether it is that of the clip's own identity."""
     return jnp.max(scores, axis=1), steps.is_best(scores, labels[clip_index] - 1)
-
-
-def _clip_scores(best: Sequence[tuple[Array, ...]], split: Any, pool: np.ndarray) -> ClipScores:
-    """Returns by clip what `_best` found block by block."""
-    value, right, clip_index, batch_mask = (
-        np.concatenate([np.asarray(x) for x in part]) for part in zip(*best, strict=True)
-    )
-    real = batch_mask & pool[clip_index]
-    value, right, clip_index = value[real], right[real], clip_index[real]
-    clips = ClipScores(pool, np.full(len(pool), -np.inf, value.dtype), np.zeros(len(pool), bool))
-    clips.best[clip_index] = value
-    clips.right[clip_index] = right & (split.labels[clip_index] > 0) & (value > -np.inf)
-    return clips
 
 
 def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ Needs jax, flax and optax only, and fills its arrays on the device, so that it r
 neither TensorFlow nor a dataset.
 """
 
+import ctypes
 import gc
 import math
 import resource
@@ -224,6 +225,7 @@ def memory_added(function: Callable[[], Any]) -> tuple[int, int]:
         return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = read("VmRSS:")
     function()
