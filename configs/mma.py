@@ -45,6 +45,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "map_norm": True,  # ours: .87 -> .90 on real clips
             "attention": "concat" not in words,  # paper
             "gram_dim": 64,  # paper
+            "gram_scale": 1.0,  # paper
             "gamma": 0.05,  # paper
             "train_gamma": False,  # ours
             "gate": False,  # ours

@@ -67,10 +67,8 @@ def test_killed_evaluations_change_nothing(campaign, undisturbed):
 
 
 @pytest.mark.slow
-def test_signals_end_the_command_as_they_should(campaign, disturbed):
+def test_signals_end_the_command_as_they_should(disturbed):
     """Before the first step at once, then after a checkpoint, at once again with the second."""
-    if not campaign:
-        pytest.skip("with --campaign")
     run = disturbed("mma", "streaming")
     before = [("start", signal.SIGINT), ("conversion", signal.SIGTERM), ("compile", signal.SIGTERM)]
     for moment, signum in before:

@@ -43,10 +43,10 @@ def netvlad_oracle(params, features, mask, reduce):
     return out
 
 
-def attention_oracle(kernel, x, gamma):
+def attention_oracle(kernel, x, gamma, scale=1.0):
     """Equations 1-3 of the paper with X in R^{D x M}, for one clip."""
     f = kernel.T @ x
-    z = f.T @ f
+    z = scale * f.T @ f
     y = np.zeros_like(z)
     for j in range(z.shape[1]):
         for i in range(z.shape[0]):
@@ -124,12 +124,13 @@ def test_netvlad_ignores_the_order_of_frames_and_padding():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
 
 
-def test_attention_matches_the_paper():
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_attention_matches_the_paper(scale):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x = rng.standard_normal((3, 6, 8))
         mask = np.ones((3, 6), bool)
-        model = MultimodalAttention(dim=4, gamma=0.05, train_gamma=True, dtype=jnp.dtype("float64"))
+        model = MultimodalAttention(4, scale, 0.05, train_gamma=True, dtype=jnp.dtype("float64"))
         params = init(model, x, mask)["params"]
 
         @jax.jit
@@ -140,7 +141,7 @@ def test_attention_matches_the_paper():
         y = np.asarray(state["intermediates"]["attention"][0])
         np.testing.assert_allclose(y.sum(axis=1), 1, atol=1e-12)
         for b in range(3):
-            expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05)
+            expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05, scale)
             np.testing.assert_allclose(out[b], expected.T, atol=1e-6)
             np.testing.assert_allclose(y[b], expected_y, atol=1e-6)
         check_gradients(lambda p, x: forward(p, x)[0], params, x)

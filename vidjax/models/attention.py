@@ -17,6 +17,8 @@ class MultimodalAttention(nn.Module):
 
     Attributes:
       dim: width of the space in which correlation is taken (the paper's D~).
+      scale: of the Gram matrix (ours; 1 in the paper). Vectors of one length, as a LayerNorm makes
+        them, are most like themselves: without a small scale Y is then the identity.
       gamma: strength of the attention.
       train_gamma: True to learn gamma, from `gamma` on (ours).
       dtype: of the matrix products; the softmax is in float32 at least, as the parameters.
@@ -25,6 +27,7 @@ class MultimodalAttention(nn.Module):
     """
 
     dim: int = 64
+    scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -48,6 +51,7 @@ class MultimodalAttention(nn.Module):
         )(x)  # [B, M, D~]
         z = jnp.einsum("bid,bjd->bij", f, f, preferred_element_type=param_dtype)  # [B, M, M]
         pairs = mask[:, :, None] & mask[:, None, :]
+        z = z * self.scale
         # A softmax over nothing is NaN in the gradient too; a masked score far below the others
         # gives the same zeros without.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)

@@ -27,6 +27,7 @@ class MultimodalIdentifier(nn.Module):
       num_face_vectors: vectors of the feature map that come from `face`, each by a map of its own.
       attention: False to concatenate the feature map without attention (the paper's table 3).
       gram_dim: D~ of the attention.
+      gram_scale: of the Gram matrix (ours).
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
       gate: True to multiply every vector of the feature map by a learned sigmoid of it.
@@ -55,6 +56,7 @@ class MultimodalIdentifier(nn.Module):
     num_face_vectors: int = 3
     attention: bool = True
     gram_dim: int = 64
+    gram_scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
     gate: bool = False
@@ -138,7 +140,12 @@ class MultimodalIdentifier(nn.Module):
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
             x = MultimodalAttention(
-                self.gram_dim, self.gamma, self.train_gamma, self.dtype, name="attention_map"
+                self.gram_dim,
+                self.gram_scale,
+                self.gamma,
+                self.train_gamma,
+                self.dtype,
+                name="attention_map",
             )(x, jnp.concatenate(vector_mask, axis=1))
         x = x.reshape(x.shape[0], -1)
         return Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
