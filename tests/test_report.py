@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.small_runs import shrunk
-from vidjax import analysis, report, train
+from vidjax import analysis, page, report, train
 from vidjax import main as main_lib
 from vidjax.data import pipeline
 
@@ -293,7 +293,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("dress", [0, 1])
 def test_contrast_is_enough(dress):
-    roots = re.findall(r":root \{(.*?)\}", report.CSS, re.DOTALL)
+    roots = re.findall(r":root \{(.*?)\}", page.CSS, re.DOTALL)
     colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[dress]))
     for name in ("ink", "muted", "link"):
         assert contrast(colours[name], colours["back"]) >= 4.5, name

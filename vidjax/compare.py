@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import report
+from vidjax import page, report
 from vidjax import workdir as workdir_lib
 
 RESAMPLES = 10_000
@@ -104,7 +104,7 @@ def compare(
     names = _short([run.name for run in runs])
     contents = (_markdown(runs, found), _csv(runs, names), _html(runs, names, found))
     for file, content in zip(FILES, contents, strict=True):
-        workdir_lib.write_text(out / file, report._plain(content))
+        workdir_lib.write_text(out / file, page.plain(content))
     return _printed(runs, found)
 
 
@@ -472,12 +472,12 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _html(runs: Sequence[Ranked], names: Sequence[str], found: Sequence[Difference]) -> str:
-    title = report._text(f"{', '.join(names[:-1])} and {names[-1]}")
+    title = page.text(f"{', '.join(names[:-1])} and {names[-1]}")
     sections = [
         ("summary", "Summary", _summary(runs, names, found)),
         ("identities", "Identities", _by_identity(runs, names)),
     ]
-    return report.page(
+    return page.make(
         f"Comparison of {title}",
         sections,
         footer="Made by vidjax from the results of these runs. It holds names of\n"
@@ -489,18 +489,18 @@ def _summary(
     runs: Sequence[Ranked], names: Sequence[str], found: Sequence[Difference]
 ) -> Iterator[str]:
     head, rows = _table(runs, found)
-    cells = [[report._text(cell) for cell in row] for row in rows]
-    yield report._table(f"MAP and its difference to {runs[0].name}", head, cells)
+    cells = [[page.text(cell) for cell in row] for row in rows]
+    yield page.table(f"MAP and its difference to {runs[0].name}", head, cells)
     for sentence in _about(runs):
-        yield report._p(report._text(sentence))
-    plot = report._Plot(1.2 + 0.35 * len(found), x="difference of MAP@100, 95 % interval")
+        yield page.p(page.text(sentence))
+    plot = page.Plot(1.2 + 0.35 * len(found), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(found))
-    plot.axes.axvline(0, color=report.MUTED, linewidth=1)
+    plot.axes.axvline(0, color=page.MUTED, linewidth=1)
     plot.axes.hlines(
-        places, [one.low for one in found], [one.high for one in found], color=report.FIRST
+        places, [one.low for one in found], [one.high for one in found], color=page.FIRST
     )
-    plot.axes.plot([one.mean for one in found], places, "o", color=report.FIRST)
-    plot.axes.set_yticks(places, [report._plain(name) for name in names[1:]])
+    plot.axes.plot([one.mean for one in found], places, "o", color=page.FIRST)
+    plot.axes.set_yticks(places, [page.plain(name) for name in names[1:]])
     plot.axes.set_ylim(len(found) - 0.5, -0.5)
     told = " ".join(
         f"{name}: {one.mean:+.4f}, from {one.low:+.4f} to {one.high:+.4f}."
@@ -515,36 +515,36 @@ def _by_identity(runs: Sequence[Ranked], names: Sequence[str]) -> Iterator[str]:
     for number, (run, name) in enumerate(zip(runs[1:], names[1:], strict=True)):
         gaps = np.sort(run.ap - first.ap)[::-1]
         share = np.arange(1, len(gaps) + 1) / len(gaps)
-        kept = report._few(gaps)
-        plot = report._Plot(x="share of the identities", y="difference of average precision")
-        plot.axes.axhline(0, color=report.MUTED, linewidth=1)
-        plot.axes.plot(share[kept], gaps[kept], color=report.FIRST)
+        kept = page.few(gaps)
+        plot = page.Plot(x="share of the identities", y="difference of average precision")
+        plot.axes.axhline(0, color=page.MUTED, linewidth=1)
+        plot.axes.plot(share[kept], gaps[kept], color=page.FIRST)
         told = (
             f"{np.mean(gaps > EQUAL):.1%} of the identities are better with {name}, "
             f"{np.mean(gaps < -EQUAL):.1%} worse; from {gaps[0]:+.3f} to {gaps[-1]:+.3f}."
         )
         title = f"{name} less {names[0]}, identities sorted"
         figures.append(plot.html(f"sorted-{number}", title, told))
-    yield report._figures(*figures)
+    yield page.figures(*figures)
     for run, name in zip(runs[1:], names[1:], strict=True):
         gaps = run.ap - first.ap
         order = np.argsort(-np.abs(gaps), kind="stable")[:MOST_SHOWN]
         rows = [
             [
-                report._text(first.identities[i]),
-                report._number(int(first.positives[i])),
-                report._bar(float(first.ap[i])),
-                report._bar(float(run.ap[i])),
+                page.text(first.identities[i]),
+                page.number(int(first.positives[i])),
+                page.bar(float(first.ap[i])),
+                page.bar(float(run.ap[i])),
                 f"{gaps[i]:+.4f}",
             ]
             for i in order[np.abs(gaps[order]) >= EQUAL]
         ]
         if rows:
-            yield report._table(
+            yield page.table(
                 f"{len(rows)} identities that {name} ranks most differently",
                 ("identity", "clips", names[0], name, "difference"),
                 rows,
             )
         else:
-            yield report._p(report._text(f"{name} reaches the same for every identity."))
-    yield report._note("All identities are in <code>comparison.csv</code>.")
+            yield page.p(page.text(f"{name} reaches the same for every identity."))
+    yield page.note("All identities are in <code>comparison.csv</code>.")

@@ -4,82 +4,20 @@ The page needs no other file, no network and no script. It is made of what train
 left: no data is read and nothing is computed by a model.
 """
 
-import html
 import io
 import json
-import math
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax import page
 from vidjax import workdir as workdir_lib
 
 FILE, ANALYSIS = "report.html", "analysis.npz"
 RESAMPLES = 1000
-MOST_POINTS = 300  # of a curve
 MOST_ROWS = 60  # of a table of members
-MOST_LETTERS = 20  # of a name in a figure
-WIDTH = 4.8  # inches: text of a figure is still readable on a phone
-# Colours of figures, which the page maps to those of its light or dark dress.
-INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-DRESS = {
-    INK: "currentColor",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
-    FIRST: "var(--first)",
-    SECOND: "var(--second)",
-}
-CSS = """
-:root { --back: #ffffff; --ink: #1b1f24; --muted: #57606a; --line: #d0d7de; --soft: #f3f5f7;
-  --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #0b5cad; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171a; --ink: #e6e9ec; --muted: #a2abb5;
-  --line: #3a424b; --soft: #1f242a; --first: #6cb4ee; --second: #f0a06a; --bar: #27527a;
-  --link: #7cc0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-header, nav, main, footer { max-width: 72rem; margin: 0 auto; padding: 0 1rem; }
-h1 { margin: 1.5rem 0 .25rem; font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line);
-  font-size: 1.25rem; }
-h3 { margin: 1.25rem 0 .25rem; font-size: 1rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .75rem 0; padding: 0;
-  list-style: none; }
-.lead { font-size: 1.1rem; } .lead strong { font-size: 1.8rem; }
-.muted, figcaption, caption { color: var(--muted); font-size: .875rem; }
-.figures { display: grid; gap: 1rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: .5rem 0; max-width: 36rem; break-inside: avoid; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg text { font-family: inherit !important; }
-figcaption { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; max-width: 100%; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .25rem 0; }
-th, td { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-.name { overflow-wrap: anywhere; min-width: 4rem; max-width: 24rem; }
-.bar { min-width: 8rem; background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 50% /
-  var(--share) 70%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-pre { background: var(--soft); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  font-size: .875rem; }
-pre span { display: inline-block; max-width: 100%; }
-footer { margin: 3rem auto 2rem; }
-@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .35rem; }
-  .bar { min-width: 4rem; } th.name { min-width: 3rem; } td.name { min-width: 4.8rem; } }
-@media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
-  --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
-  body { font-size: 10pt; } .figures { grid-template-columns: 1fr 1fr; }
-  .wide { overflow: visible; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
-"""
 
 
 class Run(NamedTuple):
@@ -214,55 +152,13 @@ def render(run: Run) -> str:
     made = [(key, title, make(run)) for key, title, make in sections]
     links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in made)
     name, model = run.folder.name, _model(run)
-    return page(
-        _text(name if name == model else f"{name}: {model}"),
+    return page.make(
+        page.text(name if name == model else f"{name}: {model}"),
         made,
         nav=f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n',
         footer="Made by vidjax from the files of this run. It holds names of clips and\n"
         "identities, and no feature.",
     )
-
-
-def page(
-    title: str,
-    sections: Iterable[tuple[str, str, Iterable[str]]],
-    *,
-    nav: str = "",
-    footer: str,
-) -> str:
-    """Returns a whole page of HTML that asks for nothing and runs nothing.
-
-    Args:
-      title: as HTML, like all that follows.
-      sections: (identifier, heading, parts).
-      nav: what stands above them.
-      footer: what stands below.
-    """
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{heading}</h2>'
-        f"{''.join(parts)}</section>\n"
-        for key, heading, parts in sections
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header><h1>{title}</h1></header>
-{nav}<main>
-{body}</main>
-<footer><p class="muted">{footer}</p></footer>
-</body>
-</html>
-"""
 
 
 def _model(run: Run) -> str:
@@ -272,176 +168,28 @@ def _model(run: Run) -> str:
     return str(run.config.get("model", {}).get("name", "no model"))
 
 
-# What a page is made of.
-
-
-def _plain(value: Any) -> str:
-    """Returns text whose lone surrogates, which no encoding holds, are question marks."""
-    return str(value).encode(errors="replace").decode()
-
-
-def _short(value: Any) -> str:
-    """Returns text that fits into a figure."""
-    text = _plain(value)
-    return text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 3] + "..."
-
-
-def _text(value: Any) -> str:
-    """Returns text as HTML."""
-    return html.escape(_plain(value))
-
-
-def _p(text: str) -> str:
-    return f"<p>{text}</p>\n"
-
-
-def _note(text: str) -> str:
-    return f'<p class="muted">{text}</p>\n'
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    """Returns a number for a reader, with all its digits for a program."""
-    if value is None or not math.isfinite(value):
-        return "none"
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
-    return f'<data value="{value!r}">{shown}</data>'
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of HTML cells; the first of a row is its header."""
-    columns = "".join(f'<th scope="col">{_text(name)}</th>' for name in head)
-    lines = []
-    for first, *rest in rows:
-        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in rest)
-        # Only what is longer than a word may break anywhere.
-        kind = ' class="name"' if max(map(len, first.split()), default=0) > 16 else ""
-        lines.append(f'<tr><th scope="row"{kind}>{first}</th>{cells}</tr>\n')
-    return (
-        f'<div class="wide" role="region" aria-label="{_text(caption)}" tabindex="0"><table>'
-        f"<caption>{_text(caption)}</caption>"
-        f"<thead><tr>{columns}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>\n"
-    )
-
-
-def _bar(value: float) -> str:
-    """Returns a table cell that shows a number of 0..1 as a bar, too."""
-    share = 100 * min(max(value, 0.0), 1.0)
-    return f'<td class="bar" style="--share: {share:.1f}%">{_number(value)}</td>'
-
-
-class _Plot:
-    """One figure with one pair of axes, plain in its own dress."""
-
-    def __init__(self, height: float = 3.0, *, x: str = "", y: str = ""):
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        self._style: dict[Any, Any] = {
-            "font.family": "DejaVu Sans",
-            "font.size": 10,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "vidjax",
-            "text.color": INK,
-            "text.parse_math": False,
-            "axes.edgecolor": MUTED,
-            "axes.labelcolor": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": MUTED,
-            "ytick.color": MUTED,
-            "xtick.labelcolor": INK,
-            "ytick.labelcolor": INK,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": LINE,
-            "grid.linewidth": 0.6,
-        }
-        self._matplotlib = matplotlib
-        with matplotlib.rc_context(self._style):
-            self.figure = Figure((WIDTH, height), layout="constrained")
-            self.axes = self.figure.add_subplot()
-            self.axes.set_xlabel(x)
-            self.axes.set_ylabel(y)
-
-    def twin(self, name: str) -> Any:
-        """Returns axes with the same x and another y, at the right."""
-        with self._matplotlib.rc_context(self._style):
-            axes = self.axes.twinx()
-            axes.set_ylabel(name)
-            axes.grid(False)
-            axes.spines["right"].set_visible(True)
-        return axes
-
-    def legend(self) -> None:
-        """Adds the names of the lines above the axes, where they cover nothing."""
-        with self._matplotlib.rc_context(self._style):
-            self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
-
-    def html(self, number: str, title: str, description: str, caption: str = "") -> str:
-        """Returns the figure as HTML.
-
-        Args:
-          number: a word that no other figure of the page has.
-          title: what it shows, in some words.
-          description: what is to be seen, for who does not see it.
-          caption: HTML below it; the title where empty.
-        """
-        content = io.BytesIO()
-        with self._matplotlib.rc_context(self._style), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of glyphs that the reader's fonts have
-            self.figure.savefig(content, format="svg", transparent=True)
-        svg = content.getvalue().decode()
-        svg = svg[svg.index("<svg") :]
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-        svg = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-        svg = svg.replace("xlink:href", "href")
-        svg = re.sub(r'\bid="', f'id="{number}-', svg)
-        svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{number}-", svg)
-        for colour, dress in DRESS.items():
-            svg = svg.replace(colour, dress)
-        names = f"{number}-name {number}-what"
-        head, rest = svg.split(">", 1)
-        inner = (
-            f'<title id="{number}-name">{_text(title)}</title>'
-            f'<desc id="{number}-what">{_text(description)}</desc>'
-        )
-        return (
-            f'<figure>{head} role="img" aria-labelledby="{names}">{inner}{rest.strip()}'
-            f"<figcaption>{caption or _text(title)}</figcaption></figure>\n"
-        )
-
-
-def _few(values: np.ndarray) -> np.ndarray:
-    """Returns which of n points to draw: all, or some hundred with the first and the last."""
-    return np.unique(np.linspace(0, len(values) - 1, min(len(values), MOST_POINTS)).astype(int))
-
-
-def _figures(*figures: str) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>\n'
-
-
 # The sections: each yields HTML.
 
 
 def _summary(run: Run) -> Iterator[str]:
     metrics, config = run.metrics, run.config
     if not metrics:
-        yield _p("The run has no results yet: <code>metrics.json</code> is absent.")
+        yield page.p("The run has no results yet: <code>metrics.json</code> is absent.")
     elif metrics.get("map") is None:
-        yield _p("The split has no ground truth, so it is ranked and has no MAP.")
+        yield page.p("The split has no ground truth, so it is ranked and has no MAP.")
     else:
         interval = ""
         if "ap" in run.arrays:
             low, high = bootstrap(_averages(run))
             interval = (
-                f", 95 % interval {_number(low)} to {_number(high)} "
+                f", 95 % interval {page.number(low)} to {page.number(high)} "
                 "(identities resampled 1,000 times)"
             )
-        kind = _text(metrics.get("map_kind", "").replace("_", " "))
-        yield f'<p class="lead">MAP@100 <strong>{_number(metrics["map"])}</strong> ({kind})'
+        kind = page.text(metrics.get("map_kind", "").replace("_", " "))
+        yield f'<p class="lead">MAP@100 <strong>{page.number(metrics["map"])}</strong> ({kind})'
         yield f"{interval}</p>\n"
     if run.facts and run.facts["results"].get("map") != metrics.get("map"):
-        yield _p(
+        yield page.p(
             "<strong>The analysis below is of another evaluation than this result.</strong> "
             "Evaluate the run again to bring them together."
         )
@@ -449,7 +197,7 @@ def _summary(run: Run) -> Iterator[str]:
 
     def add(name: str, key: str, digits: int = 4) -> None:
         if metrics.get(key) is not None:
-            rows.append((_text(name), _number(metrics[key], digits)))
+            rows.append((page.text(name), page.number(metrics[key], digits)))
 
     add("top-1 of labelled clips", "top1")
     add("AUROC, known clips against distractors", "auroc")
@@ -467,10 +215,10 @@ def _summary(run: Run) -> Iterator[str]:
     data = config.get("data", {})
     what = data.get("name", "")
     what += f", {data.get('size')}, seed {data.get('seed')}" if what == "synthetic" else ""
-    rows.append(("data", _text(what)))
-    rows.append(("trained on", _text(", ".join(data.get("train_splits", ())))))
-    rows.append(("evaluated on", _text(config.get("eval", {}).get("split", ""))))
-    rows.append(("modalities", _text(", ".join(config.get("modalities", ())))))
+    rows.append(("data", page.text(what)))
+    rows.append(("trained on", page.text(", ".join(data.get("train_splits", ())))))
+    rows.append(("evaluated on", page.text(config.get("eval", {}).get("split", ""))))
+    rows.append(("modalities", page.text(", ".join(config.get("modalities", ())))))
     add("seed", "seed")
     add("steps", "step")
     add("best MAP@100", "best_map")
@@ -479,20 +227,20 @@ def _summary(run: Run) -> Iterator[str]:
     versions = metrics.get("versions", {})
     if versions:
         words = ", ".join(f"{name} {value}" for name, value in versions.items())
-        rows.append(("versions", _text(words)))
-    tables = [_table("Results", ("result", "value"), results)] if results else []
-    yield _figures(*tables, _table("The run", ("fact", "value"), rows))
+        rows.append(("versions", page.text(words)))
+    tables = [page.table("Results", ("result", "value"), results)] if results else []
+    yield page.figures(*tables, page.table("The run", ("fact", "value"), rows))
     if run.others:
         rows = [
             (
-                _text(split),
-                _number(facts.get("map")),
-                _text(facts.get("map_kind", "no ground truth")),
-                _number(facts.get("num_clips")),
+                page.text(split),
+                page.number(facts.get("map")),
+                page.text(facts.get("map_kind", "no ground truth")),
+                page.number(facts.get("num_clips")),
             )
             for split, facts in run.others.items()
         ]
-        yield _table(
+        yield page.table(
             "Other splits that were evaluated", ("split", "MAP@100", "kind", "clips"), rows
         )
     command = metrics.get("command")
@@ -501,10 +249,10 @@ def _summary(run: Run) -> Iterator[str]:
         names = ",".join(runs)
         command = f"python -m vidjax.main --mode=evaluate --workdir={run.folder} --runs={names}"
     if command:
-        words = " ".join(f"<span>{_text(word)}</span>" for word in command.split(" "))
+        words = " ".join(f"<span>{page.text(word)}</span>" for word in command.split(" "))
         yield f"<p>The command to repeat it:</p><pre><code>{words}</code></pre>\n"
     else:
-        yield _note("The command is not known: the run was started from Python.")
+        yield page.note("The command is not known: the run was started from Python.")
 
 
 def _averages(run: Run) -> np.ndarray:
@@ -517,14 +265,14 @@ def _learning(run: Run) -> Iterator[str]:
     train = [line for line in run.lines if "train_loss" in line]
     scored = [line for line in run.lines if "map" in line]
     if not train:
-        yield _p("There is no curve: <code>metrics.jsonl</code> has no line of training.")
+        yield page.p("There is no curve: <code>metrics.jsonl</code> has no line of training.")
         return
     epochs = {line["step"]: line["epoch"] for line in train}
     x = np.array([line["epoch"] for line in train])
-    kept = _few(x)
+    kept = page.few(x)
     loss = np.array([line["train_loss"] for line in train], float)
-    plot = _Plot(x="epoch", y="training loss")
-    plot.axes.plot(x[kept], loss[kept], color=FIRST, marker="." if len(kept) < 40 else "")
+    plot = page.Plot(x="epoch", y="training loss")
+    plot.axes.plot(x[kept], loss[kept], color=page.FIRST, marker="." if len(kept) < 40 else "")
     figures = [
         plot.html(
             "loss",
@@ -532,29 +280,31 @@ def _learning(run: Run) -> Iterator[str]:
             f"A line from {loss[0]:.3f} at epoch {x[0]:.1f} to {loss[-1]:.3f} at {x[-1]:.1f}.",
         )
     ]
-    plot = _Plot(x="epoch", y="share")
+    plot = page.Plot(x="epoch", y="share")
     accuracy = np.array([line["train_accuracy"] for line in train], float)
-    plot.axes.plot(x[kept], accuracy[kept], color=FIRST, label="training accuracy")
+    plot.axes.plot(x[kept], accuracy[kept], color=page.FIRST, label="training accuracy")
     told = f"Training accuracy ends at {accuracy[-1]:.3f}."
     if scored:
         per_step = x[-1] / max(train[-1]["step"], 1)
         at = [epochs.get(line["step"], line["step"] * per_step) for line in scored]
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
-        plot.axes.plot(at, values, "o-", color=SECOND, ms=4, label=f"MAP@100 on {_short(split)}")
+        plot.axes.plot(
+            at, values, "o-", color=page.SECOND, ms=4, label=f"MAP@100 on {page.short(split)}"
+        )
         told += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {len(values)} evaluations."
     plot.axes.set_ylim(0, 1.02)
     plot.legend()
     figures.append(plot.html("scores", "Accuracy and MAP", told))
     rates = np.array([line["learning_rate"] for line in train], float)
-    plot = _Plot(x="epoch", y="learning rate")
-    plot.axes.plot(x[kept], rates[kept], color=FIRST)
+    plot = page.Plot(x="epoch", y="learning rate")
+    plot.axes.plot(x[kept], rates[kept], color=page.FIRST)
     told = f"The learning rate peaks at {rates.max():.3g} and ends at {rates[-1]:.3g}."
     figures.append(plot.html("rate", "Learning rate", told))
-    yield _figures(*figures)
+    yield page.figures(*figures)
     bad = sum(line.get("bad_steps", 0) for line in train)
     if bad:
-        yield _p(f"{bad:.0f} steps were left out: loss or gradient not finite.")
+        yield page.p(f"{bad:.0f} steps were left out: loss or gradient not finite.")
 
 
 NO_ANALYSIS = (
@@ -569,7 +319,7 @@ def _absent(run: Run, name: str) -> str | None:
     """Returns why an array is absent, None where it is there."""
     if name in run.arrays:
         return None
-    return _p(NO_TRUTH if run.facts else NO_ANALYSIS)
+    return page.p(NO_TRUTH if run.facts else NO_ANALYSIS)
 
 
 def _identities(run: Run) -> Iterator[str]:
@@ -578,9 +328,9 @@ def _identities(run: Run) -> Iterator[str]:
         return
     values = np.sort(_averages(run))[::-1]
     share = np.arange(1, len(values) + 1) / len(values)
-    kept = _few(values)
-    plot = _Plot(x="share of the identities", y="average precision")
-    plot.axes.plot(share[kept], values[kept], color=FIRST)
+    kept = page.few(values)
+    plot = page.Plot(x="share of the identities", y="average precision")
+    plot.axes.plot(share[kept], values[kept], color=page.FIRST)
     plot.axes.set_ylim(0, 1.02)
     low, middle = np.quantile(values, [0.1, 0.5])
     told = (
@@ -588,15 +338,15 @@ def _identities(run: Run) -> Iterator[str]:
         f"the median is {middle:.3f}, and one tenth is below {low:.3f}."
     )
     first = plot.html("sorted", "Average precision, identities sorted", told)
-    plot = _Plot(x="average precision", y="identities")
+    plot = page.Plot(x="average precision", y="identities")
     counts, edges = np.histogram(values, 20, (0, 1))
-    plot.axes.bar(edges[:-1], counts, 0.045, align="edge", color=FIRST)
+    plot.axes.bar(edges[:-1], counts, 0.045, align="edge", color=page.FIRST)
     second = plot.html("histogram", "How many identities reach what", told)
-    yield _p(_text(told))
-    yield _figures(first, second)
+    yield page.p(page.text(told))
+    yield page.figures(first, second)
 
     def name(identity: int) -> str:
-        return _text(_name(run, identity))
+        return page.text(_name(run, identity))
 
     def names(pairs: Sequence[Sequence[int]], nobody: str) -> str:
         found = [f"{nobody if i < 0 else name(i)} ({count})" for i, count in pairs]
@@ -606,8 +356,9 @@ def _identities(run: Run) -> Iterator[str]:
     rows = [
         (
             name(one["identity"]),
-            _bar(one["ap"]),
-            _number(one["clips"]) + ("" if trained is None else f" ({trained[one['identity']]})"),
+            page.bar(one["ap"]),
+            page.number(one["clips"])
+            + ("" if trained is None else f" ({trained[one['identity']]})"),
             f'<td class="name">{names(one["lost_to"], "no list")}</td>',
             f'<td class="name">{names(one["mixed_with"], "distractors")}</td>',
         )
@@ -615,8 +366,8 @@ def _identities(run: Run) -> Iterator[str]:
     ]
     count = "clips" if trained is None else "clips (trained on)"
     head = ("identity", "average precision", count, "clips lost to", "mixed with")
-    yield _table(f"The {len(rows)} identities of least average precision", head, rows)
-    yield _note(
+    yield page.table(f"The {len(rows)} identities of least average precision", head, rows)
+    yield page.note(
         "Lost to: in whose list of 100 its clips score best, where not in its own. Mixed with: "
         "whose clips stand at the first places of its own list, as many as it has clips."
     )
@@ -626,17 +377,22 @@ def _strata(run: Run) -> Iterator[str]:
     if absent := _absent(run, "ap"):
         yield absent
         return
-    yield _p(
+    yield page.p(
         "MAP of the identities or clips of a kind. For a kind of clips, every list is taken "
         "without the other clips of its identity; distractors and clips of others stay in it."
     )
     for table in run.facts["strata"]:
         rows = [
-            (_text(r["label"]), _bar(r["map"]), _number(r["identities"]), _number(r["clips"]))
+            (
+                page.text(r["label"]),
+                page.bar(r["map"]),
+                page.number(r["identities"]),
+                page.number(r["clips"]),
+            )
             for r in table["rows"]
         ]
         head = (table["by"], "MAP@100", "identities", "clips")
-        yield _table(f"By {table['by']}", head, rows)
+        yield page.table(f"By {table['by']}", head, rows)
 
 
 def _strangers(run: Run) -> Iterator[str]:
@@ -646,9 +402,12 @@ def _strangers(run: Run) -> Iterator[str]:
     arrays, logs = run.arrays, run.facts["logs"]
     edges = arrays["score_edges"]
     unit = "best score of a clip" + (" (natural logarithm of a probability)" if logs else "")
-    plot = _Plot(x=unit, y="share of the clips")
+    plot = page.Plot(x=unit, y="share of the clips")
     told = []
-    kinds = (("known people", "score_known", FIRST), ("distractors", "score_strange", SECOND))
+    kinds = (
+        ("known people", "score_known", page.FIRST),
+        ("distractors", "score_strange", page.SECOND),
+    )
     for name, key, colour in kinds:
         counts = arrays[key]
         if counts.sum():
@@ -663,9 +422,9 @@ def _strangers(run: Run) -> Iterator[str]:
     figures = [plot.html("best", "Best scores of known clips and of distractors", " ".join(told))]
     if "fpir" in arrays:
         fpir, fnir = arrays["fpir"], arrays["fnir"]
-        plot = _Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
+        plot = page.Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
         drawn = fpir > 0
-        plot.axes.plot(fpir[drawn], fnir[drawn], color=FIRST)
+        plot.axes.plot(fpir[drawn], fnir[drawn], color=page.FIRST)
         plot.axes.set_xscale("log")
         plot.axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
         plot.axes.xaxis.set_minor_formatter(lambda x, place: "")
@@ -677,48 +436,54 @@ def _strangers(run: Run) -> Iterator[str]:
         count, confidence, right = arrays["calibration"].T
         seen = count > 0
         gap = run.facts["calibration_error"]
-        plot = _Plot(x="probability that the run gives", y="share that is right")
-        plot.axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--", label="perfect")
-        plot.axes.plot(confidence[seen], right[seen], "o-", color=FIRST, ms=4, label="this run")
+        plot = page.Plot(x="probability that the run gives", y="share that is right")
+        plot.axes.plot(
+            [0, 1], [0, 1], color=page.MUTED, linewidth=1, linestyle="--", label="perfect"
+        )
+        plot.axes.plot(
+            confidence[seen], right[seen], "o-", color=page.FIRST, ms=4, label="this run"
+        )
         plot.legend()
         figures.append(
             plot.html(
                 "trust",
                 "How far a probability can be trusted",
                 f"Probability and share of right answers differ by {gap:.3f} on average.",
-                f"How far a probability can be trusted: it is off by {_number(gap)} on average "
+                f"How far a probability can be trusted: it is off by {page.number(gap)} on average "
                 "(expected calibration error; a distractor is never right).",
             )
         )
-    yield _figures(*figures)
+    yield page.figures(*figures)
     if "fpir" not in arrays:
-        yield _p("There are no errors by threshold: the split has no distractor.")
+        yield page.p("There are no errors by threshold: the split has no distractor.")
     if "calibration" not in arrays:
-        yield _p("There is no calibration: the scores of this run are no probabilities.")
+        yield page.p("There is no calibration: the scores of this run are no probabilities.")
 
 
 def _attention(run: Run) -> Iterator[str]:
     if "attention" not in run.arrays:
         if not run.facts:
-            yield _p(NO_ANALYSIS)
+            yield page.p(NO_ANALYSIS)
         elif run.facts["runs"]:
-            yield _p(JOINED)
+            yield page.p(JOINED)
         else:
-            yield _p("There is no attention matrix: this system has no attention of modalities.")
+            yield page.p(
+                "There is no attention matrix: this system has no attention of modalities."
+            )
         return
     matrix, names = run.arrays["attention"], run.facts["vectors"]
     size = len(matrix)
-    plot = _Plot(0.55 * size + 1.0, x="vector j, that takes", y="vector i, that is taken from")
+    plot = page.Plot(0.55 * size + 1.0, x="vector j, that takes", y="vector i, that is taken from")
     axes, top = plot.axes, max(float(matrix.max()), 1e-9)
     axes.grid(False)
     from matplotlib import colormaps
 
     colours = colormaps["Blues"]
-    axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=MUTED, linewidth=0.4)
+    axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=page.MUTED, linewidth=0.4)
     axes.invert_yaxis()
     middles = np.arange(size) + 0.5
-    axes.set_xticks(middles, [_short(name) for name in names], rotation=30, ha="right")
-    axes.set_yticks(middles, [_short(name) for name in names])
+    axes.set_xticks(middles, [page.short(name) for name in names], rotation=30, ha="right")
+    axes.set_yticks(middles, [page.short(name) for name in names])
     for i, j in np.ndindex(matrix.shape):
         red, green, blue, _ = colours(matrix[i, j] / top)
         dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
@@ -728,7 +493,7 @@ def _attention(run: Run) -> Iterator[str]:
         f"{names[j]} takes most from {names[int(np.argmax(matrix[:, j]))]}" for j in range(size)
     ]
     told = "; ".join(most) + "."
-    yield _p(
+    yield page.p(
         "The mean over the split of the softmax of the Gram matrix, as figure 10 of the iQIYI-VID "
         "paper shows it: column j says from which vectors i the vector j is completed. It is the "
         "mean over the clips that have vector j, and sums to 1. Of an ensemble it is the first "
@@ -736,37 +501,37 @@ def _attention(run: Run) -> Iterator[str]:
     )
     yield plot.html("gram", "Average attention matrix", told)
     rows = [
-        (_text(name), *(_number(float(value), 3) for value in row))
+        (page.text(name), *(page.number(float(value), 3) for value in row))
         for name, row in zip(names, matrix, strict=True)
     ]
-    yield _table("The same as numbers", ("from / to", *names), rows)
+    yield page.table("The same as numbers", ("from / to", *names), rows)
 
 
 def _frames(run: Run) -> Iterator[str]:
     facts = run.facts
     if not facts:
-        yield _p(NO_ANALYSIS)
+        yield page.p(NO_ANALYSIS)
         return
     if facts["runs"]:
-        yield _p(JOINED)
+        yield page.p(JOINED)
         return
     for number, (name, shares) in enumerate(facts["assignment"].items()):
-        plot = _Plot(2.2, x="cluster", y="share of the frames")
-        plot.axes.bar(np.arange(1, len(shares) + 1), shares, color=FIRST)
+        plot = page.Plot(2.2, x="cluster", y="share of the frames")
+        plot.axes.bar(np.arange(1, len(shares) + 1), shares, color=page.FIRST)
         plot.axes.set_xticks(np.arange(1, len(shares) + 1))
         told = ", ".join(f"{k + 1}: {share:.0%}" for k, share in enumerate(shares))
-        yield _p(f"How NetVLAD spreads the frames of {_text(name)} over its clusters:")
+        yield page.p(f"How NetVLAD spreads the frames of {page.text(name)} over its clusters:")
         yield plot.html(f"vlad-{number}", f"Clusters of {name}", told)
     if not facts["assignment"]:
-        yield _p("There are no clusters to show: this system has no NetVLAD.")
+        yield page.p("There are no clusters to show: this system has no NetVLAD.")
     clips = facts.get("frames")
     if not clips:
-        yield _p(
+        yield page.p(
             "No frame can be weighed: no clip with ground truth and several frames was scored."
         )
         return
     unit = "logarithm of the probability" if facts["logs"] else "score"
-    yield _p(
+    yield page.p(
         f"Which frames carried the score: the fall of the {unit} of the clip's identity when one "
         "frame is hidden. Below 0, the clip is better without the frame."
     )
@@ -776,11 +541,11 @@ def _frames(run: Run) -> Iterator[str]:
     for number, one in enumerate(clips):
         falls, quality = np.array(one["falls"]), np.array(one["quality"])
         at = np.arange(1, len(falls) + 1)
-        plot = _Plot(1.9, x=f"frame of {_short(one['modality'])}, in time order", y="fall")
-        plot.axes.bar(at, falls, color=FIRST, label="fall of the score")
+        plot = page.Plot(1.9, x=f"frame of {page.short(one['modality'])}, in time order", y="fall")
+        plot.axes.bar(at, falls, color=page.FIRST, label="fall of the score")
         plot.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if quality.any():
-            plot.twin("quality").plot(at, quality, ".", color=SECOND, label="quality")
+            plot.twin("quality").plot(at, quality, ".", color=page.SECOND, label="quality")
             plot.legend()
         plot.axes.set_xlim(0.3, len(falls) + 0.7)
         name = _name(run, one["identity"])
@@ -788,9 +553,9 @@ def _frames(run: Run) -> Iterator[str]:
         most = int(np.argmax(falls))
         told = f"Frame {most + 1} of {len(falls)} counts most: without it {falls[most]:.3g} less."
         title = f"Frames of clip {one['clip']}"
-        caption = f"{_text(one['clip'])}, identity {_text(name)}, {state}."
+        caption = f"{page.text(one['clip'])}, identity {page.text(name)}, {state}."
         figures.append(plot.html(f"clip-{number}", title, told, caption))
-    yield _figures(*figures)
+    yield page.figures(*figures)
 
 
 def _name(run: Run, identity: int) -> str:
@@ -801,19 +566,22 @@ def _robustness(run: Run) -> Iterator[str]:
     rows = run.facts.get("robustness")
     if not rows:
         if not run.facts:
-            yield _p(NO_ANALYSIS)
+            yield page.p(NO_ANALYSIS)
         elif run.facts["runs"]:
-            yield _p(JOINED)
+            yield page.p(JOINED)
         else:
-            yield _p(NO_TRUTH)
+            yield page.p(NO_TRUTH)
         return
-    yield _p(
-        f"MAP on a sample of {_number(run.facts['num_sampled'])} clips that are ranked among "
+    yield page.p(
+        f"MAP on a sample of {page.number(run.facts['num_sampled'])} clips that are ranked among "
         "themselves, after something was taken from every clip or added to it."
     )
     plain = rows[0]["map"]
-    cells = [(_text(row["change"]), _bar(row["map"]), f"{row['map'] - plain:+.4f}") for row in rows]
-    yield _table("MAP of changed clips", ("change", "MAP@100", "difference"), cells)
+    cells = [
+        (page.text(row["change"]), page.bar(row["map"]), f"{row['map'] - plain:+.4f}")
+        for row in rows
+    ]
+    yield page.table("MAP of changed clips", ("change", "MAP@100", "difference"), cells)
 
 
 def _ensemble(run: Run) -> Iterator[str]:
@@ -821,12 +589,13 @@ def _ensemble(run: Run) -> Iterator[str]:
     runs = run.facts.get("runs") or run.metrics.get("runs", [])
     if runs:
         rows = [
-            (_text(one["name"]), _number(one["weight"]), _number(one.get("map"))) for one in runs
+            (page.text(one["name"]), page.number(one["weight"]), page.number(one.get("map")))
+            for one in runs
         ]
-        yield _table("The runs that are joined", ("run", "weight", "MAP@100 alone"), rows)
+        yield page.table("The runs that are joined", ("run", "weight", "MAP@100 alone"), rows)
     if not members:
         if not runs:
-            yield _p("There are no members: the run trained one net, or did not rank them.")
+            yield page.p("There are no members: the run trained one net, or did not rank them.")
         return
     gains = run.facts.get("gains")
     kinds = sorted({key for one in members for key in one} - {"map"})
@@ -834,21 +603,21 @@ def _ensemble(run: Run) -> Iterator[str]:
     for number, one in enumerate(members[:MOST_ROWS]):
         what = ", ".join(f"{key} {one[key]}" for key in kinds if key in one)
         value = one.get("map")
-        cells = [_text(f"{number}: {what}"), "none" if value is None else _bar(value)]
+        cells = [page.text(f"{number}: {what}"), "none" if value is None else page.bar(value)]
         if gains:
             cells.append(f"{gains[number]:+.4f}")
         rows.append(tuple(cells))
     head = ("member", "MAP@100 alone", *(("marginal gain",) if gains else ()))
-    yield _table("The members, each on the clips that it was not trained on", head, rows)
+    yield page.table("The members, each on the clips that it was not trained on", head, rows)
     if len(members) > MOST_ROWS:
-        yield _note(f"{len(members) - MOST_ROWS} more are in <code>metrics.json</code>.")
+        yield page.note(f"{len(members) - MOST_ROWS} more are in <code>metrics.json</code>.")
     if gains:
-        yield _note(
+        yield page.note(
             "Marginal gain: MAP of all members less MAP without this one, on the sample of "
-            f"{_number(run.facts['num_sampled'])} clips."
+            f"{page.number(run.facts['num_sampled'])} clips."
         )
     elif run.facts:
-        yield _note(
+        yield page.note(
             "Marginal gains are not measured with more than ten members, or where a clip would be "
             "left without a member that may score it."
         )
@@ -857,7 +626,7 @@ def _ensemble(run: Run) -> Iterator[str]:
 def _data(run: Run) -> Iterator[str]:
     splits = run.data.get("splits", {})
     if not splits:
-        yield _p("Nothing is known: <code>data_report.json</code> is absent.")
+        yield page.p("Nothing is known: <code>data_report.json</code> is absent.")
         return
     for split, facts in splits.items():
         rows = []
@@ -866,22 +635,24 @@ def _data(run: Run) -> Iterator[str]:
             reasons = ", ".join(f"{n:,} {why}" for why, n in skipped.items() if n)
             rows.append(
                 (
-                    _text(name),
-                    _number(one["clips"]),
-                    _number(one["frames"]),
-                    _number(float(one["frames_per_clip"]["mean"]), 1),
+                    page.text(name),
+                    page.number(one["clips"]),
+                    page.number(one["frames"]),
+                    page.number(float(one["frames_per_clip"]["mean"]), 1),
                     f"{100 * one['missing_rate']:.1f} %",
-                    _text(reasons or "nothing"),
+                    page.text(reasons or "nothing"),
                 )
             )
         head = ("modality", "clips", "frames", "frames a clip", "clips without", "skipped")
-        yield f"<h3>{_text(split)}</h3>\n"
-        yield _p(_text(_labels_of(facts)))
-        yield _table(f"What was loaded of {split}", head, rows)
+        yield f"<h3>{page.text(split)}</h3>\n"
+        yield page.p(page.text(_labels_of(facts)))
+        yield page.table(f"What was loaded of {split}", head, rows)
     cropped = run.data.get("cropped_in_an_epoch", {})
     lost = [f"{n['frames']:,} of {name}" for name, n in cropped.items() if n.get("frames")]
     if lost:
-        yield _note(f"Frames that training leaves out in an epoch: {_text(', '.join(lost))}.")
+        yield page.note(
+            f"Frames that training leaves out in an epoch: {page.text(', '.join(lost))}."
+        )
 
 
 def _labels_of(facts: Mapping[str, Any]) -> str:

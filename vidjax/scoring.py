@@ -207,7 +207,8 @@ def score(
                 scores = scores[0]
             for block, of_block in zip(blocks, scores, strict=True):
                 whole.add(of_block, block)
-                best.add(*_best(of_block, labels, block.clip_index), block)
+                highest, right = _best(of_block, labels, block.clip_index)
+                best.add(highest, right, block)
             best.take(but=len(blocks))  # a window behind, so that the devices never wait
             progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
