@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from vidjax.system import Sizes, make_system
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
+NO_REPORT = "--config.eval.report=False"
 
 
 def results(vidjax_command, workdir, *words):
     """Runs a training command, without its report, and returns its metrics.json."""
-    done = vidjax_command(*words, "--config.eval.report=False", f"--workdir={workdir}")
+    done = vidjax_command(*words, NO_REPORT, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return json.loads((workdir / "metrics.json").read_text())
 
@@ -75,6 +78,35 @@ def test_real_clips(vidjax_command, tmp_path):
     lines = (tmp_path / "ranking_test.txt").read_text().splitlines()
     assert len(lines) == 413
     assert all(len(line.split()) == 101 for line in lines)
+
+
+def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
+    """A real SIGINT to a real process, whenever it comes, costs nothing but time."""
+    words = ("--config=configs/mma.py", "--config.num_epochs=20", "--config.log_every_steps=7")
+    words += (NO_REPORT,)
+    results(vidjax_command, tmp_path / "whole", *words)
+    command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={tmp_path / 'parts'}"]
+    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
+    log = tmp_path / "parts" / "metrics.jsonl"
+
+    def num_lines():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    for _ in range(2):
+        lines = num_lines()
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and num_lines() <= lines:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130, said
+        assert "the same command goes on" in said
+        assert not (tmp_path / "parts" / "metrics.json").exists()
+    results(vidjax_command, tmp_path / "parts", *words)
+    for name in ("metrics.jsonl", "ranking.txt"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "parts" / name).read_bytes() == whole
+    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
 FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities

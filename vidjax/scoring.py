@@ -118,8 +118,8 @@ class _Tally:
         return top, value
 
 
-class _Best:
-    """Brings what `_best` found, block by block, to the host: to where the clips have their place.
+class _ClipTally:
+    """A running `ClipScores`: what `_best` finds, block by block, brought to the host.
 
     Nothing small is left behind between the large arrays of an evaluation, whose memory would be
     broken up by it, more with every clip.
@@ -188,7 +188,7 @@ def score(
     joined = len(entries) > 1
     for entry in entries:
         entry.keep_tallies(num_identities, pool, whole=joined, each_member=each_member)
-    best = _Best(split, pool)
+    tally = _ClipTally(split, pool)
     labels = mesh_lib.replicate(mesh, jnp.asarray(split.labels))
 
     began = time.monotonic()
@@ -208,16 +208,16 @@ def score(
             for block, of_block in zip(blocks, scores, strict=True):
                 whole.add(of_block, block)
                 highest, right = _best(of_block, labels, block.clip_index)
-                best.add(highest, right, block)
-            best.take(but=len(blocks))  # a window behind, so that the devices never wait
+                tally.add(highest, right, block)
+            tally.take(but=len(blocks))  # a window behind, so that the devices never wait
             progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
         progress.close()
         top, value = whole.finish(split)
     seconds = time.monotonic() - began - compiling.seconds
 
-    best.take()
-    clips = best.clips
+    tally.take()
+    clips = tally.clips
     results: dict[str, Any] = {}
     if value is not None:
         kind = split_name if all(entry.use.all() for entry in entries) else "out_of_fold"

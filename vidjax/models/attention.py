@@ -50,8 +50,8 @@ class MultimodalAttention(nn.Module):
             self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype, name="w_f"
         )(x)  # [B, M, D~]
         z = jnp.einsum("bid,bjd->bij", f, f, preferred_element_type=param_dtype)  # [B, M, M]
-        pairs = mask[:, :, None] & mask[:, None, :]
         z = z * self.scale
+        pairs = mask[:, :, None] & mask[:, None, :]
         # A softmax over nothing is NaN in the gradient too; a masked score far below the others
         # gives the same zeros without.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
