@@ -1,0 +1,197 @@
+"""Trains every shipped configuration for a short while and writes digests of what comes out.
+
+    python -m tests.campaigns.same_bytes before.json
+    ... change the code ...
+    python -m tests.campaigns.same_bytes after.json --against=before.json
+
+A change that is meant to leave every number alone leaves every digest alone. The runs cover the
+configurations, members and their mappings, both feeds, batch transforms, noise classes, a resume
+after SIGTERM, a blend of two runs, the evaluation of another split, and embeddings. They use
+nothing but the command line and Orbax, so that the same script runs on any two versions; the second
+run needs the processor of the first one.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("--config.num_epochs=2", "--config.log_every_steps=3", "--config.eval.every_epochs=1")
+PLAIN = (*SHORT, "--config.eval.report=False")
+LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
+
+# name -> (configuration, overrides); each trains into a folder of that name.
+RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "mma": ("mma.py", SHORT),
+    "knn": ("knn.py", SHORT[1:]),
+    "quality_fusion": ("quality_fusion.py", (*SHORT, LAYER)),
+    "residual_dense": ("residual_dense.py", (*PLAIN, "--config.model.main.width=32")),
+    "deepmef": ("deepmef.py", SHORT),
+    "noise_classes": ("noise_classes.py", (*SHORT, "--config.ensemble.folds=3")),
+    "folds": (
+        "quality_fusion.py:folds",
+        (*PLAIN, LAYER, "--config.ensemble.folds=3", "--config.ensemble.seeds=2"),
+    ),
+    "views": (
+        "deepmef.py:views",
+        (*PLAIN, "--config.ensemble.only=0,2", "--config.model.main.hidden_dim=16"),
+    ),
+    "vmap": ("mma.py:ensemble,face", (*SHORT, "--config.ensemble.mapping=vmap")),
+    "streaming": (
+        "mma.py:face,audio",
+        (*PLAIN, "--config.data.mode=streaming", "--config.mixup=0.4"),
+    ),
+    "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
+    "hdbscan": (
+        "noise_classes.py",
+        (
+            *PLAIN,
+            "--config.ensemble.folds=2",
+            "--config.noise.method=hdbscan",
+            "--config.data.mode=streaming",
+        ),
+    ),
+    "smoothed": (
+        "quality_fusion.py:mlp3",
+        (
+            *PLAIN,
+            "--config.loss.label_smoothing=0.1",
+            "--config.mixup=0.2",
+            "--config.loss.schedule=((0.0,0.3),)",
+            "--config.data.balance=0.5",
+        ),
+    ),
+}
+# What the folder of a run is hashed by; beside these, its parameters and arrays.
+FILES = ("metrics.jsonl", "ranking.txt", "ranking_test.txt", "noise.jsonl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs everything, writes the digests; returns 1 where they are not those of `--against`."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.same_bytes")
+    parser.add_argument("out", type=Path, help="JSON of the digests, run by run")
+    parser.add_argument("--against", type=Path, help="digests of an earlier version")
+    parser.add_argument("--only", default="", help="names of runs, split by commas")
+    parser.add_argument("--cache", help="folder of records and compiled programs to use")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept; else they are not")
+    args = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "VIDJAX_CACHE": args.cache or str(folder / "cache"),
+        }
+        wanted = [name for name in args.only.split(",") if name] or [*RUNS, "resumed", "blend"]
+        found = {}
+        for name in wanted:
+            began = time.monotonic()
+            workdir = folder / name
+            if name == "resumed":
+                train_with_a_break(workdir, env)
+            elif name == "blend":
+                blend(workdir, [folder / "quality_fusion", folder / "deepmef"], env)
+            else:
+                train(workdir, *RUNS[name], env)
+            if name in ("mma", "vmap"):
+                words = (f"--workdir={workdir}", "--config.eval.split=test")
+                run(("--mode=evaluate", *words), env)
+            found[name] = digests(workdir)
+            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+            args.out.write_text(json.dumps(found, indent=2) + "\n")
+    if not args.against:
+        return 0
+    before = json.loads(args.against.read_text())
+    other = [
+        f"{name}: {what}"
+        for name in wanted
+        for what in sorted({*found[name], *before[name]})
+        if found[name].get(what) != before[name].get(what)
+    ]
+    print("\n".join(f"differs: {line}" for line in other) or "every digest is the same")
+    return bool(other)
+
+
+def run(words: Sequence[str], env: Mapping[str, str]) -> None:
+    """Runs `python -m vidjax.main WORDS`; raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", "vidjax.main", *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr[-3000:]}")
+
+
+def train(workdir: Path, spec: str, overrides: Sequence[str], env: Mapping[str, str]) -> None:
+    """Trains a configuration into a folder."""
+    run((f"--config=configs/{spec}", f"--workdir={workdir}", *overrides), env)
+
+
+def train_with_a_break(workdir: Path, env: Mapping[str, str]) -> None:
+    """Trains as the run `mma`, stopped by SIGTERM after its first line of metrics, and resumed."""
+    spec, overrides = RUNS["mma"]
+    words = (f"--config=configs/{spec}", f"--workdir={workdir}", *overrides)
+    command = [sys.executable, "-m", "vidjax.main", *words]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+        metrics = workdir / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    print(f"resumed: stopped with exit code {process.returncode}")
+    run(words, env)
+
+
+def blend(workdir: Path, runs: Sequence[Path], env: Mapping[str, str]) -> None:
+    """Ranks val by two runs together, with given weights."""
+    names = ",".join(map(str, runs))
+    words = (f"--workdir={workdir}", f"--runs={names}", "--config.join.weights=2,1")
+    run(("--mode=evaluate", *words), env)
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """Returns what -> sha256 of the files, parameters and arrays of a run."""
+    found = {
+        name: hashlib.sha256((workdir / name).read_bytes()).hexdigest()
+        for name in FILES
+        if (workdir / name).exists()
+    }
+    results = json.loads((workdir / "metrics.json").read_text())
+    found["map"] = repr(results["map"])
+    steps = [p for p in (workdir / "checkpoints").glob("*") if re.fullmatch("[0-9]+", p.name)]
+    if steps:
+        latest = max(steps, key=lambda path: int(path.name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would rather be told how to lay them out
+            tree = ocp.load_checkpointables(latest / "state")
+        found["params"] = _digest_of_tree({k: tree[k] for k in ("params", "model_state") if k in tree})
+    if (workdir / "analysis.npz").exists():
+        with np.load(workdir / "analysis.npz") as arrays:
+            found["analysis"] = _digest_of_tree({name: arrays[name] for name in arrays})
+    return found
+
+
+def _digest_of_tree(tree: Any) -> str:
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
