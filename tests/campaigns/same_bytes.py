@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 words = (f"--workdir={workdir}", "--config.eval.split=test")
                 run(("--mode=evaluate", *words), env)
             found[name] = digests(workdir)
-            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+            sys.stdout.write(f"{name}: {time.monotonic() - began:.1f} s\n")
             args.out.write_text(json.dumps(found, indent=2) + "\n")
     if not args.against:
         return 0
@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for what in sorted({*found[name], *before[name]})
         if found[name].get(what) != before[name].get(what)
     ]
-    print("\n".join(f"differs: {line}" for line in other) or "every digest is the same")
+    lines = [f"differs: {line}" for line in other] or ["every digest is the same"]
+    sys.stdout.write("\n".join(lines) + "\n")
     return bool(other)
 
 
@@ -152,7 +153,7 @@ def train_with_a_break(workdir: Path, env: Mapping[str, str]) -> None:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-    print(f"resumed: stopped with exit code {process.returncode}")
+    sys.stdout.write(f"resumed: stopped with exit code {process.returncode}\n")
     run(words, env)
 
 
@@ -178,7 +179,8 @@ def digests(workdir: Path) -> dict[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would rather be told how to lay them out
             tree = ocp.load_checkpointables(latest / "state")
-        found["params"] = _digest_of_tree({k: tree[k] for k in ("params", "model_state") if k in tree})
+        learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
+        found["params"] = _digest_of_tree(learned)
     if (workdir / "analysis.npz").exists():
         with np.load(workdir / "analysis.npz") as arrays:
             found["analysis"] = _digest_of_tree({name: arrays[name] for name in arrays})
