@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests import clip_files
+from tests.helpers import clip_files
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from vidjax import config as config_lib
-from vidjax import members, steps
+from vidjax import ensemble
 from vidjax.batch import Frames
-from vidjax.system import Sizes, make_system
+from vidjax.steps import train_step
+from vidjax.system import TaskSpec, make_system
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -93,13 +94,13 @@ def facts(name, words=""):
     config = load(name, words)
     widths = {m: WIDTHS[m] for m in config.modalities}
     clusters = 7 if config.data.distractors == "noise" else None
-    sizes = Sizes(widths, 12, clusters, 96, 20, train_other=False)
+    sizes = TaskSpec(widths, 12, clusters, 96, 20, train_other=False)
     system = make_system(config.to_dict(), sizes)
-    mates = members.make_members(config.ensemble)
-    rngs = members.make_rngs(mates[:1], 0)
+    members = ensemble.make_members(config.ensemble)
+    rngs = ensemble.make_rngs(members[:1], 0)
 
     def init():
-        return steps.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
+        return train_step.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
 
     state = jax.eval_shape(init)
 
@@ -116,7 +117,7 @@ def facts(name, words=""):
     return {
         "parameters": _shapes(state.params),
         "memory": _shapes(state.model_state.get("memory", {})),
-        "members": mates,
+        "members": members,
         "training frames": reach("train", system.fuse_train, jax.random.key(0)),
         "evaluation frames": reach("evaluate", system.fuse_eval, None),
         "labels": config.data.distractors,

@@ -9,9 +9,11 @@ import warnings
 import numpy as np
 import pytest
 
-from tests import clip_files, small_runs
+from tests.helpers import clip_files, small_runs
 from vidjax import predict
-from vidjax.data import arrays, iqiyi_vid, memory, packing, pickles, pipeline
+from vidjax.data import arrays, iqiyi_vid, memory
+from vidjax.data.records import pipeline
+from vidjax.data.untrusted import packing, pickles
 
 DIM = 6
 FIELDS = ("quality", "detection", "number", "box")

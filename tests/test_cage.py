@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import python2
-from vidjax.data import cage
-from vidjax.data.sealed import CageError
+from tests.helpers import python2
+from vidjax.data.untrusted import sandbox
+from vidjax.data.untrusted.unpickle import UnpickleError
 
 BOX = [1.0, 2.0, 30.5, 40.25]
 
@@ -29,8 +29,8 @@ def convert(folder: Path, value: Any, modality: str = "face", *, drop: bool = Tr
     """The summary of a pickle of this value, with its flat files as arrays."""
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
-    summary = cage.convert(path, modality, folder, drop=drop)
-    for key, dtype in {"features": summary["dtype"], **cage.COLUMNS}.items():
+    summary = sandbox.convert(path, modality, folder, drop=drop)
+    for key, dtype in {"features": summary["dtype"], **sandbox.COLUMNS}.items():
         summary[key] = np.fromfile(folder / f"{key}.bin", dtype)
     summary["features"] = summary["features"].reshape(-1, summary["width"] or 1)
     summary["box"] = summary["box"].reshape(-1, 4)
@@ -38,7 +38,7 @@ def convert(folder: Path, value: Any, modality: str = "face", *, drop: bool = Tr
 
 
 def refusal(folder: Path, value: Any, modality: str = "face", **kwargs: Any) -> str:
-    with pytest.raises(CageError) as caught:
+    with pytest.raises(UnpickleError) as caught:
         convert(folder, value, modality, **kwargs)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     return str(caught.value)
@@ -137,7 +137,7 @@ def test_blocks_end_anywhere_within_clips(tmp_path: Path, monkeypatch: pytest.Mo
     assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
     bare = {b"rows": rows[kept], b"one": rows[1]}
     bare_whole = convert(tmp_path, bare, "audio")
-    monkeypatch.setattr(cage, "BLOCK_BYTES", 4 * 3 * 2)
+    monkeypatch.setattr(sandbox, "BLOCK_BYTES", 4 * 3 * 2)
     for small, large in (
         (convert(tmp_path, value), whole),
         (convert(tmp_path, bare, "audio"), bare_whole),
@@ -255,28 +255,30 @@ def test_bytes_and_text_names_with_and_without_suffix_are_the_same_clip(tmp_path
             got = convert(tmp_path, {spell(name + suffix): [] for name in names})
             assert got["names"] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["x.pickle", *(f"{key}.bin" for key in ("features", *cage.COLUMNS))]
+        ["x.pickle", *(f"{key}.bin" for key in ("features", *sandbox.COLUMNS))]
     )
 
 
 def test_a_name_of_endless_suffixes_is_cleaned_in_no_time() -> None:
-    assert cage.clean_name("x" + ".mp4" * 10**6) == "x"
+    assert sandbox.clean_name("x" + ".mp4" * 10**6) == "x"
 
 
 @given(st.text(max_size=12), st.integers(0, 3))
 def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name: str, times: int) -> None:
     try:
-        clean = cage.clean_name(name + ".mp4" * times)
-    except CageError:
+        clean = sandbox.clean_name(name + ".mp4" * times)
+    except UnpickleError:
         assert name.split() != [name] or not name.replace(".mp4", "")
         return
-    assert cage.clean_name(clean) == clean and not clean.endswith(".mp4")
+    assert sandbox.clean_name(clean) == clean and not clean.endswith(".mp4")
     assert not any(letter.isspace() for letter in clean)
     if ".mp4" not in name:
         assert clean == name
 
 
 def test_the_child_knows_neither_jax_nor_tensorflow() -> None:
-    code = "import sys, vidjax.data.cage; print({'jax', 'tensorflow'} & set(sys.modules))"
+    code = (
+        "import sys, vidjax.data.untrusted.sandbox; print({'jax', 'tensorflow'} & set(sys.modules))"
+    )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "set()"

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import clip_files
-from vidjax import checkpoint, members, ranking
+from tests.helpers import clip_files
 from vidjax import config as config_lib
-from vidjax import workdir as workdir_lib
+from vidjax import ensemble, ranking
 from vidjax.data import iqiyi_vid
-from vidjax.evaluate import digest
 from vidjax.main import main
+from vidjax.modes.evaluate import digest
+from vidjax.run import checkpoint
+from vidjax.run import workdir as workdir_lib
 
 ROOT = Path(__file__).parent.parent
 SPEC = "configs/mma.py:iqiyi_vid,face,head,audio"
@@ -44,15 +45,15 @@ def finished(data, tmp_path_factory):
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     identities, clips = ["1", "2", "3"], ["a", "b", "c", "d"]
     workdir_lib.write_json(workdir / "identities.json", identities)
-    member = (members.Member(),)
-    membership = members.Membership(member, tuple(clips), np.ones((1, 4), bool))
-    members.save(workdir, membership)
+    member = (ensemble.Member(),)
+    training_sets = ensemble.TrainingSets(member, tuple(clips), np.ones((1, 4), bool))
+    ensemble.save(workdir, training_sets)
     for step in (10, 20):
         items = {"params": {"kernel": np.full((64, 64), step, np.float32)}}
         info = {
             "map": step / 100,
             "identities_sha256": digest(identities),
-            "members_sha256": members.digest(membership),
+            "members_sha256": ensemble.digest(training_sets),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)
@@ -344,7 +345,7 @@ def test_left_overs_are_named(run, checked):
 
 def test_a_run_in_use_is_read_and_left_alone(run, checked):
     code = (
-        "import pathlib, sys\nfrom vidjax import workdir\n"
+        "import pathlib, sys\nfrom vidjax.run import workdir\n"
         "with workdir.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n input()\n"
         "with workdir.lock(pathlib.Path(sys.argv[1])): pass\n"
     )

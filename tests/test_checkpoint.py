@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax import checkpoint
-from vidjax import mesh as mesh_lib
+from vidjax import devices
+from vidjax.run import checkpoint
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def load(workdir, items, prefer="latest"):
 
 
 def everywhere():
-    return mesh_lib.replicated(mesh_lib.make_mesh())
+    return devices.replicated(devices.make_mesh())
 
 
 def assert_same(left, right):

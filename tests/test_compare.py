@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests import made_runs
-from vidjax import compare, ranking
-from vidjax.data import pipeline
+from tests.helpers import made_runs
+from vidjax import ranking
+from vidjax.data.records import pipeline
 from vidjax.main import main
+from vidjax.modes import compare
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clip_files import Clip, random_clip, write_pickle
+from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from vidjax.data import iqiyi_vid
-from vidjax.data.features import (
+from vidjax.data.records.codec import (
     DECODED,
     FIELDS,
     Modality,
@@ -120,6 +120,6 @@ def test_big_endian_and_strided_features_keep_their_values() -> None:
 
 @pytest.mark.slow
 def test_import_says_nothing_and_takes_no_accelerator() -> None:
-    code = "from vidjax.data.features import tf; print(tf.config.get_visible_devices('GPU'))"
+    code = "from vidjax.data.records.codec import tf; print(tf.config.get_visible_devices('GPU'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == ("[]\n", "", 0)

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.clip_files import Clip, random_clip, write_pickle, write_truth
-from vidjax.data import iqiyi_vid, pickles, records
-from vidjax.data.features import tfds
+from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
+from vidjax.data import iqiyi_vid
+from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records.codec import tfds
+from vidjax.data.untrusted import pickles
 
 WIDTHS = {"face": 6, "body": 3, "audio": 4}
 RNG = np.random.default_rng(1)
@@ -52,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> records.Records:
+def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
     """The records of `source`, converted once for all that only read them."""
     return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
 
@@ -71,7 +73,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def read(found: records.Records, split: str) -> list[dict]:
+def read(found: manifest_lib.Records, split: str) -> list[dict]:
     """Returns the records of a split in their order, through TFDS."""
     builder = tfds.builder_from_directory(found.splits[split].shards[0].path.parent)
     config = tfds.ReadConfig(interleave_cycle_length=1)
@@ -86,7 +88,7 @@ def short_message(error: pytest.ExceptionInfo) -> str:
 
 
 def test_records_hold_every_frame_of_the_pickles(
-    source: Path, found: records.Records, tmp_path: Path
+    source: Path, found: manifest_lib.Records, tmp_path: Path
 ) -> None:
     assert {name: m.dim for name, m in found.modalities.items()} == WIDTHS
     for split in ("train", "val"):
@@ -116,7 +118,7 @@ def test_records_hold_every_frame_of_the_pickles(
                     np.testing.assert_array_equal(values, wanted)
 
 
-def test_train_is_permuted_and_other_splits_are_in_name_order(found: records.Records) -> None:
+def test_train_is_permuted_and_other_splits_are_in_name_order(found: manifest_lib.Records) -> None:
     for facts in found.splits.values():
         assert list(facts.clips) == sorted(facts.clips, key=lambda name: name.encode())
         assert sorted(facts.order) == list(range(len(facts.clips)))
@@ -125,7 +127,7 @@ def test_train_is_permuted_and_other_splits_are_in_name_order(found: records.Rec
     assert np.abs(steps).mean() > 40 / 5  # a random permutation steps N / 3 on average
 
 
-def test_manifest_tells_the_truth(found: records.Records) -> None:
+def test_manifest_tells_the_truth(found: manifest_lib.Records) -> None:
     manifest = json.loads((found.folder / "manifest.json").read_text())
     for split, count in (("train", 40), ("val", 21)):
         shards = manifest["splits"][split]["shards"]
@@ -138,13 +140,13 @@ def test_manifest_tells_the_truth(found: records.Records) -> None:
 
 
 def test_a_second_run_reads_neither_pickle_nor_shard(
-    source: Path, found: records.Records, monkeypatch: pytest.MonkeyPatch
+    source: Path, found: manifest_lib.Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
     monkeypatch.setattr(pickles, "unpack", refuse)
-    monkeypatch.setattr(records, "check_shard", refuse)
+    monkeypatch.setattr(manifest_lib, "check_shard", refuse)
     again = iqiyi_vid.prepare(source, found.folder.parent.parent)
     assert again.folder == found.folder and again.report == found.report
     for split in ("train", "val"):
@@ -204,29 +206,31 @@ DAMAGES: dict[Callable[[Path, Path], None], str] = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_shards_are_refused_at_load(
-    found: records.Records, tmp_path: Path, damage: Callable[[Path, Path], None]
+    found: manifest_lib.Records, tmp_path: Path, damage: Callable[[Path, Path], None]
 ) -> None:
     shutil.copytree(found.folder, tmp_path / "copy")
-    shards = records.load_records(tmp_path / "copy").splits["train"].shards
+    shards = manifest_lib.load_records(tmp_path / "copy").splits["train"].shards
     damage(shards[2].path, shards[3].path)
     with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
-        records.load_records(tmp_path / "copy")
+        manifest_lib.load_records(tmp_path / "copy")
     assert str(shards[2].path) in short_message(error)
 
 
-def test_a_copied_folder_still_serves(found: records.Records, tmp_path: Path) -> None:
+def test_a_copied_folder_still_serves(found: manifest_lib.Records, tmp_path: Path) -> None:
     shutil.copytree(found.folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert len(read(records.load_records(tmp_path / "copy"), "train")) == 40
+    assert len(read(manifest_lib.load_records(tmp_path / "copy"), "train")) == 40
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.npz", "data_report.json"])
-def test_damaged_index_files_are_refused(found: records.Records, tmp_path: Path, name: str) -> None:
+def test_damaged_index_files_are_refused(
+    found: manifest_lib.Records, tmp_path: Path, name: str
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(found.folder, folder)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged records") as error:
-        records.load_records(folder)
+        manifest_lib.load_records(folder)
     assert str(folder) in short_message(error)
 
 
@@ -253,7 +257,7 @@ def test_few_clips_make_few_shards(small: Path, cache: Path) -> None:
     assert [s.records for s in iqiyi_vid.prepare(small, cache).splits["train"].shards] == [1, 1, 1]
 
 
-def test_labels_are_columns_in_identity_order(source: Path, found: records.Records) -> None:
+def test_labels_are_columns_in_identity_order(source: Path, found: manifest_lib.Records) -> None:
     identities, labels, report = iqiyi_vid.load_labels(source, found)
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
@@ -265,7 +269,9 @@ def test_labels_are_columns_in_identity_order(source: Path, found: records.Recor
     assert report["splits"]["val"]["clips_per_identity"]["2-2"] == 6
 
 
-def test_splits_without_ground_truth_are_unlabelled(found: records.Records, tmp_path: Path) -> None:
+def test_splits_without_ground_truth_are_unlabelled(
+    found: manifest_lib.Records, tmp_path: Path
+) -> None:
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
     identities, labels, report = iqiyi_vid.load_labels(tmp_path, found)
     assert identities == ("4", "6")
@@ -274,7 +280,7 @@ def test_splits_without_ground_truth_are_unlabelled(found: records.Records, tmp_
     assert report["splits"]["val"]["labelled"] is False
 
 
-def test_ground_truth_of_unknown_clips(found: records.Records, tmp_path: Path) -> None:
+def test_ground_truth_of_unknown_clips(found: manifest_lib.Records, tmp_path: Path) -> None:
     known = {f"train_{i:03d}": "1" for i in range(40)}
     write_truth(tmp_path, "train", {**known, "stranger": "1"})
     with pytest.raises(ValueError, match="1 of 41 clips are in no feature file") as error:
@@ -308,7 +314,9 @@ def test_identities_that_only_test_shows_are_counted(small: Path, cache: Path) -
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_the_report_adds_up(small: Path, cache: Path, source: Path, found: records.Records) -> None:
+def test_the_report_adds_up(
+    small: Path, cache: Path, source: Path, found: manifest_lib.Records
+) -> None:
     clips = {f"s{i:02d}": random_clip(RNG, 3, 4) for i in range(40)}
     clips["s05"].features[1] = np.nan
     clips["s06"].features[:] = np.inf
@@ -366,7 +374,7 @@ def test_directories_without_data_are_refused(tmp_path: Path, cache: Path) -> No
 
 
 def test_command_converts_and_reports(
-    source: Path, found: records.Records, capsys: pytest.CaptureFixture[str]
+    source: Path, found: manifest_lib.Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = found.folder.parent.parent
     assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 0

@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from tests import clip_files
-from tests.small_runs import ranked_scores, run, shrunk
+from tests.helpers import clip_files
+from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
-from vidjax import evaluate, join, scoring
-from vidjax import mesh as mesh_lib
-from vidjax.data import pipeline
+from vidjax import devices
+from vidjax.data.records import pipeline
 from vidjax.main import main
+from vidjax.modes import blend, evaluate
+from vidjax.steps import scoring
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -94,7 +95,7 @@ def probabilities(folder, load, split):
     config = config_lib.override(config_lib.load_workdir(folder), words)
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
-    mesh = mesh_lib.make_mesh(1)
+    mesh = devices.make_mesh(1)
     _, one = evaluate.restore(config, folder, load(config), mesh)
     found = scoring.score([one], split, mesh, block_size=32, each_member=False)
     clips = one.data.split(split).clips
@@ -141,7 +142,7 @@ def check_ranking(path, scores):
 @pytest.mark.parametrize("weights", [(), (0.25, 0.75), (3.0, 0.0)], ids=["equal", "given", "one"])
 def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
     config = joining(runs, f"--config.join.weights={weights}")
-    results = join.join(config, tmp_path, load, num_devices=1)
+    results = blend.join(config, tmp_path, load, num_devices=1)
     weights = weights or (1.0, 1.0)
     wanted = joined_by_hand(runs, load, "val", weights)
     check_ranking(tmp_path / "ranking.txt", wanted)
@@ -156,23 +157,23 @@ def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
 
 
 def test_every_score_equals_the_loop(runs, load):
-    mesh = mesh_lib.make_mesh(1)
-    contenders = []
+    mesh = devices.make_mesh(1)
+    models = []
     for folder, weight in zip(runs, (0.3, 0.9), strict=True):
         config = config_lib.load_workdir(folder)
         _, one = evaluate.restore(config, folder, load(config), mesh)
-        contenders.append(one._replace(weight=weight))
-    found = scoring.score(contenders, "val", mesh, block_size=32, each_member=False)
+        models.append(one._replace(weight=weight))
+    found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))
-    clips = contenders[0].data.split("val").clips
+    clips = models[0].data.split("val").clips
     scores = np.exp(ranked_scores(found.top, len(clips)).astype(np.float64))
     np.testing.assert_allclose(scores, [wanted[clip] for clip in clips], rtol=2e-5, atol=1e-12)
 
 
 def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
-    monkeypatch.setattr(join, "ROUNDS", 6)
+    monkeypatch.setattr(blend, "ROUNDS", 6)
     config = joining(runs, "--config.join.greedy=true")
-    results = join.join(config, tmp_path, load, num_devices=1)
+    results = blend.join(config, tmp_path, load, num_devices=1)
     kept = config_lib.load_workdir(tmp_path).join
     assert not kept.greedy and kept.weights == tuple(one["weight"] for one in results["runs"])
 
@@ -197,15 +198,15 @@ def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkey
 def test_weights_are_not_fitted_on_what_a_run_was_trained_on(runs, plain, load, tmp_path):
     config = joining((runs[0], plain), "--config.join.greedy=true")
     with pytest.raises(ValueError, match=r"join\.split=train: .*without folds"):
-        join.join(config, tmp_path, load, num_devices=1)
+        blend.join(config, tmp_path, load, num_devices=1)
     on_test = joining(runs, "--config.join.greedy=true", "--config.join.split=test")
     with pytest.raises(ValueError, match=r"join\.split=test: .*no ground truth"):
-        join.join(on_test, tmp_path, load, num_devices=1)
+        blend.join(on_test, tmp_path, load, num_devices=1)
     assert not (tmp_path / "config.json").exists()
 
 
 def test_cosines_are_joined_as_probabilities(runs, plain, load, tmp_path):
-    join.join(joining((runs[1], plain)), tmp_path, load, num_devices=1)
+    blend.join(joining((runs[1], plain)), tmp_path, load, num_devices=1)
     check_ranking(
         tmp_path / "ranking.txt", joined_by_hand((runs[1], plain), load, "val", (1.0, 1.0))
     )
@@ -219,7 +220,7 @@ def test_other_identities_or_clips_are_refused(
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     others = train("others", "knn.py:iqiyi_vid", fewer, "--config.num_epochs=1")
     with pytest.raises(ValueError, match="different lists of identities"):
-        join.join(joining((runs[0], others)), tmp_path / "out", load, num_devices=1)
+        blend.join(joining((runs[0], others)), tmp_path / "out", load, num_devices=1)
 
     # The folder of one run gains a clip after training.
     moved = tmp_path / "moved"
@@ -232,7 +233,7 @@ def test_other_identities_or_clips_are_refused(
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
     with pytest.raises(ValueError, match="differ in the clips of test") as caught:
-        join.join(joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1)
+        blend.join(joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1)
     assert "IQIYI_VID_TEST_" in str(caught.value)
 
 
@@ -246,7 +247,7 @@ def test_other_identities_or_clips_are_refused(
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        join.join(joining(runs, *words), tmp_path, load, num_devices=1)
+        blend.join(joining(runs, *words), tmp_path, load, num_devices=1)
 
 
 def test_the_command_line(runs, load, tmp_path, capsys):
@@ -286,6 +287,6 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
         config = config_lib.override(joining(runs), words)
-        join.join(config, tmp_path, load, num_devices=1)
+        blend.join(config, tmp_path, load, num_devices=1)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]

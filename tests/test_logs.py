@@ -16,9 +16,9 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from tests import made_runs
-from vidjax import logs as logs_lib
-from vidjax.logs import Logs, Progress, keep_until, log_results
+from tests.helpers import made_runs
+from vidjax.run import logs as logs_lib
+from vidjax.run.logs import Logs, Progress, keep_until, log_results
 
 ListSessionGroupsRequest = api_pb2.ListSessionGroupsRequest  # type: ignore[attr-defined]
 STATUS_SUCCESS, STATUS_UNKNOWN = 1, 0  # of api_pb2

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.small_runs import Spoilt, run, shrunk, weights
+from tests.helpers.small_runs import Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
-from vidjax import evaluate, members, scoring
-from vidjax import mesh as mesh_lib
-from vidjax.data import pipeline
+from vidjax import devices, ensemble
+from vidjax.data.records import pipeline
+from vidjax.modes import evaluate
+from vidjax.steps import scoring
 
 SPEC = {
     "folds": 0,
@@ -31,16 +32,16 @@ def data(official_dir, cache_dir):
 
 def test_members_are_the_product_of_what_varies():
     spec = {**SPEC, "folds": 5, "seeds": 5}
-    everyone = members.make_members(spec)
+    everyone = ensemble.make_members(spec)
     assert len(everyone) == len(set(everyone)) == 25
     assert [member.fold for member in everyone] == [fold for fold in range(5) for _ in range(5)]
     assert [member.seed for member in everyone] == list(range(25))
-    assert members.make_members({**spec, "only": (7, 3)}) == (everyone[7], everyone[3])
-    views = members.make_members({**SPEC, "views": 11, "min_quality": (-1e9, 20, 40)})
+    assert ensemble.make_members({**spec, "only": (7, 3)}) == (everyone[7], everyone[3])
+    views = ensemble.make_members({**SPEC, "views": 11, "min_quality": (-1e9, 20, 40)})
     assert {(m.view, m.min_quality) for m in views} == set(
         itertools.product(range(11), (-1e9, 20.0, 40.0))
     )
-    assert members.make_members(SPEC) == (members.Member(),)
+    assert ensemble.make_members(SPEC) == (ensemble.Member(),)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_members_are_the_product_of_what_varies():
 )
 def test_specifications_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        members.make_members({**SPEC, **change})
+        ensemble.make_members({**SPEC, **change})
 
 
 @pytest.mark.parametrize("num_folds", [2, 5, 10])
@@ -63,17 +64,17 @@ def test_folds_split_every_identity_evenly(num_folds):
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.repeat(np.arange(40), rng.integers(1, 9, 40)), np.zeros(33, int)])
     labels = rng.permutation(labels)
-    folds = members.stratified_folds(labels, num_folds, seed=3)
+    folds = ensemble.stratified_folds(labels, num_folds, seed=3)
     for rows in [np.arange(len(labels)), *(np.flatnonzero(labels == c) for c in range(40))]:
         counts = np.bincount(folds[rows], minlength=num_folds)
         assert counts.max() - counts.min() <= 1
-    np.testing.assert_array_equal(folds, members.stratified_folds(labels, num_folds, seed=3))
-    assert (folds != members.stratified_folds(labels, num_folds, seed=4)).any()
+    np.testing.assert_array_equal(folds, ensemble.stratified_folds(labels, num_folds, seed=3))
+    assert (folds != ensemble.stratified_folds(labels, num_folds, seed=4)).any()
 
 
 def test_bootstrap_samples_lose_no_identity():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(50), np.arange(50) % 7 + 1))
-    counts = np.stack([members.bootstrap_counts(labels, number, seed=0) for number in range(200)])
+    counts = np.stack([ensemble.bootstrap_counts(labels, number, seed=0) for number in range(200)])
     for column in range(50):
         rows = labels == column
         assert (counts[:, rows].sum(axis=1) == rows.sum()).all()
@@ -83,32 +84,34 @@ def test_bootstrap_samples_lose_no_identity():
 
 def test_held_out_goes_by_name():
     trained = np.array([[True, False, True], [False, True, True]])
-    membership = members.Membership((members.Member(), members.Member(1)), ("a", "b", "c"), trained)
-    found = members.held_out(membership, ("c", "new", "b", "a"))
+    training_sets = ensemble.TrainingSets(
+        (ensemble.Member(), ensemble.Member(1)), ("a", "b", "c"), trained
+    )
+    found = ensemble.held_out(training_sets, ("c", "new", "b", "a"))
     np.testing.assert_array_equal(found, [[0, 1, 1, 0], [0, 1, 0, 1]])
 
 
 def test_membership_survives_the_disk(tmp_path):
     trained = np.array([[True, False], [False, True]])
-    everyone = members.make_members({**SPEC, "folds": 2, "min_quality": (20.0,)})
-    membership = members.Membership(everyone, ("clip", "ünï-§"), trained)
-    members.save(tmp_path, membership)
-    again = members.load(tmp_path)
-    assert again[:2] == membership[:2]
+    everyone = ensemble.make_members({**SPEC, "folds": 2, "min_quality": (20.0,)})
+    training_sets = ensemble.TrainingSets(everyone, ("clip", "ünï-§"), trained)
+    ensemble.save(tmp_path, training_sets)
+    again = ensemble.load(tmp_path)
+    assert again[:2] == training_sets[:2]
     np.testing.assert_array_equal(again.trained, trained)
-    assert members.digest(again) == members.digest(membership)
-    other = membership._replace(trained=~trained)
-    assert members.digest(other) != members.digest(membership)
-    path = tmp_path / members.FILE
+    assert ensemble.digest(again) == ensemble.digest(training_sets)
+    other = training_sets._replace(trained=~trained)
+    assert ensemble.digest(other) != ensemble.digest(training_sets)
+    path = tmp_path / ensemble.FILE
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"cannot read .*members\.npz"):
-        members.load(tmp_path)
+        ensemble.load(tmp_path)
 
 
 @pytest.mark.parametrize("view", [0, 1, 15])
 def test_a_view_lacks_its_chunk(view):
     features = np.arange(2 * 512).reshape(2, 512)
-    found = members.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
+    found = ensemble.drop_chunk(jnp.asarray(features), jnp.int32(view), 16)
     wanted = np.delete(features, np.s_[32 * view : 32 * (view + 1)], axis=1)
     np.testing.assert_array_equal(found, wanted)
 
@@ -123,8 +126,8 @@ def test_scores_combine_as_means(logs):
     weight = jnp.zeros(6)
     for one, rows in zip(scores, use, strict=True):
         row = jnp.asarray(rows, jnp.float32)
-        total, weight = members.add_scores(total, jnp.asarray(one), row, logs=logs), weight + row
-    found = np.asarray(members.mean_scores(total, weight, logs=logs))
+        total, weight = ensemble.add_scores(total, jnp.asarray(one), row, logs=logs), weight + row
+    found = np.asarray(ensemble.mean_scores(total, weight, logs=logs))
     assert (found[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
@@ -169,7 +172,7 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
 @pytest.mark.slow
 def test_scores_of_all_members_never_exist_at_once(data, everyone, monkeypatch):
     folder, _ = everyone
-    mesh = mesh_lib.make_mesh(1)
+    mesh = devices.make_mesh(1)
     _, one = evaluate.restore(config_lib.load_workdir(folder), folder, data, mesh)
     step, alive = one.scorer.step, []
 
@@ -218,7 +221,7 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
     """Other features and labels of a held-out fold change nothing in its member, only in others."""
     config = shrunk(SPLITS, *FOLDS, spec=MLP)
     plain, _ = everyone
-    held = ~members.load(plain).trained[1]
+    held = ~ensemble.load(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}
 
     class Relabelled(Spoilt):
@@ -231,14 +234,14 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
             )
 
     hidden = {name: held[at] for name, at in rows.items()}
-    folds = members.stratified_folds
+    folds = ensemble.stratified_folds
     try:  # of the labels as they were: a fold must not move with the labels that are spoilt
         labels = np.concatenate([data.split(name).labels for name in rows])
         fixed = folds(labels, 3, config.seed)
-        members.stratified_folds = lambda *args: fixed
+        ensemble.stratified_folds = lambda *args: fixed
         run(config, tmp_path, Relabelled(data, hidden))
     finally:
-        members.stratified_folds = folds
+        ensemble.stratified_folds = folds
     left, right = weights(plain), weights(tmp_path)
     changed = [not np.array_equal(value[0], right[name][0]) for name, value in left.items()]
     assert any(changed)

@@ -9,7 +9,7 @@ import pytest
 import pytrec_eval
 from sklearn.metrics import roc_auc_score
 
-from tests import map_oracle
+from tests.helpers import map_oracle
 from vidjax import metrics, ranking
 
 F = Fraction

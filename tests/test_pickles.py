@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import hostile, python2
-from vidjax.data import cage, pickles
+from tests.campaigns import hostile
+from tests.helpers import python2
+from vidjax.data.untrusted import pickles, sandbox
 
 
 def clips(rng: np.random.Generator, lengths: list[int], width: int = 8) -> dict[bytes, Any]:
@@ -429,4 +430,4 @@ def test_600000_faces_unpack_at_full_rate_in_little_memory(tmp_path: Path) -> No
     np.testing.assert_array_equal(last, entries[-1][4])
     assert 600_000 / cpu > 60_000, cpu
     assert peak < 2 * size + (1 << 30)
-    assert cage.memory_limit(size) == (512 << 20) + 4 * size
+    assert sandbox.memory_limit(size) == (512 << 20) + 4 * size

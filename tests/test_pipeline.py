@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.clip_files import Clip, random_clip, write_pickle, write_truth
+from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.batch import Batch
-from vidjax.data import iqiyi_vid, pipeline, records, synthetic
+from vidjax.data import iqiyi_vid, synthetic
+from vidjax.data.records import manifest, pipeline
 
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
 MAX_FRAMES = 7
@@ -65,12 +66,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> records.Records:
+def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest.Records:
     return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
-def dataset(source: Path, found: records.Records) -> pipeline.Dataset:
+def dataset(source: Path, found: manifest.Records) -> pipeline.Dataset:
     with pytest.warns(UserWarning, match="val: no file of body"):
         return pipeline.Dataset(found, source)
 
@@ -347,7 +348,7 @@ def test_packed_clips_come_once_with_just_their_frames(
 
 
 def test_packing_names_mistakes_and_clips_that_do_not_come(
-    dataset: pipeline.Dataset, found: records.Records, source: Path
+    dataset: pipeline.Dataset, found: manifest.Records, source: Path
 ) -> None:
     for split, modalities, message in (
         ("test", ("face",), "no split 'test'"),
@@ -364,7 +365,9 @@ def test_packing_names_mistakes_and_clips_that_do_not_come(
         list(damaged.packed(split="val", modalities=("face",)))
 
 
-def test_a_chosen_clip_that_does_not_come_is_an_error(found: records.Records, source: Path) -> None:
+def test_a_chosen_clip_that_does_not_come_is_an_error(
+    found: manifest.Records, source: Path
+) -> None:
     order = found.splits["val"].order.copy()
     order[0] = order[1]  # the records no longer are what the index says
     broken = found._replace(
@@ -405,11 +408,11 @@ def test_unusual_dtypes_reach_the_batch(tmp_path: Path, dtype: str) -> None:
         np.testing.assert_array_equal(fields["features"], clip.features[best_frames(clip, 5)])
 
 
-def copy_of(found: records.Records, source: Path, folder: Path) -> pipeline.Dataset:
+def copy_of(found: manifest.Records, source: Path, folder: Path) -> pipeline.Dataset:
     """Returns a dataset over a copy of the records, to be damaged."""
     shutil.copytree(found.folder, folder)
     with pytest.warns(UserWarning, match="no file of body"):
-        return pipeline.Dataset(records.load_records(folder), source)
+        return pipeline.Dataset(manifest.load_records(folder), source)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +426,7 @@ def copy_of(found: records.Records, source: Path, folder: Path) -> pipeline.Data
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "packed"])
 def test_damage_after_loading_shows_while_reading(
-    source: Path, found: records.Records, tmp_path: Path, damage: str, message: str, mode: str
+    source: Path, found: manifest.Records, tmp_path: Path, damage: str, message: str, mode: str
 ) -> None:
     dataset = copy_of(found, source, tmp_path / "copy")
     (path,) = (tmp_path / "copy").glob("**/*train*-00002-of-*")

@@ -8,13 +8,14 @@ import warnings
 import numpy as np
 import pytest
 
-from tests import small_runs
+from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
-from vidjax import evaluate, predict, scoring
-from vidjax import mesh as mesh_lib
-from vidjax.checkpoint import CheckpointError
-from vidjax.data import pipeline
+from vidjax import devices, predict
+from vidjax.data.records import pipeline
+from vidjax.modes import evaluate
+from vidjax.run.checkpoint import CheckpointError
+from vidjax.steps import scoring
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
@@ -134,9 +135,9 @@ def test_what_cannot_be_restored_says_so(train, tmp_path):
 def test_scores_are_those_of_evaluation(name, data, train, clips):
     folder = train(name)
     config = config_lib.load_workdir(folder)
-    mesh = mesh_lib.make_mesh(1)
-    step, contender = evaluate.restore(config, folder, data, mesh)
-    top = scoring.score([contender], "val", mesh, block_size=config.eval.block_size).top
+    mesh = devices.make_mesh(1)
+    step, model = evaluate.restore(config, folder, data, mesh)
+    top = scoring.score([model], "val", mesh, block_size=config.eval.block_size).top
     wanted = small_runs.ranked_scores(top, len(clips["val"]))
     run = predict.restore(folder, num_devices=1)
     assert run.step == step

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.models import products
+from vidjax.models import dense_general
 
 AXES = (((1,), (0,)), ((), ()))
 
@@ -22,7 +22,7 @@ def operands():
 def test_float32_is_the_plain_product(operands):
     x, kernel, _ = operands
     plain = jax.jit(lambda x, kernel: jax.lax.dot_general(x, kernel, AXES))
-    ours = jax.jit(lambda x, kernel: products.dot_general(x, kernel, AXES))
+    ours = jax.jit(lambda x, kernel: dense_general.dot_general(x, kernel, AXES))
     np.testing.assert_array_equal(plain(x, kernel), ours(x, kernel))
 
 
@@ -32,7 +32,7 @@ def test_bfloat16_is_summed_up_in_float32(operands, shape):
     x = x.reshape(-1)[: int(np.prod(shape))].reshape(shape).astype(jnp.bfloat16)
     kernel = kernel.astype(jnp.bfloat16)
     axes = (((x.ndim - 1,), (0,)), ((), ()))
-    product = products.dot_general(x, kernel, axes)
+    product = dense_general.dot_general(x, kernel, axes)
     assert product.dtype == jnp.float32
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     np.testing.assert_allclose(product, exact, atol=1e-5)
@@ -43,7 +43,7 @@ def test_gradients_of_bfloat16_are_those_of_its_values(operands):
     x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
 
     def total(x, kernel):
-        return jnp.sum(products.dot_general(x, kernel, AXES) * weight)
+        return jnp.sum(dense_general.dot_general(x, kernel, AXES) * weight)
 
     of_x, of_kernel = jax.jit(jax.grad(total, argnums=(0, 1)))(x, kernel)
     assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
@@ -60,7 +60,7 @@ def test_members_go_through_vmap(operands):
     x, kernel, _ = (a.astype(jnp.bfloat16) for a in operands)
 
     def total(kernel):
-        return jnp.sum(products.dot_general(x, kernel, AXES) ** 2)
+        return jnp.sum(dense_general.dot_general(x, kernel, AXES) ** 2)
 
     kernels = jnp.stack([kernel, 2 * kernel])
     together = jax.vmap(jax.grad(total))(kernels)

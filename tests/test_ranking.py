@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax import mesh as mesh_lib
-from vidjax import ranking
+from vidjax import devices, ranking
 
 C, K = 7, 20
 
@@ -126,15 +125,15 @@ def test_a_tie_of_two_over_the_last_place():
 
 
 def test_scores_split_over_devices():
-    mesh = mesh_lib.make_mesh(8)
+    mesh = devices.make_mesh(8)
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
     blocks = list(blocks_of(scores, clip_index, 32, rng))
-    split = [jax.device_put(block, mesh_lib.by_rows(mesh)) for block in blocks]
+    split = [jax.device_put(block, devices.by_rows(mesh)) for block in blocks]
     expected = full_sort(scores, clip_index, K)
     assert_exact(ranking.rank(split, C, K, rows=64), expected)
-    top = jax.jit(ranking.update_top)(mesh_lib.replicate(mesh, ranking.init_top(C, K)), split)
+    top = jax.jit(ranking.update_top)(devices.replicate(mesh, ranking.init_top(C, K)), split)
     assert_exact(jax.jit(ranking.finish_top)(top), expected)
 
 

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.small_runs import (
+from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
     assert_equal_weights,
@@ -16,8 +16,11 @@ from tests.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import checkpoint, feed, members, relabel, workdir
-from vidjax.data import noise, pipeline
+from vidjax import ensemble
+from vidjax.data import noise
+from vidjax.data.records import pipeline
+from vidjax.run import checkpoint, workdir
+from vidjax.steps import distractors, feed
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -45,7 +48,7 @@ def training_labels(data):
 def starting(data, config=None):
     """The labels that training starts from, and the class columns."""
     config = config or shrunk(*WORDS, spec=SPEC)
-    return relabel.label_distractors(config, data, training_labels(data))
+    return distractors.label_distractors(config, data, training_labels(data))
 
 
 def step_of(folder):
@@ -53,12 +56,12 @@ def step_of(folder):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / relabel.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / distractors.FILE).read_text().splitlines()]
 
 
 def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
     truth, (start, layout) = training_labels(data), starting(data)
-    membership = members.load(whole)
+    training_sets = ensemble.load(whole)
     end = saved(whole)["train"]["labels"]  # [E, N]
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < (truth == 0).sum()
@@ -67,23 +70,23 @@ def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
         assert moved.any()
         assert not (moved & (truth > 0)).any()
         assert not (moved & ~unclustered).any()
-        assert not (moved & ~membership.trained[number]).any()
+        assert not (moved & ~training_sets.trained[number]).any()
         assert layout.is_mirror(row[unclustered]).all()
 
 
 def test_the_log_says_what_moved_and_nothing_else(data, whole):
     start, layout = starting(data)
-    membership = members.load(whole)
-    position = {name: i for i, name in enumerate(membership.clips)}
+    training_sets = ensemble.load(whole)
+    position = {name: i for i, name in enumerate(training_sets.clips)}
     column = {name: i + 1 for i, name in enumerate(data.identities)}
-    table = np.tile(start, (len(membership.members), 1))
+    table = np.tile(start, (len(training_sets.members), 1))
     found = lines(whole)
     # 156 clips in batches of 32: after each epoch but the last.
     assert [(line["step"], line["member"]) for line in found] == [
         (step, member) for step in (5, 10, 15) for member in range(3)
     ]
     for line in found:
-        row, own = table[line["member"]], membership.trained[line["member"]]
+        row, own = table[line["member"]], training_sets.trained[line["member"]]
         assert line["moved"] == len(line["now_mirrors"])
         assert line["unclustered"] == line["moved"] + line["kept"]
         assert line["unclustered"] == (layout.is_mirror(row) & own).sum()
@@ -105,7 +108,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mod
             patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
             interrupt_dispatch(patch, number - 1 - step_of(parts), signal.SIGINT)
             run(config, parts, Interrupting(data, number - step_of(parts), signal.SIGINT))
-        with open(parts / relabel.FILE, "a") as file:
+        with open(parts / distractors.FILE, "a") as file:
             file.write('{"step": 999, "memb')  # a line that a kill would leave
     run(config, parts, data)
     for name in ("noise.jsonl", "metrics.jsonl", "ranking.txt"):
@@ -122,7 +125,7 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
         if word != "noise":
             folder = tmp_path / word
             run(shrunk(*WORDS, spec=f"{SPEC},{word}"), folder, data)
-            assert not (folder / relabel.FILE).exists()
+            assert not (folder / distractors.FILE).exists()
         found = weights(folder)
         assert found["['params']['classifier']['kernel']"].shape[-1] == wanted
         first[word] = found["['params']['backbone']['layer_0']['dense']['kernel']"]
@@ -160,14 +163,14 @@ def test_clusters_do_not_depend_on_labels(data):
     """Nor on the seed of the run, which draws the mirror classes alone."""
     config = shrunk(*WORDS, spec=SPEC)
     truth = training_labels(data)
-    start, layout = relabel.label_distractors(config, data, truth)
+    start, layout = distractors.label_distractors(config, data, truth)
     other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
-    again, same = relabel.label_distractors(config, data, other)
+    again, same = distractors.label_distractors(config, data, other)
     assert same == layout
     np.testing.assert_array_equal(again[truth == 0], start[truth == 0])
     np.testing.assert_array_equal(again[truth > 0], other[truth > 0])
     config.seed = 1
-    third, same = relabel.label_distractors(config, data, truth)
+    third, same = distractors.label_distractors(config, data, truth)
     clustered = layout.is_cluster(start)
     assert same == layout
     np.testing.assert_array_equal(third[clustered], start[clustered])

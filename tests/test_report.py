@@ -11,10 +11,12 @@ import time
 import numpy as np
 import pytest
 
-from tests.small_runs import shrunk
-from vidjax import analysis, page, report, train
+from tests.helpers.small_runs import shrunk
 from vidjax import main as main_lib
-from vidjax.data import pipeline
+from vidjax.data.records import pipeline
+from vidjax.modes import analysis, train
+from vidjax.report import html as html_lib
+from vidjax.report import run_page
 
 SECTIONS = [
     "summary",
@@ -123,7 +125,7 @@ def test_of_attention(data, tmp_path):
     assert "There are no members" in section(text, "ensemble")
     assert "clips" in section(text, "data")
     before = text
-    report.write(tmp_path)
+    run_page.write(tmp_path)
     assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
 
 
@@ -233,15 +235,15 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
 def test_names_are_text_whatever_they_hold(tmp_path):
     name = EVIL + "$\ud800\u4e2d^{}"
     folder = made_up(tmp_path / "a<b>&", name=name, clip=name)
-    page = check_page(report.write(folder).read_text())
+    page = check_page(run_page.write(folder).read_text())
     assert EVIL + "$?\u4e2d^0" in "".join(page.texts)
 
 
 def test_the_interval_is_that_of_the_mean():
     rng = np.random.default_rng(1)
     sample = rng.normal(0.5, 0.1, 400)
-    low, high = report.bootstrap(sample)
-    assert (low, high) == report.bootstrap(sample)
+    low, high = run_page.bootstrap(sample)
+    assert (low, high) == run_page.bootstrap(sample)
     error = sample.std() / 20
     assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.25 * error)
@@ -249,31 +251,31 @@ def test_the_interval_is_that_of_the_mean():
 
 def test_what_is_absent_is_explained(tmp_path):
     with pytest.raises(ValueError, match="no run in"):
-        report.write(tmp_path)
+        run_page.write(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    text = report.write(tmp_path).read_text()
+    text = run_page.write(tmp_path).read_text()
     check_page(text)
     for name in SECTIONS:
         assert re.search(r"<p[ >].*\.", section(text, name)), name
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
-    assert "no ground truth" in section(report.write(tmp_path).read_text(), "summary")
+    assert "no ground truth" in section(run_page.write(tmp_path).read_text(), "summary")
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json' is damaged"):
-        report.write(tmp_path)
+        run_page.write(tmp_path)
 
 
 def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
     folder = made_up(tmp_path / "run")
-    assert "another evaluation" not in "".join(report._summary(report.load(folder)))
+    assert "another evaluation" not in "".join(run_page._summary(run_page.load(folder)))
     (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
-    assert "another evaluation" in "".join(report._summary(report.load(folder)))
+    assert "another evaluation" in "".join(run_page._summary(run_page.load(folder)))
 
 
 @pytest.mark.slow
 def test_official_size(tmp_path):
     folder = made_up(tmp_path / "run", identities=10034, clips=72000)
     began = time.monotonic()
-    text = report.write(folder).read_text()
+    text = run_page.write(folder).read_text()
     assert time.monotonic() - began < 20
     check_page(text)
 
@@ -293,7 +295,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("dress", [0, 1])
 def test_contrast_is_enough(dress):
-    roots = re.findall(r":root \{(.*?)\}", page.CSS, re.DOTALL)
+    roots = re.findall(r":root \{(.*?)\}", html_lib.CSS, re.DOTALL)
     colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[dress]))
     for name in ("ink", "muted", "link"):
         assert contrast(colours[name], colours["back"]) >= 4.5, name
@@ -336,7 +338,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
-    path = report.write(made_up(tmp_path / "run"))
+    path = run_page.write(made_up(tmp_path / "run"))
     log = tmp_path / "net.json"
     quiet = [
         "--headless",

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.clip_files import random_clip, write_pickle, write_truth
-from tests.small_runs import (
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
     Spoilt,
@@ -23,14 +23,16 @@ from tests.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import evaluate as evaluate_lib
-from vidjax import feed, fusion, members, resident, selection, steps
-from vidjax import mesh as mesh_lib
-from vidjax import workdir as workdir_lib
-from vidjax.batch import Batch, Frames, Packed, Rows
-from vidjax.checkpoint import manifests
-from vidjax.data import pipeline
-from vidjax.system import Sizes, make_system
+from vidjax import devices as devices_lib
+from vidjax import ensemble, fusion, selection
+from vidjax.batch import Batch, Frames, LazyFeatures, Packed
+from vidjax.data import resident
+from vidjax.data.records import pipeline
+from vidjax.modes import evaluate
+from vidjax.run import workdir
+from vidjax.run.checkpoint import manifests
+from vidjax.steps import feed, train_step
+from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -199,12 +201,12 @@ def test_draws_do_not_depend_on_the_number_of_devices():
     clips, plan = two_modalities(), plan_of(batch_size=8)
     found = []
     for devices in (1, 8):
-        mesh = mesh_lib.make_mesh(devices)
-        on_device = mesh_lib.replicate(mesh, clips)
+        mesh = devices_lib.make_mesh(devices)
+        on_device = devices_lib.replicate(mesh, clips)
 
         @jax.jit
         def draw(clips, step, mesh=mesh):
-            return mesh_lib.constrain_batch(mesh, resident.draw_batch(clips, plan, step))
+            return devices_lib.constrain_batch(mesh, resident.draw_batch(clips, plan, step))
 
         found.append([jax.device_get(draw(on_device, np.int32(step))) for step in range(5)])
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -242,7 +244,7 @@ def ragged(tmp_path_factory):
 
 def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face", "audio", "body")):
     """Returns the train and val splits as Resident, their plan for batches of 8, and the layout."""
-    mesh = mesh_lib.make_mesh(devices)
+    mesh = devices_lib.make_mesh(devices)
     stream = {"modalities": modalities, "max_frames": max_frames, "crop": crop}
     layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
     plan = resident.make_plan(data, splits=("train",), batch_size=8, seed=3, **stream)
@@ -355,7 +357,7 @@ def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
     stream = {"modalities": ("face",), "max_frames": 800, "crop": "window"}
     layout = resident.make_layout(ragged, train_splits=splits, eval_split="train", **stream)
     assert layout.splits == splits
-    clips = resident.Resident(ragged, layout, mesh_lib.make_mesh(1))
+    clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1))
     plan = resident.make_plan(ragged, splits=splits, batch_size=53, seed=0, **stream)
     host = next(ragged.train_batches(splits=splits, batch_size=53, seed=0, **stream))
     assert_same_clips(shown([drawer(clips.train, plan)(2)]), shown([host]))
@@ -397,7 +399,7 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
     packed = packed._replace(features=(packed.features % 7).astype(dtype))
     packed = jax.device_put(packed)
     lazy = resident.frames_of(packed, np.arange(6), np.arange(6) < 5, 12)
-    assert isinstance(lazy.features, Rows) and lazy.features.shape == (6, 12, 5)
+    assert isinstance(lazy.features, LazyFeatures) and lazy.features.shape == (6, 12, 5)
     plain = lazy._replace(features=selection.read(lazy.features))
     fuse = jax.jit(
         lambda one: (lambda fused: fused._replace(features=selection.read(fused.features)))(
@@ -423,9 +425,9 @@ class Setting:
         config = shrunk(*words, spec=spec)
         modalities = {name: data.modalities[name].dim for name in config.modalities}
         labels = data.split("train").labels
-        sizes = Sizes(modalities, 12, None, len(labels), 24, train_other=False)
+        sizes = TaskSpec(modalities, 12, None, len(labels), 24, train_other=False)
         self.system = make_system(config.to_dict(), sizes)
-        self.mesh = mesh_lib.make_mesh(devices)
+        self.mesh = devices_lib.make_mesh(devices)
         stream = {
             "modalities": tuple(modalities),
             "max_frames": config.data.max_frames,
@@ -434,16 +436,16 @@ class Setting:
         layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
         self.clips = resident.Resident(data, layout, self.mesh).train
         self.plan = resident.make_plan(data, splits=("train",), batch_size=32, seed=0, **stream)
-        self.tables = mesh_lib.replicate(
-            self.mesh, steps.make_tables((members.Member(),), np.ones((1, len(labels))))
+        self.tables = devices_lib.replicate(
+            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
-        rngs = members.make_rngs((members.Member(),), 0)
+        rngs = ensemble.make_rngs((ensemble.Member(),), 0)
         init = jax.jit(
-            lambda: steps.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
-            out_shardings=mesh_lib.replicated(self.mesh),
+            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            out_shardings=devices_lib.replicated(self.mesh),
         )
         self._start = init()
-        self.loop: Any = steps.make_train_loop(
+        self.loop: Any = train_step.make_train_loop(
             self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
         )
 
@@ -453,7 +455,7 @@ class Setting:
     def run(self, *counts):
         """Returns the state after some calls, and what the last one said."""
         state = self.start()
-        outcome = steps.Outcome(jnp.zeros(1), jnp.int32(-1))
+        outcome = train_step.Outcome(jnp.zeros(1), jnp.int32(-1))
         for count in counts:
             state, outcome = self.loop(state, self.tables, self.clips, np.int32(count))
         return state, outcome
@@ -498,10 +500,10 @@ def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
     assert setting.loop._cache_size() == 1
 
-    step, state = steps.make_train_step(setting.system, setting.mesh), setting.start()
+    step, state = train_step.make_train_step(setting.system, setting.mesh), setting.start()
     losses = np.zeros(1)
     for batch in setting.host_batches(8):
-        on_device = mesh_lib.shard_batch(setting.mesh, batch)
+        on_device = devices_lib.shard_batch(setting.mesh, batch)
         state, losses = step(state, setting.tables, on_device)
     assert_same_state(state, wanted)
     np.testing.assert_array_equal(losses, outcome.loss)
@@ -631,13 +633,13 @@ def test_short_dispatches_change_nothing(data, whole, tmp_path, monkeypatch):
 def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, monkeypatch):
     """And stays resident where there is no longer room for it by what a new run would say."""
     config = shrunk(*RUN, spec=MLP)
-    with monkeypatch.context() as patch, pytest.raises(workdir_lib.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
         interrupt_dispatch(patch, 2, signal.SIGTERM)
         run(config, tmp_path, data)
     stopped = max(manifests(tmp_path))
     assert 2 < stopped < 9
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
-    with pytest.raises(workdir_lib.Interrupted) as caught:
+    with pytest.raises(workdir.Interrupted) as caught:
         run(config, tmp_path, Stopping(data, 0))
     assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
     run(config, tmp_path, data)
@@ -649,7 +651,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
 def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     run(shrunk(*RUN, STREAMED, spec=MLP), tmp_path / "whole", data)
     config, parts = shrunk(*RUN, spec=MLP), tmp_path / "parts"
-    with monkeypatch.context() as patch, pytest.raises(workdir_lib.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
         patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
         run(config, parts, Interrupting(data, 4, signal.SIGINT))
     run(config, parts, data)
@@ -660,7 +662,7 @@ def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
 def test_evaluation_from_the_records_gives_the_same_ranking(data, whole):
     ranking = (whole / "ranking.txt").read_bytes()
     wanted = json.loads((whole / "metrics.json").read_text())
-    found = evaluate_lib.evaluate(shrunk(*RUN, spec=MLP), whole, data, num_devices=1)
+    found = evaluate.evaluate(shrunk(*RUN, spec=MLP), whole, data, num_devices=1)
     assert (whole / "ranking.txt").read_bytes() == ranking
     for name in ("map", "top1", "auroc", "num_clips"):
         assert found[name] == wanted[name]
@@ -674,7 +676,7 @@ def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tm
     )
     results = run(config, tmp_path, data, num_devices=8)
     rankings = {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
-    found = evaluate_lib.evaluate(config, tmp_path, data, num_devices=8)
+    found = evaluate.evaluate(config, tmp_path, data, num_devices=8)
     assert rankings == {path: path.read_bytes() for path in tmp_path.glob("ranking*.txt")}
     assert found["map"] == results["map"] and found["members"] == results["members"]
 
@@ -711,7 +713,7 @@ def test_a_layout_says_what_the_clips_take(ragged, crop):
 
 
 def test_auto_is_resident_where_it_fits(ragged, monkeypatch):
-    layout, mesh = layout_of(ragged), mesh_lib.make_mesh(1)
+    layout, mesh = layout_of(ragged), devices_lib.make_mesh(1)
     for free, wanted in ((2.0, "resident"), (1.99, "streaming"), (0.0, "streaming")):
         monkeypatch.setattr(resident, "free_bytes", lambda mesh, f=free: f * layout.nbytes)
         assert resident.choose_mode("auto", layout, mesh, 100) == wanted
@@ -731,7 +733,7 @@ def test_auto_is_resident_where_it_fits(ragged, monkeypatch):
 def test_memory_of_a_host_is_shared_by_its_emulated_devices():
     total = resident._host_bytes()
     assert total > 1e6
-    one, eight = (resident.free_bytes(mesh_lib.make_mesh(number)) for number in (1, 8))
+    one, eight = (resident.free_bytes(devices_lib.make_mesh(number)) for number in (1, 8))
     assert eight == pytest.approx(one / 8, rel=0.5)
 
 
@@ -744,7 +746,7 @@ def test_mistakes(ragged):
     layout = layout_of(ragged, modalities=("face",))
     layout = layout._replace(num_frames={"face": layout.num_frames["face"] + 1})
     with pytest.raises(ValueError, match=r"the records hold \d+ frames instead of \d+"):
-        resident.Resident(ragged, layout, mesh_lib.make_mesh(1))
+        resident.Resident(ragged, layout, devices_lib.make_mesh(1))
 
 
 def test_clips_reach_the_devices_in_pieces(ragged, monkeypatch):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from tests import made_runs
 from tests.benchmarks import scores
+from tests.helpers import made_runs
 from vidjax import main
 
 

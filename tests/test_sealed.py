@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import hostile, python2
-from vidjax.data import sealed
+from tests.campaigns import hostile
+from tests.helpers import python2
+from vidjax.data.untrusted import unpickle
 
 DTYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"]
 
 
 def load(data: bytes) -> Any:
-    return sealed.load(io.BytesIO(data), len(data))
+    return unpickle.load(io.BytesIO(data), len(data))
 
 
 def refusal(data: bytes) -> str:
-    with pytest.raises(sealed.CageError) as caught:
+    with pytest.raises(unpickle.UnpickleError) as caught:
         load(data)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -100,9 +101,9 @@ def test_attacks_are_refused_by_the_name_of_what_they_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", hostile.TRICKS)
 def test_tricks_with_classes_arrays_and_dtypes_are_refused(name: str) -> None:
-    before = {name: dict(vars(found)) for name, found in sealed._GLOBALS.items()}
+    before = {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()}
     assert "byte" in refusal(hostile.TRICKS[name])
-    assert {name: dict(vars(found)) for name, found in sealed._GLOBALS.items()} == before
+    assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
 
 
 def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated() -> None:
@@ -160,11 +161,11 @@ def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:
             try:
                 sealed.load(io.BytesIO(bytes(data)), len(data))
                 end = "loaded"
-            except (sealed.CageError, MemoryError) as error:
+            except (sealed.UnpickleError, MemoryError) as error:
                 end = type(error).__name__
                 assert "\\n" not in str(error) and len(str(error)) < 300
             ends[end] = ends.get(end, 0) + 1
-        assert ends["CageError"] > 300 and ends["loaded"] > 50, ends
+        assert ends["UnpickleError"] > 300 and ends["loaded"] > 50, ends
     """
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(tmp_path / "seeds")]
     child = subprocess.run(command, capture_output=True, text=True, check=False)

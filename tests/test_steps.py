@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from tests.test_fusion import make_frames
+from vidjax import augment, ensemble
 from vidjax import config as config_lib
-from vidjax import examples, members, steps
 from vidjax.batch import Batch, Branches
-from vidjax.system import Sizes, make_system
+from vidjax.steps import train_step
+from vidjax.system import TaskSpec, make_system
 
 DIMS = {"face": 6, "audio": 4}
 C = 37  # no other axis is as long
@@ -40,7 +41,7 @@ def make(model=None, *, num_clips=5, **fields) -> Any:
         for key in path:
             inner = inner.setdefault(key, {})
         inner[leaf] = value
-    return make_system(plain, Sizes(DIMS, C, None, num_clips, 100, train_other=True))
+    return make_system(plain, TaskSpec(DIMS, C, None, num_clips, 100, train_other=True))
 
 
 def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, seed=0):
@@ -54,10 +55,10 @@ def make_batch(face=(7, 3, 0, 0, 1), audio=(1, 0, 1, 0, 1), *, max_frames=11, se
 
 
 def init(system, labels, num_members=1):
-    mates = tuple(members.Member(seed) for seed in range(num_members))
-    rngs = members.make_rngs(mates, 3)
+    members = tuple(ensemble.Member(seed) for seed in range(num_members))
+    rngs = ensemble.make_rngs(members, 3)
     labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
-    state = jax.jit(lambda: steps.init_state(system, DIMS, rngs, labels))()
+    state = jax.jit(lambda: train_step.init_state(system, DIMS, rngs, labels))()
     return state.replace(params=_moved(state.params))
 
 
@@ -69,19 +70,19 @@ def _moved(params):
 
 def trainer(system):
     """Returns (state, batch, weights of its clips) -> the next state and the loss, compiled."""
-    step = jax.jit(functools.partial(steps.train_step, system))
+    step = jax.jit(functools.partial(train_step.train_step, system))
 
     def train(state, batch, weight=None):
-        mates = tuple(members.Member(seed) for seed in range(len(state.labels)))
+        members = tuple(ensemble.Member(seed) for seed in range(len(state.labels)))
         weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, steps.make_tables(mates, weight), batch)
+        return step(state, train_step.make_tables(members, weight), batch)
 
     return train
 
 
 def evaluate(system, state, batch):
-    one = members.take((state.params, state.model_state), 0)
-    step = jax.jit(functools.partial(steps.eval_step, system))
+    one = ensemble.take((state.params, state.model_state), 0)
+    step = jax.jit(functools.partial(train_step.eval_step, system))
     return np.asarray(step(*one, jnp.int32(0), batch), np.float64)
 
 
@@ -223,7 +224,7 @@ def test_mixup_never_takes_from_a_clip_of_no_weight():
 def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
-    mixed, share, partner = jax.jit(examples.mix_up, static_argnums=1)(
+    mixed, share, partner = jax.jit(augment.mix_up, static_argnums=1)(
         jax.random.key(0), 0.7, batch.frames, weight
     )
     share, partner = np.asarray(share), np.asarray(partner)
@@ -353,8 +354,8 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
     system = make(MMA, **EXAMPLES, eval__reduce=reduce)
     state = jax.eval_shape(lambda: init(system, np.arange(B)))
     batch = make_batch()
-    one = jax.eval_shape(lambda: members.take((state.params, state.model_state), 0))
-    step = functools.partial(steps.eval_step, system)
+    one = jax.eval_shape(lambda: ensemble.take((state.params, state.model_state), 0))
+    step = functools.partial(train_step.eval_step, system)
     shapes = set(shapes_in(jax.make_jaxpr(step)(*one, jnp.int32(0), batch).jaxpr))
     assert (B, 1 + C) in shapes
     for shape in shapes:
@@ -367,7 +368,7 @@ def test_is_best_is_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     column = rng.integers(0, 6, 500).astype(np.int32)
     scores[0] = -np.inf
-    found = jax.jit(steps.is_best)(scores, column)
+    found = jax.jit(train_step.is_best)(scores, column)
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
-    assert not steps.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not train_step.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]

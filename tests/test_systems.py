@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from vidjax import config as config_lib
-from vidjax import members, steps
-from vidjax import mesh as mesh_lib
+from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.logs import CompileClock
-from vidjax.system import Sizes, make_system
+from vidjax.run.logs import CompileClock
+from vidjax.steps import train_step
+from vidjax.system import TaskSpec, make_system
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -152,13 +152,13 @@ def full_size(name):
     config = config_lib.override(config, ["--config.batch_size=8"])
     widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
     clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
-    sizes = Sizes(widths, 10_034, clusters, 57_820, 1000, train_other=False)
+    sizes = TaskSpec(widths, 10_034, clusters, 57_820, 1000, train_other=False)
     return config, sizes, make_system(config.to_dict(), sizes)
 
 
 def init_one(system, sizes, labels):
-    rngs = members.make_rngs((members.Member(),), 0)
-    return steps.init_state(system, sizes.modalities, rngs, labels)
+    rngs = ensemble.make_rngs((ensemble.Member(),), 0)
+    return train_step.init_state(system, sizes.modalities, rngs, labels)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -228,11 +228,11 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
     assert by_hand == pytest.approx(0.44e9, rel=0.01)
 
     def scores(state, frames):
-        params, model_state = members.take((state.params, state.model_state), 0)
+        params, model_state = ensemble.take((state.params, state.model_state), 0)
         batch = Batch({"face": frames}, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
         system_of_one = system._replace(fuse_eval={"face": lambda rng, frames: frames})
         system_of_one = system_of_one._replace(examples=False)
-        return steps.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
+        return train_step.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
 
     state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
     row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
@@ -251,13 +251,13 @@ def test_published_size(name):
     config, sizes, system = full_size(name)
     rng = np.random.default_rng(0)
     labels = jnp.asarray(rng.integers(1, 10_035, (1, 57_820)), jnp.int32)
-    mesh = mesh_lib.make_mesh(1)
-    replicated = mesh_lib.replicated(mesh)
+    mesh = devices.make_mesh(1)
+    replicated = devices.replicated(mesh)
     state = jax.jit(lambda: init_one(system, sizes, labels), out_shardings=replicated)()
-    batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
-    tables = steps.make_tables((members.Member(),), np.ones((1, 57_820)))
-    tables = mesh_lib.replicate(mesh, tables)
-    step = steps.make_train_step(system, mesh)
+    batch = devices.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
+    tables = train_step.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
+    tables = devices.replicate(mesh, tables)
+    step = train_step.make_train_step(system, mesh)
     state, loss = step(state, tables, batch)
     losses = [float(loss[0])]
     with CompileClock() as clock:
@@ -276,15 +276,15 @@ import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
 from vidjax import config as config_lib, members, mesh as mesh_lib, steps
-from vidjax.logs import CompileClock
-from vidjax.system import Sizes, make_system
+from vidjax.run.logs import CompileClock
+from vidjax.system import TaskSpec, make_system
 
 config = config_lib.override(
     config_lib.load_file(f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"),
     ["--config.dtype=float64", "--config.data.max_frames=8", "--config.model.embed_dim=32"],
 )
 widths = {name: 512 for name in config.modalities}
-sizes = Sizes(widths, 50, None, 200, 20, train_other=False)
+sizes = TaskSpec(widths, 50, None, 200, 20, train_other=False)
 system = make_system(config.to_dict(), sizes)
 labels = np.random.default_rng(1).integers(1, 51, (1, 200)).astype(np.int32)
 final = []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import made_runs
+from tests.helpers import made_runs
 from vidjax import config as config_lib
 from vidjax.main import MODES, main
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.small_runs import (
+from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
     assert_equal_weights,
@@ -16,13 +16,15 @@ from tests.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import checkpoint, members, scoring, steps, train
 from vidjax import config as config_lib
-from vidjax import evaluate as evaluate_lib
-from vidjax import mesh as mesh_lib
-from vidjax import workdir as workdir_lib
-from vidjax.data import pipeline
-from vidjax.system import Sizes, make_system
+from vidjax import devices as devices_lib
+from vidjax import ensemble
+from vidjax.data.records import pipeline
+from vidjax.modes import evaluate, train
+from vidjax.run import checkpoint
+from vidjax.run import workdir as workdir_lib
+from vidjax.steps import scoring, train_step
+from vidjax.system import TaskSpec, make_system
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +146,8 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
 
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
-    mesh = mesh_lib.make_mesh(num_devices)
-    _, one = evaluate_lib.restore(config, workdir, data, mesh)
+    mesh = devices_lib.make_mesh(num_devices)
+    _, one = evaluate.restore(config, workdir, data, mesh)
     found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 
@@ -168,13 +170,13 @@ def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
     first = run(config, tmp_path, data, num_devices=8)
     ranking = (tmp_path / "ranking.txt").read_bytes()
-    again = evaluate_lib.evaluate(config, tmp_path, data, num_devices=1)
+    again = evaluate.evaluate(config, tmp_path, data, num_devices=1)
     assert again["map"] == first["map"]
     assert (tmp_path / "ranking.txt").read_bytes() == ranking
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["train_clips_per_second"] == first["train_clips_per_second"]
     on_train = config_lib.override(config, ["--config.eval.split=train"])
-    assert evaluate_lib.evaluate(on_train, tmp_path, data)["map_kind"] == "in_sample"
+    assert evaluate.evaluate(on_train, tmp_path, data)["map_kind"] == "in_sample"
 
 
 def test_nearest_neighbours_against_a_loop(data, tmp_path):
@@ -228,7 +230,7 @@ def test_nearest_neighbours_against_a_loop(data, tmp_path):
 @pytest.mark.slow
 def test_random_draws_do_not_depend_on_the_number_of_devices(data):
     config = shrunk()
-    sizes = Sizes({"face": 24, "head": 16, "audio": 8}, 12, None, 96, 10, False)
+    sizes = TaskSpec({"face": 24, "head": 16, "audio": 8}, 12, None, 96, 10, False)
     system = make_system(config.to_dict(), sizes)
     host = next(
         data.train_batches(
@@ -238,8 +240,8 @@ def test_random_draws_do_not_depend_on_the_number_of_devices(data):
     )  # fmt: skip
     drawn = []
     for devices in (1, 8):
-        mesh = mesh_lib.make_mesh(devices)
-        batch = mesh_lib.shard_batch(mesh, host)
+        mesh = devices_lib.make_mesh(devices)
+        batch = devices_lib.shard_batch(mesh, host)
         fused = jax.jit(system.fuse_train["face"])(jax.random.key(1), batch.frames["face"])
         drawn.append(jax.device_get(fused))
     for left, right in zip(*drawn, strict=True):
@@ -280,11 +282,11 @@ def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
     config = shrunk(STREAMED)
     with pytest.raises(workdir_lib.Interrupted):
         run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
-    evaluate_lib.evaluate(config, tmp_path, data, num_devices=1)
+    evaluate.evaluate(config, tmp_path, data, num_devices=1)
     assert train.finished(tmp_path, config) is None
     other = config_lib.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
-        evaluate_lib.evaluate(other, tmp_path, data, num_devices=1)
+        evaluate.evaluate(other, tmp_path, data, num_devices=1)
 
 
 @pytest.mark.slow
@@ -328,10 +330,10 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
 
     # Parameters of step 0, and every clip's mean face.
-    sizes = Sizes({"face": 24}, 12, None, len(clips), 1, train_other=True)
+    sizes = TaskSpec({"face": 24}, 12, None, len(clips), 1, train_other=True)
     system = make_system(config.to_dict(), sizes)
-    rngs = members.make_rngs((members.Member(),), config.seed)
-    first = steps.init_state(system, sizes.modalities, rngs, labels[None])
+    rngs = ensemble.make_rngs((ensemble.Member(),), config.seed)
+    first = train_step.init_state(system, sizes.modalities, rngs, labels[None])
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
     losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 Array = Any  # a numpy or a jax array: the same structures serve the host and the device
 
 
-class Rows(NamedTuple):
+class LazyFeatures(NamedTuple):
     """Features [B, T, D] that stay where they lie until it is known which of them are wanted.
 
     Attributes:
@@ -36,7 +36,7 @@ class Frames(NamedTuple):
 
     Attributes:
       features: [B, T, D], in the stored dtype (float16 for official files) until the device; or
-        Rows of that shape, which `vidjax.selection` passes on and `vidjax.fusion` reads.
+        LazyFeatures of that shape, which `vidjax.selection` passes on and `vidjax.fusion` reads.
       quality: [B, T] float32, the quality score; 0 where the modality has none.
       detection: [B, T] float32, the detection score; 1 where the modality has none.
       number: [B, T] int32, the frame number within the clip, non-decreasing.

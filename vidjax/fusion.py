@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array, Frames, Rows
+from vidjax.batch import Array, Frames, LazyFeatures
 from vidjax.selection import (
     filter_frames,
     frame_weights,
@@ -374,9 +374,9 @@ def _at_least_float32(values: Array) -> jnp.dtype:
     return jnp.promote_types(values.dtype, jnp.float32)
 
 
-def _frame(values: Array | Rows, t: Array | int) -> Array:
+def _frame(values: Array | LazyFeatures, t: Array | int) -> Array:
     """Returns [B] or [B, D], the t-th frame of every clip."""
-    if isinstance(values, Rows):
+    if isinstance(values, LazyFeatures):
         return read(values._replace(index=_frame(values.index, t)))
     return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
 

@@ -173,7 +173,7 @@ def _run(args: argparse.Namespace) -> int:
     config, path = _train_config(args) if args.mode == "train" else _workdir_config(args)
 
     # The folder before the imports of `_results`, which take seconds.
-    from vidjax import workdir as workdir_lib
+    from vidjax.run import workdir as workdir_lib
 
     if signal.getsignal(signal.SIGTERM) is _stop_at_once:
         workdir_lib.end_on_signals()
@@ -185,14 +185,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[str, Any]:
-    from vidjax import evaluate, logs, report, train
-    from vidjax import join as join_lib
-    from vidjax import mesh as mesh_lib
-    from vidjax.data.records import default_cache_dir
+    from vidjax import devices
+    from vidjax.data.records.manifest import default_cache_dir
+    from vidjax.modes import blend, evaluate, train
+    from vidjax.report import run_page
+    from vidjax.run import logs
 
     if config.deterministic:
-        mesh_lib.be_deterministic()
-    mesh_lib.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+        devices.be_deterministic()
+    devices.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
     if args.mode == "train":
         done = train.finished(workdir, config)
         if done is None:
@@ -203,13 +204,13 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
             logs.log_results(workdir, done, config.eval.split)
             return done
         # A process may have stopped just before it.
-        if config.eval.report and not (workdir / report.FILE).exists():
-            report.write(workdir)
+        if config.eval.report and not (workdir / run_page.FILE).exists():
+            run_page.write(workdir)
         return done
     if config.join.runs:
-        results = join_lib.join(config, workdir, _load)
+        results = blend.join(config, workdir, _load)
         if config.eval.report:
-            report.write(workdir)
+            run_page.write(workdir)
     else:
         data = _load(config)
         results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
@@ -222,11 +223,11 @@ def _report(args: argparse.Namespace) -> int:
         raise ValueError("--mode=report needs --workdir=FOLDER, that of a run")
     if args.config or args.runs is not None or args.overrides:
         raise ValueError("--mode=report takes --workdir alone: it shows what lies there")
-    from vidjax import report
+    from vidjax.report import run_page
 
     workdir = Path(args.workdir).expanduser().absolute()
     _config_of(workdir)
-    path = report.write(workdir)
+    path = run_page.write(workdir)
     print(f"report: {path}")  # noqa: T201
     return 0
 
@@ -250,8 +251,8 @@ def _compare(args: argparse.Namespace) -> int:
             f"--mode=compare computes nothing anew: config.{min(given - set(allowed))} says "
             f"nothing here\nknown are {', '.join(f'--config.{name}' for name in allowed)}"
         )
-    from vidjax import compare
-    from vidjax import workdir as workdir_lib
+    from vidjax.modes import compare
+    from vidjax.run import workdir as workdir_lib
 
     def load(of_run: Config) -> Any:
         of_run.data.cache_dir = config.data.cache_dir or of_run.data.cache_dir
@@ -276,7 +277,7 @@ def _check(args: argparse.Namespace) -> int:
 
     # An accelerator may be at work on the run that is looked at.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax import check
+    from vidjax.modes import check
 
     print(f"check: {workdir or args.config or 'the environment'}")  # noqa: T201
     items = []
@@ -391,7 +392,7 @@ def _load_file(spec: str) -> Config:
 
 
 def _load(config: Config) -> Any:
-    from vidjax.data import pipeline
+    from vidjax.data.records import pipeline
 
     return pipeline.load(
         config.data.name,
@@ -457,8 +458,8 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, (ValueError, OSError)):
         return 2  # without the imports below, which take a second
 
-    from vidjax.checkpoint import CheckpointError
-    from vidjax.workdir import Interrupted
+    from vidjax.run.checkpoint import CheckpointError
+    from vidjax.run.workdir import Interrupted
 
     if isinstance(error, Interrupted):
         return error.exit_code

@@ -20,13 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import evaluate, members, ranking, scoring, steps
-from vidjax import mesh as mesh_lib
+from vidjax import devices, ensemble, ranking
 from vidjax.batch import Array, Batch, Branches
 from vidjax.config import Config
 from vidjax.data.memory import MemoryClips
-from vidjax.data.packing import Clips
+from vidjax.data.untrusted.packing import Clips
 from vidjax.models.heads import Classifier, CosineClassifier, NearestNeighbours, unit_vectors
+from vidjax.modes import evaluate
+from vidjax.steps import scoring, train_step
 from vidjax.system import System
 
 HEADS = (Classifier, CosineClassifier, NearestNeighbours)
@@ -39,7 +40,7 @@ class Predictor(NamedTuple):
     """A run with its weights, and functions of new clips.
 
     `clips` is clip -> modality -> features [T, D] or a dict of arrays, as of
-    `vidjax.data.arrays.load`; or a `vidjax.data.pipeline.Dataset`, of which `split` says which
+    `vidjax.data.arrays.load`; or a `Dataset`, of which `split` says which
     (None for the split that the run evaluates). Clips in memory may lack modalities; one without a
     usable frame scores -inf. A clip is scored by the members that were not trained on it, which are
     known by the names of their clips, unless none is left of a run without folds.
@@ -53,11 +54,11 @@ class Predictor(NamedTuple):
       modalities: name -> feature width.
       params: the model's parameters, [E, ...].
       model_state: the model's other collections, [E, ...].
-      membership: what the members are and were trained on.
+      training_sets: what the members are and were trained on.
       score_fn: gives one member's scores [B, C] of a batch on the devices.
       embed_fn: gives one member's embeddings [B, D] of it.
       mesh: the devices.
-      scorer: what `vidjax.scoring` knows the system by.
+      scorer: what `vidjax.steps.scoring` knows the system by.
     """
 
     workdir: Path
@@ -68,7 +69,7 @@ class Predictor(NamedTuple):
     modalities: Mapping[str, int]
     params: Any
     model_state: Any
-    membership: members.Membership
+    training_sets: ensemble.TrainingSets
     score_fn: StepFn
     embed_fn: StepFn
     mesh: Mesh
@@ -145,7 +146,7 @@ class Predictor(NamedTuple):
         found: np.ndarray | None = None
         for blocks in self._windows(data, split):
             parts: list[list[np.ndarray]] = [[] for _ in blocks]
-            for number, member in enumerate(self.membership.members):
+            for number, member in enumerate(self.training_sets.members):
                 params, model_state = _take((self.params, self.model_state), number)
                 for part, block in zip(parts, blocks, strict=True):
                     view = jnp.int32(member.view)
@@ -170,22 +171,22 @@ class Predictor(NamedTuple):
         data = MemoryClips(clips, self.modalities, self.identities)
         return data, "clips", data.places
 
-    def _contender(self, data: Any) -> scoring.Contender:
-        return scoring.Contender(
-            str(self.workdir), self.scorer, self.params, self.model_state, self.membership, data
+    def _model(self, data: Any) -> scoring.TrainedModel:
+        return scoring.TrainedModel(
+            str(self.workdir), self.scorer, self.params, self.model_state, self.training_sets, data
         )
 
     def _windows(self, data: Any, split: str) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
-        contender, size = self._contender(data), self.config.eval.block_size
-        rows = 1 if len(self.membership.members) == 1 else scoring.WINDOW_ROWS
-        for window in scoring.windows([contender], split, size, self.mesh, rows):
+        model, size = self._model(data), self.config.eval.block_size
+        rows = 1 if len(self.training_sets.members) == 1 else scoring.WINDOW_ROWS
+        for window in scoring.windows([model], split, size, self.mesh, rows):
             yield window[0]
 
     def _scored(self, data: Any, split: str) -> Iterator[ranking.Block]:
         """Yields scores [B, C] with clip_index and which rows are clips that may be scored."""
         clips = data.split(split).clips
-        entry = scoring.Entry(self._contender(data), clips, self.mesh)
+        entry = scoring.ModelScorer(self._model(data), clips, self.mesh)
         pool = entry.use.any(axis=0)
         if not pool.any():
             raise ValueError(
@@ -197,7 +198,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, pool[block.clip_index] & block.batch_mask
 
 
-_take = jax.jit(members.take)
+_take = jax.jit(ensemble.take)
 
 
 def restore(
@@ -226,7 +227,7 @@ def restore(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
-    mesh = mesh_lib.make_mesh(num_devices)
+    mesh = devices.make_mesh(num_devices)
     run = evaluate.find_run(config, workdir)
     loaded = evaluate.load_run(run, config, workdir, mesh)
     return Predictor(
@@ -238,7 +239,7 @@ def restore(
         modalities=dict(run.sizes.modalities),
         params=loaded.params,
         model_state=loaded.model_state,
-        membership=loaded.membership,
+        training_sets=loaded.training_sets,
         score_fn=loaded.scorer.step,
         embed_fn=make_embed_step(loaded.scorer.system),
         mesh=mesh,
@@ -286,11 +287,11 @@ def embed_step(system: System, params: Any, model_state: Any, view: Array, batch
 
     Args:
       system: the system.
-      params, model_state, view, batch: as of `vidjax.steps.eval_step`.
+      params, model_state, view, batch: as of `vidjax.steps.train_step.eval_step`.
     """
     heads: Any = _Heads(system.model)
     embedding = system._replace(
         model=heads, score_fn=lambda x, class_mask: x, logs=False, reduce="mean"
     )
-    vectors = steps.eval_step(embedding, params, model_state, view, batch)
+    vectors = train_step.eval_step(embedding, params, model_state, view, batch)
     return jnp.where(jnp.isneginf(vectors), 0.0, vectors).astype(jnp.float32)

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vidjax import metrics, workdir
+from vidjax import metrics
 from vidjax.batch import Array
+from vidjax.run import workdir
 
 NO_CLIP = np.iinfo(np.int32).max  # the index of an empty place: sorts after every clip
 MAX_NAMES = 100  # clips an identity may list in a submission

@@ -1,6 +1,6 @@
 """Which frames of a clip, and with what weight: Frames of whole frames in, of whole frames out.
 
-Nothing is averaged here, so features keep their stored dtype, and Rows stay Rows: no feature is
+Nothing is averaged here, so features keep their stored dtype, and LazyFeatures stay LazyFeatures: no feature is
 read before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in may have
 holes anywhere, as `filter_frames` leaves them.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array, Frames, Rows
+from vidjax.batch import Array, Frames, LazyFeatures
 
 
 def filter_frames(
@@ -214,26 +214,26 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
-def take(values: Array | Rows, index: Array) -> Any:
-    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or Rows, at [B, T'], in their dtype."""
-    if isinstance(values, Rows):
+def take(values: Array | LazyFeatures, index: Array) -> Any:
+    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or LazyFeatures, at [B, T'], in their dtype."""
+    if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, index, axis=1, mode="promise_in_bounds")
 
 
-def read(features: Array | Rows) -> Array:
-    """Returns features [B, T, D] as an array; Rows are read from where they lie."""
-    if not isinstance(features, Rows):
+def read(features: Array | LazyFeatures) -> Array:
+    """Returns features [B, T, D] as an array; LazyFeatures are read from where they lie."""
+    if not isinstance(features, LazyFeatures):
         return features
     return features.values.at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Returns Frames of `fn` of every field; of Rows it is given and gives where they lie."""
+    """Returns Frames of `fn` of every field; of LazyFeatures it is given and gives where they lie."""
 
     def field(*values: Any) -> Any:
-        if isinstance(values[0], Rows):
+        if isinstance(values[0], LazyFeatures):
             return values[0]._replace(index=fn(*(rows.index for rows in values)))
         return fn(*values)
 

@@ -64,7 +64,7 @@ class System(NamedTuple):
     matmul_precision: str
 
 
-class Sizes(NamedTuple):
+class TaskSpec(NamedTuple):
     """What a system takes from the data it is trained on; a checkpoint keeps it beside the weights.
 
     Attributes:
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
     train_other: bool
 
 
-def make_system(config: Mapping[str, Any], sizes: Sizes) -> System:
+def make_system(config: Mapping[str, Any], sizes: TaskSpec) -> System:
     """Returns the system that a configuration describes for data of some size.
 
     Args:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from tests.benchmarks import common
-from vidjax import checkpoint
-from vidjax import mesh as mesh_lib
+from vidjax import devices
+from vidjax.run import checkpoint
 
 
 def make_items(num_bytes: float) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk to measure")
     args = parser.parse_args()
     items = jax.block_until_ready(make_items(args.megabytes * 1e6))
-    everywhere = mesh_lib.replicated(mesh_lib.make_mesh(1))
+    everywhere = devices.replicated(devices.make_mesh(1))
     names = ("Orbax alone saves", "save", "digests", "find", "Orbax loads")
     found: dict[str, list[Timed]] = {name: [] for name in names}
     size = 0

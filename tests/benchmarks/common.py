@@ -21,10 +21,11 @@ import numpy as np
 from jax.extend import core
 
 from vidjax import config as config_lib
-from vidjax import members, resident, steps
-from vidjax import mesh as mesh_lib
+from vidjax import devices, ensemble
 from vidjax.batch import Array, Packed
-from vidjax.system import Sizes, System, make_system
+from vidjax.data import resident
+from vidjax.steps import train_step
+from vidjax.system import System, TaskSpec, make_system
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIM = 512
@@ -36,7 +37,7 @@ MIB = 1 << 20
 
 
 def make_clips(modalities: Sequence[str], num_clips: int, seed: int = 0) -> dict[str, Packed]:
-    """Returns made-up clips as `vidjax.resident` holds them, float16 x 512, made on the device."""
+    """Returns made-up resident clips, float16 x 512, made on the device."""
     clips = {}
     for number, name in enumerate(modalities):
         lengths = np.random.default_rng((seed, number)).integers(1, LONGEST[name] + 1, num_clips)
@@ -63,8 +64,8 @@ class Run(NamedTuple):
     """A system on made-up resident clips, ready to train."""
 
     system: System
-    state: steps.TrainState
-    tables: steps.Tables
+    state: train_step.TrainState
+    tables: train_step.Tables
     clips: dict[str, Packed]
     plan: resident.Plan
     num_params: int
@@ -92,20 +93,20 @@ def make_run(
     config = config_lib.override(config, [f"--config.{word}" for word in words])
     num_clips = num_clips or 4 * batch_size
     modalities = dict.fromkeys(config.modalities, DIM)
-    sizes = Sizes(modalities, num_identities, None, num_clips, 10_000, True)
+    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
     system = make_system(config.to_dict(), sizes)
-    mates = members.make_members(config.ensemble.to_dict())
-    labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(mates), num_clips))
-    mesh = mesh_lib.make_mesh(1)
+    members = ensemble.make_members(config.ensemble.to_dict())
+    labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
+    mesh = devices.make_mesh(1)
 
-    def init() -> steps.TrainState:
-        rngs = members.make_rngs(mates, config.seed)
-        return steps.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
+    def init() -> train_step.TrainState:
+        rngs = ensemble.make_rngs(members, config.seed)
+        return train_step.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
-    state = jax.jit(init, out_shardings=mesh_lib.replicated(mesh))()
-    tables = steps.make_tables(mates, np.ones((len(mates), num_clips)))
-    tables = mesh_lib.replicate(mesh, tables)
-    clips = mesh_lib.replicate(mesh, make_clips(config.modalities, num_clips))
+    state = jax.jit(init, out_shardings=devices.replicated(mesh))()
+    tables = train_step.make_tables(members, np.ones((len(members), num_clips)))
+    tables = devices.replicate(mesh, tables)
+    clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     places = {name: PLACES[name] for name in modalities}
     plan = resident.Plan(config.seed, batch_size, num_clips, places, ())
     num_params = sum(x.size for x in jax.tree.leaves(state.params))

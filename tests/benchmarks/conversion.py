@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.clip_files import random_clip, write_pickle
+from tests.helpers.clip_files import random_clip, write_pickle
 
 GIB = 1 << 30
 
@@ -37,7 +37,7 @@ def load(how: str, path: str) -> None:
     import gc
     import pickle
 
-    from vidjax.data import cage, pickles, sealed
+    from vidjax.data.untrusted import pickles, sandbox, unpickle
 
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
@@ -45,8 +45,8 @@ def load(how: str, path: str) -> None:
             held = pickles.unpack(path, "face", scratch)
         elif how == "sealed":
             gc.disable()  # as in the cage
-            with open(path, "rb", buffering=cage.READ_BYTES) as file:
-                held = sealed.load(file, Path(path).stat().st_size)
+            with open(path, "rb", buffering=sandbox.READ_BYTES) as file:
+                held = unpickle.load(file, Path(path).stat().st_size)
         else:
             with open(path, "rb") as file:
                 held = pickle.load(file, encoding="bytes")

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import common
-from tests.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 
 ROOT = Path(__file__).parents[2]
 

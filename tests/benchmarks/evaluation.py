@@ -3,7 +3,7 @@
     python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
         [--peer] [--rounds=3] [--growth]
 
-Clips are made up and resident. The whole is `vidjax.scoring.score`, with MAP and the open-set
+Clips are made up and resident. The whole is `vidjax.steps.scoring.score`, with MAP and the open-set
 figures; the forward pass is the same blocks without a ranking. With `--peer` the same net in
 PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
 blocks that lie in memory. All take turns in one process. `--growth` shows time and memory for other
@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks import common, training_step
-from vidjax import members, resident, scoring, selection
-from vidjax import mesh as mesh_lib
+from vidjax import devices, ensemble, selection
 from vidjax.batch import Batch
+from vidjax.data import resident
+from vidjax.steps import scoring
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -96,17 +97,17 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
         num_identities=args.num_identities,
         num_clips=args.clips,
     )
-    mesh = mesh_lib.make_mesh(1)
+    mesh = devices.make_mesh(1)
     scorer = scoring.Scorer(run.system, mesh)
     data = MadeUp(run, args.num_identities)
-    membership = members.Membership((members.Member(),), ("another",), np.ones((1, 1), bool))
-    contender = scoring.Contender(
-        "", scorer, run.state.params, run.state.model_state, membership, data
+    training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
+    model = scoring.TrainedModel(
+        "", scorer, run.state.params, run.state.model_state, training_sets, data
     )
-    params, model_state = members.take((run.state.params, run.state.model_state), 0)
+    params, model_state = ensemble.take((run.state.params, run.state.model_state), 0)
 
     def whole() -> Any:
-        return scoring.score([contender], "val", mesh, block_size=args.block_size).results
+        return scoring.score([model], "val", mesh, block_size=args.block_size).results
 
     def forward() -> None:
         block = None

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.clip_files import random_clip, write_pickle
-from vidjax.data import pipeline
-from vidjax.data.features import tf
+from tests.helpers.clip_files import random_clip, write_pickle
+from vidjax.data.records import pipeline
+from vidjax.data.records.codec import tf
 
 MODALITIES = ("audio", "body", "face", "head")
 BATCH_SIZE = 1024

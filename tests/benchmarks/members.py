@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import members, resident, steps
-from vidjax import mesh as mesh_lib
+from vidjax import devices, ensemble
+from vidjax.data import resident
+from vidjax.steps import train_step
 
 ROOT = Path(__file__).parents[2]
 SPEC = "quality_fusion.py"
@@ -37,13 +38,13 @@ def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) 
         batch_size=batch_size,
         num_identities=args.num_identities,
     )
-    loop = steps.make_train_loop(
+    loop = train_step.make_train_loop(
         run.system,
-        mesh_lib.make_mesh(1),
+        devices.make_mesh(1),
         lambda clips, step: resident.draw_batch(clips, run.plan, step),
     )
-    states = list(steps.split_state(run.state, size))
-    tables = members.split(run.tables, size)
+    states = list(train_step.split_state(run.state, size))
+    tables = ensemble.split(run.tables, size)
 
     def train() -> list[Any]:
         outcomes = []

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from tests.benchmarks import common
-from vidjax import resident, selection
+from vidjax import selection
+from vidjax.data import resident
 
 BATCHES = 16  # a call
 

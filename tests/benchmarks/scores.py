@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import compare
+from vidjax.modes import compare
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

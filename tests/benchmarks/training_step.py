@@ -23,8 +23,9 @@ import jax
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import mesh as mesh_lib
-from vidjax import resident, selection, steps
+from vidjax import devices, selection
+from vidjax.data import resident
+from vidjax.steps import train_step
 
 NETS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "mlp": ("quality_fusion.py:iqiyi_vid", (), {}),
@@ -78,15 +79,15 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     run = common.make_run(
         spec, words, batch_size=args.batch_size, num_identities=args.num_identities
     )
-    mesh = mesh_lib.make_mesh(1)
-    loop: Any = steps.make_train_loop(  # it counts its compilations
+    mesh = devices.make_mesh(1)
+    loop: Any = train_step.make_train_loop(  # it counts its compilations
         run.system, mesh, lambda clips, step: resident.draw_batch(clips, run.plan, step)
     )
     state = run.state
 
     def step_alone(state: Any, clips: Any) -> Any:
         batch = resident.draw_batch(clips, run.plan, state.step)
-        return steps.train_step(run.system, state, run.tables, batch)
+        return train_step.train_step(run.system, state, run.tables, batch)
 
     found = list(common.products(jax.make_jaxpr(step_alone)(state, run.clips).jaxpr))
     cost: Any = jax.jit(step_alone).lower(state, run.clips).compile().cost_analysis()

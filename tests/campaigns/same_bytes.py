@@ -178,7 +178,7 @@ def digests(workdir: Path) -> dict[str, str]:
         latest = max(steps, key=lambda path: int(path.name))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would rather be told how to lay them out
-            tree = ocp.load_checkpointables(latest / "state")
+            tree = ocp.load_checkpointables(str(latest / "state"))
         learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
         found["params"] = _digest_of_tree(learned)
     if (workdir / "analysis.npz").exists():

@@ -26,15 +26,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidjax.data import cage, pickles
-from vidjax.data.packing import Clip, Clips, NonFinite, clean_name, pack, read_frames, where_of
 from vidjax.data.parquet import read_clips
-from vidjax.data.pickles import SPLITS
-from vidjax.data.sealed import show
+from vidjax.data.untrusted import pickles, sandbox
+from vidjax.data.untrusted.packing import (
+    Clip,
+    Clips,
+    NonFinite,
+    clean_name,
+    pack,
+    read_frames,
+    where_of,
+)
+from vidjax.data.untrusted.pickles import SPLITS
+from vidjax.data.untrusted.unpickle import show
 
 if TYPE_CHECKING:  # they bring TensorFlow
     from vidjax.data.iqiyi_vid import Source
-    from vidjax.data.pipeline import Dataset
+    from vidjax.data.records.pipeline import Dataset
 
 Labels = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file that says so
 
@@ -71,7 +79,7 @@ def load(
       FileNotFoundError: no such folder, or nothing of the above in it.
       OSError: the cache cannot be written.
     """
-    from vidjax.data import pipeline
+    from vidjax.data.records import pipeline
 
     records, truth = prepare(source, labels, cache_dir, non_finite=non_finite)
     return pipeline.Dataset(records, truth)
@@ -344,7 +352,7 @@ def _by_modality(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.nda
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         name, _, field = key.rpartition("_")
-        if name in arrays and field in cage.COLUMNS:
+        if name in arrays and field in sandbox.COLUMNS:
             found.setdefault(name, {})[field] = array
         else:
             found.setdefault(key, {})["features"] = array

@@ -26,12 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from vidjax.data import pickles
-from vidjax.data.data_report import format_report, report_labels, report_split
-from vidjax.data.features import FIELDS, Modality, PackedFrames, tf, tfds
-from vidjax.data.packing import NonFinite
-from vidjax.data.pickles import PackedClips
-from vidjax.data.records import (
+from vidjax.data.records.codec import FIELDS, Modality, PackedFrames, tf, tfds
+from vidjax.data.records.manifest import (
     Records,
     SplitRecords,
     building,
@@ -41,6 +37,10 @@ from vidjax.data.records import (
     load_records,
     write_manifest,
 )
+from vidjax.data.records.report import format_report, report_labels, report_split
+from vidjax.data.untrusted import pickles
+from vidjax.data.untrusted.packing import NonFinite
+from vidjax.data.untrusted.pickles import PackedClips
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.1.0"

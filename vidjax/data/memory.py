@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.data.blocks import BUCKETS, Split, best_frames, longest, make_blocks
-from vidjax.data.packing import Clip, Clips, clean_name, pack
-from vidjax.data.sealed import show
+from vidjax.data.clips import BUCKETS, Split, best_frames, longest, make_blocks
+from vidjax.data.untrusted.packing import Clip, Clips, clean_name, pack
+from vidjax.data.untrusted.unpickle import show
 
 
 class MemoryClips:
@@ -105,7 +105,7 @@ class MemoryClips:
         lengths: np.ndarray | None = None,
         only: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """Yields every clip once, in the blocks of `vidjax.data.pipeline.Dataset.eval_batches`."""
+        """Yields every clip once, in the blocks of `Dataset.eval_batches`."""
         plan = make_blocks(self.split(split), modalities, lengths, only)
         for bucket in range(len(BUCKETS)):
             clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.packing import Clip, clean_name
-from vidjax.data.sealed import show
+from vidjax.data.untrusted.packing import Clip, clean_name
+from vidjax.data.untrusted.unpickle import show
 
 COLUMNS = ("clip", "modality", "features")
 SCALARS = ("quality", "detection", "number")  # where there are any

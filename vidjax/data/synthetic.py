@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.data.python2 import DictPickle, FlatFrames, pickled_items
+from vidjax.data.pickle_writer import DictPickle, FlatFrames, pickled_items
 
 _RANK = 64
 _POSE_RANK = 8
@@ -216,7 +216,7 @@ class _Clips:
         self.labels = np.where(person < count, person + 1, 0)
         self.names = [f"SYNTHETIC_{split.upper()}_{i:07d}" for i in 1 + rng.permutation(total)]
 
-        # Rows of a person table: identities, strangers, then one passer-by for every clip.
+        # LazyFeatures of a person table: identities, strangers, then one passer-by for every clip.
         num_strangers = int(person.max()) + 1 - count if num_strange else 0
         passer_by = count + num_strangers + np.arange(total)
         near = np.flatnonzero(rng.random(num_strangers) < _NEAR_RATE)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
-from vidjax.models import products
+from vidjax.models import dense_general
 
 # Below every cosine, and finite so that a loss or a log-softmax of it is finite too.
 _NO_NEIGHBOUR = -2.0
@@ -61,7 +61,7 @@ class Classifier(nn.Module):
             dtype=self.dtype,
             param_dtype=param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=products.dot_general,
+            dot_general=dense_general.dot_general,
             name="logits",
         )(x).astype(param_dtype)
 

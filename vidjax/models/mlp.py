@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
-from vidjax.models import products
+from vidjax.models import dense_general
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda x: x,
@@ -67,7 +67,7 @@ class DenseLayer(nn.Module):
             self.width,
             dtype=self.dtype,
             param_dtype=param_dtype,
-            dot_general=products.dot_general,
+            dot_general=dense_general.dot_general,
             kernel_init=nn.initializers.xavier_uniform(),
             name="dense",
         )(x).astype(param_dtype)

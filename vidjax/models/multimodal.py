@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, Frames
-from vidjax.models import inputs, products
+from vidjax.models import dense_general, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier
 from vidjax.models.netvlad import NetVLAD
@@ -124,7 +124,7 @@ class MultimodalIdentifier(nn.Module):
                 count * self.embed_dim,
                 dtype=self.dtype,
                 param_dtype=param_dtype,
-                dot_general=products.dot_general,
+                dot_general=dense_general.dot_general,
                 name=f"{name}_map",
             )(video)
             exists = present[:, position, None]

@@ -1,0 +1,752 @@
+"""Pickles from strangers: code, tricks, greed, damage, and mutations of sound files.
+
+Run as a program it reads a folder of them, as the package would, and reports on each:
+
+    python -m tests.campaigns.hostile unpack FOLDER        through `pickles.unpack`
+    python -m tests.campaigns.hostile fork FOLDER          each in a fork: quick
+    python -m tests.campaigns.hostile fire FOLDER CANARY   with `pickle.load`: which change CANARY
+"""
+
+import contextlib
+import ctypes
+import gzip
+import io
+import json
+import os
+import pickle
+import pickletools
+import random
+import resource
+import shutil
+import struct
+import sys
+import tarfile
+import time
+import traceback
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.helpers import python2
+from vidjax.data.untrusted import pickles, sandbox
+
+# ----------------------------------------------------------------------------------------------
+# Parts of pickles.
+
+
+def text(value: str) -> bytes:
+    """BINUNICODE."""
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def name(words: str) -> bytes:
+    """GLOBAL of "module name"."""
+    return b"c" + words.replace(" ", "\n").encode() + b"\n"
+
+
+def dotted(words: str) -> bytes:
+    """STACK_GLOBAL of "module name": the only opcode to which dots are attributes."""
+    return b"\x80\x04" + b"".join(map(text, words.split())) + b"\x93"
+
+
+def part(value: Any) -> bytes:
+    """What Python 2 writes at protocol 1, without the STOP."""
+    return python2.dumps(value, 1)[:-1]
+
+
+def tuple_of(*parts: bytes) -> bytes:
+    """TUPLE."""
+    return b"(" + b"".join(parts) + b"t"
+
+
+def call(words: str, *parts: bytes) -> bytes:
+    """REDUCE of a global."""
+    return name(words) + tuple_of(*parts) + b"R"
+
+
+F2 = np.dtype("<f2")
+SCALAR = name("numpy.core.multiarray scalar")
+RECONSTRUCT = name("numpy.core.multiarray _reconstruct")
+EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
+
+
+def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
+    """A pickle of one array with this state."""
+    return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
+
+
+def dtype_pickle(code: bytes, *state: Any) -> bytes:
+    """A pickle of one dtype, with or without a state."""
+    build = part(state) + b"b" if state else b""
+    return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
+
+
+# ----------------------------------------------------------------------------------------------
+# Code.
+
+
+class Attack(NamedTuple):
+    """A pickle that runs code of its own.
+
+    Attributes:
+      data: the pickle.
+      told: what the error must name.
+      fires: whether plain `pickle.load` of it changes the folder of the mark.
+    """
+
+    data: bytes
+    told: str
+    fires: bool = True
+
+
+def attacks(mark: Path) -> dict[str, Attack]:
+    """Returns pickles that would make the file `mark`, or do other harm, by every route."""
+    command, path = text(f"touch {mark}"), text(str(mark))
+    system = name("os system")
+    # What runs without any REDUCE: iterators, and __setstate__ looked up on the object.
+    lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
+    set_state = b"}" + text("__setstate__") + system + b"sb" + command + b"b."
+    touch_path = call("pathlib Path", path)
+    empty = EMPTY.replace(b"numpy.core", b"numpy._core")
+    some_array = empty + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
+    inner = call("os system", command) + b"."
+    inner = b"B" + struct.pack("<I", len(inner)) + inner
+    objects = part((3, b"|", None, None, None, -1, -1, 63))
+    object_array = (
+        empty
+        + tuple_of(
+            part(1),
+            part((1,)),
+            call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b",
+            part(False),
+            b"]" + call("os system", command) + b"a",
+        )
+        + b"b."
+    )
+
+    def extended(number: int, opcode: bytes) -> bytes:
+        known = call("copyreg add_extension", text("posix"), text("system"), part(number))
+        return known + b"0" + opcode + command + b"\x85R."
+
+    routes = {
+        "GLOBAL REDUCE": Attack(system + command + b"\x85R.", "os.system"),
+        "GLOBAL posix": Attack(name("posix system") + command + b"\x85R.", "posix.system"),
+        "STACK_GLOBAL": Attack(dotted("os system") + command + b"\x85R.", "os.system"),
+        "STACK_GLOBAL dots": Attack(
+            dotted("shutil os.system") + command + b"\x85R.", "shutil.os.system"
+        ),
+        "method by dots": Attack(
+            dotted("pathlib Path.touch") + touch_path + b"\x85R.", "pathlib.Path.touch"
+        ),
+        "numpy method by dots": Attack(
+            dotted("numpy ndarray.tofile") + tuple_of(some_array, path) + b"R.",
+            "numpy.ndarray.tofile",
+        ),
+        "INST": Attack(b"(" + command + b"ios\nsystem\n.", "os.system"),
+        "OBJ": Attack(b"(" + system + command + b"o.", "os.system"),
+        "NEWOBJ": Attack(name("builtins bytes") + lazy + b"\x85\x81.", "builtins.map"),
+        "NEWOBJ_EX": Attack(name("builtins bytes") + lazy + b"\x85}\x92.", "builtins.map"),
+        "NEWOBJ of a frozenset": Attack(
+            name("builtins frozenset") + lazy + b"\x85\x81.", "builtins.frozenset"
+        ),
+        "BUILD of a namespace": Attack(
+            name("types SimpleNamespace") + b")\x81" + set_state, "types.SimpleNamespace"
+        ),
+        "BUILD of a function": Attack(name("textwrap dedent") + set_state, "textwrap.dedent"),
+        "BUILD of a class": Attack(
+            name("argparse Namespace")
+            + tuple_of(b"N", b"}" + text("__setstate__") + system + b"s")
+            + b"b"
+            + command
+            + b"b.",
+            "argparse.Namespace",
+        ),
+        "EXT1": Attack(extended(7, b"\x82\x07"), "copyreg.add_extension"),
+        "EXT2": Attack(extended(257, b"\x83\x01\x01"), "copyreg.add_extension"),
+        "EXT4": Attack(extended(65537, b"\x84\x01\x00\x01\x00"), "copyreg.add_extension"),
+        "EXT1 unknown": Attack(b"\x80\x02\x82\x01.", "extension code 1", False),
+        "EXT2 unknown": Attack(b"\x80\x02\x83\x01\x01.", "extension code 257", False),
+        "EXT4 unknown": Attack(b"\x80\x02\x84\x01\x00\x00\x01.", "extension code", False),
+        "PERSID": Attack(b"Pthing\n.", "PERSID", False),
+        "BINPERSID": Attack(b"NQ.", "PERSID", False),
+        "NEXT_BUFFER": Attack(b"\x80\x05\x97.", "out-of-band", False),
+        "nested pickle": Attack(call("pickle loads", inner) + b".", "pickle.loads"),
+        "nested in C": Attack(call("_pickle loads", inner) + b".", "_pickle.loads"),
+        "nested cPickle": Attack(call("cPickle loads", inner) + b".", "cPickle.loads"),
+        "object array": Attack(object_array, "not a plain number"),
+        "partial": Attack(call("functools partial", system, command) + b")R.", "functools.partial"),
+        "methodcaller": Attack(
+            call("operator methodcaller", text("touch")) + touch_path + b"\x85R.",
+            "operator.methodcaller",
+        ),
+        "getattr": Attack(
+            call("builtins getattr", touch_path, text("touch")) + b")R.", "builtins.getattr"
+        ),
+        "reconstructor": Attack(
+            call(
+                "copy_reg _reconstructor",
+                name("builtins bytes"),
+                name("builtins bytes"),
+                call("builtins list", lazy),
+            )
+            + b".",
+            "copy_reg._reconstructor",
+        ),
+        "dict of keys": Attack(
+            b"}" + call("os system", command) + text("value") + b"s.", "os.system"
+        ),
+        "within a clip": Attack(b"}U\x01a](" + call("os system", command) + b"es.", "os.system"),
+        "before a sound dict": Attack(call("os system", command) + b"0}.", "os.system"),
+    }
+    python = f"open({str(mark)!r}, 'w').close()"
+    calls = {
+        "__builtin__ eval": [text(python)],
+        "builtins eval": [text(python)],
+        "builtins exec": [text(python)],
+        "__builtin__ open": [path, text("w")],
+        "io open": [path, text("w")],
+        "codecs open": [path, text("w")],
+        "os mkdir": [path],
+        "os popen": [command],
+        "os remove": [text(str(mark.parent / "keep"))],
+        "shutil rmtree": [text(str(mark.parent / "keep_folder"))],
+        "subprocess Popen": [b"](" + text("touch") + path + b"e"],
+        "subprocess check_output": [b"](" + text("touch") + path + b"e"],
+        "timeit timeit": [text(python), text("pass"), name("time perf_counter"), b"K\x01"],
+        "cProfile run": [text(python)],
+        "atexit register": [system, command],
+        "pty spawn": [b"](" + text("touch") + path + b"e"],
+        "numpy savetxt": [path, part([1.0])],
+        "numpy.core.numeric load": [path],
+        "numpy.testing._private.utils runstring": [text(python), b"}"],
+    }
+    private = {"numpy.core.numeric load", "numpy.testing._private.utils runstring"}
+    for words, arguments in calls.items():
+        told = words.replace(" ", ".")
+        routes[words] = Attack(call(words, *arguments) + b".", told, words not in private)
+    # These are only ever loaded in the cage: elsewhere they would end the tests, or wait for ever.
+    for words, arguments in {
+        "os kill": [part(os.getpid()), part(9)],
+        "os _exit": [part(0)],
+        "os abort": [],
+        "os fork": [],
+        "sys exit": [part(0)],
+        "signal raise_signal": [part(9)],
+        "faulthandler _sigsegv": [],
+        "ctypes string_at": [part(0)],
+        "time sleep": [part(3600)],
+        "builtins input": [],
+        "builtins breakpoint": [],
+        "builtins __import__": [text("antigravity")],
+        "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
+        "builtins type": [text("Array"), b")", b"}"],
+        "builtins bytearray": [b"J\xff\xff\xff\x7f"],
+        "sys setrecursionlimit": [part(2**30)],
+        "socket create_connection": [part(("127.0.0.1", 9))],
+        "urllib.request urlopen": [text("http://127.0.0.1:9/")],
+        "webbrowser open": [text("http://127.0.0.1:9/")],
+        "runpy run_path": [path],
+        "marshal loads": [part(b"c")],
+        "types CodeType": [],
+        "importlib import_module": [text("this")],
+        "numpy load": [path],
+        "numpy fromfile": [path],
+        "numpy.core.multiarray fromfile": [path],
+        "numpy.core.multiarray frombuffer": [part(b"ab")],
+        "_codecs decode": [part(b"ab"), text("zlib")],
+        "_codecs lookup": [text("zlib")],
+        "torch._utils _rebuild_tensor_v2": [],
+        "vidjax.data.untrusted.unpickle Array": [],
+        "vidjax.data.untrusted.pickles unpack": [path, text("face"), path],
+        "__main__ Array": [],
+    }.items():
+        told = words.replace(" ", ".")
+        routes[words] = Attack(call(words, *arguments) + b".", told, False)
+    for words in (
+        "numpy ndarray.__class__",
+        "numpy ndarray.__init_subclass__.__self__",
+        "numpy dtype.__new__",
+        "numpy.core.numeric _frombuffer.__globals__",
+        "_codecs encode.__self__",
+        "builtins bytes.fromhex",
+    ):
+        routes[words] = Attack(dotted(words) + b".", words.replace(" ", "."), False)
+    strange = name("os sys\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}tem")
+    routes["strange letters"] = Attack(strange + b".", r"os.sys\x1b[31m", False)
+    return routes
+
+
+# Misuse of the very names that feature pickles need.
+
+
+def _tricks() -> Iterator[tuple[str, bytes]]:
+    new = b"}" + text("__new__") + b"Ns"
+    for words in ("numpy ndarray", "numpy dtype", "_codecs encode", "__builtin__ bytes"):
+        yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
+    yield "slots of _reconstruct", RECONSTRUCT + b"N" + new + b"\x86b."
+    yield "attributes of _reconstruct", RECONSTRUCT + new + b"b."
+    yield "slots of scalar", SCALAR + b"N" + new + b"\x86b."
+    state = part((3, b"<", None, None, None, -1, -1, 0))
+    yield "state of the class dtype", name("numpy dtype") + state + b"b."
+    yield "item of the class ndarray", name("numpy ndarray") + b"NNs."
+    yield "_reconstruct of itself", 2 * RECONSTRUCT + b"K\x00\x85U\x01b\x87R."
+    encode = name("_codecs encode")
+    yield "_reconstruct of encode", RECONSTRUCT + encode + b"K\x00\x85U\x01b\x87R."
+    yield "_reconstruct of None", RECONSTRUCT + b"(NNNtR."
+    yield "_reconstruct of nothing", RECONSTRUCT + b")R."
+    yield "NEWOBJ of _reconstruct", RECONSTRUCT + b")\x81."
+    yield "ndarray called", name("numpy ndarray") + b"(J\xff\xff\xff\x7ftR."
+    yield "NEWOBJ of ndarray", name("numpy ndarray") + b")\x81."
+    yield "NEWOBJ_EX of ndarray", name("numpy ndarray") + b")}" + text("shape") + b"K\x01s\x92."
+    yield "INST of ndarray", b"(inumpy\nndarray\n."
+    yield "bytes of 2 GB", name("__builtin__ bytes") + b"(J\xff\xff\xff\x7ftR."
+    for encoding in ("zlib", "rot13", "utf-16", "unicode_escape", "bz2_codec"):
+        yield f"encode as {encoding}", encode + text("a") + part(encoding) + b"\x86R."
+    yield "encode of bytes", encode + b"(U\x01aU\x06latin1tR."
+    yield "encode beyond latin1", encode + text("\u0416") + b"U\x06latin1\x86R."
+    yield "call of bytes", b"(U\x01a(ltR."
+    yield "call of an array", EMPTY + b")R."
+    yield "append to an array", EMPTY + b"Na."
+    yield "item of an array", EMPTY + b"NNs."
+    yield "attributes of an array", EMPTY + b"}" + text("code") + part("|O") + b"sb."
+    yield "attributes of a list", b"]" + new + b"b."
+    frombuffer = name("numpy._core.numeric _frombuffer")
+    for order in (b"N", text("K"), text("C") + b"N"):
+        yield (
+            f"_frombuffer in order {order!r}",
+            frombuffer + b"(" + part((b"ab", F2, (1,))) + order + b"tR.",
+        )
+    for shape in ((2,), (-1,), (True,), (1.0,), (1, 1, 1), [1], None):
+        yield f"shape {shape}", array_pickle((1, shape, F2, False, b"ab"))
+    yield "array without dtype", array_pickle((1, (1,), None, False, b"ab"))
+    yield "array of objects", array_pickle((1, (1,), F2, False, [None]))
+    yield "array of text", array_pickle((1, (1,), F2, False, "ab"))
+    yield "array of four parts", array_pickle(((1,), F2, False, b"ab"))
+    yield "array of no state", array_pickle(None)
+    yield "array of a dict", array_pickle({b"data": 1})
+    yield "array of a dtype", array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype")
+    codes = (b"O8", b"O", b"V8", b"M8", b"S4", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff")
+    for code in (*codes, b"f2\x00"):
+        yield f"dtype {code!r}", dtype_pickle(code)
+    for kind, state in {
+        "fields": (3, b"<", None, (b"a",), {b"a": 1}, -1, -1, 0),
+        "subarray": (3, b"<", (F2, (2,)), None, None, -1, -1, 0),
+        "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
+        "item size": (3, b"<", None, None, None, 10**9, -1, 0),
+        "flags": (3, b"<", None, None, None, -1, -1, 63),
+        "no flags": (3, b"<", None, None, None, -1, -1, None),
+        "version": (99, b"<", None, None, None, -1, -1, 0),
+        "order": (3, b"!", None, None, None, -1, -1, 0),
+        "order of bytes": (3, b"|", None, None, None, -1, -1, 0),
+        "order of a number": (3, 60, None, None, None, -1, -1, 0),
+        "short": (3,),
+    }.items():
+        yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
+    yield "dtype i1 with order", dtype_pickle(b"i1", 3, b">", None, None, None, -1, -1, 0)
+    eight = np.dtype("<f8")
+    yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."
+    yield "scalar of text", SCALAR + part((eight, "8 unicod")) + b"R."
+    yield "scalar without dtype", SCALAR + part((None, b"8 bytes!")) + b"R."
+    yield "numpy object array", pickle.dumps(np.array([None]), 2)
+    yield "numpy records", pickle.dumps(np.zeros(2, [("a", "f2")]), 2)
+    yield "numpy text", pickle.dumps(np.array(["a"]), 2)
+    yield "numpy dates", pickle.dumps(np.zeros(2, "M8[s]"), 2)
+    yield "numpy complex", pickle.dumps(np.zeros(2, "c8"), 4)
+    yield "numpy cube", pickle.dumps(np.zeros((2, 2, 2)), 5)
+
+
+TRICKS = dict(_tricks())
+
+# ----------------------------------------------------------------------------------------------
+# Greed: each of these asks for gigabytes, for ever, or for a deep stack.
+
+
+def face(feature: Any = None) -> list[Any]:
+    """An entry of an official face file."""
+    feature = np.array([1, 2, 3], "<f2") if feature is None else feature
+    return [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, feature]
+
+
+def _laughs(kind: str) -> bytes:
+    """Ten references to ten references to ..., forty levels of it."""
+    empty, end = (b"]", b"(%se") if kind == "list" else (b")", b"(%st")
+    levels = empty + b"q\x000"
+    for level in range(40):
+        ten = end % (b"h%c" % level * 10)
+        levels += (b"]" if kind == "list" else b"") + ten + b"q%c0" % (level + 1)
+    return levels + b"h\x28"
+
+
+def _shared(frames: int, clips: int) -> bytes:
+    """Many clips that are all one list, which names one entry over and over."""
+    head = b"\x80\x02" + part(face())
+    head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
+    pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
+    return head + b"}(" + pairs + b"u."
+
+
+def _colliding(count: int) -> list[bytes]:
+    """Whole numbers whose hash is 0, every one."""
+    prime = 2**61 - 1
+    return [b"\x8a\x0a" + (prime * n).to_bytes(10, "little") for n in range(1, count + 1)]
+
+
+def wide(*shape: int) -> bytes:
+    """A sound file whose one array has this shape, and bytes for three numbers or none."""
+    count = 0 if 0 in shape else 3
+    dims = b"".join(b"\x8a\x10" + n.to_bytes(16, "little") for n in shape)
+    state = tuple_of(part(1), tuple_of(dims), part(F2), part(False), part(bytes(2 * count)))
+    return b"}U\x01a" + EMPTY + state + b"bs."
+
+
+GREED = {
+    "memo": b"Nr\xff\xff\xff\xff.",
+    "memo of 512 MB": b"Nr\xff\xff\xff\x03.",
+    "text memo": b"Np%d\n." % 2**40,
+    "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "text of 60 GB": b"\x80\x04\x8d" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
+    "bytes beyond a word": b"\x80\x04\x8e" + b"\xff" * 8 + b"abc.",
+    "string of 2 GB": b"T" + struct.pack("<i", 2**31 - 1) + b"abc.",
+    "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
+    "integer of a megabit": b"}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.",
+    "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "nested lists in a clip": b"}U\x01a" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"s.",
+    "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
+    "nested tuples in a clip": b"}U\x01a)" + b"\x85" * 10**6 + b"s.",
+    "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
+    "marks": b"(" * 10**6 + b".",
+    "laughing lists": b"}U\x01a" + _laughs("list") + b"s.",
+    "laughing tuples": b"}U\x01a" + _laughs("tuple") + b"s.",
+    "laughing name": b"}" + _laughs("tuple") + b"Ns.",
+    "digits": b"}I" + b"9" * 10**6 + b"\nNs.",
+    "digits of a long": b"}L" + b"9" * 10**6 + b"L\nNs.",
+    "digits of a float": b"}F" + b"9" * 10**6 + b"\nNs.",
+    "colliding names": b"}(" + b"".join(n + b"N" for n in _colliding(70_000)) + b"u.",
+    "colliding set": b"\x80\x04(" + b"".join(_colliding(70_000)) + b"\x91.",
+    "copies of one text": b"](%s%se." % (
+        name("_codecs encode") + b"q\x000" + text("x" * 900_000) + text("latin1") + b"\x86q\x010",
+        b"h\x00h\x01R" * 2_000,
+    ),
+    "one entry, ten billion times": _shared(10**5, 10**5),
+    "shape of 1e11": wide(10**11),
+    "shape of 0 x 1e36": wide(0, 10**36),
+    "a list in itself": b"}U\x01a]q\x00h\x00as.",
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------
+# Damage, and files that are no pickles.
+
+
+def damage(sound: bytes) -> dict[str, bytes]:
+    """Returns what may stand under the name of a pickle that was `sound` once."""
+    archive, tar = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", sound)
+        file.writestr("archive/version", "3\n")
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        facts = tarfile.TarInfo("face_train.pickle")
+        facts.size = len(sound)
+        file.addfile(facts, io.BytesIO(sound))
+    npz, npy = io.BytesIO(), io.BytesIO()
+    np.savez(npz, a=np.zeros(3))
+    np.save(npy, np.zeros(3))
+    return {
+        **{f"cut to {end} bytes": sound[:end] for end in (1, 2, 3, len(sound) // 2)},
+        "cut by a byte": sound[:-1],
+        "empty": b"",
+        "zeros": bytes(10**5),
+        "ones": b"\xff" * 10**5,
+        "noise": random.Random(0).randbytes(10**5),
+        "ground truth": b"IQIYI_VID_TRAIN_0000001.mp4 195\n",
+        "text with a byte order mark": b"\xef\xbb\xbfclip 1\n",
+        "text in UTF-16": "clip 1\n".encode("utf-16"),
+        "web page": b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>\n",
+        "web page in capitals": b"\n<HTML><BODY>Sign in</BODY></HTML>\n",
+        "JSON": b'{"clip": [[1, [0, 0, 1, 1], 0.5, 80, [1, 2, 3]]]}\n',
+        "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "zip of PyTorch": archive.getvalue(),
+        "old PyTorch": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
+        "npz": npz.getvalue(),
+        "npy": npy.getvalue(),
+        "gzip": gzip.compress(sound),
+        "tar": tar.getvalue(),
+        "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
+        "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100),
+        "line ends of Windows": sound.replace(b"\n", b"\r\n"),
+        "read as text": sound.decode("latin-1").encode(),
+        "twice": sound + sound,
+        "followed by a line end": sound + b"\n",
+        "without its head": sound[20:],
+        "backwards": sound[::-1],
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# Mutations.
+
+
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+
+
+def operations(data: bytes) -> list[bytes]:
+    """Returns a sound pickle as its opcodes, each with its argument; without frames.
+
+    `pickletools.genops` cannot: it takes a STRING to be ASCII.
+    """
+    found, at = [], 0
+    while at < len(data):
+        opcode = _OPCODES[data[at]]
+        end = at + 1
+        if opcode.arg is not None and opcode.arg.n >= 0:
+            end += opcode.arg.n
+        elif opcode.arg is not None and opcode.arg.n == pickletools.UP_TO_NEWLINE:
+            for _ in range(_num_lines(opcode)):
+                end = data.index(b"\n", end) + 1
+        elif opcode.arg is not None:
+            width = _length_bytes(opcode.arg)
+            end += width + int.from_bytes(data[end : end + width], "little")
+        if opcode.name != "FRAME":
+            found.append(data[at:end])
+        at = end
+    return found
+
+
+def _num_lines(opcode: pickletools.OpcodeInfo) -> int:
+    return 2 if opcode.name in ("GLOBAL", "INST") else 1
+
+
+def _length_bytes(argument: pickletools.ArgumentDescriptor) -> int:
+    """Returns the bytes that tell the length of an argument."""
+    return {
+        pickletools.TAKEN_FROM_ARGUMENT1: 1,
+        pickletools.TAKEN_FROM_ARGUMENT4: 4,
+        pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+        pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+    }[argument.n]
+
+
+_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**32 - 1,
+    2**62,
+    2**64 - 1,
+)
+_LINES = (
+    b"", b"0", b"00", b"01", b"-1", b"7", b"1e400", b"nan", b"99999999999", b"9" * 5000, b"'a'",
+    b"'\\x00\\'", b"numpy", b"ndarray", b"dtype", b"numpy.core.multiarray", b"_reconstruct",
+    b"scalar", b"_codecs", b"encode", b"os", b"system", b"\\ud800", b"\xff\xfe", b"L", b"0x10",
+)  # fmt: skip
+
+
+def _random_operation(chance: random.Random) -> bytes:
+    opcode = chance.choice(pickletools.opcodes)
+    code = opcode.code.encode("latin-1")
+    if opcode.arg is None:
+        return code
+    if opcode.arg.n >= 0:
+        number = chance.choice(_NUMBERS) if chance.random() < 0.6 else chance.randrange(12)
+        order = "big" if opcode.name == "BINFLOAT" else "little"
+        return code + (number % 256**opcode.arg.n).to_bytes(opcode.arg.n, order)
+    if opcode.arg.n == pickletools.UP_TO_NEWLINE:
+        lines = range(_num_lines(opcode))
+        return code + b"".join(chance.choice(_LINES) + b"\n" for _ in lines)
+    width = _length_bytes(opcode.arg)
+    content = chance.randbytes(chance.randrange(12))
+    length = len(content) if chance.random() < 0.7 else chance.choice(_NUMBERS)
+    return code + (length % 256**width).to_bytes(width, "little") + content
+
+
+def _spoil(operation: bytes, chance: random.Random) -> bytes:
+    """Returns the operation with random bytes in its argument, or another one of its kind."""
+    spoilt = bytearray(operation)
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        at = chance.randrange(1, len(spoilt))
+        new = chance.choice([0, 1, 127, 128, 255, spoilt[at] ^ 1 << chance.randrange(8)])
+        spoilt[at] = new
+    return bytes(spoilt)
+
+
+def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random) -> bytes:
+    """Returns a pickle made of one or two sound ones by a few changes of their opcodes.
+
+    Args:
+      seeds: sound pickles, as their operations.
+      grafts: pieces of hostile ones, to be set in anywhere.
+      chance: what decides.
+    """
+    made = list(chance.choice(seeds))
+    for _ in range(chance.choice([1, 1, 1, 2, 3, 6])):
+        at, other = chance.randrange(len(made)), chance.randrange(len(made))
+        change = chance.randrange(10)
+        if change == 0:
+            del made[at]
+        elif change == 1:
+            made.insert(other, made[at])
+        elif change == 2:
+            made[at], made[other] = made[other], made[at]
+        elif change == 3:
+            made[at] = _random_operation(chance)
+        elif change == 4:
+            made.insert(at, _random_operation(chance))
+        elif change == 5:
+            second = chance.choice(seeds)
+            made[at:] = second[chance.randrange(len(second)) :]
+        elif change == 6:
+            first, last = sorted((at, other))
+            made[first:last] = made[first:last] * chance.randrange(4)
+        elif change == 7:
+            made.insert(at, chance.choice(grafts))
+        else:
+            arguments = [i for i, operation in enumerate(made) if len(operation) > 1]
+            if arguments:
+                at = chance.choice(arguments)
+                made[at] = _spoil(made[at], chance)
+        if not made:
+            return b""
+    return b"".join(made)
+
+
+# ----------------------------------------------------------------------------------------------
+# The readers.
+
+
+def check(packed: pickles.PackedClips, out_dir: Path) -> None:
+    """Raises AssertionError unless the arrays and their files are what `unpack` promises."""
+    frames, names = len(packed.features), packed.names
+    assert len(set(names)) == len(names) and [sandbox.clean_name(n) for n in names] == [*names]
+    assert packed.lengths.dtype == np.int32 and packed.lengths.shape == (len(names),)
+    assert (packed.lengths >= 0).all() and packed.lengths.sum() == frames
+    assert packed.features.ndim == 2 and packed.features.dtype.isnative
+    assert packed.features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
+    assert packed.features.shape[1] > 0 or not frames
+    assert packed.number.dtype == np.int32 and packed.number.shape == (frames,)
+    columns = [packed.quality, packed.detection, packed.box]
+    assert all(column.dtype == np.float32 for column in columns)
+    assert [column.shape for column in columns] == [(frames,), (frames,), (frames, 4)]
+    assert all(np.isfinite(column).all() for column in [packed.features, *columns])
+    assert packed.seen == frames + sum(packed.skipped.values())
+    assert sum(packed.skipped_clips.values()) == (packed.lengths == 0).sum()
+    for key in ("features", *sandbox.COLUMNS):
+        assert (out_dir / f"{key}.bin").stat().st_size == getattr(packed, key).nbytes
+
+
+def _fork(path: Path, out_dir: Path) -> CompletedProcess[bytes]:
+    """Returns what `cage.main` left in a fork of this process, which knows all it imports."""
+    out_dir.mkdir(exist_ok=True)
+    streams = [out_dir.parent / "stdout", out_dir.parent / "stderr"]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for number, stream in enumerate(streams, 1):
+                os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            status = sandbox.main([str(path), "face", str(out_dir), "drop"])
+            sys.stdout.flush()
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return CompletedProcess([], code, *(stream.read_bytes() for stream in streams))
+
+
+def _read(path: Path, out_dir: Path, *, quick: bool) -> str:
+    """Returns the error of a pickle, or an empty text where it loads to sound arrays."""
+    try:
+        if quick:
+            with pickles._cleared(out_dir):
+                packed = pickles.take(path, out_dir, _fork(path, out_dir))
+        else:
+            packed = pickles.unpack(path, "face", out_dir)
+        check(packed, out_dir)
+    except ValueError as error:
+        assert not list(out_dir.iterdir()), "files are left"
+        return str(error)
+    return ""
+
+
+def _used() -> tuple[float, float]:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def _adopt_orphans() -> None:
+    """Makes whoever is orphaned a child of this process, so that it is seen in the end."""
+    set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+
+
+def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
+    """Yields name, error, CPU seconds, seconds and greatest memory so far in MB of every file."""
+    out_dir = folder.parent / f"{folder.name}_out" / "flat"
+    out_dir.parent.mkdir()
+    _adopt_orphans()
+    for path in sorted(folder.iterdir()):
+        cpu, start = _used()[0], time.perf_counter()
+        error = _read(path, out_dir, quick=quick)
+        seconds = time.perf_counter() - start
+        after, memory = _used()
+        yield [path.name, error, after - cpu, seconds, memory]
+    with contextlib.suppress(ChildProcessError):
+        raise AssertionError(f"a process is left: {os.waitpid(-1, os.WNOHANG)}")
+
+
+def set_canary(folder: Path) -> None:
+    """Makes the folder that no pickle may change, or makes it again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "keep_folder").mkdir(parents=True)
+    (folder / "keep").write_text("keep")
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Returns what is in a folder, by path."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def fire(folder: Path, canary: Path) -> Iterator[str]:
+    """Yields the names of the files that change the canary where they are loaded plainly."""
+    _adopt_orphans()
+    for path in sorted(folder.iterdir()):
+        set_canary(canary)
+        before = listing(canary)
+        if os.fork() == 0:
+            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+            with contextlib.suppress(Exception), path.open("rb") as file:
+                pickle.load(file)
+            sys.exit()  # what is registered for the end runs, too
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+        if listing(canary) != before:
+            yield path.name
+
+
+def main() -> None:
+    """Reads the folder and prints a line of JSON a file."""
+    mode, *folders = sys.argv[1:]
+    paths = [Path(folder) for folder in folders]
+    found = list(fire(*paths) if mode == "fire" else read(*paths, quick=mode == "fork"))
+    sys.stdout.write("".join(json.dumps(row) + "\n" for row in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""Kills the command at random moments and tells from its folder which ones they were.
+
+    python -m tests.campaigns.kills FOLDER [--kills=200] [--seed=0] [--only=MODE]
+
+runs the campaign: every kind of run is trained once without a break, then again and again under
+kills, and what is left must be the same bytes. `FOLDER/campaign.txt` tells how far it is: a line a
+kill, a line a run, the table of kills by moment at the end.
+
+Nothing of the program is patched. A SIGKILL is sent some random time after the folder shows that
+the moment began, and what it hit is read from the folder once the process is dead.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.helpers import clip_files
+from tests.helpers.small_runs import ROOT, saved
+
+MODES = ("streaming", "resident")
+# How long after a moment began the kill may come, in seconds: about as long as it lasts.
+SPANS: dict[str, float] = {
+    "conversion": 1.0,
+    "start": 6.0,
+    "compile": 3.0,
+    "step": 0.05,
+    "save": 0.25,
+    "evaluation": 0.4,
+}
+SAME_FILES = (
+    "config.json",
+    "identities.json",
+    "members.npz",
+    "metrics.jsonl",
+    "noise.jsonl",
+    "ranking.txt",
+)
+MEASURED = re.compile("seconds|per_second|^command$")  # of metrics.json: what no two runs share
+
+SMALL = (
+    "--config.batch_size=32",
+    "--config.num_epochs=16",
+    "--config.eval.every_epochs=4",
+    "--config.eval.block_size=16",
+    "--config.checkpoint_every_seconds=0.5",
+    "--config.eval.report=False",
+)
+LINEAR = "--config.model.layers=((8,'linear',False,0.0),)"
+DROPOUT = "--config.model.layers=((8,'swish',True,0.5),)"  # with BatchNorm
+CASES = {
+    "mma": (
+        "--config=configs/mma.py:iqiyi_vid,face,head,audio",
+        "--config.model.embed_dim=16",
+        "--config.model.num_clusters=2",
+    ),
+    "noise_classes": (
+        "--config=configs/noise_classes.py:iqiyi_vid",
+        "--config.ensemble.folds=2",
+        "--config.noise.eps=1.1",
+        LINEAR,
+    ),
+    "ensemble": (
+        "--config=configs/quality_fusion.py:iqiyi_vid",
+        "--config.ensemble.seeds=2",
+        DROPOUT,
+    ),
+}
+# Resident clips are trained on many steps at a time, unless every step is logged.
+LOG_EVERY = {"streaming": 1, "resident": 4}
+
+
+class Run:
+    """A run's folder, its records and the command that makes it."""
+
+    def __init__(self, folder: Path, official: Path, case: str, mode: str, like: "Run | None"):
+        """Lays out a run below `folder`.
+
+        Args:
+          folder: where runs and compiled programs are.
+          official: the official files.
+          case: one of CASES.
+          mode: one of MODES.
+          like: the run that was not disturbed; None for that one itself.
+        """
+        name = f"{case}-{mode}" + ("-killed" if like else "")
+        self.workdir, self.cache = folder / name, folder / f"{name}-cache"
+        self.like = like
+        words = (f"--config.data.dir={official}", f"--config.data.mode={mode}")
+        log_every = f"--config.log_every_steps={LOG_EVERY[mode]}"
+        self.words = (f"--workdir={self.workdir}", *CASES[case], *SMALL, *words, log_every)
+        for old in (self.workdir, self.cache):
+            shutil.rmtree(old, ignore_errors=True)
+        (folder / "programs").mkdir(parents=True, exist_ok=True)
+        self.cache.mkdir()
+        (self.cache / "programs").symlink_to(folder / "programs")
+
+    def start(self, *words: str, compiling: bool = False) -> "Process":
+        """Starts the command, or another one; `compiling` hides what was compiled before."""
+        env = {**os.environ, "VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": ""}
+        env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        if compiling:
+            empty = self.cache / "no-programs"
+            shutil.rmtree(empty, ignore_errors=True)
+            env["JAX_COMPILATION_CACHE_DIR"] = str(empty)
+        return Process(self, words or self.words, env)
+
+    def finish(self, *words: str) -> None:
+        """Runs the command, or another one, to its end."""
+        process = self.start(*words)
+        process.wait(600)
+        assert process.code == 0, process.said()
+
+    def finished(self) -> bool:
+        """Returns whether its results are there."""
+        return (self.workdir / "metrics.json").exists()
+
+    def converted(self) -> bool:
+        """Returns whether its records are complete."""
+        return any(self.cache.glob("iqiyi_vid/*/manifest.json"))
+
+    def manifests(self) -> dict[int, dict[str, Any]]:
+        """Returns step -> manifest of every committed checkpoint."""
+        found = {}
+        for path in self.workdir.glob("checkpoints/*/manifest.json"):
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                found[int(path.parent.name)] = json.loads(path.read_text())
+        return found
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Returns the whole lines of a log."""
+        path = self.workdir / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def eval_steps(self) -> set[int]:
+        """Returns the steps at which the undisturbed run was evaluated."""
+        lines = (self.like or self).lines("metrics.jsonl")
+        return {line["step"] for line in lines if "split" in line}
+
+    def differences(self) -> list[str]:
+        """Returns what is not the same, to the byte, as in the undisturbed run."""
+        assert self.like is not None
+        there = self.like.workdir
+        wrong = [name for name in SAME_FILES if _bytes(there / name) != _bytes(self.workdir / name)]
+        left, right = (_results(folder / "metrics.json") for folder in (there, self.workdir))
+        wrong += [f"metrics.json: {name}" for name in left if left[name] != right.get(name)]
+        left, right = self.like.manifests(), self.manifests()
+        if left.keys() != right.keys():
+            return [*wrong, f"checkpoints: {sorted(left)}, {sorted(right)}"]
+        for step in left:
+            left, right = _arrays(there, step), _arrays(self.workdir, step)
+            wrong += [f"step {step} {name}" for name in left if left[name] != right.get(name)]
+        return wrong
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _results(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    return {name: value for name, value in found.items() if not MEASURED.search(name)}
+
+
+def _arrays(workdir: Path, step: int) -> dict[str, tuple[Any, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(saved(workdir, step))
+    return {jax.tree_util.keystr(name): _content(leaf) for name, leaf in leaves}
+
+
+def _content(leaf: Any) -> tuple[Any, ...]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()
+
+
+class Process:
+    """One process of the command, and what its folder shows of it."""
+
+    def __init__(self, run: Run, words: Sequence[str], env: Mapping[str, str]):
+        """Starts it."""
+        self._run = run
+        self._resumed = max(run.manifests(), default=0)
+        self._left_over = set(run.cache.glob("iqiyi_vid/*.partial"))
+        self._output = run.cache / "output.txt"
+        self._began = time.time()
+        command = [sys.executable, "-m", "vidjax.main", *words]
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=output, stderr=output
+            )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit status as a shell would tell it; None while it runs."""
+        code = self._process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+    def said(self) -> str:
+        """Returns its output so far."""
+        return self._output.read_text()
+
+    def wait(self, seconds: float) -> float:
+        """Waits for its end and returns the CPU seconds until then; kills it if it takes longer."""
+        ticks = (
+            Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+        )
+        before = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        reaped = _reaped()
+        try:
+            self._process.wait(seconds)
+        finally:
+            self.kill()
+        return _reaped() - reaped - before
+
+    def send(self, signum: int) -> None:
+        """Sends it a signal."""
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """Kills it, unless it has ended, and waits until it is dead."""
+        self.send(signal.SIGKILL)
+        self._process.wait()
+
+    def wait_for(self, moment: str, seconds: float = 300) -> bool:
+        """Waits until a moment has begun; False where the process ends before."""
+        end = time.monotonic() + seconds
+        while self._process.poll() is None:
+            if self.moment() == moment:
+                return True
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"no {moment} within {seconds} s: {self.said()}")
+            time.sleep(0.002)
+        return False
+
+    def moment(self) -> str:
+        """Returns what the process is about, or was when it died: one of SPANS, or 'end'."""
+        run = self._run
+        if set(run.cache.glob("iqiyi_vid/*.partial")) - self._left_over:
+            return "conversion"
+        if not any(run.workdir.glob(f"events.out.tfevents.*.{self._process.pid}")):
+            return "start"
+        if any(self._is_new(path) for path in self._half_checkpoints()):
+            return "save"
+        manifests, eval_steps = run.manifests(), run.eval_steps()
+        newest = max(manifests, default=0)
+        if newest in eval_steps:
+            if not manifests[newest].get("evaluated"):
+                return "evaluation"
+            if newest == max(eval_steps):
+                return "end"
+        logged = max((line["step"] for line in run.lines("timing.jsonl")), default=0)
+        return "step" if max(newest, logged) > self._resumed else "compile"
+
+    def _half_checkpoints(self) -> Iterator[Path]:
+        for folder in self._run.workdir.glob("checkpoints/*"):
+            if not (folder / "manifest.json").exists():
+                yield folder
+        replaced = f"checkpoints/*/.manifest.json.{self._process.pid}.partial"
+        yield from self._run.workdir.glob(replaced)
+
+    def _is_new(self, path: Path) -> bool:
+        try:
+            return path.stat().st_mtime > self._began  # not left over from another process
+        except FileNotFoundError:
+            return False
+
+
+def _reaped() -> float:
+    """Returns the CPU seconds of the processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
+    """Starts a run's command and kills it at a random time from some moment on.
+
+    Returns:
+      The moment in which it died; None where it was done before.
+    """
+    compiling = moment == "compile" and rng.random() < 0.5
+    # Which may differ from process to process: steps are short beside what saves them.
+    seldom = ("--config.checkpoint_every_seconds=60",) if moment == "step" else ()
+    process = run.start(*run.words, *seldom, compiling=compiling)
+    if process.wait_for(moment):
+        time.sleep(rng.uniform(0, SPANS[moment]))
+    process.kill()
+    if process.code != 128 + signal.SIGKILL:
+        assert process.code == 0, process.said()
+        return None
+    return process.moment()
+
+
+def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
+    """Kills the evaluation of a finished run, of both splits in turn, and returns what is wrong."""
+    seconds, wrong = 0.0, []
+    files = {
+        "val": ("ranking.txt", "metrics.json"),
+        "test": ("ranking_test.txt", "metrics_test.json"),
+    }
+    for split, names in files.items():
+        words = ("--mode=evaluate", f"--workdir={run.workdir}", f"--config.eval.split={split}")
+        began = time.monotonic()
+        run.finish(*words)
+        seconds = time.monotonic() - began
+        ranking, metrics = (run.workdir / name for name in names)
+        before = ranking.read_bytes(), _results(metrics)
+        for _ in range(count):
+            process = run.start(*words)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.3, 1.0) * seconds)
+            if (ranking.read_bytes(), _results(metrics)) != before:
+                wrong.append(f"{ranking.name} after a kill")
+        if split == "test":
+            ranking.unlink()
+            metrics.unlink()
+        run.finish(*words)
+        if (ranking.read_bytes(), _results(metrics)) != before:
+            wrong.append(f"{ranking.name} after kills and a whole evaluation")
+    return wrong
+
+
+# Kills of one run of a campaign, in the order in which they are drawn.
+PLAN = {"conversion": 2, "start": 2, "compile": 3, "step": 3, "save": 4, "evaluation": 3}
+
+
+def campaign(folder: Path, kills: int, seed: int, only: str | None = None) -> int:
+    """Runs a campaign and returns the number of runs that were not the same."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    official = folder / "official"
+    if not official.exists():
+        official.mkdir()
+        clip_files.write_learnable(official)
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    wrong, likes = 0, {}
+    pairs = [(case, mode) for mode in MODES for case in CASES if only in (None, mode)]
+    began = time.monotonic()
+    with open(folder / "campaign.txt", "a") as file:
+
+        def tell(text: str) -> None:
+            file.write(f"{time.monotonic() - began:7.0f} s  {text}\n")
+            file.flush()
+
+        number = 0
+        while counts.total() < kills:
+            case, mode = pairs[number % len(pairs)]
+            number += 1
+            if (case, mode) not in likes:
+                likes[case, mode] = Run(folder, official, case, mode, None)
+                likes[case, mode].finish()
+                tell(f"{case} {mode}: undisturbed run done")
+            run = Run(folder, official, case, mode, likes[case, mode])
+            plan = [moment for moment, count in PLAN.items() for _ in range(count)]
+            rng.shuffle(plan)
+            plan.sort(key=lambda moment: moment not in ("start", "conversion"))
+            died = []
+            for moment in plan[: kills - counts.total()]:
+                found = kill_once(run, moment, rng)
+                if found is None:
+                    break
+                died.append(found)
+                counts[found, mode] += 1
+                tell(f"{case} {mode}: kill {counts.total()}, aimed at {moment}: {found}")
+            run.finish()
+            differences = run.differences()
+            wrong += bool(differences)
+            says = f"DIFFERS in {', '.join(differences)[:500]}" if differences else "the same bytes"
+            tell(f"{case} {mode}: finished after {len(died)} kills: {says}")
+            if differences:
+                run.workdir.rename(folder / f"{run.workdir.name}-wrong-{number}")
+        differences = kill_evaluations(likes[pairs[0]], max(1, kills // 40), rng)
+        wrong += bool(differences)
+        tell(f"kills of --mode=evaluate: {', '.join(differences) or 'the same bytes'}")
+        tell("\n" + table(counts))
+        tell(f"{counts.total()} kills in {number} runs, {wrong} not the same")
+    return wrong
+
+
+def table(counts: Mapping[tuple[str, str], int]) -> str:
+    """Returns kills by moment and mode as text."""
+    names = [*SPANS, "end"]
+    lines = [" ".join(f"{word:>11}" for word in ("moment", *MODES, "all"))]
+    for name in names:
+        row = [counts.get((name, mode), 0) for mode in MODES]
+        lines.append(" ".join(f"{word:>11}" for word in (name, *row, sum(row))))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs a campaign from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=MODES)
+    args = parser.parse_args()
+    return campaign(args.folder.absolute(), args.kills, args.seed, args.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

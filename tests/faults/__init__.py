@@ -1,0 +1,1 @@
+"""Real faults: signals, damaged files, full disks, hostile pickles."""

@@ -1,0 +1,512 @@
+"""Faults of checkpoints: random damage, another configuration, a full disk; nothing is lost."""
+
+import contextlib
+import json
+import resource
+import shutil
+import signal
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
+from vidjax import config as config_lib
+from vidjax import devices, main
+from vidjax.data.records import pipeline
+from vidjax.modes import train
+from vidjax.run import checkpoint
+from vidjax.run import workdir as workdir_lib
+
+# Where a save fails, threads of Orbax complain after it to an event loop that is closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+SPEC = "configs/quality_fusion.py:iqiyi_vid,face"
+WORDS = (
+    "--config.model.layers=((256,'swish',True,0.5),)",
+    "--config.batch_size=32",
+    "--config.num_epochs=8",
+    "--config.log_every_steps=5",
+    "--config.eval.every_epochs=3",
+    "--config.eval.block_size=16",
+    STREAMED,
+)
+
+
+def contents(folder):
+    """Returns path -> bytes of every file in a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    path.write_bytes(content)
+
+
+def cut(path, rng):
+    path.write_bytes(path.read_bytes()[: rng.integers(len(path.read_bytes()))])
+
+
+def remove(path, rng):
+    del rng
+    path.unlink()
+
+
+def blank(path, rng):
+    del rng
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def replace(path, rng):
+    path.write_bytes(rng.bytes(int(rng.integers(200))))
+
+
+# ---- random damage, in a folder of two steps
+
+
+def make_items(seed):
+    rng = np.random.default_rng(seed)
+    params = {"a": rng.normal(size=(40, 20)).astype(np.float32), "b": np.arange(5, dtype=np.int32)}
+    return {"params": params, "train": {"rng": jax.random.key(seed)}, "model_state": {}}
+
+
+def flat(items):
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    keys = jax.dtypes.prng_key
+    return {
+        jax.tree_util.keystr(name): np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, keys) else x
+        ).tobytes()
+        for name, x in leaves
+    }
+
+
+def test_random_damage_is_never_restored(tmp_path, campaign):
+    """Flipped bits, cuts, removals: a good step is used if there is one, and nothing is deleted."""
+    pristine = tmp_path / "pristine"
+    everywhere = devices.replicated(devices.make_mesh(1))
+    scores = {3: 0.9, 8: 0.1}
+    saved = {step: flat(make_items(step)) for step in scores}
+    for step, score in scores.items():
+        checkpoint.save(pristine, step, make_items(step), {"map": score, "evaluated": True})
+    folder = pristine / "checkpoints"
+    users = ("7_backup/manifest.json", "11/weights.bin", "notes.txt", "8/remarks.txt", "08/x")
+    for name in users:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"the user's {name}")
+    before = contents(folder)
+    files = [name for name in before if name not in users and before[name]]
+    rng = np.random.default_rng(0)
+    found_steps = []
+    for trial in range(1000 if campaign else 30):
+        workdir = tmp_path / "damaged"
+        shutil.copytree(pristine, workdir)
+        for _ in range(rng.integers(1, 4)):
+            path = workdir / "checkpoints" / files[rng.integers(len(files))]
+            damage = (flip, flip, cut, remove, blank, replace)[rng.integers(6)]
+            if path.exists() and path.stat().st_size:
+                damage(path, rng)
+        after = contents(workdir / "checkpoints")
+        touched = {int(name.split("/")[0]) for name in files if after.get(name) != before[name]}
+        good = scores.keys() - touched
+        prefer = ("latest", "best")[trial % 2]
+        order = (8, 3) if prefer == "latest" else (3, 8)
+        wanted = next((step for step in order if step in good), None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                found = checkpoint.find(workdir, prefer)
+            except checkpoint.CheckpointError:
+                found = None
+            assert contents(workdir / "checkpoints") == after
+            if found is None:
+                assert wanted is None, (trial, touched)
+                found_steps.append(None)
+            else:
+                step = found.manifest["step"]
+                restored = checkpoint.load(found, make_items(0), everywhere)
+                assert flat(restored) == saved[step], trial
+                assert step == wanted or step in touched, trial  # a blank that means nothing
+                assert step == order[0] or caught, trial
+                found_steps.append(step)
+            if trial % 10 == 0 and found is not None:  # and training goes on to step 8 again
+                items = checkpoint.restore_latest(workdir, make_items(0), everywhere)
+                assert items is not None
+                checkpoint.save(workdir, 8, make_items(8), {"evaluated": True})
+                checkpoint.save(workdir, 8, make_items(8), {"map": 0.2})
+                again = checkpoint.find(workdir)
+                assert again is not None and again.manifest["step"] == 8
+                assert flat(checkpoint.load(again, make_items(0), everywhere)) == saved[8]
+        left = contents(workdir / "checkpoints")
+        texts = set(left.values())
+        assert all(before[name] in texts for name in users), trial
+        shutil.rmtree(workdir)
+    assert {3, 8, None} <= set(found_steps)
+
+
+def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
+    folder = tmp_path / "checkpoints" / "8"
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_text("the user's")
+    assert checkpoint.find(tmp_path) is None
+    checkpoint.save(tmp_path, 8, make_items(8), {})
+    assert (tmp_path / "checkpoints" / "8.damaged" / "weights.bin").read_text() == "the user's"
+    (folder / "remarks.txt").write_text("the user's")
+    for step in (9, 10):
+        checkpoint.save(tmp_path, step, make_items(8), {})
+    assert contents(tmp_path / "checkpoints" / "8.kept") == {"remarks.txt": b"the user's"}
+
+
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+@pytest.fixture(scope="module")
+def words(official_dir, cache_dir):
+    """The run's words on the command line, but for its folder."""
+    places = (f"--config.data.dir={official_dir}", f"--config.data.cache_dir={cache_dir}")
+    return (f"--config={ROOT / SPEC}", *WORDS, *places)
+
+
+@pytest.fixture(scope="module")
+def config(words):
+    return config_lib.override(config_lib.load_file(words[0].partition("=")[2]), words[1:])
+
+
+@pytest.fixture(scope="module")
+def whole(config, data, tmp_path_factory):
+    """The folder of a run that was never stopped: evaluated at steps 9, 18 and 24."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "whole"
+    run(config, folder, data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(config, data, tmp_path_factory):
+    """The folder of the same run, stopped by SIGINT after step 9."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "stopped"
+    with pytest.raises(workdir_lib.Interrupted):
+        run(config, folder, Interrupting(data, 12, signal.SIGINT))
+    assert 9 < max(checkpoint.manifests(folder)) < 18
+    return folder
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "finished")
+
+
+@pytest.fixture
+def parts(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "parts")
+
+
+def assert_same_run(folder, whole):
+    for name in ("metrics.jsonl", "ranking.txt", "config.json", "identities.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert_equal_weights(folder, whole)
+
+
+def command(capsys, *words):
+    """Runs the command line in this process; returns the exit code and what it complained of."""
+    capsys.readouterr()
+    code = main.main(words)
+    said = capsys.readouterr().err.splitlines()
+    begin = [i for i, line in enumerate(said) if line.startswith("vidjax: ")]
+    complaint = said[begin[-1] :] if begin else []
+    assert bool(complaint) == bool(code)
+    assert len(complaint) <= 3, complaint
+    return code, "\n".join(complaint)
+
+
+def largest(workdir, step):
+    files = (workdir / "checkpoints" / str(step) / "state").rglob("*")
+    return max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip, cut, remove])
+@pytest.mark.parametrize("what", ["arrays", "manifest"])
+def test_evaluation_falls_back_and_says_to_which_step(capsys, finished, damage, what):
+    rng = np.random.default_rng(1)
+    manifest = finished / "checkpoints" / "24" / "manifest.json"
+    damage(largest(finished, 24) if what == "arrays" else manifest, rng)
+    with pytest.warns(UserWarning, match="checkpoint 24 is not used"):
+        code, said = command(capsys, "--mode=evaluate", f"--workdir={finished}")
+    assert code == 0, said
+    results = json.loads((finished / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["map"] for line in lines if "map" in line}
+    assert results["step"] == 18
+    assert results["map"] == scores[18]
+
+
+@pytest.mark.slow
+def test_no_score_is_computed_from_damaged_weights(capsys, finished):
+    for step in checkpoint.manifests(finished):
+        flip(largest(finished, step), np.random.default_rng(step))
+    before = contents(finished)
+    for prefer in ("latest", "best"):
+        with pytest.warns(UserWarning, match="is not used"):
+            code, said = command(
+                capsys,
+                "--mode=evaluate",
+                f"--workdir={finished}",
+                f"--config.eval.checkpoint={prefer}",
+            )
+        assert code == 3
+        assert "no good checkpoint" in said and str(finished) in said
+        assert {**before, ".lock": b""} == {**contents(finished), ".lock": b""}
+
+
+def change_digit(path):
+    text = path.read_text()
+    path.write_text(text.replace('"gamma": 2.0', '"gamma": 6.0'))
+    assert path.read_text() != text
+
+
+def swap_names(path):
+    names = json.loads(path.read_text())
+    path.write_text(json.dumps([names[1], names[0], *names[2:]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("identities.json", swap_names),
+        ("identities.json", lambda path: path.unlink()),
+        ("identities.json", lambda path: path.write_text("7")),
+        ("members.npz", lambda path: cut(path, np.random.default_rng(0))),
+        ("members.npz", lambda path: path.unlink()),
+        ("config.json", change_digit),
+    ],
+    ids=["swapped", "gone", "number", "cut members", "no members", "config"],
+)
+def test_what_gives_a_checkpoint_its_meaning_is_verified(capsys, finished, name, damage):
+    damage(finished / name)
+    ranking = (finished / "ranking.txt").read_bytes()
+    code, said = command(capsys, "--mode=evaluate", f"--workdir={finished}")
+    assert code == 3
+    assert str(finished / name) in said
+    assert (finished / "ranking.txt").read_bytes() == ranking
+
+
+@pytest.mark.slow
+def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finished, whole):
+    """As the message says; and the step that is damaged is trained again, to the same bits."""
+    for name in ("identities.json", "members.npz", "metrics.json"):
+        (finished / name).unlink()
+    flip(largest(finished, 24), np.random.default_rng(5))
+    with pytest.warns(UserWarning, match="checkpoint 24 is not used"):
+        run(config, finished, data)
+    assert_same_run(finished, whole)
+    assert (finished / "checkpoints" / "24.damaged" / "manifest.json").exists()
+    assert (finished / "members.npz").read_bytes() == (whole / "members.npz").read_bytes()
+
+
+# ---- another configuration, other data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False], ids=["config.json", "the manifest's"])
+def test_another_configuration_is_refused_with_the_difference(capsys, words, parts, kept):
+    """Even where config.json is gone: the checkpoint remembers."""
+    before = contents(parts / "checkpoints")
+    if not kept:
+        (parts / "config.json").unlink()
+    for word, shown, hint in [
+        ("model.layers=((16,'swish',True,0.5),)", "model.layers: ((256,", "use another"),
+        ("seed=3", "seed: 0 -> 3", "use another"),
+        ("modalities=head,face", "modalities: ('face',) -> ('head', 'face')", "use another"),
+        ("optim.momentum=0.5", "optim.momentum: 0.9 -> 0.5", "resume.allow=optim.momentum"),
+        ("resume.allow=seed", "'seed' may not change", "what may: optim"),
+        ("num_epochs=2", "num_epochs: 8.0 -> 2.0", "resume.allow=num_epochs"),
+    ]:
+        code, said = command(capsys, *words, f"--workdir={parts}", f"--config.{word}")
+        assert code == 2, said
+        assert shown in said and hint in said
+    assert contents(parts / "checkpoints") == before
+
+
+@pytest.mark.slow
+def test_what_is_allowed_to_change_goes_on_and_is_recorded(capsys, config, words, data, parts):
+    step = max(checkpoint.manifests(parts))
+    adam = ("--config.optim.name=sgd", "--config.resume.allow=optim")
+    code, said = command(capsys, *words, f"--workdir={parts}", *adam)
+    assert code == 2
+    assert "opt_state" in said and "optim.name: adam -> sgd" in said
+
+    allow = [
+        "--config.optim.final_scale=0.5",
+        "--config.num_epochs=6",
+        "--config.checkpoint_every_seconds=77",
+        "--config.resume.allow=optim.final_scale,num_epochs",
+    ]
+    other = config_lib.override(config, allow)
+    assert train.finished(parts, other) is None
+    with pytest.warns(UserWarning, match=rf"from step {step} on .*final_scale: 0.01 -> 0.5"):
+        run(other, parts, data)
+    lines = [json.loads(line) for line in (parts / "changes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step]
+    changed = lines[0]["changes"]
+    assert changed["optim.final_scale"] == [0.01, 0.5]
+    assert changed["num_epochs"] == [8.0, 6.0]
+    assert changed["checkpoint_every_seconds"] == [300.0, 77.0]
+    assert config_lib.load_workdir(parts).optim.final_scale == 0.5
+
+    # A step from before the change is as good as any: the change is on record.
+    (parts / "metrics.json").unlink()
+    for newer in [n for n in checkpoint.manifests(parts) if n > step]:
+        flip(largest(parts, newer), np.random.default_rng(newer))
+    with pytest.warns(UserWarning, match="is not used"):
+        assert command(capsys, "--mode=evaluate", f"--workdir={parts}")[0] == 0
+    with pytest.warns(UserWarning, match="is not used"):
+        run(config_lib.override(other, ["--config.resume.allow=()"]), parts, data)
+    assert max(checkpoint.manifests(parts)) == 18
+
+
+class Renamed:
+    """A dataset whose identities are others."""
+
+    def __init__(self, data):
+        self._data = data
+        self.identities = ("999", *data.identities[1:])
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+
+@pytest.mark.slow
+def test_another_list_of_identities_is_refused(config, data, parts):
+    with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
+        run(config, parts, Renamed(data))
+
+
+# ---- moved, cut and full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["moved", "copied", "symlink", "space", "slash", "relative"])
+def test_a_workdir_may_be_anywhere(capsys, monkeypatch, finished, whole, tmp_path, how):
+    place = tmp_path / "another place"
+    if how == "copied":
+        shutil.copytree(finished, place)
+    elif how == "symlink":
+        place.symlink_to(finished, target_is_directory=True)
+    else:
+        place = place / "deep" if how == "moved" else place
+        place.parent.mkdir(exist_ok=True)
+        finished.rename(place)
+    monkeypatch.chdir(tmp_path)
+    given = {"slash": f"{place}/", "relative": "./another place"}.get(how, str(place))
+    (place / "ranking.txt").unlink()
+    assert command(capsys, "--mode=evaluate", f"--workdir={given}")[0] == 0
+    assert (place / "ranking.txt").read_bytes() == (whole / "ranking.txt").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_moved_run_with_half_lines_goes_on_to_the_same_bytes(config, data, parts, whole):
+    """Lines after the checkpoint and a half line, as a kill leaves them; none twice, none gone."""
+    step = max(checkpoint.manifests(parts))
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with open(parts / name, "a") as file:
+            file.write(f'{{"step": {step + 1}, "train_loss": 9.0}}\n{{"step": {step + 2}, "tra')
+    place = parts.rename(parts.parent / "elsewhere")
+    run(config, place, data)
+    assert_same_run(place, whole)
+    steps = [json.loads(line)["step"] for line in (place / "timing.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """No file of this process may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def failing_run(config, folder, data):
+    """Trains into a folder where that must fail; returns what the command line would say."""
+    with pytest.raises(OSError) as caught:
+        run(config, folder, data)
+    assert main._exit_code(caught.value) == 2
+    assert len(str(caught.value).splitlines()) <= 3
+    return str(caught.value)
+
+
+def assert_nothing_lost(folder, before):
+    """Asserts that the earlier steps are as they were and that no name is of half a file."""
+    after = contents(folder / "checkpoints")
+    assert {name: after.get(name) for name in before} == before
+    found = checkpoint.find(folder)
+    assert found is not None
+    for step in checkpoint.manifests(folder):
+        checkpoint.verify(folder / "checkpoints" / str(step))
+    assert not list(folder.glob("*partial*"))
+    for name in ("config.json", "identities.json"):
+        json.loads((folder / name).read_text())
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_surfaces_at_once_and_loses_nothing(config, data, parts, whole):
+    step = max(checkpoint.manifests(parts))
+    before = contents(parts / "checkpoints")
+    with file_limit(largest(parts, step).stat().st_size * 3 // 4):
+        said = failing_run(config, parts, data)
+    assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '18'}'" in said
+    assert_nothing_lost(parts, before)
+    lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) < 18 + 5  # the save of step 18 was the last act
+    assert not (parts / "metrics.json").exists()
+    run(config, parts, data)
+    assert_same_run(parts, whole)
+
+
+@pytest.fixture
+def small_disk(mounted):
+    """A file system of its own, of 16 MiB."""
+    return mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_loses_nothing(config, data, stopped, whole, small_disk, campaign):
+    """Filled but for some bytes: writing fails at the start, in a log or in a save, by how many."""
+    parts = small_disk / "parts"
+    rng = np.random.default_rng(0)
+    step = stopped / "checkpoints" / str(max(checkpoint.manifests(stopped)))
+    one_save = sum(len(content) for content in contents(step).values())
+    shares = rng.uniform(0, 0.9, 20) if campaign else (0.0, 0.5)
+    failed = []
+    for size in (int(share * one_save) for share in shares):
+        shutil.copytree(stopped, parts)
+        before = contents(parts / "checkpoints")
+        filler = small_disk / "filler"
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            file.truncate(0)
+            while file.write(bytes(4096)):
+                pass
+        filler_size = filler.stat().st_size
+        with open(filler, "ab") as file:
+            file.truncate(filler_size - size // 4096 * 4096)
+        said = failing_run(config, parts, data)
+        assert str(parts) in said and "No space left" in said, said
+        filler.unlink()
+        assert_nothing_lost(parts, before)
+        failed.append(said.split("'")[1].removeprefix(str(parts)))
+        run(config, parts, data)
+        assert_same_run(parts, whole)
+        shutil.rmtree(parts)
+    assert len(set(failed)) > 1, failed

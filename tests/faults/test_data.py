@@ -1,0 +1,563 @@
+"""Official files with something wrong in them, from file to batch: counted, or one error."""
+
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers import python2, small_runs
+from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_pickle, write_truth
+from vidjax import ranking
+from vidjax.data import iqiyi_vid
+from vidjax.data.records import pipeline
+from vidjax.modes import evaluate
+
+DIM = 4
+
+
+def clips_of(split: str, count: int, dim: int = DIM) -> dict[str, Clip]:
+    rng = np.random.default_rng(count)
+    return {f"{split}{i:03d}": random_clip(rng, 1 + i % 3, dim) for i in range(count)}
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """A folder to spoil: 20 train clips and 10 val clips of faces, all but two labelled."""
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for split, count in (("train", 20), ("val", 10)):
+        clips = clips_of(split, count)
+        write_pickle(folder, "face", split, clips)
+        write_truth(folder, split, {name: str(1 + i % 4) for i, name in enumerate(clips) if i > 1})
+    return folder
+
+
+def load(folder: Path, **options: Any) -> pipeline.Dataset:
+    cache = folder.parent / "cache"
+    return pipeline.load("iqiyi_vid", directory=folder, cache_dir=cache, **options)
+
+
+def features_of(
+    data: pipeline.Dataset, split: str, modality: str = "face"
+) -> dict[str, np.ndarray]:
+    """Returns clip name -> features [T, D] as the model gets them."""
+    found = {}
+    for batch in data.eval_batches(split=split, modalities=(modality,), rows=8):
+        frames = batch.frames[modality]
+        for row in np.flatnonzero(batch.batch_mask):
+            name = data.split(split).clips[batch.clip_index[row]]
+            found[name] = np.asarray(frames.features[row])[frames.mask[row]]
+    return found
+
+
+def assert_adds_up(report: Mapping[str, Any]) -> None:
+    """Asserts loaded + skipped == seen, of frames, of clips and of labels."""
+    for facts in report["splits"].values():
+        for counts in facts["modalities"].values():
+            skipped = sum(counts["frames_skipped"].values())
+            assert counts["frames"] + skipped == counts["frames_seen"]
+            skipped = sum(counts["clips_skipped"].values())
+            assert counts["clips"] + skipped == counts["clips_seen"]
+            assert counts["clips"] + counts["clips_without"] == facts["clips"]
+            assert sum(counts["norm"]["counts"]) == counts["frames"]
+        if facts["labelled"]:
+            assert facts["labelled_clips"] + facts["distractors"] == facts["clips"]
+            assert facts["labelled_clips"] + facts["unknown_clips"] == facts["ground_truth_clips"]
+
+
+class Refused:
+    """Converts a folder as `python -m vidjax.data.iqiyi_vid` does; it must be refused."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self._capsys = capsys
+
+    def __call__(self, folder: Path, *words: str) -> str:
+        """Returns the error: at most three lines, exit code 2, all the words in it."""
+        cache = folder.parent / "cache"
+        assert iqiyi_vid.main([str(folder), f"--cache_dir={cache}"]) == 2
+        out, err = self._capsys.readouterr()
+        assert not out and 1 <= len(err.splitlines()) <= 3, err
+        for word in words:
+            assert word in err, err
+        assert not list(cache.rglob("*.partial"))
+        return err
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    return Refused(capsys)
+
+
+@pytest.mark.slow
+def test_the_program_says_one_thing_about_a_bad_file(official: Path) -> None:
+    clips = clips_of("train", 20)
+    clips["train007"] = random_clip(np.random.default_rng(0), 2, DIM + 1)
+    path = write_pickle(official, "face", "train", clips)
+    cache = official.parent / "cache"
+    command = [sys.executable, "-m", "vidjax.data.iqiyi_vid", official, f"--cache_dir={cache}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("converting")]
+    wanted = "clip train007, face entry 0, feature has width 5, wanted 4"
+    assert lines == [f"{path}: {wanted}"]
+
+
+# 7: a feature that is not finite.
+
+
+def spoilt(folder: Path) -> Path:
+    clips = clips_of("train", 20)
+    clips["train005"].features[1, 2] = np.nan
+    clips["train008"].features[0, 0] = -np.inf
+    clips["train009"].features[:] = np.inf
+    return write_pickle(folder, "face", "train", clips)
+
+
+def test_frames_that_are_not_finite_are_left_out_and_counted(official: Path) -> None:
+    spoilt(official)
+    with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames have a face feature"):
+        data = load(official)
+    found = features_of(data, "train")
+    assert all(np.isfinite(features).all() for features in found.values())
+    clean = clips_of("train", 20)
+    np.testing.assert_array_equal(found["train005"], clean["train005"].features[[0, 2]])
+    assert len(found["train009"]) == 0
+    stream = {"splits": ("train",), "modalities": ("face",), "batch_size": 20, "seed": 0}
+    batch = next(data.train_batches(**stream, max_frames=3, crop="window"))
+    assert np.isfinite(batch.frames["face"].features).all()
+    for _, packed in data.packed(split="train", modalities=("face",)):
+        assert np.isfinite(packed["face"].features).all()
+    counts = data.report["splits"]["train"]["modalities"]["face"]
+    assert counts["frames_skipped"] == {"non_finite": 3}
+    assert counts["clips_skipped"] == {"non_finite": 1}
+    assert_adds_up(data.report)
+
+
+def test_frames_that_are_not_finite_are_an_error_by_option(official: Path) -> None:
+    path = spoilt(official)
+    wanted = f"{path}: clip train005, face has a feature that is not finite"
+    with pytest.raises(ValueError) as error:
+        load(official, non_finite="error")
+    assert str(error.value) == wanted
+    assert not list((official.parent / "cache").rglob("manifest.json"))
+    with pytest.warns(UserWarning, match="left out"):
+        load(official)  # a conversion that left them out serves nobody who wants the error
+    with pytest.raises(ValueError) as error:
+        load(official, non_finite="error")
+    assert str(error.value) == wanted
+    with pytest.raises(ValueError, match=r"config\.data\.non_finite is 'drop' or 'error'"):
+        load(official, non_finite="keep")
+
+
+def test_clean_files_serve_either_way(official: Path) -> None:
+    folders = set()
+    for option in ("error", "drop", "error"):
+        load(official, non_finite=option)
+        folders |= set((official.parent / "cache" / "iqiyi_vid").iterdir())
+    assert len(folders) == 2  # the lock and one conversion
+
+
+# 9: any dtype and layout.
+
+
+@pytest.mark.parametrize("code", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1"])
+@pytest.mark.parametrize("python", [2, 3])
+def test_values_of_any_dtype_and_layout_are_exact(tmp_path: Path, code: str, python: int) -> None:
+    rng = np.random.default_rng(0)
+    features = {f"c{i}": rng.normal(0, 20, (3, 2 * DIM)).astype(code)[:, ::2] for i in range(6)}
+    rows = {name: np.asfortranarray(array) for name, array in features.items()}
+    folder = tmp_path / "official"
+    folder.mkdir()
+    entries = {
+        name.encode(): [[b"7", [0.0, 1.0, 2.0, 3.0], 0.5, 90.0, row] for row in array]
+        for name, array in features.items()
+    }
+    bare = {name.encode(): array for name, array in rows.items()}
+    for modality, content in (("face", entries), ("audio", bare)):
+        dumped = python2.dumps(content) if python == 2 else pickle.dumps(content, 4)
+        (folder / f"{modality}_train.pickle").write_bytes(dumped)
+    write_truth(folder, "train", dict.fromkeys(features, "1"))
+    data = load(folder)
+    for modality in ("face", "audio"):
+        assert data.modalities[modality] == (DIM, np.dtype(code).newbyteorder("=").name)
+        for name, found in features_of(data, "train", modality).items():
+            np.testing.assert_array_equal(found, features[name])
+
+
+# 10: widths.
+
+
+def test_a_modality_of_another_width_is_refused(official: Path, refused: Refused) -> None:
+    path = write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
+    refused(official, "face: features are 4 wide in", "but 6 wide in", str(path))
+
+
+def test_one_frame_of_another_width_is_named(official: Path, refused: Refused) -> None:
+    content = pickle.loads((official / "face_val.pickle").read_bytes())
+    content[b"val005"][2][-1] = np.zeros(7, np.float16)
+    path = official / "face_val.pickle"
+    path.write_bytes(pickle.dumps(content, 2))
+    refused(official, f"{path}: clip val005, face entry 2, feature has width 7, wanted 4")
+
+
+# 11: a clip twice.
+
+
+def test_a_clip_twice_is_refused(official: Path, refused: Refused) -> None:
+    content = pickle.loads((official / "face_train.pickle").read_bytes())
+    again = {name + b".mp4": frames for name, frames in content.items()}
+    path = official / "face_train.pickle"
+    path.write_bytes(pickle.dumps(content | again, 2))
+    message = refused(official, f"{path}: duplicate clips: ", " and 15 more")
+    assert message.count("train0") == 5
+    write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
+    message = refused(official, "7 clips are in two splits", ", ...")
+    assert message.count("(train and val)") == 5
+
+
+# 12 and 16: labels.
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("train007.mp4 0", "line 3: label 0 is out of range"),
+        ("train007.mp4 -1", "line 3: label -1 is out of range"),
+        ("train007.mp4 1.5", "line 3: label 1.5 is not a whole number"),
+        ("train007.mp4 nan", "line 3: label nan is not a whole number"),
+        ("train007.mp4", "line 3: 1 fields, wanted a clip and its identity"),
+        ("train007.mp4 3 4", "line 3: 3 fields, wanted a clip and its identity"),
+        ("train002.mp4 9", "line 3: clip train002 has label 9, but 3 in line 1"),
+        ("train002.mp4 3", "duplicate clips: train002 (lines 1 and 3)"),
+    ],
+)
+def test_bad_labels_are_named_by_their_line(
+    official: Path, refused: Refused, line: str, wanted: str
+) -> None:
+    path = official / "train_gt.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[6:]]) + "\n")
+    refused(official, f"{path}: {wanted}")
+
+
+def test_a_clip_of_two_people_is_refused(official: Path, refused: Refused) -> None:
+    (official / "val_gt.txt").write_text("1 val002.mp4 val003.mp4\n2 val003.mp4\n")
+    refused(official, "val_gt.txt: line 2: clip val003 has label 2, but 1 in line 1")
+
+
+# 13: text as editors leave it.
+
+EDITORS: dict[str, Callable[[str], bytes]] = {
+    "no suffix": lambda text: text.replace(".mp4", "").encode(),
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "BOM": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "tabs": lambda text: text.replace(" ", "\t").encode(),
+    "blank lines": lambda text: ("\n\n" + text.replace("\n", "\n \n")).encode(),
+    "spaces": lambda text: text.replace(" ", "   ").replace("\n", "  \n ").encode(),
+    "no last newline": lambda text: text.rstrip("\n").encode(),
+    "all at once": lambda text: (
+        b"\xef\xbb\xbf"
+        + text.replace(".mp4", "").replace(" ", "\t ").replace("\n", " \r\n\r\n").encode()
+    ),
+}
+
+
+def test_stray_bytes_in_the_ground_truth_change_nothing(official: Path) -> None:
+    texts = {split: (official / f"{split}_gt.txt").read_text() for split in ("train", "val")}
+    clean = load(official)
+    for edit in EDITORS.values():
+        for split, text in texts.items():
+            (official / f"{split}_gt.txt").write_bytes(edit(text))
+        edited = load(official)
+        assert edited.identities == clean.identities and edited.report == clean.report
+        for split in texts:
+            np.testing.assert_array_equal(edited.split(split).labels, clean.split(split).labels)
+
+
+# 14 and 15: clips of the ground truth and clips of the records.
+
+
+def test_ground_truth_of_other_clips(official: Path, refused: Refused) -> None:
+    path = official / "train_gt.txt"
+    text = path.read_text()
+    path.write_text(text + "stranger.mp4 2\n")  # 1 of 19
+    refused(official, "train_gt.txt: 1 of 19 clips are in no feature file, stranger", "1%")
+    path.write_text(text.replace(".mp4", ".avi.mp4"))
+    refused(official, "18 of 18 clips are in no feature file", "suffix? The files name train000")
+
+
+def test_clips_without_a_label_are_distractors_and_never_right(tmp_path: Path) -> None:
+    folder = tmp_path / "official"
+    folder.mkdir()
+    clips = clips_of("val", 150)
+    write_pickle(folder, "face", "val", clips)
+    labels = {name: "1" for i, name in enumerate(clips) if i % 3}
+    write_truth(folder, "val", labels | {"stranger": "1"})
+    with pytest.warns(UserWarning, match="1 of 101 clips are in no feature file, stranger"):
+        data = load(folder)
+    split = data.split("val")
+    np.testing.assert_array_equal(split.labels, [int(name in labels) for name in split.clips])
+    assert split.positives.tolist() == [101]  # the scorer counts the one that nobody can find
+    facts = data.report["splits"]["val"]
+    assert (facts["distractors"], facts["unknown_clips"]) == (50, 1)
+    assert_adds_up(data.report)
+
+
+# 17, 18 and 19: what is missing, from the file to the ranking.
+
+
+@pytest.mark.slow
+def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    folder = tmp_path / "official"
+    folder.mkdir()
+    write_learnable(folder, num_identities=4, num_clips={"train": 32, "val": 30})
+    names, silent = {}, set()
+    for split in ("train", "val"):
+        content = pickle.loads((folder / f"face_{split}.pickle").read_bytes())
+        names[split] = sorted(content)
+        for i, name in enumerate(names[split]):
+            bad = (np.nan, -np.inf, -5.0, 0.0)[i % 4]
+            content[name] = [[*entry[:3], bad, entry[4]] for entry in content[name]]
+            if i % 5 == 0 and split == "val":  # in no list, in an empty one, or all its frames bad
+                silent.add(name.decode())
+                for entry in content[name]:
+                    entry[4] = np.full_like(entry[4], np.nan)
+        for name in names["val"][:10:5] if split == "val" else ():
+            content[name] = []
+        (folder / f"face_{split}.pickle").write_bytes(pickle.dumps(content, 2))
+        for modality in ("head", "audio"):
+            others = pickle.loads((folder / f"{modality}_{split}.pickle").read_bytes())
+            others = {name: value for name, value in others.items() if name.decode() not in silent}
+            (folder / f"{modality}_{split}.pickle").write_bytes(pickle.dumps(others, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = pipeline.load("iqiyi_vid", directory=folder, cache_dir=cache_dir)
+    facts = data.report["splits"]["val"]
+    assert len(silent) == 6 and facts["clips_without_frames"] >= 6
+    assert facts["modalities"]["face"]["values_replaced"]["non_finite_quality"] > 0
+    assert_adds_up(data.report)
+    bare = data.longest("val", ("face", "head", "audio")) == 0
+    silent = {name for name, none in zip(data.split("val").clips, bare, strict=True) if none}
+
+    spec = "configs/quality_fusion.py:iqiyi_vid,mlp1"
+    config = small_runs.shrunk(small_runs.MODALITIES, "--config.num_epochs=2", spec=spec)
+    workdir = tmp_path / "run"
+    results = small_runs.run(config, workdir, data)
+    assert np.isfinite(results["map"])
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        assert all(np.isfinite(v) for v in json.loads(line).values() if isinstance(v, float))
+    rows = (workdir / "ranking.txt").read_text().splitlines()
+    assert len(rows) == 4
+    for row in rows:
+        ranked = [name.removesuffix(".mp4") for name in row.split()[1:]]
+        assert sorted(ranked) == sorted(data.split("val").clips)
+        assert ranked[-len(silent) :] == sorted(silent)  # after every other clip, by name
+
+
+def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
+    official: Path, refused: Refused
+) -> None:
+    write_pickle(official, "head", "train", clips_of("train", 12))
+    with pytest.warns(UserWarning, match="val: no file of head"):
+        data = load(official)
+    (batch,) = data.eval_batches(split="train", modalities=("face", "head"), rows=20)
+    has = batch.frames["head"].mask.any(axis=1)
+    np.testing.assert_array_equal(has, batch.clip_index < 12)
+    assert not batch.frames["head"].features[~has].any()
+    with pytest.raises(ValueError, match=r"there is no head_val.pickle, and 'head' is asked for"):
+        next(data.eval_batches(split="val", modalities=("face", "head"), rows=8))
+    with pytest.raises(ValueError, match="the data has no modality 'heda'; did you mean 'head'"):
+        evaluate.select_modalities(("face", "heda"), data)
+    assert_adds_up(data.report)
+
+
+# 20: a very long clip (evaluation of one is in test_pipeline.py).
+
+
+def test_ten_thousand_frames_make_a_fixed_choice_in_training(official: Path) -> None:
+    clips = clips_of("train", 20)
+    clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
+    write_pickle(official, "face", "train", clips)
+    data = load(official)
+    stream: dict[str, Any] = {"splits": ("train",), "modalities": ("face",), "batch_size": 20}
+    best = np.sort(np.argsort(-clips["train003"].quality, kind="stable")[:16])
+    choices: tuple[tuple[Any, int], ...] = (("window", 0), ("quality", 0), ("quality", 1))
+    for crop, seed in choices:
+        chosen = []
+        for _ in range(2):
+            batch = next(data.train_batches(**stream, max_frames=16, seed=seed, crop=crop))
+            assert batch.frames["face"].features.shape == (20, 16, DIM)
+            (row,) = np.flatnonzero(batch.clip_index == 3)
+            chosen.append(np.asarray(batch.frames["face"].features[row]))
+        np.testing.assert_array_equal(*chosen)
+        if crop == "quality":
+            np.testing.assert_array_equal(chosen[0], clips["train003"].features[best])
+    cropped = data.num_cropped(splits=("train",), modalities=("face",), max_frames=16)
+    assert cropped == {"face": {"clips": 1, "frames": 9984}}
+
+
+# 21: names.
+
+NAMES = (
+    "人物_①",
+    "ü" * 300,
+    "../../../etc/passwd",
+    "/absolute",
+    "..",
+    "-rf",
+    "a:b*c?",
+    "é\u0301",
+    "$(x)",
+)
+
+
+@pytest.mark.parametrize("python", [2, 3])
+def test_odd_names_come_back_and_make_no_path(tmp_path: Path, python: int) -> None:
+    folder = tmp_path / "deep" / "down" / "official"
+    folder.mkdir(parents=True)
+    content = {
+        (name.encode() if python == 2 else name): np.full(DIM, i, np.float32)
+        for i, name in enumerate(NAMES)
+    }
+    dumped = python2.dumps(content) if python == 2 else pickle.dumps(content, 4)
+    (folder / "audio_val.pickle").write_bytes(dumped)
+    write_truth(folder, "val", {name: str(1 + i % 2) for i, name in enumerate(NAMES)})
+    data = load(folder)
+    assert data.split("val").clips == tuple(sorted(NAMES, key=str.encode))
+    for name, features in features_of(data, "val", "audio").items():
+        assert features.tolist() == [[NAMES.index(name)] * DIM]
+    split = data.split("val")
+    np.testing.assert_array_equal(split.labels, [1 + NAMES.index(c) % 2 for c in split.clips])
+    submission = tmp_path / "ranking.txt"
+    lines = [" ".join([i, *(f"{c}.mp4" for c in split.clips)]) for i in data.identities]
+    submission.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert ranking.main([str(folder / "val_gt.txt"), str(submission)]) == 0
+    made = {path.name for path in tmp_path.rglob("*")}
+    assert not made & {"passwd", "absolute", "-rf", NAMES[0], NAMES[1]}
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "a\tb", " a", "a\u00a0b", "a\u2028b", "", ".mp4"])
+def test_white_space_in_a_name_is_refused(official: Path, refused: Refused, name: str) -> None:
+    content = pickle.loads((official / "face_train.pickle").read_bytes())
+    content[name.encode()] = []
+    path = official / "face_train.pickle"
+    path.write_bytes(pickle.dumps(content, 2))
+    wanted = "is empty" if name in ("", ".mp4") else "holds white space"
+    refused(official, f"{path}: clip name ", wanted)
+
+
+# 38: nothing, or too little.
+
+
+def test_nothing_to_convert_is_one_error(official: Path, refused: Refused) -> None:
+    for split in ("train", "val"):
+        write_pickle(official, "face", split, {})
+    refused(official, "not one frame in its pickles")
+    write_pickle(official, "face", "train", clips_of("train", 20))
+    refused(official, "face_val.pickle: no clip in split 'val'")
+    for path in official.glob("*.pickle"):
+        path.unlink()
+    refused(official, f"{official}: no feature pickles here")
+    refused(official / "gone", "gone: no such directory")
+
+
+def test_an_empty_ground_truth_is_one_error(official: Path, refused: Refused) -> None:
+    (official / "train_gt.txt").write_text("\n \n")
+    refused(official, "train_gt.txt: holds no labels")
+
+
+def test_training_without_one_label_is_one_error(official: Path, tmp_path: Path) -> None:
+    (official / "train_gt.txt").unlink()
+    config = small_runs.shrunk("--config.modalities=face")
+    with pytest.raises(ValueError) as error:
+        small_runs.run(config, tmp_path / "run", load(official))
+    wanted = "no clip to train on has an identity: is there a good train_gt.txt?"
+    assert str(error.value) == wanted
+
+
+def test_a_batch_larger_than_the_dataset_repeats_clips(official: Path) -> None:
+    data = load(official)
+    stream = {"splits": ("val",), "modalities": ("face",), "max_frames": 4, "crop": "window"}
+    batch = next(data.train_batches(**stream, batch_size=32, seed=0))
+    assert batch.batch_mask.all()
+    assert sorted(Counter(batch.clip_index.tolist()).values()) == [3] * 8 + [4] * 2
+    (block,) = data.eval_batches(split="val", modalities=("face",), rows=64)
+    assert sorted(block.clip_index[block.batch_mask]) == list(range(10))
+
+
+def test_identities_that_no_clip_shows_keep_their_columns(official: Path) -> None:
+    declared = tuple(str(i) for i in range(1, 9))  # 4 of them are in the ground truth
+    data = load(official).with_identities(declared)
+    split = data.split("train")
+    assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
+    assert set(split.labels.tolist()) == {0, 1, 2, 3, 4}
+    with pytest.warns(UserWarning, match="clips show identities that no model"):
+        fewer = load(official).with_identities(("1", "2", "9"))
+    assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}
+
+
+# All at once: loaded + skipped == seen.
+
+
+def random_directory(rng: np.random.Generator, folder: Path) -> dict[str, Any]:
+    """Writes files with faults at random; returns what was written, counted as it was written."""
+    told: dict[str, Any] = {}
+    for split in ("train", "val"):
+        names = [f"{split}{i:03d}" for i in range(int(rng.integers(150, 180)))]
+        present: set[str] = set()
+        for modality in ("face", "head", "audio"):
+            clips, counts = {}, Counter()
+            for name in names:
+                if rng.random() < 0.2 and (modality != "face" or rng.random() < 0.5):
+                    continue
+                length = int(rng.choice([0, 1, 2, 7])) if modality != "audio" else 1
+                clip = random_clip(rng, length, DIM)
+                bad = rng.random(length) < rng.choice([0.0, 0.1, 1.0], p=[0.6, 0.3, 0.1])
+                clip.features[bad, rng.integers(DIM)] = rng.choice([np.nan, np.inf, -np.inf])
+                clip.quality[rng.random(length) < 0.05] = np.nan
+                clips[name] = clip
+                kept = length - int(bad.sum())
+                counts += Counter(frames_seen=length, frames=kept, clips_seen=1, clips=kept > 0)
+            write_pickle(folder, modality, split, clips)
+            present |= clips.keys()
+            told[f"{split}/{modality}"] = counts
+        known = [name for name in sorted(present) if rng.random() < 0.85]
+        labels = {name: str(1 + int(rng.integers(9))) for name in [*known, "stranger"]}
+        write_truth(folder, split, labels)
+        told[f"{split}/labels"] = labels
+    return told
+
+
+@pytest.mark.slow
+def test_loaded_and_skipped_add_up_to_what_was_seen(tmp_path: Path, campaign: bool) -> None:
+    for trial in range(60 if campaign else 3):
+        folder = tmp_path / str(trial) / "official"
+        folder.mkdir(parents=True)
+        told = random_directory(np.random.default_rng(trial), folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            data = load(folder)
+        assert_adds_up(data.report)
+        for split, facts in data.report["splits"].items():
+            for modality, counts in facts["modalities"].items():
+                wanted = told[f"{split}/{modality}"]
+                assert {key: counts[key] for key in wanted} == dict(wanted)
+                came = features_of(data, split, modality)
+                assert len(came) == facts["clips"]
+                assert sum(map(len, came.values())) == counts["frames"]
+                assert all(np.isfinite(features).all() for features in came.values())
+            labels = told[f"{split}/labels"]
+            clips = set(data.split(split).clips)
+            assert facts["unknown_clips"] == len(labels.keys() - clips)
+            assert facts["distractors"] == len(clips - labels.keys())
+            assert (data.split(split).labels > 0).sum() == facts["labelled_clips"]

@@ -1,0 +1,107 @@
+"""Death at any moment: the command is killed, or told to stop, and goes on to the same bytes."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.campaigns import kills
+from tests.campaigns.kills import Run
+
+SECONDS = 120  # limits of time are of the CPU's: other tests may run beside
+
+
+@pytest.fixture(scope="module")
+def undisturbed(official_dir, tmp_path_factory):
+    """Returns a function that trains one kind of run without a break, once, in a folder."""
+    folder, found = tmp_path_factory.mktemp("kills"), {}
+
+    def train(case, mode):
+        if (case, mode) not in found:
+            found[case, mode] = Run(folder, official_dir, case, mode, None)
+            found[case, mode].finish()
+        return found[case, mode]
+
+    return train
+
+
+@pytest.fixture
+def disturbed(undisturbed, official_dir):
+    """Returns a function that lays out the same run once more."""
+
+    def lay_out(case, mode):
+        like = undisturbed(case, mode)
+        return Run(like.workdir.parent, official_dir, case, mode, like)
+
+    return lay_out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "mode", "moments"),
+    [
+        ("mma", "streaming", ("conversion", "compile", "step", "save", "evaluation")),
+        ("noise_classes", "resident", ("start", "save", "step", "evaluation")),
+    ],
+)
+def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, case, mode, moments):
+    if campaign:
+        pytest.skip("test_a_campaign_of_kills does it by the hundred")
+    rng = random.Random(time.time_ns())
+    run = disturbed(case, mode)
+    died = [kills.kill_once(run, moment, rng) for moment in moments]
+    assert died.count(None) <= 1  # a run that was done before it was killed
+    run.finish()
+    assert not run.differences(), died
+
+
+@pytest.mark.slow
+def test_a_campaign_of_kills(campaign, tmp_path):
+    if not campaign:
+        pytest.skip("hours: with --campaign")
+    seed = time.time_ns() % 10**9
+    assert kills.campaign(tmp_path, 200, seed) == 0, (tmp_path / "campaign.txt").read_text()
+
+
+@pytest.mark.slow
+def test_killed_evaluations_change_nothing(undisturbed):
+    rng = random.Random(time.time_ns())
+    assert not kills.kill_evaluations(undisturbed("mma", "streaming"), 1, rng)
+
+
+@pytest.mark.slow
+def test_signals_end_the_command_as_they_should(disturbed):
+    """Before the first step at once, then after a checkpoint, at once again with the second."""
+    run = disturbed("mma", "streaming")
+    before = [("start", signal.SIGINT), ("conversion", signal.SIGTERM), ("compile", signal.SIGTERM)]
+    for moment, signum in before:
+        process = run.start(compiling=moment == "compile")
+        assert process.wait_for(moment), process.said()
+        time.sleep(0.5 if moment != "conversion" else 0)
+        process.send(signum)
+        assert process.wait(SECONDS) < 2
+        assert process.code == 128 + signum
+        assert process.said().splitlines()[-1] == "vidjax: stopped"
+        assert not run.manifests()
+
+    for moment, signum in [("step", signal.SIGTERM), ("evaluation", signal.SIGINT)]:
+        process = run.start()
+        assert process.wait_for(moment), process.said()
+        process.send(signum)
+        assert process.wait(SECONDS) < 10
+        assert process.code == 128 + signum
+        assert len(process.said().splitlines()[-1]) < 100
+        if moment == "step":
+            logged = max(line["step"] for line in run.lines("metrics.jsonl"))
+            assert f"stopped at step {logged}; the same command goes on" in process.said()
+            assert max(run.manifests()) == logged
+
+    process = run.start()
+    assert process.wait_for("step"), process.said()
+    process.send(signal.SIGINT)
+    process.send(signal.SIGTERM)
+    assert process.wait(SECONDS) < 2
+    assert process.code in (130, 143)  # two that arrive together come in no order
+    run.finish()
+    assert not run.differences()

@@ -1,0 +1,524 @@
+"""Records that were damaged, cut, swapped or half written: found, named, never read in silence."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from vidjax.data import iqiyi_vid
+from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records import pipeline
+
+NUM_CLIPS = 240  # 30 in each of 8 shards
+STREAM: dict[str, Any] = {
+    "splits": ("train",),
+    "modalities": ("face",),
+    "batch_size": NUM_CLIPS,
+    "max_frames": 8,
+    "crop": "quality",
+    "seed": 0,
+}
+
+
+def write_source(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    clips = {f"c{i:03d}": random_clip(rng, 1 + i % 3, 5) for i in range(NUM_CLIPS)}
+    write_pickle(folder, "face", "train", clips)
+    write_truth(folder, "train", {name: str(1 + i % 7) for i, name in enumerate(clips)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source") / "official", 0)
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
+    return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
+    """Another conversion: clips of the same names and lengths, other features."""
+    other = write_source(tmp_path_factory.mktemp("other") / "official", 1)
+    return iqiyi_vid.prepare(other, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def copied(converted: manifest_lib.Records, tmp_path: Path) -> manifest_lib.Records:
+    """Records to damage."""
+    shutil.copytree(converted.folder, tmp_path / "copy")
+    return manifest_lib.load_records(tmp_path / "copy")
+
+
+def shards_of(found: manifest_lib.Records) -> tuple[manifest_lib.Shard, ...]:
+    return found.splits["train"].shards
+
+
+def boundaries(path: Path) -> list[int]:
+    """Returns where each record begins, and the end of the file."""
+    content = path.read_bytes()
+    places = [0]
+    while places[-1] < len(content):
+        length = int.from_bytes(content[places[-1] : places[-1] + 8], "little")
+        places.append(places[-1] + 8 + 4 + length + 4)
+    return places
+
+
+def as_if_unchanged(found: manifest_lib.Records) -> manifest_lib.Records:
+    """Returns the records as they look to a program that opened the shards as they are now.
+
+    Sizes and times tell nothing then: what remains are the numbers of records and their checksums.
+    """
+    shards = []
+    for shard in shards_of(found):
+        stat = shard.path.stat()
+        shards.append(shard._replace(size=stat.st_size, mtime_ns=stat.st_mtime_ns))
+    split = found.splits["train"]._replace(shards=tuple(shards))
+    return found._replace(splits={"train": split})
+
+
+def read_packed(data: pipeline.Dataset) -> None:
+    for _ in data.packed(split="train", modalities=("face",)):
+        pass
+
+
+def read_epoch(data: pipeline.Dataset) -> None:
+    """Reads until every clip came once; the batch after that begins the next epoch."""
+    for _ in itertools.islice(data.train_batches(**STREAM), 2):
+        pass
+
+
+def read_blocks(data: pipeline.Dataset) -> None:
+    for _ in data.eval_batches(split="train", modalities=("face",), rows=64):
+        pass
+
+
+Reader = Callable[[pipeline.Dataset], None]
+READERS: tuple[Reader, ...] = (read_packed, read_epoch, read_blocks)
+
+
+def told(action: Callable[[], object]) -> str:
+    """Returns the one error of an action that must fail."""
+    with pytest.raises(ValueError) as error:
+        action()
+    message = str(error.value)
+    assert 1 <= len(message.splitlines()) <= 3, message
+    return message
+
+
+def assert_found_by_all(
+    found: manifest_lib.Records, source: Path, path: Path, wanted: str, readers: Sequence[Reader]
+) -> None:
+    """Asserts that load, every reader and verify name a damaged shard and say what is wrong."""
+    messages = [told(lambda: manifest_lib.load_records(found.folder))]
+    for unchanged in (False, True):  # damaged after it was opened; the same, unseen by its size
+        data = pipeline.Dataset(as_if_unchanged(found) if unchanged else found, source)
+        messages += [told(lambda read=read: read(data)) for read in readers]  # noqa: B023
+    problems = manifest_lib.verify(found)
+    assert len(problems) == 1
+    for message in [*messages, *problems]:
+        assert f"{path}: {wanted}" in message
+
+
+@pytest.mark.slow
+def test_a_shard_cut_at_any_record_boundary_is_found(
+    copied: manifest_lib.Records, source: Path, campaign: bool
+) -> None:
+    shard = shards_of(copied)[3]
+    whole, places = shard.path.read_bytes(), boundaries(shard.path)
+    assert len(places) == 31
+    for left, place in enumerate(places[:-1]):
+        shard.path.write_bytes(whole[:place])
+        wanted = f"expected 30 records, found {left}\n"
+        readers = READERS if campaign else READERS[left % 3 :][:1]
+        assert_found_by_all(copied, source, shard.path, wanted, readers)
+    shard.path.write_bytes(whole)
+    assert not manifest_lib.verify(copied)
+
+
+@pytest.mark.slow
+def test_every_reader_names_file_and_record(copied: manifest_lib.Records, source: Path) -> None:
+    shard = shards_of(copied)[5]
+    whole, places = shard.path.read_bytes(), boundaries(shard.path)
+    flipped = bytearray(whole)
+    flipped[places[17] + 40] ^= 4
+    for content, wanted in (
+        (whole[: places[8]], "expected 30 records, found 8\n"),
+        (whole[: places[8] + 5], "expected 30 records, found 8: record 9 is damaged\n"),
+        (flipped, "expected 30 records, found 17: record 18 is damaged\n"),
+        (whole + whole[: places[1]], "expected 30 records, found 31\n"),
+        (whole + bytes(12), "expected 30 records, found 30: record 31 is damaged\n"),
+        (b"", "expected 30 records, found 0\n"),
+    ):
+        shard.path.write_bytes(content)
+        assert_found_by_all(copied, source, shard.path, wanted, READERS)
+    shard.path.unlink()
+    data = pipeline.Dataset(copied, source)
+    for read in READERS:
+        assert f"{shard.path}: expected 30 records, found no such file" in told(lambda: read(data))  # noqa: B023
+
+
+def keep_times(path: Path, content: bytes | bytearray) -> None:
+    """Changes a file as a failing disk does, which leaves its time alone."""
+    stat = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def flip(rng: np.random.Generator, content: bytes, count: int) -> bytearray:
+    damaged = bytearray(content)
+    for place in rng.choice(len(content), count, replace=False):
+        damaged[place] ^= 1 << int(rng.integers(8))
+    return damaged
+
+
+def damage_shard(
+    rng: np.random.Generator, kind: str, found: manifest_lib.Records, stale: manifest_lib.Records
+) -> list[Path]:
+    """Damages a shard, or two, at random; returns which."""
+    number, other = rng.choice(len(shards_of(found)), 2, replace=False)
+    path, second = shards_of(found)[number].path, shards_of(found)[other].path
+    whole = path.read_bytes()
+    if kind == "flip":
+        keep_times(path, flip(rng, whole, 1))
+    elif kind == "flips":
+        keep_times(path, flip(rng, whole, int(rng.integers(2, 20))))
+    elif kind == "truncated":
+        keep_times(path, whole[: int(rng.integers(len(whole)))])
+    elif kind == "a hole":  # a block that never reached the disk
+        start = int(rng.integers(len(whole) - 100))
+        keep_times(path, whole[:start] + bytes(100) + whole[start + 100 :])
+    elif kind == "deleted":
+        path.unlink()
+    elif kind == "emptied":
+        keep_times(path, b"")
+    elif kind == "appended bytes":
+        keep_times(path, whole + rng.bytes(int(rng.integers(12, 60))))
+    elif kind == "appended record":
+        keep_times(path, whole + whole[: boundaries(path)[1]])
+    elif kind == "record left out":
+        places = boundaries(path)
+        gone = int(rng.integers(30))
+        keep_times(path, whole[: places[gone]] + whole[places[gone + 1] :])
+    elif kind == "swapped":
+        path.rename(path.with_suffix(".moved"))
+        second.rename(path)
+        path.with_suffix(".moved").rename(second)
+        return [path, second]
+    elif kind == "another's":
+        shutil.copy2(second, path)
+    elif kind == "stale":
+        shutil.copy2(shards_of(stale)[number].path, path)
+    return [path]
+
+
+IN_SIGHT_OF_READERS = (
+    "flip",
+    "flips",
+    "truncated",
+    "a hole",
+    "deleted",
+    "emptied",
+    "appended bytes",
+    "appended record",
+    "record left out",
+)
+OF_SHARDS = (*IN_SIGHT_OF_READERS, "swapped", "another's", "stale")
+
+
+@pytest.mark.slow
+def test_random_damage_is_found_at_the_latest_when_read(
+    converted: manifest_lib.Records,
+    stale: manifest_lib.Records,
+    source: Path,
+    tmp_path: Path,
+    campaign: bool,
+) -> None:
+    rng = np.random.default_rng(20)
+    for trial in range(200 if campaign else 24):
+        kind = OF_SHARDS[trial % len(OF_SHARDS)]
+        folder = tmp_path / str(trial)
+        shutil.copytree(converted.folder, folder)
+        found = manifest_lib.load_records(folder)
+        paths = damage_shard(rng, kind, found, stale)
+
+        def names_them(message: str, paths: list[Path] = paths) -> bool:
+            record = "record" in message or "sha256" in message
+            return record and any(f"{path}: " in message for path in paths)
+
+        problems = manifest_lib.verify(found)
+        assert len(problems) == len(paths)
+        assert all(map(names_them, problems)), (kind, problems)
+        try:
+            opened = manifest_lib.load_records(folder)
+        except ValueError as error:
+            assert names_them(str(error)), (kind, error)
+            opened = as_if_unchanged(found) if kind != "deleted" else found
+        if kind in IN_SIGHT_OF_READERS:
+            data, read = pipeline.Dataset(opened, source), READERS[rng.integers(len(READERS))]
+            assert names_them(told(lambda read=read, data=data: read(data))), (kind, read)
+        else:
+            assert opened is not found
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.npz", "data_report.json"])
+def test_random_damage_to_the_other_files_is_found_at_load(
+    copied: manifest_lib.Records, name: str, campaign: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    path = copied.folder / name
+    whole = path.read_bytes()
+    damages: list[Callable[[], bytes | bytearray]] = [
+        lambda: flip(rng, whole, 1),
+        lambda: flip(rng, whole, 5),
+        lambda: whole[: int(rng.integers(len(whole)))],
+        lambda: whole + b"\n",
+        lambda: b"",
+        lambda: b"[" * 100_000,
+    ]
+    for trial in range(200 if campaign else 24):
+        keep_times(path, damages[trial % len(damages)]())
+        for message in (
+            told(lambda: manifest_lib.load_records(copied.folder)),
+            *manifest_lib.verify(copied),
+        ):
+            assert f"{copied.folder}: damaged records: {name} does not match" in message
+    path.unlink()
+    assert name in told(lambda: manifest_lib.load_records(copied.folder))
+    assert len(manifest_lib.verify(copied)) == 1
+
+
+def test_whole_records_pass_and_a_shard_beside_them_is_named(
+    copied: manifest_lib.Records, stale: manifest_lib.Records
+) -> None:
+    assert manifest_lib.verify(copied) == []
+    shard = shards_of(copied)[0].path
+    beside = shard.with_name(shard.name.replace("-of-00008", "-of-00009"))
+    shutil.copyfile(shards_of(stale)[0].path, beside)
+    (problem,) = manifest_lib.verify(copied)
+    assert str(beside) in problem
+    assert len(manifest_lib.load_records(copied.folder).splits["train"].clips) == NUM_CLIPS
+
+
+def test_bytes_too_few_for_a_record_are_found_by_the_size(copied: manifest_lib.Records) -> None:
+    shard = shards_of(copied)[6]
+    shard.path.write_bytes(shard.path.read_bytes() + b"x")
+    wanted = f"{shard.path}: expected 30 records, found 30: record 31 is damaged"
+    assert wanted in told(lambda: manifest_lib.load_records(copied.folder))
+    assert [wanted in problem for problem in manifest_lib.verify(copied)] == [True]
+
+
+def test_a_shard_that_is_a_folder_is_named(copied: manifest_lib.Records) -> None:
+    path = shards_of(copied)[2].path
+    path.unlink()
+    path.mkdir()
+    (problem,) = manifest_lib.verify(copied)
+    assert f"{path}: expected 30 records, found 0" in problem
+
+
+def test_damage_is_one_short_error_of_the_program(
+    source: Path, copied: manifest_lib.Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    folder = iqiyi_vid.prepare(source, cache).folder
+    shutil.rmtree(folder)
+    shutil.copytree(copied.folder, folder)
+    path = sorted(folder.rglob("*.tfrecord*"))[4]
+    path.write_bytes(path.read_bytes()[: boundaries(path)[11]])
+    assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == (f"{path}: expected 30 records, found 11\ndelete {folder} to convert again\n")
+    shutil.rmtree(folder)
+    assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 0
+
+
+# Conversion: killed, out of room, locked out.
+
+
+def convert_command(source: Path, cache: Path) -> list[str]:
+    return [sys.executable, "-m", "vidjax.data.iqiyi_vid", str(source), f"--cache_dir={cache}"]
+
+
+def digests(found: manifest_lib.Records) -> dict[str, str]:
+    """Returns file -> sha256 of a conversion; of its manifest without the times of the files."""
+    contents = {}
+    for path in sorted(path for path in found.folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(content)
+            del manifest["manifest_sha256"]
+            for split in manifest["splits"].values():
+                for shard in split["shards"]:
+                    del shard["mtime_ns"]
+            content = json.dumps(manifest).encode()
+        contents[str(path.relative_to(found.folder))] = hashlib.sha256(content).hexdigest()
+    return contents
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
+    tmp_path: Path, campaign: bool
+) -> None:
+    rng = np.random.default_rng()
+    clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 20, 256) for i in range(600)}
+    source = tmp_path / "source"
+    source.mkdir()
+    for modality in ("face", "head"):
+        write_pickle(source, modality, "train", clips)
+    began = time.monotonic()
+    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    seconds = time.monotonic() - began
+    root = tmp_path / "cache" / "iqiyi_vid"
+    killed = []
+    for _ in range(30 if campaign else 3):
+        process = subprocess.Popen(
+            convert_command(source, tmp_path / "cache"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not list(root.glob("*.partial")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, seconds))
+        process.send_signal(signal.SIGKILL)
+        killed.append(process.wait() == -signal.SIGKILL)
+        left = names(root) - {"lock"}
+        if killed[-1] and not any((root / name / "manifest.json").exists() for name in left):
+            assert len(left) == 1, left
+        found = iqiyi_vid.prepare(source, tmp_path / "cache")  # while a reader may still be at work
+        assert digests(found) == whole
+        assert manifest_lib.verify(found) == []
+        remains = names(root) - {"lock", found.folder.name}
+        assert all(name.endswith(".partial") for name in remains) and len(remains) <= 1
+        shutil.rmtree(found.folder)
+    assert any(killed)
+    iqiyi_vid.prepare(source, tmp_path / "cache")
+    assert len(names(root)) == 2
+
+
+# In a child process, which may live on a small file system of its own: one conversion after another
+# with more and more room. Prints, for each, exit code, message and what was left.
+LADDER = """
+import contextlib, io, json, resource, subprocess, sys
+from pathlib import Path
+from vidjax.data import iqiyi_vid
+
+kind, source, cache, *sizes = sys.argv[1:]
+if kind == "file system":
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "vidjax", cache], check=True)
+for size in sizes:
+    if kind == "file system":
+        subprocess.run(["mount", "-o", f"remount,size={size}k", cache], check=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size) << 10, resource.RLIM_INFINITY))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = iqiyi_vid.main([source, f"--cache_dir={cache}"])
+    left = sorted(path.name for path in Path(cache, "iqiyi_vid").glob("*"))
+    done = len(list(Path(cache).rglob("manifest.json")))
+    print(json.dumps([code, said.getvalue(), left, done]))
+"""
+
+
+def can_mount(folder: Path) -> bool:
+    """Returns whether a process here may have a small file system of its own."""
+    if not shutil.which("unshare"):
+        return False
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "vidjax", str(folder)]
+    return not subprocess.run([*OWN_MOUNTS, *mount], capture_output=True).returncode
+
+
+OWN_MOUNTS = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "-m"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file system", "file size"])
+def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(
+    tmp_path: Path, kind: str, campaign: bool
+) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    cache.mkdir()
+    if kind == "file system" and not can_mount(cache):
+        pytest.skip("no file system of its own here")
+    clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 10, 128) for i in range(400)}
+    write_pickle(source, "face", "train", clips)
+    found = iqiyi_vid.prepare(source, tmp_path / "whole")
+    kilobytes = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file()) >> 10
+    if kind == "file system":  # staged features and records are there together
+        sizes = np.linspace(16, 1.9 * kilobytes, 40 if campaign else 5).astype(int).tolist()
+        room = 4 * kilobytes
+    else:  # of the longest file: staged features, a shard, or the index
+        sizes = np.geomspace(1, 0.8 * kilobytes, 40 if campaign else 5).astype(int).tolist()
+        room = 4 * kilobytes
+    command = [sys.executable, "-c", LADDER, kind, str(source), str(cache)]
+    prefix = OWN_MOUNTS if kind == "file system" else []
+    result = subprocess.run(
+        [*prefix, *command, *map(str, [*sizes, room])], capture_output=True, text=True
+    )
+    assert not result.returncode, result.stderr
+    outcomes = [json.loads(line) for line in result.stdout.splitlines()]
+    failed = [outcome for outcome in outcomes if outcome[0]]
+    assert len(outcomes) == len(sizes) + 1 and len(failed) >= len(sizes) - 1, outcomes
+    for code, message, left, done in failed:
+        assert code == 2 and not done
+        assert 1 <= len(message.splitlines()) <= 3 and str(cache) in message, message
+        full = errno.ENOSPC if kind == "file system" else errno.EFBIG
+        assert os.strerror(full) in message or "No space left" in message, message
+        assert left in ([], ["lock"])
+    code, message, left, done = outcomes[-1]
+    assert (code, done, len(left)) == (0, 1, 2), message
+
+
+def test_a_lock_that_nobody_holds_is_no_lock(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "iqiyi_vid").mkdir()
+    (tmp_path / "iqiyi_vid" / "lock").write_text("12345\n")
+    assert len(iqiyi_vid.prepare(source, tmp_path).splits["train"].clips) == NUM_CLIPS
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert iqiyi_vid.main([str(source), f"--cache_dir={cache}"]) == 2
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1 and str(cache) in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write anywhere"
+)
+def test_a_cache_without_permission_is_one_error(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    command = [*(humble if os.geteuid() == 0 else []), *convert_command(source, cache)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout
+    assert len(result.stderr.splitlines()) == 1
+    assert str(cache) in result.stderr and os.strerror(errno.EACCES) in result.stderr
+    assert not list(cache.iterdir())

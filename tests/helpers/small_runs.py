@@ -1,0 +1,152 @@
+"""Runs that take seconds: shipped experiments with tiny nets on the small official files."""
+
+import itertools
+import os
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from vidjax import config as config_lib
+from vidjax.modes import train
+from vidjax.run import checkpoint
+from vidjax.steps import feed
+
+ROOT = Path(__file__).parents[2]
+MODALITIES = "--config.modalities=face,head,audio"
+STREAMED = "--config.data.mode=streaming"
+LAYER = "--config.model.layers=((8,'swish',True,0.5),)"  # BatchNorm and dropout
+SMALL = {
+    "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
+    "knn": (),
+    "quality_fusion": (LAYER,),
+    "residual_dense": ("--config.model.{main}width=8",),
+    "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)", "--config.noise.eps=1.1"),
+    "deepmef": ("--config.model.{main}branch_dims=(6,4)", "--config.model.{main}hidden_dim=8"),
+}
+
+
+def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
+    """Returns a shipped configuration for a run of seconds, with overrides on top."""
+    name, _, words = spec.partition(":")
+    config = config_lib.load_file(f"{ROOT / name}:{words}")
+    stem = Path(name).stem
+    small = [
+        "--config.batch_size=32",
+        "--config.num_epochs=8",
+        "--config.log_every_steps=5",
+        "--config.eval.every_epochs=0",
+        "--config.eval.block_size=16",
+        *SMALL[stem],
+    ]
+    if config.ensemble.folds:
+        small.append("--config.ensemble.folds=3")
+    main = "main." if "main" in config.model else ""
+    small = [word.replace("{main}", main) for word in small]
+    if main:
+        small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
+    return config_lib.override(config, [*small, *overrides])
+
+
+def run(config, folder, data, num_devices=1):
+    """Trains into a folder; returns the metrics."""
+    folder.mkdir(exist_ok=True, parents=True)
+    return train.train(config, folder, data, num_devices=num_devices)
+
+
+def saved(workdir, step=None):
+    """Returns the trees of a checkpoint, the latest one's unless told which."""
+    step = step or max(checkpoint.manifests(workdir))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would rather be told how to lay them out
+        return ocp.load_checkpointables(workdir / "checkpoints" / str(step) / "state")
+
+
+def weights(workdir, step=None):
+    """Returns every saved parameter and running statistic by its path."""
+    tree = saved(workdir, step)
+    learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
+    leaves = jax.tree_util.tree_leaves_with_path(learned)
+    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+
+def assert_equal_weights(left, right):
+    """Asserts that two folders hold the same weights, bit for bit."""
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+class Spoilt:
+    """A dataset with one value for the training features of hidden clips: [n] bool by split."""
+
+    def __init__(self, data, hidden, value=7.0):
+        self._data, self._hidden, self._value = data, hidden, value
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train_batches(self, *, splits, **kwargs):
+        hidden = np.concatenate([self._hidden[split] for split in splits])
+        for batch in self._data.train_batches(splits=splits, **kwargs):
+            spoilt = hidden[batch.clip_index][:, None, None]
+            frames = {name: self._spoil(one, spoilt) for name, one in batch.frames.items()}
+            yield batch._replace(frames=frames)
+
+    def packed(self, *, split, **kwargs):
+        for clip_index, frames in self._data.packed(split=split, **kwargs):
+            spoilt = self._hidden[split][clip_index]
+            yield (
+                clip_index,
+                {
+                    name: self._spoil(one, np.repeat(spoilt, one.length)[:, None])
+                    for name, one in frames.items()
+                },
+            )
+
+    def _spoil(self, one, where):
+        features = np.where(where, self._value, one.features)
+        return one._replace(features=features.astype(one.features.dtype))
+
+
+class Interrupting:
+    """A dataset that sends this process a signal while its n-th batch is fetched, of STREAMED."""
+
+    def __init__(self, data, batch, signum):
+        self._data, self._batch, self._signum = data, batch, signum
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train_batches(self, **kwargs):
+        for i, batch in enumerate(self._data.train_batches(**kwargs)):
+            if i == self._batch:
+                os.kill(os.getpid(), self._signum)
+            yield batch
+
+
+def interrupt_dispatch(monkeypatch, number, signum):
+    """Sends this process a signal after the n-th dispatch of steps on resident clips."""
+    run, dispatches = feed.ResidentFeed.run, itertools.count()
+
+    def interrupted(self, *args):
+        done = run(self, *args)
+        if next(dispatches) == number:
+            os.kill(os.getpid(), signum)
+        return done
+
+    monkeypatch.setattr(feed.ResidentFeed, "run", interrupted)
+
+
+def ranked_scores(top, num_clips):
+    """Returns the scores [N, C] of every clip, of a ranking that leaves none out."""
+    assert num_clips <= top.index.shape[1]
+    found = np.full((num_clips, len(top.index)), np.nan)
+    for identity, (scores, index) in enumerate(zip(top.scores, top.index, strict=True)):
+        real = index < num_clips
+        found[index[real], identity] = scores[real]
+    assert not np.isnan(found).any()
+    return found

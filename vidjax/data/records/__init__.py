@@ -1,0 +1,1 @@
+"""Records on disk, written by TFDS and read by tf.data: the only folder with TensorFlow."""

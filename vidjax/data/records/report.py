@@ -1,0 +1,145 @@
+"""What the files of a directory hold and what was skipped: counts that add up, and histograms."""
+
+import itertools
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidjax.data.untrusted.pickles import PackedClips
+
+HISTOGRAM_BINS = 20
+CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
+
+
+def report_split(
+    packed: Mapping[str, PackedClips], lengths: Mapping[str, np.ndarray], paths: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Returns what the feature files of one split hold.
+
+    Args:
+      packed: modality -> its frames.
+      lengths: modality -> [N] frames of each clip of the split, 0 where it has none.
+      paths: modality -> the file.
+
+    Raises:
+      ValueError: loaded and skipped do not add up to what was seen, in frames or in clips.
+    """
+    modalities = {
+        name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
+    }
+    nothing = ~np.any([clip_lengths > 0 for clip_lengths in lengths.values()], axis=0)
+    return {
+        "clips": nothing.size,
+        "clips_without_frames": int(nothing.sum()),
+        "modalities": modalities,
+    }
+
+
+def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> dict[str, Any]:
+    loaded, skipped = int(lengths.sum()), sum(packed.skipped.values())
+    if loaded + skipped != packed.seen or loaded != len(packed.features):
+        raise ValueError(f"{path}: {packed.seen} frames seen, {loaded} loaded, {skipped} skipped")
+    clips, empty = int((lengths > 0).sum()), sum(packed.skipped_clips.values())
+    if clips + empty != len(packed.names):
+        raise ValueError(f"{path}: {len(packed.names)} clips seen, {clips} loaded, {empty} skipped")
+    return {
+        "file": path.name,
+        "clips_seen": len(packed.names),
+        "clips": clips,
+        "frames_seen": packed.seen,
+        "frames": loaded,
+        "frames_skipped": dict(packed.skipped),
+        "clips_skipped": dict(packed.skipped_clips),
+        "values_replaced": dict(packed.warnings),
+        "clips_without": int((lengths == 0).sum()),
+        "missing_rate": float((lengths == 0).mean()),
+        "frames_per_clip": {
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "max": int(lengths.max()),
+        },
+        "quality": _histogram(packed.quality),
+        "norm": _histogram(_norms(packed.features)),
+    }
+
+
+def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
+    """Returns [F] float32 L2 norms, a few thousand rows at a time to bound memory."""
+    norms = np.empty(len(features), np.float32)
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows].astype(np.float32)
+        norms[start : start + rows] = np.sqrt(np.einsum("fd,fd->f", block, block))
+    return norms
+
+
+def _histogram(values: np.ndarray) -> dict[str, Any]:
+    """Returns counts over equal bins from the least finite value to the greatest."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS) if finite.size else ([], [])
+    return {
+        "counts": np.asarray(counts).tolist(),
+        "edges": np.asarray(edges).tolist(),
+        "mean": float(finite.mean()) if finite.size else None,
+        "not_finite": int(values.size - finite.size),
+    }
+
+
+def report_labels(
+    truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
+) -> dict[str, Any]:
+    """Returns what the ground truth adds to the report of one split.
+
+    Args:
+      truth: clip name -> identity; None without ground truth.
+      clips: names of the clips that records hold.
+      identities: all that a model can name.
+    """
+    if truth is None:
+        return {"labelled": False}
+    known = len(truth.keys() & set(clips))
+    names, positives = np.unique(list(truth.values()), return_counts=True)
+    histogram = {
+        f"{low + 1}-{high}" if high != np.inf else f"over {low}": int(
+            ((positives > low) & (positives <= high)).sum()
+        )
+        for low, high in itertools.pairwise(CLIPS_PER_IDENTITY_EDGES)
+    }
+    return {
+        "labelled": True,
+        "ground_truth_clips": len(truth),
+        "identities": len(names),
+        "unlisted_identities": len(set(names.tolist()) - set(identities)),
+        "labelled_clips": known,
+        "distractors": len(clips) - known,
+        "unknown_clips": len(truth) - known,
+        "clips_per_identity": histogram,
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Returns the report as a few lines for a terminal."""
+    lines = [f"{report['identities']} identities"]
+    for split, facts in report["splits"].items():
+        labels = "no ground truth"
+        if facts["labelled"]:
+            labels = (
+                f"{facts['identities']} identities, {facts['distractors']} distractors, "
+                f"{facts['unknown_clips']} unknown clips in the ground truth"
+            )
+        lines.append(f"{split}: {facts['clips']} clips, {labels}")
+        for name, modality in facts["modalities"].items():
+            skipped = {**modality["frames_skipped"], **modality["clips_skipped"]}
+            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
+            line = (
+                f"  {name:6} {modality['frames']:>9} frames, "
+                f"{modality['frames_per_clip']['mean']:.1f} a clip, "
+                f"missing in {100 * modality['missing_rate']:.1f} % of clips, "
+                f"skipped: {reasons or 'nothing'}"
+            )
+            replaced = modality["values_replaced"].items()
+            if replaced:
+                line += f", set to 0: {', '.join(f'{n} {reason}' for reason, n in replaced)}"
+            lines.append(line)
+    return "\n".join(lines)

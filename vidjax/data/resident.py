@@ -1,0 +1,445 @@
+"""Clips that stay on the devices: flat arrays of frames, batches by index alone.
+
+A training step reads no more than the frames that its fusion draws, an epoch is a permutation that
+is computed for the clips of a batch, and several steps run without the host. What a batch holds is
+a function of (seed, step): a run that goes on needs nothing but its step.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import devices
+from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
+from vidjax.data import clips as clips_lib
+
+MODES = ("auto", "resident", "streaming")
+SHARE = 0.5  # of the free memory that clips may take
+SCALAR_BYTES = 12  # quality, detection and number of a frame
+CHUNK_BYTES = 32 << 20  # copied to the devices at once
+ROUNDS = 16  # with 8, the orders of six clips would not all be as likely
+_ORDER = np.uint32(2**32 - 1)  # no member has this seed
+
+
+class Plan(NamedTuple):
+    """What the batches of training are, beside the clips.
+
+    Attributes:
+      seed: of order and windows.
+      batch_size: B.
+      num_clips: N.
+      sizes: modality -> T.
+      cropped: modalities with longer clips, which give a random window of T frames.
+    """
+
+    seed: int
+    batch_size: int
+    num_clips: int
+    sizes: Mapping[str, int]
+    cropped: tuple[str, ...]
+
+
+def make_plan(
+    data: Any,
+    *,
+    splits: Sequence[str],
+    modalities: Sequence[str],
+    batch_size: int,
+    max_frames: int,
+    crop: str,
+    seed: int,
+) -> Plan:
+    """Returns the plan of training on some splits; arguments as of `Dataset.train_batches`.
+
+    Raises:
+      ValueError: an unknown crop.
+    """
+    if crop not in ("window", "quality"):
+        raise ValueError(f"crop is 'window' or 'quality', got {crop!r}")
+    sizes = data.train_sizes(splits, modalities, max_frames)
+    longer = [
+        name
+        for name in modalities
+        if max(int(data.split(split).lengths[name].max()) for split in splits) > sizes[name]
+    ]
+    num_clips = sum(len(data.split(split).clips) for split in splits)
+    cropped = tuple(longer) if crop == "window" else ()
+    return Plan(seed, batch_size, num_clips, sizes, cropped)
+
+
+def draw_batch(clips: Mapping[str, Packed], plan: Plan, step: Array) -> Batch:
+    """Returns the batch of a step: B clips, every one of N once an epoch, features as LazyFeatures.
+
+    Batches run on across epochs, so none is short and no clip is dropped.
+
+    Args:
+      clips: modality -> Packed of N clips, the last frame zeros, which stands for padding.
+      plan: of the batches.
+      step: [] int32.
+    """
+    order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
+    position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
+    epoch, place = position // plan.num_clips, position % plan.num_clips
+    clip_index = shuffled(order_rng, epoch, place, plan.num_clips)
+    window_rng = jax.random.fold_in(window_rng, step)
+    batch_mask = jnp.ones(plan.batch_size, bool)
+    frames = {}
+    for number, (name, size) in enumerate(plan.sizes.items()):
+        rng = jax.random.fold_in(window_rng, number) if name in plan.cropped else None
+        frames[name] = frames_of(clips[name], clip_index, batch_mask, size, rng)
+    return Batch(frames, clip_index, batch_mask)
+
+
+def frames_of(
+    clips: Packed, clip_index: Array, batch_mask: Array, size: int, rng: Array | None = None
+) -> Frames:
+    """Returns Frames [B, size] of some clips [B], features as LazyFeatures.
+
+    Args:
+      clips: Packed, the last frame zeros.
+      clip_index: [B] int32.
+      batch_mask: [B] bool; where it is False there are no frames.
+      size: T.
+      rng: key by which a longer clip gives T consecutive frames from a random place; None where no
+        clip is longer.
+    """
+    first, length = clips.start[clip_index], clips.length[clip_index]
+    if rng is not None:
+        places = jnp.maximum(length - size, 0) + 1
+        drawn = jax.random.uniform(rng, places.shape, jnp.float32)
+        first += jnp.minimum((drawn * places).astype(jnp.int32), places - 1)
+    length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
+    place = jnp.arange(size, dtype=jnp.int32)
+    mask = place < length[:, None]  # [B, T]
+    index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
+    quality, detection, number = (
+        values.at[index].get(mode="promise_in_bounds")
+        for values in (clips.quality, clips.detection, clips.number)
+    )
+    return Frames(LazyFeatures(clips.features, index), quality, detection, number, mask)
+
+
+def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
+    """Returns [B] int32, the clips that stand at some places of the orders of some epochs.
+
+    Args:
+      rng: key of all orders.
+      epoch: [B] int32.
+      place: [B] int32, 0 to num_clips - 1; for an epoch all of them give every clip once.
+      num_clips: N.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
+    network on the least rectangle that holds N places, repeated for those that it maps beyond N.
+    Ours: the round function, a hash (the finaliser of MurmurHash3). It costs O(B), where sorting N
+    random numbers would cost as much as many steps.
+    """
+    rows = math.isqrt(num_clips - 1) + 1
+    columns = -(-num_clips // rows)
+    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (ROUNDS,)))(epoch)
+
+    def permute(x: Array) -> Array:
+        row, column = x % rows, x // rows
+        for i in range(ROUNDS):
+            if i % 2:
+                column = (column + _hash(row, keys[:, i]) % columns) % columns
+            else:
+                row = (row + _hash(column, keys[:, i]) % rows) % rows
+        return column * rows + row
+
+    def beyond(x: Array) -> Array:
+        return jnp.any(x >= num_clips)
+
+    def walk(x: Array) -> Array:
+        return jnp.where(x < num_clips, x, permute(x))
+
+    return jax.lax.while_loop(beyond, walk, permute(place.astype(jnp.uint32))).astype(jnp.int32)
+
+
+def _hash(x: Array, key: Array) -> Array:
+    """Returns [B] uint32, the bits of x and a key well mixed."""
+    x = (x * np.uint32(0x9E3779B9)) ^ key
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return x ^ (x >> 16)
+
+
+class Layout(NamedTuple):
+    """Which clips are to be resident, and which of their frames.
+
+    Attributes:
+      train_splits: splits to train on, in the order of the tables.
+      splits: these and the one to evaluate.
+      modalities: which are used.
+      num_frames: modality -> frames, those that a clip holds twice counted twice.
+      best: (split, view, modality) -> T; in the views `train` and `eval` a clip of more frames
+        shows its best T only, which lie beside it once more.
+      nbytes: of all of it.
+    """
+
+    train_splits: tuple[str, ...]
+    splits: tuple[str, ...]
+    modalities: tuple[str, ...]
+    num_frames: Mapping[str, int]
+    best: Mapping[tuple[str, str, str], int]
+    nbytes: int
+
+
+def make_layout(
+    data: Any,
+    *,
+    train_splits: Sequence[str],
+    eval_split: str,
+    modalities: Sequence[str],
+    max_frames: int,
+    crop: str,
+) -> Layout:
+    """Returns what would be resident, from the manifest alone; arguments as of `train_batches`."""
+    splits = tuple(dict.fromkeys([*train_splits, eval_split]))
+    train_sizes = data.train_sizes(train_splits, modalities, max_frames)
+    best = {}
+    for split in splits:
+        for name, sizes in data.blocks(split, modalities).sizes.items():
+            best[split, "eval", name] = sizes[-1]
+            if split in train_splits and crop == "quality":
+                best[split, "train", name] = train_sizes[name]
+    num_frames = {
+        name: sum(int(data.split(split).lengths[name].sum(dtype=np.int64)) for split in splits)
+        for name in modalities
+    }
+    for (split, _, name), size in best.items():
+        num_frames[name] += int(np.sum(data.split(split).lengths[name] > size)) * size
+    nbytes = sum(
+        num_frames[name] * (data.modalities[name].dim * _itemsize(data, name) + SCALAR_BYTES)
+        for name in modalities
+    )
+    return Layout(tuple(train_splits), splits, tuple(modalities), num_frames, best, nbytes)
+
+
+def _itemsize(data: Any, modality: str) -> int:
+    return np.dtype(data.modalities[modality].dtype).itemsize
+
+
+def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
+    """Returns `resident` or `streaming`: what is asked for, and with `auto` what the memory allows.
+
+    Args:
+      mode: one of MODES.
+      layout: of what would be resident.
+      mesh: the devices.
+      num_drawn: clips of all batches of the run.
+
+    Raises:
+      ValueError: another word, or more clips or frames than an int32 counts.
+    """
+    if mode not in MODES:
+        raise ValueError(f"config.data.mode='{mode}': known are {', '.join(MODES)}")
+    too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
+    if mode == "resident" and too_many:
+        raise ValueError(
+            f"config.data.mode='resident': {num_drawn:,} clips to draw and "
+            f"{max(layout.num_frames.values()):,} frames are more than an int32 counts"
+        )
+    if mode != "auto":
+        return mode
+    return "streaming" if too_many or layout.nbytes > SHARE * free_bytes(mesh) else "resident"
+
+
+def free_bytes(mesh: Mesh) -> float:
+    """Returns the memory that is free on each device; of a host's emulated ones, its share."""
+    free = []
+    for device in mesh.local_devices:
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        if stats and "bytes_limit" in stats:
+            free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return min(free) if free else _host_bytes() / mesh.size
+
+
+def _host_bytes() -> float:
+    """Returns the memory that is available on the host, or to its container."""
+    free = float("inf")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024.0 * int(line.split()[1])
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text()
+        if limit != "max":
+            free = min(free, float(limit) - float(used))
+    except (OSError, ValueError):
+        pass  # no Linux, or no such limit
+    return free if free < float("inf") else 0.0
+
+
+class Resident:
+    """Splits of a dataset on the devices: what `scoring` asks of a dataset, and training's clips.
+
+    Attributes:
+      identities: as the dataset's.
+      train: modality -> Packed of the clips to train on, in the order of their tables; the last
+        frame is zeros.
+    """
+
+    def __init__(self, data: Any, layout: Layout, mesh: Mesh):
+        """Reads every clip of the layout once.
+
+        Raises:
+          ValueError: what `Dataset.packed` raises.
+        """
+        self._data, self._mesh = data, mesh
+        self.identities = data.identities
+        fillers = {
+            name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
+            for name in layout.modalities
+        }
+        views: dict[tuple[str, str, str], np.ndarray] = {}  # [2, n]: start, length
+        for split in layout.splits:
+            for view in ("train", "eval"):
+                for name in layout.modalities:
+                    views[split, view, name] = np.zeros((2, len(data.split(split).clips)), np.int32)
+            for clip_index, chunk in data.packed(split=split, modalities=layout.modalities):
+                for name, packed in chunk.items():
+                    base = fillers[name].append(packed)
+                    for view in ("train", "eval"):
+                        table = views[split, view, name]
+                        table[:, clip_index] = packed.start + base, packed.length
+                        size = layout.best.get((split, view, name), 2**31)
+                        for row in map(int, np.flatnonzero(packed.length > size)):
+                            start = fillers[name].append(_best_frames(packed, row, size))
+                            table[:, clip_index[row]] = start, size
+        flat = {name: filler.finish() for name, filler in fillers.items()}
+
+        def view_of(splits: Sequence[str], view: str) -> dict[str, Packed]:
+            found = {}
+            for name, packed in flat.items():
+                table = np.concatenate([views[split, view, name] for split in splits], axis=1)
+                start, length = devices.replicate(mesh, tuple(table))
+                found[name] = packed._replace(start=start, length=length)
+            return found
+
+        self.train = view_of(layout.train_splits, "train")
+        self._eval = {split: view_of([split], "eval") for split in layout.splits}
+        self._lay = jax.jit(frames_of, static_argnames="size", out_shardings=devices.by_rows(mesh))
+
+    def split(self, name: str) -> Any:
+        """Returns one split, as the dataset does."""
+        return self._data.split(name)
+
+    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
+        """Returns [N] int32, as the dataset does."""
+        return self._data.longest(split, modalities)
+
+    def eval_batches(
+        self,
+        *,
+        split: str,
+        modalities: Sequence[str],
+        rows: int,
+        lengths: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+    ) -> Iterator[Batch]:
+        """Yields the blocks of `Dataset.eval_batches`, on the devices, clips by their index."""
+        if split not in self._eval or not set(modalities) <= set(self._eval[split]):
+            yield from self._data.eval_batches(
+                split=split, modalities=modalities, rows=rows, lengths=lengths, only=only
+            )
+            return
+        plan = self._data.blocks(split, modalities, lengths, only)
+        for bucket in range(plan.bucket.max(initial=-1) + 1):
+            clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
+            for at in range(0, len(clips), rows):
+                chosen = clips[at : at + rows]
+                clip_index = np.pad(chosen, (0, rows - len(chosen)))
+                batch_mask = np.arange(rows) < len(chosen)
+                clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
+                batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
+                frames = {}
+                for name in modalities:
+                    clips_of, size = self._eval[split][name], plan.sizes[name][bucket]
+                    frames[name] = self._frames(clips_of, clip_index, batch_mask, size)
+                yield Batch(frames, clip_index, batch_mask)
+
+    def _frames(self, clips: Packed, clip_index: Array, batch_mask: Array, size: int) -> Frames:
+        # What a compiled function returns it may copy: not the features of all clips.
+        frames = self._lay(clips._replace(features=None), clip_index, batch_mask, size=size)
+        return frames._replace(features=LazyFeatures(clips.features, frames.features.index))
+
+
+def _best_frames(packed: Packed, row: int, size: int) -> Packed:
+    """Returns the best `size` frames of a clip by quality, in time order; of equals the earlier."""
+    clip = slice(packed.start[row], packed.start[row] + packed.length[row])
+    fields = (packed.features, packed.quality, packed.detection, packed.number)
+    chosen = clips_lib.best_frames(np.asarray(packed.quality[clip]), size)
+    return _flat([field[clip][chosen] for field in fields])
+
+
+def _flat(fields: Sequence[Array]) -> Packed:
+    features, quality, detection, number = fields
+    return Packed(features, quality, detection, number, start=None, length=None)
+
+
+class _Filler:
+    """Flat arrays on the devices, filled from the front: the host holds a piece at a time."""
+
+    def __init__(self, num_frames: int, modality: Any, mesh: Mesh):
+        """Makes room for some frames of a modality, and for one of zeros."""
+        self._mesh = mesh
+        features = ((modality.dim,), np.dtype(modality.dtype))
+        fields = (features, ((), np.float32), ((), np.float32), ((), np.int32))
+        rows = max(1, CHUNK_BYTES // (modality.dim * features[1].itemsize))
+        self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
+        self._total = num_frames
+        self._held = self._done = 0
+        zeros = jax.jit(
+            lambda: [
+                jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
+                for shape, dtype in fields
+            ],
+            out_shardings=devices.replicated(mesh),
+        )
+        self._arrays = zeros()
+
+    def append(self, packed: Packed) -> int:
+        """Returns where the frames of some clips begin."""
+        fields = (packed.features, packed.quality, packed.detection, packed.number)
+        begin = self._done + self._held
+        taken, count = 0, len(packed.quality)
+        while taken < count:
+            room = min(count - taken, len(self._chunk[0]) - self._held)
+            for chunk, field in zip(self._chunk, fields, strict=True):
+                chunk[self._held : self._held + room] = field[taken : taken + room]
+            self._held += room
+            taken += room
+            if self._held == len(self._chunk[0]):
+                self._flush()
+        return begin
+
+    def _flush(self) -> None:
+        part = [chunk[: self._held] for chunk in self._chunk]
+        part = devices.replicate(self._mesh, part)
+        self._arrays = _put(self._arrays, part, np.int32(self._done))
+        jax.block_until_ready(self._arrays)  # the chunk is written to again
+        self._done += self._held
+        self._held = 0
+
+    def finish(self) -> Packed:
+        """Returns the frames, without saying whose they are."""
+        if self._held:
+            self._flush()
+        if self._done != self._total:
+            raise ValueError(f"the records hold {self._done} frames instead of {self._total}")
+        return _flat(self._arrays)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(arrays: Sequence[Array], part: Sequence[Array], at: Array) -> list[Array]:
+    return [
+        jax.lax.dynamic_update_slice_in_dim(whole, piece, at, axis=0)
+        for whole, piece in zip(arrays, part, strict=True)
+    ]

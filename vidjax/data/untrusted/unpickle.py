@@ -1,0 +1,259 @@
+"""Unpickling with no code of the file's choosing.
+
+Only the globals that numpy writes into feature pickles resolve, by exact look-up, to sealed classes
+that check their arguments. Arrays stay plain bytes: numpy's own unpickling never sees the file.
+This stops code, not greed: a few bytes can still ask for gigabytes, so `load` belongs in the child
+process that `cage` shuts in.
+"""
+
+import contextlib
+import pickle
+import struct
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_STRUCT_CODES = {
+    "f2": "e", "f4": "f", "f8": "d", "b1": "?",
+    "i1": "b", "i2": "h", "i4": "i", "i8": "q",
+    "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+}  # fmt: skip
+
+# What is downloaded or saved in place of a pickle. None of these is the start of one.
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
+    b"\x93NUMPY": "a .npy file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded (git lfs pull)",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
+
+
+class UnpickleError(ValueError):
+    """What is wrong with the file, in one line."""
+
+
+def show(text: str | bytes) -> str:
+    """Returns text out of the file, made fit for one line of an error message."""
+    if isinstance(text, bytes):
+        text = text[:400].decode("utf-8", "backslashreplace")
+    text = text if len(text) <= 100 else text[:100] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+# What the globals of a pickle resolve to. BUILD sets attributes on whatever it is handed, classes
+# included: their metaclass forbids it, and no function is ever handed out.
+
+
+class _Sealed(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise UnpickleError("the pickle tries to change a class: refused")
+
+
+class _NdArray(metaclass=_Sealed):
+    """numpy.ndarray: only ever the first argument of _reconstruct."""
+
+    def __new__(cls, *args: object) -> "_NdArray":
+        raise UnpickleError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
+
+
+class _DType(metaclass=_Sealed):
+    """numpy.dtype, for plain numbers only."""
+
+    __slots__ = ("code", "itemsize")
+    code: str
+    itemsize: int
+
+    def __new__(cls, code: object, align: object = False, copy: object = False) -> "_DType":
+        name = str(code, "latin-1") if isinstance(code, bytes) else code
+        if not isinstance(name, str) or name not in _STRUCT_CODES:
+            raise UnpickleError("the pickle holds a dtype that is not a plain number: refused")
+        self = object.__new__(cls)
+        self.itemsize = int(name[1])
+        self.code = ("<" if self.itemsize > 1 else "|") + name
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        if type(state) is not tuple or len(state) not in (8, 9):
+            raise UnpickleError("the pickle holds a damaged dtype")
+        version, order, subarray, names, fields, *layout = state
+        if any(part is not None for part in (subarray, names, fields, *layout[3:])):
+            raise UnpickleError("the pickle holds a structured dtype or one with metadata: refused")
+        if type(order) is bytes:
+            order = order.decode("latin-1")
+        orders = ("<", ">") if self.itemsize > 1 else ("|",)
+        # Item size, alignment and flags of a plain number are -1, -1 and 0.
+        if type(order) is not str or order not in orders:
+            raise UnpickleError("the pickle holds a dtype with an impossible byte order")
+        if any(type(number) is not int for number in (version, *layout[:3])):
+            raise UnpickleError("the pickle holds a damaged dtype")
+        if version not in (3, 4) or layout[:3] != [-1, -1, 0]:
+            raise UnpickleError("the pickle holds a damaged dtype")
+        self.code = order + self.code[1:]
+
+
+class Array(metaclass=_Sealed):
+    """A numpy array of the file, as its dtype code, its shape and its bytes in C order."""
+
+    __slots__ = ("code", "data", "shape")
+    code: str
+    data: bytes
+    shape: tuple[int, ...]
+
+    def __setstate__(self, state: object) -> None:
+        if type(state) is not tuple or len(state) != 5:
+            raise UnpickleError("the pickle holds a damaged array")
+        _, shape, dtype, fortran, data = state
+        self.fill(dtype, shape, bool(fortran), data)
+
+    def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
+        if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
+            raise UnpickleError("the pickle holds a damaged array")
+        if len(shape) > 2:
+            raise UnpickleError(f"the pickle holds an array of {len(shape)} axes")
+        wanted = dtype.itemsize
+        for length in shape:
+            if type(length) is not int or length < 0:
+                raise UnpickleError("the pickle holds an array of impossible shape")
+            wanted *= length
+        if wanted != len(data):
+            raise UnpickleError("the pickle holds an array whose shape and bytes disagree")
+        if fortran and len(shape) == 2:
+            data = np.frombuffer(data, dtype.code).reshape(shape, order="F").tobytes()
+        self.code, self.shape, self.data = dtype.code, shape, data
+
+
+class _Reconstruct(metaclass=_Sealed):
+    """numpy.core.multiarray._reconstruct: an array that BUILD is about to fill."""
+
+    def __new__(cls, kind: object, shape: object, code: object) -> Array:
+        if kind is not _NdArray:
+            raise UnpickleError("the pickle builds something other than a numpy.ndarray: refused")
+        made = object.__new__(Array)
+        made.code, made.shape, made.data = "|i1", (0,), b""
+        return made
+
+
+class _FromBuffer(metaclass=_Sealed):
+    """numpy.core.numeric._frombuffer: an array of protocol 5, its bytes in the file."""
+
+    def __new__(
+        cls, data: object, dtype: object, shape: object, order: object, axes: object = None
+    ) -> Array:
+        if type(order) is not str or order not in ("C", "F") or axes is not None:
+            raise UnpickleError("the pickle holds an array of unknown order")
+        made = object.__new__(Array)
+        made.fill(dtype, shape, order == "F", bytes(data) if type(data) is bytearray else data)
+        return made
+
+
+class _Scalar(metaclass=_Sealed):
+    """numpy.core.multiarray.scalar: the Python number of the same value."""
+
+    def __new__(cls, dtype: object, data: object) -> float:
+        if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
+            raise UnpickleError("the pickle holds a damaged numpy scalar")
+        order = ">" if dtype.code[0] == ">" else "<"
+        return struct.unpack(order + _STRUCT_CODES[dtype.code[1:]], data)[0]
+
+
+class _Encode(metaclass=_Sealed):
+    """_codecs.encode: how Python 3 writes bytes below protocol 3."""
+
+    def __new__(cls, text: object, encoding: object) -> bytes:
+        known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
+        if type(text) is not str or not known:
+            raise UnpickleError("the pickle encodes text other than as latin1: refused")
+        return text.encode("latin-1")
+
+
+class _Bytes(metaclass=_Sealed):
+    """__builtin__.bytes: how Python 3 writes b"" below protocol 3."""
+
+    def __new__(cls) -> bytes:
+        return b""
+
+
+_GLOBALS: dict[tuple[str, str], type] = {
+    ("numpy", "ndarray"): _NdArray,
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy._core.multiarray", "scalar"): _Scalar,
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
+    ("numpy._core.numeric", "_frombuffer"): _FromBuffer,
+    ("_codecs", "encode"): _Encode,
+    ("__builtin__", "bytes"): _Bytes,
+    ("builtins", "bytes"): _Bytes,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """The C Unpickler with every door to Python's own globals shut."""
+
+    def find_class(self, module_name: str, global_name: str) -> type:
+        found = _GLOBALS.get((module_name, global_name))
+        if found is None:
+            name = show(f"{module_name}.{global_name}")
+            raise UnpickleError(f"the pickle names {name}, which no feature pickle needs: refused")
+        return found
+
+    def persistent_load(self, pid: object) -> object:
+        raise UnpickleError("the pickle asks for a persistent object (PERSID): refused")
+
+
+class _Unhurried:
+    """A file without `peek`: no byte is read ahead of its opcode, so `tell` is exact."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.readline = file.read, file.readline
+
+
+def load(file: BinaryIO, size: int) -> Any:
+    """Returns what the pickle holds, made of Python's own types and Array.
+
+    Args:
+      file: the open file, at its start.
+      size: its length in bytes.
+
+    Raises:
+      UnpickleError: refused, damaged, truncated or followed by other bytes; names the byte.
+      MemoryError: asks for more than the cage allows.
+    """
+    if size == 0:
+        raise UnpickleError("the file is empty: no pickle at byte 0")
+    try:
+        held = _Unpickler(file, encoding="bytes").load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason, ended = _reason(error), isinstance(error, EOFError) or "truncated" in str(error)
+    else:
+        end = file.tell()
+        if end != size:
+            raise UnpickleError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
+        return held
+    # The first pass reads ahead: only a second one knows where it stopped.
+    file.seek(0)
+    start = file.read(64).lstrip()
+    for magic, kind in _OTHER_FILES.items():
+        if start[: len(magic)].lower() == magic.lower():
+            raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
+    file.seek(0)
+    with contextlib.suppress(Exception):
+        _Unpickler(_Unhurried(file), encoding="bytes").load()
+    at = file.tell()
+    if ended and at == size:
+        raise UnpickleError(f"the pickle is truncated: the file ends at byte {at}")
+    raise UnpickleError(f"{reason} (at byte {max(at - 1, 0)})")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnpickleError):
+        return str(error)
+    return f"not a readable pickle: {type(error).__name__}: {show(str(error))}"

@@ -1,0 +1,1 @@
+"""Pages made from the files of runs. No jax, no TensorFlow."""

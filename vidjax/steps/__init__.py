@@ -1,0 +1,1 @@
+"""What runs on the devices: state, training step, evaluation step, top-k, feeds. Pure."""
