@@ -177,7 +177,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         "modalities": ["face", "head"],
         "logs": True,
         "results": results,
-        "members": [{"seed": n, "map": 0.5} for n in range(80)],
+        "members": [{"member": n, "map": 0.5} for n in range(80)],
         "runs": [],
         "num_others": 0,
         "worst": worst,

@@ -1,7 +1,7 @@
 """Which frames of a clip, and with what weight: Frames of whole frames in, of whole frames out.
 
-Nothing is averaged here, so features keep their stored dtype, and LazyFeatures stay LazyFeatures: no feature is
-read before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in may have
+Nothing is averaged here, so features keep their stored dtype, and lazy ones stay lazy: no feature is read
+before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in may have
 holes anywhere, as `filter_frames` leaves them.
 """
 
@@ -215,7 +215,7 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
 
 
 def take(values: Array | LazyFeatures, index: Array) -> Any:
-    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or LazyFeatures, at [B, T'], in their dtype."""
+    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or lazy, at [B, T'], in their dtype."""
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -230,7 +230,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Returns Frames of `fn` of every field; of LazyFeatures it is given and gives where they lie."""
+    """Returns Frames of `fn` of every field; of lazy features `fn` maps the index."""
 
     def field(*values: Any) -> Any:
         if isinstance(values[0], LazyFeatures):

@@ -598,12 +598,13 @@ def _ensemble(run: Run) -> Iterator[str]:
             yield html.p("There are no members: the run trained one net, or did not rank them.")
         return
     gains = run.facts.get("gains")
-    kinds = sorted({key for one in members for key in one} - {"map"})
+    kinds = sorted({key for one in members for key in one} - {"map", "member", "run"})
     rows = []
     for number, one in enumerate(members[:MOST_ROWS]):
-        what = ", ".join(f"{key} {one[key]}" for key in kinds if key in one)
+        name = " ".join(str(one[key]) for key in ("run", "member") if key in one)
+        what = ", ".join([name, *(f"{key} {one[key]}" for key in kinds if key in one)])
         value = one.get("map")
-        cells = [html.text(f"{number}: {what}"), "none" if value is None else html.bar(value)]
+        cells = [html.text(what), "none" if value is None else html.bar(value)]
         if gains:
             cells.append(f"{gains[number]:+.4f}")
         rows.append(tuple(cells))

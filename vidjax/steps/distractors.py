@@ -167,5 +167,10 @@ class Relabeller:
                     clips[clip]: identities[new[number, clip] - self._layout.mirror_shift - 1]
                     for clip in np.flatnonzero(old[number] != new[number])
                 }
-                line = {"step": step, "member": number, **counts, "now_mirrors": moved}
+                line = {
+                    "step": step,
+                    "member": self._training_sets.members[number].index,
+                    **counts,
+                    "now_mirrors": moved,
+                }
                 workdir_lib.append(file, (json.dumps(line) + "\n").encode())

@@ -305,8 +305,10 @@ class ModelScorer:
 def _describe(member: ensemble.Member) -> dict[str, Any]:
     """Returns what sets a member apart: the fields that are not at their default."""
     defaults = ensemble.Member._field_defaults
-    fields = member._asdict().items()
-    return {name: value for name, value in fields if name == "seed" or value != defaults[name]}
+    fields = member._asdict()
+    index = fields.pop("index")
+    differs = {name: value for name, value in fields.items() if value != defaults[name]}
+    return {"member": index, **differs}
 
 
 def _check_alike(one: TrainedModel, other: TrainedModel, split: str) -> None:

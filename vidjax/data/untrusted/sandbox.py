@@ -59,8 +59,8 @@ def clean_name(name: str) -> str:
     """Returns a clip name in its one spelling: without `.mp4` at its end.
 
     Raises:
-      UnpickleError: the name is empty, is not valid unicode, or holds white space, which would break
-        the lines of a submission.
+      UnpickleError: the name is empty, is not valid unicode, or holds white space, which would
+        break the lines of a submission.
     """
     end = len(name)
     while name.endswith(".mp4", 0, end):  # no copy: a name may be all suffixes
