@@ -35,7 +35,7 @@ def test_members_are_the_product_of_what_varies():
     everyone = ensemble.make_members(spec)
     assert len(everyone) == len(set(everyone)) == 25
     assert [member.fold for member in everyone] == [fold for fold in range(5) for _ in range(5)]
-    assert [member.index for member in everyone] == list(range(25))
+    assert [member.number for member in everyone] == list(range(25))
     assert ensemble.make_members({**spec, "only": (7, 3)}) == (everyone[7], everyone[3])
     views = ensemble.make_members({**SPEC, "views": 11, "min_quality": (-1e9, 20, 40)})
     assert {(m.view, m.min_quality) for m in views} == set(

@@ -75,7 +75,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns how a batch is split: by clips, but for the values of LazyFeatures, which are whole."""
+    """Returns how a batch is split: by clips, but the values of LazyFeatures are whole."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def of_modality(one: Frames) -> Frames:

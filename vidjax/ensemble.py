@@ -28,14 +28,14 @@ class Member(NamedTuple):
     """What sets one member apart.
 
     Attributes:
-      index: number of the member among all of its ensemble; its keys are folded from it.
+      number: its place among all members of the ensemble; its random keys follow from it.
       fold: the fold it never trains on, or -1.
       bootstrap: the number of its bootstrap sample, or -1.
       view: the chunk of every feature vector that it never sees, or -1.
       min_quality: it trains on frames of at least this quality; the lowest float32 for all.
     """
 
-    index: int = 0
+    number: int = 0
     fold: int = -1
     bootstrap: int = -1
     view: int = -1
@@ -161,7 +161,7 @@ def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: i
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
     """Returns [E] typed keys; that of a member does not depend on which others there are."""
-    numbers = jnp.array([member.index for member in members], jnp.uint32)
+    numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
 

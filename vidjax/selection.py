@@ -1,8 +1,8 @@
 """Which frames of a clip, and with what weight: Frames of whole frames in, of whole frames out.
 
-Nothing is averaged here, so features keep their stored dtype, and lazy ones stay lazy: no feature is read
-before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in may have
-holes anywhere, as `filter_frames` leaves them.
+Nothing is averaged here, so features keep their stored dtype, and lazy features stay lazy: no
+feature is read before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in
+may have holes anywhere, as `filter_frames` leaves them.
 """
 
 from collections.abc import Callable

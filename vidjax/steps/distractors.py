@@ -169,7 +169,7 @@ class Relabeller:
                 }
                 line = {
                     "step": step,
-                    "member": self._training_sets.members[number].index,
+                    "member": self._training_sets.members[number].number,
                     **counts,
                     "now_mirrors": moved,
                 }

@@ -306,9 +306,9 @@ def _describe(member: ensemble.Member) -> dict[str, Any]:
     """Returns what sets a member apart: the fields that are not at their default."""
     defaults = ensemble.Member._field_defaults
     fields = member._asdict()
-    index = fields.pop("index")
+    number = fields.pop("number")
     differs = {name: value for name, value in fields.items() if value != defaults[name]}
-    return {"member": index, **differs}
+    return {"member": number, **differs}
 
 
 def _check_alike(one: TrainedModel, other: TrainedModel, split: str) -> None:
