@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
+from vidjax.data.clips import TrainingData
 from vidjax.report import html, run_page
 from vidjax.run import workdir
 
@@ -211,7 +212,7 @@ def _identities(folder: Path, suffix: str) -> list[str]:
 
 
 def _of_ranking(
-    path: Path, names: Sequence[str], data: Any, split_name: str, results: dict[str, Any]
+    path: Path, names: Sequence[str], data: TrainingData, split_name: str, results: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns average precisions [C], positives [C] and the number of other identities."""
     if results["map_kind"] == "out_of_fold":
