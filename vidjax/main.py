@@ -407,6 +407,7 @@ def _load(config: Config) -> Any:
 def _summarise(
     mode: str, config: Config, workdir: Path, results: dict[str, Any], seconds: float
 ) -> None:
+    from vidjax import metrics
     from vidjax.run import results as results_lib
 
     split = config.eval.split
@@ -415,7 +416,8 @@ def _summarise(
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
-        rows.append(("MAP@100", f"{results['map']:.4f} on {kind}; top-1 {results['top1']:.4f}"))
+        scores = [f"{results['map']:.4f} on {kind}", *metrics.describe(results)]
+        rows.append(("MAP@100", "; ".join(scores)))
     else:
         rows.append(("MAP@100", f"none: {split} has no ground truth and is ranked, not scored"))
     if "best_map" in results:

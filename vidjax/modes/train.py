@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble as ensemble_lib
+from vidjax import metrics
 from vidjax.config import Config
 from vidjax.data import noise, resident
 from vidjax.data.untrusted import pickles
@@ -157,7 +158,7 @@ def train(
                 interruption.at_once = True  # every step is saved
                 state = train_step.merge_states(states)
                 evaluation = evaluate(state, check=stop_if_asked)
-                scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
+                scores = metrics.logged(evaluation.results)
                 logs.metrics(step, {"split": config.eval.split, **scores})
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
