@@ -22,7 +22,6 @@ from vidjax.system import System
 # held, seldom enough that taking a member's slice of the parameters costs nothing.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20
-FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
 
 
 class Scorer:
@@ -421,14 +420,6 @@ def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array
 
 
 def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:
-    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
-    value, right = clips.best[clips.pool], clips.right[clips.pool]
-    known = split.labels[clips.pool] > 0
-    results = {
-        "top1": float(right.sum() / max(known.sum(), 1)),
-        "auroc": metrics.auroc(value, known),
-    }
-    for share in FALSE_POSITIVES:
-        errors = metrics.identification_errors(value, right, known, fpir=share)
-        results[f"fnir_at_fpir_{share}"] = errors.fnir if errors else None
-    return results
+    """Returns key -> value of every metric in `metrics.CLIP_METRICS`."""
+    labels = split.labels
+    return {name: metric.fn(clips, labels) for name, metric in metrics.CLIP_METRICS.items()}
