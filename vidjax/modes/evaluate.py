@@ -4,7 +4,7 @@ import difflib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.config import Config
+from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.modes import analysis
 from vidjax.modes.outputs import write_results
 from vidjax.run import checkpoint, resume
@@ -27,7 +28,7 @@ from vidjax.system import TaskSpec, make_system
 def evaluate(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -92,7 +93,9 @@ class Run(NamedTuple):
         return self.found.manifest
 
 
-def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, TrainedModel]:
+def restore(
+    config: Config, workdir: Path, data: TrainingData, mesh: Mesh
+) -> tuple[int, TrainedModel]:
     """Returns the step that a run's folder restores, and the system with its weights.
 
     Args:
@@ -149,8 +152,8 @@ def find_run(config: Config, workdir: Path) -> Run:
 
 
 def fit_data(
-    data: Any, split: str, modalities: Mapping[str, int], identities: Sequence[str]
-) -> Any:
+    data: TrainingData, split: str, modalities: Mapping[str, int], identities: Sequence[str]
+) -> TrainingData:
     """Returns a dataset labelled for the columns of a run.
 
     Args:
@@ -202,8 +205,9 @@ def load_run(run: Run, config: Config, workdir: Path, mesh: Mesh) -> TrainedMode
         devices.replicated(mesh),
     )
     scorer = Scorer(system, mesh)
+    no_data = cast(ClipSource, None)  # the caller replaces it
     return TrainedModel(
-        str(workdir), scorer, items["params"], items["model_state"], training_sets, data=None
+        str(workdir), scorer, items["params"], items["model_state"], training_sets, no_data
     )
 
 

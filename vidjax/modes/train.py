@@ -24,6 +24,7 @@ from vidjax import metrics
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
 from vidjax.modes.evaluate import digest, select_modalities
@@ -58,7 +59,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
 def train(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -258,7 +259,7 @@ class _Plan(NamedTuple):
     layout: NoiseLayout | None
 
 
-def _plan(config: Config, data: Any) -> _Plan:
+def _plan(config: Config, data: TrainingData) -> _Plan:
     modalities = select_modalities(config.modalities, data)
     train_splits = tuple(config.data.train_splits)
     ensemble = config.ensemble.to_dict()
@@ -336,13 +337,13 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 def _make_feed(
     config: Config,
-    data: Any,
+    data: TrainingData,
     system: System,
     sizes: TaskSpec,
     mesh: Mesh,
     step: int,
     mode: str | None,
-) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, Any]:
+) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, ClipSource]:
     """Returns how clips reach the training step from some step on, and what evaluation reads.
 
     Args:
@@ -350,22 +351,22 @@ def _make_feed(
       step: how many steps were done.
       mode: of the process that did them, which the order of clips depends on; None for the first.
     """
-    stream = {
-        "modalities": tuple(sizes.modalities),
-        "max_frames": config.data.max_frames,
-        "crop": config.data.crop,
-    }
-    splits = tuple(config.data.train_splits)
-    layout = resident.make_layout(data, train_splits=splits, eval_split=config.eval.split, **stream)
+    plan = make_batch_plan(
+        [data.split(name) for name in config.data.train_splits],
+        tuple(sizes.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+    )
+    layout = resident.make_layout(data, plan, config.eval.split)
     num_drawn = sizes.total_steps * config.batch_size
     mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
-    stream |= {"splits": splits, "batch_size": config.batch_size, "seed": config.seed}
     if mode == "streaming":
         say("clips are streamed from the records")
-        batches = data.train_batches(**stream, start=step * config.batch_size)
+        batches = data.train_batches(plan, start=step * config.batch_size)
         return feed_lib.StreamingFeed(system, mesh, batches), data
     began = time.monotonic()
-    plan = resident.make_plan(data, **stream)
     clips = resident.Resident(data, layout, mesh)
     say(
         f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
@@ -375,16 +376,13 @@ def _make_feed(
 
 
 def _claim(
-    workdir: Path, config: Config, data: Any, training_sets: ensemble_lib.TrainingSets
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble_lib.TrainingSets
 ) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble_lib.save(workdir, training_sets)
-    cropped = data.num_cropped(
-        splits=config.data.train_splits,
-        modalities=config.modalities,
-        max_frames=config.data.max_frames,
-    )
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
     workdir_lib.write_json(workdir / "data_report.json", report)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, ranking
 from vidjax.batch import Array, Batch, LazyFeatures
+from vidjax.data.clips import ClipSource, Split, longest, make_eval_plan
 from vidjax.run.logs import CompileClock, Progress
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples
@@ -45,7 +46,7 @@ class TrainedModel(NamedTuple):
       params: the model's parameters, [E, ...].
       model_state: the model's other collections, [E, ...].
       training_sets: what its members were trained on.
-      data: a `Dataset` of its identities.
+      data: clips labelled for its identities.
       weight: its share where several are joined.
     """
 
@@ -54,7 +55,7 @@ class TrainedModel(NamedTuple):
     params: Any
     model_state: Any
     training_sets: ensemble.TrainingSets
-    data: Any
+    data: ClipSource
     weight: float = 1.0
 
 
@@ -103,7 +104,7 @@ class _TopKMetric:
         mask = _in_pool(self._pool, batch.clip_index, batch.batch_mask)
         self.ranking.add((scores, batch.clip_index, mask))
 
-    def positives(self, split: Any) -> np.ndarray:
+    def positives(self, split: Split) -> np.ndarray:
         """Returns [C] int, the ground-truth clips of every identity, without those outside."""
         outside = np.bincount(split.labels[~self.pool], minlength=len(split.positives) + 1)[1:]
         return split.positives - outside
@@ -341,18 +342,14 @@ def windows(
     for one in models:
         modalities.setdefault(id(one.data), {}).update(dict.fromkeys(one.scorer.modalities))
     datasets = {id(one.data): one.data for one in models}
-    lengths = np.max(
-        [data.longest(split, tuple(modalities[key])) for key, data in datasets.items()], axis=0
-    )
-    streams = [
-        data.eval_batches(
-            split=split,
-            modalities=tuple(modalities[key]),
-            rows=block_size * mesh.size,
-            lengths=lengths,
-        )
-        for key, data in datasets.items()
-    ]
+    splits = {key: data.split(split) for key, data in datasets.items()}
+    lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
+    plans = {
+        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths)
+        for key in datasets
+    }
+    rows_of_block = block_size * mesh.size
+    streams = [data.eval_batches(plans[key], rows=rows_of_block) for key, data in datasets.items()]
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -419,7 +416,7 @@ def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array
     return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)
 
 
-def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:
+def _clip_metrics(clips: ClipScores, split: Split) -> dict[str, float | None]:
     """Returns key -> value of every metric in `metrics.CLIP_METRICS`."""
     labels = split.labels
     return {name: metric.fn(clips, labels) for name, metric in metrics.CLIP_METRICS.items()}
