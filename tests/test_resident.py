@@ -31,9 +31,10 @@ from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.data.records import pipeline
 from vidjax.modes import evaluate
-from vidjax.run import workdir
+from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
@@ -443,11 +444,11 @@ class Setting:
         layout = resident.make_layout(data, self.plan, "val")
         self.clips = resident.Resident(data, layout, self.mesh).train
         self.tables = devices_lib.replicate(
-            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
+            self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
         init = jax.jit(
-            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            lambda: state_lib.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
             out_shardings=devices_lib.replicated(self.mesh),
         )
         self._start = init()
@@ -634,13 +635,13 @@ def test_short_dispatches_change_nothing(data, whole, tmp_path, monkeypatch):
 def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, monkeypatch):
     """And stays resident where there is no longer room for it by what a new run would say."""
     config = shrunk(*RUN, spec=MLP)
-    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         interrupt_dispatch(patch, 2, signal.SIGTERM)
         run(config, tmp_path, data)
     stopped = max(manifests(tmp_path))
     assert 2 < stopped < 9
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
-    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted) as caught:
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
         interrupt_evaluation(patch, signal.SIGINT)
         run(config, tmp_path, data)
     assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
@@ -653,7 +654,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
 def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     run(shrunk(*RUN, STREAMED, spec=MLP), tmp_path / "whole", data)
     config, parts = shrunk(*RUN, spec=MLP), tmp_path / "parts"
-    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
         run(config, parts, Interrupting(data, 4, signal.SIGINT))
     run(config, parts, data)

@@ -1,8 +1,6 @@
 """Evaluation of a trained run: its weights restored, a split ranked, MAP@100."""
 
 import difflib
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,29 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble, ranking
+from vidjax import devices, ensemble
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.modes import analysis
-from vidjax.report import run_page
+from vidjax.modes.outputs import write_results
 from vidjax.run import checkpoint, resume
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
-from vidjax.steps import train_step
+from vidjax.steps import state as state_lib
 from vidjax.steps.scoring import Scorer, TrainedModel, score
 from vidjax.system import TaskSpec, make_system
-
-# What metrics.json says of the training, whatever is evaluated later.
-OF_TRAINING = (
-    "best_step",
-    "best_map",
-    "num_params",
-    "train_clips_per_second",
-    "seconds",
-    "seed",
-    "command",
-    "finished",
-    "versions",
-)
 
 
 def evaluate(
@@ -80,22 +66,11 @@ def evaluate(
     results = evaluation.results | {"step": step, "eval_seconds": time.monotonic() - began}
 
     trained = config_lib.load_workdir(workdir)
-    suffix = "" if split == trained.eval.split else f"_{split}"
-    ranking.write_ranking(
-        workdir / f"ranking{suffix}.txt",
-        model.data.identities,
-        model.data.split(split).clips,
-        evaluation.top,
-    )
-    if observer:
-        found = observer.finish(evaluation, trained.data.train_splits)
-        analysis.save(workdir / f"analysis{suffix}.npz", *found)
-    trained_path = workdir / "metrics.json"
-    facts = json.loads(trained_path.read_text()) if trained_path.exists() else {}
-    kept = {name: facts[name] for name in OF_TRAINING if name in facts}
-    workdir_lib.write_json(workdir / f"metrics{suffix}.json", kept | results)
-    if observer:
-        run_page.write(workdir)
+    write_results(
+        workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,
+        split=split, own_split=trained.eval.split,
+        observer=observer, train_splits=trained.data.train_splits,
+    )  # fmt: skip
     return results
 
 
@@ -217,7 +192,7 @@ def load_run(run: Run, config: Config, workdir: Path, mesh: Mesh) -> TrainedMode
     training_sets = _training_sets(workdir, run.manifest["members_sha256"])
     system = make_system(config.to_dict(), sizes)
     abstract = jax.eval_shape(
-        lambda: train_step.init_state(
+        lambda: state_lib.init_state(
             system,
             sizes.modalities,
             ensemble.make_rngs(training_sets.members, config.seed),
@@ -241,8 +216,8 @@ REWRITE = "delete it and metrics.json: the command that trained the run writes t
 
 def _identities(path: Path, wanted: str) -> tuple[str, ...]:
     try:
-        identities = tuple(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        identities = tuple(workdir_lib.read_json(path, list))
+    except (OSError, ValueError) as error:
         raise checkpoint.CheckpointError(f"cannot read '{path}': {error}\n{REWRITE}") from error
     if digest(identities) != wanted:
         raise checkpoint.CheckpointError(
@@ -285,4 +260,4 @@ def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:
 
 def digest(identities: Sequence[str]) -> str:
     """Returns the sha256 of a list of identities, in its order."""
-    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()
+    return workdir_lib.sha256_json(list(identities))

@@ -15,14 +15,14 @@ from vidjax import devices, ensemble, metrics, ranking
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.data.clips import ClipSource, Split, longest, make_eval_plan
 from vidjax.run.logs import CompileClock, Progress
-from vidjax.steps import train_step
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import examples
 from vidjax.system import System
 
 # Members take turns on a few blocks at a time: often enough that no more than that many scores are
 # held, seldom enough that taking a member's slice of the parameters costs nothing.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20
-FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
 
 
 class Scorer:
@@ -31,7 +31,7 @@ class Scorer:
     def __init__(self, system: System, mesh: Mesh):
         """Prepares the evaluation of a system on a mesh."""
         self.system = system
-        self.step = train_step.make_eval_step(system, mesh)
+        self.step = eval_step_lib.make_eval_step(system, mesh)
         self.modalities = tuple(system.fuse_eval)
         self.num_identities = system.num_identities
         self.logs = system.logs
@@ -413,18 +413,10 @@ def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 @jax.jit
 def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
     """Returns [B] the best score, and whether it is that of the clip's own identity."""
-    return jnp.max(scores, axis=1), train_step.is_best(scores, labels[clip_index] - 1)
+    return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)
 
 
 def _clip_metrics(clips: ClipScores, split: Split) -> dict[str, float | None]:
-    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
-    value, right = clips.best[clips.pool], clips.right[clips.pool]
-    known = split.labels[clips.pool] > 0
-    results = {
-        "top1": float(right.sum() / max(known.sum(), 1)),
-        "auroc": metrics.auroc(value, known),
-    }
-    for share in FALSE_POSITIVES:
-        errors = metrics.identification_errors(value, right, known, fpir=share)
-        results[f"fnir_at_fpir_{share}"] = errors.fnir if errors else None
-    return results
+    """Returns key -> value of every metric in `metrics.CLIP_METRICS`."""
+    labels = split.labels
+    return {name: metric.fn(clips, labels) for name, metric in metrics.CLIP_METRICS.items()}
