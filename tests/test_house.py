@@ -383,12 +383,12 @@ def test_readme_lists_every_flag_and_no_other():
 @pytest.mark.slow
 def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
     from tests.helpers.small_runs import shrunk
-    from vidjax.data.records import pipeline
+    from vidjax.data.load import load_dataset
     from vidjax.modes import train
 
     # Of all experiments, the one that leaves most.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
-    data = pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    data = load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
     with workdir.lock(tmp_path):
         train.train(config, tmp_path, data, num_devices=1, analyse=True)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}

@@ -187,7 +187,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[str, Any]:
     from vidjax import devices
-    from vidjax.data.records.manifest import default_cache_dir
+    from vidjax.data.cache import default_cache_dir
     from vidjax.modes import blend, evaluate, train
     from vidjax.report import run_page
     from vidjax.run import logs
@@ -392,9 +392,9 @@ def _load_file(spec: str) -> Config:
 
 
 def _load(config: Config) -> Any:
-    from vidjax.data.records import pipeline
+    from vidjax.data.load import load_dataset
 
-    return pipeline.load(
+    return load_dataset(
         config.data.name,
         directory=config.data.dir,
         cache_dir=config.data.cache_dir,

@@ -5,21 +5,22 @@ go on meanwhile, and what that run drops or has not finished writing is no fault
 """
 
 import fcntl
-import functools
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import devices, ensemble, ranking
 from vidjax.config import Config
-from vidjax.data import resident
+from vidjax.data import load, resident
+from vidjax.data.cache import default_cache_dir
+from vidjax.data.record_source import RecordSource
 from vidjax.modes.evaluate import digest, select_modalities
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
@@ -140,8 +141,6 @@ def _devices() -> Found:
 
 
 def _cache(config: Config) -> Found:
-    from vidjax.data.records.manifest import default_cache_dir
-
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
     yield from _folder("cache", cache)
     for left in sorted(cache.glob("*/*.partial")):
@@ -166,58 +165,31 @@ def _folder(name: str, folder: Path) -> Found:
 
 
 def _data(config: Config) -> Found:
-    from vidjax.data import arrays, iqiyi_vid
-    from vidjax.data.records.manifest import default_cache_dir
-    from vidjax.data.untrusted import pickles
-
+    """Yields the state of the data, its records and labels."""
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
-    if config.data.name == "synthetic":
-        pattern = f"{config.data.size}-{config.data.seed}-*"
-        made = [path for path in (cache / "synthetic").glob(pattern) if path.suffix != ".partial"]
-        if not made:
-            yield WARNING, "data: the synthetic dataset is not made yet: training makes it"
-        for folder in sorted(made):
-            yield from _converted(config, folder, pickles.find_pickles(folder), cache)
+    folder = Path(config.data.dir).expanduser() if config.data.dir else None
+    options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
+    try:
+        source = load.open_source(config.data.name, options)
+    except load.NotGenerated as error:
+        yield WARNING, f"data: {error}"
         return
-    if config.data.name not in ("iqiyi_vid", "arrays"):
-        raise ValueError(f"config.data.name='{config.data.name}': synthetic, iqiyi_vid or arrays")
-    if not config.data.dir:
-        files = "official files" if config.data.name == "iqiyi_vid" else "features"
-        raise ValueError(f"config.data.dir is not set: name the directory of the {files}")
-    folder = Path(config.data.dir).expanduser()
-    if config.data.name == "arrays":
-        source = arrays.of_folder(folder)
-        yield OK, f"data: {source.title}"
-        where = iqiyi_vid.folder_of(source.kind, source.facts(), cache)
-        truth = functools.partial(arrays.load_truth, folder, None)
-        yield from _records(config, where, truth, "training converts them")
-        return
-    sources = pickles.find_pickles(folder)
-    if not sources:
-        raise ValueError(f"no feature pickles such as face_train.pickle in '{folder}'")
-    yield from _converted(config, folder, sources, cache)
+    yield OK, f"data: {source.title}"
+    yield from _records(config, source, cache)
 
 
-def _converted(
-    config: Config, folder: Path, sources: Mapping[tuple[str, str], Path], cache: Path
-) -> Found:
-    """Yields what some official files and their records are like."""
-    from vidjax.data.iqiyi_vid import load_truth, records_folder
-
-    size = sum(path.stat().st_size for path in sources.values())
-    yield OK, f"data: '{folder}': {len(sources)} pickles, {_bytes(size)}"
-    where = records_folder(sources, cache)
-    hint = f"training converts them, or python -m vidjax.data.iqiyi_vid {folder}"
-    yield from _records(config, where, lambda found: load_truth(folder, found.splits), hint)
-
-
-def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str) -> Found:
-    """Yields what the records in a folder are like, and their labels."""
-    from vidjax.data.iqiyi_vid import load_labels
+def _records(config: Config, source: RecordSource, cache: Path) -> Found:
+    """Yields the state of the records of a source, and of their labels."""
     from vidjax.data.records import manifest as manifest_lib
+    from vidjax.data.records.convert import records_folder
+    from vidjax.data.records.report import label_records
 
+    where = records_folder(source, cache)
     if not (where / "manifest.json").exists():
-        yield WARNING, f"records: not converted yet, or the files have changed: {hint}"
+        yield (
+            WARNING,
+            "records: not converted yet, or the files have changed: training converts them",
+        )
         return
     found = manifest_lib.load_index(where)
     problems = [*manifest_lib.verify(found), *_sums(found.report), *_counts(found)]
@@ -229,7 +201,7 @@ def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str
         yield OK, f"records: '{where}': {len(shards)} shards, {_bytes(size)}, every sha256 agrees"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, _, report = load_labels(truth(found), found)
+        _, _, report = label_records(found, source.truth(found.clips))
     for warning in caught:
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():

@@ -15,6 +15,7 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax.data.clips import TrainingData
+from vidjax.data.load import DATASETS, describe
 from vidjax.report import html
 from vidjax.run import results as results_lib
 from vidjax.run import workdir
@@ -40,7 +41,7 @@ class Ranked(NamedTuple):
       num_others: identities of the ground truth that the run does not know.
       map_kind: `val`, `out_of_fold` or `in_sample`.
       num_clips: how many were ranked.
-      made: what a synthetic dataset is made of.
+      made: name, size and seed of a generated dataset; 'files' for others.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Ranked(NamedTuple):
     num_others: int
     map_kind: str
     num_clips: int
-    made: tuple[Any, ...]
+    made: str
 
 
 class Difference(NamedTuple):
@@ -171,7 +172,7 @@ def read(
         num_others=num_others,
         map_kind=results["map_kind"],
         num_clips=results["num_clips"],
-        made=(config.data.size, config.data.seed) if config.data.name == "synthetic" else (),
+        made=describe(config.data.to_dict()) if DATASETS[config.data.name].generated else "files",
     )
 
 
@@ -244,7 +245,7 @@ def align(first: Ranked, run: Ranked) -> Ranked:
         )
     if run.made != first.made:
         raise ValueError(
-            f"{both} ranked different data: {_made(first)} and {_made(run)}\n"
+            f"{both} ranked different data: {first.made} and {run.made}\n"
             "compare runs that were evaluated on the same clips"
         )
     place = {name: i for i, name in enumerate(run.identities)}
@@ -273,12 +274,6 @@ def align(first: Ranked, run: Ranked) -> Ranked:
             f"{both} ranked other clips: {text}\ncompare runs that were evaluated on the same clips"
         )
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
-
-
-def _made(run: Ranked) -> str:
-    if not run.made:
-        return "files"
-    return f"synthetic, size {run.made[0]}, seed {run.made[1]}"
 
 
 # How sure a difference is.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.data.load import describe
 from vidjax.report import html
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
@@ -169,9 +170,7 @@ def _summary(run: Run) -> Iterator[str]:
     add("seconds, evaluations included", "seconds", 1)
     results, rows = rows, []
     data = config.get("data", {})
-    what = data.get("name", "")
-    what += f", {data.get('size')}, seed {data.get('seed')}" if what == "synthetic" else ""
-    rows.append(("data", html.text(what)))
+    rows.append(("data", html.text(describe(data))))
     rows.append(("trained on", html.text(", ".join(data.get("train_splits", ())))))
     rows.append(("evaluated on", html.text(config.get("eval", {}).get("split", ""))))
     rows.append(("modalities", html.text(", ".join(config.get("modalities", ())))))
