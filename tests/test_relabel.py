@@ -19,7 +19,7 @@ from tests.helpers.small_runs import (
 from vidjax import ensemble
 from vidjax.data import noise
 from vidjax.data.records import pipeline
-from vidjax.run import checkpoint, workdir
+from vidjax.run import checkpoint, signals
 from vidjax.steps import distractors, feed
 
 pytestmark = pytest.mark.slow  # several trainings
@@ -104,7 +104,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mod
         whole = tmp_path / "whole"
         run(config, whole, data)
     for number in (5, 8):  # right after a relabelling; amid an epoch
-        with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
             interrupt_dispatch(patch, number - 1 - step_of(parts), signal.SIGINT)
             run(config, parts, Interrupting(data, number - step_of(parts), signal.SIGINT))

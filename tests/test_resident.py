@@ -29,7 +29,7 @@ from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.data import resident
 from vidjax.data.records import pipeline
 from vidjax.modes import evaluate
-from vidjax.run import workdir
+from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step
 from vidjax.system import TaskSpec, make_system
@@ -633,13 +633,13 @@ def test_short_dispatches_change_nothing(data, whole, tmp_path, monkeypatch):
 def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, monkeypatch):
     """And stays resident where there is no longer room for it by what a new run would say."""
     config = shrunk(*RUN, spec=MLP)
-    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         interrupt_dispatch(patch, 2, signal.SIGTERM)
         run(config, tmp_path, data)
     stopped = max(manifests(tmp_path))
     assert 2 < stopped < 9
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
-    with pytest.raises(workdir.Interrupted) as caught:
+    with pytest.raises(signals.Interrupted) as caught:
         run(config, tmp_path, Stopping(data, 0))
     assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
     run(config, tmp_path, data)
@@ -651,7 +651,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
 def test_a_run_that_streams_goes_on_streaming(data, tmp_path, monkeypatch):
     run(shrunk(*RUN, STREAMED, spec=MLP), tmp_path / "whole", data)
     config, parts = shrunk(*RUN, spec=MLP), tmp_path / "parts"
-    with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         patch.setattr(resident, "free_bytes", lambda mesh: 0.0)
         run(config, parts, Interrupting(data, 4, signal.SIGINT))
     run(config, parts, data)

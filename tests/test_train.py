@@ -21,8 +21,7 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble
 from vidjax.data.records import pipeline
 from vidjax.modes import evaluate, train
-from vidjax.run import checkpoint
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import checkpoint, signals
 from vidjax.steps import scoring, train_step
 from vidjax.system import TaskSpec, make_system
 
@@ -62,7 +61,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     config = shrunk("--config.eval.every_epochs=3", STREAMED, spec=spec)
     run(config, tmp_path / "whole", data)
     for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
-        with pytest.raises(workdir_lib.Interrupted) as caught:
+        with pytest.raises(signals.Interrupted) as caught:
             run(config, tmp_path / "parts", Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
         assert train.finished(tmp_path / "parts", config) is None
@@ -280,7 +279,7 @@ def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
 @pytest.mark.slow
 def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
     config = shrunk(STREAMED)
-    with pytest.raises(workdir_lib.Interrupted):
+    with pytest.raises(signals.Interrupted):
         run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
     evaluate.evaluate(config, tmp_path, data, num_devices=1)
     assert train.finished(tmp_path, config) is None

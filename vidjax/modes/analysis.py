@@ -5,12 +5,9 @@ the scores of changed clips is measured on a sample that depends on the split al
 """
 
 import functools
-import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +17,6 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, selection
 from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.run import workdir
 from vidjax.steps import topk, train_step
 from vidjax.steps.scoring import ClipScores, Evaluation, ModelScorer, TrainedModel
 from vidjax.system import System
@@ -78,7 +74,7 @@ class Observer:
     def finish(
         self, evaluation: Evaluation, train_splits: Sequence[str]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns facts, fit for JSON, and arrays: what `save` writes.
+        """Returns facts, fit for JSON, and arrays: what `run.results.save_analysis` writes.
 
         Args:
           evaluation: what `scoring.score` returned.
@@ -555,12 +551,3 @@ def _open_set(
     arrays["calibration"] = np.stack([count, *means], axis=1)  # [bins, 3]
     gap = np.sum(count * np.abs(means[0] - means[1])) / max(count.sum(), 1)
     return {"calibration_error": float(gap)}
-
-
-def save(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an analysis, whole or not at all."""
-    content = io.BytesIO()
-    text = json.dumps(facts, default=np.ndarray.tolist).encode()
-    parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
-    np.savez_compressed(content, **parts)
-    workdir.write_bytes(path, content.getvalue())

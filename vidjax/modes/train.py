@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble as ensemble_lib
-from vidjax import ranking
 from vidjax.config import Config
 from vidjax.data import noise, resident
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
 from vidjax.modes.evaluate import digest, select_modalities
-from vidjax.report import run_page
-from vidjax.run import checkpoint, resume
+from vidjax.modes.outputs import write_results
+from vidjax.run import checkpoint, resume, signals
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, Progress, say
 from vidjax.steps import feed as feed_lib
@@ -48,8 +48,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     if changed.keys() - set(resume.MOVABLE):
         return None
-    done = workdir / "metrics.json"
-    results = json.loads(done.read_text()) if done.exists() else {}
+    results = results_lib.read_metrics(workdir)
     return results if results.get("finished") else None  # evaluation writes the file too
 
 
@@ -147,11 +146,11 @@ def train(
     clips = sizes.total_steps * config.batch_size
     progress = Progress(clips, initial=step * config.batch_size, unit="clip", label="train")
     try:
-        with workdir_lib.catch_interruption() as interruption:
+        with signals.catch_interruption() as interruption:
 
             def stop_if_asked() -> None:
                 if interruption.signum:
-                    raise workdir_lib.Interrupted(interruption.signum, step)
+                    raise signals.Interrupted(interruption.signum, step)
 
             def watch() -> Evaluation:
                 stop_if_asked()
@@ -221,15 +220,6 @@ def train(
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
         evaluation = evaluate(train_step.merge_states(states))
-    ranking.write_ranking(
-        workdir / "ranking.txt",
-        data.identities,
-        data.split(config.eval.split).clips,
-        evaluation.top,
-    )
-    if observer:
-        found = observer.finish(evaluation, config.data.train_splits)
-        analysis.save(workdir / run_page.ANALYSIS, *found)
     rates = rates[1:] or rates  # the first one compiled
     results = {
         **evaluation.results,
@@ -247,9 +237,11 @@ def train(
     }
     if command:
         results["command"] = command
-    workdir_lib.write_json(workdir / "metrics.json", results)
-    if analyse:
-        run_page.write(workdir)
+    split = config.eval.split
+    write_results(
+        workdir, data, evaluation, results, split=split, own_split=split,
+        observer=observer, train_splits=config.data.train_splits,
+    )  # fmt: skip
     return results
 
 
