@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -184,7 +185,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     first = {"train": 0, "val": len(data.split("train").clips)}
     for split, offset in first.items():
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=7):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=7):
             one = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask):
                 weight = np.maximum(one.quality[row] * one.detection[row], 0) * one.mask[row]

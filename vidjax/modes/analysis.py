@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, selection
 from vidjax.batch import Array, Batch, LazyFeatures
+from vidjax.data.clips import Split, make_eval_plan
 from vidjax.steps import topk, train_step
 from vidjax.steps.scoring import ClipScores, Evaluation, ModelScorer, TrainedModel
 from vidjax.system import System
@@ -138,7 +139,7 @@ class Observer:
         found: np.ndarray,
         average: np.ndarray,
         trained: np.ndarray | None,
-        split: Any,
+        split: Split,
     ) -> list[dict[str, Any]]:
         """Returns MAP by kinds of identities and of clips."""
         pool, labels = evaluation.clips.pool, split.labels
@@ -186,7 +187,7 @@ class Observer:
             add("modalities that the clip has", [*sets, ("others", ~np.isin(code, common))])
         return tables
 
-    def _sampled(self, evaluation: Evaluation, split: Any) -> dict[str, Any]:
+    def _sampled(self, evaluation: Evaluation, split: Split) -> dict[str, Any]:
         """Returns what becomes of MAP on a sample whose clips are changed, or a member missing."""
         run, labels = self._run, split.labels
         entry = ModelScorer(run, split.clips, self._mesh)
@@ -231,10 +232,8 @@ class Observer:
     def _blocks(self, only: np.ndarray) -> Any:
         """Yields blocks of some clips, shaped as those of the split, on the host."""
         data, names = self._run.data, self._run.scorer.modalities
-        batches = data.eval_batches(
-            split=self._split_name, modalities=names, rows=self._rows, only=only
-        )
-        return map(_on_host, batches)
+        plan = make_eval_plan(data.split(self._split_name), names, only=only)
+        return map(_on_host, data.eval_batches(plan, rows=self._rows))
 
     def _rank(
         self, tally: topk.RunningTopK, entry: ModelScorer, block: Batch, without: int | None = None
@@ -244,7 +243,7 @@ class Observer:
         tally.add((scores, block.clip_index, block.batch_mask))
 
     def _choose(
-        self, clips: ClipScores, split: Any, sample: np.ndarray, rng: np.random.Generator
+        self, clips: ClipScores, split: Split, sample: np.ndarray, rng: np.random.Generator
     ) -> tuple[str, np.ndarray]:
         """Returns a modality with several frames, and [N] bool, some clips of which to hide them.
 
@@ -262,7 +261,7 @@ class Observer:
         return lead, chosen
 
     def _hide(
-        self, entry: ModelScorer, split: Any, clips: ClipScores, lead: str, block: Batch, row: int
+        self, entry: ModelScorer, split: Split, clips: ClipScores, lead: str, block: Batch, row: int
     ) -> dict[str, Any] | None:
         """Returns by how much the score of a clip's identity falls when a frame is hidden.
 

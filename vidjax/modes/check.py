@@ -234,7 +234,7 @@ def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():
         yield OK, f"{split}: {_described(facts)}"
-    restore.select_modalities(config.modalities, found)
+    restore.select_modalities(config.modalities, found.modalities)
 
 
 def _described(facts: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
+from vidjax.data.clips import TrainingData
 from vidjax.report import html
 from vidjax.run import results as results_lib
 from vidjax.run import workdir
@@ -206,7 +207,7 @@ def _identities(folder: Path, ranking: Path) -> list[str]:
 
 
 def _of_ranking(
-    path: Path, names: Sequence[str], data: Any, split_name: str, results: dict[str, Any]
+    path: Path, names: Sequence[str], data: TrainingData, split_name: str, results: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns average precisions [C], positives [C] and the number of other identities."""
     if results["map_kind"] == "out_of_fold":

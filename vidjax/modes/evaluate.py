@@ -7,6 +7,7 @@ from typing import Any
 from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.config import Config
+from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
@@ -17,7 +18,7 @@ from vidjax.steps.scoring import score
 def evaluate(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -27,7 +28,7 @@ def evaluate(
     Args:
       config: the run's configuration, with the overrides of this evaluation.
       workdir: the run's folder.
-      data: a `Dataset`; it may be another than that of the training, and lack a ground truth.
+      data: the clips; they need not be those of the training, nor have a ground truth.
       num_devices: devices to use; None for all. Scores do not depend on it.
       analyse: whether to write the analysis and the report, too.
 

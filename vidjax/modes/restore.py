@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble
 from vidjax.config import Config
+from vidjax.data.clips import Modality, TrainingData
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.checkpoint import CheckpointError
@@ -51,13 +52,15 @@ class FoundRun(NamedTuple):
         return self.checkpoint.manifest
 
 
-def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, TrainedModel]:
+def restore(
+    config: Config, workdir: Path, data: TrainingData, mesh: Mesh
+) -> tuple[int, TrainedModel]:
     """Restores a trained run to evaluate it on a dataset.
 
     Args:
       config: the run's configuration, with the overrides of this evaluation.
       workdir: the run's folder.
-      data: a `Dataset`.
+      data: the clips.
       mesh: the devices.
 
     Returns:
@@ -112,12 +115,12 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
 
 
 def fit_data(
-    data: Any, split: str, modalities: Mapping[str, int], identities: Sequence[str]
-) -> Any:
+    data: TrainingData, split: str, modalities: Mapping[str, int], identities: Sequence[str]
+) -> TrainingData:
     """Labels a dataset with the class columns of a run.
 
     Args:
-      data: a `Dataset`.
+      data: the clips.
       split: the split to evaluate.
       modalities: name -> feature width, of the run.
       identities: [C] names, of the run.
@@ -126,7 +129,7 @@ def fit_data(
       ValueError: the data lacks a modality, or a width differs, or the ground truth of the split
         names no identity of the run.
     """
-    widths = select_modalities(tuple(modalities), data)
+    widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:
             raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
@@ -164,8 +167,12 @@ def load_weights(
     return items["params"], items["model_state"]
 
 
-def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:
+def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
     """Returns name -> feature width of the modalities that a configuration names.
+
+    Args:
+      names: `config.modalities`.
+      known: the modalities of the data.
 
     Raises:
       ValueError: no name, a name that occurs twice, or one that the data does not have.
@@ -175,11 +182,11 @@ def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:
     if len(set(names)) < len(names):
         raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
     for name in names:
-        if name not in data.modalities:
-            close = difflib.get_close_matches(name, data.modalities, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(data.modalities)}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
             raise ValueError(f"config.modalities: the data has no modality '{name}'; {hint}")
-    return {name: data.modalities[name].dim for name in names}
+    return {name: known[name].dim for name in names}
 
 
 def companion_digests(

@@ -22,9 +22,10 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble as ensemble_lib
 from vidjax.config import Config
 from vidjax.data import noise, resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
-from vidjax.modes.evaluate import digest, select_modalities
+from vidjax.modes.restore import check_digests, companion_digests, select_modalities
 from vidjax.modes.outputs import write_results
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
@@ -33,7 +34,8 @@ from vidjax.run.logs import Logs, Progress, say
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import train_step
 from vidjax.steps.distractors import Relabeller, label_distractors
-from vidjax.steps.scoring import Evaluation, Scorer, TrainedModel, score
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.scoring import Evaluation, score
 from vidjax.system import System, TaskSpec, make_system
 
 
@@ -55,7 +57,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
 def train(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -81,11 +83,10 @@ def train(
     sizes, training_sets = plan.sizes, plan.training_sets
     system = make_system(config.to_dict(), sizes)
     mesh = devices_lib.make_mesh(num_devices)
-    scorer = Scorer(system, mesh)
+    eval_step = train_step.make_eval_step(system, mesh)
     facts = {
         **sizes._asdict(),
-        "identities_sha256": digest(data.identities),
-        "members_sha256": ensemble_lib.digest(training_sets),
+        **companion_digests(data.identities, training_sets),
         "config": config.to_dict(),
     }
 
@@ -105,7 +106,8 @@ def train(
 
     def evaluate(state: train_step.TrainState, **kwargs: Any) -> Evaluation:
         name = str(workdir)
-        run = TrainedModel(name, scorer, state.params, state.model_state, training_sets, seen)
+        weights = (state.params, state.model_state)
+        run = TrainedModel(name, system, eval_step, *weights, training_sets, seen)
         nonlocal observer
         if analyse and step == sizes.total_steps:
             observer = analysis.Observer([run], config.eval.split, mesh)
@@ -255,8 +257,8 @@ class _Plan(NamedTuple):
     layout: noise.NoiseLayout | None
 
 
-def _plan(config: Config, data: Any) -> _Plan:
-    modalities = select_modalities(config.modalities, data)
+def _plan(config: Config, data: TrainingData) -> _Plan:
+    modalities = select_modalities(config.modalities, data.modalities)
     train_splits = tuple(config.data.train_splits)
     ensemble = config.ensemble.to_dict()
     members = ensemble_lib.make_members(ensemble)
@@ -333,13 +335,13 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 def _make_feed(
     config: Config,
-    data: Any,
+    data: TrainingData,
     system: System,
     sizes: TaskSpec,
     mesh: Mesh,
     step: int,
     mode: str | None,
-) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, Any]:
+) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, ClipSource]:
     """Returns how clips reach the training step from some step on, and what evaluation reads.
 
     Args:
@@ -347,22 +349,22 @@ def _make_feed(
       step: how many steps were done.
       mode: of the process that did them, which the order of clips depends on; None for the first.
     """
-    stream = {
-        "modalities": tuple(sizes.modalities),
-        "max_frames": config.data.max_frames,
-        "crop": config.data.crop,
-    }
-    splits = tuple(config.data.train_splits)
-    layout = resident.make_layout(data, train_splits=splits, eval_split=config.eval.split, **stream)
+    plan = make_batch_plan(
+        [data.split(name) for name in config.data.train_splits],
+        tuple(sizes.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+    )
+    layout = resident.make_layout(data, plan, config.eval.split)
     num_drawn = sizes.total_steps * config.batch_size
     mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
-    stream |= {"splits": splits, "batch_size": config.batch_size, "seed": config.seed}
     if mode == "streaming":
         say("clips are streamed from the records")
-        batches = data.train_batches(**stream, start=step * config.batch_size)
+        batches = data.train_batches(plan, start=step * config.batch_size)
         return feed_lib.StreamingFeed(system, mesh, batches), data
     began = time.monotonic()
-    plan = resident.make_plan(data, **stream)
     clips = resident.Resident(data, layout, mesh)
     say(
         f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
@@ -372,16 +374,13 @@ def _make_feed(
 
 
 def _claim(
-    workdir: Path, config: Config, data: Any, training_sets: ensemble_lib.TrainingSets
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble_lib.TrainingSets
 ) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble_lib.save(workdir, training_sets)
-    cropped = data.num_cropped(
-        splits=config.data.train_splits,
-        modalities=config.modalities,
-        max_frames=config.data.max_frames,
-    )
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
     workdir_lib.write_json(workdir / "data_report.json", report)
 
@@ -405,10 +404,7 @@ def _start(
     def check(saved: Mapping[str, Any]) -> None:
         before = config_lib.from_json(json.dumps(saved["config"]))
         changed.update(resume.changes(workdir, before, config))
-        for name in ("identities_sha256", "members_sha256"):
-            if saved[name] != facts[name]:
-                of = "list of identities" if "identities" in name else "set of clips or members"
-                raise checkpoint.CheckpointError(f"'{workdir}' was trained on another {of}")
+        check_digests(workdir, saved, facts)
         if saved["step"] > plan.sizes.total_steps:
             raise ValueError(
                 f"'{workdir}' was trained for {saved['step']} steps already, "

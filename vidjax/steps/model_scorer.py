@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch
+from vidjax.data.clips import ClipSource
 from vidjax.steps import train_step
 from vidjax.steps.sinks import TopKMetric
 from vidjax.system import System
@@ -30,7 +31,7 @@ class TrainedModel(NamedTuple):
       params: the parameters, [E, ...].
       model_state: the other variable collections of the model, [E, ...].
       training_sets: the clips that each member was trained on.
-      data: a `Dataset` whose labels are columns of this model.
+      data: clips that are labelled with the class columns of this model.
       weight: the share of this model in a blend of several.
     """
 
@@ -40,7 +41,7 @@ class TrainedModel(NamedTuple):
     params: Mapping[str, Any]
     model_state: Mapping[str, Any]
     training_sets: ensemble.TrainingSets
-    data: Any
+    data: ClipSource
     weight: float = 1.0
 
     @classmethod
@@ -52,7 +53,7 @@ class TrainedModel(NamedTuple):
         params: Mapping[str, Any],
         model_state: Mapping[str, Any],
         training_sets: ensemble.TrainingSets,
-        data: Any,
+        data: ClipSource,
     ) -> Self:
         """Makes the evaluation step of a system for a mesh; see the attributes for the rest."""
         step = train_step.make_eval_step(system, mesh)
@@ -130,7 +131,7 @@ class ModelScorer:
                 totals[i] = _add(totals[i], scores, use, logs=logs)
             if member_metrics:
                 member_metrics[number].flush()  # the scores of one member at a time are held
-        return [_mean(*total, logs=logs) for total in totals if total is not None]
+        return [_mean(pair[0], pair[1], logs=logs) for pair in totals if pair is not None]
 
 
 def blend(scores: Sequence[Sequence[Array]], weights: Sequence[float]) -> list[Array]:

@@ -8,19 +8,20 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Batch, LazyFeatures
+from vidjax.data.clips import longest, make_eval_plan
 from vidjax.steps.model_scorer import TrainedModel
 
 WINDOW_BYTES = 512 << 20  # a window ends at the latest when its features take this much
 
 
 def windows(
-    models: Sequence[TrainedModel], split: str, block_size: int, mesh: Mesh, rows: int
+    models: Sequence[TrainedModel], split_name: str, block_size: int, mesh: Mesh, rows: int
 ) -> Iterator[list[list[Batch]]]:
     """Yields windows of a split; a dataset that several models share is read once.
 
     Args:
       models: models whose data hold the same clips.
-      split: name of the split.
+      split_name: the split.
       block_size: clips per device and block.
       mesh: the devices.
       rows: a window ends with the block that reaches so many clips.
@@ -35,15 +36,12 @@ def windows(
     for model in models:
         modalities.setdefault(id(model.data), {}).update(dict.fromkeys(model.modalities))
     datasets = {id(model.data): model.data for model in models}
-    lengths = np.max(
-        [data.longest(split, tuple(modalities[key])) for key, data in datasets.items()], axis=0
-    )
+    splits = {key: data.split(split_name) for key, data in datasets.items()}
+    lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
     streams = [
         data.eval_batches(
-            split=split,
-            modalities=tuple(modalities[key]),
+            make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
             rows=block_size * mesh.size,
-            lengths=lengths,
         )
         for key, data in datasets.items()
     ]
