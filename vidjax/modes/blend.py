@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics, ranking
+from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.modes import analysis, evaluate

@@ -25,8 +25,8 @@ from vidjax.data import noise, resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
-from vidjax.modes.restore import check_digests, companion_digests, select_modalities
 from vidjax.modes.outputs import write_results
+from vidjax.modes.restore import check_digests, companion_digests, select_modalities
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib

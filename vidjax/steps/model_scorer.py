@@ -92,7 +92,9 @@ class ModelScorer:
             self.use = np.ones_like(self.use)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
-        self._single = _take(self._weights, 0) if len(self.use) == 1 else None
+        self._single: tuple[Any, Any] | None = None
+        if len(self.use) == 1:
+            self._single = _take(self._weights, 0)
 
     @property
     def num_members(self) -> int:
@@ -114,9 +116,9 @@ class ModelScorer:
           member_metrics: one metric per member, to which its own scores are added; () for none.
         """
         if self._single:
-            (member,) = self.model.training_sets.members
-            view = jnp.int32(member.view)
-            return [self.model.eval_step(*self._single, view, block) for block in blocks]
+            params, model_state = self._single
+            view = jnp.int32(self.model.training_sets.members[0].view)
+            return [self.model.eval_step(params, model_state, view, block) for block in blocks]
         logs = self.model.system.logs
         totals: list[tuple[Array, Array] | None] = [None] * len(blocks)
         for number, member in enumerate(self.model.training_sets.members):
