@@ -20,7 +20,7 @@ from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate
+from vidjax.modes import restore
 
 DIM = 4
 

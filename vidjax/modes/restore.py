@@ -28,9 +28,7 @@ from vidjax.steps.model_scorer import TrainedModel
 from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
-REMEDY = (
-    "delete it and metrics.json, then repeat the command that trained the run: it rewrites both"
-)
+REMEDY = "delete it and metrics.json: the command that trained the run then rewrites both"
 
 
 class FoundRun(NamedTuple):
