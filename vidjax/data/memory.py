@@ -112,9 +112,7 @@ def _select(clips: Clips, modalities: Mapping[str, int]) -> Iterator[Clip]:
         name = clean_name_at("clips:", given)
         if not isinstance(features, Mapping):
             kind = type(features).__name__
-            raise ValueError(
-                f"clip {show(name)} is of type {kind}, wanted {{modality: features}}"
-            )
+            raise ValueError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
         selected = {key: features[key] for key in modalities if key in features}
         if features and not selected:
             raise ValueError(

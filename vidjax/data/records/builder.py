@@ -55,9 +55,7 @@ def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
     return StagedSplit(clips, order.astype(np.int32), dict(packed), starts, lengths)
 
 
-def shard_bounds(
-    split: StagedSplit, modalities: Mapping[str, Modality]
-) -> list[tuple[int, int]]:
+def shard_bounds(split: StagedSplit, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
     """Returns the first and last + 1 record of each shard; no shard is empty."""
     num_bytes = sum(
         int(split.lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize

@@ -14,6 +14,7 @@ import numpy as np
 from vidjax.data.cache import building, cache_folder, disk_error, exclusive
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite
+from vidjax.data.record_source import RecordSource, Unpacked
 from vidjax.data.records.builder import (
     VERSION,
     FrameRecords,
@@ -31,9 +32,9 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.data.records.report import report_split
-from vidjax.data.record_source import RecordSource, Unpacked
 
 _LOG = logging.getLogger(__name__)
+
 
 def convert(
     source: RecordSource,

@@ -172,9 +172,7 @@ def _load_split(
     return SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
-        lengths={
-            key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)
-        },
+        lengths={key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)},
         shards=tuple(
             Shard(**{**shard, "path": folder / shard["path"]}) for shard in manifest["shards"]
         ),
