@@ -17,7 +17,7 @@ from vidjax.config import Config
 from vidjax.modes import analysis, evaluate
 from vidjax.modes.outputs import write_results
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import say
+from vidjax.run.terminal import say
 from vidjax.steps import scoring
 
 ROUNDS = 30  # of the greedy choice: weights are multiples of 1 / ROUNDS at the finest

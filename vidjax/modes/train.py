@@ -30,7 +30,8 @@ from vidjax.modes.outputs import write_results
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import Logs, Progress, say
+from vidjax.run.logs import Logs
+from vidjax.run.terminal import Progress, say
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import train_step
 from vidjax.steps.distractors import Relabeller, label_distractors

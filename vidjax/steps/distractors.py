@@ -18,7 +18,8 @@ from vidjax.batch import Frames
 from vidjax.config import Config
 from vidjax.data import noise
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import keep_until, say
+from vidjax.run.logs import keep_until
+from vidjax.run.terminal import say
 from vidjax.steps import train_step
 from vidjax.system import System
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, ranking
 from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.run.logs import CompileClock, Progress
+from vidjax.run.terminal import Progress
 from vidjax.steps import train_step
 from vidjax.system import System
 
@@ -191,7 +191,7 @@ def score(
     labels = devices.replicate(mesh, jnp.asarray(split.labels))
 
     began = time.monotonic()
-    with CompileClock() as compiling:
+    with devices.CompileClock() as compiling:
         progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
         rows = 1 if not joined and len(entries[0].use) == 1 else WINDOW_ROWS
         for window in windows(models, split_name, block_size, mesh, rows):
