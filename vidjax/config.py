@@ -5,11 +5,9 @@ python -m vidjax.config --write=configs/README.md    # writes them into a page
 """
 
 import argparse
-import ast
 import copy
 import inspect
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +38,6 @@ __all__ = [
 ]
 
 Config = Any  # a ConfigDict, whose fields no type checker can follow
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def default() -> Config:
@@ -71,6 +68,8 @@ def default() -> Config:
     # `pool`: the model takes all fused frames of a clip; `examples`: the model takes one fused
     # frame at a time, and evaluation combines the scores by `eval.reduce`
     config.after_fusion = "pool"
+    # names of further transforms of a training batch, in order; empty: none
+    config.transforms = ()
     # alpha of the Beta distribution that draws the shares of two mixed clips; 0: no mixup
     config.mixup = 0.0
     config.log_every_steps = 20  # training steps between two lines of `metrics.jsonl`
@@ -147,8 +146,7 @@ def default() -> Config:
     config.eval.split = "val"
     config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
     config.eval.block_size = 256  # clips that a device scores at a time
-    # scores that clips are ranked by: `log_softmax`, `log_sigmoid` or `logits`
-    config.eval.scores = "log_softmax"
+    config.eval.scores = "log_softmax"  # scores that clips are ranked by
     # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
     config.eval.reduce = "mean"
     config.eval.members = True  # rank every member of an ensemble by itself, too
@@ -162,17 +160,21 @@ def default() -> Config:
     # `vidjax/fusion.py`. A modality that is not named keeps all its frames
     config.fusion = ConfigDict()
 
-    config.loss = ConfigDict()  # a mixture of focal loss and softmax cross-entropy
-    # kind of focal loss: `binary` (one against the rest, summed over classes) or `multiclass`.
-    # With a focal weight in `loss.schedule`
+    config.loss = ConfigDict()  # the loss of the logits, and of the embeddings
+    # loss of the logits that has the rest of the weight in `loss.schedule`
+    config.loss.classification = "softmax"
+    # loss of the logits that has the weight in `loss.schedule`: the focal loss of one class against
+    # the rest, summed over classes (`binary`), or of the softmax (`multiclass`)
     config.loss.focal = "binary"
-    # focusing exponent of the focal loss, 0 or more; 0: cross-entropy. With a focal weight in
-    # `loss.schedule`
+    # focusing exponent of the focal loss, 0 or more; 0: cross-entropy
     config.loss.gamma = 2.0
-    # weight of the focal loss, 0 to 1: pairs (epoch, weight), linear between them; the rest of
-    # the weight is on the softmax cross-entropy
+    # weight of the loss `loss.focal`, 0 to 1: pairs (epoch, weight), linear between them
     config.loss.schedule = ((0.0, 0.0),)
-    config.loss.margin = 0.0  # additive angular margin (ArcFace) of a cosine classifier, in radians
+    config.loss.margin = 0.0  # margin of a cosine classifier in training, in radians; 0: none
+    config.loss.margin_type = "angular"  # kind of the margin. With `loss.margin` above 0
+    config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
+    # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
+    config.loss.embedding_weight = 1.0
     # share of the target that is spread over all classes in the softmax cross-entropy, 0 to 1
     config.loss.label_smoothing = 0.0
 
@@ -249,50 +251,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         group, _, leaf = name.rpartition(".")
         parent = config[group] if group else config
         try:
-            parent[leaf] = _convert(text, parent.get_type(leaf), known[name])
+            parent[leaf] = config_rules.convert(text, parent.get_type(leaf), known[name])
         except ValueError as error:
             raise ValueError(f"--config.{name}={text}: wants {error}") from error
     return config
-
-
-def _convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the value that a command-line word gives to a field.
-
-    Args:
-      text: what follows the equals sign.
-      kind: type of the field.
-      example: value of the field so far.
-
-    Raises:
-      ValueError: the text is no value of that type; the error says what is wanted.
-    """
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError("true or false")
-        return BOOLEANS[text.lower()]
-    if kind is tuple:
-        value = _convert_tuple(text)
-        names = bool(example) and isinstance(example[0], str)
-        if names and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"names such as {','.join(example)}")
-        return value
-    try:
-        value = kind(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if math.isnan(value):
-        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
-    return value
-
-
-def _convert_tuple(text: str) -> tuple[Any, ...]:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def check(config: Config, *, fresh: bool = True) -> None:
@@ -388,7 +350,9 @@ def documentation() -> Mapping[str, str]:
     words = {file.name: config_files.load_module(file).WORDS for file in files}
     return {
         "arguments": config_docs.argument_table(SCALE_WORDS, words),
-        "fields": config_docs.field_tables(inspect.getsource(default), dict(fields(default()))),
+        "fields": config_docs.field_tables(
+            inspect.getsource(default), dict(fields(default())), config_docs.known_names()
+        ),
     }
 
 

@@ -5,7 +5,7 @@ import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -46,12 +46,32 @@ def _is_comment(source: str, line: int) -> bool:
     return source.splitlines()[line - 1].lstrip().startswith("#")
 
 
-def field_tables(source: str, defaults: Mapping[str, Any]) -> str:
+def known_names() -> Mapping[str, Iterable[str]]:
+    """Returns field or group -> the names that it may take, from the tables of the code."""
+    from vidjax import augment, fusion, losses, system  # takes a second: jax
+    from vidjax.models import identifier
+
+    return {
+        "eval.scores": system.SCORES,
+        "fusion": fusion.FUSIONS,
+        "loss.classification": losses.CLASSIFICATION,
+        "loss.embedding": losses.EMBEDDING,
+        "loss.focal": losses.CLASSIFICATION,
+        "loss.margin_type": losses.MARGINS,
+        "model": identifier.MODELS,
+        "transforms": augment.TRANSFORMS,
+    }
+
+
+def field_tables(
+    source: str, defaults: Mapping[str, Any], known: Mapping[str, Iterable[str]]
+) -> str:
     """Returns one Markdown table of fields for each group of a configuration.
 
     Args:
       source: source code of `config.default`.
       defaults: dotted name -> default of every field.
+      known: field or group -> the names that it may take, as far as these are listed.
 
     Raises:
       ValueError: a field or a group has no comment.
@@ -60,6 +80,8 @@ def field_tables(source: str, defaults: Mapping[str, Any]) -> str:
     if missing := sorted({*defaults, *comments} - {name for name in comments if comments[name]}):
         raise ValueError(f"config.default(): no comment above or beside {', '.join(missing)}")
     lines = _table_head()
+    for name, names in known.items():
+        comments[name] += f"; known are {', '.join(f'`{item}`' for item in names)}"
     for name, comment in comments.items():
         if name in defaults:
             lines.append(f"| `{name}` | {_shown(defaults[name])} | {comment} |")
@@ -78,7 +100,7 @@ def _shown(value: Any) -> str:
     """Returns a default as the command line would take it."""
     if value is None:
         return "unset"
-    if isinstance(value, tuple) and not value:
+    if value in ((), ""):
         return "empty"
     if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
         return f"`{','.join(value)}`"

@@ -1,10 +1,11 @@
-"""Which values of configuration fields a training accepts: their ranges, and that each is read.
+"""Values of configuration fields: converted from text, within their range, and read by something.
 
 A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
 optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
 other than the default in a field that the rest of the configuration leaves unread.
 """
 
+import ast
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +19,48 @@ NOT_NEGATIVE = (
     "noise.relabel_every_epochs",
     "eval.every_epochs",
 )
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 DISTRACTORS = ("other", "leave_out", "noise")
+
+
+def convert(text: str, kind: type, example: Any) -> Any:
+    """Returns the value that a command-line word gives to a field.
+
+    Args:
+      text: what follows the equals sign.
+      kind: type of the field.
+      example: value of the field so far.
+
+    Raises:
+      ValueError: the text is no value of that type; the error says what is wanted.
+    """
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError("true or false")
+        return BOOLEANS[text.lower()]
+    if kind is tuple:
+        value = _convert_tuple(text)
+        names = bool(example) and isinstance(example[0], str)
+        if names and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"names such as {','.join(example)}")
+        return value
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
+    return value
+
+
+def _convert_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 class ReadWhen(NamedTuple):
@@ -38,25 +80,57 @@ class ReadWhen(NamedTuple):
 
 
 def _schedule_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the focal loss; (0.5,) for a schedule that `make_loss` refuses."""
+    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):
         return (0.5,)
 
 
+def _logit_losses(values: Values) -> set[str]:
+    """Returns the names of the losses of logits that have a weight at some epoch."""
+    weights = _schedule_weights(values)
+    focal = {values["loss.focal"]} if any(weights) else set()
+    rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
+    return focal | rest
+
+
 READ_WHEN = (
     ReadWhen(
-        ("loss.focal", "loss.gamma"),
+        ("loss.focal",),
         lambda values: any(_schedule_weights(values)),
+        "it has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,1),)'",
+    ),
+    ReadWhen(
+        ("loss.classification",),
+        lambda values: any(weight != 1 for weight in _schedule_weights(values)),
+        "config.loss.focal has all the weight throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.gamma",),
+        lambda values: bool(_logit_losses(values) - {"softmax"}),
         "the focal loss has weight 0 throughout config.loss.schedule",
         "'--config.loss.schedule=((0,1),)'",
     ),
     ReadWhen(
         ("loss.label_smoothing",),
-        lambda values: any(weight != 1 for weight in _schedule_weights(values)),
+        lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}),
         "the softmax cross-entropy has weight 0 throughout config.loss.schedule",
         "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.margin_type",),
+        lambda values: values["loss.margin"] > 0,
+        "config.loss.margin=0 adds no margin",
+        "--config.loss.margin=0.5",
+    ),
+    ReadWhen(
+        ("loss.embedding_weight",),
+        lambda values: bool(values["loss.embedding"]),
+        "config.loss.embedding names no loss",
+        "--config.loss.embedding=NAME",
     ),
     ReadWhen(
         ("optim.momentum",),
