@@ -374,7 +374,7 @@ def test_readme_lists_every_field_and_no_other():
 
 
 def test_readme_lists_every_flag_and_no_other():
-    source = (ROOT / "vidjax" / "main.py").read_text()
+    source = (ROOT / "vidjax" / "command_line.py").read_text()
     flags = set(re.findall(r'add_argument\(\s*"(--[\w.]+)', source))
     named = [word for word in table("Flags") if word.startswith("--")]  # not the arguments
     assert {re.split(r"[=\[]", flag)[0] for flag in named} == flags

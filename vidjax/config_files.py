@@ -117,7 +117,7 @@ def find_file(name: str) -> Path:
     elif not near and (installed / same_name.name).is_file():
         hint = f"did you mean '{same_name.stem}', which is installed with vidjax?"
     else:
-        hint = suggest(str(path), near)
+        hint = suggest(str(path), near or sorted(file.stem for file in installed.glob("*.py")))
     raise ValueError(f"--config: no such file '{name}'\n{hint}")
 
 

@@ -153,15 +153,15 @@ def _check(args: "Arguments") -> int:
     config, workdir = arguments.for_check(args)
     # An accelerator may be at work on the run that is checked.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.modes import check
+    from vidjax.modes import check, findings
 
     _say(f"check: {workdir or args.config or 'the environment'}")
     items = []
     for item in check.check(config, workdir):  # print each line at once: reading data takes time
         items.append(item)
         _say(f"  {item.state:7}  {item.text}")
-    _say(check.verdict(items))
-    return check.exit_code(items)
+    _say(findings.verdict(items))
+    return findings.exit_code(items)
 
 
 RUNNERS = {
