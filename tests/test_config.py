@@ -301,16 +301,14 @@ def test_a_field_without_a_comment_is_an_error():
 
 def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
-    empty = (
-        "<!-- arguments -->\n<!-- /arguments -->\n\n<!-- fields -->\nstale text\n<!-- /fields -->\n"
-    )
-    page.write_text(f"# A page\n\n{empty}\nThe end.\n")
+    names = ("arguments", "fields")
+    sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
+    page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
     config_lib.main([f"--write={page}"])
     written = page.read_text()
     assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
-    assert (
-        "stale text" not in written and "`optim.momentum`" in written and "`published`" in written
-    )
+    assert "stale text" not in written
+    assert "`optim.momentum`" in written and "`published`" in written
     config_lib.main([])
     assert "`optim.momentum`" in capsys.readouterr().out
     page.write_text("# A page\n")

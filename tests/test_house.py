@@ -67,7 +67,7 @@ def test_lower_rooms_know_no_configuration_and_no_loop(room):
 
 
 CAGE = "vidjax/data/untrusted/unpickle.py"  # the one place that may unpickle
-CONFIGS = "vidjax/config.py"  # runs the configuration that the user names: a program
+CONFIGS = "vidjax/config_files.py"  # runs the configuration that the user names: a program
 # What turns data into code, and who may use it all the same.
 UNSAFE_MODULES = ("cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "runpy", "shelve")
 UNSAFE_MODULES += ("code", "codeop", "torch", "yaml")

@@ -146,7 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)"
     )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
-    parser.add_argument(  # for the help alone: `split_overrides` takes these words
+    # For the help alone: `split_overrides` takes these words.
+    parser.add_argument(
         "--config.FIELD",
         metavar="VALUE",
         default=argparse.SUPPRESS,

@@ -74,6 +74,7 @@ def _train(args: "Arguments") -> int:
         from vidjax.modes import train
         from vidjax.report import run_page
         from vidjax.run import logs
+        from vidjax.run import results as results_lib
 
         _set_up_devices(config)
         results = train.finished(workdir, config)
@@ -83,7 +84,7 @@ def _train(args: "Arguments") -> int:
                 config, workdir, data, analyse=config.eval.report, command=args.command
             )
             logs.log_results(workdir, results, config.eval.split)
-        elif config.eval.report and not (workdir / run_page.FILE).exists():
+        elif config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)  # an earlier process stopped just before
     _summarise(args.mode, config, workdir, results, time.monotonic() - began)
     return 0
@@ -96,14 +97,11 @@ def _evaluate(args: "Arguments") -> int:
     config, path = arguments.for_evaluation(args)
     with _locked_folder(path) as workdir:
         from vidjax.modes import blend, evaluate
-        from vidjax.report import run_page
         from vidjax.run import logs
 
         _set_up_devices(config)
         if config.join.runs:
             results = blend.join(config, workdir, arguments.load_data)
-            if config.eval.report:
-                run_page.write(workdir)
         else:
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
@@ -176,10 +174,11 @@ RUNNERS = {
 @contextlib.contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock."""
+    from vidjax.run import signals
     from vidjax.run import workdir as workdir_lib
 
     if signal.getsignal(signal.SIGTERM) is _stop_at_once:
-        workdir_lib.end_on_signals()
+        signals.end_on_signals()
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
         yield workdir
@@ -199,15 +198,17 @@ def _summarise(
 ) -> None:
     """Prints the scores of a run and the files to look at."""
     from vidjax import config as config_lib
+    from vidjax import metrics
     from vidjax.modes.arguments import shown
+    from vidjax.run import results as results_lib
 
     split = config.eval.split
-    suffix = "" if split == config_lib.load_workdir(workdir).eval.split else f"_{split}"
+    paths = results_lib.paths(workdir, split, config_lib.load_workdir(workdir).eval.split)
     rows = {"workdir": shown(workdir)}
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
-        rows["MAP@100"] = f"{results['map']:.4f} on {kind}; top-1 {results['top1']:.4f}"
+        rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
     if "best_map" in results:
@@ -215,9 +216,9 @@ def _summarise(
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     rows["time"] = f"{seconds:.1f} s"
-    rows["ranking"] = shown(workdir / f"ranking{suffix}.txt")
-    if (workdir / "report.html").exists():
-        rows["report"] = shown(workdir / "report.html")
+    rows["ranking"] = shown(paths.ranking)
+    if (workdir / results_lib.REPORT).exists():
+        rows["report"] = shown(workdir / results_lib.REPORT)
     _say("\n".join([mode, *(f"  {name:10}  {value}" for name, value in rows.items())]))
 
 
@@ -248,7 +249,7 @@ def _exit_code(error: Exception) -> int | None:
         return 2  # before the imports below, which take a second
 
     from vidjax.run.checkpoint import CheckpointError
-    from vidjax.run.workdir import Interrupted
+    from vidjax.run.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return error.exit_code

@@ -17,6 +17,7 @@ from vidjax.config import Config
 from vidjax.modes.evaluate import digest
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings
 from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
 
 
 def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
@@ -56,7 +57,7 @@ def _damaged_config(workdir: Path) -> Findings:
 
 def _results(path: Path) -> Findings:
     """Yields the finding on a file of results, in JSON."""
-    content = _read_json(path)
+    content = workdir_lib.read_json(path)
     if path.name == "data_report.json":
         problems = list(wrong_sums(content))
         yield from ((FAULT, problem) for problem in problems)
@@ -70,7 +71,7 @@ def _results(path: Path) -> Findings:
 
 def _ranking(path: Path) -> Findings:
     known = path.with_name("identities.json")
-    identities = _read_json(known) if known.exists() else None
+    identities = workdir_lib.read_json(known, list) if known.exists() else None
     ranked = ranking.load_ranking(path, identities=identities)
     if identities is not None and len(ranked) != len(identities):
         yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
@@ -155,11 +156,11 @@ def _companions(
     """
     path = workdir / "identities.json"
     try:
-        identities = _read_json(path)
+        identities = workdir_lib.read_json(path, list)
         agrees = digest(identities) == manifest.get("identities_sha256")
         said = f"{len(identities)} identities" if agrees else "not what the run was trained with"
         yield OK if agrees else FAULT, f"{name}identities.json: {said}"
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         yield FAULT, f"{name}{error}"
     try:
         training_sets = ensemble.load(workdir)
@@ -188,13 +189,6 @@ def _holder(workdir: Path) -> str | None:
     except OSError:
         pass
     return None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
 def wrong_sums(report: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System
@@ -33,6 +34,47 @@ class Done(NamedTuple):
     num_steps: int
     loss: float
     bad_step: int | None
+
+
+class Feed(Protocol):
+    """Brings clips to the training step.
+
+    Attributes:
+      mode: `streaming` or `resident`.
+      waited: seconds that the devices sat idle waiting for clips.
+    """
+
+    mode: str
+    waited: float
+
+    def run(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+        most: int,
+    ) -> Done:
+        """Trains for one dispatch.
+
+        Args:
+          states: state of every group of members; donated.
+          tables: tables of every group.
+          step: number of steps done before.
+          most: number of steps to do at the most, 1 or more.
+        """
+        ...
+
+    def bad_clips(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+    ) -> np.ndarray:
+        """Returns [n] int32 clip_index of the clips of `step` that have no finite loss.
+
+        Where no single clip is to blame, these are all clips of the step.
+        """
+        ...
 
 
 class StreamingFeed:
@@ -109,9 +151,7 @@ class ResidentFeed:
     mode = "resident"
     waited = 0.0
 
-    def __init__(
-        self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: resident.Plan
-    ):
+    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
         """Takes the clips to train on and how they make batches."""
         self._clips = clips
         self._find = _make_finder(system)
