@@ -8,10 +8,11 @@ import pytest
 
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
-from vidjax import metrics, ranking
+from vidjax import metrics
 from vidjax.data.records import pipeline
 from vidjax.modes import analysis, evaluate, train
 from vidjax.report import run_page
+from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +114,7 @@ def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
     split = data.split("val")
     sample = np.random.default_rng(0).choice(60, 30, replace=False)
     positives = np.bincount(split.labels[sample], minlength=13)[1:]
-    lists = np.full((12, 60), ranking.NO_CLIP)
+    lists = np.full((12, 60), topk.NO_CLIP)
     for row, line in zip(lists, (workdir / "ranking.txt").read_text().splitlines(), strict=True):
         clips = [split.clips.index(name.removesuffix(".mp4")) for name in line.split()[1:]]
         clips = [clip for clip in clips if clip in sample]
@@ -145,7 +146,7 @@ def test_map_among_some_clips_by_hand():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
-    top = ranking.TopK(np.zeros(index.shape, np.float32), index)
+    top = topk.TopK(np.zeros(index.shape, np.float32), index)
     found = analysis._found(top, labels)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
@@ -164,8 +165,8 @@ def test_map_among_some_clips_by_hand():
 
 def test_homes_are_the_lists_of_the_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
-    index = np.array([[2, 0, ranking.NO_CLIP], [2, 1, 0]])
-    homes = analysis._homes(ranking.TopK(scores, index), 4)
+    index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
+    homes = analysis._homes(topk.TopK(scores, index), 4)
     assert homes.tolist() == [0, 1, 0, -1]  # clip 2 is at par: the first identity
 
 

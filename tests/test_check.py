@@ -18,6 +18,7 @@ from vidjax.main import main
 from vidjax.modes.evaluate import digest
 from vidjax.run import checkpoint
 from vidjax.run import workdir as workdir_lib
+from vidjax.steps import topk
 
 ROOT = Path(__file__).parent.parent
 SPEC = "configs/mma.py:iqiyi_vid,face,head,audio"
@@ -60,7 +61,7 @@ def finished(data, tmp_path_factory):
     lines = [{"step": 10}, {"step": 20}, {"step": 20, "split": "val"}]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text)
-    top = ranking.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
+    top = topk.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
     ranking.write_ranking(workdir / "ranking.txt", identities, clips, top)
     workdir_lib.write_json(workdir / "metrics.json", {"map": 0.2, "map_kind": "val"})
     report = {"frames_seen": 9, "frames": 7, "frames_skipped": {"non_finite": 2}}

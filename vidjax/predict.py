@@ -20,14 +20,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble, ranking
+from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch, Branches
 from vidjax.config import Config
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.models.heads import Classifier, CosineClassifier, NearestNeighbours, unit_vectors
 from vidjax.modes import evaluate
-from vidjax.steps import scoring, train_step
+from vidjax.steps import scoring, topk, train_step
 from vidjax.system import System
 
 HEADS = (Classifier, CosineClassifier, NearestNeighbours)
@@ -105,7 +105,7 @@ class Predictor(NamedTuple):
           ValueError: clips do not fit the run; names clip, modality and field.
         """
         data, split, places = self._read(clips, split)
-        ranked = ranking.Ranking(
+        ranked = topk.RunningTopK(
             len(self.identities), rows=min(scoring.WINDOW_ROWS, max(len(places), 1))
         )
         for block in self._scored(data, split):
@@ -119,7 +119,7 @@ class Predictor(NamedTuple):
             identity: [
                 (names[clip], float(score))
                 for clip, score in zip(clips_of.tolist(), scores.tolist(), strict=True)
-                if clip != ranking.NO_CLIP
+                if clip != topk.NO_CLIP
             ]
             for identity, clips_of, scores in zip(
                 self.identities, np.asarray(top.index), np.asarray(top.scores), strict=True
@@ -183,7 +183,7 @@ class Predictor(NamedTuple):
         for window in scoring.windows([model], split, size, self.mesh, rows):
             yield window[0]
 
-    def _scored(self, data: Any, split: str) -> Iterator[ranking.Block]:
+    def _scored(self, data: Any, split: str) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C] with clip_index and which rows are clips that may be scored."""
         clips = data.split(split).clips
         entry = scoring.ModelScorer(self._model(data), clips, self.mesh)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, metrics, ranking, selection
+from vidjax import devices, ensemble, metrics, selection
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.run import workdir
-from vidjax.steps import train_step
+from vidjax.steps import topk, train_step
 from vidjax.steps.scoring import ClipScores, Evaluation, ModelScorer, TrainedModel
 from vidjax.system import System
 
@@ -205,8 +205,8 @@ class Observer:
         if not positives.any():
             return facts
 
-        tallies: dict[str, ranking.Ranking] = {}
-        without = [ranking.Ranking(len(positives), rows=self._rows) for _ in entry.use]
+        tallies: dict[str, topk.RunningTopK] = {}
+        without = [topk.RunningTopK(len(positives), rows=self._rows) for _ in entry.use]
         alone = entry.use[:, sample].sum(axis=0).min(initial=num_members) < 2
         if alone or num_members > MOST_MEMBERS:
             without = []
@@ -214,14 +214,14 @@ class Observer:
         frames = []
         for block in self._blocks(sample):
             for name, changed in _changes(block, run.scorer.modalities):
-                tally = tallies.setdefault(name, ranking.Ranking(len(positives), rows=self._rows))
+                tally = tallies.setdefault(name, topk.RunningTopK(len(positives), rows=self._rows))
                 self._rank(tally, entry, changed)
             for number, tally in enumerate(without):
                 self._rank(tally, entry, block, number)
             for row in np.flatnonzero(block.batch_mask & chosen[block.clip_index]):
                 frames.append(self._hide(entry, split, evaluation.clips, lead, block, int(row)))
 
-        def value_of(tally: ranking.Ranking) -> float:
+        def value_of(tally: topk.RunningTopK) -> float:
             return metrics.mean_average_precision(tally.finish().index, labels, positives)
 
         values = {name: value_of(tally) for name, tally in tallies.items()}
@@ -241,7 +241,7 @@ class Observer:
         return map(_on_host, batches)
 
     def _rank(
-        self, tally: ranking.Ranking, entry: ModelScorer, block: Batch, without: int | None = None
+        self, tally: topk.RunningTopK, entry: ModelScorer, block: Batch, without: int | None = None
     ) -> None:
         block = devices.shard_batch(self._mesh, block)
         (scores,) = entry.score([block], without)
@@ -394,7 +394,7 @@ def _changes(block: Batch, names: Sequence[str]) -> Any:
         yield f"noise of {level:g} of a frame's norm", change(add)
 
 
-def _found(top: ranking.TopK, labels: np.ndarray) -> np.ndarray:
+def _found(top: topk.TopK, labels: np.ndarray) -> np.ndarray:
     """Returns [C, k] int, the class column of every listed clip; -1 at an empty place."""
     index = np.asarray(top.index)
     filled = index < len(labels)
@@ -406,7 +406,7 @@ def _hits(found: np.ndarray) -> np.ndarray:
 
 
 def _map_among(
-    top: ranking.TopK, found: np.ndarray, labels: np.ndarray, chosen: np.ndarray
+    top: topk.TopK, found: np.ndarray, labels: np.ndarray, chosen: np.ndarray
 ) -> tuple[float | None, int, int]:
     """Returns MAP where an identity's clips that are not chosen are passed over, and counts.
 
@@ -505,7 +505,7 @@ def _worst(
     return rows
 
 
-def _homes(top: ranking.TopK, num_clips: int) -> np.ndarray:
+def _homes(top: topk.TopK, num_clips: int) -> np.ndarray:
     """Returns [N] int, the identity in whose list a clip has its highest score; -1: in no list."""
     index, scores = np.asarray(top.index), np.asarray(top.scores)
     identity = np.repeat(np.arange(len(index)), index.shape[1])

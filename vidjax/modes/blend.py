@@ -17,7 +17,7 @@ from vidjax.config import Config
 from vidjax.modes import analysis, evaluate
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import say
-from vidjax.steps import scoring
+from vidjax.steps import scoring, topk
 
 ROUNDS = 30  # of the greedy choice: weights are multiples of 1 / ROUNDS at the finest
 
@@ -150,7 +150,7 @@ def _fit(models: Sequence[scoring.TrainedModel], config: Config, mesh: Any) -> l
     # serves to choose the weights: the ranking itself is exact.
     clips = np.concatenate([top.index for top in first.each], axis=1)  # [C, R k]
     clips = np.sort(clips, axis=1)
-    clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = ranking.NO_CLIP
+    clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
     candidates = jnp.asarray(clips)
     gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
 
@@ -189,7 +189,7 @@ def _map_of(
     used = weights > 0
     logs = found[used] + np.log(weights[used])[:, None, None]
     total = np.where(clips < len(labels), np.logaddexp.reduce(logs, axis=0), -np.inf)
-    order = np.lexsort((clips, -total), axis=1)[:, : ranking.MAX_NAMES]
+    order = np.lexsort((clips, -total), axis=1)[:, : topk.MAX_NAMES]
     index = np.take_along_axis(clips, order, axis=1)
     return metrics.mean_average_precision(index, labels, positives)
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, metrics, ranking
+from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.run.logs import CompileClock, Progress
-from vidjax.steps import train_step
+from vidjax.steps import topk, train_step
 from vidjax.system import System
 
 # Members take turns on a few blocks at a time: often enough that no more than that many scores are
@@ -84,8 +84,8 @@ class Evaluation(NamedTuple):
         counts, `eval_clips_per_second`, and what single members and runs reach.
     """
 
-    top: ranking.TopK
-    each: list[ranking.TopK]
+    top: topk.TopK
+    each: list[topk.TopK]
     positives: np.ndarray
     clips: ClipScores
     results: dict[str, Any]
@@ -95,7 +95,7 @@ class _TopKMetric:
     """A running top k over a pool of clips, and what it is worth."""
 
     def __init__(self, num_identities: int, pool: np.ndarray):
-        self.ranking = ranking.Ranking(num_identities, rows=WINDOW_ROWS)
+        self.ranking = topk.RunningTopK(num_identities, rows=WINDOW_ROWS)
         self.pool = pool
         self._pool = jnp.asarray(pool)
 
@@ -108,7 +108,7 @@ class _TopKMetric:
         outside = np.bincount(split.labels[~self.pool], minlength=len(split.positives) + 1)[1:]
         return split.positives - outside
 
-    def finish(self, split: Any) -> tuple[ranking.TopK, float | None]:
+    def finish(self, split: Any) -> tuple[topk.TopK, float | None]:
         """Returns the ranking and its MAP, None where the pool has no positive clip."""
         top, positives = self.ranking.finish(), self.positives(split)
         if not split.labelled or not positives.any():
@@ -230,7 +230,7 @@ def score(
         "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
         "eval_clips_per_second": len(split.clips) / max(seconds, 1e-9),
     }
-    each: list[ranking.TopK] = []
+    each: list[topk.TopK] = []
     for entry in entries:
         if entry.tally:
             top_of_run, value = entry.tally.finish(split)
