@@ -94,7 +94,7 @@ class Submission(NamedTuple):
     faults: dict[str, list[str]]
 
     def complaints(self) -> list[str]:
-        """Returns a line of text for each kind of fault: its first line, and how many lines share it."""
+        """Returns one sentence per kind of fault: its first line, and the number of such lines."""
         return [
             sentences[0] + (f" (lines like it: {len(sentences)})" if sentences[1:] else "")
             for sentences in self.faults.values()
