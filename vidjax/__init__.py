@@ -10,7 +10,6 @@
 `import vidjax` is instant: the functions bring JAX or TensorFlow with them at their first use.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ def __getattr__(name: str) -> object:
     """Imports a public name at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
-    return getattr(importlib.import_module("vidjax.api"), name)
+    from vidjax import api
+
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

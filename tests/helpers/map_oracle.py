@@ -48,7 +48,7 @@ def ground_truth(path):
 
 
 def submission(path):
-    """identity -> its first 100 names without repeats; the last line of an identity counts."""
+    """Identity -> its first 100 names without repeats; the last line of an identity counts."""
     ranking = {}
     for line in lines_of(path):
         if line.strip() == "":

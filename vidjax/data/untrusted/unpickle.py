@@ -111,6 +111,7 @@ class Array(metaclass=_Sealed):
         self.fill(dtype, shape, bool(fortran), data)
 
     def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
+        """Checks and takes the parts of an array; raises UnpickleError where they do not fit."""
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
             raise UnpickleError("the pickle holds a damaged array")
         if len(shape) > 2:
