@@ -274,9 +274,9 @@ def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
 @pytest.mark.slow
 def test_official_size(tmp_path):
     folder = made_up(tmp_path / "run", identities=10034, clips=72000)
-    began = time.monotonic()
+    began = time.process_time()  # other tests may run beside this one
     text = run_page.write(folder).read_text()
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     check_page(text)
 
 
