@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:
@@ -471,10 +471,7 @@ def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
     _complain(f"warning: {message}")
 
 
-def run() -> NoReturn:
-    """Runs this process as the command `vidjax`: signals, messages on stderr, the exit code."""
-    signal.signal(signal.SIGINT, _stop_at_once)
-    signal.signal(signal.SIGTERM, _stop_at_once)
+if __name__ == "__main__":
     warnings.simplefilter("ignore")  # what libraries say to programmers
     warnings.filterwarnings("default", category=UserWarning, module="vidjax")
     warnings.showwarning = _show_warning
@@ -484,7 +481,3 @@ def run() -> NoReturn:
     exit_code = main()
     gc.freeze()  # what lives to the end is not looked through once more: over a second, otherwise
     sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    run()
