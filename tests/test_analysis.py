@@ -10,8 +10,8 @@ from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
 from vidjax import metrics
 from vidjax.data.records import pipeline
-from vidjax.modes import analysis, evaluate, train
-from vidjax.report import run_page
+from vidjax.modes import confusions, evaluate, robustness, strata, train
+from vidjax.run import results as results_lib
 from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow
@@ -35,11 +35,11 @@ def analysed(workdir, data, *overrides):
     results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
-    return results, *run_page.load_analysis(workdir / f"analysis{suffix}.npz")
+    return results, *results_lib.load_analysis(workdir / f"analysis{suffix}.npz")
 
 
 def test_average_precisions_are_those_of_map(workdir, data):
-    facts, arrays = run_page.load_analysis(workdir / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
     known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(known) / (len(known) + facts["num_others"]) == results["map"]
@@ -55,7 +55,7 @@ def test_average_precisions_are_those_of_map(workdir, data):
 
 
 def test_attention_and_clusters_are_shares(workdir):
-    facts, arrays = run_page.load_analysis(workdir / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
     assert len(facts["assignment"]["face"]) == 2
@@ -63,7 +63,7 @@ def test_attention_and_clusters_are_shares(workdir):
 
 
 def test_strata_cover_every_clip(workdir):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     tables = {table["by"]: table["rows"] for table in facts["strata"]}
     assert len(tables) == 4
     for by, rows in tables.items():
@@ -72,16 +72,16 @@ def test_strata_cover_every_clip(workdir):
 
 
 def test_nothing_changed_is_plain_map(workdir):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     assert facts["num_sampled"] == 60
     values = {row["change"]: row["map"] for row in facts["robustness"]}
-    assert values.pop(analysis.PLAIN) == facts["results"]["map"]
+    assert values.pop(robustness.PLAIN) == facts["results"]["map"]
     assert {"no face", "no head", "no audio", "one frame"} <= set(values)
     assert min(values.values()) < facts["results"]["map"]
 
 
 def test_frames_that_were_hidden_are_those_of_the_clip(workdir, data):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     split = data.split("val")
     assert facts["frames"]
     for one in facts["frames"]:
@@ -101,15 +101,15 @@ def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
 
 
 def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
-    whole = run_page.load_analysis(workdir / "analysis.npz")
+    whole = results_lib.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
     assert facts["worst"] == whole[0]["worst"]
     np.testing.assert_allclose(arrays["attention"], whole[1]["attention"], atol=1e-6)
     for row, before in zip(facts["robustness"], whole[0]["robustness"], strict=True):
         assert row["map"] == pytest.approx(before["map"], abs=1e-3), row
 
-    monkeypatch.setattr(analysis, "SAMPLE", 30)
-    monkeypatch.setattr(analysis, "LEAST_SAMPLE", 30)
+    monkeypatch.setattr(robustness, "SAMPLE", 30)
+    monkeypatch.setattr(robustness, "LEAST_SAMPLE", 30)
     _, facts, _ = analysed(workdir, data)
     split = data.split("val")
     sample = np.random.default_rng(0).choice(60, 30, replace=False)
@@ -134,7 +134,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     config = shrunk("--config.ensemble.seeds=2", spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)
-    facts, arrays = run_page.load_analysis(tmp_path / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(tmp_path / "analysis.npz")
     alone = [member["map"] for member in results["members"]]
     # Of two members, the one without the other is the other alone.
     assert facts["gains"] == [results["map"] - value for value in alone[::-1]]
@@ -147,7 +147,7 @@ def test_map_among_some_clips_by_hand():
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    found = analysis._found(top, labels)
+    found = strata.ranked_columns(top, labels)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
     for identity in range(1, 5):
@@ -155,10 +155,10 @@ def test_map_among_some_clips_by_hand():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    value, identities, clips = analysis._map_among(top, found, labels, chosen)
+    value, identities, clips = strata.map_among(top, found, labels, chosen)
     assert value == pytest.approx(np.mean(averages))
     assert (identities, clips) == (4, chosen.sum())
-    everything, _, _ = analysis._map_among(top, found, labels, labels > 0)
+    everything, _, _ = strata.map_among(top, found, labels, labels > 0)
     positives = np.bincount(labels, minlength=5)[1:]
     assert everything == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
@@ -166,20 +166,20 @@ def test_map_among_some_clips_by_hand():
 def test_homes_are_the_lists_of_the_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    homes = analysis._homes(topk.TopK(scores, index), 4)
+    homes = confusions.best_lists(topk.TopK(scores, index), 4)
     assert homes.tolist() == [0, 1, 0, -1]  # clip 2 is at par: the first identity
 
 
 def test_groups_by_count_and_quantile_hold_everything_once():
     counts = np.arange(200)
-    groups = analysis._by_count(counts)
+    groups = strata.by_count(counts)
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 200
     assert [label for label, _ in groups][:5] == ["0", "1", "2", "3 to 4", "5 to 8"]
     assert groups[-1][0] == "over 128"
     values = np.r_[np.zeros(5), np.arange(95.0)]
-    groups = analysis._by_quantile(values, np.ones(100, bool))
+    groups = strata.by_quantile(values, np.ones(100, bool))
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 100
-    assert analysis._by_quantile(np.zeros(9), np.ones(9, bool)) == []
+    assert strata.by_quantile(np.zeros(9), np.ones(9, bool)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])
@@ -187,12 +187,12 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
     path = tmp_path / "analysis.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read '.*analysis\.npz'"):
-        run_page.load_analysis(path)
+        results_lib.load_analysis(path)
 
 
 def test_what_is_written_is_read_back(tmp_path):
     facts = {"split": "val", "name": "ü\u4e2d", "results": {"map": None}}
-    analysis.save(tmp_path / "a.npz", facts, {"ap": np.arange(3.0)})
-    read, arrays = run_page.load_analysis(tmp_path / "a.npz")
+    results_lib.save_analysis(tmp_path / "a.npz", facts, {"ap": np.arange(3.0)})
+    read, arrays = results_lib.load_analysis(tmp_path / "a.npz")
     assert read == facts
     assert arrays["ap"].tolist() == [0, 1, 2]

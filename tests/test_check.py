@@ -15,7 +15,7 @@ from vidjax import config as config_lib
 from vidjax import ensemble, ranking
 from vidjax.data import iqiyi_vid
 from vidjax.main import main
-from vidjax.modes.evaluate import digest
+from vidjax.modes import restore
 from vidjax.run import checkpoint
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps import topk
@@ -53,8 +53,7 @@ def finished(data, tmp_path_factory):
         items = {"params": {"kernel": np.full((64, 64), step, np.float32)}}
         info = {
             "map": step / 100,
-            "identities_sha256": digest(identities),
-            "members_sha256": ensemble.digest(training_sets),
+            **restore.companion_digests(identities, training_sets),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)
@@ -275,7 +274,7 @@ def half_a_config(run):
         (truncate_checkpoint, 3, ["checkpoint 10", "sha256 differs"]),
         (flip_manifest, 3, ["checkpoint 20", "manifest.json"]),
         (lose_manifest, 3, ["checkpoint 20", "manifest.json"]),
-        (other_identities, 3, ["identities.json: not what the run"]),
+        (other_identities, 3, ["identities.json", "delete it and metrics.json"]),
         (half_an_identity_list, 3, ["identities.json' is damaged"]),
         (flip_members, 3, ["members.npz"]),
         (other_config, 3, ["config.json", "embed_dim"]),
@@ -288,7 +287,7 @@ def half_a_config(run):
         (half_a_data_manifest, 2, ["damaged records"]),
         (wrong_sum, 2, ["face_train: 9 frames seen, but 8 loaded + 2 skipped"]),
         (wrong_sum_of_records, 2, ["data_report.json does not match its sha256"]),
-        (another_report, 2, ["TypeError"]),
+        (another_report, 2, ["data_report.json' is damaged"]),
         (half_a_result, 2, ["metrics.json' is damaged"]),
         (junk_in_the_log, 2, ["metrics.jsonl: line 1 is damaged"]),
         (step_twice, 2, ["metrics.jsonl: line 4: step 20 after step 20"]),

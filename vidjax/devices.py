@@ -1,6 +1,7 @@
 """Devices: the mesh, and how arrays are laid out on it."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -32,6 +33,15 @@ def be_deterministic() -> None:
     """Has every run on a GPU give the same bits; before jax looks for devices."""
     known = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{known} --xla_gpu_deterministic_ops=true".strip()
+
+
+def versions() -> dict[str, str]:
+    """Returns what a score was computed with: package -> version, Python and the devices."""
+    packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    devices = jax.devices()
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    return {**found, "python": platform.python_version(), "device": device}
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -113,3 +123,21 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(constrain, batch_specs(batch), batch)
+
+
+class CompileClock:
+    """Counts the seconds that XLA compiles in this process while the context is open."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> "CompileClock":
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += duration_secs

@@ -1,26 +1,33 @@
-"""The folder of a run: its lock, files written whole or not at all, the signals that end it."""
+"""The folder of a run, and helpers to read and write files.
+
+One process holds the folder at a time. A file is written whole or not at all. The helpers for files
+know nothing about runs; any part of vidjax may use them.
+"""
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+
 
 def make_workdir(path: str | os.PathLike[str]) -> Path:
-    """Returns the absolute path of a run's folder, which exists and can be written.
+    """Makes the folder of a run, if needed, and checks that it can be written.
+
+    Returns:
+      The absolute path of the folder.
 
     Raises:
-      ValueError: the path is a file, or cannot be written.
+      ValueError: the path is a file, or the folder cannot be written.
     """
     workdir = Path(path).expanduser().absolute()
     try:
@@ -37,10 +44,12 @@ def make_workdir(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; the kernel lets go of it however the process ends.
+    """Locks a run's folder for this process.
+
+    The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another process holds the lock.
     """
     path = workdir / ".lock"
     with open(path, "a+b", buffering=0) as file:
@@ -52,22 +61,22 @@ def lock(workdir: Path) -> Iterator[None]:
             raise ValueError(f"--workdir: '{workdir}' is in use by {owner}") from None
         except OSError as error:
             raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
-        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+        with contextlib.suppress(OSError):  # the lock holds on a full disk, too
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that its name shows either what was there before or the whole new text."""
+    """Writes a text file: its path shows either the old content or all of the new."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that its name shows what was there before or all of the new content.
+    """Writes a file: its path shows either the old content or all of the new.
 
     Raises:
-      OSError: it cannot be written; the message names it.
+      OSError: the file cannot be written; the message names it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -83,10 +92,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Writes at the end of an unbuffered file: all of it or, where the disk is full, nothing.
+    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full.
 
     Raises:
-      OSError: it cannot be written; the message names the file.
+      OSError: the file cannot be written; the message names it.
     """
     before = file.seek(0, os.SEEK_END)
     left = content
@@ -99,19 +108,19 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise _cannot_write(file.name, error) from error
 
 
-def _cannot_write(path: Any, error: OSError) -> OSError:
+def _cannot_write(path: object, error: OSError) -> OSError:
     named = OSError(f"cannot write '{path}': {error.strerror}")
     named.errno = error.errno
     return named
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all; numpy scalars and arrays are allowed."""
+    """Writes a JSON file, whole or not at all; the value may hold numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
-    """Returns a value as JSON; numpy scalars and arrays are allowed."""
+    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
@@ -121,75 +130,32 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON form of {type(value).__name__}")
 
 
-class Interruption:
-    """What a signal asked for.
+def read_json(path: Path, kind: type[T] = dict) -> T:
+    """Reads a JSON file that may be damaged.
 
-    Attributes:
-      signum: None until SIGINT or SIGTERM arrives.
-      at_once: whether nothing is lost if the process ends now; the command then does (see
-        `end_on_signals`).
+    Args:
+      path: the file.
+      kind: the type that the file must hold: `dict`, `list`, or `object` for any.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON, or holds another type.
     """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.at_once = False
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Notes the first signal; ends the process at once on the second."""
-        del frame
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
-
-
-class Interrupted(Exception):
-    """A run stopped on a signal with its state saved; `exit_code` is what the shell expects."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
-        self.exit_code = 128 + signum
-
-
-_interruption: Interruption | None = None  # of the loop that is running
-
-
-@contextlib.contextmanager
-def catch_interruption() -> Iterator[Interruption]:
-    """Turns SIGINT and SIGTERM into a note that the loop reads after each step."""
-    global _interruption
-    interruption = _interruption = Interruption()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interruption.handle) for number in signals}
     try:
-        yield interruption
-    finally:
-        _interruption = None
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"'{path}' is damaged: it holds no {kind.__name__}")
+    return value
 
 
-def end_on_signals() -> None:
-    """Lets SIGINT and SIGTERM end this process at once, but for the first that a loop waits for.
-
-    A thread sees to it: Python runs handlers between two of its own instructions only, and a
-    compiler, which is none of them, takes minutes.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: None)  # the thread is told of it
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _end_on_signals(reader: int) -> None:
-    noted = None
-    while True:
-        signum = os.read(reader, 1)[0]
-        interruption = _interruption
-        if signum not in (signal.SIGINT, signal.SIGTERM):
-            continue
-        if interruption is None or interruption.at_once or noted is interruption:
-            os.write(2, b"vidjax: stopped\n")
-            os._exit(128 + signum)
-        noted = interruption
+def sha256_json(value: Any) -> str:
+    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""SIGINT and SIGTERM: the first lets a run save its state, the second ends the process."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interruption:
+    """A request to stop.
+
+    Attributes:
+      signum: the first signal that arrived, None before.
+      at_once: set by the loop while nothing is lost if the process ends immediately. The command
+        line then ends it (see `end_on_signals`).
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.at_once = False
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Stores the first signal; ends the process on the second."""
+        del frame
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+
+    def raise_if_asked(self, step: int) -> None:
+        """Raises Interrupted if a signal arrived; `step` is the last one that was saved."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, step)
+
+
+class Interrupted(Exception):
+    """A signal stopped a run after its state was saved; `exit_code` is 128 plus the signal."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped at step {step}; run the same command to resume")
+        self.exit_code = 128 + signum
+
+
+_interruption: Interruption | None = None  # that of the running loop
+
+
+@contextlib.contextmanager
+def catch_interruption() -> Iterator[Interruption]:
+    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads after each step."""
+    global _interruption
+    interruption = _interruption = Interruption()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interruption.handle) for number in signals}
+    try:
+        yield interruption
+    finally:
+        _interruption = None
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def end_on_signals() -> None:
+    """Lets SIGINT and SIGTERM end this process immediately, with one exception.
+
+    The exception is the first signal inside `catch_interruption`, where the loop saves its state. A
+    thread watches for signals, because Python runs no handler during an XLA compilation, which can
+    take minutes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe
+
+
+def _end_on_signals(reader: int) -> None:
+    """Reads signals from a pipe for ever, and ends the process on one that no loop waits for."""
+    stored = None
+    while True:
+        signum = os.read(reader, 1)[0]
+        interruption = _interruption
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if interruption is None or interruption.at_once or stored is interruption:
+            os.write(2, b"vidjax: stopped\n")
+            os._exit(128 + signum)
+        stored = interruption
