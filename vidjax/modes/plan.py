@@ -10,9 +10,9 @@ import numpy as np
 from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
+from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData
-from vidjax.data.ground_truth import load_clip_weights
-from vidjax.modes.evaluate import select_modalities
+from vidjax.modes.restore import select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
@@ -43,7 +43,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
       ValueError: a field is out of its range, or does not fit the data.
     """
     _check_ranges(config)
-    modalities = select_modalities(config.modalities, data)
+    modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
     _check_splits(config, data)
@@ -121,7 +121,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
     if config.data.weights:
-        weight = weight * load_clip_weights(config.data.weights, clips)
+        weight = weight * ground_truth.load_clip_weights(config.data.weights, clips)
     return weight
 
 
