@@ -11,7 +11,7 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import ensemble
 from vidjax.batch import Frames
-from vidjax.steps import train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def facts(name, words=""):
     rngs = ensemble.make_rngs(members[:1], 0)
 
     def init():
-        return train_step.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
+        return state_lib.init_state(system, widths, rngs, jnp.zeros((1, 96), jnp.int32))
 
     state = jax.eval_shape(init)
 

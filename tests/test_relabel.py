@@ -17,7 +17,6 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import ensemble
-from vidjax.data import noise
 from vidjax.data.records import pipeline
 from vidjax.run import checkpoint, workdir
 from vidjax.steps import distractors, feed
@@ -192,7 +191,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
                     weight = weight if weight.sum() else one.mask[row]
                     mean = weight @ one.features[row].astype(np.float64) / weight.sum()
                     vectors[offset + batch.clip_index[row]] = mean
-    wanted = noise.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
+    wanted = distractors.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     found = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
 

@@ -32,6 +32,7 @@ from vidjax.modes import evaluate
 from vidjax.run import workdir
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
@@ -437,11 +438,11 @@ class Setting:
         self.clips = resident.Resident(data, layout, self.mesh).train
         self.plan = resident.make_plan(data, splits=("train",), batch_size=32, seed=0, **stream)
         self.tables = devices_lib.replicate(
-            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
+            self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
         init = jax.jit(
-            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            lambda: state_lib.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
             out_shardings=devices_lib.replicated(self.mesh),
         )
         self._start = init()

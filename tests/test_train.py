@@ -23,7 +23,8 @@ from vidjax.data.records import pipeline
 from vidjax.modes import evaluate, train
 from vidjax.run import checkpoint
 from vidjax.run import workdir as workdir_lib
-from vidjax.steps import scoring, train_step
+from vidjax.steps import scoring
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 
@@ -333,7 +334,7 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance
     sizes = TaskSpec({"face": 24}, 12, None, len(clips), 1, train_other=True)
     system = make_system(config.to_dict(), sizes)
     rngs = ensemble.make_rngs((ensemble.Member(),), config.seed)
-    first = train_step.init_state(system, sizes.modalities, rngs, labels[None])
+    first = state_lib.init_state(system, sizes.modalities, rngs, labels[None])
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
     losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():

@@ -33,6 +33,7 @@ def default() -> Config:
     config.matmul_precision = "highest"  # of evaluation, on every backend
     config.deterministic = False  # on a GPU, where runs else differ in the last bits
     config.after_fusion = "pool"  # the model takes all fused frames; or examples: one at a time
+    config.transforms = ()  # further transforms of a training batch, by name: feature_noise
     config.mixup = 0.0  # alpha of the Beta distribution that mixes pairs of clips; 0: none
     config.log_every_steps = 20
     config.checkpoint_every_seconds = 300.0
@@ -85,10 +86,14 @@ def default() -> Config:
     config.fusion = ConfigDict()  # modality -> {train: ..., evaluate: ...}; else all frames
 
     config.loss = ConfigDict()
+    config.loss.classification = "softmax"  # loss of the logits beside the focal loss
     config.loss.focal = "binary"  # or multiclass
     config.loss.gamma = 2.0
     config.loss.schedule = ((0.0, 0.0),)  # (epoch, weight of focal); the rest is softmax
-    config.loss.margin = 0.0  # angular margin, of a cosine classifier
+    config.loss.margin = 0.0  # margin of a cosine classifier, in radians
+    config.loss.margin_type = "angular"  # kind of the margin
+    config.loss.embedding = ""  # loss of the embeddings, e.g. triplet; empty for none
+    config.loss.embedding_weight = 1.0  # its weight beside the loss of the logits
     config.loss.label_smoothing = 0.0  # of softmax
 
     config.optim = ConfigDict()

@@ -9,11 +9,10 @@ The numbers are those of `--mode=evaluate`, to the bit where the clips are those
 the same program on the same blocks. Clips in memory need no TensorFlow.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +20,13 @@ from jax.sharding import Mesh
 
 from vidjax import config as config_lib
 from vidjax import devices, ensemble, ranking
-from vidjax.batch import Array, Batch, Branches
+from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
-from vidjax.models.heads import Classifier, CosineClassifier, NearestNeighbours, unit_vectors
 from vidjax.modes import evaluate
-from vidjax.steps import scoring, train_step
-from vidjax.system import System
-
-HEADS = (Classifier, CosineClassifier, NearestNeighbours)
-
-# (params, model_state, view [] int32, batch) of one member -> [B, ...]: pure, compiled
-StepFn = Callable[[Any, Any, Array, Batch], Array]
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import scoring
 
 
 class Predictor(NamedTuple):
@@ -70,8 +63,8 @@ class Predictor(NamedTuple):
     params: Any
     model_state: Any
     training_sets: ensemble.TrainingSets
-    score_fn: StepFn
-    embed_fn: StepFn
+    score_fn: eval_step_lib.EvalStep
+    embed_fn: eval_step_lib.EvalStep
     mesh: Mesh
     scorer: scoring.Scorer
 
@@ -241,57 +234,7 @@ def restore(
         model_state=loaded.model_state,
         training_sets=loaded.training_sets,
         score_fn=loaded.scorer.step,
-        embed_fn=make_embed_step(loaded.scorer.system),
+        embed_fn=eval_step_lib.make_embed_step(loaded.scorer.system),
         mesh=mesh,
         scorer=loaded.scorer,
     )
-
-
-class _Heads:
-    """A model that answers with what its classifiers are given, unit vectors side by side."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def apply(self, *args: Any, **kwargs: Any) -> Array:
-        """Returns [B, D]; arguments as of the model's `apply`."""
-        given: list[Array] = []
-
-        def look(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if isinstance(context.module, HEADS) and context.method_name == "__call__":
-                given.append(args[0])
-            return next_fn(*args, **kwargs)
-
-        with nn.intercept_methods(look):
-            output: Any = self.model.apply(*args, **kwargs)
-        if not given:
-            name = type(self.model).__name__
-            raise ValueError(f"{name} has no classifier of vidjax.models.heads: nothing to embed")
-        parts = [unit_vectors(x) for x in given]
-        if isinstance(output, Branches) and output.eval_weight.shape[1] == len(parts):
-            parts = [x * (output.eval_weight[:, i, None] > 0) for i, x in enumerate(parts)]
-        return jnp.concatenate(parts, axis=1)
-
-
-def make_embed_step(system: System) -> StepFn:
-    """Returns `embed_step` of a system, compiled."""
-
-    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
-        return embed_step(system, params, model_state, view, batch)
-
-    return jax.jit(step)
-
-
-def embed_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
-    """Returns [B, D] float32, what one member's classifiers are given; 0 without a usable frame.
-
-    Args:
-      system: the system.
-      params, model_state, view, batch: as of `vidjax.steps.train_step.eval_step`.
-    """
-    heads: Any = _Heads(system.model)
-    embedding = system._replace(
-        model=heads, score_fn=lambda x, class_mask: x, logs=False, reduce="mean"
-    )
-    vectors = train_step.eval_step(embedding, params, model_state, view, batch)
-    return jnp.where(jnp.isneginf(vectors), 0.0, vectors).astype(jnp.float32)

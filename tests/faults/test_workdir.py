@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_written_ends_it_at_once(tmp_path, read_only, pa
 
 HOLD = """
 import pathlib, sys, time
-from vidjax import workdir
+from vidjax.run import workdir
 with workdir.lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -21,9 +21,8 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble, metrics, ranking, selection
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.run import workdir
-from vidjax.steps import train_step
+from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps.scoring import ClipScores, Evaluation, ModelScorer, TrainedModel
-from vidjax.system import System
 
 SAMPLE = 2000  # clips, divided by the number of members
 LEAST_SAMPLE = 200
@@ -65,7 +64,7 @@ class Observer:
             if self._alone and not run.scorer.system.examples:
                 self._params = ensemble.take((run.params, run.model_state), 0)
                 self._view = jnp.int32(run.training_sets.members[0].view)
-                look = functools.partial(_look, run.scorer.system)
+                look = functools.partial(eval_step_lib.attention_step, run.scorer.system)
                 if jax.eval_shape(look, *self._params, self._view, blocks[0]):
                     self._look = jax.jit(look)
         for block in blocks:
@@ -125,15 +124,15 @@ class Observer:
                 sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
         facts: dict[str, Any] = {"assignment": {}}
         for name, total in sums.items():
-            if name.endswith("attention"):
+            if name == "attention":
                 weight = total.sum(axis=0)  # of column j: the clips that have vector j
                 arrays["attention"] = total / np.where(weight > 0, weight, 1.0)
-                names = getattr(_part(self._run.scorer.system, name), "vector_names", ())
+                names = self._run.scorer.system.model.vector_names
                 numbers = [str(i + 1) for i in range(len(total))]
                 facts["vectors"] = list(names) if len(names) == len(total) else numbers
             else:
                 share = total / max(total.sum(), 1e-12)
-                facts["assignment"][name.split("/")[-2].removesuffix("_netvlad")] = share.tolist()
+                facts["assignment"][name.removeprefix("assignment/")] = share.tolist()
         return facts
 
     def _strata(
@@ -295,43 +294,6 @@ class Observer:
             "quality": np.nan_to_num(one.quality[0, places]).astype(float).tolist(),
             "falls": falls.tolist(),
         }
-
-
-class _Probe:
-    """A model that keeps what its modules sow while it is traced."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.sown: Any = {}
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        output, state = self.model.apply(*args, **kwargs, mutable=["intermediates"])
-        self.sown = state.get("intermediates", {})
-        return output
-
-
-def _look(
-    system: System, params: Any, model_state: Any, view: Array, block: Batch
-) -> dict[str, Array]:
-    """Returns sums over a block of what attention and NetVLAD give to what, by their paths.
-
-    Nothing else of the evaluation is computed: the scores are not asked for.
-    """
-    probe = _Probe(system.model)
-    train_step.eval_step(system._replace(model=probe), params, model_state, view, block)  # type: ignore
-    sums = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(probe.sown):
-        name = "/".join(key.key for key in path if hasattr(key, "key"))
-        if name.endswith("/attention"):
-            sums[name] = jnp.sum(value, axis=0)  # [M, M]
-        elif name.endswith("/shares"):
-            sums[name] = jnp.sum(value, axis=(0, 1))  # [K]
-    return sums
-
-
-def _part(system: System, path: str) -> Any:
-    """Returns the model that sowed something: the system's, or the part of it of that name."""
-    return getattr(system.model, path.split("/")[0], system.model)
 
 
 @jax.jit

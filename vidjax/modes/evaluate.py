@@ -20,7 +20,7 @@ from vidjax.modes import analysis
 from vidjax.report import run_page
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
-from vidjax.steps import train_step
+from vidjax.steps import state as state_lib
 from vidjax.steps.scoring import Scorer, TrainedModel, score
 from vidjax.system import TaskSpec, make_system
 
@@ -214,7 +214,7 @@ def load_run(run: Run, config: Config, workdir: Path, mesh: Mesh) -> TrainedMode
     training_sets = _training_sets(workdir, run.manifest["members_sha256"])
     system = make_system(config.to_dict(), sizes)
     abstract = jax.eval_shape(
-        lambda: train_step.init_state(
+        lambda: state_lib.init_state(
             system,
             sizes.modalities,
             ensemble.make_rngs(training_sets.members, config.seed),

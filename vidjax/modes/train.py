@@ -21,8 +21,9 @@ from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble as ensemble_lib
 from vidjax import ranking
+from vidjax.batch import NoiseLayout
 from vidjax.config import Config
-from vidjax.data import noise, resident
+from vidjax.data import resident
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
 from vidjax.modes.evaluate import digest, select_modalities
@@ -31,6 +32,7 @@ from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, Progress, say
 from vidjax.steps import feed as feed_lib
+from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.steps.distractors import Relabeller, label_distractors
 from vidjax.steps.scoring import Evaluation, Scorer, TrainedModel, score
@@ -100,11 +102,11 @@ def train(
     def seconds() -> float:
         return saved.get("seconds", 0.0) + time.monotonic() - began
 
-    def save(state: train_step.TrainState, **more: Any) -> None:
+    def save(state: state_lib.TrainState, **more: Any) -> None:
         info = {**facts, **more, "seconds": seconds()}
         checkpoint.save(workdir, int(state.step), _items(state), info)
 
-    def evaluate(state: train_step.TrainState, **kwargs: Any) -> Evaluation:
+    def evaluate(state: state_lib.TrainState, **kwargs: Any) -> Evaluation:
         name = str(workdir)
         run = TrainedModel(name, scorer, state.params, state.model_state, training_sets, seen)
         nonlocal observer
@@ -123,7 +125,7 @@ def train(
     # Members in one program share its large products, one after another its small memory and bits.
     size = len(training_sets.members) if system.together else 1
     tables = [devices_lib.replicate(mesh, part) for part in ensemble_lib.split(plan.tables, size)]
-    states = [devices_lib.replicate(mesh, part) for part in train_step.split_state(state, size)]
+    states = [devices_lib.replicate(mesh, part) for part in state_lib.split_state(state, size)]
     del state  # not held beside its parts
     feed, seen = _make_feed(config, data, system, sizes, mesh, step, saved.get("mode"))
     facts["mode"] = feed.mode
@@ -156,7 +158,7 @@ def train(
             def watch() -> Evaluation:
                 stop_if_asked()
                 interruption.at_once = True  # every step is saved
-                state = train_step.merge_states(states)
+                state = state_lib.merge_states(states)
                 evaluation = evaluate(state, check=stop_if_asked)
                 scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
                 logs.metrics(step, {"split": config.eval.split, **scores})
@@ -196,20 +198,20 @@ def train(
                 if step in log_steps:
                     logs.metrics(step, _summary(config, system, sizes, step, states))
                     for i, state in enumerate(states):
-                        zeros = devices_lib.replicate(mesh, train_step.zero_sums(size))
+                        zeros = devices_lib.replicate(mesh, state_lib.zero_sums(size))
                         states[i] = state.replace(sums=zeros)
                     rate = statistics.median(rates[logged:])
                     logged = len(rates)
                     logs.timing(step, {"clips_per_second": rate, "waited_seconds": feed.waited})
                 if relabel and step in relabel_steps:
-                    labels = ensemble_lib.split(relabel(train_step.merge_states(states)), size)
+                    labels = ensemble_lib.split(relabel(state_lib.merge_states(states)), size)
                     states = [
                         state.replace(labels=devices_lib.replicate(mesh, part))
                         for state, part in zip(states, labels, strict=True)
                     ]
                 late = time.monotonic() - last_save >= config.checkpoint_every_seconds
                 if step in eval_steps or interruption.signum or late:
-                    save(train_step.merge_states(states))
+                    save(state_lib.merge_states(states))
                     last_save = time.monotonic()
                 if step in eval_steps:
                     evaluation = watch()
@@ -220,7 +222,7 @@ def train(
         logs.close()
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
-        evaluation = evaluate(train_step.merge_states(states))
+        evaluation = evaluate(state_lib.merge_states(states))
     ranking.write_ranking(
         workdir / "ranking.txt",
         data.identities,
@@ -259,8 +261,8 @@ class _Plan(NamedTuple):
     sizes: TaskSpec
     training_sets: ensemble_lib.TrainingSets
     labels: np.ndarray  # [N] int32, class columns
-    tables: train_step.Tables
-    layout: noise.NoiseLayout | None
+    tables: state_lib.Tables
+    layout: NoiseLayout | None
 
 
 def _plan(config: Config, data: Any) -> _Plan:
@@ -324,7 +326,7 @@ def _plan(config: Config, data: Any) -> _Plan:
         ),
         training_sets=ensemble_lib.TrainingSets(members, clips, seen > 0),
         labels=labels,
-        tables=train_step.make_tables(members, weight),
+        tables=state_lib.make_tables(members, weight),
         layout=layout,
     )
 
@@ -401,14 +403,14 @@ def _start(
     plan: _Plan,
     mesh: Mesh,
     facts: Mapping[str, Any],
-) -> tuple[train_step.TrainState, dict[str, Any]]:
+) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Returns the newest saved state and its manifest, or a new state and nothing."""
 
-    def init() -> train_step.TrainState:
+    def init() -> state_lib.TrainState:
         members = plan.training_sets.members
         labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
         rngs = ensemble_lib.make_rngs(members, config.seed)
-        return train_step.init_state(system, plan.sizes.modalities, rngs, labels)
+        return state_lib.init_state(system, plan.sizes.modalities, rngs, labels)
 
     def check(saved: Mapping[str, Any]) -> None:
         before = config_lib.from_json(json.dumps(saved["config"]))
@@ -440,15 +442,15 @@ def _start(
     return _state(items), manifest
 
 
-def _items(state: train_step.TrainState) -> dict[str, Any]:
+def _items(state: state_lib.TrainState) -> dict[str, Any]:
     # Apart, so that evaluation reads the first two only.
     names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
     rest = {name: getattr(state, name) for name in names}
     return {"params": state.params, "model_state": state.model_state, "train": rest}
 
 
-def _state(items: dict[str, Any]) -> train_step.TrainState:
-    return train_step.TrainState(
+def _state(items: dict[str, Any]) -> state_lib.TrainState:
+    return state_lib.TrainState(
         params=items["params"], model_state=items["model_state"], **items["train"]
     )
 
@@ -464,7 +466,7 @@ def _summary(
     system: System,
     sizes: TaskSpec,
     step: int,
-    states: Sequence[train_step.TrainState],
+    states: Sequence[state_lib.TrainState],
 ) -> dict[str, float]:
     """Returns the means since the last line of the log: functions of config, data and step."""
     sums = {

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
+from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System
 
@@ -28,7 +29,7 @@ class Done(NamedTuple):
       bad_step: the first step that was one too many without a finite loss and gradient, or None.
     """
 
-    states: list[train_step.TrainState]
+    states: list[state_lib.TrainState]
     num_steps: int
     loss: float
     bad_step: int | None
@@ -59,8 +60,8 @@ class StreamingFeed:
 
     def run(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
     ) -> Done:
@@ -89,8 +90,8 @@ class StreamingFeed:
 
     def bad_clips(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
         """Returns the clip_index of those that spoil the step just done, or of all its clips."""
@@ -125,8 +126,8 @@ class ResidentFeed:
 
     def run(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
     ) -> Done:
@@ -152,8 +153,8 @@ class ResidentFeed:
 
     def bad_clips(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
         """Returns the clip_index of those that spoil some step, or of all its clips."""
@@ -165,8 +166,8 @@ def _make_finder(system: System) -> Callable[..., np.ndarray]:
     find = jax.jit(functools.partial(train_step.find_bad_clips, system))
 
     def bad_clips(
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         batch: Batch,
         step: int,
     ) -> np.ndarray:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble, metrics, ranking
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.run.logs import CompileClock, Progress
-from vidjax.steps import train_step
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import examples
 from vidjax.system import System
 
 # Members take turns on a few blocks at a time: often enough that no more than that many scores are
@@ -30,7 +31,7 @@ class Scorer:
     def __init__(self, system: System, mesh: Mesh):
         """Prepares the evaluation of a system on a mesh."""
         self.system = system
-        self.step = train_step.make_eval_step(system, mesh)
+        self.step = eval_step_lib.make_eval_step(system, mesh)
         self.modalities = tuple(system.fuse_eval)
         self.num_identities = system.num_identities
         self.logs = system.logs
@@ -416,7 +417,7 @@ def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 @jax.jit
 def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
     """Returns [B] the best score, and whether it is that of the clip's own identity."""
-    return jnp.max(scores, axis=1), train_step.is_best(scores, labels[clip_index] - 1)
+    return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)
 
 
 def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:
