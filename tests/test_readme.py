@@ -80,7 +80,7 @@ def with_line(source, block):
     assert re.fullmatch(r'    "\w+": \w+,', entry)
     last = source.rindex("\nfrom vidjax.models.")
     source = source[:last] + "\n" + imported + source[last:]
-    source, count = re.subn(r"(_SYSTEMS\b.*= \{\n)", rf"\1{entry}\n", source)
+    source, count = re.subn(r"(\nMODELS\b.*= \{\n)", rf"\1{entry}\n", source)
     assert count == 1
     return source
 
