@@ -11,7 +11,7 @@ from vidjax import config as config_lib
 from vidjax import metrics, ranking
 from vidjax.data.records import pipeline
 from vidjax.modes import analysis, evaluate, train
-from vidjax.report import run_page
+from vidjax.run import results as results_lib
 
 pytestmark = pytest.mark.slow
 
@@ -34,11 +34,11 @@ def analysed(workdir, data, *overrides):
     results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
-    return results, *run_page.load_analysis(workdir / f"analysis{suffix}.npz")
+    return results, *results_lib.load_analysis(workdir / f"analysis{suffix}.npz")
 
 
 def test_average_precisions_are_those_of_map(workdir, data):
-    facts, arrays = run_page.load_analysis(workdir / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
     known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(known) / (len(known) + facts["num_others"]) == results["map"]
@@ -54,7 +54,7 @@ def test_average_precisions_are_those_of_map(workdir, data):
 
 
 def test_attention_and_clusters_are_shares(workdir):
-    facts, arrays = run_page.load_analysis(workdir / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
     assert len(facts["assignment"]["face"]) == 2
@@ -62,7 +62,7 @@ def test_attention_and_clusters_are_shares(workdir):
 
 
 def test_strata_cover_every_clip(workdir):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     tables = {table["by"]: table["rows"] for table in facts["strata"]}
     assert len(tables) == 4
     for by, rows in tables.items():
@@ -71,7 +71,7 @@ def test_strata_cover_every_clip(workdir):
 
 
 def test_nothing_changed_is_plain_map(workdir):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     assert facts["num_sampled"] == 60
     values = {row["change"]: row["map"] for row in facts["robustness"]}
     assert values.pop(analysis.PLAIN) == facts["results"]["map"]
@@ -80,7 +80,7 @@ def test_nothing_changed_is_plain_map(workdir):
 
 
 def test_frames_that_were_hidden_are_those_of_the_clip(workdir, data):
-    facts, _ = run_page.load_analysis(workdir / "analysis.npz")
+    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     split = data.split("val")
     assert facts["frames"]
     for one in facts["frames"]:
@@ -100,7 +100,7 @@ def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
 
 
 def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
-    whole = run_page.load_analysis(workdir / "analysis.npz")
+    whole = results_lib.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
     assert facts["worst"] == whole[0]["worst"]
     np.testing.assert_allclose(arrays["attention"], whole[1]["attention"], atol=1e-6)
@@ -133,7 +133,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     config = shrunk("--config.ensemble.seeds=2", spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)
-    facts, arrays = run_page.load_analysis(tmp_path / "analysis.npz")
+    facts, arrays = results_lib.load_analysis(tmp_path / "analysis.npz")
     alone = [member["map"] for member in results["members"]]
     # Of two members, the one without the other is the other alone.
     assert facts["gains"] == [results["map"] - value for value in alone[::-1]]
@@ -186,12 +186,12 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
     path = tmp_path / "analysis.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read '.*analysis\.npz'"):
-        run_page.load_analysis(path)
+        results_lib.load_analysis(path)
 
 
 def test_what_is_written_is_read_back(tmp_path):
     facts = {"split": "val", "name": "ü\u4e2d", "results": {"map": None}}
-    analysis.save(tmp_path / "a.npz", facts, {"ap": np.arange(3.0)})
-    read, arrays = run_page.load_analysis(tmp_path / "a.npz")
+    results_lib.save_analysis(tmp_path / "a.npz", facts, {"ap": np.arange(3.0)})
+    read, arrays = results_lib.load_analysis(tmp_path / "a.npz")
     assert read == facts
     assert arrays["ap"].tolist() == [0, 1, 2]

@@ -287,7 +287,7 @@ def half_a_config(run):
         (half_a_data_manifest, 2, ["damaged records"]),
         (wrong_sum, 2, ["face_train: 9 frames seen, but 8 loaded + 2 skipped"]),
         (wrong_sum_of_records, 2, ["data_report.json does not match its sha256"]),
-        (another_report, 2, ["TypeError"]),
+        (another_report, 2, ["data_report.json' is damaged"]),
         (half_a_result, 2, ["metrics.json' is damaged"]),
         (junk_in_the_log, 2, ["metrics.jsonl: line 1 is damaged"]),
         (step_twice, 2, ["metrics.jsonl: line 4: step 20 after step 20"]),

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -18,7 +19,7 @@ from tests.helpers.small_runs import (
 )
 from vidjax import ensemble
 from vidjax.data.records import pipeline
-from vidjax.run import checkpoint, workdir
+from vidjax.run import checkpoint, signals
 from vidjax.steps import distractors, feed
 
 pytestmark = pytest.mark.slow  # several trainings
@@ -103,7 +104,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mod
         whole = tmp_path / "whole"
         run(config, whole, data)
     for number in (5, 8):  # right after a relabelling; amid an epoch
-        with monkeypatch.context() as patch, pytest.raises(workdir.Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
             patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
             interrupt_dispatch(patch, number - 1 - step_of(parts), signal.SIGINT)
             run(config, parts, Interrupting(data, number - step_of(parts), signal.SIGINT))
@@ -183,7 +184,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     first = {"train": 0, "val": len(data.split("train").clips)}
     for split, offset in first.items():
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=7):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=7):
             one = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask):
                 weight = np.maximum(one.quality[row] * one.detection[row], 0) * one.mask[row]

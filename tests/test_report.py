@@ -14,9 +14,10 @@ import pytest
 from tests.helpers.small_runs import shrunk
 from vidjax import main as main_lib
 from vidjax.data.records import pipeline
-from vidjax.modes import analysis, train
+from vidjax.modes import train
 from vidjax.report import html as html_lib
 from vidjax.report import run_page
+from vidjax.run import results as results_lib
 
 SECTIONS = [
     "summary",
@@ -215,7 +216,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         "calibration": np.stack([np.full(10, 6), *[np.linspace(0.05, 0.95, 10)] * 2], axis=1),
     }
     folder.mkdir(exist_ok=True)
-    analysis.save(folder / "analysis.npz", facts, arrays)
+    results_lib.save_analysis(folder / "analysis.npz", facts, arrays)
     config = {"model": {"name": name.format("m")}, "modalities": ["face", "head"]}
     lines = [
         {"step": n, "epoch": n / 9, "learning_rate": 1e-3, "train_loss": 1 / n, "train_accuracy": 1}

@@ -12,7 +12,7 @@ import pytest
 from tests.test_fusion import make_frames
 from vidjax import augment, ensemble
 from vidjax import config as config_lib
-from vidjax.batch import Batch, Branches
+from vidjax.batch import Batch, ModelOutput
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples, train_step
 from vidjax.steps import state as state_lib
@@ -226,10 +226,13 @@ def test_mixup_never_takes_from_a_clip_of_no_weight():
 def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
-    mixed, share, partner = jax.jit(augment.mix_up, static_argnums=1)(
-        jax.random.key(0), 0.7, batch.frames, weight
-    )
+    labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
+    clips = augment.MemberBatch(batch.frames, labels, weight, jnp.float32(0), ())
+    clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
+    mixed, ((own, share), (partner, rest)) = clips.frames, clips.targets
     share, partner = np.asarray(share), np.asarray(partner)
+    np.testing.assert_array_equal(own, labels)
+    np.testing.assert_array_equal(rest, 1 - share)
     assert sorted(partner) == list(range(5))
     assert (share >= 0.5).all() and (share[weight[partner] == 0] == 1).all() and (share < 1).any()
     for name, one in batch.frames.items():
@@ -250,16 +253,18 @@ class TwoBranches(nn.Module):
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0
+    vector_names: tuple = ()
 
     @nn.compact
-    def __call__(self, frames, *, clip_index, labels, batch_mask, train):
+    def __call__(self, frames, clips, *, train):
         x = frames["audio"].features[:, 0]
         num = len(self.train_weight[0])
         logits = [nn.Dense(1 + C, name=f"branch_{i}")(x) for i in range(num)]
-        return Branches(
-            jnp.stack(logits, axis=1),
-            jnp.asarray(self.train_weight, jnp.float32),
-            jnp.asarray(self.eval_weight, jnp.float32),
+        return ModelOutput(
+            logits=jnp.stack(logits, axis=1),
+            embedding=x,
+            train_weight=jnp.asarray(self.train_weight, jnp.float32),
+            eval_weight=jnp.asarray(self.eval_weight, jnp.float32),
         )
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -21,8 +22,7 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble
 from vidjax.data.records import pipeline
 from vidjax.modes import evaluate, train
-from vidjax.run import checkpoint
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import checkpoint, signals
 from vidjax.steps import scoring
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
@@ -63,7 +63,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, sp
     config = shrunk("--config.eval.every_epochs=3", STREAMED, spec=spec)
     run(config, tmp_path / "whole", data)
     for batch in (4, 3, 9):  # mid-epoch: an epoch is three steps
-        with pytest.raises(workdir_lib.Interrupted) as caught:
+        with pytest.raises(signals.Interrupted) as caught:
             run(config, tmp_path / "parts", Interrupting(data, batch, signum))
         assert caught.value.exit_code == 128 + signum
         assert train.finished(tmp_path / "parts", config) is None
@@ -188,7 +188,7 @@ def test_nearest_neighbours_against_a_loop(data, tmp_path):
 
     def means(split):
         found = {}
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=16):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=16):
             frames = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask):
                 real = frames.mask[row]
@@ -234,9 +234,9 @@ def test_random_draws_do_not_depend_on_the_number_of_devices(data):
     sizes = TaskSpec({"face": 24, "head": 16, "audio": 8}, 12, None, 96, 10, False)
     system = make_system(config.to_dict(), sizes)
     host = next(
-        data.train_batches(
-            splits=("train",), modalities=("face",), batch_size=32, max_frames=8, crop="window",
-            seed=0,
+        train_batches(
+            data, splits=("train",), modalities=("face",), batch_size=32, max_frames=8,
+            crop="window", seed=0,
         )
     )  # fmt: skip
     drawn = []
@@ -258,11 +258,11 @@ class Failing:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def eval_batches(self, **kwargs):
+    def eval_batches(self, plan, *, rows):
         self._left -= 1
         if self._left < 0:
             raise ValueError("a shard is damaged")
-        return self._data.eval_batches(**kwargs)
+        return self._data.eval_batches(plan, rows=rows)
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ def test_an_evaluation_that_fails_loses_no_training(data, tmp_path):
 @pytest.mark.slow
 def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
     config = shrunk(STREAMED)
-    with pytest.raises(workdir_lib.Interrupted):
+    with pytest.raises(signals.Interrupted):
         run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
     evaluate.evaluate(config, tmp_path, data, num_devices=1)
     assert train.finished(tmp_path, config) is None
@@ -338,7 +338,7 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
     losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=20):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=20):
             one = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask & one.mask.any(axis=1)):
                 x = one.features[row][one.mask[row]].astype(np.float64).mean(axis=0)

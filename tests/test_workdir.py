@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from vidjax.run import workdir
+from vidjax.run import signals, workdir
 
 
 def test_a_file_is_no_workdir(tmp_path):
@@ -59,7 +59,7 @@ def test_a_second_process_is_refused(tmp_path):
 
 def test_the_first_signal_is_noted_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with workdir.catch_interruption() as interruption:
+    with signals.catch_interruption() as interruption:
         assert interruption.signum is None
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
@@ -69,8 +69,8 @@ def test_the_first_signal_is_noted_and_handlers_come_back():
 
 def test_the_second_signal_ends_the_process():
     code = (
-        "import os, signal\nfrom vidjax.run import workdir\n"
-        "with workdir.catch_interruption():\n"
+        "import os, signal\nfrom vidjax.run import signals\n"
+        "with signals.catch_interruption():\n"
         " os.kill(os.getpid(), signal.SIGINT)\n os.kill(os.getpid(), signal.SIGINT)\n"
     )
     done = subprocess.run([sys.executable, "-c", code])

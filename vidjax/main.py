@@ -173,10 +173,11 @@ def _run(args: argparse.Namespace) -> int:
     config, path = _train_config(args) if args.mode == "train" else _workdir_config(args)
 
     # The folder before the imports of `_results`, which take seconds.
+    from vidjax.run import signals
     from vidjax.run import workdir as workdir_lib
 
     if signal.getsignal(signal.SIGTERM) is _stop_at_once:
-        workdir_lib.end_on_signals()
+        signals.end_on_signals()
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
         results = _results(args, config, workdir)
@@ -190,6 +191,7 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
     from vidjax.modes import blend, evaluate, train
     from vidjax.report import run_page
     from vidjax.run import logs
+    from vidjax.run import results as results_lib
 
     if config.deterministic:
         devices.be_deterministic()
@@ -204,13 +206,11 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
             logs.log_results(workdir, done, config.eval.split)
             return done
         # A process may have stopped just before it.
-        if config.eval.report and not (workdir / run_page.FILE).exists():
+        if config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)
         return done
     if config.join.runs:
         results = blend.join(config, workdir, _load)
-        if config.eval.report:
-            run_page.write(workdir)
     else:
         data = _load(config)
         results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
@@ -407,13 +407,17 @@ def _load(config: Config) -> Any:
 def _summarise(
     mode: str, config: Config, workdir: Path, results: dict[str, Any], seconds: float
 ) -> None:
+    from vidjax import metrics
+    from vidjax.run import results as results_lib
+
     split = config.eval.split
-    suffix = "" if split == config_lib.load_workdir(workdir).eval.split else f"_{split}"
+    paths = results_lib.paths(workdir, split, config_lib.load_workdir(workdir).eval.split)
     rows = [("workdir", _shown(workdir))]
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
-        rows.append(("MAP@100", f"{results['map']:.4f} on {kind}; top-1 {results['top1']:.4f}"))
+        scores = [f"{results['map']:.4f} on {kind}", *metrics.describe(results)]
+        rows.append(("MAP@100", "; ".join(scores)))
     else:
         rows.append(("MAP@100", f"none: {split} has no ground truth and is ranked, not scored"))
     if "best_map" in results:
@@ -422,10 +426,10 @@ def _summarise(
         ("clips", f"{results['num_clips']:,}"),
         ("identities", f"{results['num_identities']:,}"),
         ("time", f"{seconds:.1f} s"),
-        ("ranking", _shown(workdir / f"ranking{suffix}.txt")),
+        ("ranking", _shown(paths.ranking)),
     ]
-    if (workdir / "report.html").exists():
-        rows.append(("report", _shown(workdir / "report.html")))
+    if (workdir / results_lib.REPORT).exists():
+        rows.append(("report", _shown(workdir / results_lib.REPORT)))
     print(mode)  # noqa: T201
     for name, value in rows:
         print(f"  {name:10}  {value}")  # noqa: T201
@@ -459,7 +463,7 @@ def _exit_code(error: Exception) -> int | None:
         return 2  # without the imports below, which take a second
 
     from vidjax.run.checkpoint import CheckpointError
-    from vidjax.run.workdir import Interrupted
+    from vidjax.run.signals import Interrupted
 
     if isinstance(error, Interrupted):
         return error.exit_code

@@ -1,16 +1,21 @@
-"""Average precision at 100 as the challenge scores it, and open-set errors.
+"""Metrics in NumPy: average precision at 100, open-set errors, and the table of metrics per clip.
 
-Source of the first: iQIYI-VID, equation 4, and the organisers' script. It differs from the usual
-libraries in one thing: the denominator is the number of all positives of the identity, not
-min(positives, 100), so a perfect list for 150 positives scores 0.667.
+A new metric per clip is one function and one line in `CLIP_METRICS`. It then appears in
+`metrics.json`, the report and the comparison. With `log=True` it also appears in `metrics.jsonl`,
+in TensorBoard and at the terminal.
+
+Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. The usual
+libraries differ in one thing: here the denominator is the number of all positives of the identity,
+not min(positives, 100). A perfect list for 150 positives scores 0.667.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-
-from vidjax.batch import Array
+from numpy.typing import ArrayLike
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -18,7 +23,7 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
-      positives: [C] int, all ground-truth positives of the identity, returned or not.
+      positives: [C] int, the number of ground-truth positives of the identity, listed or not.
 
     Returns:
       [C] float64 in 0..1; 0 for an identity without positives.
@@ -36,20 +41,20 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def mean_average_precision(
-    index: Array, labels: Array, positives: Array, num_others: int = 0
+    index: ArrayLike, labels: ArrayLike, positives: ArrayLike, num_others: int = 0
 ) -> float:
     """Returns MAP over the identities that have positives, in float64.
 
     Args:
-      index: [C, k] int, the clips of every identity, best first; an index outside 0..N-1 is an
+      index: [C, k] int, the clips of every identity, best first. An index outside 0..N-1 marks an
         empty place.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
-      positives: [C] int, all ground-truth positives of every identity. An identity with none is
-        not in the ground truth and is left out of the mean.
-      num_others: identities of the ground truth that have no column; they count 0.
+      positives: [C] int, the number of ground-truth positives of every identity. An identity
+        without positives is not in the ground truth, and the mean leaves it out.
+      num_others: the number of identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, the same whatever the order of the identities.
+      The mean in 0..1. It does not depend on the order of the identities.
 
     Raises:
       ValueError: no identity has a positive, or one has more hits than positives.
@@ -59,24 +64,25 @@ def mean_average_precision(
         raise ValueError("no identity has a positive clip: there is nothing to average")
     filled = (index >= 0) & (index < len(labels))
     if len(labels):
-        found = np.where(filled, labels[np.where(filled, index, 0)], 0)  # [C, k]
+        listed = np.where(filled, labels[np.where(filled, index, 0)], 0)  # [C, k]
     else:
-        found = np.zeros_like(index)
-    hits = found == np.arange(1, len(index) + 1)[:, None]
+        listed = np.zeros_like(index)
+    hits = listed == np.arange(1, len(index) + 1)[:, None]
     precisions = average_precision(hits, positives)[positives > 0]
     return math.fsum(precisions) / (len(precisions) + num_others)
 
 
-def auroc(scores: Array, positive: Array) -> float | None:
-    """Returns the chance that a positive clip scores above a negative one, in float64.
+def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
+    """Returns the area under the ROC curve, in float64.
+
+    It is the probability that a positive clip scores above a negative one.
 
     Args:
       scores: [N] float; NaN counts as -inf, as in a ranking.
       positive: [N] bool.
 
     Returns:
-      The area under the ROC curve in 0..1, where of two equal scores each is above by half; None
-      where either side is empty.
+      The area in 0..1, in which a tie counts 0.5; None without a positive or without a negative.
     """
     scores, positive = _without_nan(scores), np.asarray(positive, bool)
     num_positive = int(positive.sum())
@@ -84,18 +90,19 @@ def auroc(scores: Array, positive: Array) -> float | None:
     if not num_positive or not num_negative:
         return None
     _, number, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # of equal scores, their mean rank
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # ties share their mean rank
     above = ranks[number][positive].sum() - num_positive * (num_positive + 1) / 2
     return float(above / (num_positive * num_negative))
 
 
 class IdentificationErrors(NamedTuple):
-    """How often an open-set identification errs at one threshold.
+    """The errors of open-set identification at one threshold.
 
     Attributes:
-      threshold: a clip is identified where its best score is at or above this.
-      fpir: share of the distractors that are identified.
-      fnir: share of the known clips that are not, or as somebody else.
+      threshold: the system identifies a clip if its best score is at or above this score.
+      fpir: false-positive identification rate, the share of distractors that are identified.
+      fnir: false-negative identification rate, the share of known clips that are not identified,
+        or identified as another person.
     """
 
     threshold: float
@@ -104,47 +111,147 @@ class IdentificationErrors(NamedTuple):
 
 
 def identification_errors(
-    scores: Array, correct: Array, known: Array, *, fpir: float
+    scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Returns the errors at the lowest threshold that keeps false identifications to a share.
+    """Returns the errors at the lowest threshold that keeps FPIR at or below a limit.
 
     Args:
-      scores: [N] float below inf, the best identity score of each clip. One of -inf, or NaN, is
+      scores: [N] float below inf, the best identity score of each clip. A clip with -inf or NaN is
         never identified.
       correct: [N] bool, True where the best identity is the right one.
       known: [N] bool, False for distractors.
-      fpir: the share of distractors that may be at or above the threshold, 0..1.
+      fpir: the limit, a share of the distractors in 0..1.
 
     Returns:
-      Threshold (in the precision of the scores) and both shares; None without a distractor or
+      The errors, with the threshold in the precision of the scores; None without a distractor or
       without a known clip.
 
     Raises:
-      ValueError: fpir outside 0..1.
+      ValueError: `fpir` is outside 0..1.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
     if not 0 <= fpir <= 1:
         raise ValueError(f"fpir must be within 0..1, got {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
-    strange = np.sort(scores[~known])[::-1]  # [N - known], best first
+    distractors = np.sort(scores[~known])[::-1]  # [N - known], best first
     num_known = int(known.sum())
-    if not len(strange) or not num_known:
+    if not len(distractors) or not num_known:
         return None
     # Counts are compared as shares: 0.29 * 100 is less than 29.
-    allowed = int(np.sum(np.arange(1, len(strange) + 1) / len(strange) <= fpir))
-    refused = strange[allowed] if allowed < len(strange) else np.array(-np.inf, scores.dtype)
+    allowed = int(np.sum(np.arange(1, len(distractors) + 1) / len(distractors) <= fpir))
+    refused = (
+        distractors[allowed] if allowed < len(distractors) else np.array(-np.inf, scores.dtype)
+    )
     threshold = np.nextafter(refused, np.array(np.inf, scores.dtype))
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(
         threshold=float(threshold),
-        fpir=float(np.mean(strange >= threshold)),
+        fpir=float(np.mean(distractors >= threshold)),
         fnir=float((num_known - hits.sum()) / num_known),
     )
 
 
-def _without_nan(scores: Array) -> np.ndarray:
+def _without_nan(scores: ArrayLike) -> np.ndarray:
     scores = np.asarray(scores)
     if not np.issubdtype(scores.dtype, np.floating):
         scores = scores.astype(np.float64)
     return np.where(np.isnan(scores), np.array(-np.inf, scores.dtype), scores)
+
+
+class ClipScores(Protocol):
+    """The best score of every clip of a split, as `scoring.score` returns it.
+
+    Attributes:
+      pool: [N] bool, the clips that were ranked.
+      best: [N] float32, the best score over all identities.
+      right: [N] bool, True where the best identity is that of the clip.
+    """
+
+    @property
+    def pool(self) -> np.ndarray: ...
+    @property
+    def best(self) -> np.ndarray: ...
+    @property
+    def right(self) -> np.ndarray: ...
+
+
+def top1(clips: ClipScores, labels: np.ndarray) -> float:
+    """Returns the share of the labelled clips whose best identity is right, in 0..1.
+
+    Args:
+      clips: the scores of N clips.
+      labels: [N] int, class columns; 0 for a distractor.
+    """
+    known = labels[clips.pool] > 0
+    return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
+
+
+def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
+    """Returns the AUROC of best scores, labelled clips against distractors; arguments of `top1`."""
+    return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
+
+
+def fnir(clips: ClipScores, labels: np.ndarray, *, fpir: float) -> float | None:
+    """Returns the FNIR where at most a share `fpir` of the distractors is identified.
+
+    Args:
+      clips, labels: the arguments of `top1`.
+      fpir: the share, in 0..1.
+
+    Returns:
+      The share of known clips that are missed, 0..1; None without a distractor or a known clip.
+    """
+    pool = clips.pool
+    errors = identification_errors(clips.best[pool], clips.right[pool], labels[pool] > 0, fpir=fpir)
+    return errors.fnir if errors else None
+
+
+class Metric(NamedTuple):
+    """One row of the table of metrics.
+
+    Attributes:
+      label: the metric's name for a reader.
+      about: half a sentence that explains the label.
+      fn: (clip scores, labels [N]) -> value, None where it is not defined.
+      digits: the digits after the decimal point that a reader sees.
+      log: whether every evaluation writes it to `metrics.jsonl`, TensorBoard and the terminal.
+    """
+
+    label: str
+    about: str
+    fn: Callable[[ClipScores, np.ndarray], float | None]
+    digits: int = 4
+    log: bool = False
+
+
+# Key in `metrics.json` -> metric. These need the best score of every clip; MAP needs the ranking.
+CLIP_METRICS: dict[str, Metric] = {
+    "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
+    "auroc": Metric("AUROC", "known clips against distractors", clip_auroc),
+    "fnir_at_fpir_0.01": Metric(
+        "FNIR at FPIR 1 %",
+        "known clips missed where 1 % of the distractors pass",
+        functools.partial(fnir, fpir=0.01),
+    ),
+    "fnir_at_fpir_0.1": Metric(
+        "FNIR at FPIR 10 %",
+        "known clips missed where 10 % of the distractors pass",
+        functools.partial(fnir, fpir=0.1),
+    ),
+}
+
+
+def logged(results: Mapping[str, Any]) -> dict[str, float]:
+    """Returns MAP and the metrics with `log=True` of a `metrics.json`, where they are defined."""
+    names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
+    return {name: results[name] for name in names if results.get(name) is not None}
+
+
+def describe(results: Mapping[str, Any]) -> list[str]:
+    """Returns the metrics with `log=True` as text, such as `top-1 0.8582`, without MAP."""
+    return [
+        f"{metric.label} {results[name]:.{metric.digits}f}"
+        for name, metric in CLIP_METRICS.items()
+        if metric.log and results.get(name) is not None
+    ]

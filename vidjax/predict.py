@@ -22,6 +22,7 @@ from vidjax import config as config_lib
 from vidjax import devices, ensemble, ranking
 from vidjax.batch import Batch
 from vidjax.config import Config
+from vidjax.data.clips import ClipSource
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.modes import evaluate
@@ -155,7 +156,7 @@ class Predictor(NamedTuple):
         assert found is not None
         return found[places]
 
-    def _read(self, clips: Any, split: str | None) -> tuple[Any, str, np.ndarray]:
+    def _read(self, clips: Any, split: str | None) -> tuple[ClipSource, str, np.ndarray]:
         """Returns clips as evaluation reads them, their split, and the clip_index of each row."""
         if hasattr(clips, "eval_batches"):
             chosen: str = split or self.config.eval.split
@@ -164,19 +165,19 @@ class Predictor(NamedTuple):
         data = MemoryClips(clips, self.modalities, self.identities)
         return data, "clips", data.places
 
-    def _model(self, data: Any) -> scoring.TrainedModel:
+    def _model(self, data: ClipSource) -> scoring.TrainedModel:
         return scoring.TrainedModel(
             str(self.workdir), self.scorer, self.params, self.model_state, self.training_sets, data
         )
 
-    def _windows(self, data: Any, split: str) -> Iterator[list[Batch]]:
+    def _windows(self, data: ClipSource, split: str) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
         model, size = self._model(data), self.config.eval.block_size
         rows = 1 if len(self.training_sets.members) == 1 else scoring.WINDOW_ROWS
         for window in scoring.windows([model], split, size, self.mesh, rows):
             yield window[0]
 
-    def _scored(self, data: Any, split: str) -> Iterator[ranking.Block]:
+    def _scored(self, data: ClipSource, split: str) -> Iterator[ranking.Block]:
         """Yields scores [B, C] with clip_index and which rows are clips that may be scored."""
         clips = data.split(split).clips
         entry = scoring.ModelScorer(self._model(data), clips, self.mesh)

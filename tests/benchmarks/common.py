@@ -23,7 +23,7 @@ from jax.extend import core
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Array, Packed
-from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
@@ -67,7 +67,7 @@ class Run(NamedTuple):
     state: state_lib.TrainState
     tables: state_lib.Tables
     clips: dict[str, Packed]
-    plan: resident.Plan
+    plan: BatchPlan
     num_params: int
 
 
@@ -108,7 +108,7 @@ def make_run(
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     places = {name: PLACES[name] for name in modalities}
-    plan = resident.Plan(config.seed, batch_size, num_clips, places, ())
+    plan = BatchPlan(("train",), batch_size, num_clips, places, (), "window", config.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     return Run(system, state, tables, clips, plan, num_params)
 

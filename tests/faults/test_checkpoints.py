@@ -17,8 +17,7 @@ from vidjax import config as config_lib
 from vidjax import devices, main
 from vidjax.data.records import pipeline
 from vidjax.modes import train
-from vidjax.run import checkpoint
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import checkpoint, signals
 
 # Where a save fails, threads of Orbax complain after it to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -193,7 +192,7 @@ def whole(config, data, tmp_path_factory):
 def stopped(config, data, tmp_path_factory):
     """The folder of the same run, stopped by SIGINT after step 9."""
     folder = tmp_path_factory.mktemp("checkpoints") / "stopped"
-    with pytest.raises(workdir_lib.Interrupted):
+    with pytest.raises(signals.Interrupted):
         run(config, folder, Interrupting(data, 12, signal.SIGINT))
     assert 9 < max(checkpoint.manifests(folder)) < 18
     return folder

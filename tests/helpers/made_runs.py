@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax.modes import analysis
+from vidjax.run import results as results_lib
 
 
 def write(
@@ -51,5 +51,5 @@ def write(
     (folder / f"metrics{suffix}.json").write_text(json.dumps(facts))
     parts = {"ap": ap, "positives": np.full(len(ap), positives)} if truth else {}
     told = {"split": split, "num_others": 0, "vectors": ["face", "head"], "runs": []}
-    analysis.save(folder / f"analysis{suffix}.npz", told, parts | dict(arrays or {}))
+    results_lib.save_analysis(folder / f"analysis{suffix}.npz", told, parts | dict(arrays or {}))
     return folder

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import BUCKETS, Split, best_frames, longest, make_blocks
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, best_frames
 from vidjax.data.untrusted.packing import Clip, Clips, clean_name, pack
 from vidjax.data.untrusted.unpickle import show
 
@@ -92,28 +92,15 @@ class MemoryClips:
         del name
         return self._split
 
-    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
-        """Returns [N] int32, the frames of each clip in whichever of the modalities has most."""
-        return longest(self.split(split), modalities)
-
-    def eval_batches(
-        self,
-        *,
-        split: str,
-        modalities: Sequence[str],
-        rows: int,
-        lengths: np.ndarray | None = None,
-        only: np.ndarray | None = None,
-    ) -> Iterator[Batch]:
-        """Yields every clip once, in the blocks of `Dataset.eval_batches`."""
-        plan = make_blocks(self.split(split), modalities, lengths, only)
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
         for bucket in range(len(BUCKETS)):
             clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
             for at in range(0, len(clips), rows):
                 chosen = clips[at : at + rows]
                 frames = {
-                    name: self._padded(name, chosen, rows, plan.sizes[name][bucket])
-                    for name in modalities
+                    name: self._padded(name, chosen, rows, plan.padded_lengths[name][bucket])
+                    for name in plan.modalities
                 }
                 clip_index = np.pad(chosen, (0, rows - len(chosen)))
                 yield Batch(frames, clip_index, np.arange(rows) < len(chosen))

@@ -5,12 +5,9 @@ the scores of changed clips is measured on a sample that depends on the split al
 """
 
 import functools
-import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, ranking, selection
 from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.run import workdir
+from vidjax.data.clips import Split, make_eval_plan
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps.scoring import ClipScores, Evaluation, ModelScorer, TrainedModel
 
@@ -77,7 +74,7 @@ class Observer:
     def finish(
         self, evaluation: Evaluation, train_splits: Sequence[str]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Returns facts, fit for JSON, and arrays: what `save` writes.
+        """Returns facts, fit for JSON, and arrays: what `run.results.save_analysis` writes.
 
         Args:
           evaluation: what `scoring.score` returned.
@@ -141,7 +138,7 @@ class Observer:
         found: np.ndarray,
         average: np.ndarray,
         trained: np.ndarray | None,
-        split: Any,
+        split: Split,
     ) -> list[dict[str, Any]]:
         """Returns MAP by kinds of identities and of clips."""
         pool, labels = evaluation.clips.pool, split.labels
@@ -189,7 +186,7 @@ class Observer:
             add("modalities that the clip has", [*sets, ("others", ~np.isin(code, common))])
         return tables
 
-    def _sampled(self, evaluation: Evaluation, split: Any) -> dict[str, Any]:
+    def _sampled(self, evaluation: Evaluation, split: Split) -> dict[str, Any]:
         """Returns what becomes of MAP on a sample whose clips are changed, or a member missing."""
         run, labels = self._run, split.labels
         entry = ModelScorer(run, split.clips, self._mesh)
@@ -234,10 +231,8 @@ class Observer:
     def _blocks(self, only: np.ndarray) -> Any:
         """Yields blocks of some clips, shaped as those of the split, on the host."""
         data, names = self._run.data, self._run.scorer.modalities
-        batches = data.eval_batches(
-            split=self._split_name, modalities=names, rows=self._rows, only=only
-        )
-        return map(_on_host, batches)
+        plan = make_eval_plan(data.split(self._split_name), names, only=only)
+        return map(_on_host, data.eval_batches(plan, rows=self._rows))
 
     def _rank(
         self, tally: ranking.Ranking, entry: ModelScorer, block: Batch, without: int | None = None
@@ -247,7 +242,7 @@ class Observer:
         tally.add((scores, block.clip_index, block.batch_mask))
 
     def _choose(
-        self, clips: ClipScores, split: Any, sample: np.ndarray, rng: np.random.Generator
+        self, clips: ClipScores, split: Split, sample: np.ndarray, rng: np.random.Generator
     ) -> tuple[str, np.ndarray]:
         """Returns a modality with several frames, and [N] bool, some clips of which to hide them.
 
@@ -265,7 +260,7 @@ class Observer:
         return lead, chosen
 
     def _hide(
-        self, entry: ModelScorer, split: Any, clips: ClipScores, lead: str, block: Batch, row: int
+        self, entry: ModelScorer, split: Split, clips: ClipScores, lead: str, block: Batch, row: int
     ) -> dict[str, Any] | None:
         """Returns by how much the score of a clip's identity falls when a frame is hidden.
 
@@ -517,12 +512,3 @@ def _open_set(
     arrays["calibration"] = np.stack([count, *means], axis=1)  # [bins, 3]
     gap = np.sum(count * np.abs(means[0] - means[1])) / max(count.sum(), 1)
     return {"calibration_error": float(gap)}
-
-
-def save(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an analysis, whole or not at all."""
-    content = io.BytesIO()
-    text = json.dumps(facts, default=np.ndarray.tolist).encode()
-    parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
-    np.savez_compressed(content, **parts)
-    workdir.write_bytes(path, content.getvalue())

@@ -15,6 +15,7 @@ from vidjax import devices, metrics, ranking
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.modes import analysis, evaluate
+from vidjax.modes.outputs import write_results
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import say
 from vidjax.steps import scoring
@@ -83,15 +84,11 @@ def join(
     results = evaluation.results | {"eval_seconds": time.monotonic() - began}
 
     kept = _keep_config(config, workdir, weights)
-    suffix = "" if split == kept.eval.split else f"_{split}"
-    data = joined[0].data
-    ranking.write_ranking(
-        workdir / f"ranking{suffix}.txt", data.identities, data.split(split).clips, evaluation.top
-    )
-    workdir_lib.write_json(workdir / f"metrics{suffix}.json", results)
-    if observer:
-        trained = config_lib.load_workdir(Path(config.join.runs[0])).data.train_splits
-        analysis.save(workdir / f"analysis{suffix}.npz", *observer.finish(evaluation, trained))
+    trained = config_lib.load_workdir(Path(config.join.runs[0])).data.train_splits
+    write_results(
+        workdir, joined[0].data, evaluation, results, split=split, own_split=kept.eval.split,
+        observer=observer, train_splits=trained,
+    )  # fmt: skip
     return results
 
 

@@ -22,6 +22,7 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.modes.evaluate import digest, select_modalities
 from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
 
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
@@ -313,7 +314,7 @@ def _damaged_config(workdir: Path) -> Found:
 
 def _results(path: Path) -> Found:
     """Yields what a file of JSON says."""
-    content = _read_json(path)
+    content = workdir_lib.read_json(path)
     if path.name == "data_report.json":
         problems = list(_sums(content))
         yield from ((FAULT, problem) for problem in problems)
@@ -327,7 +328,7 @@ def _results(path: Path) -> Found:
 
 def _ranking(path: Path) -> Found:
     known = path.with_name("identities.json")
-    identities = _read_json(known) if known.exists() else None
+    identities = workdir_lib.read_json(known, list) if known.exists() else None
     ranked = ranking.load_ranking(path, identities=identities)
     if identities is not None and len(ranked) != len(identities):
         yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
@@ -398,11 +399,11 @@ def _companions(
     """Yields whether the files that give a checkpoint its meaning are those it was saved with."""
     path = workdir / "identities.json"
     try:
-        identities = _read_json(path)
+        identities = workdir_lib.read_json(path, list)
         agrees = digest(identities) == manifest.get("identities_sha256")
         said = f"{len(identities)} identities" if agrees else "not what the run was trained with"
         yield OK if agrees else FAULT, f"{name}identities.json: {said}"
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         yield FAULT, f"{name}{error}"
     try:
         training_sets = ensemble.load(workdir)
@@ -431,13 +432,6 @@ def _holder(workdir: Path) -> str | None:
     except OSError:
         pass
     return None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
 def _one_line(text: str) -> str:

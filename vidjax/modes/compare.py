@@ -7,7 +7,6 @@ Nothing is computed by a model: the average precisions are those that evaluation
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax.report import html, run_page
+from vidjax.data.clips import TrainingData
+from vidjax.report import html
+from vidjax.run import results as results_lib
 from vidjax.run import workdir
 
 RESAMPLES = 10_000
@@ -132,8 +133,8 @@ def read(
     config = config_lib.load_workdir(folder)
     own: str = config.eval.split
     which = split or own
-    suffix = "" if which == own else f"_{which}"
-    results = _results(name, folder / f"metrics{suffix}.json", which)
+    paths = results_lib.paths(folder, which, own)
+    results = _results(name, paths.metrics, which)
     sources = [config_lib.load_workdir(Path(run)) for run in config.join.runs[:1]]
     if sources and config.data.dir:
         sources[0].data.dir = config.data.dir
@@ -141,20 +142,17 @@ def read(
     if directory is not None:
         config.data.dir = directory
 
-    analysis = folder / f"analysis{suffix}.npz"
-    names = tuple(_identities(folder, suffix))
+    names = tuple(_identities(folder, paths.ranking))
     num_others, arrays = 0, {}
-    if analysis.exists():
-        facts, arrays = run_page.load_analysis(analysis)
+    if paths.analysis.exists():
+        facts, arrays = results_lib.load_analysis(paths.analysis)
         num_others = facts.get("num_others", 0)
     if "ap" in arrays:
         ap, positives = arrays["ap"], arrays["positives"]
-        source = analysis.name
+        source = paths.analysis.name
     else:
-        ap, positives, num_others = _of_ranking(
-            folder / f"ranking{suffix}.txt", names, load(config), which, results
-        )
-        source = f"ranking{suffix}.txt"
+        ap, positives, num_others = _of_ranking(paths.ranking, names, load(config), which, results)
+        source = paths.ranking.name
     if len(names) != len(ap):
         raise ValueError(f"'{name}': {len(names)} identities, but {len(ap)} in {source}")
     known = positives > 0
@@ -162,7 +160,7 @@ def read(
     if abs(value - results["map"]) > 1e-9:
         raise ValueError(
             f"'{name}': MAP is {value:.4f} by {source} and {results['map']:.4f} by "
-            f"metrics{suffix}.json\n{_rank_it(name, which)}"
+            f"{paths.metrics.name}\n{_rank_it(name, which)}"
         )
     return Ranked(
         name=name,
@@ -179,13 +177,11 @@ def read(
 
 def _results(name: str, path: Path, split: str) -> dict[str, Any]:
     try:
-        results = json.loads(path.read_bytes())
+        results = workdir.read_json(path)
     except FileNotFoundError:
         raise ValueError(
             f"'{name}' has no results on split '{split}' ({path.name})\n{_rank_it(name, split)}"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
     if results.get("map") is None:
         raise ValueError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
@@ -201,17 +197,17 @@ def _rank_it(name: str, split: str) -> str:
     )
 
 
-def _identities(folder: Path, suffix: str) -> list[str]:
+def _identities(folder: Path, ranking: Path) -> list[str]:
     """Returns the identities of the columns; a folder of joined runs has them in its ranking."""
     path = folder / "identities.json"
     if path.exists():
-        return run_page._read_json(path, [])
-    lines = (folder / f"ranking{suffix}.txt").read_text().splitlines()
+        return workdir.read_json(path, list)
+    lines = ranking.read_text().splitlines()
     return [line.split(" ", 1)[0] for line in lines]
 
 
 def _of_ranking(
-    path: Path, names: Sequence[str], data: Any, split_name: str, results: dict[str, Any]
+    path: Path, names: Sequence[str], data: TrainingData, split_name: str, results: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns average precisions [C], positives [C] and the number of other identities."""
     if results["map_kind"] == "out_of_fold":

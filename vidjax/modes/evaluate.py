@@ -1,12 +1,10 @@
 """Evaluation of a trained run: its weights restored, a split ranked, MAP@100."""
 
 import difflib
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +12,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble, ranking
+from vidjax import devices, ensemble
 from vidjax.config import Config
+from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.modes import analysis
-from vidjax.report import run_page
+from vidjax.modes.outputs import write_results
 from vidjax.run import checkpoint, resume
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps import state as state_lib
 from vidjax.steps.scoring import Scorer, TrainedModel, score
 from vidjax.system import TaskSpec, make_system
 
-# What metrics.json says of the training, whatever is evaluated later.
-OF_TRAINING = (
-    "best_step",
-    "best_map",
-    "num_params",
-    "train_clips_per_second",
-    "seconds",
-    "seed",
-    "command",
-    "finished",
-    "versions",
-)
-
 
 def evaluate(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -79,22 +66,11 @@ def evaluate(
     results = evaluation.results | {"step": step, "eval_seconds": time.monotonic() - began}
 
     trained = config_lib.load_workdir(workdir)
-    suffix = "" if split == trained.eval.split else f"_{split}"
-    ranking.write_ranking(
-        workdir / f"ranking{suffix}.txt",
-        model.data.identities,
-        model.data.split(split).clips,
-        evaluation.top,
-    )
-    if observer:
-        found = observer.finish(evaluation, trained.data.train_splits)
-        analysis.save(workdir / f"analysis{suffix}.npz", *found)
-    trained_path = workdir / "metrics.json"
-    facts = json.loads(trained_path.read_text()) if trained_path.exists() else {}
-    kept = {name: facts[name] for name in OF_TRAINING if name in facts}
-    workdir_lib.write_json(workdir / f"metrics{suffix}.json", kept | results)
-    if observer:
-        run_page.write(workdir)
+    write_results(
+        workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,
+        split=split, own_split=trained.eval.split,
+        observer=observer, train_splits=trained.data.train_splits,
+    )  # fmt: skip
     return results
 
 
@@ -117,7 +93,9 @@ class Run(NamedTuple):
         return self.found.manifest
 
 
-def restore(config: Config, workdir: Path, data: Any, mesh: Mesh) -> tuple[int, TrainedModel]:
+def restore(
+    config: Config, workdir: Path, data: TrainingData, mesh: Mesh
+) -> tuple[int, TrainedModel]:
     """Returns the step that a run's folder restores, and the system with its weights.
 
     Args:
@@ -174,8 +152,8 @@ def find_run(config: Config, workdir: Path) -> Run:
 
 
 def fit_data(
-    data: Any, split: str, modalities: Mapping[str, int], identities: Sequence[str]
-) -> Any:
+    data: TrainingData, split: str, modalities: Mapping[str, int], identities: Sequence[str]
+) -> TrainingData:
     """Returns a dataset labelled for the columns of a run.
 
     Args:
@@ -227,8 +205,9 @@ def load_run(run: Run, config: Config, workdir: Path, mesh: Mesh) -> TrainedMode
         devices.replicated(mesh),
     )
     scorer = Scorer(system, mesh)
+    no_data = cast(ClipSource, None)  # the caller replaces it
     return TrainedModel(
-        str(workdir), scorer, items["params"], items["model_state"], training_sets, data=None
+        str(workdir), scorer, items["params"], items["model_state"], training_sets, no_data
     )
 
 
@@ -237,8 +216,8 @@ REWRITE = "delete it and metrics.json: the command that trained the run writes t
 
 def _identities(path: Path, wanted: str) -> tuple[str, ...]:
     try:
-        identities = tuple(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        identities = tuple(workdir_lib.read_json(path, list))
+    except (OSError, ValueError) as error:
         raise checkpoint.CheckpointError(f"cannot read '{path}': {error}\n{REWRITE}") from error
     if digest(identities) != wanted:
         raise checkpoint.CheckpointError(
@@ -281,4 +260,4 @@ def select_modalities(names: Sequence[str], data: Any) -> dict[str, int]:
 
 def digest(identities: Sequence[str]) -> str:
     """Returns the sha256 of a list of identities, in its order."""
-    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()
+    return workdir_lib.sha256_json(list(identities))

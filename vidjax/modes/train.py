@@ -20,15 +20,17 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble as ensemble_lib
-from vidjax import ranking
+from vidjax import metrics
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.data.untrusted import pickles
 from vidjax.modes import analysis
 from vidjax.modes.evaluate import digest, select_modalities
-from vidjax.report import run_page
-from vidjax.run import checkpoint, resume
+from vidjax.modes.outputs import write_results
+from vidjax.run import checkpoint, resume, signals
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, Progress, say
 from vidjax.steps import feed as feed_lib
@@ -50,15 +52,14 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     if changed.keys() - set(resume.MOVABLE):
         return None
-    done = workdir / "metrics.json"
-    results = json.loads(done.read_text()) if done.exists() else {}
+    results = results_lib.read_metrics(workdir)
     return results if results.get("finished") else None  # evaluation writes the file too
 
 
 def train(
     config: Config,
     workdir: Path,
-    data: Any,
+    data: TrainingData,
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -149,18 +150,18 @@ def train(
     clips = sizes.total_steps * config.batch_size
     progress = Progress(clips, initial=step * config.batch_size, unit="clip", label="train")
     try:
-        with workdir_lib.catch_interruption() as interruption:
+        with signals.catch_interruption() as interruption:
 
             def stop_if_asked() -> None:
                 if interruption.signum:
-                    raise workdir_lib.Interrupted(interruption.signum, step)
+                    raise signals.Interrupted(interruption.signum, step)
 
             def watch() -> Evaluation:
                 stop_if_asked()
                 interruption.at_once = True  # every step is saved
                 state = state_lib.merge_states(states)
                 evaluation = evaluate(state, check=stop_if_asked)
-                scores = {k: v for k, v in evaluation.results.items() if k in ("map", "top1")}
+                scores = metrics.logged(evaluation.results)
                 logs.metrics(step, {"split": config.eval.split, **scores})
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items())
                 say(f"step {step} of {sizes.total_steps}: {shown or 'ranked'}")
@@ -223,15 +224,6 @@ def train(
 
     if evaluation is None:  # an earlier process stopped between the last step and its results
         evaluation = evaluate(state_lib.merge_states(states))
-    ranking.write_ranking(
-        workdir / "ranking.txt",
-        data.identities,
-        data.split(config.eval.split).clips,
-        evaluation.top,
-    )
-    if observer:
-        found = observer.finish(evaluation, config.data.train_splits)
-        analysis.save(workdir / run_page.ANALYSIS, *found)
     rates = rates[1:] or rates  # the first one compiled
     results = {
         **evaluation.results,
@@ -249,9 +241,11 @@ def train(
     }
     if command:
         results["command"] = command
-    workdir_lib.write_json(workdir / "metrics.json", results)
-    if analyse:
-        run_page.write(workdir)
+    split = config.eval.split
+    write_results(
+        workdir, data, evaluation, results, split=split, own_split=split,
+        observer=observer, train_splits=config.data.train_splits,
+    )  # fmt: skip
     return results
 
 
@@ -265,7 +259,7 @@ class _Plan(NamedTuple):
     layout: NoiseLayout | None
 
 
-def _plan(config: Config, data: Any) -> _Plan:
+def _plan(config: Config, data: TrainingData) -> _Plan:
     modalities = select_modalities(config.modalities, data)
     train_splits = tuple(config.data.train_splits)
     ensemble = config.ensemble.to_dict()
@@ -343,13 +337,13 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 def _make_feed(
     config: Config,
-    data: Any,
+    data: TrainingData,
     system: System,
     sizes: TaskSpec,
     mesh: Mesh,
     step: int,
     mode: str | None,
-) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, Any]:
+) -> tuple[feed_lib.StreamingFeed | feed_lib.ResidentFeed, ClipSource]:
     """Returns how clips reach the training step from some step on, and what evaluation reads.
 
     Args:
@@ -357,22 +351,22 @@ def _make_feed(
       step: how many steps were done.
       mode: of the process that did them, which the order of clips depends on; None for the first.
     """
-    stream = {
-        "modalities": tuple(sizes.modalities),
-        "max_frames": config.data.max_frames,
-        "crop": config.data.crop,
-    }
-    splits = tuple(config.data.train_splits)
-    layout = resident.make_layout(data, train_splits=splits, eval_split=config.eval.split, **stream)
+    plan = make_batch_plan(
+        [data.split(name) for name in config.data.train_splits],
+        tuple(sizes.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+    )
+    layout = resident.make_layout(data, plan, config.eval.split)
     num_drawn = sizes.total_steps * config.batch_size
     mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
-    stream |= {"splits": splits, "batch_size": config.batch_size, "seed": config.seed}
     if mode == "streaming":
         say("clips are streamed from the records")
-        batches = data.train_batches(**stream, start=step * config.batch_size)
+        batches = data.train_batches(plan, start=step * config.batch_size)
         return feed_lib.StreamingFeed(system, mesh, batches), data
     began = time.monotonic()
-    plan = resident.make_plan(data, **stream)
     clips = resident.Resident(data, layout, mesh)
     say(
         f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
@@ -382,16 +376,13 @@ def _make_feed(
 
 
 def _claim(
-    workdir: Path, config: Config, data: Any, training_sets: ensemble_lib.TrainingSets
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble_lib.TrainingSets
 ) -> None:
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble_lib.save(workdir, training_sets)
-    cropped = data.num_cropped(
-        splits=config.data.train_splits,
-        modalities=config.modalities,
-        max_frames=config.data.max_frames,
-    )
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
     workdir_lib.write_json(workdir / "data_report.json", report)
 

@@ -4,8 +4,6 @@ The page needs no other file, no network and no script. It is made of what train
 left: no data is read and nothing is computed by a model.
 """
 
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.report import html
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
-FILE, ANALYSIS = "report.html", "analysis.npz"
 RESAMPLES = 1000
 MOST_ROWS = 60  # of a table of members
 
@@ -52,7 +50,7 @@ def write(workdir: Path) -> Path:
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    path = workdir / FILE
+    path = workdir / results_lib.REPORT
     workdir_lib.write_text(path, render(load(workdir)))
     return path
 
@@ -65,63 +63,21 @@ def load(workdir: Path) -> Run:
     """
     if not (workdir / "config.json").is_file():
         raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)")
-    facts, arrays = {}, {}
-    if (workdir / ANALYSIS).exists():
-        facts, arrays = load_analysis(workdir / ANALYSIS)
-    others = {}
-    for path in sorted(workdir.glob("metrics_*.json")):
-        others[path.stem.removeprefix("metrics_")] = _read_json(path)
+    own = results_lib.paths(workdir, "", "")
+    facts, arrays = results_lib.load_analysis(own.analysis) if own.analysis.exists() else ({}, {})
+    identities = workdir / "identities.json"
+    data = workdir / "data_report.json"
     return Run(
         workdir,
-        _read_json(workdir / "config.json"),
-        _read_json(workdir / "metrics.json"),
-        _read_lines(workdir / "metrics.jsonl"),
-        _read_json(workdir / "identities.json", []),
+        workdir_lib.read_json(workdir / "config.json"),
+        results_lib.read_metrics(workdir),
+        results_lib.read_lines(workdir / "metrics.jsonl"),
+        workdir_lib.read_json(identities, list) if identities.exists() else [],
         facts,
         arrays,
-        _read_json(workdir / "data_report.json"),
-        others,
+        workdir_lib.read_json(data) if data.exists() else {},
+        results_lib.read_other_metrics(workdir),
     )
-
-
-def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the facts and arrays that `analysis.save` wrote.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return json.loads(arrays.pop("facts").tobytes()), arrays
-    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
-        raise ValueError(f"cannot read '{path}': {type(error).__name__}: {error}") from error
-
-
-def _read_json(path: Path, default: Any = None) -> Any:
-    default = {} if default is None else default
-    if not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
-    if type(value) is not type(default):
-        raise ValueError(f"'{path}' is damaged: it holds no {type(default).__name__}")
-    return value
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log that can be read: a run may be writing the last one."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "step" in value:
-            found.append(value)
-    return found
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:

@@ -8,7 +8,6 @@ lies in `checkpoints/` stays there.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -213,7 +212,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise DamagedError(f"file missing: '{file}'")
         try:
-            same = _digest(file) == digest
+            same = workdir_lib.sha256_file(file) == digest
         except OSError as error:
             raise DamagedError(f"cannot read '{file}': {error.strerror}") from error
         if not same:
@@ -238,7 +237,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"file missing: '{path}'") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedError(f"'{path}' is damaged") from error
-    if seal != _seal(facts):
+    if seal != workdir_lib.sha256_json(facts):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
     if str(facts["step"]) != folder.name:
         raise DamagedError(f"'{path}' is of step {facts['step']}")
@@ -269,11 +268,8 @@ def _folders(workdir: Path) -> dict[int, Path]:
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     plain = json.loads(workdir_lib.to_json(dict(facts)))
-    workdir_lib.write_json(folder / "manifest.json", {**plain, "sha256": _seal(plain)})
-
-
-def _seal(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    plain["sha256"] = workdir_lib.sha256_json(plain)
+    workdir_lib.write_json(folder / "manifest.json", plain)
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
@@ -335,9 +331,4 @@ def _remove(folder: Path) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(path.relative_to(folder)): workdir_lib.sha256_file(path) for path in files}

@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
 # Protocol buffers make their classes at run time: type checkers do not see them.
@@ -127,7 +128,7 @@ def log_results(workdir: Path, results: Mapping[str, Any], split: str) -> None:
       ValueError: `config.json` or `analysis.npz` is damaged.
       OSError: it cannot be written.
     """
-    config = json.loads((workdir / "config.json").read_text())
+    config = workdir_lib.read_json(workdir / "config.json")
     own = split == config["eval"]["split"]
     values = []
     if own:
@@ -138,11 +139,9 @@ def log_results(workdir: Path, results: Mapping[str, Any], split: str) -> None:
         session.session_end_info.status = SUCCESS
         session.session_end_info.end_time_secs = time.time()
         values.append(_hparams("session_end_info", session))
-    path = workdir / f"analysis{'' if own else f'_{split}'}.npz"
+    path = results_lib.paths(workdir, split, config["eval"]["split"]).analysis
     if path.exists():
-        from vidjax.report import run_page
-
-        facts, arrays = run_page.load_analysis(path)
+        facts, arrays = results_lib.load_analysis(path)
         if "attention" in arrays:
             image = _image(arrays["attention"], facts["vectors"])
             values.append(Summary.Value(tag=f"attention on {split}", image=image))
@@ -179,7 +178,7 @@ def _session_start(workdir: Path) -> Any:
     # Without a name of its own group, a session is a group: no two runs are averaged.
     info = session.session_start_info
     info.start_time_secs = time.time()
-    config = json.loads((workdir / "config.json").read_text())
+    config = workdir_lib.read_json(workdir / "config.json")
     for name, value in _flat(config):
         if isinstance(value, bool):
             info.hparams[name].bool_value = value

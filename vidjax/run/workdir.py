@@ -1,19 +1,22 @@
-"""The folder of a run: its lock, files written whole or not at all, the signals that end it."""
+"""The folder of a run and its files: one process at a time, every file written whole or not at all.
+
+The helpers for files know nothing of a run; whoever reads or writes files may use them.
+"""
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def make_workdir(path: str | os.PathLike[str]) -> Path:
@@ -121,75 +124,32 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON form of {type(value).__name__}")
 
 
-class Interruption:
-    """What a signal asked for.
+def read_json(path: Path, kind: type[T] = dict) -> T:
+    """Reads a JSON file that may be damaged.
 
-    Attributes:
-      signum: None until SIGINT or SIGTERM arrives.
-      at_once: whether nothing is lost if the process ends now; the command then does (see
-        `end_on_signals`).
+    Args:
+      path: the file.
+      kind: the type that the file must hold: `dict`, `list`, or `object` for any.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not JSON, or holds another type.
     """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.at_once = False
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Notes the first signal; ends the process at once on the second."""
-        del frame
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
-
-
-class Interrupted(Exception):
-    """A run stopped on a signal with its state saved; `exit_code` is what the shell expects."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
-        self.exit_code = 128 + signum
-
-
-_interruption: Interruption | None = None  # of the loop that is running
-
-
-@contextlib.contextmanager
-def catch_interruption() -> Iterator[Interruption]:
-    """Turns SIGINT and SIGTERM into a note that the loop reads after each step."""
-    global _interruption
-    interruption = _interruption = Interruption()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interruption.handle) for number in signals}
     try:
-        yield interruption
-    finally:
-        _interruption = None
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"'{path}' is damaged: it holds no {kind.__name__}")
+    return value
 
 
-def end_on_signals() -> None:
-    """Lets SIGINT and SIGTERM end this process at once, but for the first that a loop waits for.
-
-    A thread sees to it: Python runs handlers between two of its own instructions only, and a
-    compiler, which is none of them, takes minutes.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: None)  # the thread is told of it
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _end_on_signals(reader: int) -> None:
-    noted = None
-    while True:
-        signum = os.read(reader, 1)[0]
-        interruption = _interruption
-        if signum not in (signal.SIGINT, signal.SIGTERM):
-            continue
-        if interruption is None or interruption.at_once or noted is interruption:
-            os.write(2, b"vidjax: stopped\n")
-            os._exit(128 + signum)
-        noted = interruption
+def sha256_json(value: Any) -> str:
+    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.config import Config
+from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import keep_until, say
 from vidjax.steps import eval_step
@@ -32,13 +33,13 @@ FILE = "noise.jsonl"
 
 
 def label_distractors(
-    config: Config, data: Any, labels: np.ndarray
+    config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseLayout]:
     """Returns the labels of training clips with distractors in columns of their own.
 
     Args:
       config: the run's configuration.
-      data: a `Dataset`.
+      data: the clips.
       labels: [N] int32, class columns; 0 for distractors.
 
     Returns:
@@ -75,7 +76,7 @@ def _mean_face(frames: Frames) -> jax.Array:
     return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
-def _mean_faces(config: Config, data: Any, wanted: np.ndarray) -> np.ndarray:
+def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.ndarray:
     """Returns [n, D] float32, the quality-weighted mean frames of the wanted training clips."""
     modality = config.noise.modality
     if modality not in data.modalities:
@@ -85,16 +86,15 @@ def _mean_faces(config: Config, data: Any, wanted: np.ndarray) -> np.ndarray:
         only = wanted[rows]
         found = np.zeros((len(only), data.modalities[modality].dim), np.float32)
         if only.any():
-            for batch in data.eval_batches(
-                split=split, modalities=(modality,), rows=config.eval.block_size, only=only
-            ):
+            plan = make_eval_plan(data.split(split), (modality,), only=only)
+            for batch in data.eval_batches(plan, rows=config.eval.block_size):
                 vectors = np.asarray(_mean_face(batch.frames[modality]))
                 found[batch.clip_index[batch.batch_mask]] = vectors[batch.batch_mask]
         parts.append(found[only])
     return np.concatenate(parts)
 
 
-def _by_split(config: Config, data: Any) -> Sequence[tuple[str, slice]]:
+def _by_split(config: Config, data: ClipSource) -> Sequence[tuple[str, slice]]:
     """Returns the training splits and their rows in the tables."""
     found, start = [], 0
     for split in config.data.train_splits:
@@ -111,7 +111,7 @@ class Relabeller:
         self,
         config: Config,
         workdir: Path,
-        data: Any,
+        data: ClipSource,
         system: System,
         layout: NoiseLayout,
         training_sets: ensemble.TrainingSets,
@@ -146,12 +146,9 @@ class Relabeller:
     def _predict_split(
         self, weights: Sequence[Any], split: str, only: np.ndarray, predicted: np.ndarray
     ) -> None:
-        for batch in self._data.eval_batches(
-            split=split,
-            modalities=self._modalities,
-            rows=self._config.eval.block_size * self._mesh.size,
-            only=only,
-        ):
+        plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
+        rows = self._config.eval.block_size * self._mesh.size
+        for batch in self._data.eval_batches(plan, rows=rows):
             on_device = devices.shard_batch(self._mesh, batch)
             for number, member in enumerate(self._training_sets.members):
                 params, model_state = weights[number]

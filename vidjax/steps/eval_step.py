@@ -36,7 +36,7 @@ def eval_step(system: System, params: Any, model_state: Any, view: Array, batch:
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
         output = _apply(system, params, model_state, frames, batch, clip_mask)
-        if output.logits.shape[1] == 1:
+        if output.eval_weight is None and output.logits.shape[1] == 1:
             return system.score_fn(output.logits[:, 0], system.class_mask)
         scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
         total = _no_score(scores[:, 0], system.logs)

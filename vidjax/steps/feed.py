@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System
@@ -109,9 +110,7 @@ class ResidentFeed:
     mode = "resident"
     waited = 0.0
 
-    def __init__(
-        self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: resident.Plan
-    ):
+    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
         """Takes the clips to train on and how they make batches."""
         self._clips = clips
         self._find = _make_finder(system)

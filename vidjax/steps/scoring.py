@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, metrics, ranking
 from vidjax.batch import Array, Batch, LazyFeatures
+from vidjax.data.clips import ClipSource, Split, longest, make_eval_plan
 from vidjax.run.logs import CompileClock, Progress
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples
@@ -22,7 +23,6 @@ from vidjax.system import System
 # held, seldom enough that taking a member's slice of the parameters costs nothing.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20
-FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
 
 
 class Scorer:
@@ -46,7 +46,7 @@ class TrainedModel(NamedTuple):
       params: the model's parameters, [E, ...].
       model_state: the model's other collections, [E, ...].
       training_sets: what its members were trained on.
-      data: a `Dataset` of its identities.
+      data: clips labelled for its identities.
       weight: its share where several are joined.
     """
 
@@ -55,7 +55,7 @@ class TrainedModel(NamedTuple):
     params: Any
     model_state: Any
     training_sets: ensemble.TrainingSets
-    data: Any
+    data: ClipSource
     weight: float = 1.0
 
 
@@ -104,7 +104,7 @@ class _TopKMetric:
         mask = _in_pool(self._pool, batch.clip_index, batch.batch_mask)
         self.ranking.add((scores, batch.clip_index, mask))
 
-    def positives(self, split: Any) -> np.ndarray:
+    def positives(self, split: Split) -> np.ndarray:
         """Returns [C] int, the ground-truth clips of every identity, without those outside."""
         outside = np.bincount(split.labels[~self.pool], minlength=len(split.positives) + 1)[1:]
         return split.positives - outside
@@ -342,18 +342,14 @@ def windows(
     for one in models:
         modalities.setdefault(id(one.data), {}).update(dict.fromkeys(one.scorer.modalities))
     datasets = {id(one.data): one.data for one in models}
-    lengths = np.max(
-        [data.longest(split, tuple(modalities[key])) for key, data in datasets.items()], axis=0
-    )
-    streams = [
-        data.eval_batches(
-            split=split,
-            modalities=tuple(modalities[key]),
-            rows=block_size * mesh.size,
-            lengths=lengths,
-        )
-        for key, data in datasets.items()
-    ]
+    splits = {key: data.split(split) for key, data in datasets.items()}
+    lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
+    plans = {
+        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths)
+        for key in datasets
+    }
+    rows_of_block = block_size * mesh.size
+    streams = [data.eval_batches(plans[key], rows=rows_of_block) for key, data in datasets.items()]
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -420,15 +416,7 @@ def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array
     return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)
 
 
-def _clip_metrics(clips: ClipScores, split: Any) -> dict[str, float | None]:
-    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
-    value, right = clips.best[clips.pool], clips.right[clips.pool]
-    known = split.labels[clips.pool] > 0
-    results = {
-        "top1": float(right.sum() / max(known.sum(), 1)),
-        "auroc": metrics.auroc(value, known),
-    }
-    for share in FALSE_POSITIVES:
-        errors = metrics.identification_errors(value, right, known, fpir=share)
-        results[f"fnir_at_fpir_{share}"] = errors.fnir if errors else None
-    return results
+def _clip_metrics(clips: ClipScores, split: Split) -> dict[str, float | None]:
+    """Returns key -> value of every metric in `metrics.CLIP_METRICS`."""
+    labels = split.labels
+    return {name: metric.fn(clips, labels) for name, metric in metrics.CLIP_METRICS.items()}

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import tensorflow
 import tensorflow_datasets
+
+from vidjax.data.clips import Modality
 
 # TensorFlow ships no types, and the stubs that type checkers bring know half of it.
 tf: Any = tensorflow
@@ -55,18 +57,6 @@ FIELDS = ("features", *SCALARS)
 DECODED = ("features", "quality", "detection", "number")  # a Batch has no boxes
 # `decode_raw` has no float16 kernel of fixed length: bits pass through an integer of that width.
 CARRIERS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
-
-
-class Modality(NamedTuple):
-    """What all frames of one modality have in common.
-
-    Attributes:
-      dim: the width D of a feature.
-      dtype: name of the stored dtype, such as 'float16'.
-    """
-
-    dim: int
-    dtype: str
 
 
 class PackedFrames(tfds.features.FeatureConnector):

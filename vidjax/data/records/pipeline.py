@@ -7,7 +7,7 @@ stored dtype: parsing clip by clip runs at a third of the rate.
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,15 @@ import numpy as np
 
 from vidjax.batch import Batch, Frames, Packed
 from vidjax.data import arrays, iqiyi_vid, pickle_writer, synthetic
-from vidjax.data.clips import MAX_EVAL_FRAMES, Blocks, Split, longest, make_blocks, padded
-from vidjax.data.records.codec import (
+from vidjax.data.clips import (
+    MAX_EVAL_FRAMES,
+    BatchPlan,
+    EvalPlan,
     Modality,
+    Split,
+    check_modalities,
+)
+from vidjax.data.records.codec import (
     decode_batch,
     flatten_batch,
     parse_batch,
@@ -82,9 +88,7 @@ class Dataset:
                         f"{message} have a {modality} feature with a NaN or an Inf: left out",
                         stacklevel=2,
                     )
-            none = np.zeros(len(facts.clips), np.int32)
-            lengths = {m: facts.lengths.get(m, none) for m in self.modalities}
-            self._splits[name] = Split(name, facts.clips, *labels[name], lengths)
+            self._splits[name] = Split(name, facts.clips, *labels[name], facts.lengths)
 
     def split(self, name: str) -> Split:
         """Returns one split.
@@ -102,164 +106,81 @@ class Dataset:
             return self
         return Dataset(self._records, self._truth, identities=identities)
 
-    def num_cropped(
-        self, *, splits: Sequence[str], modalities: Sequence[str], max_frames: int
-    ) -> dict[str, dict[str, int]]:
-        """Returns modality -> the `clips` that lose frames in an epoch, and how many `frames`."""
-        self._check(splits, modalities)
-        counts = {}
-        for name in modalities:
-            lengths = np.concatenate([self.split(split).lengths[name] for split in splits])
-            lost = np.maximum(lengths.astype(np.int64) - max_frames, 0)
-            counts[name] = {"clips": int((lost > 0).sum()), "frames": int(lost.sum())}
-        return counts
+    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> Iterator[Batch]:
+        """Yields batches without end; every clip comes once per epoch.
 
-    def train_batches(
-        self,
-        *,
-        splits: Sequence[str],
-        modalities: Sequence[str],
-        batch_size: int,
-        max_frames: int,
-        crop: Literal["window", "quality"],
-        seed: int,
-        start: int = 0,
-    ) -> Iterator[Batch]:
-        """Yields batches without end, every clip once an epoch, in an order of (seed, epoch) alone.
-
-        Batches run on across epochs, so none is short and no clip is dropped.
+        Batches run on across epochs: none is short and no clip is dropped. The order of clips
+        depends on the plan's seed and the epoch alone.
 
         Args:
-          splits: whose clips; clip_index counts through them one after another.
-          modalities: which to decode.
-          batch_size: clips a batch; may exceed the clips there are.
-          max_frames: T of a modality whose clips are longer; others take their longest, rounded up.
-          crop: what a clip of more frames gives: 'window', consecutive ones from a random place, or
-            'quality', the best ones in time order.
-          seed: of order and windows.
-          start: clips that earlier batches held; the stream goes on exactly where they ended.
+          plan: the batches, from `make_batch_plan`.
+          start: number of clips in the batches before; the stream continues after them.
 
         Raises:
-          ValueError: an unknown split, modality or crop; or, while reading, damaged records.
+          ValueError: an unknown split, a split without one of the modalities, a negative `start`,
+            or, while reading, damaged records.
         """
-        self._check(splits, modalities)
-        if crop not in ("window", "quality"):
-            raise ValueError(f"crop is 'window' or 'quality', got {crop!r}")
-        if batch_size < 1 or max_frames < 1 or start < 0:
-            raise ValueError(
-                f"batch_size {batch_size} and max_frames {max_frames} must be 1 or more, "
-                f"start {start} 0 or more"
-            )
-        longest = {name: self._most(splits, name) for name in modalities}
-        num_frames = self.train_sizes(splits, modalities, max_frames)
+        if start < 0:
+            raise ValueError(f"start={start}: must be 0 or more")
         shards, offsets, num_clips = [], [], 0
-        for split in splits:
+        for split in plan.splits:
+            check_modalities(self.split(split), plan.modalities)
             shards += self._records.splits[split].shards
             offsets += [num_clips] * len(self._records.splits[split].shards)
             num_clips += len(self.split(split).clips)
 
-        records = _shuffled(shards, offsets, num_clips, seed, start)
-        records = records.batch(batch_size, drop_remainder=True)
-        positions = tf.data.Dataset.counter(start=start, step=batch_size)
+        records = _shuffled(shards, offsets, num_clips, plan.seed, start)
+        records = records.batch(plan.batch_size, drop_remainder=True)
+        positions = tf.data.Dataset.counter(start=start, step=plan.batch_size)
 
         def decode(position: Any, batch: tuple[Any, Any]) -> Any:
             serialized, offset = batch
-            clip_index, examples = parse_batch(serialized, modalities)
-            positions = position + tf.range(batch_size, dtype=tf.int64)
+            clip_index, examples = parse_batch(serialized, plan.modalities)
+            positions = position + tf.range(plan.batch_size, dtype=tf.int64)
             decoded = {}
-            for number, name in enumerate(modalities):
-                modality, size = self.modalities[name], num_frames[name]
-                fields, too_long = examples[name], longest[name] > size
-                if too_long and crop == "window":
-                    fields = random_window(fields, modality, size, positions, (seed, number))
-                best = too_long and crop == "quality"
-                decoded[name] = decode_batch(fields, modality, size, best=best)
-            return decoded, clip_index + offset, tf.ones([batch_size], tf.bool)
+            for number, (name, length) in enumerate(plan.padded_lengths.items()):
+                modality, fields = self.modalities[name], examples[name]
+                if name in plan.windowed:
+                    seed = (plan.seed, number)
+                    fields = random_window(fields, modality, length, positions, seed)
+                best = name in plan.longer and plan.crop == "quality"
+                decoded[name] = decode_batch(fields, modality, length, best=best)
+            return decoded, clip_index + offset, tf.ones([plan.batch_size], tf.bool)
 
         dataset = tf.data.Dataset.zip((positions, records))
         dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
         return self._batches(dataset, shards)
 
-    def _most(self, splits: Sequence[str], modality: str) -> int:
-        return max(int(self.split(split).lengths[modality].max()) for split in splits)
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+        """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
-    def train_sizes(
-        self, splits: Sequence[str], modalities: Sequence[str], max_frames: int
-    ) -> dict[str, int]:
-        """Returns modality -> T of training, of clips of which at most `max_frames` are used."""
-        return {name: padded(self._most(splits, name), max_frames) for name in modalities}
-
-    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
-        """Returns [N] int32, the frames of each clip in whichever of the modalities has most.
-
-        Raises:
-          ValueError: an unknown split or modality.
-        """
-        self._check([split], modalities)
-        return longest(self.split(split), modalities)
-
-    def blocks(
-        self,
-        split: str,
-        modalities: Sequence[str],
-        lengths: np.ndarray | None = None,
-        only: np.ndarray | None = None,
-    ) -> Blocks:
-        """Returns which clips are evaluated together; arguments as of `eval_batches`.
-
-        Raises:
-          ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
-            more frames than `lengths` says.
-        """
-        self._check([split], modalities)
-        return make_blocks(self.split(split), modalities, lengths, only)
-
-    def eval_batches(
-        self,
-        *,
-        split: str,
-        modalities: Sequence[str],
-        rows: int,
-        lengths: np.ndarray | None = None,
-        only: np.ndarray | None = None,
-    ) -> Iterator[Batch]:
-        """Yields every clip of a split once, in blocks of `rows` rows and of similar length.
-
-        A clip's bucket follows from its own length, and how far each modality is padded there from
-        the whole split: T depends on the clip, its split and `lengths` alone, never on `rows`
-        or `only`. Within a bucket clips come as the records do: by name, except in 'train'.
-        Beyond 512 frames the best 512 by quality are kept, in time order; where quality ties,
-        the earlier ones.
+        Within a bucket clips come in the order of the records: by name, except in 'train'. See
+        `ClipSource.eval_batches`.
 
         Args:
-          split: whose clips.
-          modalities: which to decode.
-          rows: clips a block; blocks are filled up with rows of batch_mask False.
-          lengths: [N] int, what chooses the bucket of each clip; None for `longest` of the
-            modalities. Datasets of the same clips give the same blocks where this is the same,
-            such as the maximum of what `longest` says of each.
-          only: [N] bool, the clips that come, the others are not decoded; None for all.
+          plan: the clips, as `make_eval_plan` groups them.
+          rows: number of rows per block.
 
         Raises:
-          ValueError: an unknown split or modality; lengths or only not one a clip; a clip with
-            more frames than `lengths` says; damaged records; a clip did not come just once.
+          ValueError: an unknown split, a split without one of the modalities, damaged records, or
+            a clip that did not come exactly once.
         """
-        plan = self.blocks(split, modalities, lengths, only)
-        facts, clips = self._records.splits[split], self.split(split)
-        buckets = plan.bucket
-        most = {name: int(clips.lengths[name].max()) for name in modalities}
-        sizes = {name: tf.constant(of_bucket) for name, of_bucket in plan.sizes.items()}
+        clips = self.split(plan.split)
+        check_modalities(clips, plan.modalities)
+        facts, buckets = self._records.splits[plan.split], plan.bucket
+        most = {name: int(clips.lengths[name].max()) for name in plan.modalities}
+        lengths = {name: tf.constant(padded) for name, padded in plan.padded_lengths.items()}
 
         def decode(serialized: Any, buckets: Any) -> Any:
             num_rows = tf.shape(serialized)[0]
             # The parser reads an empty record as a clip of which everything is missing.
             padded = tf.concat([serialized, tf.fill([rows - num_rows], "")], 0)
-            clip_index, examples = parse_batch(padded, modalities)
+            clip_index, examples = parse_batch(padded, plan.modalities)
             decoded = {}
-            for name in modalities:
-                size = sizes[name][buckets[0]]  # all of a block are of one bucket
+            for name, modality in ((name, self.modalities[name]) for name in plan.modalities):
+                length = lengths[name][buckets[0]]  # all clips of a block are of one bucket
                 best = most[name] > MAX_EVAL_FRAMES
-                decoded[name] = decode_batch(examples[name], self.modalities[name], size, best=best)
+                decoded[name] = decode_batch(examples[name], modality, length, best=best)
             return decoded, clip_index, tf.range(rows) < num_rows
 
         records = tf.data.Dataset.zip(
@@ -268,7 +189,7 @@ class Dataset:
                 tf.data.Dataset.from_tensor_slices(buckets[facts.order]),
             )
         )
-        if only is not None:  # asking every record costs a third of a light modality's rate
+        if (buckets < 0).any():  # the filter costs a third of a light modality's rate
             records = records.filter(lambda record, bucket: bucket >= 0)
         blocks = records.group_by_window(
             key_func=lambda record, bucket: bucket,
@@ -281,7 +202,7 @@ class Dataset:
         )
 
     def packed(
-        self, *, split: str, modalities: Sequence[str]
+        self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
         """Yields every clip of a split once: some [n] int32 clip_index and modality -> Packed.
 
@@ -294,8 +215,9 @@ class Dataset:
         Raises:
           ValueError: an unknown split or modality; damaged records; a clip did not come just once.
         """
-        self._check([split], modalities)
-        facts, clips = self._records.splits[split], self.split(split)
+        clips = self.split(split)
+        check_modalities(clips, modalities)
+        facts = self._records.splits[split]
 
         def decode(serialized: Any) -> Any:
             clip_index, examples = parse_batch(serialized, modalities)
@@ -321,23 +243,6 @@ class Dataset:
                 )
             yield clip_index, frames
         _check_times(times, clips, np.ones(len(times), bool), facts.shards)
-
-    def _check(self, splits: Sequence[str], modalities: Sequence[str]) -> None:
-        """Raises ValueError unless every split has a file of every modality."""
-        for words in (splits, modalities):
-            if not words or len(set(words)) < len(words):
-                raise ValueError(f"wanted one name or more, none of them twice, got {words}")
-        for split in splits:
-            self.split(split)
-            for name in modalities:
-                if name not in self.modalities:
-                    raise ValueError(
-                        f"no modality {name!r} in the data, only {', '.join(self.modalities)}"
-                    )
-                if name not in self._records.splits[split].lengths:
-                    own = isinstance(self._truth, Mapping)
-                    what = f"{name} in {split}" if own else f"{name}_{split}.pickle"
-                    raise ValueError(f"there is no {what}, and {name!r} is asked for")
 
     def _arrays(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
         """Yields what the dataset decodes as numpy arrays, without a copy."""

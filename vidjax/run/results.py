@@ -1,0 +1,183 @@
+"""The result files of a run: their names, their contents, and how they are read and written.
+
+A run has a split of its own, which training evaluates: `eval.split` in its `config.json`. Its
+results are `metrics.json`, `ranking.txt` and `analysis.npz`. Those of any other split carry its
+name: `metrics_<split>.json` and so on.
+
+`metrics.json` is one JSON object. Every key may be absent but those of the first line.
+
+    num_clips, num_identities        int: clips ranked, identities that have a list
+    num_distractors                  int | null: clips ranked that show no identity
+    map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
+                                     absent without ground truth, and with them the next line
+    top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`
+    members                          list of {member: int, map: float, and what sets it apart}
+    runs                             list of {name: str, weight: float, map: float}: blended runs
+    eval_clips_per_second            float; eval_seconds: float
+    step                             int: optimiser steps behind the weights
+    best_step, best_map              int, float: the best evaluation during training
+    num_params, num_members          int: parameters per member, members
+    train_clips_per_second           float; waited_seconds, seconds: float
+    mode                             `resident` or `streaming`
+    seed, finished, command          int, bool, str
+    versions                         {package: version}
+
+`analysis.npz` is a NumPy archive. Its entry `facts` holds UTF-8 JSON with these keys:
+
+    split, modalities                str, list of str
+    lead                             str: the modality whose quality and length make the strata
+    logs                             bool: scores are logarithms of probabilities
+    results                          {map, map_kind, num_clips, num_distractors} of `metrics.json`
+    members, runs                    as in `metrics.json`
+    assignment                       {modality: [K] float}: share of the frames per NetVLAD cluster
+    vectors                          [V] str: names of the rows of `attention`
+    num_others                       int: identities of the ground truth that the run cannot name
+    worst                            list of {identity: int, ap: float, clips: int,
+                                     lost_to, mixed_with: list of [identity or -1, count]}
+    strata                           list of {by: str, rows: list of
+                                     {label: str, map: float, identities: int, clips: int}}
+    calibration_error                float: expected calibration error
+    num_sampled                      int: clips of the sample behind the next three
+    robustness                       list of {change: str, map: float}; the first changes nothing
+    gains                            [E] float: MAP that is lost without each member
+    frames                           list of {clip: str, identity: int, right: bool, modality: str,
+                                     numbers: [T] int, quality, falls: [T] float}
+
+Its other entries are arrays, each of which may be absent:
+
+    ap, positives, train_clips       [C] float64, int, int: average precision, clips of the
+                                     evaluated split, clips of the training splits
+    attention                        [V, V] float: row i, column j: what vector j takes from i
+    score_edges                      [bins + 1] float: edges of the two histograms that follow
+    score_known, score_strange       [bins] int: best scores of known clips and of distractors
+    fpir, fnir                       [n] float: errors of identification, threshold by threshold
+    calibration                      [bins, 3] float: clips, mean confidence, share that is right
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vidjax.run import workdir as workdir_lib
+
+REPORT = "report.html"
+# Keys of `metrics.json` that describe the training. A later evaluation keeps them.
+TRAINING_KEYS = (
+    "best_step",
+    "best_map",
+    "num_params",
+    "train_clips_per_second",
+    "seconds",
+    "seed",
+    "command",
+    "finished",
+    "versions",
+)
+
+
+class ResultPaths(NamedTuple):
+    """The result files of one split."""
+
+    metrics: Path
+    ranking: Path
+    analysis: Path
+
+
+def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
+    """Returns where the results of a split lie.
+
+    Args:
+      workdir: the run's folder.
+      split: the split that is evaluated.
+      own_split: the split that the run's training evaluates.
+    """
+    suffix = "" if split == own_split else f"_{split}"
+    return ResultPaths(
+        workdir / f"metrics{suffix}.json",
+        workdir / f"ranking{suffix}.txt",
+        workdir / f"analysis{suffix}.npz",
+    )
+
+
+def read_metrics(workdir: Path) -> dict[str, Any]:
+    """Returns the content of a run's `metrics.json`, empty where there is none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / "metrics.json"
+    return workdir_lib.read_json(path) if path.exists() else {}
+
+
+def read_other_metrics(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Returns split -> content of `metrics_<split>.json`, without the run's own split.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    return {
+        path.stem.removeprefix("metrics_"): workdir_lib.read_json(path)
+        for path in sorted(workdir.glob("metrics_*.json"))
+    }
+
+
+def training_metrics(workdir: Path) -> dict[str, Any]:
+    """Returns those entries of `metrics.json` that describe the training (`TRAINING_KEYS`).
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    metrics = read_metrics(workdir)
+    return {name: metrics[name] for name in TRAINING_KEYS if name in metrics}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
+
+    Damaged lines are skipped: a run may be writing the last one.
+    """
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and "step" in value:
+            lines.append(value)
+    return lines
+
+
+def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an analysis, whole or not at all.
+
+    Args:
+      path: the file to write or replace.
+      values: what JSON can hold; the module's docstring lists the keys.
+      arrays: name -> array.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    content = io.BytesIO()
+    text = json.dumps(values, default=np.ndarray.tolist).encode()
+    parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
+    np.savez_compressed(content, **parts)
+    workdir_lib.write_bytes(path, content.getvalue())
+
+
+def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the values and the arrays that `save_analysis` wrote.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return json.loads(arrays.pop("facts").tobytes()), arrays
+    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
+        raise ValueError(f"cannot read '{path}': {type(error).__name__}: {error}") from error
