@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def _stop_at_once(signum: int, frame: Any) -> None:
@@ -475,7 +475,10 @@ def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
     _complain(f"warning: {message}")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Runs this process as the command `vidjax`: signals, messages on stderr, the exit code."""
+    signal.signal(signal.SIGINT, _stop_at_once)
+    signal.signal(signal.SIGTERM, _stop_at_once)
     warnings.simplefilter("ignore")  # what libraries say to programmers
     warnings.filterwarnings("default", category=UserWarning, module="vidjax")
     warnings.showwarning = _show_warning
@@ -485,3 +488,7 @@ if __name__ == "__main__":
     exit_code = main()
     gc.freeze()  # what lives to the end is not looked through once more: over a second, otherwise
     sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    run()
