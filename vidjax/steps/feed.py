@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -34,6 +34,47 @@ class Done(NamedTuple):
     num_steps: int
     loss: float
     bad_step: int | None
+
+
+class Feed(Protocol):
+    """Brings clips to the training step.
+
+    Attributes:
+      mode: `streaming` or `resident`.
+      waited: seconds that the devices sat idle waiting for clips.
+    """
+
+    mode: str
+    waited: float
+
+    def run(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+        most: int,
+    ) -> Done:
+        """Trains for one dispatch.
+
+        Args:
+          states: state of every group of members; donated.
+          tables: tables of every group.
+          step: number of steps done before.
+          most: number of steps to do at the most, 1 or more.
+        """
+        ...
+
+    def bad_clips(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+    ) -> np.ndarray:
+        """Returns [n] int32 clip_index of the clips of `step` that have no finite loss.
+
+        Where no single clip is to blame, these are all clips of the step.
+        """
+        ...
 
 
 class StreamingFeed:
