@@ -210,7 +210,7 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
             run_page.write(workdir)
         return done
     if config.join.runs:
-        results = blend.join(config, workdir, _load)
+        results = blend.blend_runs(config, workdir, _load)
     else:
         data = _load(config)
         results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)

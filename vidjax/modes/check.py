@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble, ranking
+from vidjax import devices, ranking
 from vidjax.config import Config
 from vidjax.data import resident
-from vidjax.modes.evaluate import digest, select_modalities
+from vidjax.modes import restore
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 
@@ -234,7 +234,7 @@ def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():
         yield OK, f"{split}: {_described(facts)}"
-    select_modalities(config.modalities, found)
+    restore.select_modalities(config.modalities, found.modalities)
 
 
 def _described(facts: Mapping[str, Any]) -> str:
@@ -390,35 +390,11 @@ def _checkpoints(config: Config | None, workdir: Path, name: str = "") -> Found:
     step = found.manifest["step"]
     state = WARNING if prefer == "latest" and step < max(steps) else OK
     yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
-    yield from _companions(workdir, found.manifest, name, damaged_config=config is None)
-
-
-def _companions(
-    workdir: Path, manifest: Mapping[str, Any], name: str, *, damaged_config: bool
-) -> Found:
-    """Yields whether the files that give a checkpoint its meaning are those it was saved with."""
-    path = workdir / "identities.json"
-    try:
-        identities = workdir_lib.read_json(path, list)
-        agrees = digest(identities) == manifest.get("identities_sha256")
-        said = f"{len(identities)} identities" if agrees else "not what the run was trained with"
-        yield OK if agrees else FAULT, f"{name}identities.json: {said}"
-    except (ValueError, OSError) as error:
-        yield FAULT, f"{name}{error}"
-    try:
-        training_sets = ensemble.load(workdir)
-        agrees = ensemble.digest(training_sets) == manifest.get("members_sha256")
-        said = f"{len(training_sets.members)} members, {len(training_sets.clips)} clips"
-        said = said if agrees else "not what the run was trained with"
-        yield OK if agrees else FAULT, f"{name}{ensemble.FILE}: {said}"
-    except ValueError as error:
-        yield FAULT, f"{name}{error}"
-    if "config" in manifest and not damaged_config:
-        spoilt = resume.spoilt(workdir, manifest["config"])
-        said = (
-            f"not what the run was trained with: {resume.describe(spoilt)}" if spoilt else "agrees"
-        )
-        yield FAULT if spoilt else OK, f"{name}config.json: {said}"
+    for companion in restore.check_companions(workdir, found.manifest):
+        if companion.file == restore.CONFIG and config is None:
+            continue  # its damage was named before
+        state = FAULT if companion.fault else OK
+        yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
 
 
 def _holder(workdir: Path) -> str | None:
