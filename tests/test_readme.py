@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
+import vidjax
 from tests.benchmarks import scores
 from tests.campaigns import kills, same_bytes
 from vidjax import config as config_lib
 from vidjax import fusion, main, ranking
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import identifier
-from vidjax.run import workdir
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -383,14 +383,12 @@ def test_every_model_and_fusion_is_listed_and_no_other():
 @pytest.mark.slow
 def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir, tmp_path):
     from tests.helpers.small_runs import shrunk
-    from vidjax.data.records import pipeline
-    from vidjax.modes import train
 
     # Of all experiments, the one that leaves most.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
-    data = pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
-    with workdir.lock(tmp_path):
-        train.train(config, tmp_path, data, num_devices=1, analyse=True)
+    config.eval.report = True
+    data = vidjax.load_data(official_dir, cache_dir=cache_dir)
+    vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
     named = {name.split("/")[0] for name in table("vidjax/run/README.md", "Files")}
     assert written == {name for name in named if "_SPLIT" not in name}

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
+import vidjax
 from tests.helpers import small_runs
-from vidjax import predict
-from vidjax.data.records import pipeline
 
 pytestmark = pytest.mark.slow  # it trains first
 WIDTH = 24
@@ -15,12 +14,8 @@ WIDTH = 24
 def run(official_dir, cache_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("restored")
     config = small_runs.shrunk("--config.num_epochs=1", "--config.modalities=face")
-    small_runs.run(
-        config,
-        folder,
-        pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir),
-    )
-    return predict.restore(folder, num_devices=1)
+    vidjax.train(config, folder, vidjax.load_data(official_dir, cache_dir=cache_dir), num_devices=1)
+    return vidjax.restore(folder, num_devices=1)
 
 
 def faces(count, seed=0, width=WIDTH):
