@@ -189,8 +189,6 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
     from vidjax import devices
     from vidjax.data.records.manifest import default_cache_dir
     from vidjax.modes import blend, evaluate, train
-    from vidjax.report import run_page
-    from vidjax.run import logs
     from vidjax.run import results as results_lib
 
     if config.deterministic:
@@ -203,10 +201,11 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
             done = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command
             )
-            logs.log_results(workdir, done, config.eval.split)
             return done
         # A process may have stopped just before it.
         if config.eval.report and not (workdir / results_lib.REPORT).exists():
+            from vidjax.report import run_page
+
             run_page.write(workdir)
         return done
     if config.join.runs:
@@ -214,7 +213,6 @@ def _results(args: argparse.Namespace, config: Config, workdir: Path) -> dict[st
     else:
         data = _load(config)
         results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
-    logs.log_results(workdir, results, config.eval.split)
     return results
 
 

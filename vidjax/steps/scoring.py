@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
-from vidjax.run.logs import CompileClock, Progress
+from vidjax.run.logs import Progress
+from vidjax.run.terminal import Progress
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
@@ -102,7 +103,7 @@ def score(
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
     began = time.monotonic()
-    with CompileClock() as compiling:
+    with devices.CompileClock() as compiling:
         progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
         for window in windows(models, split_name, block_size, mesh, rows):
             blocks = window[0]
