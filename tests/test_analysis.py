@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
 from vidjax import metrics
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import confusions, evaluate, robustness, strata, train
 from vidjax.run import results as results_lib
 from vidjax.steps import topk
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, small_runs
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import eval_batches, labelled
 from vidjax import predict
 from vidjax.data import arrays, iqiyi_vid, memory
-from vidjax.data.records import pipeline
-from vidjax.data.untrusted import packing, pickles
+from vidjax.data.ground_truth import load_ground_truth
+from vidjax.data.load import load_dataset
+from vidjax.data.records.convert import convert
+from vidjax.data.untrusted import pickles
 
 DIM = 6
 FIELDS = ("quality", "detection", "number", "box")
@@ -88,12 +90,12 @@ def refused(*words, source, labels=None, cache=None, **options):
 def official_arrays(official_dir, tmp_path_factory):
     """Official files as arrays: split -> clip -> modality -> fields."""
     splits, scratch = {}, tmp_path_factory.mktemp("flat")
-    for (modality, split), path in pickles.find_pickles(official_dir).items():
+    for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
         flat = pickles.unpack(path, modality, scratch / path.stem)
         stops = np.cumsum(flat.lengths)
         for name, length, stop in zip(flat.names, flat.lengths, stops, strict=True):
             frames = slice(stop - length, stop)
-            fields = {field: getattr(flat, field)[frames] for field in packing.FIELDS}
+            fields = {field: column[frames] for field, column in flat.frames.items()}
             splits.setdefault(split, {}).setdefault(name, {})[modality] = fields
     return splits
 
@@ -107,12 +109,12 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     labels = {
         name: identity
         for split in ("train", "val")
-        for name, identity in pickles.load_ground_truth(official_dir / f"{split}_gt.txt").items()
+        for name, identity in load_ground_truth(official_dir / f"{split}_gt.txt").items()
     }
     data = arrays.load(backwards, labels, cache_dir=tmp_path)
-    own, _ = arrays.prepare(splits, labels, tmp_path)
+    own = convert(arrays.FeatureDict(splits, labels), tmp_path)
     assert shards(own) == shards(official)
-    wanted = pipeline.Dataset(official, official_dir)
+    wanted = labelled(official, official_dir)
     assert data.identities == wanted.identities
     assert data.modalities == wanted.modalities
     for split in ("train", "val", "test"):
@@ -129,9 +131,10 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
 def test_a_folder_of_npz_is_the_same_records(tmp_path, cache):
     splits = make_splits()
     folder = write_npz(tmp_path / "own", splits)
-    records, truth = arrays.prepare(folder, None, cache)
-    assert truth == {}
-    assert shards(records) == shards(arrays.prepare(splits, None, cache)[0])
+    source = arrays.FeatureFolder(folder)
+    records = convert(source, cache)
+    assert source.truth(records.clips) == {}
+    assert shards(records) == shards(convert(arrays.FeatureDict(splits), cache))
     assert records.splits["train"].lengths["face"].tolist() == [0, 1, 2, 3] * 3
 
 
@@ -168,8 +171,8 @@ def test_parquet_is_the_same_records(tmp_path, cache, fixed):
             del clips[name]  # of a table, a clip without a row is not there
         for one in clips.values():
             del one["face"]["box"]
-    found = arrays.prepare(tmp_path / "own", None, cache)[0]
-    assert shards(found) == shards(arrays.prepare(splits, None, cache)[0])
+    found = convert(arrays.FeatureFolder(tmp_path / "own"), cache)
+    assert shards(found) == shards(convert(arrays.FeatureDict(splits), cache))
 
 
 def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
@@ -181,7 +184,7 @@ def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in LABELS.items() if v))
     found.append(arrays.load(folder, text, cache_dir=cache))
     write_csv(folder / "labels.csv", LABELS)
-    found.append(pipeline.load("arrays", directory=folder, cache_dir=cache))
+    found.append(load_dataset("arrays", directory=folder, cache_dir=cache))
     (folder / "labels.csv").unlink()
     clip_files.write_truth(folder, "train", {k: v for k, v in LABELS.items() if "train" in k})
     clip_files.write_truth(folder, "val", {"val_03": "7"})
@@ -250,13 +253,14 @@ def test_changed_arrays_are_converted_anew_and_equal_ones_are_not(tmp_path, cach
     folder = write_npz(tmp_path / "own", splits)
 
     def folders():
-        return [arrays.prepare(source, None, cache)[0].folder for source in (splits, folder)]
+        sources = (arrays.FeatureDict(splits), arrays.FeatureFolder(folder))
+        return [convert(source, cache).folder for source in sources]
 
     first = folders()
     assert folders() == first
     copy = tmp_path / "copy"
     folder.rename(copy)
-    assert arrays.prepare(copy, None, cache)[0].folder == first[1], "the content decides"
+    assert convert(arrays.FeatureFolder(copy), cache).folder == first[1], "the content decides"
     copy.rename(folder)
     splits["val"]["val_03"]["face"]["quality"][0] += 1
     frames = splits["val"]["val_03"]["face"]
@@ -320,9 +324,9 @@ def test_a_bad_clip_is_named(what, cache):
             {"train": {"a": {"f": [1.0]}}, "val": {"b": {"f": [1.0, 2.0]}}},
             ("f: features are 1 wide in train", "2 wide in val"),
         ),
-        ({"train": {}}, ("not one frame",)),
-        ({}, ("not one frame",)),
-        ({"train": {"a": {"f": []}}}, ("not one frame",)),
+        ({"train": {}}, ("no clip has a single frame",)),
+        ({}, ("no clip has a single frame",)),
+        ({"train": {"a": {"f": []}}}, ("no clip has a single frame",)),
         ({"train": {"a": {"f": [1.0]}}, "val": {}}, ("no clip in split 'val'",)),
     ],
 )
@@ -388,7 +392,7 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     refused("notes.txt", "CLIP.npz, nothing else", source=folder, cache=cache)
     (folder / "train" / "notes.txt").unlink()
     (folder / "train.parquet").write_bytes(b"")
-    refused("train.parquet and a folder train: which?", source=folder, cache=cache)
+    refused("train.parquet and a folder train: keep one", source=folder, cache=cache)
     (folder / "train.parquet").unlink()
     clip_files.write_truth(folder, "train", {"one": "1"})
     write_csv(folder / "labels.csv", {"one": 1})
@@ -433,7 +437,7 @@ def test_parquet_without_its_package_names_the_extra(tmp_path):
 
 
 def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arrays, cache_dir):
-    data = pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     names = ("face", "audio")
     backwards = dict(reversed(official_arrays["val"].items()))
     widths = {name: clip_files.WIDTHS[name] for name in names}

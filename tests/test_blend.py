@@ -10,7 +10,7 @@ from tests.helpers import clip_files
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import devices
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.main import main
 from vidjax.modes import blend, restore
 from vidjax.steps import scoring, topk
@@ -46,7 +46,7 @@ def load(loaded, cache_dir):
     def load(config):
         key = config.data.dir
         if key not in loaded:
-            loaded[key] = pipeline.load("iqiyi_vid", directory=key, cache_dir=str(cache_dir))
+            loaded[key] = load_dataset("iqiyi_vid", directory=key, cache_dir=str(cache_dir))
         return loaded[key]
 
     return load

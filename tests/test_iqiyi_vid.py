@@ -18,8 +18,11 @@ import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.data import iqiyi_vid
+from vidjax.data.labels import load_official_truth
+from vidjax.data.records import convert
 from vidjax.data.records import manifest as manifest_lib
 from vidjax.data.records.codec import tfds
+from vidjax.data.records.report import label_records
 from vidjax.data.untrusted import pickles
 
 WIDTHS = {"face": 6, "body": 3, "audio": 4}
@@ -113,7 +116,7 @@ def test_records_hold_every_frame_of_the_pickles(
                 assert facts.lengths[modality][example["clip_index"]] == length
                 stop = stops.get(name, 0)
                 for field, values in example["frames"][modality].items():
-                    wanted = getattr(packed, field)[stop - length : stop]
+                    wanted = packed.frames[field][stop - length : stop]
                     assert values.dtype == wanted.dtype
                     np.testing.assert_array_equal(values, wanted)
 
@@ -241,7 +244,7 @@ def test_a_failed_conversion_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
-        patch.setattr(iqiyi_vid, "write_manifest", full)
+        patch.setattr(convert, "write_manifest", full)
         iqiyi_vid.prepare(small, cache)
     assert str(cache) in short_message(error)
     assert [path.name for path in (cache / "iqiyi_vid").iterdir()] == ["lock"]
@@ -258,7 +261,7 @@ def test_few_clips_make_few_shards(small: Path, cache: Path) -> None:
 
 
 def test_labels_are_columns_in_identity_order(source: Path, found: manifest_lib.Records) -> None:
-    identities, labels, report = iqiyi_vid.load_labels(source, found)
+    identities, labels, report = label_records(found, load_official_truth(source, found.clips))
     assert identities == tuple(str(i) for i in range(1, 11))
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
     assert labels["val"].labels.tolist() == [i % 9 + 2 for i in range(15)] + [0] * 6
@@ -273,7 +276,7 @@ def test_splits_without_ground_truth_are_unlabelled(
     found: manifest_lib.Records, tmp_path: Path
 ) -> None:
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
-    identities, labels, report = iqiyi_vid.load_labels(tmp_path, found)
+    identities, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
     assert identities == ("4", "6")
     assert not labels["val"].labelled and not labels["val"].labels.any()
     assert labels["val"].positives.tolist() == [0, 0]
@@ -284,11 +287,11 @@ def test_ground_truth_of_unknown_clips(found: manifest_lib.Records, tmp_path: Pa
     known = {f"train_{i:03d}": "1" for i in range(40)}
     write_truth(tmp_path, "train", {**known, "stranger": "1"})
     with pytest.raises(ValueError, match="1 of 41 clips are in no feature file") as error:
-        iqiyi_vid.load_labels(tmp_path, found)
+        label_records(found, load_official_truth(tmp_path, found.clips))
     assert "stranger" in short_message(error)
     write_truth(tmp_path, "train", {f"{name}.avi": "1" for name in known})
     with pytest.raises(ValueError, match=r"suffix\? The files name train_000"):
-        iqiyi_vid.load_labels(tmp_path, found)
+        label_records(found, load_official_truth(tmp_path, found.clips))
 
 
 def test_few_unknown_clips_are_positives_all_the_same(tmp_path: Path, cache: Path) -> None:
@@ -297,7 +300,7 @@ def test_few_unknown_clips_are_positives_all_the_same(tmp_path: Path, cache: Pat
     write_truth(tmp_path, "val", {**dict.fromkeys(clips, "5"), "stranger": "5"})
     found = iqiyi_vid.prepare(tmp_path, cache)
     with pytest.warns(UserWarning, match="1 of 121 clips are in no feature file"):
-        _, labels, report = iqiyi_vid.load_labels(tmp_path, found)
+        _, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
     assert labels["val"].positives.tolist() == [121]
     assert report["splits"]["val"]["unknown_clips"] == 1
 
@@ -308,7 +311,7 @@ def test_identities_that_only_test_shows_are_counted(small: Path, cache: Path) -
     write_truth(small, "test", {"s0": "3", "s1": "77"})
     found = iqiyi_vid.prepare(small, cache)
     with pytest.warns(UserWarning, match=r"test_gt.txt: 1 clips show identities"):
-        identities, labels, report = iqiyi_vid.load_labels(small, found)
+        identities, labels, report = label_records(found, load_official_truth(small, found.clips))
     assert identities == ("3",)
     assert labels["test"].labels.tolist() == [1, 0, 0]
     assert report["splits"]["test"]["unlisted_identities"] == 1
@@ -368,7 +371,7 @@ def test_directories_without_data_are_refused(tmp_path: Path, cache: Path) -> No
         iqiyi_vid.prepare(tmp_path, cache)
     assert "face_train.pickle" in short_message(error)
     write_pickle(tmp_path, "face", "train", {})
-    with pytest.raises(ValueError, match="not one frame in its pickles") as error:
+    with pytest.raises(ValueError, match="no clip has a single frame") as error:
         iqiyi_vid.prepare(tmp_path, cache)
     short_message(error)
 

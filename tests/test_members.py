@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.small_runs import Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import restore
 from vidjax.steps import scoring
 
@@ -27,7 +27,7 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def test_members_are_the_product_of_what_varies():

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from tests.campaigns import hostile
 from tests.helpers import python2
+from vidjax.data import ground_truth
+from vidjax.data.iqiyi_vid import find_pickles
 from vidjax.data.untrusted import pickles, sandbox
 
 
@@ -52,7 +54,7 @@ def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path: Path
         assert got.features.dtype == np.float16
         np.testing.assert_array_equal(got.features, [frame[4] for frame in kept])
         for column, place in {"number": 0, "box": 1, "detection": 2, "quality": 3}.items():
-            array = getattr(got, column)
+            array = got.frames[column]
             expected = np.array([frame[place] for frame in kept])
             assert array.dtype == (np.int32 if column == "number" else np.float32)
             np.testing.assert_array_equal(array, expected.astype(array.dtype))
@@ -67,7 +69,7 @@ def test_a_file_without_frames_is_an_empty_modality(tmp_path: Path) -> None:
     path.write_bytes(python2.dumps({b"a": []}))
     got = pickles.unpack(path, "body", tmp_path / "out")
     assert got.names == ("a",) and got.lengths.tolist() == [0]
-    assert got.features.shape == (0, 0) and got.box.shape == (0, 4) and got.seen == 0
+    assert got.features.shape == (0, 0) and got.frames["box"].shape == (0, 4) and got.seen == 0
     path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
     got = pickles.unpack(path, "audio", tmp_path / "out")
     assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
@@ -146,26 +148,26 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
     for name in ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]:
         (tmp_path / name).touch()
     (tmp_path / "head_train.pickle").mkdir()
-    assert pickles.find_pickles(tmp_path) == {
+    assert find_pickles(tmp_path) == {
         ("body_val", "val"): tmp_path / "body_val_val.pickle",
         ("face", "test"): tmp_path / "face_test.pickle",
         ("face", "train"): tmp_path / "face_train_v2.pickle",
         ("face", "val"): tmp_path / "face_val_v2.pickle",
         ("my-scene_2", "test"): tmp_path / "my-scene_2_test_v2.pickle",
     }
-    assert list(pickles.find_pickles(tmp_path)) == sorted(pickles.find_pickles(tmp_path))
-    truths = pickles.find_ground_truth(tmp_path)
+    assert list(find_pickles(tmp_path)) == sorted(find_pickles(tmp_path))
+    truths = ground_truth.find_ground_truth(tmp_path)
     assert list(truths.items()) == [
         ("train", tmp_path / "train_gt.txt"),
         ("test", tmp_path / "test_gt.txt"),
     ]
     (tmp_path / "fa ce_train.pickle").touch()
     with pytest.raises(ValueError, match="named by letters, digits"):
-        pickles.find_pickles(tmp_path)
+        find_pickles(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such directory"):
-        pickles.find_pickles(tmp_path / "gone")
+        find_pickles(tmp_path / "gone")
     with pytest.raises(NotADirectoryError, match="not a directory"):
-        pickles.find_ground_truth(tmp_path / "train_gt.txt")
+        ground_truth.find_ground_truth(tmp_path / "train_gt.txt")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
 
 def truth(folder: Path, text: str | bytes, name: str = "gt.txt", **kwargs: Any) -> dict[str, str]:
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return pickles.load_ground_truth(folder / name, **kwargs)
+    return ground_truth.load_ground_truth(folder / name, **kwargs)
 
 
 LABELS = {"V_3": "10", "V_1": "10", "V_2": "9", "V_9": "195"}
@@ -230,7 +232,7 @@ def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path: Path) -> None:
         (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
         ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
         ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
-        ("a.mp4 1\n2 b.mp4\n", "line 2: here the clip is in another column"),
+        ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is in another column"),
         ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
         ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 again, after line 1"),
         ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),
@@ -263,7 +265,7 @@ def test_at_most_five_duplicates_are_listed(tmp_path: Path) -> None:
 
 def test_a_missing_ground_truth_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"val_gt\.txt: no such file"):
-        pickles.load_ground_truth(tmp_path / "val_gt.txt")
+        ground_truth.load_ground_truth(tmp_path / "val_gt.txt")
 
 
 @given(
@@ -287,11 +289,11 @@ def test_both_forms_of_any_labels_are_equal(
 
 
 def test_identities_sort_by_number_or_else_by_name() -> None:
-    assert pickles.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
-    assert pickles.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
-    assert pickles.sort_identities([]) == ()
+    assert ground_truth.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
+    assert ground_truth.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
+    assert ground_truth.sort_identities([]) == ()
     with pytest.raises(ValueError, match="identity 7 is written in 2 ways"):
-        pickles.sort_identities(["7", "1", "007"])
+        ground_truth.sort_identities(["7", "1", "007"])
 
 
 WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
@@ -300,7 +302,7 @@ WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
 def weights(folder: Path, text: str | bytes, clips: Sequence[str] = "abcde") -> list[float]:
     path = folder / "weights.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    got = pickles.load_clip_weights(path, clips)
+    got = ground_truth.load_clip_weights(path, clips)
     assert got.dtype == np.float32 and got.shape == (len(clips),)
     return got.tolist()
 
@@ -362,7 +364,7 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 202 clips .* more than 1%"):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
-        pickles.load_clip_weights(tmp_path / "none.txt", clips)
+        ground_truth.load_clip_weights(tmp_path / "none.txt", clips)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:
 @pytest.mark.skipif("VIDJAX_REAL_DATA" not in os.environ, reason="no VIDJAX_REAL_DATA")
 def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
     folder = Path(os.environ["VIDJAX_REAL_DATA"])
-    found = pickles.find_pickles(folder)
+    found = find_pickles(folder)
     assert {modality for modality, _ in found} == {"face", "head", "audio"}
     card = {
         "train": (1580, 11129, 6306, 156, 34, 177),
@@ -391,11 +393,11 @@ def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
             assert packed.features.shape == (packed.lengths.sum(), 512)
             assert packed.features.dtype == np.float16
             assert packed.skipped == packed.warnings == {}
-        assert np.isclose(np.mean(face.quality), 80, atol=2)
-    truths = pickles.find_ground_truth(folder)
-    train, val = (pickles.load_ground_truth(truths[split]) for split in ("train", "val"))
+        assert np.isclose(np.mean(face.frames["quality"]), 80, atol=2)
+    truths = ground_truth.find_ground_truth(folder)
+    train, val = (ground_truth.load_ground_truth(truths[split]) for split in ("train", "val"))
     assert len(train) == 1580 and len(val) == 1232 - 373
-    assert pickles.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
+    assert ground_truth.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
     assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5
 
 

@@ -12,7 +12,7 @@ from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import devices, predict
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import restore
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import scoring
@@ -33,7 +33,7 @@ SYSTEMS = {
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+    return load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")

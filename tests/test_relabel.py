@@ -18,7 +18,7 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import ensemble
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.steps import distractors, feed
 
@@ -30,7 +30,7 @@ WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

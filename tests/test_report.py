@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.small_runs import shrunk
 from vidjax import main as main_lib
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import train
 from vidjax.report import analysis_sections, run_page, run_sections, significance
 from vidjax.report import html as html_lib
@@ -93,7 +93,7 @@ def check_page(text):
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def section(text, name):

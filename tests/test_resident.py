@@ -29,7 +29,7 @@ from vidjax import ensemble, fusion, selection
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import evaluate
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
@@ -243,7 +243,7 @@ def ragged(tmp_path_factory):
             write_pickle(folder, modality, split, of_modality)
         truth = {name: str(number % 5 + 1) for number, name in enumerate(names)}
         write_truth(folder, split, truth)
-    return pipeline.load("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
+    return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
 def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face", "audio", "body")):
@@ -425,7 +425,7 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 class Setting:

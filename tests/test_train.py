@@ -20,7 +20,7 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import evaluate, restore, train
 from vidjax.run import checkpoint, signals
 from vidjax.steps import scoring
@@ -30,7 +30,7 @@ from vidjax.system import TaskSpec, make_system
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def test_it_learns_and_leaves_everything(data, tmp_path):

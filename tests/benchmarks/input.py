@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.helpers.batches import train_batches
 from tests.helpers.clip_files import random_clip, write_pickle
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.data.records.codec import tf
 
 MODALITIES = ("audio", "body", "face", "head")
@@ -66,7 +66,7 @@ def main() -> None:
         source = Path(folder) / "source"
         source.mkdir()
         write_clips(source, args.clips)
-        dataset = pipeline.load("iqiyi_vid", directory=source, cache_dir=Path(folder) / "cache")
+        dataset = load_dataset("iqiyi_vid", directory=source, cache_dir=Path(folder) / "cache")
         paths = sorted(str(p) for p in Path(folder).glob("cache/**/*.tfrecord*"))
         raw = read_raw(paths)
         batches = train_batches(

@@ -32,7 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.helpers import python2
+from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import pickles, sandbox
+from vidjax.data.untrusted.names import clean_name
 
 # ----------------------------------------------------------------------------------------------
 # Parts of pickles.
@@ -626,28 +628,30 @@ def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random)
 # The readers.
 
 
-def check(packed: pickles.PackedClips, out_dir: Path) -> None:
+def check(packed: PackedClips, out_dir: Path) -> None:
     """Raises AssertionError unless the arrays and their files are what `unpack` promises."""
     frames, names = len(packed.features), packed.names
-    assert len(set(names)) == len(names) and [sandbox.clean_name(n) for n in names] == [*names]
+    assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
     assert packed.lengths.dtype == np.int32 and packed.lengths.shape == (len(names),)
     assert (packed.lengths >= 0).all() and packed.lengths.sum() == frames
     assert packed.features.ndim == 2 and packed.features.dtype.isnative
     assert packed.features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
     assert packed.features.shape[1] > 0 or not frames
-    assert packed.number.dtype == np.int32 and packed.number.shape == (frames,)
-    columns = [packed.quality, packed.detection, packed.box]
-    assert all(column.dtype == np.float32 for column in columns)
-    assert [column.shape for column in columns] == [(frames,), (frames,), (frames, 4)]
-    assert all(np.isfinite(column).all() for column in [packed.features, *columns])
+    columns = {"number": (np.int32, ()), "quality": (np.float32, ())}
+    columns |= {"detection": (np.float32, ()), "box": (np.float32, (4,))}
+    assert packed.frames.keys() == {"features", *columns}
+    for name, (dtype, shape) in columns.items():
+        column = packed.frames[name]
+        assert column.dtype == dtype and column.shape == (frames, *shape)
+    assert all(np.isfinite(column).all() for column in packed.frames.values())
     assert packed.seen == frames + sum(packed.skipped.values())
     assert sum(packed.skipped_clips.values()) == (packed.lengths == 0).sum()
-    for key in ("features", *sandbox.COLUMNS):
-        assert (out_dir / f"{key}.bin").stat().st_size == getattr(packed, key).nbytes
+    for key, column in packed.frames.items():
+        assert (out_dir / f"{key}.bin").stat().st_size == column.nbytes
 
 
 def _fork(path: Path, out_dir: Path) -> CompletedProcess[bytes]:
-    """Returns what `cage.main` left in a fork of this process, which knows all it imports."""
+    """Returns what `sandbox.main` left in a fork of this process, which knows all it imports."""
     out_dir.mkdir(exist_ok=True)
     streams = [out_dir.parent / "stdout", out_dir.parent / "stderr"]
     child = os.fork()
@@ -670,8 +674,8 @@ def _read(path: Path, out_dir: Path, *, quick: bool) -> str:
     """Returns the error of a pickle, or an empty text where it loads to sound arrays."""
     try:
         if quick:
-            with pickles._cleared(out_dir):
-                packed = pickles.take(path, out_dir, _fork(path, out_dir))
+            with pickles.cleared_on_error(out_dir):
+                packed = pickles.load_flat_files(path, out_dir, _fork(path, out_dir))
         else:
             packed = pickles.unpack(path, "face", out_dir)
         check(packed, out_dir)

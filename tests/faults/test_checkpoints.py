@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
 from vidjax import config as config_lib
 from vidjax import devices, main
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import train
 from vidjax.run import checkpoint, signals
 
@@ -165,7 +165,7 @@ def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

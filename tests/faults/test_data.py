@@ -19,6 +19,7 @@ from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_p
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped
+from vidjax.data.load import load_dataset
 from vidjax.data.records import pipeline
 from vidjax.modes import restore
 
@@ -44,7 +45,7 @@ def official(tmp_path: Path) -> Path:
 
 def load(folder: Path, **options: Any) -> pipeline.Dataset:
     cache = folder.parent / "cache"
-    return pipeline.load("iqiyi_vid", directory=folder, cache_dir=cache, **options)
+    return load_dataset("iqiyi_vid", directory=folder, cache_dir=cache, **options)
 
 
 def features_of(
@@ -343,7 +344,7 @@ def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(
             (folder / f"{modality}_{split}.pickle").write_bytes(pickle.dumps(others, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = pipeline.load("iqiyi_vid", directory=folder, cache_dir=cache_dir)
+        data = load_dataset("iqiyi_vid", directory=folder, cache_dir=cache_dir)
     facts = data.report["splits"]["val"]
     assert len(silent) == 6 and facts["clips_without_frames"] >= 6
     assert facts["modalities"]["face"]["values_replaced"]["non_finite_quality"] > 0
@@ -464,7 +465,7 @@ def test_white_space_in_a_name_is_refused(official: Path, refused: Refused, name
 def test_nothing_to_convert_is_one_error(official: Path, refused: Refused) -> None:
     for split in ("train", "val"):
         write_pickle(official, "face", split, {})
-    refused(official, "not one frame in its pickles")
+    refused(official, "no clip has a single frame")
     write_pickle(official, "face", "train", clips_of("train", 20))
     refused(official, "face_val.pickle: no clip in split 'val'")
     for path in official.glob("*.pickle"):
@@ -503,7 +504,7 @@ def test_identities_that_no_clip_shows_keep_their_columns(official: Path) -> Non
     split = data.split("train")
     assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
     assert set(split.labels.tolist()) == {0, 1, 2, 3, 4}
-    with pytest.warns(UserWarning, match="clips show identities that no model"):
+    with pytest.warns(UserWarning, match="clips show identities without a class column"):
         fewer = load(official).with_identities(("1", "2", "9"))
     assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}
 

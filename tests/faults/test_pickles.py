@@ -166,7 +166,7 @@ def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(
     features = np.array([[1, 2.5, -3], [4, 5, 6], [0.5, -0.25, 100]], np.float16)
     np.testing.assert_array_equal(got.features, features[rows])
     assert got.features.dtype == np.float16
-    assert got.number.tolist() == rows
-    assert got.quality.tolist() == [80.5 - row for row in rows]
-    assert got.detection.tolist() == [0.5] * 3
-    assert got.box.tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
+    assert got.frames["number"].tolist() == rows
+    assert got.frames["quality"].tolist() == [80.5 - row for row in rows]
+    assert got.frames["detection"].tolist() == [0.5] * 3
+    assert got.frames["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]

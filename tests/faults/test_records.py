@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.batches import eval_batches, train_batches
+from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
@@ -129,7 +129,7 @@ def assert_found_by_all(
     """Asserts that load, every reader and verify name a damaged shard and say what is wrong."""
     messages = [told(lambda: manifest_lib.load_records(found.folder))]
     for unchanged in (False, True):  # damaged after it was opened; the same, unseen by its size
-        data = pipeline.Dataset(as_if_unchanged(found) if unchanged else found, source)
+        data = labelled(as_if_unchanged(found) if unchanged else found, source)
         messages += [told(lambda read=read: read(data)) for read in readers]  # noqa: B023
     problems = manifest_lib.verify(found)
     assert len(problems) == 1
@@ -170,7 +170,7 @@ def test_every_reader_names_file_and_record(copied: manifest_lib.Records, source
         shard.path.write_bytes(content)
         assert_found_by_all(copied, source, shard.path, wanted, READERS)
     shard.path.unlink()
-    data = pipeline.Dataset(copied, source)
+    data = labelled(copied, source)
     for read in READERS:
         assert f"{shard.path}: expected 30 records, found no such file" in told(lambda: read(data))  # noqa: B023
 
@@ -272,7 +272,7 @@ def test_random_damage_is_found_at_the_latest_when_read(
             assert names_them(str(error)), (kind, error)
             opened = as_if_unchanged(found) if kind != "deleted" else found
         if kind in IN_SIGHT_OF_READERS:
-            data, read = pipeline.Dataset(opened, source), READERS[rng.integers(len(READERS))]
+            data, read = labelled(opened, source), READERS[rng.integers(len(READERS))]
             assert names_them(told(lambda read=read, data=data: read(data))), (kind, read)
         else:
             assert opened is not found

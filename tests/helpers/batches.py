@@ -1,10 +1,19 @@
 """Batches of a dataset in one call: the plan is made on the way."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from vidjax.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
+from vidjax.data.labels import load_official_truth
+from vidjax.data.records.manifest import Records
+from vidjax.data.records.pipeline import Dataset
+
+
+def labelled(records: Records, directory: Path) -> Dataset:
+    """Returns records with the ground truth of a directory of official files."""
+    return Dataset(records, load_official_truth(directory, records.clips))
 
 
 def eval_batches(

@@ -1,4 +1,5 @@
-"""Clips, their labels and the datasets they come from: numpy (and jax in `resident`), no TensorFlow.
+"""Clips, their labels and the datasets they come from: numpy alone, and jax in `resident`.
 
-What needs TensorFlow lives in `records/`, what reads bytes of unknown origin in `untrusted/`.
+Code that needs TensorFlow lives in `records/`, code that reads bytes of unknown origin in
+`untrusted/`.
 """

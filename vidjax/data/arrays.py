@@ -70,8 +70,11 @@ def load(
     """
     from vidjax.data.records.pipeline import Dataset
 
-    opened = FeatureDict if isinstance(source, Mapping) else FeatureFolder
-    return Dataset.from_source(opened(source, labels), cache_dir=cache_dir, non_finite=non_finite)
+    if isinstance(source, Mapping):
+        opened = FeatureDict(source, labels)
+    else:
+        opened = FeatureFolder(source, labels)
+    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite)
 
 
 class FeatureDict:

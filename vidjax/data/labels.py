@@ -149,8 +149,7 @@ def label_splits(
         )
         if positives[0]:
             warnings.warn(
-                f"{split}_gt.txt: {positives[0]} clips show identities without a class column; "
-                "the columns are those of train_gt.txt and val_gt.txt",
+                f"{split}_gt.txt: {positives[0]} clips show identities without a class column",
                 stacklevel=2,
             )
     return tuple(identities), labels

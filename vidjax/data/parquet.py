@@ -40,7 +40,7 @@ def read_clips(path: Path) -> Iterator[Clip]:
             )
         if modality in clips.setdefault(name, {}):
             raise ValueError(f"{place}: there with and without .mp4")
-        index = start[rows][:, None] + np.arange(width[rows[0]])
+        index = start[rows][:, None] + np.arange(int(width[rows[0]]))
         fields = {name: column[rows] for name, column in scalars.items()}
         clips[name][modality] = {"features": flat[index], **fields}
     for name, modalities in clips.items():

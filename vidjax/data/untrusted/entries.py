@@ -212,9 +212,9 @@ class ClipWriter:
         entries = value[start:stop]
         if self.fields == _BARE:
             entries = [(feature,) for feature in entries]
-        field, index = "", start
+        field, count = "", 0
         try:
-            for index, entry in enumerate(entries, start):
+            for count, entry in enumerate(entries):  # noqa: B007  (for the error below)
                 field = "entry"
                 if type(entry) not in (list, tuple) or len(entry) != len(self.fields):
                     raise TypeError(self._misfit(entry))
@@ -228,10 +228,11 @@ class ClipWriter:
                 self.chunks.append(feature.data)
             for place, field in enumerate(self.fields[:-1]):
                 append = self._appender(field)
-                for index, entry in enumerate(entries, start):
+                for count, entry in enumerate(entries):  # noqa: B007
                     append(entry[place])
         except (TypeError, OverflowError, ValueError) as error:
-            raise UnpickleError(f"{self._clip(clip)} entry {index}, {field} {error}") from None
+            place = f"{self._clip(clip)} entry {start + count}"
+            raise UnpickleError(f"{place}, {field} {error}") from None
         if self.fields == _BARE:
             self.values["number"].extend(range(start, stop))
         self._close(clip, stop - start)

@@ -15,7 +15,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClip
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
 
-# Wall-clock limit of the child: long enough for a slow disk, short of waiting for ever on a hung one.
+# Wall-clock limit of the child: long enough for a slow disk, and an end for a hung one.
 _WALL_SECONDS = 60
 _WALL_BYTES_PER_SECOND = 1 << 20
 

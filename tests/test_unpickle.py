@@ -1,4 +1,4 @@
-"""sealed: real feature pickles load, and nothing else is reachable through one."""
+"""unpickle: real feature pickles load, and nothing else is reachable through one."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""cage: what the child takes of the official layouts, what it refuses, and what it may cost."""
+"""sandbox: what the child takes of the official layouts, what it refuses, and what it may cost."""
 
 import subprocess
 import sys
@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import python2
-from vidjax.data.untrusted import sandbox
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.untrusted import entries, sandbox
+from vidjax.data.untrusted.names import clean_name
 from vidjax.data.untrusted.unpickle import UnpickleError
 
 BOX = [1.0, 2.0, 30.5, 40.25]
@@ -30,7 +32,8 @@ def convert(folder: Path, value: Any, modality: str = "face", *, drop: bool = Tr
     path = folder / "x.pickle"
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     summary = sandbox.convert(path, modality, folder, drop=drop)
-    for key, dtype in {"features": summary["dtype"], **sandbox.COLUMNS}.items():
+    dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}
+    for key, dtype in {"features": summary["dtype"], **dtypes}.items():
         summary[key] = np.fromfile(folder / f"{key}.bin", dtype)
     summary["features"] = summary["features"].reshape(-1, summary["width"] or 1)
     summary["box"] = summary["box"].reshape(-1, 4)
@@ -137,7 +140,7 @@ def test_blocks_end_anywhere_within_clips(tmp_path: Path, monkeypatch: pytest.Mo
     assert whole["seen"] == len(rows) == kept.sum() + whole["skipped"]["non_finite"]
     bare = {b"rows": rows[kept], b"one": rows[1]}
     bare_whole = convert(tmp_path, bare, "audio")
-    monkeypatch.setattr(sandbox, "BLOCK_BYTES", 4 * 3 * 2)
+    monkeypatch.setattr(entries, "BLOCK_BYTES", 4 * 3 * 2)
     for small, large in (
         (convert(tmp_path, value), whole),
         (convert(tmp_path, bare, "audio"), bare_whole),
@@ -255,22 +258,22 @@ def test_bytes_and_text_names_with_and_without_suffix_are_the_same_clip(tmp_path
             got = convert(tmp_path, {spell(name + suffix): [] for name in names})
             assert got["names"] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["x.pickle", *(f"{key}.bin" for key in ("features", *sandbox.COLUMNS))]
+        ["x.pickle", *(f"{key}.bin" for key in STORED)]
     )
 
 
 def test_a_name_of_endless_suffixes_is_cleaned_in_no_time() -> None:
-    assert sandbox.clean_name("x" + ".mp4" * 10**6) == "x"
+    assert clean_name("x" + ".mp4" * 10**6) == "x"
 
 
 @given(st.text(max_size=12), st.integers(0, 3))
 def test_a_clean_name_is_a_fixed_point_and_never_bears_the_suffix(name: str, times: int) -> None:
     try:
-        clean = sandbox.clean_name(name + ".mp4" * times)
-    except UnpickleError:
+        clean = clean_name(name + ".mp4" * times)
+    except ValueError:
         assert name.split() != [name] or not name.replace(".mp4", "")
         return
-    assert sandbox.clean_name(clean) == clean and not clean.endswith(".mp4")
+    assert clean_name(clean) == clean and not clean.endswith(".mp4")
     assert not any(letter.isspace() for letter in clean)
     if ".mp4" not in name:
         assert clean == name

@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from vidjax.data import iqiyi_vid
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import (
     DECODED,
-    FIELDS,
-    Modality,
     PackedFrames,
     decode_batch,
     parse_batch,
@@ -46,7 +46,7 @@ def test_tfds_shows_what_was_packed_and_the_fast_path_equals_it(tmp_path: Path, 
     for index, (example, clip) in enumerate(zip(shown, clips.values(), strict=True)):
         assert example["clip_index"] == index
         assert set(example) == {"clip", "clip_index", "frames"}  # no label
-        for field in FIELDS:
+        for field in STORED:
             assert example["frames"]["face"][field].dtype == getattr(clip, field).dtype
             np.testing.assert_array_equal(example["frames"]["face"][field], getattr(clip, field))
 
