@@ -296,10 +296,10 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("dress", [0, 1])
-def test_contrast_is_enough(dress):
+@pytest.mark.parametrize("theme", [0, 1])
+def test_contrast_is_enough(theme):
     roots = re.findall(r":root \{(.*?)\}", html_lib.CSS, re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[dress]))
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[theme]))
     for name in ("ink", "muted", "link"):
         assert contrast(colours[name], colours["back"]) >= 4.5, name
     for behind in ("bar", "soft"):
