@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, small_runs
+from tests.helpers.batches import eval_batches
 from vidjax import predict
 from vidjax.data import arrays, iqiyi_vid, memory
 from vidjax.data.records import pipeline
@@ -206,7 +207,7 @@ def test_features_alone_of_any_width_and_dtype(cache, dtype):
     features["one"] = features["c1"][0].astype(np.dtype(dtype).newbyteorder(">"))
     data = arrays.load({"test": {name: {"it": x} for name, x in features.items()}}, cache_dir=cache)
     assert data.modalities == {"it": (17, dtype)}
-    (batch,) = data.eval_batches(split="test", modalities=("it",), rows=8)
+    (batch,) = eval_batches(data, split="test", modalities=("it",), rows=8)
     frames = batch.frames["it"]
     assert frames.features.dtype == dtype
     for row, clip in enumerate(data.split("test").clips):
@@ -219,7 +220,7 @@ def test_features_alone_of_any_width_and_dtype(cache, dtype):
 def test_frames_go_by_time_and_lists_are_arrays(cache):
     frames = {"features": [[1.0, 2.0], [3.0, 4.0]], "number": [7, 5], "quality": [10, 20]}
     data = arrays.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
-    (batch,) = data.eval_batches(split="val", modalities=("face",), rows=1)
+    (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
     one = batch.frames["face"]
     assert one.number[0, :2].tolist() == [5, 7] and one.quality[0, :2].tolist() == [20, 10]
     assert one.features[0, :2].tolist() == [[3, 4], [1, 2]]
@@ -439,8 +440,8 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
     own = memory.MemoryClips(backwards, widths, data.identities)
     assert own.split("any").clips == data.split("val").clips
     assert [own.split("any").clips[i] for i in own.places] == list(backwards)
-    wanted = data.eval_batches(split="val", modalities=names, rows=16)
-    found = own.eval_batches(split="any", modalities=names, rows=16)
+    wanted = eval_batches(data, split="val", modalities=names, rows=16)
+    found = eval_batches(own, split="any", modalities=names, rows=16)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(one.clip_index, other.clip_index)
         np.testing.assert_array_equal(one.batch_mask, other.batch_mask)
@@ -455,7 +456,7 @@ def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     data = arrays.load({"val": clips}, cache_dir=cache)
     own = memory.MemoryClips(clips, {"face": DIM}, ())
     batches = [
-        list(one.eval_batches(split="val", modalities=("face",), rows=2)) for one in (own, data)
+        list(eval_batches(one, split="val", modalities=("face",), rows=2)) for one in (own, data)
     ]
     order = [sorted(found, key=lambda one: one.clip_index[0]) for found in batches]
     for one, other in zip(*order, strict=True):

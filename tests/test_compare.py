@@ -13,6 +13,7 @@ from vidjax.data.records import pipeline
 from vidjax.main import main
 from vidjax.modes import compare
 from vidjax.report import significance
+from vidjax.steps import topk
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]
 
@@ -190,7 +191,7 @@ def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(
     for name in ("a", "b"):
         folder = tmp_path / name
         index = np.stack([rng.permutation(len(split.clips)) for _ in data.identities])
-        top = ranking.TopK(-index.astype(np.float32), index.astype(np.int32))
+        top = topk.TopK(-index.astype(np.float32), index.astype(np.int32))
         made_runs.write(folder, dict.fromkeys(data.identities, 0.0), "--config.data.name=iqiyi_vid")
         ranking.write_ranking(folder / "ranking.txt", data.identities, split.clips, top)
         expected[name] = ranking.score_files(official_dir / "val_gt.txt", folder / "ranking.txt")

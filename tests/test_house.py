@@ -67,7 +67,7 @@ def test_lower_rooms_know_no_configuration_and_no_loop(room):
 
 
 CAGE = "vidjax/data/untrusted/unpickle.py"  # the one place that may unpickle
-CONFIGS = "vidjax/config.py"  # runs the configuration that the user names: a program
+CONFIGS = "vidjax/config_files.py"  # runs the configuration that the user names: a program
 # What turns data into code, and who may use it all the same.
 UNSAFE_MODULES = ("cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "runpy", "shelve")
 UNSAFE_MODULES += ("code", "codeop", "torch", "yaml")
@@ -374,7 +374,7 @@ def test_readme_lists_every_field_and_no_other():
 
 
 def test_readme_lists_every_flag_and_no_other():
-    source = (ROOT / "vidjax" / "main.py").read_text()
+    source = (ROOT / "vidjax" / "command_line.py").read_text()
     flags = set(re.findall(r'add_argument\(\s*"(--[\w.]+)', source))
     named = [word for word in table("Flags") if word.startswith("--")]  # not the arguments
     assert {re.split(r"[=\[]", flag)[0] for flag in named} == flags

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from vidjax import config as config_lib
 from vidjax import losses
 
 LOSSES = {
@@ -261,10 +262,16 @@ def test_angular_margin_keeps_rows_on_their_devices():
     np.testing.assert_allclose(sharded, jax.jit(gradient)(logits, labels), atol=1e-6)
 
 
+def make_loss(spec, logit_scale=1.0):
+    """The loss of a spec of which the other fields are at their defaults."""
+    whole = {**config_lib.default().loss.to_dict(), **spec}
+    return losses.make_loss(whole, None, 10, logit_scale=logit_scale)
+
+
 def test_schedule_mixes_and_compiles_once():
     logits, labels = example()
     schedule = ((0, 0.75), (24, 0.75), (24, 1.0), (50, 1.0), (60, 0.5))
-    loss = losses.make_loss({"gamma": 2.0, "schedule": schedule}, None, 10)
+    loss = make_loss({"gamma": 2.0, "schedule": schedule})
     traces = []
 
     @jax.jit
@@ -282,10 +289,10 @@ def test_schedule_mixes_and_compiles_once():
 
 def test_pure_losses_need_no_mixture():
     logits, labels = example()
-    softmax = losses.make_loss({}, None, 10)(logits, labels, jnp.int32(0))
+    softmax = make_loss({})(logits, labels, jnp.int32(0))
     np.testing.assert_array_equal(softmax, losses.softmax_cross_entropy(logits, labels))
     spec = {"focal": "multiclass", "gamma": 1.5, "schedule": [(0, 1.0)]}
-    focal = losses.make_loss(spec, None, 10)(logits, labels, jnp.int32(0))
+    focal = make_loss(spec)(logits, labels, jnp.int32(0))
     np.testing.assert_array_equal(focal, losses.multiclass_focal(logits, labels, gamma=1.5))
 
 
@@ -293,7 +300,7 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
     values, labels = cosines(count=9)
     logits = (30 * values).astype(np.float32)
     spec = {"margin": 0.5, "label_smoothing": 0.1, "schedule": ((0, 0.25),)}
-    loss = jax.jit(losses.make_loss(spec, None, 10, logit_scale=30.0))
+    loss = jax.jit(make_loss(spec, logit_scale=30.0))
 
     @jax.jit
     def expected(logits, labels):
@@ -315,8 +322,9 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
         ({"label_smoothing": 1.0}, "config.loss.label_smoothing=1.0"),
         ({"label_smoothing": 0.1, "schedule": ((0, 1),)}, "no share in config.loss.schedule"),
         ({"schedule": ((float("nan"), 1),)}, "finite"),
-        ({"focal_weight": 1}, "no option focal_weight; known are focal, gamma, schedule"),
-        ({"focal": "sigmoid"}, "known are binary, multiclass"),
+        ({"classification": "hinge"}, "known are softmax, binary, multiclass"),
+        ({"margin_type": "round"}, "known are angular"),
+        ({"focal": "sigmoid"}, "known are softmax, binary, multiclass"),
         ({"gamma": -1}, "gamma"),
         ({"schedule": ((3, 1), (1, 0))}, "in order"),
         ({"schedule": ()}, "in order"),
@@ -325,4 +333,4 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
 )
 def test_impossible_specs_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        losses.make_loss(spec, None, 10)
+        make_loss(spec)

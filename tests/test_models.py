@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from tests.test_fusion import make_frames, pad
+from vidjax.batch import ClipInfo
 from vidjax.models import identifier, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import NearestNeighbours
@@ -76,8 +77,8 @@ def init(model, *args, train=None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_identifier(model, frames, rest):
-    return model.init(jax.random.key(0), frames, **rest, train=False)
+def init_identifier(model, frames, clips):
+    return model.init(jax.random.key(0), frames, clips, train=False)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -93,7 +94,7 @@ def test_netvlad_matches_the_paper(reduce):
             collections = {**variables, "params": params}
             return model.apply(
                 collections, features, frames.mask, train=True, mutable=["batch_stats"]
-            )[0]
+            )[0][0]
 
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce)
         np.testing.assert_allclose(forward(params, frames.features), expected, atol=1e-6)
@@ -109,9 +110,10 @@ def test_netvlad_ignores_the_order_of_frames_and_padding():
 
     @jax.jit
     def forward(frames):
-        return model.apply(
+        (descriptors, _), new = model.apply(
             variables, frames.features, frames.mask, train=True, mutable=["batch_stats"]
         )
+        return descriptors, new
 
     out, new = forward(frames)
     shuffled = jax.tree.map(lambda v: v[:, [3, 0, 4, 2, 1]], frames)
@@ -135,10 +137,10 @@ def test_attention_matches_the_paper(scale):
 
         @jax.jit
         def forward(params, x):
-            return model.apply({"params": params}, x, mask, mutable=["intermediates"])
+            return model.apply({"params": params}, x, mask)
 
-        out, state = forward(params, x)
-        y = np.asarray(state["intermediates"]["attention"][0])
+        out, y = forward(params, x)
+        y = np.asarray(y)
         np.testing.assert_allclose(y.sum(axis=1), 1, atol=1e-12)
         for b in range(3):
             expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05, scale)
@@ -156,14 +158,14 @@ def test_attention_leaves_missing_vectors_out():
 
     @jax.jit
     def forward(params, x):
-        return model.apply({"params": params}, x, mask, mutable=["intermediates"])
+        return model.apply({"params": params}, x, mask)
 
-    out, state = forward(params, x)
+    out, y = forward(params, x)
     here = np.flatnonzero(mask[0])
     expected, _ = attention_oracle(np.asarray(params["w_f"]["kernel"]), x[0, here].T, 0.5)
     np.testing.assert_allclose(out[0, here], expected.T, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(out)[~mask], 0)
-    columns = np.asarray(state["intermediates"]["attention"][0]).sum(axis=1)
+    columns = np.asarray(y).sum(axis=1)
     np.testing.assert_allclose(columns, mask, atol=1e-6)
     gradients = jax.grad(lambda p, x: jnp.sum(forward(p, x)[0] ** 2), (0, 1))(params, x)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
@@ -196,12 +198,12 @@ def make_batch(num_clips=8, seed=0):
         name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed)
         for name, dim in DIMS.items()
     }
-    rest: dict[str, Any] = {
-        "clip_index": np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32)[:num_clips],
-        "labels": np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32)[:num_clips],
-        "batch_mask": (np.arange(8) < 6)[:num_clips],
-    }
-    return frames, rest
+    clips = ClipInfo(
+        index=np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32)[:num_clips],
+        labels=np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32)[:num_clips],
+        mask=(np.arange(8) < 6)[:num_clips],
+    )
+    return frames, clips
 
 
 def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
@@ -211,32 +213,37 @@ def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def train_step(model, variables, frames, rest, rng):
+def train_output(model, variables, frames, clips, rng):
     rngs = {"dropout": rng, "modality_dropout": rng}
     mutable = [name for name in variables if name != "params"]
-    return model.apply(variables, frames, **rest, train=True, rngs=rngs, mutable=mutable)
+    return model.apply(variables, frames, clips, train=True, rngs=rngs, mutable=mutable)
 
 
-def train_logits(model, variables, frames, rest, seed=5):
-    return train_step(model, variables, frames, rest, jax.random.key(seed))
+def train_logits(model, variables, frames, clips, seed=5):
+    output, new = train_output(model, variables, frames, clips, jax.random.key(seed))
+    return output.logits[:, 0], new
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def eval_logits(model, variables, frames, rest):
-    return model.apply(variables, frames, **rest, train=False)
+def eval_output(model, variables, frames, clips):
+    return model.apply(variables, frames, clips, train=False)
+
+
+def eval_logits(model, variables, frames, clips):
+    return eval_output(model, variables, frames, clips).logits[:, 0]
 
 
 @pytest.fixture(scope="module")
 def mma():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model()
-    variables = init_identifier(model, frames, rest)
-    return model, variables, frames, rest
+    variables = init_identifier(model, frames, clips)
+    return model, variables, frames, clips
 
 
 def test_identifier_ignores_padding_and_padded_rows(mma):
-    model, variables, frames, rest = mma
-    logits, new = train_logits(model, variables, frames, rest)
+    model, variables, frames, clips = mma
+    logits, new = train_logits(model, variables, frames, clips)
     assert logits.shape == (8, 5) and logits.dtype == np.float32
     assert np.isfinite(logits).all()
     longer = {name: pad(value, 3) for name, value in frames.items()}
@@ -245,33 +252,33 @@ def test_identifier_ignores_padding_and_padded_rows(mma):
         for name, value in frames.items()
     }
     for other_frames in (longer, garbage):
-        other, other_new = train_logits(model, variables, other_frames, rest)
+        other, other_new = train_logits(model, variables, other_frames, clips)
         np.testing.assert_allclose(other[:6], logits[:6], atol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
 
 
 def test_missing_modality_is_a_mask_not_a_bias(mma):
-    model, variables, frames, rest = mma
-    logits, _ = train_logits(model, variables, frames, rest)
+    model, variables, frames, clips = mma
+    logits, _ = train_logits(model, variables, frames, clips)
     params = dict(variables["params"])
     params["audio_map"] = jax.tree.map(lambda p: p + 1, params["audio_map"])
-    moved, _ = train_logits(model, {**variables, "params": params}, frames, rest)
+    moved, _ = train_logits(model, {**variables, "params": params}, frames, clips)
     changed = np.abs(moved - logits).max(axis=1) > 1e-3
-    has_audio = frames["audio"].mask.any(axis=1) & rest["batch_mask"]
+    has_audio = frames["audio"].mask.any(axis=1) & clips.mask
     np.testing.assert_array_equal(changed, has_audio)
     # Row 4 has nothing at all: what remains is the classifier's bias.
     np.testing.assert_array_equal(logits[4], params["classifier"]["logits"]["bias"])
 
 
 def test_gradients_are_finite_on_zero_features_and_missing_frames(mma):
-    model, variables, frames, rest = mma
+    model, variables, frames, clips = mma
     zeros = {
         name: value._replace(features=np.zeros_like(value.features))
         for name, value in frames.items()
     }
 
     def loss(params):
-        logits, _ = train_logits(model, {**variables, "params": params}, zeros, rest)
+        logits, _ = train_logits(model, {**variables, "params": params}, zeros, clips)
         return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
 
     gradients = jax.grad(loss)(variables["params"])
@@ -279,33 +286,31 @@ def test_gradients_are_finite_on_zero_features_and_missing_frames(mma):
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters(mma):
-    _, variables, frames, rest = mma
+    _, variables, frames, clips = mma
     model = make_model(dtype="bfloat16")
-    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-    half, _ = train_logits(model, variables, frames, rest)
-    full, _ = train_logits(make_model(), variables, frames, rest)
+    half, _ = train_logits(model, variables, frames, clips)
+    full, _ = train_logits(make_model(), variables, frames, clips)
     assert half.dtype == np.float32
     assert 0 < np.abs(half - full).max() < 0.03
 
 
 def test_one_modality_of_any_name_works():
     frames = {"gait": make_frames([2, 0], max_frames=3, dim=7)}
-    rest: dict[str, Any] = {
-        "clip_index": np.arange(2, dtype=np.int32),
-        "labels": np.ones(2, np.int32),
-        "batch_mask": np.ones(2, bool),
-    }
+    clips = ClipInfo(
+        index=np.arange(2, dtype=np.int32), labels=np.ones(2, np.int32), mask=np.ones(2, bool)
+    )
     for options in ({}, {"attention": False, "netvlad": ("gait",), "netvlad_reduce": "mean"}):
         model = identifier.make_identifier(
             {**SMALL, **options}, modalities={"gait": 7}, num_classes=3, num_clips=2
         )
-        logits, variables = jax.jit(
+        output, variables = jax.jit(
             lambda model=model: model.init_with_output(
-                jax.random.key(0), frames, **rest, train=False
+                jax.random.key(0), frames, clips, train=False
             )
         )()
-        assert logits.shape == (2, 3) and np.isfinite(logits).all()
+        assert output.logits.shape == (2, 1, 3) and np.isfinite(output.logits).all()
         assert ("attention_map" in variables["params"]) == ("attention" not in options)
 
 
@@ -323,14 +328,14 @@ def test_modality_dropout_never_drops_everything():
 
 
 def test_modality_dropout_is_for_training_only(mma):
-    _, variables, frames, rest = mma
+    _, variables, frames, clips = mma
     model = make_model(modality_dropout_rate=0.9, dropout_rate=0.5)
     plain = make_model()
     for key, same in ((5, True), (6, False)):
-        logits, _ = train_logits(model, variables, frames, rest, seed=5)
-        other, _ = train_logits(model, variables, frames, rest, seed=key)
+        logits, _ = train_logits(model, variables, frames, clips, seed=5)
+        other, _ = train_logits(model, variables, frames, clips, seed=key)
         assert np.array_equal(logits, other) == same
-    evaluated = [eval_logits(m, variables, frames, rest) for m in (model, plain)]
+    evaluated = [eval_logits(m, variables, frames, clips) for m in (model, plain)]
     np.testing.assert_array_equal(*evaluated)
 
 
@@ -353,8 +358,8 @@ def test_parameter_counts(modalities, options, expected):
         num_clips=1,
     )
     frames = {name: make_frames([2, 1], max_frames=2, dim=512) for name in modalities}
-    _, rest = make_batch(2)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    _, clips = make_batch(2)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
 
 
@@ -364,17 +369,16 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
     vectors[7] = 0  # a clip without a face
     labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)  # 3: only rows 7 and padded 9
     model = NearestNeighbours(num_clips=12, num_classes=5)
-    rest: dict[str, Any] = {"labels": labels, "clip_index": np.arange(10, dtype=np.int32)[::-1]}
-    rest["batch_mask"] = np.arange(10) < 9
-    memory = jax.jit(lambda: model.init(jax.random.key(0), vectors, **rest, train=True))()
-    blank = model.apply(memory, vectors, **rest, train=False)
+    clips = ClipInfo(np.arange(10, dtype=np.int32)[::-1], np.arange(10) < 9, labels)
+    memory = jax.jit(lambda: model.init(jax.random.key(0), vectors, clips, train=True))()
+    blank = model.apply(memory, vectors, clips, train=False)
     np.testing.assert_array_equal(blank, -2)
 
-    logits, memory = model.apply(memory, vectors, **rest, train=True, mutable=["memory"])
+    logits, memory = model.apply(memory, vectors, clips, train=True, mutable=["memory"])
     np.testing.assert_array_equal(logits, np.zeros((10, 5)))
     queries = np.concatenate([rng.standard_normal((3, 6)), np.zeros((1, 6))]).astype(np.float32)
-    rest = {name: value[:4] for name, value in rest.items()}
-    scores = jax.jit(lambda q: model.apply(memory, q, **rest, train=False))(queries)
+    clips = ClipInfo(clips.index[:4], clips.mask[:4], labels[:4])
+    scores = jax.jit(lambda q: model.apply(memory, q, clips, train=False))(queries)
     for query, row in zip(queries[:3], scores[:3], strict=True):
         cosines = [q @ query / np.linalg.norm(q) / np.linalg.norm(query) for q in vectors[:7]]
         cosines += [-2, vectors[8] @ query / np.linalg.norm(vectors[8]) / np.linalg.norm(query)]
@@ -383,20 +387,21 @@ def test_neighbours_are_the_best_cosine_of_every_identity():
             np.testing.assert_allclose(row[column], best, atol=1e-6)
     np.testing.assert_array_equal(scores[3], -2)
     scaled: Any = NearestNeighbours(num_clips=12, num_classes=5, logit_scale=16.0)
-    scaled_scores = jax.jit(lambda q: scaled.apply(memory, q, **rest, train=False))(queries)
+    scaled_scores = jax.jit(lambda q: scaled.apply(memory, q, clips, train=False))(queries)
     np.testing.assert_allclose(scaled_scores, 16 * scores, rtol=1e-6)
 
 
 def test_knn_identifier_finds_its_training_clips():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model({"name": "knn"})
-    variables = init_identifier(model, frames, rest)
+    variables = init_identifier(model, frames, clips)
     assert "params" not in variables
-    logits, memory = train_logits(model, variables, frames, rest)
+    logits, memory = train_logits(model, variables, frames, clips)
     np.testing.assert_array_equal(logits, 0)
-    scores = eval_logits(model, memory, frames, rest)
-    has_face = frames["face"].mask.any(axis=1) & rest["batch_mask"]
-    np.testing.assert_array_equal(np.argmax(scores, axis=1)[has_face], rest["labels"][has_face])
+    scores = eval_logits(model, memory, frames, clips)
+    has_face = frames["face"].mask.any(axis=1) & clips.mask
+    labels = np.asarray(clips.labels)
+    np.testing.assert_array_equal(np.argmax(scores, axis=1)[has_face], labels[has_face])
     np.testing.assert_allclose(np.max(scores, axis=1)[has_face], 1, atol=1e-6)
 
 
@@ -420,10 +425,10 @@ def test_unknown_specs_are_refused(spec, options, message):
 
 @pytest.mark.parametrize("name", ["mma", "knn"])
 def test_frames_that_do_not_fit_are_refused(name):
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model({"name": name})
     fewer = {key: value for key, value in frames.items() if key != "head"}
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
     for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features are 9 wide")):
         with pytest.raises(ValueError, match=message):
-            init_identifier(model, wrong, rest)
+            init_identifier(model, wrong, clips)

@@ -223,21 +223,23 @@ def deepmef_oracle(params, frames, batch_mask, *, scale, rms_norm):
 )
 def test_deepmef_matches_a_loop(rms_norm, gradients):
     with jax.enable_x64(True):
-        frames, rest = make_batch()
+        frames, clips = make_batch()
         frames = {
             name: value._replace(features=value.features.astype(np.float64))
             for name, value in frames.items()
         }
         model = make_model(SMALL, dtype="float64", rms_norm=rms_norm)
-        variables = init_identifier(model, frames, rest)
+        variables = init_identifier(model, frames, clips)
         params = randomised(variables["params"])
 
         @jax.jit
         def forward(params):
             collections = {**variables, "params": params}
-            return model.apply(collections, frames, **rest, train=True, mutable=["batch_stats"])[0]
+            mutable = ["batch_stats"]
+            output, _ = model.apply(collections, frames, clips, train=True, mutable=mutable)
+            return output.logits[:, 0]
 
-        expected = deepmef_oracle(params, frames, rest["batch_mask"], scale=30, rms_norm=rms_norm)
+        expected = deepmef_oracle(params, frames, clips.mask, scale=30, rms_norm=rms_norm)
         np.testing.assert_allclose(forward(params), expected, atol=1e-6)
         if gradients:
             check_gradients(forward, params, modes=("rev",), eps=1e-6)
@@ -245,15 +247,15 @@ def test_deepmef_matches_a_loop(rms_norm, gradients):
 
 @pytest.fixture(scope="module")
 def deepmef():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model(SMALL)
-    variables = init_identifier(model, frames, rest)
-    return model, {**variables, "params": randomised(variables["params"])}, frames, rest
+    variables = init_identifier(model, frames, clips)
+    return model, {**variables, "params": randomised(variables["params"])}, frames, clips
 
 
 def test_deepmef_ignores_order_padding_and_padded_rows(deepmef):
-    model, variables, frames, rest = deepmef
-    logits, new = train_logits(model, variables, frames, rest)
+    model, variables, frames, clips = deepmef
+    logits, new = train_logits(model, variables, frames, clips)
     assert logits.shape == (8, 5) and logits.dtype == np.float32
     longer = {name: pad(value, 3) for name, value in frames.items()}
     turned = {name: jax.tree.map(lambda v: v[:, ::-1], value) for name, value in frames.items()}
@@ -265,13 +267,13 @@ def test_deepmef_ignores_order_padding_and_padded_rows(deepmef):
         for name, value in frames.items()
     }
     for other_frames in (longer, turned, garbage):
-        other, other_new = train_logits(model, variables, other_frames, rest)
+        other, other_new = train_logits(model, variables, other_frames, clips)
         np.testing.assert_allclose(other[:6], logits[:6], atol=1e-3)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_new, new)
 
 
 def test_deepmef_gradients_are_finite_without_features_or_frames(deepmef):
-    model, variables, frames, rest = deepmef
+    model, variables, frames, clips = deepmef
     zeros = {
         name: value._replace(features=np.zeros_like(value.features))
         for name, value in frames.items()
@@ -283,7 +285,7 @@ def test_deepmef_gradients_are_finite_without_features_or_frames(deepmef):
     @jax.jit
     def gradient(params, frames):
         def loss(params):
-            logits, _ = train_logits(model, {**variables, "params": params}, frames, rest)
+            logits, _ = train_logits(model, {**variables, "params": params}, frames, clips)
             return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
 
         return jax.grad(loss)(params)
@@ -291,18 +293,18 @@ def test_deepmef_gradients_are_finite_without_features_or_frames(deepmef):
     for wrong in (zeros, nothing):
         for leaf in jax.tree.leaves(gradient(variables["params"], wrong)):
             assert np.isfinite(leaf).all()
-        for leaf in jax.tree.leaves(train_logits(model, variables, wrong, rest)):
+        for leaf in jax.tree.leaves(train_logits(model, variables, wrong, clips)):
             assert np.isfinite(leaf).all()
-    np.testing.assert_array_equal(train_logits(model, variables, nothing, rest)[0], 0)
+    np.testing.assert_array_equal(train_logits(model, variables, nothing, clips)[0], 0)
 
 
 def test_quality_and_detection_are_seen(deepmef):
-    model, variables, frames, rest = deepmef
-    logits = eval_logits(model, variables, frames, rest)
-    has_face = frames["face"].mask.any(axis=1) & rest["batch_mask"]
+    model, variables, frames, clips = deepmef
+    logits = eval_logits(model, variables, frames, clips)
+    has_face = frames["face"].mask.any(axis=1) & clips.mask
     for field in ("quality", "detection"):
         face = frames["face"]._replace(**{field: 0.5 * getattr(frames["face"], field)})
-        moved = eval_logits(model, variables, {**frames, "face": face}, rest)
+        moved = eval_logits(model, variables, {**frames, "face": face}, clips)
         np.testing.assert_array_equal(np.abs(moved - logits).max(axis=1) > 1e-4, has_face)
 
 
@@ -317,15 +319,15 @@ def test_quality_and_detection_are_seen(deepmef):
     ],
 )
 def test_ablations_work_on_one_modality(deepmef, options, gone):
-    _, _, frames, rest = deepmef
+    _, _, frames, clips = deepmef
     face = {"face": frames["face"]}
     whole = {"hidden", "back", "classifier", "channel_attention", "aggregation"}
     model = identifier.make_identifier(
         {**SMALL, **options}, modalities={"face": 6}, num_classes=5, num_clips=1
     )
-    variables = init_identifier(model, face, rest)
+    variables = init_identifier(model, face, clips)
     assert set(variables["params"]) == whole - gone
-    logits = np.asarray(eval_logits(model, variables, face, rest))
+    logits = np.asarray(eval_logits(model, variables, face, clips))
     assert np.isfinite(logits).all() and logits[0].any()
     # At the start the net is the cosine with the mean frame.
     x = frames["face"].features[0].astype(np.float32)
@@ -353,8 +355,8 @@ def test_parameter_counts(widths, options, expected):
         {"name": "deepmef", **options}, modalities=widths, num_classes=10_035, num_clips=1
     )
     frames = {name: make_frames([40, 1], max_frames=40, dim=dim) for name, dim in widths.items()}
-    _, rest = make_batch(2)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    _, clips = make_batch(2)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
 
 
@@ -368,9 +370,9 @@ def test_parameter_counts(widths, options, expected):
     ],
 )
 def test_unknown_options_are_refused(options, message):
-    frames, rest = make_batch(2)
+    frames, clips = make_batch(2)
     with pytest.raises(ValueError, match=message):
-        init_identifier(make_model({**SMALL, **options}), frames, rest)
+        init_identifier(make_model({**SMALL, **options}), frames, clips)
 
 
 def test_unknown_form_is_refused():

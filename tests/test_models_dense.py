@@ -216,15 +216,15 @@ SPECS = {
 
 @pytest.fixture(scope="module", params=SPECS)
 def dense(request):
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model({"name": "dense", **SPECS[request.param]})
-    variables = init_identifier(model, frames, rest)
-    return model, variables, frames, rest
+    variables = init_identifier(model, frames, clips)
+    return model, variables, frames, clips
 
 
 def test_identifier_ignores_padding_order_and_padded_rows(dense):
-    model, variables, frames, rest = dense
-    logits, new = train_logits(model, variables, frames, rest)
+    model, variables, frames, clips = dense
+    logits, new = train_logits(model, variables, frames, clips)
     assert logits.shape == (8, 5) and logits.dtype == np.float32
     longer = {name: pad(value, 3) for name, value in frames.items()}
     turned = {name: jax.tree.map(lambda v: v[:, ::-1], value) for name, value in frames.items()}
@@ -233,20 +233,20 @@ def test_identifier_ignores_padding_order_and_padded_rows(dense):
         for name, value in frames.items()
     }
     for other_frames in (longer, turned, garbage):
-        other, other_new = train_logits(model, variables, other_frames, rest)
+        other, other_new = train_logits(model, variables, other_frames, clips)
         np.testing.assert_allclose(other[:6], logits[:6], atol=2e-5 * model.logit_scale)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_new, new)
 
 
 def test_gradients_are_finite_on_zero_features_and_missing_frames(dense):
-    model, variables, frames, rest = dense
+    model, variables, frames, clips = dense
     zeros = {
         name: value._replace(features=np.zeros_like(value.features))
         for name, value in frames.items()
     }
 
     def loss(params):
-        logits, _ = train_logits(model, {**variables, "params": params}, zeros, rest)
+        logits, _ = train_logits(model, {**variables, "params": params}, zeros, clips)
         return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
 
     for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])):
@@ -254,43 +254,43 @@ def test_gradients_are_finite_on_zero_features_and_missing_frames(dense):
 
 
 def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model({"name": "dense", "layers": (), "feature_scale": 0.5})
-    variables = init_identifier(model, frames, rest)
+    variables = init_identifier(model, frames, clips)
     classifier = jax.tree.map(np.asarray, variables["params"]["classifier"]["logits"])
     np.testing.assert_array_equal(classifier["bias"], 0)
     limit = math.sqrt(6 / sum(classifier["kernel"].shape))  # Xavier's uniform
     assert 0.8 * limit < np.abs(classifier["kernel"]).max() <= limit
-    logits = eval_logits(model, variables, frames, rest)
+    logits = eval_logits(model, variables, frames, clips)
     for b in range(8):
         x = []
         for name, dim in DIMS.items():
             real = [
                 vector.astype(np.float64)
                 for vector, flag in zip(frames[name].features[b], frames[name].mask[b], strict=True)
-                if flag and rest["batch_mask"][b]
+                if flag and clips.mask[b]
             ]
             x.extend(0.5 * np.mean(real, axis=0) if real else np.zeros(dim))
         np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
 
 
 def test_modality_dropout_leaves_one_and_only_in_training():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     spec = {"name": "dense", "layers": ()}
     model, plain = make_model(spec, modality_dropout_rate=0.999), make_model(spec)
-    variables = init_identifier(model, frames, rest)
-    logits, _ = train_logits(model, variables, frames, rest)
+    variables = init_identifier(model, frames, clips)
+    logits, _ = train_logits(model, variables, frames, clips)
     kernel = np.asarray(variables["params"]["classifier"]["logits"]["kernel"])
     choices, start = [], 0
     for name, dim in DIMS.items():
-        mean = eval_logits(plain, _only(variables, kernel, start, dim), frames, rest)
+        mean = eval_logits(plain, _only(variables, kernel, start, dim), frames, clips)
         choices.append(np.where(frames[name].mask.any(axis=1)[:, None], mean, np.inf))
         start += dim
     distance = np.abs(np.stack(choices) - np.asarray(logits)).max(axis=2).min(axis=0)
     seen = np.stack([frame.mask.any(axis=1) for frame in frames.values()]).any(axis=0)
-    np.testing.assert_allclose(distance[seen & rest["batch_mask"]], 0, atol=1e-5)
+    np.testing.assert_allclose(distance[seen & clips.mask], 0, atol=1e-5)
     np.testing.assert_array_equal(
-        eval_logits(model, variables, frames, rest), eval_logits(plain, variables, frames, rest)
+        eval_logits(model, variables, frames, clips), eval_logits(plain, variables, frames, clips)
     )
 
 
@@ -302,20 +302,20 @@ def _only(variables, kernel, start, dim):
 
 
 def test_bfloat16_computes_near_float32_with_a_cosine_in_float32():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     spec = {"name": "dense", **SPECS["cosine"]}
     full, half = make_model(spec), make_model(spec, dtype="bfloat16")
-    variables = init_identifier(full, frames, rest)
-    fresh = jax.eval_shape(lambda: half.init(jax.random.key(0), frames, **rest, train=False))
+    variables = init_identifier(full, frames, clips)
+    fresh = jax.eval_shape(lambda: half.init(jax.random.key(0), frames, clips, train=False))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-    logits, half_logits = (eval_logits(m, variables, frames, rest) for m in (full, half))
+    logits, half_logits = (eval_logits(m, variables, frames, clips) for m in (full, half))
     assert half_logits.dtype == np.float32
     assert 0 < np.abs(half_logits - logits).max() < 0.02 * full.logit_scale
     # No layer before it: nothing is left that may be rounded.
     bare = {**spec, "layers": ()}
-    variables = init_identifier(make_model(bare), frames, rest)
+    variables = init_identifier(make_model(bare), frames, clips)
     both = [
-        eval_logits(make_model(bare, dtype=d), variables, frames, rest)
+        eval_logits(make_model(bare, dtype=d), variables, frames, clips)
         for d in ("float32", "bfloat16")
     ]
     np.testing.assert_array_equal(*both)
@@ -347,8 +347,8 @@ def test_parameter_counts(options, expected):
         {"name": "dense", **options}, modalities={"face": 512}, num_classes=10_035, num_clips=1
     )
     frames = {"face": make_frames([2, 1], max_frames=2, dim=512)}
-    _, rest = make_batch(2)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, **rest, train=False))
+    _, clips = make_batch(2)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
 
 
@@ -367,7 +367,7 @@ def test_parameter_counts(options, expected):
     ],
 )
 def test_unknown_options_are_refused(options, message):
-    frames, rest = make_batch(2)
+    frames, clips = make_batch(2)
     with pytest.raises(ValueError, match=message):
         model = make_model({"name": "dense", **options})
-        init_identifier(model, frames, rest)
+        init_identifier(model, frames, clips)

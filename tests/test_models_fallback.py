@@ -7,13 +7,13 @@ import pytest
 from tests.test_models import (
     DIMS,
     eval_logits,
+    eval_output,
     init_identifier,
     make_batch,
     make_model,
     train_logits,
-    train_step,
+    train_output,
 )
-from vidjax.batch import Branches
 from vidjax.models import identifier
 
 MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
@@ -53,13 +53,12 @@ def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares
     ],
 )
 def test_weights_match_a_loop(options, kinds):
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model(SPEC, main=BARE, other=BARE, **options)
-    out = eval_logits(model, init_identifier(model, frames, rest), frames, rest)
-    assert isinstance(out, Branches)
+    out = eval_output(model, init_identifier(model, frames, clips), frames, clips)
     assert out.logits.shape == (8, 2, 5)
-    assert {leaf.dtype.name for leaf in out} == {"float32"}
-    train, evaluate = weights_oracle(frames, rest["batch_mask"], **options)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(out)} == {"float32"}
+    train, evaluate = weights_oracle(frames, clips.mask, **options)
     assert set(evaluate) == kinds
     np.testing.assert_array_equal(out.train_weight, train)
     np.testing.assert_allclose(out.eval_weight, evaluate, rtol=1e-6)
@@ -67,11 +66,11 @@ def test_weights_match_a_loop(options, kinds):
 
 @pytest.mark.slow
 def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model(SPEC)
-    variables = init_identifier(model, frames, rest)
-    out, new = train_logits(model, variables, frames, rest)
-    evaluated = eval_logits(model, variables, frames, rest)
+    variables = init_identifier(model, frames, clips)
+    out, new = train_output(model, variables, frames, clips, jax.random.key(5))
+    evaluated = eval_output(model, variables, frames, clips)
     alone = {
         "main": (make_model(MAIN), "face"),
         "other": (
@@ -83,23 +82,23 @@ def test_each_model_is_what_it_would_be_alone_on_the_clips_it_sees():
     }
     for branch, (name, (part, modality)) in enumerate(alone.items()):
         own = {collection: tree[name] for collection, tree in variables.items()}
-        seen = rest["batch_mask"] & frames[modality].mask.any(axis=1)
-        rows = {**rest, "batch_mask": seen}
-        logits, part_new = train_step(part, own, frames, rows, jax.random.key(5))
+        seen = clips.mask & frames[modality].mask.any(axis=1)
+        rows = clips._replace(mask=seen)
+        logits, part_new = train_logits(part, own, frames, rows, seed=5)
         np.testing.assert_allclose(out.logits[:, branch][seen], logits[seen], atol=1e-6)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
             part_new["batch_stats"],
             new["batch_stats"][name],
         )
-        logits = eval_logits(part, own, frames, rest)
+        logits = eval_logits(part, own, frames, clips)
         np.testing.assert_allclose(evaluated.logits[:, branch], logits, atol=1e-6)
 
 
 def test_the_main_model_may_see_less_than_everything():
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     model = make_model(SPEC, main_modalities=("face",), other_modalities=("audio", "head"))
-    params = jax.eval_shape(lambda: init_identifier(model, frames, rest))["params"]
+    params = jax.eval_shape(lambda: init_identifier(model, frames, clips))["params"]
     shapes = {name: params[name]["backbone"]["layer_0"]["dense"]["kernel"].shape for name in params}
     assert shapes == {"main": (6, 8), "other": (9, 6)}
 
@@ -129,9 +128,9 @@ def test_scale_of_the_logits_is_that_of_both():
     ],
 )
 def test_impossible_fallbacks_are_refused(options, message):
-    frames, rest = make_batch()
+    frames, clips = make_batch()
     with pytest.raises(ValueError, match=message):
-        init_identifier(make_model(SPEC, **options), frames, rest)
+        init_identifier(make_model(SPEC, **options), frames, clips)
 
 
 def test_a_spec_without_its_parts_is_refused():

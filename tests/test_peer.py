@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.test_fusion import make_frames
+from vidjax import config as config_lib
 from vidjax import fusion, losses, metrics, selection
 from vidjax.models import identifier
 
@@ -133,7 +134,12 @@ def test_losses_and_their_gradients_are_those_of_vidjax():
     labels = rng.integers(0, CLASSES, 6).astype(np.int32)
     for weight in (None, 0.0, 0.75, 1.0):
         schedule = ((0.0, weight or 0.0),)
-        loss_fn = losses.make_loss({"schedule": schedule}, None, 1.0)
+        loss_fn = losses.make_loss(
+            {**config_lib.default().loss.to_dict(), "schedule": schedule},
+            None,
+            1.0,
+            logit_scale=1.0,
+        )
         expected = loss_fn(logits, labels, jnp.int32(0))
         slope = jax.grad(lambda x, f=loss_fn: f(x, labels, jnp.int32(0)).sum())(logits)
         x = torch.tensor(logits, requires_grad=True)

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.batch import Batch
+from vidjax.data import clips as clips_lib
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.records import manifest, pipeline
 
@@ -127,7 +129,7 @@ def test_every_clip_comes_once_an_epoch_across_batches(
     dataset: pipeline.Dataset, batch_size: int
 ) -> None:
     batches = take(
-        dataset.train_batches(**{**TRAIN, "batch_size": batch_size}), 3 * 45 // batch_size + 1
+        train_batches(dataset, **{**TRAIN, "batch_size": batch_size}), 3 * 45 // batch_size + 1
     )
     assert all(batch.clip_index.shape == (batch_size,) for batch in batches)
     assert all(batch.batch_mask.all() for batch in batches)
@@ -139,12 +141,12 @@ def test_every_clip_comes_once_an_epoch_across_batches(
 
 
 def test_order_depends_on_seed_and_epoch_alone(dataset: pipeline.Dataset) -> None:
-    order = order_of(take(dataset.train_batches(**TRAIN), 12))
+    order = order_of(take(train_batches(dataset, **TRAIN), 12))
     other_crop = {**TRAIN, "modalities": ("body",), "crop": "quality", "max_frames": 2}
-    assert order_of(take(dataset.train_batches(**other_crop), 12)) == order
+    assert order_of(take(train_batches(dataset, **other_crop), 12)) == order
     other_size = {**TRAIN, "batch_size": 32}
-    assert order_of(take(dataset.train_batches(**other_size), 3)) == order
-    assert order_of(take(dataset.train_batches(**{**TRAIN, "seed": 4}), 12)) != order
+    assert order_of(take(train_batches(dataset, **other_size), 3)) == order
+    assert order_of(take(train_batches(dataset, **{**TRAIN, "seed": 4}), 12)) != order
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])
@@ -153,19 +155,19 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     dataset: pipeline.Dataset, crop: str, start_batch: int
 ) -> None:
     arguments = {**TRAIN, "crop": crop, "splits": ("train", "val"), "batch_size": 9}
-    whole = take(dataset.train_batches(**arguments), start_batch + 9)
-    resumed = take(dataset.train_batches(**arguments, start=9 * start_batch), 9)
+    whole = take(train_batches(dataset, **arguments), start_batch + 9)
+    resumed = take(train_batches(dataset, **arguments, start=9 * start_batch), 9)
     assert_equal(whole[start_batch:], resumed)
 
 
 def test_a_resume_need_not_stand_at_a_batch(dataset: pipeline.Dataset) -> None:
-    order = order_of(take(dataset.train_batches(**TRAIN), 12))
-    assert order_of(take(dataset.train_batches(**TRAIN, start=50), 5)) == order[50:90]
+    order = order_of(take(train_batches(dataset, **TRAIN), 12))
+    assert order_of(take(train_batches(dataset, **TRAIN, start=50), 5)) == order[50:90]
 
 
 def test_clip_index_counts_through_the_splits(dataset: pipeline.Dataset) -> None:
     arguments = {**TRAIN, "splits": ("val", "train"), "batch_size": 71, "max_frames": 800}
-    (batch,) = take(dataset.train_batches(**arguments), 1)
+    (batch,) = take(train_batches(dataset, **arguments), 1)
     assert sorted(batch.clip_index.tolist()) == list(range(71))
     for row, index in enumerate(batch.clip_index.tolist()):
         split, index = ("val", index) if index < 26 else ("train", index - 26)
@@ -175,7 +177,7 @@ def test_clip_index_counts_through_the_splits(dataset: pipeline.Dataset) -> None
 
 
 def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset: pipeline.Dataset) -> None:
-    batches = take(dataset.train_batches(**TRAIN), 60)
+    batches = take(train_batches(dataset, **TRAIN), 60)
     starts = set()
     for batch in batches:
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
@@ -203,7 +205,7 @@ def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset: pipeline.Da
 
 
 def test_quality_crop_keeps_the_best_frames_in_time_order(dataset: pipeline.Dataset) -> None:
-    (batch,) = take(dataset.train_batches(**{**TRAIN, "crop": "quality", "batch_size": 45}), 1)
+    (batch,) = take(train_batches(dataset, **{**TRAIN, "crop": "quality", "batch_size": 45}), 1)
     for row, index in enumerate(batch.clip_index.tolist()):
         clip = source_clip(dataset, "train", "face", index)
         fields, _ = row_of(batch, "face", row)
@@ -213,9 +215,8 @@ def test_quality_crop_keeps_the_best_frames_in_time_order(dataset: pipeline.Data
 
 
 def test_cropped_clips_are_counted(dataset: pipeline.Dataset) -> None:
-    counts = dataset.num_cropped(
-        splits=("train", "val"), modalities=("face", "audio"), max_frames=MAX_FRAMES
-    )
+    splits = [dataset.split(name) for name in ("train", "val")]
+    counts = clips_lib.num_cropped(splits, ("face", "audio"), MAX_FRAMES)
     lengths = [len(clip.features) for split in CLIPS for clip in CLIPS[split]["face"].values()]
     lost = [length - MAX_FRAMES for length in lengths if length > MAX_FRAMES]
     assert counts == {
@@ -231,7 +232,7 @@ def test_evaluation_shows_every_frame_of_every_clip_once(
 ) -> None:
     seen = []
     shapes: dict[int, int] = {}
-    for batch in dataset.eval_batches(split=split, modalities=("face", "audio"), rows=rows):
+    for batch in eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows):
         assert batch.clip_index.shape == batch.batch_mask.shape == (rows,)
         assert not batch.clip_index[~batch.batch_mask].any()
         size = batch.frames["face"].mask.shape[1]
@@ -263,7 +264,7 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: pipeline.Datase
     shown = []
     for rows in (3, 50):
         by_clip: dict[int, Any] = {}
-        for batch in dataset.eval_batches(split="train", modalities=("body", "face"), rows=rows):
+        for batch in eval_batches(dataset, split="train", modalities=("body", "face"), rows=rows):
             for row in np.flatnonzero(batch.batch_mask).tolist():
                 frames = jax.tree.map(lambda array, row=row: array[row], batch.frames)
                 by_clip[int(batch.clip_index[row])] = frames
@@ -272,7 +273,7 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: pipeline.Datase
 
 
 def test_one_modality_sets_the_length_of_its_own_blocks(dataset: pipeline.Dataset) -> None:
-    (batch,) = dataset.eval_batches(split="val", modalities=("audio",), rows=26)
+    (batch,) = eval_batches(dataset, split="val", modalities=("audio",), rows=26)
     assert batch.frames["audio"].features.shape == (26, 1, 4)
 
 
@@ -281,14 +282,14 @@ def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
 ) -> None:
     def stream(modalities: tuple[str, ...], lengths: np.ndarray | None = None) -> list[Batch]:
         arguments = {"split": "train", "modalities": modalities, "rows": 4, "lengths": lengths}
-        return list(dataset.eval_batches(**arguments))
+        return list(eval_batches(dataset, **arguments))
 
     kinds = (("audio",), ("face",), ("body", "face"))
-    longest = [dataset.longest("train", kind) for kind in kinds]
+    lengths = [clips_lib.longest(dataset.split("train"), kind) for kind in kinds]
     frames = dataset.split("train").lengths
-    np.testing.assert_array_equal(longest[0], frames["audio"])
-    np.testing.assert_array_equal(longest[2], np.maximum(frames["body"], frames["face"]))
-    audio, face, both = (stream(kind, np.max(longest, axis=0)) for kind in kinds)
+    np.testing.assert_array_equal(lengths[0], frames["audio"])
+    np.testing.assert_array_equal(lengths[2], np.maximum(frames["body"], frames["face"]))
+    audio, face, both = (stream(kind, np.max(lengths, axis=0)) for kind in kinds)
     for one in (audio, face):
         for batch, other in zip(one, both, strict=True):
             np.testing.assert_array_equal(batch.clip_index, other.clip_index)
@@ -306,7 +307,7 @@ def test_evaluation_of_chosen_clips_alone(dataset: pipeline.Dataset, split: str)
     def shown(**chosen: Any) -> dict[int, Any]:
         return {
             int(batch.clip_index[row]): jax.tree.map(lambda array: array[row], batch.frames)  # noqa: B023
-            for batch in dataset.eval_batches(**arguments, **chosen)
+            for batch in eval_batches(dataset, **arguments, **chosen)
             for row in np.flatnonzero(batch.batch_mask).tolist()
         }
 
@@ -352,8 +353,8 @@ def test_packing_names_mistakes_and_clips_that_do_not_come(
 ) -> None:
     for split, modalities, message in (
         ("test", ("face",), "no split 'test'"),
-        ("val", ("scene",), "no modality 'scene'"),
-        ("val", ("body",), "there is no body_val.pickle"),
+        ("val", ("scene",), "no features of 'scene'"),
+        ("val", ("body",), "no features of 'body'"),
     ):
         with pytest.raises(ValueError, match=message):
             next(dataset.packed(split=split, modalities=modalities))
@@ -377,7 +378,7 @@ def test_a_chosen_clip_that_does_not_come_is_an_error(
         dataset = pipeline.Dataset(broken, source)
     only = np.arange(26) == 0
     with pytest.raises(ValueError, match=r"1 of 1 clips did not come just once, such as val_000"):
-        list(dataset.eval_batches(split="val", modalities=("face",), rows=4, only=only))
+        list(eval_batches(dataset, split="val", modalities=("face",), rows=4, only=only))
 
 
 def test_a_clip_of_ten_thousand_frames_gives_its_best(tmp_path: Path) -> None:
@@ -386,7 +387,7 @@ def test_a_clip_of_ten_thousand_frames_gives_its_best(tmp_path: Path) -> None:
     write_pickle(tmp_path, "face", "val", clips)
     write_truth(tmp_path, "val", {"long": "1"})
     dataset = pipeline.load("iqiyi_vid", directory=tmp_path, cache_dir=tmp_path / "cache")
-    batches = list(dataset.eval_batches(split="val", modalities=("face",), rows=4))
+    batches = list(eval_batches(dataset, split="val", modalities=("face",), rows=4))
     long = next(b for b in batches if b.frames["face"].mask.shape[1] == 512)
     wanted = clips["long"].features[best_frames(clips["long"], 512)]
     np.testing.assert_array_equal(long.frames["face"].features[0], wanted)
@@ -400,7 +401,7 @@ def test_unusual_dtypes_reach_the_batch(tmp_path: Path, dtype: str) -> None:
     write_truth(tmp_path, "train", dict.fromkeys(clips, "1"))
     dataset = pipeline.load("iqiyi_vid", directory=tmp_path, cache_dir=tmp_path / "cache")
     arguments = {**TRAIN, "modalities": ("face",), "batch_size": 4, "max_frames": 5}
-    (batch,) = take(dataset.train_batches(**{**arguments, "crop": "quality"}), 1)
+    (batch,) = take(train_batches(dataset, **{**arguments, "crop": "quality"}), 1)
     assert batch.frames["face"].features.dtype == dtype
     for row, index in enumerate(batch.clip_index.tolist()):
         clip = clips[f"c{index}"]
@@ -440,29 +441,31 @@ def test_damage_after_loading_shows_while_reading(
         path.unlink()
     with pytest.raises(ValueError, match=message) as error:
         if mode == "train":
-            take(dataset.train_batches(**TRAIN), 20)
+            take(train_batches(dataset, **TRAIN), 20)
         elif mode == "packed":
             list(dataset.packed(split="train", modalities=("face",)))
         else:
-            list(dataset.eval_batches(split="train", modalities=("face",), rows=8))
+            list(eval_batches(dataset, split="train", modalities=("face",), rows=8))
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
 def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -> None:
     mistakes = [
         ({"splits": ("test",)}, "no split 'test' in the data, only train, val"),
-        ({"modalities": ("scene",)}, "no modality 'scene' in the data, only audio, body, face"),
-        ({"splits": ("val",), "modalities": ("body",)}, "there is no body_val.pickle"),
-        ({"modalities": ("face", "face")}, "none of them twice"),
-        ({"splits": ()}, "one name or more"),
+        ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),
+        ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
+        ({"modalities": ("face", "face")}, "config.modalities=face,face: .* each once"),
+        ({"modalities": ()}, "config.modalities=: name one or more"),
+        ({"splits": ()}, "config.data.train_splits=: name one or more"),
+        ({"splits": ("val", "val")}, "config.data.train_splits=val,val: .* each once"),
         ({"crop": "centre"}, "'window' or 'quality', got 'centre'"),
         ({"batch_size": 0}, "1 or more"),
     ]
     for changed, message in mistakes:
         with pytest.raises(ValueError, match=message):
-            dataset.train_batches(**{**TRAIN, **changed})
+            train_batches(dataset, **{**TRAIN, **changed})
     with pytest.raises(ValueError, match="no split 'test'"):
-        dataset.eval_batches(split="test", modalities=("face",), rows=4)
+        eval_batches(dataset, split="test", modalities=("face",), rows=4)
     tables = [
         ({"lengths": np.zeros(25, int)}, r"lengths: got \(25,\), wanted one for 26 clips"),
         ({"lengths": np.zeros(26, int)}, "lengths: clip val_001 has 700 frames, not 0"),
@@ -471,9 +474,12 @@ def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -
     ]
     for table, message in tables:
         with pytest.raises(ValueError, match=message):
-            dataset.eval_batches(split="val", modalities=("face",), rows=4, **table)
-    with pytest.raises(ValueError, match="no modality 'scene'"):
-        dataset.longest("val", ("scene",))
+            eval_batches(dataset, split="val", modalities=("face",), rows=4, **table)
+    with pytest.raises(ValueError, match="start=-1: must be 0 or more"):
+        train_batches(dataset, **TRAIN, start=-1)
+    plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))
+    with pytest.raises(ValueError, match="'val' has no features of 'body'"):
+        dataset.eval_batches(plan._replace(modalities=("body",)), rows=4)
 
 
 def test_load_names_what_it_lacks(tmp_path: Path) -> None:
@@ -506,7 +512,7 @@ def peaks_of_epochs(directory: str, num_clips: int) -> list[int]:
     """Returns the most resident memory in bytes during each of ten epochs."""
     dataset = pipeline.load("iqiyi_vid", directory=directory, cache_dir=f"{directory}/cache")
     arguments = {**TRAIN, "modalities": ("face",), "batch_size": 256, "max_frames": 32}
-    batches = dataset.train_batches(**arguments)
+    batches = train_batches(dataset, **arguments)
     statm = Path(f"/proc/{os.getpid()}/statm")
     peaks = []
     for _ in range(10):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.small_runs import (
     STREAMED,
@@ -27,11 +28,13 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, selection
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.data import resident
+from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.data.records import pipeline
 from vidjax.modes import evaluate
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
@@ -131,7 +134,8 @@ def drawer(clips, plan):
 
 
 def plan_of(*, batch_size=4, seed=3, num_clips=7, sizes=None, cropped=("face",)):
-    return resident.Plan(seed, batch_size, num_clips, sizes or {"face": 8, "audio": 1}, cropped)
+    sizes = sizes or {"face": 8, "audio": 1}
+    return BatchPlan(("train",), batch_size, num_clips, sizes, cropped, "window", seed)
 
 
 def two_modalities():
@@ -245,9 +249,10 @@ def ragged(tmp_path_factory):
 def clips_of(data, *, devices=1, max_frames=7, crop="window", modalities=("face", "audio", "body")):
     """Returns the train and val splits as Resident, their plan for batches of 8, and the layout."""
     mesh = devices_lib.make_mesh(devices)
-    stream = {"modalities": modalities, "max_frames": max_frames, "crop": crop}
-    layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
-    plan = resident.make_plan(data, splits=("train",), batch_size=8, seed=3, **stream)
+    plan = make_batch_plan(
+        [data.split("train")], modalities, batch_size=8, max_frames=max_frames, crop=crop, seed=3
+    )
+    layout = resident.make_layout(data, plan, "val")
     return resident.Resident(data, layout, mesh), plan, layout
 
 
@@ -290,8 +295,7 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split):
     clips, modalities = held[0], ("face", "audio", "body")
     count = COUNTS[split]
     only = np.random.default_rng(0).random(count) < 0.4
-    lengths = np.maximum(ragged.longest(split, modalities), 40)
-    assert (clips.longest(split, modalities) == ragged.longest(split, modalities)).all()
+    lengths = np.maximum(longest(ragged.split(split), modalities), 40)
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
     cases = [
         (modalities, {}, count),
@@ -301,8 +305,8 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split):
     ]
     for names, chosen, number in cases:
         arguments = {"split": split, "rows": 4, "modalities": names, **chosen}
-        wanted = shown(ragged.eval_batches(**arguments))
-        assert_same_clips(shown(clips.eval_batches(**arguments)), wanted)
+        wanted = shown(eval_batches(ragged, **arguments))
+        assert_same_clips(shown(eval_batches(clips, **arguments)), wanted)
         assert len(wanted) == number
 
 
@@ -310,25 +314,25 @@ def test_evaluation_sees_the_same_on_eight_devices(ragged):
     clips, _, _ = clips_of(ragged, devices=8, modalities=("face",))
     arguments = {"split": "val", "modalities": ("face",), "rows": 16}
     assert_same_clips(
-        shown(clips.eval_batches(**arguments)), shown(ragged.eval_batches(**arguments))
+        shown(eval_batches(clips, **arguments)), shown(eval_batches(ragged, **arguments))
     )
 
 
 def test_blocks_of_a_split_by_name_are_those_of_streaming(ragged, held):
     arguments = {"split": "val", "modalities": ("face", "body"), "rows": 4}
-    pairs = zip(held[0].eval_batches(**arguments), ragged.eval_batches(**arguments), strict=True)
+    pairs = zip(eval_batches(held[0], **arguments), eval_batches(ragged, **arguments), strict=True)
     blocks = {}
     for ours, _ in pairs:
         size = ours.frames["face"].mask.shape[1]
         blocks.setdefault(size, []).append(np.asarray(ours.clip_index)[np.asarray(ours.batch_mask)])
-    for batch in ragged.eval_batches(**arguments):
+    for batch in eval_batches(ragged, **arguments):
         size = batch.frames["face"].mask.shape[1]
         np.testing.assert_array_equal(blocks[size].pop(0), batch.clip_index[batch.batch_mask])
 
 
 def test_a_split_that_is_not_resident_is_streamed(ragged, held):
     arguments = {"split": "test", "modalities": ("face", "audio"), "rows": 4}
-    ours, theirs = held[0].eval_batches(**arguments), ragged.eval_batches(**arguments)
+    ours, theirs = eval_batches(held[0], **arguments), eval_batches(ragged, **arguments)
     for left, right in zip(ours, theirs, strict=True):
         jax.tree.map(np.testing.assert_array_equal, left, right)
 
@@ -338,14 +342,20 @@ def test_training_sees_the_clips_that_streaming_shows(ragged, crop):
     """Apart from windows of longer ones, which are drawn otherwise."""
     modalities = ("face", "audio", "body")
     clips, plan, _ = clips_of(ragged, crop=crop)
-    assert plan.cropped == (("face", "body") if crop == "window" else ())
-    stream = ragged.train_batches(
-        splits=("train",), modalities=modalities, batch_size=33, max_frames=7, crop=crop, seed=0
+    assert plan.windowed == (("face", "body") if crop == "window" else ())
+    stream = train_batches(
+        ragged,
+        splits=("train",),
+        modalities=modalities,
+        batch_size=33,
+        max_frames=7,
+        crop=crop,
+        seed=0,
     )
     wanted = shown([next(stream)])
     found = shown([drawer(clips.train, plan._replace(batch_size=33))(0)])
     if crop == "window":
-        longer = ragged.longest("train", modalities) > 7
+        longer = longest(ragged.split("train"), modalities) > 7
         assert longer.sum() > 5
         for clip in np.flatnonzero(longer).tolist():
             del found[clip], wanted[clip]
@@ -354,12 +364,12 @@ def test_training_sees_the_clips_that_streaming_shows(ragged, crop):
 
 def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
     splits = ("val", "train")
-    stream = {"modalities": ("face",), "max_frames": 800, "crop": "window"}
-    layout = resident.make_layout(ragged, train_splits=splits, eval_split="train", **stream)
+    stream = {"batch_size": 53, "max_frames": 800, "crop": "window", "seed": 0}
+    plan = make_batch_plan([ragged.split(name) for name in splits], ("face",), **stream)
+    layout = resident.make_layout(ragged, plan, "train")
     assert layout.splits == splits
     clips = resident.Resident(ragged, layout, devices_lib.make_mesh(1))
-    plan = resident.make_plan(ragged, splits=splits, batch_size=53, seed=0, **stream)
-    host = next(ragged.train_batches(splits=splits, batch_size=53, seed=0, **stream))
+    host = next(ragged.train_batches(plan))
     assert_same_clips(shown([drawer(clips.train, plan)(2)]), shown([host]))
 
 
@@ -383,7 +393,7 @@ FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
 
 
 def test_every_fusion_is_here():
-    assert {spec["name"] for spec in FUSIONS} == set(fusion._FUSIONS)
+    assert {spec["name"] for spec in FUSIONS} == set(fusion.FUSIONS)
 
 
 @pytest.mark.parametrize(
@@ -428,20 +438,17 @@ class Setting:
         sizes = TaskSpec(modalities, 12, None, len(labels), 24, train_other=False)
         self.system = make_system(config.to_dict(), sizes)
         self.mesh = devices_lib.make_mesh(devices)
-        stream = {
-            "modalities": tuple(modalities),
-            "max_frames": config.data.max_frames,
-            "crop": "window",
-        }
-        layout = resident.make_layout(data, train_splits=("train",), eval_split="val", **stream)
+        stream = {"max_frames": config.data.max_frames, "crop": "window", "seed": 0}
+        train = data.split("train")
+        self.plan = make_batch_plan([train], tuple(modalities), batch_size=32, **stream)
+        layout = resident.make_layout(data, self.plan, "val")
         self.clips = resident.Resident(data, layout, self.mesh).train
-        self.plan = resident.make_plan(data, splits=("train",), batch_size=32, seed=0, **stream)
         self.tables = devices_lib.replicate(
-            self.mesh, train_step.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
+            self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
         init = jax.jit(
-            lambda: train_step.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
+            lambda: state_lib.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
             out_shardings=devices_lib.replicated(self.mesh),
         )
         self._start = init()
@@ -467,7 +474,7 @@ class Setting:
         for step in range(count):
             clip_index = np.asarray(draw(self.clips, np.int32(step)))
             frames = {}
-            for name, size in self.plan.sizes.items():
+            for name, size in self.plan.padded_lengths.items():
                 packed, parts = clips[name], []
                 for field in FIELDS[:-1]:
                     values = getattr(packed, field)
@@ -491,7 +498,7 @@ def assert_same_state(left, right):
 @pytest.mark.parametrize("spec", [MMA, MLP], ids=["mma", "mlp"])
 def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     setting = Setting(data, spec=spec)
-    assert not setting.plan.cropped
+    assert not setting.plan.windowed
     wanted, outcome = setting.run(*[1] * 8)
     for counts in ((3, 5), (8,)):
         state, last = setting.run(*counts)
@@ -563,9 +570,9 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run_with_the_clips(da
     if mode == "resident":
         order = order_of_plan(Setting(data, spec=MLP))
     else:
-        stream = data.train_batches(
-            splits=("train",), modalities=("face",), batch_size=96, max_frames=8, crop="window",
-            seed=0,
+        stream = train_batches(
+            data, splits=("train",), modalities=("face",), batch_size=96, max_frames=8,
+            crop="window", seed=0,
         )  # fmt: skip
         order = next(stream).clip_index.tolist()
     clips = [first_with_a_face(data, order[at : at + 8]) for at in (40, 48, 56)]
@@ -586,20 +593,15 @@ def test_bad_steps_are_left_out_and_too_many_of_them_end_a_run_with_the_clips(da
         assert np.isfinite(value).all()
 
 
-class Stopping:
-    """A dataset that sends this process a signal when its n-th evaluation begins."""
+def interrupt_evaluation(monkeypatch, signum):
+    """Sends this process a signal when resident clips are about to be evaluated."""
+    eval_batches = resident.Resident.eval_batches
 
-    def __init__(self, data, number):
-        self._data, self._left = data, number
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signum)
+        return eval_batches(self, *args, **kwargs)
 
-    def __getattr__(self, name):
-        return getattr(self._data, name)
-
-    def longest(self, *args):
-        self._left -= 1
-        if self._left < 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return self._data.longest(*args)
+    monkeypatch.setattr(resident.Resident, "eval_batches", interrupted)
 
 
 RUN = ("--config.eval.every_epochs=3", "--config.num_epochs=6")  # of 18 steps; 9 is watched
@@ -639,8 +641,9 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mon
     stopped = max(manifests(tmp_path))
     assert 2 < stopped < 9
     monkeypatch.setattr(resident, "free_bytes", lambda mesh: 0.0)
-    with pytest.raises(signals.Interrupted) as caught:
-        run(config, tmp_path, Stopping(data, 0))
+    with monkeypatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
+        interrupt_evaluation(patch, signal.SIGINT)
+        run(config, tmp_path, data)
     assert max(manifests(tmp_path)) == 9 and caught.value.exit_code == 128 + signal.SIGINT
     run(config, tmp_path, data)
     assert_same_runs(tmp_path, whole)
@@ -683,14 +686,15 @@ def test_rankings_of_folds_from_resident_clips_are_those_of_the_records(data, tm
 
 def layout_of(data, **changed):
     arguments = {
-        "train_splits": ("train",),
-        "eval_split": "val",
         "modalities": ("face", "audio", "body"),
+        "batch_size": 8,
         "max_frames": 7,
         "crop": "window",
+        "seed": 3,
         **changed,
     }
-    return resident.make_layout(data, **arguments)
+    plan = make_batch_plan([data.split("train")], **arguments)
+    return resident.make_layout(data, plan, "val")
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])
@@ -738,11 +742,11 @@ def test_memory_of_a_host_is_shared_by_its_emulated_devices():
 
 
 def test_mistakes(ragged):
-    stream = {"modalities": ("face",), "max_frames": 7, "crop": "window"}
-    arguments = {"splits": ("train",), "seed": 0, "batch_size": 8, **stream}
-    assert resident.make_plan(ragged, **arguments).num_clips == 33
+    arguments = {"max_frames": 7, "crop": "window", "seed": 0, "batch_size": 8}
+    splits = [ragged.split("train")]
+    assert make_batch_plan(splits, ("face",), **arguments).num_clips == 33
     with pytest.raises(ValueError, match="'window' or 'quality', got 'centre'"):
-        resident.make_plan(ragged, **{**arguments, "crop": "centre"})
+        make_batch_plan(splits, ("face",), **{**arguments, "crop": "centre"})
     layout = layout_of(ragged, modalities=("face",))
     layout = layout._replace(num_frames={"face": layout.num_frames["face"] + 1})
     with pytest.raises(ValueError, match=r"the records hold \d+ frames instead of \d+"):

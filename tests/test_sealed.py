@@ -148,7 +148,7 @@ def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:
     (tmp_path / "seeds").write_bytes(pickle.dumps(seeds))
     code = """
         import io, pickle, random, resource, sys
-        from vidjax.data import sealed
+        from vidjax.data.untrusted import unpickle
         resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
         seeds = pickle.load(open(sys.argv[1], "rb"))
         chance = random.Random(0)
@@ -159,9 +159,9 @@ def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:
                 at, cut = chance.randrange(len(data)), chance.choice([0, 1, 1, 4])
                 data[at : at + cut] = chance.randbytes(chance.choice([0, 1, 1]))
             try:
-                sealed.load(io.BytesIO(bytes(data)), len(data))
+                unpickle.load(io.BytesIO(bytes(data)), len(data))
                 end = "loaded"
-            except (sealed.UnpickleError, MemoryError) as error:
+            except (unpickle.UnpickleError, MemoryError) as error:
                 end = type(error).__name__
                 assert "\\n" not in str(error) and len(str(error)) < 300
             ends[end] = ends.get(end, 0) + 1

@@ -147,7 +147,7 @@ def join(rng, clips, chosen):
     length = clips["face"].mask.sum(axis=1)
     short = (length > 0) & (length < 6)
     return {
-        name: selection.join_clips(rng, frames, chosen, short, max_frames=6)
+        name: selection.concat_clips(rng, frames, chosen, short, max_frames=6)
         for name, frames in clips.items()
     }
 

@@ -12,8 +12,10 @@ import pytest
 from tests.test_fusion import make_frames
 from vidjax import augment, ensemble
 from vidjax import config as config_lib
-from vidjax.batch import Batch, Branches
-from vidjax.steps import train_step
+from vidjax.batch import Batch, ModelOutput
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import examples, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 DIMS = {"face": 6, "audio": 4}
@@ -58,7 +60,7 @@ def init(system, labels, num_members=1):
     members = tuple(ensemble.Member(seed) for seed in range(num_members))
     rngs = ensemble.make_rngs(members, 3)
     labels = jnp.tile(jnp.asarray(labels, jnp.int32), (num_members, 1))
-    state = jax.jit(lambda: train_step.init_state(system, DIMS, rngs, labels))()
+    state = jax.jit(lambda: state_lib.init_state(system, DIMS, rngs, labels))()
     return state.replace(params=_moved(state.params))
 
 
@@ -75,14 +77,14 @@ def trainer(system):
     def train(state, batch, weight=None):
         members = tuple(ensemble.Member(seed) for seed in range(len(state.labels)))
         weight = np.ones(state.labels.shape) if weight is None else np.asarray([weight])
-        return step(state, train_step.make_tables(members, weight), batch)
+        return step(state, state_lib.make_tables(members, weight), batch)
 
     return train
 
 
 def evaluate(system, state, batch):
     one = ensemble.take((state.params, state.model_state), 0)
-    step = jax.jit(functools.partial(train_step.eval_step, system))
+    step = jax.jit(functools.partial(eval_step_lib.eval_step, system))
     return np.asarray(step(*one, jnp.int32(0), batch), np.float64)
 
 
@@ -224,10 +226,13 @@ def test_mixup_never_takes_from_a_clip_of_no_weight():
 def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
-    mixed, share, partner = jax.jit(augment.mix_up, static_argnums=1)(
-        jax.random.key(0), 0.7, batch.frames, weight
-    )
+    labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
+    clips = augment.MemberBatch(batch.frames, labels, weight, jnp.float32(0), ())
+    clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
+    mixed, ((own, share), (partner, rest)) = clips.frames, clips.targets
     share, partner = np.asarray(share), np.asarray(partner)
+    np.testing.assert_array_equal(own, labels)
+    np.testing.assert_array_equal(rest, 1 - share)
     assert sorted(partner) == list(range(5))
     assert (share >= 0.5).all() and (share[weight[partner] == 0] == 1).all() and (share < 1).any()
     for name, one in batch.frames.items():
@@ -248,16 +253,18 @@ class TwoBranches(nn.Module):
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0
+    vector_names: tuple = ()
 
     @nn.compact
-    def __call__(self, frames, *, clip_index, labels, batch_mask, train):
+    def __call__(self, frames, clips, *, train):
         x = frames["audio"].features[:, 0]
         num = len(self.train_weight[0])
         logits = [nn.Dense(1 + C, name=f"branch_{i}")(x) for i in range(num)]
-        return Branches(
-            jnp.stack(logits, axis=1),
-            jnp.asarray(self.train_weight, jnp.float32),
-            jnp.asarray(self.eval_weight, jnp.float32),
+        return ModelOutput(
+            logits=jnp.stack(logits, axis=1),
+            embedding=x,
+            train_weight=jnp.asarray(self.train_weight, jnp.float32),
+            eval_weight=jnp.asarray(self.eval_weight, jnp.float32),
         )
 
 
@@ -355,7 +362,7 @@ def test_scores_of_all_examples_never_exist_at_once(reduce):
     state = jax.eval_shape(lambda: init(system, np.arange(B)))
     batch = make_batch()
     one = jax.eval_shape(lambda: ensemble.take((state.params, state.model_state), 0))
-    step = functools.partial(train_step.eval_step, system)
+    step = functools.partial(eval_step_lib.eval_step, system)
     shapes = set(shapes_in(jax.make_jaxpr(step)(*one, jnp.int32(0), batch).jaxpr))
     assert (B, 1 + C) in shapes
     for shape in shapes:
@@ -368,7 +375,7 @@ def test_is_best_is_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     column = rng.integers(0, 6, 500).astype(np.int32)
     scores[0] = -np.inf
-    found = jax.jit(train_step.is_best)(scores, column)
+    found = jax.jit(examples.is_best)(scores, column)
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
-    assert not train_step.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not examples.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]

@@ -17,7 +17,10 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.devices import CompileClock
+
+from vidjax.run.logs import CompileClock
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
@@ -158,7 +161,7 @@ def full_size(name):
 
 def init_one(system, sizes, labels):
     rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-    return train_step.init_state(system, sizes.modalities, rngs, labels)
+    return state_lib.init_state(system, sizes.modalities, rngs, labels)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -232,7 +235,7 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
         batch = Batch({"face": frames}, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
         system_of_one = system._replace(fuse_eval={"face": lambda rng, frames: frames})
         system_of_one = system_of_one._replace(examples=False)
-        return train_step.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
+        return eval_step_lib.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
 
     state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
     row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
@@ -255,7 +258,7 @@ def test_published_size(name):
     replicated = devices.replicated(mesh)
     state = jax.jit(lambda: init_one(system, sizes, labels), out_shardings=replicated)()
     batch = devices.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
-    tables = train_step.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
+    tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
     tables = devices.replicate(mesh, tables)
     step = train_step.make_train_step(system, mesh)
     state, loss = step(state, tables, batch)
@@ -276,7 +279,7 @@ import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
 from vidjax import config as config_lib, members, mesh as mesh_lib, steps
-from vidjax.devices import CompileClock
+
 from vidjax.system import TaskSpec, make_system
 
 config = config_lib.override(
@@ -291,7 +294,7 @@ final = []
 for devices in (1, 8):
     mesh = mesh_lib.make_mesh(devices)
     state = mesh_lib.replicate(mesh, init_one(system, sizes, labels))
-    tables = steps.make_tables((members.Member(),), np.ones((1, 200)))
+    tables = state_lib.make_tables((members.Member(),), np.ones((1, 200)))
     tables = mesh_lib.replicate(mesh, tables)
     step = steps.make_train_step(system, mesh)
     rng = np.random.default_rng(2)

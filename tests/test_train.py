@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -20,9 +21,10 @@ from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate, train
+from vidjax.modes import evaluate, restore, train
 from vidjax.run import checkpoint, signals
-from vidjax.steps import scoring, train_step
+from vidjax.steps import scoring
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 
@@ -146,7 +148,7 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = devices_lib.make_mesh(num_devices)
-    _, one = evaluate.restore(config, workdir, data, mesh)
+    _, one = restore.restore(config, workdir, data, mesh)
     found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 
@@ -186,7 +188,7 @@ def test_nearest_neighbours_against_a_loop(data, tmp_path):
 
     def means(split):
         found = {}
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=16):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=16):
             frames = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask):
                 real = frames.mask[row]
@@ -232,9 +234,9 @@ def test_random_draws_do_not_depend_on_the_number_of_devices(data):
     sizes = TaskSpec({"face": 24, "head": 16, "audio": 8}, 12, None, 96, 10, False)
     system = make_system(config.to_dict(), sizes)
     host = next(
-        data.train_batches(
-            splits=("train",), modalities=("face",), batch_size=32, max_frames=8, crop="window",
-            seed=0,
+        train_batches(
+            data, splits=("train",), modalities=("face",), batch_size=32, max_frames=8,
+            crop="window", seed=0,
         )
     )  # fmt: skip
     drawn = []
@@ -256,11 +258,11 @@ class Failing:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def eval_batches(self, **kwargs):
+    def eval_batches(self, plan, *, rows):
         self._left -= 1
         if self._left < 0:
             raise ValueError("a shard is damaged")
-        return self._data.eval_batches(**kwargs)
+        return self._data.eval_batches(plan, rows=rows)
 
 
 @pytest.mark.slow
@@ -332,11 +334,11 @@ def test_clips_weigh_what_their_file_and_their_class_say(data, tmp_path, balance
     sizes = TaskSpec({"face": 24}, 12, None, len(clips), 1, train_other=True)
     system = make_system(config.to_dict(), sizes)
     rngs = ensemble.make_rngs((ensemble.Member(),), config.seed)
-    first = train_step.init_state(system, sizes.modalities, rngs, labels[None])
+    first = state_lib.init_state(system, sizes.modalities, rngs, labels[None])
     layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), first.params)["classifier"]
     losses, seen = np.zeros(len(clips)), np.zeros(len(clips), bool)
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
-        for batch in data.eval_batches(split=split, modalities=("face",), rows=20):
+        for batch in eval_batches(data, split=split, modalities=("face",), rows=20):
             one = batch.frames["face"]
             for row in np.flatnonzero(batch.batch_mask & one.mask.any(axis=1)):
                 x = one.features[row][one.mask[row]].astype(np.float64).mean(axis=0)

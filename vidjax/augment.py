@@ -1,75 +1,134 @@
-"""What a model is given as an example: one fused frame of a clip, or two clips mixed."""
+"""Transforms of what one member trains on in one step: clips changed, mixed or joined.
 
-from collections.abc import Mapping
+A transform maps (rng, MemberBatch) to MemberBatch. Those of `System.clip_transforms` see all frames
+of the clips, before frames are fused; those of `System.transforms` see the fused frames.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vidjax import selection
 from vidjax.batch import Array, Frames
 
+NOISE_FRAMES = 50  # distractor clips of fewer frames are joined; code of the 5th place of 2018
+FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature
 
-def as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
-    """Returns [B, T'] fused frames as B T' clips of one frame, and which of them exist [B, T'].
 
-    A modality with a single frame goes with every example of its clip. A clip that has no frame of
-    the others is one example.
+class MemberBatch(NamedTuple):
+    """The B clips of a step as one member sees them.
 
-    Raises:
-      ValueError: two modalities differ in T', and neither is 1.
+    Attributes:
+      frames: modality -> Frames [B, T].
+      labels: [B] int32, class columns.
+      weight: [B] float32, weight of the clip's loss; 0 for clips that this member never sees.
+      min_quality: [] float32, the member trains on frames of at least this quality.
+      targets: what the loss asks for, (labels [B] int32, share [B] float32) pairs whose shares sum
+        to 1 for every clip.
     """
-    sizes = {one.mask.shape[1] for one in frames.values()}
-    if len(sizes - {1}) > 1:
-        raise ValueError(f"config.after_fusion='examples': modalities give {sorted(sizes)} frames")
-    num_examples = max(sizes)
-    leading = [one.mask for one in frames.values() if one.mask.shape[1] == num_examples]
-    exists = jnp.any(jnp.stack(leading), axis=0)  # [B, T']
-    others = jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
-    alone = others & ~exists.any(axis=1)
-    exists = exists.at[:, 0].set(exists[:, 0] | alone)
 
-    def reshape(x: Array) -> Array:
-        x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
-        return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
-
-    return {name: jax.tree.map(reshape, one) for name, one in frames.items()}, exists
+    frames: Mapping[str, Frames]
+    labels: Array
+    weight: Array
+    min_quality: Array
+    targets: tuple[tuple[Array, Array], ...]
 
 
-def mix_up(
-    rng: Array, alpha: float, frames: Mapping[str, Frames], weight: Array
-) -> tuple[dict[str, Frames], Array, Array]:
-    """Returns frames mixed with those of another clip, the share of a clip's own [B], the other.
+BatchTransform = Callable[[Array, MemberBatch], MemberBatch]
 
-    The share is Beta(alpha, alpha), never below a half, and 1 beside a clip of weight 0: a member
-    sees nothing of the fold that it must not know.
 
-    Source: Zhang et al., mixup, equation 1; ours: a share for every clip instead of for the batch.
+def keep_quality(rng: Array, clips: MemberBatch) -> MemberBatch:
+    """Drops frames below the member's `min_quality`; draws nothing.
+
+    Source: Residual Dense Net (2nd place 2019), models trained on quality subsets.
+    """
+    del rng
+    frames = {
+        name: selection.filter_frames(frames, min_quality=clips.min_quality)
+        for name, frames in clips.frames.items()
+    }
+    return clips._replace(frames=frames)
+
+
+def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> MemberBatch:
+    """Joins short distractor clips in pairs, and cuts long ones (see `selection.concat_clips`).
+
+    Args:
+      rng: key.
+      clips: B clips with all their frames.
+      num_identities: C; clips of column 0 and of columns above C are distractors.
+
+    Source: noise augmentation of the 5th-place system of 2018.
+    """
+    labels = clips.labels
+    is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))
+    # The first modality decides how long a clip is, so that all are joined to the same ones.
+    counts = jnp.sum(next(iter(clips.frames.values())).mask, axis=1)
+    short = (counts > 0) & (counts < NOISE_FRAMES)
+    frames = {
+        name: selection.concat_clips(rng, frames, is_noise, short, max_frames=NOISE_FRAMES)
+        for name, frames in clips.frames.items()
+    }
+    return clips._replace(frames=frames)
+
+
+def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
+    """Mixes every clip with a random other clip of the batch.
+
+    The share of the clip itself is drawn from Beta(alpha, alpha) and never below one half. It is 1
+    beside a clip of weight 0: a member sees nothing of the fold that it must not know.
+
+    Args:
+      rng: key.
+      clips: B clips.
+      alpha: parameter of the Beta distribution, above 0.
+
+    Source: Zhang et al., mixup, equation 1. Ours: a share for every clip instead of one for the
+    batch.
     """
     share_rng, partner_rng = jax.random.split(rng)
+    weight = clips.weight
     share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
     partner = jax.random.permutation(partner_rng, len(weight))
     share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
-
-    def mix(one: Frames) -> Frames:
-        row = share[:, None]
-        other = jax.tree.map(lambda x: x[partner], one)
-
-        def blend(mine: Array, theirs: Array) -> Array:
-            shape = (-1,) + (1,) * (mine.ndim - 1)
-            mine = jnp.where(one.mask.reshape(one.mask.shape + shape[2:]), mine, 0)
-            theirs = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), theirs, 0)
-            return share.reshape(shape) * mine + (1 - share).reshape(shape) * theirs
-
-        return Frames(
-            features=blend(one.features, other.features),
-            quality=blend(one.quality, other.quality),
-            detection=blend(one.detection, other.detection),
-            number=one.number,
-            mask=one.mask | (other.mask & (row < 1)),
-        )
-
-    return {name: mix(one) for name, one in frames.items()}, share, partner
+    frames = {name: _mix(frames, partner, share) for name, frames in clips.frames.items()}
+    targets = ((clips.labels, share), (clips.labels[partner], 1 - share))
+    return clips._replace(frames=frames, targets=targets)
 
 
-def has_frames(frames: Mapping[str, Frames]) -> Array:
-    """Returns [B] bool, which clips have a frame of any modality."""
-    return jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
+def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
+    """Returns share x frames + (1 - share) x frames of the partner, a missing frame being 0."""
+    other = jax.tree.map(lambda x: x[partner], frames)
+
+    def blend(own: Array, others: Array) -> Array:
+        shape = (-1,) + (1,) * (own.ndim - 1)
+        own = jnp.where(frames.mask.reshape(frames.mask.shape + shape[2:]), own, 0)
+        others = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), others, 0)
+        return share.reshape(shape) * own + (1 - share).reshape(shape) * others
+
+    return Frames(
+        features=blend(frames.features, other.features),
+        quality=blend(frames.quality, other.quality),
+        detection=blend(frames.detection, other.detection),
+        number=frames.number,
+        mask=frames.mask | (other.mask & (share[:, None] < 1)),
+    )
+
+
+def feature_noise(rng: Array, clips: MemberBatch) -> MemberBatch:
+    """Adds Gaussian noise of a tenth of its norm to every fused feature (ours)."""
+    frames = {}
+    for i, (name, value) in enumerate(clips.frames.items()):
+        features = value.features.astype(jnp.promote_types(value.features.dtype, jnp.float32))
+        noise = jax.random.normal(jax.random.fold_in(rng, i), features.shape, features.dtype)
+        norm = jnp.linalg.norm(features, axis=-1, keepdims=True) / features.shape[-1] ** 0.5
+        frames[name] = value._replace(features=features + FEATURE_NOISE * norm * noise)
+    return clips._replace(frames=frames)
+
+
+# What `config.transforms` may name. A transform of your own: a function and a line here.
+TRANSFORMS: dict[str, BatchTransform] = {
+    "feature_noise": feature_noise,
+}

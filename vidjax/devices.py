@@ -1,6 +1,7 @@
 """Devices: the mesh, and how arrays are laid out on it."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -32,6 +33,15 @@ def be_deterministic() -> None:
     """Has every run on a GPU give the same bits; before jax looks for devices."""
     known = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{known} --xla_gpu_deterministic_ops=true".strip()
+
+
+def versions() -> dict[str, str]:
+    """Returns what a score was computed with: package -> version, Python and the devices."""
+    packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    devices = jax.devices()
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    return {**found, "python": platform.python_version(), "device": device}
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

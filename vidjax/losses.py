@@ -1,26 +1,21 @@
-"""Losses of logits, one value an example, and their mixture by a schedule over epochs.
+"""Losses of logits and of embeddings, one value per example, and the objective they add up to.
 
 Logits are [..., K], K class columns (see `vidjax.batch`), with any leading axes: clips, branches of
-a model, examples of a clip.
+a model, examples of a clip. A loss of your own is a function here and a line in `CLASSIFICATION`,
+`MARGINS` or `EMBEDDING`.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vidjax import optim
-from vidjax.batch import Array
-
-_DEFAULTS = {
-    "focal": "binary",
-    "gamma": 2.0,
-    "schedule": ((0.0, 0.0),),
-    "margin": 0.0,
-    "label_smoothing": 0.0,
-}
+from vidjax.batch import Array, ModelOutput
 
 
 def softmax_cross_entropy(
@@ -141,75 +136,187 @@ def multiclass_focal(
     return jnp.maximum(-jnp.expm1(-cross_entropy), tiny) ** gamma * cross_entropy
 
 
-def make_loss(
-    spec: Mapping, class_mask: Array | None, steps_per_epoch: float, logit_scale: float = 1.0
-) -> Callable[[Array, Array, Array], Array]:
-    """Returns the loss that a plain dict describes: w x focal + (1 - w) x softmax cross-entropy.
+def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
+    """Returns the soft-margin triplet loss of each example with its hardest positive and negative.
 
     Args:
-      spec: any of `focal` (`binary`, the default, or `multiclass`), `gamma` (2.0), `schedule`,
-        pairs (epoch, w) as in `optim.make_piecewise`, `margin` (0.0), the `angular_margin` that
-        both losses see, and `label_smoothing` (0.0) of the softmax cross-entropy. The default
-        schedule, ((0, 0),), is softmax cross-entropy alone.
-      class_mask: [K] bool, True for columns that take part; None: all.
+      embedding: [B, D] float.
+      labels: [B] int32, class columns; examples of column 0 are negatives alone.
+      mask: [B] bool, True for real examples.
+
+    Returns:
+      [B] float32: softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
+      vectors; 0 for an example without a positive or without a negative.
+
+    Source: Hermans et al., In Defense of the Triplet Loss, equation 5 and section 3.2. Ours: unit
+    vectors.
+    """
+    embedding = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)
+    unit = embedding / norm
+    squared = jnp.maximum(2.0 - 2.0 * unit @ unit.T, 0.0) + 1e-12  # the root has a slope at 0
+    distance = jnp.sqrt(squared)
+    same = labels[:, None] == labels[None, :]
+    is_known = labels > 0
+    pairs = mask[:, None] & mask[None, :] & ~jnp.eye(len(labels), dtype=bool)
+    positive = pairs & same & is_known[:, None]
+    negative = pairs & ~same & is_known[:, None]
+    farthest = jnp.max(jnp.where(positive, distance, 0.0), axis=1)
+    nearest = jnp.min(jnp.where(negative, distance, 2.0), axis=1)
+    counts = positive.any(axis=1) & negative.any(axis=1)
+    return jnp.where(counts, jax.nn.softplus(farthest - nearest), 0.0)
+
+
+# name -> loss of logits: (logits, labels, *, options); its options are filled from config.loss by
+# name, `class_mask` and `logit_scale` by the system.
+CLASSIFICATION: dict[str, Callable[..., Array]] = {
+    "softmax": softmax_cross_entropy,
+    "binary": binary_focal,
+    "multiclass": multiclass_focal,
+}
+
+# name -> margin of a cosine classifier: (logits, labels, *, margin, scale) -> logits
+MARGINS: dict[str, Callable[..., Array]] = {
+    "angular": angular_margin,
+}
+
+# name -> loss of embeddings: (embedding [B, D], labels [B], mask [B]) -> [B]
+EMBEDDING: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "triplet": batch_hard_triplet,
+}
+
+# (output, labels [B] int32, mask [B] bool, step [] int32) -> [B]
+Objective = Callable[[ModelOutput, Array, Array, Array], Array]
+
+
+def make_objective(
+    spec: Mapping[str, Any],
+    class_mask: Array | None,
+    steps_per_epoch: float,
+    *,
+    logit_scale: float,
+) -> Objective:
+    """Returns the loss that training minimises, a function of a model's output.
+
+    It is the loss of the logits, summed over the branches of the model with `train_weight`, plus
+    `embedding_weight` times the loss of the embedding, where one is named.
+
+    Args:
+      spec: the fields of `config.loss`.
+      class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps in an epoch; may be a fraction.
-      logit_scale: what the model multiplies its cosines by; 1 where its logits are no cosines.
+      logit_scale: factor on the model's cosines; 1 where its logits are no cosines.
+
+    Raises:
+      ValueError: an unknown name, or a value out of its range.
+    """
+    loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
+    name, weight = spec["embedding"], spec["embedding_weight"]
+    if name and name not in EMBEDDING:
+        raise ValueError(f"config.loss.embedding='{name}': known are {', '.join(EMBEDDING)}")
+    if not weight >= 0:
+        raise ValueError(f"config.loss.embedding_weight={weight}: must be 0 or more")
+
+    def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
+        logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
+        if train_weight is None:
+            train_weight = jnp.ones(logits.shape[:2], logits.dtype)
+        columns = jnp.broadcast_to(labels[:, None], logits.shape[:2])
+        loss = jnp.sum(loss_fn(logits, columns, step) * train_weight, axis=1)
+        if not name:
+            return loss
+        return loss + weight * EMBEDDING[name](output.embedding, labels, mask)
+
+    return objective
+
+
+def make_loss(
+    spec: Mapping[str, Any],
+    class_mask: Array | None,
+    steps_per_epoch: float,
+    *,
+    logit_scale: float,
+) -> Callable[[Array, Array, Array], Array]:
+    """Returns the loss of logits: w x focal + (1 - w) x classification, w by a schedule.
+
+    Args:
+      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w) as
+        in `optim.make_piecewise`; `margin` and `margin_type`, a name in MARGINS, which both losses
+        see; `gamma` and `label_smoothing`, options of the losses.
+      class_mask: [K] bool, True for columns that take part; None for all.
+      steps_per_epoch: optimiser steps in an epoch; may be a fraction.
+      logit_scale: factor on the model's cosines; 1 where its logits are no cosines.
 
     Returns:
       Function of (logits [..., K], labels [...] int32, step [] int32) that gives [...]. The weight
       is computed from the step, so that a traced step never compiles anew.
 
     Raises:
-      ValueError: for an unknown field or focal loss, a value out of its range, an unordered
-        schedule, a margin without a cosine classifier, or label smoothing without softmax.
+      ValueError: an unknown name, a value out of its range, an unordered schedule, a margin without
+        a cosine classifier, or label smoothing without softmax.
     """
-    if unknown := sorted(set(spec) - set(_DEFAULTS)):
+    _check_values(spec, logit_scale)
+    focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
+    weights = np.asarray(spec["schedule"], np.float32)[:, 1]
+    if not np.all((weights >= 0) & (weights <= 1)):
+        raise ValueError(f"loss schedule weights must lie between 0 and 1, got {weights.tolist()}")
+    smoothing = spec["label_smoothing"]
+    if smoothing and np.all(weights == 1):
         raise ValueError(
-            f"loss has no option {', '.join(unknown)}; known are {', '.join(_DEFAULTS)}"
+            f"config.loss.label_smoothing={smoothing} belongs to the softmax cross-entropy, which "
+            f"has no share in config.loss.schedule={spec['schedule']}"
         )
-    options = {**_DEFAULTS, **spec}
-    focal_losses = {"binary": binary_focal, "multiclass": multiclass_focal}
-    if options["focal"] not in focal_losses:
-        raise ValueError(
-            f"unknown focal loss {options['focal']!r}; known are {', '.join(focal_losses)}"
-        )
-    gamma, margin = float(options["gamma"]), float(options["margin"])
-    smoothing = float(options["label_smoothing"])
-    if not gamma >= 0:
-        raise ValueError(f"focal gamma must be 0 or more, got {options['gamma']}")
+    margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
+    options = {
+        "class_mask": class_mask,
+        "logit_scale": logit_scale,
+        "gamma": float(spec["gamma"]),
+        "label_smoothing": float(smoothing),
+        "margin": margin,
+    }
+    classification = _with_options(CLASSIFICATION[spec["classification"]], options)
+    focal = _with_options(CLASSIFICATION[spec["focal"]], options)
+
+    def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
+        if margin:
+            logits = margin_fn(logits, labels, margin=margin, scale=logit_scale)
+        if not weights.any():
+            return classification(logits, labels)
+        if np.all(weights == 1):
+            return focal(logits, labels)
+        weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
+        return weight * focal(logits, labels) + (1 - weight) * classification(logits, labels)
+
+    return loss_fn
+
+
+def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
+    """Raises ValueError for names that do not exist and values out of their range."""
+    tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
+    for field, table in tables.items():
+        if spec[field] not in table:
+            raise ValueError(f"config.loss.{field}='{spec[field]}': known are {', '.join(table)}")
+    if not spec["gamma"] >= 0:
+        raise ValueError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
+    margin = spec["margin"]
     if not 0 <= margin <= np.pi / 2:
         raise ValueError(f"config.loss.margin={margin} must lie between 0 and pi/2")
     if margin and logit_scale == 1.0:
         raise ValueError(
             f"config.loss.margin={margin} needs a cosine classifier whose logit_scale is not 1"
         )
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"config.loss.label_smoothing={smoothing} must be at least 0 and below 1")
-    focal_weight = optim.make_piecewise(options["schedule"], name="config.loss.schedule")
-    weights = np.asarray(options["schedule"], np.float32)[:, 1]
-    if not np.all((weights >= 0) & (weights <= 1)):
-        raise ValueError(f"loss schedule weights must lie between 0 and 1, got {weights.tolist()}")
-    if smoothing and np.all(weights == 1):
+    if not 0 <= spec["label_smoothing"] < 1:
         raise ValueError(
-            f"config.loss.label_smoothing={smoothing} is of the softmax cross-entropy, which has "
-            f"no share in config.loss.schedule={options['schedule']}"
+            f"config.loss.label_smoothing={spec['label_smoothing']} must be at least 0 and below 1"
         )
 
-    softmax = functools.partial(
-        softmax_cross_entropy, class_mask=class_mask, label_smoothing=smoothing
-    )
-    focal = functools.partial(focal_losses[options["focal"]], gamma=gamma, class_mask=class_mask)
 
-    def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
-        logits = angular_margin(logits, labels, margin=margin, scale=logit_scale)
-        if not weights.any():
-            return softmax(logits, labels)
-        if np.all(weights == 1):
-            return focal(logits, labels)
-        weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        return weight * focal(logits, labels) + (1 - weight) * softmax(logits, labels)
-
-    return loss_fn
+def _with_options(
+    function: Callable[..., Array], options: Mapping[str, Any]
+) -> Callable[[Array, Array], Array]:
+    """Returns a loss with those of the options that it takes."""
+    names = inspect.signature(function).parameters.keys() & options.keys()
+    return functools.partial(function, **{name: options[name] for name in names})
 
 
 def _at_label(values: Array, labels: Array) -> Array:

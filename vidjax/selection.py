@@ -5,7 +5,7 @@ feature is read before it is known to be wanted. `vidjax.fusion` averages. The m
 may have holes anywhere, as `filter_frames` leaves them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -112,7 +112,7 @@ def sample_frames(rng: Array | None, frames: Frames, *, num_frames: int = 40) ->
     return _frames_at(frames, take(in_order, rank))
 
 
-def join_clips(
+def concat_clips(
     rng: Array, frames: Frames, chosen: Array, short: Array, *, max_frames: int = 50
 ) -> Frames:
     """Returns the frames with some clips joined to another of the batch, and longer ones cut.
@@ -156,6 +156,52 @@ def join_clips(
     first = frames._replace(mask=frames.mask & (piece | ~cut))
     second = second._replace(number=second.number + last + 1, mask=second.mask & joined[:, None])
     return map_fields(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+
+
+def has_frames(frames: Mapping[str, Frames]) -> Array:
+    """Returns [B] bool, True for clips that have a frame of any modality."""
+    return jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
+
+
+def as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
+    """Turns the T' frames of B clips into B T' clips of one frame each.
+
+    A modality with a single frame goes with every example of its clip. A clip that has frames of
+    such modalities alone is one example.
+
+    Args:
+      frames: modality -> Frames [B, T'], with one T' for all modalities, or 1.
+
+    Returns:
+      modality -> Frames [B T', 1], and [B, T'] bool, True for the examples that exist.
+
+    Raises:
+      ValueError: two modalities differ in T', and neither is 1.
+    """
+    sizes = {one.mask.shape[1] for one in frames.values()}
+    if len(sizes - {1}) > 1:
+        raise ValueError(f"config.after_fusion='examples': modalities give {sorted(sizes)} frames")
+    num_examples = max(sizes)
+    leading = [one.mask for one in frames.values() if one.mask.shape[1] == num_examples]
+    exists = jnp.any(jnp.stack(leading), axis=0)  # [B, T']
+    alone = has_frames(frames) & ~exists.any(axis=1)
+    exists = exists.at[:, 0].set(exists[:, 0] | alone)
+
+    def reshape(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
+        return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
+
+    return {name: jax.tree.map(reshape, one) for name, one in frames.items()}, exists
+
+
+def as_one_example(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
+    """Leaves the frames of a clip together: the counterpart of `as_examples`.
+
+    Returns:
+      modality -> Frames [B, T'], and [B, 1] bool, True throughout.
+    """
+    num_clips = len(next(iter(frames.values())).mask)
+    return dict(frames), jnp.ones((num_clips, 1), bool)
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:

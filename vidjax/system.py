@@ -1,17 +1,21 @@
-"""A system: what a configuration describes, as functions and numbers that a step needs."""
+"""A system: what a configuration describes, as the functions and numbers that a step needs.
 
+Above this module a configuration is a ConfigDict; here and below it is a plain nested dict.
+"""
+
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import fusion, losses, optim
-from vidjax.batch import Array, Frames
-from vidjax.data import noise
+from vidjax import augment, ensemble, fusion, losses, optim, selection
+from vidjax.augment import BatchTransform
+from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
+from vidjax.models.base import Identifier
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
@@ -19,38 +23,44 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 class System(NamedTuple):
     """What a configuration describes: everything a step needs but state and data.
 
+    Training reads all fields but `fuse_eval`, `score_fn`, `logs`, `reduce` and `matmul_precision`;
+    evaluation reads these, `model`, `select_features`, `to_examples`, `examples`, `class_mask` and
+    `num_identities`.
+
     Attributes:
-      model: a linen module that maps frames to logits [B, K], or to Branches.
-      fuse_train: modality -> fusion of training, drawn with an rng.
-      fuse_eval: modality -> fusion of evaluation, called without one.
-      examples: False where the model takes all T' fused frames of a clip, True where each of them
-        is an example of its own.
-      loss_fn: (logits [..., K], labels [...], step) -> loss [...].
-      column_weight: (labels [...], step) -> weight [...] of a clip by its class column.
-      mixup: alpha of the Beta distribution by which pairs of clips are mixed; 0: none.
-      join_noise: whether clips that show no identity are joined and cut in training.
+      model: maps the fused frames of clips to a ModelOutput.
+      fuse_train: modality -> fusion in training, drawn with a key.
+      fuse_eval: modality -> fusion in evaluation, called without a key.
+      select_features: (features [..., D], view) -> the features that a member with this view sees.
+      to_examples: frames [B, T'] -> what the model is given and which examples exist, either
+        `selection.as_one_example` or `selection.as_examples`.
+      examples: True where each fused frame of a clip is an example of its own.
+      clip_transforms: transforms of the clips with all their frames, before fusion.
+      transforms: transforms of the fused clips.
+      objective: (output, labels [B], mask [B], step) -> loss [B].
+      column_weight: (labels [B], step) -> weight [B] of a clip by its class column.
       tx: the optimiser.
       schedule: step -> learning rate.
-      score_fn: (logits [..., K], class_mask) -> scores [..., K], what clips are ranked by.
-      logs: whether scores are logarithms; what they are logarithms of is then what gets averaged.
-      reduce: mean | max, of the scores of a clip's examples.
+      score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
+      logs: True where scores are logarithms; averages are then taken of their exponentials.
+      reduce: how evaluation reduces the scores of a clip's examples, `mean` or `max`.
       class_mask: [K] bool, False for columns that training never sees.
       num_identities: C; columns 1..C are ranked.
-      num_chunks: of which a member's view leaves out one; 0: members see whole features.
-      by_quality: whether members differ in the frames they are trained on.
-      together: whether all members are trained in one program, by vmap, or one after another, to
-        the bit as if each were alone.
-      matmul_precision: of evaluation.
+      together: True to train all members in one program by vmap; False to train them one after
+        another, each bit-equal to a run of its own.
+      matmul_precision: precision of evaluation, as in `jax.default_matmul_precision`.
     """
 
-    model: nn.Module
+    model: Identifier
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
+    select_features: Callable[[Array, Array], Array]
+    to_examples: Callable[[Mapping[str, Frames]], tuple[dict[str, Frames], Array]]
     examples: bool
-    loss_fn: Callable[[Array, Array, Array], Array]
+    clip_transforms: tuple[BatchTransform, ...]
+    transforms: tuple[BatchTransform, ...]
+    objective: losses.Objective
     column_weight: Callable[[Array, Array], Array]
-    mixup: float
-    join_noise: bool
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
@@ -58,22 +68,20 @@ class System(NamedTuple):
     reduce: str
     class_mask: Array
     num_identities: int
-    num_chunks: int
-    by_quality: bool
     together: bool
     matmul_precision: str
 
 
 class TaskSpec(NamedTuple):
-    """What a system takes from the data it is trained on; a checkpoint keeps it beside the weights.
+    """What a system takes from its training data; a checkpoint keeps it beside the weights.
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
       num_identities: C.
-      num_clusters: K of `data.noise.NoiseLayout`; None where noise has no class columns.
-      num_clips: training clips.
+      num_clusters: K of `NoiseLayout`; None where noise has no class columns.
+      num_clips: number of training clips.
       total_steps: optimiser steps of the whole run.
-      train_other: whether training has clips of column 0.
+      train_other: True if training has clips of column 0.
     """
 
     modalities: Mapping[str, int]
@@ -84,100 +92,143 @@ class TaskSpec(NamedTuple):
     train_other: bool
 
 
-def make_system(config: Mapping[str, Any], sizes: TaskSpec) -> System:
+def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """Returns the system that a configuration describes for data of some size.
 
     Args:
-      config: the configuration as a plain nested mapping. Entries of `fusion` for modalities that
-        are not configured lie idle.
-      sizes: of the training data.
+      config: the configuration as a plain nested dict. It may have `fusion` entries for modalities
+        that are not configured.
+      task: sizes of the training data.
 
     Raises:
-      ValueError: a specification names something that does not exist.
+      ValueError: a field names something that does not exist.
     """
-
-    def choose(field: str, value: str, known: Collection[str]) -> str:
-        if value not in known:
-            raise ValueError(f"config.{field}='{value}': known are {', '.join(known)}")
-        return value
-
-    def fuse(phase: str) -> dict[str, FuseFn]:
-        specs = (config["fusion"].get(name, {}).get(phase) for name in sizes.modalities)
-        return {
-            name: fusion.make_fusion(spec or {"name": "all"})
-            for name, spec in zip(sizes.modalities, specs, strict=True)
-        }
-
-    ensemble = config["ensemble"]
-    num_chunks = ensemble["chunks"] if ensemble["views"] else 0
+    ensemble_spec = config["ensemble"]
+    num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
     layout = None
-    if sizes.num_clusters is not None:
-        layout = noise.NoiseLayout(sizes.num_identities, sizes.num_clusters)
-    num_columns = layout.num_columns if layout else 1 + sizes.num_identities
-    class_mask = jnp.ones(num_columns, bool).at[0].set(sizes.train_other)
-    steps_per_epoch = sizes.num_clips / config["batch_size"]
+    if task.num_clusters is not None:
+        layout = NoiseLayout(task.num_identities, task.num_clusters)
+    num_columns = layout.num_columns if layout else 1 + task.num_identities
+    class_mask = jnp.ones(num_columns, bool).at[0].set(task.train_other)
+    steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
-        config["optim"], total_steps=sizes.total_steps, steps_per_epoch=steps_per_epoch
+        config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
-    dtype = choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
+    dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
     model = identifier.make_identifier(
         config["model"],
         modalities={
             name: width - (width // num_chunks if num_chunks else 0)
-            for name, width in sizes.modalities.items()
+            for name, width in task.modalities.items()
         },
         num_classes=num_columns,
-        num_clips=sizes.num_clips,
+        num_clips=task.num_clips,
         dtype=jnp.dtype(dtype),
     )
-    mirror_weight = optim.make_piecewise(
-        config["noise"]["mirror_weight"], name="config.noise.mirror_weight"
+    after_fusion = _choose("after_fusion", config["after_fusion"], ("pool", "examples"))
+    score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
+    return System(
+        model=model,
+        fuse_train=_make_fusions(config["fusion"], task.modalities, "train"),
+        fuse_eval=_make_fusions(config["fusion"], task.modalities, "evaluate"),
+        select_features=_make_select_features(num_chunks),
+        to_examples=(
+            selection.as_examples if after_fusion == "examples" else selection.as_one_example
+        ),
+        examples=after_fusion == "examples",
+        clip_transforms=_make_clip_transforms(config, task),
+        transforms=_make_transforms(config),
+        objective=losses.make_objective(
+            config["loss"], class_mask, steps_per_epoch, logit_scale=model.logit_scale
+        ),
+        column_weight=_make_column_weight(config["noise"], layout, steps_per_epoch),
+        tx=tx,
+        schedule=schedule,
+        score_fn=score_fn,
+        logs=logs,
+        reduce=_choose("eval.reduce", config["eval"]["reduce"], ("mean", "max")),
+        class_mask=class_mask,
+        num_identities=task.num_identities,
+        together=_is_together(ensemble_spec["mapping"]),
+        matmul_precision=_check_precision(config["matmul_precision"]),
     )
+
+
+def _choose(field: str, value: str, known: Collection[str]) -> str:
+    """Returns the value of a field, or raises ValueError if it is not one of the known ones."""
+    if value not in known:
+        raise ValueError(f"config.{field}='{value}': known are {', '.join(known)}")
+    return value
+
+
+def _make_fusions(
+    specs: Mapping[str, Any], modalities: Mapping[str, int], phase: str
+) -> dict[str, FuseFn]:
+    """Returns modality -> fusion of a phase, `train` or `evaluate`; all frames by default."""
+    return {
+        name: fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
+        for name in modalities
+    }
+
+
+def _make_select_features(num_chunks: int) -> Callable[[Array, Array], Array]:
+    if num_chunks:
+        return functools.partial(ensemble.drop_chunk, num_chunks=num_chunks)
+    return lambda features, view: features
+
+
+def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[BatchTransform, ...]:
+    """Returns the transforms before fusion: quality subsets, then joined distractors."""
+    transforms: list[BatchTransform] = []
+    if config["ensemble"]["min_quality"]:
+        transforms.append(augment.keep_quality)
+    if config["noise"]["join"]:
+        transforms.append(
+            functools.partial(augment.concat_noise, num_identities=task.num_identities)
+        )
+    return tuple(transforms)
+
+
+def _make_transforms(config: Mapping[str, Any]) -> tuple[BatchTransform, ...]:
+    """Returns the transforms after fusion: mixup, then those that `transforms` names."""
+    transforms: list[BatchTransform] = []
+    if config["mixup"]:
+        transforms.append(functools.partial(augment.mix_up, alpha=config["mixup"]))
+    for name in config["transforms"]:
+        transforms.append(augment.TRANSFORMS[_choose("transforms", name, augment.TRANSFORMS)])
+    return tuple(transforms)
+
+
+def _make_column_weight(
+    spec: Mapping[str, Any], layout: NoiseLayout | None, steps_per_epoch: float
+) -> Callable[[Array, Array], Array]:
+    """Returns (labels, step) -> weight: the scheduled one for mirrors, 1 for other columns."""
+    mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
 
     def column_weight(labels: Array, step: Array) -> Array:
         if not layout:
             return jnp.ones(labels.shape, jnp.float32)
         return jnp.where(layout.is_mirror(labels), mirror_weight(step / steps_per_epoch), 1.0)
 
-    mapping = choose("ensemble.mapping", ensemble["mapping"], ("auto", "map", "vmap"))
-    if mapping == "auto":
-        mapping = "map" if jax.default_backend() == "cpu" else "vmap"
+    return column_weight
+
+
+def _is_together(mapping: str) -> bool:
+    """Returns True for vmap; `auto` is vmap on accelerators alone."""
+    _choose("ensemble.mapping", mapping, ("auto", "map", "vmap"))
+    return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
+
+
+def _check_precision(precision: str) -> str:
+    """Returns the precision, or raises ValueError if jax does not know it."""
     try:
-        with jax.default_matmul_precision(config["matmul_precision"]):
-            pass
+        with jax.default_matmul_precision(precision):
+            return precision
     except ValueError as error:
         raise ValueError(
-            f"config.matmul_precision='{config['matmul_precision']}': jax knows default, high, "
-            "highest, bfloat16, float32 and others"
+            f"config.matmul_precision='{precision}': jax knows default, high, highest, bfloat16, "
+            "float32 and others"
         ) from error
-    after_fusion = choose("after_fusion", config["after_fusion"], ("pool", "examples"))
-    score_fn, logs = SCORES[choose("eval.scores", config["eval"]["scores"], SCORES)]
-    return System(
-        model=model,
-        fuse_train=fuse("train"),
-        fuse_eval=fuse("evaluate"),
-        examples=after_fusion == "examples",
-        loss_fn=losses.make_loss(
-            config["loss"],
-            class_mask,
-            steps_per_epoch,
-            logit_scale=model.logit_scale,  # type: ignore[attr-defined]
-        ),
-        column_weight=column_weight,
-        mixup=config["mixup"],
-        join_noise=config["noise"]["join"],
-        tx=tx,
-        schedule=schedule,
-        score_fn=score_fn,
-        logs=logs,
-        reduce=choose("eval.reduce", config["eval"]["reduce"], ("mean", "max")),
-        class_mask=class_mask,
-        num_identities=sizes.num_identities,
-        num_chunks=num_chunks,
-        by_quality=bool(ensemble["min_quality"]),
-        together=mapping == "vmap",
-        matmul_precision=config["matmul_precision"],
-    )
 
 
 def _log_softmax(logits: Array, class_mask: Array) -> Array:

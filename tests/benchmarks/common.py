@@ -23,8 +23,8 @@ from jax.extend import core
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Array, Packed
-from vidjax.data import resident
-from vidjax.steps import train_step
+from vidjax.data.clips import BatchPlan
+from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,10 +64,10 @@ class Run(NamedTuple):
     """A system on made-up resident clips, ready to train."""
 
     system: System
-    state: train_step.TrainState
-    tables: train_step.Tables
+    state: state_lib.TrainState
+    tables: state_lib.Tables
     clips: dict[str, Packed]
-    plan: resident.Plan
+    plan: BatchPlan
     num_params: int
 
 
@@ -99,16 +99,16 @@ def make_run(
     labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
     mesh = devices.make_mesh(1)
 
-    def init() -> train_step.TrainState:
+    def init() -> state_lib.TrainState:
         rngs = ensemble.make_rngs(members, config.seed)
-        return train_step.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
+        return state_lib.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
     state = jax.jit(init, out_shardings=devices.replicated(mesh))()
-    tables = train_step.make_tables(members, np.ones((len(members), num_clips)))
+    tables = state_lib.make_tables(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     places = {name: PLACES[name] for name in modalities}
-    plan = resident.Plan(config.seed, batch_size, num_clips, places, ())
+    plan = BatchPlan(("train",), batch_size, num_clips, places, (), "window", config.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     return Run(system, state, tables, clips, plan, num_params)
 

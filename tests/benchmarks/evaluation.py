@@ -19,8 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +30,9 @@ from tests.benchmarks import common, training_step
 from vidjax import devices, ensemble, selection
 from vidjax.batch import Batch
 from vidjax.data import resident
-from vidjax.steps import scoring
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
+from vidjax.steps import scoring, sinks
+from vidjax.steps.model_scorer import TrainedModel
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -46,38 +47,34 @@ class MadeUp:
         self.run, num_clips = run, run.plan.num_clips
         labels = np.random.default_rng(2).integers(0, 1 + num_identities, num_clips)
         self.identities = tuple(str(i) for i in range(num_identities))
-        self._split = SimpleNamespace(
+        self._split = Split(
+            name="val",
             clips=tuple(f"clip_{i:07d}" for i in range(num_clips)),
             labels=labels.astype(np.int32),
             labelled=True,
             positives=np.bincount(labels, minlength=1 + num_identities)[1:],
             num_others=0,
+            lengths={name: np.asarray(packed.length) for name, packed in run.clips.items()},
         )
-        self.lengths = np.max([np.asarray(one.length) for one in run.clips.values()], axis=0)
+        self.plan = make_eval_plan(self._split, tuple(run.clips))
         self._lay = jax.jit(resident.frames_of, static_argnames="size")
 
-    def split(self, name: str) -> Any:
+    def split(self, name: str) -> Split:
         """Returns the one split."""
         del name
         return self._split
 
-    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
-        """Returns [N], frames of each clip."""
-        del split, modalities
-        return self.lengths
-
-    def eval_batches(self, *, rows: int, **kwargs: Any) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields all clips, in blocks of one bucket."""
-        del kwargs
-        for short in (True, False):
-            clips = np.flatnonzero((self.lengths <= 32) == short)
+        for bucket in np.unique(plan.bucket):
+            clips = np.flatnonzero(plan.bucket == bucket)
             for at in range(0, len(clips), rows):
                 chosen = clips[at : at + rows]
                 clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
                 batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
                 frames = {}
                 for name, packed in self.run.clips.items():
-                    size = min(32 if short else 128, common.PLACES[name])
+                    size = min(BUCKETS[bucket], common.PLACES[name])
                     laid = self._lay(
                         packed._replace(features=None), clip_index, batch_mask, size=size
                     )
@@ -98,11 +95,10 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
         num_clips=args.clips,
     )
     mesh = devices.make_mesh(1)
-    scorer = scoring.Scorer(run.system, mesh)
     data = MadeUp(run, args.num_identities)
     training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    model = scoring.TrainedModel(
-        "", scorer, run.state.params, run.state.model_state, training_sets, data
+    model = TrainedModel.from_params(
+        "", run.system, mesh, run.state.params, run.state.model_state, training_sets, data
     )
     params, model_state = ensemble.take((run.state.params, run.state.model_state), 0)
 
@@ -111,8 +107,8 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
 
     def forward() -> None:
         block = None
-        for batch in data.eval_batches(rows=args.block_size):
-            block = scorer.step(params, model_state, jnp.int32(-1), batch)
+        for batch in data.eval_batches(data.plan, rows=args.block_size):
+            block = model.eval_step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(block)
 
     return {"whole": whole, "forward": forward}, run
@@ -186,7 +182,7 @@ def grow(args: argparse.Namespace) -> None:
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         seconds, before, added = map(float, done.stdout.split()[-3:])
-        expected = REST + HELD * scoring.WINDOW_ROWS * 4 * identities
+        expected = REST + HELD * sinks.WINDOW_ROWS * 4 * identities
         sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
         rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
     header = ["clips", "identities", "microseconds a clip"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.helpers.batches import train_batches
 from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax.data.records import pipeline
 from vidjax.data.records.codec import tf
@@ -68,7 +69,8 @@ def main() -> None:
         dataset = pipeline.load("iqiyi_vid", directory=source, cache_dir=Path(folder) / "cache")
         paths = sorted(str(p) for p in Path(folder).glob("cache/**/*.tfrecord*"))
         raw = read_raw(paths)
-        batches = dataset.train_batches(
+        batches = train_batches(
+            dataset,
             splits=("train",),
             modalities=MODALITIES,
             batch_size=BATCH_SIZE,

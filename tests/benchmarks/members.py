@@ -24,6 +24,7 @@ import numpy as np
 from tests.benchmarks import common
 from vidjax import devices, ensemble
 from vidjax.data import resident
+from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) 
         devices.make_mesh(1),
         lambda clips, step: resident.draw_batch(clips, run.plan, step),
     )
-    states = list(train_step.split_state(run.state, size))
+    states = list(state_lib.split_state(run.state, size))
     tables = ensemble.split(run.tables, size)
 
     def train() -> list[Any]:

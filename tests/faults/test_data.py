@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import python2, small_runs
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_pickle, write_truth
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
+from vidjax.data.clips import longest, num_cropped
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate
+from vidjax.modes import restore
 
 DIM = 4
 
@@ -50,7 +52,7 @@ def features_of(
 ) -> dict[str, np.ndarray]:
     """Returns clip name -> features [T, D] as the model gets them."""
     found = {}
-    for batch in data.eval_batches(split=split, modalities=(modality,), rows=8):
+    for batch in eval_batches(data, split=split, modalities=(modality,), rows=8):
         frames = batch.frames[modality]
         for row in np.flatnonzero(batch.batch_mask):
             name = data.split(split).clips[batch.clip_index[row]]
@@ -131,7 +133,7 @@ def test_frames_that_are_not_finite_are_left_out_and_counted(official: Path) -> 
     np.testing.assert_array_equal(found["train005"], clean["train005"].features[[0, 2]])
     assert len(found["train009"]) == 0
     stream = {"splits": ("train",), "modalities": ("face",), "batch_size": 20, "seed": 0}
-    batch = next(data.train_batches(**stream, max_frames=3, crop="window"))
+    batch = next(train_batches(data, **stream, max_frames=3, crop="window"))
     assert np.isfinite(batch.frames["face"].features).all()
     for _, packed in data.packed(split="train", modalities=("face",)):
         assert np.isfinite(packed["face"].features).all()
@@ -346,7 +348,7 @@ def test_clips_without_frames_come_last_and_bad_qualities_do_no_harm(
     assert len(silent) == 6 and facts["clips_without_frames"] >= 6
     assert facts["modalities"]["face"]["values_replaced"]["non_finite_quality"] > 0
     assert_adds_up(data.report)
-    bare = data.longest("val", ("face", "head", "audio")) == 0
+    bare = longest(data.split("val"), ("face", "head", "audio")) == 0
     silent = {name for name, none in zip(data.split("val").clips, bare, strict=True) if none}
 
     spec = "configs/quality_fusion.py:iqiyi_vid,mlp1"
@@ -370,14 +372,14 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: no file of head"):
         data = load(official)
-    (batch,) = data.eval_batches(split="train", modalities=("face", "head"), rows=20)
+    (batch,) = eval_batches(data, split="train", modalities=("face", "head"), rows=20)
     has = batch.frames["head"].mask.any(axis=1)
     np.testing.assert_array_equal(has, batch.clip_index < 12)
     assert not batch.frames["head"].features[~has].any()
-    with pytest.raises(ValueError, match=r"there is no head_val.pickle, and 'head' is asked for"):
-        next(data.eval_batches(split="val", modalities=("face", "head"), rows=8))
+    with pytest.raises(ValueError, match=r"'val' has no features of 'head'\n.*config.modalities"):
+        next(eval_batches(data, split="val", modalities=("face", "head"), rows=8))
     with pytest.raises(ValueError, match="the data has no modality 'heda'; did you mean 'head'"):
-        evaluate.select_modalities(("face", "heda"), data)
+        restore.select_modalities(("face", "heda"), data.modalities)
     assert_adds_up(data.report)
 
 
@@ -395,14 +397,14 @@ def test_ten_thousand_frames_make_a_fixed_choice_in_training(official: Path) -> 
     for crop, seed in choices:
         chosen = []
         for _ in range(2):
-            batch = next(data.train_batches(**stream, max_frames=16, seed=seed, crop=crop))
+            batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
             assert batch.frames["face"].features.shape == (20, 16, DIM)
             (row,) = np.flatnonzero(batch.clip_index == 3)
             chosen.append(np.asarray(batch.frames["face"].features[row]))
         np.testing.assert_array_equal(*chosen)
         if crop == "quality":
             np.testing.assert_array_equal(chosen[0], clips["train003"].features[best])
-    cropped = data.num_cropped(splits=("train",), modalities=("face",), max_frames=16)
+    cropped = num_cropped([data.split("train")], ("face",), 16)
     assert cropped == {"face": {"clips": 1, "frames": 9984}}
 
 
@@ -488,10 +490,10 @@ def test_training_without_one_label_is_one_error(official: Path, tmp_path: Path)
 def test_a_batch_larger_than_the_dataset_repeats_clips(official: Path) -> None:
     data = load(official)
     stream = {"splits": ("val",), "modalities": ("face",), "max_frames": 4, "crop": "window"}
-    batch = next(data.train_batches(**stream, batch_size=32, seed=0))
+    batch = next(train_batches(data, **stream, batch_size=32, seed=0))
     assert batch.batch_mask.all()
     assert sorted(Counter(batch.clip_index.tolist()).values()) == [3] * 8 + [4] * 2
-    (block,) = data.eval_batches(split="val", modalities=("face",), rows=64)
+    (block,) = eval_batches(data, split="val", modalities=("face",), rows=64)
     assert sorted(block.clip_index[block.batch_mask]) == list(range(10))
 
 

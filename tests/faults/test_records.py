@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
@@ -100,12 +101,12 @@ def read_packed(data: pipeline.Dataset) -> None:
 
 def read_epoch(data: pipeline.Dataset) -> None:
     """Reads until every clip came once; the batch after that begins the next epoch."""
-    for _ in itertools.islice(data.train_batches(**STREAM), 2):
+    for _ in itertools.islice(train_batches(data, **STREAM), 2):
         pass
 
 
 def read_blocks(data: pipeline.Dataset) -> None:
-    for _ in data.eval_batches(split="train", modalities=("face",), rows=64):
+    for _ in eval_batches(data, split="train", modalities=("face",), rows=64):
         pass
 
 

@@ -89,15 +89,15 @@ class Spoilt:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def train_batches(self, *, splits, **kwargs):
-        hidden = np.concatenate([self._hidden[split] for split in splits])
-        for batch in self._data.train_batches(splits=splits, **kwargs):
+    def train_batches(self, plan, *, start=0):
+        hidden = np.concatenate([self._hidden[split] for split in plan.splits])
+        for batch in self._data.train_batches(plan, start=start):
             spoilt = hidden[batch.clip_index][:, None, None]
             frames = {name: self._spoil(one, spoilt) for name, one in batch.frames.items()}
             yield batch._replace(frames=frames)
 
-    def packed(self, *, split, **kwargs):
-        for clip_index, frames in self._data.packed(split=split, **kwargs):
+    def packed(self, split, modalities):
+        for clip_index, frames in self._data.packed(split, modalities):
             spoilt = self._hidden[split][clip_index]
             yield (
                 clip_index,
@@ -121,8 +121,8 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def train_batches(self, **kwargs):
-        for i, batch in enumerate(self._data.train_batches(**kwargs)):
+    def train_batches(self, plan, *, start=0):
+        for i, batch in enumerate(self._data.train_batches(plan, start=start)):
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch

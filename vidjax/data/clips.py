@@ -1,30 +1,53 @@
-"""The clips of a split, and how they are cut into blocks to be evaluated: no TensorFlow here."""
+"""The clips of a split, how they form batches, and the protocols of what holds clips.
 
-from collections.abc import Sequence
+Numpy only. `Dataset` (records on disk), `Resident` (arrays on the devices) and `MemoryClips` (a
+dict in memory) are sources of clips. Training and evaluation use them through the protocols here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from vidjax.batch import Batch, Packed
+
+SPLITS = ("train", "val", "test")
+CROPS = ("window", "quality")
 BUCKETS = (32, 128, 512)  # frames of the longest configured modality, in evaluation
 MAX_EVAL_FRAMES = BUCKETS[-1]
-# A modality is never padded beyond its longest clip of the split, rounded up to one of these: one
-# audio vector a clip stays one, and splits of similar clips share their compiled programs.
-SIZES = (1, 8, *BUCKETS)
+# A modality is never padded beyond its longest clip of the split, rounded up to one of these:
+# audio with one vector per clip keeps T = 1, and splits of similar clips share compiled programs.
+PAD_LENGTHS = (1, 8, *BUCKETS)
+
+
+class Modality(NamedTuple):
+    """Width and dtype that all features of one modality share.
+
+    Attributes:
+      dim: the width D of a feature.
+      dtype: name of the stored dtype, such as 'float16'.
+    """
+
+    dim: int
+    dtype: str
 
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of one split and what the ground truth says of them.
+    """The clips of one split and their labels.
 
     Attributes:
       name: 'train', 'val' or 'test'.
-      clips: clip names in byte order; clip_index is the position here.
+      clips: N clip names in byte order; clip_index is the position here.
       labels: [N] int32, column 1..C, or 0 for a distractor or an unlabelled clip.
       labelled: False when the split has no ground truth at all.
-      positives: [C] int64, ground-truth clips of each identity, in the records or not.
-      num_others: identities of the ground truth that have no column.
-      lengths: modality -> [N] int32 frames.
+      positives: [C] int64, number of clips that the ground truth lists for each identity, including
+        clips without a record.
+      num_others: number of identities in the ground truth that have no column.
+      lengths: modality -> [N] int32, number of frames of each clip; only the modalities that the
+        split has features of.
     """
 
     name: str
@@ -33,47 +56,177 @@ class Split:
     labelled: bool
     positives: np.ndarray
     num_others: int
-    lengths: dict[str, np.ndarray]
+    lengths: Mapping[str, np.ndarray]
 
 
-class Blocks(NamedTuple):
-    """How a split is cut into blocks of clips of similar length.
+class EvalPlan(NamedTuple):
+    """The clips of one split that are evaluated, grouped by length.
 
     Attributes:
-      bucket: [N] int, which of the BUCKETS a clip is evaluated in; -1 for none.
-      sizes: modality -> T of each bucket.
+      split: name of the split.
+      modalities: the modalities that are read.
+      bucket: [N] int, index into BUCKETS for each clip; -1 for a clip that is left out.
+      padded_lengths: modality -> T in each bucket.
     """
 
+    split: str
+    modalities: tuple[str, ...]
     bucket: np.ndarray
-    sizes: dict[str, tuple[int, ...]]
+    padded_lengths: Mapping[str, tuple[int, ...]]
+
+
+class BatchPlan(NamedTuple):
+    """The batches of training: both feeds, streaming and resident, follow the same plan.
+
+    Attributes:
+      splits: names of the training splits; clip_index counts through them one after another.
+      batch_size: B.
+      num_clips: N, the clips of all these splits.
+      padded_lengths: modality -> T.
+      longer: modalities in which some clip has more than T frames.
+      crop: how a longer clip is cut to T frames: 'window' takes consecutive frames from a random
+        start, 'quality' the best T frames in time order.
+      seed: seed of the order of clips and of the windows.
+    """
+
+    splits: tuple[str, ...]
+    batch_size: int
+    num_clips: int
+    padded_lengths: Mapping[str, int]
+    longer: tuple[str, ...]
+    crop: str
+    seed: int
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that are read."""
+        return tuple(self.padded_lengths)
+
+    @property
+    def windowed(self) -> tuple[str, ...]:
+        """The modalities whose longer clips are cut to a random window."""
+        return self.longer if self.crop == "window" else ()
+
+
+class ClipSource(Protocol):
+    """Labelled clips that can be evaluated."""
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """Names of the class columns: column c is `identities[c - 1]`."""
+        ...
+
+    def split(self, name: str) -> Split:
+        """Returns one split; ValueError for an unknown name."""
+        ...
+
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
+        """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
+
+        The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
+        512 frames gives its best 512 by quality, in time order; where quality ties, the earlier
+        frame is better. T depends on the plan alone, never on `rows`.
+
+        Args:
+          plan: the clips, as `make_eval_plan` groups them.
+          rows: number of rows per block.
+        """
+        ...
+
+
+class TrainingData(ClipSource, Protocol):
+    """Labelled clips that can be trained on."""
+
+    @property
+    def modalities(self) -> Mapping[str, Modality]:
+        """Modality -> width and stored dtype of its features."""
+        ...
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """Counts of loaded and skipped frames and clips, and of labels: `data_report.json`."""
+        ...
+
+    def with_identities(self, identities: Sequence[str]) -> Self:
+        """Returns the same clips, labelled for other class columns."""
+        ...
+
+    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> "Iterator[Batch]":
+        """Yields batches without end; every clip comes once per epoch.
+
+        Batches run on across epochs: none is short and no clip is dropped. The order of clips
+        depends on the plan's seed and the epoch alone.
+
+        Args:
+          plan: the batches, from `make_batch_plan`.
+          start: number of clips in the batches before; the stream continues after them.
+        """
+        ...
+
+    def packed(
+        self, split: str, modalities: Sequence[str]
+    ) -> "Iterator[tuple[np.ndarray, Mapping[str, Packed]]]":
+        """Yields every clip of a split once with all its frames, some clips at a time.
+
+        Yields:
+          [n] int32 clip_index, and modality -> Packed of these n clips.
+        """
+        ...
+
+
+def check_modalities(split: Split, modalities: Sequence[str]) -> None:
+    """Checks that a split has features of some modalities.
+
+    Raises:
+      ValueError: no modality is named, one is named twice, or the split lacks one.
+    """
+    if not modalities or len(set(modalities)) < len(modalities):
+        raise ValueError(f"config.modalities={','.join(modalities)}: name one or more, each once")
+    for name in modalities:
+        if name not in split.lengths:
+            raise ValueError(
+                f"split '{split.name}' has no features of '{name}'\n"
+                f"choose among {', '.join(split.lengths)} with config.modalities"
+            )
 
 
 def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
-    """Returns [N] int32, the frames of each clip in whichever of the modalities has most."""
+    """Returns [N] int32, the largest number of frames that each clip has in any of the modalities.
+
+    Raises:
+      ValueError: the split lacks a modality.
+    """
+    check_modalities(split, modalities)
     return np.max([split.lengths[name] for name in modalities], axis=0)
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns T for clips of up to `longest` frames: the least of SIZES, but at most `limit`."""
-    return min(limit, next((size for size in SIZES if size >= longest), limit))
+    """Returns T for clips of up to `longest` frames: the least of PAD_LENGTHS, at most `limit`."""
+    return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
-def make_blocks(
+def make_eval_plan(
     split: Split,
     modalities: Sequence[str],
+    *,
     lengths: np.ndarray | None = None,
     only: np.ndarray | None = None,
-) -> Blocks:
-    """Returns which clips are evaluated together.
+) -> EvalPlan:
+    """Groups the clips of a split by length for evaluation.
+
+    How far each modality is padded depends on the whole split, not on `only`: a clip is padded
+    alike whichever other clips are evaluated.
 
     Args:
       split: the clips.
-      modalities: those in use.
-      lengths: [N] int, what chooses the bucket of each clip; None for `longest`.
-      only: [N] bool, the clips that are evaluated; None for all.
+      modalities: the modalities to read.
+      lengths: [N] int, the length that chooses each clip's bucket; None for `longest`. Sources of
+        the same clips form the same blocks where they are given the same lengths.
+      only: [N] bool, True for the clips to evaluate; None for all.
 
     Raises:
-      ValueError: lengths or only not one a clip; a clip with more frames than `lengths` says.
+      ValueError: the split lacks a modality, `lengths` or `only` has another shape or dtype, or a
+        clip has more frames than `lengths` says.
     """
     most = longest(split, modalities)
     lengths = most if lengths is None else np.asarray(lengths)
@@ -90,19 +243,90 @@ def make_blocks(
             f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
         )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
-    sizes = {
-        name: tuple(padded(int(split.lengths[name].max()), size) for size in BUCKETS)
+    padded_lengths = {
+        name: tuple(padded(int(split.lengths[name].max()), limit) for limit in BUCKETS)
         for name in modalities
     }
-    return Blocks(np.where(wanted, bucket, -1), sizes)
+    return EvalPlan(split.name, tuple(modalities), np.where(wanted, bucket, -1), padded_lengths)
 
 
-def best_frames(quality: np.ndarray, size: int) -> np.ndarray:
-    """Returns [size] places of the best frames of a clip, in time order; of equals the earlier.
+def make_batch_plan(
+    splits: Sequence[Split],
+    modalities: Sequence[str],
+    *,
+    batch_size: int,
+    max_frames: int,
+    crop: str,
+    seed: int,
+) -> BatchPlan:
+    """Plans the batches of training.
 
     Args:
-      quality: [T]; what is not a number is the lowest.
-      size: how many, at most T.
+      splits: the training splits, in the order of the tables.
+      modalities: the modalities to read.
+      batch_size: B; may exceed the number of clips.
+      max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
+      crop: 'window' or 'quality', see BatchPlan.
+      seed: seed of the order of clips and of the windows.
+
+    Raises:
+      ValueError: no split, a split named twice or without a modality, an unknown crop, or a number
+        below 1.
+    """
+    names = tuple(split.name for split in splits)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"config.data.train_splits={','.join(names)}: name one or more, each once")
+    if crop not in CROPS:
+        raise ValueError(f"config.data.crop is 'window' or 'quality', got {crop!r}")
+    if batch_size < 1 or max_frames < 1:
+        raise ValueError(
+            f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "
+            "must be 1 or more"
+        )
+    for split in splits:
+        check_modalities(split, modalities)
+    most = {name: max(int(split.lengths[name].max()) for split in splits) for name in modalities}
+    padded_lengths = {name: padded(most[name], max_frames) for name in modalities}
+    return BatchPlan(
+        splits=names,
+        batch_size=batch_size,
+        num_clips=sum(len(split.clips) for split in splits),
+        padded_lengths=padded_lengths,
+        longer=tuple(name for name in modalities if most[name] > padded_lengths[name]),
+        crop=crop,
+        seed=seed,
+    )
+
+
+def num_cropped(
+    splits: Sequence[Split], modalities: Sequence[str], max_frames: int
+) -> dict[str, dict[str, int]]:
+    """Counts the frames that training does not show in one epoch.
+
+    Returns:
+      modality -> number of `clips` with more than `max_frames` frames, and of `frames` beyond.
+
+    Raises:
+      ValueError: a split lacks a modality.
+    """
+    for split in splits:
+        check_modalities(split, modalities)
+    counts = {}
+    for name in modalities:
+        lengths = np.concatenate([split.lengths[name] for split in splits])
+        lost = np.maximum(lengths.astype(np.int64) - max_frames, 0)
+        counts[name] = {"clips": int((lost > 0).sum()), "frames": int(lost.sum())}
+    return counts
+
+
+def best_frames(quality: np.ndarray, count: int) -> np.ndarray:
+    """Returns [count] int, positions of a clip's best frames by quality, in time order.
+
+    Where quality ties, the earlier frame is better.
+
+    Args:
+      quality: [T] float; NaN counts as the lowest.
+      count: number of frames, at most T.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
-    return np.sort(np.argsort(-ordered, kind="stable")[:size])
+    return np.sort(np.argsort(-ordered, kind="stable")[:count])

@@ -6,10 +6,11 @@ a function of (seed, step): a run that goes on needs nothing but its step.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,63 +19,29 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
-from vidjax.data import clips as clips_lib
+from vidjax.data.clips import (
+    BatchPlan,
+    EvalPlan,
+    Modality,
+    Split,
+    TrainingData,
+    best_frames,
+    make_eval_plan,
+)
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 
 MODES = ("auto", "resident", "streaming")
+PHASES = ("train", "eval")
 SHARE = 0.5  # of the free memory that clips may take
-SCALAR_BYTES = 12  # quality, detection and number of a frame
+# Fields of a frame that are resident, and their bytes per frame beside the feature.
+FIELDS = tuple(name for name in Packed._fields if name in STORED)
+SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in FIELDS[1:])
 CHUNK_BYTES = 32 << 20  # copied to the devices at once
 ROUNDS = 16  # with 8, the orders of six clips would not all be as likely
 _ORDER = np.uint32(2**32 - 1)  # no member has this seed
 
 
-class Plan(NamedTuple):
-    """What the batches of training are, beside the clips.
-
-    Attributes:
-      seed: of order and windows.
-      batch_size: B.
-      num_clips: N.
-      sizes: modality -> T.
-      cropped: modalities with longer clips, which give a random window of T frames.
-    """
-
-    seed: int
-    batch_size: int
-    num_clips: int
-    sizes: Mapping[str, int]
-    cropped: tuple[str, ...]
-
-
-def make_plan(
-    data: Any,
-    *,
-    splits: Sequence[str],
-    modalities: Sequence[str],
-    batch_size: int,
-    max_frames: int,
-    crop: str,
-    seed: int,
-) -> Plan:
-    """Returns the plan of training on some splits; arguments as of `Dataset.train_batches`.
-
-    Raises:
-      ValueError: an unknown crop.
-    """
-    if crop not in ("window", "quality"):
-        raise ValueError(f"crop is 'window' or 'quality', got {crop!r}")
-    sizes = data.train_sizes(splits, modalities, max_frames)
-    longer = [
-        name
-        for name in modalities
-        if max(int(data.split(split).lengths[name].max()) for split in splits) > sizes[name]
-    ]
-    num_clips = sum(len(data.split(split).clips) for split in splits)
-    cropped = tuple(longer) if crop == "window" else ()
-    return Plan(seed, batch_size, num_clips, sizes, cropped)
-
-
-def draw_batch(clips: Mapping[str, Packed], plan: Plan, step: Array) -> Batch:
+def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
     """Returns the batch of a step: B clips, every one of N once an epoch, features as LazyFeatures.
 
     Batches run on across epochs, so none is short and no clip is dropped.
@@ -91,8 +58,8 @@ def draw_batch(clips: Mapping[str, Packed], plan: Plan, step: Array) -> Batch:
     window_rng = jax.random.fold_in(window_rng, step)
     batch_mask = jnp.ones(plan.batch_size, bool)
     frames = {}
-    for number, (name, size) in enumerate(plan.sizes.items()):
-        rng = jax.random.fold_in(window_rng, number) if name in plan.cropped else None
+    for number, (name, size) in enumerate(plan.padded_lengths.items()):
+        rng = jax.random.fold_in(window_rng, number) if name in plan.windowed else None
         frames[name] = frames_of(clips[name], clip_index, batch_mask, size, rng)
     return Batch(frames, clip_index, batch_mask)
 
@@ -171,16 +138,16 @@ def _hash(x: Array, key: Array) -> Array:
 
 
 class Layout(NamedTuple):
-    """Which clips are to be resident, and which of their frames.
+    """The clips and frames that are to be resident on the devices.
 
     Attributes:
-      train_splits: splits to train on, in the order of the tables.
-      splits: these and the one to evaluate.
-      modalities: which are used.
-      num_frames: modality -> frames, those that a clip holds twice counted twice.
-      best: (split, view, modality) -> T; in the views `train` and `eval` a clip of more frames
-        shows its best T only, which lie beside it once more.
-      nbytes: of all of it.
+      train_splits: the training splits, in the order of the tables.
+      splits: the training splits and the split to evaluate.
+      modalities: the modalities that are read.
+      num_frames: modality -> number of frames, copies included.
+      best: (split, phase, modality) -> T. In that phase, `train` or `eval`, a clip of more than T
+        frames shows its best T alone, which are stored as a copy.
+      nbytes: size of all of it.
     """
 
     train_splits: tuple[str, ...]
@@ -191,39 +158,36 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def make_layout(
-    data: Any,
-    *,
-    train_splits: Sequence[str],
-    eval_split: str,
-    modalities: Sequence[str],
-    max_frames: int,
-    crop: str,
-) -> Layout:
-    """Returns what would be resident, from the manifest alone; arguments as of `train_batches`."""
-    splits = tuple(dict.fromkeys([*train_splits, eval_split]))
-    train_sizes = data.train_sizes(train_splits, modalities, max_frames)
+def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
+    """Plans which clips are resident, from the lengths of the clips alone.
+
+    Args:
+      data: the clips.
+      plan: the batches of training.
+      eval_split: the split to evaluate.
+
+    Raises:
+      ValueError: an unknown split, or one without a modality.
+    """
+    splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
-    for split in splits:
-        for name, sizes in data.blocks(split, modalities).sizes.items():
-            best[split, "eval", name] = sizes[-1]
-            if split in train_splits and crop == "quality":
-                best[split, "train", name] = train_sizes[name]
+    for split in splits.values():
+        eval_lengths = make_eval_plan(split, plan.modalities).padded_lengths
+        for name in plan.modalities:
+            best[split.name, "eval", name] = eval_lengths[name][-1]
+            if split.name in plan.splits and plan.crop == "quality":
+                best[split.name, "train", name] = plan.padded_lengths[name]
     num_frames = {
-        name: sum(int(data.split(split).lengths[name].sum(dtype=np.int64)) for split in splits)
-        for name in modalities
+        name: sum(int(split.lengths[name].sum(dtype=np.int64)) for split in splits.values())
+        for name in plan.modalities
     }
-    for (split, _, name), size in best.items():
-        num_frames[name] += int(np.sum(data.split(split).lengths[name] > size)) * size
-    nbytes = sum(
-        num_frames[name] * (data.modalities[name].dim * _itemsize(data, name) + SCALAR_BYTES)
-        for name in modalities
-    )
-    return Layout(tuple(train_splits), splits, tuple(modalities), num_frames, best, nbytes)
-
-
-def _itemsize(data: Any, modality: str) -> int:
-    return np.dtype(data.modalities[modality].dtype).itemsize
+    for (split, _, name), limit in best.items():
+        num_frames[name] += int(np.sum(splits[split].lengths[name] > limit)) * limit
+    nbytes = 0
+    for name, count in num_frames.items():
+        dim, dtype = data.modalities[name]
+        nbytes += count * (dim * np.dtype(dtype).itemsize + SCALAR_BYTES)
+    return Layout(plan.splits, tuple(splits), plan.modalities, num_frames, best, nbytes)
 
 
 def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
@@ -286,11 +250,11 @@ class Resident:
         frame is zeros.
     """
 
-    def __init__(self, data: Any, layout: Layout, mesh: Mesh):
+    def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):
         """Reads every clip of the layout once.
 
         Raises:
-          ValueError: what `Dataset.packed` raises.
+          ValueError: damaged records, or a clip did not come exactly once.
         """
         self._data, self._mesh = data, mesh
         self.identities = data.identities
@@ -298,59 +262,35 @@ class Resident:
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
             for name in layout.modalities
         }
-        views: dict[tuple[str, str, str], np.ndarray] = {}  # [2, n]: start, length
+        tables = {
+            (split, phase, name): np.zeros((2, len(data.split(split).clips)), np.int32)
+            for split, phase, name in itertools.product(layout.splits, PHASES, layout.modalities)
+        }
         for split in layout.splits:
-            for view in ("train", "eval"):
-                for name in layout.modalities:
-                    views[split, view, name] = np.zeros((2, len(data.split(split).clips)), np.int32)
-            for clip_index, chunk in data.packed(split=split, modalities=layout.modalities):
+            for clip_index, chunk in data.packed(split, layout.modalities):
                 for name, packed in chunk.items():
-                    base = fillers[name].append(packed)
-                    for view in ("train", "eval"):
-                        table = views[split, view, name]
-                        table[:, clip_index] = packed.start + base, packed.length
-                        size = layout.best.get((split, view, name), 2**31)
-                        for row in map(int, np.flatnonzero(packed.length > size)):
-                            start = fillers[name].append(_best_frames(packed, row, size))
-                            table[:, clip_index[row]] = start, size
-        flat = {name: filler.finish() for name, filler in fillers.items()}
-
-        def view_of(splits: Sequence[str], view: str) -> dict[str, Packed]:
-            found = {}
-            for name, packed in flat.items():
-                table = np.concatenate([views[split, view, name] for split in splits], axis=1)
-                start, length = devices.replicate(mesh, tuple(table))
-                found[name] = packed._replace(start=start, length=length)
-            return found
-
-        self.train = view_of(layout.train_splits, "train")
-        self._eval = {split: view_of([split], "eval") for split in layout.splits}
+                    keys = [(split, phase, name) for phase in PHASES]
+                    phases = [(tables[key], layout.best.get(key)) for key in keys]
+                    _place(fillers[name], packed, clip_index, phases)
+        frames = {name: filler.finish() for name, filler in fillers.items()}
+        locate = functools.partial(_locate, frames, tables, mesh)
+        self.train = locate(layout.train_splits, "train")
+        self._eval = {split: locate([split], "eval") for split in layout.splits}
         self._lay = jax.jit(frames_of, static_argnames="size", out_shardings=devices.by_rows(mesh))
 
-    def split(self, name: str) -> Any:
-        """Returns one split, as the dataset does."""
+    def split(self, name: str) -> Split:
+        """Returns one split of the dataset."""
         return self._data.split(name)
 
-    def longest(self, split: str, modalities: Sequence[str]) -> np.ndarray:
-        """Returns [N] int32, as the dataset does."""
-        return self._data.longest(split, modalities)
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+        """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-    def eval_batches(
-        self,
-        *,
-        split: str,
-        modalities: Sequence[str],
-        rows: int,
-        lengths: np.ndarray | None = None,
-        only: np.ndarray | None = None,
-    ) -> Iterator[Batch]:
-        """Yields the blocks of `Dataset.eval_batches`, on the devices, clips by their index."""
-        if split not in self._eval or not set(modalities) <= set(self._eval[split]):
-            yield from self._data.eval_batches(
-                split=split, modalities=modalities, rows=rows, lengths=lengths, only=only
-            )
+        Within a bucket clips come by name. Splits and modalities that are not resident are read
+        from the dataset.
+        """
+        if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
+            yield from self._data.eval_batches(plan, rows=rows)
             return
-        plan = self._data.blocks(split, modalities, lengths, only)
         for bucket in range(plan.bucket.max(initial=-1) + 1):
             clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
             for at in range(0, len(clips), rows):
@@ -360,9 +300,9 @@ class Resident:
                 clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
                 batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
                 frames = {}
-                for name in modalities:
-                    clips_of, size = self._eval[split][name], plan.sizes[name][bucket]
-                    frames[name] = self._frames(clips_of, clip_index, batch_mask, size)
+                for name in plan.modalities:
+                    packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]
+                    frames[name] = self._frames(packed, clip_index, batch_mask, size)
                 yield Batch(frames, clip_index, batch_mask)
 
     def _frames(self, clips: Packed, clip_index: Array, batch_mask: Array, size: int) -> Frames:
@@ -371,28 +311,68 @@ class Resident:
         return frames._replace(features=LazyFeatures(clips.features, frames.features.index))
 
 
-def _best_frames(packed: Packed, row: int, size: int) -> Packed:
-    """Returns the best `size` frames of a clip by quality, in time order; of equals the earlier."""
+def _place(
+    filler: "_Filler",
+    packed: Packed,
+    clip_index: np.ndarray,
+    phases: Sequence[tuple[np.ndarray, int | None]],
+) -> None:
+    """Appends the frames of n clips and notes where they are.
+
+    Args:
+      filler: the frames of one modality.
+      packed: Packed of the n clips.
+      clip_index: [n] int32.
+      phases: for each phase its table [2, N] (first frame, number of frames) and T; a clip of more
+        than T frames gets a copy of its best T frames, unless T is None.
+    """
+    begin = filler.append(packed)
+    for table, limit in phases:
+        table[:, clip_index] = packed.start + begin, packed.length
+        if limit is None:
+            continue
+        for row in map(int, np.flatnonzero(packed.length > limit)):
+            table[:, clip_index[row]] = filler.append(_best_frames(packed, row, limit)), limit
+
+
+def _locate(
+    frames: Mapping[str, Packed],
+    tables: Mapping[tuple[str, str, str], np.ndarray],
+    mesh: Mesh,
+    splits: Sequence[str],
+    phase: str,
+) -> dict[str, Packed]:
+    """Returns modality -> Packed of the clips of some splits, as they are in one phase."""
+    located = {}
+    for name, packed in frames.items():
+        table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
+        start, length = devices.replicate(mesh, tuple(table))
+        located[name] = packed._replace(start=start, length=length)
+    return located
+
+
+def _best_frames(packed: Packed, row: int, count: int) -> Packed:
+    """Returns the best `count` frames of one clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
-    fields = (packed.features, packed.quality, packed.detection, packed.number)
-    chosen = clips_lib.best_frames(np.asarray(packed.quality[clip]), size)
-    return _flat([field[clip][chosen] for field in fields])
+    chosen = best_frames(np.asarray(packed.quality[clip]), count)
+    return _flat([getattr(packed, name)[clip][chosen] for name in FIELDS])
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    features, quality, detection, number = fields
-    return Packed(features, quality, detection, number, start=None, length=None)
+    """Returns frames without clips, from one array per field."""
+    return Packed(**dict(zip(FIELDS, fields, strict=True)), start=None, length=None)
 
 
 class _Filler:
     """Flat arrays on the devices, filled from the front: the host holds a piece at a time."""
 
-    def __init__(self, num_frames: int, modality: Any, mesh: Mesh):
+    def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Makes room for some frames of a modality, and for one of zeros."""
         self._mesh = mesh
-        features = ((modality.dim,), np.dtype(modality.dtype))
-        fields = (features, ((), np.float32), ((), np.float32), ((), np.int32))
-        rows = max(1, CHUNK_BYTES // (modality.dim * features[1].itemsize))
+        dtype = np.dtype(modality.dtype)
+        scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in FIELDS[1:]]
+        fields = [((modality.dim,), dtype), *scalars]
+        rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
         self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
         self._total = num_frames
         self._held = self._done = 0
@@ -407,7 +387,7 @@ class _Filler:
 
     def append(self, packed: Packed) -> int:
         """Returns where the frames of some clips begin."""
-        fields = (packed.features, packed.quality, packed.detection, packed.number)
+        fields = [getattr(packed, name) for name in FIELDS]
         begin = self._done + self._held
         taken, count = 0, len(packed.quality)
         while taken < count:

@@ -33,8 +33,8 @@ class MultimodalAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns O = X + gamma X Y; sows Y [B, M, M] as `attention` in `intermediates`.
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
+        """Returns O = X + gamma X Y, and the attention Y.
 
         Args:
           x: [B, M, D] float, 0 where the vector is missing.
@@ -42,7 +42,8 @@ class MultimodalAttention(nn.Module):
             columns j sum to 1, and to 0 where j is missing.
 
         Returns:
-          [B, M, D] in the dtype of the matrix products; 0 where the vector is missing.
+          [B, M, D] in the dtype of the matrix products, 0 where the vector is missing; and
+          Y [B, M, M] float32.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
@@ -56,14 +57,13 @@ class MultimodalAttention(nn.Module):
         # gives the same zeros without.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
         y = jnp.where(pairs, jax.nn.softmax(z, axis=1), 0.0)
-        self.sow("intermediates", "attention", y)
         gamma = self.gamma
         if self.train_gamma:
             gamma = self.param("gamma", nn.initializers.constant(gamma), (), param_dtype)
         mixed = jnp.einsum(
             "bij,bid->bjd", y.astype(self.dtype), x, preferred_element_type=param_dtype
         )
-        return (x + gamma * mixed).astype(self.dtype)
+        return (x + gamma * mixed).astype(self.dtype), y
 
 
 class SigmoidGate(nn.Module):
@@ -80,7 +80,7 @@ class SigmoidGate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns x_m sigmoid(w_m . x_m + b_m); sows the sigmoids [B, M] as `gate`.
+        """Returns x_m sigmoid(w_m . x_m + b_m).
 
         Args:
           x: [B, M, D] float, 0 where the vector is missing.
@@ -96,7 +96,6 @@ class SigmoidGate(nn.Module):
             "bmd,md->bm", x, kernel.astype(self.dtype), preferred_element_type=param_dtype
         )
         gate = jax.nn.sigmoid(scores + bias)  # [B, M]
-        self.sow("intermediates", "gate", gate)
         return (x * gate[..., None]).astype(self.dtype)
 
 
@@ -193,5 +192,4 @@ class AttentionAggregation(nn.Module):
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)
         scores = jnp.where(mask, x @ query, jnp.finfo(x.dtype).min)
         weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)  # [B, T]
-        self.sow("intermediates", "weights", weights)
         return jnp.einsum("bt,btd->bd", weights, jnp.where(mask[..., None], x, 0.0))

@@ -1,12 +1,13 @@
 """DeepMEF, the third place of 2019: frames that attend to each other, scenes, a cosine head."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import Array, Frames
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.attention import AttentionAggregation, ChannelAttention
 from vidjax.models.heads import CosineClassifier, unit_vectors
@@ -60,6 +61,7 @@ class DeepMEF(nn.Module):
     modality_dropout_rate: float = 0.0
     logit_scale: float = 30.0
     dtype: jnp.dtype = jnp.float32
+    vector_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,33 +80,24 @@ class DeepMEF(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        frames: Mapping[str, Frames],
-        *,
-        clip_index: Array,
-        labels: Array,
-        batch_mask: Array,
-        train: bool,
-    ) -> Array:
-        """Returns logits.
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns the logits of the classes, and the aggregated vector of each clip.
 
         Args:
           frames: modality -> Frames [B, T], each with a T of its own.
-          clip_index: [B] int32, unused.
-          labels: [B] int32, unused.
-          batch_mask: [B] bool; padded rows change nothing, statistics included.
+          clips: `index` and `labels` are not read.
           train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
             collection `batch_stats` must be mutable).
 
         Returns:
-          [B, 1 + C] float32, in [-logit_scale, logit_scale].
+          ModelOutput with one branch; logits [B, 1, 1 + C] lie in [-logit_scale, logit_scale].
 
         Raises:
           ValueError: where a configured modality is missing or has another width, or the number of
             frames does not fit `channels`.
         """
-        del clip_index, labels
-        frames, present = inputs.real_frames(frames, self.modalities, batch_mask)
+        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         seen = present.any(axis=1)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
@@ -132,7 +125,8 @@ class DeepMEF(nn.Module):
         )(hidden)
         # Its bias would give a clip that cannot be seen a direction.
         x = (x + added) * seen[:, None]
-        return CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        return ModelOutput(logits[:, None], embedding=x)
 
     def _layer(self, width: int, name: str) -> DenseLayer:
         return DenseLayer(

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import Array, Frames
+from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.heads import Classifier, CosineClassifier
 from vidjax.models.mlp import MLP, Layer
@@ -62,6 +63,7 @@ class DenseIdentifier(nn.Module):
     feature_scale: float = 1.0
     modality_dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    vector_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,32 +82,23 @@ class DenseIdentifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        frames: Mapping[str, Frames],
-        *,
-        clip_index: Array,
-        labels: Array,
-        batch_mask: Array,
-        train: bool,
-    ) -> Array:
-        """Returns logits.
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns the logits of the classes, and the output of the backbone for each clip.
 
         Args:
           frames: modality -> Frames [B, T], each with a T of its own.
-          clip_index: [B] int32, unused.
-          labels: [B] int32, unused.
-          batch_mask: [B] bool; padded rows change nothing, statistics included.
+          clips: `index` and `labels` are not read.
           train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
             collection `batch_stats`, where there is one, must be mutable).
 
         Returns:
-          [B, 1 + C] float32.
+          ModelOutput with one branch, logits [B, 1, 1 + C].
 
         Raises:
           ValueError: where a configured modality is missing or has another width.
         """
-        del clip_index, labels
-        frames, present = inputs.real_frames(frames, self.modalities, batch_mask)
+        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         # A clip that cannot be seen would move the statistics.
         seen = present.any(axis=1)
         if train and self.modality_dropout_rate > 0:
@@ -131,9 +124,10 @@ class DenseIdentifier(nn.Module):
             )
         x = net(x, seen, train=train)
         if self.head == "cosine":
-            return CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
-        init = nn.initializers.xavier_uniform()
-        classifier = Classifier(
-            self.num_classes, dtype=self.dtype, kernel_init=init, name="classifier"
-        )
-        return classifier(x, train=train)
+            logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        else:
+            init = nn.initializers.xavier_uniform()
+            logits = Classifier(
+                self.num_classes, dtype=self.dtype, kernel_init=init, name="classifier"
+            )(x, train=train)
+        return ModelOutput(logits[:, None], embedding=x)

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vidjax.batch import Array, Branches, Frames
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
+from vidjax.models.heads import unit_vectors
 
 
 class FallbackIdentifier(nn.Module):
@@ -74,46 +75,44 @@ class FallbackIdentifier(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """Returns what the logits of both are multiples of."""
+        """Factor on the cosines in the logits of both models; 1 for linear classifiers."""
         return self.main.logit_scale
 
+    @property
+    def vector_names(self) -> tuple[str, ...]:
+        """Names of the vectors that attend to each other, of whichever model has them."""
+        return self.main.vector_names or self.other.vector_names
+
     def __call__(
-        self,
-        frames: Mapping[str, Frames],
-        *,
-        clip_index: Array,
-        labels: Array,
-        batch_mask: Array,
-        train: bool,
-    ) -> Branches:
-        """Returns the logits of both models and who answers for which clip.
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns the logits of both models, with weights that say which one answers for a clip.
 
         Args:
           frames: modality -> Frames [B, T], each with a T of its own.
-          clip_index: [B] int32, rows of the training clips.
-          labels: [B] int32, class columns.
-          batch_mask: [B] bool; padded rows change nothing, statistics included.
-          train: as of the two models. Each then sees the clips alone that it is trained on.
+          clips: what the two models read.
+          train: True for training; each model then sees only the clips that it learns from.
 
         Returns:
-          Branches with G = 2: main, other.
+          ModelOutput with two branches: main, other. The embedding is the unit vectors of the two
+          side by side, 0 where a model has no say.
 
         Raises:
-          ValueError: where a configured modality is missing or has another width, or one of the two
-            has branches itself.
+          ValueError: a configured modality is missing or has another width, or one of the two
+            models has branches itself.
         """
-        real, present = inputs.real_frames(frames, self.modalities, batch_mask)
+        real, present = inputs.real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
         main_sees = has[self.modality]
         other_sees = jnp.any(jnp.stack([has[name] for name in self.other_modalities]), axis=0)
 
-        logits = []
+        outputs = []
         for part, sees in ((self.main, main_sees), (self.other, other_sees)):
-            rows = batch_mask & sees if train else batch_mask
-            out = part(frames, clip_index=clip_index, labels=labels, batch_mask=rows, train=train)
-            if isinstance(out, Branches):
+            rows = clips.mask & sees if train else clips.mask
+            output = part(frames, clips._replace(mask=rows), train=train)
+            if output.logits.shape[1] > 1:
                 raise ValueError("the models of a fallback cannot have branches themselves")
-            logits.append(out)
+            outputs.append(output)
 
         poor = main_sees & (_mean_measure(real[self.modality], self.measure) < self.threshold)
         main_weight = jnp.where(main_sees, jnp.where(poor, self.main_share, 1.0), 0.0)
@@ -121,10 +120,17 @@ class FallbackIdentifier(nn.Module):
         other_weight = jnp.where(main_sees, other_weight, self.missing_scale)
         answers = jnp.stack([main_weight, other_weight], axis=1)  # [B, 2]
         alone = jnp.array([1.0, 0.0])
-        return Branches(
-            logits=jnp.stack(logits, axis=1),  # [B, 2, 1 + C]
+        eval_weight = jnp.where(other_sees[:, None], answers, alone).astype(jnp.float32)
+        vectors = [
+            unit_vectors(output.embedding) * (eval_weight[:, i, None] > 0)
+            for i, output in enumerate(outputs)
+        ]
+        return ModelOutput(
+            logits=jnp.concatenate([output.logits for output in outputs], axis=1),  # [B, 2, 1 + C]
+            embedding=jnp.concatenate(vectors, axis=1),
             train_weight=jnp.stack([main_sees, other_sees], axis=1).astype(jnp.float32),
-            eval_weight=jnp.where(other_sees[:, None], answers, alone).astype(jnp.float32),
+            eval_weight=eval_weight,
+            attention={**(outputs[1].attention or {}), **(outputs[0].attention or {})},
         )
 
 

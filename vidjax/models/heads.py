@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vidjax.batch import Array
+from vidjax.batch import Array, ClipInfo
 from vidjax.models import dense_general
 
 # Below every cosine, and finite so that a loss or a log-softmax of it is finite too.
@@ -123,16 +123,12 @@ class NearestNeighbours(nn.Module):
     logit_scale: float = 1.0
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, clip_index: Array, labels: Array, batch_mask: Array, train: bool
-    ) -> Array:
+    def __call__(self, x: Array, clips: ClipInfo, *, train: bool) -> Array:
         """Returns the largest cosine to a training clip of every class.
 
         Args:
           x: [B, D] float; a vector of 0 is a clip that cannot be seen.
-          clip_index: [B] int32, the rows that training writes.
-          labels: [B] int32, class columns; read in training only.
-          batch_mask: [B] bool; padded rows write nothing.
+          clips: training writes the rows `index`, and nothing for padded rows.
           train: True to write the memory (which must be mutable).
 
         Returns:
@@ -148,9 +144,11 @@ class NearestNeighbours(nn.Module):
         )
         seen = jnp.any(unit != 0, axis=-1)
         if train:
+            if clips.labels is None:
+                raise ValueError("the nearest-neighbour memory needs labels in training")
             if not self.is_initializing():
-                rows = jnp.where(batch_mask, clip_index, self.num_clips)
-                owner = jnp.where(seen, labels, self.num_classes)
+                rows = jnp.where(clips.mask, clips.index, self.num_clips)
+                owner = jnp.where(seen, clips.labels, self.num_classes)
                 vectors.value = vectors.value.at[rows].set(unit, mode="drop")
                 owners.value = owners.value.at[rows].set(owner, mode="drop")
             return jnp.zeros((x.shape[0], self.num_classes), unit.dtype)

@@ -2,20 +2,21 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from vidjax.models.base import Identifier
 from vidjax.models.deepmef import DeepMEF
 from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
 
-# A system of one's own: a module of its own file here, and one line.
-_SYSTEMS: dict[str, Any] = {
+# A model of your own: a file beside these, and one line here.
+MODELS: dict[str, type[nn.Module]] = {
     "deepmef": DeepMEF,
     "dense": DenseIdentifier,
     "fallback": FallbackIdentifier,
@@ -31,11 +32,11 @@ def make_identifier(
     num_classes: int,
     num_clips: int,
     dtype: Any = "float32",
-) -> nn.Module:
+) -> Identifier:
     """Returns the model that a plain dict names.
 
     Args:
-      spec: `name`, one of the systems above, and attributes of its module. A field that is a model
+      spec: `name`, a key of MODELS, and attributes of that module. A field that is a model
         itself (those of FallbackIdentifier) is a spec of this form again.
       modalities: name -> feature width.
       num_classes: class columns, 1 + C.
@@ -43,9 +44,7 @@ def make_identifier(
       dtype: of the matrix products.
 
     Returns:
-      A hashable module called as (frames, *, clip_index, labels, batch_mask, train) that gives
-      logits [B, 1 + C] or Branches. Its attribute `logit_scale` says what they are multiples of: 1,
-      or the factor on the cosines.
+      A hashable linen module that fulfils `Identifier`.
 
     Raises:
       ValueError: for an unknown name, attribute, modality or dtype, or a missing attribute.
@@ -56,10 +55,10 @@ def make_identifier(
         raise ValueError(f"unknown dtype {dtype!r}") from error
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in _SYSTEMS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(_SYSTEMS))}")
-    system = _SYSTEMS[name]
-    fields = {field.name: field for field in dataclasses.fields(system)}
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}")
+    model = MODELS[name]
+    fields = {field.name: field for field in dataclasses.fields(model)}
     given = {
         "modalities": FrozenDict(modalities),
         "num_classes": num_classes,
@@ -78,11 +77,11 @@ def make_identifier(
         raise ValueError(f"model {name!r} needs {', '.join(missing)}")
     if not modalities:
         raise ValueError(f"model {name!r} needs at least one modality")
-    for part, choice in getattr(system, "parts", {}).items():
+    for part, choice in getattr(model, "parts", {}).items():
         names = options.get(choice) or tuple(modalities)
-        if strange := sorted(set(names) - set(modalities)):
+        if unknown := sorted(set(names) - set(modalities)):
             raise ValueError(
-                f"{choice} of model {name!r} names {', '.join(strange)}; configured are "
+                f"{choice} of model {name!r} names {', '.join(unknown)}; configured are "
                 f"{', '.join(modalities)}"
             )
         options[part] = make_identifier(
@@ -92,4 +91,4 @@ def make_identifier(
             num_clips=num_clips,
             dtype=dtype,
         )
-    return system(**options, **fixed)
+    return cast(Identifier, model(**options, **fixed))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import Array, Frames
+from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import dense_general, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier
@@ -78,42 +78,33 @@ class MultimodalIdentifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        frames: Mapping[str, Frames],
-        *,
-        clip_index: Array,
-        labels: Array,
-        batch_mask: Array,
-        train: bool,
-    ) -> Array:
-        """Returns logits.
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns the logits of the classes, the feature map of each clip, and its attention.
 
         Args:
           frames: modality -> Frames [B, T], each with a T of its own.
-          clip_index: [B] int32, unused.
-          labels: [B] int32, unused.
-          batch_mask: [B] bool; padded rows change nothing, statistics included.
+          clips: `index` and `labels` are not read.
           train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
             collection `batch_stats` must be mutable).
 
         Returns:
-          [B, 1 + C] float32.
+          ModelOutput with one branch, logits [B, 1, 1 + C].
 
         Raises:
           ValueError: where a configured modality is missing or has another width.
         """
-        del clip_index, labels
-        frames, present = inputs.real_frames(frames, self.modalities, batch_mask)
+        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
             present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
 
-        vectors, vector_mask = [], []
+        vectors, vector_mask, attention = [], [], {}
         for position, name in enumerate(self.modalities):
             real = frames[name]
             if name in self.netvlad:
-                video = NetVLAD(
+                video, attention[f"assignment/{name}"] = NetVLAD(
                     self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
                 )(real.features.astype(param_dtype) * self.feature_scale, real.mask, train=train)
             else:
@@ -139,7 +130,7 @@ class MultimodalIdentifier(nn.Module):
         if self.gate:
             x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
-            x = MultimodalAttention(
+            x, attention["attention"] = MultimodalAttention(
                 self.gram_dim,
                 self.gram_scale,
                 self.gamma,
@@ -148,6 +139,7 @@ class MultimodalIdentifier(nn.Module):
                 name="attention_map",
             )(x, jnp.concatenate(vector_mask, axis=1))
         x = x.reshape(x.shape[0], -1)
-        return Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
+        logits = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
             x, train=train
         )
+        return ModelOutput(logits[:, None], embedding=x, attention=attention)

@@ -1,11 +1,12 @@
 """The baseline: nearest neighbours among the training clips."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 
 from vidjax import fusion
-from vidjax.batch import Array, Frames
+from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.heads import NearestNeighbours
 
@@ -26,6 +27,7 @@ class NeighbourIdentifier(nn.Module):
     num_clips: int
     modality: str = "face"
     logit_scale: float = 1.0
+    vector_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,31 +39,24 @@ class NeighbourIdentifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        frames: Mapping[str, Frames],
-        *,
-        clip_index: Array,
-        labels: Array,
-        batch_mask: Array,
-        train: bool,
-    ) -> Array:
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
         """Returns scaled cosines as logits; in training zeros, while it fills `memory`.
 
         Args:
           frames: modality -> Frames [B, T].
-          clip_index: [B] int32, rows of the memory.
-          labels: [B] int32, class columns.
-          batch_mask: [B] bool.
+          clips: training writes row `index` of the memory, with the label.
           train: True to fill the collection `memory`, which must be mutable.
 
         Returns:
-          [B, 1 + C] float32, as NearestNeighbours.
+          ModelOutput with one branch; logits [B, 1, 1 + C] as NearestNeighbours gives them.
 
         Raises:
           ValueError: where the modality is missing or has another width.
         """
         inputs.check_frames(frames, self.modalities)
         mean = fusion.mean_frame(frames[self.modality]).features[:, 0]  # [B, D]
-        return NearestNeighbours(
+        logits = NearestNeighbours(
             self.num_clips, self.num_classes, self.logit_scale, name="neighbours"
-        )(mean, clip_index=clip_index, labels=labels, batch_mask=batch_mask, train=train)
+        )(mean, clips, train=train)
+        return ModelOutput(logits[:, None], embedding=mean)

@@ -26,8 +26,8 @@ class NetVLAD(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k); sows a as `shares`.
+    def __call__(self, features: Array, mask: Array, *, train: bool) -> tuple[Array, Array]:
+        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), and the assignment a.
 
         Args:
           features: [B, T, D] float.
@@ -35,7 +35,8 @@ class NetVLAD(nn.Module):
           train: True to normalise by the statistics of the batch and update the running ones.
 
         Returns:
-          [B, K, D] float32; 0 for a clip without frames.
+          [B, K, D] float32, 0 for a clip without frames; and [B, T, K] float32, the share of each
+          cluster in a frame, 0 on padding.
 
         Raises:
           ValueError: for an unknown `reduce`.
@@ -61,7 +62,6 @@ class NetVLAD(nn.Module):
             name="norm",
         )(scores, mask=counted[..., None])
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
-        self.sow("intermediates", "shares", assignment)
 
         dim = features.shape[-1]
         centers = self.param(
@@ -80,4 +80,4 @@ class NetVLAD(nn.Module):
         if self.reduce == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]
-        return descriptors
+        return descriptors, assignment

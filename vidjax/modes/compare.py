@@ -13,6 +13,7 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax.config import Config
+from vidjax.data.clips import TrainingData
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
@@ -176,7 +177,11 @@ def _read_analysis(path: Path) -> Averages | None:
 
 
 def _score_ranking(
-    path: Path, names: Sequence[str], data: Any, split_name: str, metrics: Mapping[str, Any]
+    path: Path,
+    names: Sequence[str],
+    data: TrainingData,
+    split_name: str,
+    metrics: Mapping[str, Any],
 ) -> Averages:
     """Returns the average precisions of a `ranking.txt`, computed from the ground truth."""
     if metrics["map_kind"] == "out_of_fold":

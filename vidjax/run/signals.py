@@ -28,6 +28,11 @@ class Interruption:
             os._exit(128 + signum)
         self.signum = signum
 
+    def raise_if_asked(self, step: int) -> None:
+        """Raises Interrupted if a signal arrived; `step` is the last one that was saved."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, step)
+
 
 class Interrupted(Exception):
     """A signal stopped a run after its state was saved; `exit_code` is 128 plus the signal."""

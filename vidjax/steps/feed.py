@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
 from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
+from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System
 
@@ -28,10 +30,51 @@ class Done(NamedTuple):
       bad_step: the first step that was one too many without a finite loss and gradient, or None.
     """
 
-    states: list[train_step.TrainState]
+    states: list[state_lib.TrainState]
     num_steps: int
     loss: float
     bad_step: int | None
+
+
+class Feed(Protocol):
+    """Brings clips to the training step.
+
+    Attributes:
+      mode: `streaming` or `resident`.
+      waited: seconds that the devices sat idle waiting for clips.
+    """
+
+    mode: str
+    waited: float
+
+    def run(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+        most: int,
+    ) -> Done:
+        """Trains for one dispatch.
+
+        Args:
+          states: state of every group of members; donated.
+          tables: tables of every group.
+          step: number of steps done before.
+          most: number of steps to do at the most, 1 or more.
+        """
+        ...
+
+    def bad_clips(
+        self,
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
+        step: int,
+    ) -> np.ndarray:
+        """Returns [n] int32 clip_index of the clips of `step` that have no finite loss.
+
+        Where no single clip is to blame, these are all clips of the step.
+        """
+        ...
 
 
 class StreamingFeed:
@@ -59,8 +102,8 @@ class StreamingFeed:
 
     def run(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
     ) -> Done:
@@ -89,8 +132,8 @@ class StreamingFeed:
 
     def bad_clips(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
         """Returns the clip_index of those that spoil the step just done, or of all its clips."""
@@ -108,9 +151,7 @@ class ResidentFeed:
     mode = "resident"
     waited = 0.0
 
-    def __init__(
-        self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: resident.Plan
-    ):
+    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
         """Takes the clips to train on and how they make batches."""
         self._clips = clips
         self._find = _make_finder(system)
@@ -125,8 +166,8 @@ class ResidentFeed:
 
     def run(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
     ) -> Done:
@@ -152,8 +193,8 @@ class ResidentFeed:
 
     def bad_clips(
         self,
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
         """Returns the clip_index of those that spoil some step, or of all its clips."""
@@ -165,8 +206,8 @@ def _make_finder(system: System) -> Callable[..., np.ndarray]:
     find = jax.jit(functools.partial(train_step.find_bad_clips, system))
 
     def bad_clips(
-        states: Sequence[train_step.TrainState],
-        tables: Sequence[train_step.Tables],
+        states: Sequence[state_lib.TrainState],
+        tables: Sequence[state_lib.Tables],
         batch: Batch,
         step: int,
     ) -> np.ndarray:

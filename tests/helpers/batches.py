@@ -1,0 +1,28 @@
+"""Batches of a dataset in one call: the plan is made on the way."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vidjax.batch import Batch
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
+
+
+def eval_batches(
+    data: ClipSource, *, split: str, modalities: Sequence[str], rows: int, **chosen: Any
+) -> Iterator[Batch]:
+    """Yields the blocks of a split; `chosen` goes to `make_eval_plan`."""
+    plan = make_eval_plan(data.split(split), modalities, **chosen)
+    return data.eval_batches(plan, rows=rows)
+
+
+def train_batches(
+    data: TrainingData,
+    *,
+    splits: Sequence[str],
+    modalities: Sequence[str],
+    start: int = 0,
+    **options: Any,
+) -> Iterator[Batch]:
+    """Yields the batches of training; `options` go to `make_batch_plan`."""
+    plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
+    return data.train_batches(plan, start=start)

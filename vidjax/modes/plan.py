@@ -1,0 +1,160 @@
+"""What follows from a configuration and its data before anything is compiled."""
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax import ensemble
+from vidjax.batch import NoiseLayout
+from vidjax.config import Config
+from vidjax.data import ground_truth
+from vidjax.data.clips import TrainingData
+from vidjax.modes.restore import select_modalities
+from vidjax.steps import state as state_lib
+from vidjax.steps.distractors import label_distractors
+from vidjax.system import TaskSpec
+
+
+class RunPlan(NamedTuple):
+    """The task of a run, its members, and the tables that they learn from.
+
+    Attributes:
+      task: sizes of the training data.
+      training_sets: the E members and the clips that each is trained on.
+      labels: [N] int32, class columns of the training clips at the start.
+      tables: weights and settings of the members.
+      layout: meaning of the class columns with noise classes; None without.
+    """
+
+    task: TaskSpec
+    training_sets: ensemble.TrainingSets
+    labels: np.ndarray
+    tables: state_lib.Tables
+    layout: NoiseLayout | None
+
+
+def make_plan(config: Config, data: TrainingData) -> RunPlan:
+    """Plans a run; reads labels, and clusters distractors where they get classes of their own.
+
+    Raises:
+      ValueError: a field is out of its range, or does not fit the data.
+    """
+    _check_ranges(config)
+    modalities = select_modalities(config.modalities, data.modalities)
+    spec = config.ensemble.to_dict()
+    members = ensemble.make_members(spec)
+    _check_splits(config, data)
+    splits = [data.split(name) for name in config.data.train_splits]
+    labels = np.concatenate([split.labels for split in splits])
+    clips = tuple(clip for split in splits for clip in split.clips)
+    if not np.any(labels > 0):
+        names = ", ".join(f"{split.name}_gt.txt" for split in splits)
+        raise ValueError(f"no clip to train on has an identity: is there a good {names}?")
+
+    seen = ensemble.partition(members, labels, spec["folds"], config.seed)  # [E, N]
+    weight = seen * _clip_weights(config, labels, clips)
+    layout = None
+    if config.data.distractors == "noise":
+        labels, layout = label_distractors(config, data, labels)
+    elif config.data.distractors == "leave_out":
+        weight = weight * (labels > 0)
+    for member, row in zip(members, weight, strict=True):
+        if not row.any():
+            raise ValueError(f"no clip is left to train on for {member}")
+    task = TaskSpec(
+        modalities=modalities,
+        num_identities=len(data.identities),
+        num_clusters=layout.num_clusters if layout else None,
+        num_clips=len(labels),
+        total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
+        train_other=bool(np.any(weight[:, labels == 0])),
+    )
+    training_sets = ensemble.TrainingSets(members, clips, seen > 0)
+    return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def _check_ranges(config: Config) -> None:
+    """Raises ValueError for a number out of its range."""
+    for name, value in {
+        "batch_size": config.batch_size,
+        "log_every_steps": config.log_every_steps,
+        "num_epochs": config.num_epochs,
+        "data.max_frames": config.data.max_frames,
+        "eval.block_size": config.eval.block_size,
+    }.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{name}={value}: must be positive")
+    for name, value in {
+        "mixup": config.mixup,
+        "eval.every_epochs": config.eval.every_epochs,
+    }.items():
+        if not value >= 0:
+            raise ValueError(f"config.{name}={value}: must be 0 or more")
+    if not 0 <= config.seed < 2**31:
+        raise ValueError(f"config.seed={config.seed}: must be 0 or more, below 2**31")
+    if config.data.distractors not in ("other", "leave_out", "noise"):
+        given = config.data.distractors
+        raise ValueError(f"config.data.distractors='{given}': known are other, leave_out, noise")
+
+
+def _check_splits(config: Config, data: TrainingData) -> None:
+    """Raises ValueError for splits that are absent, or a score on clips that were trained on."""
+    train_splits = tuple(config.data.train_splits)
+    if not train_splits:
+        raise ValueError("config.data.train_splits is empty: name at least one")
+    spec = config.ensemble
+    if config.eval.split in train_splits and not (spec.folds or spec.bootstraps):
+        raise ValueError(
+            f"config.eval.split='{config.eval.split}' is among config.data.train_splits: "
+            "a score on clips\nthat were trained on says nothing; with --config.ensemble.folds=5 "
+            "every clip is scored by members that never saw it"
+        )
+    data.split(config.eval.split)  # before an hour of training, not after
+
+
+def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
+    """Returns [N] float, weight of every training clip by its class and by the file of weights."""
+    _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weight = counts[column] ** -float(config.data.balance)
+    weight = weight / weight.mean()
+    if config.data.weights:
+        weight = weight * ground_truth.load_clip_weights(config.data.weights, clips)
+    return weight
+
+
+class Schedule(NamedTuple):
+    """The steps after which something happens beside training.
+
+    Attributes:
+      log: steps after which a line of metrics is written.
+      evaluate: steps after which the run is evaluated; the last step is among them.
+      relabel: steps after which unclustered distractors move.
+    """
+
+    log: frozenset[int]
+    evaluate: frozenset[int]
+    relabel: frozenset[int]
+
+    def next_stop(self, step: int) -> int:
+        """Returns the first step after `step` at which something is due."""
+        stops = sorted(self.log | self.evaluate | self.relabel)
+        return stops[bisect.bisect(stops, step)]
+
+
+def make_schedule(config: Config, plan: RunPlan) -> Schedule:
+    """Returns the schedule of a run."""
+    total = plan.task.total_steps
+
+    def every(epochs: float) -> frozenset[int]:
+        # The steps before the last; 0 epochs: none.
+        steps = round(epochs * plan.task.num_clips / config.batch_size)
+        return frozenset(range(steps, total, steps)) if steps else frozenset()
+
+    return Schedule(
+        log=frozenset(range(0, total, config.log_every_steps)) | {total},
+        evaluate=every(config.eval.every_epochs) | {total},
+        relabel=every(config.noise.relabel_every_epochs) if plan.layout else frozenset(),
+    )

@@ -1,0 +1,151 @@
+"""How a run starts: its files, the newest saved state or a new one, the feed of clips."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vidjax import config as config_lib
+from vidjax import devices, ensemble
+from vidjax.config import Config
+from vidjax.data import resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
+from vidjax.modes.plan import RunPlan
+from vidjax.modes.restore import check_digests
+from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
+from vidjax.run.terminal import say
+from vidjax.steps import feed as feed_lib
+from vidjax.steps import state as state_lib
+from vidjax.system import System
+
+
+def restore_or_init(
+    workdir: Path,
+    config: Config,
+    system: System,
+    plan: RunPlan,
+    mesh: Mesh,
+    description: Mapping[str, Any],
+) -> tuple[state_lib.TrainState, dict[str, Any]]:
+    """Returns the newest saved state and its manifest, or a new state and an empty manifest.
+
+    Args:
+      workdir: the run's folder.
+      config: the configuration of now; its changes are recorded in `changes.jsonl`.
+      system: the system of the configuration.
+      plan: the plan of the run.
+      mesh: the devices.
+      description: entries of the manifest that must be equal: digests of identities and members.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+      CheckpointError: its checkpoints are damaged or belong to another model.
+    """
+
+    def init() -> state_lib.TrainState:
+        members = plan.training_sets.members
+        labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
+        rngs = ensemble.make_rngs(members, config.seed)
+        return state_lib.init_state(system, plan.task.modalities, rngs, labels)
+
+    def check(manifest: Mapping[str, Any]) -> None:
+        before = config_lib.from_json(json.dumps(manifest["config"]))
+        changed.update(resume.changes(workdir, before, config))
+        check_digests(workdir, manifest, description)
+        if manifest["step"] > plan.task.total_steps:
+            raise ValueError(
+                f"'{workdir}' was trained for {manifest['step']} steps already, "
+                f"of {plan.task.total_steps} by config.num_epochs={config.num_epochs}"
+            )
+
+    changed: resume.Changes = {}
+    sharding = devices.replicated(mesh)
+    abstract = as_items(jax.eval_shape(init))
+    try:
+        restored = checkpoint.restore_latest(workdir, abstract, sharding, check)
+    except checkpoint.OtherModelError as error:
+        if not changed:
+            raise
+        raise ValueError(f"{error}\nbecause of {resume.describe(changed)}") from error
+    if (workdir / "config.json").exists():
+        changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    resume.record(workdir, restored[1]["step"] if restored else 0, changed)
+    if restored is None:
+        return jax.jit(init, out_shardings=sharding)(), {}
+    items, manifest = restored
+    state = state_lib.TrainState(
+        params=items["params"], model_state=items["model_state"], **items["train"]
+    )
+    return state, manifest
+
+
+def as_items(state: state_lib.TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint; evaluation reads `params` and `model_state` alone."""
+    names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
+    rest = {name: getattr(state, name) for name in names}
+    return {"params": state.params, "model_state": state.model_state, "train": rest}
+
+
+def write_description(
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
+) -> None:
+    """Writes what gives checkpoints their meaning: config, identities, members, data report."""
+    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    workdir_lib.write_json(workdir / "identities.json", list(data.identities))
+    ensemble.save(workdir, training_sets)
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
+    report = {**data.report, "cropped_in_an_epoch": cropped}
+    workdir_lib.write_json(workdir / "data_report.json", report)
+
+
+def make_feed(
+    config: Config,
+    data: TrainingData,
+    plan: RunPlan,
+    system: System,
+    mesh: Mesh,
+    *,
+    step: int,
+    mode: str | None,
+) -> tuple[feed_lib.Feed, ClipSource]:
+    """Returns the feed that brings clips to the training step, and the clips to evaluate.
+
+    Args:
+      config: the configuration.
+      data: clips to train on and to evaluate.
+      plan: the plan of the run.
+      system: the system of the configuration.
+      mesh: the devices.
+      step: number of steps that were done before.
+      mode: `streaming` or `resident`, as in the process that did them, since the order of clips
+        depends on it; None for a new run.
+    """
+    batches = make_batch_plan(
+        [data.split(name) for name in config.data.train_splits],
+        tuple(plan.task.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+    )
+    layout = resident.make_layout(data, batches, config.eval.split)
+    num_drawn = plan.task.total_steps * config.batch_size
+    mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    if mode == "streaming":
+        say("clips are streamed from the records")
+        stream = data.train_batches(batches, start=step * config.batch_size)
+        return feed_lib.StreamingFeed(system, mesh, stream), data
+    began = time.monotonic()
+    clips = resident.Resident(data, layout, mesh)
+    say(
+        f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
+        f"read in {time.monotonic() - began:.1f} s"
+    )
+    return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips

@@ -1,0 +1,255 @@
+"""A run in training: states on the devices, the feed of clips, checkpoints, evaluations."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import devices, ensemble
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.modes import analysis, start
+from vidjax.modes.plan import RunPlan
+from vidjax.modes.restore import companion_digests
+from vidjax.run import checkpoint
+from vidjax.run.logs import Logs
+from vidjax.run.terminal import say
+from vidjax.steps import eval_step
+from vidjax.steps import state as state_lib
+from vidjax.steps.distractors import Relabeller
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.scoring import Evaluation, score
+from vidjax.steps.train_step import MAX_BAD_STEPS
+from vidjax.system import System
+
+
+class TrainingRun:
+    """The state of a run between two events of its schedule.
+
+    Members whose programs run together form a group, with one TrainState; otherwise every member is
+    a group of its own. One program shares the large products of its members; members one after
+    another need little memory and keep the bits of a run of their own.
+
+    Attributes:
+      step: optimiser steps done.
+      is_evaluated: True if the checkpoint that the run starts from was evaluated.
+      feed: brings clips to the training step.
+      rates: clips per second of every dispatch of steps so far.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: TrainingData,
+        plan: RunPlan,
+        system: System,
+        mesh: Mesh,
+        *,
+        began: float,
+    ):
+        """Restores the newest checkpoint in the folder, or starts at step 0.
+
+        Args:
+          config: the run's configuration.
+          workdir: the run's folder, held by `workdir.lock`.
+          data: clips to train on and to evaluate.
+          plan: the plan of the run.
+          system: the system of the configuration.
+          mesh: the devices.
+          began: `time.monotonic()` at which this process began to work on the run.
+
+        Raises:
+          ValueError: the folder holds a run of another configuration.
+          CheckpointError: its checkpoints are damaged or belong to another model.
+        """
+        self._config, self._workdir, self._plan = config, workdir, plan
+        self._system, self._mesh = system, mesh
+        self._eval_step = eval_step.make_eval_step(system, mesh)
+        self._description: dict[str, Any] = {
+            **plan.task._asdict(),
+            **companion_digests(data.identities, plan.training_sets),
+            "config": config.to_dict(),
+        }
+        state, manifest = start.restore_or_init(
+            workdir, config, system, plan, mesh, self._description
+        )
+        self.step = int(state.step)
+        self.is_evaluated = bool(manifest.get("evaluated"))
+        self._seconds_before, self._began = manifest.get("seconds", 0.0), began
+        self._last_save = time.monotonic()
+        if self.step:
+            say(f"going on from step {self.step} of {plan.task.total_steps}")
+
+        self._group_size = size = self.num_members if system.together else 1
+        self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
+        self._states = [self._replicate(part) for part in state_lib.split_state(state, size)]
+        del state  # not held beside its parts
+        self.feed, self._clips = start.make_feed(
+            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
+        )
+        self._description["mode"] = self.feed.mode
+        self._relabeller = plan.layout and Relabeller(
+            config, workdir, self._clips, system, plan.layout, plan.training_sets, mesh,
+            step=self.step,
+        )  # fmt: skip
+        self.rates: list[float] = []
+        self._num_logged = 0  # rates that are in the log
+
+    def _replicate(self, tree: Any) -> Any:
+        return devices.replicate(self._mesh, tree)
+
+    @property
+    def split(self) -> str:
+        """Name of the split that is evaluated."""
+        return self._config.eval.split
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self._plan.task.total_steps
+
+    @property
+    def num_members(self) -> int:
+        """Number of members that are trained, E."""
+        return len(self._plan.training_sets.members)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run by all processes so far."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of one member."""
+        return sum(x[0].size for x in jax.tree.leaves(self._states[0].params))
+
+    @property
+    def state(self) -> state_lib.TrainState:
+        """The state of all members together."""
+        return state_lib.merge_states(self._states)
+
+    def advance(self, stop: int) -> tuple[int, float]:
+        """Trains for one dispatch of the feed; returns the number of steps and the last loss.
+
+        Args:
+          stop: step to stop at, at the latest.
+
+        Raises:
+          ValueError: a member had MAX_BAD_STEPS consecutive steps without a finite loss.
+        """
+        dispatched = time.monotonic()
+        done = self.feed.run(self._states, self._tables, self.step, stop - self.step)
+        self._states = done.states
+        self.step += done.num_steps
+        seconds = time.monotonic() - dispatched
+        self.rates.append(done.num_steps * self._config.batch_size / seconds)
+        if done.bad_step is not None:
+            raise ValueError(self._bad_step_message(done.bad_step))
+        return done.num_steps, done.loss
+
+    def _bad_step_message(self, bad_step: int) -> str:
+        index = self.feed.bad_clips(self._states, self._tables, bad_step)
+        clips = [self._plan.training_sets.clips[i] for i in index]
+        more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
+        rate = float(jnp.asarray(self._system.schedule(bad_step)))
+        return (
+            f"loss or gradient is not finite at step {bad_step + 1}, for {MAX_BAD_STEPS} steps "
+            f"in a row, at learning rate {rate:g}\n"
+            f"clips: {', '.join(clips[:5])}{more}\n"
+            "the last checkpoint is finite; is config.optim.learning_rate too high?"
+        )
+
+    def log(self, logs: Logs) -> None:
+        """Writes the means since the last line of the log, and starts new sums."""
+        logs.metrics(self.step, self._mean_metrics())
+        zeros = state_lib.zero_sums(self._group_size)
+        self._states = [state.replace(sums=self._replicate(zeros)) for state in self._states]
+        rate = statistics.median(self.rates[self._num_logged :])
+        self._num_logged = len(self.rates)
+        timing = {"clips_per_second": rate, "waited_seconds": self.feed.waited}
+        logs.timing(self.step, timing)
+
+    def _mean_metrics(self) -> dict[str, float]:
+        """Returns metrics that are functions of config, data and step alone."""
+        sums = {
+            name: sum(float(np.sum(state.sums[name])) for state in self._states)
+            for name in self._states[0].sums
+        }
+        if sums["bad_steps"]:
+            warnings.warn(
+                f"{sums['bad_steps']:.0f} steps up to step {self.step} were left out: "
+                "loss or gradient not finite",
+                stacklevel=2,
+            )
+        weight = max(sums["weight"], 1e-6)
+        return {
+            "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
+            "learning_rate": float(jnp.asarray(self._system.schedule(self.step - 1))),
+            "train_loss": sums["loss"] / weight,
+            "train_accuracy": sums["correct"] / weight,
+            "bad_steps": sums["bad_steps"],
+        }
+
+    def relabel(self) -> None:
+        """Moves unclustered distractors between mirror classes."""
+        assert self._relabeller is not None
+        labels = ensemble.split(self._relabeller(self.state), self._group_size)
+        self._states = [
+            state.replace(labels=self._replicate(part))
+            for state, part in zip(self._states, labels, strict=True)
+        ]
+
+    def is_save_due(self) -> bool:
+        """Returns True once `checkpoint_every_seconds` have passed since the last checkpoint."""
+        return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
+
+    def save(self, **more: Any) -> None:
+        """Saves a checkpoint of this step, or adds values to the manifest of a saved one."""
+        info = {**self._description, **more, "seconds": self.seconds}
+        checkpoint.save(self._workdir, self.step, start.as_items(self.state), info)
+        self._last_save = time.monotonic()
+
+    def evaluate(
+        self, *, analyse: bool, check: Callable[[], None] = lambda: None
+    ) -> tuple[Evaluation, analysis.Observer | None]:
+        """Ranks `config.eval.split` with the weights of this step.
+
+        Args:
+          analyse: True to observe the evaluation of the last step for `analysis.npz`.
+          check: called after every few blocks; an exception that it raises ends the evaluation.
+        """
+        model = self.trained_model()
+        observer = None
+        if analyse and self.step == self.total_steps:
+            observer = analysis.Observer([model], self.split, self._mesh)
+        evaluation = score(
+            [model],
+            self.split,
+            self._mesh,
+            block_size=self._config.eval.block_size,
+            each_member=self._config.eval.members,
+            observe=observer,
+            check=check,
+        )
+        return evaluation, observer
+
+    def trained_model(self) -> TrainedModel:
+        """Returns the weights of this step as evaluation takes them."""
+        state = self.state
+        return TrainedModel(
+            str(self._workdir),
+            self._system,
+            self._eval_step,
+            state.params,
+            state.model_state,
+            self._plan.training_sets,
+            self._clips,
+        )

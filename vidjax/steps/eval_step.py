@@ -1,0 +1,226 @@
+"""The evaluation step: scores, embeddings and attention of one member, without randomness.
+
+Every step maps (params, model_state, view, batch) to arrays of the B clips. The view is the chunk
+of the features that the member never sees, [] int32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from vidjax import devices, ensemble, selection
+from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
+from vidjax.models.heads import unit_vectors
+from vidjax.steps import examples
+from vidjax.system import System
+
+# (params, model_state, view [] int32, batch) of one member -> [B, ...]
+EvalStep = Callable[[Any, Any, Array, Batch], Array]
+
+
+def eval_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    """Returns one member's scores [B, K] of clips for class columns.
+
+    A clip without a usable frame scores -inf everywhere.
+
+    Args:
+      system: the system.
+      params: the member's parameters.
+      model_state: the member's other collections.
+      view: [] int32, the chunk of the features that the member never sees.
+      batch: B clips with all their frames.
+    """
+
+    def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
+        output = _apply(system, params, model_state, frames, batch, clip_mask)
+        if output.eval_weight is None and output.logits.shape[1] == 1:
+            return system.score_fn(output.logits[:, 0], system.class_mask)
+        scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
+        total = _no_score(scores[:, 0], system.logs)
+        for branch in range(scores.shape[1]):
+            weight = _eval_weight(output)[:, branch]
+            total = ensemble.add_scores(total, scores[:, branch], weight, logs=system.logs)
+        return total
+
+    scores = _over_examples(system, view, batch, scores_of, logs=system.logs, reduce=system.reduce)
+    return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
+
+
+def embed_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    """Returns one member's embeddings [B, D] float32 of clips, averaged over their examples.
+
+    A clip without a usable frame has an embedding of 0; the other embeddings of a clip or example
+    have length 1 (with several branches, length 1 for each branch that has a say).
+
+    Args:
+      system: the system.
+      params: the member's parameters.
+      model_state: the member's other collections.
+      view: [] int32, the chunk of the features that the member never sees.
+      batch: B clips with all their frames.
+    """
+
+    def embedding_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
+        output = _apply(system, params, model_state, frames, batch, clip_mask)
+        if output.logits.shape[1] > 1:
+            return output.embedding
+        return unit_vectors(output.embedding)
+
+    vectors = _over_examples(system, view, batch, embedding_of, logs=False, reduce="mean")
+    usable = _is_usable(system, batch)[:, None]
+    return jnp.where(usable, vectors, 0.0).astype(jnp.float32)
+
+
+def attention_step(
+    system: System, params: Any, model_state: Any, view: Array, batch: Batch
+) -> dict[str, Array]:
+    """Sums `ModelOutput.attention` of one member over the clips of a batch.
+
+    Args:
+      system: a system whose models take the frames of a clip together.
+      params: the member's parameters.
+      model_state: the member's other collections.
+      view: [] int32, the chunk of the features that the member never sees.
+      batch: B clips with all their frames.
+
+    Returns:
+      `attention` -> [M, M] float32 and `assignment/MODALITY` -> [K] float32, as far as the model
+      has them.
+    """
+    fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
+    with jax.default_matmul_precision(system.matmul_precision):
+        output = _apply(system, params, model_state, fused, batch, batch.batch_mask)
+    return {
+        name: jnp.sum(value, axis=0 if name == "attention" else (0, 1))
+        for name, value in (output.attention or {}).items()
+    }
+
+
+def _apply(
+    system: System,
+    params: Any,
+    model_state: Any,
+    frames: Mapping[str, Frames],
+    batch: Batch,
+    clip_mask: Array,
+) -> ModelOutput:
+    """Applies the model of one member in evaluation mode."""
+    clips = ClipInfo(index=batch.clip_index, mask=clip_mask)
+    return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
+
+
+def _eval_weight(output: ModelOutput) -> Array:
+    if output.eval_weight is None:
+        return jnp.ones(output.logits.shape[:2], output.logits.dtype)
+    return output.eval_weight
+
+
+def _is_usable(system: System, batch: Batch) -> Array:
+    """Returns [B] bool, True for clips with a frame of a configured modality."""
+    return selection.has_frames({name: batch.frames[name] for name in system.fuse_eval})
+
+
+def _no_score(scores: Array, logs: bool) -> Array:
+    """Returns an empty sum of scores, of the shape and dtype of `scores`."""
+    return jnp.full_like(scores, -jnp.inf if logs else 0.0)
+
+
+def _over_examples(
+    system: System,
+    view: Array,
+    batch: Batch,
+    values_of: Callable[[Mapping[str, Frames], Array], Array],
+    *,
+    logs: bool,
+    reduce: str,
+) -> Array:
+    """Reduces what a model says of every example of a clip to one row a clip.
+
+    Examples are computed one after another: the values of all T' of them never exist at once.
+
+    Args:
+      system: the system.
+      view: [] int32, the chunk of the features that the member never sees.
+      batch: B clips with all their frames.
+      values_of: (frames of one example a clip, [B] bool) -> [B, K].
+      logs: True where values are logarithms and their exponentials are averaged.
+      reduce: `mean` or `max`.
+
+    Returns:
+      [B, K]. Where the model takes the frames of a clip together, a clip is its only example.
+    """
+    fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
+    with jax.default_matmul_precision(system.matmul_precision):
+        if not system.examples:
+            return values_of(fused, batch.batch_mask)
+        _, exists = system.to_examples(fused)
+        weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
+
+        def example(t: Array) -> dict[str, Frames]:
+            def take(x: Array) -> Array:
+                at = jnp.minimum(t, x.shape[1] - 1)  # a modality with one frame goes with each
+                return jax.lax.dynamic_index_in_dim(x, at, axis=1)
+
+            return {name: jax.tree.map(take, frames) for name, frames in fused.items()}
+
+        def add(t: Array, total: Array) -> Array:
+            values = values_of(example(t), batch.batch_mask & exists[:, t])
+            if reduce == "max":
+                return jnp.maximum(total, jnp.where(exists[:, t, None], values, -jnp.inf))
+            return ensemble.add_scores(total, values, weight[:, t], logs=logs)
+
+        first = jax.eval_shape(values_of, example(jnp.int32(0)), batch.batch_mask)
+        total = _no_score(jnp.zeros(first.shape, first.dtype), logs or reduce == "max")
+        last = jnp.max(jnp.where(exists, jnp.arange(1, exists.shape[1] + 1), 0))
+        return jax.lax.fori_loop(0, last, add, total)
+
+
+def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
+    """Compiles `eval_step` for the identity columns alone, [B, C].
+
+    Every device runs the program of its own rows, so that with a fixed number of rows per device
+    the scores are bit-equal on any number of devices.
+    """
+
+    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, view, batch)
+        return scores[:, 1 : 1 + system.num_identities]
+
+    return _by_rows(step, mesh)
+
+
+def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
+    """Compiles the best class column of every clip, [B] int32."""
+
+    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        scores = eval_step(system, params, model_state, view, batch)
+        return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
+
+    return _by_rows(step, mesh)
+
+
+def make_embed_step(system: System) -> EvalStep:
+    """Compiles `embed_step`, [B, D] float32."""
+
+    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        return embed_step(system, params, model_state, view, batch)
+
+    return jax.jit(step)
+
+
+def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
+    whole = PartitionSpec()
+
+    def on_each(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+        return jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, devices.batch_specs(batch)),
+            out_specs=PartitionSpec("data"),
+            check_vma=False,
+        )(params, model_state, view, batch)
+
+    return jax.jit(on_each)
