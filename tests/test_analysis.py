@@ -8,10 +8,11 @@ import pytest
 
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
-from vidjax import metrics, ranking
+from vidjax import metrics
 from vidjax.data.records import pipeline
-from vidjax.modes import analysis, evaluate, train
+from vidjax.modes import confusions, evaluate, robustness, strata, train
 from vidjax.run import results as results_lib
+from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,7 @@ def test_nothing_changed_is_plain_map(workdir):
     facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
     assert facts["num_sampled"] == 60
     values = {row["change"]: row["map"] for row in facts["robustness"]}
-    assert values.pop(analysis.PLAIN) == facts["results"]["map"]
+    assert values.pop(robustness.PLAIN) == facts["results"]["map"]
     assert {"no face", "no head", "no audio", "one frame"} <= set(values)
     assert min(values.values()) < facts["results"]["map"]
 
@@ -107,13 +108,13 @@ def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
     for row, before in zip(facts["robustness"], whole[0]["robustness"], strict=True):
         assert row["map"] == pytest.approx(before["map"], abs=1e-3), row
 
-    monkeypatch.setattr(analysis, "SAMPLE", 30)
-    monkeypatch.setattr(analysis, "LEAST_SAMPLE", 30)
+    monkeypatch.setattr(robustness, "SAMPLE", 30)
+    monkeypatch.setattr(robustness, "LEAST_SAMPLE", 30)
     _, facts, _ = analysed(workdir, data)
     split = data.split("val")
     sample = np.random.default_rng(0).choice(60, 30, replace=False)
     positives = np.bincount(split.labels[sample], minlength=13)[1:]
-    lists = np.full((12, 60), ranking.NO_CLIP)
+    lists = np.full((12, 60), topk.NO_CLIP)
     for row, line in zip(lists, (workdir / "ranking.txt").read_text().splitlines(), strict=True):
         clips = [split.clips.index(name.removesuffix(".mp4")) for name in line.split()[1:]]
         clips = [clip for clip in clips if clip in sample]
@@ -145,8 +146,8 @@ def test_map_among_some_clips_by_hand():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
-    top = ranking.TopK(np.zeros(index.shape, np.float32), index)
-    found = analysis._found(top, labels)
+    top = topk.TopK(np.zeros(index.shape, np.float32), index)
+    found = strata.ranked_columns(top, labels)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
     for identity in range(1, 5):
@@ -154,31 +155,31 @@ def test_map_among_some_clips_by_hand():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    value, identities, clips = analysis._map_among(top, found, labels, chosen)
+    value, identities, clips = strata.map_among(top, found, labels, chosen)
     assert value == pytest.approx(np.mean(averages))
     assert (identities, clips) == (4, chosen.sum())
-    everything, _, _ = analysis._map_among(top, found, labels, labels > 0)
+    everything, _, _ = strata.map_among(top, found, labels, labels > 0)
     positives = np.bincount(labels, minlength=5)[1:]
     assert everything == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
 
 def test_homes_are_the_lists_of_the_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
-    index = np.array([[2, 0, ranking.NO_CLIP], [2, 1, 0]])
-    homes = analysis._homes(ranking.TopK(scores, index), 4)
+    index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
+    homes = confusions.best_lists(topk.TopK(scores, index), 4)
     assert homes.tolist() == [0, 1, 0, -1]  # clip 2 is at par: the first identity
 
 
 def test_groups_by_count_and_quantile_hold_everything_once():
     counts = np.arange(200)
-    groups = analysis._by_count(counts)
+    groups = strata.by_count(counts)
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 200
     assert [label for label, _ in groups][:5] == ["0", "1", "2", "3 to 4", "5 to 8"]
     assert groups[-1][0] == "over 128"
     values = np.r_[np.zeros(5), np.arange(95.0)]
-    groups = analysis._by_quantile(values, np.ones(100, bool))
+    groups = strata.by_quantile(values, np.ones(100, bool))
     assert np.sum([chosen for _, chosen in groups], axis=0).tolist() == [1] * 100
-    assert analysis._by_quantile(np.zeros(9), np.ones(9, bool)) == []
+    assert strata.by_quantile(np.zeros(9), np.ones(9, bool)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])

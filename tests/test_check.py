@@ -15,9 +15,10 @@ from vidjax import config as config_lib
 from vidjax import ensemble, ranking
 from vidjax.data import iqiyi_vid
 from vidjax.main import main
-from vidjax.modes.evaluate import digest
+from vidjax.modes import restore
 from vidjax.run import checkpoint
 from vidjax.run import workdir as workdir_lib
+from vidjax.steps import topk
 
 ROOT = Path(__file__).parent.parent
 SPEC = "configs/mma.py:iqiyi_vid,face,head,audio"
@@ -52,15 +53,14 @@ def finished(data, tmp_path_factory):
         items = {"params": {"kernel": np.full((64, 64), step, np.float32)}}
         info = {
             "map": step / 100,
-            "identities_sha256": digest(identities),
-            "members_sha256": ensemble.digest(training_sets),
+            **restore.companion_digests(identities, training_sets),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)
     lines = [{"step": 10}, {"step": 20}, {"step": 20, "split": "val"}]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text)
-    top = ranking.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
+    top = topk.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
     ranking.write_ranking(workdir / "ranking.txt", identities, clips, top)
     workdir_lib.write_json(workdir / "metrics.json", {"map": 0.2, "map_kind": "val"})
     report = {"frames_seen": 9, "frames": 7, "frames_skipped": {"non_finite": 2}}
@@ -274,7 +274,7 @@ def half_a_config(run):
         (truncate_checkpoint, 3, ["checkpoint 10", "sha256 differs"]),
         (flip_manifest, 3, ["checkpoint 20", "manifest.json"]),
         (lose_manifest, 3, ["checkpoint 20", "manifest.json"]),
-        (other_identities, 3, ["identities.json: not what the run"]),
+        (other_identities, 3, ["identities.json", "delete it and metrics.json"]),
         (half_an_identity_list, 3, ["identities.json' is damaged"]),
         (flip_members, 3, ["members.npz"]),
         (other_config, 3, ["config.json", "embed_dim"]),

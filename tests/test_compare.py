@@ -12,6 +12,8 @@ from vidjax import ranking
 from vidjax.data.records import pipeline
 from vidjax.main import main
 from vidjax.modes import compare
+from vidjax.report import significance
+from vidjax.steps import topk
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]
 
@@ -36,7 +38,7 @@ def simulate(rng, repetitions, num):
 @pytest.mark.parametrize("num", [50, 100, 400])
 def test_the_interval_covers_the_true_difference(num):
     gaps, true = simulate(np.random.default_rng(num), 3000, num)
-    low, high, p = compare.bootstrap(gaps, resamples=999)
+    low, high, p = significance.bootstrap(gaps, resamples=999)
     assert 0.93 <= np.mean((low <= true) & (true <= high)) <= 0.97
     # The same resamples decide on both: p is below 5 % where 0 lies outside.
     outside = (low > 0) | (high < 0)
@@ -46,7 +48,7 @@ def test_the_interval_covers_the_true_difference(num):
 def test_p_is_as_often_below_a_share_as_chance_has_it():
     rng = np.random.default_rng(5)
     gaps, true = simulate(rng, 3000, 100)
-    _, _, p = compare.bootstrap(gaps - true, resamples=999)
+    _, _, p = significance.bootstrap(gaps - true, resamples=999)
     for share in (0.05, 0.2, 0.5):
         assert np.mean(p <= share) == pytest.approx(share, abs=0.02)
 
@@ -55,25 +57,25 @@ def test_p_is_as_often_below_a_share_as_chance_has_it():
     ("gaps", "interval", "p"),
     [
         (np.zeros(50), (0, 0), 1.0),
-        (np.full(50, 0.1), (0.1, 0.1), 1 / (compare.RESAMPLES + 1)),
+        (np.full(50, 0.1), (0.1, 0.1), 1 / (significance.RESAMPLES + 1)),
     ],
 )
 def test_differences_that_are_all_alike(gaps, interval, p):
-    (low,), (high,), (found,) = compare.bootstrap(gaps)
+    (low,), (high,), (found,) = significance.bootstrap(gaps)
     assert (low, high) == pytest.approx(interval)
     assert found == pytest.approx(p)
 
 
 def test_one_identity_that_differs_proves_nothing():
-    (low,), (high,), (p,) = compare.bootstrap(np.eye(60)[0])
+    (low,), (high,), (p,) = significance.bootstrap(np.eye(60)[0])
     assert -1 < low < 0 < high < 1
     assert p > 0.05
 
 
 def test_holm_by_hand():
-    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert compare.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert compare.holm([]) == []
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert significance.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert significance.holm([]) == []
 
 
 class Page(HTMLParser):
@@ -156,12 +158,12 @@ def test_another_split_that_both_have_ranked(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "test"}, "two splits, val and test"),
-        ({"positives": 4}, "'person_0' has 3 in the one and 4 in the other"),
+        ({"split": "test"}, "--config.eval.split=val"),
+        ({"positives": 4}, "3 and 4 of 'person_0'"),
         ({"num_clips": 49}, "50 and 49 clips"),
-        ({"averages": {"nobody": 0.5}}, "as 'nobody', which"),
+        ({"averages": {"nobody": 0.5}}, "such as 'nobody'"),
         ({"overrides": ["--config.data.seed=1"]}, "synthetic, size small, seed 1"),
-        ({"results": {"map": 0.123}}, "0.1230 by metrics.json"),
+        ({"results": {"map": 0.123}}, "0.1230 in metrics.json"),
         ({"truth": False}, "has no ground truth"),
     ],
 )
@@ -189,7 +191,7 @@ def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(
     for name in ("a", "b"):
         folder = tmp_path / name
         index = np.stack([rng.permutation(len(split.clips)) for _ in data.identities])
-        top = ranking.TopK(-index.astype(np.float32), index.astype(np.int32))
+        top = topk.TopK(-index.astype(np.float32), index.astype(np.int32))
         made_runs.write(folder, dict.fromkeys(data.identities, 0.0), "--config.data.name=iqiyi_vid")
         ranking.write_ranking(folder / "ranking.txt", data.identities, split.clips, top)
         expected[name] = ranking.score_files(official_dir / "val_gt.txt", folder / "ranking.txt")
@@ -198,9 +200,9 @@ def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(
         (folder / "metrics.json").write_text(json.dumps(results))
     runs = [compare.read(str(tmp_path / name), lambda config: data) for name in ("a", "b")]
     assert [run.ap.mean() for run in runs] == pytest.approx(list(expected.values()), abs=1e-12)
-    (found,) = compare.differences([run.ap for run in runs])
+    (found,) = significance.differences([run.ap for run in runs])
     assert found.mean == pytest.approx(expected["b"] - expected["a"], abs=1e-12)
     results["map_kind"] = "out_of_fold"
     (folder / "metrics.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="left out is not in its ranking"):
+    with pytest.raises(ValueError, match="--mode=evaluate"):
         compare.read(str(folder), lambda config: data)

@@ -17,8 +17,10 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from tests.helpers import made_runs
-from vidjax.run import logs as logs_lib
-from vidjax.run.logs import Logs, Progress, keep_until, log_results
+from vidjax.modes.outputs import log_results
+from vidjax.run import terminal as terminal_lib
+from vidjax.run.logs import Logs, keep_until
+from vidjax.run.terminal import Progress
 
 ListSessionGroupsRequest = api_pb2.ListSessionGroupsRequest  # type: ignore[attr-defined]
 STATUS_SUCCESS, STATUS_UNKNOWN = 1, 0  # of api_pb2
@@ -119,7 +121,7 @@ def test_joined_runs_are_a_session_without_training(tmp_path):
 
 def test_progress_tells_a_file_now_and_then(capsys, monkeypatch):
     clock = iter(range(0, 600, 3))
-    monkeypatch.setattr(logs_lib.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal_lib.time, "monotonic", lambda: next(clock))
     progress = Progress(1000, initial=200, unit="clip", label="train")
     for step in range(8):
         progress.advance(100, f"loss {8 - step}")

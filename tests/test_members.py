@@ -11,7 +11,7 @@ from tests.helpers.small_runs import Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate
+from vidjax.modes import restore
 from vidjax.steps import scoring
 
 SPEC = {
@@ -170,19 +170,18 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_of_all_members_never_exist_at_once(data, everyone, monkeypatch):
+def test_scores_of_all_members_never_exist_at_once(data, everyone):
     folder, _ = everyone
     mesh = devices.make_mesh(1)
-    _, one = evaluate.restore(config_lib.load_workdir(folder), folder, data, mesh)
-    step, alive = one.scorer.step, []
+    _, one = restore.restore(config_lib.load_workdir(folder), folder, data, mesh)
+    step, alive = one.eval_step, []
 
     def counting(*args):
         scores = step(*args)
         alive.append(sum(x.shape == scores.shape for x in jax.live_arrays()))
         return scores
 
-    monkeypatch.setattr(one.scorer, "step", counting)
-    scoring.score([one], "val", mesh, block_size=16)
+    scoring.score([one._replace(eval_step=counting)], "val", mesh, block_size=16)
     blocks, left_over = len(alive) // 3, len(alive) % 3
     assert blocks > 3 and not left_over
     # Of every block the running sum, a sum in the making, and the scores of one member.

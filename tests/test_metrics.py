@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.helpers import map_oracle
 from vidjax import metrics, ranking
+from vidjax.steps import topk
 
 F = Fraction
 MANY = [f"p{i}.mp4" for i in range(150)]
@@ -155,7 +156,7 @@ def test_arrays_and_files_give_the_same_bits(tmp_path):
     num_identities, num_clips = 30, 400
     labels = rng.integers(0, num_identities - 1, num_clips)  # the last identities have none
     index = np.stack([rng.permutation(num_clips)[:100] for _ in range(num_identities)])
-    index[3, 40:] = ranking.NO_CLIP
+    index[3, 40:] = topk.NO_CLIP
     positives = np.bincount(labels, minlength=num_identities + 1)[1:]
     positives[5] += 2  # positives that no record holds
     score = metrics.mean_average_precision(index, labels, positives)
@@ -166,7 +167,7 @@ def test_arrays_and_files_give_the_same_bits(tmp_path):
     names[6] += ["lost1.mp4", "lost2.mp4"]
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
     gt_path, path = write(tmp_path, gt, "")
-    top = ranking.TopK(np.zeros(index.shape, np.float32), index.astype(np.int32))
+    top = topk.TopK(np.zeros(index.shape, np.float32), index.astype(np.int32))
     ranking.write_ranking(path, identities, clips, top)
     assert ranking.score_files(gt_path, path) == score
     assert abs(Fraction(score) - map_oracle.mean_average_precision(gt_path, path)) < 1e-12
@@ -198,7 +199,7 @@ def test_nothing_to_average_is_refused():
 
 
 def test_no_clips_score_nothing():
-    index = np.full((2, 100), ranking.NO_CLIP)
+    index = np.full((2, 100), topk.NO_CLIP)
     empty = np.zeros(0, int)
     assert metrics.mean_average_precision(index, empty, np.array([3, 0])) == 0.0
     assert metrics.mean_average_precision(np.zeros((1, 0), int), empty, np.array([3])) == 0.0

@@ -13,7 +13,7 @@ from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import devices, predict
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate
+from vidjax.modes import restore
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import scoring
 
@@ -136,7 +136,7 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
     folder = train(name)
     config = config_lib.load_workdir(folder)
     mesh = devices.make_mesh(1)
-    step, model = evaluate.restore(config, folder, data, mesh)
+    step, model = restore.restore(config, folder, data, mesh)
     top = scoring.score([model], "val", mesh, block_size=config.eval.block_size).top
     wanted = small_runs.ranked_scores(top, len(clips["val"]))
     run = predict.restore(folder, num_devices=1)

@@ -15,8 +15,8 @@ from tests.helpers.small_runs import shrunk
 from vidjax import main as main_lib
 from vidjax.data.records import pipeline
 from vidjax.modes import train
+from vidjax.report import analysis_sections, run_page, run_sections, significance
 from vidjax.report import html as html_lib
-from vidjax.report import run_page
 from vidjax.run import results as results_lib
 
 SECTIONS = [
@@ -24,7 +24,7 @@ SECTIONS = [
     "learning",
     "identities",
     "strata",
-    "strangers",
+    "open_set",
     "attention",
     "frames",
     "robustness",
@@ -123,7 +123,7 @@ def test_of_attention(data, tmp_path):
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
     assert "face 3" in section(text, "attention")
     assert "no head" in section(text, "robustness")
-    assert "There are no members" in section(text, "ensemble")
+    assert run_sections.NO_MEMBERS in section(text, "ensemble")
     assert "clips" in section(text, "data")
     before = text
     run_page.write(tmp_path)
@@ -138,9 +138,9 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     train.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
     text = (tmp_path / "knn" / "report.html").read_text()
     check_page(text)
-    assert "no attention of modalities" in section(text, "attention")
-    assert "no NetVLAD" in section(text, "frames")
-    assert "no probabilities" in section(text, "strangers")
+    assert analysis_sections.NO_ATTENTION in section(text, "attention")
+    assert analysis_sections.NO_NETVLAD in section(text, "frames")
+    assert analysis_sections.NO_PROBABILITIES in section(text, "open_set")
 
     words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
     config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
@@ -151,7 +151,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     assert len(results["members"]) == 2
     for member in results["members"]:
         assert member["map"] in shown
-    assert "Marginal gain" in section(text, "ensemble")
+    assert run_sections.GAIN.split("{}")[0] in section(text, "ensemble")
 
 
 def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}"):
@@ -243,8 +243,8 @@ def test_names_are_text_whatever_they_hold(tmp_path):
 def test_the_interval_is_that_of_the_mean():
     rng = np.random.default_rng(1)
     sample = rng.normal(0.5, 0.1, 400)
-    low, high = run_page.bootstrap(sample)
-    assert (low, high) == run_page.bootstrap(sample)
+    low, high = significance.map_interval(sample)
+    assert (low, high) == significance.map_interval(sample)
     error = sample.std() / 20
     assert low == pytest.approx(sample.mean() - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(sample.mean() + 1.96 * error, abs=0.25 * error)
@@ -259,7 +259,7 @@ def test_what_is_absent_is_explained(tmp_path):
     for name in SECTIONS:
         assert re.search(r"<p[ >].*\.", section(text, name)), name
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
-    assert "no ground truth" in section(run_page.write(tmp_path).read_text(), "summary")
+    assert run_sections.NO_MAP in section(run_page.write(tmp_path).read_text(), "summary")
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json' is damaged"):
         run_page.write(tmp_path)
@@ -267,17 +267,17 @@ def test_what_is_absent_is_explained(tmp_path):
 
 def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
     folder = made_up(tmp_path / "run")
-    assert "another evaluation" not in "".join(run_page._summary(run_page.load(folder)))
+    assert run_sections.OTHER_ANALYSIS not in section(run_page.write(folder).read_text(), "summary")
     (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
-    assert "another evaluation" in "".join(run_page._summary(run_page.load(folder)))
+    assert run_sections.OTHER_ANALYSIS in section(run_page.write(folder).read_text(), "summary")
 
 
 @pytest.mark.slow
 def test_official_size(tmp_path):
     folder = made_up(tmp_path / "run", identities=10034, clips=72000)
-    began = time.monotonic()
+    began = time.process_time()
     text = run_page.write(folder).read_text()
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20  # seconds of the processor: others may use it, too
     check_page(text)
 
 

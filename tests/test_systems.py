@@ -17,6 +17,7 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
+from vidjax.devices import CompileClock
 from vidjax.run.logs import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import state as state_lib
@@ -102,7 +103,7 @@ def test_ctrl_c_and_the_same_command_again(vidjax_command, tmp_path, cache_dir):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=120)
         assert process.returncode == 130, said
-        assert "the same command goes on" in said
+        assert "run the same command" in said
         assert not (tmp_path / "parts" / "metrics.json").exists()
     results(vidjax_command, tmp_path / "parts", *words)
     for name in ("metrics.jsonl", "ranking.txt"):
@@ -278,7 +279,7 @@ import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
 from vidjax import config as config_lib, members, mesh as mesh_lib, steps
-from vidjax.run.logs import CompileClock
+from vidjax.devices import CompileClock
 from vidjax.system import TaskSpec, make_system
 
 config = config_lib.override(

@@ -21,7 +21,7 @@ from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate, train
+from vidjax.modes import evaluate, restore, train
 from vidjax.run import checkpoint, signals
 from vidjax.steps import scoring
 from vidjax.steps import state as state_lib
@@ -148,7 +148,7 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = devices_lib.make_mesh(num_devices)
-    _, one = evaluate.restore(config, workdir, data, mesh)
+    _, one = restore.restore(config, workdir, data, mesh)
     found = scoring.score([one], "val", mesh, block_size=config.eval.block_size)
     return ranked_scores(found.top, len(data.split("val").clips))
 

@@ -123,3 +123,21 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(constrain, batch_specs(batch), batch)
+
+
+class CompileClock:
+    """Counts the seconds that XLA compiles in this process while the context is open."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> "CompileClock":
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += duration_secs

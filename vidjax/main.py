@@ -73,7 +73,6 @@ def _train(args: "Arguments") -> int:
     with _locked_folder(path) as workdir:
         from vidjax.modes import train
         from vidjax.report import run_page
-        from vidjax.run import logs
         from vidjax.run import results as results_lib
 
         _set_up_devices(config)
@@ -83,7 +82,6 @@ def _train(args: "Arguments") -> int:
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command
             )
-            logs.log_results(workdir, results, config.eval.split)
         elif config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)  # an earlier process stopped just before
     _summarise(args.mode, config, workdir, results, time.monotonic() - began)
@@ -97,15 +95,13 @@ def _evaluate(args: "Arguments") -> int:
     config, path = arguments.for_evaluation(args)
     with _locked_folder(path) as workdir:
         from vidjax.modes import blend, evaluate
-        from vidjax.run import logs
 
         _set_up_devices(config)
         if config.join.runs:
-            results = blend.join(config, workdir, arguments.load_data)
+            results = blend.blend_runs(config, workdir, arguments.load_data)
         else:
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
-        logs.log_results(workdir, results, config.eval.split)
     _summarise(args.mode, config, workdir, results, time.monotonic() - began)
     return 0
 

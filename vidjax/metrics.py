@@ -159,7 +159,7 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
     return np.where(np.isnan(scores), np.array(-np.inf, scores.dtype), scores)
 
 
-class ClipScores(Protocol):
+class ScoredClips(Protocol):
     """The best score of every clip of a split, as `scoring.score` returns it.
 
     Attributes:
@@ -176,7 +176,7 @@ class ClipScores(Protocol):
     def right(self) -> np.ndarray: ...
 
 
-def top1(clips: ClipScores, labels: np.ndarray) -> float:
+def top1(clips: ScoredClips, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, in 0..1.
 
     Args:
@@ -187,12 +187,12 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
 
-def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
+def clip_auroc(clips: ScoredClips, labels: np.ndarray) -> float | None:
     """Returns the AUROC of best scores, labelled clips against distractors; arguments of `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
-def fnir(clips: ClipScores, labels: np.ndarray, *, fpir: float) -> float | None:
+def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
     """Returns the FNIR where at most a share `fpir` of the distractors is identified.
 
     Args:
@@ -220,7 +220,7 @@ class Metric(NamedTuple):
 
     label: str
     about: str
-    fn: Callable[[ClipScores, np.ndarray], float | None]
+    fn: Callable[[ScoredClips, np.ndarray], float | None]
     digits: int = 4
     log: bool = False
 

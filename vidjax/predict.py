@@ -1,17 +1,17 @@
-"""A trained run from Python: what it makes of new clips, as arrays in memory or as a dataset.
+"""A trained run from Python: scores, ranks and embeds new clips, in memory or as a dataset.
 
     from vidjax import predict
 
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-The numbers are those of `--mode=evaluate`, to the bit where the clips are those of the split: it is
-the same program on the same blocks. Clips in memory need no TensorFlow.
+Scores equal those of `--mode=evaluate`. They are bit-equal where the clips are those of the split,
+because the same program runs on the same blocks. Clips in memory need no TensorFlow.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +19,54 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble, ranking
+from vidjax import devices, ensemble
 from vidjax.batch import Batch
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource
+from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
-from vidjax.modes import evaluate
+from vidjax.modes.restore import find_run, fit_data, load_weights
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import scoring
+from vidjax.steps import topk
+from vidjax.steps.model_scorer import ModelScorer, TrainedModel
+from vidjax.steps.sinks import WINDOW_ROWS
+from vidjax.steps.windows import windows
+from vidjax.system import System, make_system
+
+
+class _Request(NamedTuple):
+    """The clips of one call: where to read them, and the clip_index of each row of the answer."""
+
+    data: ClipSource
+    split: str
+    clip_index: np.ndarray
 
 
 class Predictor(NamedTuple):
-    """A run with its weights, and functions of new clips.
+    """A trained run with its weights.
 
-    `clips` is clip -> modality -> features [T, D] or a dict of arrays, as of
-    `vidjax.data.arrays.load`; or a `Dataset`, of which `split` says which
-    (None for the split that the run evaluates). Clips in memory may lack modalities; one without a
-    usable frame scores -inf. A clip is scored by the members that were not trained on it, which are
-    known by the names of their clips, unless none is left of a run without folds.
+    The methods take `clips`, which are one of two things:
+    - a dict clip -> modality -> features [T, D], or a dict of arrays as `vidjax.data.arrays.load`
+      takes it. A clip may lack modalities; a clip without a usable frame scores -inf.
+    - a dataset. `split` then names the split; None means the split that the run evaluates.
+
+    A clip is scored by the members that were not trained on a clip of that name. In a run without
+    folds, where all members were trained on it, all of them score it.
 
     Attributes:
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
-      manifest: its facts; every file of it matched its sha256 there.
+      manifest: of the checkpoint; every file of it matched its sha256.
       config: of the run.
-      identities: [C] names of the columns.
+      identities: [C] names of the class columns.
       modalities: name -> feature width.
       params: the model's parameters, [E, ...].
-      model_state: the model's other collections, [E, ...].
-      training_sets: what the members are and were trained on.
-      score_fn: gives one member's scores [B, C] of a batch on the devices.
-      embed_fn: gives one member's embeddings [B, D] of it.
+      model_state: the model's other variable collections, [E, ...].
+      training_sets: the clips that each member was trained on.
+      system: what the configuration describes.
+      score_fn: scores [B, C] of one member.
+      embed_fn: embeddings [B, D] of one member.
       mesh: the devices.
-      scorer: what `vidjax.steps.scoring` knows the system by.
     """
 
     workdir: Path
@@ -61,135 +75,138 @@ class Predictor(NamedTuple):
     config: Config
     identities: tuple[str, ...]
     modalities: Mapping[str, int]
-    params: Any
-    model_state: Any
+    params: Mapping[str, Any]
+    model_state: Mapping[str, Any]
     training_sets: ensemble.TrainingSets
+    system: System
     score_fn: eval_step_lib.EvalStep
     embed_fn: eval_step_lib.EvalStep
     mesh: Mesh
-    scorer: scoring.Scorer
 
-    def scores(self, clips: Clips | Any, *, split: str | None = None) -> np.ndarray:
-        """Returns [N, C] float32, what clips are ranked by: a logarithm, unless the run says else.
+    def scores(self, clips: Clips | TrainingData, *, split: str | None = None) -> np.ndarray:
+        """Returns the scores that clips are ranked by, [N, C] float32.
+
+        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`.
 
         Args:
-          clips: N of them; the rows are in the order of the dict, or of the split's names.
+          clips: N clips; the rows are in the order of the dict, or of the split's clip names.
           split: of a dataset.
 
         Raises:
-          ValueError: clips do not fit the run; names clip, modality and field.
+          ValueError: clips do not fit the run; the message names clip, modality and field.
         """
-        data, split, places = self._read(clips, split)
-        found = np.full((len(places), len(self.identities)), -np.inf, np.float32)
-        for scores, clip_index, real in self._scored(data, split):
-            rows = np.asarray(real)
-            found[np.asarray(clip_index)[rows]] = np.asarray(scores)[rows]
-        return found[places]
+        request = self._request(clips, split)
+        scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
+        for block_scores, clip_index, mask in self._score_blocks(request):
+            rows = np.asarray(mask)
+            scores[np.asarray(clip_index)[rows]] = np.asarray(block_scores)[rows]
+        return scores[request.clip_index]
 
     def rank(
-        self, clips: Clips | Any, *, split: str | None = None
+        self, clips: Clips | TrainingData, *, split: str | None = None
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns identity -> its best 100 clips with their scores, best first, ties by name.
+        """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
         Args:
-          clips: N of them.
+          clips: N clips.
           split: of a dataset.
 
         Raises:
-          ValueError: clips do not fit the run; names clip, modality and field.
+          ValueError: clips do not fit the run; the message names clip, modality and field.
         """
-        data, split, places = self._read(clips, split)
-        ranked = ranking.Ranking(
-            len(self.identities), rows=min(scoring.WINDOW_ROWS, max(len(places), 1))
-        )
-        for block in self._scored(data, split):
-            ranked.add(block)
-        top = ranked.finish()
-        names = list(data.split(split).clips)
-        if isinstance(data, MemoryClips):
-            for name, place in zip(data.names, places.tolist(), strict=True):
-                names[place] = name
+        request = self._request(clips, split)
+        rows = min(WINDOW_ROWS, max(len(request.clip_index), 1))
+        top = topk.rank(self._score_blocks(request), len(self.identities), rows=rows)
+        names = list(request.data.split(request.split).clips)
+        if isinstance(request.data, MemoryClips):  # the names as they were given, with a suffix
+            for name, index in zip(request.data.names, request.clip_index.tolist(), strict=True):
+                names[index] = name
+        lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
         return {
             identity: [
-                (names[clip], float(score))
-                for clip, score in zip(clips_of.tolist(), scores.tolist(), strict=True)
-                if clip != ranking.NO_CLIP
+                (names[clip], score)
+                for clip, score in zip(indices, scores, strict=True)
+                if clip != topk.NO_CLIP
             ]
-            for identity, clips_of, scores in zip(
-                self.identities, np.asarray(top.index), np.asarray(top.scores), strict=True
-            )
+            for identity, (indices, scores) in zip(self.identities, lists, strict=True)
         }
 
-    def embed(self, clips: Clips | Any, *, split: str | None = None) -> np.ndarray:
-        """Returns [N, D] float32, a vector a clip: what the classifier of every member is given.
+    def embed(self, clips: Clips | TrainingData, *, split: str | None = None) -> np.ndarray:
+        """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
 
-        That is a member's clip vector before its last layer (of `knn` the mean frame), of length 1;
-        with several heads (of a fallback, main and other, each 0 where it has no say) or members
-        they stand side by side, and the whole is of length 1 again. So a product of two rows is a
-        cosine. Where frames are examples of their own, it is the mean over them. A clip without a
-        usable frame is 0. Every member has its say, whatever it was trained on.
+        The vector of a member is the input of the model's classifier, scaled to length 1. For the
+        baseline `knn` that is the mean frame. Where each frame is an example of its own, it is the
+        mean over the frames. An ensemble concatenates the vectors of all its members, whatever they
+        were trained on. A fallback model concatenates those of both its classifiers, with 0 for the
+        one that does not score the clip. A clip without a usable frame gets a zero vector.
 
         Args:
-          clips: N of them; the rows are in the order of the dict, or of the split's names.
+          clips: N clips; the rows are in the order of the dict, or of the split's clip names.
           split: of a dataset.
 
         Raises:
-          ValueError: clips do not fit the run, or its model has none of our classifiers.
+          ValueError: clips do not fit the run, or its model has no classifier of
+            `vidjax.models.heads`.
         """
-        data, split, places = self._read(clips, split)
-        found: np.ndarray | None = None
-        for blocks in self._windows(data, split):
-            parts: list[list[np.ndarray]] = [[] for _ in blocks]
-            for number, member in enumerate(self.training_sets.members):
-                params, model_state = _take((self.params, self.model_state), number)
-                for part, block in zip(parts, blocks, strict=True):
-                    view = jnp.int32(member.view)
-                    part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
-            for part, block in zip(parts, blocks, strict=True):
+        request = self._request(clips, split)
+        vectors: np.ndarray | None = None
+        for blocks in self._windows(request):
+            for block, block_vectors in zip(blocks, self._embed_blocks(blocks), strict=True):
+                if vectors is None:
+                    shape = (len(request.clip_index), block_vectors.shape[1])
+                    vectors = np.zeros(shape, np.float32)
                 rows = np.asarray(block.batch_mask)
-                vectors = np.concatenate(part, axis=1)[rows]
-                if found is None:
-                    found = np.zeros((len(places), vectors.shape[1]), np.float32)
-                norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-                unit = vectors / np.where(norms > 0, norms, 1.0)
-                found[np.asarray(block.clip_index)[rows]] = unit
-        assert found is not None
-        return found[places]
+                norms = np.linalg.norm(block_vectors[rows], axis=1, keepdims=True)
+                unit = block_vectors[rows] / np.where(norms > 0, norms, 1.0)
+                vectors[np.asarray(block.clip_index)[rows]] = unit
+        assert vectors is not None  # there is at least one clip
+        return vectors[request.clip_index]
 
-    def _read(self, clips: Any, split: str | None) -> tuple[ClipSource, str, np.ndarray]:
-        """Returns clips as evaluation reads them, their split, and the clip_index of each row."""
+    def _request(self, clips: Clips | TrainingData, split: str | None) -> _Request:
+        """Checks clips against the run and makes them a source of batches."""
         if hasattr(clips, "eval_batches"):
-            chosen: str = split or self.config.eval.split
-            data = evaluate.fit_data(clips, chosen, self.modalities, self.identities)
-            return data, chosen, np.arange(len(data.split(chosen).clips))
-        data = MemoryClips(clips, self.modalities, self.identities)
-        return data, "clips", data.places
+            split = split or cast(str, self.config.eval.split)
+            data = fit_data(cast(TrainingData, clips), split, self.modalities, self.identities)
+            return _Request(data, split, np.arange(len(data.split(split).clips)))
+        memory = MemoryClips(cast(Clips, clips), self.modalities, self.identities)
+        return _Request(memory, "clips", memory.places)
 
-    def _model(self, data: ClipSource) -> scoring.TrainedModel:
-        return scoring.TrainedModel(
-            str(self.workdir), self.scorer, self.params, self.model_state, self.training_sets, data
-        )
+    def _model(self, data: ClipSource) -> TrainedModel:
+        weights = (self.params, self.model_state)
+        name = str(self.workdir)
+        return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
-    def _windows(self, data: ClipSource, split: str) -> Iterator[list[Batch]]:
+    def _windows(self, request: _Request) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
-        model, size = self._model(data), self.config.eval.block_size
-        rows = 1 if len(self.training_sets.members) == 1 else scoring.WINDOW_ROWS
-        for window in scoring.windows([model], split, size, self.mesh, rows):
+        models, size = [self._model(request.data)], self.config.eval.block_size
+        rows = 1 if len(self.training_sets.members) == 1 else WINDOW_ROWS
+        for window in windows(models, request.split, size, self.mesh, rows):
             yield window[0]
 
-    def _scored(self, data: ClipSource, split: str) -> Iterator[ranking.Block]:
-        """Yields scores [B, C] with clip_index and which rows are clips that may be scored."""
-        clips = data.split(split).clips
-        entry = scoring.ModelScorer(self._model(data), clips, self.mesh)
-        pool = entry.use.any(axis=0)
+    def _score_blocks(self, request: _Request) -> Iterator[topk.ScoreBlock]:
+        """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
+        clips = request.data.split(request.split).clips
+        scorer = ModelScorer(self._model(request.data), clips, self.mesh)
+        pool = scorer.use.any(axis=0)
         if not pool.any():
             raise ValueError(
-                f"{self.workdir}: all members were trained on every one of these clips"
+                f"{self.workdir}: all members were trained on every one of these clips\n"
+                "score clips that were not in the training"
             )
         pool = jnp.asarray(pool)
-        for blocks in self._windows(data, split):
-            for block, scores in zip(blocks, entry.score(blocks), strict=True):
+        for blocks in self._windows(request):
+            for block, scores in zip(blocks, scorer.score(blocks), strict=True):
                 yield scores, block.clip_index, pool[block.clip_index] & block.batch_mask
+
+    def _embed_blocks(self, blocks: list[Batch]) -> list[np.ndarray]:
+        """Returns for every block the embeddings of all members side by side, [B, D]."""
+        parts: list[list[np.ndarray]] = [[] for _ in blocks]
+        for number, member in enumerate(self.training_sets.members):
+            params, model_state = _take((self.params, self.model_state), number)
+            for part, block in zip(parts, blocks, strict=True):
+                view = jnp.int32(member.view)
+                part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
+        return [np.concatenate(part, axis=1) for part in parts]
 
 
 _take = jax.jit(ensemble.take)
@@ -201,18 +218,18 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> Predictor:
-    """Returns a trained run, its weights checked against their digests.
+    """Restores a trained run, its weights checked against their sha256.
 
-    Where the wanted step is damaged it is the next good one, with a warning.
+    Where the wanted step is damaged, the next good one is used, with a warning.
 
     Args:
       workdir: the run's folder.
       step: `latest`, or `best` by MAP.
-      num_devices: how many devices to use; None for all. Scores do not depend on it.
+      num_devices: devices to use; None for all. Scores do not depend on it.
 
     Raises:
-      ValueError: no run in the folder, or one that joins others.
-      CheckpointError: no usable checkpoint.
+      ValueError: the folder holds no run, or a blend of other runs.
+      CheckpointError: there is no usable checkpoint.
     """
     workdir = Path(workdir).expanduser().absolute()
     config = config_lib.load_workdir(workdir)
@@ -222,20 +239,21 @@ def restore(
         )
     config.eval.checkpoint = step
     mesh = devices.make_mesh(num_devices)
-    run = evaluate.find_run(config, workdir)
-    loaded = evaluate.load_run(run, config, workdir, mesh)
+    run = find_run(config, workdir)
+    system = make_system(config.to_dict(), run.task)
+    params, model_state = load_weights(run, system, mesh)
     return Predictor(
         workdir=workdir,
         step=run.manifest["step"],
         manifest=run.manifest,
         config=config,
         identities=run.identities,
-        modalities=dict(run.sizes.modalities),
-        params=loaded.params,
-        model_state=loaded.model_state,
-        training_sets=loaded.training_sets,
-        score_fn=loaded.scorer.step,
-        embed_fn=eval_step_lib.make_embed_step(loaded.scorer.system),
+        modalities=dict(run.task.modalities),
+        params=params,
+        model_state=model_state,
+        training_sets=run.training_sets,
+        system=system,
+        score_fn=eval_step_lib.make_eval_step(system, mesh),
+        embed_fn=eval_step_lib.make_embed_step(system),
         mesh=mesh,
-        scorer=loaded.scorer,
     )

@@ -31,7 +31,8 @@ from vidjax import devices, ensemble, selection
 from vidjax.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
-from vidjax.steps import scoring
+from vidjax.steps import scoring, sinks
+from vidjax.steps.model_scorer import TrainedModel
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -94,11 +95,10 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
         num_clips=args.clips,
     )
     mesh = devices.make_mesh(1)
-    scorer = scoring.Scorer(run.system, mesh)
     data = MadeUp(run, args.num_identities)
     training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
-    model = scoring.TrainedModel(
-        "", scorer, run.state.params, run.state.model_state, training_sets, data
+    model = TrainedModel.from_params(
+        "", run.system, mesh, run.state.params, run.state.model_state, training_sets, data
     )
     params, model_state = ensemble.take((run.state.params, run.state.model_state), 0)
 
@@ -108,7 +108,7 @@ def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any
     def forward() -> None:
         block = None
         for batch in data.eval_batches(data.plan, rows=args.block_size):
-            block = scorer.step(params, model_state, jnp.int32(-1), batch)
+            block = model.eval_step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(block)
 
     return {"whole": whole, "forward": forward}, run
@@ -182,7 +182,7 @@ def grow(args: argparse.Namespace) -> None:
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         seconds, before, added = map(float, done.stdout.split()[-3:])
-        expected = REST + HELD * scoring.WINDOW_ROWS * 4 * identities
+        expected = REST + HELD * sinks.WINDOW_ROWS * 4 * identities
         sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
         rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
     header = ["clips", "identities", "microseconds a clip"]

@@ -20,7 +20,7 @@ from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped
 from vidjax.data.records import pipeline
-from vidjax.modes import evaluate
+from vidjax.modes import restore
 
 DIM = 4
 
@@ -379,7 +379,7 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
     with pytest.raises(ValueError, match=r"'val' has no features of 'head'\n.*config.modalities"):
         next(eval_batches(data, split="val", modalities=("face", "head"), rows=8))
     with pytest.raises(ValueError, match="the data has no modality 'heda'; did you mean 'head'"):
-        evaluate.select_modalities(("face", "heda"), data)
+        restore.select_modalities(("face", "heda"), data.modalities)
     assert_adds_up(data.report)
 
 

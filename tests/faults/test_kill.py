@@ -94,7 +94,7 @@ def test_signals_end_the_command_as_they_should(disturbed):
         assert len(process.said().splitlines()[-1]) < 100
         if moment == "step":
             logged = max(line["step"] for line in run.lines("metrics.jsonl"))
-            assert f"stopped at step {logged}; the same command goes on" in process.said()
+            assert f"stopped at step {logged}; run the same command" in process.said()
             assert max(run.manifests()) == logged
 
     process = run.start()

@@ -1,1 +1,4 @@
-"""Official files in, batches of frames out: alone in knowing TensorFlow, TFDS and pickles."""
+"""Clips, their labels and the datasets they come from: numpy (and jax in `resident`), no TensorFlow.
+
+What needs TensorFlow lives in `records/`, what reads bytes of unknown origin in `untrusted/`.
+"""

@@ -6,11 +6,12 @@ dict in memory) are sources of clips. Training and evaluation use them through t
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.batch import Batch, Packed
+if TYPE_CHECKING:
+    from vidjax.batch import Batch, Packed
 
 SPLITS = ("train", "val", "test")
 CROPS = ("window", "quality")
@@ -119,7 +120,7 @@ class ClipSource(Protocol):
         """Returns one split; ValueError for an unknown name."""
         ...
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
         The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
@@ -150,7 +151,7 @@ class TrainingData(ClipSource, Protocol):
         """Returns the same clips, labelled for other class columns."""
         ...
 
-    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> Iterator[Batch]:
+    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> "Iterator[Batch]":
         """Yields batches without end; every clip comes once per epoch.
 
         Batches run on across epochs: none is short and no clip is dropped. The order of clips
@@ -164,7 +165,7 @@ class TrainingData(ClipSource, Protocol):
 
     def packed(
         self, split: str, modalities: Sequence[str]
-    ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
+    ) -> "Iterator[tuple[np.ndarray, Mapping[str, Packed]]]":
         """Yields every clip of a split once with all its frames, some clips at a time.
 
         Yields:

@@ -1,4 +1,4 @@
-"""Clips in memory as evaluation reads them: no records, no TensorFlow."""
+"""Clips in memory as a source for evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,16 +6,19 @@ import numpy as np
 
 from vidjax.batch import Batch, Frames
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, best_frames
-from vidjax.data.untrusted.packing import Clip, Clips, clean_name, pack
-from vidjax.data.untrusted.unpickle import show
+from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips
+from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.packing import Clip, Clips, pack
+
+BATCHED = tuple(name for name in FRAME_FIELDS if name in Frames._fields)
 
 
 class MemoryClips:
-    """Clips in memory as evaluation reads a split of a dataset: no records, no TensorFlow.
+    """Clips in memory; a `ClipSource` with one split, `clips`.
 
     Attributes:
-      identities: of the columns.
-      names: the clips as they were given, in that order.
+      identities: names of the class columns.
+      names: N clip names as they were given, in that order.
       places: [N] int, the clip_index of each of them.
     """
 
@@ -23,12 +26,13 @@ class MemoryClips:
         """Checks and packs some clips.
 
         Args:
-          clips: clip -> modality -> features, as of `load`; other modalities are passed over.
-          modalities: name -> feature width of those that are wanted.
-          identities: of the columns.
+          clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them; modalities
+            without a width are ignored.
+          modalities: modality -> feature width.
+          identities: names of the class columns.
 
         Raises:
-          ValueError: a clip is not what it should be; names clip, modality and field.
+          ValueError: a clip is malformed; names clip, modality and field.
         """
         if not isinstance(clips, Mapping):
             raise ValueError(
@@ -37,26 +41,19 @@ class MemoryClips:
         if not clips:
             raise ValueError("no clips: the dict is empty")
         self.identities, self.names = tuple(identities), tuple(clips)
-        packed = pack(self._wanted(clips, modalities))
-        for name, flat in packed.items():
-            width = flat.features.shape[1]
-            if len(flat.features) and width != modalities[name]:
-                clip = flat.names[int(np.argmax(flat.lengths > 0))]
-                raise ValueError(
-                    f"clip {show(clip)}, {name}: features are {width} wide, "
-                    f"the run wants {modalities[name]}"
-                )
-        clean = [clean_name(name, "clips:") for name in clips]
+        self._packed = pack(_select(clips, modalities))
+        for name, flat in self._packed.items():
+            _check_width(name, flat, modalities[name])
+        clean = [clean_name_at("clips:", name) for name in clips]
         ordered = tuple(sorted(clean))
         index = {name: place for place, name in enumerate(ordered)}
         self.places = np.array([index[name] for name in clean])
-        self._packed = packed
         self._starts = {name: np.zeros(len(ordered), np.int64) for name in modalities}
         lengths = {name: np.zeros(len(ordered), np.int32) for name in modalities}
-        for name, flat in packed.items():
+        for name, flat in self._packed.items():
             rows = [index[clip] for clip in flat.names]
             lengths[name][rows] = flat.lengths
-            self._starts[name][rows] = np.cumsum(flat.lengths, dtype=np.int64) - flat.lengths
+            self._starts[name][rows] = flat.starts()
         self._widths = dict(modalities)
         self._split = Split(
             name="clips",
@@ -68,27 +65,8 @@ class MemoryClips:
             lengths=lengths,
         )
 
-    @staticmethod
-    def _wanted(clips: Clips, modalities: Mapping[str, int]) -> Iterator[Clip]:
-        """Yields the clips with the modalities that are wanted; ValueError where there is none."""
-        for given, found in clips.items():
-            name = clean_name(given, "clips:")
-            if not isinstance(found, Mapping):
-                kind = type(found).__name__
-                raise ValueError(
-                    f"clip {show(name)} is of type {kind}, wanted {{modality: features}}"
-                )
-            wanted = {key: found[key] for key in modalities if key in found}
-            if found and not wanted:
-                raise ValueError(
-                    f"clip {show(name)}: the run knows {', '.join(modalities)}, "
-                    f"not {show(', '.join(map(str, found)))}"
-                )
-            # A clip without anything is still a clip.
-            yield Clip(name, "clips", wanted or {next(iter(modalities)): None})
-
     def split(self, name: str) -> Split:
-        """Returns all clips, whatever the name."""
+        """Returns the one split, whatever the name."""
         del name
         return self._split
 
@@ -111,10 +89,8 @@ class MemoryClips:
         dtype = flat.features.dtype if flat else np.dtype(np.float16)
         frames = Frames(
             features=np.zeros((rows, size, self._widths[modality]), dtype),
-            quality=np.zeros((rows, size), np.float32),
-            detection=np.zeros((rows, size), np.float32),
-            number=np.zeros((rows, size), np.int32),
             mask=np.zeros((rows, size), bool),
+            **{name: np.zeros((rows, size), FRAME_FIELDS[name].dtype) for name in BATCHED},
         )
         for row, clip in enumerate(clips.tolist()):
             start = int(self._starts[modality][clip])
@@ -123,11 +99,35 @@ class MemoryClips:
                 continue
             chosen = np.arange(start, start + length)
             if length > size:
-                chosen = chosen[best_frames(flat.quality[chosen], size)]
-            count = len(chosen)
-            frames.features[row, :count] = flat.features[chosen]
-            frames.quality[row, :count] = flat.quality[chosen]
-            frames.detection[row, :count] = flat.detection[chosen]
-            frames.number[row, :count] = flat.number[chosen]
-            frames.mask[row, :count] = True
+                chosen = chosen[best_frames(flat.frames["quality"][chosen], size)]
+            for name in ("features", *BATCHED):
+                getattr(frames, name)[row, : len(chosen)] = flat.frames[name][chosen]
+            frames.mask[row, : len(chosen)] = True
         return frames
+
+
+def _select(clips: Clips, modalities: Mapping[str, int]) -> Iterator[Clip]:
+    """Yields the clips with the modalities that have a width; ValueError for a clip with others."""
+    for given, features in clips.items():
+        name = clean_name_at("clips:", given)
+        if not isinstance(features, Mapping):
+            kind = type(features).__name__
+            raise ValueError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
+        selected = {key: features[key] for key in modalities if key in features}
+        if features and not selected:
+            raise ValueError(
+                f"clip {show(name)}: the run knows {', '.join(modalities)}, "
+                f"not {show(', '.join(map(str, features)))}"
+            )
+        # A clip without any modality is still a clip.
+        yield Clip(name, "clips", selected or {next(iter(modalities)): None})
+
+
+def _check_width(modality: str, flat: PackedClips, width: int) -> None:
+    """Raises ValueError, with a clip, unless the features have the width."""
+    actual = flat.features.shape[1]
+    if len(flat.features) and actual != width:
+        clip = flat.names[int(np.argmax(flat.lengths > 0))]
+        raise ValueError(
+            f"clip {show(clip)}, {modality}: features are {actual} wide, the run wants {width}"
+        )

@@ -1,28 +1,57 @@
-"""A split as a parquet table, a row a frame."""
+"""A split as a parquet table, one row per frame."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vidjax.data.untrusted.packing import Clip, clean_name
-from vidjax.data.untrusted.unpickle import show
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.packing import Clip
 
 COLUMNS = ("clip", "modality", "features")
-SCALARS = ("quality", "detection", "number")  # where there are any
+OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
 
 
 def read_clips(path: Path) -> Iterator[Clip]:
     """Yields the clips of a table, whose rows may come in any order; the table is in memory.
 
     Raises:
-      ValueError: pyarrow is not installed, or the table is damaged or not as it should be; names
-        file and, where one is wrong, column, row or clip.
+      ValueError: pyarrow is not installed, or the table is damaged or malformed; names file and,
+        where there is one, column, row or clip.
     """
+    columns = _read_columns(path)
+    flat, width = _flat_features(path, columns["features"])
+    start = np.cumsum(width, dtype=np.int64) - width
+    scalars = {
+        name: columns[name].to_numpy(zero_copy_only=False) for name in OPTIONAL if name in columns
+    }
+    clips: dict[str, dict[str, Any]] = {}
+    for clip, modality, rows in _groups(columns["clip"], columns["modality"]):
+        name = clean_name_at(f"{path}:", clip)
+        place = f"{path}: clip {show(name)}, {modality}"
+        odd = width[rows] != width[rows[0]]
+        if odd.any():
+            row = int(rows[np.argmax(odd)])
+            raise ValueError(
+                f"{place}: features are {width[row]} wide in row {row + 1}, "
+                f"{width[rows[0]]} in row {rows[0] + 1}"
+            )
+        if modality in clips.setdefault(name, {}):
+            raise ValueError(f"{place}: there with and without .mp4")
+        index = start[rows][:, None] + np.arange(width[rows[0]])
+        fields = {name: column[rows] for name, column in scalars.items()}
+        clips[name][modality] = {"features": flat[index], **fields}
+    for name, modalities in clips.items():
+        yield Clip(name, str(path), modalities)
+
+
+def _read_columns(path: Path) -> Mapping[str, Any]:
+    """Returns name -> pyarrow column without nulls; clip and modality as strings."""
     try:
         import pyarrow
-        from pyarrow import compute, parquet
+        from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path}: parquet is read by the package pyarrow, which is not installed\n"
@@ -30,10 +59,10 @@ def read_clips(path: Path) -> Iterator[Clip]:
         ) from error
     try:
         file = parquet.ParquetFile(path)
-        there = file.schema_arrow.names
-        if missing := [name for name in COLUMNS if name not in there]:
-            raise ValueError(f"{path}: no column {missing[0]}; it has {show(', '.join(there))}")
-        table = file.read(columns=[name for name in (*COLUMNS, *SCALARS) if name in there])
+        names = file.schema_arrow.names
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise ValueError(f"{path}: no column {missing[0]}; it has {show(', '.join(names))}")
+        table = file.read(columns=[name for name in (*COLUMNS, *OPTIONAL) if name in names])
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: damaged: {str(error).splitlines()[0][:200]}") from None
@@ -42,52 +71,30 @@ def read_clips(path: Path) -> Iterator[Clip]:
             row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
             raise ValueError(f"{path}: row {row + 1}: no {name}")
         if name in ("clip", "modality") and not pyarrow.types.is_string(column.type):
-            columns[name] = column = _as_text(path, name, column)
-    features = columns["features"]
+            try:
+                columns[name] = column.cast(pyarrow.string())
+            except pyarrow.ArrowException:
+                raise ValueError(f"{path}: column {name} is {column.type}, wanted text") from None
+    return columns
+
+
+def _flat_features(path: Path, features: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all values of a column of lists, and [F] int, the length of each list."""
+    import pyarrow
+    from pyarrow import compute
+
     kinds = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
     if not any(kind(features.type) for kind in kinds):
         raise ValueError(f"{path}: column features is {features.type}, wanted lists of numbers")
     values = features.flatten()
     if values.null_count:
         raise ValueError(f"{path}: column features: a list holds a null")
-    flat = values.to_numpy(zero_copy_only=False)
-    width = compute.call_function("list_value_length", [features]).to_numpy(zero_copy_only=False)
-    start = np.cumsum(width, dtype=np.int64) - width
-    scalars = {
-        name: columns[name].to_numpy(zero_copy_only=False) for name in SCALARS if name in columns
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for clip, modality, rows in _groups(columns["clip"], columns["modality"]):
-        name = clean_name(clip, f"{path}:")
-        where = f"{path}: clip {show(name)}, {modality}"
-        odd = width[rows] != width[rows[0]]
-        if odd.any():
-            row = int(rows[np.argmax(odd)])
-            raise ValueError(
-                f"{where}: features are {width[row]} wide in row {row + 1}, "
-                f"{width[rows[0]]} in row {rows[0] + 1}"
-            )
-        if modality in found.setdefault(name, {}):
-            raise ValueError(f"{where}: there with and without .mp4")
-        index = start[rows][:, None] + np.arange(width[rows[0]])
-        one = {"features": flat[index], **{key: column[rows] for key, column in scalars.items()}}
-        found[name][modality] = one
-    for name, modalities in found.items():
-        yield Clip(name, str(path), modalities)
-
-
-def _as_text(path: Path, name: str, column: Any) -> Any:
-    """Returns a column of names as strings, however a writer has stored them."""
-    import pyarrow
-
-    try:
-        return column.cast(pyarrow.string())
-    except pyarrow.ArrowException:
-        raise ValueError(f"{path}: column {name} is {column.type}, wanted text") from None
+    width = compute.call_function("list_value_length", [features])
+    return values.to_numpy(zero_copy_only=False), width.to_numpy(zero_copy_only=False)
 
 
 def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields clip, modality and its rows, in their order."""
+    """Yields clip, modality and the numbers of their rows, in ascending order."""
     clips, modalities = clips.dictionary_encode(), modalities.dictionary_encode()
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()

@@ -28,11 +28,14 @@ from vidjax.data.clips import (
     best_frames,
     make_eval_plan,
 )
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 
 MODES = ("auto", "resident", "streaming")
 PHASES = ("train", "eval")
 SHARE = 0.5  # of the free memory that clips may take
-SCALAR_BYTES = 12  # quality, detection and number of a frame
+# Fields of a frame that are resident, and their bytes per frame beside the feature.
+FIELDS = tuple(name for name in Packed._fields if name in STORED)
+SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in FIELDS[1:])
 CHUNK_BYTES = 32 << 20  # copied to the devices at once
 ROUNDS = 16  # with 8, the orders of six clips would not all be as likely
 _ORDER = np.uint32(2**32 - 1)  # no member has this seed
@@ -351,14 +354,13 @@ def _locate(
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:
     """Returns the best `count` frames of one clip, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
-    fields = (packed.features, packed.quality, packed.detection, packed.number)
     chosen = best_frames(np.asarray(packed.quality[clip]), count)
-    return _flat([field[clip][chosen] for field in fields])
+    return _flat([getattr(packed, name)[clip][chosen] for name in FIELDS])
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    features, quality, detection, number = fields
-    return Packed(features, quality, detection, number, start=None, length=None)
+    """Returns frames without clips, from one array per field."""
+    return Packed(**dict(zip(FIELDS, fields, strict=True)), start=None, length=None)
 
 
 class _Filler:
@@ -367,9 +369,10 @@ class _Filler:
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Makes room for some frames of a modality, and for one of zeros."""
         self._mesh = mesh
-        features = ((modality.dim,), np.dtype(modality.dtype))
-        fields = (features, ((), np.float32), ((), np.float32), ((), np.int32))
-        rows = max(1, CHUNK_BYTES // (modality.dim * features[1].itemsize))
+        dtype = np.dtype(modality.dtype)
+        scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in FIELDS[1:]]
+        fields = [((modality.dim,), dtype), *scalars]
+        rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
         self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
         self._total = num_frames
         self._held = self._done = 0
@@ -384,7 +387,7 @@ class _Filler:
 
     def append(self, packed: Packed) -> int:
         """Returns where the frames of some clips begin."""
-        fields = (packed.features, packed.quality, packed.detection, packed.number)
+        fields = [getattr(packed, name) for name in FIELDS]
         begin = self._done + self._held
         taken, count = 0, len(packed.quality)
         while taken < count:

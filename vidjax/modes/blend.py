@@ -1,6 +1,5 @@
-"""Several runs as one ranking: joined from their folders by clip name, with chosen weights."""
+"""Several runs as one ranking: a weighted mean of their probabilities, clip by clip."""
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,39 +8,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics, ranking
+from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
-from vidjax.modes import analysis, evaluate
+from vidjax.data.clips import Split, TrainingData
+from vidjax.modes import analysis
 from vidjax.modes.outputs import write_results
+from vidjax.modes.restore import restore
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import say
-from vidjax.steps import scoring
+from vidjax.run.terminal import say
+from vidjax.steps import topk
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.scoring import score
 
-ROUNDS = 30  # of the greedy choice: weights are multiples of 1 / ROUNDS at the finest
+ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser
 
 
-def join(
+def blend_runs(
     config: Config,
     workdir: Path,
-    load: Callable[[Config], Any],
+    load: Callable[[Config], TrainingData],
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks a split by several trained runs together; returns the metrics.
+    """Ranks a split by the blended scores of several trained runs, and writes the results.
 
-    The score of a clip is the weighted mean of the probabilities that the runs give it; within a
-    run, of those of its members. Greedy weights are fitted on `config.join.split`, by members that
-    were not trained on its clips; they are then written into the folder's `config.json`, from where
-    later evaluations of the same folder take them.
+    The score of a clip is the weighted mean of the probabilities that the runs give it. Greedy
+    weights are fitted on `config.join.split`, by members that were not trained on its clips. The
+    weights are written into the folder's `config.json`; later evaluations of it use them.
 
     Args:
-      config: with `join.runs`; `data.dir` and `data.cache_dir`, where set, stand for every run's.
-      workdir: the folder of the joined results.
-      load: configuration -> `Dataset`.
-      num_devices: how many devices to use; None for all.
+      config: with `join.runs`. Where `data.dir` and `data.cache_dir` are set, they replace those of
+        every run.
+      workdir: the folder of the blended results.
+      load: configuration -> dataset.
+      num_devices: devices to use; None for all.
+
+    Returns:
+      The metrics.
 
     Raises:
       ValueError: runs of different clips or identities, or weights that do not fit them.
@@ -50,31 +58,19 @@ def join(
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
     spec, split = config.join, config.eval.split
-    if len(spec.runs) < 2:
-        raise ValueError(f"--runs={','.join(spec.runs)}: name two runs or more")
-    datasets: dict[str, Any] = {}
-
-    def models(split: str, weights: Sequence[float]) -> list[scoring.TrainedModel]:
-        found = []
-        for name, weight in zip(spec.runs, weights, strict=True):
-            run_config = _run_config(config, name, split)
-            key = repr(run_config.data)
-            data = datasets[key] = datasets.get(key) or load(run_config)
-            _, one = evaluate.restore(run_config, Path(name), data, mesh)
-            found.append(one._replace(weight=float(weight)))
-        return found
-
-    weights = list(spec.weights) or [1.0] * len(spec.runs)
-    if len(weights) != len(spec.runs) or min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(
-            f"config.join.weights={spec.weights}: want {len(spec.runs)} numbers of 0 or more"
-        )
+    weights = _given_weights(config)
+    datasets: dict[str, TrainingData] = {}
     if spec.greedy:
-        weights = _fit(models(spec.split, weights), config, mesh)
-    joined = models(split, weights)
-    observer = analysis.Observer(joined, split, mesh) if config.eval.report else None
-    evaluation = scoring.score(
-        joined,
+        weights = fit_weights(_restore_all(config, spec.split, load, datasets, mesh), config, mesh)
+    models = [
+        model._replace(weight=weight)
+        for model, weight in zip(
+            _restore_all(config, split, load, datasets, mesh), weights, strict=True
+        )
+    ]
+    observer = analysis.Observer(models, split, mesh) if config.eval.report else None
+    evaluation = score(
+        models,
         split,
         mesh,
         block_size=config.eval.block_size,
@@ -82,18 +78,50 @@ def join(
         observe=observer,
     )
     results = evaluation.results | {"eval_seconds": time.monotonic() - began}
-
     kept = _keep_config(config, workdir, weights)
-    trained = config_lib.load_workdir(Path(config.join.runs[0])).data.train_splits
+    trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
     write_results(
-        workdir, joined[0].data, evaluation, results, split=split, own_split=kept.eval.split,
+        workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
         observer=observer, train_splits=trained,
     )  # fmt: skip
     return results
 
 
+def _given_weights(config: Config) -> list[float]:
+    """Returns one weight per run, equal ones where none are configured."""
+    runs, weights = config.join.runs, config.join.weights
+    if len(runs) < 2:
+        raise ValueError(f"--runs={','.join(runs)}: name two runs or more")
+    if not weights:
+        return [1.0] * len(runs)
+    if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(
+            f"config.join.weights={weights}: want {len(runs)} numbers of 0 or more, not all 0"
+        )
+    return [float(weight) for weight in weights]
+
+
+def _restore_all(
+    config: Config,
+    split: str,
+    load: Callable[[Config], TrainingData],
+    datasets: dict[str, TrainingData],
+    mesh: Mesh,
+) -> list[TrainedModel]:
+    """Restores all runs for a split; `datasets` keeps what was loaded, by configuration."""
+    models = []
+    for name in config.join.runs:
+        run_config = _run_config(config, name, split)
+        key = repr(run_config.data)
+        if key not in datasets:
+            datasets[key] = load(run_config)
+        _, model = restore(run_config, Path(name), datasets[key], mesh)
+        models.append(model)
+    return models
+
+
 def _run_config(config: Config, name: str, split: str) -> Config:
-    """Returns the configuration of a run, as it is to be evaluated here."""
+    """Returns the configuration of a run with the evaluation and the data of the blend."""
     run_config = config_lib.load_workdir(Path(name))
     if run_config.join.runs:
         raise ValueError(f"--runs: '{name}' joins other runs itself; name those")
@@ -110,7 +138,10 @@ def _run_config(config: Config, name: str, split: str) -> Config:
 
 
 def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
-    """Returns the configuration of the folder, written there with the weights in use."""
+    """Writes the configuration of the blend with the weights in use, and returns it.
+
+    The split that the folder was first evaluated on stays its own.
+    """
     config = config_lib.from_json(config_lib.to_json(config))
     path = workdir / "config.json"
     if path.exists():
@@ -121,85 +152,154 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
     return config
 
 
-def _fit(models: Sequence[scoring.TrainedModel], config: Config, mesh: Any) -> list[float]:
-    """Returns weights chosen greedily, one run after another, by MAP on clips not trained on."""
+def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> list[float]:
+    """Chooses weights by the MAP on `config.join.split`, on clips that no scoring member knows.
+
+    Args:
+      models: the runs.
+      config: of the blend.
+      mesh: the devices.
+
+    Returns:
+      One weight per run; they sum to 1.
+
+    Raises:
+      ValueError: the split has no ground truth, or a run was trained on it without folds.
+    """
     split_name = config.join.split
     split = models[0].data.split(split_name)
     if not split.labelled:
         raise ValueError(
-            f"config.join.split={split_name}: it has no ground truth to fit weights on"
+            f"config.join.split={split_name}: it has no ground truth to fit weights on\n"
+            "choose a labelled split with --config.join.split"
         )
-    run = functools.partial(
-        scoring.score,
-        models,
-        split_name,
-        mesh,
-        block_size=config.eval.block_size,
-        each_member=False,
-    )
-    first = run()
+    block_size = config.eval.block_size
+    first = score(models, split_name, mesh, block_size=block_size, each_member=False)
     if first.results["map_kind"] == "in_sample":
         raise ValueError(
             f"config.join.split={split_name}: a run was trained on it without folds\n"
             "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
         )
-    # What no run ranks among its best 100 is taken to be out of reach of their mean, too. That only
-    # serves to choose the weights: the ranking itself is exact.
-    clips = np.concatenate([top.index for top in first.each], axis=1)  # [C, R k]
-    clips = np.sort(clips, axis=1)
-    clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = ranking.NO_CLIP
-    candidates = jnp.asarray(clips)
+    clips = candidates(first.each)
+    scores = gather_scores(models, split_name, mesh, block_size, clips)
+
+    def value_of(weights: np.ndarray) -> float:
+        return blended_map(scores, clips, split, first.positives, weights)
+
+    weights, value = greedy_weights(value_of, len(models), ROUNDS)
+    shown = ", ".join(
+        f"{weight:.2f} {model.name}" for weight, model in zip(weights, models, strict=True)
+    )
+    say(f"weights on {split_name} ({first.results['map_kind']} MAP {value:.4f}): {shown}")
+    return weights.tolist()
+
+
+def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
+    """Returns the clips that any run lists for an identity, [C, R k] int32 in ascending order.
+
+    NO_CLIP stands for repeated clips. Weights are fitted on these clips only: a clip that no run
+    ranks among its best 100 rarely enters those of the blend. The final ranking has all clips.
+
+    Args:
+      tops: the ranking of each of R runs.
+    """
+    clips = np.sort(np.concatenate([top.index for top in tops], axis=1), axis=1)
+    clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
+    return clips
+
+
+def gather_scores(
+    models: Sequence[TrainedModel],
+    split_name: str,
+    mesh: Mesh,
+    block_size: int,
+    clips: np.ndarray,
+) -> np.ndarray:
+    """Scores a split once more and keeps the scores of the candidates, [R, C, n] float64.
+
+    Args:
+      models: the R runs.
+      split_name: the split.
+      mesh: the devices.
+      block_size: clips that a device scores at a time.
+      clips: [C, n] int32, from `candidates`.
+
+    Returns:
+      The logarithmic scores; -inf where there is no clip.
+    """
+    wanted = jnp.asarray(clips)
     gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
 
     def observe(blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
-        for number, of_run in enumerate(scores):
-            for block, of_block in zip(blocks, of_run, strict=True):
+        for number, model_scores in enumerate(scores):
+            for block, block_scores in zip(blocks, model_scores, strict=True):
                 gathered[number] = _gather(
-                    gathered[number], candidates, of_block, block.clip_index, block.batch_mask
+                    gathered[number], wanted, block_scores, block.clip_index, block.batch_mask
                 )
 
-    run(observe=observe)
-    found = np.stack([np.asarray(one, np.float64) for one in gathered])  # [R, C, R k]
-    value_of = functools.partial(_map_of, found, clips, split.labels, first.positives)
-    counts = np.zeros(len(models))
-    best, best_value = counts, -1.0
-    for _ in range(ROUNDS):
-        choices = counts + np.eye(len(models))
-        values = [value_of(choice) for choice in choices]
-        counts = choices[int(np.argmax(values))]
-        if max(values) > best_value:
-            best, best_value = counts, max(values)
-    weights = (best / best.sum()).tolist()
-    shown = ", ".join(f"{w:.2f} {c.name}" for w, c in zip(weights, models, strict=True))
-    say(f"weights on {split_name} ({first.results['map_kind']} MAP {best_value:.4f}): {shown}")
-    return weights
-
-
-def _map_of(
-    found: np.ndarray,
-    clips: np.ndarray,
-    labels: np.ndarray,
-    positives: np.ndarray,
-    weights: np.ndarray,
-) -> float:
-    """Returns MAP of the weighted mean of log scores `found` [R, C, n] of the clips [C, n]."""
-    used = weights > 0
-    logs = found[used] + np.log(weights[used])[:, None, None]
-    total = np.where(clips < len(labels), np.logaddexp.reduce(logs, axis=0), -np.inf)
-    order = np.lexsort((clips, -total), axis=1)[:, : ranking.MAX_NAMES]
-    index = np.take_along_axis(clips, order, axis=1)
-    return metrics.mean_average_precision(index, labels, positives)
+    score(models, split_name, mesh, block_size=block_size, each_member=False, observe=observe)
+    return np.stack([np.asarray(scores, np.float64) for scores in gathered])
 
 
 @jax.jit
 def _gather(
-    found: Array, candidates: Array, scores: Array, clip_index: Array, batch_mask: Array
+    gathered: Array, clips: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> Array:
-    """Returns the candidates' scores [C, n], with those that stand in a block filled in."""
-    num_rows = len(clip_index)
+    """Fills in the scores [C, n] of those `clips` [C, n] that are in a block of scores [B, C]."""
     clip = jnp.where(batch_mask, clip_index, -1)
     order = jnp.argsort(clip)
-    place = jnp.clip(jnp.searchsorted(clip[order], candidates), 0, num_rows - 1)
+    place = jnp.clip(jnp.searchsorted(clip[order], clips), 0, len(clip) - 1)
     row = order[place]
-    values = scores[row, jnp.arange(len(candidates))[:, None]]
-    return jnp.where(clip[row] == candidates, values, found)
+    values = scores[row, jnp.arange(len(clips))[:, None]]
+    return jnp.where(clip[row] == clips, values, gathered)
+
+
+def greedy_weights(
+    value_of: Callable[[np.ndarray], float], num_runs: int, rounds: int
+) -> tuple[np.ndarray, float]:
+    """Adds one run after another, with repetition, always the one that makes the value largest.
+
+    Args:
+      value_of: counts [R] of the added runs -> the value of that blend.
+      num_runs: R.
+      rounds: runs that are added.
+
+    Returns:
+      The weights [R] of the best blend of all rounds, which sum to 1, and its value.
+
+    Source: Caruana et al. 2004, Ensemble Selection from Libraries of Models, section 2: selection
+    with replacement. Ours: without their sorted initialisation and without bagging.
+    """
+    counts = best = np.zeros(num_runs)
+    best_value = -np.inf
+    for _ in range(rounds):
+        choices = counts + np.eye(num_runs)
+        values = [value_of(choice) for choice in choices]
+        counts = choices[int(np.argmax(values))]
+        if max(values) > best_value:
+            best, best_value = counts, max(values)
+    return best / best.sum(), best_value
+
+
+def blended_map(
+    scores: np.ndarray,
+    clips: np.ndarray,
+    split: Split,
+    positives: np.ndarray,
+    weights: np.ndarray,
+) -> float:
+    """Returns the MAP of a blend, ranked among the candidates.
+
+    Args:
+      scores: [R, C, n] float64, logarithms, from `gather_scores`.
+      clips: [C, n] int32, from `candidates`.
+      split: the clips.
+      positives: [C] int, ground-truth clips per identity.
+      weights: [R], 0 or more; only their proportions matter.
+    """
+    used = weights > 0
+    logs = scores[used] + np.log(weights[used])[:, None, None]
+    total = np.where(clips < len(split.labels), np.logaddexp.reduce(logs, axis=0), -np.inf)
+    order = np.lexsort((clips, -total), axis=1)[:, : topk.MAX_NAMES]
+    index = np.take_along_axis(clips, order, axis=1)
+    return metrics.mean_average_precision(index, split.labels, positives)

@@ -17,8 +17,8 @@ from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.config import Config
 from vidjax.data import resident
+from vidjax.modes import restore
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
-from vidjax.modes.evaluate import select_modalities
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
 from vidjax.run import checkpoint
 
@@ -213,7 +213,7 @@ def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():
         yield OK, f"{split}: {_described(facts)}"
-    select_modalities(config.modalities, found)
+    restore.select_modalities(config.modalities, found.modalities)
 
 
 def _described(facts: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import ensemble, ranking
+from vidjax import ranking
 from vidjax.config import Config
-from vidjax.modes.evaluate import digest
+from vidjax.modes import restore
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
@@ -31,7 +31,7 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
     if config is None:
         yield _damaged_config(workdir)
     for path in sorted(workdir.glob("*.json")):
-        if path.name not in ("config.json", "identities.json"):  # see `_companions`
+        if path.name not in ("config.json", "identities.json"):  # see `check_checkpoints`
             yield _results(path)
     for path in sorted(workdir.glob("*.jsonl")):
         yield _log(path)
@@ -140,42 +140,11 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
     step = newest.manifest["step"]
     state = WARNING if prefer == "latest" and step < max(steps) else OK
     yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
-    yield from _companions(workdir, newest.manifest, name, damaged_config=config is None)
-
-
-def _companions(
-    workdir: Path, manifest: Mapping[str, Any], name: str, *, damaged_config: bool
-) -> Findings:
-    """Yields the findings on the files that a checkpoint depends on.
-
-    Args:
-      workdir: the run's folder.
-      manifest: that of the checkpoint.
-      name: prefix of every text.
-      damaged_config: True where the damage of `config.json` was reported already.
-    """
-    path = workdir / "identities.json"
-    try:
-        identities = workdir_lib.read_json(path, list)
-        agrees = digest(identities) == manifest.get("identities_sha256")
-        said = f"{len(identities)} identities" if agrees else "not what the run was trained with"
-        yield OK if agrees else FAULT, f"{name}identities.json: {said}"
-    except (ValueError, OSError) as error:
-        yield FAULT, f"{name}{error}"
-    try:
-        training_sets = ensemble.load(workdir)
-        agrees = ensemble.digest(training_sets) == manifest.get("members_sha256")
-        said = f"{len(training_sets.members)} members, {len(training_sets.clips)} clips"
-        said = said if agrees else "not what the run was trained with"
-        yield OK if agrees else FAULT, f"{name}{ensemble.FILE}: {said}"
-    except ValueError as error:
-        yield FAULT, f"{name}{error}"
-    if "config" in manifest and not damaged_config:
-        spoilt = resume.spoilt(workdir, manifest["config"])
-        said = (
-            f"not what the run was trained with: {resume.describe(spoilt)}" if spoilt else "agrees"
-        )
-        yield FAULT if spoilt else OK, f"{name}config.json: {said}"
+    for companion in restore.check_companions(workdir, newest.manifest):
+        if companion.file == restore.CONFIG and config is None:
+            continue  # its damage is reported by `_damaged_config`
+        state = FAULT if companion.fault else OK
+        yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
 
 
 def _holder(workdir: Path) -> str | None:

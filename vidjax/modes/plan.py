@@ -12,7 +12,7 @@ from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.untrusted import pickles
-from vidjax.modes.evaluate import select_modalities
+from vidjax.modes.restore import select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
@@ -43,7 +43,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
       ValueError: a field is out of its range, or does not fit the data.
     """
     _check_ranges(config)
-    modalities = select_modalities(config.modalities, data)
+    modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
     _check_splits(config, data)

@@ -16,6 +16,7 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.modes.plan import RunPlan
+from vidjax.modes.restore import check_digests
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import say
@@ -56,12 +57,7 @@ def restore_or_init(
     def check(manifest: Mapping[str, Any]) -> None:
         before = config_lib.from_json(json.dumps(manifest["config"]))
         changed.update(resume.changes(workdir, before, config))
-        for key, kind in {
-            "identities_sha256": "list of identities",
-            "members_sha256": "set of clips or members",
-        }.items():
-            if manifest[key] != description[key]:
-                raise checkpoint.CheckpointError(f"'{workdir}' was trained on another {kind}")
+        check_digests(workdir, manifest, description)
         if manifest["step"] > plan.task.total_steps:
             raise ValueError(
                 f"'{workdir}' was trained for {manifest['step']} steps already, "

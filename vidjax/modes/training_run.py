@@ -16,13 +16,15 @@ from vidjax import devices, ensemble
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
-from vidjax.modes.evaluate import digest
 from vidjax.modes.plan import RunPlan
+from vidjax.modes.restore import companion_digests
 from vidjax.run import checkpoint
 from vidjax.run.logs import Logs, say
+from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import Relabeller
-from vidjax.steps.scoring import Evaluation, Scorer, TrainedModel, score
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.scoring import Evaluation, score
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 
@@ -69,11 +71,10 @@ class TrainingRun:
         """
         self._config, self._workdir, self._plan = config, workdir, plan
         self._system, self._mesh = system, mesh
-        self._scorer = Scorer(system, mesh)
+        self._eval_step = eval_step.make_eval_step(system, mesh)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            "identities_sha256": digest(data.identities),
-            "members_sha256": ensemble.digest(plan.training_sets),
+            **companion_digests(data.identities, plan.training_sets),
             "config": config.to_dict(),
         }
         state, manifest = start.restore_or_init(
@@ -244,7 +245,8 @@ class TrainingRun:
         state = self.state
         return TrainedModel(
             str(self._workdir),
-            self._scorer,
+            self._system,
+            self._eval_step,
             state.params,
             state.model_state,
             self._plan.training_sets,

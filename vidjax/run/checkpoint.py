@@ -1,10 +1,13 @@
-"""Checkpoints: Orbax behind save, find and load, with digests.
+"""Checkpoints: saved, found and loaded with Orbax, and checked against sha256 digests.
 
-A step lies in `checkpoints/<step>/`: Orbax's folder `state` and `manifest.json`, which holds the
-sha256 of every file of it and of its own facts. The folder bears its name once all of that is
-written; a step that does not match its manifest is never used. Kept are the latest, the one before
-(where runs are evaluated as they go: the last evaluated one) and the best by MAP. Whatever else
-lies in `checkpoints/` stays there.
+A checkpoint is a folder `checkpoints/<step>/` with Orbax's folder `state` and a `manifest.json`.
+The manifest holds the sha256 of every file in `state`, and of its own other entries. The folder
+gets its name once all of it is written. A checkpoint that does not match its manifest is never
+used.
+
+Three checkpoints are kept: the latest, the one before it, and the best by MAP. Where training
+evaluates now and then, "the one before" is the last evaluated one. Other files in `checkpoints/`
+are left alone.
 """
 
 import contextlib
@@ -25,62 +28,68 @@ from vidjax.run import workdir as workdir_lib
 
 
 class CheckpointError(Exception):
-    """No usable checkpoint, or one of another model."""
+    """There is no usable checkpoint, or it belongs to another model."""
 
 
 class DamagedError(CheckpointError):
-    """The files of a checkpoint are not those that were saved."""
+    """The files of a checkpoint differ from those that were saved."""
 
 
 class OtherModelError(CheckpointError):
-    """A checkpoint has other arrays than the model wants."""
+    """The arrays of a checkpoint differ from those of the model in name, shape or dtype."""
 
 
 class Checkpoint(NamedTuple):
-    """A saved step, each of its files as it was saved."""
+    """A checkpoint whose files match their digests.
+
+    Attributes:
+      folder: `checkpoints/<step>`.
+      manifest: `step`, `arrays`, `files` and what `save` was given as `info`.
+    """
 
     folder: Path
     manifest: dict[str, Any]
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a step, then drops those that need not be kept.
+    """Saves a checkpoint, then drops those that need not be kept.
 
-    A step that is saved already keeps its arrays and gains facts.
+    If the step has a checkpoint already, its arrays stay and `info` is added to its manifest.
 
     Args:
       workdir: the run's folder.
-      step: optimiser steps done.
-      items: name -> tree of arrays; loaded by the same names.
-      info: plain facts kept in the manifest; the best step is that of the highest `map`.
+      step: the number of optimiser steps that are done.
+      items: name -> tree of arrays; `load` takes the same names.
+      info: entries of the manifest, in types of JSON. `map` decides which checkpoint is the best.
 
     Raises:
-      OSError: it cannot be written; what was saved before is intact.
+      OSError: it cannot be written; earlier checkpoints are intact.
     """
     folder = workdir / "checkpoints" / str(step)
     try:
         _write_manifest(folder, read_manifest(folder) | dict(info))
-    except CheckpointError:  # there is none, or what bears its name is not one
+    except CheckpointError:  # no checkpoint has this name yet, or the folder is damaged
         _save_new(folder, items, {"step": step, **info})
     _drop_others(workdir)
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Writes a checkpoint under a hidden name, then renames it."""
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     try:
         if partial.parent.exists():
-            shutil.rmtree(partial.parent)  # of a save that was cut short
+            shutil.rmtree(partial.parent)  # left by a save that was cut short
         partial.mkdir(parents=True)
         ocp.save_checkpointables(str(partial / "state"), filled)
-        facts = {"arrays": _arrays(items), "files": _digests(partial / "state")}
-        _write_manifest(partial, {**facts, **info})
+        contents = {"arrays": _arrays(items), "files": _digests(partial / "state")}
+        _write_manifest(partial, {**contents, **info})
         set_aside(folder)
         os.rename(partial, folder)
     except Exception as error:  # Orbax reports a full disk in a dozen ways
         shutil.rmtree(partial.parent, ignore_errors=True)  # a thread of Orbax may still write there
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if len(reason) > 200:  # a path, which is named below; what happened comes after it
+        if len(reason) > 200:  # it begins with the path, which is named below
             reason = f"... {reason[-120:]}"
         raise OSError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
@@ -89,49 +98,58 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> manifest of every step with a good one, in ascending order."""
-    return {step: found for step, found in survey(workdir).items() if isinstance(found, dict)}
+    """Returns step -> manifest of all checkpoints with an undamaged one, in ascending order."""
+    return {step: value for step, value in survey(workdir).items() if isinstance(value, dict)}
 
 
 def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
-    """Returns step -> its manifest, or why there is no good one; files are not looked at."""
-    found: dict[int, dict[str, Any] | DamagedError] = {}
+    """Returns step -> manifest, or the error that reading the manifest raised.
+
+    The other files of the checkpoints are not read.
+    """
+    by_step: dict[int, dict[str, Any] | DamagedError] = {}
     for step, folder in sorted(_folders(workdir).items()):
         try:
-            found[step] = read_manifest(folder)
+            by_step[step] = read_manifest(folder)
         except DamagedError as error:
-            found[step] = error
-    return found
+            by_step[step] = error
+    return by_step
 
 
 def best_step(workdir: Path) -> int | None:
-    """Returns the step with the highest MAP (the later of two equals), None without one."""
+    """Returns the step with the highest MAP, the later of two equal ones; None without a MAP."""
     scored = [(m["map"], step) for step, m in manifests(workdir).items() if "map" in m]
     return max(scored)[1] if scored else None
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Returns the first good step in an order of preference, None if nothing was ever saved.
+    """Finds the most preferred checkpoint that matches its digests.
 
-    Damaged steps are passed over with a warning; they stay where they are.
+    A damaged checkpoint is skipped with a warning; its files stay.
 
     Args:
       workdir: the run's folder.
-      prefer: `latest`, or `best`: the highest MAP first, steps without one last.
+      prefer: `latest`; or `best`, the highest MAP first and checkpoints without MAP last.
+
+    Returns:
+      The checkpoint, None if nothing was ever saved.
 
     Raises:
-      CheckpointError: steps are there, but none is good; or none was ever scored.
-      ValueError: another preference.
+      CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
+      ValueError: `prefer` is neither `latest` nor `best`.
     """
     if prefer not in ("latest", "best"):
-        raise ValueError(f"config.eval.checkpoint='{prefer}': latest or best")
-    found = survey(workdir)
-    scored = {step: m["map"] for step, m in found.items() if isinstance(m, dict) and "map" in m}
-    damaged = [step for step, manifest in found.items() if not isinstance(manifest, dict)]
-    if prefer == "best" and found and not scored and not damaged:
-        raise CheckpointError(f"no best checkpoint in '{workdir}': no step was evaluated")
-    order = sorted(found, reverse=True)
-    if prefer == "best":  # of a step without a manifest nobody knows
+        raise ValueError(f"config.eval.checkpoint='{prefer}': must be latest or best")
+    steps = survey(workdir)
+    scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
+    damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
+    if prefer == "best" and steps and not scored and not damaged:
+        raise CheckpointError(
+            f"no best checkpoint in '{workdir}': no step was evaluated\n"
+            "use the latest: --config.eval.checkpoint=latest"
+        )
+    order = sorted(steps, reverse=True)
+    if prefer == "best":  # a damaged manifest comes first: its MAP is unknown, and a warning is due
         order = sorted(order, key=lambda s: (s in damaged, scored.get(s, -1.0), s), reverse=True)
     for step in order:
         folder = workdir / "checkpoints" / str(step)
@@ -139,7 +157,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
             return Checkpoint(folder, verify(folder))
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
-    if found:
+    if steps:
         raise CheckpointError(f"no good checkpoint in '{workdir / 'checkpoints'}'")
     return None
 
@@ -147,15 +165,18 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def load(
     checkpoint: Checkpoint, abstract: Mapping[str, Any], sharding: jax.sharding.Sharding
 ) -> dict[str, Any]:
-    """Returns the trees of a step that `find` found.
+    """Loads the trees of a checkpoint.
 
     Args:
-      checkpoint: the step.
+      checkpoint: the result of `find`.
       abstract: name -> tree of arrays or ShapeDtypeStructs; only these items are read.
-      sharding: where every array goes; the number of devices may differ from the one that saved.
+      sharding: the layout of every array; the number of devices may differ from that at saving.
+
+    Returns:
+      name -> tree of arrays, structured like `abstract`.
 
     Raises:
-      OtherModelError: another shape or dtype.
+      OtherModelError: an array has another shape or dtype than the checkpoint's.
     """
     _check_shapes(checkpoint, abstract)
     wanted = {
@@ -175,35 +196,44 @@ def restore_latest(
     sharding: jax.sharding.Sharding,
     check: Callable[[Mapping[str, Any]], None] = lambda manifest: None,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Returns the trees and the manifest that training goes on from, None if nothing was saved.
+    """Loads the newest undamaged checkpoint, from which training resumes.
 
-    That is the newest good step. Damaged ones after it are set aside with a warning: training will
-    come to their numbers again.
+    Damaged checkpoints of later steps are renamed with a warning: training will save these steps
+    again.
 
     Args:
       workdir: the run's folder.
-      abstract, sharding: as in `load`.
-      check: is given the manifest before anything is loaded or renamed; it may raise.
+      abstract, sharding: the arguments of `load`.
+      check: called with the manifest before anything is loaded or renamed; it may raise.
+
+    Returns:
+      The trees and the manifest; None if nothing was saved.
 
     Raises:
-      CheckpointError: steps are there, but none is good; or they are of another model.
+      CheckpointError: all checkpoints are damaged, or they belong to another model.
     """
-    found = find(workdir)
-    if found is None:
+    checkpoint = find(workdir)
+    if checkpoint is None:
         return None
-    check(found.manifest)
-    items = load(found, abstract, sharding)
+    check(checkpoint.manifest)
+    items = load(checkpoint, abstract, sharding)
     for step, folder in _folders(workdir).items():
-        if step > found.manifest["step"]:
+        if step > checkpoint.manifest["step"]:
             set_aside(folder)
-    return items, found.manifest
+    return items, checkpoint.manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a saved step after every file was checked against it.
+    """Checks every file of a checkpoint against its manifest.
+
+    Args:
+      folder: `checkpoints/<step>`.
+
+    Returns:
+      The manifest.
 
     Raises:
-      CheckpointError: no such step.
+      CheckpointError: there is no such checkpoint.
       DamagedError: a file is missing or does not match.
     """
     manifest = read_manifest(folder)
@@ -221,31 +251,34 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the facts of a saved step, which match their own sha256.
+    """Reads the manifest of a checkpoint and checks its own sha256.
+
+    Args:
+      folder: `checkpoints/<step>`.
 
     Raises:
-      CheckpointError: no such step.
-      DamagedError: the manifest is missing, damaged, or of another step.
+      CheckpointError: there is no such checkpoint.
+      DamagedError: the manifest is missing, damaged, or belongs to another step.
     """
     if not _is_step(folder):
         raise CheckpointError(f"no checkpoint at '{folder}'")
     path = folder / "manifest.json"
     try:
-        facts = json.loads(path.read_text())
-        seal = facts.pop("sha256")
+        manifest = workdir_lib.read_json(path)
+        digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise DamagedError(f"file missing: '{path}'") from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"'{path}' is damaged") from error
-    if seal != workdir_lib.sha256_json(facts):
+    if digest != workdir_lib.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
-    if str(facts["step"]) != folder.name:
-        raise DamagedError(f"'{path}' is of step {facts['step']}")
-    return facts
+    if str(manifest["step"]) != folder.name:
+        raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
+    return manifest
 
 
 def set_aside(folder: Path) -> None:
-    """Gives whatever bears a step's name another one: `<step>.damaged`."""
+    """Renames a checkpoint, or whatever has its name, to `<step>.damaged`."""
     if folder.exists() or folder.is_symlink():
         os.rename(folder, _free_name(folder, "damaged"))
 
@@ -257,17 +290,18 @@ def _free_name(folder: Path, word: str) -> Path:
 
 def _is_step(folder: Path) -> bool:
     if not re.fullmatch("0|[1-9][0-9]*", folder.name) or not folder.is_dir():
-        return False  # a folder of the user's
+        return False  # not a checkpoint: the user may keep folders here
     return (folder / "state").exists() or (folder / "manifest.json").exists()
 
 
 def _folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder, damaged ones included."""
+    """Returns step -> folder of every checkpoint, damaged ones included."""
     return {int(f.name): f for f in (workdir / "checkpoints").glob("*") if _is_step(f)}
 
 
-def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    plain = json.loads(workdir_lib.to_json(dict(facts)))
+def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Writes `manifest.json` with the sha256 of its entries."""
+    plain = json.loads(workdir_lib.to_json(dict(entries)))  # as a reader will see them
     plain["sha256"] = workdir_lib.sha256_json(plain)
     workdir_lib.write_json(folder / "manifest.json", plain)
 
@@ -278,17 +312,19 @@ def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
     for name, kind in _arrays(wanted).items():
         if saved.get(name) != kind:
             raise OtherModelError(
-                f"'{checkpoint.folder}' is of another model: {name}\n"
+                f"'{checkpoint.folder}' belongs to another model: {name}\n"
                 f"is {saved.get(name, 'absent')} there and {kind} here"
             )
 
 
 def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
+    """Returns path -> dtype and shape of every array, such as `float32[4, 2]`."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(items))
     return {jax.tree_util.keystr(k): f"{x.dtype}{list(jnp.shape(x))}" for k, x in leaves}
 
 
 def _drop_others(workdir: Path) -> None:
+    """Removes all checkpoints but the latest, the one before it and the best."""
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
     if partial.exists():
         shutil.rmtree(partial)
@@ -301,7 +337,7 @@ def _drop_others(workdir: Path) -> None:
         folder = workdir / "checkpoints" / str(step)
         if not folder.is_symlink():
             dropped.mkdir(exist_ok=True)
-            os.rename(folder, dropped / folder.name)  # half a folder must not look like a step
+            os.rename(folder, dropped / folder.name)  # half a folder must not look like one
     if dropped.exists():
         for folder in dropped.iterdir():
             _remove(folder)
@@ -309,14 +345,14 @@ def _drop_others(workdir: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the files that a step's manifest lists; what a user has added stays."""
+    """Removes the files that a checkpoint's manifest lists; files that a user has added stay."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
     except (OSError, ValueError):
         files = {}
-    parts = sorted((folder / "state").rglob("*"), reverse=True)  # a folder after what is in it
+    parts = sorted((folder / "state").rglob("*"), reverse=True)  # files before their folders
     for path in [*parts, folder / "state"]:
-        with contextlib.suppress(OSError):  # of a folder that is not empty
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             elif str(path.relative_to(folder / "state")) in files:
@@ -330,5 +366,6 @@ def _remove(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
+    """Returns relative path -> sha256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): workdir_lib.sha256_file(path) for path in files}

@@ -1,4 +1,8 @@
-"""What may differ when a run goes on, and the record of what did: `changes.jsonl`."""
+"""Configuration changes when a run resumes: which are allowed, and their record.
+
+`changes.jsonl` records every change, one JSON line per resumption: {step: int, changes: {field:
+[old value, new value]}}.
+"""
 
 import json
 import warnings
@@ -11,7 +15,7 @@ from vidjax.config import Config
 from vidjax.run import workdir as workdir_lib
 
 FILE = "changes.jsonl"
-# These say where things lie and when they are saved, not what is computed.
+# Fields that may always change: paths and times of saving, which affect no result.
 MOVABLE = (
     "checkpoint_every_seconds",
     "data.dir",
@@ -19,92 +23,99 @@ MOVABLE = (
     "eval.checkpoint",
     "eval.report",
 )
-# These shape neither the state nor the order of clips: `config.resume.allow` may name them.
+# Fields and groups that `config.resume.allow` may name: they shape neither the state nor the order
+# of clips.
 CHANGEABLE = ("optim", "loss", "mixup", "num_epochs", "log_every_steps", "eval")
 
 Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
 
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
-    """Returns the fields in which a run is to go on otherwise than it began.
+    """Returns the fields that differ between a run's configuration and that of its resumption.
 
     Args:
       workdir: the run's folder.
-      old: the configuration so far.
-      new: that of now.
+      old: the configuration of the run so far.
+      new: the configuration to resume with.
 
     Raises:
-      ValueError: fields differ that may not, or that `new.resume.allow` does not name.
+      ValueError: a field differs that may not change, or that `new.resume.allow` does not name.
     """
     allowed = tuple(new.resume.allow)
     for name in allowed:
         if not _within(name, CHANGEABLE):
             raise ValueError(
-                f"config.resume.allow: '{name}' may not change when a run goes on\n"
-                f"what may: {', '.join(CHANGEABLE)}"
+                f"config.resume.allow: '{name}' may not change when a run resumes\n"
+                f"these may: {', '.join(CHANGEABLE)}"
             )
-    found = config_lib.differences(old, new)
-    found.pop("resume.allow", None)
+    changed = config_lib.differences(old, new)
+    changed.pop("resume.allow", None)
     refused = {
         name: pair
-        for name, pair in _without_recorded(workdir, found).items()
+        for name, pair in _without_recorded(workdir, changed).items()
         if not _within(name, (*MOVABLE, *allowed))
     }
     if refused:
         hint = "use another --workdir, or the configuration of that run"
         if all(_within(name, CHANGEABLE) for name in refused):
-            hint = f"to go on all the same: --config.resume.allow={','.join((*allowed, *refused))}"
+            hint = (
+                f"to resume with the change: --config.resume.allow={','.join((*allowed, *refused))}"
+            )
         raise ValueError(
-            f"--workdir: '{workdir}' holds a run of another configuration\n"
+            f"--workdir: '{workdir}' holds a run with another configuration\n"
             f"{describe(refused)}\n{hint}"
         )
-    return found
+    return changed
 
 
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
-    """Returns where `config.json` differs from what a checkpoint was trained with, unrecorded.
+    """Returns the fields of `config.json` that were edited since a checkpoint was saved.
+
+    Changes that `changes.jsonl` records, and fields that may always change, are left out.
 
     Args:
       workdir: the run's folder.
-      saved: the configuration that the checkpoint keeps.
+      saved: the configuration in the checkpoint's manifest.
     """
     old = config_lib.from_json(json.dumps(saved))
-    found = config_lib.differences(old, config_lib.load_workdir(workdir))
-    found = _without_recorded(workdir, found)
+    changed = config_lib.differences(old, config_lib.load_workdir(workdir))
+    changed = _without_recorded(workdir, changed)
     ignored = (*MOVABLE, "resume.allow")
-    return {name: pair for name, pair in found.items() if not _within(name, ignored)}
+    return {name: pair for name, pair in changed.items() if not _within(name, ignored)}
 
 
-def record(workdir: Path, step: int, found: Changes) -> None:
+def record(workdir: Path, step: int, changed: Changes) -> None:
     """Warns of changes and adds them to `changes.jsonl`."""
-    if not found:
+    if not changed:
         return
-    warnings.warn(f"from step {step} on with other values: {describe(found)}", stacklevel=2)
-    line = json.dumps({"step": step, "changes": found}) + "\n"
+    warnings.warn(f"values changed from step {step} on: {describe(changed)}", stacklevel=2)
+    line = json.dumps({"step": step, "changes": changed}) + "\n"
     path = workdir / FILE
     before = path.read_text() if path.exists() else ""
-    if not before.endswith(line):  # else a process recorded it and stopped at once
+    if not before.endswith(line):  # else a process recorded it and stopped before its first step
         workdir_lib.write_text(path, before + line)
 
 
-def describe(found: Changes) -> str:
-    """Returns changes in one line of at most 300 characters."""
-    text = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in found.items())
+def describe(changed: Changes) -> str:
+    """Returns changes as one line of at most 300 characters."""
+    text = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
     return text[:300]
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:
+    """Returns whether a field is one of some fields, or lies in one of some groups."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
-def _without_recorded(workdir: Path, found: Changes) -> Changes:
+def _without_recorded(workdir: Path, changed: Changes) -> Changes:
+    """Returns changes without those that `changes.jsonl` records."""
     path = workdir / FILE
     recorded: dict[str, list[Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         recorded |= json.loads(line)["changes"]
-    now = {name: json.loads(json.dumps(pair[1])) for name, pair in found.items()}
+    now = {name: json.loads(json.dumps(pair[1])) for name, pair in changed.items()}
     return {
         name: pair
-        for name, pair in found.items()
+        for name, pair in changed.items()
         if name not in recorded or recorded[name][1] != now[name]
     }

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets a run save its state, the second ends it at once."""
+"""SIGINT and SIGTERM: the first lets a run save its state, the second ends the process."""
 
 import contextlib
 import os
@@ -9,12 +9,12 @@ from types import FrameType
 
 
 class Interruption:
-    """What a signal asked for.
+    """A request to stop.
 
     Attributes:
-      signum: None until SIGINT or SIGTERM arrives.
-      at_once: whether nothing is lost if the process ends now; the command then does (see
-        `end_on_signals`).
+      signum: the first signal that arrived, None before.
+      at_once: set by the loop while nothing is lost if the process ends immediately. The command
+        line then ends it (see `end_on_signals`).
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Interruption:
         self.at_once = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Notes the first signal; ends the process at once on the second."""
+        """Stores the first signal; ends the process on the second."""
         del frame
         if self.signum is not None:
             os._exit(128 + signum)
@@ -35,19 +35,19 @@ class Interruption:
 
 
 class Interrupted(Exception):
-    """A run stopped on a signal with its state saved; `exit_code` is what the shell expects."""
+    """A signal stopped a run after its state was saved; `exit_code` is 128 plus the signal."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        super().__init__(f"stopped at step {step}; run the same command to resume")
         self.exit_code = 128 + signum
 
 
-_interruption: Interruption | None = None  # of the loop that is running
+_interruption: Interruption | None = None  # that of the running loop
 
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Turns SIGINT and SIGTERM into a note that the loop reads after each step."""
+    """Stores SIGINT and SIGTERM in an `Interruption`, which the loop reads after each step."""
     global _interruption
     interruption = _interruption = Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -61,27 +61,29 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Lets SIGINT and SIGTERM end this process at once, but for the first that a loop waits for.
+    """Lets SIGINT and SIGTERM end this process immediately, with one exception.
 
-    A thread sees to it: Python runs handlers between two of its own instructions only, and a
-    compiler, which is none of them, takes minutes.
+    The exception is the first signal inside `catch_interruption`, where the loop saves its state. A
+    thread watches for signals, because Python runs no handler during an XLA compilation, which can
+    take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: None)  # the thread is told of it
+        signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe
 
 
 def _end_on_signals(reader: int) -> None:
-    noted = None
+    """Reads signals from a pipe for ever, and ends the process on one that no loop waits for."""
+    stored = None
     while True:
         signum = os.read(reader, 1)[0]
         interruption = _interruption
         if signum not in (signal.SIGINT, signal.SIGTERM):
             continue
-        if interruption is None or interruption.at_once or noted is interruption:
+        if interruption is None or interruption.at_once or stored is interruption:
             os.write(2, b"vidjax: stopped\n")
             os._exit(128 + signum)
-        noted = interruption
+        stored = interruption

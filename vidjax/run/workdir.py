@@ -1,6 +1,7 @@
-"""The folder of a run and its files: one process at a time, every file written whole or not at all.
+"""The folder of a run, and helpers to read and write files.
 
-The helpers for files know nothing of a run; whoever reads or writes files may use them.
+One process holds the folder at a time. A file is written whole or not at all. The helpers for files
+know nothing about runs; any part of vidjax may use them.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ T = TypeVar("T")
 
 
 def make_workdir(path: str | os.PathLike[str]) -> Path:
-    """Returns the absolute path of a run's folder, which exists and can be written.
+    """Makes the folder of a run, if needed, and checks that it can be written.
+
+    Returns:
+      The absolute path of the folder.
 
     Raises:
-      ValueError: the path is a file, or cannot be written.
+      ValueError: the path is a file, or the folder cannot be written.
     """
     workdir = Path(path).expanduser().absolute()
     try:
@@ -40,10 +44,12 @@ def make_workdir(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds a run's folder for this process; the kernel lets go of it however the process ends.
+    """Locks a run's folder for this process.
+
+    The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another process holds the lock.
     """
     path = workdir / ".lock"
     with open(path, "a+b", buffering=0) as file:
@@ -55,22 +61,22 @@ def lock(workdir: Path) -> Iterator[None]:
             raise ValueError(f"--workdir: '{workdir}' is in use by {owner}") from None
         except OSError as error:
             raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
-        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+        with contextlib.suppress(OSError):  # the lock holds on a full disk, too
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that its name shows either what was there before or the whole new text."""
+    """Writes a text file: its path shows either the old content or all of the new."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that its name shows what was there before or all of the new content.
+    """Writes a file: its path shows either the old content or all of the new.
 
     Raises:
-      OSError: it cannot be written; the message names it.
+      OSError: the file cannot be written; the message names it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -86,10 +92,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Writes at the end of an unbuffered file: all of it or, where the disk is full, nothing.
+    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full.
 
     Raises:
-      OSError: it cannot be written; the message names the file.
+      OSError: the file cannot be written; the message names it.
     """
     before = file.seek(0, os.SEEK_END)
     left = content
@@ -102,19 +108,19 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise _cannot_write(file.name, error) from error
 
 
-def _cannot_write(path: Any, error: OSError) -> OSError:
+def _cannot_write(path: object, error: OSError) -> OSError:
     named = OSError(f"cannot write '{path}': {error.strerror}")
     named.errno = error.errno
     return named
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all; numpy scalars and arrays are allowed."""
+    """Writes a JSON file, whole or not at all; the value may hold numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
-    """Returns a value as JSON; numpy scalars and arrays are allowed."""
+    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""Records on disk, written by TFDS and read by tf.data: the only folder with TensorFlow."""
+"""Records on disk: written by TFDS, read by tf.data; TensorFlow is imported in this folder alone."""

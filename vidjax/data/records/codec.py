@@ -1,8 +1,8 @@
-"""How the frames of one clip lie in a record, and the one place that sets TensorFlow up.
+"""How the frames of a clip are stored in a record; the one place that sets TensorFlow up.
 
 Every field of a modality is one bytes string in the record: float16 has no `tf.train.Example` type,
-and a ragged float list decodes several times slower than bytes do. `PackedFrames` is how TFDS reads
-them, clip by clip; `parse_batch` and `decode_batch` do the same for whole batches, much faster.
+and a ragged float list decodes several times slower than bytes. TFDS reads the frames clip by clip
+with `PackedFrames`; `parse_batch` and `decode_batch` read whole batches, much faster.
 """
 
 import contextlib
@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 
-# TensorFlow reads both when it is imported. It only moves records here: oneDNN is of no use to it
-# and announces itself on stderr, and what matters of its log arrives as an exception.
+# TensorFlow reads both variables when it is imported. It only moves records here, without need of
+# oneDNN, which would announce itself on stderr. Errors arrive as exceptions, not in the log.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import tensorflow
 import tensorflow_datasets
 
+from vidjax.batch import Frames
 from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 
-# TensorFlow ships no types, and the stubs that type checkers bring know half of it.
+# TensorFlow ships no types, and the stubs of type checkers cover half of it.
 tf: Any = tensorflow
 tfds: Any = tensorflow_datasets
 
@@ -33,10 +35,10 @@ tfds.disable_progress_bar()
 
 
 def _keep_freed_memory() -> None:
-    """Lets the memory of one batch serve the next one, where the C library is glibc.
+    """Lets each batch reuse the memory of the one before, if the C library is glibc.
 
-    By default every array above 32 MB is mapped and unmapped by the kernel, which clears it page by
-    page, and every thread has a heap of its own to trim: that halves the rate of batches.
+    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
+    every thread trims a heap of its own: that halves the rate of batches.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -46,53 +48,46 @@ def _keep_freed_memory() -> None:
 
 _keep_freed_memory()
 
-# field -> (dtype in the record, values per frame); features are apart, their modality says both
-SCALARS = {
-    "quality": (np.dtype("<f4"), 1),
-    "detection": (np.dtype("<f4"), 1),
-    "number": (np.dtype("<i4"), 1),
-    "box": (np.dtype("<f4"), 4),
-}
-FIELDS = ("features", *SCALARS)
-DECODED = ("features", "quality", "detection", "number")  # a Batch has no boxes
+# Fields that reach a batch: those of Frames. A Batch has no boxes.
+DECODED = tuple(name for name in Frames._fields if name in STORED)
 # `decode_raw` has no float16 kernel of fixed length: bits pass through an integer of that width.
 CARRIERS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 class PackedFrames(tfds.features.FeatureConnector):
-    """The frames of one clip in one modality, bytes in the record and arrays for the reader.
+    """The frames of one clip in one modality: bytes in the record, arrays for the reader.
 
-    Reads as a dict: features [T, D] in the stored dtype, quality and detection [T] float32, number
-    [T] int32, box [T, 4] float32 (x1, y1, x2, y2 in pixels).
+    Reads as a dict: features [T, D] in the stored dtype, and the fields of FRAME_FIELDS.
     """
 
     def __init__(self, *, dim: int, dtype: str, doc: Any = None):
-        """Makes the connector of frames with `dim` features of `dtype`."""
+        """Makes the connector for features of width `dim` and dtype `dtype`."""
         super().__init__(doc=doc)
         self._modality = Modality(dim, dtype)
         self._info = {
             "features": tfds.features.TensorInfo(shape=(None, dim), dtype=np.dtype(dtype))
         }
-        for field, (field_dtype, width) in SCALARS.items():
-            shape = (None,) if width == 1 else (None, width)
-            self._info[field] = tfds.features.TensorInfo(shape=shape, dtype=field_dtype)
+        for name, field in FRAME_FIELDS.items():
+            shape = (None,) if field.width == 1 else (None, field.width)
+            info = tfds.features.TensorInfo(shape=shape, dtype=np.dtype(field.dtype))
+            self._info[name] = info
 
     def get_tensor_info(self) -> dict[str, Any]:
-        """Returns shape and dtype of every field as the reader sees it."""
+        """Returns shape and dtype of every field for the reader."""
         return self._info
 
     def get_serialized_info(self) -> dict[str, Any]:
-        """Returns shape and dtype of every field as the record holds it: one string each."""
-        return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in FIELDS}
+        """Returns shape and dtype of every field in the record: one string each."""
+        return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
         """Returns the fields of one clip as bytes.
 
         Args:
-          example_data: the arrays that the reader is to see, T of 0 or more the same in all.
+          example_data: field -> array of T frames, T of 0 or more.
 
         Raises:
-          ValueError: a field is missing, or its shape is not the one announced.
+          ValueError: a field has another shape than announced, or a dtype that does not fit.
         """
         encoded = {}
         num_frames = len(example_data["features"])
@@ -123,11 +118,14 @@ class PackedFrames(tfds.features.FeatureConnector):
 def parse_batch(
     serialized: Any, modalities: Sequence[str]
 ) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """Returns the clip index of B records and modality -> field -> their bytes, [B] each.
+    """Parses B records.
 
     Args:
       serialized: [B] strings; an empty one reads as clip 0 without frames.
-      modalities: those to take out of the records.
+      modalities: the modalities to read.
+
+    Returns:
+      clip_index [B] int32, and modality -> field -> [B] strings of bytes.
     """
     features: dict[str, Any] = {"clip_index": tf.io.FixedLenFeature([], tf.int64, 0)}
     for name in modalities:
@@ -143,19 +141,21 @@ def parse_batch(
 
 def _frame_bytes(modality: Modality) -> dict[str, int]:
     """Returns field -> bytes of one frame."""
-    sizes = {field: dtype.itemsize * width for field, (dtype, width) in SCALARS.items()}
+    sizes = {
+        name: np.dtype(field.dtype).itemsize * field.width for name, field in FRAME_FIELDS.items()
+    }
     return {"features": modality.dim * np.dtype(modality.dtype).itemsize, **sizes}
 
 
 def _carriers(modality: Modality) -> dict[str, Any]:
     """Returns field -> the TensorFlow dtype that carries its bits."""
-    scalars = {field: tf.as_dtype(dtype) for field, (dtype, _) in SCALARS.items()}
-    return {"features": CARRIERS[np.dtype(modality.dtype).itemsize], **scalars}
+    fields = {name: tf.as_dtype(np.dtype(field.dtype)) for name, field in FRAME_FIELDS.items()}
+    return {"features": CARRIERS[np.dtype(modality.dtype).itemsize], **fields}
 
 
 def _num_frames(fields: Mapping[str, Any]) -> Any:
-    """Returns [B] int32, the frames of each clip."""
-    return tf.strings.length(fields["number"]) // SCALARS["number"][0].itemsize
+    """Returns [B] int32, the number of frames of each clip."""
+    return tf.strings.length(fields["number"]) // np.dtype(FRAME_FIELDS["number"].dtype).itemsize
 
 
 def random_window(
@@ -165,15 +165,15 @@ def random_window(
     positions: Any,
     seed: tuple[int, int],
 ) -> dict[str, Any]:
-    """Returns the bytes of at most `size` consecutive frames of each clip, from a random place.
+    """Returns the bytes of at most `size` consecutive frames of each clip, from a random start.
 
     Args:
       fields: field -> [B] strings.
-      modality: which it is.
-      size: frames of a window.
-      positions: [B] int64, places of the clips in the endless stream: a window depends on nothing
-        else, so it is the same after a resume.
-      seed: two integers, apart for each modality.
+      modality: width and dtype of the features.
+      size: number of frames of a window.
+      positions: [B] int64, positions of the clips in the endless stream. A window depends on
+        position and seed alone, so it is the same after a resume.
+      seed: two integers, different for each modality.
     """
     places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
     drawn = _uniform(positions, seed)
@@ -188,7 +188,7 @@ def random_window(
 
 
 def _uniform(positions: Any, seed: tuple[int, int]) -> Any:
-    """Returns [B] float64 in [0, 1), a hash of each position.
+    """Returns [B] float64 in [0, 1): a hash of each position.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014, the
     finaliser of SplitMix64. `index_shuffle` of TensorFlow leaves neighbouring positions alike.
@@ -210,9 +210,9 @@ def decode_batch(
 
     Args:
       fields: field -> [B] strings.
-      modality: which it is.
+      modality: width and dtype of the features.
       size: T, an int or a scalar tensor.
-      best: whether a longer clip gives its best frames; otherwise it must not be longer.
+      best: True if some clip may have more than T frames; it gives its best T by quality.
 
     Returns:
       features [B, T * D] as integers of the same width, quality, detection, number [B, T], and mask
@@ -235,11 +235,11 @@ def decode_batch(
 
 
 def flatten_batch(fields: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
-    """Returns the frames of B clips in one modality, one clip's after another's.
+    """Returns the frames of B clips in one modality, without padding.
 
     Args:
       fields: field -> [B] strings.
-      modality: which it is.
+      modality: width and dtype of the features.
 
     Returns:
       features [F * D] as integers of the same width, quality, detection, number [F], and length
@@ -256,14 +256,14 @@ def flatten_batch(fields: Mapping[str, Any], modality: Modality) -> dict[str, An
 def _put_best(
     decoded: Mapping[str, Any], fields: Mapping[str, Any], modality: Modality, size: Any, rows: Any
 ) -> dict[str, Any]:
-    """Returns `decoded` with the best frames of the clips in `rows`, which have more than T."""
+    """Returns `decoded` with the best frames of the clips in `rows`, which are longer than T."""
     carriers = _carriers(modality)
 
     def choose(strings: dict[str, Any]) -> dict[str, Any]:
         quality = tf.io.decode_raw(strings["quality"], tf.float32)
         worst = tf.fill(tf.shape(quality), -np.inf)
         quality = tf.where(tf.math.is_nan(quality), worst, quality)
-        best = tf.sort(tf.math.top_k(quality, size).indices)  # of equal ones, the earlier
+        best = tf.sort(tf.math.top_k(quality, size).indices)  # where quality ties, the earlier
         return {
             field: tf.reshape(
                 tf.gather(

@@ -1,32 +1,34 @@
-"""A folder of records that can be trusted: built under a lock, named when complete, checked.
+"""The manifest of a folder of records: counts, sizes and digests that every later read checks.
 
 A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
-`manifest.json`, which is written last: counts, sizes and sha256 of everything that is read later,
-and of itself. TFRecord files need that: cut between two records they read without an error.
+`manifest.json`, which is written last: it has the sha256 of everything that is read later, and of
+itself. TFRecord files need that: a file that is cut between two records reads without an error.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax.data.records.codec import Modality, tf
-
-_LOG = logging.getLogger(__name__)
+from vidjax.data.clips import Modality
+from vidjax.data.records.codec import tf
 
 
 class Shard(NamedTuple):
-    """One TFRecord file: where it lies and what the manifest says of it."""
+    """One TFRecord file.
+
+    Attributes:
+      path: the file.
+      records: number of records.
+      size: number of bytes.
+      mtime_ns: time of the last change, in ns since 1970.
+      sha256: digest of the content.
+    """
 
     path: Path
     records: int
@@ -41,8 +43,8 @@ class SplitRecords(NamedTuple):
     Attributes:
       clips: clip names in byte order; a clip's index is its position here.
       order: [N] int32, the clip index of each record, in the order of the shards.
-      lengths: modality -> [N] int32 frames by clip index, 0 where the clip has none; only the
-        modalities that the split has a file of.
+      lengths: modality -> [N] int32, number of frames by clip index; only the modalities that the
+        split has a file of.
       shards: the files, in order.
     """
 
@@ -53,85 +55,45 @@ class SplitRecords(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A finished conversion: its folder, what its manifest promises and its report."""
+    """A finished conversion.
+
+    Attributes:
+      folder: the folder of the manifest.
+      modalities: modality -> width and dtype of its features.
+      splits: split -> its records.
+      report: counts of loaded and skipped frames and clips, without labels.
+    """
 
     folder: Path
     modalities: dict[str, Modality]
     splits: dict[str, SplitRecords]
     report: dict[str, Any]
 
-
-def default_cache_dir() -> Path:
-    """Returns where records go unless told otherwise: `$VIDJAX_CACHE` or `~/.cache/vidjax`."""
-    given = os.environ.get("VIDJAX_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
-
-
-@contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """Holds the one lock of a cache directory, waiting for it; clears what killed holders left.
-
-    Raises:
-      OSError: the directory cannot be written.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _LOG.info("waiting for another process that fills %s", root)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in root.glob("*.partial"):
-            # The reader of a killed holder may still write there; the next one clears it then.
-            shutil.rmtree(left_over, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill that takes its final name only when all went well.
-
-    Raises:
-      OSError: the disk is full or refuses; the partial folder is gone then.
-    """
-    # Never the same name twice: nothing that outlived a killed holder writes into this one.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        if folder.exists():  # it lacks what marks it as complete, or nobody would build it again
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(partial)) from error
-        if isinstance(error, tf.errors.OpError):  # of a TensorFlow writer
-            full = isinstance(error, tf.errors.ResourceExhaustedError)
-            number = errno.ENOSPC if full else errno.EIO
-            raise OSError(number, os.strerror(number), str(partial)) from error
-        raise
+    @property
+    def clips(self) -> dict[str, tuple[str, ...]]:
+        """Split -> names of its clips, by clip index."""
+        return {name: split.clips for name, split in self.splits.items()}
 
 
 def describe_shard(path: Path, num_records: int) -> Shard:
-    """Returns what the manifest is to say of a file that was just written."""
+    """Returns the entry of the manifest for a file that was just written."""
     stat = path.stat()
     return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, _sha256(path))
 
 
-def write_manifest(records: Records, sources: list[dict[str, Any]]) -> None:
-    """Writes index, report and, last, the manifest: from then on the folder is complete.
+def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
+    """Writes index, report and, last, the manifest, which marks the folder as complete.
 
     Args:
-      records: all that lies in the folder.
-      sources: what tells the files that it came from from others.
+      records: the conversion, its shards written.
+      fingerprint: JSON value that identifies the source.
     """
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     _write_json(folder / "data_report.json", records.report)
     manifest = {
-        "sources": sources,
-        "modalities": {name: facts._asdict() for name, facts in records.modalities.items()},
+        "sources": fingerprint,
+        "modalities": {name: kind._asdict() for name, kind in records.modalities.items()},
         "sha256": {name: _sha256(folder / name) for name in ("index.npz", "data_report.json")},
         "splits": {
             name: {
@@ -149,10 +111,12 @@ def write_manifest(records: Records, sources: list[dict[str, Any]]) -> None:
 
 
 def load_records(folder: Path) -> Records:
-    """Returns a finished conversion, checked as far as can be without reading the shards.
+    """Loads a finished conversion, checking index, report, and the size of every shard.
+
+    A shard whose size or time differs from the manifest is read from end to end.
 
     Raises:
-      ValueError: a file is missing, damaged or not of its size.
+      ValueError: a file is missing or damaged.
     """
     records = load_index(folder)
     splits = {
@@ -163,10 +127,10 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Returns what manifest, index and report of a finished conversion say; no shard is looked at.
+    """Loads manifest, index and report of a finished conversion without looking at the shards.
 
     Raises:
-      ValueError: one of the three is missing or damaged.
+      ValueError: one of the three files is missing or damaged.
     """
     try:
         manifest = _read_manifest(folder / "manifest.json")
@@ -176,10 +140,10 @@ def load_index(folder: Path) -> Records:
         report = json.loads((folder / "data_report.json").read_text())
         with np.load(folder / "index.npz", allow_pickle=False) as index:
             splits = {
-                name: _load_split(folder, name, facts, index)
-                for name, facts in manifest["splits"].items()
+                name: _load_split(folder, name, split, index)
+                for name, split in manifest["splits"].items()
             }
-        modalities = {name: Modality(**facts) for name, facts in manifest["modalities"].items()}
+        modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(
             f"{folder}: damaged records: {error}\ndelete this folder to convert again"
@@ -200,17 +164,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path.name} does not match its sha256")
 
 
-def _load_split(folder: Path, name: str, facts: Mapping[str, Any], index: Any) -> SplitRecords:
+def _load_split(
+    folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
+) -> SplitRecords:
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     return SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
-        lengths={
-            key.removeprefix(prefix): index[key] for key in index.files if key.startswith(prefix)
-        },
+        lengths={key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)},
         shards=tuple(
-            Shard(**{**shard, "path": folder / shard["path"]}) for shard in facts["shards"]
+            Shard(**{**shard, "path": folder / shard["path"]}) for shard in manifest["shards"]
         ),
     )
 
@@ -218,7 +182,7 @@ def _load_split(folder: Path, name: str, facts: Mapping[str, Any], index: Any) -
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
     arrays = {}
     for name, split in splits.items():
-        # One string: an array of str is as wide as its longest name, and white space is in none.
+        # One string, as no name holds white space: an array of str is as wide as its longest name.
         clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
         arrays[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
         arrays[f"{name}/order"] = split.order
@@ -228,14 +192,17 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Returns the shards with the times they have now; a changed one is read from end to end.
+    """Reads every shard whose size or time differs from the manifest from end to end.
+
+    Returns:
+      the shards with their present times.
 
     Raises:
-      ValueError: as of `check_shard`.
+      ValueError: a shard is missing or damaged.
     """
     checked = []
     for shard in shards:
-        # Its time tells a file that was put in its place; a copied folder is read once more.
+        # The time changes when a file is replaced; a copied folder is read once more.
         stat = shard.path.stat() if shard.path.exists() else None
         if not stat or (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
             check_shard(shard)
@@ -247,31 +214,31 @@ def check_shard(shard: Shard) -> None:
     """Reads one shard from end to end.
 
     Raises:
-      ValueError: it is missing, holds another number of records, or is not what was written; names
-        the file and the first damaged record.
+      ValueError: it is missing, damaged, or holds another number of records than were written;
+        names the file and the first damaged record.
     """
     hint = f"delete {shard.path.parents[2]} to convert again"
     wanted = f"{shard.path}: expected {shard.records} records, found"
     if not shard.path.exists():
         raise ValueError(f"{wanted} no such file\n{hint}")
-    with contextlib.suppress(OSError):  # the reader below says how far it can be read
+    with contextlib.suppress(OSError):  # the reader below reports how far it can be read
         if _sha256(shard.path) == shard.sha256:
             return
-    found = size = 0
+    count = size = 0
     dataset = tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20)
     try:
         for record in dataset.as_numpy_iterator():
-            found += 1
+            count += 1
             size += 8 + 4 + len(record) + 4  # length and checksum, record and checksum
-        if size != shard.path.stat().st_size:  # too little for a length is no error of the reader
+        if size != shard.path.stat().st_size:  # the reader ignores a few bytes at the end
             raise tf.errors.DataLossError(None, None, "truncated")
     except tf.errors.DataLossError as error:
-        raise ValueError(f"{wanted} {found}: record {found + 1} is damaged\n{hint}") from error
+        raise ValueError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}") from error
     except tf.errors.OpError as error:
         reason = " ".join(str(error.message).split())[:200]
-        raise ValueError(f"{wanted} {found}: {reason}\n{hint}") from error
-    if found != shard.records:
-        raise ValueError(f"{wanted} {found}\n{hint}")
+        raise ValueError(f"{wanted} {count}: {reason}\n{hint}") from error
+    if count != shard.records:
+        raise ValueError(f"{wanted} {count}\n{hint}")
     raise ValueError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
 
 
@@ -279,11 +246,11 @@ def verify(records: Records) -> list[str]:
     """Reads every file of a conversion from end to end.
 
     Args:
-      records: what `load_records` found.
+      records: the conversion, as `load_index` returns it.
 
     Returns:
-      what is wrong, at most three lines each, which name the file and, where one is damaged, the
-      record; empty when all is as it was written.
+      the problems, at most three lines each, with the file and the damaged record; empty if every
+      file is as it was written.
     """
     problems = []
     try:

@@ -4,17 +4,14 @@ Records are batched before they are parsed, and only the configured modalities a
 stored dtype: parsing clip by clip runs at a third of the rate.
 """
 
-import hashlib
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vidjax.batch import Batch, Frames, Packed
-from vidjax.data import arrays, iqiyi_vid, pickle_writer, synthetic
 from vidjax.data.clips import (
     MAX_EVAL_FRAMES,
     BatchPlan,
@@ -23,6 +20,9 @@ from vidjax.data.clips import (
     Split,
     check_modalities,
 )
+from vidjax.data.frame_fields import NonFinite
+from vidjax.data.labels import Truth
+from vidjax.data.record_source import RecordSource
 from vidjax.data.records.codec import (
     decode_batch,
     flatten_batch,
@@ -30,19 +30,10 @@ from vidjax.data.records.codec import (
     random_window,
     tf,
 )
-from vidjax.data.records.manifest import (
-    Records,
-    Shard,
-    building,
-    check_changed,
-    check_shard,
-    default_cache_dir,
-    exclusive,
-)
-from vidjax.data.untrusted.packing import NonFinite
+from vidjax.data.records.convert import convert
+from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
+from vidjax.data.records.report import label_records
 
-_LOG = logging.getLogger(__name__)
-NAMES = ("synthetic", "iqiyi_vid", "arrays")
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
 SHUFFLE_RECORDS = 2048
@@ -50,45 +41,54 @@ SHUFFLE_BYTES = 128 << 20
 
 
 class Dataset:
-    """Converted clips with their labels: tables for the device, batches for the loop.
+    """Converted clips with their labels; a `TrainingData`.
 
     Attributes:
-      identities: names of the columns: column c is `identities[c - 1]`.
-      modalities: name -> width and stored dtype.
-      report: what was loaded and what was skipped, the ground truth included.
+      identities: names of the class columns: column c is `identities[c - 1]`.
+      modalities: modality -> width and stored dtype.
+      report: counts of loaded and skipped frames and clips, and of labels.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        truth: str | Path | iqiyi_vid.Truth,
-        *,
-        identities: Sequence[str] | None = None,
-    ):
-        """Labels `records` for some list of identities, that of the truth where it is None.
+    def __init__(self, records: Records, truth: Truth, *, identities: Sequence[str] | None = None):
+        """Labels records.
 
         Args:
           records: the clips.
-          truth: split -> clip -> identity, or the folder of the files that say so.
-          identities: in the order of their columns.
+          truth: labelled split -> clip -> identity.
+          identities: names of the class columns; None for the identities of the train and val
+            ground truth.
         """
         self._records = records
         self._truth = truth
         self.modalities: dict[str, Modality] = records.modalities
-        self.identities, labels, self.report = iqiyi_vid.load_labels(truth, records, identities)
+        self.identities, labels, self.report = label_records(records, truth, identities)
         self._splits: dict[str, Split] = {}
-        for name, facts in records.splits.items():
-            absent = [m for m in self.modalities if m not in facts.lengths]
-            if absent:
-                warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=2)
-            for modality, counts in records.report["splits"][name]["modalities"].items():
-                if dropped := counts["frames_skipped"].get("non_finite"):
-                    message = f"{counts['file']}: {dropped} of {counts['frames_seen']} frames"
-                    warnings.warn(
-                        f"{message} have a {modality} feature with a NaN or an Inf: left out",
-                        stacklevel=2,
-                    )
-            self._splits[name] = Split(name, facts.clips, *labels[name], facts.lengths)
+        for name, split in records.splits.items():
+            _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
+            self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: RecordSource,
+        *,
+        cache_dir: str | Path | None = None,
+        non_finite: NonFinite = "drop",
+    ) -> "Dataset":
+        """Returns the clips and labels of a source, converting it unless the cache has it.
+
+        Args:
+          source: the frames and their labels.
+          cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+          non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
+            refuses them.
+
+        Raises:
+          ValueError: bad data, malformed labels, or labels of unknown clips.
+          OSError: the cache cannot be written.
+        """
+        records = convert(source, cache_dir, non_finite=non_finite)
+        return cls(records, source.truth(records.clips))
 
     def split(self, name: str) -> Split:
         """Returns one split.
@@ -101,7 +101,7 @@ class Dataset:
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips, labelled for the columns of a trained model."""
+        """Returns the same clips, labelled for other class columns."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._records, self._truth, identities=identities)
@@ -167,29 +167,26 @@ class Dataset:
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
-        facts, buckets = self._records.splits[plan.split], plan.bucket
+        _, order, _, shards = self._records.splits[plan.split]
         most = {name: int(clips.lengths[name].max()) for name in plan.modalities}
         lengths = {name: tf.constant(padded) for name, padded in plan.padded_lengths.items()}
 
         def decode(serialized: Any, buckets: Any) -> Any:
             num_rows = tf.shape(serialized)[0]
-            # The parser reads an empty record as a clip of which everything is missing.
+            # An empty string parses as a clip without frames.
             padded = tf.concat([serialized, tf.fill([rows - num_rows], "")], 0)
             clip_index, examples = parse_batch(padded, plan.modalities)
             decoded = {}
-            for name, modality in ((name, self.modalities[name]) for name in plan.modalities):
+            for name in plan.modalities:
                 length = lengths[name][buckets[0]]  # all clips of a block are of one bucket
                 best = most[name] > MAX_EVAL_FRAMES
-                decoded[name] = decode_batch(examples[name], modality, length, best=best)
+                fields, modality = examples[name], self.modalities[name]
+                decoded[name] = decode_batch(fields, modality, length, best=best)
             return decoded, clip_index, tf.range(rows) < num_rows
 
-        records = tf.data.Dataset.zip(
-            (
-                _shard_table(facts.shards).flat_map(_read_shard),
-                tf.data.Dataset.from_tensor_slices(buckets[facts.order]),
-            )
-        )
-        if (buckets < 0).any():  # the filter costs a third of a light modality's rate
+        buckets = tf.data.Dataset.from_tensor_slices(plan.bucket[order])
+        records = tf.data.Dataset.zip((_read_shards(shards), buckets))
+        if (plan.bucket < 0).any():  # the filter costs a third of a light modality's rate
             records = records.filter(lambda record, bucket: bucket >= 0)
         blocks = records.group_by_window(
             key_func=lambda record, bucket: bucket,
@@ -197,96 +194,113 @@ class Dataset:
             window_size=rows,
         )
         dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return self._counted(
-            self._batches(dataset, facts.shards), clips, buckets >= 0, facts.shards
-        )
+        return _counted(self._batches(dataset, shards), clips, plan.bucket >= 0, shards)
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields every clip of a split once: some [n] int32 clip_index and modality -> Packed.
+        """Yields every clip of a split once with all its frames, PACKED_CLIPS clips at a time.
 
-        Clips come as the records do, with all their frames.
+        Clips come in the order of the records.
 
         Args:
-          split: whose clips.
-          modalities: which to decode.
+          split: name of the split.
+          modalities: the modalities to read.
+
+        Yields:
+          [n] int32 clip_index, and modality -> Packed of these n clips.
 
         Raises:
-          ValueError: an unknown split or modality; damaged records; a clip did not come just once.
+          ValueError: an unknown split, a split without one of the modalities, damaged records, or a
+            clip that did not come exactly once.
         """
         clips = self.split(split)
         check_modalities(clips, modalities)
-        facts = self._records.splits[split]
+        shards = self._records.splits[split].shards
 
         def decode(serialized: Any) -> Any:
             clip_index, examples = parse_batch(serialized, modalities)
             frames = {m: flatten_batch(examples[m], self.modalities[m]) for m in modalities}
             return frames, clip_index
 
-        records = _shard_table(facts.shards).flat_map(_read_shard).batch(PACKED_CLIPS)
+        records = _read_shards(shards).batch(PACKED_CLIPS)
         dataset = records.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
         times = np.zeros(len(clips.clips), np.int64)
-        for decoded, clip_index in self._arrays(dataset, facts.shards):
+        for decoded, clip_index in _arrays(dataset, shards):
             np.add.at(times, clip_index, 1)
             frames = {}
             for name, fields in decoded.items():
-                length = fields["length"]
+                length = fields.pop("length")
                 dim, dtype = self.modalities[name]
-                frames[name] = Packed(
-                    features=fields["features"].view(dtype).reshape(-1, dim),
-                    quality=fields["quality"],
-                    detection=fields["detection"],
-                    number=fields["number"],
-                    start=np.cumsum(length, dtype=np.int32) - length,
-                    length=length,
-                )
+                fields["features"] = fields["features"].view(dtype).reshape(-1, dim)
+                start = np.cumsum(length, dtype=np.int32) - length
+                frames[name] = Packed(**fields, start=start, length=length)
             yield clip_index, frames
-        _check_times(times, clips, np.ones(len(times), bool), facts.shards)
-
-    def _arrays(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
-        """Yields what the dataset decodes as numpy arrays, without a copy."""
-        check_changed(shards)
-        options = tf.data.Options()
-        options.deterministic = True
-        iterator = dataset.with_options(options).as_numpy_iterator()
-        while True:
-            try:
-                decoded = next(iterator)
-            except StopIteration:
-                return
-            except tf.errors.OpError as error:
-                _check_all(shards)
-                reason = " ".join(str(error.message).split())[:200]
-                folder = shards[0].path.parent
-                raise ValueError(f"{folder}: cannot read the records: {reason}") from error
-            yield decoded
+        _check_times(times, clips, np.ones(len(times), bool), shards)
 
     def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
-        for decoded, clip_index, batch_mask in self._arrays(dataset, shards):
-            frames = {
-                name: Frames(
-                    features=fields["features"]
-                    .view(self.modalities[name].dtype)
-                    .reshape(*fields["mask"].shape, self.modalities[name].dim),  # [B, T, D]
-                    quality=fields["quality"],
-                    detection=fields["detection"],
-                    number=fields["number"],
-                    mask=fields["mask"],
-                )
-                for name, fields in decoded.items()
-            }
+        """Yields the decoded clips of a tf.data dataset as batches."""
+        for decoded, clip_index, batch_mask in _arrays(dataset, shards):
+            frames = {}
+            for name, fields in decoded.items():
+                dim, dtype = self.modalities[name]
+                shape = (*fields["mask"].shape, dim)  # [B, T, D]
+                fields["features"] = fields["features"].view(dtype).reshape(shape)
+                frames[name] = Frames(**fields)
             yield Batch(frames, clip_index, batch_mask)
 
-    def _counted(
-        self, batches: Iterator[Batch], split: Split, wanted: np.ndarray, shards: Sequence[Shard]
-    ) -> Iterator[Batch]:
-        """Yields the batches; ValueError at the end unless each clip of `wanted` came once."""
-        times = np.zeros(len(split.clips), np.int64)
-        for batch in batches:
-            np.add.at(times, batch.clip_index[batch.batch_mask], 1)
-            yield batch
-        _check_times(times, split, wanted, shards)
+
+def _warn_of_gaps(
+    name: str,
+    split: SplitRecords,
+    modalities: Mapping[str, Modality],
+    report: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Warns of modalities that a split lacks, and of frames that were left out."""
+    absent = [modality for modality in modalities if modality not in split.lengths]
+    if absent:
+        warnings.warn(f"{name}: no file of {', '.join(absent)}", stacklevel=3)
+    for modality, counts in report.items():
+        if dropped := counts["frames_skipped"].get("non_finite"):
+            warnings.warn(
+                f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
+                "feature with a NaN or an Inf: left out",
+                stacklevel=3,
+            )
+
+
+def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
+    """Yields the elements of a tf.data dataset as numpy arrays, without a copy.
+
+    Raises:
+      ValueError: the records are damaged; names file and record.
+    """
+    check_changed(shards)
+    options = tf.data.Options()
+    options.deterministic = True
+    iterator = dataset.with_options(options).as_numpy_iterator()
+    while True:
+        try:
+            decoded = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            _check_all(shards)
+            reason = " ".join(str(error.message).split())[:200]
+            folder = shards[0].path.parent
+            raise ValueError(f"{folder}: cannot read the records: {reason}") from error
+        yield decoded
+
+
+def _counted(
+    batches: Iterator[Batch], split: Split, wanted: np.ndarray, shards: Sequence[Shard]
+) -> Iterator[Batch]:
+    """Yields the batches; ValueError at the end unless each clip of `wanted` came exactly once."""
+    times = np.zeros(len(split.clips), np.int64)
+    for batch in batches:
+        np.add.at(times, batch.clip_index[batch.batch_mask], 1)
+        yield batch
+    _check_times(times, split, wanted, shards)
 
 
 def _check_all(shards: Sequence[Shard]) -> None:
@@ -303,71 +317,16 @@ def _check_times(
     if wrong.size:
         _check_all(shards)
         raise ValueError(
-            f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come just "
+            f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come exactly "
             f"once, such as {split.clips[wrong[0]]}"
         )
 
 
-def load(
-    name: str,
-    *,
-    directory: str | Path | None,
-    cache_dir: str | Path | None,
-    size: Literal["small", "standard"] = "small",
-    seed: int = 0,
-    non_finite: NonFinite = "drop",
-) -> Dataset:
-    """Returns a dataset by name, converted or generated first where that is not done yet.
-
-    Args:
-      name: 'synthetic', 'iqiyi_vid' or 'arrays'.
-      directory: where the official files are, or the features of one's own as
-        `vidjax.data.arrays` describes them; of no meaning to 'synthetic'.
-      cache_dir: where records are kept; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      size, seed: of the synthetic dataset.
-      non_finite: whether frames with a feature that is not finite are left out and counted
-        ('drop'), or are an error.
-
-    Raises:
-      ValueError: an unknown name, no directory, or bad data.
-      FileNotFoundError: nothing to convert in the directory.
-      OSError: the cache cannot be written.
-    """
-    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
-    if name == "synthetic":
-        directory = _synthetic_files(cache_dir / "synthetic", size, seed)
-    elif name not in NAMES:
-        raise ValueError(f"unknown dataset {name!r}: config.data.name is one of {', '.join(NAMES)}")
-    elif not directory:
-        files = "official files" if name == "iqiyi_vid" else "features"
-        raise ValueError(f"config.data.dir is not set: name the directory of the {files}")
-    elif name == "arrays":
-        return arrays.load(directory, cache_dir=cache_dir, non_finite=non_finite)
-    directory = Path(directory).expanduser()
-    records = iqiyi_vid.prepare(directory, cache_dir, non_finite=non_finite)
-    return Dataset(records, directory)
-
-
-def _synthetic_files(root: Path, size: Literal["small", "standard"], seed: int) -> Path:
-    """Returns the directory of the synthetic set as official files, written at the first call."""
-    # Its own source is the version of a generator: nobody can forget to raise it.
-    source = b"".join(Path(str(room.__file__)).read_bytes() for room in (synthetic, pickle_writer))
-    version = hashlib.sha256(source).hexdigest()[:12]
-    folder = root / f"{size}-{seed}-{version}"
-    if not folder.exists():
-        with exclusive(root):
-            if not folder.exists():
-                _LOG.info("making the synthetic dataset in %s", folder)
-                with building(folder) as partial:
-                    synthetic.write(partial, size=size, seed=seed)
-    return folder
-
-
-def _shard_table(shards: Sequence[Shard]) -> Any:
-    """Returns a tf.data dataset of (path, number of records)."""
-    return tf.data.Dataset.from_tensor_slices(
-        ([str(s.path) for s in shards], np.array([s.records for s in shards], np.int64))
-    )
+def _read_shards(shards: Sequence[Shard]) -> Any:
+    """Returns a tf.data dataset of the serialised records, in order."""
+    paths = [str(shard.path) for shard in shards]
+    counts = np.array([shard.records for shard in shards], np.int64)
+    return tf.data.Dataset.from_tensor_slices((paths, counts)).flat_map(_read_shard)
 
 
 def _read_shard(path: Any, num_records: Any) -> Any:
@@ -381,7 +340,10 @@ def _read_shard(path: Any, num_records: Any) -> Any:
 def _shuffled(
     shards: Sequence[Shard], offsets: Sequence[int], num_clips: int, seed: int, start: int
 ) -> Any:
-    """Returns a tf.data dataset of (serialised record, offset of its split) without end."""
+    """Returns an endless tf.data dataset of (serialised record, offset of its split).
+
+    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
+    """
     paths = tf.constant([str(shard.path) for shard in shards])
     counts = tf.constant([shard.records for shard in shards], tf.int64)
     offset_table = tf.constant(offsets, tf.int32)

@@ -1,13 +1,16 @@
-"""What the files of a directory hold and what was skipped: counts that add up, and histograms."""
+"""The data report: counts of loaded and skipped frames and clips, histograms, and labels."""
 
+import copy
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vidjax.data.untrusted.pickles import PackedClips
+from vidjax.data.frame_fields import PackedClips
+from vidjax.data.labels import SplitLabels, Truth, label_splits
+from vidjax.data.records.manifest import Records
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
@@ -16,15 +19,15 @@ CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 def report_split(
     packed: Mapping[str, PackedClips], lengths: Mapping[str, np.ndarray], paths: Mapping[str, Path]
 ) -> dict[str, Any]:
-    """Returns what the feature files of one split hold.
+    """Returns the report of the feature files of one split.
 
     Args:
       packed: modality -> its frames.
-      lengths: modality -> [N] frames of each clip of the split, 0 where it has none.
-      paths: modality -> the file.
+      lengths: modality -> [N] int, number of frames of each clip of the split.
+      paths: modality -> its file.
 
     Raises:
-      ValueError: loaded and skipped do not add up to what was seen, in frames or in clips.
+      ValueError: loaded and skipped do not add up to the number seen, in frames or in clips.
     """
     modalities = {
         name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
@@ -60,13 +63,13 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "quality": _histogram(packed.quality),
+        "quality": _histogram(packed.frames["quality"]),
         "norm": _histogram(_norms(packed.features)),
     }
 
 
 def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """Returns [F] float32 L2 norms, a few thousand rows at a time to bound memory."""
+    """Returns [F] float32 L2 norms; `rows` frames at a time, to bound memory."""
     norms = np.empty(len(features), np.float32)
     for start in range(0, len(features), rows):
         block = features[start : start + rows].astype(np.float32)
@@ -75,7 +78,7 @@ def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Returns counts over equal bins from the least finite value to the greatest."""
+    """Returns counts in equal bins between the smallest and the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS) if finite.size else ([], [])
     return {
@@ -86,15 +89,37 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def report_labels(
+def label_records(
+    records: Records, truth: Truth, identities: Sequence[str] | None = None
+) -> tuple[tuple[str, ...], dict[str, SplitLabels], dict[str, Any]]:
+    """Labels records and adds the labels to their report.
+
+    Args:
+      records: the clips.
+      truth: split -> clip -> identity.
+      identities: names of the columns 1..C; None for the identities of the train and val ground
+        truth.
+
+    Returns:
+      the identities, split -> labels, and the report.
+    """
+    identities, labels = label_splits(truth, records.clips, identities)
+    report = copy.deepcopy(records.report)
+    report["identities"] = len(identities)
+    for split, clips in records.clips.items():
+        report["splits"][split] |= _report_labels(truth.get(split), clips, identities)
+    return identities, labels, report
+
+
+def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Returns what the ground truth adds to the report of one split.
+    """Returns the part of a split's report that needs its ground truth.
 
     Args:
       truth: clip name -> identity; None without ground truth.
-      clips: names of the clips that records hold.
-      identities: all that a model can name.
+      clips: names of the clips that have records.
+      identities: names of the class columns.
     """
     if truth is None:
         return {"labelled": False}
@@ -119,22 +144,22 @@ def report_labels(
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Returns the report as a few lines for a terminal."""
+    """Returns the report as lines for a terminal."""
     lines = [f"{report['identities']} identities"]
-    for split, facts in report["splits"].items():
+    for name, split in report["splits"].items():
         labels = "no ground truth"
-        if facts["labelled"]:
+        if split["labelled"]:
             labels = (
-                f"{facts['identities']} identities, {facts['distractors']} distractors, "
-                f"{facts['unknown_clips']} unknown clips in the ground truth"
+                f"{split['identities']} identities, {split['distractors']} distractors, "
+                f"{split['unknown_clips']} unknown clips in the ground truth"
             )
-        lines.append(f"{split}: {facts['clips']} clips, {labels}")
-        for name, modality in facts["modalities"].items():
+        lines.append(f"{name}: {split['clips']} clips, {labels}")
+        for name, modality in split["modalities"].items():
             skipped = {**modality["frames_skipped"], **modality["clips_skipped"]}
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
             line = (
                 f"  {name:6} {modality['frames']:>9} frames, "
-                f"{modality['frames_per_clip']['mean']:.1f} a clip, "
+                f"{modality['frames_per_clip']['mean']:.1f} per clip, "
                 f"missing in {100 * modality['missing_rate']:.1f} % of clips, "
                 f"skipped: {reasons or 'nothing'}"
             )

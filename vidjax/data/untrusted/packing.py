@@ -1,136 +1,140 @@
-"""Clips as anybody may hold them into checked, flat arrays: no TensorFlow, no files of others."""
+"""Clips from dicts, `.npz` files or tables as checked flat arrays."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.pickles import PackedClips
-from vidjax.data.untrusted.unpickle import show
+from vidjax.data.frame_fields import (
+    FRAME_FIELDS,
+    STORED,
+    FrameField,
+    NonFinite,
+    PackedClips,
+    skipped_clips,
+)
+from vidjax.data.untrusted.names import show
 
-Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of FIELDS
-NonFinite = Literal["drop", "error"]  # what becomes of a frame whose feature holds a NaN or an Inf
+Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
 
-FIELDS = ("features", *sandbox.COLUMNS)
 DTYPES = (np.float16, np.float32, np.float64, np.int8)
-LOOK_AT = 200  # clips: most of the first ones say what width and dtype all should have
+PROBE_CLIPS = 200  # the majority of these decides which width and dtype all must have
 
 
 class Clip(NamedTuple):
-    """One clip as it was found: where, for messages, and modality -> its frames."""
+    """One clip before it is checked.
+
+    Attributes:
+      name: its clean name.
+      place: file or split, with which an error begins.
+      modalities: modality -> frames, as `read_frames` takes them.
+    """
 
     name: str
     place: str
     modalities: Mapping[str, Any]
 
 
-def clean_name(name: Any, where: str) -> str:
-    """Returns a clip name without `.mp4`; ValueError, which begins with `where`, for a bad one."""
-    if not isinstance(name, str):
-        raise ValueError(f"{where} a clip name is text, not {type(name).__name__}: {name!r:.40}")
-    try:
-        return sandbox.clean_name(name)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+def place_of(clip: Clip, modality: str) -> str:
+    """Returns place, clip and modality, the start of an error message."""
+    return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
-def read_frames(value: Any, where: str) -> dict[str, np.ndarray]:
-    """Returns the frames of one clip in one modality, field -> array; nothing where it has none.
+def read_frames(value: Any, place: str) -> dict[str, np.ndarray]:
+    """Checks the frames of one clip in one modality.
 
     Args:
-      value: features [T, D] or [D], or a dict of FIELDS.
-      where: what a message begins with.
+      value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.
+      place: start of an error message.
 
     Returns:
-      `features` [T, D] in their dtype (native byte order), `quality` and `detection` [T] float32,
-      `number` [T] int32 in ascending order, `box` [T, 4] float32, T and D of 1 or more.
+      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS,
+      ordered by frame number; an empty dict for a clip without frames.
 
     Raises:
-      ValueError: something else than numbers, or shapes that do not fit.
+      ValueError: values other than numbers, or shapes that do not fit.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
-    if unknown := [str(key) for key in given if key not in FIELDS]:
-        raise ValueError(f"{where}: no field '{show(unknown[0])}'; known are {', '.join(FIELDS)}")
-    features = _numbers(given.get("features", ()), f"{where}: features")
+    if unknown := [str(key) for key in given if key not in STORED]:
+        raise ValueError(f"{place}: no field '{show(unknown[0])}'; known are {', '.join(STORED)}")
+    features = _numbers(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
-        for field, column in given.items():
+        for name, column in given.items():
             if column is not None and np.size(column):
-                raise ValueError(f"{where}: {field} of frames, but no features")
+                raise ValueError(f"{place}: {name} of frames, but no features")
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
-        raise ValueError(f"{where}: features have shape {list(features.shape)}, wanted [T, D]")
+        raise ValueError(f"{place}: features have shape {list(features.shape)}, wanted [T, D]")
     if features.dtype not in DTYPES:
         kinds = "float16, float32, float64 and int8"
-        raise ValueError(f"{where}: features are {features.dtype}, but only {kinds} are read")
+        raise ValueError(f"{place}: features are {features.dtype}, but only {kinds} are read")
     frames = {"features": features}
-    for field, dtype in sandbox.COLUMNS.items():
-        column = given.get(field)
-        shape = (len(features), 4) if field == "box" else (len(features),)
+    for name, field in FRAME_FIELDS.items():
+        column = given.get(name)
         if column is None:
-            frames[field] = np.full(shape, float(field == "detection"), dtype)
-            if field == "number":
-                frames[field] = np.arange(len(features), dtype=np.int32)
-            continue
-        column = _numbers(column, f"{where}: {field}")
-        if column.size == 1 and shape == (1,):
-            column = column.reshape(1)  # of one frame that is given as [D]
-        if column.shape != shape:
-            raise ValueError(
-                f"{where}: {field} has shape {list(column.shape)}, wanted {list(shape)}"
-            )
-        if field == "number":
-            whole = np.isfinite(column) & (column >= 0) & (column < 2**31) & (column % 1 == 0)
-            if not whole.all():
-                raise ValueError(
-                    f"{where}: number {column[~whole][0]} is no whole number from 0 up"
-                )
-        with np.errstate(over="ignore"):
-            frames[field] = column.astype(dtype)
+            frames[name] = field.default(len(features))
+        else:
+            frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
     if np.any(np.diff(frames["number"]) < 0):  # frames go by time
         order = np.argsort(frames["number"], kind="stable")
-        frames = {field: column[order] for field, column in frames.items()}
+        frames = {name: column[order] for name, column in frames.items()}
     return frames
 
 
-def _numbers(value: Any, where: str) -> np.ndarray:
+def _read_column(
+    values: Any, name: str, field: FrameField, num_frames: int, place: str
+) -> np.ndarray:
+    """Returns one field of T frames in its dtype; ValueError for another shape."""
+    column, shape = _numbers(values, place), field.shape(num_frames)
+    if column.size == 1 and shape == (1,):
+        column = column.reshape(1)  # the one frame of a clip that is given as [D]
+    if column.shape != shape:
+        raise ValueError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
+    if name == "number":
+        whole = np.isfinite(column) & (column >= 0) & (column < 2**31) & (column % 1 == 0)
+        if not whole.all():
+            raise ValueError(f"{place} {column[~whole][0]} is no whole number from 0 up")
+    with np.errstate(over="ignore"):
+        return column.astype(field.dtype)
+
+
+def _numbers(values: Any, place: str) -> np.ndarray:
     """Returns an array of real numbers in native byte order."""
     try:
-        array = np.asarray(() if value is None else value)
-    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or of another library's device
+        array = np.asarray(() if values is None else values)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on another library's device
         reason = str(error).splitlines()[0]
         if "inhomogeneous" in reason:
             reason = "rows of different lengths"
-        raise ValueError(f"{where}: not an array: {reason[:200]}") from None
+        raise ValueError(f"{place}: not an array: {reason[:200]}") from None
     if array.dtype == object:
-        raise ValueError(f"{where}: an array of Python objects, wanted one array of numbers")
+        raise ValueError(f"{place}: an array of Python objects, wanted one array of numbers")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
-        raise ValueError(f"{where}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
+        raise ValueError(f"{place}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def where_of(clip: Clip, modality: str) -> str:
-    """Returns what a message about a clip in one modality begins with."""
-    return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
 def pack(
     clips: Iterable[Clip], out_dir: Path | None = None, *, non_finite: NonFinite = "drop"
 ) -> dict[str, PackedClips]:
-    """Returns modality -> the frames of some clips, flat.
+    """Checks the clips of one split and joins their frames to flat arrays.
 
     Args:
-      clips: of one split, every name once.
-      out_dir: where flat files are to lie, which must outlive the arrays; None for memory.
-      non_finite: what becomes of a frame whose feature holds a NaN or an Inf.
+      clips: the clips, every name once.
+      out_dir: folder for flat files, which must outlive the arrays; None keeps them in memory.
+      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
+        refuses them.
+
+    Returns:
+      modality -> its frames, flat.
 
     Raises:
-      ValueError: a clip comes twice, is not what it should be, or of another width or dtype than
-        most; names clip, modality and field.
+      ValueError: a clip comes twice, is malformed, or has another width or dtype than most; names
+        clip, modality and field.
     """
     packers: dict[str, _Packer] = {}
     try:
@@ -144,7 +148,7 @@ def pack(
 def _fill(
     packers: dict[str, "_Packer"], clips: Iterable[Clip], out_dir: Path | None, *, drop: bool
 ) -> None:
-    """Takes every clip once, with a packer for each modality that comes up."""
+    """Adds every clip to the packers of its modalities; makes a packer for each new modality."""
     seen: dict[str, str] = {}
     bare = []
     for clip in clips:
@@ -166,7 +170,7 @@ def _fill(
             packers[modality].add(clip, value)
     for packer in list(packers.values())[:1]:
         for clip in bare:
-            packer.add(clip, None)  # it is there, without a frame
+            packer.add(clip, None)  # a clip without any modality is still a clip
 
 
 class _Packer:
@@ -181,64 +185,70 @@ class _Packer:
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
         self._width, self._dtype = 0, np.dtype(np.float16)
         self._decided = False
-        self._arrays: dict[str, list[np.ndarray]] = {field: [] for field in FIELDS}
-        self._files: dict[str, Any] = {}
+        self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in STORED}
+        self._files: dict[str, BinaryIO] = {}
         if folder:
             folder.mkdir(parents=True)
-            self._files = {field: (folder / f"{field}.bin").open("wb") for field in FIELDS}
+            self._files = {name: (folder / f"{name}.bin").open("wb") for name in STORED}
 
     def add(self, clip: Clip, value: Any) -> None:
-        frames = read_frames(value, where_of(clip, self._modality))
+        """Checks a clip and adds it once width and dtype are decided."""
+        frames = read_frames(value, place_of(clip, self._modality))
         if self._decided:
-            self._take(clip, frames)
+            self._append(clip, frames)
             return
         self._waiting.append((clip, frames))
-        if len(self._waiting) == LOOK_AT:
+        if len(self._waiting) == PROBE_CLIPS:
             self._decide()
 
     def _decide(self) -> None:
-        """Takes width and dtype of most clips: an error names the odd one out, not the second."""
+        """Takes width and dtype of most clips, so that an error names the clip that differs."""
         kinds = Counter(
-            (one["features"].shape[1], one["features"].dtype) for _, one in self._waiting if one
+            (frames["features"].shape[1], frames["features"].dtype)
+            for _, frames in self._waiting
+            if frames
         )
         if kinds:
             self._width, self._dtype = kinds.most_common(1)[0][0]
             self._decided = True
-        if self._decided:
             for clip, frames in self._waiting:
-                self._take(clip, frames)
+                self._append(clip, frames)
             self._waiting = []
 
-    def _take(self, clip: Clip, frames: dict[str, np.ndarray]) -> None:
+    def _append(self, clip: Clip, frames: dict[str, np.ndarray]) -> None:
         self._names.append(clip.name)
         count = len(frames["features"]) if frames else 0
         self._seen.append(count)
         self._kept.append(count)
         if not frames:
             return
-        features, where = frames["features"], where_of(clip, self._modality)
+        features, place = frames["features"], place_of(clip, self._modality)
         if features.shape[1] != self._width:
             raise ValueError(
-                f"{where}: features are {features.shape[1]} wide, others {self._width}"
+                f"{place}: features are {features.shape[1]} wide, others {self._width}"
             )
         if features.dtype != self._dtype:
-            raise ValueError(f"{where}: features are {features.dtype}, others {self._dtype}")
+            raise ValueError(f"{place}: features are {features.dtype}, others {self._dtype}")
         keep = np.isfinite(features).all(axis=1)
         if not keep.all():
             if not self._drop:
                 frame = int(np.argmin(keep))
-                raise ValueError(f"{where}: the feature of frame {frame} is not finite")
-            frames = {field: column[keep] for field, column in frames.items()}
+                raise ValueError(f"{place}: the feature of frame {frame} is not finite")
+            frames = {name: column[keep] for name, column in frames.items()}
             self._kept[-1] = int(keep.sum())
-        for field, column in frames.items():
-            if field not in ("features", "number") and not (finite := np.isfinite(column)).all():
-                rows = finite.all(axis=1) if field == "box" else finite
-                self._warnings[f"non_finite_{field}"] += int(np.sum(~rows))
-                column = np.where(finite, column, np.float32(0))
-            if self._folder:
-                self._files[field].write(np.ascontiguousarray(column).data)
-            else:
-                self._arrays[field].append(column)
+        for name, column in frames.items():
+            self._store(name, column)
+
+    def _store(self, name: str, column: np.ndarray) -> None:
+        """Appends one field of a clip, with 0 for what is not finite."""
+        if name in FRAME_FIELDS and not (finite := np.isfinite(column)).all():
+            wrong = ~finite.reshape(len(column), -1).all(axis=1)
+            self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
+            column = np.where(finite, column, np.float32(0))
+        if self._folder:
+            self._files[name].write(np.ascontiguousarray(column).data)
+        else:
+            self._arrays[name].append(column)
 
     def close(self) -> None:
         """Closes the files."""
@@ -246,33 +256,32 @@ class _Packer:
             file.close()
 
     def finish(self) -> PackedClips:
-        """Returns all of it."""
+        """Returns the flat arrays."""
         self._decide()
-        for clip, frames in self._waiting:  # not one frame in any of them
-            self._take(clip, frames)
+        for clip, frames in self._waiting:  # no clip has a frame
+            self._append(clip, frames)
         self.close()
         lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
-        dropped = int(seen.sum() - lengths.sum())
-        without = {"empty": seen == 0, "non_finite": (seen > 0) & (lengths == 0)}
+        total = int(lengths.sum())
+        dropped = int(seen.sum()) - total
+        features = self._column("features", self._dtype, (total, self._width))
+        fields = {
+            name: self._column(name, field.dtype, field.shape(total))
+            for name, field in FRAME_FIELDS.items()
+        }
         return PackedClips(
             names=tuple(self._names),
             lengths=lengths,
-            features=self._column("features", self._dtype, (self._width,)),
-            quality=self._column("quality", sandbox.COLUMNS["quality"]),
-            detection=self._column("detection", sandbox.COLUMNS["detection"]),
-            number=self._column("number", sandbox.COLUMNS["number"]),
-            box=self._column("box", sandbox.COLUMNS["box"], (4,)),
+            frames={"features": features, **fields},
             seen=int(seen.sum()),
             skipped={"non_finite": dropped} if dropped else {},
-            skipped_clips={key: int(hit.sum()) for key, hit in without.items() if hit.any()},
+            skipped_clips=skipped_clips(seen, lengths),
             warnings=dict(self._warnings),
         )
 
-    def _column(self, field: str, dtype: Any, row: tuple[int, ...] = ()) -> np.ndarray:
-        shape = (int(sum(self._kept)), *row)
+    def _column(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         if not self._folder:
-            return np.concatenate([np.empty((0, *row), dtype), *self._arrays[field]])
+            return np.concatenate([np.empty((0, *shape[1:]), dtype), *self._arrays[name]])
         if not all(shape):
             return np.empty(shape, dtype)
-        path = self._folder / f"{field}.bin"
-        return np.asarray(np.memmap(path, dtype, "r", shape=shape))
+        return np.asarray(np.memmap(self._folder / f"{name}.bin", dtype, "r", shape=shape))

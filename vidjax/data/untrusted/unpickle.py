@@ -2,8 +2,8 @@
 
 Only the globals that numpy writes into feature pickles resolve, by exact look-up, to sealed classes
 that check their arguments. Arrays stay plain bytes: numpy's own unpickling never sees the file.
-This stops code, not greed: a few bytes can still ask for gigabytes, so `load` belongs in the child
-process that `cage` shuts in.
+This prevents foreign code, not excessive memory: a few bytes can still ask for gigabytes. Call
+`load` only in the child process of `sandbox`, which has limits.
 """
 
 import contextlib
@@ -13,13 +13,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vidjax.data.untrusted.names import show
+
 _STRUCT_CODES = {
     "f2": "e", "f4": "f", "f8": "d", "b1": "?",
     "i1": "b", "i2": "h", "i4": "i", "i8": "q",
     "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
 }  # fmt: skip
 
-# What is downloaded or saved in place of a pickle. None of these is the start of one.
+# First bytes of files that are mistaken for pickles; no pickle begins like one of them.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
     b"\x93NUMPY": "a .npy file",
@@ -34,19 +36,11 @@ _OTHER_FILES = {
 
 
 class UnpickleError(ValueError):
-    """What is wrong with the file, in one line."""
+    """A pickle is damaged or refused; the message is one line."""
 
 
-def show(text: str | bytes) -> str:
-    """Returns text out of the file, made fit for one line of an error message."""
-    if isinstance(text, bytes):
-        text = text[:400].decode("utf-8", "backslashreplace")
-    text = text if len(text) <= 100 else text[:100] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-# What the globals of a pickle resolve to. BUILD sets attributes on whatever it is handed, classes
-# included: their metaclass forbids it, and no function is ever handed out.
+# The globals of a pickle resolve to the classes below. BUILD sets attributes on any object, classes
+# included: their metaclass forbids it, and no global resolves to a function.
 
 
 class _Sealed(type):
@@ -55,7 +49,7 @@ class _Sealed(type):
 
 
 class _NdArray(metaclass=_Sealed):
-    """numpy.ndarray: only ever the first argument of _reconstruct."""
+    """numpy.ndarray: valid only as the first argument of _reconstruct."""
 
     def __new__(cls, *args: object) -> "_NdArray":
         raise UnpickleError("the pickle builds a numpy.ndarray outside _reconstruct: refused")
@@ -97,7 +91,7 @@ class _DType(metaclass=_Sealed):
 
 
 class Array(metaclass=_Sealed):
-    """A numpy array of the file, as its dtype code, its shape and its bytes in C order."""
+    """A numpy array of the pickle: dtype code, shape, and bytes in C order."""
 
     __slots__ = ("code", "data", "shape")
     code: str
@@ -111,6 +105,7 @@ class Array(metaclass=_Sealed):
         self.fill(dtype, shape, bool(fortran), data)
 
     def fill(self, dtype: object, shape: object, fortran: bool, data: object) -> None:
+        """Takes dtype, shape and bytes; UnpickleError unless they fit each other."""
         if type(dtype) is not _DType or type(shape) is not tuple or type(data) is not bytes:
             raise UnpickleError("the pickle holds a damaged array")
         if len(shape) > 2:
@@ -128,7 +123,7 @@ class Array(metaclass=_Sealed):
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """numpy.core.multiarray._reconstruct: an array that BUILD is about to fill."""
+    """numpy.core.multiarray._reconstruct: an empty array, which BUILD fills."""
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
@@ -152,7 +147,7 @@ class _FromBuffer(metaclass=_Sealed):
 
 
 class _Scalar(metaclass=_Sealed):
-    """numpy.core.multiarray.scalar: the Python number of the same value."""
+    """numpy.core.multiarray.scalar: a Python number of the same value."""
 
     def __new__(cls, dtype: object, data: object) -> float:
         if type(dtype) is not _DType or type(data) is not bytes or len(data) != dtype.itemsize:
@@ -194,20 +189,20 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """The C Unpickler with every door to Python's own globals shut."""
+    """The C Unpickler, with all of Python's own globals refused."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
-        found = _GLOBALS.get((module_name, global_name))
-        if found is None:
+        sealed = _GLOBALS.get((module_name, global_name))
+        if sealed is None:
             name = show(f"{module_name}.{global_name}")
             raise UnpickleError(f"the pickle names {name}, which no feature pickle needs: refused")
-        return found
+        return sealed
 
     def persistent_load(self, pid: object) -> object:
         raise UnpickleError("the pickle asks for a persistent object (PERSID): refused")
 
 
-class _Unhurried:
+class _UnbufferedFile:
     """A file without `peek`: no byte is read ahead of its opcode, so `tell` is exact."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -215,20 +210,21 @@ class _Unhurried:
 
 
 def load(file: BinaryIO, size: int) -> Any:
-    """Returns what the pickle holds, made of Python's own types and Array.
+    """Returns the content of a pickle, made of Python's own types and Array.
 
     Args:
       file: the open file, at its start.
       size: its length in bytes.
 
     Raises:
-      UnpickleError: refused, damaged, truncated or followed by other bytes; names the byte.
-      MemoryError: asks for more than the cage allows.
+      UnpickleError: the pickle is refused, damaged, truncated or followed by other bytes; names
+        the byte.
+      MemoryError: the pickle asks for more memory than the limit.
     """
     if size == 0:
         raise UnpickleError("the file is empty: no pickle at byte 0")
     try:
-        held = _Unpickler(file, encoding="bytes").load()
+        content = _Unpickler(file, encoding="bytes").load()
     except MemoryError:
         raise
     except Exception as error:
@@ -237,7 +233,7 @@ def load(file: BinaryIO, size: int) -> Any:
         end = file.tell()
         if end != size:
             raise UnpickleError(f"the pickle ends at byte {end}, but {size - end} bytes follow it")
-        return held
+        return content
     # The first pass reads ahead: only a second one knows where it stopped.
     file.seek(0)
     start = file.read(64).lstrip()
@@ -246,7 +242,7 @@ def load(file: BinaryIO, size: int) -> Any:
             raise UnpickleError(f"not a pickle (at byte 0): the file is {kind}")
     file.seek(0)
     with contextlib.suppress(Exception):
-        _Unpickler(_Unhurried(file), encoding="bytes").load()
+        _Unpickler(_UnbufferedFile(file), encoding="bytes").load()
     at = file.tell()
     if ended and at == size:
         raise UnpickleError(f"the pickle is truncated: the file ends at byte {at}")

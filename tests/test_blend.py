@@ -12,8 +12,8 @@ from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.data.records import pipeline
 from vidjax.main import main
-from vidjax.modes import blend, evaluate
-from vidjax.steps import scoring
+from vidjax.modes import blend, restore
+from vidjax.steps import scoring, topk
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -96,7 +96,7 @@ def probabilities(folder, load, split):
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
-    _, one = evaluate.restore(config, folder, load(config), mesh)
+    _, one = restore.restore(config, folder, load(config), mesh)
     found = scoring.score([one], split, mesh, block_size=32, each_member=False)
     clips = one.data.split(split).clips
     logs = ranked_scores(found.top, len(clips)).astype(np.float64)
@@ -142,7 +142,7 @@ def check_ranking(path, scores):
 @pytest.mark.parametrize("weights", [(), (0.25, 0.75), (3.0, 0.0)], ids=["equal", "given", "one"])
 def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
     config = joining(runs, f"--config.join.weights={weights}")
-    results = blend.join(config, tmp_path, load, num_devices=1)
+    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
     weights = weights or (1.0, 1.0)
     wanted = joined_by_hand(runs, load, "val", weights)
     check_ranking(tmp_path / "ranking.txt", wanted)
@@ -161,7 +161,7 @@ def test_every_score_equals_the_loop(runs, load):
     models = []
     for folder, weight in zip(runs, (0.3, 0.9), strict=True):
         config = config_lib.load_workdir(folder)
-        _, one = evaluate.restore(config, folder, load(config), mesh)
+        _, one = restore.restore(config, folder, load(config), mesh)
         models.append(one._replace(weight=weight))
     found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
     wanted = joined_by_hand(runs, load, "val", (0.3, 0.9))
@@ -173,7 +173,7 @@ def test_every_score_equals_the_loop(runs, load):
 def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
     monkeypatch.setattr(blend, "ROUNDS", 6)
     config = joining(runs, "--config.join.greedy=true")
-    results = blend.join(config, tmp_path, load, num_devices=1)
+    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
     kept = config_lib.load_workdir(tmp_path).join
     assert not kept.greedy and kept.weights == tuple(one["weight"] for one in results["runs"])
 
@@ -195,18 +195,43 @@ def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkey
     assert value(np.array(kept.weights)) >= max(value(one) for one in np.eye(2)) - 1e-9
 
 
+def test_a_greedy_choice_repeats_runs_and_keeps_the_best_round():
+    target = np.array([0.6, 0.4, 0.0])
+    tried = []
+
+    def value_of(counts):
+        tried.append(counts)
+        return -float(np.abs(counts / counts.sum() - target).sum())
+
+    weights, value = blend.greedy_weights(value_of, 3, 7)
+    np.testing.assert_allclose(weights, target)  # after 5 of the 7 rounds
+    assert value == pytest.approx(0) and len(tried) == 3 * 7
+    weights, _ = blend.greedy_weights(lambda counts: 1.0, 3, 4)
+    assert weights.tolist() == [1, 0, 0]  # among equals the first run, of equal rounds the first
+
+
+def test_candidates_are_listed_once_and_in_order():
+    tops = [
+        topk.TopK(np.zeros((2, 2)), np.array([[5, 1], [0, topk.NO_CLIP]])),
+        topk.TopK(np.zeros((2, 2)), np.array([[1, 7], [2, 3]])),
+    ]
+    clips = blend.candidates(tops)
+    lists = [[clip for clip in row if clip != topk.NO_CLIP] for row in clips.tolist()]
+    assert lists == [[1, 5, 7], [0, 2, 3]]
+
+
 def test_weights_are_not_fitted_on_what_a_run_was_trained_on(runs, plain, load, tmp_path):
     config = joining((runs[0], plain), "--config.join.greedy=true")
     with pytest.raises(ValueError, match=r"join\.split=train: .*without folds"):
-        blend.join(config, tmp_path, load, num_devices=1)
+        blend.blend_runs(config, tmp_path, load, num_devices=1)
     on_test = joining(runs, "--config.join.greedy=true", "--config.join.split=test")
     with pytest.raises(ValueError, match=r"join\.split=test: .*no ground truth"):
-        blend.join(on_test, tmp_path, load, num_devices=1)
+        blend.blend_runs(on_test, tmp_path, load, num_devices=1)
     assert not (tmp_path / "config.json").exists()
 
 
 def test_cosines_are_joined_as_probabilities(runs, plain, load, tmp_path):
-    blend.join(joining((runs[1], plain)), tmp_path, load, num_devices=1)
+    blend.blend_runs(joining((runs[1], plain)), tmp_path, load, num_devices=1)
     check_ranking(
         tmp_path / "ranking.txt", joined_by_hand((runs[1], plain), load, "val", (1.0, 1.0))
     )
@@ -220,7 +245,7 @@ def test_other_identities_or_clips_are_refused(
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     others = train("others", "knn.py:iqiyi_vid", fewer, "--config.num_epochs=1")
     with pytest.raises(ValueError, match="different lists of identities"):
-        blend.join(joining((runs[0], others)), tmp_path / "out", load, num_devices=1)
+        blend.blend_runs(joining((runs[0], others)), tmp_path / "out", load, num_devices=1)
 
     # The folder of one run gains a clip after training.
     moved = tmp_path / "moved"
@@ -233,7 +258,9 @@ def test_other_identities_or_clips_are_refused(
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
     with pytest.raises(ValueError, match="differ in the clips of test") as caught:
-        blend.join(joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1)
+        blend.blend_runs(
+            joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1
+        )
     assert "IQIYI_VID_TEST_" in str(caught.value)
 
 
@@ -247,7 +274,7 @@ def test_other_identities_or_clips_are_refused(
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        blend.join(joining(runs, *words), tmp_path, load, num_devices=1)
+        blend.blend_runs(joining(runs, *words), tmp_path, load, num_devices=1)
 
 
 def test_the_command_line(runs, load, tmp_path, capsys):
@@ -287,6 +314,6 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
         config = config_lib.override(joining(runs), words)
-        blend.join(config, tmp_path, load, num_devices=1)
+        blend.blend_runs(config, tmp_path, load, num_devices=1)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]

@@ -1,0 +1,182 @@
+"""The streaming top k against a full sort, over every order of blocks and ties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import devices
+from vidjax.steps import topk
+
+C, K = 7, 20
+
+
+def full_sort(scores: np.ndarray, clip_index: np.ndarray, k: int) -> topk.TopK:
+    """The oracle: every score of every clip, sorted by two keys."""
+    num_identities = scores.shape[1]
+    best = np.full((num_identities, k), -np.inf, np.float32)
+    index = np.full((num_identities, k), topk.NO_CLIP, np.int32)
+    for c in range(num_identities):
+        order = np.lexsort((clip_index, -scores[:, c]))[:k]
+        best[c, : len(order)] = scores[order, c]
+        index[c, : len(order)] = clip_index[order]
+    return topk.TopK(best, index)
+
+
+def blocks_of(scores, clip_index, rows, rng):
+    """Blocks of `rows` with padded rows among them, which hold what would win."""
+    taken = 0
+    while taken < len(scores):
+        real = np.zeros(rows, bool)
+        real[rng.permutation(rows)[: rng.integers(1, rows + 1)]] = True
+        real[np.flatnonzero(real)[len(scores) - taken :]] = False
+        block = np.full((rows, scores.shape[1]), np.inf, np.float32)
+        index = np.zeros(rows, np.int32)
+        block[real] = scores[taken : taken + real.sum()]
+        index[real] = clip_index[taken : taken + real.sum()]
+        taken += real.sum()
+        yield block, index, real
+
+
+def assert_exact(top: topk.TopK, expected: topk.TopK):
+    np.testing.assert_array_equal(top.index, expected.index)
+    np.testing.assert_array_equal(top.scores, expected.scores)
+
+
+def with_silent_clips(scores, rng):
+    silent = rng.random(len(scores)) < 0.9  # fewer finite clips than places
+    return np.where(silent[:, None], -np.inf, scores)
+
+
+STREAMS = {
+    "random": lambda s, rng: s,
+    "ascending": lambda s, rng: np.sort(s, axis=0),
+    "descending": lambda s, rng: -np.sort(-s, axis=0),
+    "all equal": lambda s, rng: np.zeros_like(s),
+    "two values": lambda s, rng: np.sign(s),
+    "few values": lambda s, rng: np.round(2 * s),
+    "silent clips": with_silent_clips,
+    "nothing but silence": lambda s, rng: np.full_like(s, -np.inf),
+    "one part in a thousand apart": lambda s, rng: np.round(s) * np.float32(1 + 1e-7),
+    "infinite": lambda s, rng: np.where(s > 1, np.inf, s),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("num_clips", [1, 19, 150])
+@pytest.mark.parametrize("order", ["as they are", "reversed", "shuffled"])
+def test_equals_a_full_sort(name, num_clips, order):
+    rng = np.random.default_rng(num_clips)
+    scores = STREAMS[name](rng.standard_normal((num_clips, C), np.float32), rng)
+    scores = scores.astype(np.float32)
+    clip_index = np.sort(rng.choice(10**6, num_clips, replace=False)).astype(np.int32)
+    expected = full_sort(scores, clip_index, K)
+    steps = {"as they are": np.arange(num_clips), "reversed": np.arange(num_clips)[::-1]}
+    order = steps.get(order, rng.permutation(num_clips))
+    scores, clip_index = scores[order], clip_index[order]
+    for rows, gathered in ((16, 16), (16, 48)):
+        stream = blocks_of(scores, clip_index, rows, rng)
+        assert_exact(topk.rank(stream, C, K, rows=gathered), expected)
+
+
+def test_equals_a_full_sort_when_identities_take_several_chunks(monkeypatch):
+    monkeypatch.setattr(topk, "CHUNK", 3)  # 7 identities: the last chunk overlaps
+    rng = np.random.default_rng(0)
+    scores = np.round(4 * rng.standard_normal((90, C), np.float32))
+    clip_index = rng.permutation(90).astype(np.int32)
+    top = topk.init_top(C, K)
+    for block in blocks_of(scores, clip_index, 30, rng):
+        top = jax.jit(topk.update_top)(top, [block])
+    assert_exact(topk.finish_top(top), full_sort(scores, clip_index, K))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_equals_a_full_sort_where_few_rows_are_looked_into(name, monkeypatch):
+    monkeypatch.setattr(topk, "GROUP", 4)
+    monkeypatch.setattr(topk, "MOST_GROUPS", (1, 3))
+    rng = np.random.default_rng(1)
+    scores = STREAMS[name](rng.standard_normal((1500, C), np.float32), rng).astype(np.float32)
+    clip_index = rng.permutation(1500).astype(np.int32)
+    top, most = topk.init_top(C, K), []
+    update = jax.jit(lambda top, block: topk.update_top(top, [block]))
+    for block in blocks_of(scores, clip_index, 60, rng):  # 15 groups
+        rows = np.where(block[2][:, None], block[0], -np.inf).reshape(15, 4, C).max(axis=1)
+        least = np.min(top.scores, axis=1)
+        most.append(np.max(np.sum(rows >= least, axis=0)))
+        top = update(top, block)
+    assert_exact(topk.finish_top(top), full_sort(scores, clip_index, K))
+    assert most[0] > 3
+    if name in ("random", "descending"):
+        assert min(most) <= 1, "rows were never left out"
+    if name == "random":
+        assert 2 in most or 3 in most
+
+
+def test_a_tie_of_two_over_the_last_place():
+    scores = np.array([[5], [4], [3], [3], [2]], np.float32)
+    clips = np.array([7, 8, 6, 2, 0], np.int32)
+    for order in ([0, 1, 2, 3, 4], [3, 4, 0, 1, 2], [2, 1, 4, 0, 3]):
+        stream = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in order]
+        for rows in (1, 3, 5):
+            assert topk.rank(stream, 1, 3, rows=rows).index.tolist() == [[7, 8, 2]]
+
+
+def test_scores_split_over_devices():
+    mesh = devices.make_mesh(8)
+    rng = np.random.default_rng(0)
+    scores = np.round(4 * rng.standard_normal((256, C), np.float32))
+    clip_index = rng.permutation(256).astype(np.int32)
+    blocks = list(blocks_of(scores, clip_index, 32, rng))
+    split = [jax.device_put(block, devices.by_rows(mesh)) for block in blocks]
+    expected = full_sort(scores, clip_index, K)
+    assert_exact(topk.rank(split, C, K, rows=64), expected)
+    top = jax.jit(topk.update_top)(devices.replicate(mesh, topk.init_top(C, K)), split)
+    assert_exact(jax.jit(topk.finish_top)(top), expected)
+
+
+def test_one_program_however_the_stream_ends():
+    rng = np.random.default_rng(0)
+    shape, before = (5, 12), topk.update_top
+    traces = []
+
+    def counted(top, blocks):
+        traces.append(len(blocks))
+        return before(top, blocks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "_update", jax.jit(counted))
+        for count in (4, 5, 7):
+            clips = np.arange(shape[0] * count, dtype=np.int32).reshape(count, -1)
+            scores = rng.standard_normal((count, *shape), np.float32)
+            blocks = zip(scores, clips, np.ones((count, shape[0]), bool), strict=True)
+            topk.rank(blocks, shape[1], 8, rows=10)
+    assert traces == [2]
+
+
+def test_scores_that_no_order_could_rely_on():
+    tiny = np.float32(1e-40)  # flushed to 0 on some backends and not on others
+    scores = np.array([[np.nan], [0.0], [-0.0], [tiny], [-tiny], [-np.inf], [-1.0]], np.float32)
+    clips = np.array([0, 6, 5, 4, 3, 2, 1], np.int32)
+    top = topk.rank([(scores, clips, np.ones(7, bool))], 1, 7)
+    assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
+    assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
+
+
+def test_clip_indices_beyond_what_a_float32_holds():
+    clips = np.array([2**24 + 1, 2**24, 2**30 + 1, 2**30, 2**31 - 2**25 - 1], np.int32)
+    blocks = [(np.zeros((1, 3), np.float32), clip[None], np.ones(1, bool)) for clip in clips]
+    for k in (1, 4):
+        for stream in (blocks, blocks[::-1]):
+            top = topk.rank(stream, 3, k, rows=1)
+            np.testing.assert_array_equal(top.index, np.tile(np.sort(clips)[:k], (3, 1)))
+
+
+def test_no_block_is_an_empty_ranking():
+    top = topk.rank([], 3, 5)
+    assert (top.index == topk.NO_CLIP).all() and (top.scores == -np.inf).all()
+
+
+def test_bfloat16_scores_are_ranked_as_they_are():
+    scores = jnp.arange(8, dtype=jnp.bfloat16)[:, None]
+    top = topk.rank([(scores, np.arange(8, dtype=np.int32), np.ones(8, bool))], 1, 3)
+    assert top.index.tolist() == [[7, 6, 5]] and top.scores.dtype == np.float32

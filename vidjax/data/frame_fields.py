@@ -1,0 +1,96 @@
+"""The fields of a frame: the one table that records, sandbox, tables and arrays read.
+
+To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to a model, add it to
+`vidjax.batch.Frames` and `Packed`, too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+NonFinite = Literal["drop", "error"]  # treatment of a frame whose feature holds a NaN or an Inf
+
+
+class FrameField(NamedTuple):
+    """A field that every frame has beside its feature.
+
+    Attributes:
+      dtype: numpy dtype.
+      width: number of values per frame.
+      missing: the value where a modality has no such field; None for the frame's position in its
+        clip.
+      official: name of the field in the official feature pickles.
+    """
+
+    dtype: str
+    width: int
+    missing: float | None
+    official: str
+
+    def shape(self, num_frames: int) -> tuple[int, ...]:
+        """Returns [F] for one value per frame, [F, width] for several."""
+        return (num_frames,) if self.width == 1 else (num_frames, self.width)
+
+    def default(self, num_frames: int) -> np.ndarray:
+        """Returns the values of a clip whose modality has no such field."""
+        if self.missing is None:
+            return np.arange(num_frames, dtype=self.dtype)
+        return np.full(self.shape(num_frames), self.missing, self.dtype)
+
+
+# The order is part of the cache key of in-memory features: append, never reorder.
+FRAME_FIELDS = {
+    "number": FrameField("int32", 1, None, official="frame"),  # frame number, non-decreasing
+    "quality": FrameField("float32", 1, 0.0, official="quality_score"),
+    "detection": FrameField("float32", 1, 1.0, official="det_score"),  # detection score
+    "box": FrameField("float32", 4, 0.0, official="bbox"),  # x1, y1, x2, y2 in pixels
+}
+STORED = ("features", *FRAME_FIELDS)  # the feature comes first; its modality gives dtype and width
+
+
+@dataclass(frozen=True, eq=False)
+class PackedClips:
+    """One modality of one split, flat: N clips, F frames of width D.
+
+    Attributes:
+      names: N clip names without `.mp4`, in the order of the file.
+      lengths: [N] int32, number of frames of each clip.
+      frames: field -> [F, ...]: `features` [F, D] in the stored dtype (float16, float32, float64 or
+        int8, native byte order), and the fields of FRAME_FIELDS. D is 0 where no clip has a frame.
+      seen: number of frames in the file: F + sum(skipped.values()).
+      skipped: reason -> number of frames left out; the reason is `non_finite`.
+      skipped_clips: reason -> number of clips of length 0: `empty` in the file, or `non_finite`
+        throughout.
+      warnings: number of frames with a value that was not finite and is now 0, by
+        `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
+    """
+
+    names: tuple[str, ...]
+    lengths: np.ndarray
+    frames: Mapping[str, np.ndarray]
+    seen: int
+    skipped: dict[str, int]
+    skipped_clips: dict[str, int]
+    warnings: dict[str, int]
+
+    @property
+    def features(self) -> np.ndarray:
+        """The features, [F, D]."""
+        return self.frames["features"]
+
+    def starts(self) -> np.ndarray:
+        """Returns [N] int64, the first frame of each clip."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+
+def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:
+    """Counts the clips without a frame, by reason.
+
+    Args:
+      seen: [N] int, frames of each clip in the file.
+      kept: [N] int, frames that were not skipped.
+    """
+    without = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
+    return {reason: int(clips.sum()) for reason, clips in without.items() if clips.any()}

@@ -1,0 +1,156 @@
+"""Datasets by name: `config.data.name` is a key of DATASETS."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vidjax.data import arrays, pickle_writer, synthetic
+from vidjax.data.cache import building, default_cache_dir, exclusive
+from vidjax.data.frame_fields import NonFinite
+from vidjax.data.iqiyi_vid import OfficialFiles
+from vidjax.data.record_source import RecordSource
+
+if TYPE_CHECKING:  # it imports TensorFlow
+    from vidjax.data.records.pipeline import Dataset
+
+_LOG = logging.getLogger(__name__)
+
+
+class DataOptions(NamedTuple):
+    """The fields of `config.data` that choose a source.
+
+    Attributes:
+      directory: folder of the data; None if not set.
+      cache_dir: folder of the cache.
+      size: size of a generated dataset.
+      seed: seed of a generated dataset.
+      generate: False raises NotGenerated instead of generating a dataset.
+    """
+
+    directory: Path | None
+    cache_dir: Path
+    size: str = "small"
+    seed: int = 0
+    generate: bool = True
+
+
+class NotGenerated(FileNotFoundError):
+    """A dataset has yet to be generated."""
+
+
+def open_synthetic(options: DataOptions) -> RecordSource:
+    """Returns the built-in dataset as official files, generated at the first call."""
+    # The source code of the generator is its version: a change cannot be forgotten.
+    source = b"".join(
+        Path(str(module.__file__)).read_bytes() for module in (synthetic, pickle_writer)
+    )
+    version = hashlib.sha256(source).hexdigest()[:12]
+    root = options.cache_dir / "synthetic"
+    folder = root / f"{options.size}-{options.seed}-{version}"
+    if not folder.exists():
+        if not options.generate:
+            raise NotGenerated("the synthetic dataset is not made yet: training makes it")
+        with exclusive(root):
+            if not folder.exists():
+                _LOG.info("making the synthetic dataset in %s", folder)
+                with building(folder) as partial:
+                    synthetic.write(partial, size=options.size, seed=options.seed)
+    return OfficialFiles(folder)
+
+
+def open_iqiyi_vid(options: DataOptions) -> RecordSource:
+    """Returns a directory of official files."""
+    return OfficialFiles(_directory(options, "official files"))
+
+
+def open_arrays(options: DataOptions) -> RecordSource:
+    """Returns a folder of own features, as `vidjax.data.arrays` describes it."""
+    return arrays.FeatureFolder(_directory(options, "features"))
+
+
+class DatasetEntry(NamedTuple):
+    """A dataset that `config.data.name` can name.
+
+    Attributes:
+      open: opens its source.
+      generated: True if `config.data.size` and `seed` determine the clips, not `dir`.
+    """
+
+    open: Callable[[DataOptions], RecordSource]
+    generated: bool = False
+
+
+# To add a dataset, write a function like those above and add a line here.
+DATASETS: Mapping[str, DatasetEntry] = {
+    "synthetic": DatasetEntry(open_synthetic, generated=True),
+    "iqiyi_vid": DatasetEntry(open_iqiyi_vid),
+    "arrays": DatasetEntry(open_arrays),
+}
+
+
+def open_source(name: str, options: DataOptions) -> RecordSource:
+    """Returns the source of a dataset by name.
+
+    Raises:
+      ValueError: an unknown name, or no directory where one is needed.
+      FileNotFoundError: no data in the directory.
+      NotGenerated: the dataset has yet to be generated, and `options.generate` is False.
+    """
+    if name not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise ValueError(f"config.data.name='{name}': the name of a dataset is one of {known}")
+    return DATASETS[name].open(options)
+
+
+def load_dataset(
+    name: str,
+    *,
+    directory: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    size: str = "small",
+    seed: int = 0,
+    non_finite: NonFinite = "drop",
+) -> "Dataset":
+    """Returns a dataset by name, generated and converted unless the cache has it.
+
+    Args:
+      name: a key of DATASETS: 'synthetic', 'iqiyi_vid' or 'arrays'.
+      directory: folder of the official files, or of own features as `vidjax.data.arrays` describes
+        them; 'synthetic' ignores it.
+      cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      size: size of the synthetic dataset, 'small' or 'standard'.
+      seed: seed of the synthetic dataset.
+      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
+        refuses them.
+
+    Raises:
+      ValueError: an unknown name, no directory, or bad data.
+      FileNotFoundError: no data in the directory.
+      OSError: the cache cannot be written.
+    """
+    from vidjax.data.records.pipeline import Dataset
+
+    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    folder = Path(directory).expanduser() if directory else None
+    source = open_source(name, DataOptions(folder, cache_dir, size, seed))
+    return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite)
+
+
+def describe(data: Mapping[str, Any]) -> str:
+    """Returns the name of a dataset, with size and seed if it is generated.
+
+    Args:
+      data: the section `data` of a configuration, possibly of another version.
+    """
+    name = data.get("name", "")
+    if name in DATASETS and DATASETS[name].generated:
+        return f"{name}, size {data.get('size')}, seed {data.get('seed')}"
+    return name
+
+
+def _directory(options: DataOptions, content: str) -> Path:
+    if options.directory is None:
+        raise ValueError(f"config.data.dir is not set: name the directory of the {content}")
+    return options.directory

@@ -1,0 +1,57 @@
+"""The protocol of frames that can become records; numpy only."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from vidjax.data.frame_fields import NonFinite, PackedClips
+
+Unpacked = Mapping[str, Mapping[str, PackedClips]]  # split -> modality -> clips
+
+
+class RecordSource(Protocol):
+    """Frames that can become records, and their labels.
+
+    A dataset is one class of this kind and one line in `vidjax.data.load.DATASETS`.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Subfolder of the cache for its records."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """Folder or name, for messages."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What is converted, for the log and `--mode=check`."""
+        ...
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Returns a JSON value that differs from any other content's: the cache key."""
+        ...
+
+    def file_of(self, modality: str, split: str) -> Path:
+        """Returns the file of some frames, for messages and the report."""
+        ...
+
+    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+        """Reads all frames.
+
+        Args:
+          scratch: a folder for flat files, which outlives the arrays.
+          non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
+            refuses them.
+        """
+        ...
+
+    def truth(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
+        """Returns labelled split -> clip -> identity.
+
+        Args:
+          clips: split -> names of its clips.
+        """
+        ...

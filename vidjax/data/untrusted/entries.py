@@ -1,0 +1,329 @@
+"""The clips of an unpickled file, entry by entry, checked and written to flat files.
+
+Every field of every entry is checked for type, shape and length before it is written, to a fixed
+depth: a file can surprise neither this code nor the code that reads the flat files.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips
+from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.untrusted.unpickle import Array, UnpickleError
+
+MB = 1 << 20
+BLOCK_BYTES = 8 * MB
+
+_BARE = ("feature",)
+# Fields of an entry, by their number, as the official files name them.
+_ENTRIES: dict[int, tuple[str, ...]] = {
+    5: ("frame", "bbox", "det_score", "quality_score", "feature"),
+    4: ("frame", "bbox", "det_score", "feature"),
+    3: ("frame", "bbox", "feature"),
+    2: ("frame", "feature"),
+    1: _BARE,
+}
+_MODALITIES = {
+    "face": _ENTRIES[5],
+    "head": _ENTRIES[4],
+    "body": _ENTRIES[3],
+    "scene": _ENTRIES[2],
+    "audio": _BARE,
+}
+_FIELD_OF = {field.official: name for name, field in FRAME_FIELDS.items()}
+_FEATURE_CODES = ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1")
+
+
+def clips_of(content: object) -> dict[str, Any]:
+    """Returns clean clip name -> value, emptying the dict that the pickle held.
+
+    Raises:
+      UnpickleError: the content is no dict, or a name is malformed or comes twice.
+    """
+    if type(content) is not dict:
+        raise UnpickleError(f"the pickle holds a {type(content).__name__}, not a dict of clips")
+    clips: dict[str, Any] = {}
+    repeated = []
+    for key in list(content):
+        name = _clip_name(key)
+        if name in clips:
+            repeated.append(show(name))
+        clips[name] = content.pop(key)
+    if repeated:
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        raise UnpickleError(f"duplicate clips: {', '.join(repeated[:5])}{more}")
+    return clips
+
+
+def _clip_name(key: object) -> str:
+    if type(key) is bytes:
+        try:
+            key = key.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UnpickleError(f"clip name '{show(key)}' is not UTF-8") from None
+    if type(key) is not str:
+        raise UnpickleError(f"a clip name is a {type(key).__name__}, not text")
+    try:
+        return clean_name(key)
+    except ValueError as error:
+        raise UnpickleError(str(error)) from None
+
+
+def _features_of(value: Any) -> list[Any]:
+    """Returns the features of a clip's first 200 entries, unchecked."""
+    if type(value) is Array:
+        return [value]
+    entries = value[:200] if type(value) in (list, tuple) else ()
+    return [e[-1] if type(e) in (list, tuple) and e else e for e in entries]
+
+
+def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], int, str]:
+    """Returns the fields that entries must have, and the width and dtype code of their features.
+
+    An official modality has fixed fields. For other modalities, and for width and dtype, the
+    majority of the first entries decides: so an error names the clip that differs from the rest,
+    even if it is the first one.
+    """
+    lengths, kinds = Counter(), Counter()
+    for value in clips.values():
+        if type(value) is Array:
+            lengths[1] += 1
+        elif type(value) in (list, tuple) and value:
+            lengths[len(value[0]) if type(value[0]) in (list, tuple) else 1] += 1
+        for feature in _features_of(value):
+            if type(feature) is Array and feature.shape and feature.shape[-1] > 0:
+                kinds[feature.shape[-1], feature.code] += 1
+        if kinds.total() >= 200:
+            break
+    width, code = kinds.most_common(1)[0][0] if kinds else (0, "<f2")
+    length = lengths.most_common(1)[0][0] if lengths else 1
+    fields = _MODALITIES.get(modality) or _ENTRIES.get(length)
+    if fields is None:
+        raise UnpickleError(
+            f"{modality} entries have {length} fields, wanted 2 to 5 or bare arrays"
+        )
+    return fields, width, code
+
+
+def _frame_number(value: Any) -> int:
+    if type(value) in (bytes, str) and value.isdigit() and value.isascii():
+        return int(value)
+    if type(value) is not int or value < 0:
+        raise TypeError("must be digits or a whole number from 0 up")
+    return value
+
+
+def _box(value: Any) -> Sequence[float]:
+    is_array = type(value) is Array and len(value.shape) == 1
+    numbers: Any = np.frombuffer(value.data, value.code).tolist() if is_array else value
+    if type(numbers) not in (list, tuple) or len(numbers) != 4:
+        raise TypeError("must be four numbers")
+    return numbers
+
+
+def _kind(value: object) -> str:
+    return "array" if type(value) is Array else type(value).__name__
+
+
+class ClipWriter:
+    """Checks the entries of clip after clip and appends them, block by block, to the flat files."""
+
+    def __init__(
+        self,
+        clips: Mapping[str, Any],
+        modality: str,
+        files: Mapping[str, BinaryIO],
+        *,
+        size: int,
+        drop: bool,
+    ) -> None:
+        """Decides which fields, width and dtype all entries must have.
+
+        Args:
+          clips: clean name -> value, as `clips_of` returns them.
+          modality: name of the modality.
+          files: field -> flat file, for every field of STORED.
+          size: length of the pickle in bytes.
+          drop: True leaves out frames with a non-finite feature; False refuses the file.
+
+        Raises:
+          UnpickleError: the entries are of an unknown layout or dtype.
+        """
+        self.names, self.modality, self.files, self.drop = list(clips), modality, files, drop
+        self.fields, self.width, self.code = _expect(clips, modality)
+        self.native = np.dtype(self.code).newbyteorder("=")
+        if self.code not in _FEATURE_CODES:
+            kinds = "float16, float32, float64 and int8"
+            raise UnpickleError(f"{modality} features are {self.native}, but only {kinds} are read")
+        self.row_bytes = self.width * self.native.itemsize
+        self.block_frames = max(1, BLOCK_BYTES // max(1, self.row_bytes))
+        # Entries may share parts, so a small file can legitimately expand, but only this far.
+        self.max_frames = 100_000 + size // 8
+        self.max_bytes = 64 * MB + 4 * size
+        self.seen = np.zeros(len(clips), np.int64)
+        self.kept = np.zeros(len(clips), np.int64)
+        self.total = 0
+        self.warnings = Counter()
+        self._start_block()
+
+    def _start_block(self) -> None:
+        self.owners: list[tuple[int, int]] = []
+        self.chunks: list[bytes | memoryview] = []
+        self.values = {
+            name: array("i" if field.dtype == "int32" else "d")
+            for name, field in FRAME_FIELDS.items()
+        }
+
+    def add(self, clip: int, value: Any) -> None:
+        """Takes the value of one clip: a list of entries, or an array [D] or [T, D].
+
+        Raises:
+          UnpickleError: the value is something else; names clip, entry and field.
+        """
+        if type(value) in (list, tuple):
+            for start in range(0, len(value), self.block_frames):
+                self._add_entries(clip, value, start)
+        elif type(value) is Array and self.fields == _BARE:
+            self._add_rows(clip, value)
+        else:
+            wanted = "array" if self.fields == _BARE else f"list of [{', '.join(self.fields)}]"
+            raise UnpickleError(f"{self._clip(clip)} is of type {_kind(value)}, wanted {wanted}")
+
+    def _clip(self, clip: int) -> str:
+        return f"clip {show(self.names[clip])}, {self.modality}"
+
+    def _add_rows(self, clip: int, value: Array) -> None:
+        if not value.shape or value.shape[-1] != self.width or value.code != self.code:
+            raise UnpickleError(f"{self._clip(clip)} {self._mismatch(value)}")
+        rows = value.shape[0] if len(value.shape) == 2 else 1
+        data = memoryview(value.data)
+        for start in range(0, rows, self.block_frames):
+            stop = min(start + self.block_frames, rows)
+            self.chunks.append(data[start * self.row_bytes : stop * self.row_bytes])
+            self.values["number"].extend(range(start, stop))
+            self._close(clip, stop - start)
+
+    def _add_entries(self, clip: int, value: Sequence[Any], start: int) -> None:
+        stop = min(start + self.block_frames, len(value))
+        entries = value[start:stop]
+        if self.fields == _BARE:
+            entries = [(feature,) for feature in entries]
+        field, index = "", start
+        try:
+            for index, entry in enumerate(entries, start):
+                field = "entry"
+                if type(entry) not in (list, tuple) or len(entry) != len(self.fields):
+                    raise TypeError(self._misfit(entry))
+                feature, field = entry[-1], "feature"
+                if (
+                    type(feature) is not Array
+                    or feature.shape != (self.width,)
+                    or feature.code != self.code
+                ):
+                    raise TypeError(self._mismatch(feature))
+                self.chunks.append(feature.data)
+            for place, field in enumerate(self.fields[:-1]):
+                append = self._appender(field)
+                for index, entry in enumerate(entries, start):
+                    append(entry[place])
+        except (TypeError, OverflowError, ValueError) as error:
+            raise UnpickleError(f"{self._clip(clip)} entry {index}, {field} {error}") from None
+        if self.fields == _BARE:
+            self.values["number"].extend(range(start, stop))
+        self._close(clip, stop - start)
+
+    def _appender(self, field: str) -> Callable[[Any], None]:
+        """Returns the function that stores one value of an official field."""
+        values = self.values[_FIELD_OF[field]]
+        if field == "frame":
+            return lambda value: values.append(_frame_number(value))
+        if field == "bbox":
+            return lambda value: values.extend(_box(value))
+        return values.append
+
+    def _misfit(self, entry: Any) -> str:
+        nested = type(entry) in (list, tuple)
+        got = f"has {len(entry)} fields" if nested else f"is of type {_kind(entry)}"
+        return f"{got}, wanted [{', '.join(self.fields)}]"
+
+    def _mismatch(self, feature: object) -> str:
+        if type(feature) is not Array:
+            return f"is of type {_kind(feature)}, wanted array"
+        if feature.shape[-1:] != (self.width,):
+            return f"has width {feature.shape[-1] if feature.shape else 0}, wanted {self.width}"
+        if feature.code != self.code:
+            return f"is {np.dtype(feature.code)!r}, wanted {np.dtype(self.code)!r} as elsewhere"
+        return f"has shape {list(feature.shape)}, wanted [{self.width}]"
+
+    def _close(self, clip: int, count: int) -> None:
+        self.owners.append((clip, count))
+        self.seen[clip] += count
+        self.total += count
+        if self.total > self.max_frames or self.total * self.row_bytes > self.max_bytes:
+            raise UnpickleError(
+                "the pickle repeats its parts beyond what a file of its size may hold"
+            )
+        if len(self.values["number"]) >= self.block_frames:
+            self._write_block()
+
+    def _write_block(self) -> None:
+        if self.width == 0:
+            raise UnpickleError(f"{self._clip(self.owners[0][0])} has width 0")
+        block = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, self.width)
+        block = block.astype(self.native, copy=False)  # [F, D]
+        owner = np.repeat(*np.array(self.owners).T)  # [F]
+        if self.native.kind == "f":
+            keep = np.asarray(np.isfinite(block).all(axis=1))  # [F]
+        else:
+            keep = np.ones(len(block), bool)
+        if not keep.all():
+            if not self.drop:
+                raise UnpickleError(
+                    f"{self._clip(owner[~keep][0])} has a feature that is not finite"
+                )
+            block = block[keep]
+        np.add.at(self.kept, owner[keep], 1)
+        self.files["features"].write(block.data)
+        for name, values in self.values.items():
+            self.files[name].write(self._column(name, values, keep).data)
+        self._start_block()
+
+    def _column(self, name: str, values: array, keep: np.ndarray) -> np.ndarray:
+        """Returns the kept values of one field, with 0 for what is not finite.
+
+        Args:
+          name: a key of FRAME_FIELDS.
+          values: the values of all frames of the block; empty if the modality lacks the field.
+          keep: [F] bool, True for frames that are kept.
+        """
+        field = FRAME_FIELDS[name]
+        if not values:
+            return field.default(len(keep))[keep]
+        with np.errstate(over="ignore"):
+            column = np.array(values).astype(field.dtype).reshape(field.shape(len(keep)))[keep]
+        finite = np.isfinite(column)
+        if not finite.all():
+            frames = finite.reshape(len(column), -1).all(axis=1)
+            self.warnings[f"non_finite_{name}"] += int(np.sum(~frames))
+            column[~finite] = 0.0
+        return column
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the last block and returns the summary that the parent reads."""
+        if self.owners:
+            self._write_block()
+        dropped = int(self.seen.sum() - self.kept.sum())
+        return {
+            "names": self.names,
+            "lengths": self.kept.tolist(),
+            "width": self.width if self.total else 0,
+            "dtype": self.native.str,
+            "seen": self.total,
+            "skipped": {"non_finite": dropped} if dropped else {},
+            "skipped_clips": skipped_clips(self.seen, self.kept),
+            "warnings": dict(self.warnings),
+        }

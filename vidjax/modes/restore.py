@@ -1,0 +1,311 @@
+"""A trained run from its folder: the checkpoint, the files it depends on, and its weights.
+
+A checkpoint needs three more files: `config.json`, `identities.json` and `members.npz`. Its
+manifest keeps the configuration and the sha256 of the other two, so that a file of another run is
+noticed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import devices, ensemble
+from vidjax.config import Config
+from vidjax.data.clips import Modality, TrainingData
+from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
+from vidjax.run.checkpoint import CheckpointError
+from vidjax.steps import state as state_lib
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.suggest import suggest
+from vidjax.system import System, TaskSpec, make_system
+
+IDENTITIES, CONFIG = "identities.json", "config.json"
+REMEDY = "delete it and metrics.json: the command that trained the run then rewrites both"
+
+
+class FoundRun(NamedTuple):
+    """A run's folder whose files belong together; its weights are not read yet.
+
+    Attributes:
+      checkpoint: every file of it matched its sha256.
+      task: what the system takes from the training data.
+      identities: [C] names of the class columns 1..C.
+      training_sets: the clips that each member was trained on.
+    """
+
+    checkpoint: checkpoint.Checkpoint
+    task: TaskSpec
+    identities: tuple[str, ...]
+    training_sets: ensemble.TrainingSets
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the checkpoint."""
+        return self.checkpoint.manifest
+
+
+def restore(
+    config: Config, workdir: Path, data: TrainingData, mesh: Mesh
+) -> tuple[int, TrainedModel]:
+    """Restores a trained run to evaluate it on a dataset.
+
+    Args:
+      config: the run's configuration, with the overrides of this evaluation.
+      workdir: the run's folder.
+      data: the clips.
+      mesh: the devices.
+
+    Returns:
+      The optimiser step of the checkpoint, and the model.
+
+    Raises:
+      ValueError: the data does not fit the run.
+      CheckpointError: there is no usable checkpoint.
+    """
+    run = find_run(config, workdir)
+    data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
+    system = make_system(config.to_dict(), run.task)
+    params, model_state = load_weights(run, system, mesh)
+    model = TrainedModel.from_params(
+        str(workdir), system, mesh, params, model_state, run.training_sets, data
+    )
+    return run.manifest["step"], model
+
+
+def find_run(config: Config, workdir: Path) -> FoundRun:
+    """Finds the checkpoint of a run and reads the files that it depends on.
+
+    Where the wanted step is damaged, the next good one is used, with a warning.
+
+    Args:
+      config: the run's configuration, with the overrides of this evaluation.
+      workdir: the run's folder.
+
+    Raises:
+      ValueError: the configuration names other modalities than the run was trained on.
+      CheckpointError: there is no usable checkpoint, or a file is not the run's.
+    """
+    found = checkpoint.find(workdir, config.eval.checkpoint)
+    if found is None:
+        raise CheckpointError(f"no checkpoint in '{workdir}'; train first, without --mode")
+    manifest = found.manifest
+    for name in (*TaskSpec._fields, "identities_sha256", "members_sha256", "config"):
+        if name not in manifest:
+            raise CheckpointError(
+                f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
+                "another version of vidjax trained it: evaluate it with that version"
+            )
+    check_config(workdir, manifest)
+    task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields})
+    if tuple(config.modalities) != tuple(task.modalities):
+        raise ValueError(
+            f"config.modalities={','.join(config.modalities)}: the run was trained on "
+            f"{','.join(task.modalities)}, in this order"
+        )
+    identities = load_identities(workdir, manifest)
+    return FoundRun(found, task, identities, load_training_sets(workdir, manifest))
+
+
+def fit_data(
+    data: TrainingData, split: str, modalities: Mapping[str, int], identities: Sequence[str]
+) -> TrainingData:
+    """Labels a dataset with the class columns of a run.
+
+    Args:
+      data: the clips.
+      split: the split to evaluate.
+      modalities: name -> feature width, of the run.
+      identities: [C] names, of the run.
+
+    Raises:
+      ValueError: the data lacks a modality, or a width differs, or the ground truth of the split
+        names no identity of the run.
+    """
+    widths = select_modalities(tuple(modalities), data.modalities)
+    for name, width in modalities.items():
+        if widths[name] != width:
+            raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
+    data = data.with_identities(identities)
+    if data.split(split).labelled and not np.any(data.split(split).positives):
+        raise ValueError(
+            f"config.eval.split={split}: its ground truth names no identity that the run knows"
+        )
+    return data
+
+
+def load_weights(
+    run: FoundRun, system: System, mesh: Mesh
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Loads the parameters and the other variables of a run's model, [E, ...], on every device.
+
+    Raises:
+      CheckpointError: the checkpoint holds another model.
+    """
+    members = run.training_sets.members
+    # The shapes do not depend on the seed.
+    abstract = jax.eval_shape(
+        lambda: state_lib.init_state(
+            system,
+            run.task.modalities,
+            ensemble.make_rngs(members, 0),
+            jnp.zeros((len(members), 1), jnp.int32),
+        )
+    )
+    items = checkpoint.load(
+        run.checkpoint,
+        {"params": abstract.params, "model_state": abstract.model_state},
+        devices.replicated(mesh),
+    )
+    return items["params"], items["model_state"]
+
+
+def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
+    """Returns name -> feature width of the modalities that a configuration names.
+
+    Args:
+      names: `config.modalities`.
+      known: the modalities of the data.
+
+    Raises:
+      ValueError: no name, a name that occurs twice, or one that the data does not have.
+    """
+    if not names:
+        raise ValueError("config.modalities is empty: name at least one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
+            )
+    return {name: known[name].dim for name in names}
+
+
+def companion_digests(
+    identities: Sequence[str], training_sets: ensemble.TrainingSets
+) -> dict[str, str]:
+    """Returns the manifest's sha256 entries for the files that a checkpoint depends on."""
+    return {
+        "identities_sha256": _digest(identities),
+        "members_sha256": ensemble.digest(training_sets),
+    }
+
+
+def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Compares the data that a run is resumed on with the data that it was started on.
+
+    Args:
+      workdir: the run's folder.
+      manifest: of its checkpoint.
+      digests: the result of `companion_digests` for the data at hand.
+
+    Raises:
+      CheckpointError: identities, training clips or members differ.
+    """
+    for name, noun in {
+        "identities_sha256": "another list of identities",
+        "members_sha256": "other clips or members",
+    }.items():
+        if manifest[name] != digests[name]:
+            raise CheckpointError(
+                f"'{workdir}' was trained on {noun}\nuse another --workdir, or the data of that run"
+            )
+
+
+class Companion(NamedTuple):
+    """One of the files that a checkpoint depends on.
+
+    Attributes:
+      file: its name.
+      summary: its content in a few words; empty where it is at fault.
+      fault: why it cannot be used; None where it can.
+    """
+
+    file: str
+    summary: str
+    fault: str | None
+
+
+def check_companions(workdir: Path, manifest: Mapping[str, Any]) -> list[Companion]:
+    """Compares all files that a checkpoint depends on with its manifest."""
+
+    def check_config_too() -> str:
+        check_config(workdir, manifest)
+        return "agrees"
+
+    checks: dict[str, Callable[[], str]] = {
+        IDENTITIES: lambda: f"{len(load_identities(workdir, manifest))} identities",
+        ensemble.FILE: lambda: _summarise(load_training_sets(workdir, manifest)),
+    }
+    if "config" in manifest:
+        checks[CONFIG] = check_config_too
+    companions = []
+    for file, check in checks.items():
+        try:
+            companions.append(Companion(file, check(), None))
+        except (CheckpointError, ValueError) as error:
+            companions.append(Companion(file, "", str(error)))
+    return companions
+
+
+def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Reads the names of the class columns 1..C.
+
+    Raises:
+      CheckpointError: the file is absent, damaged, or not the one of the checkpoint.
+    """
+    path = workdir / IDENTITIES
+    try:
+        identities = tuple(workdir_lib.read_json(path, list))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{path}': {error}\n{REMEDY}") from error
+    if _digest(identities) != manifest.get("identities_sha256"):
+        raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
+    return identities
+
+
+def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
+    """Reads the clips that each member was trained on.
+
+    Raises:
+      CheckpointError: the file is absent, damaged, or not the one of the checkpoint.
+    """
+    path = workdir / ensemble.FILE
+    try:
+        training_sets = ensemble.load(workdir)
+    except ValueError as error:
+        raise CheckpointError(f"{error}\n{REMEDY}") from error
+    if ensemble.digest(training_sets) != manifest.get("members_sha256"):
+        raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
+    return training_sets
+
+
+def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares `config.json` with the configuration that the checkpoint was trained with.
+
+    Raises:
+      ValueError: the file is damaged.
+      CheckpointError: it differs in a field that shapes the model, and no resume recorded that.
+    """
+    spoilt = resume.spoilt(workdir, manifest["config"])
+    if spoilt:
+        raise CheckpointError(
+            f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
+            f"{resume.describe(spoilt)}"
+        )
+
+
+def _digest(identities: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()
+
+
+def _summarise(training_sets: ensemble.TrainingSets) -> str:
+    return f"{len(training_sets.members)} members, {len(training_sets.clips)} clips"

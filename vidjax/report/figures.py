@@ -1,0 +1,160 @@
+"""Figures of a report: matplotlib drawings as inline SVG, each with a description in words."""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vidjax.report import html
+
+MAX_POINTS = 300  # points per curve
+MAX_LETTERS = 20  # letters of a name within a figure
+WIDTH = 4.8  # inches: the text of a figure is still readable on a phone
+# Placeholders in the drawing; the page replaces them by colours of its light or dark theme.
+INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
+THEME = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vidjax",
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+}
+
+
+def short(value: Any) -> str:
+    """Returns a text of at most `MAX_LETTERS` letters."""
+    text = html.plain(value)
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
+
+
+def few(values: np.ndarray) -> np.ndarray:
+    """Returns the indices of at most `MAX_POINTS` values, the first and the last included."""
+    return np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
+
+
+class Plot:
+    """One figure with one pair of axes."""
+
+    def __init__(self, height: float = 3.0, *, x: str = "", y: str = ""):
+        """Makes empty axes.
+
+        Args:
+          height: inches; the width is `WIDTH`.
+          x, y: labels of the axes.
+        """
+        with matplotlib.rc_context(STYLE):
+            self.figure = Figure((WIDTH, height), layout="constrained")
+            self.axes = self.figure.add_subplot()
+            self.axes.set_xlabel(x)
+            self.axes.set_ylabel(y)
+
+    def twin(self, name: str) -> Axes:
+        """Returns axes with the same x and a second y axis at the right, labelled `name`."""
+        with matplotlib.rc_context(STYLE):
+            axes = self.axes.twinx()
+            axes.set_ylabel(name)
+            axes.grid(False)
+            axes.spines["right"].set_visible(True)
+        return axes
+
+    def legend(self) -> None:
+        """Adds the names of the lines above the axes, where they cover nothing."""
+        with matplotlib.rc_context(STYLE):
+            self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
+
+    def html(self, key: str, title: str, description: str, caption: str = "") -> str:
+        """Returns the figure as HTML.
+
+        Args:
+          key: an identifier that no other figure of the page has.
+          title: the title, a few words of plain text.
+          description: what the figure shows, as plain text for a reader who cannot see it.
+          caption: HTML below the figure; the title if empty.
+        """
+        content = io.BytesIO()
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # glyphs that the reader's fonts have
+            self.figure.savefig(content, format="svg", transparent=True)
+        svg = content.getvalue().decode()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
+        svg = svg.replace("xlink:href", "href")
+        svg = re.sub(r'\bid="', f'id="{key}-', svg)
+        svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
+        for colour, variable in THEME.items():
+            svg = svg.replace(colour, variable)
+        head, rest = svg.split(">", 1)
+        inner = (
+            f'<title id="{key}-name">{html.text(title)}</title>'
+            f'<desc id="{key}-text">{html.text(description)}</desc>'
+        )
+        return (
+            f'<figure>{head} role="img" aria-labelledby="{key}-name {key}-text">'
+            f"{inner}{rest.strip()}"
+            f"<figcaption>{caption or html.text(title)}</figcaption></figure>\n"
+        )
+
+
+def draw_heat_map(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
+    """Draws a square matrix as coloured cells with their numbers.
+
+    Args:
+      axes: the axes to draw on.
+      matrix: [V, V] float of 0 or more; row i is drawn i rows below the first.
+      names: [V] names of the rows and columns.
+    """
+    top, colours = max(float(matrix.max()), 1e-9), colormaps["Blues"]
+    axes.grid(False)
+    axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=MUTED, linewidth=0.4)
+    axes.invert_yaxis()
+    middles, labels = np.arange(len(matrix)) + 0.5, [short(name) for name in names]
+    axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
+    axes.set_yticks(middles, labels, parse_math=False)
+    for i, j in np.ndindex(matrix.shape):
+        red, green, blue, _ = colours(matrix[i, j] / top)
+        dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
+        colour = "#ffffff" if dark else "#000001"  # neither is a placeholder of the theme
+        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour)
+
+
+def heat_map_png(matrix: np.ndarray, names: Sequence[str]) -> tuple[bytes, int, int]:
+    """Returns the picture of `draw_heat_map` as a PNG file, its width and height in pixels."""
+    size = len(matrix)
+    figure = Figure((0.8 * size + 2, 0.8 * size + 1.5), layout="constrained", dpi=100)
+    axes = figure.add_subplot()
+    axes.set_xlabel("vector j, which takes")
+    axes.set_ylabel("vector i, which gives")
+    draw_heat_map(axes, matrix, names)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in other scripts
+        figure.savefig(content, format="png")
+    return content.getvalue(), *figure.canvas.get_width_height()

@@ -1,0 +1,79 @@
+"""Lines for the person at the terminal: messages and a progress bar, on standard error."""
+
+import sys
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal
+
+
+def say(text: str) -> None:
+    """Prints one line to standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Progress:
+    """A progress bar on a terminal; plain lines, some seconds apart, in a file."""
+
+    def __init__(self, total: int, *, initial: int = 0, unit: str, label: str, leave: bool = True):
+        """Starts the bar.
+
+        Args:
+          total: the number of units at the end.
+          initial: the number of units that are done already.
+          unit: what is counted, in the singular, such as `clip`.
+          label: the word in front of the bar.
+          leave: whether the finished bar stays on the screen.
+        """
+        self._bar = None
+        self._label, self._total, self._unit = label, total, unit
+        self._initial = self._done = initial
+        self._began = self._printed = time.monotonic()
+        self._kept = ""
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=f" {unit}s",
+                unit_scale=True,
+                desc=label,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}"
+                "{postfix}, {remaining} left",
+                dynamic_ncols=True,
+                leave=leave,
+            )
+
+    def keep(self, text: str) -> None:
+        """Shows a text after the latest values from now on, such as the MAP of an evaluation."""
+        self._kept = text
+
+    def advance(self, count: int, text: str = "") -> None:
+        """Adds `count` finished units and shows the latest values."""
+        self._done = min(self._done + count, self._total)
+        text = ", ".join(part for part in (text, self._kept) if part)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(min(count, self._total - self._bar.n))
+        elif self._done == self._total or time.monotonic() - self._printed > LINE_SECONDS:
+            self._printed = time.monotonic()
+            say(f"{self._label}: {', '.join(self._parts(text))}")
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Yields the parts of a line: units done, units per second, latest values, time left."""
+        yield f"{self._done:,} of {self._total:,} {self._unit}s"
+        seconds = time.monotonic() - self._began
+        rate = (self._done - self._initial) / max(seconds, 1e-3)
+        yield f"{rate:,.0f} {self._unit}s/s"
+        if text:
+            yield text
+        if rate and self._done < self._total:
+            left = round((self._total - self._done) / rate)
+            yield f"{left // 60}:{left % 60:02} left"
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,178 @@
+"""Scores of one trained model: the mean over those members that were not trained on a clip."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import devices, ensemble
+from vidjax.batch import Array, Batch
+from vidjax.data.clips import ClipSource
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps.sinks import TopKMetric
+from vidjax.system import System
+
+
+class TrainedModel(NamedTuple):
+    """A system with its weights and the clips to evaluate it on.
+
+    Attributes:
+      name: of the run, for messages.
+      system: what the configuration describes.
+      eval_step: its compiled evaluation step. Reuse it for later weights of the same system, so
+        that nothing is compiled twice.
+      params: the parameters, [E, ...].
+      model_state: the other variable collections of the model, [E, ...].
+      training_sets: the clips that each member was trained on.
+      data: clips that are labelled with the class columns of this model.
+      weight: the share of this model in a blend of several.
+    """
+
+    name: str
+    system: System
+    eval_step: eval_step_lib.EvalStep
+    params: Mapping[str, Any]
+    model_state: Mapping[str, Any]
+    training_sets: ensemble.TrainingSets
+    data: ClipSource
+    weight: float = 1.0
+
+    @classmethod
+    def from_params(
+        cls,
+        name: str,
+        system: System,
+        mesh: Mesh,
+        params: Mapping[str, Any],
+        model_state: Mapping[str, Any],
+        training_sets: ensemble.TrainingSets,
+        data: ClipSource,
+    ) -> Self:
+        """Makes the evaluation step of a system for a mesh; see the attributes for the rest."""
+        step = eval_step_lib.make_eval_step(system, mesh)
+        return cls(name, system, step, params, model_state, training_sets, data)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities that the system reads."""
+        return tuple(self.system.fuse_eval)
+
+
+class ModelScorer:
+    """Scores blocks of clips with one trained model.
+
+    Every clip is scored by the members that were not trained on it. Without folds all members may
+    have been trained on some clip. Then all members score every clip, and `in_sample` is True.
+
+    Attributes:
+      model: the trained model.
+      use: [E, N] bool, the members that score each clip.
+      in_sample: whether members score clips that they were trained on.
+    """
+
+    def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
+        """Matches the clips of a split with the training clips of the members.
+
+        Args:
+          model: the trained model.
+          clips: [N] names, in the order of clip_index.
+          mesh: the devices.
+        """
+        self.model = model
+        self.use = ensemble.held_out(model.training_sets, clips)
+        self.in_sample = bool(model.training_sets.trained.all() and not self.use.all())
+        if self.in_sample:
+            self.use = np.ones_like(self.use)
+        self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
+        self._weights = (model.params, model.model_state)
+        self._single: tuple[Any, Any] | None = None
+        if len(self.use) == 1:
+            self._single = _take(self._weights, 0)
+
+    @property
+    def num_members(self) -> int:
+        """E."""
+        return len(self.use)
+
+    def score(
+        self,
+        blocks: Sequence[Batch],
+        *,
+        without: int | None = None,
+        member_metrics: Sequence[TopKMetric] = (),
+    ) -> list[Array]:
+        """Returns the scores [B, C] of every block, averaged over the members that may score it.
+
+        Args:
+          blocks: on the devices.
+          without: position of a member that is left out.
+          member_metrics: one metric per member, to which its own scores are added; () for none.
+        """
+        if self._single:
+            params, model_state = self._single
+            view = jnp.int32(self.model.training_sets.members[0].view)
+            return [self.model.eval_step(params, model_state, view, block) for block in blocks]
+        logs = self.model.system.logs
+        totals: list[tuple[Array, Array] | None] = [None] * len(blocks)
+        for number, member in enumerate(self.model.training_sets.members):
+            if number == without:
+                continue
+            params, model_state = _take(self._weights, number)
+            for i, block in enumerate(blocks):
+                scores = self.model.eval_step(params, model_state, jnp.int32(member.view), block)
+                if member_metrics:
+                    member_metrics[number].add(scores, block)
+                use = _rows(self._use, number, block.clip_index)
+                totals[i] = _add(totals[i], scores, use, logs=logs)
+            if member_metrics:
+                member_metrics[number].flush()  # the scores of one member at a time are held
+        return [_mean(pair[0], pair[1], logs=logs) for pair in totals if pair is not None]
+
+
+def blend(scores: Sequence[Sequence[Array]], weights: Sequence[float]) -> list[Array]:
+    """Averages the probabilities of several models.
+
+    Args:
+      scores: for each model the scores [B, C] of every block; logarithms where there are several.
+      weights: one per model, 0 or more.
+
+    Returns:
+      For every block the logarithm of the weighted mean, [B, C]. The scores of a single model are
+      returned unchanged.
+    """
+    if len(weights) == 1:
+        return list(scores[0])
+    return [_blend_block(block_scores, weights) for block_scores in zip(*scores, strict=True)]
+
+
+_take = jax.jit(ensemble.take)
+_mean = jax.jit(ensemble.mean_scores, static_argnames="logs")
+
+
+@jax.jit
+def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
+    return table[member, clip_index]
+
+
+@functools.partial(jax.jit, static_argnames="logs")
+def _add(
+    total: tuple[Array, Array] | None, scores: Array, weight: Array, *, logs: bool
+) -> tuple[Array, Array]:
+    """Adds scores [B, C] of weight [B] to a running (weighted sum [B, C], sum of weights [B])."""
+    if total is None:
+        start = jnp.full_like(scores, -jnp.inf if logs else 0.0)
+        total = start, jnp.zeros_like(weight)
+    return ensemble.add_scores(total[0], scores, weight, logs=logs), total[1] + weight
+
+
+@jax.jit
+def _blend_block(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
+    total = None
+    for model_scores, weight in zip(scores, weights, strict=True):
+        total = _add(total, model_scores, jnp.full(len(model_scores), weight), logs=True)
+    assert total is not None
+    return ensemble.mean_scores(total[0], total[1], logs=True)

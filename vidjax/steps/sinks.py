@@ -1,0 +1,116 @@
+"""What scores are streamed into: a running top k with its MAP, and the best score of every clip."""
+
+import collections
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidjax import metrics
+from vidjax.batch import Array, Batch
+from vidjax.data.clips import Split
+from vidjax.steps import examples, topk
+
+# Clips that one member scores, and that are merged into its top k, before the next member takes
+# over. Larger: more scores in memory. Smaller: the parameters of a member are sliced more often.
+WINDOW_ROWS = 4096
+
+
+class TopKMetric:
+    """A running top k over a pool of clips, and its MAP.
+
+    Attributes:
+      pool: [N] bool, the clips that are ranked.
+      positives: [C] int, ground-truth clips per identity, without those outside the pool.
+    """
+
+    def __init__(self, split: Split, pool: np.ndarray):
+        """Starts with an empty ranking of the clips in `pool` [N] bool."""
+        self.pool = pool
+        outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
+        self.positives = split.positives - outside
+        self._split = split
+        self._top = topk.RunningTopK(len(split.positives), rows=WINDOW_ROWS)
+        self._pool = jnp.asarray(pool)
+
+    def add(self, scores: Array, block: Batch) -> None:
+        """Adds the scores [B, C] of a block."""
+        mask = _in_pool(self._pool, block.clip_index, block.batch_mask)
+        self._top.add((scores, block.clip_index, mask))
+
+    def flush(self) -> None:
+        """Merges the scores that were added, so that they can be freed."""
+        self._top.flush()
+
+    def finish(self) -> tuple[topk.TopK, float | None]:
+        """Returns the top k and its MAP; None where the pool has no positive clip."""
+        top, split = self._top.finish(), self._split
+        if not split.labelled or not self.positives.any():
+            return top, None
+        others = split.num_others if self.pool.all() else 0
+        value = metrics.mean_average_precision(top.index, split.labels, self.positives, others)
+        return top, value
+
+
+class ClipScores(NamedTuple):
+    """The best score of every clip, by clip index.
+
+    Attributes:
+      pool: [N] bool, the clips that are ranked.
+      best: [N] float32, the highest score for any identity; -inf outside the pool.
+      right: [N] bool, whether that identity is the clip's own.
+    """
+
+    pool: np.ndarray
+    best: np.ndarray
+    right: np.ndarray
+
+
+class ClipScoreBuffer:
+    """Collects `ClipScores` from blocks of scores.
+
+    The results of a block are copied to the host and freed on the device. Small arrays left between
+    the large ones of an evaluation would fragment the memory, the more the more clips there are.
+
+    Attributes:
+      clips: the scores of all flushed blocks.
+    """
+
+    def __init__(self, split: Split, pool: np.ndarray, labels: Array):
+        """Starts without scores.
+
+        Args:
+          split: the clips.
+          pool: [N] bool, the clips that are ranked.
+          labels: [N] int32, the class columns of the split, on the devices.
+        """
+        best = np.full(len(pool), -np.inf, np.float32)
+        self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
+        self._labels, self._known = labels, split.labels > 0
+        self._waiting: collections.deque[tuple[Array, ...]] = collections.deque()
+
+    def add(self, scores: Array, block: Batch) -> None:
+        """Adds the scores [B, C] of a block."""
+        best, right = _best(scores, self._labels, block.clip_index)
+        self._waiting.append((best, right, block.clip_index, block.batch_mask))
+
+    def flush(self, keep: int = 0) -> None:
+        """Waits for all added blocks but the last `keep`, and copies their results to the host."""
+        while len(self._waiting) > keep:
+            best, right, clip_index, mask = map(np.asarray, self._waiting.popleft())
+            real = mask & self.clips.pool[clip_index]
+            best, right, clip_index = best[real], right[real], clip_index[real]
+            self.clips.best[clip_index] = best
+            self.clips.right[clip_index] = right & self._known[clip_index] & (best > -np.inf)
+
+
+@jax.jit
+def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
+    return pool[clip_index] & batch_mask
+
+
+@jax.jit
+def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
+    """Returns the best score [B] of each clip, and whether [B] it is that of its own identity."""
+    return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)

@@ -1,0 +1,233 @@
+"""An exact running top k per identity over a stream of score blocks, on the device.
+
+`RunningTopK` collects blocks of scores and merges them with `update_top`. The order is the same
+everywhere: score descending, then clip index ascending, which is the order of clip names.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vidjax.batch import Array
+
+NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty place; sorts after every real clip
+MAX_NAMES = 100  # clips that a submission may list per identity
+CHUNK = 256  # identities merged at a time, so that their scores stay in a CPU's cache
+GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
+MOST_GROUPS = (32, 128)  # groups sorted per identity: the smallest that suffices, else all rows
+
+
+class TopK(NamedTuple):
+    """The best clips of every identity.
+
+    Attributes:
+      scores: [C, k] float32; -inf at an empty place.
+      index: [C, k] int32 clip index; NO_CLIP at an empty place.
+    """
+
+    scores: Array
+    index: Array
+
+
+ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_mask [B]
+
+
+def init_top(num_identities: int, k: int = MAX_NAMES) -> TopK:
+    """Returns a top k of C identities with empty places only."""
+    return TopK(
+        scores=jnp.full((num_identities, k), -jnp.inf, jnp.float32),
+        index=jnp.full((num_identities, k), NO_CLIP, jnp.int32),
+    )
+
+
+def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
+    """Merges blocks of scores into a top k, exactly; `finish_top` sorts the result.
+
+    The result depends neither on the order of the blocks nor on their size or padding. Most of the
+    cost is per call: few calls with many clips are cheaper than many calls with few.
+
+    Args:
+      top: the best clips so far.
+      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). The scores are those
+        of the identity columns. NaN counts as -inf, so that a broken score ranks last. A magnitude
+        below the smallest normal float32 counts as 0 on every backend. Every clip_index occurs once
+        in the stream and is below 2**31 - 2**25. Rows with a False mask are ignored.
+
+    Returns:
+      The best k clips of `top` and the blocks, not in order.
+    """
+    num_identities = len(top.scores)
+    size = min(CHUNK, num_identities)
+    clips = jnp.concatenate([jnp.where(mask, index, NO_CLIP) for _, index, mask in blocks])
+
+    def update_chunk(chunk: Array, updated: TopK) -> TopK:
+        # Slices are clamped, so the last chunk may overlap the one before it. That changes nothing,
+        # because both read `top`.
+        start = chunk * size
+        old = TopK(*(lax.dynamic_slice_in_dim(part, start, size) for part in top))
+        rows = [
+            _clean(lax.dynamic_slice_in_dim(scores, start, size, axis=1), mask)
+            for scores, _, mask in blocks
+        ]
+        new = _merge(old, jnp.concatenate(rows), clips)
+        return TopK(
+            *(
+                lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+                for whole, part in zip(updated, new, strict=True)
+            )
+        )
+
+    return lax.fori_loop(0, -(-num_identities // size), update_chunk, top)
+
+
+def finish_top(top: TopK) -> TopK:
+    """Sorts a top k: score descending, then clip index ascending, empty places last."""
+    descending, index = lax.sort((-top.scores, top.index), num_keys=2)
+    return TopK(scores=-descending, index=index)
+
+
+class RunningTopK:
+    """The top k of a stream of score blocks, merged a few thousand clips at a time.
+
+    The first device does the work; blocks that are sharded over several devices are gathered there.
+    """
+
+    def __init__(self, num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048):
+        """Starts with an empty top k.
+
+        Args:
+          num_identities: C.
+          k: clips to keep per identity.
+          rows: clips that are collected before they are merged. More rows need more memory,
+            O(C x rows), and fewer merges; the result does not depend on it.
+        """
+        self._device = jax.devices()[0]
+        self._top = jax.device_put(init_top(num_identities, k), self._device)
+        self._rows = rows
+        self._waiting: list[ScoreBlock] = []
+
+    def add(self, block: ScoreBlock) -> None:
+        """Adds a block as `update_top` takes it; all blocks must have one shape."""
+        self._waiting.append(jax.device_put(block, self._device))
+        if len(self._waiting) * len(block[0]) >= self._rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Merges the waiting blocks, so that their scores can be freed."""
+        if not self._waiting:
+            return
+        # Empty blocks fill the list up to its usual length, so that nothing is compiled again.
+        scores, clip_index, batch_mask = self._waiting[-1]
+        missing = -(-self._rows // len(scores)) - len(self._waiting)
+        empty = (scores, clip_index, batch_mask & False)
+        jax.block_until_ready(self._top)  # so that the scores of pending merges do not pile up
+        self._top = _update(self._top, [*self._waiting, *[empty] * missing])
+        self._waiting = []
+
+    def finish(self) -> TopK:
+        """Returns the sorted top k of every identity as numpy arrays."""
+        self.flush()
+        return jax.device_get(_finish(self._top))
+
+
+_update, _finish = jax.jit(update_top), jax.jit(finish_top)
+
+
+def rank(
+    blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048
+) -> TopK:
+    """Returns the sorted top k over a stream of blocks.
+
+    Args:
+      blocks: as `update_top` takes them.
+      num_identities: C.
+      k: clips to keep per identity.
+      rows: clips per merge, see `RunningTopK`.
+    """
+    running = RunningTopK(num_identities, k, rows=rows)
+    for block in blocks:
+        running.add(block)
+    return running.finish()
+
+
+def _clean(scores: Array, batch_mask: Array) -> Array:
+    """Returns [B, C] float32 scores without NaN, -0 or denormals; -inf on padded rows."""
+    scores = scores.astype(jnp.float32)
+    scores = jnp.where(jnp.abs(scores) < jnp.finfo(jnp.float32).tiny, 0.0, scores)
+    return jnp.where(batch_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
+
+
+def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
+    """Returns the best k of `old` and the scores `rows` [B, C] of `clips` [B].
+
+    After many clips, few rows can still enter the top k of an identity. The best score of every
+    group of 8 rows finds them. Only these groups are sorted, unless some identity has too many.
+    """
+    num_groups = len(rows) // GROUP
+    sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
+
+    def select_all() -> TopK:
+        return _select(old, jnp.concatenate([old.scores.T, rows]).T, clips[None])
+
+    if len(rows) % GROUP or not sizes:
+        return select_all()
+    best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
+    # An equal score counts: the clip with the lower index enters.
+    num_seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
+    counts = num_seen[:, -1]
+
+    def select_few(size: int) -> TopK:
+        number = jnp.arange(1, size + 1)
+        # The n-th group is where the running count reaches n.
+        groups = jax.vmap(lambda row: jnp.searchsorted(row, number, method="scan_unrolled"))(
+            num_seen
+        )
+        groups = jnp.minimum(groups, num_groups - 1)
+        chosen = (groups[:, :, None] * GROUP + jnp.arange(GROUP)).reshape(len(groups), -1)
+        real = jnp.repeat(number <= counts[:, None], GROUP, axis=1)
+        scores = jnp.where(real, rows[chosen, jnp.arange(len(chosen))[:, None]], -jnp.inf)
+        chosen_clips = jnp.where(real, clips[chosen], NO_CLIP)
+        return _select(old, jnp.concatenate([old.scores, scores], axis=1), chosen_clips)
+
+    enough = jnp.searchsorted(jnp.array(sizes), jnp.max(counts))
+    return lax.switch(enough, [*(functools.partial(select_few, n) for n in sizes), select_all])
+
+
+def _select(old: TopK, scores: Array, clips: Array) -> TopK:
+    """Returns the best k of `scores` [C, k + B], those of `old` first, then of `clips`.
+
+    `clips` is [C, B] int32, or [1, B] where all identities have the same candidates.
+    """
+    k = old.scores.shape[1]
+    # The (k + 1)-th score shows whether equal scores straddle the last place: among equals top_k
+    # takes the earlier column, which need not be the earlier clip. Without the barriers XLA merges
+    # the slices below into the top_k and falls back to a full sort, 10 times slower on CPU; with
+    # one barrier around both outputs its partitioner aborts.
+    values, columns = map(lax.optimization_barrier, lax.top_k(scores, k + 1))
+
+    def clips_of(columns: Array) -> Array:
+        kept = jnp.take_along_axis(old.index, jnp.minimum(columns, k - 1), axis=1)
+        new = jnp.take_along_axis(clips, jnp.maximum(columns - k, 0), axis=1)
+        return jnp.where(columns < k, kept, new)
+
+    def keep_order() -> TopK:
+        return TopK(values[:, :k], clips_of(columns[:, :k]))
+
+    def settle_ties() -> TopK:
+        last = values[:, k - 1 : k]
+        index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
+        index = jnp.concatenate([old.index, index], axis=1)
+        # Positive float32 numbers are ordered as their bits are, which makes an exact sort key of
+        # an integer. NO_CLIP becomes the bits of -inf, after every clip.
+        bits = lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) - index
+        key = lax.bitcast_convert_type(bits, jnp.float32)
+        key = jnp.where(scores > last, jnp.inf, jnp.where(scores == last, key, -jnp.inf))
+        _, chosen = lax.top_k(key, k)
+        return TopK(jnp.take_along_axis(scores, chosen, axis=1), clips_of(chosen))
+
+    return lax.cond(jnp.any(values[:, k - 1] == values[:, k]), settle_ties, keep_order)

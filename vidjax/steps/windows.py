@@ -1,0 +1,72 @@
+"""Windows of blocks: a few blocks of clips at a time, the same for several models."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import devices
+from vidjax.batch import Batch, LazyFeatures
+from vidjax.data.clips import longest, make_eval_plan
+from vidjax.steps.model_scorer import TrainedModel
+
+WINDOW_BYTES = 512 << 20  # a window ends at the latest when its features take this much
+
+
+def windows(
+    models: Sequence[TrainedModel], split_name: str, block_size: int, mesh: Mesh, rows: int
+) -> Iterator[list[list[Batch]]]:
+    """Yields windows of a split; a dataset that several models share is read once.
+
+    Args:
+      models: models whose data hold the same clips.
+      split_name: the split.
+      block_size: clips per device and block.
+      mesh: the devices.
+      rows: a window ends with the block that reaches so many clips.
+
+    Yields:
+      For every model the blocks of a window, on the devices.
+
+    Raises:
+      ValueError: the records of two datasets are in different orders.
+    """
+    modalities: dict[int, dict[str, None]] = {}  # the union of those that models of a dataset read
+    for model in models:
+        modalities.setdefault(id(model.data), {}).update(dict.fromkeys(model.modalities))
+    datasets = {id(model.data): model.data for model in models}
+    splits = {key: data.split(split_name) for key, data in datasets.items()}
+    lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
+    streams = [
+        data.eval_batches(
+            make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
+            rows=block_size * mesh.size,
+        )
+        for key, data in datasets.items()
+    ]
+    window: list[dict[int, Batch]] = []
+    size = 0
+    for host in zip(*streams, strict=True):
+        for other in host[1:]:
+            if not np.array_equal(host[0].clip_index, other.clip_index):
+                raise ValueError("--runs: the records of the runs' data are in different orders")
+        batches = [devices.shard_batch(mesh, batch) for batch in host]
+        window.append(dict(zip(datasets, batches, strict=True)))
+        size += sum(_nbytes(batch) for batch in host)
+        if size >= WINDOW_BYTES or len(window) * len(host[0].clip_index) >= rows:
+            yield [[batches[id(model.data)] for batches in window] for model in models]
+            window, size = [], 0
+    if window:
+        yield [[batches[id(model.data)] for batches in window] for model in models]
+
+
+def _nbytes(batch: Batch) -> int:
+    """Returns the bytes of a batch; of lazy features only the indices count."""
+    frames = [
+        modality._replace(features=modality.features.index)
+        if isinstance(modality.features, LazyFeatures)
+        else modality
+        for modality in batch.frames.values()
+    ]
+    return sum(x.nbytes for x in jax.tree.leaves(frames))
