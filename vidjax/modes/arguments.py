@@ -1,11 +1,12 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vidjax import config as config_lib
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
+from vidjax.data.clips import TrainingData
 
 NEEDS_WORKDIR = "name the folder of a trained run"
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
@@ -178,11 +179,11 @@ def run_config(workdir: Path) -> Config:
         raise ValueError(f"{error}\n{hint}") from error
 
 
-def load_data(config: Config) -> Any:
+def load_data(config: Config) -> TrainingData:
     """Returns the dataset of a configuration, converted into records where it is not yet."""
-    from vidjax.data.records import pipeline  # takes seconds: TensorFlow
+    from vidjax.data.load import load_dataset
 
-    return pipeline.load(
+    return load_dataset(
         config.data.name,
         directory=config.data.dir,
         cache_dir=config.data.cache_dir,

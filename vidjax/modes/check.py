@@ -3,23 +3,29 @@
 A check reads and reports. It deletes, converts and repairs nothing.
 """
 
-import functools
 import importlib.metadata
 import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.config import Config
+<<<<<<< HEAD
 from vidjax.data import resident
 from vidjax.modes import restore
+=======
+from vidjax.data import load, resident
+from vidjax.data.cache import default_cache_dir
+from vidjax.data.record_source import RecordSource
+>>>>>>> main
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
+from vidjax.modes.restore import select_modalities
 from vidjax.run import checkpoint
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
@@ -118,8 +124,6 @@ def _devices() -> Findings:
 
 
 def _cache(config: Config) -> Findings:
-    from vidjax.data.records.manifest import default_cache_dir
-
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
     yield from _folder("cache", cache)
     for partial in sorted(cache.glob("*/*.partial")):
@@ -142,58 +146,31 @@ def _folder(name: str, folder: Path) -> Findings:
 
 
 def _data(config: Config) -> Findings:
-    from vidjax.data import arrays, iqiyi_vid
-    from vidjax.data.records.manifest import default_cache_dir
-    from vidjax.data.untrusted import pickles
-
+    """Yields the state of the data, its records and labels."""
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
-    if config.data.name == "synthetic":
-        pattern = f"{config.data.size}-{config.data.seed}-*"
-        made = [path for path in (cache / "synthetic").glob(pattern) if path.suffix != ".partial"]
-        if not made:
-            yield WARNING, "data: the synthetic dataset is not made yet: training makes it"
-        for folder in sorted(made):
-            yield from _converted(config, folder, pickles.find_pickles(folder), cache)
+    folder = Path(config.data.dir).expanduser() if config.data.dir else None
+    options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
+    try:
+        source = load.open_source(config.data.name, options)
+    except load.NotGenerated as error:
+        yield WARNING, f"data: {error}"
         return
-    if config.data.name not in ("iqiyi_vid", "arrays"):
-        raise ValueError(f"config.data.name='{config.data.name}': synthetic, iqiyi_vid or arrays")
-    if not config.data.dir:
-        files = "official files" if config.data.name == "iqiyi_vid" else "features"
-        raise ValueError(f"config.data.dir is not set: name the directory of the {files}")
-    folder = Path(config.data.dir).expanduser()
-    if config.data.name == "arrays":
-        source = arrays.of_folder(folder)
-        yield OK, f"data: {source.title}"
-        where = iqiyi_vid.folder_of(source.kind, source.facts(), cache)
-        truth = functools.partial(arrays.load_truth, folder, None)
-        yield from _records(config, where, truth, "training converts them")
-        return
-    sources = pickles.find_pickles(folder)
-    if not sources:
-        raise ValueError(f"no feature pickles such as face_train.pickle in '{folder}'")
-    yield from _converted(config, folder, sources, cache)
+    yield OK, f"data: {source.title}"
+    yield from _records(config, source, cache)
 
 
-def _converted(
-    config: Config, folder: Path, sources: Mapping[tuple[str, str], Path], cache: Path
-) -> Findings:
-    """Yields what some official files and their records are like."""
-    from vidjax.data.iqiyi_vid import load_truth, records_folder
-
-    size = sum(path.stat().st_size for path in sources.values())
-    yield OK, f"data: '{folder}': {len(sources)} pickles, {size_text(size)}"
-    where = records_folder(sources, cache)
-    hint = f"training converts them, or python -m vidjax.data.iqiyi_vid {folder}"
-    yield from _records(config, where, lambda found: load_truth(folder, found.splits), hint)
-
-
-def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str) -> Findings:
-    """Yields what the records in a folder are like, and their labels."""
-    from vidjax.data.iqiyi_vid import load_labels
+def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
+    """Yields the state of the records of a source, and of their labels."""
     from vidjax.data.records import manifest as manifest_lib
+    from vidjax.data.records.convert import records_folder
+    from vidjax.data.records.report import label_records
 
+    where = records_folder(source, cache)
     if not (where / "manifest.json").exists():
-        yield WARNING, f"records: not converted yet, or the files have changed: {hint}"
+        yield (
+            WARNING,
+            "records: not converted yet, or the files have changed: training converts them",
+        )
         return
     found = manifest_lib.load_index(where)
     problems = [*manifest_lib.verify(found), *wrong_sums(found.report), *_counts(found)]
@@ -208,12 +185,12 @@ def _records(config: Config, where: Path, truth: Callable[[Any], Any], hint: str
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, _, report = load_labels(truth(found), found)
+        _, _, report = label_records(found, source.truth(found.clips))
     for warning in caught:
         yield WARNING, f"ground truth: {warning.message}"
     for split, facts in report["splits"].items():
         yield OK, f"{split}: {_described(facts)}"
-    restore.select_modalities(config.modalities, found.modalities)
+    select_modalities(config.modalities, found.modalities)
 
 
 def _described(facts: Mapping[str, Any]) -> str:

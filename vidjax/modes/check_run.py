@@ -31,7 +31,7 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
     if config is None:
         yield _damaged_config(workdir)
     for path in sorted(workdir.glob("*.json")):
-        if path.name not in ("config.json", "identities.json"):  # see `check_checkpoints`
+        if path.name not in ("config.json", "identities.json"):  # see `check_companions`
             yield _results(path)
     for path in sorted(workdir.glob("*.jsonl")):
         yield _log(path)
@@ -142,7 +142,7 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
     yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
     for companion in restore.check_companions(workdir, newest.manifest):
         if companion.file == restore.CONFIG and config is None:
-            continue  # its damage is reported by `_damaged_config`
+            continue  # its damage was reported before
         state = FAULT if companion.fault else OK
         yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
 
