@@ -183,11 +183,7 @@ def _locked_folder(path: Path) -> Iterator[Path]:
 
 def _set_up_devices(config: "Config") -> None:
     from vidjax import devices
-<<<<<<< HEAD
-    from vidjax.data.records.manifest import default_cache_dir
-=======
     from vidjax.data.cache import default_cache_dir
->>>>>>> main
 
     if config.deterministic:
         devices.be_deterministic()

@@ -15,14 +15,9 @@ from typing import Any
 from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.config import Config
-<<<<<<< HEAD
-from vidjax.data import resident
-from vidjax.modes import restore
-=======
 from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.record_source import RecordSource
->>>>>>> main
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
 from vidjax.modes.restore import select_modalities
