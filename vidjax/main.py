@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("stopped")
         return 130
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if "--debug" in words or code is None:
             traceback.print_exc()
         else:
@@ -238,7 +238,7 @@ def _text(error: Exception) -> str:
     return str(error)
 
 
-def _exit_code(error: Exception) -> int | None:
+def exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error, None for a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
