@@ -13,6 +13,8 @@ from vidjax import config as config_lib
 from vidjax.config import Config
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
+    from vidjax.data.frame_fields import NonFinite
+    from vidjax.data.labels import LabelSource
     from vidjax.data.records.pipeline import Dataset
     from vidjax.data.untrusted.packing import Clips
     from vidjax.predict import Predictor
@@ -34,10 +36,10 @@ def load_config(spec: str, *overrides: str) -> Config:
 
 def load_data(
     source: "Mapping[str, Clips] | str | Path | Config",
-    labels: Mapping[str, Any] | str | Path | None = None,
+    labels: "LabelSource" = None,
     *,
     cache_dir: str | Path | None = None,
-    non_finite: Literal["drop", "error"] = "drop",
+    non_finite: "NonFinite" = "drop",
 ) -> "Dataset":
     """Returns a dataset for training and evaluation.
 
@@ -61,15 +63,14 @@ def load_data(
       FileNotFoundError: no such folder, or no features in it.
       OSError: the cache cannot be written.
     """
-    from vidjax.data import arrays
-    from vidjax.data.records import pipeline
-    from vidjax.data.untrusted import pickles
+    from vidjax.data import arrays, iqiyi_vid
+    from vidjax.data.load import load_dataset
 
     if isinstance(source, ConfigDict):
         if labels is not None:
             raise ValueError("labels: a configuration finds them in the folder config.data.dir")
         config: Config = source
-        return pipeline.load(
+        return load_dataset(
             config.data.name,
             directory=config.data.dir,
             cache_dir=config.data.cache_dir or cache_dir,
@@ -79,13 +80,13 @@ def load_data(
         )
     if not isinstance(source, Mapping):
         folder = Path(source).expanduser()
-        if folder.is_dir() and pickles.find_pickles(folder):
+        if folder.is_dir() and iqiyi_vid.find_pickles(folder):
             if labels is not None:
                 raise ValueError(
                     f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
                     "val_gt.txt"
                 )
-            return pipeline.load(
+            return load_dataset(
                 "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
             )
     return arrays.load(source, labels, cache_dir=cache_dir, non_finite=non_finite)
