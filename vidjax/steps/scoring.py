@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
-from vidjax.run.logs import Progress
 from vidjax.run.terminal import Progress
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
