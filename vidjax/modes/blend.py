@@ -19,7 +19,6 @@ from vidjax.modes import analysis
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import say
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import TrainedModel
