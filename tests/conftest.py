@@ -10,6 +10,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,9 +23,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds what campaigns of random faults ask for."""
+    """Adds the options of tests with random faults."""
     parser.addoption(
         "--campaign", action="store_true", help="random faults by the hundred, not a sample"
+    )
+    parser.addoption(
+        "--fault-seed", type=int, metavar="N", help="repeats the random faults of a failed test"
     )
 
 
@@ -32,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def campaign(request: pytest.FixtureRequest) -> bool:
     """Whether random faults come by the hundred (`--campaign`) or as a sample."""
     return bool(request.config.getoption("--campaign"))
+
+
+@pytest.fixture
+def fault_seed(request: pytest.FixtureRequest) -> int:
+    """A seed for random faults, another one every time; a failed test shows how to repeat it."""
+    given = request.config.getoption("--fault-seed")
+    seed = time.time_ns() % 10**9 if given is None else given
+    sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
+    return seed
 
 
 @pytest.fixture(scope="session", autouse=True)

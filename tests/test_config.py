@@ -1,13 +1,18 @@
-"""Configurations: overrides, JSON, shipped files, and that every field is read by something."""
+"""Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
-import ast
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import recorded_config
 from vidjax import config as config_lib
+from vidjax import config_docs, config_rules, fusion, optim
+from vidjax.main import main
+from vidjax.models import identifier
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "configs" / "README.md"
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
 ARGUMENTS = {
     "mma": ["published,face", "standard,face,head", "average,concat", "ensemble"],
@@ -38,6 +43,7 @@ def test_json_brings_back_types_and_values(spec):
     config = load(spec)
     again = config_lib.from_json(config_lib.to_json(config))
     assert config_lib.differences(config, again) == {}
+    assert dict(config_lib.fields(config)) == dict(config_lib.fields(again))
     types = {name: type(value) for name, value in config_lib.fields(config)}
     assert types == {name: type(value) for name, value in config_lib.fields(again)}
     # An unset field is still one that can be set after the round trip.
@@ -46,22 +52,33 @@ def test_json_brings_back_types_and_values(spec):
     assert moved.modalities == ("face", "head")
 
 
-def test_override_knows_types():
-    config = config_lib.override(
-        load(),
-        [
-            "--config.batch_size=64",
-            "--config.optim.learning_rate=3e-4",
-            "--config.modalities=('face',)",
-            "--config.model.attention=false",
-            "--config.loss.schedule=((0, 1.0), (5, 0.5))",
-        ],
-    )
-    assert config.batch_size == 64
-    assert config.optim.learning_rate == 3e-4
-    assert config.modalities == ("face",)
-    assert config.model.attention is False
-    assert config.loss.schedule == ((0, 1.0), (5, 0.5))
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("batch_size=64", 64),
+        ("optim.learning_rate=3e-4", 3e-4),
+        ("num_epochs=3", 3.0),
+        ("num_epochs=inf", float("inf")),
+        ("modalities=('face',)", ("face",)),
+        ("modalities=face, head", ("face", "head")),
+        ("modalities=", ()),
+        ("data.train_splits=('train','val')", ("train", "val")),
+        ("model.attention=false", False),
+        ("eval.report=0", False),
+        ("deterministic=True", True),
+        ("loss.schedule=((0, 1.0), (5, 0.5))", ((0, 1.0), (5, 0.5))),
+        ("ensemble.only=2", (2,)),
+        ("ensemble.only=[0,2]", (0, 2)),
+        ("ensemble.min_quality=-1000,20", (-1000, 20)),
+        ("data.dir=a=b", "a=b"),
+        ("eval.split=5", "5"),
+    ],
+)
+def test_override_converts_by_the_type_of_the_field(word, value):
+    config = config_lib.override(load(), [f"--config.{word}"])
+    changed = dict(config_lib.fields(config))[word.partition("=")[0]]
+    assert changed == value
+    assert type(changed) is type(value)
 
 
 def test_the_last_of_two_overrides_counts():
@@ -87,12 +104,17 @@ def test_override_leaves_the_original_alone():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--config.batchsize=1", "did you mean --config.batch_size"),
-        ("--config.learning_rate=1", "did you mean --config.optim.learning_rate"),
-        ("--config.data.dri=x", "did you mean --config.data.dir"),
-        ("--config.batch_size=many", "batch_size"),
-        ("--config.num_epochs=1e", "num_epochs"),
-        ("--config.seed", "needs a value"),
+        ("--config.batchsize=1", "--config.batch_size"),
+        ("--config.learning_rate=1", "--config.optim.learning_rate"),
+        ("--config.data.dri=x", "--config.data.dir"),
+        ("--config.zzz=1", "configs/README.md"),
+        ("--config.batch_size=many", "--config.batch_size=many"),
+        ("--config.batch_size=1.5", "whole number such as 128"),
+        ("--config.num_epochs=1e", "number such as 30.0"),
+        ("--config.num_epochs=nan", "number such as 30.0"),
+        ("--config.eval.report=yes", "true or false"),
+        ("--config.modalities=5", "names such as face,head"),
+        ("--config.seed", "--config.seed=..."),
     ],
 )
 def test_override_mistakes(word, message):
@@ -102,7 +124,7 @@ def test_override_mistakes(word, message):
 
 
 def test_a_misspelt_argument_is_no_modality():
-    with pytest.raises(ValueError, match="did you mean 'published'"):
+    with pytest.raises(ValueError, match="'published'"):
         load("configs/mma.py:publisched")
 
 
@@ -111,25 +133,243 @@ def test_differences_names_the_fields():
     assert set(config_lib.differences(load(), other)) == {"seed", "data.max_frames"}
 
 
-def test_every_field_is_read():
-    """A field that nothing reads is a promise that nobody keeps."""
-    read = set()
-    for path in (ROOT / "vidjax").rglob("*.py"):
-        if path.name == "config.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                read.add(node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                read.add(node.value)
-            elif isinstance(node, ast.arg):  # what a specification is spread into
-                read.add(node.arg)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                read.add(node.target.id)
-    for spec in SPECS:
-        config = load(spec)
-        names = [name for name, _ in config_lib.fields(config)]
-        per_modality = set(config.modalities)
-        for name in names:
-            leaf = set(name.split(".")) - per_modality
-            assert leaf <= read, f"{spec}: nothing reads config.{name}"
+def test_differences_leave_out_what_neither_reads():
+    """A run that a version with more fields in its files has begun can go on."""
+    plain = load("configs/noise_classes.py:other")
+    other = config_lib.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
+    assert config_lib.differences(plain, other) == {}
+    read = config_lib.override(other, ["--config.optim.name=sgd"])
+    assert set(config_lib.differences(plain, read)) == {"optim.name", "optim.momentum"}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_shipped_configuration_may_be_trained(spec):
+    config_lib.check(load(spec))
+
+
+# field that nothing reads as long as the defaults hold: (its value, what makes something read it)
+UNREAD = {
+    "loss.focal": ("multiclass", ["loss.schedule=((0,0.5),)"]),
+    "loss.gamma": ("3", ["loss.schedule=((0,0),(1,1))"]),
+    "loss.margin_type": ("additive", ["loss.margin=0.1"]),
+    "loss.embedding_weight": ("0.5", ["loss.embedding=triplet"]),
+    "optim.momentum": ("0.5", ["optim.name=sgd"]),
+    "optim.decay_factor": ("0.5", ["optim.decay=steps"]),
+    "optim.decay_every_epochs": ("2", ["optim.decay=steps"]),
+    "ensemble.chunks": ("8", ["ensemble.views=2"]),
+    "noise.method": ("hdbscan", ["data.distractors=noise"]),
+    "noise.eps": ("0.5", ["data.distractors=noise"]),
+    "noise.min_samples": ("3", ["data.distractors=noise"]),
+    "noise.modality": ("head", ["data.distractors=noise"]),
+    "noise.relabel_every_epochs": ("2", ["data.distractors=noise"]),
+    "noise.mirror_weight": ("((0,0.5),)", ["data.distractors=noise"]),
+    "eval.reduce": ("max", ["after_fusion=examples"]),
+    "join.weights": ("1,2", []),
+    "join.greedy": ("true", []),
+    "join.split": ("val", []),
+    "join.runs": ("a,b", []),
+}
+# the same for fields that the defaults read: (value, what leaves the field unread)
+READ = {
+    "loss.label_smoothing": ("0.1", ["loss.schedule=((0,1),)"]),
+    "loss.classification": ("binary", ["loss.schedule=((0,1),)"]),
+    "loss.gamma": ("3", ["loss.classification=binary"]),
+    "optim.final_scale": ("0.5", ["optim.decay=constant"]),
+    "optim.warmup_scale": ("0.5", ["optim.warmup=0"]),
+    "noise.join": ("true", ["data.distractors=leave_out"]),
+}
+
+
+def problems(*words, fresh=True):
+    config = config_lib.override(config_lib.default(), [f"--config.{word}" for word in words])
+    return list(config_lib.problems(config, fresh=fresh))
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
+    value, read = UNREAD[name]
+    (problem,) = problems(f"{name}={value}")
+    assert 1 <= len(problem.splitlines()) <= 3
+    assert problem.startswith(f"config.{name}=")
+    remedy = read[0].partition("=")[0] if read else "mode=evaluate"
+    assert remedy in problem
+    assert not read or problems(f"{name}={value}", *read) == []
+    assert problems(f"{name}={value}", fresh=False) == []  # a run of an earlier version goes on
+
+
+@pytest.mark.parametrize("name", READ.keys() - {"loss.gamma"})
+def test_a_value_is_refused_only_where_nothing_reads_it(name):
+    value, unread = READ[name]
+    assert problems(f"{name}={value}") == []
+    assert len(problems(f"{name}={value}", *unread)) == 1
+    assert problems(*unread) == []  # the default is never refused
+
+
+def test_gamma_belongs_to_every_loss_but_softmax():
+    assert problems("loss.gamma=3", "loss.classification=binary") == []
+    assert len(problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")) == 1
+
+
+def test_every_rule_names_fields_that_exist_and_is_tested():
+    names = {name for rule in config_rules.READ_WHEN for name in rule.fields}
+    assert names <= {name for name, _ in config_lib.fields(config_lib.default())}
+    assert names <= UNREAD.keys() | READ.keys()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "batch_size=0",
+        "num_epochs=0",
+        "num_epochs=inf",
+        "log_every_steps=-1",
+        "checkpoint_every_seconds=-1",
+        "data.max_frames=0",
+        "eval.block_size=0",
+        "mixup=-1",
+        "eval.every_epochs=-1",
+        "seed=-1",
+        f"seed={2**31}",
+        "data.train_splits=()",
+        "data.distractors=none",
+        "eval.split=train",
+    ],
+)
+def test_values_out_of_range_are_refused_in_any_run(word):
+    for fresh in (True, False):
+        (problem,) = problems(word, fresh=fresh)
+        assert f"config.{word.partition('=')[0]}" in problem
+        assert len(problem.splitlines()) <= 3
+    config = config_lib.override(config_lib.default(), [f"--config.{word}"])
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        config_lib.check(config)
+
+
+def test_a_split_may_be_trained_and_evaluated_with_members_that_leave_clips_out():
+    assert problems("eval.split=train", "ensemble.folds=5") == []
+    assert problems("eval.split=train", "ensemble.bootstraps=5") == []
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "match"),
+    [
+        ("hed", ("face", "head"), "did you mean 'head'?"),
+        ("x", ("face", "head"), "known are face, head"),
+        ("x", (), "known are none"),
+        ("learning_rate", ("optim.learning_rate", "seed"), "did you mean 'optim.learning_rate'?"),
+    ],
+)
+def test_suggestions(word, known, match):
+    assert config_lib.suggest(word, known) == match
+
+
+def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load_file("mma:face").modalities == ("face",)
+    for name, remedy in {"mmaa": "'mma'", "configs/mma.py": "'mma'", "mma.py": "'mma'"}.items():
+        with pytest.raises(ValueError, match=remedy):
+            config_lib.load_file(name)
+    (tmp_path / "configs").mkdir()
+    own = "from vidjax import config\n\n\ndef get_config(args):\n    c = config.default()\n"
+    (tmp_path / "configs" / "mma.py").write_text(f"{own}    c.seed = 7\n    return c\n")
+    assert config_lib.load_file("mma").seed == 7  # the file of the working directory comes first
+
+
+def test_the_documentation_is_that_of_the_fields():
+    page = README.read_text()
+    for name, content in config_lib.documentation().items():
+        assert config_docs.replace_section(page, name, content) == page, (
+            f"{name}: python -m vidjax.config --write=configs/README.md"
+        )
+
+
+def test_every_field_is_documented():
+    tables = config_lib.documentation()["fields"]
+    for name, _ in config_lib.fields(config_lib.default()):
+        (meaning,) = re.findall(rf"^\| `{re.escape(name)}` \| .+ \| (.+) \|$", tables, re.MULTILINE)
+        assert len(meaning.split()) >= 3, name
+    for path in SHIPPED:
+        assert f"| `{path.name}` |" in config_lib.documentation()["arguments"] or path.stem == "knn"
+
+
+def test_a_field_without_a_comment_is_an_error():
+    source = "def default():\n    # the seed\n    config.seed = 0\n    config.data.size = 1\n"
+    assert config_docs.field_comments(source) == {"seed": "the seed", "data.size": ""}
+    with pytest.raises(ValueError, match=r"data\.size"):
+        config_docs.field_tables(source, {"seed": 0, "data.size": 1}, {})
+
+
+def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    names = ("arguments", "fields")
+    sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
+    page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
+    config_lib.main([f"--write={page}"])
+    written = page.read_text()
+    assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
+    assert "stale text" not in written
+    assert "`optim.momentum`" in written and "`published`" in written
+    config_lib.main([])
+    assert "`optim.momentum`" in capsys.readouterr().out
+    page.write_text("# A page\n")
+    with pytest.raises(ValueError, match="<!-- arguments -->"):
+        config_lib.main([f"--write={page}"])
+
+
+# Fields that nothing reads, one in each group whose fields are looked up by name.
+INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
+            "join.how", "resume.always")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
+    """A field that nothing reads is a promise that nobody keeps: invented ones are found."""
+    reads, make, override = set(), config_lib.default, config_lib.override
+
+    def with_invented_fields():
+        config = make()
+        for name in INVENTED:
+            group, _, leaf = name.rpartition(".")
+            (config[group] if group else config)[leaf] = 1
+        return config
+
+    monkeypatch.setattr(config_lib, "default", with_invented_fields)
+    monkeypatch.setattr(
+        config_lib,
+        "override",
+        lambda config, words: recorded_config.record(override(config, words), reads),
+    )
+    runs = {}
+    for name in ("a", "b"):
+        runs[name] = f"{tmp_path}/{name}"
+        words = [
+            "--config=configs/noise_classes.py:iqiyi_vid,few",
+            f"--config.data.dir={official_dir}",
+            f"--workdir={runs[name]}",
+            "--config.model.layers=((4,'linear',False,0.0),)",
+            "--config.batch_size=32",
+            "--config.num_epochs=2",
+            "--config.ensemble.folds=2",
+            "--config.noise.eps=1.1",
+            "--config.eval.report=false",
+        ]
+        assert main(words) == 0, capsys.readouterr().err
+    assert main(words) == 0  # again: a finished run
+    assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
+    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={runs['a']},{runs['b']}"]
+    assert main([*joined, "--config.join.greedy=true", "--config.eval.report=false"]) == 0
+
+    names = {name for name, _ in config_lib.fields(config_lib.load_file("knn"))}
+    names = {name for name in names if not name.startswith(("model.", "fusion."))}
+    assert names - reads == set(INVENTED)
+    # Specifications that are spread into a function refuse what it does not take.
+    spec = {**make().optim.to_dict(), "invented": 1}
+    with pytest.raises((TypeError, ValueError), match="invented"):
+        optim.make_optimizer(spec, total_steps=10, steps_per_epoch=1.0)
+    with pytest.raises(ValueError, match="invented"):
+        identifier.make_identifier(
+            {"name": "knn", "modality": "face", "invented": 1},
+            modalities={"face": 4}, num_classes=2, num_clips=3,
+        )  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match="invented"):
+        fusion.make_fusion({"name": "mean", "invented": 1})

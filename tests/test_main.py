@@ -28,31 +28,31 @@ def complaint(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--config=nowhere/x.py",), "no such file"),
+        (("--config=nowhere/x.py",), "knn, mma"),
         (("--config=configs/mma.py", "--config.batch_size=x"), "batch_size"),
         (("--config=configs/mma.py", "--config.batch_size=1.5"), "batch_size"),
         (("--config=configs/mma.py", "--config.noise.join=maybe"), "noise.join"),
-        (("--config=configs/mma.py", "--config.data=x"), "did you mean --config.data."),
-        (("--config=configs/mma.py", "stray"), "stray word 'stray'"),
-        (("configs/mma.py:face",), "did you mean --config=configs/mma.py:face?"),
-        (("--config=configs/mma.py", "--modes=train"), "did you mean --mode?"),
+        (("--config=configs/mma.py", "--config.data=x"), "--config.data."),
+        (("--config=configs/mma.py", "stray"), "--help"),
+        (("configs/mma.py:face",), "--config=configs/mma.py:face"),
+        (("--config=configs/mma.py", "--modes=train"), "--mode?"),
         (("--config=configs/mma.py", "--workdir="), "name a folder"),
-        (("--config=configs/mma.py", "-workdir=w"), "did you mean --workdir?"),
-        (("--config=configs/mma.py", "--workdir"), "--workdir: expected one argument"),
+        (("--config=configs/mma.py", "-workdir=w"), "--workdir?"),
+        (("--config=configs/mma.py", "--workdir"), "--workdir"),
         (("--config=configs",), "configs/mma.py"),
-        (("--workdir=w", "--mode=evalaute"), "did you mean evaluate?"),
-        (("--workdir=w", "--mode=zzz"), "known are train, evaluate"),
-        (("--mode=compare", "--workdir=w", "--config=configs/mma.py"), "not --config"),
+        (("--workdir=w", "--mode=evalaute"), "'evaluate'"),
+        (("--workdir=w", "--mode=zzz"), "train, evaluate"),
+        (("--mode=compare", "--workdir=w", "--config=configs/mma.py"), "--runs=A,B"),
         (
             ("--mode=compare", "--workdir=w", "--runs=a,b", "--config.seed=1"),
-            "config.seed says nothing here",
+            "--config.eval.split",
         ),
-        (("--config=configs/mma.py", "--zzz=1"), "--help lists them"),
-        (("--mode=evaluate", "--workdir=nowhere"), "no run in 'nowhere'"),
-        (("--mode", "evaluate", "--workdir", "nowhere"), "no run in 'nowhere'"),
-        (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "not --config"),
-        (("--mode=evaluate", "--runs=a,b"), "needs --workdir"),
-        (("--mode=evaluate", "--workdir=nowhere", "--runs="), "--runs= is empty"),
+        (("--config=configs/mma.py", "--zzz=1"), "--help"),
+        (("--mode=evaluate", "--workdir=nowhere"), "--config=FILE --workdir=nowhere"),
+        (("--mode", "evaluate", "--workdir", "nowhere"), "--config=FILE --workdir=nowhere"),
+        (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "--config.FIELD=VALUE"),
+        (("--mode=evaluate", "--runs=a,b"), "--workdir=FOLDER"),
+        (("--mode=evaluate", "--workdir=nowhere", "--runs="), "--runs=A,B"),
     ],
 )
 def test_mistakes_in_the_words(capsys, words, message):
@@ -64,16 +64,16 @@ def test_mistakes_in_the_words(capsys, words, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no function get_config"),
-        ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError: '(' was never closed"),
-        ("def get_config(args=''):\n  return confg\n", "line 2: NameError: name 'confg'"),
-        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError: No module named 'nowhere_at"),
-        ("def get_config():\n  return 1\n", "get_config() takes 0 positional arguments"),
-        ("def get_config(args=''):\n  return {}\n", "returns no ConfigDict"),
+        ("", "get_config"),
+        ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),
+        ("def get_config(args=''):\n  return confg\n", "line 2: NameError"),
+        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError"),
+        ("def get_config():\n  return 1\n", "get_config()"),
+        ("def get_config(args=''):\n  return {}\n", "ConfigDict"),
         (
             "from vidjax import config\n\n"
             "def get_config(args=''):\n  c = config.default()\n  c.batch_size = 'x'\n",
-            "line 5: TypeError: Could not override field 'batch_size'",
+            "line 5: TypeError",
         ),
         ("\0", "null bytes"),
     ],
@@ -92,7 +92,7 @@ def test_a_configuration_that_is_no_program(capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("seed: 3")
     code, said = complaint(capsys, f"--config={tmp_path}/mine.txt")
     assert code == 2
-    assert "is not a Python file" in said
+    assert "Python" in said
 
 
 def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_path):
@@ -107,7 +107,7 @@ def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_p
         (("--config.data.dir={tmp}/nowhere",), "nowhere"),
         (("--config.data.dir={tmp}/empty",), "empty"),
         ((), "config.data.dir"),
-        (("--config.data.dir={official}", "--config.modalities=face,haed"), "did you mean 'head'"),
+        (("--config.data.dir={official}", "--config.modalities=face,haed"), "'head'"),
         (("--config.data.dir={official}", "--config.eval.split=vall"), "vall"),
         (("--config.data.dir={official}", "--config.eval.split=train"), "config.eval.split"),
         (("--config.data.dir={official}", "--config.batch_size=0"), "config.batch_size"),
@@ -118,17 +118,20 @@ def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_p
         (("--config.data.dir={official}", "--config.data.train_splits=()"), "train_splits"),
         (("--config.data.dir={official}", "--config.data.train_splits=trian"), "'trian'"),
         (("--config.data.dir={official}", "--config.eval.split=tset"), "test, train, val"),
-        (("--config.data.dir={official}", "--config.loss.schedule=3"), "(epoch, value) pairs"),
+        (("--config.data.dir={official}", "--config.loss.schedule=3"), "config.loss.schedule"),
         (("--config.data.dir={official}", "--config.data.cache_dir={official}/val_gt.txt"), "val_"),
         (("--config.data.name=imagenet",), "synthetic, iqiyi_vid"),
         (("--config.data.dir={official}", "--config.model.name=resnet"), "resnet"),
         (("--config.data.dir={official}", "--config.optim.name=adamm"), "adamm"),
         (("--config.data.dir={official}", "--config.eval.scores=prob"), "prob"),
         (("--config.data.dir={official}", "--config.data.crop=left"), "left"),
-        (("--config.data.dir={official}", "--config.modalities=5"), "wants names such as face"),
-        (("--config.data.dir={official}", "--config.ensemble.only=a"), "no member a of 1"),
-        (("--config.data.dir={official}", "--config.ensemble.only=0.5"), "no member 0.5"),
-        (("--config.data.dir={official}", "--config.ensemble.min_quality=abc"), "wants numbers"),
+        (("--config.data.dir={official}", "--config.modalities=5"), "config.modalities"),
+        (("--config.data.dir={official}", "--config.ensemble.only=a"), "config.ensemble.only"),
+        (("--config.data.dir={official}", "--config.ensemble.only=0.5"), "config.ensemble.only"),
+        (
+            ("--config.data.dir={official}", "--config.ensemble.min_quality=abc"),
+            "config.ensemble.min_quality",
+        ),
         (
             ("--config.data.dir={official}", "--config.noise.mirror_weight=x"),
             "config.noise.mirror_weight",

@@ -100,8 +100,12 @@ def test_faults_of_a_submission_are_named_by_line(tmp_path, text, message):
 def test_many_faults_are_three_lines(tmp_path):
     path = tmp_path / "ranking.txt"
     path.write_text("".join(f"{i} a.mp4 a.mp4\n" for i in range(9)))
-    with pytest.raises(ValueError, match=r"line 1:.*\n.*line 2:.*\nand 7 more$"):
+    with pytest.raises(ValueError, match=r"line 1: 'a\.mp4'.* \(lines like it: 9\)$"):
         ranking.load_ranking(path)
+    path.write_text(f"\n1\ta.mp4\n2 a.mp4 a.mp4\n3 {MANY}\n3 a.mp4\n")
+    with pytest.raises(ValueError, match=r"^.*line 1:.*\n.*line 2:.*\n.*line 3:.*$"):
+        ranking.load_ranking(path)
+    assert len(ranking.read_submission(path).complaints()) == 5
 
 
 @pytest.fixture
@@ -111,26 +115,65 @@ def files(tmp_path):
     def write(gt, submission):
         paths = tmp_path / "gt.txt", tmp_path / "ranking.txt"
         for path, text in zip(paths, (gt, submission), strict=True):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(text.encode("utf-8", "surrogateescape"))
         return [str(path) for path in paths]
 
     return write
 
 
 def test_main_prints_the_score_last(files, capsys):
-    paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n8 a.mp4\n")
+    paths = files("1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
+    for words in (paths, [*paths, "--strict"]):
+        assert ranking.main(words) == 0
+        out, err = capsys.readouterr()
+        assert float(out.splitlines()[-1]) == ranking.score_files(*paths)
+        assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
+        assert "2 of them ranked, 1 missing, 0 others ignored" in out and err == ""
+
+
+# (submission, score against "1 a.mp4", what the warning names)
+BORNE = [
+    ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
+    (f"1 a.mp4 {MANY}\n", "1", "line 1: 102 names"),
+    (f"1 {MANY} a.mp4\n", "0", "line 1: 102 names"),
+    ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
+    ("1 a.mp4\n1 x.mp4 a.mp4\n", "0.5", "line 2: identity '1'"),
+    ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
+    ("\n1 a.mp4\n", "1", "line 1"),
+    ("1 a.mp4\n \t \n", "1", "line 2"),
+    ("1 a.mp4\n\n", "1", "line 2"),
+    ("1  a.mp4\n", "1", "line 1: fields"),
+    ("1\ta.mp4\n", "1", "line 1: fields"),
+    (" 1 a.mp4\n", "1", "line 1: fields"),
+    ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
+    ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: not UTF-8"),
+    ("", "0", "the file is empty"),
+]
+
+
+@pytest.mark.parametrize(("submission", "score", "place"), BORNE)
+def test_faults_are_warnings_and_errors_with_strict(files, capsys, submission, score, place):
+    paths = files("1 a.mp4\n", submission)
     assert ranking.main(paths) == 0
     out, err = capsys.readouterr()
-    assert float(out.splitlines()[-1]) == ranking.score_files(*paths)
-    assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
-    assert "2 of them ranked, 1 missing, 1 others ignored" in out and err == ""
+    assert out.splitlines()[-1] == score
+    warning = err.splitlines()[0]
+    assert warning.startswith(f"warning: {paths[1]}: ") and place in warning
 
-
-def test_main_scores_repeats_but_names_the_fault(files, capsys):
-    paths = files("1 a.mp4\n", "1 x.mp4 x.mp4 a.mp4\n")
-    assert ranking.main(paths) == 2
+    assert ranking.main([*paths, "--strict"]) == 2
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == "0.5" and "line 1" in err
+    assert out == ""
+    assert err.splitlines() == [warning.replace("warning", "error", 1)]
+
+
+def test_every_kind_of_fault_is_one_line(files, capsys):
+    lines = ["", "", "1 a.mp4 a.mp4", "1 a.mp4", "1 b.mp4 b.mp4", "8 a.mp4", "9 a.mp4"]
+    assert ranking.main(files("1 a.mp4\n", "\n".join(lines))) == 0
+    complaints = [line.split("ranking.txt: ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert [line.split(":")[0] for line in complaints[:4]] == [
+        f"line {number}" for number in (1, 3, 4, 6)
+    ]
+    assert all(line.endswith("(lines like it: 2)") for line in complaints[:4])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +183,8 @@ def test_main_scores_repeats_but_names_the_fault(files, capsys):
 def test_main_hints_when_nothing_matches(files, capsys, gt, submission, hint):
     assert ranking.main(files(gt, submission)) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == "0" and hint in err and len(err.splitlines()) == 1
+    assert out.splitlines()[-1] == "0" and hint in err
+    assert all(line.startswith("warning: ") for line in err.splitlines())
 
 
 def test_main_refuses_in_a_line(files, capsys, tmp_path):

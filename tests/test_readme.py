@@ -1,5 +1,6 @@
-"""The README's commands and worked examples, run as it prints them, with shorter trainings."""
+"""The README: its commands and examples run, and its tables name what exists and no more."""
 
+import ast
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from vidjax import config as config_lib
 from vidjax import main, ranking
 from vidjax.data import iqiyi_vid, synthetic
+from vidjax.run import workdir
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -172,3 +175,79 @@ def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkey
     best = max(found["ranked"], key=lambda identity: found["ranked"][identity][0][1])
     assert best == "person_7"
     assert found["vectors"].shape[0] == 1
+
+
+def fault_table():
+    """Returns number of a fault -> the tests that the README's table names for it."""
+    assert "\n## Faults\n" in README.read_text(), "README.md has no section '## Faults'"
+    section = README.read_text().split("\n## Faults\n")[1].split("\n## ")[0]
+    found = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not cells or not cells[0][:1].isdigit():
+            continue
+        assert len(cells) == 4, f"{line}: wanted | # | fault | behaviour | test |"
+        for part in cells[0].split(","):
+            first, _, last = part.strip().partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                assert number not in found, f"fault {number} has two rows"
+                found[number] = re.findall(r"`([^`]+)`", cells[3])
+    return found
+
+
+def test_readme_has_a_row_for_every_fault():
+    assert sorted(fault_table()) == [*range(1, 40), 41, 42]
+
+
+def test_the_tests_of_the_fault_table_exist():
+    for number, tests in fault_table().items():
+        assert tests, f"fault {number} names no test"
+        for test in tests:
+            name, _, function = test.partition("::")
+            assert (ROOT / name).is_file(), f"fault {number}: no file {name}"
+            tree = ast.parse((ROOT / name).read_text())
+            there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert function in there, f"fault {number}: no test {test}"
+            assert function.startswith("test_"), test
+
+
+def table(heading):
+    """Returns the first cells of the table under a heading of the README, without backticks."""
+    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+
+
+def test_readme_lists_every_field_and_no_other():
+    fields = {name for name, _ in config_lib.fields(config_lib.default())}
+    assert {name.removeprefix("config.") for name in table("Fields")} == fields
+
+
+def test_readme_lists_every_flag_and_no_other():
+    source = (ROOT / "vidjax" / "main.py").read_text()
+    flags = set(re.findall(r'add_argument\(\s*"(--[\w.]+)', source))
+    named = [word for word in table("Flags") if word.startswith("--")]  # not the arguments
+    assert {re.split(r"[=\[]", flag)[0] for flag in named} == flags
+
+
+@pytest.mark.slow
+def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
+    from tests.helpers.small_runs import shrunk
+    from vidjax.data.records import pipeline
+    from vidjax.modes import train
+
+    # Of all experiments, the one that leaves most.
+    config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
+    data = pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    with workdir.lock(tmp_path):
+        train.train(config, tmp_path, data, num_devices=1, analyse=True)
+    written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
+    named = {name.split("/")[0] for name in table("Files of a workdir")}
+    assert written == {name for name in named if "_SPLIT" not in name}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_configurations_show_their_command(path):
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert f"python -m vidjax.main --config=configs/{path.name}" in doc
+    assert f"configs/{path.name}" in README.read_text()

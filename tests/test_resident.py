@@ -393,7 +393,7 @@ FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
 
 
 def test_every_fusion_is_here():
-    assert {spec["name"] for spec in FUSIONS} == set(fusion._FUSIONS)
+    assert {spec["name"] for spec in FUSIONS} == set(fusion.FUSIONS)
 
 
 @pytest.mark.parametrize(

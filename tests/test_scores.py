@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks import scores
 from tests.helpers import made_runs
-from vidjax import main
+from vidjax import config as config_lib
 
 
 def test_readme_shows_what_was_collected():
@@ -21,8 +21,8 @@ def test_every_run_is_a_command():
     names = [name for _, name, _ in scores.runs("real")]
     assert len(names) == len(set(names)) > 60
     for _, _, (spec, *overrides) in scores.runs("real"):
-        config = main._load_file(spec.removeprefix("--config="))
-        main.config_lib.override(config, overrides)
+        config = config_lib.load_file(spec.removeprefix("--config="))
+        config_lib.override(config, overrides)
     keys = {row.key for row in scores.ROWS}
     assert len(keys) == len(scores.ROWS)
     assert {key for one in scores.CLAIMS for key in (*one.synthetic, *one.real)} <= keys

@@ -41,7 +41,7 @@ def clips(folder):
 
 @pytest.fixture(scope="module")
 def labels(folder):
-    """split -> {clip: identity}; distractors are not in it."""
+    """Split -> {clip: identity}; distractors are not in it."""
     result = {"train": {name[:-4].encode(): int(c) for name, c in _lines(folder / "train_gt.txt")}}
     for split in ("val", "test"):
         result[split] = {
@@ -67,7 +67,7 @@ def faces(clips):
 
 @pytest.fixture(scope="module")
 def means(clips):
-    """split -> {clip: unit mean of its good faces}."""
+    """Split -> {clip: unit mean of its good faces}."""
     result = {}
     for split in SPLITS:
         result[split] = {}
@@ -80,7 +80,7 @@ def means(clips):
 
 @pytest.fixture(scope="module")
 def by_identity(means, labels):
-    """identity -> [n, D] unit means of its clips in all splits."""
+    """Identity -> [n, D] unit means of its clips in all splits."""
     result = {}
     for split in SPLITS:
         for name, mean in means[split].items():

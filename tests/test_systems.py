@@ -17,8 +17,8 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
+
 from vidjax.devices import CompileClock
-from vidjax.run.logs import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
@@ -279,7 +279,7 @@ import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
 from vidjax import config as config_lib, members, mesh as mesh_lib, steps
-from vidjax.devices import CompileClock
+
 from vidjax.system import TaskSpec, make_system
 
 config = config_lib.override(

@@ -1,4 +1,4 @@
-"""What a person sees: help at 80 columns, a quiet first run, and mistakes that end in a remedy."""
+"""The terminal: help at 80 columns, a quiet first run, and a remedy for every mistake."""
 
 import io
 import os
@@ -14,66 +14,70 @@ import pytest
 
 from tests.helpers import made_runs
 from vidjax import config as config_lib
-from vidjax.main import MODES, main
+from vidjax.command_line import MODES
+from vidjax.main import main
 
 ROOT = Path(__file__).parent.parent
 MMA = "--config=configs/mma.py"
 FILES = f"{MMA}:iqiyi_vid,face,head"  # with --workdir and --config.data.dir of the test's own
 COMPARE = "--mode=compare --workdir={tmp}/out --runs="
 
-# name: (what is typed, what the remedy says)
+# name -> (words of the command, part of the remedy)
 MISTAKES = {
     "nothing typed": ("", "--config=configs/mma.py"),
-    "misspelt path": ("--config=configs/mmaa.py", "did you mean 'configs/mma.py'?"),
-    "no .py": ("--config=configs/mma", "did you mean 'configs/mma.py'?"),
-    "bare name": ("--config=mma:face", "did you mean 'configs/mma.py:face'?"),
-    "a folder as configuration": ("--config=configs", "did you mean 'configs/"),
-    "blanks around =": ("--config = configs/mma.py", "did you mean --config=configs/mma.py?"),
-    "flag forgotten": ("configs/mma.py", "did you mean --config=configs/mma.py?"),
-    "misspelt flag": (f"{MMA} --workdri=w", "did you mean --workdir?"),
-    "a field as flag": (f"{MMA} --batch_size=32", "did you mean --config.batch_size?"),
-    "another program's flag": (f"{MMA} --epochs=3", "did you mean --config.num_epochs?"),
-    "misspelt field": (f"{MMA} --config.bacth_size=3", "did you mean --config.batch_size?"),
+    "misspelt path": ("--config=configs/mmaa.py", "'configs/mma.py'"),
+    "no .py": ("--config=configs/mma", "'configs/mma.py'"),
+    "misspelt name": ("--config=mmaa:face", "'mma'"),
+    "a folder as configuration": ("--config=configs", "'configs/mma.py'"),
+    "blanks around =": ("--config = configs/mma.py", "--config=configs/mma.py"),
+    "flag forgotten": ("configs/mma.py", "--config=configs/mma.py"),
+    "misspelt flag": (f"{MMA} --workdri=w", "--workdir?"),
+    "a field as flag": (f"{MMA} --batch_size=32", "--config.batch_size"),
+    "another program's flag": (f"{MMA} --epochs=3", "--config.num_epochs"),
+    "misspelt field": (f"{MMA} --config.bacth_size=3", "--config.batch_size"),
     "a field without its group": (
         f"{MMA} --config.learning_rate=1",
-        "did you mean --config.optim.learning_rate?",
+        "--config.optim.learning_rate",
     ),
     "a field without value": (f"{MMA} --config.seed", "--config.seed=..."),
-    "misspelt argument": (f"{MMA}:publishd", "did you mean 'published'?"),
-    "unknown mode": ("--mode=trian", "did you mean train?"),
-    "a mode without flag": ("evaluate --workdir=w", "did you mean --mode=evaluate?"),
-    "evaluate what": ("--mode=evaluate", "needs --workdir=FOLDER"),
+    "misspelt argument": (f"{MMA}:publishd", "'published'"),
+    "unknown mode": ("--mode=trian", "'train'"),
+    "a mode without flag": ("evaluate --workdir=w", "--mode=evaluate"),
+    "evaluate what": ("--mode=evaluate", "--workdir=FOLDER"),
     "evaluate before training": (
         "--mode=evaluate --workdir={tmp}/none",
-        "train one: python -m vidjax.main --config=FILE --workdir={tmp}/none",
+        "python -m vidjax.main --config=FILE --workdir={tmp}/none",
     ),
-    "the folder of the runs": ("--mode=report --workdir={tmp}", "there are runs in it: {tmp}/a"),
+    "the folder of the runs": ("--mode=report --workdir={tmp}", "{tmp}/a"),
     "configuration of a trained run": (
         f"--mode=evaluate --workdir={{tmp}}/a {MMA}",
-        "takes its configuration from --workdir",
+        "--config.FIELD=VALUE",
     ),
-    "report of nothing": ("--mode=report --workdir={tmp}/empty", "train one: python -m"),
-    "workdir of another run": (f"{MMA} --workdir={{tmp}}/a", "use another --workdir"),
-    "workdir is a file": (f"{MMA} --workdir={{tmp}}/file", "is a file, not a folder"),
-    "runs while training": (f"{MMA} --runs=a,b", "goes with --mode=evaluate"),
+    "report of nothing": (
+        "--mode=report --workdir={tmp}/empty",
+        "python -m vidjax.main --config=FILE",
+    ),
+    "workdir of another run": (f"{MMA} --workdir={{tmp}}/a", "another --workdir"),
+    "workdir is a file": (f"{MMA} --workdir={{tmp}}/file", "{tmp}/file"),
+    "runs while training": (f"{MMA} --runs=a,b", "--mode=evaluate"),
     "joined into a run": (
         "--mode=evaluate --workdir={tmp}/a --runs={tmp}/b,{tmp}/a",
-        "use another folder",
+        "another folder",
     ),
-    "compare one run": (f"{COMPARE}{{tmp}}/a", "folders of two runs or more"),
+    "compare one run": (f"{COMPARE}{{tmp}}/a", "--runs=A,B"),
     "compare with itself": (f"{COMPARE}{{tmp}}/a,{{tmp}}/a", "a run is named twice"),
     "compare with a blank": (
         f"{COMPARE}{{tmp}}/a, {{tmp}}/b",
-        "no blank after a comma, --runs={tmp}/a,{tmp}/b",
+        "--runs={tmp}/a,{tmp}/b",
     ),
-    "compare into nowhere": ("--mode=compare --runs={tmp}/a,{tmp}/b", "needs --workdir=FOLDER"),
+    "compare into nowhere": ("--mode=compare --runs={tmp}/a,{tmp}/b", "--workdir=FOLDER"),
     "compare what is none": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/empty",
         "name folders that training has made",
     ),
     "compare two splits": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/of_test",
-        "compare on one that both have ranked: --config.eval.split=val",
+        "--config.eval.split=val",
     ),
     "compare what is not ranked": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/b --config.eval.split=test",
@@ -81,13 +85,13 @@ MISTAKES = {
     ),
     "compare without ground truth": (
         f"{COMPARE}{{tmp}}/blind,{{tmp}}/a",
-        "compare on another: --config.eval.split=val",
+        "--config.eval.split=val",
     ),
     "compare two datasets": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/other",
         "compare runs that were evaluated on the same clips",
     ),
-    "data nowhere": (FILES, "name the directory of the official files"),
+    "data nowhere": (FILES, "config.data.dir"),
     "data not downloaded": (
         f"{FILES} --config.data.dir={{tmp}}/empty",
         "such as face_train.pickle",
@@ -95,36 +99,37 @@ MISTAKES = {
     "archive not unpacked": (f"{FILES} --config.data.dir={{tmp}}/zip", "such as face_train.pickle"),
     "pointer of Git LFS": (
         f"{FILES} --config.data.dir={{tmp}}/lfs",
-        "a Git LFS pointer: its content was not downloaded",
+        "Git LFS",
     ),
     "ground truth of another suffix": (
         f"{FILES} --config.data.dir={{tmp}}/csv",
-        "is there a good train_gt.txt?",
+        "train_gt.txt",
     ),
     "misspelt modality": (
         f"{FILES} --config.data.dir={{official}} --config.modalities=face,haed",
-        "did you mean 'head'?",
+        "'head'",
     ),
     "misspelt split": (
         f"{FILES} --config.data.dir={{official}} --config.eval.split=vall",
-        "only test, train, val",
+        "test, train, val",
     ),
     "evaluated on what was trained": (
         f"{FILES} --config.data.dir={{official}} --config.data.train_splits=train,val",
-        "with --config.ensemble.folds=5",
+        "--config.ensemble.folds=5",
     ),
     "one fold": (
         f"{FILES} --config.data.dir={{official}} --config.ensemble.folds=1",
-        "use 0 for none, or 2 or more",
+        "config.ensemble.folds",
     ),
-    "unknown dataset": (f"{MMA} --config.data.name=imagenet", "is one of synthetic, iqiyi_vid"),
-    "unknown model": (f"{MMA} --config.model.name=resnet", "known are deepmef, dense"),
+    "a value that nothing reads": (f"{MMA} --config.loss.gamma=3", "--config.loss.schedule="),
+    "unknown dataset": (f"{MMA} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
+    "unknown model": (f"{MMA} --config.model.name=resnet", "deepmef, dense"),
 }
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, official_dir, cache_dir):
-    """Folders that the mistakes speak of."""
+    """Folders that the mistaken commands name."""
     del cache_dir
     tmp = tmp_path_factory.mktemp("mistakes")
     values = {"1": 0.5, "2": 0.75}
@@ -179,7 +184,7 @@ def test_a_mistake_ends_in_a_remedy(name, places, capsys, monkeypatch):
     assert contents(places["tmp"] / "a") == before
 
 
-def test_help_fits_eighty_columns_and_says_what_modes_do(capsys, monkeypatch):
+def test_help_fits_eighty_columns_and_describes_the_modes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -196,7 +201,7 @@ def test_help_fits_eighty_columns_and_says_what_modes_do(capsys, monkeypatch):
         assert (ROOT / path).is_file()
 
 
-# Lines that a person sees of a training command, and no others.
+# The only lines that a training command may print.
 SEEN = [
     r"making the synthetic dataset in .*",
     r"converting \d+ files of .*",
@@ -217,7 +222,7 @@ TINY = (
 
 
 def unknown(text):
-    """Returns the lines that nobody wants to see; of a line that was overwritten, every state."""
+    """Returns the lines that are not in SEEN, with every state of an overwritten line."""
     states = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
     return [line for line in states if not any(re.fullmatch(seen, line.rstrip()) for seen in SEEN)]
 

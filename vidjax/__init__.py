@@ -1,3 +1,33 @@
-"""vidjax identifies people in video from frame features, in JAX."""
+"""vidjax identifies people in video from frame features, in JAX.
+
+    import vidjax
+
+    data = vidjax.load_data(clips, labels="features/labels.csv")
+    config = vidjax.load_config("mma:face", "--config.data.name=arrays")
+    vidjax.train(config, "runs/memory", data)
+    run = vidjax.restore("runs/memory")
+
+`import vidjax` is instant: the functions bring JAX or TensorFlow with them at their first use.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vidjax.api import load_config, load_data, restore, train
 
 __version__ = "0.1.0"
+__all__ = ["load_config", "load_data", "restore", "train"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name at its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
+    from vidjax import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names beside the usual ones."""
+    return sorted({*globals(), *__all__})

@@ -1,196 +1,220 @@
-"""Every configuration field with its default; how configurations are read, overridden, kept."""
+"""Every configuration field with its default; how configurations are read, overridden, kept.
 
-import ast
+python -m vidjax.config                              # prints the fields as Markdown tables
+python -m vidjax.config --write=configs/README.md    # writes them into a page
+"""
+
+import argparse
 import copy
-import difflib
-import importlib.util
+import inspect
 import json
-import math
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_dict
+
+from vidjax import config_docs, config_files, config_rules
+from vidjax.config_files import SCALE_WORDS, choose_data, load_file, split_args
+from vidjax.suggest import closest, suggest
+
+__all__ = [
+    "SCALE_WORDS",
+    "Config",
+    "check",
+    "choose_data",
+    "default",
+    "differences",
+    "fields",
+    "from_json",
+    "load_file",
+    "load_workdir",
+    "override",
+    "problems",
+    "split_args",
+    "suggest",
+    "to_json",
+]
 
 Config = Any  # a ConfigDict, whose fields no type checker can follow
 
 
 def default() -> Config:
-    """Returns a configuration with every field that every experiment has.
+    """Returns a configuration with every field that every experiment has, at its default.
 
     The files in `configs/` start from this one and set `model`, `fusion` and what else differs.
     `model`, `fusion`, `loss` and `optim` are specifications, read by
     `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
     `optim.make_optimizer`.
+
+    The comment above or beside a field is its documentation: `python -m vidjax.config` prints the
+    comments as the tables of `configs/README.md`.
     """
+    # One function of more than 60 lines, so that all fields can be read from top to bottom.
     config: Config = ConfigDict()
-    config.seed = 0
-    config.batch_size = 128  # clips a step, over all devices
+    config.seed = 0  # seed of parameters, random draws and the order of clips: 0 to 2**31 - 1
+    config.batch_size = 128  # clips per training step, over all devices
     config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
-    config.modalities = ("face",)
-    config.dtype = "float32"  # of the computation; parameters stay float32
-    config.matmul_precision = "highest"  # of evaluation, on every backend
-    config.deterministic = False  # on a GPU, where runs else differ in the last bits
-    config.after_fusion = "pool"  # the model takes all fused frames; or examples: one at a time
-    config.transforms = ()  # further transforms of a training batch, by name: feature_noise
-    config.mixup = 0.0  # alpha of the Beta distribution that mixes pairs of clips; 0: none
-    config.log_every_steps = 20
+    config.modalities = ("face",)  # modalities to use, in order, e.g. `face,head`
+    # dtype of the computation: `float32`, `bfloat16`, or `float64` with `JAX_ENABLE_X64=1`.
+    # Parameters are at least float32.
+    config.dtype = "float32"
+    # precision of matrix products in evaluation, on every backend: `highest` (float32) or another
+    # value of `jax.default_matmul_precision`
+    config.matmul_precision = "highest"
+    # give bit-identical runs on a GPU, too, at some cost in speed; runs on a CPU always are
+    config.deterministic = False
+    # `pool`: the model takes all fused frames of a clip; `examples`: the model takes one fused
+    # frame at a time, and evaluation combines the scores by `eval.reduce`
+    config.after_fusion = "pool"
+    # names of further transforms of a training batch, in order; empty: none
+    config.transforms = ()
+    # alpha of the Beta distribution that draws the shares of two mixed clips; 0: no mixup
+    config.mixup = 0.0
+    config.log_every_steps = 20  # training steps between two lines of `metrics.jsonl`
+    # seconds between two checkpoints, beside the checkpoint of every evaluation
     config.checkpoint_every_seconds = 300.0
 
-    config.data = ConfigDict()
-    config.data.name = "synthetic"  # or iqiyi_vid, arrays
-    config.data.dir = config_dict.placeholder(str)  # folder of official files, or of arrays
-    config.data.cache_dir = config_dict.placeholder(str)  # records; else $VIDJAX_CACHE
-    config.data.size = "small"  # of the synthetic dataset; or standard
-    config.data.seed = 0  # of the synthetic dataset and of the order of training records
-    config.data.train_splits = ("train",)
-    config.data.non_finite = "drop"  # frames with a NaN or an Inf in their feature; or error
-    config.data.mode = "auto"  # resident: clips stay on the device; streaming; auto: if they fit
-    config.data.max_frames = 64  # of a clip in training
-    config.data.crop = "window"  # which ones of a longer clip; or quality
-    config.data.distractors = "other"  # their column in training; or leave_out, noise
-    config.data.weights = config_dict.placeholder(str)  # file of clip weights
-    config.data.balance = 0.0  # clips of a class that has n of them weigh n ** -balance
+    config.data = ConfigDict()  # the clips, and how training reads them
+    # dataset: `synthetic` (made on the spot), `iqiyi_vid` (official files) or `arrays` (features
+    # of your own)
+    config.data.name = "synthetic"
+    config.data.dir = config_dict.placeholder(str)  # folder of official files, or of your features
+    # folder of the converted records and of compiled programs; unset: `$VIDJAX_CACHE`, else
+    # `~/.cache/vidjax`
+    config.data.cache_dir = config_dict.placeholder(str)
+    # size of the synthetic dataset: `small` (100 identities) or `standard` (1,000)
+    config.data.size = "small"
+    config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
+    config.data.train_splits = ("train",)  # splits to train on, e.g. `train,val`
+    # frames whose feature holds a NaN or an infinity: `drop` leaves them out and counts them,
+    # `error` refuses the file
+    config.data.non_finite = "drop"
+    # `resident`: all clips stay in device memory; `streaming`: clips are read from the records;
+    # `auto`: resident if the clips take at most half of the free memory
+    config.data.mode = "auto"
+    config.data.max_frames = 64  # frames of a clip that training reads at most
+    # frames of a longer clip in training: a random `window`, or the best by `quality`
+    config.data.crop = "window"
+    # clips without an identity in training: `other` (class column 0), `leave_out`, or `noise`
+    # (classes of their own, see the group `noise`)
+    config.data.distractors = "other"
+    # file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that is not named has weight 1
+    config.data.weights = config_dict.placeholder(str)
+    # exponent of class balancing: the loss of a clip is weighted by n ** -balance, where its class
+    # has n clips, relative to the mean weight; 0: all clips are weighted alike
+    config.data.balance = 0.0
 
-    config.ensemble = ConfigDict()  # members: the product of all that varies
-    config.ensemble.folds = 0  # every member leaves out one; 0: none
-    config.ensemble.bootstraps = 0  # bootstrap samples; 0: none
-    config.ensemble.views = 0  # members that leave out a chunk of the features; 0: none
-    config.ensemble.chunks = 16  # of which a view leaves out one
-    config.ensemble.min_quality = ()  # of the frames that a member is trained on
-    config.ensemble.seeds = 1
-    config.ensemble.only = ()  # numbers of the members to train here; all
-    config.ensemble.mapping = "auto"  # map: members in turn; vmap: together; auto: map on CPU
+    # the members of an ensemble: the product of all that varies
+    config.ensemble = ConfigDict()
+    # number of stratified folds, each left out by one member; 0: no folds, else 2 or more
+    config.ensemble.folds = 0
+    # number of bootstrap samples of every identity's clips, one per member; 0: none
+    config.ensemble.bootstraps = 0
+    # number of members that each leave out another chunk of the features; 0: none
+    config.ensemble.views = 0
+    # number of equal chunks that a feature vector is cut into for `ensemble.views`, 2 or more
+    config.ensemble.chunks = 16
+    # least quality of the frames that a member is trained on, one value per member, e.g. `0,20,40`
+    config.ensemble.min_quality = ()
+    config.ensemble.seeds = 1  # number of members that differ in their random draws alone
+    # numbers of the members to train here, from 0, e.g. `0,2`; empty: all
+    config.ensemble.only = ()
+    # `map`: members are trained one after another; `vmap`: together in one program; `auto`: `map`
+    # on CPU, `vmap` elsewhere
+    config.ensemble.mapping = "auto"
 
-    config.noise = ConfigDict()  # with data.distractors=noise
-    config.noise.method = "dbscan"  # or hdbscan
-    config.noise.eps = 0.9  # distance of neighbours, between unit vectors
-    config.noise.min_samples = 2
-    config.noise.modality = "face"  # what is clustered
+    # noise classes: clusters of distractors, and a mirror class of every identity for distractors
+    # in no cluster. With `data.distractors=noise`
+    config.noise = ConfigDict()
+    config.noise.method = "dbscan"  # clustering of unit vectors: `dbscan` or `hdbscan`
+    # Euclidean distance between unit vectors, 0 to 2, up to which two are neighbours
+    config.noise.eps = 0.9
+    config.noise.min_samples = 2  # vectors in a neighbourhood, itself included, that make a cluster
+    config.noise.modality = "face"  # modality whose mean frames are clustered
+    # epochs between two relabellings of the distractors in no cluster; 0: labels stay
     config.noise.relabel_every_epochs = 1.0
-    config.noise.mirror_weight = ((0.0, 1.0),)  # (epoch, weight of unclustered noise)
-    config.noise.join = False  # join short distractor clips, cut long ones
+    # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
+    config.noise.mirror_weight = ((0.0, 1.0),)
+    # join short distractor clips and cut long ones in training. With `data.distractors` `noise` or
+    # `other`
+    config.noise.join = False
 
-    config.eval = ConfigDict()
+    config.eval = ConfigDict()  # evaluation and ranking
+    # split to evaluate; it may be among `data.train_splits` only with folds or bootstrap samples
     config.eval.split = "val"
-    config.eval.every_epochs = 0.0  # 0: once, after training
-    config.eval.block_size = 256  # clips a device scores at a time
-    config.eval.scores = "log_softmax"  # or log_sigmoid, logits
-    config.eval.reduce = "mean"  # of a clip's examples; or max
-    config.eval.members = True  # rank every member of an ensemble, too
-    config.eval.report = True  # the command ends with analysis.npz and report.html
-    config.eval.checkpoint = "latest"  # which one `--mode=evaluate` restores; or best
+    config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
+    config.eval.block_size = 256  # clips that a device scores at a time
+    config.eval.scores = "log_softmax"  # scores that clips are ranked by
+    # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
+    config.eval.reduce = "mean"
+    config.eval.members = True  # rank every member of an ensemble by itself, too
+    config.eval.report = True  # write `analysis.npz` and `report.html` at the end
+    # checkpoint that `--mode=evaluate` restores: `latest`, or `best` by MAP
+    config.eval.checkpoint = "latest"
 
+    # the network: `name` and the arguments of a model of `vidjax/models/identifier.py`
     config.model = ConfigDict()
-    config.fusion = ConfigDict()  # modality -> {train: ..., evaluate: ...}; else all frames
+    # modality -> `train` and `evaluate`: `name` and the arguments of a fusion of
+    # `vidjax/fusion.py`. A modality that is not named keeps all its frames
+    config.fusion = ConfigDict()
 
-    config.loss = ConfigDict()
-    config.loss.classification = "softmax"  # loss of the logits beside the focal loss
-    config.loss.focal = "binary"  # or multiclass
+    config.loss = ConfigDict()  # the loss of the logits, and of the embeddings
+    # loss of the logits that has the rest of the weight in `loss.schedule`
+    config.loss.classification = "softmax"
+    # loss of the logits that has the weight in `loss.schedule`: the focal loss of one class against
+    # the rest, summed over classes (`binary`), or of the softmax (`multiclass`)
+    config.loss.focal = "binary"
+    # focusing exponent of the focal loss, 0 or more; 0: cross-entropy
     config.loss.gamma = 2.0
-    config.loss.schedule = ((0.0, 0.0),)  # (epoch, weight of focal); the rest is softmax
-    config.loss.margin = 0.0  # margin of a cosine classifier, in radians
-    config.loss.margin_type = "angular"  # kind of the margin
-    config.loss.embedding = ""  # loss of the embeddings, e.g. triplet; empty for none
-    config.loss.embedding_weight = 1.0  # its weight beside the loss of the logits
-    config.loss.label_smoothing = 0.0  # of softmax
+    # weight of the loss `loss.focal`, 0 to 1: pairs (epoch, weight), linear between them
+    config.loss.schedule = ((0.0, 0.0),)
+    config.loss.margin = 0.0  # margin of a cosine classifier in training, in radians; 0: none
+    config.loss.margin_type = "angular"  # kind of the margin. With `loss.margin` above 0
+    config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
+    # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
+    config.loss.embedding_weight = 1.0
+    # share of the target that is spread over all classes in the softmax cross-entropy, 0 to 1
+    config.loss.label_smoothing = 0.0
 
-    config.optim = ConfigDict()
-    config.optim.name = "adam"  # or sgd
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup = 0.1  # share of all steps
-    config.optim.warmup_scale = 0.0  # where the warm-up starts, relative to the peak
-    config.optim.decay = "cosine"  # or steps, constant
-    config.optim.final_scale = 0.01  # of cosine: learning rate at the end, relative to its peak
-    config.optim.decay_factor = 0.7  # of steps
-    config.optim.decay_every_epochs = 1.0  # of steps
-    config.optim.weight_decay = 0.0  # added to the gradient
-    config.optim.total_decay = 0.0  # log of what matrices shrink by over the whole run
-    config.optim.momentum = 0.9  # of sgd
-    config.optim.clip_norm = 0.0  # 0: gradients are not clipped
+    config.optim = ConfigDict()  # the optimizer and its schedule
+    config.optim.name = "adam"  # optimizer: `adam` or `sgd`
+    config.optim.learning_rate = 1e-3  # learning rate at its peak
+    # share of all training steps, 0 to 1, in which the learning rate rises to its peak
+    config.optim.warmup = 0.1
+    # learning rate at the start of the warm-up, relative to the peak, 0 to 1; 0: the peak divided
+    # by the number of warm-up steps
+    config.optim.warmup_scale = 0.0
+    config.optim.decay = "cosine"  # learning rate after the warm-up: `cosine`, `steps`, `constant`
+    # learning rate at the end, relative to the peak. With `optim.decay=cosine`
+    config.optim.final_scale = 0.01
+    # factor of the learning rate at every step of the stairs. With `optim.decay=steps`
+    config.optim.decay_factor = 0.7
+    # epochs between two steps of the stairs; a fraction is allowed. With `optim.decay=steps`
+    config.optim.decay_every_epochs = 1.0
+    # L2 penalty: this share of every weight matrix is added to its gradient
+    config.optim.weight_decay = 0.0
+    # decoupled weight decay over the whole run: without gradients a weight matrix would shrink by
+    # exp(-total_decay)
+    config.optim.total_decay = 0.0
+    config.optim.momentum = 0.9  # momentum, 0 to 1. With `optim.name=sgd`
+    # global norm that gradients are clipped to; 0: gradients are not clipped
+    config.optim.clip_norm = 0.0
 
-    config.join = ConfigDict()  # --mode=evaluate --runs=A,B
-    config.join.runs = ()  # folders
-    config.join.weights = ()  # of the runs; equal
-    config.join.greedy = False  # choose weights on config.join.split
-    config.join.split = "train"  # scored out of fold
+    # several runs as one ranking, by `--mode=evaluate --runs=A,B`
+    config.join = ConfigDict()
+    config.join.runs = ()  # folders of the runs; set by `--runs`
+    config.join.weights = ()  # weight of each run, 0 or more, e.g. `2,1`; empty: equal weights
+    config.join.greedy = False  # choose the weights by MAP on `join.split`
+    # split to choose weights on; each clip is scored by members that were not trained on it
+    config.join.split = "train"
 
-    config.resume = ConfigDict()
-    config.resume.allow = ()  # fields in which a run may go on otherwise than it began
+    config.resume = ConfigDict()  # a run that goes on where an earlier process stopped
+    # fields, or groups of them, that may differ from those the run began with: of `optim`, `loss`,
+    # `mixup`, `num_epochs`, `log_every_steps` and `eval`
+    config.resume.allow = ()
     return config
-
-
-SIZES = ("iqiyi_vid", "few", "standard")  # words that every configuration knows
-
-
-def choose_data(config: Config, words: Collection[str]) -> bool:
-    """Sets the dataset that words ask for; returns whether values of the published size apply.
-
-    Args:
-      config: changed in place.
-      words: `iqiyi_vid` for official files, with `few` for some thousand clips of them; `standard`
-        for the larger synthetic dataset.
-
-    Raises:
-      ValueError: words that contradict each other.
-    """
-    if {"iqiyi_vid", "standard"} <= set(words):
-        raise ValueError("config arguments: 'iqiyi_vid' and 'standard' are two datasets")
-    if "few" in words and "iqiyi_vid" not in words:
-        raise ValueError("config arguments: 'few' goes with 'iqiyi_vid'")
-    if "iqiyi_vid" in words:
-        config.data.name = "iqiyi_vid"
-    if "standard" in words:
-        config.data.size = "standard"
-    return "iqiyi_vid" in words and "few" not in words
-
-
-def split_args(args: str, known: Sequence[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits what follows the colon of `--config=FILE:ARG,ARG` into known words and modalities.
-
-    Args:
-      args: the text after the colon, e.g. `iqiyi_vid,face,head`.
-      known: the words that the configuration understands.
-
-    Returns:
-      The known words that were given, and the others, in order: names of modalities.
-    """
-    words = [word.strip() for word in args.split(",") if word.strip()]
-    given = {word for word in words if word in known}
-    modalities = tuple(dict.fromkeys(word for word in words if word not in known))
-    for word in modalities:
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-        if close:
-            raise ValueError(f"unknown config argument '{word}': did you mean '{close[0]}'?")
-    return given, modalities
-
-
-def load_file(spec: str) -> Config:
-    """Returns the configuration that `FILE` or `FILE:ARG,ARG` describes.
-
-    Args:
-      spec: path of a Python file with a function `get_config(args: str)`, and its arguments.
-
-    Raises:
-      ValueError: no such file, or no `get_config` in it.
-    """
-    name, _, args = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        near = sorted(str(folder / p.name) for p in folder.glob("*.py")) if folder.is_dir() else []
-        close = difflib.get_close_matches(str(path), near, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there: {', '.join(near) or 'nothing'}"
-        raise ValueError(f"--config: no such file '{name}'\n{hint}")
-    module_spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"--config: '{name}' is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config: '{name}' has no function get_config")
-    return module.get_config(args)
 
 
 def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -209,55 +233,51 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     Args:
       config: the configuration; its values fix the types.
       overrides: command-line words, each beginning with `--config.`; a tuple may be written
-        `face,head` or as a Python tuple.
+        `face,head` or as a Python tuple. Of two words for one field the last one counts.
 
     Raises:
       ValueError: a field that does not exist, or a value of another type.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
-    words = {}  # the last one of a field counts; tuples would be strung together
     for word in overrides:
-        name, equals, value = word.removeprefix("--config.").partition("=")
+        name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
-                key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
-            ]
-            hint = f": did you mean --config.{close[0]}?" if close else ""
-            raise ValueError(f"no field config.{name}{hint}")
+            match = closest(name, known, cutoff=0.5)
+            hint = f"did you mean --config.{match}?" if match else "configs/README.md lists them"
+            raise ValueError(f"no field config.{name}: {hint}")
         if not equals:
             raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
-        if isinstance(known[name], tuple):
-            items = _as_tuple(value)
-            kind = type(known[name][0]) if known[name] else None
-            if kind is str and not all(isinstance(item, str) for item in items):
-                raise ValueError(f"config.{name}={value}: wants names such as {known[name][0]}")
-            value = repr(items)
-        words[name] = f"--config.{name}={value}"
-    values = flags.FlagValues()
-    argv = ["vidjax", *words.values()]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (flags.Error, ValueError, TypeError) as error:
-        said = str(error).splitlines()[0]
-        for name, word in words.items():
-            if "invalid literal" in said and word.split("=", 1)[1] in said:
-                said = f"{word}: wants a number such as {known[name]}"
-        raise ValueError(said) from error
-    changed = values["config"].value
-    for name, value in fields(changed):
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"config.{name}=nan: wants a number")
-    return changed
+        group, _, leaf = name.rpartition(".")
+        parent = config[group] if group else config
+        try:
+            parent[leaf] = config_rules.convert(text, parent.get_type(leaf), known[name])
+        except ValueError as error:
+            raise ValueError(f"--config.{name}={text}: wants {error}") from error
+    return config
 
 
-def _as_tuple(text: str) -> tuple[Any, ...]:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def check(config: Config, *, fresh: bool = True) -> None:
+    """Refuses values that no training can use, before there are data.
+
+    Args:
+      config: the configuration of a training.
+      fresh: True for a training that starts, where a value that nothing reads is refused, too;
+        False where a run goes on, whose configuration may be of an earlier version.
+
+    Raises:
+      ValueError: the first of the `problems`.
+    """
+    for problem in problems(config, fresh=fresh):
+        raise ValueError(problem)
+
+
+def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
+    """Yields an error message for every value that `check` refuses, with the same arguments."""
+    values = dict(fields(config))
+    yield from config_rules.out_of_range(values)
+    if fresh:
+        yield from config_rules.unread(values, dict(fields(default())))
 
 
 def to_json(config: Config) -> str:
@@ -269,8 +289,15 @@ def from_json(text: str) -> Config:
     """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
     config = default()
     with config.unlocked():
-        config.update(_tuples(json.loads(text)))
+        config.update(_with_tuples(json.loads(text)))
     return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value of JSON with its lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def load_workdir(workdir: Path) -> Config:
@@ -288,17 +315,46 @@ def load_workdir(workdir: Path) -> Config:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old value, new value) for every field that differs."""
+    """Returns field -> (old value, new value) for every field that differs and is read.
+
+    A field that neither of the two configurations reads makes no difference.
+    """
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
+        and (config_rules.is_read(name, before) or config_rules.is_read(name, after))
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the fields and the arguments as Markdown tables, or writes them into a page."""
+    parser = argparse.ArgumentParser(prog="python -m vidjax.config", description=main.__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
+    args = parser.parse_args(argv)
+    page = args.write.read_text() if args.write else None
+    for name, content in documentation().items():
+        if page is None:
+            sys.stdout.write(f"{content}\n")
+        else:
+            page = config_docs.replace_section(page, name, content)
+    if page is not None:
+        args.write.write_text(page)
+
+
+def documentation() -> Mapping[str, str]:
+    """Returns section of `configs/README.md` -> its Markdown: `arguments` and `fields`."""
+    files = sorted(config_files.shipped_folder().glob("*.py"))
+    words = {file.name: config_files.load_module(file).WORDS for file in files}
+    return {
+        "arguments": config_docs.argument_table(SCALE_WORDS, words),
+        "fields": config_docs.field_tables(
+            inspect.getsource(default), dict(fields(default())), config_docs.known_names()
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -223,7 +223,7 @@ def all_frames(frames: Frames) -> Frames:
 
 
 # Each draws from nothing but the keyword arguments that a spec gives it.
-_FUSIONS: dict[str, tuple[Callable[..., Frames], bool]] = {
+FUSIONS: dict[str, tuple[Callable[..., Frames], bool]] = {
     "all": (all_frames, False),
     "crops": (crop_means, False),
     "mean": (mean_frame, False),
@@ -252,9 +252,9 @@ def make_fusion(spec: Mapping) -> Callable[[Array | None, Frames], Frames]:
     """
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in _FUSIONS:
-        raise ValueError(f"unknown fusion {name!r}; known are {', '.join(sorted(_FUSIONS))}")
-    function, takes_rng = _FUSIONS[name]
+    if name not in FUSIONS:
+        raise ValueError(f"unknown fusion {name!r}; known are {', '.join(sorted(FUSIONS))}")
+    function, takes_rng = FUSIONS[name]
     parameters, filters = _options(function), _options(filter_frames)
     narrow = {key: options.pop(key) for key in filters if key in options}
     if unknown := sorted(set(options) - set(parameters)):

@@ -8,8 +8,9 @@ import argparse
 import codecs
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def write_ranking(
 ) -> None:
     """Writes the submission file, whole or not at all.
 
-    One line an identity, `{identity} {clip}.mp4 {clip}.mp4 ...`, best first, at most 100 clips.
+    One line per identity, `{identity} {clip}.mp4 {clip}.mp4 ...`, best first, at most 100 clips.
     Every name ends in `.mp4` once, whether or not `clips` carry it.
 
     Args:
@@ -50,57 +51,130 @@ def write_ranking(
     workdir.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _check_names(path: Path, what: str, names: Sequence[str]) -> None:
+def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
     """Raises ValueError for a name that a submission line could not hold."""
     for name in names:
         if name.split() != [name]:
-            raise ValueError(f"{path}: {what} {name!r} is empty or holds white space")
+            raise ValueError(f"{path}: {kind} {name!r} is empty or holds white space")
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
-        raise ValueError(f"{path}: {what} {repeated!r} is repeated")
+        raise ValueError(f"{path}: {kind} {repeated!r} is repeated")
 
 
 def load_ranking(
     path: str | Path, *, identities: Collection[str] | None = None
 ) -> dict[str, list[str]]:
-    """Returns the submission at `path`: identity -> clip names, best first.
+    """Returns a faultless submission: identity -> clip names, best first.
 
     CRLF, a byte order mark and trailing blanks are no faults.
 
     Args:
-      path: a file as `write_ranking` writes it.
+      path: a file in the format of `write_ranking`.
       identities: the known identities, any other being a fault; None knows them all.
 
     Raises:
-      ValueError: with line numbers, in at most 3 lines: an empty line, fields that are not
-        separated by single spaces, an identity that is repeated or unknown, a name that is
-        repeated in its line, more than 100 names.
+      ValueError: the file has one of the faults that `read_submission` tells. The message has at
+        most three lines, each with a line number of the file.
     """
-    ranking, faults = _read_ranking(Path(path), identities)
-    if faults:
-        raise ValueError(_summary(faults))
-    return ranking
+    submission = read_submission(path, identities=identities)
+    if submission.faults:
+        raise ValueError("\n".join(submission.complaints()[:3]))
+    return submission.ranking
+
+
+class Submission(NamedTuple):
+    """A submission as the organisers' script understands it.
+
+    Attributes:
+      ranking: identity -> at most 100 different clip names, best first.
+      faults: kind of fault -> one sentence for every line that has it, with the line's number.
+    """
+
+    ranking: dict[str, list[str]]
+    faults: dict[str, list[str]]
+
+    def complaints(self) -> list[str]:
+        """Returns one sentence per kind of fault: its first line, and the number of such lines."""
+        return [
+            sentences[0] + (f" (lines like it: {len(sentences)})" if sentences[1:] else "")
+            for sentences in self.faults.values()
+        ]
+
+
+def read_submission(path: str | Path, *, identities: Collection[str] | None = None) -> Submission:
+    """Reads a submission as the organisers' script does, and notes what should not be in it.
+
+    | fault | reading |
+    |---|---|
+    | empty file or line | skipped |
+    | fields separated by anything but one space | split at white space |
+    | a name repeated in its line | the first place counts, later ones do not |
+    | more than 100 different names | the first 100 count |
+    | a second line of an identity | the last line counts |
+    | an unknown identity | not scored |
+    | bytes that are not UTF-8 text | a name with them equals no other |
+
+    Source: the description of the script says which repeated name counts, that repeats are dropped
+    before names are counted, and that unknown identities do not matter. Ours: the other rows. The
+    last line counts because a script that fills a dict overwrites its entries.
+
+    Args:
+      path: the file.
+      identities: the known identities, any other being a fault; None knows them all.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    ranking: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}
+
+    def note(kind: str, sentence: str) -> None:
+        faults.setdefault(kind, []).append(sentence)
+
+    lines = _read_lines(Path(path))
+    if not lines:
+        note("empty file", f"{path}: the file is empty")
+    for place, line in lines:
+        fields = line.split()
+        if not fields:
+            note("empty line", f"{place}: the line is empty")
+            continue
+        if line != " ".join(fields):
+            note("separators", f"{place}: fields are not separated by single spaces")
+        if not _is_text(line):
+            note("encoding", f"{place}: not UTF-8 text")
+        identity, *given = fields
+        names = list(dict.fromkeys(given))
+        if len(names) < len(given):
+            repeated = next(name for name, count in Counter(given).items() if count > 1)
+            note("repeated name", f"{place}: {repeated!r} is repeated")
+        if len(names) > MAX_NAMES:
+            note("too many", f"{place}: {len(names)} names, at most {MAX_NAMES} are allowed")
+        if identity in ranking:
+            note("second line", f"{place}: identity {identity!r} has a line already")
+        if identities is not None and identity not in identities:
+            note("unknown identity", f"{place}: identity {identity!r} is unknown")
+        ranking[identity] = names[:MAX_NAMES]
+    return Submission(ranking, faults)
 
 
 def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
     """Returns MAP@100 of a submission, as the organisers' script computes it.
 
-    What that script is known to bear is scored as it does: names that repeat in a line are dropped,
-    first kept, before ranks are counted and before the 100 are; an identity that the submission
-    lacks counts 0, one that the ground truth lacks is ignored; names match as exact strings.
+    A submission with faults is scored, too: `read_submission` says how. An identity that it lacks
+    counts 0, one that the ground truth lacks is ignored. Names match as exact strings.
 
     Args:
       gt_path: `NAME.mp4 ID` lines or `ID NAME.mp4 NAME.mp4 ...` lines.
       ranking_path: the submission.
 
     Raises:
-      ValueError: with a line number. Of the submission: all that `load_ranking` refuses but names
-        that repeat. Of the ground truth: an empty line, an identity that has two lines or no clip,
-        a clip that is listed twice, a form that cannot be told.
+      ValueError: the ground truth has an empty line, an identity with two lines or no clip, a clip
+        that is listed twice, or a form that cannot be told. The message has the line's number.
+      OSError: one of the files cannot be read.
     """
     positives = _read_ground_truth(Path(gt_path))
-    ranking, _ = _read_ranking(Path(ranking_path))
-    return _score(positives, ranking)
+    return _score(positives, read_submission(ranking_path).ranking)
 
 
 def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> float:
@@ -116,48 +190,31 @@ def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> fl
     return metrics.mean_average_precision(index, np.array(columns), counts)
 
 
-def _read_ranking(
-    path: Path, identities: Collection[str] | None = None
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns identity -> names without repeats, and the faults that a scorer can live with."""
-    ranking: dict[str, list[str]] = {}
-    faults = []
-    for where, line in _read_lines(path):
-        if "" in line.split(" ") or "\t" in line:
-            raise ValueError(f"{where}: fields are not separated by single spaces")
-        identity, *given = line.split(" ")
-        names = list(dict.fromkeys(given))
-        if len(names) < len(given):
-            repeated = next(name for name, count in Counter(given).items() if count > 1)
-            faults.append(f"{where}: {repeated!r} is repeated")
-        if len(names) > MAX_NAMES:
-            raise ValueError(f"{where}: {len(names)} names, at most {MAX_NAMES} are allowed")
-        if identity in ranking:
-            raise ValueError(f"{where}: identity {identity!r} has a line already")
-        if identities is not None and identity not in identities:
-            faults.append(f"{where}: identity {identity!r} is unknown")
-        ranking[identity] = names
-    return ranking, faults
-
-
 def _read_ground_truth(path: Path) -> dict[str, list[str]]:
     """Returns identity -> the clips that show it, from either form."""
-    lines = [(where, line.split()) for where, line in _read_lines(path)]
-    for where, fields in lines:
+    lines = _read_lines(path)
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    rows = [(place, line.split()) for place, line in lines]
+    for (place, fields), (_, line) in zip(rows, lines, strict=True):
+        if not fields:
+            raise ValueError(f"{place}: the line is empty")
+        if not _is_text(line):
+            raise ValueError(f"{place}: not UTF-8 text")
         if len(fields) < 2:
-            raise ValueError(f"{where}: {fields[0]!r} stands alone, without a positive")
-    direct = _names_come_first(path, [fields for _, fields in lines])
+            raise ValueError(f"{place}: {fields[0]!r} stands alone, without a positive")
+    direct = _names_come_first(path, [fields for _, fields in rows])
     positives: dict[str, list[str]] = {}
     seen = set()
-    for where, fields in lines:
+    for place, fields in rows:
         if direct and len(fields) > 2:
-            raise ValueError(f"{where}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
+            raise ValueError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         if identity in positives and not direct:
-            raise ValueError(f"{where}: identity {identity!r} has a line already")
+            raise ValueError(f"{place}: identity {identity!r} has a line already")
         for clip in clips:
             if clip in seen:
-                raise ValueError(f"{where}: clip {clip!r} is listed twice")
+                raise ValueError(f"{place}: clip {clip!r} is listed twice")
             seen.add(clip)
         positives.setdefault(identity, []).extend(clips)
     return positives
@@ -177,74 +234,74 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
     raise ValueError(f"{path}: which field is the clip? Names that end in .mp4 would tell")
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields ("path: line n", the line without its end and trailing blanks).
+def _read_lines(path: Path) -> list[tuple[str, str]]:
+    """Returns ("PATH: line N", text) of every line, without its end and trailing blanks.
 
-    Raises:
-      ValueError: a line is empty or not UTF-8, or there is none.
+    Bytes that are not UTF-8 become lone surrogates, which no text contains.
     """
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()  # the end of the last line
-    if not lines:
-        raise ValueError(f"{path}: the file is empty")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}: line {number}"
-        try:
-            text = line.decode().rstrip(" \t\r")
-        except UnicodeDecodeError:
-            raise ValueError(f"{where}: not UTF-8 text") from None
-        if not text.strip(" \t"):
-            raise ValueError(f"{where}: the line is empty")
-        yield where, text
+    return [
+        (f"{path}: line {number}", line.decode(errors="surrogateescape").rstrip(" \t\r"))
+        for number, line in enumerate(lines, 1)
+    ]
 
 
-def _summary(faults: Sequence[str]) -> str:
-    """Returns at most 3 lines about any number of faults."""
-    return "\n".join(faults if len(faults) <= 3 else [*faults[:2], f"and {len(faults) - 2} more"])
+def _is_text(line: str) -> bool:
+    """Returns whether the line was UTF-8 in the file."""
+    return not any("\udc80" <= character <= "\udcff" for character in line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m vidjax.ranking GT RANKING` and returns the exit code.
+    """Runs `python -m vidjax.ranking GT RANKING` and returns the exit code: 0, or 2 when refused.
 
-    The last line of stdout is the score. A submission with faults that the organisers' script bears
-    is scored as well, but the faults go to stderr and the exit code is 2.
+    The last line of stdout is the score. Faults of the submission are warnings on stderr; with
+    `--strict` they are errors, and nothing is scored.
     """
     parser = argparse.ArgumentParser(
         prog="python -m vidjax.ranking",
-        description="Validates a submission and prints its MAP@100, last on stdout.",
+        description="Prints MAP@100 of a submission, last on stdout, and warns of its faults.",
     )
     parser.add_argument("gt", metavar="GT", type=Path, help="'NAME.mp4 ID' or 'ID NAME.mp4 ...'")
     parser.add_argument("ranking", metavar="RANKING", type=Path, help="'ID NAME.mp4 NAME.mp4 ...'")
+    parser.add_argument("--strict", action="store_true", help="refuse a submission with faults")
     arguments = parser.parse_args(argv)
     try:
         positives = _read_ground_truth(arguments.gt)
-        ranking, faults = _read_ranking(arguments.ranking)
+        submission = read_submission(arguments.ranking, identities=positives)
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         sys.stderr.write(f"{text}\n")
         return 2
-    score = _score(positives, ranking)
-    common = len(positives.keys() & ranking.keys())
+    for complaint in submission.complaints():
+        sys.stderr.write(f"{'error' if arguments.strict else 'warning'}: {complaint}\n")
+    if arguments.strict and submission.faults:
+        return 2
+    _warn_if_nothing_matches(arguments.ranking, positives, submission.ranking)
+    common = len(positives.keys() & submission.ranking.keys())
     sys.stdout.write(
         f"{arguments.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
         f"{arguments.ranking}: {common} of them ranked, {len(positives) - common} missing, "
-        f"{len(ranking) - common} others ignored\n"
-        f"MAP@{MAX_NAMES}\n{score:.17g}\n"
+        f"{len(submission.ranking) - common} others ignored\n"
+        f"MAP@{MAX_NAMES}\n{_score(positives, submission.ranking):.17g}\n"
     )
-    if faults:
-        sys.stderr.write(f"{_summary(faults)}\n")
-        return 2
+    return 0
+
+
+def _warn_if_nothing_matches(
+    path: Path, positives: dict[str, list[str]], ranking: dict[str, list[str]]
+) -> None:
+    """Warns on stderr when the score is 0 because no identity or no clip name is common."""
+    if positives.keys().isdisjoint(ranking):
+        sys.stderr.write(f"warning: {path}: no identity of the ground truth is ranked\n")
     wanted = {clip for clips in positives.values() for clip in clips}
     given = {name for names in ranking.values() for name in names}
-    if not common:
-        sys.stderr.write(f"{arguments.ranking}: no identity of the ground truth is ranked\n")
     if wanted.isdisjoint(given):
         sys.stderr.write(
-            f"{arguments.ranking}: no clip of the ground truth is ranked; suffix? "
+            f"warning: {path}: no clip of the ground truth is ranked; suffix? "
             f"{min(wanted)!r} is in the one, {min(given, default='nothing')!r} in the other\n"
         )
-    return 0
 
 
 if __name__ == "__main__":

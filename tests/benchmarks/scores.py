@@ -377,10 +377,10 @@ def main() -> None:
     if not args.collect:
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder, args.real, args.only)
-    from vidjax.main import _load
+    from vidjax.modes.arguments import load_data
 
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = collect(args.folder, old, _load)
+    found = collect(args.folder, old, load_data)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     text = README.read_text()
     for name, table in tables(found).items():

@@ -2,9 +2,9 @@
 
 import importlib.metadata
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,18 +14,24 @@ COMMAND = (sys.executable, "-m", "vidjax.main")
 
 
 def run(*words, env=None, cwd=ROOT, command=COMMAND):
-    """Runs a command as a user would; returns what became of it."""
+    """Runs a command as a user would; returns the finished process."""
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run([*command, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def complaint(done, code=2):
-    """Returns what a command that failed says, which is short."""
+    """Returns the error text of a command that failed, at most three lines."""
     said = done.stderr.strip()
     assert done.returncode == code, said
     assert 1 <= len(said.splitlines()) <= 3, said
     assert "Traceback" not in said
     return said
+
+
+def cpu_seconds():
+    """Returns the processor time of finished child processes: others may be at work here."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def closed_folder(tmp_path):
@@ -41,24 +47,23 @@ def test_a_workdir_that_cannot_be(tmp_path, place):
     workdir = tmp_path / place
     if place.startswith("closed"):
         workdir = closed_folder(tmp_path) / "w"
-    began = time.monotonic()
+    before = cpu_seconds()
     done = run("--config=configs/mma.py", f"--workdir={workdir}")
-    seconds = time.monotonic() - began
     assert str(workdir) in complaint(done)
-    assert seconds < 3.0
+    assert cpu_seconds() - before < 3.0
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config=configs/mmaa.py"], "did you mean 'configs/mma.py'"),
-        (["--config=configs/mma.py", "--config.bacth_size=3"], "did you mean --config.batch_size"),
+        (["--config=configs/mmaa.py"], "'configs/mma.py'"),
+        (["--config=configs/mma.py", "--config.bacth_size=3"], "--config.batch_size"),
         (["--config=configs/mma.py", "--config.batch_size=abc"], "--config.batch_size=abc"),
-        (["--config=configs/mma.py", "stray"], "stray word 'stray'"),
-        (["--config=configs/mma.py:publishd"], "did you mean 'published'"),
-        (["--config=configs/mma.py", "-workdir=w"], "did you mean --workdir?"),
-        (["--config=configs/mma.py", "--mode=trian"], "did you mean train?"),
+        (["--config=configs/mma.py", "stray"], "--help"),
+        (["--config=configs/mma.py:publishd"], "'published'"),
+        (["--config=configs/mma.py", "-workdir=w"], "--workdir?"),
+        (["--config=configs/mma.py", "--mode=trian"], "'train'"),
     ],
 )
 def test_mistaken_words(words, message):

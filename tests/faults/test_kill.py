@@ -45,10 +45,10 @@ def disturbed(undisturbed, official_dir):
         ("noise_classes", "resident", ("start", "save", "step", "evaluation")),
     ],
 )
-def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, case, mode, moments):
+def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, fault_seed, case, mode, moments):
     if campaign:
         pytest.skip("test_a_campaign_of_kills does it by the hundred")
-    rng = random.Random(time.time_ns())
+    rng = random.Random(fault_seed)
     run = disturbed(case, mode)
     died = [kills.kill_once(run, moment, rng) for moment in moments]
     assert died.count(None) <= 1  # a run that was done before it was killed
@@ -57,16 +57,15 @@ def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, case, mode, mo
 
 
 @pytest.mark.slow
-def test_a_campaign_of_kills(campaign, tmp_path):
+def test_a_campaign_of_kills(campaign, fault_seed, tmp_path):
     if not campaign:
         pytest.skip("hours: with --campaign")
-    seed = time.time_ns() % 10**9
-    assert kills.campaign(tmp_path, 200, seed) == 0, (tmp_path / "campaign.txt").read_text()
+    assert kills.campaign(tmp_path, 200, fault_seed) == 0, (tmp_path / "campaign.txt").read_text()
 
 
 @pytest.mark.slow
-def test_killed_evaluations_change_nothing(undisturbed):
-    rng = random.Random(time.time_ns())
+def test_killed_evaluations_change_nothing(undisturbed, fault_seed):
+    rng = random.Random(fault_seed)
     assert not kills.kill_evaluations(undisturbed("mma", "streaming"), 1, rng)
 
 

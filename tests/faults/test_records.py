@@ -380,9 +380,9 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
-    tmp_path: Path, campaign: bool
+    tmp_path: Path, campaign: bool, fault_seed: int
 ) -> None:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(fault_seed)
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 20, 256) for i in range(600)}
     source = tmp_path / "source"
     source.mkdir()

@@ -10,8 +10,8 @@ import numpy as np
 from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
+from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData
-from vidjax.data.untrusted import pickles
 from vidjax.modes.restore import select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
@@ -121,7 +121,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
     if config.data.weights:
-        weight = weight * pickles.load_clip_weights(config.data.weights, clips)
+        weight = weight * ground_truth.load_clip_weights(config.data.weights, clips)
     return weight
 
 

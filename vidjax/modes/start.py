@@ -19,7 +19,7 @@ from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import check_digests
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import say
+from vidjax.run.terminal import say
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import state as state_lib
 from vidjax.system import System

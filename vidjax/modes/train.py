@@ -16,7 +16,7 @@ from vidjax.modes.plan import make_plan, make_schedule
 from vidjax.modes.training_run import TrainingRun
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
-from vidjax.run.logs import Logs, Progress, say
+from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.steps.scoring import Evaluation
 from vidjax.system import make_system

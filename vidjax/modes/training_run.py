@@ -19,7 +19,8 @@ from vidjax.modes import analysis, start
 from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import companion_digests
 from vidjax.run import checkpoint
-from vidjax.run.logs import Logs, say
+from vidjax.run.logs import Logs
+from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import Relabeller

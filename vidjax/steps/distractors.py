@@ -24,7 +24,7 @@ from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import keep_until, say
+from vidjax.run.logs import keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib

@@ -1,0 +1,60 @@
+"""Configurations that note which of their fields are read."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def record(config: Any, reads: set[str], prefix: str = "") -> Any:
+    """Returns a configuration that adds to `reads` the dotted name of every field that is read.
+
+    Args:
+      config: a ConfigDict, changed in place.
+      reads: dotted names. Conversion to JSON, comparison and overrides are no reads.
+      prefix: of the names.
+    """
+    for key, value in config._fields.items():
+        if isinstance(value, ConfigDict):
+            record(value, reads, f"{prefix}{key}.")
+    object.__setattr__(config, "__class__", _Recorded)
+    object.__setattr__(config, "noted", (reads, prefix))
+    return config
+
+
+class _Recorded(ConfigDict):
+    noted: tuple[set[str], str]
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if not isinstance(value, ConfigDict) and "." not in key:
+            reads, prefix = self.noted
+            reads.add(prefix + key)
+        return value
+
+    def get_type(self, key: str) -> type:
+        field = self._fields[key]
+        return field.get_type() if isinstance(field, FieldReference) else type(field)
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = _RecordedDict()
+        found.noted = self.noted
+        for key, value in self._fields.items():
+            value = value.get() if isinstance(value, FieldReference) else value
+            found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+        return found
+
+
+class _RecordedDict(dict[str, Any]):
+    """A dict whose items are noted when they are looked up or spread; `items()` is no read."""
+
+    noted: tuple[set[str], str]
+
+    def __getitem__(self, key: str) -> Any:
+        if not isinstance(self.get(key), dict):
+            reads, prefix = self.noted
+            reads.add(prefix + key)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:  # with it, `dict(spec)` and `**spec` look every item up
+        return super().__iter__()

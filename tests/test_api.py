@@ -1,0 +1,124 @@
+"""The functions of `import vidjax`: what the README's ten lines use, from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vidjax
+from vidjax.run import workdir as workdir_lib
+
+ROOT = Path(__file__).parent.parent
+KNN = str(ROOT / "configs" / "knn.py")
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Returns split -> clip -> modality -> features: 4 people, 6 clips each to train, 3 to test."""
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((4, 16))
+    return {
+        split: {
+            f"{split}_{i}": {
+                "face": (people[i % 4] + 0.3 * rng.standard_normal((2, 16))).astype(np.float32)
+            }
+            for i in range(count)
+        }
+        for split, count in (("train", 24), ("val", 12))
+    }
+
+
+@pytest.fixture(scope="module")
+def labels(clips):
+    """Returns clip -> identity."""
+    names = [name for split in clips.values() for name in split]
+    return {name: f"person_{int(name.rsplit('_')[-1]) % 4}" for name in names}
+
+
+def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
+    data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+    config = vidjax.load_config(
+        KNN, "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
+    )
+    folder = tmp_path / "runs" / "memory"
+    results = vidjax.train(config, folder, data, num_devices=1)
+
+    assert results["map"] == pytest.approx(1.0)
+    assert results == json.loads((folder / "metrics.json").read_text())
+    with workdir_lib.lock(folder):  # it was released
+        pass
+    again = vidjax.train(config, folder, data, num_devices=1)
+    assert again["map"] == results["map"]
+
+    run = vidjax.restore(folder, num_devices=1)
+    ranked = run.rank({"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]})
+    assert [name for name, _ in ranked["person_2"]] == ["new", "other"]
+
+
+def test_training_refuses_a_folder_in_use(clips, labels, cache_dir, tmp_path):
+    data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+    config = vidjax.load_config(KNN, "--config.data.name=arrays")
+    with workdir_lib.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
+        vidjax.train(config, tmp_path, data)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_data_of_folders_and_of_a_configuration(clips, labels, official_dir, cache_dir, tmp_path):
+    for split, named in clips.items():
+        (tmp_path / split).mkdir()
+        for name, modalities in named.items():
+            np.savez(tmp_path / split / f"{name}.npz", **modalities)
+    table = "".join(f"{name},{identity}\n" for name, identity in labels.items())
+    (tmp_path / "labels.csv").write_text(f"clip,identity\n{table}")
+
+    own = vidjax.load_data(tmp_path, cache_dir=cache_dir)
+    assert own.identities == tuple(f"person_{i}" for i in range(4))
+    official = vidjax.load_data(official_dir, cache_dir=cache_dir)
+    assert len(official.identities) == 12
+    config = vidjax.load_config(
+        f"{KNN}:iqiyi_vid,few",
+        f"--config.data.dir={official_dir}",
+        f"--config.data.cache_dir={cache_dir}",
+    )
+    assert vidjax.load_data(config).identities == official.identities
+
+    with pytest.raises(ValueError, match=r"train_gt\.txt"):
+        vidjax.load_data(official_dir, labels, cache_dir=cache_dir)
+    with pytest.raises(ValueError, match=r"config\.data\.dir"):
+        vidjax.load_data(config, labels)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        vidjax.load_data(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("spec", ["knn", "configs/knn.py"])
+def test_configurations_by_name_and_by_file(spec, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = vidjax.load_config(f"{spec}:head", "--config.batch_size=7")
+    assert (config.modalities, config.batch_size) == (("head",), 7)
+    with pytest.raises(ValueError, match=r"config\.batch_size"):
+        vidjax.load_config(spec, "--config.bacth_size=7")
+
+
+def test_importing_is_instant():
+    """The names are there, JAX, TensorFlow and numpy are not."""
+    code = (
+        "import sys, vidjax\n"
+        "assert set(vidjax.__all__) <= set(dir(vidjax))\n"
+        "loaded = {'jax', 'numpy', 'tensorflow', 'flax'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "vidjax.load_config\n"
+        "loaded = {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    for name in vidjax.__all__:
+        assert callable(getattr(vidjax, name))
+    with pytest.raises(AttributeError, match="no attribute 'fly'"):
+        _ = vidjax.fly

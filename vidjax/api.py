@@ -1,0 +1,149 @@
+"""The functions of `import vidjax`: configuration, data, training and a trained run from Python.
+
+Each does what the command line does, and imports JAX or TensorFlow only when it is called.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ml_collections import ConfigDict
+
+from vidjax import config as config_lib
+from vidjax.config import Config
+
+if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
+    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.untrusted.packing import Clips
+    from vidjax.predict import Predictor
+
+
+def load_config(spec: str, *overrides: str) -> Config:
+    """Returns the configuration of an experiment.
+
+    Args:
+      spec: the value of `--config`: a shipped configuration such as `mma` or a Python file, with
+        its arguments after a colon, as in `mma:face,audio`.
+      overrides: values of fields, written as on the command line: `--config.batch_size=64`.
+
+    Raises:
+      ValueError: no such configuration, argument or field, or a value of another type.
+    """
+    return config_lib.override(config_lib.load_file(spec), overrides)
+
+
+def load_data(
+    source: "Mapping[str, Clips] | str | Path | Config",
+    labels: Mapping[str, Any] | str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    non_finite: Literal["drop", "error"] = "drop",
+) -> "Dataset":
+    """Returns a dataset for training and evaluation.
+
+    The first call converts the clips to checked records in the cache. Later calls reuse them until
+    a byte of the source changes.
+
+    Args:
+      source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D], or
+        a dict of arrays as `vidjax.data.arrays.load` describes it; or a folder of official
+        pickles, of `.npz` files or of parquet tables; or a configuration, whose fields
+        `config.data` then name the dataset.
+      labels: clip name -> identity, or a file with the columns `clip` and `identity`. Clips
+        without a label show nobody of interest. None: the ground truth beside the files.
+      cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`. A
+        configuration has its own, `config.data.cache_dir`.
+      non_finite: `drop` leaves out frames with a feature that is not finite, and counts them;
+        `error` refuses them. A configuration has its own, `config.data.non_finite`.
+
+    Raises:
+      ValueError: malformed clips or labels; the message names the file or split, clip and field.
+      FileNotFoundError: no such folder, or no features in it.
+      OSError: the cache cannot be written.
+    """
+    from vidjax.data import arrays
+    from vidjax.data.records import pipeline
+    from vidjax.data.untrusted import pickles
+
+    if isinstance(source, ConfigDict):
+        if labels is not None:
+            raise ValueError("labels: a configuration finds them in the folder config.data.dir")
+        config: Config = source
+        return pipeline.load(
+            config.data.name,
+            directory=config.data.dir,
+            cache_dir=config.data.cache_dir or cache_dir,
+            size=config.data.size,
+            seed=config.data.seed,
+            non_finite=config.data.non_finite,
+        )
+    if not isinstance(source, Mapping):
+        folder = Path(source).expanduser()
+        if folder.is_dir() and pickles.find_pickles(folder):
+            if labels is not None:
+                raise ValueError(
+                    f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
+                    "val_gt.txt"
+                )
+            return pipeline.load(
+                "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
+            )
+    return arrays.load(source, labels, cache_dir=cache_dir, non_finite=non_finite)
+
+
+def train(
+    config: Config, workdir: str | Path, data: "Dataset", *, num_devices: int | None = None
+) -> dict[str, Any]:
+    """Trains a system in a folder and returns the run's metrics, those of `metrics.json`.
+
+    The folder is made and locked here, and unlocked at the end. A run that was stopped goes on from
+    its last checkpoint; a finished run is evaluated again.
+
+    Args:
+      config: a configuration, from `load_config`.
+      workdir: the folder for checkpoints, metrics, rankings and the report.
+      data: a dataset, from `load_data`.
+      num_devices: the number of devices to use; None for all of them.
+
+    Raises:
+      ValueError: the configuration fits neither the data nor the run in the folder, or another
+        process holds the folder.
+      CheckpointError: the run's checkpoints are damaged or belong to another model.
+      Interrupted: SIGINT or SIGTERM arrived; the state was saved, and the same call goes on.
+    """
+    from vidjax import devices
+    from vidjax.modes import train as train_mode
+    from vidjax.run import logs
+    from vidjax.run import workdir as workdir_lib
+
+    if config.deterministic:
+        devices.be_deterministic()
+    folder = workdir_lib.make_workdir(workdir)
+    with workdir_lib.lock(folder):
+        results = train_mode.train(
+            config, folder, data, num_devices=num_devices, analyse=config.eval.report
+        )
+        logs.log_results(folder, results, config.eval.split)
+    return results
+
+
+def restore(
+    workdir: str | Path,
+    *,
+    step: Literal["latest", "best"] = "latest",
+    num_devices: int | None = None,
+) -> "Predictor":
+    """Returns a trained run as functions of new clips: `rank`, `scores` and `embed`.
+
+    Args:
+      workdir: the folder of a run.
+      step: the checkpoint: the `latest`, or the `best` by MAP.
+      num_devices: the number of devices to use; None for all of them. Scores do not depend on it.
+
+    Raises:
+      ValueError: the folder holds no run, or a run that joins others.
+      CheckpointError: no checkpoint is usable.
+    """
+    from vidjax import predict
+
+    return predict.restore(workdir, step=step, num_devices=num_devices)

@@ -1,0 +1,139 @@
+"""Markdown tables of configuration fields and arguments, made from source comments and words."""
+
+import ast
+import io
+import re
+import textwrap
+import tokenize
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def field_comments(source: str) -> dict[str, str]:
+    """Reads the comments that document the fields of a function such as `config.default`.
+
+    A comment belongs to the assignment on its own line, or to the assignment below it.
+
+    Args:
+      source: the function's source code, with assignments such as `config.data.name = "synthetic"`.
+
+    Returns:
+      Dotted name of a field or group -> its comment in one line, in the order of the source.
+    """
+    source = textwrap.dedent(source)
+    comments = {
+        token.start[0]: token.string.lstrip("# ").rstrip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for statement in ast.walk(ast.parse(source)):
+        match statement:
+            case ast.Assign(targets=[ast.Attribute() as target]):
+                line = statement.lineno
+                first = line
+                while first - 1 in comments and _is_comment(source, first - 1):
+                    first -= 1
+                parts = [
+                    comments[number] for number in range(first, line + 1) if number in comments
+                ]
+                name = ast.unparse(target).partition(".")[2]
+                found[line] = (name, " ".join(parts))
+    return dict(found[line] for line in sorted(found))
+
+
+def _is_comment(source: str, line: int) -> bool:
+    return source.splitlines()[line - 1].lstrip().startswith("#")
+
+
+def known_names() -> Mapping[str, Iterable[str]]:
+    """Returns field or group -> the names that it may take, from the tables of the code."""
+    from vidjax import augment, fusion, losses, system  # takes a second: jax
+    from vidjax.models import identifier
+
+    return {
+        "eval.scores": system.SCORES,
+        "fusion": fusion.FUSIONS,
+        "loss.classification": losses.CLASSIFICATION,
+        "loss.embedding": losses.EMBEDDING,
+        "loss.focal": losses.CLASSIFICATION,
+        "loss.margin_type": losses.MARGINS,
+        "model": identifier.MODELS,
+        "transforms": augment.TRANSFORMS,
+    }
+
+
+def field_tables(
+    source: str, defaults: Mapping[str, Any], known: Mapping[str, Iterable[str]]
+) -> str:
+    """Returns one Markdown table of fields for each group of a configuration.
+
+    Args:
+      source: source code of `config.default`.
+      defaults: dotted name -> default of every field.
+      known: field or group -> the names that it may take, as far as these are listed.
+
+    Raises:
+      ValueError: a field or a group has no comment.
+    """
+    comments = field_comments(source)
+    if missing := sorted({*defaults, *comments} - {name for name in comments if comments[name]}):
+        raise ValueError(f"config.default(): no comment above or beside {', '.join(missing)}")
+    lines = _table_head()
+    for name, names in known.items():
+        comments[name] += f"; known are {', '.join(f'`{item}`' for item in names)}"
+    for name, comment in comments.items():
+        if name in defaults:
+            lines.append(f"| `{name}` | {_shown(defaults[name])} | {comment} |")
+            continue
+        lines += ["", f"**`{name}`**: {comment}.", ""]
+        if any(field.startswith(f"{name}.") for field in defaults):
+            lines += _table_head()
+    return "\n".join(lines) + "\n"
+
+
+def _table_head() -> list[str]:
+    return ["| field | default | meaning |", "|---|---|---|"]
+
+
+def _shown(value: Any) -> str:
+    """Returns a default as the command line would take it."""
+    if value is None:
+        return "unset"
+    if value in ((), ""):
+        return "empty"
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return f"`{','.join(value)}`"
+    return f"`{value}`"
+
+
+def argument_table(shared: Mapping[str, str], experiments: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns the Markdown table of the words that experiments take after the colon.
+
+    Args:
+      shared: word -> meaning, of the words that every experiment takes.
+      experiments: name of a file in `configs/` -> its words and their meanings, with the shared.
+    """
+    lines = ["| configuration | argument | meaning |", "|---|---|---|"]
+    lines += [f"| all | `{word}` | {meaning} |" for word, meaning in shared.items()]
+    lines += [
+        f"| `{name}` | `{word}` | {meaning} |"
+        for name, words in experiments.items()
+        for word, meaning in words.items()
+        if word not in shared
+    ]
+    lines.append("| all | names of modalities | the modalities to use, e.g. `face,head` |")
+    return "\n".join(lines) + "\n"
+
+
+def replace_section(page: str, name: str, content: str) -> str:
+    """Returns a page with new content between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises:
+      ValueError: the page has no such section, or more than one.
+    """
+    pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
+    if count != 1:
+        raise ValueError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
+    return page

@@ -1,0 +1,257 @@
+"""Values of configuration fields: converted from text, within their range, and read by something.
+
+A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
+optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
+other than the default in a field that the rest of the configuration leaves unread.
+"""
+
+import ast
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
+
+POSITIVE = ("batch_size", "num_epochs", "log_every_steps", "data.max_frames", "eval.block_size")
+NOT_NEGATIVE = (
+    "mixup",
+    "checkpoint_every_seconds",
+    "noise.relabel_every_epochs",
+    "eval.every_epochs",
+)
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+DISTRACTORS = ("other", "leave_out", "noise")
+
+
+def convert(text: str, kind: type, example: Any) -> Any:
+    """Returns the value that a command-line word gives to a field.
+
+    Args:
+      text: what follows the equals sign.
+      kind: type of the field.
+      example: value of the field so far.
+
+    Raises:
+      ValueError: the text is no value of that type; the error says what is wanted.
+    """
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError("true or false")
+        return BOOLEANS[text.lower()]
+    if kind is tuple:
+        value = _convert_tuple(text)
+        names = bool(example) and isinstance(example[0], str)
+        if names and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"names such as {','.join(example)}")
+        return value
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
+    return value
+
+
+def _convert_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class ReadWhen(NamedTuple):
+    """A condition under which some fields are read.
+
+    Attributes:
+      fields: dotted names.
+      condition: True for values that make a training read the fields.
+      otherwise: why the fields are unread, where the condition does not hold.
+      remedy: command-line words under which the fields are read.
+    """
+
+    fields: tuple[str, ...]
+    condition: Callable[[Values], bool]
+    otherwise: str
+    remedy: str
+
+
+def _schedule_weights(values: Values) -> tuple[float, ...]:
+    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
+    try:
+        return tuple(float(weight) for _, weight in values["loss.schedule"])
+    except (TypeError, ValueError):
+        return (0.5,)
+
+
+def _logit_losses(values: Values) -> set[str]:
+    """Returns the names of the losses of logits that have a weight at some epoch."""
+    weights = _schedule_weights(values)
+    focal = {values["loss.focal"]} if any(weights) else set()
+    rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
+    return focal | rest
+
+
+READ_WHEN = (
+    ReadWhen(
+        ("loss.focal",),
+        lambda values: any(_schedule_weights(values)),
+        "it has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,1),)'",
+    ),
+    ReadWhen(
+        ("loss.classification",),
+        lambda values: any(weight != 1 for weight in _schedule_weights(values)),
+        "config.loss.focal has all the weight throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.gamma",),
+        lambda values: bool(_logit_losses(values) - {"softmax"}),
+        "the focal loss has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,1),)'",
+    ),
+    ReadWhen(
+        ("loss.label_smoothing",),
+        lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}),
+        "the softmax cross-entropy has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.margin_type",),
+        lambda values: values["loss.margin"] > 0,
+        "config.loss.margin=0 adds no margin",
+        "--config.loss.margin=0.5",
+    ),
+    ReadWhen(
+        ("loss.embedding_weight",),
+        lambda values: bool(values["loss.embedding"]),
+        "config.loss.embedding names no loss",
+        "--config.loss.embedding=NAME",
+    ),
+    ReadWhen(
+        ("optim.momentum",),
+        lambda values: values["optim.name"] == "sgd",
+        "only config.optim.name=sgd has a momentum",
+        "--config.optim.name=sgd",
+    ),
+    ReadWhen(
+        ("optim.warmup_scale",),
+        lambda values: values["optim.warmup"] > 0,
+        "config.optim.warmup=0 leaves the warm-up out",
+        "--config.optim.warmup=0.1",
+    ),
+    ReadWhen(
+        ("optim.final_scale",),
+        lambda values: values["optim.decay"] == "cosine",
+        "only config.optim.decay=cosine has a final scale",
+        "--config.optim.decay=cosine",
+    ),
+    ReadWhen(
+        ("optim.decay_factor", "optim.decay_every_epochs"),
+        lambda values: values["optim.decay"] == "steps",
+        "only config.optim.decay=steps decays by a factor",
+        "--config.optim.decay=steps",
+    ),
+    ReadWhen(
+        ("ensemble.chunks",),
+        lambda values: values["ensemble.views"] > 0,
+        "config.ensemble.views=0 leaves no chunk of the features out",
+        "--config.ensemble.views=2",
+    ),
+    ReadWhen(
+        (
+            "noise.method",
+            "noise.eps",
+            "noise.min_samples",
+            "noise.modality",
+            "noise.relabel_every_epochs",
+            "noise.mirror_weight",
+        ),
+        lambda values: values["data.distractors"] == "noise",
+        "only config.data.distractors=noise has noise classes",
+        "--config.data.distractors=noise",
+    ),
+    ReadWhen(
+        ("noise.join",),
+        lambda values: values["data.distractors"] != "leave_out",
+        "config.data.distractors=leave_out trains on no distractor",
+        "--config.data.distractors=noise",
+    ),
+    ReadWhen(
+        ("eval.reduce",),
+        lambda values: values["after_fusion"] == "examples",
+        "with config.after_fusion=pool a clip has one example",
+        "--config.after_fusion=examples",
+    ),
+    ReadWhen(
+        ("join.weights", "join.greedy", "join.split"),
+        lambda values: bool(values["join.runs"]),
+        "a training joins no runs",
+        "--mode=evaluate --workdir=FOLDER --runs=A,B",
+    ),
+)
+
+
+def is_read(name: str, values: Values) -> bool:
+    """Returns False for a field that the other values leave unread.
+
+    Args:
+      name: dotted name of the field.
+      values: those of the whole configuration.
+    """
+    return all(rule.condition(values) for rule in READ_WHEN if name in rule.fields)
+
+
+def out_of_range(values: Values) -> Iterator[str]:
+    """Yields an error message for every value that no training can use, whatever its data."""
+    for name in POSITIVE:
+        if not 0 < values[name] < math.inf:
+            yield f"config.{name}={values[name]}: must be positive"
+    for name in NOT_NEGATIVE:
+        if not values[name] >= 0:
+            yield f"config.{name}={values[name]}: must be 0 or more"
+    if not 0 <= values["seed"] < 2**31:
+        yield f"config.seed={values['seed']}: must be 0 or more, below 2**31"
+    if values["data.distractors"] not in DISTRACTORS:
+        yield (
+            f"config.data.distractors='{values['data.distractors']}': "
+            f"known are {', '.join(DISTRACTORS)}"
+        )
+    if not values["data.train_splits"]:
+        yield "config.data.train_splits is empty: name at least one"
+    split = values["eval.split"]
+    held_out = values["ensemble.folds"] or values["ensemble.bootstraps"]
+    if split in values["data.train_splits"] and not held_out:
+        yield (
+            f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
+            "that were trained on means nothing. With --config.ensemble.folds=5 every clip is\n"
+            "scored by members that were not trained on it"
+        )
+
+
+def unread(values: Values, defaults: Values) -> Iterator[str]:
+    """Yields an error message for every value that was chosen and that nothing reads.
+
+    Args:
+      values: those of the configuration.
+      defaults: the default of every field; a field that has its default is never refused.
+    """
+    for rule in READ_WHEN:
+        if rule.condition(values):
+            continue
+        for name in rule.fields:
+            if values[name] != defaults[name]:
+                yield (
+                    f"config.{name}={values[name]} has no effect: {rule.otherwise}\n"
+                    f"to give it one: {rule.remedy}\n"
+                    f"or leave config.{name} at its default, {defaults[name]}"
+                )
+    if values["join.runs"]:
+        yield (
+            f"config.join.runs={','.join(values['join.runs'])}: a training joins no runs\n"
+            "to join them: --mode=evaluate --workdir=FOLDER --runs=A,B"
+        )

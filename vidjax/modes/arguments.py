@@ -1,0 +1,199 @@
+"""What the words of a command mean to each mode: its configuration, its folders, its data."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from vidjax import config as config_lib
+from vidjax.command_line import PROGRAM, Arguments
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+
+NEEDS_WORKDIR = "name the folder of a trained run"
+COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
+
+
+class Comparison(NamedTuple):
+    """What `--mode=compare` reads and writes.
+
+    Attributes:
+      workdir: the folder that the comparison is written to.
+      runs: the folders of two runs or more; the others are compared with the first.
+      split: the split to compare on; None for the one that the first run evaluates.
+      directory: the folder of the data, None for that of each run.
+      cache_dir: the folder of the records, None for that of each run.
+    """
+
+    workdir: str
+    runs: list[str]
+    split: str | None
+    directory: str | None
+    cache_dir: str | None
+
+
+def for_training(args: Arguments) -> tuple[Config, Path]:
+    """Returns the configuration to train and the run's folder, for `--mode=train`.
+
+    Raises:
+      ValueError: a mistake in the words, or a value that no training can use.
+    """
+    if args.runs is not None:
+        raise ValueError(
+            "--runs takes trained runs: use it with --mode=evaluate, which joins them,\n"
+            "or with --mode=compare"
+        )
+    if not args.config:
+        raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
+    config = config_lib.override(config_lib.load_file(args.config), args.overrides)
+    name, _, words = args.config.partition(":")
+    default = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
+    workdir = Path(args.workdir or f"runs/{default}").expanduser()
+    config_lib.check(config, fresh=not (workdir / "config.json").exists())
+    return config, workdir
+
+
+def for_evaluation(args: Arguments) -> tuple[Config, Path]:
+    """Returns the configuration of a run and its folder, for `--mode=evaluate`.
+
+    With `--runs` the folder is that of the joined results, and the configuration names the runs.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if not args.workdir:
+        raise ValueError(f"--mode=evaluate needs --workdir=FOLDER: {NEEDS_WORKDIR}")
+    if args.config:
+        raise ValueError(
+            "--mode=evaluate takes its configuration from --workdir, not --config:\n"
+            "leave --config out, and change fields by --config.FIELD=VALUE"
+        )
+    workdir = Path(args.workdir).expanduser()
+    config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
+    return config_lib.override(config, args.overrides), workdir
+
+
+def _joined_config(args: Arguments, workdir: Path) -> Config:
+    """Returns a configuration that joins the runs of `--runs`."""
+    runs = tuple(str(Path(name).expanduser().absolute()) for name in args.folders)
+    if not runs:
+        raise ValueError("--runs= is empty: name two runs or more, --runs=A,B")
+    if (workdir / "config.json").exists():
+        earlier = tuple(config_lib.load_workdir(workdir).join.runs)
+        if earlier != runs:
+            content = "other joined runs" if earlier else "a run of its own"
+            raise ValueError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
+    config = config_lib.default()
+    config.join.runs = runs
+    return config
+
+
+def for_report(args: Arguments) -> Path:
+    """Returns the run's folder, for `--mode=report`.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if not args.workdir:
+        raise ValueError(f"--mode=report needs --workdir=FOLDER: {NEEDS_WORKDIR}")
+    if args.config or args.runs is not None or args.overrides:
+        raise ValueError("--mode=report takes --workdir alone: it shows the files of that folder")
+    workdir = Path(args.workdir).expanduser().absolute()
+    run_config(workdir)
+    return workdir
+
+
+def for_comparison(args: Arguments) -> Comparison:
+    """Returns what to compare, for `--mode=compare`.
+
+    Raises:
+      ValueError: a mistake in the words.
+    """
+    if not args.workdir:
+        raise ValueError("--mode=compare needs --workdir=FOLDER, where the comparison is written")
+    if args.config:
+        raise ValueError("--mode=compare reads trained runs: --runs=A,B, not --config")
+    if len(args.folders) < 2:
+        raise ValueError(
+            "--mode=compare needs --runs=A,B: folders of two runs or more, split by commas\n"
+            "all others are compared with the first"
+        )
+    config = config_lib.override(config_lib.default(), args.overrides)
+    given = {word.removeprefix("--config.").partition("=")[0] for word in args.overrides}
+    if unread := sorted(given - set(COMPARABLE)):
+        raise ValueError(
+            f"--mode=compare does not read config.{unread[0]}\n"
+            f"known are {', '.join(f'--config.{name}' for name in COMPARABLE)}"
+        )
+    split = config.eval.split if "eval.split" in given else None
+    return Comparison(args.workdir, args.folders, split, config.data.dir, config.data.cache_dir)
+
+
+def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
+    """Returns the configuration and the folder to check, for `--mode=check`.
+
+    The folder is None where the configuration of `--config` is checked with its data; both are None
+    where only the environment is checked. The configuration is None where that of the run is
+    damaged, which the check then reports.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if args.runs is not None:
+        raise ValueError(
+            "--mode=check takes one --workdir=FOLDER; --runs goes with --mode=evaluate"
+        )
+    if args.workdir and args.config:
+        raise ValueError(
+            "--mode=check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
+        )
+    if args.config:
+        return config_lib.override(config_lib.load_file(args.config), args.overrides), None
+    if not args.workdir:
+        if args.overrides:
+            raise ValueError("--mode=check with fields needs --workdir=FOLDER or --config=FILE")
+        return None, None
+    workdir = Path(args.workdir).expanduser().absolute()
+    try:
+        config = run_config(workdir)
+    except ValueError:
+        if not (workdir / "config.json").is_file():
+            raise
+        return None, workdir
+    return config_lib.override(config, args.overrides), workdir
+
+
+def run_config(workdir: Path) -> Config:
+    """Returns the configuration of the run in a folder.
+
+    Raises:
+      ValueError: no run there, or a damaged one; the error says how to make one.
+    """
+    try:
+        return config_lib.load_workdir(workdir)
+    except ValueError as error:
+        if (workdir / "config.json").is_file():
+            raise
+        runs = sorted(path.parent for path in workdir.glob("*/config.json"))
+        hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"
+        if runs:
+            hint = f"there are runs in it: {', '.join(shown(path) for path in runs[:3])}"
+        raise ValueError(f"{error}\n{hint}") from error
+
+
+def load_data(config: Config) -> TrainingData:
+    """Returns the dataset of a configuration, converted into records where it is not yet."""
+    from vidjax.data.load import load_dataset
+
+    return load_dataset(
+        config.data.name,
+        directory=config.data.dir,
+        cache_dir=config.data.cache_dir,
+        size=config.data.size,
+        seed=config.data.seed,
+        non_finite=config.data.non_finite,
+    )
+
+
+def shown(path: Path) -> str:
+    """Returns a path as short as it can be written from the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,174 @@
+"""The files of a run's folder, as a check finds them: results, logs, checkpoints.
+
+Nothing is changed and no lock is taken: a run may go on meanwhile, and a file that the run deletes
+or has not finished writing is no fault.
+"""
+
+import fcntl
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vidjax import config as config_lib
+from vidjax import ranking
+from vidjax.config import Config
+from vidjax.modes import restore
+from vidjax.modes.findings import FAULT, OK, WARNING, Findings
+from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
+
+
+def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
+    """Yields the findings on each file beside the checkpoints.
+
+    Args:
+      config: the run's configuration, None where it is damaged.
+      workdir: the run's folder.
+    """
+    yield _use(workdir)
+    if config is None:
+        yield _damaged_config(workdir)
+    for path in sorted(workdir.glob("*.json")):
+        if path.name not in ("config.json", "identities.json"):  # see `check_companions`
+            yield _results(path)
+    for path in sorted(workdir.glob("*.jsonl")):
+        yield _log(path)
+    if (workdir / "metrics.json").exists() and not (workdir / "ranking.txt").exists():
+        yield iter([(FAULT, "ranking.txt: missing, though metrics.json is there")])
+    for path in sorted(workdir.glob("ranking*.txt")):
+        yield _ranking(path)
+
+
+def _use(workdir: Path) -> Findings:
+    holder = _holder(workdir)
+    if holder:
+        yield WARNING, f"workdir: in use by {holder}: its newest files may be unfinished"
+        return
+    for path in sorted([*workdir.glob(".*.partial"), *workdir.glob(".write-test-*")]):
+        yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
+
+
+def _damaged_config(workdir: Path) -> Findings:
+    config_lib.load_workdir(workdir)  # raises the error that describes the damage
+    yield OK, "config.json: written while this was checked"
+
+
+def _results(path: Path) -> Findings:
+    """Yields the finding on a file of results, in JSON."""
+    content = workdir_lib.read_json(path)
+    if path.name == "data_report.json":
+        problems = list(wrong_sums(content))
+        yield from ((FAULT, problem) for problem in problems)
+        if not problems:
+            yield OK, "data_report.json: loaded + skipped = seen throughout"
+    elif path.name.startswith("metrics") and "map" in content:
+        yield OK, f"{path.name}: MAP@100 {content['map']:.4f} ({content.get('map_kind')})"
+    else:
+        yield OK, f"{path.name}: can be read"
+
+
+def _ranking(path: Path) -> Findings:
+    known = path.with_name("identities.json")
+    identities = workdir_lib.read_json(known, list) if known.exists() else None
+    ranked = ranking.load_ranking(path, identities=identities)
+    if identities is not None and len(ranked) != len(identities):
+        yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
+    else:
+        yield OK, f"{path.name}: valid, {len(ranked)} identities"
+
+
+def _log(path: Path) -> Findings:
+    """Yields the finding on a log: its lines must be whole, in the order of steps, none twice."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    before = (-1, False, 0)
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            place = (int(value["step"]), "split" in value, value.get("member", 0))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            yield FAULT, f"{path.name}: line {number} is damaged"
+            return
+        if place <= before and path.name != resume.FILE:
+            yield FAULT, f"{path.name}: line {number}: step {place[0]} after step {before[0]}"
+            return
+        before = place
+    if rest:
+        yield WARNING, f"{path.name}: the last line is not finished; a resumed run cuts it off"
+    else:
+        yield OK, f"{path.name}: {len(lines)} lines to step {max(before[0], 0)}"
+
+
+def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> Findings:
+    """Yields the findings on every saved step, and the step that evaluation would use.
+
+    Args:
+      config: the run's configuration, None where it is damaged.
+      workdir: the run's folder.
+      name: prefix of every text.
+    """
+    if name and config is None:
+        config_lib.load_workdir(workdir)  # raises the error that describes the damage
+    holder = _holder(workdir)
+    for step in (steps := checkpoint.survey(workdir)):
+        folder = workdir / "checkpoints" / str(step)
+        try:
+            manifest = checkpoint.verify(folder)
+        except checkpoint.CheckpointError as error:
+            if folder.exists():  # unless the run has deleted it meanwhile
+                yield FAULT, f"{name}checkpoint {step}: {error}"
+        else:
+            scored = f", MAP {manifest['map']:.4f}" if "map" in manifest else ""
+            count = len(manifest["files"])
+            yield OK, f"{name}checkpoint {step}: {count} files, sha256 agrees{scored}"
+    for path in sorted((workdir / "checkpoints").glob("*")):
+        if path.name not in map(str, steps):
+            kind = "no checkpoint"
+            if path.name.startswith("."):
+                kind = "being saved or dropped" if holder else "left over from a save cut short"
+            yield WARNING, f"{name}'{path}': {kind}; never used"
+    prefer = config.eval.checkpoint if config is not None else "latest"
+    with warnings.catch_warnings():  # about damage that was reported above
+        warnings.simplefilter("ignore")
+        newest = checkpoint.find(workdir, prefer)
+    if newest is None:
+        trained = (workdir / "metrics.json").exists()
+        text = "though metrics.json is there" if trained else "training would begin at step 0"
+        yield FAULT if trained else WARNING, f"{name}no checkpoint: {text}"
+        return
+    step = newest.manifest["step"]
+    state = WARNING if prefer == "latest" and step < max(steps) else OK
+    yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
+    for companion in restore.check_companions(workdir, newest.manifest):
+        if companion.file == restore.CONFIG and config is None:
+            continue  # its damage was reported before
+        state = FAULT if companion.fault else OK
+        yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
+
+
+def _holder(workdir: Path) -> str | None:
+    """Returns a description of the process that holds a run's lock, None if none does."""
+    try:
+        with open(workdir / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return None
+
+
+def wrong_sums(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a text for every count of a data report that is not the sum of its parts."""
+    for split, modalities in ((s, part["modalities"]) for s, part in report["splits"].items()):
+        for name, counts in modalities.items():
+            for unit in ("frames", "clips"):
+                seen, loaded = counts.get(f"{unit}_seen"), counts.get(unit)
+                skipped = sum(counts[f"{unit}_skipped"].values())
+                if seen is not None and loaded + skipped != seen:
+                    yield (
+                        f"data_report.json: {name}_{split}: {seen} {unit} seen, "
+                        f"but {loaded} loaded + {skipped} skipped"
+                    )
