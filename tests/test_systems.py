@@ -17,7 +17,6 @@ import pytest
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Batch, Frames
-
 from vidjax.devices import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import state as state_lib
