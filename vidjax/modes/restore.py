@@ -36,7 +36,7 @@ class FoundRun(NamedTuple):
 
     Attributes:
       checkpoint: every file of it matched its sha256.
-      task: what the system takes from the training data.
+      task: the sizes that the system takes from the training data.
       identities: [C] names of the class columns 1..C.
       training_sets: the clips that each member was trained on.
     """
