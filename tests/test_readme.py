@@ -18,8 +18,8 @@ import pytest
 import vidjax
 from tests.benchmarks import scores
 from tests.campaigns import kills, same_bytes
+from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
-from vidjax import fusion, main, ranking
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import identifier
 
@@ -365,7 +365,7 @@ def test_every_flag_and_mode_is_listed_and_no_other(capsys):
     named = table("configs/README.md", "Flags")
     assert {re.split(r"[=\[]", word)[0] for word in named if word.startswith("--")} == flags
     assert {word for word in named if not word.startswith("--") and not word.isdigit()} == set(
-        main.MODES
+        command_line.MODES
     )
 
 
