@@ -1,4 +1,4 @@
-"""What evaluation finds beside MAP: sums that agree with it, and a sample that is reproducible."""
+"""The analysis of an evaluation: its parts add up to MAP, and its sample is reproducible."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def workdir(data, tmp_path_factory):
 
 
 def analysed(workdir, data, *overrides):
-    """Evaluates a run with an analysis, not as it was; returns metrics, facts and arrays."""
+    """Evaluates a run with overrides and an analysis; returns metrics, values and arrays."""
     config = config_lib.override(config_lib.load_workdir(workdir), overrides)
     results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
@@ -147,7 +147,7 @@ def test_map_among_some_clips_by_hand():
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    found = strata.ranked_columns(top, labels)
+    columns = strata.ranked_columns(top, labels)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
     for identity in range(1, 5):
@@ -155,19 +155,19 @@ def test_map_among_some_clips_by_hand():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    value, identities, clips = strata.map_among(top, found, labels, chosen)
+    value, identities, clips = strata.map_among(top, columns, labels, chosen)
     assert value == pytest.approx(np.mean(averages))
     assert (identities, clips) == (4, chosen.sum())
-    everything, _, _ = strata.map_among(top, found, labels, labels > 0)
+    everything, _, _ = strata.map_among(top, columns, labels, labels > 0)
     positives = np.bincount(labels, minlength=5)[1:]
     assert everything == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
 
-def test_homes_are_the_lists_of_the_highest_score():
+def test_the_best_list_of_a_clip_has_its_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    homes = confusions.best_lists(topk.TopK(scores, index), 4)
-    assert homes.tolist() == [0, 1, 0, -1]  # clip 2 is at par: the first identity
+    best = confusions.best_lists(topk.TopK(scores, index), 4)
+    assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
 
 
 def test_groups_by_count_and_quantile_hold_everything_once():

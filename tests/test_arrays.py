@@ -396,7 +396,7 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
     (folder / "train.parquet").unlink()
     clip_files.write_truth(folder, "train", {"one": "1"})
     write_csv(folder / "labels.csv", {"one": 1})
-    refused("labels.csv and train_gt.txt: which?", source=folder, cache=cache)
+    refused("labels.csv and train_gt.txt: keep one", source=folder, cache=cache)
 
 
 @needs_pyarrow

@@ -1,4 +1,4 @@
-"""Joined runs: against a loop over clip names, honest weights, and what may not be joined."""
+"""Blended runs: equal to a loop over clip names, fitted out of fold, refused where they differ."""
 
 import json
 import shutil

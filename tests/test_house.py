@@ -51,7 +51,7 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
     "models": {"batch", "fusion"},  # plain arguments, no config objects
-    "report": {"data", "run"},  # pages from files
+    "report": {"data", "metrics", "run"},  # pages from files
     "run": {"config"},  # files, no maths
     "data": {"batch", "devices"},
     "data/records": {"batch", "data"},
@@ -157,10 +157,8 @@ def test_folders_import_without_the_libraries_they_may_not_know(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_folder_says_what_may_live_in_it(package):
     path = ROOT.joinpath(*package.split("."), "__init__.py")
-    sentence = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert sentence.endswith("."), package
-    if package != "vidjax":
-        assert len(sentence.splitlines()) == 1, package
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert text.split("\n\n")[0].endswith("."), package
 
 
 def test_every_package_is_installed():

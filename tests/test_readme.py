@@ -1,6 +1,7 @@
-"""The README: its commands and examples run, and its tables name what exists and no more."""
+"""The READMEs: commands and examples run, links lead somewhere, tables name what exists."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -14,14 +15,28 @@ from pathlib import Path
 
 import pytest
 
+import vidjax
+from tests.benchmarks import scores
+from tests.campaigns import kills, same_bytes
+from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
-from vidjax import main, ranking
 from vidjax.data import iqiyi_vid, synthetic
-from vidjax.run import workdir
+from vidjax.models import identifier
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-
+PAGES = {
+    name: ROOT / name
+    for name in (
+        "README.md",
+        "configs/README.md",
+        "vidjax/data/README.md",
+        "vidjax/run/README.md",
+        "tests/benchmarks/README.md",
+        "tests/README.md",
+    )
+}
+MOST_LINES = 250  # of the main README
 
 MAINS = {
     "vidjax.main": main.main,
@@ -35,15 +50,19 @@ FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
 
-def commands():
-    """Returns the words of every `python -m vidjax...` that the README prints, in its order."""
-    found = []
-    for block in re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL):
+def shell_commands(page):
+    """Yields the words of every command in the `sh` blocks of a page."""
+    for block in re.findall(r"```sh\n(.*?)```", PAGES[page].read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("#")[0].split("&&"):
-                if (words := shlex.split(command))[:2] == ["python", "-m"]:
-                    found.append(words[2:])
-    return found
+            for command in line.split("&&"):
+                if words := shlex.split(command, comments=True):
+                    yield words
+
+
+def commands():
+    """Returns the words of every `python -m MODULE` of all pages, in their order, each once."""
+    found = [words[2:] for page in PAGES for words in shell_commands(page) if words[1:2] == ["-m"]]
+    return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
 def example(name):
@@ -61,21 +80,39 @@ def with_line(source, block):
     assert re.fullmatch(r'    "\w+": \w+,', entry)
     last = source.rindex("\nfrom vidjax.models.")
     source = source[:last] + "\n" + imported + source[last:]
-    table = "_SYSTEMS: dict[str, Any] = {\n"
-    assert source.count(table) == 1
-    return source.replace(table, table + entry + "\n")
+    source, count = re.subn(r"(\nMODELS\b.*= \{\n)", rf"\1{entry}\n", source)
+    assert count == 1
+    return source
+
+
+def prose(page):
+    """Returns the text of a page, or of the cells of a notebook, without blocks of code."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def headings(page):
+    """Returns (level, text) of the headings of a page."""
+    found = re.findall(r"^(#+) (.*)$", prose(page), re.MULTILINE)
+    return [(len(marks), text) for marks, text in found]
+
+
+def anchors(page):
+    """Returns the names by which links reach the headings of a page."""
+    names = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for _, text in headings(page)]
+    assert len(names) == len(set(names)), page
+    return names
 
 
 def links():
-    """Returns (page, target) of every link in the README and in the cells of the notebooks."""
-    pages = {"README.md": README.read_text()}
-    for path in sorted((ROOT / "colab").glob("*.ipynb")):
-        cells = json.loads(path.read_text())["cells"]
-        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] != "code")
-        pages[f"colab/{path.name}"] = text
+    """Returns (page, target) of every link in the READMEs and the notebooks."""
+    notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
     found = []
-    for page, text in pages.items():
-        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for page in (*PAGES, *notebooks):
+        text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
         found += [(page, target) for target in targets]
     return found
@@ -83,19 +120,51 @@ def links():
 
 def test_links_lead_somewhere():
     found = links()
-    assert len(found) > 8
-    headings = re.findall(r"^#+ (.*)$", README.read_text(), re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in headings}
+    assert {page for page, _ in found} >= {*PAGES} - {"vidjax/run/README.md"}
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
     for page, target in found:
-        if target.startswith("#"):
-            assert target[1:] in anchors, (page, target)
-        elif target.startswith(blob):  # the notebook itself
+        if target.startswith(blob):  # the notebook itself
             assert target.removeprefix(blob) == page
         elif target.startswith("https://"):
             assert urllib.parse.urlsplit(target).netloc in KNOWN_HOSTS, (page, target)
         else:
-            assert ((ROOT / page).parent / target).exists(), (page, target)
+            path, _, anchor = target.partition("#")
+            to = (ROOT / page).parent / path if path else ROOT / page
+            assert to.exists(), (page, target)
+            if anchor:
+                assert anchor in anchors(str(to.resolve().relative_to(ROOT))), (page, target)
+
+
+def test_every_readme_is_tested_and_linked_from_the_first():
+    found = {str(path.relative_to(ROOT)) for path in ROOT.glob("**/README.md")}
+    assert {path for path in found if not path.startswith((".", "build/"))} == set(PAGES)
+    linked = {target.partition("#")[0] for page, target in links() if page == "README.md"}
+    assert linked >= set(PAGES) - {"README.md"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_and_tables_are_whole(page):
+    levels = [level for level, _ in headings(page)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    for rows in re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()}
+        assert len(widths) == 1, rows
+
+
+def test_the_first_readme_is_for_the_first_hour():
+    text = README.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    told = re.search(r"about (\d+) seconds on 2 CPU cores", text)
+    seconds = json.loads(scores.RESULTS.read_text())["seconds"]["body"]
+    assert told and float(told[1]) == pytest.approx(seconds, rel=0.25)
+
+
+def test_the_table_of_folders_is_complete():
+    named = {folder.rstrip("/") for folder in table("README.md", "Where things are")}
+    packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("vidjax/**/__init__.py")}
+    packages |= {path.parent.relative_to(ROOT) for path in ROOT.glob("tests/**/__init__.py")}
+    assert named == {str(path) for path in packages} | {"configs", "colab"}
 
 
 @pytest.mark.slow
@@ -143,17 +212,83 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "configs", "configs")
     synthetic.main(["PATH"])
     runpy.run_path(write("features.py"))
-    found = commands()
-    assert len(found) > 12
+    found = [words for words in commands() if words[0].startswith("vidjax.")]
+    assert len(found) > 15
     for module, *words in found:
         if words == ["--config=configs/mine.py"]:
-            continue  # below
+            continue  # above
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
             words += SHORT + (SMALL if "mma.py:iqiyi_vid" in words[0] else ())
             if "ensemble" in " ".join(words):
                 words += FEW
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
+
+
+@pytest.mark.slow
+def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages = {name: tmp_path / f"{name}.md" for name in scores.PAGES}
+    for name, page in pages.items():
+        shutil.copy(scores.PAGES[name], page)
+    results = shutil.copy(scores.RESULTS, tmp_path / "scores.json")
+    monkeypatch.setattr(scores, "PAGES", pages)
+    monkeypatch.setattr(scores, "RESULTS", Path(results))
+    campaigns = []
+    monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
+    run = {
+        # Trains nothing, or times the shortest command.
+        "tests.benchmarks.scores": lambda words: scores.main(
+            [*words, "--only=knn"] if "--time" in words else [*words, "--collect"]
+        ),
+        "tests.campaigns.same_bytes": lambda words: same_bytes.main(
+            [*words, "--only=knn", f"--cache={cache_dir}"]
+        ),
+        # `tests/faults/test_kill.py` runs a short campaign.
+        "tests.campaigns.kills": kills.main,
+    }
+    found = [words for words in commands() if words[0].startswith("tests.")]
+    assert {module for module, *_ in found} == set(run)
+    for module, *words in found:
+        assert run[module](words) in (0, None), (module, words)
+    assert (
+        json.loads(Path(results).read_text())["scores"]
+        == json.loads((ROOT / "tests/benchmarks/scores.json").read_text())["scores"]
+    )
+    assert campaigns == [(tmp_path / "FOLDER", 200, 0, None)]
+
+
+@pytest.mark.slow
+def test_every_pytest_command_selects_tests():
+    found = [words for page in PAGES for words in shell_commands(page) if words[0] == "pytest"]
+    assert len(found) >= 3
+    for words in {tuple(words) for words in found}:
+        command = [sys.executable, "-m", *words, "--collect-only", "-q", "-n", "0"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_every_command_is_known():
+    """What no test above runs is installed or set up by `.ci/run`."""
+    modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
+    modules.add("tests.campaigns.same_bytes")
+    for page in PAGES:
+        for words in shell_commands(page):
+            if words[:2] == ["python", "-m"]:
+                assert words[2] in modules, (page, words)
+            elif words[0] != "pytest":
+                assert page == "README.md" and words[0] in ("python3", ".", "pip"), (page, words)
+
+
+def test_the_benchmarks_take_the_flags_that_their_page_shows():
+    text = prose("tests/benchmarks/README.md")
+    for name, flag in re.findall(r"`(\w+)( --\w+)?`", text):
+        path = ROOT / "tests/benchmarks" / f"{name}.py"
+        if path.exists() and flag:
+            assert f'"{flag.strip()}"' in path.read_text(), (name, flag)
+    programs = {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")}
+    named = {name for name, _ in re.findall(r"`(\w+)( --\w+)?`", text)}
+    assert programs - named <= {"__init__", "common", "peer", "scores"}
 
 
 def write(name):
@@ -177,26 +312,32 @@ def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkey
     assert found["vectors"].shape[0] == 1
 
 
+def section(page, heading):
+    """Returns what stands under a heading of a page, up to the next heading of level 2."""
+    text = PAGES[page].read_text()
+    assert text.count(f"\n## {heading}\n") == 1, f"{page} has no section '## {heading}'"
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def table(page, heading):
+    """Returns the words in backticks of first cells under a heading."""
+    rows = re.findall(r"^\| (.*?) \|", section(page, heading), re.MULTILINE)
+    return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
+
+
 def fault_table():
-    """Returns number of a fault -> the tests that the README's table names for it."""
-    assert "\n## Faults\n" in README.read_text(), "README.md has no section '## Faults'"
-    section = README.read_text().split("\n## Faults\n")[1].split("\n## ")[0]
+    """Returns number of a fault -> the tests that the table names for it."""
     found = {}
-    for line in section.splitlines():
+    for line in section("tests/README.md", "Faults").splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if not cells or not cells[0][:1].isdigit():
-            continue
-        assert len(cells) == 4, f"{line}: wanted | # | fault | behaviour | test |"
-        for part in cells[0].split(","):
-            first, _, last = part.strip().partition("-")
-            for number in range(int(first), int(last or first) + 1):
-                assert number not in found, f"fault {number} has two rows"
-                found[number] = re.findall(r"`([^`]+)`", cells[3])
+        if cells and cells[0].isdigit():
+            assert int(cells[0]) not in found, f"fault {cells[0]} has two rows"
+            found[int(cells[0])] = re.findall(r"`([^`]+)`", cells[3])
     return found
 
 
-def test_readme_has_a_row_for_every_fault():
-    assert sorted(fault_table()) == [*range(1, 40), 41, 42]
+def test_every_fault_has_a_row():
+    assert list(fault_table()) == [*range(1, 43)]
 
 
 def test_the_tests_of_the_fault_table_exist():
@@ -211,38 +352,45 @@ def test_the_tests_of_the_fault_table_exist():
             assert function.startswith("test_"), test
 
 
-def table(heading):
-    """Returns the first cells of the table under a heading of the README, without backticks."""
-    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-    return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
-
-
-def test_readme_lists_every_field_and_no_other():
+def test_every_field_is_listed_and_no_other():
     fields = {name for name, _ in config_lib.fields(config_lib.default())}
-    assert {name.removeprefix("config.") for name in table("Fields")} == fields
+    named = table("configs/README.md", "Fields")
+    assert {name.removeprefix("config.") for name in named} == fields
 
 
-def test_readme_lists_every_flag_and_no_other():
-    source = (ROOT / "vidjax" / "main.py").read_text()
-    flags = set(re.findall(r'add_argument\(\s*"(--[\w.]+)', source))
-    named = [word for word in table("Flags") if word.startswith("--")]  # not the arguments
-    assert {re.split(r"[=\[]", flag)[0] for flag in named} == flags
+def test_every_flag_and_mode_is_listed_and_no_other(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    flags = set(re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, re.MULTILINE))
+    named = table("configs/README.md", "Flags")
+    assert {re.split(r"[=\[]", word)[0] for word in named if word.startswith("--")} == flags
+    assert {word for word in named if not word.startswith("--") and not word.isdigit()} == set(
+        command_line.MODES
+    )
+
+
+def test_every_model_and_fusion_is_listed_and_no_other():
+    known = set()
+    with pytest.raises(ValueError, match="known are") as model:
+        identifier.make_identifier({"name": ""}, modalities={}, num_classes=2, num_clips=1)
+    with pytest.raises(ValueError, match="known are") as frames:
+        fusion.make_fusion({"name": ""})
+    for error in (model, frames):
+        known |= set(str(error.value).partition("known are ")[2].split(", "))
+    assert set(table("configs/README.md", "Models and fusions")) == known
 
 
 @pytest.mark.slow
-def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
+def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir, tmp_path):
     from tests.helpers.small_runs import shrunk
-    from vidjax.data.load import load_dataset
-    from vidjax.modes import train
 
     # Of all experiments, the one that leaves most.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
-    data = load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
-    with workdir.lock(tmp_path):
-        train.train(config, tmp_path, data, num_devices=1, analyse=True)
+    config.eval.report = True
+    data = vidjax.load_data(official_dir, cache_dir=cache_dir)
+    vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
-    named = {name.split("/")[0] for name in table("Files of a workdir")}
+    named = {name.split("/")[0] for name in table("vidjax/run/README.md", "Files")}
     assert written == {name for name in named if "_SPLIT" not in name}
 
 
@@ -250,4 +398,4 @@ def test_readme_lists_the_files_of_a_workdir(official_dir, cache_dir, tmp_path):
 def test_configurations_show_their_command(path):
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert f"python -m vidjax.main --config=configs/{path.name}" in doc
-    assert f"configs/{path.name}" in README.read_text()
+    assert f"| `{path.name}" in README.read_text()

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import shrunk
+from vidjax import config as config_lib
 from vidjax import main as main_lib
+from vidjax import metrics
 from vidjax.data.load import load_dataset
-from vidjax.modes import train
+from vidjax.modes import compare, train
 from vidjax.report import analysis_sections, run_page, run_sections, significance
 from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib
@@ -294,16 +296,37 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("dress", [0, 1])
-def test_contrast_is_enough(dress):
+@pytest.mark.parametrize("theme", [0, 1])
+def test_contrast_is_enough(theme):
     roots = re.findall(r":root \{(.*?)\}", html_lib.CSS, re.DOTALL)
-    colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[dress]))
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", roots[theme]))
     for name in ("ink", "muted", "link"):
         assert contrast(colours[name], colours["back"]) >= 4.5, name
     for behind in ("bar", "soft"):
         assert contrast(colours["ink"], colours[behind]) >= 4.5, behind
     for name in ("first", "second"):
         assert contrast(colours[name], colours["back"]) >= 3, name
+
+
+def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
+    """One line in the table: the report, the comparison, the log and the terminal have it."""
+    new = metrics.Metric("median score", "half of the clips are below", lambda clips, labels: 0.5)
+    new = new._replace(digits=2, log=True)
+    monkeypatch.setitem(metrics.CLIP_METRICS, "median_score", new)
+    folders = [made_up(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        (folder / "config.json").write_text(config_lib.to_json(config_lib.default()))
+        results = json.loads((folder / "metrics.json").read_text()) | {"median_score": 0.123}
+        (folder / "metrics.json").write_text(json.dumps(results))
+        text = section(run_page.write(folder).read_text(), "summary")
+        assert "median score: half of the clips are below" in text
+        assert 0.123 in values(text)
+    compare.compare([str(folder) for folder in folders], tmp_path, lambda config: None)
+    assert "| run | median score |" in (tmp_path / "comparison.md").read_text()
+    assert "median score" in (tmp_path / "comparison.html").read_text()
+    results = {"map": 0.5, "median_score": 0.123}
+    assert metrics.logged({"num_clips": 3, **results}) == results
+    assert metrics.describe(results) == ["median score 0.12"]
 
 
 def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
@@ -334,6 +357,23 @@ def test_mistakes(capsys, words, message):
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+)
+
+
+def browse(folder, *words):
+    """Runs Chromium with a profile in a folder; returns what it prints."""
+    command = [str(CHROMIUM), *QUIET, f"--user-data-dir={folder / 'profile'}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
@@ -341,29 +381,53 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
     path = run_page.write(made_up(tmp_path / "run"))
     log = tmp_path / "net.json"
-    quiet = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--enable-logging=stderr",
-    ]
-    words = [
-        *quiet,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--log-net-log={log}",
-        "--window-size=390,800",
-        "--dump-dom",
-        path.as_uri(),
-    ]
-    done = subprocess.run([str(CHROMIUM), *words], capture_output=True, text=True, timeout=120)
+    words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
+    done = browse(tmp_path, *words)
     assert "CONSOLE" not in done.stderr
     assert "</footer>" in done.stdout
     # What the browser asks for itself has no origin.
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     origins = {event["initiator"] for event in events if "initiator" in event}
     assert origins <= {"not an origin"}
+
+
+# Shows a page in a frame of some width, then lists the words that take more than one line.
+MEASURE = """<iframe id="frame" style="width: {width}px; height: 9999px" src="{uri}"></iframe>
+<script>
+frame.onload = () => {{
+  const page = frame.contentDocument, broken = [];
+  const texts = page.createTreeWalker(page.querySelector("main"), NodeFilter.SHOW_TEXT);
+  let count = 0;
+  for (let node; (node = texts.nextNode()); ) {{
+    if (node.parentElement.closest("svg")) continue;
+    for (const word of node.data.matchAll(/[\\p{{L}}\\d]+/gu)) {{
+      const range = page.createRange();
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => box.top));
+      if (lines.size > 1) broken.push(word[0]);
+      count += lines.size > 0;
+    }}
+  }}
+  const result = document.createElement("pre");
+  result.textContent = "measured: " + JSON.stringify([count, broken]);
+  document.body.append(result);
+}};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [320, 390, 1000, 1280])
+@pytest.mark.parametrize("name", ["identity {}", "a" * 40 + "{}"])
+def test_no_word_is_broken_that_fits_into_a_line(tmp_path, width, name):
+    path = run_page.write(made_up(tmp_path / "run", name=name))
+    measure = tmp_path / "measure.html"
+    measure.write_text(MEASURE.format(width=width, uri=path.as_uri()))
+    words = ("--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
+    done = browse(tmp_path, *words, measure.as_uri())
+    found = re.search(r"measured: (.*?)</pre>", done.stdout)
+    assert found, done.stderr
+    count, broken = json.loads(found[1])
+    assert count > 1000
+    assert [word for word in broken if len(word) <= html_lib.LONGEST_WORD] == []

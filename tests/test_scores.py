@@ -1,4 +1,4 @@
-"""The tables of scores: written by a program, from the folders of runs."""
+"""The tables of scores: a script writes them, from the folders of runs."""
 
 import json
 import re
@@ -10,10 +10,10 @@ from tests.helpers import made_runs
 from vidjax import config as config_lib
 
 
-def test_readme_shows_what_was_collected():
+def test_readmes_show_what_was_collected():
     found = json.loads(scores.RESULTS.read_text())
-    text = scores.README.read_text()
     for name, table in scores.tables(found).items():
+        text = scores.PAGES[name].read_text()
         assert scores.replace(text, name, table) == text, f"{name}: write it with scores.py"
 
 
@@ -54,9 +54,9 @@ def test_figures_are_those_of_the_folders(tmp_path):
     assert difference == {"synthetic": pytest.approx([mean, error])}
 
     table = scores.tables(found)["scores"]
-    assert "| `mma.py:face` | .400 .400 .400 | .400 |  |" in table
-    assert re.search(r"`mma.py`, with body \| .500 .500 .500 \| .500 \| no body \|", table)
-    assert "| head helps face | +.100 ± .017 |  | yes |" in scores.tables(found)["claims"]
+    assert "| `mma.py:face` | 0.400 0.400 0.400 | 0.400 |  |" in table
+    assert re.search(r"and audio \| 0.500 0.500 0.500 \| 0.500 \| no body \|", table)
+    assert "| head helps face | +0.100 ± 0.017 |  | yes |" in scores.tables(found)["claims"]
 
 
 def test_a_page_without_the_table_is_an_error():

@@ -73,7 +73,7 @@ MISTAKES = {
     "compare into nowhere": ("--mode=compare --runs={tmp}/a,{tmp}/b", "--workdir=FOLDER"),
     "compare what is none": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/empty",
-        "name folders that training has made",
+        "name folders of trained runs",
     ),
     "compare two splits": (
         f"{COMPARE}{{tmp}}/a,{{tmp}}/of_test",

@@ -13,7 +13,9 @@ from vidjax import config as config_lib
 from vidjax.config import Config
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
-    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.clips import TrainingData
+    from vidjax.data.frame_fields import NonFinite
+    from vidjax.data.labels import LabelSource
     from vidjax.data.untrusted.packing import Clips
     from vidjax.predict import Predictor
 
@@ -34,11 +36,11 @@ def load_config(spec: str, *overrides: str) -> Config:
 
 def load_data(
     source: "Mapping[str, Clips] | str | Path | Config",
-    labels: Mapping[str, Any] | str | Path | None = None,
+    labels: "LabelSource" = None,
     *,
     cache_dir: str | Path | None = None,
-    non_finite: Literal["drop", "error"] = "drop",
-) -> "Dataset":
+    non_finite: "NonFinite" = "drop",
+) -> "TrainingData":
     """Returns a dataset for training and evaluation.
 
     The first call converts the clips to checked records in the cache. Later calls reuse them until
@@ -48,38 +50,29 @@ def load_data(
       source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D], or
         a dict of arrays as `vidjax.data.arrays.load` describes it; or a folder of official
         pickles, of `.npz` files or of parquet tables; or a configuration, whose fields
-        `config.data` then name the dataset.
+        `config.data` then decide everything.
       labels: clip name -> identity, or a file with the columns `clip` and `identity`. Clips
         without a label show nobody of interest. None: the ground truth beside the files.
-      cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`. A
-        configuration has its own, `config.data.cache_dir`.
+      cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out frames with a feature that is not finite, and counts them;
-        `error` refuses them. A configuration has its own, `config.data.non_finite`.
+        `error` refuses them.
 
     Raises:
       ValueError: malformed clips or labels; the message names the file or split, clip and field.
       FileNotFoundError: no such folder, or no features in it.
       OSError: the cache cannot be written.
     """
-    from vidjax.data import arrays
-    from vidjax.data.iqiyi_vid import find_pickles
+    from vidjax.data import arrays, iqiyi_vid
     from vidjax.data.load import load_dataset
+    from vidjax.modes import arguments
 
     if isinstance(source, ConfigDict):
         if labels is not None:
             raise ValueError("labels: a configuration finds them in the folder config.data.dir")
-        config: Config = source
-        return load_dataset(
-            config.data.name,
-            directory=config.data.dir,
-            cache_dir=config.data.cache_dir or cache_dir,
-            size=config.data.size,
-            seed=config.data.seed,
-            non_finite=config.data.non_finite,
-        )
+        return arguments.load_data(source)
     if not isinstance(source, Mapping):
         folder = Path(source).expanduser()
-        if folder.is_dir() and find_pickles(folder):
+        if folder.is_dir() and iqiyi_vid.find_pickles(folder):
             if labels is not None:
                 raise ValueError(
                     f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
@@ -92,7 +85,7 @@ def load_data(
 
 
 def train(
-    config: Config, workdir: str | Path, data: "Dataset", *, num_devices: int | None = None
+    config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
 ) -> dict[str, Any]:
     """Trains a system in a folder and returns the run's metrics, those of `metrics.json`.
 
@@ -112,7 +105,6 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived; the state was saved, and the same call goes on.
     """
     from vidjax import devices
-    from vidjax.modes import outputs
     from vidjax.modes import train as train_mode
     from vidjax.run import workdir as workdir_lib
 
@@ -120,11 +112,9 @@ def train(
         devices.be_deterministic()
     folder = workdir_lib.make_workdir(workdir)
     with workdir_lib.lock(folder):
-        results = train_mode.train(
+        return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
         )
-        outputs.log_results(folder, results, config.eval.split)
-    return results
 
 
 def restore(

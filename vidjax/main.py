@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("stopped")
         return 130
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if "--debug" in words or code is None:
             traceback.print_exc()
         else:
@@ -78,6 +78,7 @@ def _train(args: "Arguments") -> int:
         _set_up_devices(config)
         results = train.finished(workdir, config)
         if results is None:
+            train.check_config(config, workdir)
             data = arguments.load_data(config)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command
@@ -237,7 +238,7 @@ def _text(error: Exception) -> str:
     return str(error)
 
 
-def _exit_code(error: Exception) -> int | None:
+def exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error, None for a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2

@@ -404,14 +404,14 @@ def table(counts: Mapping[tuple[str, str], int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a campaign from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=MODES)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return campaign(args.folder.absolute(), args.kills, args.seed, args.only)
 
 

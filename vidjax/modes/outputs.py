@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import metrics, ranking
+from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
 from vidjax.run import workdir as workdir_lib
@@ -13,7 +14,7 @@ from vidjax.steps.scoring import Evaluation
 
 def write_results(
     workdir: Path,
-    data: Any,
+    data: ClipSource,
     evaluation: Evaluation,
     values: Mapping[str, Any],
     *,
@@ -28,7 +29,7 @@ def write_results(
 
     Args:
       workdir: the run's folder.
-      data: the dataset that was evaluated.
+      data: the clips that were evaluated.
       evaluation: the result of `scoring.score`.
       values: the content of `metrics.json`, see `run.results`.
       split: the split that was evaluated.

@@ -42,11 +42,10 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     Raises:
       ValueError: a field is out of its range, or does not fit the data.
     """
-    _check_ranges(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
-    _check_splits(config, data)
+    data.split(config.eval.split)  # raises now rather than after an hour of training
     splits = [data.split(name) for name in config.data.train_splits]
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
@@ -74,45 +73,6 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     )
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
-
-
-def _check_ranges(config: Config) -> None:
-    """Raises ValueError for a number out of its range."""
-    for name, value in {
-        "batch_size": config.batch_size,
-        "log_every_steps": config.log_every_steps,
-        "num_epochs": config.num_epochs,
-        "data.max_frames": config.data.max_frames,
-        "eval.block_size": config.eval.block_size,
-    }.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"config.{name}={value}: must be positive")
-    for name, value in {
-        "mixup": config.mixup,
-        "eval.every_epochs": config.eval.every_epochs,
-    }.items():
-        if not value >= 0:
-            raise ValueError(f"config.{name}={value}: must be 0 or more")
-    if not 0 <= config.seed < 2**31:
-        raise ValueError(f"config.seed={config.seed}: must be 0 or more, below 2**31")
-    if config.data.distractors not in ("other", "leave_out", "noise"):
-        given = config.data.distractors
-        raise ValueError(f"config.data.distractors='{given}': known are other, leave_out, noise")
-
-
-def _check_splits(config: Config, data: TrainingData) -> None:
-    """Raises ValueError for splits that are absent, or a score on clips that were trained on."""
-    train_splits = tuple(config.data.train_splits)
-    if not train_splits:
-        raise ValueError("config.data.train_splits is empty: name at least one")
-    spec = config.ensemble
-    if config.eval.split in train_splits and not (spec.folds or spec.bootstraps):
-        raise ValueError(
-            f"config.eval.split='{config.eval.split}' is among config.data.train_splits: "
-            "a score on clips\nthat were trained on says nothing; with --config.ensemble.folds=5 "
-            "every clip is scored by members that never saw it"
-        )
-    data.split(config.eval.split)  # before an hour of training, not after
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:

@@ -5,7 +5,6 @@ manifest keeps the configuration and the sha256 of the other two, so that a file
 noticed.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from vidjax.run import workdir as workdir_lib
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import state as state_lib
 from vidjax.steps.model_scorer import TrainedModel
+from vidjax.suggest import suggest
 from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
@@ -36,7 +36,7 @@ class FoundRun(NamedTuple):
 
     Attributes:
       checkpoint: every file of it matched its sha256.
-      task: what the system takes from the training data.
+      task: the sizes that the system takes from the training data.
       identities: [C] names of the class columns 1..C.
       training_sets: the clips that each member was trained on.
     """
@@ -183,9 +183,9 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
         raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}"
-            raise ValueError(f"config.modalities: the data has no modality '{name}'; {hint}")
+            raise ValueError(
+                f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
+            )
     return {name: known[name].dim for name in names}
 
 

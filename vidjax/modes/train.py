@@ -22,6 +22,16 @@ from vidjax.steps.scoring import Evaluation
 from vidjax.system import make_system
 
 
+def check_config(config: Config, workdir: Path) -> None:
+    """Refuses values that no training can use; needs no data.
+
+    Raises:
+      ValueError: a value is out of its range, or nothing reads it. The second is not checked where
+        a run goes on, since an earlier version may have started it.
+    """
+    config_lib.check(config, fresh=not (workdir / "config.json").exists())
+
+
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder if it is finished, None if it is not.
 
@@ -62,6 +72,7 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
     began = time.monotonic()
+    check_config(config, workdir)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     system = make_system(config.to_dict(), plan.task)

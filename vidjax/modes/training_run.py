@@ -170,8 +170,11 @@ class TrainingRun:
     def log(self, logs: Logs) -> None:
         """Writes the means since the last line of the log, and starts new sums."""
         logs.metrics(self.step, self._mean_metrics())
-        zeros = state_lib.zero_sums(self._group_size)
-        self._states = [state.replace(sums=self._replicate(zeros)) for state in self._states]
+        # New arrays for each state: the next step donates them.
+        self._states = [
+            state.replace(sums=self._replicate(state_lib.zero_sums(self._group_size)))
+            for state in self._states
+        ]
         rate = statistics.median(self.rates[self._num_logged :])
         self._num_logged = len(self.rates)
         timing = {"clips_per_second": rate, "waited_seconds": self.feed.waited}

@@ -66,8 +66,9 @@ def identities(run: RunFiles) -> Iterator[str]:
         return
     values = np.sort(run.averages())[::-1]
     low, median = np.quantile(values, [0.1, 0.5])
+    perfect = html.percent(float(np.mean(values == 1)), 1)
     description = (
-        f"{np.mean(values == 1):.1%} of {len(values):,} identities have an average precision of 1. "
+        f"{perfect} of {len(values):,} identities have an average precision of 1. "
         f"The median is {median:.3f}; 10 % are below {low:.3f}."
     )
     shown = figures.few(values)
@@ -169,7 +170,8 @@ def _score_histograms(run: RunFiles) -> str:
             top = int(np.argmax(share))
             sentences.append(
                 f"The most frequent score among {counts.sum():,} clips of {name} is "
-                f"{edges[top]:.2f} to {edges[top + 1]:.2f}, with {share[top]:.0%} of the clips."
+                f"{edges[top]:.2f} to {edges[top + 1]:.2f}, "
+                f"with {html.percent(share[top])} of them."
             )
     plot.legend()
     title = "Best scores of known clips and of distractors"
@@ -187,8 +189,8 @@ def _errors(run: RunFiles) -> str:
     plot.axes.set_ylim(0, 1.02)
     nearest = int(np.argmin(np.abs(fpir - 0.01)))
     description = (
-        f"Where {fpir[nearest]:.1%} of the distractors pass, {fnir[nearest]:.1%} of the known "
-        "clips are missed."
+        f"Where {html.percent(fpir[nearest], 1)} of the distractors pass, "
+        f"{html.percent(fnir[nearest], 1)} of the known clips are missed."
     )
     return plot.html("errors", "Known clips missed against distractors that pass", description)
 
@@ -263,7 +265,9 @@ def _clusters(key: str, name: str, shares: Sequence[float]) -> str:
     plot = figures.Plot(2.2, x="cluster", y="share of the frames")
     plot.axes.bar(numbers, shares, color=figures.FIRST)
     plot.axes.set_xticks(numbers)
-    description = ", ".join(f"{k}: {share:.0%}" for k, share in enumerate(shares, start=1))
+    description = ", ".join(
+        f"{k}: {html.percent(share)}" for k, share in enumerate(shares, start=1)
+    )
     return plot.html(key, f"Clusters of {name}", description)
 
 

@@ -257,9 +257,11 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> str:
     plot = figures.Plot(x="share of the identities", y="difference of average precision")
     plot.axes.axhline(0, color=figures.MUTED, linewidth=1)
     plot.axes.plot(share[shown], gaps[shown], color=figures.FIRST)
+    better = float(np.mean(gaps > significance.EQUAL))
+    worse = float(np.mean(gaps < -significance.EQUAL))
     description = (
-        f"{np.mean(gaps > significance.EQUAL):.1%} of the identities are better with {name}, "
-        f"{np.mean(gaps < -significance.EQUAL):.1%} are worse. "
+        f"{html.percent(better, 1)} of the identities are better with {name}, "
+        f"{html.percent(worse, 1)} are worse. "
         f"The differences go from {gaps[0]:+.3f} to {gaps[-1]:+.3f}."
     )
     return plot.html(key, f"{name} minus {first}, identities in descending order", description)

@@ -140,6 +140,11 @@ def number(value: Any, digits: int = 4) -> str:
     return f'<data value="{value!r}">{shown}</data>'
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """Returns a share in 0..1 as text, such as `95 %`."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table.
 

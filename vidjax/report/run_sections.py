@@ -266,7 +266,7 @@ def modality_row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
         html.number(counts["clips"]),
         html.number(counts["frames"]),
         html.number(float(counts["frames_per_clip"]["mean"]), 1),
-        f"{100 * counts['missing_rate']:.1f} %",
+        html.percent(counts["missing_rate"], 1),
         html.name(reasons or "nothing"),
     )
 

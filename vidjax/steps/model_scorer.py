@@ -65,8 +65,9 @@ class TrainedModel(NamedTuple):
 class ModelScorer:
     """Scores blocks of clips with one trained model.
 
-    Every clip is scored by the members that were not trained on it. Without folds all members may
-    have been trained on some clip. Then all members score every clip, and `in_sample` is True.
+    Every clip is scored by the members that were not trained on it. Without folds, every member was
+    trained on every training clip. If the split holds such clips, all members score all its clips,
+    and `in_sample` is True.
 
     Attributes:
       model: the trained model.
@@ -95,7 +96,7 @@ class ModelScorer:
 
     @property
     def num_members(self) -> int:
-        """E."""
+        """The number of members, E."""
         return len(self.use)
 
     def score(

@@ -17,8 +17,6 @@ from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
 from vidjax.steps.windows import windows
 
-FALSE_POSITIVES = (0.01, 0.1)  # shares of distractors at which the misses are counted
-
 
 class ScoreObserver(Protocol):
     """A function that sees all scores of an evaluation while they exist."""
@@ -41,8 +39,8 @@ class Evaluation(NamedTuple):
       each: the same of every single model, where several are blended.
       positives: [C] int, ground-truth clips per identity among the ranked clips.
       clips: the best score of every clip.
-      results: `map`, `map_kind`, `top1` and the open-set metrics (where there is a ground truth),
-        counts, `eval_clips_per_second`, and the MAP of single models and members.
+      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` (where there is a ground
+        truth), counts, `eval_clips_per_second`, and the MAP of single models and members.
     """
 
     top: topk.TopK
@@ -168,7 +166,8 @@ def _summarise(
     if value is not None:
         results["map"] = value
         results["map_kind"] = _map_kind(split.name, scorers)
-        results |= _clip_metrics(clips, split)
+        for name, metric in metrics.CLIP_METRICS.items():
+            results[name] = metric.fn(clips, split.labels)
     num_distractors = int(np.sum(split.labels[clips.pool] == 0)) if split.labelled else None
     return results | {
         "num_clips": int(np.sum(clips.pool)),
@@ -228,17 +227,3 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
                 f"--runs: {model.name} ranks by raw logits, which cannot be blended with others\n"
                 "use --config.eval.scores=log_softmax"
             )
-
-
-def _clip_metrics(clips: ClipScores, split: Split) -> dict[str, float | None]:
-    """Returns top-1 accuracy over labelled clips, and how well distractors are told from them."""
-    value, right = clips.best[clips.pool], clips.right[clips.pool]
-    known = split.labels[clips.pool] > 0
-    results = {
-        "top1": float(right.sum() / max(known.sum(), 1)),
-        "auroc": metrics.auroc(value, known),
-    }
-    for share in FALSE_POSITIVES:
-        errors = metrics.identification_errors(value, right, known, fpir=share)
-        results[f"fnir_at_fpir_{share}"] = errors.fnir if errors else None
-    return results

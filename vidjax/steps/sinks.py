@@ -1,4 +1,4 @@
-"""What scores are streamed into: a running top k with its MAP, and the best score of every clip."""
+"""Sinks of score blocks: a running top k with its MAP, and the best score of every clip."""
 
 import collections
 from typing import NamedTuple

@@ -1,0 +1,71 @@
+"""Clips that do not fit a restored run, and numbers of clips at the edges (row 40)."""
+
+import numpy as np
+import pytest
+
+import vidjax
+from tests.helpers import small_runs
+
+pytestmark = pytest.mark.slow  # it trains first
+WIDTH = 24
+
+
+@pytest.fixture(scope="module")
+def run(official_dir, cache_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("restored")
+    config = small_runs.shrunk("--config.num_epochs=1", "--config.modalities=face")
+    vidjax.train(config, folder, vidjax.load_data(official_dir, cache_dir=cache_dir), num_devices=1)
+    return vidjax.restore(folder, num_devices=1)
+
+
+def faces(count, seed=0, width=WIDTH):
+    """Returns `count` clips of 1 to 5 made-up faces."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"clip_{i}": {"face": rng.normal(size=(1 + i % 5, width)).astype(np.float32)}
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.zeros((2, WIDTH - 1)), f"clip bad, face: .* {WIDTH - 1} wide, .* {WIDTH}"),
+        (np.zeros((2, WIDTH), np.complex64), "clip bad, face: .*complex64"),
+        (np.zeros((2, WIDTH), np.int64), "clip bad, face: .*int64"),
+        (np.full((2, WIDTH), "x"), "clip bad, face: .*<U1"),
+        ([[0.0] * WIDTH, [0.0]], "clip bad, face: .*rows of different lengths"),
+        (np.zeros((2, WIDTH, 1)), "clip bad, face: .*wanted numbers"),
+    ],
+    ids=["width", "complex", "int64", "text", "ragged", "rank"],
+)
+def test_clips_that_do_not_fit_a_restored_run_are_named(run, features, message):
+    for function in (run.scores, run.rank, run.embed):
+        with pytest.raises(ValueError, match=message):
+            function({"bad": {"face": features}})
+
+
+def test_no_clip_at_all_is_an_error(run):
+    for function in (run.scores, run.rank, run.embed):
+        with pytest.raises(ValueError, match="no clips"):
+            function({})
+
+
+def test_any_number_of_clips_gets_the_same_scores(run):
+    clips = faces(37)
+    scores, vectors = run.scores(clips), run.embed(clips)
+    assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
+    for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips
+        some = dict(list(clips.items())[-count:])
+        np.testing.assert_array_equal(run.scores(some), scores[-count:])
+        np.testing.assert_array_equal(run.embed(some), vectors[-count:])
+        assert all(len(ranked) == count for ranked in run.rank(some).values())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_dtypes_get_the_same_scores(run, dtype):
+    clips = {
+        name: {"face": clip["face"].astype(np.float16)} for name, clip in faces(9, seed=1).items()
+    }
+    others = {name: {"face": clip["face"].astype(dtype)} for name, clip in clips.items()}
+    np.testing.assert_allclose(run.scores(others), run.scores(clips), atol=1e-5)
