@@ -19,7 +19,7 @@ from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.batch import Batch
 from vidjax.data import clips as clips_lib
-from vidjax.data import iqiyi_vid, synthetic
+from vidjax.data import iqiyi_vid
 from vidjax.data.load import load_dataset
 from vidjax.data.records import manifest, pipeline
 
@@ -481,32 +481,6 @@ def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -
     plan = clips_lib.make_eval_plan(dataset.split("val"), ("face",))
     with pytest.raises(ValueError, match="'val' has no features of 'body'"):
         dataset.eval_batches(plan._replace(modalities=("body",)), rows=4)
-
-
-def test_load_names_what_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'imagenet'.* synthetic, iqiyi_vid"):
-        load_dataset("imagenet", directory=None, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"config\.data\.dir"):
-        load_dataset("iqiyi_vid", directory=None, cache_dir=tmp_path)
-    with pytest.raises(OSError, match="nowhere"):
-        load_dataset("iqiyi_vid", directory=tmp_path / "nowhere", cache_dir=tmp_path)
-
-
-def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-
-    def write(out_dir: Path, *, size: str, seed: int) -> None:
-        written.append((size, seed))
-        write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
-        write_truth(out_dir, "train", {"a": "1"})
-
-    monkeypatch.setattr(synthetic, "write", write)
-    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
-    for seed in (5, 5, 6):
-        dataset = load_dataset("synthetic", directory=None, cache_dir=None, seed=seed)
-        assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
-    assert written == [("small", 5), ("small", 6)]
-    assert {path.name for path in tmp_path.iterdir()} == {"synthetic", "iqiyi_vid"}
 
 
 def peaks_of_epochs(directory: str, num_clips: int) -> list[int]:

@@ -27,7 +27,7 @@ from tests.helpers.small_runs import (
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, selection
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
-from vidjax.data import resident
+from vidjax.data import permutation, resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.data.load import load_dataset
 from vidjax.modes import evaluate
@@ -47,7 +47,7 @@ def order_of(num_clips, epochs, seed=0, first=0):
     rng = jax.random.key(seed)
     epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), num_clips)
     place = np.tile(np.arange(num_clips, dtype=np.int32), epochs)
-    order = jax.jit(lambda e, p: resident.shuffled(rng, e, p, num_clips))(epoch, place)
+    order = jax.jit(lambda e, p: permutation.shuffled(rng, e, p, num_clips))(epoch, place)
     return np.asarray(order).reshape(epochs, num_clips)
 
 

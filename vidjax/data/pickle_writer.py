@@ -1,4 +1,4 @@
-"""Feature pickles as Python 2 and its numpy wrote them, which Python 3 cannot write."""
+"""Feature pickles in the format of Python 2 and its numpy, which Python 3 cannot write."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ class FlatFrames(NamedTuple):
 
     Attributes:
       present: [n] bool, whether the clip has the modality.
-      lengths: [n] int, frames of the clip; 0 where it lacks the modality.
+      lengths: [n] int, number of frames of the clip; 0 if it lacks the modality.
       features: [F, D] float16 or float32.
       number: [F] int, frame number.
       box: [F, 4] float64, x1, y1, x2, y2 in pixels.
@@ -29,10 +29,10 @@ class FlatFrames(NamedTuple):
 
 
 class DictPickle:
-    """A file holding one dict, pickled at protocol 2 as Python 2 and its numpy did it.
+    """A file with one dict, pickled at protocol 2 like Python 2 and its numpy.
 
-    Python 3 cannot: its protocol 2 has no 8-bit strings. Differs from cPickle only in that nothing
-    but numpy's globals and the dtype enter the memo.
+    Python 3 has no 8-bit strings at protocol 2. The only difference from cPickle is the memo, which
+    holds numpy's globals and the dtype alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class DictPickle:
 
 
 def _array_head(like: np.ndarray, *, first: bool = False) -> bytes:
-    """Pickled array of shape [D] up to its bytes; later ones name the globals by memo."""
+    """Pickled array of shape [D] up to its bytes; later arrays refer to the globals by memo."""
     _, dim = like.shape
     shape = b"K" + bytes([dim]) if dim < 256 else b"M" + dim.to_bytes(2, "little")
     make, array, dtype = b"h\x00", b"h\x01", b"h\x02"
@@ -80,12 +80,12 @@ def _string(text: bytes) -> bytes:
 
 
 def pickled_items(modality: str, names: list[str], frames: FlatFrames) -> Iterator[bytes]:
-    """Yields pickled (name, value) pairs of the clips that stand in the file."""
+    """Yields pickled (name, value) pairs of the clips in the file."""
     box = (b"](", *(p for x in frames.box.T for p in (b"G", _double(x))), b"e")
     detection = (b"G", _double(frames.detection))
     quality = (b"G", _double(frames.quality))
     feature = (_array_head(frames.features), frames.features, b"tb")
-    # After the frame number, the only part whose length varies.
+    # The fields after the frame number, which alone varies in length.
     tails: dict[str, tuple[bytes | np.ndarray, ...]] = {
         "face": (*box, *detection, *quality, *feature, b"e"),
         "head": (*box, *detection, *feature, b"e"),

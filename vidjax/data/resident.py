@@ -1,13 +1,12 @@
-"""Clips that stay on the devices: flat arrays of frames, batches by index alone.
+"""Clips that stay on the devices: flat arrays of frames, gathered by index.
 
-A training step reads no more than the frames that its fusion draws, an epoch is a permutation that
-is computed for the clips of a batch, and several steps run without the host. What a batch holds is
-a function of (seed, step): a run that goes on needs nothing but its step.
+A training step reads only the frames that its fusion draws, the order of clips is computed for each
+batch alone, and several steps run without the host. A batch is a function of (seed, step): a run
+that resumes needs nothing but its step.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,27 +28,28 @@ from vidjax.data.clips import (
     make_eval_plan,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.permutation import shuffled
 
 MODES = ("auto", "resident", "streaming")
 PHASES = ("train", "eval")
-SHARE = 0.5  # of the free memory that clips may take
+MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
 # Fields of a frame that are resident, and their bytes per frame beside the feature.
 FIELDS = tuple(name for name in Packed._fields if name in STORED)
 SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in FIELDS[1:])
-CHUNK_BYTES = 32 << 20  # copied to the devices at once
-ROUNDS = 16  # with 8, the orders of six clips would not all be as likely
-_ORDER = np.uint32(2**32 - 1)  # no member has this seed
+CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
+_ORDER = np.uint32(2**32 - 1)  # folded into the seed; no member has this number
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of a step: B clips, every one of N once an epoch, features as LazyFeatures.
+    """Returns the batch of a training step: B clips, features as LazyFeatures.
 
-    Batches run on across epochs, so none is short and no clip is dropped.
+    Every clip comes once per epoch. Batches run on across epochs: none is short and no clip is
+    dropped.
 
     Args:
-      clips: modality -> Packed of N clips, the last frame zeros, which stands for padding.
-      plan: of the batches.
-      step: [] int32.
+      clips: modality -> Packed of N clips; the last frame is zeros and stands for padding.
+      plan: the batches.
+      step: [] int32, number of steps before.
     """
     order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
@@ -67,15 +67,15 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
 def frames_of(
     clips: Packed, clip_index: Array, batch_mask: Array, size: int, rng: Array | None = None
 ) -> Frames:
-    """Returns Frames [B, size] of some clips [B], features as LazyFeatures.
+    """Returns Frames [B, size] of B clips, features as LazyFeatures.
 
     Args:
-      clips: Packed, the last frame zeros.
+      clips: Packed; the last frame is zeros.
       clip_index: [B] int32.
-      batch_mask: [B] bool; where it is False there are no frames.
+      batch_mask: [B] bool; a clip where it is False has no frames.
       size: T.
-      rng: key by which a longer clip gives T consecutive frames from a random place; None where no
-        clip is longer.
+      rng: key that draws the start of a window of T frames in each longer clip; None takes the
+        first T frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if rng is not None:
@@ -91,50 +91,6 @@ def frames_of(
         for values in (clips.quality, clips.detection, clips.number)
     )
     return Frames(LazyFeatures(clips.features, index), quality, detection, number, mask)
-
-
-def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns [B] int32, the clips that stand at some places of the orders of some epochs.
-
-    Args:
-      rng: key of all orders.
-      epoch: [B] int32.
-      place: [B] int32, 0 to num_clips - 1; for an epoch all of them give every clip once.
-      num_clips: N.
-
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
-    network on the least rectangle that holds N places, repeated for those that it maps beyond N.
-    Ours: the round function, a hash (the finaliser of MurmurHash3). It costs O(B), where sorting N
-    random numbers would cost as much as many steps.
-    """
-    rows = math.isqrt(num_clips - 1) + 1
-    columns = -(-num_clips // rows)
-    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (ROUNDS,)))(epoch)
-
-    def permute(x: Array) -> Array:
-        row, column = x % rows, x // rows
-        for i in range(ROUNDS):
-            if i % 2:
-                column = (column + _hash(row, keys[:, i]) % columns) % columns
-            else:
-                row = (row + _hash(column, keys[:, i]) % rows) % rows
-        return column * rows + row
-
-    def beyond(x: Array) -> Array:
-        return jnp.any(x >= num_clips)
-
-    def walk(x: Array) -> Array:
-        return jnp.where(x < num_clips, x, permute(x))
-
-    return jax.lax.while_loop(beyond, walk, permute(place.astype(jnp.uint32))).astype(jnp.int32)
-
-
-def _hash(x: Array, key: Array) -> Array:
-    """Returns [B] uint32, the bits of x and a key well mixed."""
-    x = (x * np.uint32(0x9E3779B9)) ^ key
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return x ^ (x >> 16)
 
 
 class Layout(NamedTuple):
@@ -191,16 +147,16 @@ def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
 
 
 def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
-    """Returns `resident` or `streaming`: what is asked for, and with `auto` what the memory allows.
+    """Returns `resident` or `streaming`; the free memory decides for `auto`.
 
     Args:
-      mode: one of MODES.
-      layout: of what would be resident.
+      mode: `config.data.mode`, one of MODES.
+      layout: the clips that would be resident.
       mesh: the devices.
-      num_drawn: clips of all batches of the run.
+      num_drawn: number of clips in all batches of the run.
 
     Raises:
-      ValueError: another word, or more clips or frames than an int32 counts.
+      ValueError: an unknown mode, or `resident` with more clips or frames than an int32 counts.
     """
     if mode not in MODES:
         raise ValueError(f"config.data.mode='{mode}': known are {', '.join(MODES)}")
@@ -212,11 +168,15 @@ def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
         )
     if mode != "auto":
         return mode
-    return "streaming" if too_many or layout.nbytes > SHARE * free_bytes(mesh) else "resident"
+    return (
+        "streaming"
+        if too_many or layout.nbytes > MAX_MEMORY_SHARE * free_bytes(mesh)
+        else "resident"
+    )
 
 
 def free_bytes(mesh: Mesh) -> float:
-    """Returns the memory that is free on each device; of a host's emulated ones, its share."""
+    """Returns the free memory of a device in bytes; emulated devices share that of the host."""
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None
@@ -226,7 +186,7 @@ def free_bytes(mesh: Mesh) -> float:
 
 
 def _host_bytes() -> float:
-    """Returns the memory that is available on the host, or to its container."""
+    """Returns the free memory of the host, or of its container, in bytes."""
     free = float("inf")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -237,17 +197,17 @@ def _host_bytes() -> float:
         if limit != "max":
             free = min(free, float(limit) - float(used))
     except (OSError, ValueError):
-        pass  # no Linux, or no such limit
+        pass  # not Linux, or a container without a limit
     return free if free < float("inf") else 0.0
 
 
 class Resident:
-    """Splits of a dataset on the devices: what `scoring` asks of a dataset, and training's clips.
+    """Splits of a dataset on the devices; a `ClipSource`.
 
     Attributes:
-      identities: as the dataset's.
-      train: modality -> Packed of the clips to train on, in the order of their tables; the last
-        frame is zeros.
+      identities: names of the class columns.
+      train: modality -> Packed of the training clips, in the order of their tables; the last frame
+        is zeros.
     """
 
     def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):
@@ -306,7 +266,7 @@ class Resident:
                 yield Batch(frames, clip_index, batch_mask)
 
     def _frames(self, clips: Packed, clip_index: Array, batch_mask: Array, size: int) -> Frames:
-        # What a compiled function returns it may copy: not the features of all clips.
+        # A compiled function may copy its outputs: the features of all clips must not be one.
         frames = self._lay(clips._replace(features=None), clip_index, batch_mask, size=size)
         return frames._replace(features=LazyFeatures(clips.features, frames.features.index))
 
@@ -364,10 +324,10 @@ def _flat(fields: Sequence[Array]) -> Packed:
 
 
 class _Filler:
-    """Flat arrays on the devices, filled from the front: the host holds a piece at a time."""
+    """Flat arrays on the devices, filled from the front; the host holds one chunk at a time."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
-        """Makes room for some frames of a modality, and for one of zeros."""
+        """Allocates `num_frames` frames of a modality, and one more of zeros."""
         self._mesh = mesh
         dtype = np.dtype(modality.dtype)
         scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in FIELDS[1:]]
@@ -386,30 +346,31 @@ class _Filler:
         self._arrays = zeros()
 
     def append(self, packed: Packed) -> int:
-        """Returns where the frames of some clips begin."""
+        """Appends the frames of some clips and returns the index of the first."""
         fields = [getattr(packed, name) for name in FIELDS]
         begin = self._done + self._held
         taken, count = 0, len(packed.quality)
         while taken < count:
-            room = min(count - taken, len(self._chunk[0]) - self._held)
+            added = min(count - taken, len(self._chunk[0]) - self._held)
             for chunk, field in zip(self._chunk, fields, strict=True):
-                chunk[self._held : self._held + room] = field[taken : taken + room]
-            self._held += room
-            taken += room
+                chunk[self._held : self._held + added] = field[taken : taken + added]
+            self._held += added
+            taken += added
             if self._held == len(self._chunk[0]):
                 self._flush()
         return begin
 
     def _flush(self) -> None:
+        """Copies the chunk to the devices."""
         part = [chunk[: self._held] for chunk in self._chunk]
         part = devices.replicate(self._mesh, part)
         self._arrays = _put(self._arrays, part, np.int32(self._done))
-        jax.block_until_ready(self._arrays)  # the chunk is written to again
+        jax.block_until_ready(self._arrays)  # before the chunk is overwritten
         self._done += self._held
         self._held = 0
 
     def finish(self) -> Packed:
-        """Returns the frames, without saying whose they are."""
+        """Returns all frames, without the clips that they belong to."""
         if self._held:
             self._flush()
         if self._done != self._total:

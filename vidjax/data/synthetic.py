@@ -1,22 +1,21 @@
 """A synthetic iQIYI-VID: feature pickles in the official layout, and their ground truth.
 
-The world is simple: a person is a point of unit length in a span of `_RANK` dimensions, one point
-per modality; a clip displaces it, half of that within a few pose directions that all people share;
-frames drift about the displaced point, the more the worse their quality. So the difficulty lies in
-the clip, not in the frame. Added to that: look-alikes, frames of the wrong person, clips in which
-nobody can be recognised, modalities that say nothing, missing modalities, strangers.
+A person is one unit vector per modality, in a subspace of `_RANK` dimensions. Each clip displaces
+it, half of that along a few pose directions that all people share. Frames drift about the displaced
+point, further where their quality is worse: the difficulty lies in the clip, not in the frame. Also
+there are look-alikes, strangers, frames of the wrong person, clips and modalities without
+information, and missing modalities.
 
-How far a clip displaces (`Size.spread`) was calibrated on what one modality alone scores, nothing
-else, and then frozen. Expect of a plain MLP (two layers of 1024, trained on the train clips, one to
-five random frames fused), val MAP@100 with the distractors in the pool:
+`Size.spread`, the displacement, was calibrated on single modalities and then frozen. A plain MLP
+(two layers of 1024, one to five random frames fused) has this val MAP@100, distractors included:
 
 | size | face, W(x) | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
-| standard, seed 0 | .85 | .72 | .54 | .12 | .05 | .19 |
-| small, mean of seeds 0-2 | .86 (.83-.89) | .73 | .54 | .14 | .06 | .20 |
+| standard, seed 0 | 0.85 | 0.72 | 0.54 | 0.12 | 0.05 | 0.19 |
+| small, mean of seeds 0-2 | 0.86 (0.83-0.89) | 0.73 | 0.54 | 0.14 | 0.06 | 0.20 |
 
-Source: ours throughout. The sizes, missing rates and score distributions follow what is known of
-iQIYI-VID-2019; what is published nowhere (programmes, strangers, boxes) is invented.
+Source: ours throughout. Sizes, missing rates and score distributions follow published figures of
+iQIYI-VID-2019; unpublished properties (programmes, strangers, boxes) are invented.
 """
 
 import argparse
@@ -48,13 +47,13 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 
 
 class _Modality(NamedTuple):
-    """What a modality is like, whatever the size.
+    """Properties of a modality that do not depend on the size of the set.
 
     Attributes:
-      every: it is seen in every so many frames; 0 for one feature a clip.
-      blank_rate: share of clips in which it says nothing of the person.
+      every: 1 for a feature in every frame, 2 in every second frame; 0 for one feature per clip.
+      blank_rate: share of clips in which it tells nothing about the person.
       missing_rate: share of clips that lack it.
-      resembles: whether look-alikes and near strangers are alike in it, and hard clips hard.
+      resembles: True if look-alikes and near strangers are alike in it, and hard clips hard.
     """
 
     every: int
@@ -73,11 +72,11 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """How large a set is, and how hard: change one and the other must be calibrated again.
+    """Size and difficulty of a set; a change of either needs another calibration of `spread`.
 
     Attributes:
       identities: number of identities.
-      mean_frames: mean number of frames of a clip.
+      mean_frames: mean number of frames per clip.
       dims: modality -> feature width.
       spread: modality -> median displacement of a clip, in lengths of an identity.
     """
@@ -88,7 +87,7 @@ class Size(NamedTuple):
     spread: Mapping[str, float]
 
 
-# A first run has a minute for everything. So the small set has the official clips per identity and
+# A first run must fit a minute. So the small set has the official number of clips per identity and
 # share of distractors, but shorter clips and narrower features than the official 29.5 and 512.
 SIZES = {
     "small": Size(
@@ -107,13 +106,13 @@ SIZES = {
 
 
 def write(out_dir: str | Path, *, size: str, seed: int = 0) -> None:
-    """Writes the synthetic set into `out_dir`, which is made, or must be empty.
+    """Writes the synthetic set into `out_dir`, which must be empty or missing.
 
     Fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face train and val are
-    `_v2`), `train_gt.txt` (a clip and its identity a line, sorted by identity), `val_gt.txt` and
-    `test_gt.txt` (an identity and its clips a line; distractors stand in neither). The official
-    test ground truth was never published; ours is there so that a test ranking can be scored.
-    The same size and seed give the same bytes on the same machine and numpy.
+    `_v2`), `train_gt.txt` (one clip and its identity per line, sorted by identity), `val_gt.txt`
+    and `test_gt.txt` (one identity and its clips per line; without distractors). The official test
+    ground truth was never published; ours lets a test ranking be scored. The same size and seed
+    give the same bytes on the same machine and numpy.
 
     Args:
       out_dir: folder to fill.
@@ -131,7 +130,7 @@ def write(out_dir: str | Path, *, size: str, seed: int = 0) -> None:
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists and is not an empty folder")
-    # Files move out of here when all are complete: what was interrupted never looks finished.
+    # Files move out of here once all are complete: an interrupted set never looks finished.
     partial = out_dir / ".partial"
     partial.mkdir(parents=True)
     try:
@@ -174,7 +173,7 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _World:
-    """What all splits share: the identities, their programmes and how each modality shows them."""
+    """What all splits share: identities, their programmes and their points in each modality."""
 
     def __init__(self, size: Size, rng: np.random.Generator) -> None:
         self.size = size
@@ -193,12 +192,12 @@ class _World:
             self.garbage[modality] = _unit(rng, 1, dim)  # [1, D]
         self.popularity = rng.lognormal(0.0, 0.85, count)
         self.popularity /= self.popularity.mean()
-        # A person is mostly seen in one programme, now and then in another or a third one.
+        # A person appears mostly in one programme, sometimes in a second or third one.
         self.programmes = rng.integers(0, count // 2, (count, 3))
 
 
 class _Clips:
-    """The clips of a split, in no order: who is in them and how well one sees them."""
+    """The clips of a split in random order: the person in each, and its quality."""
 
     def __init__(self, world: _World, split: str, rng: np.random.Generator) -> None:
         self.world = world
@@ -216,7 +215,7 @@ class _Clips:
         self.labels = np.where(person < count, person + 1, 0)
         self.names = [f"SYNTHETIC_{split.upper()}_{i:07d}" for i in 1 + rng.permutation(total)]
 
-        # LazyFeatures of a person table: identities, strangers, then one passer-by for every clip.
+        # Rows of a person table: identities, strangers, then one passer-by for every clip.
         num_strangers = int(person.max()) + 1 - count if num_strange else 0
         passer_by = count + num_strangers + np.arange(total)
         near = np.flatnonzero(rng.random(num_strangers) < _NEAR_RATE)
@@ -263,15 +262,13 @@ class _Clips:
         stray = ~self.wrong_clip[rows][clip] & (rng.random(len(clip)) < _WRONG_FRAME_RATE)
         wrong = in_run | stray
         quality = self.quality[rows][clip] + rng.normal(0, 20.0, len(clip)) - 20.0 * wrong
-
         number = 1 + rng.integers(0, 20, len(rows))[clip] + _steps(rng, clip, position)
         width = 60 + 0.8 * np.clip(quality, 0, None) + rng.normal(0, 4, len(clip))
         centre = rng.uniform((300, 200), (980, 420), (len(rows), 2))[clip]
         centre += rng.normal(0, 6, centre.shape)
 
-        # Whoever else is shown brings a displacement and a drift of their own.
+        # Another person in a clip has another displacement and drift.
         track = clip + len(rows) * wrong
-
         result = {}
         for modality, kind in _MODALITIES.items():
             present = ~self.missing[modality][rows]
@@ -322,7 +319,7 @@ class _Clips:
         pose = _unit(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
         shift = np.sqrt(0.5) * (pose + _unit(rng, num_tracks))
         latent = points + (spread.astype(np.float32)[:, None] * shift)[track]  # [F, R]
-        # Slow drift does not average away, frame noise does.
+        # Slow drift does not average out, frame noise does.
         phase = rng.uniform(0, 2 * np.pi, num_tracks)[track] + position / 15
         drift = _unit(rng, 2 * num_tracks).reshape(2, num_tracks, _RANK)
         for wave, direction in zip((np.cos(phase), np.sin(phase)), drift, strict=True):
@@ -359,7 +356,7 @@ def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
 
 
 def _cluster(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Persons [count] int, 0..: of strangers, some seen once, the others about five times."""
+    """Strangers [count] int from 0: some appear once, the others about five times."""
     singles = round(count * _SINGLETON_RATE)
     sizes = [1] * singles
     while sum(sizes) < count:

@@ -1,0 +1,95 @@
+"""load: datasets by name, and what a new one needs."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from vidjax.data import load, synthetic
+from vidjax.data.frame_fields import NonFinite
+from vidjax.data.load import DataOptions, DatasetEntry, load_dataset
+from vidjax.data.record_source import Unpacked
+from vidjax.data.untrusted.packing import Clip, pack
+from vidjax.main import main
+
+
+def test_load_names_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'imagenet'.* synthetic, iqiyi_vid"):
+        load_dataset("imagenet", directory=None, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"config\.data\.dir"):
+        load_dataset("iqiyi_vid", directory=None, cache_dir=tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        load_dataset("iqiyi_vid", directory=tmp_path / "nowhere", cache_dir=tmp_path)
+
+
+def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def write(out_dir: Path, *, size: str, seed: int) -> None:
+        written.append((size, seed))
+        write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
+        write_truth(out_dir, "train", {"a": "1"})
+
+    monkeypatch.setattr(synthetic, "write", write)
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
+    for seed in (5, 5, 6):
+        dataset = load_dataset("synthetic", directory=None, cache_dir=None, seed=seed)
+        assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
+    assert written == [("small", 5), ("small", 6)]
+    assert {path.name for path in tmp_path.iterdir()} == {"synthetic", "iqiyi_vid"}
+
+
+class Numbered:
+    """A dataset as somebody may add it: clips of as many frames as their number."""
+
+    kind, place, title = "numbered", "nowhere", "numbered clips"
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        return [{"numbered": 1}]
+
+    def file_of(self, modality: str, split: str) -> Path:
+        return Path(split)
+
+    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+        unpacked = {}
+        for split, count in (("train", 6), ("val", 4)):
+            clips = [
+                Clip(f"{split}{i}", split, {"voice": np.full((i, 3), i, np.float32)})
+                for i in range(count)
+            ]
+            unpacked[split] = pack(clips, scratch / split, non_finite=non_finite)
+        return unpacked
+
+    def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
+        return {split: {name: name[-1] for name in names} for split, names in clips.items()}
+
+
+def test_a_dataset_is_a_function_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def open_numbered(options: DataOptions) -> Numbered:
+        assert options.cache_dir == tmp_path
+        return Numbered()
+
+    entries = {**load.DATASETS, "numbered": DatasetEntry(open_numbered)}
+    monkeypatch.setattr(load, "DATASETS", entries)
+    check = ["--mode=check", "--config=configs/knn.py", "--config.data.name=numbered"]
+    check += [f"--config.data.cache_dir={tmp_path}", "--config.modalities=voice"]
+    assert main(check) == 0
+    assert "not converted yet" in capsys.readouterr().out
+    data = load_dataset("numbered", cache_dir=tmp_path)
+    assert data.split("train").lengths["voice"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.split("val").labels.tolist() == [1, 2, 3, 4]
+    assert main(check) == 0
+    assert "train: 6 clips" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"config\.data\.name='other'.* arrays, numbered"):
+        load_dataset("other", cache_dir=tmp_path)
+
+
+def test_every_name_of_a_dataset_is_documented() -> None:
+    config = (Path(__file__).parents[1] / "vidjax" / "config.py").read_text()
+    for name in load.DATASETS:
+        assert f"`{name}`" in config or f'"{name}"' in config, name
