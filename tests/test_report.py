@@ -14,10 +14,8 @@ import pytest
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import main as main_lib
-from vidjax.data.load import load_dataset
-from vidjax.modes import train
 from vidjax import metrics
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
 from vidjax.report import analysis_sections, run_page, run_sections, significance
 from vidjax.report import html as html_lib
