@@ -51,7 +51,7 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
     "models": {"batch", "fusion"},  # plain arguments, no config objects
-    "report": {"metrics", "run"},  # pages from files
+    "report": {"data", "metrics", "run"},  # pages from files
     "run": {"config"},  # files, no maths
     "data": {"batch", "devices"},
     "data/records": {"batch", "data"},

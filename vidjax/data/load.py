@@ -138,6 +138,11 @@ def load_dataset(
     return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite)
 
 
+def is_generated(name: str) -> bool:
+    """Returns True for a dataset that `config.data.size` and `seed` determine."""
+    return name in DATASETS and DATASETS[name].generated
+
+
 def describe(data: Mapping[str, Any]) -> str:
     """Returns the name of a dataset, with size and seed if it is generated.
 
@@ -145,7 +150,7 @@ def describe(data: Mapping[str, Any]) -> str:
       data: the section `data` of a configuration, possibly of another version.
     """
     name = data.get("name", "")
-    if name in DATASETS and DATASETS[name].generated:
+    if is_generated(name):
         return f"{name}, size {data.get('size')}, seed {data.get('seed')}"
     return name
 

@@ -14,6 +14,7 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.data.load import describe, is_generated
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
@@ -120,7 +121,7 @@ def read(
         num_others=num_others,
         map_kind=metrics["map_kind"],
         num_clips=metrics["num_clips"],
-        synthetic=(dataset.size, dataset.seed) if dataset.name == "synthetic" else (),
+        generated=describe(dataset.to_dict()) if is_generated(dataset.name) else "",
         metrics=metrics,
     )
 
@@ -220,7 +221,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
             "compare on one that both have ranked: --config.eval.split=val"
         )
-    if run.synthetic != first.synthetic:
+    if run.generated != first.generated:
         raise ValueError(
             f"{both} ranked different data: {_describe_data(first)} and {_describe_data(run)}\n"
             "compare runs that were evaluated on the same clips"
@@ -251,6 +252,4 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 
 
 def _describe_data(run: RankedRun) -> str:
-    if not run.synthetic:
-        return "files"
-    return f"synthetic, size {run.synthetic[0]}, seed {run.synthetic[1]}"
+    return run.generated or "files"

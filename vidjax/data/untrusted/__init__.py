@@ -1,4 +1,1 @@
-"""Bytes of unknown origin: pickles are opened in a sandbox, arrays are checked before use.
-
-Only code that reads such bytes lives here: standard library and numpy, no jax, no TensorFlow.
-"""
+"""Bytes of unknown origin, read in a sandbox and checked: standard library and numpy alone."""
