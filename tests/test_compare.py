@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import made_runs
 from vidjax import ranking
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.main import main
 from vidjax.modes import compare
 from vidjax.report import significance
@@ -185,7 +185,7 @@ def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(
     tmp_path, official_dir, cache_dir
 ):
     """The scorer of submissions is the oracle."""
-    data = pipeline.load("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     split, rng = data.split("val"), np.random.default_rng(0)
     expected = {}
     for name in ("a", "b"):

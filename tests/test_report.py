@@ -15,7 +15,7 @@ from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import main as main_lib
 from vidjax import metrics
-from vidjax.data.records import pipeline
+from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
 from vidjax.report import analysis_sections, run_page, run_sections, significance
 from vidjax.report import html as html_lib
@@ -95,7 +95,7 @@ def check_page(text):
 
 @pytest.fixture(scope="module")
 def data(official_dir, cache_dir):
-    return pipeline.load("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def section(text, name):

@@ -113,18 +113,15 @@ def train(
     """
     from vidjax import devices
     from vidjax.modes import train as train_mode
-    from vidjax.run import logs
     from vidjax.run import workdir as workdir_lib
 
     if config.deterministic:
         devices.be_deterministic()
     folder = workdir_lib.make_workdir(workdir)
     with workdir_lib.lock(folder):
-        results = train_mode.train(
+        return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
         )
-        logs.log_results(folder, results, config.eval.split)
-    return results
 
 
 def restore(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax import metrics
+from vidjax.data import load
 from vidjax.report import figures, html, significance
 from vidjax.report.run_files import RunFiles
 
@@ -96,11 +97,8 @@ def run_rows(run: RunFiles) -> Rows:
     """Returns (name, value) as HTML of the settings of a run."""
     config = run.config
     data = config.get("data", {})
-    dataset = data.get("name", "")
-    if dataset == "synthetic":
-        dataset += f", {data.get('size')}, seed {data.get('seed')}"
     settings = [
-        ("data", dataset),
+        ("data", load.describe(data)),
         ("trained on", ", ".join(data.get("train_splits", ()))),
         ("evaluated on", config.get("eval", {}).get("split", "")),
         ("modalities", ", ".join(config.get("modalities", ()))),
