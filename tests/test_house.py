@@ -168,6 +168,17 @@ def test_every_package_is_installed():
     assert project["package-dir"] == {"vidjax.configs": "configs"}
 
 
+def test_contributing_names_what_exists():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", text.split("## Where things go")[1], re.M)
+    assert len(rows) > 5
+    for _, place, table in rows:
+        paths = re.findall(r"`([\w/.]+/[\w.]*)`", f"{place} {table}")
+        assert all((ROOT / path).exists() for path in paths), paths
+        for name in re.findall(r"`([A-Z_]{4,})`", table):
+            assert re.search(rf"^{name}\b.*=", (ROOT / paths[-1]).read_text(), re.M), name
+
+
 def test_code_names_no_machine():
     for path in [*MODULES.values(), *(ROOT / "configs").glob("*.py"), ROOT / "README.md"]:
         assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path

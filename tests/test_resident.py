@@ -92,7 +92,7 @@ def test_orders_are_even(num_clips):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_unevenness_of_too_few_rounds_would_show(rounds, monkeypatch):
-    monkeypatch.setattr(resident, "ROUNDS", rounds)
+    monkeypatch.setattr(permutation, "ROUNDS", rounds)
     assert min(p_values(order_of(7, 3000))) < 1e-9
 
 

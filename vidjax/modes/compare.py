@@ -112,6 +112,7 @@ def read(
             f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
         )
     dataset = data_config.data
+    generated = is_generated(dataset.name)
     return RankedRun(
         name=name,
         split=split,
@@ -121,7 +122,7 @@ def read(
         num_others=num_others,
         map_kind=metrics["map_kind"],
         num_clips=metrics["num_clips"],
-        generated=describe(dataset.to_dict()) if is_generated(dataset.name) else "",
+        generated=describe(dataset.to_dict()) if generated else "",
         metrics=metrics,
     )
 
@@ -222,8 +223,9 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             "compare on one that both have ranked: --config.eval.split=val"
         )
     if run.generated != first.generated:
+        names = [run.generated or "files" for run in (first, run)]
         raise ValueError(
-            f"{both} ranked different data: {_describe_data(first)} and {_describe_data(run)}\n"
+            f"{both} ranked different data: {' and '.join(names)}\n"
             "compare runs that were evaluated on the same clips"
         )
     places = {name: i for i, name in enumerate(run.identities)}
@@ -249,7 +251,3 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             "compare runs that were evaluated on the same clips"
         )
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
-
-
-def _describe_data(run: RankedRun) -> str:
-    return run.generated or "files"

@@ -5,8 +5,6 @@ manifest keeps the configuration and the sha256 of the other two, so that a file
 noticed.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -304,7 +302,7 @@ def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _digest(identities: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()
+    return workdir_lib.sha256_json(list(identities))
 
 
 def _summarise(training_sets: ensemble.TrainingSets) -> str:

@@ -28,7 +28,7 @@ class RankedRun(NamedTuple):
       num_others: identities of the ground truth that the run does not know.
       map_kind: `val`, `out_of_fold` or `in_sample`.
       num_clips: the number of ranked clips.
-      generated: name, size and seed of a generated dataset; empty for any other.
+      generated: name, size and seed of a generated dataset, empty for any other.
       metrics: `metrics.json` of the split.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax import metrics
-from vidjax.data.load import describe
+from vidjax.data import load
 from vidjax.report import figures, html, significance
 from vidjax.report.run_files import RunFiles
 
@@ -98,7 +98,7 @@ def run_rows(run: RunFiles) -> Rows:
     config = run.config
     data = config.get("data", {})
     settings = [
-        ("data", describe(data)),
+        ("data", load.describe(data)),
         ("trained on", ", ".join(data.get("train_splits", ()))),
         ("evaluated on", config.get("eval", {}).get("split", "")),
         ("modalities", ", ".join(config.get("modalities", ()))),
