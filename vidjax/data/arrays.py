@@ -31,6 +31,7 @@ from vidjax.data.parquet import read_clips
 from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
+from vidjax.digests import sha256_file
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
@@ -233,9 +234,7 @@ def _digest_files(paths: Sequence[Path]) -> str:
     """Returns the sha256 of the names and contents of files."""
     sha256 = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        sha256.update(f"{path.name}\n{content}\n".encode("utf-8", "surrogateescape"))
+        sha256.update(f"{path.name}\n{sha256_file(path)}\n".encode("utf-8", "surrogateescape"))
     return sha256.hexdigest()
 
 

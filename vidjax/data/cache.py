@@ -3,8 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -12,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vidjax.digests import sha256_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,8 +30,7 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: Any) -> Path:
       kind: the subfolder.
       key: JSON value that differs wherever the content does.
     """
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    return Path(cache_dir or default_cache_dir()).expanduser() / kind / digest
+    return Path(cache_dir or default_cache_dir()).expanduser() / kind / sha256_json(key)[:20]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble
+from vidjax import digests as digests_lib
 from vidjax.config import Config
 from vidjax.data.clips import Modality, TrainingData
 from vidjax.run import checkpoint, resume
@@ -302,7 +303,7 @@ def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _digest(identities: Sequence[str]) -> str:
-    return workdir_lib.sha256_json(list(identities))
+    return digests_lib.sha256_json(list(identities))
 
 
 def _summarise(training_sets: ensemble.TrainingSets) -> str:

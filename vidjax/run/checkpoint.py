@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from vidjax import digests as digests_lib
 from vidjax.run import workdir as workdir_lib
 
 
@@ -242,7 +243,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise DamagedError(f"file missing: '{file}'")
         try:
-            same = workdir_lib.sha256_file(file) == digest
+            same = digests_lib.sha256_file(file) == digest
         except OSError as error:
             raise DamagedError(f"cannot read '{file}': {error.strerror}") from error
         if not same:
@@ -270,7 +271,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"file missing: '{path}'") from error
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"'{path}' is damaged") from error
-    if digest != workdir_lib.sha256_json(manifest):
+    if digest != digests_lib.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
     if str(manifest["step"]) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
@@ -302,7 +303,7 @@ def _folders(workdir: Path) -> dict[int, Path]:
 def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Writes `manifest.json` with the sha256 of its entries."""
     plain = json.loads(workdir_lib.to_json(dict(entries)))  # as a reader will see them
-    plain["sha256"] = workdir_lib.sha256_json(plain)
+    plain["sha256"] = digests_lib.sha256_json(plain)
     workdir_lib.write_json(folder / "manifest.json", plain)
 
 
@@ -368,4 +369,4 @@ def _remove(folder: Path) -> None:
 def _digests(folder: Path) -> dict[str, str]:
     """Returns relative path -> sha256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): workdir_lib.sha256_file(path) for path in files}
+    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in files}

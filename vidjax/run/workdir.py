@@ -6,7 +6,6 @@ know nothing about runs; any part of vidjax may use them.
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -148,14 +147,3 @@ def read_json(path: Path, kind: type[T] = dict) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"'{path}' is damaged: it holds no {kind.__name__}")
     return value
-
-
-def sha256_file(path: Path) -> str:
-    """Returns the sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 
 from vidjax.data.clips import Modality
 from vidjax.data.records.codec import tf
+from vidjax.digests import sha256_file
 
 
 class Shard(NamedTuple):
@@ -78,7 +79,7 @@ class Records(NamedTuple):
 def describe_shard(path: Path, num_records: int) -> Shard:
     """Returns the entry of the manifest for a file that was just written."""
     stat = path.stat()
-    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, _sha256(path))
+    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
@@ -94,7 +95,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     manifest = {
         "sources": fingerprint,
         "modalities": {name: kind._asdict() for name, kind in records.modalities.items()},
-        "sha256": {name: _sha256(folder / name) for name in ("index.npz", "data_report.json")},
+        "sha256": {name: sha256_file(folder / name) for name in ("index.npz", "data_report.json")},
         "splits": {
             name: {
                 "records": len(split.clips),
@@ -135,7 +136,7 @@ def load_index(folder: Path) -> Records:
     try:
         manifest = _read_manifest(folder / "manifest.json")
         for name, digest in manifest["sha256"].items():
-            if _sha256(folder / name) != digest:
+            if sha256_file(folder / name) != digest:
                 raise ValueError(f"{name} does not match its sha256")
         report = json.loads((folder / "data_report.json").read_text())
         with np.load(folder / "index.npz", allow_pickle=False) as index:
@@ -222,7 +223,7 @@ def check_shard(shard: Shard) -> None:
     if not shard.path.exists():
         raise ValueError(f"{wanted} no such file\n{hint}")
     with contextlib.suppress(OSError):  # the reader below reports how far it can be read
-        if _sha256(shard.path) == shard.sha256:
+        if sha256_file(shard.path) == shard.sha256:
             return
     count = size = 0
     dataset = tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20)
@@ -270,11 +271,6 @@ def verify(records: Records) -> list[str]:
         if path not in named
     ]
     return problems
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,17 @@
+"""Digests of files and of JSON values."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
