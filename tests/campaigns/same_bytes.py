@@ -182,8 +182,13 @@ def digests(workdir: Path) -> dict[str, str]:
         learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
         found["params"] = _digest_of_tree(learned)
     if (workdir / "analysis.npz").exists():
-        with np.load(workdir / "analysis.npz") as arrays:
-            found["analysis"] = _digest_of_tree({name: arrays[name] for name in arrays})
+        with np.load(workdir / "analysis.npz") as archive:
+            arrays = {name: archive[name] for name in archive}
+        values = json.loads(arrays.pop("facts").tobytes())
+        for name in ("members", "runs"):  # they name members and folders
+            values.pop(name)
+        text = json.dumps(values, sort_keys=True).encode()
+        found["analysis"] = _digest_of_tree({**arrays, "values": np.frombuffer(text, np.uint8)})
     return found
 
 
