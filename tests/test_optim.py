@@ -164,7 +164,7 @@ def test_piecewise_is_linear_between_its_points_and_constant_outside():
     expected = {-1: 0.75, 0: 0.75, 23.5: 0.75, 24: 1.0, 50: 1.0, 55: 0.75, 60: 0.5, 999: 0.5}
     epochs = np.asarray(list(expected), np.float32)
     np.testing.assert_allclose(jax.jit(value)(epochs), list(expected.values()), rtol=1e-6)
-    assert float(optim.make_piecewise([(3, 0.5)])(1)) == 0.5
+    assert float(optim.make_piecewise([(3, 0.5)])(jnp.int32(1))) == 0.5
 
 
 @pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])

@@ -272,7 +272,7 @@ def read(features: Array | LazyFeatures) -> Array:
     """Returns features [B, T, D] as an array; LazyFeatures are read from where they lie."""
     if not isinstance(features, LazyFeatures):
         return features
-    return features.values.at[features.index].get(mode="promise_in_bounds")
+    return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
