@@ -363,7 +363,7 @@ def test_parameter_counts(options, expected):
         ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; known are linear"),
         ({"layers": ((8, "relu"),)}, "a layer is"),
         ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
-        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs a layer"),
+        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs num_layers of 1 or more"),
     ],
 )
 def test_unknown_options_are_refused(options, message):
