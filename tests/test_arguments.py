@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,8 @@ def facts(name, words=""):
     def frames(m):
         shapes = ((2, 50, widths[m]), *[(2, 50)] * 4)
         dtypes = (jnp.float16, jnp.float32, jnp.float32, jnp.int32, bool)
-        return Frames(*map(jax.ShapeDtypeStruct, shapes, dtypes))
+        arrays: list[Any] = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
+        return Frames(*arrays)
 
     return {
         "parameters": _shapes(state.params),

@@ -413,7 +413,7 @@ def test_knn_identifier_finds_its_training_clips():
         ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
         ({"name": "mma"}, {"modalities": {}}, "at least one modality"),
         ({"name": "mma"}, {"dtype": "float31"}, "unknown dtype"),
-        ({"name": "knn"}, {"modalities": {"head": 5}}, "configured are head"),
+        ({"name": "knn"}, {"modalities": {"head": 5}}, "config.modalities are head"),
     ],
 )
 def test_unknown_specs_are_refused(spec, options, message):
@@ -429,6 +429,6 @@ def test_frames_that_do_not_fit_are_refused(name):
     model = make_model({"name": name})
     fewer = {key: value for key, value in frames.items() if key != "head"}
     wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
-    for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features are 9 wide")):
+    for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
         with pytest.raises(ValueError, match=message):
             init_identifier(model, wrong, clips)

@@ -363,10 +363,13 @@ def test_parameter_counts(widths, options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modality": "scene"}, "built on 'scene'; configured are face, head, audio"),
+        (
+            {"modality": "scene"},
+            "needs the modality 'scene'; config.modalities are face, head, audio",
+        ),
         ({"channel_attention": "both"}, "unknown channel_attention 'both'"),
         ({"aggregation": "max"}, "unknown aggregation 'max'"),
-        ({"channel_attention": "channels"}, "attention of 40 frames got 4: let the fusion sample"),
+        ({"channel_attention": "channels"}, "got 4: let the fusion sample"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -284,7 +284,7 @@ def test_modality_dropout_leaves_one_and_only_in_training():
     choices, start = [], 0
     for name, dim in DIMS.items():
         mean = eval_logits(plain, _only(variables, kernel, start, dim), frames, clips)
-        choices.append(np.where(frames[name].mask.any(axis=1)[:, None], mean, np.inf))
+        choices.append(np.where(np.any(frames[name].mask, axis=1)[:, None], mean, np.inf))
         start += dim
     distance = np.abs(np.stack(choices) - np.asarray(logits)).max(axis=2).min(axis=0)
     seen = np.stack([frame.mask.any(axis=1) for frame in frames.values()]).any(axis=0)
@@ -363,7 +363,7 @@ def test_parameter_counts(options, expected):
         ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; known are linear"),
         ({"layers": ((8, "relu"),)}, "a layer is"),
         ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
-        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs a layer"),
+        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs num_layers of 1 or more"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

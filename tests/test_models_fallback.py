@@ -117,14 +117,17 @@ def test_scale_of_the_logits_is_that_of_both():
     ("options", "message"),
     [
         ({"measure": "size"}, "unknown measure 'size'"),
-        ({"modality": "scene"}, "must see 'scene'"),
-        ({"main_modalities": ("head",)}, "must see 'face'"),
-        ({"other_modalities": ()}, "needs other_modalities without it, got none"),
-        ({"other_modalities": ("face",)}, "needs other_modalities without it, got face"),
+        ({"modality": "scene"}, "main_modalities must contain 'scene'"),
+        ({"main_modalities": ("head",)}, "main_modalities must contain 'face'"),
+        ({"other_modalities": ()}, "other_modalities must name modalities beside 'face', got none"),
+        (
+            {"other_modalities": ("face",)},
+            "other_modalities must name modalities beside 'face', got face",
+        ),
         ({"other_modalities": ("scene",)}, "other_modalities of model 'fallback' names scene"),
         ({"main": {"name": "none"}}, "unknown model 'none'"),
         ({"main": {**MAIN, "head": "cosine", "logit_scale": 9.0}}, "must be equal, got 9.0 and 1"),
-        ({"main": SPEC}, "cannot have branches themselves"),
+        ({"main": SPEC}, "main and other must have one branch"),
     ],
 )
 def test_impossible_fallbacks_are_refused(options, message):

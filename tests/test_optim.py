@@ -23,8 +23,12 @@ SPEC = {
 }
 
 
+def make_schedule(*, total_steps, steps_per_epoch=None, **spec):
+    return optim.make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+
 def test_warmup_cosine_by_its_formula():
-    schedule = optim.make_schedule(0.1, total_steps=50, warmup=0.2, final_scale=0.01)
+    schedule = make_schedule(learning_rate=0.1, total_steps=50, warmup=0.2, final_scale=0.01)
     for step in range(51):
         if step < 10:
             wanted = 0.01 + (0.1 - 0.01) * step / 10
@@ -35,8 +39,8 @@ def test_warmup_cosine_by_its_formula():
 
 
 def test_warmup_starts_where_it_is_told():
-    schedule = optim.make_schedule(
-        1.5e-4, total_steps=50, warmup=0.2, final_scale=0.0, warmup_scale=0.1
+    schedule = make_schedule(
+        learning_rate=1.5e-4, total_steps=50, warmup=0.2, final_scale=0.0, warmup_scale=0.1
     )
     rates = np.asarray(schedule(np.arange(11)))
     np.testing.assert_allclose(rates, np.linspace(1.5e-5, 1.5e-4, 11), rtol=1e-5)
@@ -47,8 +51,8 @@ def test_warmup_starts_where_it_is_told():
 )
 def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
     total = 60
-    schedule = optim.make_schedule(
-        0.01,
+    schedule = make_schedule(
+        learning_rate=0.01,
         total_steps=total,
         warmup=0.0,
         final_scale=1.0,
@@ -66,11 +70,11 @@ def test_steps_decay_from_the_start_of_the_run(every, steps_per_epoch):
 
 def test_warmup_goes_before_the_other_decays_too():
     options: Any = {"total_steps": 20, "warmup": 0.5, "final_scale": 0.01}
-    constant = optim.make_schedule(0.1, decay="constant", **options)
+    constant = make_schedule(learning_rate=0.1, decay="constant", **options)
     np.testing.assert_allclose(constant(np.arange(10)), 0.01 + 0.009 * np.arange(10), rtol=1e-5)
     np.testing.assert_allclose(constant(np.arange(10, 20)), 0.1, rtol=1e-6)
     options |= {"decay_factor": 0.5, "decay_every_epochs": 2, "steps_per_epoch": 4}
-    steps = optim.make_schedule(0.1, decay="steps", **options)
+    steps = make_schedule(learning_rate=0.1, decay="steps", **options)
     halved = constant(np.arange(20)) * 0.5 ** (np.arange(20) // 8)
     np.testing.assert_allclose(steps(np.arange(20)), halved, rtol=1e-5)
 
@@ -78,8 +82,13 @@ def test_warmup_goes_before_the_other_decays_too():
 @pytest.mark.parametrize("decay", ["cosine", "steps", "constant"])
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
 def test_short_runs_have_finite_positive_rates(total_steps, decay):
-    schedule = optim.make_schedule(
-        0.1, total_steps=total_steps, warmup=0.1, final_scale=0.0, decay=decay, steps_per_epoch=0.5
+    schedule = make_schedule(
+        learning_rate=0.1,
+        total_steps=total_steps,
+        warmup=0.1,
+        final_scale=0.0,
+        decay=decay,
+        steps_per_epoch=0.5,
     )
     rates = [float(np.asarray(schedule(step))) for step in range(total_steps)]
     assert all(0 < rate <= np.float32(0.1) for rate in rates), rates
@@ -164,7 +173,7 @@ def test_piecewise_is_linear_between_its_points_and_constant_outside():
     expected = {-1: 0.75, 0: 0.75, 23.5: 0.75, 24: 1.0, 50: 1.0, 55: 0.75, 60: 0.5, 999: 0.5}
     epochs = np.asarray(list(expected), np.float32)
     np.testing.assert_allclose(jax.jit(value)(epochs), list(expected.values()), rtol=1e-6)
-    assert float(optim.make_piecewise([(3, 0.5)])(1)) == 0.5
+    assert float(optim.make_piecewise([(3, 0.5)])(jnp.int32(1))) == 0.5
 
 
 @pytest.mark.parametrize("points", [(), (1, 2), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),)])

@@ -89,7 +89,7 @@ def make_clips(name):
     if not name.startswith("mma"):
         return {"face": jax.tree.map(np.array, fusion.mean_frame(face, weighting="graded"))}
     return {
-        "face": selection.top_frames(None, face._replace(mask=face.mask & [True]), num_frames=4),
+        "face": selection.top_frames(None, face._replace(mask=face.mask & True), num_frames=4),
         "head": make_frames([1, 0, 4, 2, 0, 4], max_frames=4, dim=DIM, seed=1),
         "audio": make_frames([1, 1, 0, 1, 0, 1], max_frames=1, dim=DIM, seed=2),
     }

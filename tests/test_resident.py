@@ -173,7 +173,7 @@ def test_clips_show_all_their_frames_or_a_window_in_a_row():
                     continue
                 first = int(one.features[row, 0, 0]) - packed.start[clip]
                 assert 0 <= first <= packed.length[clip] - length
-                at = packed.start[clip] + first + np.arange(length)
+                at = packed.start[clip] + first + np.arange(int(length))
                 for field in FIELDS[:-1]:
                     wanted = getattr(packed, field)[at]
                     np.testing.assert_array_equal(getattr(one, field)[row, :length], wanted)

@@ -237,9 +237,11 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
         return eval_step_lib.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
 
     state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
-    row = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    number, mask = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool)
-    frame = Frames(jax.ShapeDtypeStruct((1, 1, 512), jnp.float32), row, row, number, mask)
+    row: Any = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    number: Any = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask: Any = jax.ShapeDtypeStruct((1, 1), bool)
+    features: Any = jax.ShapeDtypeStruct((1, 1, 512), jnp.float32)
+    frame = Frames(features, row, row, number, mask)
     counted: Any = jax.jit(scores).lower(state, frame).cost_analysis()
     assert counted["flops"] == pytest.approx(by_hand, rel=0.01)
 

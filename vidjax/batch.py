@@ -9,9 +9,13 @@ for noise classes follow (`NoiseLayout`); a model's `num_classes` counts them to
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
-Array = Any  # a numpy or a jax array: the same structures serve the host and the device
+import jax
+import numpy as np
+
+# The same structures serve the host and the devices.
+Array: TypeAlias = jax.Array | np.ndarray
 
 
 class NoiseLayout(NamedTuple):
@@ -63,7 +67,7 @@ class LazyFeatures(NamedTuple):
     """
 
     values: Array
-    index: Array
+    index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +118,7 @@ class ClipInfo(NamedTuple):
       labels: [B] int32, class columns, in training; None in evaluation.
     """
 
-    index: Array
+    index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     mask: Array
     labels: Array | None = None
 

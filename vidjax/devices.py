@@ -1,27 +1,29 @@
-"""Devices: the mesh, and how arrays are laid out on it."""
+"""Devices: the mesh, the layout of arrays on it, and the cache of compiled programs."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax.batch import Array, Batch, Frames, LazyFeatures
+from vidjax.batch import Array, Batch, LazyFeatures
+
+Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def keep_programs(folder: Path) -> None:
-    """Keeps compiled programs in a folder for later processes, unless jax was told of another."""
+    """Caches compiled programs in a folder, unless jax is configured to use another one."""
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    # A folder may be shared by machines whose processors differ.
+    # Machines with different processors may share the folder.
     try:
-        facts = Path("/proc/cpuinfo").read_text()
-        processor = next(line for line in facts.splitlines() if line.startswith(("flags", "Feat")))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line for line in lines if line.startswith(("flags", "Feat")))
     except (OSError, StopIteration):
         processor = platform.processor()
     kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
@@ -30,28 +32,31 @@ def keep_programs(folder: Path) -> None:
 
 
 def be_deterministic() -> None:
-    """Has every run on a GPU give the same bits; before jax looks for devices."""
+    """Makes runs on a GPU bit-identical. Call it before jax looks for devices."""
     known = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{known} --xla_gpu_deterministic_ops=true".strip()
 
 
 def versions() -> dict[str, str]:
-    """Returns what a score was computed with: package -> version, Python and the devices."""
+    """Returns package -> version, with entries `python` and `device` (number and kind)."""
     packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    package_versions = {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    return {**found, "python": platform.python_version(), "device": device}
+    return {**package_versions, "python": platform.python_version(), "device": device}
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh with the one axis `data` over the first devices (all when None).
+    """Returns a mesh with one axis, `data`, over the first devices.
 
-    The axis is Auto: one program runs on 1 or N devices with bit-identical random draws and with
-    batch statistics over all of them, which is what pmap could not do.
+    The axis is Auto: one program runs on 1 or N devices. Random draws are bit-identical, and batch
+    statistics are taken over all devices, which pmap could not do.
+
+    Args:
+      num_devices: number of devices; None for all.
 
     Raises:
-      ValueError: jax cannot use the platform that it was told to.
+      ValueError: jax cannot use the configured platform.
     """
     devices = _devices()[:num_devices]
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -60,52 +65,54 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 def _devices() -> list[Any]:
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where no platform is left
+    except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
         platform = jax.config.values["jax_platforms"] or "the default platform"
-        reason = (str(error) or "it is not there").splitlines()[0][:300]
+        reason = (str(error) or "no such device").splitlines()[0][:300]
         raise ValueError(
             f"jax cannot use {platform}: {reason}\n"
-            "an NVIDIA GPU needs vidjax's extra [cuda], a TPU [tpu]: pip install '.[cuda]'"
+            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: pip install '.[cuda]'"
         ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of what every device holds whole: parameters and tables."""
+    """Returns the layout of arrays that every device holds whole: parameters and tables."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of what is split over the devices by its leading axis: batches."""
+    """Returns the layout of arrays that are split along their leading axis: batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Returns a tree of arrays, a copy on every device."""
+def replicate(mesh: Mesh, tree: Tree) -> Tree:
+    """Copies a tree of arrays to every device."""
     return jax.device_put(tree, replicated(mesh))
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns how a batch is split: by clips, but the values of LazyFeatures are whole."""
+    """Returns the layout of a batch: a Batch with a PartitionSpec in place of every array.
+
+    Every device has its share of the clips, but all values of LazyFeatures.
+    """
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
-    def of_modality(one: Frames) -> Frames:
-        lazy = isinstance(one.features, LazyFeatures)
-        return Frames(
-            LazyFeatures(whole, rows) if lazy else rows, *[rows] * (len(Frames._fields) - 1)
-        )
+    def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:
+        if isinstance(leaf, LazyFeatures):
+            return leaf._replace(values=whole, index=rows)
+        return rows
 
-    frames = {name: of_modality(one) for name, one in batch.frames.items()}
-    return Batch(frames, clip_index=rows, batch_mask=rows)
+    return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Returns a batch on the devices, B / devices clips on each.
+    """Distributes a batch over the devices, B / devices clips on each.
 
     Args:
-      batch: arrays of B clips, of numpy or already on the devices.
+      mesh: the devices.
+      batch: B clips, numpy arrays or arrays on the devices.
 
     Raises:
-      ValueError: B is no multiple of the number of devices.
+      ValueError: B is not a multiple of the number of devices.
     """
     rows, devices = np.shape(batch.clip_index)[0], mesh.size
     if rows % devices:
@@ -117,7 +124,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Returns a batch that is made within a compiled function, split as `shard_batch` would."""
+    """Distributes a batch as `shard_batch` does, inside of a compiled function."""
 
     def constrain(spec: PartitionSpec, x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -126,7 +133,11 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 
 class CompileClock:
-    """Counts the seconds that XLA compiles in this process while the context is open."""
+    """Measures XLA compilation in this process while the context is open.
+
+    Attributes:
+      seconds: seconds spent on compilation so far.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -138,6 +149,6 @@ class CompileClock:
     def __exit__(self, *args: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._add)
 
-    def _add(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _add(self, event: str, duration_secs: float, **kwargs: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += duration_secs

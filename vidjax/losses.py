@@ -1,8 +1,8 @@
-"""Losses of logits and of embeddings, one value per example, and the objective they add up to.
+"""Losses of logits and of embeddings, with one value per example, and the training objective.
 
-Logits are [..., K], K class columns (see `vidjax.batch`), with any leading axes: clips, branches of
-a model, examples of a clip. A loss of your own is a function here and a line in `CLASSIFICATION`,
-`MARGINS` or `EMBEDDING`.
+Logits are [..., K] with K class columns (see `vidjax.batch`) and any leading axes: clips, branches
+of a model, examples of a clip. To add a loss, write a function here and add a line to
+`CLASSIFICATION`, `MARGINS` or `EMBEDDING`.
 """
 
 import functools
@@ -30,9 +30,9 @@ def softmax_cross_entropy(
     Args:
       logits: [..., K] float.
       labels: [...] int32, class columns.
-      class_mask: [K] bool, True for columns that take part; None: all.
+      class_mask: [K] bool, True for columns that take part; None for all.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
-        take part, the label's included.
+        take part, including the column of the label.
 
     Returns:
       [...] float, in nats.
@@ -48,24 +48,24 @@ def softmax_cross_entropy(
 
 
 def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float) -> Array:
-    """Returns the logits of a cosine classifier with an angle added at the label.
+    """Adds a margin to the angle between the embedding and the direction of the label.
 
     Args:
-      logits: [..., K] float, scale x cosine.
+      logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
-      margin: angle m in radians, from 0, which changes nothing, to pi/2.
-      scale: what the cosines were multiplied by, above 0.
+      margin: angle m in radians, from 0 to pi/2; 0 returns the logits unchanged.
+      scale: factor on the cosines, above 0.
 
     Returns:
-      [..., K], float32 or wider: scale x cos(angle + m) in the label's column, and where the angle
-      is beyond pi - m, so that the cosine would rise again, scale x (cosine - m sin m); the other
-      columns as they were.
+      [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
+      above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)). Other columns
+      are unchanged.
 
     Raises:
-      ValueError: a margin or a scale out of its range.
+      ValueError: `margin` or `scale` is out of range.
 
-    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Ours: at a
-    cosine of 1 or -1, where the sine has no derivative, its derivative counts as 0.
+    Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Ours: the
+    derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
     """
     if not 0 <= margin <= np.pi / 2 or not scale > 0:
         raise ValueError(
@@ -75,13 +75,13 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float)
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     cosine = _at_label(logits, labels) / scale
-    # Rounding may take a cosine past 1; and the derivative of a root is infinite at 0.
+    # Rounding may give a cosine above 1, and the derivative of a root is infinite at 0.
     squared = (1 - cosine) * (1 + cosine)
     sine = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
     shifted = cosine * np.cos(margin) - sine * np.sin(margin)
     fallback = cosine - margin * np.sin(margin)
     harder = scale * jnp.where(cosine > np.cos(np.pi - margin), shifted, fallback)
-    # Row by row, so that rows on several devices stay there.
+    # Row by row, so that no device needs the rows of another.
     rows = logits.reshape(-1, logits.shape[-1])  # [N, K]
     put = jax.vmap(lambda row, label, value: row.at[label].set(value, mode="promise_in_bounds"))
     return put(rows, labels.reshape(-1), harder.reshape(-1)).reshape(logits.shape)
@@ -96,15 +96,15 @@ def binary_focal(
       logits: [..., K] float.
       labels: [...] int32, class columns.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
-      class_mask: [K] bool, True for columns that take part; None: all.
+      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
-      [...] float: with p = sigmoid(logit), the sum over the other columns of -p^gamma log(1 - p),
-      plus -(1 - p)^gamma log p at the label's.
+      [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
+      the sum of -p^gamma log(1 - p) over the other columns.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha; summed over
-    all columns as in quality fusion (4th place 2019). The one-hot is never built: the negative term
-    is summed over all columns and corrected at the label's.
+    all columns as in quality fusion (4th place 2019). Without building a one-hot target, the
+    negative term is summed over all columns and corrected in the column of the label.
     """
     negative = _focal_negative(gamma, logits)
     if class_mask is not None:
@@ -117,36 +117,36 @@ def binary_focal(
 def multiclass_focal(
     logits: Array, labels: Array, gamma: float = 2.0, class_mask: Array | None = None
 ) -> Array:
-    """Returns the focal loss of the softmax, (1 - p)^gamma x cross-entropy, for every example.
+    """Returns the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
     Args:
       logits: [..., K] float.
       labels: [...] int32, class columns.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-      class_mask: [K] bool, True for columns that take part; None: all.
+      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
-      [...] float; p is the probability of the label.
+      [...] float, with p the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
         return cross_entropy
-    # The derivative of a power below 1 is infinite at 0, where p is 1.
+    # For gamma below 1 the derivative of the power is infinite at p = 1.
     tiny = jnp.finfo(logits.dtype).tiny
     return jnp.maximum(-jnp.expm1(-cross_entropy), tiny) ** gamma * cross_entropy
 
 
 def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
-    """Returns the soft-margin triplet loss of each example with its hardest positive and negative.
+    """Returns the soft-margin triplet loss with the hardest positive and the hardest negative.
 
     Args:
       embedding: [B, D] float.
-      labels: [B] int32, class columns; examples of column 0 are negatives alone.
+      labels: [B] int32, class columns; examples of column 0 only serve as negatives.
       mask: [B] bool, True for real examples.
 
     Returns:
-      [B] float32: softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
-      vectors; 0 for an example without a positive or without a negative.
+      [B] float32, softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
+      vectors; 0 for examples without a positive or without a negative.
 
     Source: Hermans et al., In Defense of the Triplet Loss, equation 5 and section 3.2. Ours: unit
     vectors.
@@ -154,7 +154,7 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
     embedding = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
     norm = jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)
     unit = embedding / norm
-    squared = jnp.maximum(2.0 - 2.0 * unit @ unit.T, 0.0) + 1e-12  # the root has a slope at 0
+    squared = jnp.maximum(2.0 - 2.0 * unit @ unit.T, 0.0) + 1e-12  # a root has no derivative at 0
     distance = jnp.sqrt(squared)
     same = labels[:, None] == labels[None, :]
     is_known = labels > 0
@@ -167,8 +167,8 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
     return jnp.where(counts, jax.nn.softplus(farthest - nearest), 0.0)
 
 
-# name -> loss of logits: (logits, labels, *, options); its options are filled from config.loss by
-# name, `class_mask` and `logit_scale` by the system.
+# name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
+# get its value; `class_mask` and `logit_scale` come from the system.
 CLASSIFICATION: dict[str, Callable[..., Array]] = {
     "softmax": softmax_cross_entropy,
     "binary": binary_focal,
@@ -196,19 +196,20 @@ def make_objective(
     *,
     logit_scale: float,
 ) -> Objective:
-    """Returns the loss that training minimises, a function of a model's output.
+    """Builds the training objective.
 
-    It is the loss of the logits, summed over the branches of the model with `train_weight`, plus
-    `embedding_weight` times the loss of the embedding, where one is named.
+    The objective is the loss of the logits, summed over the branches of the model with the weights
+    `train_weight`. If `embedding` names a loss of embeddings, `embedding_weight` times that loss is
+    added.
 
     Args:
       spec: the fields of `config.loss`.
       class_mask: [K] bool, True for columns that take part; None for all.
-      steps_per_epoch: optimiser steps in an epoch; may be a fraction.
-      logit_scale: factor on the model's cosines; 1 where its logits are no cosines.
+      steps_per_epoch: optimiser steps per epoch; may be a fraction.
+      logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Raises:
-      ValueError: an unknown name, or a value out of its range.
+      ValueError: A name is unknown, or a value is out of range.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
@@ -237,34 +238,36 @@ def make_loss(
     *,
     logit_scale: float,
 ) -> Callable[[Array, Array, Array], Array]:
-    """Returns the loss of logits: w x focal + (1 - w) x classification, w by a schedule.
+    """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w) as
-        in `optim.make_piecewise`; `margin` and `margin_type`, a name in MARGINS, which both losses
-        see; `gamma` and `label_smoothing`, options of the losses.
+      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w), see
+        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for both losses;
+        `gamma` and `label_smoothing`, options of the losses.
       class_mask: [K] bool, True for columns that take part; None for all.
-      steps_per_epoch: optimiser steps in an epoch; may be a fraction.
-      logit_scale: factor on the model's cosines; 1 where its logits are no cosines.
+      steps_per_epoch: optimiser steps per epoch; may be a fraction.
+      logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Returns:
-      Function of (logits [..., K], labels [...] int32, step [] int32) that gives [...]. The weight
-      is computed from the step, so that a traced step never compiles anew.
+      Function (logits [..., K], labels [...] int32, step [] int32) -> loss [...] float. It computes
+      w from the step, which may be traced.
 
     Raises:
-      ValueError: an unknown name, a value out of its range, an unordered schedule, a margin without
-        a cosine classifier, or label smoothing without softmax.
+      ValueError: A name is unknown, a value is out of range, the schedule is not ordered, a margin
+        is set without a cosine classifier, or label smoothing without softmax.
     """
     _check_values(spec, logit_scale)
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
-        raise ValueError(f"loss schedule weights must lie between 0 and 1, got {weights.tolist()}")
+        raise ValueError(
+            f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
+        )
     smoothing = spec["label_smoothing"]
     if smoothing and np.all(weights == 1):
         raise ValueError(
-            f"config.loss.label_smoothing={smoothing} belongs to the softmax cross-entropy, which "
-            f"has no share in config.loss.schedule={spec['schedule']}"
+            f"config.loss.label_smoothing={smoothing} is an option of the softmax cross-entropy, "
+            f"which has weight 0 in config.loss.schedule={spec['schedule']}"
         )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
     options = {
@@ -291,7 +294,7 @@ def make_loss(
 
 
 def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
-    """Raises ValueError for names that do not exist and values out of their range."""
+    """Raises ValueError for unknown names and for values out of range."""
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
     for field, table in tables.items():
         if spec[field] not in table:
@@ -303,7 +306,8 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
         raise ValueError(f"config.loss.margin={margin} must lie between 0 and pi/2")
     if margin and logit_scale == 1.0:
         raise ValueError(
-            f"config.loss.margin={margin} needs a cosine classifier whose logit_scale is not 1"
+            f"config.loss.margin={margin} needs a cosine classifier with a model.logit_scale other "
+            "than 1"
         )
     if not 0 <= spec["label_smoothing"] < 1:
         raise ValueError(
@@ -314,7 +318,7 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
 def _with_options(
     function: Callable[..., Array], options: Mapping[str, Any]
 ) -> Callable[[Array, Array], Array]:
-    """Returns a loss with those of the options that it takes."""
+    """Binds the options that a loss accepts."""
     names = inspect.signature(function).parameters.keys() & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})
 
@@ -323,17 +327,19 @@ def _at_label(values: Array, labels: Array) -> Array:
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 
-# Autodiff would keep four arrays of the shape of the logits for the backward pass; with the
-# derivative written out it keeps one.
+# Autodiff would keep four arrays of the shape of the logits for the backward pass. The derivative
+# below keeps one.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _focal_negative(gamma: float, logits: Array) -> Array:
-    """Returns -p^gamma log(1 - p), p = sigmoid(logits), elementwise."""
+    """Returns -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)
     return jnp.exp(gamma * (logits - log_rest)) * log_rest
 
 
 @_focal_negative.defjvp
-def _focal_negative_jvp(gamma, primals, tangents):
+def _focal_negative_jvp(
+    gamma: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     (logits,), (tangent,) = primals, tangents
     p = jax.nn.sigmoid(logits)
     log_rest = jax.nn.softplus(logits)

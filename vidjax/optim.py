@@ -1,4 +1,4 @@
-"""Optimisers, and schedules over steps and epochs, from plain specifications."""
+"""Optimisers and schedules, built from plain dicts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +30,19 @@ _DEFAULTS = {
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
 ) -> Callable[[Array], Array]:
-    """Returns the function of the epoch that joins points by straight lines.
+    """Builds a piecewise linear function of the epoch.
 
     Args:
-      points: (epoch, value) pairs in the order of epochs. An epoch named twice is a jump, and the
-        later value holds at it; before the first and after the last the value is constant.
-      name: what an error calls the points.
+      points: (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump, with
+        the second value at the epoch itself. The function is constant before the first and after
+        the last pair.
+      name: name of the points in error messages.
 
     Returns:
-      Function of epochs [...], traced or not, that gives float32 values [...].
+      Function (epochs [...]) -> values [...] float32; the epochs may be traced.
 
     Raises:
-      ValueError: no points, not pairs, not finite, or out of order.
+      ValueError: There are no points, or they are not finite pairs in order.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -56,48 +57,44 @@ def make_piecewise(
 
 
 def make_schedule(
-    learning_rate: float,
-    *,
-    total_steps: int,
-    warmup: float,
-    final_scale: float,
-    warmup_scale: float = 0.0,
-    decay: str = "cosine",
-    decay_factor: float = 0.7,
-    decay_every_epochs: float = 1.0,
-    steps_per_epoch: float | None = None,
+    spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float | None = None
 ) -> optax.Schedule:
-    """Returns a learning-rate schedule: step -> rate, a linear warm-up and then a decay.
+    """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
     Args:
-      learning_rate: the peak.
+      spec: some of these fields of `config.optim`; defaults as for `make_optimizer`:
+        learning_rate: peak of the learning rate.
+        warmup: share of all steps in which the rate increases linearly to the peak.
+        warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
+          number of warm-up steps, so that the first step is not wasted.
+        decay: `cosine` from the end of the warm-up to the end of the run; `steps`, a factor every
+          `decay_every_epochs` from the start of the run, which also applies to the warm-up; or
+          `constant`.
+        final_scale: for `cosine`, rate at the end relative to the peak.
+        decay_factor: for `steps`, the factor, above 0.
+        decay_every_epochs: for `steps`, epochs between two factors, above 0; may be a fraction.
       total_steps: steps of the whole run, warm-up included.
-      warmup: share of the steps in which the rate rises linearly to the peak.
-      final_scale: of `cosine`: the rate at the end, relative to the peak.
-      warmup_scale: where the warm-up starts, relative to the peak, at most 1; 0: at one over its
-        number of steps, so that the first step is not wasted.
-      decay: `cosine`, from the end of the warm-up to `final_scale`; `steps`: multiplied by
-        `decay_factor` every `decay_every_epochs`, counted from the start of the run, the warm-up
-        included and multiplied too; `constant`: none.
-      decay_factor: of `steps`, above 0.
-      decay_every_epochs: of `steps`, above 0; may be a fraction.
-      steps_per_epoch: of `steps`: optimiser steps in an epoch; may be a fraction.
+      steps_per_epoch: for `steps`, optimiser steps per epoch; may be a fraction.
 
     Returns:
-      Function of steps [...], traced or not, that gives float32 rates [...].
+      Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
 
     Raises:
-      ValueError: an unknown decay, or a value out of its range.
+      ValueError: The decay is unknown, or a value is out of range.
     """
+    options = {**_DEFAULTS, **spec}
+    learning_rate, decay = options["learning_rate"], options["decay"]
+    warmup, warmup_scale = options["warmup"], options["warmup_scale"]
     if not 0 <= learning_rate < math.inf:
-        raise ValueError(f"config.optim.learning_rate={learning_rate} must be 0 or more, finite")
+        raise ValueError(f"config.optim.learning_rate={learning_rate} must be finite and 0 or more")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"config.optim.warmup={warmup} is a share: between 0 and 1")
+        raise ValueError(f"config.optim.warmup={warmup} must lie between 0 and 1")
     if not 0 <= warmup_scale <= 1:
         raise ValueError(f"config.optim.warmup_scale={warmup_scale} must lie between 0 and 1")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     if decay == "cosine":
+        final_scale = options["final_scale"]
         if warmup_steps < 1:
             return optax.cosine_decay_schedule(learning_rate, max(total_steps, 1), final_scale)
         return optax.warmup_cosine_decay_schedule(
@@ -110,7 +107,9 @@ def make_schedule(
     if decay == "constant":
         stairs = optax.constant_schedule(1.0)
     elif decay == "steps":
-        stairs = _make_stairs(total_steps, decay_factor, decay_every_epochs, steps_per_epoch)
+        stairs = _make_stairs(
+            total_steps, options["decay_factor"], options["decay_every_epochs"], steps_per_epoch
+        )
     else:
         raise ValueError(f"config.optim.decay='{decay}': known are constant, cosine, steps")
     rise = optax.constant_schedule(learning_rate)
@@ -122,7 +121,7 @@ def make_schedule(
 def _make_stairs(
     total_steps: int, factor: float, every_epochs: float, steps_per_epoch: float | None
 ) -> optax.Schedule:
-    """Returns step -> what the rate is multiplied by: a factor every so many epochs."""
+    """Builds a step function: step -> factor to the power of the number of stairs before it."""
     if steps_per_epoch is None or not steps_per_epoch > 0:
         raise ValueError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
     if not factor > 0 or not every_epochs > 0:
@@ -130,9 +129,9 @@ def _make_stairs(
             "config.optim.decay='steps' needs decay_factor and decay_every_epochs above 0, got "
             f"{factor} and {every_epochs}"
         )
-    width = every_epochs * steps_per_epoch  # of a stair, in steps
+    width = every_epochs * steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(total_steps / width) + 1
-    # Tables from the host: neither float32 nor the rounding of the width puts an edge a step off.
+    # Tables computed on the host, where rounding cannot move an edge by a step as in float32.
     edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
     scales = (float(factor) ** np.arange(num_stairs)).astype(np.float32)
     return lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
@@ -141,41 +140,35 @@ def _make_stairs(
 def make_optimizer(
     spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns an optimiser and its schedule.
+    """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays, both of matrices only. `total_decay` is decoupled from the gradient
-    and given for the whole run: without gradients a matrix would shrink by exp(-total_decay),
-    whatever the learning rate and the number of steps. `weight_decay` is the L2 penalty of
-    published recipes: weight_decay x parameter is added to the (clipped) gradient, before momentum
-    or Adam's moments, as torch.optim does. Ours: no penalty on biases and norms.
+    There are two weight decays; both apply to matrices only.
+
+    - `total_decay` is decoupled from the gradient and holds for the whole run: it equals the
+      decoupled weight decay times the sum of all learning rates. Without gradients, a matrix
+      shrinks by exp(-total_decay), independently of learning rate and number of steps.
+    - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
+      parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: any of `name` (adam | sgd), `learning_rate`, `warmup`, `warmup_scale`, `decay` (cosine |
-        steps | constant), `final_scale`, `decay_factor`, `decay_every_epochs`, `total_decay`,
-        `weight_decay`, `momentum` (sgd; 0 for none), `clip_norm` (0 for none).
+      spec: some of `name` (adam | sgd), `total_decay`, `weight_decay`, `momentum` (for sgd; 0 for
+        none), `clip_norm` (largest global norm of the gradient; 0 for any), and the fields of
+        `make_schedule`.
       total_steps: steps of the whole run.
-      steps_per_epoch: optimiser steps in an epoch, which may be a fraction; only the decay `steps`
-        needs it.
+      steps_per_epoch: optimiser steps per epoch, which may be a fraction; needed for the decay
+        `steps` only.
 
     Raises:
-      ValueError: an unknown field, name or decay, or a value out of its range.
+      ValueError: A field, the name or the decay is unknown, or a value is out of range.
+
+    Ours: no decay of biases and normalisation parameters.
     """
     if unknown := sorted(set(spec) - set(_DEFAULTS)):
         raise ValueError(
             f"config.optim has no field {', '.join(unknown)}; known are {', '.join(_DEFAULTS)}"
         )
     options = {**_DEFAULTS, **spec}
-    schedule = make_schedule(
-        options["learning_rate"],
-        total_steps=total_steps,
-        warmup=options["warmup"],
-        final_scale=options["final_scale"],
-        warmup_scale=options["warmup_scale"],
-        decay=options["decay"],
-        decay_factor=options["decay_factor"],
-        decay_every_epochs=options["decay_every_epochs"],
-        steps_per_epoch=steps_per_epoch,
-    )
+    schedule = make_schedule(options, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     if options["name"] == "adam":
         scale = optax.scale_by_adam()
     elif options["name"] == "sgd":
@@ -193,5 +186,6 @@ def make_optimizer(
     return optax.chain(*parts), schedule
 
 
-def _is_matrix(params: Any) -> Any:
+def _is_matrix(params: optax.Params) -> optax.Params:
+    """Returns a tree of booleans, True for parameters with more than one axis."""
     return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -1,12 +1,10 @@
-"""Which frames of a clip, and with what weight: Frames of whole frames in, of whole frames out.
+"""Selection and weights of frames; `vidjax.fusion` averages them.
 
-Nothing is averaged here, so features keep their stored dtype, and lazy features stay lazy: no
-feature is read before it is known to be wanted. `vidjax.fusion` averages. The mask of what comes in
-may have holes anywhere, as `filter_frames` leaves them.
+Features keep their stored dtype, and lazy features stay lazy: only selected features are read. The
+masks of all arguments may have holes at any frame, since `filter_frames` leaves such masks.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +20,25 @@ def filter_frames(
     min_detection: Array | float | None = None,
     top_share: float = 1.0,
 ) -> Frames:
-    """Returns the frames with a mask that only the good ones of a clip pass.
+    """Masks frames of low quality.
 
     Args:
       frames: Frames [B, T].
-      min_quality: least quality, a number or a traced scalar; None or -inf: any.
-      min_detection: least detection score, the same.
-      top_share: share in (0, 1] of what the other two leave, the best by quality, that stays; of n
-        frames the smallest whole number that is no less than top_share x n. Equal qualities go to
-        the earlier frame; a quality that is not a number is the lowest.
+      min_quality: lowest quality to keep, a number or a traced scalar; None or -inf for any.
+      min_detection: lowest detection score to keep, a number or a traced scalar; None or -inf for
+        any.
+      top_share: share in (0, 1] of the remaining frames to keep, best quality first: the smallest
+        whole number not below top_share x n for n frames. Among equal qualities the earlier frame
+        is better; NaN is the lowest quality.
 
     Returns:
-      Frames [B, T]; only the mask is another. A clip of which nothing would be left keeps all of
-      its frames.
+      Frames [B, T] with a new mask. A clip that would lose all frames keeps all of them.
 
     Raises:
-      ValueError: for a share outside (0, 1].
+      ValueError: `top_share` is outside (0, 1].
 
-    Source: filters of quality and detection as in quality fusion (4th place 2019), the best 70 % by
-    quality as in Residual Dense Net (2nd place 2019). Ours: no clip is lost.
+    Source: thresholds on quality and detection from quality fusion (4th place 2019); the best 70 %
+    by quality from Residual Dense Net (2nd place 2019). Ours: no clip loses all frames.
     """
     if not 0 < top_share <= 1:
         raise ValueError(f"top_share must be above 0 and at most 1, got {top_share}")
@@ -50,7 +48,7 @@ def filter_frames(
     if min_detection is not None:
         kept = kept & (frames.detection >= min_detection)
     if top_share < 1:
-        # From a table, exact: in float32 a tenth of thirty is a little more than three.
+        # The table is exact. In float32, 0.1 x 30 would be slightly more than 3.
         counts = np.ceil(top_share * np.arange(kept.shape[1] + 1) * (1 - 1e-12)).astype(np.int32)
         count = jnp.asarray(counts)[jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)]
         place = jnp.argsort(_best_first(frames.quality, kept), axis=1)
@@ -60,20 +58,22 @@ def filter_frames(
 
 
 def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Frames:
-    """Returns the `num_frames` best frames of every clip by quality, in time order.
+    """Selects the `num_frames` frames of highest quality of every clip, in time order.
+
+    Shorter clips keep all frames and repeat some: random ones with a key; without a key, all in
+    turn, starting with the best. Among equal qualities the earlier frame is better; NaN is the
+    lowest quality.
 
     Args:
-      rng: key, or None.
+      rng: PRNG key, or None.
       frames: Frames [B, T].
-      num_frames: T'. A clip with fewer keeps them all and repeats some: at random with a key, in
-        turn, the best first, without.
+      num_frames: number of frames to select, T'.
 
     Returns:
-      Frames [B, num_frames] in the stored dtype; the mask is False where the clip has no frame.
-      Equal qualities go to the earlier frame; a quality that is not a number comes last.
+      Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
     Raises:
-      ValueError: for fewer than one frame.
+      ValueError: `num_frames` is below 1.
 
     Source: iQIYI-VID paper, section 5.1. Ours: repeats in turn without a key, for evaluation.
     """
@@ -83,22 +83,24 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
 
 
 def sample_frames(rng: Array | None, frames: Frames, *, num_frames: int = 40) -> Frames:
-    """Returns `num_frames` frames of every clip, whatever their quality, in time order.
+    """Selects `num_frames` frames of every clip independently of quality, in time order.
+
+    With a key the frames are drawn at random without replacement; shorter clips keep all frames and
+    repeat random ones. Without a key the frames are evenly spaced over the clip.
 
     Args:
-      rng: key, or None.
+      rng: PRNG key, or None.
       frames: Frames [B, T].
-      num_frames: T'. With a key they are drawn at random, all different; a clip with fewer keeps
-        them all and repeats some at random. Without, they are evenly spaced over the clip.
+      num_frames: number of frames to select, T'.
 
     Returns:
-      Frames [B, num_frames] in the stored dtype; the mask is False where the clip has no frame.
+      Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
     Raises:
-      ValueError: for fewer than one frame.
+      ValueError: `num_frames` is below 1.
 
-    Source: DeepMEF (3rd place 2019). Ours: a clip with too few shows each of its frames before it
-    repeats one; evenly spaced frames without a key, for evaluation.
+    Source: DeepMEF (3rd place 2019). Ours: short clips keep all frames before they repeat one;
+    evenly spaced frames without a key, for evaluation.
     """
     if num_frames < 1:
         raise ValueError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
@@ -115,23 +117,25 @@ def sample_frames(rng: Array | None, frames: Frames, *, num_frames: int = 40) ->
 def concat_clips(
     rng: Array, frames: Frames, chosen: Array, short: Array, *, max_frames: int = 50
 ) -> Frames:
-    """Returns the frames with some clips joined to another of the batch, and longer ones cut.
+    """Concatenates short clips with other short clips of the batch, and cuts long ones.
+
+    A chosen short clip is extended with probability 0.5 by the frames of another chosen short clip,
+    with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
+    frames, or all if the modality has fewer. All other clips stay unchanged.
+
+    Call it with the same `rng`, `chosen` and `short` for all modalities: then all are extended by
+    the same other clip, and cut at the same relative position.
 
     Args:
-      rng: key. With the same key, `chosen` and `short` every modality of a clip is joined to the
-        same other clip, and cut at the same share of its length.
+      rng: PRNG key.
       frames: Frames [B, T] of one modality.
-      chosen: [B] bool, True for the clips that may change, such as distractors; False on padded
-        rows.
-      short: [B] bool, True for clips of fewer than `max_frames` frames, in whatever modality the
-        caller decides that. One for all modalities, or they would be joined to different clips.
-      max_frames: what a longer clip is cut to.
+      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the modality that the
+        caller compares.
+      max_frames: number of frames that a long clip is cut to.
 
     Returns:
-      Frames [B, 2 T] in the stored dtype. A chosen short clip is followed, in half of the cases, by
-      the frames of another chosen short one; their numbers go on after its own. Of a chosen longer
-      one `max_frames` real frames in a row stay, or all if this modality has fewer; the others'
-      frames are as they were.
+      Frames [B, 2 T] in the stored dtype.
 
     Source: noise augmentation of the 5th-place system of 2018. Ours: the probability, and the
     length of the pieces.
@@ -140,7 +144,7 @@ def concat_clips(
     num_clips = len(chosen)
     pool = chosen & short
     size = jnp.sum(pool, dtype=jnp.int32)
-    # Everyone's partner is the next in one random ring, hence another clip.
+    # Partners are neighbours in one random cyclic order, so no clip is its own partner.
     ring = jnp.argsort(jnp.where(pool, jax.random.uniform(partner_rng, (num_clips,)), jnp.inf))
     partner = ring[(jnp.argsort(ring) + 1) % jnp.maximum(size, 1)]
     joined = pool & (size > 1) & (jax.random.uniform(join_rng, (num_clips,)) < 0.5)
@@ -160,30 +164,34 @@ def concat_clips(
 
 def has_frames(frames: Mapping[str, Frames]) -> Array:
     """Returns [B] bool, True for clips that have a frame of any modality."""
-    return jnp.any(jnp.stack([one.mask.any(axis=1) for one in frames.values()]), axis=0)
+    masks = [modality.mask.any(axis=1) for modality in frames.values()]
+    return jnp.any(jnp.stack(masks), axis=0)
 
 
 def as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
-    """Turns the T' frames of B clips into B T' clips of one frame each.
+    """Turns the T' frames of B clips into B T' examples of one frame each.
 
-    A modality with a single frame goes with every example of its clip. A clip that has frames of
-    such modalities alone is one example.
+    A modality with a single frame is repeated for every example of the clip. A clip that has only
+    such modalities is one example.
 
     Args:
-      frames: modality -> Frames [B, T'], with one T' for all modalities, or 1.
+      frames: modality -> Frames [B, T'], where T' is 1 or the same number for all modalities.
 
     Returns:
-      modality -> Frames [B T', 1], and [B, T'] bool, True for the examples that exist.
+      modality -> Frames [B T', 1]; and [B, T'] bool, True for examples that exist.
 
     Raises:
-      ValueError: two modalities differ in T', and neither is 1.
+      ValueError: Two modalities have different T', and neither is 1.
     """
-    sizes = {one.mask.shape[1] for one in frames.values()}
+    sizes = {modality.mask.shape[1] for modality in frames.values()}
     if len(sizes - {1}) > 1:
-        raise ValueError(f"config.after_fusion='examples': modalities give {sorted(sizes)} frames")
+        raise ValueError(
+            f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
+            f"frames, got {sorted(sizes)}"
+        )
     num_examples = max(sizes)
-    leading = [one.mask for one in frames.values() if one.mask.shape[1] == num_examples]
-    exists = jnp.any(jnp.stack(leading), axis=0)  # [B, T']
+    masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
+    exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
     alone = has_frames(frames) & ~exists.any(axis=1)
     exists = exists.at[:, 0].set(exists[:, 0] | alone)
 
@@ -191,44 +199,47 @@ def as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]
         x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
         return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
 
-    return {name: jax.tree.map(reshape, one) for name, one in frames.items()}, exists
+    return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
 def as_one_example(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]:
-    """Leaves the frames of a clip together: the counterpart of `as_examples`.
+    """Keeps the frames of a clip together as one example; the counterpart of `as_examples`.
+
+    Args:
+      frames: modality -> Frames [B, T'].
 
     Returns:
-      modality -> Frames [B, T'], and [B, 1] bool, True throughout.
+      The frames; and [B, 1] bool, all True.
     """
     num_clips = len(next(iter(frames.values())).mask)
     return dict(frames), jnp.ones((num_clips, 1), bool)
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Returns weights of frames, 0 on padding and not all 0 in a clip that has frames.
+    """Returns the weight of every frame.
 
     Args:
       frames: Frames [B, T].
-      weighting: `uniform`; `quality`, quality x detection; or `graded`, quality x detection x g, g
-        = 0, .2, .3, .6 or 1 for a quality below 0, 20, 30, 40 or no less. Uniform again for a clip
-        whose weights are all negative, zero or not a number.
+      weighting: `uniform`: 1. `quality`: quality x detection. `graded`: quality x detection x g,
+        where g is 0, 0.2, 0.3, 0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
 
     Returns:
-      [B, T] float32.
+      [B, T] float32; 0 on padding, and for weights that are negative or not finite. If all weights
+      of a clip would be 0, they are uniform.
 
     Raises:
-      ValueError: for a weighting that does not exist.
+      ValueError: The weighting is unknown.
 
-    Source: `graded` is W(x) of quality fusion (4th place 2019). Ours: uniform weights where theirs
-    divide 0 by 0.
+    Source: `graded` is W(x) of quality fusion (4th place 2019). Ours: uniform weights where W(x)
+    would divide 0 by 0.
     """
     uniform = frames.mask.astype(jnp.float32)
     if weighting == "uniform":
         return uniform
     if weighting not in ("quality", "graded"):
         raise ValueError(
-            f"unknown weighting {weighting!r}; known are graded, quality, uniform, and mixup for "
-            "the mean of random fusion"
+            f"unknown weighting {weighting!r}; known are graded, quality, uniform, and mixup in "
+            "random fusion"
         )
     weights = frames.quality * frames.detection
     if weighting == "graded":
@@ -240,28 +251,39 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
-    """Returns the frames of every clip in another order: [B, T] indices, the real frames first.
+    """Shuffles the frames of every clip.
 
     Args:
-      rng: key, or None for an order that depends on nothing but how many real frames there are.
+      rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
       mask: [B, T] bool, True for real frames.
+
+    Returns:
+      [B, T] int32 indices of frames, the real frames first.
     """
     if rng is not None:
         return jnp.argsort(jnp.where(mask, per_frame_uniform(rng, mask), 2.0), axis=1)
     rank = jnp.cumsum(mask, axis=1, dtype=jnp.uint32) - jnp.uint32(1)
-    # Multiples of the golden ratio modulo 1: neighbours of the order lie far apart in time.
+    # Multiples of the golden ratio modulo 1 put frames that are close in time far apart.
     key = (rank * jnp.uint32(2654435769)) >> 1
     return jnp.argsort(jnp.where(mask, key, jnp.uint32(2**32 - 1)), axis=1)
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Returns [B, T] float32 in [0, 1), which longer padding leaves as they are."""
-    # Draws go by their flat index: with frames as the slow axis more of them add only later ones.
+    """Draws [B, T] float32 uniformly from [0, 1), independently of the length of the padding."""
+    # Draws depend on their flat index. With frames as the slow axis, padding adds only later ones.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
-def take(values: Array | LazyFeatures, index: Array) -> Any:
-    """Returns values[b, index[b, j]]: of [B, T], [B, T, D] or lazy, at [B, T'], in their dtype."""
+def take(values: Array, index: Array) -> Array:
+    """Selects values[b, index[b, j]] for an index [B, T'].
+
+    Args:
+      values: [B, T], [B, T, D] or LazyFeatures.
+      index: [B, T'] int32.
+
+    Returns:
+      [B, T'], [B, T', D] or LazyFeatures.
+    """
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -269,18 +291,19 @@ def take(values: Array | LazyFeatures, index: Array) -> Any:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Returns features [B, T, D] as an array; LazyFeatures are read from where they lie."""
+    """Gathers LazyFeatures into an array [B, T, D]; returns arrays unchanged."""
     if not isinstance(features, LazyFeatures):
         return features
-    return features.values.at[features.index].get(mode="promise_in_bounds")
+    return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Returns Frames of `fn` of every field; of lazy features `fn` maps the index."""
+    """Applies `fn` to every field of some frames; for LazyFeatures, to the index."""
 
-    def field(*values: Any) -> Any:
+    def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
-            return values[0]._replace(index=fn(*(rows.index for rows in values)))
+            indices = [value.index for value in values if isinstance(value, LazyFeatures)]
+            return values[0]._replace(index=fn(*indices))
         return fn(*values)
 
     return Frames(*map(field, *frames))
@@ -291,14 +314,14 @@ def _ordered_quality(quality: Array) -> Array:
 
 
 def _best_first(quality: Array, mask: Array) -> Array:
-    """Returns [B, T] indices of frames, the best real one first and padding last."""
+    """Sorts frames by quality; returns [B, T] indices, the best real frame first, padding last."""
     quality = jnp.where(mask, _ordered_quality(quality), -jnp.inf)
-    # Not lax.top_k: sharded over clips, it would gather the whole batch on every device.
+    # Not lax.top_k: for clips on several devices it would gather the whole batch on every one.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 
 
 def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: int) -> Frames:
-    """Returns Frames [B, num_frames], the first real ones of an order [B, T], in time order."""
+    """Selects the first `num_frames` real frames of an order [B, T], in time order."""
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
     slot = jnp.arange(num_frames, dtype=jnp.int32)[None, :]
@@ -312,7 +335,7 @@ def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: i
 
 
 def _frames_at(frames: Frames, index: Array) -> Frames:
-    """Returns Frames [B, T'] at indices [B, T'], all real where the clip has a frame."""
+    """Selects frames at indices [B, T']; all are real for clips that have a frame."""
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))

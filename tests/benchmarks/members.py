@@ -50,7 +50,7 @@ def make_step(args: argparse.Namespace, batch_size: int, count: int, size: int) 
     def train() -> list[Any]:
         outcomes = []
         for i, part in enumerate(tables):
-            states[i], outcome = loop(states[i], part, run.clips, np.int32(1))
+            states[i], outcome = loop(states[i], part, run.clips, np.ones((), np.int32))
             outcomes.append(outcome)
         return outcomes
 

@@ -47,7 +47,7 @@ def make_peers(
 
     from tests.benchmarks import peer
 
-    batch = resident.draw_batch(run.clips, run.plan, np.int32(0))
+    batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
     frames = {
         modality: tuple(
             np.array(x)

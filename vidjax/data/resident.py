@@ -87,10 +87,11 @@ def frames_of(
     mask = place < length[:, None]  # [B, T]
     index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
     quality, detection, number = (
-        values.at[index].get(mode="promise_in_bounds")
+        jnp.asarray(values).at[index].get(mode="promise_in_bounds")
         for values in (clips.quality, clips.detection, clips.number)
     )
-    return Frames(LazyFeatures(clips.features, index), quality, detection, number, mask)
+    frames = Frames(clips.features, quality, detection, number, mask)
+    return frames._replace(features=LazyFeatures(clips.features, index))
 
 
 class Layout(NamedTuple):
@@ -319,8 +320,9 @@ def _best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    """Returns frames without clips, from one array per field."""
-    return Packed(**dict(zip(FIELDS, fields, strict=True)), start=None, length=None)
+    """Returns the frames of no clips, from one array per field."""
+    none = np.empty(0, np.int32)
+    return Packed(**dict(zip(FIELDS, fields, strict=True)), start=none, length=none)
 
 
 class _Filler:

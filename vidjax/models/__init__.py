@@ -1,1 +1,1 @@
-"""The networks: flax.linen modules with plain arguments."""
+"""Models: flax.linen modules with plain arguments, which implement `base.Identifier`."""

@@ -1,4 +1,4 @@
-"""Attention between modalities and between frames, and the pooling of frames that it learns."""
+"""Attention between modalities, attention between frames, and pooling of frames by attention."""
 
 import functools
 
@@ -10,20 +10,22 @@ from vidjax.batch import Array
 
 
 class MultimodalAttention(nn.Module):
-    """Adds to every vector of the feature map the others, weighted by their correlation.
+    """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
 
-    The paper writes the feature map as X in R^{D x M}, a vector a column. Here it is [B, M, D], a
-    vector a row, so its X is ours transposed; Y[b, i, j] has the paper's i and j.
+    The feature map is [B, M, D], with one vector per row. The paper's X in R^{D x M} is its
+    transpose; the indices of Y[b, i, j] are the paper's i and j.
 
     Attributes:
-      dim: width of the space in which correlation is taken (the paper's D~).
-      scale: of the Gram matrix (ours; 1 in the paper). Vectors of one length, as a LayerNorm makes
-        them, are most like themselves: without a small scale Y is then the identity.
+      dim: width of the space in which the correlations are computed, the paper's D~.
+      scale: factor on the Gram matrix, 1 in the paper (ours). Vectors of equal length, as after
+        LayerNorm, correlate most with themselves, so Y is close to the identity unless `scale` is
+        small.
       gamma: strength of the attention.
-      train_gamma: True to learn gamma, from `gamma` on (ours).
-      dtype: of the matrix products; the softmax is in float32 at least, as the parameters.
+      train_gamma: True to learn gamma, starting from `gamma` (ours).
+      dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
-    Source: iQIYI-VID paper, equations 1-3. Ours: masks. With nothing missing it is the paper's.
+    Source: iQIYI-VID paper, equations 1-3. Ours: masks for missing vectors. If no vector is
+    missing, the result is that of the paper.
     """
 
     dim: int = 64
@@ -34,16 +36,15 @@ class MultimodalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Returns O = X + gamma X Y, and the attention Y.
+        """Returns the vectors O = X + gamma X Y, and the attention Y.
 
         Args:
-          x: [B, M, D] float, 0 where the vector is missing.
-          mask: [B, M] bool, True for vectors that exist. Y is a softmax over those i alone, so its
-            columns j sum to 1, and to 0 where j is missing.
+          x: [B, M, D] float, 0 for missing vectors.
+          mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          [B, M, D] in the dtype of the matrix products, 0 where the vector is missing; and
-          Y [B, M, M] float32.
+          O, [B, M, D] in `dtype`, 0 for missing vectors; and Y, [B, M, M] float32, a softmax over
+          the existing vectors i. Column j of Y sums to 1, or to 0 if vector j is missing.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
@@ -53,8 +54,8 @@ class MultimodalAttention(nn.Module):
         z = jnp.einsum("bid,bjd->bij", f, f, preferred_element_type=param_dtype)  # [B, M, M]
         z = z * self.scale
         pairs = mask[:, :, None] & mask[:, None, :]
-        # A softmax over nothing is NaN in the gradient too; a masked score far below the others
-        # gives the same zeros without.
+        # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
+        # the same zeros without NaN.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
         y = jnp.where(pairs, jax.nn.softmax(z, axis=1), 0.0)
         gamma = self.gamma
@@ -67,26 +68,28 @@ class MultimodalAttention(nn.Module):
 
 
 class SigmoidGate(nn.Module):
-    """Multiplies every vector of the feature map by a number between 0 and 1 that it decides.
+    """Multiplies each vector of the feature map by a gate between 0 and 1, computed from it.
+
+    The weights start at 0, so all gates start at 0.5.
 
     Attributes:
-      dtype: of the products; the sigmoid is in float32 at least, as the parameters.
+      dtype: dtype of the products; parameters and sigmoid are at least float32.
 
-    Source: named as future work ("attention modules with sigmoid-activated branches") by the
-    second-place article of 2019. Ours: the rest. Weights start at 0, so every gate at one half.
+    Source: the second-place article of 2019 names it as future work ("attention modules with
+    sigmoid-activated branches"). Ours: the formula.
     """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns x_m sigmoid(w_m . x_m + b_m).
+        """Returns the vectors x_m sigmoid(w_m . x_m + b_m).
 
         Args:
-          x: [B, M, D] float, 0 where the vector is missing.
+          x: [B, M, D] float, 0 for missing vectors.
 
         Returns:
-          [B, M, D] in the dtype of the products; 0 where the vector is missing.
+          [B, M, D] in `dtype`, 0 for missing vectors.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
@@ -100,25 +103,27 @@ class SigmoidGate(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Adds to every frame of a clip a mixture of all, to strengthen what agrees and damp outliers.
+    """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
-    With x [T, D] the frames of a clip, theta, phi and g linear maps with a bias, and `out` one that
-    starts at 0, so that the block starts as the identity:
+    Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
+    The map out starts at 0, so the block starts as the identity.
 
-    `features` (ours): the maps act on features, D to D/2. A = softmax over s of
-    theta(x_t) . phi(x_s) / sqrt(D/2), [T, T] over real frames; y_t = x_t + out(sum_s A_ts g(x_s)).
-    The order of frames is nothing to it, and neither is how many there are.
-    `channels` (as published): the maps act on frames, T to T/2, and so on each feature alike.
-    A = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2]; y = x + out(A g(x)).
+    Form `features` (ours): the maps act on the features, D -> D/2. With the attention
+    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T], the output is
+    y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
+
+    Form `channels` (as published): the maps act on the frames, T -> T/2, and treat all features
+    alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the output is
+    y = x + out(A g(x)).
 
     Attributes:
       form: features | channels.
-      num_frames: of `channels`: the T it is made for.
-      dtype: of the matrix products; the softmax is in float32 at least, as the parameters.
+      num_frames: T that the form `channels` is built for.
+      dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
-    Source: DANet's channel attention as DeepMEF (3rd place 2019) applies it. Theirs starts theta
-    and phi at 0, where the gradients of both stay 0 for ever; here neither does. Ours: masks, and
-    `features` with its scaled products.
+    Source: channel attention of DANet, as DeepMEF (3rd place 2019) uses it. DeepMEF initialises
+    theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. Ours:
+    masks, and the form `features` with its scaled products.
     """
 
     form: str = "features"
@@ -127,18 +132,18 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns the frames, each with what it takes from the others.
+        """Returns the frames after attention.
 
         Args:
           x: [B, T, D] float.
-          mask: [B, T] bool, True for real frames. `channels` knows no missing frame: it takes one
-            for a vector of 0.
+          mask: [B, T] bool, True for real frames. The form `channels` reads padded frames as
+            zeros.
 
         Returns:
-          [B, T, D] float32; 0 where the frame is not real.
+          [B, T, D] float32, 0 on padding.
 
         Raises:
-          ValueError: for an unknown form; for `channels` with other than `num_frames` frames.
+          ValueError: The form is unknown, or it is `channels` and T is not `num_frames`.
         """
         if self.form not in ("features", "channels"):
             raise ValueError(
@@ -146,8 +151,8 @@ class ChannelAttention(nn.Module):
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise ValueError(
-                f"channel attention of {self.num_frames} frames got {x.shape[1]}: let the fusion "
-                f"sample {self.num_frames}, or take the form 'features'"
+                f"channel attention needs {self.num_frames} frames, got {x.shape[1]}: let the "
+                f"fusion sample {self.num_frames}, or use the form 'features'"
             )
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype)
@@ -171,22 +176,23 @@ class ChannelAttention(nn.Module):
 
 
 class AttentionAggregation(nn.Module):
-    """The frames of a clip as one vector, weighted by a softmax of their product with a query.
+    """Pools the frames of a clip by attention with a learned query vector.
 
-    Source: DeepMEF (3rd place 2019): one block of the neural aggregation network, its query
-    starting at 0, where it is the mean frame. Ours: masks.
+    The query starts at 0, which gives the mean frame.
+
+    Source: DeepMEF (3rd place 2019), one block of the neural aggregation network. Ours: masks.
     """
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns sum_t a_t x_t with a = softmax over real frames of q . x_t.
+        """Returns sum_t a_t x_t, with a_t = softmax over real frames t of q . x_t.
 
         Args:
           x: [B, T, D] float.
           mask: [B, T] bool, True for real frames.
 
         Returns:
-          [B, D] float32; 0 for a clip without frames.
+          [B, D] float32, 0 for clips without frames.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

@@ -1,19 +1,24 @@
 """The contract between a model and the steps that train and evaluate it."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
-from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+
+# Nested dicts of arrays, as linen makes them.
+Params: TypeAlias = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
+ModelState: TypeAlias = Mapping[str, Any]  # name -> collection, for all other collections
+Variables: TypeAlias = Mapping[str, Any]  # name -> collection
 
 
 class Identifier(Protocol):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
     Attributes:
-      logit_scale: factor on the cosines in the logits (the s of ArcFace), which margins need; 1
-        where the logits are no cosines.
-      vector_names: [M] names of the vectors that `ModelOutput.attention` weighs against each other,
-        for the report; () for a model without attention.
+      logit_scale: factor on the cosines in the logits, the s of ArcFace; 1 if the logits are not
+        cosines. The margin losses need it.
+      vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
+        model without attention.
     """
 
     @property
@@ -22,19 +27,31 @@ class Identifier(Protocol):
     @property
     def vector_names(self) -> tuple[str, ...]: ...
 
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
+    def init(
+        self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> Variables: ...
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+    def apply(
+        self,
+        variables: Variables,
+        frames: Mapping[str, Frames],
+        clips: ClipInfo,
+        *,
+        train: bool,
+        rngs: Mapping[str, Array] | None = None,
+        mutable: Sequence[str] | bool = False,
+    ) -> Any: ...
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits, embedding and what else the model says about B clips.
+        """Returns the logits and the embedding of B clips.
 
         Args:
-          frames: modality -> Frames [B, T], each modality with a T of its own.
-          clips: B clips; a row outside `clips.mask` must change nothing, statistics included.
-          train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
-            model's own collections are then mutable).
+          frames: modality -> Frames [B, T]; modalities may differ in T.
+          clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect
+            the other rows or the batch statistics.
+          train: True to apply dropout (rngs `dropout` and `modality_dropout`) and to update the
+            batch statistics; all collections of the model except `params` are then mutable.
         """
         ...

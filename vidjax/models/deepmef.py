@@ -1,4 +1,4 @@
-"""DeepMEF, the third place of 2019: frames that attend to each other, scenes, a cosine head."""
+"""DeepMEF, third place of 2019: channel attention over frames, scene features, a cosine head."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,36 +15,38 @@ from vidjax.models.mlp import DenseLayer
 
 
 class DeepMEF(nn.Module):
-    """Channel attention over the frames of one modality, aggregation, fusion with the others.
+    """Attention over the frames of one modality, a residual layer, and a cosine classifier.
 
-    The frames of `modality`, quality / 100 and detection beside their features, go through
-    ChannelAttention and AttentionAggregation to one vector. Every other modality, as its mean
-    frame, goes through layers of its own to a narrower one. Side by side they are x; the net is
-    x + W f(x), f a layer of `hidden_dim`, and a cosine classifier follows.
+    1. The features of every frame of `modality` are joined with its quality / 100 and its detection
+       score. ChannelAttention and AttentionAggregation turn the frames into one vector.
+    2. The mean frame of every other modality passes through dense layers of its own.
+    3. The concatenated vectors x pass through x + W f(x), with f a dense layer of `hidden_dim`.
+    4. A cosine classifier gives the logits.
 
     Attributes:
-      modalities: name -> feature width: `modality`, and any others (`scene`, as published).
-      num_classes: 1 + C.
-      modality: the one whose frames attend to each other.
+      modalities: name -> feature width: `modality` and any others (as published: `scene`).
+      num_classes: number of class columns, 1 + C.
+      modality: modality with attention over its frames.
       channel_attention: features | channels | none, as in ChannelAttention.
-      num_frames: of `channels`: the T it is made for.
+      num_frames: T that the form `channels` of the attention is built for.
       aggregation: attention | mean.
-      rms_norm: True to bring every frame of `modality` to a root mean square of 1.
-      feature_scale: factor on features: raw ones, or those that `rms_norm` gives.
-      branch_dims: widths of the layers of the other modalities.
+      rms_norm: True to scale every frame of `modality` to a root mean square of 1.
+      feature_scale: factor on the features, after `rms_norm`.
+      branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of f.
-      dropout_rate: of f and of the layers of the other modalities.
-      modality_dropout_rate: training only: probability that a clip goes without a modality which
-        it has; it always keeps one.
-      logit_scale: what a cosine of 1 becomes.
-      dtype: of the matrix products; parameters, softmaxes and the head are float32 at least.
+      dropout_rate: dropout rate of f and of the layers of the other modalities.
+      modality_dropout_rate: probability that training drops a modality from a clip; every clip
+        keeps at least one.
+      logit_scale: factor on the cosines.
+      dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
 
-    Source: DeepMEF (3rd place 2019), article and code: quality / 100 and detection appended before
-    aggregation, scenes through 480 and 120, 602 -> 964 -> 602 with PReLU, BatchNorm, dropout .5 and
-    a residual, logits 30 times the cosine. The article says that the margin loss discards the
-    magnitude, so quality is joined to normalised features; that an entry of these is as large as
-    one of quality is ours. Ours: W starts at 0, so that the net starts as the cosine between
-    aggregated features; masks; a missing modality is 0, after its layers too; modality dropout.
+    Source: DeepMEF (3rd place 2019), article and code: quality / 100 and detection are appended
+    before aggregation; scenes pass through layers of 480 and 120; 602 -> 964 -> 602 with PReLU,
+    BatchNorm, dropout 0.5 and a residual; logits are 30 times the cosine. According to the article
+    the margin loss discards the magnitude of features, so quality is joined to normalised ones.
+    Ours: the root mean square of 1, which gives features the order of magnitude of quality / 100;
+    W starts at 0, so that the net starts as the cosine of aggregated features; masks; the vector of
+    a missing modality is 0, also after its layers; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -67,7 +69,7 @@ class DeepMEF(nn.Module):
         super().__post_init__()
         if self.modality not in self.modalities:
             raise ValueError(
-                f"model 'deepmef' is built on {self.modality!r}; configured are "
+                f"model 'deepmef' needs the modality {self.modality!r}; config.modalities are "
                 f"{', '.join(self.modalities)}"
             )
         if self.channel_attention not in ("features", "channels", "none"):
@@ -82,23 +84,17 @@ class DeepMEF(nn.Module):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits of the classes, and the aggregated vector of each clip.
+        """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding.
 
-        Args:
-          frames: modality -> Frames [B, T], each with a T of its own.
-          clips: `index` and `labels` are not read.
-          train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
-            collection `batch_stats` must be mutable).
-
-        Returns:
-          ModelOutput with one branch; logits [B, 1, 1 + C] lie in [-logit_scale, logit_scale].
+        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
+        read. The logits lie in [-logit_scale, logit_scale].
 
         Raises:
-          ValueError: where a configured modality is missing or has another width, or the number of
-            frames does not fit `channels`.
+          ValueError: A modality of the model is missing or has another width, or the number of
+            frames does not fit the attention.
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
-        seen = present.any(axis=1)
+        seen = jnp.any(present, axis=1)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
             present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
@@ -123,7 +119,7 @@ class DeepMEF(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="back",
         )(hidden)
-        # Its bias would give a clip that cannot be seen a direction.
+        # Without the mask, biases would give clips without frames a direction.
         x = (x + added) * seen[:, None]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
@@ -134,7 +130,7 @@ class DeepMEF(nn.Module):
         )
 
     def _aggregated(self, real: Frames) -> Array:
-        """Returns [B, D + 2]: a clip's vector, 0 where it has no frame."""
+        """Returns one vector per clip, [B, D + 2]; 0 for clips without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5

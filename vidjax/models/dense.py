@@ -1,4 +1,4 @@
-"""Systems that are a fully connected net over the mean frames of a clip."""
+"""A fully connected net on the mean frame of every modality."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from vidjax.models.heads import Classifier, CosineClassifier
 from vidjax.models.mlp import MLP, Layer
 from vidjax.models.residual_dense import ResidualDenseNet
 
-# What only one of the backbones reads.
+# Backbone -> the attributes that it alone reads.
 _OPTIONS = {
     "mlp": ("layers",),
     "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut"),
@@ -22,30 +22,30 @@ _OPTIONS = {
 
 
 class DenseIdentifier(nn.Module):
-    """Mean frame of every modality, side by side; a fully connected net; a classifier.
+    """A fully connected net and a classifier on the concatenated mean frames of all modalities.
 
     Attributes:
       modalities: name -> feature width, in the order of the concatenation.
-      num_classes: 1 + C.
+      num_classes: number of class columns, 1 + C.
       backbone: mlp | residual.
-      layers: of `mlp`: (width, activation, batch_norm, dropout_rate) of each; () for none.
-      width: of `residual`: of every layer.
-      num_layers: of `residual`.
-      activation: of `residual`.
-      dropout_rate: of `residual`: of every layer.
-      shortcut: of `residual`: add | concat | none.
-      norm_first: True for BatchNorm before the activations.
+      layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () for none.
+      width: for `residual`, width of every layer.
+      num_layers: for `residual`, number of layers.
+      activation: for `residual`, activation of every layer, as in DenseLayer.
+      dropout_rate: for `residual`, dropout rate of every layer.
+      shortcut: for `residual`, add | concat | none.
+      norm_first: True for BatchNorm before the activations, False for after.
       head: linear | cosine.
-      logit_scale: of the cosine head: what a cosine of 1 becomes.
-      feature_scale: factor on raw features.
-      modality_dropout_rate: training only: probability that a clip goes without a modality which
-        it has; it always keeps one.
-      dtype: of the matrix products; parameters and logits are float32 at least, and so is the whole
-        of the cosine head.
+      logit_scale: for the cosine head, factor on the cosines.
+      feature_scale: factor on the raw features.
+      modality_dropout_rate: probability that training drops a modality from a clip; every clip
+        keeps at least one.
+      dtype: dtype of the matrix products; parameters, logits and the whole cosine head are at
+        least float32.
 
     Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
-    noise classes (5th place 2018: one linear layer and the cosine head). All of these see the face
-    alone. Ours: further modalities, which are 0 where a clip lacks them; modality dropout.
+    noise classes (5th place 2018: one linear layer and the cosine head). All three use the face
+    alone. Ours: further modalities, which are 0 for clips that lack them; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -74,7 +74,7 @@ class DenseIdentifier(nn.Module):
             raise ValueError(f"unknown head {self.head!r}; known are cosine, linear")
         if self.head == "linear" and self.logit_scale != 1.0:
             raise ValueError("logit_scale is an option of the cosine head")
-        # A value that nobody reads would look like an experiment.
+        # A changed value without effect would look like an experiment.
         others = {option for name in _OPTIONS if name != self.backbone for option in _OPTIONS[name]}
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
@@ -84,23 +84,17 @@ class DenseIdentifier(nn.Module):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits of the classes, and the output of the backbone for each clip.
+        """Returns logits [B, 1, 1 + C] and the output of the backbone as embedding.
 
-        Args:
-          frames: modality -> Frames [B, T], each with a T of its own.
-          clips: `index` and `labels` are not read.
-          train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
-            collection `batch_stats`, where there is one, must be mutable).
-
-        Returns:
-          ModelOutput with one branch, logits [B, 1, 1 + C].
+        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
+        read.
 
         Raises:
-          ValueError: where a configured modality is missing or has another width.
+          ValueError: A modality of the model is missing or has another width.
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
-        # A clip that cannot be seen would move the statistics.
-        seen = present.any(axis=1)
+        # Clips without frames must not move the batch statistics.
+        seen = jnp.any(present, axis=1)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
             present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)

@@ -1,50 +1,52 @@
-"""Two models, the second for clips that the first cannot judge: no face, or a poor one."""
+"""Two models: a main one, and a fallback for clips without a face or with poor ones."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
+from vidjax.models.base import Identifier
 from vidjax.models.heads import unit_vectors
 
 
 class FallbackIdentifier(nn.Module):
-    """A main model, and another one that answers where the main one's modality is missing or poor.
+    """A main model, and a fallback model for clips whose main modality is missing or poor.
 
-    Both are trained side by side, each on the clips that have what it looks at. In evaluation the
-    scores of the two are summed with these weights (main, other):
+    Both models are trained in the same run, each on the clips that have its modalities. Evaluation
+    adds their scores with weights (main, other) that depend on the clip:
 
-        a clip without `modality`:                          (0, missing_scale)
-        its frames of `modality` measure below `threshold`: (main_share, other_share)
-        any other, and all that the other cannot see:       (1, 0)
+        the clip lacks `modality`:                         (0, missing_scale)
+        the measure of `modality` is below `threshold`:    (main_share, other_share)
+        any other clip, or one that `other` cannot judge:  (1, 0)
 
     Attributes:
       modalities: name -> feature width.
-      num_classes: 1 + C.
-      main: the main model.
-      other: the model of the fallback.
-      other_modalities: what the other looks at; not `modality`.
-      main_modalities: what the main model looks at; () for all.
-      modality: the one that decides who answers.
-      missing_scale: weight of the other's score where the clip lacks `modality`: below 1, as these
-        clips are ranked against all others and are less certain.
-      measure: norm (mean length of the clip's vectors, as they reach the model) | quality (mean).
-      threshold: of the measure; a norm is never below the default of 0.
+      num_classes: number of class columns, 1 + C.
+      main: main model.
+      other: fallback model.
+      other_modalities: modalities of the fallback model, without `modality`.
+      main_modalities: modalities of the main model; () for all.
+      modality: modality that decides which model judges a clip.
+      missing_scale: weight of the fallback model for clips without `modality`; below 1, since such
+        clips are less certain and are ranked against all others.
+      measure: norm (mean length of the clip's feature vectors) | quality (mean quality).
+      threshold: measure below which both models judge a clip; 0 for never if `measure` is norm.
       main_share: weight of the main model below the threshold.
-      other_share: weight of the other below the threshold.
+      other_share: weight of the fallback model below the threshold.
 
-    Source: DeepMEF (3rd place 2019): scenes alone, times .95, where there is no face; .2 x face and
-    scene + .8 x scene for the 1 % of least norm (below 8.867 on its features). Residual Dense Net
-    (2nd place 2019): the body alone where there is no face. Ours: one run trains both.
+    Source: DeepMEF (3rd place 2019): 0.95 x scene for clips without a face; 0.2 x (face and scene)
+    + 0.8 x scene for the 1 % of clips with the smallest norm, below 8.867 on its features.
+    Residual Dense Net (2nd place 2019): the body alone for clips without a face. Ours: one run
+    trains both models.
     """
 
     modalities: Mapping[str, int]
     num_classes: int
-    main: Any
-    other: Any
+    main: Identifier
+    other: Identifier
     other_modalities: tuple[str, ...]
     main_modalities: tuple[str, ...] = ()
     modality: str = "face"
@@ -53,7 +55,7 @@ class FallbackIdentifier(nn.Module):
     threshold: float = 0.0
     main_share: float = 0.2
     other_share: float = 0.8
-    # Fields that are models -> the field that names their modalities.
+    # Field that holds a model -> field that names its modalities.
     parts: ClassVar[Mapping[str, str]] = {"main": "main_modalities", "other": "other_modalities"}
 
     def __post_init__(self) -> None:
@@ -61,11 +63,11 @@ class FallbackIdentifier(nn.Module):
         if self.measure not in ("norm", "quality"):
             raise ValueError(f"unknown measure {self.measure!r}; known are norm, quality")
         if self.modality not in (self.main_modalities or self.modalities):
-            raise ValueError(f"the main model of a fallback must see {self.modality!r}")
+            raise ValueError(f"model 'fallback': main_modalities must contain {self.modality!r}")
         if not self.other_modalities or self.modality in self.other_modalities:
             raise ValueError(
-                f"a fallback for clips without {self.modality!r} needs other_modalities without "
-                f"it, got {', '.join(self.other_modalities) or 'none'}"
+                f"model 'fallback': other_modalities must name modalities beside "
+                f"{self.modality!r}, got {', '.join(self.other_modalities) or 'none'}"
             )
         if self.main.logit_scale != self.other.logit_scale:
             raise ValueError(
@@ -80,26 +82,24 @@ class FallbackIdentifier(nn.Module):
 
     @property
     def vector_names(self) -> tuple[str, ...]:
-        """Names of the vectors that attend to each other, of whichever model has them."""
+        """Names of the vectors in the attention of the main model, or else of the other."""
         return self.main.vector_names or self.other.vector_names
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits of both models, with weights that say which one answers for a clip.
+        """Returns the logits of both models, and for each clip the weights of both.
 
-        Args:
-          frames: modality -> Frames [B, T], each with a T of its own.
-          clips: what the two models read.
-          train: True for training; each model then sees only the clips that it learns from.
+        Arguments are those of `models.base.Identifier`. In training each model gets a `clips.mask`
+        of only the clips that it learns from.
 
         Returns:
-          ModelOutput with two branches: main, other. The embedding is the unit vectors of the two
-          side by side, 0 where a model has no say.
+          ModelOutput with the branches main and other. The embedding concatenates the unit vectors
+          of both models; a model with weight 0 contributes zeros.
 
         Raises:
-          ValueError: a configured modality is missing or has another width, or one of the two
-            models has branches itself.
+          ValueError: A modality of the model is missing or has another width, or one of the two
+            models has several branches.
         """
         real, present = inputs.real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -111,7 +111,7 @@ class FallbackIdentifier(nn.Module):
             rows = clips.mask & sees if train else clips.mask
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
-                raise ValueError("the models of a fallback cannot have branches themselves")
+                raise ValueError("model 'fallback': main and other must have one branch each")
             outputs.append(output)
 
         poor = main_sees & (_mean_measure(real[self.modality], self.measure) < self.threshold)
@@ -135,7 +135,7 @@ class FallbackIdentifier(nn.Module):
 
 
 def _mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns [B] float32, the mean over real frames of their quality or of their norm."""
+    """Returns the mean quality or the mean norm over the real frames of each clip, [B] float32."""
     if measure == "quality":
         values = jnp.where(jnp.isfinite(frames.quality), frames.quality, 0.0)
     else:

@@ -1,4 +1,4 @@
-"""From one vector a clip to a score for every class column."""
+"""Classifiers: from one vector per clip to a logit for every class column."""
 
 import flax.linen as nn
 import jax
@@ -7,23 +7,24 @@ import jax.numpy as jnp
 from vidjax.batch import Array, ClipInfo
 from vidjax.models import dense_general
 
-# Below every cosine, and finite so that a loss or a log-softmax of it is finite too.
+# Below every cosine, and finite, so that losses and log-softmax stay finite.
 _NO_NEIGHBOUR = -2.0
 _SMALLEST_SQUARE = 1e-24
 
 
 def unit_vectors(x: Array) -> Array:
-    """Returns vectors of length 1 in float32 at least; 0 for those shorter than 1e-12.
+    """Scales vectors to length 1; vectors shorter than 1e-12 become 0.
 
     Args:
       x: [..., D] float.
 
     Returns:
-      [..., D], finite in value and gradient. A vector of 0 has a gradient of 0.
+      [..., D], at least float32. Values and gradients are finite; vectors of 0 have a gradient of
+      0.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
-    # The derivative of rsqrt overflows on squares that it itself can still take.
+    # The derivative of rsqrt overflows for small squares whose rsqrt is still finite.
     usable = squares > _SMALLEST_SQUARE
     return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
 
@@ -32,9 +33,9 @@ class Classifier(nn.Module):
     """Dropout and one linear layer.
 
     Attributes:
-      num_classes: 1 + C.
-      dropout_rate: of the input.
-      dtype: of the matrix product; parameters and logits are float32 at least.
+      num_classes: number of class columns, 1 + C.
+      dropout_rate: dropout rate of the input.
+      dtype: dtype of the matrix product; parameters and logits are at least float32.
       kernel_init: initialiser of the weights.
     """
 
@@ -45,11 +46,11 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Returns logits.
+        """Returns the logits.
 
         Args:
           x: [B, D] float.
-          train: True for dropout (rng `dropout`).
+          train: True to apply dropout (rng `dropout`).
 
         Returns:
           [B, 1 + C] float32.
@@ -67,17 +68,16 @@ class Classifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """Cosines between the input and one learned direction a class, times a scale.
+    """Scaled cosines between the input and one learned direction per class.
 
-    The margin of ArcFace is no part of it: the loss adds it to the label's angle, so it is off
-    wherever there is no loss.
+    The margin of ArcFace belongs to the loss, which adds it to the angle of the label. All products
+    are at least float32 and at full precision: less would lose angles near 0 and pi.
 
     Attributes:
-      num_classes: 1 + C.
-      scale: what a cosine of 1 becomes (ArcFace's s).
+      num_classes: number of class columns, 1 + C.
+      scale: factor on the cosines, the s of ArcFace.
 
-    Source: Deng et al., ArcFace, equation 2. All in float32 at least and at full precision, as an
-    angle near 0 or pi is lost otherwise.
+    Source: Deng et al., ArcFace, equation 2.
     """
 
     num_classes: int
@@ -85,13 +85,13 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns logits.
+        """Returns the logits.
 
         Args:
           x: [B, D] float.
 
         Returns:
-          [B, 1 + C] float32 in [-scale, scale]; 0 for a vector of 0.
+          [B, 1 + C] float32 in [-scale, scale]; 0 for vectors of 0.
         """
         unit = unit_vectors(x)
         kernel = self.param(
@@ -104,18 +104,18 @@ class CosineClassifier(nn.Module):
 
 
 class NearestNeighbours(nn.Module):
-    """Scores a clip by its nearest training clip of every identity; nothing is learned.
+    """Scores a clip by its cosine to the nearest training clip of every class.
 
-    The training clips lie in the collection `memory`: `vectors` [N, D] float32, unit length, and
-    `labels` [N] int32. A row that was never written, or whose vector is 0, is nobody's neighbour.
+    Training stores the clips in the collection `memory`: `vectors` [N, D] float32 of unit length,
+    and `labels` [N] int32. Rows that were never written, and vectors of 0, are never neighbours.
 
     Attributes:
-      num_clips: N, the rows of the memory.
-      num_classes: 1 + C.
+      num_clips: N, number of training clips.
+      num_classes: number of class columns, 1 + C.
       logit_scale: factor on the cosines.
 
-    Source: the k-nearest-neighbour baseline of the noise-classes system (5th place 2018); ours: the
-    single best clip of an identity counts.
+    Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Ours: k = 1
+    for each class.
     """
 
     num_clips: int
@@ -127,13 +127,17 @@ class NearestNeighbours(nn.Module):
         """Returns the largest cosine to a training clip of every class.
 
         Args:
-          x: [B, D] float; a vector of 0 is a clip that cannot be seen.
-          clips: training writes the rows `index`, and nothing for padded rows.
-          train: True to write the memory (which must be mutable).
+          x: [B, D] float, 0 for clips without frames.
+          clips: index, mask and labels of the clips; padded rows are not stored.
+          train: True to store the clips at the rows `clips.index` of the memory, which must be
+            mutable.
 
         Returns:
-          [B, 1 + C] float32, times `logit_scale`: cosines in [-1, 1], or -2 where there is no
-          training clip or the clip cannot be seen; zeros in training.
+          [B, 1 + C] float32, `logit_scale` times the cosine in [-1, 1]; `logit_scale` times -2 for
+          classes without a training clip and for clips without frames. In training, zeros.
+
+        Raises:
+          ValueError: `train` is True and the clips have no labels.
         """
         unit = unit_vectors(x)
         vectors = self.variable(
@@ -145,7 +149,7 @@ class NearestNeighbours(nn.Module):
         seen = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
-                raise ValueError("the nearest-neighbour memory needs labels in training")
+                raise ValueError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
                 rows = jnp.where(clips.mask, clips.index, self.num_clips)
                 owner = jnp.where(seen, clips.labels, self.num_classes)

@@ -1,4 +1,4 @@
-"""Chooses a system's model from a plain dict."""
+"""Builds a model from its specification, a plain dict."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
 
-# A model of your own: a file beside these, and one line here.
+# name -> model. To add one, write a file in this folder and add a line here.
 MODELS: dict[str, type[nn.Module]] = {
     "deepmef": DeepMEF,
     "dense": DenseIdentifier,
@@ -26,31 +26,32 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def make_identifier(
-    spec: Mapping,
+    spec: Mapping[str, Any],
     *,
     modalities: Mapping[str, int],
     num_classes: int,
     num_clips: int,
-    dtype: Any = "float32",
+    dtype: str | jnp.dtype = "float32",
 ) -> Identifier:
-    """Returns the model that a plain dict names.
+    """Builds a model.
 
     Args:
-      spec: `name`, a key of MODELS, and attributes of that module. A field that is a model
-        itself (those of FallbackIdentifier) is a spec of this form again.
+      spec: `name`, a key of MODELS, and attributes of that module. The value of an attribute that
+        is a model, as in FallbackIdentifier, is again a specification.
       modalities: name -> feature width.
-      num_classes: class columns, 1 + C.
-      num_clips: training clips, for models that remember them.
-      dtype: of the matrix products.
+      num_classes: number of class columns, 1 + C.
+      num_clips: number of training clips, for models that store them.
+      dtype: dtype of the matrix products.
 
     Returns:
-      A hashable linen module that fulfils `Identifier`.
+      A hashable linen module that implements `Identifier`.
 
     Raises:
-      ValueError: for an unknown name, attribute, modality or dtype, or a missing attribute.
+      ValueError: The name, an attribute, a modality or the dtype is unknown, or an attribute is
+        missing.
     """
     try:
-        dtype = jnp.dtype(dtype)
+        product_dtype = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"unknown dtype {dtype!r}") from error
     options = dict(spec)
@@ -63,7 +64,7 @@ def make_identifier(
         "modalities": FrozenDict(modalities),
         "num_classes": num_classes,
         "num_clips": num_clips,
-        "dtype": dtype,
+        "dtype": product_dtype,
     }
     fixed = {key: value for key, value in given.items() if key in fields}
     known = fields.keys() - {"parent", "name", *fixed}
@@ -89,6 +90,6 @@ def make_identifier(
             modalities={key: modalities[key] for key in names},
             num_classes=num_classes,
             num_clips=num_clips,
-            dtype=dtype,
+            dtype=product_dtype,
         )
     return cast(Identifier, model(**options, **fixed))

@@ -1,4 +1,4 @@
-"""What every system does with its frames first: checks, masks, modality dropout."""
+"""The first steps of every model: checks of the frames, masks, modality dropout."""
 
 from collections.abc import Mapping
 
@@ -11,19 +11,19 @@ from vidjax.batch import Array, Frames
 def real_frames(
     frames: Mapping[str, Frames], modalities: Mapping[str, int], batch_mask: Array
 ) -> tuple[dict[str, Frames], Array]:
-    """Returns the frames that a model looks at, and which modalities a clip has.
+    """Selects the modalities of a model, and masks the frames of padded rows.
 
     Args:
-      frames: modality -> Frames [B, T], each with a T of its own.
-      modalities: name -> feature width, those of the model.
-      batch_mask: [B] bool; a padded row loses its frames.
+      frames: modality -> Frames [B, T]; modalities may differ in T.
+      modalities: name -> feature width, for the M modalities of the model.
+      batch_mask: [B] bool, True for real clips.
 
     Returns:
-      modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the clip
+      modality -> Frames [B, T], in the order of `modalities`; and [B, M] bool, True where the clip
       has a frame of the modality.
 
     Raises:
-      ValueError: where a modality is missing or has another width.
+      ValueError: A modality is missing or has another width.
     """
     check_frames(frames, modalities)
     real = {
@@ -34,32 +34,32 @@ def real_frames(
 
 
 def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) -> None:
-    """Raises where frames do not fit: linen would leave a missing modality out in silence.
+    """Checks that a batch has the modalities of a model; linen itself would ignore a missing one.
 
     Args:
       frames: modality -> Frames [B, T].
-      modalities: name -> feature width, those of the model.
+      modalities: name -> feature width, for the modalities of the model.
 
     Raises:
-      ValueError: where a modality is missing or has another width.
+      ValueError: A modality is missing or has another width.
     """
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
     for name, dim in modalities.items():
         if (width := frames[name].features.shape[-1]) != dim:
-            raise ValueError(f"modality {name}: features are {width} wide, the model wants {dim}")
+            raise ValueError(f"modality {name}: features have width {width}, the model needs {dim}")
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Returns which modalities a clip keeps: each goes with probability `rate`, never all.
+    """Drops modalities of clips at random; every clip keeps at least one of those that it has.
 
     Args:
-      rng: key.
-      present: [B, M] bool, the modalities that the clip has.
-      rate: probability of losing one. Where all would go, one of them, by chance, stays.
+      rng: PRNG key.
+      present: [B, M] bool, True for modalities that the clip has.
+      rate: probability of dropping each modality. If all would be dropped, a random one stays.
 
     Returns:
-      [B, M] bool.
+      [B, M] bool, True for modalities that the clip keeps.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Fully connected layers with activation, BatchNorm and dropout, one after the other."""
+"""Fully connected layers with activation, BatchNorm and dropout."""
 
 from collections.abc import Callable
 
@@ -16,24 +16,25 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
 }
 
-# Width, activation, whether BatchNorm follows, dropout rate.
+# (width, activation, batch_norm, dropout_rate)
 Layer = tuple[int, str, bool, float]
 
 
 class DenseLayer(nn.Module):
-    """A matrix product, an activation, BatchNorm, dropout.
+    """A linear layer, an activation, BatchNorm, and dropout.
 
     Attributes:
-      width: of the output.
-      activation: linear | relu | sigmoid | swish | prelu. The slope of prelu is one parameter,
-        from .25 on, as PyTorch's.
-      batch_norm: True for BatchNorm.
-      dropout_rate: of the output.
-      norm_first: True for BatchNorm before the activation.
-      dtype: of the matrix product; the rest is in float32 at least, as the parameters.
+      width: width of the output.
+      activation: linear | relu | sigmoid | swish | prelu. As in PyTorch, the slope of prelu is one
+        parameter that starts at 0.25.
+      batch_norm: True to use BatchNorm.
+      dropout_rate: dropout rate of the output.
+      norm_first: True for BatchNorm before the activation, False for after.
+      dtype: dtype of the matrix product; parameters and everything else are at least float32.
 
-    Source: quality fusion (4th place 2019): BatchNorm after the activation (before it hurts, they
-    report), Xavier-uniform weights, biases of 0. Ours: masks; BatchNorm momentum .9.
+    Source: quality fusion (4th place 2019): BatchNorm after the activation (its authors report that
+    BatchNorm before it is worse), Xavier-uniform weights, biases of 0. Ours: masks; BatchNorm
+    momentum 0.9.
     """
 
     width: int
@@ -49,15 +50,15 @@ class DenseLayer(nn.Module):
 
         Args:
           x: [B, D] float.
-          mask: [B] bool, True for rows that count in the statistics.
-          train: True for dropout (rng `dropout`) and for the statistics of the batch, which update
-            the running ones (the collection `batch_stats` must be mutable).
+          mask: [B] bool, True for rows that count in the batch statistics.
+          train: True to apply dropout (rng `dropout`), to normalise by the batch statistics, and to
+            update the running ones in `batch_stats`, which must be mutable.
 
         Returns:
           [B, width] float32.
 
         Raises:
-          ValueError: for an unknown activation.
+          ValueError: The activation is unknown.
         """
         if self.activation not in _ACTIVATIONS and self.activation != "prelu":
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
@@ -85,7 +86,7 @@ class DenseLayer(nn.Module):
     def _normalised(self, x: Array, mask: Array, train: bool) -> Array:
         if not self.batch_norm:
             return x
-        # With no real row at all the mean would be 0 / 0 and stay NaN in the running statistics.
+        # Without any real row the mean would be 0 / 0, and the running statistics would stay NaN.
         counted = jnp.logical_or(mask, ~mask.any())
         norm = nn.BatchNorm(
             use_running_average=not train,
@@ -98,14 +99,14 @@ class DenseLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense layers, one after the other.
+    """A sequence of dense layers.
 
     Attributes:
-      layers: (width, activation, batch_norm, dropout_rate) of each, as in DenseLayer.
-      norm_first: True for BatchNorm before the activations.
-      dtype: of the matrix products.
+      layers: (width, activation, batch_norm, dropout_rate) of each layer, as in DenseLayer.
+      norm_first: True for BatchNorm before the activations, False for after.
+      dtype: dtype of the matrix products.
 
-    Source: quality fusion (4th place 2019), whose five nets are lists of such layers.
+    Source: quality fusion (4th place 2019), whose five nets are such sequences.
     """
 
     layers: tuple[Layer, ...]
@@ -118,14 +119,14 @@ class MLP(nn.Module):
 
         Args:
           x: [B, D] float.
-          mask: [B] bool, True for rows that count in the statistics.
-          train: as in DenseLayer.
+          mask: [B] bool, True for rows that count in the batch statistics.
+          train: True for training, see DenseLayer.
 
         Returns:
-          [B, D'] float32, D' the width of the last layer; x itself without layers.
+          [B, D'] float32 with D' the width of the last layer; x itself if there are no layers.
 
         Raises:
-          ValueError: for a layer that is not four values, or an unknown activation.
+          ValueError: A layer does not have four values, or an activation is unknown.
         """
         for i, layer in enumerate(self.layers):
             if len(layer) != 4:

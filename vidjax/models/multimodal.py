@@ -1,4 +1,4 @@
-"""The iQIYI-VID paper's system: a vector a modality, weighed against each other by attention."""
+"""The system of the iQIYI-VID paper: one vector per modality, and attention between them."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,36 +15,38 @@ from vidjax.models.netvlad import NetVLAD
 
 
 class MultimodalIdentifier(nn.Module):
-    """The iQIYI-VID paper's system: pooling, feature map, attention, classifier.
+    """The system of the iQIYI-VID paper: pooling, feature map, attention, classifier.
+
+    The vectors of a missing modality are exactly 0 in the feature map, bias included.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
-      num_classes: 1 + C.
-      netvlad: modalities pooled by NetVLAD, where configured; the others take the mean frame.
-      num_clusters: K of NetVLAD.
+      num_classes: number of class columns, 1 + C.
+      netvlad: modalities that NetVLAD pools; the others use the mean frame. Modalities that are not
+        configured are ignored.
+      num_clusters: number of clusters of NetVLAD, K.
       netvlad_reduce: `sum` (as published) or `mean`.
-      embed_dim: D, the width that every modality is mapped to.
-      num_face_vectors: vectors of the feature map that come from `face`, each by a map of its own.
-      attention: False to concatenate the feature map without attention (the paper's table 3).
-      gram_dim: D~ of the attention.
-      gram_scale: of the Gram matrix (ours).
+      embed_dim: width of the vectors of the feature map, D.
+      num_face_vectors: number of vectors that `face` contributes, each by a linear map of its own.
+      attention: False to concatenate the feature map without attention (table 3 of the paper).
+      gram_dim: width in which the attention computes correlations, D~.
+      gram_scale: factor on the Gram matrix of the attention (ours).
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
-      gate: True to multiply every vector of the feature map by a learned sigmoid of it.
-      map_norm: True for LayerNorm after the maps: a vector's weight in the classifier then says
-        nothing of the norm of its features, by which the modalities differ.
-      feature_scale: factor on raw features.
-      modality_dropout_rate: training only: probability that a clip goes without a modality which
-        it has; it always keeps one. Nothing is rescaled: this is what a missing one looks like.
-      dropout_rate: of the classifier's input.
-      dtype: of the matrix products; parameters and logits are float32 at least.
-      logit_scale: 1, what logits are multiples of.
+      gate: True to multiply every vector of the feature map by a learned sigmoid gate.
+      feature_scale: factor on the raw features.
+      map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
+        then independent of the norm of its features, which differs between modalities.
+      modality_dropout_rate: probability that training drops a modality from a clip; every clip
+        keeps at least one. The remaining vectors are not rescaled, as for clips that lack it.
+      dropout_rate: dropout rate of the input of the classifier.
+      dtype: dtype of the matrix products; parameters and logits are at least float32.
+      logit_scale: always 1; the logits are not cosines.
 
-    Source: iQIYI-VID paper, section 5 and figure 3. Open there, and ours: three maps for the three
-    face vectors, K, a linear classifier, no activation after the maps, feature scale. Ours: masks,
-    LayerNorm after the maps, modality dropout, and the gate, which the second-place article of 2019
-    names as future work. The vectors of a missing modality are exactly 0
-    after the maps, bias included.
+    Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
+    for the three face vectors, K, the linear classifier, no activation after the maps, the feature
+    scale. Ours: masks, LayerNorm after the maps, modality dropout, and the gate, which the
+    second-place article of 2019 names as future work.
     """
 
     modalities: Mapping[str, int]
@@ -69,7 +71,7 @@ class MultimodalIdentifier(nn.Module):
 
     @property
     def vector_names(self) -> tuple[str, ...]:
-        """Returns [M] what the vectors of the feature map come from: face 1, ..., head, audio."""
+        """Names of the vectors of the feature map: face 1, face 2, face 3, head, ..."""
         names = []
         for name in self.modalities:
             count = self.num_face_vectors if name == "face" else 1
@@ -80,19 +82,13 @@ class MultimodalIdentifier(nn.Module):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns the logits of the classes, the feature map of each clip, and its attention.
+        """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention.
 
-        Args:
-          frames: modality -> Frames [B, T], each with a T of its own.
-          clips: `index` and `labels` are not read.
-          train: True for dropout (rngs `dropout`, `modality_dropout`) and batch statistics (the
-            collection `batch_stats` must be mutable).
-
-        Returns:
-          ModelOutput with one branch, logits [B, 1, 1 + C].
+        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
+        read.
 
         Raises:
-          ValueError: where a configured modality is missing or has another width.
+          ValueError: A modality of the model is missing or has another width.
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)

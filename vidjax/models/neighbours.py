@@ -12,13 +12,13 @@ from vidjax.models.heads import NearestNeighbours
 
 
 class NeighbourIdentifier(nn.Module):
-    """The baseline: the mean frame of one modality, by cosine to the training clips.
+    """The baseline: cosines between the mean frames of clips, for one modality.
 
     Attributes:
       modalities: name -> feature width.
-      num_classes: 1 + C.
-      num_clips: training clips.
-      modality: the one that is compared.
+      num_classes: number of class columns, 1 + C.
+      num_clips: number of training clips, N.
+      modality: modality whose mean frames are compared.
       logit_scale: factor on the cosines, for a softmax over identities.
     """
 
@@ -33,7 +33,7 @@ class NeighbourIdentifier(nn.Module):
         super().__post_init__()
         if self.modality not in self.modalities:
             raise ValueError(
-                f"model 'knn' compares {self.modality!r}; configured are "
+                f"model 'knn' needs the modality {self.modality!r}; config.modalities are "
                 f"{', '.join(self.modalities)}"
             )
 
@@ -41,18 +41,13 @@ class NeighbourIdentifier(nn.Module):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns scaled cosines as logits; in training zeros, while it fills `memory`.
+        """Returns logits [B, 1, 1 + C] and the mean frame as embedding.
 
-        Args:
-          frames: modality -> Frames [B, T].
-          clips: training writes row `index` of the memory, with the label.
-          train: True to fill the collection `memory`, which must be mutable.
-
-        Returns:
-          ModelOutput with one branch; logits [B, 1, 1 + C] as NearestNeighbours gives them.
+        Arguments are those of `models.base.Identifier`. Training stores the clips in the collection
+        `memory` and returns logits of 0; see NearestNeighbours.
 
         Raises:
-          ValueError: where the modality is missing or has another width.
+          ValueError: A modality of the model is missing or has another width.
         """
         inputs.check_frames(frames, self.modalities)
         mean = fusion.mean_frame(frames[self.modality]).features[:, 0]  # [B, D]

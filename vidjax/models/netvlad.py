@@ -1,4 +1,4 @@
-"""NetVLAD as the iQIYI-VID paper adapts it."""
+"""NetVLAD as adapted by the iQIYI-VID paper."""
 
 import flax.linen as nn
 import jax
@@ -8,17 +8,17 @@ from vidjax.batch import Array
 
 
 class NetVLAD(nn.Module):
-    """Frame features to the sums of their differences from learned cluster centres.
+    """Pools frames into their summed differences from learned cluster centres.
 
     Attributes:
-      num_clusters: K.
-      reduce: `sum`, as published, for a fixed number of frames; `mean` divides by the number of
-        real frames, so that the scale does not depend on it (ours).
-      dtype: of the matrix products; sums and softmax are in float32 at least, as the parameters.
+      num_clusters: number of clusters, K.
+      reduce: `sum`, as published, for a fixed number of frames; `mean` (ours) divides by the number
+        of real frames, so that the scale does not depend on it.
+      dtype: dtype of the matrix products; parameters, sums and softmax are at least float32.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
-    over the clusters, and the VLAD core; no L2 norm. Ours: masks; the fully connected layer has no
-    bias, as BatchNorm has one; BatchNorm momentum .9.
+    over the clusters, and the VLAD core; no L2 normalisation. Ours: masks; the fully connected
+    layer has no bias, since BatchNorm has one; BatchNorm momentum 0.9.
     """
 
     num_clusters: int
@@ -31,15 +31,16 @@ class NetVLAD(nn.Module):
 
         Args:
           features: [B, T, D] float.
-          mask: [B, T] bool, True for real frames; the others change nothing, statistics included.
-          train: True to normalise by the statistics of the batch and update the running ones.
+          mask: [B, T] bool, True for real frames; only these count in the batch statistics.
+          train: True to normalise by the batch statistics and to update the running ones in
+            `batch_stats`, which must be mutable.
 
         Returns:
-          [B, K, D] float32, 0 for a clip without frames; and [B, T, K] float32, the share of each
-          cluster in a frame, 0 on padding.
+          V, [B, K, D] float32, 0 for clips without frames; and a, [B, T, K] float32, the share of
+          each cluster in a frame, 0 on padding.
 
         Raises:
-          ValueError: for an unknown `reduce`.
+          ValueError: `reduce` is unknown.
         """
         if self.reduce not in ("sum", "mean"):
             raise ValueError(f"unknown NetVLAD reduce {self.reduce!r}; known are mean, sum")
@@ -52,7 +53,7 @@ class NetVLAD(nn.Module):
             param_dtype=param_dtype,
             name="assignment",
         )(features)  # [B, T, K]
-        # With no real frame at all the mean would be 0 / 0 and stay NaN in the running statistics.
+        # Without any real frame the mean would be 0 / 0, and the running statistics would stay NaN.
         counted = jnp.logical_or(mask, ~mask.any())
         scores = nn.BatchNorm(
             use_running_average=not train,

@@ -1,4 +1,4 @@
-"""The fully connected net with shortcuts of the second place of 2019."""
+"""Residual Dense Net, second place of 2019: a fully connected net with shortcuts."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,25 +10,26 @@ _NUM_CONNECTED = 3
 
 
 class ResidualDenseNet(nn.Module):
-    """Dense layers of one width, with shortcuts among the first three.
+    """Dense layers of equal width, with shortcuts between the first three.
 
-    With f_1, f_2, ... for the layers, dropout included, and x for the input:
-    `add` is h_1 = f_1(x), h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
-    `concat` is h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
-    from the fourth on, and everywhere with `none`, h_i = f_i(h_{i-1}).
+    With x the input and f_1, f_2, ... the layers, dropout included:
+
+    - `add`: h_1 = f_1(x), and h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
+    - `concat`: h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
+    - `none`, and for i > 3 always: h_i = f_i(h_{i-1}).
 
     Attributes:
-      width: of every layer.
-      num_layers: how many, without the classifier.
-      activation: as in DenseLayer.
-      dropout_rate: of every layer.
+      width: width of every layer.
+      num_layers: number of layers, not counting the classifier.
+      activation: activation of every layer, as in DenseLayer.
+      dropout_rate: dropout rate of every layer.
       shortcut: add | concat | none (the plain net of the same size).
-      norm_first: True for BatchNorm before the activations.
-      dtype: of the matrix products.
+      norm_first: True for BatchNorm before the activations, False for after.
+      dtype: dtype of the matrix products.
 
-    Source: Residual Dense Net (2nd place 2019): shortcuts among the first three layers of a deep
-    fully connected net, BatchNorm, dropout. Open there, and ours: everything else. The first layer
-    has no shortcut around it, as input and width differ.
+    Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
+    fully connected net, BatchNorm, dropout. The article leaves everything else open; ours is
+    everything else. No shortcut bypasses the first layer, since input and output widths differ.
     """
 
     width: int = 4096
@@ -45,19 +46,21 @@ class ResidualDenseNet(nn.Module):
 
         Args:
           x: [B, D] float.
-          mask: [B] bool, True for rows that count in the statistics.
-          train: as in DenseLayer.
+          mask: [B] bool, True for rows that count in the batch statistics.
+          train: True for training, see DenseLayer.
 
         Returns:
           [B, width] float32.
 
         Raises:
-          ValueError: for an unknown shortcut or activation, or no layer.
+          ValueError: The shortcut or the activation is unknown, or there is no layer.
         """
         if self.shortcut not in ("add", "concat", "none"):
             raise ValueError(f"unknown shortcut {self.shortcut!r}; known are add, concat, none")
         if self.num_layers < 1:
-            raise ValueError(f"ResidualDenseNet needs a layer, got num_layers={self.num_layers}")
+            raise ValueError(
+                f"ResidualDenseNet needs num_layers of 1 or more, got {self.num_layers}"
+            )
         seen = [x]
         for i in range(self.num_layers):
             connected = 0 < i < _NUM_CONNECTED

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -198,7 +199,7 @@ class ResidentFeed:
         step: int,
     ) -> np.ndarray:
         """Returns the clip_index of those that spoil some step, or of all its clips."""
-        return self._find(states, tables, self._draw(self._clips, np.int32(step)), step)
+        return self._find(states, tables, self._draw(self._clips, jnp.int32(step)), step)
 
 
 def _make_finder(system: System) -> Callable[..., np.ndarray]:

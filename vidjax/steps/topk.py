@@ -31,7 +31,7 @@ class TopK(NamedTuple):
     """
 
     scores: Array
-    index: Array
+    index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
 ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_mask [B]
@@ -87,7 +87,7 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 def finish_top(top: TopK) -> TopK:
     """Sorts a top k: score descending, then clip index ascending, empty places last."""
-    descending, index = lax.sort((-top.scores, top.index), num_keys=2)
+    descending, index = lax.sort((-jnp.asarray(top.scores), jnp.asarray(top.index)), num_keys=2)
     return TopK(scores=-descending, index=index)
 
 
