@@ -7,7 +7,7 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from vidjax import optim
 from vidjax.batch import Array, ModelOutput
+from vidjax.suggest import suggest
 
 
 def softmax_cross_entropy(
@@ -168,7 +169,8 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
 
 
 # name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
-# get its value; `class_mask` and `logit_scale` come from the system.
+# get its value; `class_mask` and `logit_scale` come from the system. A loss with the option
+# `margin` adds the margin itself; the others get logits that already contain it.
 CLASSIFICATION: dict[str, Callable[..., Array]] = {
     "softmax": softmax_cross_entropy,
     "binary": binary_focal,
@@ -214,7 +216,7 @@ def make_objective(
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
     if name and name not in EMBEDDING:
-        raise ValueError(f"config.loss.embedding='{name}': known are {', '.join(EMBEDDING)}")
+        raise ValueError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
     if not weight >= 0:
         raise ValueError(f"config.loss.embedding_weight={weight}: must be 0 or more")
 
@@ -242,8 +244,8 @@ def make_loss(
 
     Args:
       spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w), see
-        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for both losses;
-        `gamma` and `label_smoothing`, options of the losses.
+        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for losses without
+        an option `margin`; `gamma`, `label_smoothing` and any others, options of the losses.
       class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
@@ -254,7 +256,7 @@ def make_loss(
 
     Raises:
       ValueError: A name is unknown, a value is out of range, the schedule is not ordered, a margin
-        is set without a cosine classifier, or label smoothing without softmax.
+        is set without a cosine classifier, or label smoothing without a loss that takes it.
     """
     _check_values(spec, logit_scale)
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
@@ -264,31 +266,35 @@ def make_loss(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
     smoothing = spec["label_smoothing"]
-    if smoothing and np.all(weights == 1):
+    if smoothing and np.all(weights == 1) and "label_smoothing" not in _options(spec["focal"]):
         raise ValueError(
             f"config.loss.label_smoothing={smoothing} is an option of the softmax cross-entropy, "
             f"which has weight 0 in config.loss.schedule={spec['schedule']}"
         )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
     options = {
+        **spec,
         "class_mask": class_mask,
         "logit_scale": logit_scale,
         "gamma": float(spec["gamma"]),
         "label_smoothing": float(smoothing),
         "margin": margin,
     }
-    classification = _with_options(CLASSIFICATION[spec["classification"]], options)
-    focal = _with_options(CLASSIFICATION[spec["focal"]], options)
+    classification = _with_options(spec["classification"], options)
+    focal = _with_options(spec["focal"], options)
 
     def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
+        shifted = logits
         if margin:
-            logits = margin_fn(logits, labels, margin=margin, scale=logit_scale)
+            shifted = margin_fn(logits, labels, margin=margin, scale=logit_scale)
         if not weights.any():
-            return classification(logits, labels)
+            return classification(logits, shifted, labels)
         if np.all(weights == 1):
-            return focal(logits, labels)
-        weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        return weight * focal(logits, labels) + (1 - weight) * classification(logits, labels)
+            return focal(logits, shifted, labels)
+        weight = focal_weight(step / steps_per_epoch).astype(shifted.dtype)
+        return weight * focal(logits, shifted, labels) + (1 - weight) * classification(
+            logits, shifted, labels
+        )
 
     return loss_fn
 
@@ -298,7 +304,7 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
     for field, table in tables.items():
         if spec[field] not in table:
-            raise ValueError(f"config.loss.{field}='{spec[field]}': known are {', '.join(table)}")
+            raise ValueError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
     if not spec["gamma"] >= 0:
         raise ValueError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
     margin = spec["margin"]
@@ -315,12 +321,23 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
         )
 
 
-def _with_options(
-    function: Callable[..., Array], options: Mapping[str, Any]
-) -> Callable[[Array, Array], Array]:
-    """Binds the options that a loss accepts."""
-    names = inspect.signature(function).parameters.keys() & options.keys()
-    return functools.partial(function, **{name: options[name] for name in names})
+def _options(name: str) -> Set[str]:
+    """Returns the parameters of a loss in CLASSIFICATION."""
+    return inspect.signature(CLASSIFICATION[name]).parameters.keys()
+
+
+def _with_options(name: str, options: Mapping[str, Any]) -> Callable[[Array, Array, Array], Array]:
+    """Binds the options that a loss in CLASSIFICATION takes.
+
+    Returns:
+      Function (logits, shifted, labels) -> loss, with `shifted` the logits after the margin. It
+      reads `logits` if the loss adds the margin itself, otherwise `shifted`.
+    """
+    bound = {option: options[option] for option in _options(name) & options.keys()}
+    function = functools.partial(CLASSIFICATION[name], **bound)
+    if "margin" in bound:
+        return lambda logits, shifted, labels: function(logits, labels)
+    return lambda logits, shifted, labels: function(shifted, labels)
 
 
 def _at_label(values: Array, labels: Array) -> Array:
