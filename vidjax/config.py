@@ -89,8 +89,8 @@ def default() -> Config:
     config.checkpoint_every_seconds = 300.0
 
     config.data = ConfigDict()  # the clips, and how training reads them
-    # dataset: `synthetic` (made on the spot), `iqiyi_vid` (official files) or `arrays` (features
-    # of your own)
+    # dataset: made on the spot (`synthetic`), official files (`iqiyi_vid`) or features of your own
+    # (`arrays`)
     config.data.name = "synthetic"
     config.data.dir = config_dict.placeholder(str)  # folder of official files, or of your features
     # folder of the converted records and of compiled programs; unset: `$VIDJAX_CACHE`, else
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def documentation() -> Mapping[str, str]:
     """Returns section of `configs/README.md` -> its Markdown: `arguments` and `fields`."""
     files = sorted(config_files.shipped_folder().glob("*.py"))
-    words = {file.name: config_files.load_module(file).WORDS for file in files}
+    words = {file.name: getattr(config_files.load_module(file), "WORDS", {}) for file in files}
     return {
         "arguments": config_docs.argument_table(SCALE_WORDS, words),
         "fields": config_docs.field_tables(
