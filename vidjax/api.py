@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ml_collections import ConfigDict
-
 from vidjax import config as config_lib
 from vidjax.config import Config
 
@@ -66,22 +64,23 @@ def load_data(
     from vidjax.data.load import load_dataset
     from vidjax.modes import arguments
 
-    if isinstance(source, ConfigDict):
-        if labels is not None:
-            raise ValueError("labels: a configuration finds them in the folder config.data.dir")
-        return arguments.load_data(source)
-    if not isinstance(source, Mapping):
+    if isinstance(source, str | Path):
         folder = Path(source).expanduser()
-        if folder.is_dir() and iqiyi_vid.find_pickles(folder):
-            if labels is not None:
-                raise ValueError(
-                    f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
-                    "val_gt.txt"
-                )
-            return load_dataset(
-                "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
+        if not folder.is_dir() or not iqiyi_vid.find_pickles(folder):
+            return arrays.load(folder, labels, cache_dir=cache_dir, non_finite=non_finite)
+        if labels is not None:
+            raise ValueError(
+                f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
+                "val_gt.txt"
             )
-    return arrays.load(source, labels, cache_dir=cache_dir, non_finite=non_finite)
+        return load_dataset(
+            "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
+        )
+    if isinstance(source, Mapping):
+        return arrays.load(source, labels, cache_dir=cache_dir, non_finite=non_finite)
+    if labels is not None:
+        raise ValueError("labels: a configuration finds them in the folder config.data.dir")
+    return arguments.load_data(source)
 
 
 def train(

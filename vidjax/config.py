@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict, config_dict
 
@@ -37,7 +37,19 @@ __all__ = [
     "to_json",
 ]
 
-Config = Any  # a ConfigDict, whose fields no type checker can follow
+
+class Config(Protocol):
+    """A ConfigDict as a type checker sees it: any attribute, of any type."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+
+    def __getitem__(self, name: str) -> Any: ...
+
+    def __setitem__(self, name: str, value: Any) -> None: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 def default() -> Config:
@@ -51,8 +63,8 @@ def default() -> Config:
     The comment above or beside a field is its documentation: `python -m vidjax.config` prints the
     comments as the tables of `configs/README.md`.
     """
-    # One function of more than 60 lines, so that all fields can be read from top to bottom.
-    config: Config = ConfigDict()
+    # whole: all fields can be read from top to bottom
+    config = cast(Config, ConfigDict())
     config.seed = 0  # seed of parameters, random draws and the order of clips: 0 to 2**31 - 1
     config.batch_size = 128  # clips per training step, over all devices
     config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
@@ -77,8 +89,8 @@ def default() -> Config:
     config.checkpoint_every_seconds = 300.0
 
     config.data = ConfigDict()  # the clips, and how training reads them
-    # dataset: `synthetic` (made on the spot), `iqiyi_vid` (official files) or `arrays` (features
-    # of your own)
+    # dataset: made on the spot (`synthetic`), official files (`iqiyi_vid`) or features of your own
+    # (`arrays`)
     config.data.name = "synthetic"
     config.data.dir = config_dict.placeholder(str)  # folder of official files, or of your features
     # folder of the converted records and of compiled programs; unset: `$VIDJAX_CACHE`, else
@@ -222,7 +234,7 @@ def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in config:
         value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
         if isinstance(value, ConfigDict):
-            yield from fields(value, f"{prefix}{key}.")
+            yield from fields(cast(Config, value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -347,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def documentation() -> Mapping[str, str]:
     """Returns section of `configs/README.md` -> its Markdown: `arguments` and `fields`."""
     files = sorted(config_files.shipped_folder().glob("*.py"))
-    words = {file.name: config_files.load_module(file).WORDS for file in files}
+    words = {file.name: getattr(config_files.load_module(file), "WORDS", {}) for file in files}
     return {
         "arguments": config_docs.argument_table(SCALE_WORDS, words),
         "fields": config_docs.field_tables(

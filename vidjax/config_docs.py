@@ -49,9 +49,11 @@ def _is_comment(source: str, line: int) -> bool:
 def known_names() -> Mapping[str, Iterable[str]]:
     """Returns field or group -> the names that it may take, from the tables of the code."""
     from vidjax import augment, fusion, losses, system  # takes a second: jax
+    from vidjax.data import load
     from vidjax.models import identifier
 
     return {
+        "data.name": load.DATASETS,
         "eval.scores": system.SCORES,
         "fusion": fusion.FUSIONS,
         "loss.classification": losses.CLASSIFICATION,

@@ -277,12 +277,18 @@ def make_loss(
         "label_smoothing": float(smoothing),
         "margin": margin,
     }
-    classification = _with_options(CLASSIFICATION[spec["classification"]], options)
-    focal = _with_options(CLASSIFICATION[spec["focal"]], options)
+
+    def with_margin(name: str) -> Callable[[Array, Array], Array]:
+        loss = _with_options(CLASSIFICATION[name], options)
+        if not margin or "margin" in loss.keywords:  # a loss that takes the margin adds it itself
+            return loss
+        return lambda logits, labels: loss(
+            margin_fn(logits, labels, margin=margin, scale=logit_scale), labels
+        )
+
+    classification, focal = with_margin(spec["classification"]), with_margin(spec["focal"])
 
     def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
-        if margin:
-            logits = margin_fn(logits, labels, margin=margin, scale=logit_scale)
         if not weights.any():
             return classification(logits, labels)
         if np.all(weights == 1):
@@ -317,7 +323,7 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
 
 def _with_options(
     function: Callable[..., Array], options: Mapping[str, Any]
-) -> Callable[[Array, Array], Array]:
+) -> functools.partial[Array]:
     """Binds the options that a loss accepts."""
     names = inspect.signature(function).parameters.keys() & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})

@@ -24,6 +24,7 @@ def record(config: Any, reads: set[str], prefix: str = "") -> Any:
 
 class _Recorded(ConfigDict):
     noted: tuple[set[str], str]
+    _fields: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
@@ -49,6 +50,7 @@ class _RecordedDict(dict[str, Any]):
     """A dict whose items are noted when they are looked up or spread; `items()` is no read."""
 
     noted: tuple[set[str], str]
+    _fields: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
         if not isinstance(self.get(key), dict):
