@@ -114,11 +114,14 @@ def test_a_handful_of_vectors_are_no_mistake(method, count) -> None:
 def test_mistakes_in_clustering_are_named() -> None:
     vectors = np.eye(3)
     mistakes = [
-        ({"method": "kmeans", "eps": 0.5, "min_samples": 2}, "got 'kmeans'"),
+        (
+            {"method": "kmeans", "eps": 0.5, "min_samples": 2},
+            "config.noise.method='kmeans': known are dbscan, hdbscan",
+        ),
         ({"eps": 0.0, "min_samples": 2}, "config.noise.eps=0.0 must be"),
         ({"eps": float("nan"), "min_samples": 2}, "config.noise.eps=nan must be"),
         ({"eps": 2.1, "min_samples": 2}, "config.noise.eps=2.1 must be"),
-        ({"eps": 0.5, "min_samples": 0}, "min_samples 0 1 or more"),
+        ({"eps": 0.5, "min_samples": 0}, "config.noise.min_samples=0 1 or more"),
     ]
     for arguments, message in mistakes:
         with pytest.raises(ValueError, match=message):

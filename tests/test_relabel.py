@@ -153,7 +153,7 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
         ),
         (("--config.data.distractors=drop",), "known are other, leave_out, noise"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),
-        (("--config.noise.method=kmeans",), "'dbscan' or 'hdbscan'"),
+        (("--config.noise.method=kmeans",), "known are dbscan, hdbscan"),
     ],
 )
 def test_mistakes(data, tmp_path, words, message):
