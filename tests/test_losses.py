@@ -320,7 +320,7 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
         ({"margin": -0.5}, "config.loss.margin=-0.5"),
         ({"margin": 1.6}, "between 0 and pi/2"),
         ({"label_smoothing": 1.0}, "config.loss.label_smoothing=1.0"),
-        ({"label_smoothing": 0.1, "schedule": ((0, 1),)}, "no share in config.loss.schedule"),
+        ({"label_smoothing": 0.1, "schedule": ((0, 1),)}, "config.loss.schedule"),
         ({"schedule": ((float("nan"), 1),)}, "finite"),
         ({"classification": "hinge"}, "known are softmax, binary, multiclass"),
         ({"margin_type": "round"}, "known are angular"),

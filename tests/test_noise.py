@@ -114,11 +114,14 @@ def test_a_handful_of_vectors_are_no_mistake(method, count) -> None:
 def test_mistakes_in_clustering_are_named() -> None:
     vectors = np.eye(3)
     mistakes = [
-        ({"method": "kmeans", "eps": 0.5, "min_samples": 2}, "got 'kmeans'"),
-        ({"eps": 0.0, "min_samples": 2}, "eps 0.0 must be within 0..2"),
-        ({"eps": float("nan"), "min_samples": 2}, "eps nan must be"),
-        ({"eps": 2.1, "min_samples": 2}, "eps 2.1 must be"),
-        ({"eps": 0.5, "min_samples": 0}, "min_samples 0 1 or more"),
+        (
+            {"method": "kmeans", "eps": 0.5, "min_samples": 2},
+            "config.noise.method='kmeans': known are dbscan, hdbscan",
+        ),
+        ({"eps": 0.0, "min_samples": 2}, "config.noise.eps=0.0 must be"),
+        ({"eps": float("nan"), "min_samples": 2}, "config.noise.eps=nan must be"),
+        ({"eps": 2.1, "min_samples": 2}, "config.noise.eps=2.1 must be"),
+        ({"eps": 0.5, "min_samples": 0}, "config.noise.min_samples=0 1 or more"),
     ]
     for arguments, message in mistakes:
         with pytest.raises(ValueError, match=message):
@@ -167,7 +170,7 @@ def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
     np.testing.assert_array_equal(drawn, fewer[clusters == -1])
     assert distractors.initial_labels(clusters[:0], LAYOUT, seed=0).shape == (0,)
     for wrong in ([2], [-2]):
-        with pytest.raises(ValueError, match="do not fit 2 classes"):
+        with pytest.raises(ValueError, match="must lie below 2"):
             distractors.initial_labels(np.array(wrong), LAYOUT, seed=0)
 
 

@@ -147,10 +147,13 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--config.data.train_splits=train",), "no clip to train on is a distractor"),
+        (
+            ("--config.data.train_splits=train",),
+            "add a split with distractors: --config.data.train_splits",
+        ),
         (("--config.data.distractors=drop",), "known are other, leave_out, noise"),
-        (("--config.noise.modality=fac",), "no such modality"),
-        (("--config.noise.method=kmeans",), "'dbscan' or 'hdbscan'"),
+        (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),
+        (("--config.noise.method=kmeans",), "known are dbscan, hdbscan"),
     ],
 )
 def test_mistakes(data, tmp_path, words, message):

@@ -1,7 +1,7 @@
-"""Transforms of what one member trains on in one step: clips changed, mixed or joined.
+"""Augmentation of the clips that one member trains on in one step.
 
-A transform maps (rng, MemberBatch) to MemberBatch. Those of `System.clip_transforms` see all frames
-of the clips, before frames are fused; those of `System.transforms` see the fused frames.
+A transform maps (rng, MemberBatch) to MemberBatch. `System.clip_transforms` get all frames of the
+clips, before fusion; `System.transforms` get the fused frames.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,20 +13,21 @@ import jax.numpy as jnp
 from vidjax import selection
 from vidjax.batch import Array, Frames
 
-NOISE_FRAMES = 50  # distractor clips of fewer frames are joined; code of the 5th place of 2018
-FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature
+NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
+FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature vector
 
 
 class MemberBatch(NamedTuple):
-    """The B clips of a step as one member sees them.
+    """The B clips of one step for one member.
 
     Attributes:
       frames: modality -> Frames [B, T].
       labels: [B] int32, class columns.
-      weight: [B] float32, weight of the clip's loss; 0 for clips that this member never sees.
-      min_quality: [] float32, the member trains on frames of at least this quality.
-      targets: what the loss asks for, (labels [B] int32, share [B] float32) pairs whose shares sum
-        to 1 for every clip.
+      weight: [B] float32, weight of the loss of each clip; 0 for clips that the member is not
+        trained on.
+      min_quality: [] float32, lowest quality of the frames that the member is trained on.
+      targets: pairs (labels [B] int32, share [B] float32) of the loss; the shares of each clip sum
+        to 1.
     """
 
     frames: Mapping[str, Frames]
@@ -40,7 +41,7 @@ BatchTransform = Callable[[Array, MemberBatch], MemberBatch]
 
 
 def keep_quality(rng: Array, clips: MemberBatch) -> MemberBatch:
-    """Drops frames below the member's `min_quality`; draws nothing.
+    """Drops frames below the `min_quality` of the member; ignores the key.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets.
     """
@@ -53,18 +54,18 @@ def keep_quality(rng: Array, clips: MemberBatch) -> MemberBatch:
 
 
 def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> MemberBatch:
-    """Joins short distractor clips in pairs, and cuts long ones (see `selection.concat_clips`).
+    """Concatenates short distractor clips and cuts long ones, see `selection.concat_clips`.
 
     Args:
-      rng: key.
+      rng: PRNG key.
       clips: B clips with all their frames.
-      num_identities: C; clips of column 0 and of columns above C are distractors.
+      num_identities: C; clips with a label of 0 or above C are distractors.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
     labels = clips.labels
     is_noise = (clips.weight > 0) & ((labels == 0) | (labels > num_identities))
-    # The first modality decides how long a clip is, so that all are joined to the same ones.
+    # The first modality defines short clips, so that all modalities have the same partners.
     counts = jnp.sum(next(iter(clips.frames.values())).mask, axis=1)
     short = (counts > 0) & (counts < NOISE_FRAMES)
     frames = {
@@ -77,16 +78,15 @@ def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> Memb
 def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
     """Mixes every clip with a random other clip of the batch.
 
-    The share of the clip itself is drawn from Beta(alpha, alpha) and never below one half. It is 1
-    beside a clip of weight 0: a member sees nothing of the fold that it must not know.
+    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha). If the other clip
+    has weight 0, the share is 1, so that no member trains on clips of its held-out fold.
 
     Args:
-      rng: key.
-      clips: B clips.
+      rng: PRNG key.
+      clips: B clips with their fused frames.
       alpha: parameter of the Beta distribution, above 0.
 
-    Source: Zhang et al., mixup, equation 1. Ours: a share for every clip instead of one for the
-    batch.
+    Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
     """
     share_rng, partner_rng = jax.random.split(rng)
     weight = clips.weight
@@ -99,7 +99,7 @@ def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share x frames + (1 - share) x frames of the partner, a missing frame being 0."""
+    """Returns share x frames + (1 - share) x frames of the partner; missing frames count as 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(own: Array, others: Array) -> Array:
@@ -118,17 +118,17 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 
 
 def feature_noise(rng: Array, clips: MemberBatch) -> MemberBatch:
-    """Adds Gaussian noise of a tenth of its norm to every fused feature (ours)."""
+    """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours)."""
     frames = {}
-    for i, (name, value) in enumerate(clips.frames.items()):
-        features = value.features.astype(jnp.promote_types(value.features.dtype, jnp.float32))
+    for i, (name, fused) in enumerate(clips.frames.items()):
+        features = fused.features.astype(jnp.promote_types(fused.features.dtype, jnp.float32))
         noise = jax.random.normal(jax.random.fold_in(rng, i), features.shape, features.dtype)
         norm = jnp.linalg.norm(features, axis=-1, keepdims=True) / features.shape[-1] ** 0.5
-        frames[name] = value._replace(features=features + FEATURE_NOISE * norm * noise)
+        frames[name] = fused._replace(features=features + FEATURE_NOISE * norm * noise)
     return clips._replace(frames=frames)
 
 
-# What `config.transforms` may name. A transform of your own: a function and a line here.
+# name in `config.transforms` -> transform. To add one, write a function and add a line here.
 TRANSFORMS: dict[str, BatchTransform] = {
     "feature_noise": feature_noise,
 }

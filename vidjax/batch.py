@@ -1,11 +1,11 @@
-"""What a batch is: the axis legend, class columns, Frames, Batch, and the contract of a model.
+"""Batches of clips, the inputs and outputs of models, and the conventions for axes and classes.
 
-Axis letters, the same in the whole code: B clips, T frames, M modalities, D features, K clusters,
-C identities, E ensemble members, G branches of a model.
+Axis letters in all modules: B clips of a batch, N clips of a dataset, T frames, M modalities, D
+features, K clusters or class columns, C identities, E ensemble members, G branches of a model.
 
-Class columns, the same in the whole code: column 0 is "other" (distractors), columns 1..C are the
-identities in the order of `identities.json`. Logits and scores are therefore [B, 1 + C]. Columns
-for noise classes follow (`NoiseLayout`); a model's `num_classes` counts them too.
+Class columns in all modules: column 0 is "other" (distractors); columns 1..C are the identities in
+the order of `identities.json`. So logits and scores are [B, 1 + C]. Columns of noise classes follow
+(`NoiseLayout`); `num_classes` of a model counts them too.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from typing import NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-# The same structures serve the host and the devices.
+# Host code fills these structures with numpy arrays, device code with jax arrays.
 Array: TypeAlias = jax.Array | np.ndarray
 
 
 class NoiseLayout(NamedTuple):
-    """Meaning of the class columns with noise: 0 other, 1..C identities, K clusters, C mirrors.
+    """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
 
     Attributes:
-      num_identities: C.
-      num_clusters: K.
+      num_identities: number of identities, C.
+      num_clusters: number of clusters of distractors, K.
 
-    Source: noise classes (5th place 2018). Ours: column 0 is "other", as everywhere here, so the
-    published `l < C` is `1 <= l <= C`; the shift of C + K is the same.
+    Source: noise classes (5th place 2018). Ours: column 0 is "other", so the published `l < C` is
+    `1 <= l <= C` here; the shift of C + K is the same.
     """
 
     num_identities: int
@@ -58,11 +58,11 @@ class NoiseLayout(NamedTuple):
 class LazyFeatures(NamedTuple):
     """Features [B, T, D] that have not been gathered yet.
 
-    They are all frames of the dataset, and the indices of the frames in this batch. A selection of
-    frames changes the indices alone; `vidjax.selection.read` gathers, as late as possible.
+    They hold the features of all F frames of a dataset, and the indices of the frames in a batch.
+    Selecting frames changes only the indices; `vidjax.selection.read` gathers the features.
 
     Attributes:
-      values: [F, D], all frames of a dataset, in the stored dtype.
+      values: [F, D], features of all frames of the dataset, in the stored dtype.
       index: [B, T] int32, row of `values` for each frame; any valid row on padding.
     """
 
@@ -71,21 +71,21 @@ class LazyFeatures(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape [B, T, D] that the gathered features would have."""
+        """Shape of the gathered features, [B, T, D]."""
         return (*self.index.shape, self.values.shape[-1])
 
 
 class Frames(NamedTuple):
-    """The frames of one modality of B clips, padded to T.
+    """The frames of one modality of B clips, padded to T frames.
 
     Attributes:
-      features: [B, T, D], in the stored dtype (float16 for official files) until the device; or
-        LazyFeatures of that shape.
-      quality: [B, T] float32, quality score of the face detector, usually 0 to 150, at times
-        negative; 0 where the modality has none.
-      detection: [B, T] float32, detection score from 0 to 1; 1 where the modality has none.
+      features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
+        LazyFeatures in spite of its type; `vidjax.selection.read` gathers them.
+      quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
+        negative; 0 for modalities without it.
+      detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.
       number: [B, T] int32, frame number within the clip, non-decreasing.
-      mask: [B, T] bool, True for real frames. A clip that lacks the modality has no True.
+      mask: [B, T] bool, True for real frames; all False for clips that lack the modality.
     """
 
     features: Array
@@ -96,11 +96,11 @@ class Frames(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Clips of one step.
+    """The clips of one step.
 
     Attributes:
-      frames: modality -> Frames.
-      clip_index: [B] int32, row of the clip in every table (labels, weights); 0 on padded rows.
+      frames: modality -> Frames [B, T]; modalities may differ in T.
+      clip_index: [B] int32, row of each clip in tables such as labels; 0 on padded rows.
       batch_mask: [B] bool, True for real clips.
     """
 
@@ -110,12 +110,12 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """What a model may know of a clip beside its frames.
+    """Input of a model beside the frames.
 
     Attributes:
-      index: [B] int32, row of the clip among the training clips; 0 on padded rows.
-      mask: [B] bool, True for real clips. A padded row must change nothing, statistics included.
-      labels: [B] int32, class columns, in training; None in evaluation.
+      index: [B] int32, row of each clip among the training clips; 0 on padded rows.
+      mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
+      labels: [B] int32, class columns in training; None in evaluation.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -124,22 +124,21 @@ class ClipInfo(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """What a model says about B clips.
+    """Output of a model for B clips.
 
-    Most models have one branch, G = 1. A model with several branches lets each answer for the clips
-    that it can see, and says so by the two weights.
+    Most models have one branch, G = 1. With several branches, the two weights say which branches
+    judge a clip.
 
     Attributes:
       logits: [B, G, 1 + C] float32.
-      embedding: [B, D] float32, the vector of the clip before the classifier.
-      train_weight: [B, G] float32, weight of a branch's loss on a clip: 0 for clips that the branch
-        does not learn from; None for 1 throughout.
-      eval_weight: [B, G] float32, weight with which evaluation sums the scores of the branches
-        (probabilities, not logits); None for 1 throughout. The weights of a clip need not sum to 1:
-        clips are ranked against each other.
-      attention: what the report draws. `attention` is [B, M, M], the weight that vector i gives to
-        vector j; `assignment/MODALITY` is [B, T, K], the share of cluster k in frame t.
-        None where there is nothing to draw.
+      embedding: [B, D] float32, input of the classifier.
+      train_weight: [B, G] float32, weight of the loss of each branch; 0 for clips that the branch
+        does not learn from. None for all 1.
+      eval_weight: [B, G] float32, weight of the score (a probability, not a logit) of each branch
+        in evaluation. None for all 1. Weights of a clip need not sum to 1: smaller weights rank the
+        clip lower.
+      attention: name -> array for the report: `attention` [B, M, M], weight of vector i for vector
+        j; `assignment/MODALITY` [B, T, K], share of cluster k in frame t. None without attention.
     """
 
     logits: Array
@@ -150,15 +149,15 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The frames of one modality of N clips without padding, the frames of a clip in a row.
+    """The F frames of one modality of N clips without padding; frames of a clip are consecutive.
 
     Attributes:
-      features: [F, D], in the stored dtype.
-      quality: [F] float32, as in Frames, and so are the next two.
-      detection: [F] float32.
-      number: [F] int32.
-      start: [N] int32, row of a clip's first frame.
-      length: [N] int32, number of a clip's frames.
+      features: [F, D] in the stored dtype.
+      quality: [F] float32, quality score, see Frames.
+      detection: [F] float32, detection score, see Frames.
+      number: [F] int32, frame number within the clip.
+      start: [N] int32, row of the first frame of each clip.
+      length: [N] int32, number of frames of each clip.
     """
 
     features: Array

@@ -89,7 +89,9 @@ def default() -> Config:
     config.checkpoint_every_seconds = 300.0
 
     config.data = ConfigDict()  # the clips, and how training reads them
-    config.data.name = "synthetic"  # dataset; `synthetic` is generated on the spot
+    # dataset: made on the spot (`synthetic`), official files (`iqiyi_vid`) or features of your own
+    # (`arrays`)
+    config.data.name = "synthetic"
     config.data.dir = config_dict.placeholder(str)  # folder of official files, or of your features
     # folder of the converted records and of compiled programs; unset: `$VIDJAX_CACHE`, else
     # `~/.cache/vidjax`
@@ -360,7 +362,7 @@ def documentation() -> Mapping[str, str]:
     """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
     known = config_docs.known_names()
     files = sorted(config_files.shipped_folder().glob("*.py"))
-    words = {file.name: config_files.load_module(file).WORDS for file in files}
+    words = {file.name: getattr(config_files.load_module(file), "WORDS", {}) for file in files}
     return {
         "arguments": config_docs.argument_table(SCALE_WORDS, words),
         "fields": config_docs.field_tables(

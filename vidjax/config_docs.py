@@ -135,7 +135,7 @@ def _table_head() -> list[str]:
     return ["| field | default | meaning |", "|---|---|---|"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Returns a default as the command line would take it."""
     if value is None:
         return "unset"

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 
 def sha256_file(path: Path) -> str:
@@ -12,6 +11,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_json(value: Any) -> str:
+def sha256_json(value: object) -> str:
     """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

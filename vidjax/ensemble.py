@@ -1,8 +1,8 @@
-"""The axis E: an ensemble's members, what each of them trains on, and how their scores combine.
+"""Ensembles, axis E: the members, their training clips, and the combination of their scores.
 
-Every published ensemble (folds, partitions, quality subsets, views of the feature space, seeds) is
-one net trained on several slices of the same batches. A member is therefore a row of tables and a
-slice of every parameter; one program trains and evaluates all on one pass over the data.
+All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
+one net on several subsets of the same batches. So a member is a row of every table and a slice of
+every parameter. One program trains or evaluates all members in one pass over the data.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,24 @@ import numpy as np
 from vidjax.batch import Array
 from vidjax.run import workdir
 
+Tree = TypeVar("Tree")  # a tree of arrays
+State = TypeVar("State")
+Inputs = TypeVar("Inputs")
+Output = TypeVar("Output")
+
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
 
 
 class Member(NamedTuple):
-    """What sets one member apart.
+    """The properties of one member.
 
     Attributes:
-      number: its place among all members of the ensemble; its random keys follow from it.
-      fold: the fold it never trains on, or -1.
-      bootstrap: the number of its bootstrap sample, or -1.
-      view: the chunk of every feature vector that it never sees, or -1.
-      min_quality: it trains on frames of at least this quality; the lowest float32 for all.
+      number: position among all members of the ensemble; its random keys depend on it.
+      fold: fold that the member is not trained on; -1 for none.
+      bootstrap: number of its bootstrap sample; -1 for none.
+      view: chunk of every feature vector that the member does not see; -1 for none.
+      min_quality: lowest quality of the frames that it is trained on; the lowest float32 for all.
     """
 
     number: int = 0
@@ -43,12 +48,12 @@ class Member(NamedTuple):
 
 
 class TrainingSets(NamedTuple):
-    """Which clips each member was trained on: what makes a score honest.
+    """The clips that each member was trained on, so that it is only evaluated on others.
 
     Attributes:
-      members: [E] what each is.
+      members: [E] members.
       clips: [N] names of the training clips.
-      trained: [E, N] bool, False where the member's fold or bootstrap sample leaves the clip out.
+      trained: [E, N] bool, False if the fold or the bootstrap sample of a member excludes a clip.
     """
 
     members: tuple[Member, ...]
@@ -57,16 +62,22 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Returns the members of a specification: the product of everything that varies.
+    """Builds the members of an ensemble, the product of all its options.
 
     Args:
-      spec: `folds` and `bootstraps` (0: none; not both), `views` (how many chunks are left out in
-        turn; 0: none) of `chunks`, `min_quality` (a value a member; empty: all frames), `seeds` and
-        `only` (numbers of the members that are trained here; empty: all). Members are numbered
-        with seeds running fastest, then qualities, views, and folds slowest.
+      spec: the fields of `config.ensemble`:
+        folds, bootstraps: number of folds or of bootstrap samples; 0 for none, and not both.
+        views: number of chunks that are left out in turn; 0 for none.
+        chunks: number of chunks of a feature vector.
+        min_quality: lowest qualities, one for each member; empty for all frames.
+        seeds: number of members with equal options.
+        only: numbers of the members to train; empty for all.
+
+    Returns:
+      Members in the order of their numbers. Seeds vary fastest, then qualities, views, and folds.
 
     Raises:
-      ValueError: numbers that make no sense.
+      ValueError: A number is out of range.
     """
     for name, least in {"folds": 0, "bootstraps": 0, "views": 0, "chunks": 2, "seeds": 1}.items():
         if spec[name] < least:
@@ -77,10 +88,10 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
         raise ValueError("config.ensemble: folds and bootstraps exclude each other")
     if spec["views"] > spec["chunks"]:
         raise ValueError(
-            f"config.ensemble.views={spec['views']}: there are {spec['chunks']} chunks"
+            f"config.ensemble.views={spec['views']}: must be at most chunks={spec['chunks']}"
         )
     if not all(isinstance(quality, (int, float)) for quality in spec["min_quality"]):
-        raise ValueError(f"config.ensemble.min_quality={spec['min_quality']}: wants numbers")
+        raise ValueError(f"config.ensemble.min_quality={spec['min_quality']}: must be numbers")
     axes = itertools.product(
         range(spec["folds"]) if spec["folds"] else (-1,),
         range(spec["bootstraps"]) if spec["bootstraps"] else (-1,),
@@ -99,16 +110,19 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 
 
 def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
-    """Returns [N] int32, the fold of every clip.
+    """Assigns every clip to a fold, with equal numbers of clips from every identity.
 
-    The clips of an identity are dealt out in random order, each identity beginning where the one
-    before it ended: folds differ by at most one clip, in total and within an identity. Column 0
-    is dealt out like an identity.
+    The clips of an identity are assigned to the folds in turn, in random order, starting at the
+    fold where the identity before ended. So the sizes of two folds differ by at most one clip, in
+    total and within every identity. Column 0 is treated as an identity.
 
     Args:
       labels: [N] int, class columns.
-      num_folds: 2 or more.
-      seed: of the order.
+      num_folds: number of folds, 2 or more.
+      seed: seed of the random order.
+
+    Returns:
+      [N] int32, folds from 0.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -118,14 +132,15 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
 
 
 def bootstrap_counts(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Returns [N] int32, how often a bootstrap sample holds every clip.
-
-    Every identity is resampled by itself, so that none is lost: many have only a clip or two.
+    """Draws a bootstrap sample; every identity is resampled separately, so that none is lost.
 
     Args:
       labels: [N] int, class columns.
-      number: of the sample.
-      seed: of all samples.
+      number: number of the sample.
+      seed: seed of all samples.
+
+    Returns:
+      [N] int32, number of times that the sample contains each clip.
     """
     rng = np.random.default_rng((seed, number))
     order = np.argsort(labels, kind="stable")
@@ -136,19 +151,24 @@ def bootstrap_counts(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 
 def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Returns [E, N] float32, how often a member sees every clip in an epoch; 0 where it may not.
+    """Returns the number of times that each member trains on each clip in an epoch.
 
     Args:
-      members: [E].
+      members: [E] members.
       labels: [N] int, class columns.
-      folds: how many; 0 for none.
-      seed: of folds and samples.
+      folds: number of folds; 0 for none.
+      seed: seed of the folds and of the bootstrap samples.
+
+    Returns:
+      [E, N] float32; 0 for clips that a member is not trained on.
 
     Raises:
-      ValueError: more folds than clips.
+      ValueError: There are more folds than clips.
     """
     if folds > len(labels):
-        raise ValueError(f"config.ensemble.folds={folds}: only {len(labels)} clips to train on")
+        raise ValueError(
+            f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
+        )
     fold = stratified_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [
         bootstrap_counts(labels, member.bootstrap, seed)
@@ -160,13 +180,13 @@ def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: i
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns [E] typed keys; that of a member does not depend on which others there are."""
+    """Returns one typed key per member, [E], which depends on the seed and its number alone."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
 
 def digest(training_sets: TrainingSets) -> str:
-    """Returns the sha256 of a training_sets."""
+    """Returns the sha256 of training sets."""
     parts = (json.dumps(training_sets.members), "\n".join(training_sets.clips))
     sha256 = hashlib.sha256(training_sets.trained.tobytes())
     for part in parts:
@@ -175,7 +195,7 @@ def digest(training_sets: TrainingSets) -> str:
 
 
 def save(folder: Path, training_sets: TrainingSets) -> None:
-    """Writes `members.npz` into a run's folder."""
+    """Writes `members.npz` into the folder of a run."""
     content = io.BytesIO()
     np.savez_compressed(
         content,
@@ -187,10 +207,10 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
 
 
 def load(folder: Path) -> TrainingSets:
-    """Returns what `save` wrote.
+    """Reads `members.npz` from the folder of a run.
 
     Raises:
-      ValueError: it is absent or damaged.
+      ValueError: The file is missing or damaged.
     """
     path = folder / FILE
     try:
@@ -201,29 +221,35 @@ def load(folder: Path) -> TrainingSets:
     except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
         raise ValueError(f"cannot read '{path}': {type(error).__name__}: {error}") from error
     if training_sets.trained.shape != (len(members), len(clips)):
-        raise ValueError(f"'{path}' is damaged: its parts do not fit together")
+        raise ValueError(f"'{path}' is damaged: its arrays have different sizes")
     return training_sets
 
 
 def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
-    """Returns [E, n] bool, which members may score each of some clips: those not trained on it.
+    """Marks for each clip the members that were not trained on it and may score it.
 
     Args:
-      training_sets: of a run.
-      clips: [n] names; matched by name, so it does not matter which split they now stand in.
+      training_sets: training sets of the members.
+      clips: [n] names. Clips are matched by name, whatever split they belong to.
+
+    Returns:
+      [E, n] bool.
     """
     position = {name: i for i, name in enumerate(training_sets.clips)}
-    found = np.array([position.get(name, -1) for name in clips], np.int64)
-    return ~training_sets.trained[:, np.maximum(found, 0)] | (found < 0)
+    rows = np.array([position.get(name, -1) for name in clips], np.int64)
+    return ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
-    """Returns features without their `view`-th chunk.
+    """Removes one chunk from feature vectors.
 
     Args:
       features: [..., D].
-      view: [] int, which of the `num_chunks` contiguous chunks of D // num_chunks is dropped.
-      num_chunks: 2 or more.
+      view: [] int, index of the chunk to remove. A chunk is D // num_chunks consecutive features.
+      num_chunks: number of chunks, 2 or more.
+
+    Returns:
+      [..., D - D // num_chunks].
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """
@@ -233,22 +259,25 @@ def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
     return jnp.take(features, index, axis=-1, mode="clip")  # [..., D - D // num_chunks]
 
 
-def take(tree: Any, member: Array | int) -> Any:
-    """Returns one member's slice of a tree of arrays [E, ...]."""
+def take(tree: Tree, member: Array | int) -> Tree:
+    """Returns the slice of one member from a tree of arrays [E, ...]."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )
 
 
 def apply_each(
-    fn: Callable[[Any, Any], tuple[Any, Any]], state: Any, inputs: Any
-) -> tuple[Any, Any]:
-    """Returns what `fn` makes of every member's state and input, all members at once, stacked.
+    fn: Callable[[State, Inputs], tuple[State, Output]], state: State, inputs: Inputs
+) -> tuple[State, Output]:
+    """Applies a function to all members at once.
 
     Args:
       fn: (state of one member, input of one member) -> (its new state, an output).
-      state: tree of [E, ...].
-      inputs: tree of [E, ...].
+      state: tree of arrays [E, ...].
+      inputs: tree of arrays [E, ...].
+
+    Returns:
+      The new states and the outputs, trees of arrays [E, ...].
     """
     if len(jax.tree.leaves(inputs)[0]) > 1:
         return jax.vmap(fn)(state, inputs)
@@ -256,8 +285,8 @@ def apply_each(
     return jax.tree.map(lambda x: x[None], (new, output))
 
 
-def split(tree: Any, size: int) -> tuple[Any, ...]:
-    """Returns a tree of arrays [E, ...] as trees of [size, ...], one after another."""
+def split(tree: Tree, size: int) -> tuple[Tree, ...]:
+    """Splits a tree of arrays [E, ...] into trees of arrays [size, ...]."""
     num_members = len(jax.tree.leaves(tree)[0])
     if size == num_members:
         return (tree,)
@@ -267,21 +296,24 @@ def split(tree: Any, size: int) -> tuple[Any, ...]:
     )
 
 
-def merge(trees: Sequence[Any]) -> Any:
-    """Returns the tree that `split` was given."""
+def merge(trees: Sequence[Tree]) -> Tree:
+    """Reverses `split`."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees)
 
 
 def add_scores(total: Array, scores: Array, weight: Array, *, logs: bool) -> Array:
-    """Returns a running weighted sum of scores with one more in it.
+    """Adds scores to a running weighted sum.
 
     Args:
-      total: [B, C] so far; -inf (logs) or 0 at the start.
-      scores: [B, C] to add.
-      weight: [B] float, 0 or more; with 0 nothing is added, whatever the scores.
-      logs: True where scores are logarithms and what they are logarithms of is summed.
+      total: [B, C] sum so far; at the start -inf if `logs` is True, else 0.
+      scores: [B, C] scores to add.
+      weight: [B] float, 0 or more. With weight 0 nothing is added, even if scores are not finite.
+      logs: True if sum and scores are logarithms; their exponentials are added.
+
+    Returns:
+      [B, C] new sum.
     """
     weight = weight[:, None]
     if logs:
@@ -290,12 +322,15 @@ def add_scores(total: Array, scores: Array, weight: Array, *, logs: bool) -> Arr
 
 
 def mean_scores(total: Array, weight: Array, *, logs: bool) -> Array:
-    """Returns the mean that `add_scores` summed up; -inf for a clip of weight 0.
+    """Divides a sum of `add_scores` by its weights.
 
     Args:
-      total: [B, C].
-      weight: [B] float, the sum of the weights.
-      logs: as in `add_scores`.
+      total: [B, C] weighted sum.
+      weight: [B] float, sum of the weights.
+      logs: True if the sum is a logarithm.
+
+    Returns:
+      [B, C] mean; -inf for clips of weight 0.
     """
     weight = weight[:, None]
     safe = jnp.where(weight > 0, weight, 1.0)

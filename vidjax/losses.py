@@ -266,7 +266,8 @@ def make_loss(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
     smoothing = spec["label_smoothing"]
-    if smoothing and np.all(weights == 1) and "label_smoothing" not in _options(spec["focal"]):
+    takes_smoothing = "label_smoothing" in _parameters(CLASSIFICATION[spec["focal"]])
+    if smoothing and np.all(weights == 1) and not takes_smoothing:
         raise ValueError(
             f"config.loss.label_smoothing={smoothing} is an option of the softmax cross-entropy, "
             f"which has weight 0 in config.loss.schedule={spec['schedule']}"
@@ -280,21 +281,24 @@ def make_loss(
         "label_smoothing": float(smoothing),
         "margin": margin,
     }
-    classification = _with_options(spec["classification"], options)
-    focal = _with_options(spec["focal"], options)
+
+    def with_margin(name: str) -> Callable[[Array, Array], Array]:
+        loss = _with_options(CLASSIFICATION[name], options)
+        if not margin or "margin" in loss.keywords:  # a loss that takes the margin adds it itself
+            return loss
+        return lambda logits, labels: loss(
+            margin_fn(logits, labels, margin=margin, scale=logit_scale), labels
+        )
+
+    classification, focal = with_margin(spec["classification"]), with_margin(spec["focal"])
 
     def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
-        shifted = logits
-        if margin:
-            shifted = margin_fn(logits, labels, margin=margin, scale=logit_scale)
         if not weights.any():
-            return classification(logits, shifted, labels)
+            return classification(logits, labels)
         if np.all(weights == 1):
-            return focal(logits, shifted, labels)
-        weight = focal_weight(step / steps_per_epoch).astype(shifted.dtype)
-        return weight * focal(logits, shifted, labels) + (1 - weight) * classification(
-            logits, shifted, labels
-        )
+            return focal(logits, labels)
+        weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
+        return weight * focal(logits, labels) + (1 - weight) * classification(logits, labels)
 
     return loss_fn
 
@@ -321,23 +325,17 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
         )
 
 
-def _options(name: str) -> Set[str]:
-    """Returns the parameters of a loss in CLASSIFICATION."""
-    return inspect.signature(CLASSIFICATION[name]).parameters.keys()
+def _parameters(function: Callable[..., Array]) -> Set[str]:
+    """Returns the names of the parameters of a function."""
+    return inspect.signature(function).parameters.keys()
 
 
-def _with_options(name: str, options: Mapping[str, Any]) -> Callable[[Array, Array, Array], Array]:
-    """Binds the options that a loss in CLASSIFICATION takes.
-
-    Returns:
-      Function (logits, shifted, labels) -> loss, with `shifted` the logits after the margin. It
-      reads `logits` if the loss adds the margin itself, otherwise `shifted`.
-    """
-    bound = {option: options[option] for option in _options(name) & options.keys()}
-    function = functools.partial(CLASSIFICATION[name], **bound)
-    if "margin" in bound:
-        return lambda logits, shifted, labels: function(logits, labels)
-    return lambda logits, shifted, labels: function(shifted, labels)
+def _with_options(
+    function: Callable[..., Array], options: Mapping[str, Any]
+) -> functools.partial[Array]:
+    """Binds the options that a loss accepts."""
+    names = _parameters(function) & options.keys()
+    return functools.partial(function, **{name: options[name] for name in names})
 
 
 def _at_label(values: Array, labels: Array) -> Array:

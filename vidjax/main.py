@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from vidjax.command_line import Arguments
     from vidjax.config import Config
+    from vidjax.data.clips import TrainingData
 
 
 def run() -> NoReturn:
@@ -78,7 +79,6 @@ def _train(args: "Arguments") -> int:
         _set_up_devices(config)
         results = train.finished(workdir, config)
         if results is None:
-            train.check_config(config, workdir)
             data = arguments.load_data(config)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command
@@ -124,7 +124,7 @@ def _compare(args: "Arguments") -> int:
     from vidjax.modes import compare
     from vidjax.run import workdir as workdir_lib
 
-    def load(config: "Config") -> Any:
+    def load(config: "Config") -> "TrainingData":
         config.data.cache_dir = comparison.cache_dir or config.data.cache_dir
         return arguments.load_data(config)
 
@@ -253,12 +253,12 @@ def exit_code(error: Exception) -> int | None:
     return 3 if isinstance(error, CheckpointError) else None
 
 
-def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
+def _show_warning(message: object, *args: object, **kwargs: object) -> None:
     del args, kwargs  # the place in the code
     _complain(f"warning: {message}")
 
 
-def _stop_at_once(signum: int, frame: Any) -> None:
+def _stop_at_once(signum: int, frame: object) -> None:
     del frame
     # Not an exception: one that is raised within an import or a library's callback is lost there.
     os.write(2, b"vidjax: stopped\n")

@@ -1,6 +1,6 @@
-"""A system: what a configuration describes, as the functions and numbers that a step needs.
+"""A system: the functions and numbers of a configuration that training and evaluation need.
 
-Above this module a configuration is a ConfigDict; here and below it is a plain nested dict.
+Modules above this one pass configurations as ConfigDict; here and below they are nested dicts.
 """
 
 import functools
@@ -22,34 +22,34 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 
 
 class System(NamedTuple):
-    """What a configuration describes: everything a step needs but state and data.
+    """Everything that a training or evaluation step needs, except state and data.
 
-    Training reads all fields but `fuse_eval`, `score_fn`, `logs`, `reduce` and `matmul_precision`;
-    evaluation reads these, `model`, `select_features`, `to_examples`, `examples`, `class_mask` and
-    `num_identities`.
+    Training reads all fields except `fuse_eval`, `score_fn`, `logs`, `reduce` and
+    `matmul_precision`. Evaluation reads these, and `model`, `select_features`, `to_examples`,
+    `examples`, `class_mask` and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
-      fuse_train: modality -> fusion in training, drawn with a key.
-      fuse_eval: modality -> fusion in evaluation, called without a key.
-      select_features: (features [..., D], view) -> the features that a member with this view sees.
-      to_examples: frames [B, T'] -> what the model is given and which examples exist, either
-        `selection.as_one_example` or `selection.as_examples`.
-      examples: True where each fused frame of a clip is an example of its own.
+      fuse_train: modality -> fusion for training, called with a key.
+      fuse_eval: modality -> fusion for evaluation, called without a key.
+      select_features: (features [..., D], view) -> features for a member with that view.
+      to_examples: modality -> Frames [B, T'] to the input of the model and the mask of examples,
+        either `selection.as_one_example` or `selection.as_examples`.
+      examples: True if each fused frame of a clip is an example of its own.
       clip_transforms: transforms of the clips with all their frames, before fusion.
-      transforms: transforms of the fused clips.
+      transforms: transforms of the clips with their fused frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
-      column_weight: (labels [B], step) -> weight [B] of a clip by its class column.
-      tx: the optimiser.
+      column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
+      tx: optimiser.
       schedule: step -> learning rate.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
-      logs: True where scores are logarithms; averages are then taken of their exponentials.
-      reduce: how evaluation reduces the scores of a clip's examples, `mean` or `max`.
-      class_mask: [K] bool, False for columns that training never sees.
-      num_identities: C; columns 1..C are ranked.
-      together: True to train all members in one program by vmap; False to train them one after
+      logs: True if scores are logarithms; their exponentials are then averaged.
+      reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
+      class_mask: [K] bool, False for columns without training clips.
+      num_identities: number of identities, C; columns 1..C are ranked.
+      together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
-      matmul_precision: precision of evaluation, as in `jax.default_matmul_precision`.
+      matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
     """
 
     model: Identifier
@@ -74,15 +74,15 @@ class System(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """What a system takes from its training data; a checkpoint keeps it beside the weights.
+    """Sizes of the training data that a system depends on; checkpoints store them.
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
-      num_identities: C.
-      num_clusters: K of `NoiseLayout`; None where noise has no class columns.
-      num_clips: number of training clips.
+      num_identities: number of identities, C.
+      num_clusters: number of clusters, K of `NoiseLayout`; None without noise classes.
+      num_clips: number of training clips, N.
       total_steps: optimiser steps of the whole run.
-      train_other: True if training has clips of column 0.
+      train_other: True if training clips of column 0 have a weight above 0.
     """
 
     modalities: Mapping[str, int]
@@ -94,15 +94,15 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Returns the system that a configuration describes for data of some size.
+    """Builds the system of a configuration.
 
     Args:
-      config: the configuration as a plain nested dict. It may have `fusion` entries for modalities
-        that are not configured.
+      config: the configuration as a nested dict. `fusion` may contain modalities that are not
+        configured.
       task: sizes of the training data.
 
     Raises:
-      ValueError: a field names something that does not exist.
+      ValueError: A field has an unknown name or a value out of range.
     """
     ensemble_spec = config["ensemble"]
     num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
@@ -156,7 +156,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def _choose(field: str, value: str, known: Collection[str]) -> str:
-    """Returns the value of a field, or raises ValueError if it is not one of the known ones."""
+    """Returns the value of a field; raises ValueError if it is unknown."""
     if value not in known:
         raise ValueError(f"config.{field}='{value}': {suggest(value, known)}")
     return value
@@ -165,7 +165,7 @@ def _choose(field: str, value: str, known: Collection[str]) -> str:
 def _make_fusions(
     specs: Mapping[str, Any], modalities: Mapping[str, int], phase: str
 ) -> dict[str, FuseFn]:
-    """Returns modality -> fusion of a phase, `train` or `evaluate`; all frames by default."""
+    """Builds the fusions of a phase, `train` or `evaluate`; the default is all frames."""
     return {
         name: fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
         for name in modalities
@@ -173,13 +173,14 @@ def _make_fusions(
 
 
 def _make_select_features(num_chunks: int) -> Callable[[Array, Array], Array]:
+    """Builds `System.select_features`; 0 chunks select all features."""
     if num_chunks:
         return functools.partial(ensemble.drop_chunk, num_chunks=num_chunks)
     return lambda features, view: features
 
 
 def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[BatchTransform, ...]:
-    """Returns the transforms before fusion: quality subsets, then joined distractors."""
+    """Builds the transforms before fusion: quality subsets, then concatenated distractors."""
     transforms: list[BatchTransform] = []
     if config["ensemble"]["min_quality"]:
         transforms.append(augment.keep_quality)
@@ -191,7 +192,7 @@ def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[Ba
 
 
 def _make_transforms(config: Mapping[str, Any]) -> tuple[BatchTransform, ...]:
-    """Returns the transforms after fusion: mixup, then those that `transforms` names."""
+    """Builds the transforms after fusion: mixup, then those of `config.transforms`."""
     transforms: list[BatchTransform] = []
     if config["mixup"]:
         transforms.append(functools.partial(augment.mix_up, alpha=config["mixup"]))
@@ -203,7 +204,7 @@ def _make_transforms(config: Mapping[str, Any]) -> tuple[BatchTransform, ...]:
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Returns (labels, step) -> weight: the scheduled one for mirrors, 1 for other columns."""
+    """Builds `System.column_weight`: a scheduled weight for mirrors, 1 for other columns."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
 
     def column_weight(labels: Array, step: Array) -> Array:
@@ -215,13 +216,13 @@ def _make_column_weight(
 
 
 def _is_together(mapping: str) -> bool:
-    """Returns True for vmap; `auto` is vmap on accelerators alone."""
+    """Returns True for vmap; `auto` is vmap on accelerators and map on CPUs."""
     _choose("ensemble.mapping", mapping, ("auto", "map", "vmap"))
     return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
 
 def _check_precision(precision: str) -> str:
-    """Returns the precision, or raises ValueError if jax does not know it."""
+    """Returns the precision; raises ValueError if jax does not know it."""
     try:
         with jax.default_matmul_precision(precision):
             return precision
@@ -249,7 +250,8 @@ def _logits(logits: Array, class_mask: Array) -> Array:
     return logits
 
 
-# Ranks are taken on logs: sigmoid(17) is 1.0 in float32, its logarithm is not 0.
+# config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
+# of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
     "log_softmax": (_log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),

@@ -484,8 +484,8 @@ def test_training_without_one_label_is_one_error(official: Path, tmp_path: Path)
     config = small_runs.shrunk("--config.modalities=face")
     with pytest.raises(ValueError) as error:
         small_runs.run(config, tmp_path / "run", load(official))
-    wanted = "no clip to train on has an identity: is there a good train_gt.txt?"
-    assert str(error.value) == wanted
+    message = str(error.value)
+    assert "check train_gt.txt" in message and message.count("\n") == 0
 
 
 def test_a_batch_larger_than_the_dataset_repeats_clips(official: Path) -> None:

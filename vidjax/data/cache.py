@@ -9,7 +9,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vidjax.digests import sha256_json
 
@@ -22,7 +21,7 @@ def default_cache_dir() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
 
 
-def cache_folder(cache_dir: str | Path | None, kind: str, key: Any) -> Path:
+def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
     """Returns the folder for one content.
 
     Args:

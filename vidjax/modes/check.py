@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidjax import config as config_lib
 from vidjax import devices
@@ -22,6 +22,9 @@ from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
 from vidjax.modes.restore import select_modalities
 from vidjax.run import checkpoint
+
+if TYPE_CHECKING:
+    from vidjax.data.records.manifest import Records
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
 LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
@@ -201,7 +204,7 @@ def _described(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _counts(found: Any) -> Iterator[str]:
+def _counts(found: "Records") -> Iterator[str]:
     """Yields where index, manifest and report of a conversion tell different numbers."""
     for split, facts in found.splits.items():
         report = found.report["splits"][split]

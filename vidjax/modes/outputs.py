@@ -1,4 +1,4 @@
-"""The files that every evaluation writes, whether training, evaluation or a blend ran it."""
+"""The result files of an evaluation, at the end of training, of a run, or of a blend."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,23 +23,23 @@ def write_results(
     observer: Observer | None = None,
     train_splits: Sequence[str] = (),
 ) -> None:
-    """Writes ranking, metrics and events; with an observer, the analysis and the report, too.
+    """Writes ranking, metrics and events; with an observer also analysis and report.
 
-    `metrics.json` comes after the ranking and the analysis: a folder that has it has those.
+    `metrics.json` is written after ranking and analysis, so a folder with it has those, too.
 
     Args:
-      workdir: the run's folder.
+      workdir: the folder of the run.
       data: the clips that were evaluated.
       evaluation: the result of `scoring.score`.
-      values: the content of `metrics.json`, see `run.results`.
-      split: the split that was evaluated.
-      own_split: the split that the run's training evaluates.
-      observer: the observer of that evaluation; None for no analysis and no report.
+      values: content of `metrics.json`, see `run.results`.
+      split: the evaluated split.
+      own_split: the split that training evaluates, `config.eval.split`.
+      observer: observer of the evaluation; None to write no analysis and no report.
       train_splits: the splits that the run was trained on.
 
     Raises:
-      OSError: a file cannot be written.
-      ValueError: another file of the folder is damaged.
+      OSError: A file cannot be written.
+      ValueError: Another file of the folder is damaged.
     """
     paths = results.paths(workdir, split, own_split)
     ranking.write_ranking(paths.ranking, data.identities, data.split(split).clips, evaluation.top)
@@ -47,7 +47,7 @@ def write_results(
         results.save_analysis(paths.analysis, *observer.finish(evaluation, train_splits))
     workdir_lib.write_json(paths.metrics, values)
     if observer:
-        # Not at the top: matplotlib takes half a second that a run without a report can save.
+        # Not at the top: matplotlib takes half a second, and not every run writes a report.
         from vidjax.report import run_page
 
         run_page.write(workdir)
@@ -58,18 +58,18 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
     """Writes TensorBoard events of an evaluation: the end of the session, the attention matrix.
 
     Args:
-      workdir: the run's folder, or that of a blend.
-      values: the content of `metrics.json` or `metrics_<split>.json`.
-      split: the split that was evaluated.
+      workdir: the folder of the run or of the blend.
+      values: content of `metrics.json` or `metrics_<split>.json`.
+      split: the evaluated split.
 
     Raises:
       ValueError: `config.json` or `analysis.npz` is damaged.
-      OSError: the events cannot be written.
+      OSError: The events cannot be written.
     """
     config = workdir_lib.read_json(workdir / "config.json")
     own_split = config["eval"]["split"]
     own = split == own_split
-    blend = own and bool(config["join"]["runs"])  # no training has logged its scores
+    blend = own and bool(config["join"]["runs"])  # a blend has no training that logs its scores
     path = results.paths(workdir, split, own_split).analysis
     images = []
     if path.exists():

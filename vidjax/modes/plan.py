@@ -1,4 +1,4 @@
-"""What follows from a configuration and its data before anything is compiled."""
+"""The plan of a run: sizes, members, tables and schedule, from configuration and data."""
 
 import bisect
 import math
@@ -19,14 +19,14 @@ from vidjax.system import TaskSpec
 
 
 class RunPlan(NamedTuple):
-    """The task of a run, its members, and the tables that they learn from.
+    """The plan of a run.
 
     Attributes:
       task: sizes of the training data.
       training_sets: the E members and the clips that each is trained on.
-      labels: [N] int32, class columns of the training clips at the start.
+      labels: [N] int32, class columns of the training clips at step 0.
       tables: weights and settings of the members.
-      layout: meaning of the class columns with noise classes; None without.
+      layout: layout of the class columns with noise classes; None without noise classes.
     """
 
     task: TaskSpec
@@ -37,10 +37,14 @@ class RunPlan(NamedTuple):
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads labels, and clusters distractors where they get classes of their own.
+    """Plans a run; with noise classes it reads the distractors and clusters them.
+
+    Args:
+      config: the configuration of the run.
+      data: the clips.
 
     Raises:
-      ValueError: a field is out of its range, or does not fit the data.
+      ValueError: A field is out of range or does not fit the data.
     """
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -51,7 +55,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
         names = ", ".join(f"{split.name}_gt.txt" for split in splits)
-        raise ValueError(f"no clip to train on has an identity: is there a good {names}?")
+        raise ValueError(
+            f"no training clip has an identity: check {names} and config.data.train_splits"
+        )
 
     seen = ensemble.partition(members, labels, spec["folds"], config.seed)  # [E, N]
     weight = seen * _clip_weights(config, labels, clips)
@@ -62,7 +68,10 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         weight = weight * (labels > 0)
     for member, row in zip(members, weight, strict=True):
         if not row.any():
-            raise ValueError(f"no clip is left to train on for {member}")
+            raise ValueError(
+                f"member {member.number} has no training clip: change config.ensemble, "
+                "config.data.distractors or config.data.weights"
+            )
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
@@ -76,7 +85,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Returns [N] float, weight of every training clip by its class and by the file of weights."""
+    """Returns the weight of every training clip, [N] float, by its class and `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -86,12 +95,12 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 
 class Schedule(NamedTuple):
-    """The steps after which something happens beside training.
+    """The steps after which training is interrupted.
 
     Attributes:
-      log: steps after which a line of metrics is written.
-      evaluate: steps after which the run is evaluated; the last step is among them.
-      relabel: steps after which unclustered distractors move.
+      log: steps after which a line of metrics is logged.
+      evaluate: steps after which the run is evaluated, including the last step.
+      relabel: steps after which unclustered distractors are relabelled.
     """
 
     log: frozenset[int]
@@ -105,11 +114,11 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Returns the schedule of a run."""
+    """Builds the schedule of a run."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
-        # The steps before the last; 0 epochs: none.
+        # All such steps before the last one; none for 0 epochs.
         steps = round(epochs * plan.task.num_clips / config.batch_size)
         return frozenset(range(steps, total, steps)) if steps else frozenset()
 

@@ -1,4 +1,4 @@
-"""How a run starts: its files, the newest saved state or a new one, the feed of clips."""
+"""The start of a run: its files, its first or restored state, and its feed of clips."""
 
 import json
 import time
@@ -33,19 +33,22 @@ def restore_or_init(
     mesh: Mesh,
     description: Mapping[str, Any],
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
-    """Returns the newest saved state and its manifest, or a new state and an empty manifest.
+    """Restores the newest checkpoint of a run, or initialises its state.
 
     Args:
-      workdir: the run's folder.
-      config: the configuration of now; its changes are recorded in `changes.jsonl`.
+      workdir: the folder of the run.
+      config: the current configuration; changes are recorded in `changes.jsonl`.
       system: the system of the configuration.
       plan: the plan of the run.
       mesh: the devices.
-      description: entries of the manifest that must be equal: digests of identities and members.
+      description: digests of identities and members, which must equal those in the manifest.
+
+    Returns:
+      The state, and the manifest of its checkpoint, {} for a new state.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
-      CheckpointError: its checkpoints are damaged or belong to another model.
+      ValueError: The folder contains a run of another configuration.
+      CheckpointError: The checkpoints are damaged or belong to another model.
     """
 
     def init() -> state_lib.TrainState:
@@ -60,8 +63,8 @@ def restore_or_init(
         check_digests(workdir, manifest, description)
         if manifest["step"] > plan.task.total_steps:
             raise ValueError(
-                f"'{workdir}' was trained for {manifest['step']} steps already, "
-                f"of {plan.task.total_steps} by config.num_epochs={config.num_epochs}"
+                f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
+                f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}"
             )
 
     changed: resume.Changes = {}
@@ -72,7 +75,7 @@ def restore_or_init(
     except checkpoint.OtherModelError as error:
         if not changed:
             raise
-        raise ValueError(f"{error}\nbecause of {resume.describe(changed)}") from error
+        raise ValueError(f"{error}\nchanged: {resume.describe(changed)}") from error
     if (workdir / "config.json").exists():
         changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     resume.record(workdir, restored[1]["step"] if restored else 0, changed)
@@ -86,7 +89,7 @@ def restore_or_init(
 
 
 def as_items(state: state_lib.TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint; evaluation reads `params` and `model_state` alone."""
+    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`."""
     names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
     rest = {name: getattr(state, name) for name in names}
     return {"params": state.params, "model_state": state.model_state, "train": rest}
@@ -95,7 +98,7 @@ def as_items(state: state_lib.TrainState) -> dict[str, Any]:
 def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
-    """Writes what gives checkpoints their meaning: config, identities, members, data report."""
+    """Writes the files that describe a run: config, identities, members and data report."""
     workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
@@ -115,7 +118,7 @@ def make_feed(
     step: int,
     mode: str | None,
 ) -> tuple[feed_lib.Feed, ClipSource]:
-    """Returns the feed that brings clips to the training step, and the clips to evaluate.
+    """Builds the feed of training clips, and the source of clips to evaluate.
 
     Args:
       config: the configuration.
@@ -123,9 +126,9 @@ def make_feed(
       plan: the plan of the run.
       system: the system of the configuration.
       mesh: the devices.
-      step: number of steps that were done before.
-      mode: `streaming` or `resident`, as in the process that did them, since the order of clips
-        depends on it; None for a new run.
+      step: number of steps that are done.
+      mode: `streaming` or `resident`; a run keeps its mode, since the order of clips depends on it.
+        None for a new run.
     """
     batches = make_batch_plan(
         [data.split(name) for name in config.data.train_splits],

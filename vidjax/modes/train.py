@@ -1,4 +1,4 @@
-"""`--mode=train`: from a configuration and its data to a finished run."""
+"""`--mode=train`: trains a system from its configuration and data."""
 
 import contextlib
 import statistics
@@ -23,20 +23,20 @@ from vidjax.system import make_system
 
 
 def check_config(config: Config, workdir: Path) -> None:
-    """Refuses values that no training can use; needs no data.
+    """Checks the values of a configuration without data.
 
     Raises:
-      ValueError: a value is out of its range, or nothing reads it. The second is not checked where
-        a run goes on, since an earlier version may have started it.
+      ValueError: A value is out of range or has no effect. A resumed run may have values without
+        effect, since an earlier version may have started it.
     """
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder if it is finished, None if it is not.
+    """Returns the metrics of the run in a folder, or None if it is not finished.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: The folder contains a run of another configuration.
     """
     if not (workdir / "config.json").exists():
         return None
@@ -44,7 +44,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     if changed.keys() - set(resume.MOVABLE):
         return None
     results = results_lib.read_metrics(workdir)
-    return results if results.get("finished") else None  # evaluation writes the file too
+    return results if results.get("finished") else None  # evaluation also writes the file
 
 
 def train(
@@ -56,19 +56,22 @@ def train(
     analyse: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Trains a system, or resumes where an earlier process stopped; returns the run's metrics.
+    """Trains a system, or resumes a run.
 
     Args:
       config: the configuration, see `config.default`.
-      workdir: the run's folder, held by `workdir.lock`.
+      workdir: the folder of the run, locked by `workdir.lock`.
       data: clips to train on and to evaluate.
       num_devices: number of devices to use; None for all.
       analyse: True to write `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
 
+    Returns:
+      The content of `metrics.json`.
+
     Raises:
-      ValueError: the configuration does not fit the data, or the run that lies in the folder.
-      CheckpointError: the run's checkpoints are damaged or belong to another model.
+      ValueError: The configuration does not fit the data or the run in the folder.
+      CheckpointError: The checkpoints are damaged or belong to another model.
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
     began = time.monotonic()
@@ -91,7 +94,7 @@ def train(
 
         if is_pending:
             evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)
-        interruption.at_once = True  # until a step is done, nothing can be lost
+        interruption.at_once = True  # before the first step there is nothing to save
         while run.step < total_steps:
             num_steps, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
@@ -120,7 +123,7 @@ def train(
 
 
 def _make_progress(config: Config, total_steps: int, step: int) -> Progress:
-    """Returns a progress bar over the clips of all steps."""
+    """Builds a progress bar over the clips of all steps."""
     size = config.batch_size
     return Progress(total_steps * size, initial=step * size, unit="clip", label="train")
 
@@ -133,7 +136,7 @@ def _evaluate(
     *,
     analyse: bool,
 ) -> tuple[Evaluation, analysis.Observer | None]:
-    """Evaluates the last step, whose checkpoint is saved; logs and keeps the scores."""
+    """Evaluates the run, and adds the scores to the log and to the checkpoint of this step."""
     interruption.raise_if_asked(run.step)
     interruption.at_once = True
     evaluation, observer = run.evaluate(

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +29,19 @@ from vidjax.steps.scoring import Evaluation, score
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 
+Tree = TypeVar("Tree")  # a tree of arrays
+
 
 class TrainingRun:
-    """The state of a run between two events of its schedule.
+    """A run in training: its step, its states, and the operations on them.
 
-    Members whose programs run together form a group, with one TrainState; otherwise every member is
-    a group of its own. One program shares the large products of its members; members one after
-    another need little memory and keep the bits of a run of their own.
+    Members that are trained by one program form a group with one TrainState. Such a program shares
+    large matrix products between members. Otherwise every member is a group of its own: members
+    then need less memory, and each is bit-equal to a run of its own.
 
     Attributes:
       step: optimiser steps done.
-      is_evaluated: True if the checkpoint that the run starts from was evaluated.
+      is_evaluated: True if the restored checkpoint has been evaluated.
       feed: brings clips to the training step.
       rates: clips per second of every dispatch of steps so far.
     """
@@ -58,17 +60,17 @@ class TrainingRun:
         """Restores the newest checkpoint in the folder, or starts at step 0.
 
         Args:
-          config: the run's configuration.
-          workdir: the run's folder, held by `workdir.lock`.
+          config: the configuration of the run.
+          workdir: the folder of the run, locked by `workdir.lock`.
           data: clips to train on and to evaluate.
           plan: the plan of the run.
           system: the system of the configuration.
           mesh: the devices.
-          began: `time.monotonic()` at which this process began to work on the run.
+          began: value of `time.monotonic()` when this process started to work on the run.
 
         Raises:
-          ValueError: the folder holds a run of another configuration.
-          CheckpointError: its checkpoints are damaged or belong to another model.
+          ValueError: The folder contains a run of another configuration.
+          CheckpointError: The checkpoints are damaged or belong to another model.
         """
         self._config, self._workdir, self._plan = config, workdir, plan
         self._system, self._mesh = system, mesh
@@ -86,12 +88,12 @@ class TrainingRun:
         self._seconds_before, self._began = manifest.get("seconds", 0.0), began
         self._last_save = time.monotonic()
         if self.step:
-            say(f"going on from step {self.step} of {plan.task.total_steps}")
+            say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
         self._group_size = size = self.num_members if system.together else 1
         self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
         self._states = [self._replicate(part) for part in state_lib.split_state(state, size)]
-        del state  # not held beside its parts
+        del state  # frees its memory; the parts are copies
         self.feed, self._clips = start.make_feed(
             config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
         )
@@ -101,14 +103,14 @@ class TrainingRun:
             step=self.step,
         )  # fmt: skip
         self.rates: list[float] = []
-        self._num_logged = 0  # rates that are in the log
+        self._num_logged = 0  # number of rates in the log
 
-    def _replicate(self, tree: Any) -> Any:
+    def _replicate(self, tree: Tree) -> Tree:
         return devices.replicate(self._mesh, tree)
 
     @property
     def split(self) -> str:
-        """Name of the split that is evaluated."""
+        """Name of the split to evaluate."""
         return self._config.eval.split
 
     @property
@@ -118,7 +120,7 @@ class TrainingRun:
 
     @property
     def num_members(self) -> int:
-        """Number of members that are trained, E."""
+        """Number of trained members, E."""
         return len(self._plan.training_sets.members)
 
     @property
@@ -137,13 +139,16 @@ class TrainingRun:
         return state_lib.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
-        """Trains for one dispatch of the feed; returns the number of steps and the last loss.
+        """Trains for one dispatch of the feed.
 
         Args:
-          stop: step to stop at, at the latest.
+          stop: last step of the dispatch, at most.
+
+        Returns:
+          The number of steps, and the last loss, averaged over members.
 
         Raises:
-          ValueError: a member had MAX_BAD_STEPS consecutive steps without a finite loss.
+          ValueError: A member had MAX_BAD_STEPS consecutive steps without a finite loss.
         """
         dispatched = time.monotonic()
         done = self.feed.run(self._states, self._tables, self.step, stop - self.step)
@@ -161,16 +166,16 @@ class TrainingRun:
         more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
         rate = float(jnp.asarray(self._system.schedule(bad_step)))
         return (
-            f"loss or gradient is not finite at step {bad_step + 1}, for {MAX_BAD_STEPS} steps "
-            f"in a row, at learning rate {rate:g}\n"
+            f"loss or gradient is not finite at step {bad_step + 1} and "
+            f"{MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
             f"clips: {', '.join(clips[:5])}{more}\n"
-            "the last checkpoint is finite; is config.optim.learning_rate too high?"
+            "the last checkpoint is finite; lower config.optim.learning_rate or check these clips"
         )
 
     def log(self, logs: Logs) -> None:
-        """Writes the means since the last line of the log, and starts new sums."""
+        """Logs the means since the last line of the log, and starts new sums."""
         logs.metrics(self.step, self._mean_metrics())
-        # New arrays for each state: the next step donates them.
+        # New arrays for every state, since the next step donates them.
         self._states = [
             state.replace(sums=self._replicate(state_lib.zero_sums(self._group_size)))
             for state in self._states
@@ -181,15 +186,15 @@ class TrainingRun:
         logs.timing(self.step, timing)
 
     def _mean_metrics(self) -> dict[str, float]:
-        """Returns metrics that are functions of config, data and step alone."""
+        """Returns the metrics that depend on config, data and step alone."""
         sums = {
             name: sum(float(np.sum(state.sums[name])) for state in self._states)
             for name in self._states[0].sums
         }
         if sums["bad_steps"]:
             warnings.warn(
-                f"{sums['bad_steps']:.0f} steps up to step {self.step} were left out: "
-                "loss or gradient not finite",
+                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
+                "loss or gradient is not finite",
                 stacklevel=2,
             )
         weight = max(sums["weight"], 1e-6)
@@ -211,11 +216,15 @@ class TrainingRun:
         ]
 
     def is_save_due(self) -> bool:
-        """Returns True once `checkpoint_every_seconds` have passed since the last checkpoint."""
+        """Returns True if the last checkpoint is `checkpoint_every_seconds` old."""
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
-    def save(self, **more: Any) -> None:
-        """Saves a checkpoint of this step, or adds values to the manifest of a saved one."""
+    def save(self, **more: float) -> None:
+        """Saves a checkpoint of this step.
+
+        Args:
+          more: entries to add to the manifest, also to that of a checkpoint already saved.
+        """
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, start.as_items(self.state), info)
         self._last_save = time.monotonic()
@@ -227,7 +236,10 @@ class TrainingRun:
 
         Args:
           analyse: True to observe the evaluation of the last step for `analysis.npz`.
-          check: called after every few blocks; an exception that it raises ends the evaluation.
+          check: function to call after every few blocks; its exceptions end the evaluation.
+
+        Returns:
+          The evaluation, and its observer, None if the evaluation was not observed.
         """
         model = self.trained_model()
         observer = None
@@ -245,7 +257,7 @@ class TrainingRun:
         return evaluation, observer
 
     def trained_model(self) -> TrainedModel:
-        """Returns the weights of this step as evaluation takes them."""
+        """Returns the model with the weights of this step."""
         state = self.state
         return TrainedModel(
             str(self._workdir),

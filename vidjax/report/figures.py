@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Returns a text of at most `MAX_LETTERS` letters."""
     text = html.plain(value)
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."

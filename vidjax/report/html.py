@@ -8,7 +8,6 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 LONGEST_WORD = 16  # letters of a word in a table; only longer words may break within
 CSS = """
@@ -103,17 +102,17 @@ def page(
 """
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """Returns a value as text that can be encoded: lone surrogates become question marks."""
     return str(value).encode(errors="replace").decode()
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """Returns a value as HTML text."""
     return html.escape(plain(value))
 
 
-def name(value: Any) -> str:
+def name(value: object) -> str:
     """Returns a name as HTML text for a table, in which words over `LONGEST_WORD` may break."""
     parts = re.split(r"(\s+)", plain(value))
     return "".join(
@@ -132,7 +131,7 @@ def note(text: str) -> str:
     return f'<p class="muted">{text}</p>\n'
 
 
-def number(value: Any, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     """Returns a number as HTML: rounded for a reader, with all digits for a program."""
     if value is None or not math.isfinite(value):
         return "none"

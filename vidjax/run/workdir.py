@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -113,17 +113,17 @@ def _cannot_write(path: object, error: OSError) -> OSError:
     return named
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, whole or not at all; the value may hold numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Returns a value as JSON text; it may hold numpy scalars and arrays."""
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"no JSON form of {type(value).__name__}")

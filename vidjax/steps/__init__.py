@@ -1,1 +1,1 @@
-"""What runs on the devices: state, training step, evaluation step, top-k, feeds. Pure."""
+"""Computation on the devices: training step, evaluation step, top k, and the feeds of clips."""

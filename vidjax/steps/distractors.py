@@ -1,18 +1,19 @@
 """Noise classes: distractors as clusters of strangers and as mirrors of the identities.
 
-A distractor whose face appears in several clips is a stranger that a model can learn: each cluster
-of such clips is a class. The other distractors start in a random one of C mirror classes. After
-every epoch each of them moves to the mirror of the identity that the model mistakes it for. So the
-model learns to tell an identity from clips that only look like it.
+A stranger that appears in several distractor clips can be learned: each cluster of such clips is a
+class. Every other distractor starts in a random one of C mirror classes. After every epoch it moves
+to the mirror of the identity that the model mistakes it for. So the model learns to distinguish an
+identity from clips that resemble it.
 
 Source: the noise-classes system, 5th place of 2018. Its 8,652 is a misprint of 4934 + 3691 = 8625.
-The authors' code moves every distractor, their article only the unclustered ones: so do we.
+The authors' code moves all distractors, their article only the unclustered ones. We follow the
+article.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
+from vidjax.models.base import ModelState, Params
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import keep_until
 from vidjax.run.terminal import say
@@ -36,24 +38,25 @@ FILE = "noise.jsonl"
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseLayout]:
-    """Returns the labels of training clips with distractors in columns of their own.
+    """Labels distractors among the training clips with clusters and mirrors.
 
     Args:
-      config: the run's configuration.
+      config: the configuration of the run.
       data: the clips.
       labels: [N] int32, class columns; 0 for distractors.
 
     Returns:
-      [N] int32 labels, and which column is what.
+      [N] int32, new labels; and the layout of the class columns.
 
     Raises:
-      ValueError: training has no distractor.
+      ValueError: No training clip is a distractor.
     """
     is_noise = labels == 0
     if not is_noise.any():
         raise ValueError(
-            "config.data.distractors=noise: no clip to train on is a distractor\n"
-            "add their split, as in --config.data.train_splits=train,val --config.ensemble.folds=5"
+            "config.data.distractors=noise: no training clip is a distractor\n"
+            "add a split with distractors: --config.data.train_splits=train,val "
+            "--config.ensemble.folds=5"
         )
     vectors = _mean_faces(config, data, is_noise)
     clusters = cluster(
@@ -67,46 +70,49 @@ def label_distractors(
     labels[is_noise] = initial_labels(clusters, layout, config.seed)
     say(
         f"{len(clusters)} distractors: {np.sum(clusters >= 0)} in {layout.num_clusters} clusters, "
-        f"{np.sum(clusters < 0)} in none"
+        f"{np.sum(clusters < 0)} unclustered"
     )
     return labels, layout
 
 
 @jax.jit
-def _mean_face(frames: Frames) -> jax.Array:
+def _mean_face(frames: Frames) -> Array:
+    """Returns the quality-weighted mean frame of every clip, [B, D] float32."""
     return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
 def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.ndarray:
-    """Returns [n, D] float32, the quality-weighted mean frames of the wanted training clips."""
+    """Returns the quality-weighted mean frames of the n wanted training clips, [n, D] float32."""
     modality = config.noise.modality
     if modality not in data.modalities:
-        raise ValueError(f"config.noise.modality='{modality}': the data has no such modality")
+        raise ValueError(
+            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
+        )
     parts = []
     for split, rows in _by_split(config, data):
         only = wanted[rows]
-        found = np.zeros((len(only), data.modalities[modality].dim), np.float32)
+        means = np.zeros((len(only), data.modalities[modality].dim), np.float32)
         if only.any():
             plan = make_eval_plan(data.split(split), (modality,), only=only)
             for batch in data.eval_batches(plan, rows=config.eval.block_size):
                 vectors = np.asarray(_mean_face(batch.frames[modality]))
-                found[batch.clip_index[batch.batch_mask]] = vectors[batch.batch_mask]
-        parts.append(found[only])
+                means[batch.clip_index[batch.batch_mask]] = vectors[batch.batch_mask]
+        parts.append(means[only])
     return np.concatenate(parts)
 
 
 def _by_split(config: Config, data: ClipSource) -> Sequence[tuple[str, slice]]:
     """Returns the training splits and their rows in the tables."""
-    found, start = [], 0
+    splits, start = [], 0
     for split in config.data.train_splits:
         count = len(data.split(split).clips)
-        found.append((split, slice(start, start + count)))
+        splits.append((split, slice(start, start + count)))
         start += count
-    return found
+    return splits
 
 
 class Relabeller:
-    """Moves unclustered distractors, every so often, to the mirror of whom they are taken for."""
+    """Moves unclustered distractors to the mirrors of the identities that they are mistaken for."""
 
     def __init__(
         self,
@@ -120,7 +126,18 @@ class Relabeller:
         *,
         step: int,
     ):
-        """Prepares it for a run that begins or goes on at `step`."""
+        """Prepares the relabelling of a run.
+
+        Args:
+          config: the configuration of the run.
+          workdir: the folder of the run.
+          data: the training clips.
+          system: the system of the configuration.
+          layout: layout of the class columns.
+          training_sets: members and their training clips.
+          mesh: the devices.
+          step: step from which the run starts or resumes; later lines of `noise.jsonl` are dropped.
+        """
         self._predict = eval_step.make_predict_step(system, mesh)
         self._config, self._data, self._mesh = config, data, mesh
         self._modalities = tuple(system.fuse_eval)
@@ -129,15 +146,16 @@ class Relabeller:
         keep_until(self._path, step)
 
     def __call__(self, state: state_lib.TrainState) -> np.ndarray:
-        """Returns the new labels [E, N] int32; what moved is written to `noise.jsonl`."""
+        """Returns the new labels, [E, N] int32, and appends the changes to `noise.jsonl`."""
         old = np.asarray(state.labels)
-        movable = self._layout.is_mirror(old) & self._training_sets.trained  # [E, N]
+        is_mirror = np.asarray(self._layout.is_mirror(old))
+        movable = is_mirror & self._training_sets.trained  # [E, N]
         predicted = np.zeros_like(old)
         weights = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
         ]
         for split, rows in _by_split(self._config, self._data):
-            only = movable[:, rows].any(axis=0)
+            only = np.any(movable[:, rows], axis=0)
             if only.any():
                 self._predict_split(weights, split, only, predicted[:, rows])
         new = np.where(movable, relabel(old, predicted, self._layout), old).astype(np.int32)
@@ -145,8 +163,20 @@ class Relabeller:
         return new
 
     def _predict_split(
-        self, weights: Sequence[Any], split: str, only: np.ndarray, predicted: np.ndarray
+        self,
+        weights: Sequence[tuple[Params, ModelState]],
+        split: str,
+        only: np.ndarray,
+        predicted: np.ndarray,
     ) -> None:
+        """Writes the best class column of some clips of a split into `predicted`.
+
+        Args:
+          weights: parameters and other collections of each member.
+          split: the split.
+          only: [n] bool, the clips to predict.
+          predicted: [E, n] int32, changed in place.
+        """
         plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
         rows = self._config.eval.block_size * self._mesh.size
         for batch in self._data.eval_batches(plan, rows=rows):
@@ -159,11 +189,17 @@ class Relabeller:
                 predicted[number, clips] = np.asarray(columns)[real]
 
     def _write(
-        self, step: int, old: np.ndarray, new: np.ndarray, predicted: np.ndarray, of: np.ndarray
+        self,
+        step: int,
+        old: np.ndarray,
+        new: np.ndarray,
+        predicted: np.ndarray,
+        movable: np.ndarray,
     ) -> None:
+        """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
         clips, identities = self._training_sets.clips, self._data.identities
         with open(self._path, "ab", buffering=0) as file:
-            for number, rows in enumerate(of):
+            for number, rows in enumerate(movable):
                 counts = audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout
                 )
@@ -187,44 +223,48 @@ def cluster(
     eps: float,
     min_samples: int,
 ) -> np.ndarray:
-    """Returns the cluster of every vector, counted from 0 by its first member; -1 without one.
+    """Clusters vectors by direction.
 
-    Vectors are compared by direction: at a distance d on the unit sphere their cosine is
-    1 - d^2 / 2. A zero vector, as of a clip without frames, is in no cluster.
+    Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Vectors
+    of 0, such as those of clips without frames, are in no cluster.
 
     Args:
       vectors: [n, D] float.
-      method: 'dbscan' joins what a chain of neighbours connects; 'hdbscan' finds for every cluster
-        the density at which it holds together, but never one cluster alone.
-      eps: distance 0..2 up to which two are neighbours. The more vectors, the smaller it must be,
-        or chance neighbours join strangers in one long chain. For 'hdbscan', clusters that are
-        closer are not told apart, and 0 is no such limit.
-      min_samples: how many vectors, itself included, must lie about one to make it a core; for
-        'hdbscan' clusters have as many members at least, and never fewer than 2.
+      method: 'dbscan' puts vectors into one cluster if a chain of neighbours connects them;
+        'hdbscan' finds a density for every cluster, and never returns a single cluster.
+      eps: largest distance between neighbours, from 0 to 2. More vectors need a smaller value:
+        otherwise accidental neighbours connect strangers in a long chain. For 'hdbscan', clusters
+        at a smaller distance are merged; 0 merges none.
+      min_samples: for 'dbscan', number of neighbours, itself included, that make a vector a core of
+        a cluster. For 'hdbscan', also the smallest size of a cluster, at least 2.
 
     Returns:
-      [n] int32.
+      [n] int32, cluster of every vector, numbered by first members; -1 for vectors in no cluster.
 
     Raises:
-      ValueError: an unknown method, an eps or min_samples that cannot be, a vector not finite.
+      ValueError: The method is unknown, `eps` or `min_samples` is out of range, or a vector is not
+        finite.
 
     Source: Ester et al. 1996 (DBSCAN), Campello et al. 2013 (HDBSCAN), both of scikit-learn.
     """
     if method not in ("dbscan", "hdbscan"):
-        raise ValueError(f"method is 'dbscan' or 'hdbscan', got {method!r}")
+        raise ValueError(f"config.noise.method='{method}': known are dbscan, hdbscan")
     if min_samples < 1 or not (0 < eps <= 2 or (method == "hdbscan" and eps == 0)):
-        raise ValueError(f"eps {eps} must be within 0..2 and min_samples {min_samples} 1 or more")
+        raise ValueError(
+            f"config.noise.eps={eps} must be above 0 and at most 2 (0 for hdbscan only), and "
+            f"config.noise.min_samples={min_samples} 1 or more"
+        )
     vectors = np.asarray(vectors, np.float64)  # [n, D]
     if not np.isfinite(vectors).all():
-        raise ValueError("a vector to be clustered is not finite")
+        raise ValueError("cannot cluster the distractors: a mean frame is not finite")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
-    found = np.full(len(vectors), -1, np.int32)
+    clusters = np.full(len(vectors), -1, np.int32)
     least = max(min_samples, 2) if method == "hdbscan" else 1
     if len(real) < least:
-        return found
+        return clusters
 
-    # The import takes most of a second, and few runs cluster anything.
+    # Not at the top: the import takes most of a second, and few runs cluster anything.
     from sklearn.cluster import DBSCAN, HDBSCAN
 
     if method == "dbscan":
@@ -240,27 +280,27 @@ def cluster(
     clustered = labels >= 0
     _, first, number = np.unique(labels[clustered], return_index=True, return_inverse=True)
     by_first_member = np.argsort(np.argsort(first))
-    found[real[clustered]] = by_first_member[number]
-    return found
+    clusters[real[clustered]] = by_first_member[number]
+    return clusters
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.ndarray:
-    """Returns the class column that each distractor starts in.
+    """Returns the first class column of each distractor.
 
     Args:
-      clusters: [n] int, as `cluster` returns them.
-      layout: the class columns.
-      seed: of the mirror classes; which one a clip draws depends on its row alone.
+      clusters: [n] int, the result of `cluster`.
+      layout: layout of the class columns.
+      seed: seed of the random mirrors; the mirror of a clip depends on seed and row alone.
 
     Returns:
-      [n] int32, the column of its cluster, or of a random mirror class for -1.
+      [n] int32, the column of the cluster, or of a random mirror for unclustered distractors.
 
     Raises:
-      ValueError: a cluster that has no column.
+      ValueError: A cluster has no column.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise ValueError(
-            f"clusters {clusters.min()}..{clusters.max()} do not fit {layout.num_clusters} classes"
+            f"clusters {clusters.min()} to {clusters.max()} must lie below {layout.num_clusters}"
         )
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     columns = np.where(
@@ -270,16 +310,16 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
 
 
 def relabel(labels: Array, predicted: Array, layout: NoiseLayout) -> Array:
-    """Returns the labels after an epoch: unclustered clips go where they are mistaken for somebody.
+    """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
 
     Args:
-      labels: [...] int, class columns; only those of mirrors can change.
-      predicted: [...] int, the best column of the model, any of them. A clip that is taken for an
-        identity goes to its mirror, any other stays.
-      layout: the class columns.
+      labels: [...] int, class columns; only labels that are mirrors can change.
+      predicted: [...] int, best class column of the model. Clips whose best column is no identity
+        keep their labels.
+      layout: layout of the class columns.
 
     Returns:
-      [...] of the labels' dtype, numpy or jax as the labels are.
+      [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
     """
     moves = layout.is_mirror(labels) & layout.is_identity(predicted)
     mirrors = (predicted + layout.mirror_shift).astype(labels.dtype)
@@ -287,18 +327,18 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout) -> Array:
 
 
 def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict[str, int]:
-    """Returns what a relabelling did, in numbers of clips.
+    """Counts the clips that a relabelling moved, and those that it did not, by reason.
 
     Args:
-      old: [...] int, the labels before.
-      new: [...] int, those that `relabel` returned.
-      predicted: [...] int, the columns that it was given.
-      layout: the class columns.
+      old: [...] int, labels before.
+      new: [...] int, labels that `relabel` returned.
+      predicted: [...] int, best class columns of the model.
+      layout: layout of the class columns.
 
     Returns:
-      `clustered`, `unclustered` = `moved` + `kept`, and `kept` by its reason: `kept_identity` was
-      in the mirror of the predicted identity already, `kept_other`, `kept_cluster` and
-      `kept_mirror` were predicted to be that. Labels of other columns do not count.
+      Numbers of clips: `clustered`; `unclustered`, the sum of `moved` and `kept`; and the parts of
+      `kept`: `kept_identity`, already in the mirror of the predicted identity, and `kept_other`,
+      `kept_cluster` and `kept_mirror`, named after the predicted column.
     """
     unclustered = layout.is_mirror(old)
     kept = unclustered & (old == new)

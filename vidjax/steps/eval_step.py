@@ -1,11 +1,10 @@
 """The evaluation step: scores, embeddings and attention of one member, without randomness.
 
-Every step maps (params, model_state, view, batch) to arrays of the B clips. The view is the chunk
-of the features that the member never sees, [] int32.
+All steps map (params, model_state, view, batch) to arrays of B clips. The view, [] int32, is the
+chunk of the features that the member does not see; -1 for none.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +12,27 @@ from jax.sharding import Mesh, PartitionSpec
 
 from vidjax import devices, ensemble, selection
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
+from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
 from vidjax.steps import examples
 from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
-EvalStep = Callable[[Any, Any, Array, Batch], Array]
+EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
 
 
-def eval_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
-    """Returns one member's scores [B, K] of clips for class columns.
+def eval_step(
+    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
+) -> Array:
+    """Returns the scores of one member for all class columns, [B, K].
 
-    A clip without a usable frame scores -inf everywhere.
+    Clips without a usable frame have scores of -inf.
 
     Args:
       system: the system.
-      params: the member's parameters.
-      model_state: the member's other collections.
-      view: [] int32, the chunk of the features that the member never sees.
+      params: parameters of the member.
+      model_state: other collections of the member.
+      view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
 
@@ -49,17 +51,19 @@ def eval_step(system: System, params: Any, model_state: Any, view: Array, batch:
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
-def embed_step(system: System, params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
-    """Returns one member's embeddings [B, D] float32 of clips, averaged over their examples.
+def embed_step(
+    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
+) -> Array:
+    """Returns the embeddings of one member, [B, D] float32, averaged over the examples of a clip.
 
-    A clip without a usable frame has an embedding of 0; the other embeddings of a clip or example
-    have length 1 (with several branches, length 1 for each branch that has a say).
+    The embedding of an example has length 1; with several branches, every branch that judges the
+    example contributes a part of length 1. Clips without a usable frame have embeddings of 0.
 
     Args:
       system: the system.
-      params: the member's parameters.
-      model_state: the member's other collections.
-      view: [] int32, the chunk of the features that the member never sees.
+      params: parameters of the member.
+      model_state: other collections of the member.
+      view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
 
@@ -75,20 +79,20 @@ def embed_step(system: System, params: Any, model_state: Any, view: Array, batch
 
 
 def attention_step(
-    system: System, params: Any, model_state: Any, view: Array, batch: Batch
+    system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> dict[str, Array]:
     """Sums `ModelOutput.attention` of one member over the clips of a batch.
 
     Args:
-      system: a system whose models take the frames of a clip together.
-      params: the member's parameters.
-      model_state: the member's other collections.
-      view: [] int32, the chunk of the features that the member never sees.
+      system: the system, whose model takes all frames of a clip together.
+      params: parameters of the member.
+      model_state: other collections of the member.
+      view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
 
     Returns:
-      `attention` -> [M, M] float32 and `assignment/MODALITY` -> [K] float32, as far as the model
-      has them.
+      `attention` -> [M, M] float32 and `assignment/MODALITY` -> [K] float32; empty for models
+      without attention.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
@@ -101,8 +105,8 @@ def attention_step(
 
 def _apply(
     system: System,
-    params: Any,
-    model_state: Any,
+    params: Params,
+    model_state: ModelState,
     frames: Mapping[str, Frames],
     batch: Batch,
     clip_mask: Array,
@@ -113,6 +117,7 @@ def _apply(
 
 
 def _eval_weight(output: ModelOutput) -> Array:
+    """Returns the weight of every branch, [B, G]."""
     if output.eval_weight is None:
         return jnp.ones(output.logits.shape[:2], output.logits.dtype)
     return output.eval_weight
@@ -137,20 +142,20 @@ def _over_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Reduces what a model says of every example of a clip to one row a clip.
+    """Reduces the values of the T' examples of every clip to one row per clip.
 
-    Examples are computed one after another: the values of all T' of them never exist at once.
+    One example per clip is computed at a time, which saves memory.
 
     Args:
       system: the system.
-      view: [] int32, the chunk of the features that the member never sees.
+      view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
-      values_of: (frames of one example a clip, [B] bool) -> [B, K].
-      logs: True where values are logarithms and their exponentials are averaged.
+      values_of: (frames of one example per clip, mask [B] bool) -> values [B, K].
+      logs: True if values are logarithms; their exponentials are averaged.
       reduce: `mean` or `max`.
 
     Returns:
-      [B, K]. Where the model takes the frames of a clip together, a clip is its only example.
+      [B, K]. If the model takes all frames of a clip together, the clip is its only example.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
@@ -161,7 +166,7 @@ def _over_examples(
 
         def example(t: Array) -> dict[str, Frames]:
             def take(x: Array) -> Array:
-                at = jnp.minimum(t, x.shape[1] - 1)  # a modality with one frame goes with each
+                at = jnp.minimum(t, x.shape[1] - 1)  # a modality with one frame repeats it
                 return jax.lax.dynamic_index_in_dim(x, at, axis=1)
 
             return {name: jax.tree.map(take, frames) for name, frames in fused.items()}
@@ -179,13 +184,13 @@ def _over_examples(
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step` for the identity columns alone, [B, C].
+    """Compiles `eval_step` for the identity columns, [B, C].
 
-    Every device runs the program of its own rows, so that with a fixed number of rows per device
-    the scores are bit-equal on any number of devices.
+    Every device runs the same program on its own rows. So for a fixed number of rows per device the
+    scores are bit-equal on any number of devices.
     """
 
-    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
         scores = eval_step(system, params, model_state, view, batch)
         return scores[:, 1 : 1 + system.num_identities]
 
@@ -193,9 +198,9 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles the best class column of every clip, [B] int32."""
+    """Compiles a step that returns the best class column of every clip, [B] int32."""
 
-    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
         scores = eval_step(system, params, model_state, view, batch)
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
@@ -205,16 +210,17 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 def make_embed_step(system: System) -> EvalStep:
     """Compiles `embed_step`, [B, D] float32."""
 
-    def step(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
         return embed_step(system, params, model_state, view, batch)
 
     return jax.jit(step)
 
 
 def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
+    """Compiles a step that every device runs on its own rows."""
     whole = PartitionSpec()
 
-    def on_each(params: Any, model_state: Any, view: Array, batch: Batch) -> Array:
+    def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
         return jax.shard_map(
             step,
             mesh=mesh,

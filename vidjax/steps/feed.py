@@ -1,4 +1,4 @@
-"""How clips reach the training step: streamed from the records, or resident on the devices."""
+"""Feeds bring clips to the training step: streamed from the records, or resident on the devices."""
 
 import functools
 import time
@@ -18,17 +18,18 @@ from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.system import System
 
-DISPATCH_SECONDS = 1.0  # how long the devices work without the host
+DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
 
 
 class Done(NamedTuple):
-    """What some training steps came to.
+    """The result of a dispatch of training steps.
 
     Attributes:
-      states: of every group of members, after them.
-      num_steps: how many they were.
-      loss: of the last of them, the mean over members.
-      bad_step: the first step that was one too many without a finite loss and gradient, or None.
+      states: new state of every group of members.
+      num_steps: number of steps.
+      loss: loss of the last step, averaged over members.
+      bad_step: first step at which a member reached MAX_BAD_STEPS consecutive steps without a
+        finite loss and gradient; None if there was none.
     """
 
     states: list[state_lib.TrainState]
@@ -42,7 +43,7 @@ class Feed(Protocol):
 
     Attributes:
       mode: `streaming` or `resident`.
-      waited: seconds that the devices sat idle waiting for clips.
+      waited: seconds that the devices were idle because they waited for clips.
     """
 
     mode: str
@@ -61,7 +62,7 @@ class Feed(Protocol):
           states: state of every group of members; donated.
           tables: tables of every group.
           step: number of steps done before.
-          most: number of steps to do at the most, 1 or more.
+          most: largest number of steps to do, 1 or more.
         """
         ...
 
@@ -71,25 +72,31 @@ class Feed(Protocol):
         tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
-        """Returns [n] int32 clip_index of the clips of `step` that have no finite loss.
+        """Finds the clips of a step whose loss or its derivative is not finite.
 
-        Where no single clip is to blame, these are all clips of the step.
+        Args:
+          states: state of every group after the step.
+          tables: tables of every group.
+          step: number of the step; for StreamingFeed it must be the last one.
+
+        Returns:
+          [n] int32, clip_index of these clips; of all clips of the step if there are none.
         """
         ...
 
 
 class StreamingFeed:
-    """A batch a step, fetched by the host while the devices work on the one before.
+    """Streams one batch per step; the host fetches it while the devices work on the one before.
 
     Attributes:
-      waited: seconds in which the devices had no batch, as far as can be told: of a fetch that
-        ended after the step, what the fastest step so far does not account for.
+      waited: estimated seconds that the devices were idle because they waited for clips: fetch time
+        minus the fastest step so far, if the devices finished before the fetch.
     """
 
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Takes endless batches of numpy arrays, beginning with that of the step to come."""
+        """Prepares a feed of endless batches of numpy arrays, starting with the next step."""
         self._mesh, self._batches = mesh, batches
         self._step = train_step.make_train_step(system, mesh)
         self._find = _make_finder(system)
@@ -108,14 +115,7 @@ class StreamingFeed:
         step: int,
         most: int,
     ) -> Done:
-        """Does one training step.
-
-        Args:
-          states: of every group of members; donated.
-          tables: of every group.
-          step: how many steps came before.
-          most: the most steps to do, 1 or more.
-        """
+        """Does one training step; see `Feed.run`."""
         del most
         batch = self._last = self._next or self._fetch()
         began = time.monotonic()
@@ -123,7 +123,8 @@ class StreamingFeed:
         losses = [loss for _, loss in results]
         self._next = self._fetch()
         fetched = time.monotonic() - began
-        if all(loss.is_ready() for loss in losses) and self._fastest < fetched:
+        is_done = all(loss.is_ready() for loss in losses)  # pyright: ignore[reportAttributeAccessIssue]
+        if is_done and self._fastest < fetched:
             self.waited += fetched - self._fastest
         loss = float(np.mean([np.mean(loss) for loss in losses]))
         self._fastest = min(self._fastest, time.monotonic() - began)
@@ -137,23 +138,23 @@ class StreamingFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
-        """Returns the clip_index of those that spoil the step just done, or of all its clips."""
+        """Finds bad clips in the last step; see `Feed.bad_clips`."""
         assert self._last is not None
         return self._find(states, tables, self._last, step)
 
 
 class ResidentFeed:
-    """Batches that are drawn on the devices, many steps at a time.
+    """Draws batches from clips on the devices, for many steps per dispatch.
 
     Attributes:
-      waited: 0.
+      waited: always 0; the devices never wait.
     """
 
     mode = "resident"
     waited = 0.0
 
     def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
-        """Takes the clips to train on and how they make batches."""
+        """Prepares a feed of the training clips, in the batches of a plan."""
         self._clips = clips
         self._find = _make_finder(system)
 
@@ -163,7 +164,7 @@ class ResidentFeed:
         self._draw = jax.jit(draw)
         self._loop = train_step.make_train_loop(system, mesh, draw)
         self._compiled = False
-        self._seconds: float | None = None  # of a step
+        self._step_seconds: float | None = None
 
     def run(
         self,
@@ -172,24 +173,26 @@ class ResidentFeed:
         step: int,
         most: int,
     ) -> Done:
-        """Does as many training steps as take about a second; arguments as of `StreamingFeed`."""
+        """Does the training steps of about DISPATCH_SECONDS; see `Feed.run`."""
         del step
-        count = max(1, min(most, int(DISPATCH_SECONDS / self._seconds))) if self._seconds else 1
+        count = 1
+        if self._step_seconds:
+            count = max(1, min(most, int(DISPATCH_SECONDS / self._step_seconds)))
         began = time.monotonic()
         results = [
-            self._loop(*pair, self._clips, np.int32(count))
+            self._loop(*pair, self._clips, np.asarray(count, np.int32))
             for pair in zip(states, tables, strict=True)
         ]
         outcomes: list[train_step.Outcome] = jax.device_get([outcome for _, outcome in results])
         if self._compiled:
-            self._seconds = (time.monotonic() - began) / count
+            self._step_seconds = (time.monotonic() - began) / count
         self._compiled = True
-        bad = [int(one.bad_step) for one in outcomes if one.bad_step >= 0]
+        bad_steps = [int(outcome.bad_step) for outcome in outcomes if outcome.bad_step >= 0]
         return Done(
             states=[state for state, _ in results],
             num_steps=count,
-            loss=float(np.mean([one.loss for one in outcomes])),
-            bad_step=min(bad) if bad else None,
+            loss=float(np.mean([outcome.loss for outcome in outcomes])),
+            bad_step=min(bad_steps, default=None),
         )
 
     def bad_clips(
@@ -198,12 +201,12 @@ class ResidentFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
-        """Returns the clip_index of those that spoil some step, or of all its clips."""
+        """Finds bad clips in any step; see `Feed.bad_clips`."""
         return self._find(states, tables, self._draw(self._clips, jnp.int32(step)), step)
 
 
 def _make_finder(system: System) -> Callable[..., np.ndarray]:
-    """Returns the function that `bad_clips` of both feeds calls with a batch and its step."""
+    """Builds the function that `bad_clips` of both feeds calls with a batch and its step."""
     find = jax.jit(functools.partial(train_step.find_bad_clips, system))
 
     def bad_clips(

@@ -1,8 +1,8 @@
-"""Scores of one trained model: the mean over those members that were not trained on a clip."""
+"""Scores of one trained model: the mean over the members that were not trained on a clip."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +12,31 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import ClipSource
+from vidjax.models.base import ModelState, Params
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps.sinks import TopKMetric
 from vidjax.system import System
 
 
 class TrainedModel(NamedTuple):
-    """A system with its weights and the clips to evaluate it on.
+    """A system with its weights, and the clips to evaluate.
 
     Attributes:
-      name: of the run, for messages.
-      system: what the configuration describes.
-      eval_step: its compiled evaluation step. Reuse it for later weights of the same system, so
-        that nothing is compiled twice.
-      params: the parameters, [E, ...].
-      model_state: the other variable collections of the model, [E, ...].
+      name: name of the run, for messages.
+      system: the system.
+      eval_step: compiled evaluation step of the system; other weights of it can reuse the step.
+      params: parameters, a tree of arrays [E, ...].
+      model_state: other collections of the model, a tree of arrays [E, ...].
       training_sets: the clips that each member was trained on.
-      data: clips that are labelled with the class columns of this model.
-      weight: the share of this model in a blend of several.
+      data: clips, labelled with the class columns of this model.
+      weight: weight of this model in a blend.
     """
 
     name: str
     system: System
     eval_step: eval_step_lib.EvalStep
-    params: Mapping[str, Any]
-    model_state: Mapping[str, Any]
+    params: Params
+    model_state: ModelState
     training_sets: ensemble.TrainingSets
     data: ClipSource
     weight: float = 1.0
@@ -47,12 +47,12 @@ class TrainedModel(NamedTuple):
         name: str,
         system: System,
         mesh: Mesh,
-        params: Mapping[str, Any],
-        model_state: Mapping[str, Any],
+        params: Params,
+        model_state: ModelState,
         training_sets: ensemble.TrainingSets,
         data: ClipSource,
     ) -> Self:
-        """Makes the evaluation step of a system for a mesh; see the attributes for the rest."""
+        """Compiles the evaluation step for a mesh; for the other arguments see the attributes."""
         step = eval_step_lib.make_eval_step(system, mesh)
         return cls(name, system, step, params, model_state, training_sets, data)
 
@@ -65,14 +65,14 @@ class TrainedModel(NamedTuple):
 class ModelScorer:
     """Scores blocks of clips with one trained model.
 
-    Every clip is scored by the members that were not trained on it. Without folds, every member was
-    trained on every training clip. If the split holds such clips, all members score all its clips,
-    and `in_sample` is True.
+    A clip is scored by the members that were not trained on it. Without folds, all members are
+    trained on all training clips; if the split contains such clips, all members score all of its
+    clips, and `in_sample` is True.
 
     Attributes:
       model: the trained model.
-      use: [E, N] bool, the members that score each clip.
-      in_sample: whether members score clips that they were trained on.
+      use: [E, N] bool, True for members that score a clip.
+      in_sample: True if members score clips that they were trained on.
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
@@ -90,13 +90,13 @@ class ModelScorer:
             self.use = np.ones_like(self.use)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
-        self._single: tuple[Any, Any] | None = None
+        self._single: tuple[Params, ModelState] | None = None
         if len(self.use) == 1:
             self._single = _take(self._weights, 0)
 
     @property
     def num_members(self) -> int:
-        """The number of members, E."""
+        """Number of members, E."""
         return len(self.use)
 
     def score(
@@ -109,8 +109,8 @@ class ModelScorer:
         """Returns the scores [B, C] of every block, averaged over the members that may score it.
 
         Args:
-          blocks: on the devices.
-          without: position of a member that is left out.
+          blocks: blocks of clips, on the devices.
+          without: position of a member to leave out; None to use all.
           member_metrics: one metric per member, to which its own scores are added; () for none.
         """
         if self._single:
@@ -130,7 +130,7 @@ class ModelScorer:
                 use = _rows(self._use, number, block.clip_index)
                 totals[i] = _add(totals[i], scores, use, logs=logs)
             if member_metrics:
-                member_metrics[number].flush()  # the scores of one member at a time are held
+                member_metrics[number].flush()  # frees the scores of this member
         return [_mean(pair[0], pair[1], logs=logs) for pair in totals if pair is not None]
 
 
@@ -138,7 +138,8 @@ def blend(scores: Sequence[Sequence[Array]], weights: Sequence[float]) -> list[A
     """Averages the probabilities of several models.
 
     Args:
-      scores: for each model the scores [B, C] of every block; logarithms where there are several.
+      scores: for each model the scores [B, C] of every block; logarithms if there are several
+        models.
       weights: one per model, 0 or more.
 
     Returns:
@@ -163,7 +164,7 @@ def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
 def _add(
     total: tuple[Array, Array] | None, scores: Array, weight: Array, *, logs: bool
 ) -> tuple[Array, Array]:
-    """Adds scores [B, C] of weight [B] to a running (weighted sum [B, C], sum of weights [B])."""
+    """Adds scores [B, C] of weight [B] to a pair (weighted sum [B, C], sum of weights [B])."""
     if total is None:
         start = jnp.full_like(scores, -jnp.inf if logs else 0.0)
         total = start, jnp.zeros_like(weight)

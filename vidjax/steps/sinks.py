@@ -1,4 +1,4 @@
-"""Sinks of score blocks: a running top k with its MAP, and the best score of every clip."""
+"""Collectors of score blocks: a running top k with its MAP, and the best score of every clip."""
 
 import collections
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
 from vidjax.steps import examples, topk
 
-# Clips that one member scores, and that are merged into its top k, before the next member takes
-# over. Larger: more scores in memory. Smaller: the parameters of a member are sliced more often.
+# Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
+# the parameters of a member are sliced more often.
 WINDOW_ROWS = 4096
 
 
@@ -22,7 +22,7 @@ class TopKMetric:
 
     Attributes:
       pool: [N] bool, the clips that are ranked.
-      positives: [C] int, ground-truth clips per identity, without those outside the pool.
+      positives: [C] int, number of ground-truth clips of each identity in the pool.
     """
 
     def __init__(self, split: Split, pool: np.ndarray):
@@ -40,11 +40,11 @@ class TopKMetric:
         self._top.add((scores, block.clip_index, mask))
 
     def flush(self) -> None:
-        """Merges the scores that were added, so that they can be freed."""
+        """Merges the added scores, so that their memory can be freed."""
         self._top.flush()
 
     def finish(self) -> tuple[topk.TopK, float | None]:
-        """Returns the top k and its MAP; None where the pool has no positive clip."""
+        """Returns the top k and its MAP, which is None if the pool has no positive clip."""
         top, split = self._top.finish(), self._split
         if not split.labelled or not self.positives.any():
             return top, None
@@ -54,12 +54,12 @@ class TopKMetric:
 
 
 class ClipScores(NamedTuple):
-    """The best score of every clip, by clip index.
+    """The best score of every clip of a split, by clip index.
 
     Attributes:
       pool: [N] bool, the clips that are ranked.
       best: [N] float32, the highest score for any identity; -inf outside the pool.
-      right: [N] bool, whether that identity is the clip's own.
+      right: [N] bool, True if that identity is the one of the clip.
     """
 
     pool: np.ndarray
@@ -70,8 +70,8 @@ class ClipScores(NamedTuple):
 class ClipScoreBuffer:
     """Collects `ClipScores` from blocks of scores.
 
-    The results of a block are copied to the host and freed on the device. Small arrays left between
-    the large ones of an evaluation would fragment the memory, the more the more clips there are.
+    The results of a block are copied to the host and freed on the device: many small arrays between
+    the large ones of an evaluation would fragment the memory of the device.
 
     Attributes:
       clips: the scores of all flushed blocks.
@@ -83,7 +83,7 @@ class ClipScoreBuffer:
         Args:
           split: the clips.
           pool: [N] bool, the clips that are ranked.
-          labels: [N] int32, the class columns of the split, on the devices.
+          labels: [N] int32, class columns of the clips, on the devices.
         """
         best = np.full(len(pool), -np.inf, np.float32)
         self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
@@ -96,7 +96,7 @@ class ClipScoreBuffer:
         self._waiting.append((best, right, block.clip_index, block.batch_mask))
 
     def flush(self, keep: int = 0) -> None:
-        """Waits for all added blocks but the last `keep`, and copies their results to the host."""
+        """Copies the results of all added blocks to the host, except the last `keep` blocks."""
         while len(self._waiting) > keep:
             best, right, clip_index, mask = map(np.asarray, self._waiting.popleft())
             real = mask & self.clips.pool[clip_index]
@@ -112,5 +112,5 @@ def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 
 @jax.jit
 def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
-    """Returns the best score [B] of each clip, and whether [B] it is that of its own identity."""
+    """Returns the best score of each clip, [B], and whether it is that of its identity, [B]."""
     return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)

@@ -1,36 +1,38 @@
-"""The state that training changes, the tables that it reads, and how both start."""
+"""The state that training changes, the tables that it reads, and their initial values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from vidjax import ensemble
 from vidjax.batch import Array, Batch, ClipInfo, Frames
+from vidjax.models.base import ModelState, Params
 from vidjax.steps import examples
 from vidjax.system import System
 
 
 class TrainState(struct.PyTreeNode):
-    """What a step changes and a checkpoint holds; every field but `step` has a leading axis E.
+    """The state of training; every field except `step` has a leading axis E.
 
     Attributes:
-      step: [] int32, optimiser steps done.
-      params: the model's parameters.
-      model_state: the model's other collections, such as `batch_stats`.
-      opt_state: the optimiser's state.
-      rng: [E] typed keys. A step folds its number into them, so they never change.
-      labels: [E, N] int32, class column of every training clip. A step leaves them alone.
+      step: [] int32, number of optimiser steps done.
+      params: parameters of the model.
+      model_state: all other collections of the model, such as `batch_stats`.
+      opt_state: state of the optimiser.
+      rng: [E] typed keys. Every step folds its number into them, so they stay constant.
+      labels: [E, N] int32, class column of every training clip; constant within a step.
       bad_steps: [E] int32, number of consecutive steps without a finite loss and gradient.
       sums: metric -> [E] float32, sum since the last line of the log.
     """
 
     step: Array
-    params: Any
-    model_state: Any
-    opt_state: Any
+    params: Params
+    model_state: ModelState
+    opt_state: optax.OptState
     rng: Array
     labels: Array
     bad_steps: Array
@@ -41,12 +43,12 @@ _BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "bad_steps"
 
 
 class Tables(NamedTuple):
-    """What the members learn from; constant in training.
+    """Weights and settings of the members; constant in training.
 
     Attributes:
-      weight: [E, N] float32, weight of every training clip; 0 where a member never sees it.
-      min_quality: [E] float32, a member trains on frames of at least this quality.
-      view: [E] int32, the chunk of the features that a member never sees; -1 for none.
+      weight: [E, N] float32, weight of every training clip; 0 if a member is not trained on it.
+      min_quality: [E] float32, lowest quality of the frames that a member is trained on.
+      view: [E] int32, chunk of the features that a member does not see; -1 for none.
     """
 
     weight: Array
@@ -55,10 +57,10 @@ class Tables(NamedTuple):
 
 
 def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
-    """Returns the tables of E members.
+    """Builds the tables of E members.
 
     Args:
-      members: [E].
+      members: [E] members.
       weight: [E, N] float, weight of every training clip for every member.
     """
     return Tables(
@@ -71,12 +73,12 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
 def init_state(
     system: System, modalities: Mapping[str, int], rngs: Array, labels: Array
 ) -> TrainState:
-    """Returns the state at step 0.
+    """Builds the state at step 0.
 
     Args:
       system: the system.
       modalities: name -> feature width of the data.
-      rngs: [E] typed keys; a member's parameters and all its later draws follow from its own.
+      rngs: [E] typed keys. The parameters and all random draws of a member depend on its key.
       labels: [E, N] int32, class columns of the training clips.
     """
     batch = _blank_batch(modalities)
@@ -108,7 +110,8 @@ def init_state(
 
 
 def _blank_batch(modalities: Mapping[str, int]) -> Batch:
-    # Parameters depend on the widths alone, not on the number of clips or frames.
+    """Returns one clip of one frame; shapes of parameters depend on feature widths alone."""
+
     def frames(dim: int) -> Frames:
         row = jnp.zeros((1, 1))
         return Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -121,7 +124,7 @@ def _blank_batch(modalities: Mapping[str, int]) -> Batch:
 
 
 def zero_sums(num_members: int) -> dict[str, Array]:
-    """Returns empty metric sums, metric -> [E] float32."""
+    """Returns sums of 0, metric -> [E] float32."""
     names = ("loss", "correct", "weight", "bad_steps")
     return {name: jnp.zeros(num_members, jnp.float32) for name in names}
 
@@ -129,7 +132,9 @@ def zero_sums(num_members: int) -> dict[str, Array]:
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
     """Splits the state of E members into states of `size` members each."""
     parts = ensemble.split({name: getattr(state, name) for name in _BY_MEMBER}, size)
-    return tuple(TrainState(step=state.step + 0, **part) for part in parts)  # each is donated
+    return tuple(
+        TrainState(step=state.step + 0, **part) for part in parts
+    )  # a copy for each: steps donate it
 
 
 def merge_states(states: Sequence[TrainState]) -> TrainState:

@@ -1,7 +1,7 @@
-"""An exact running top k per identity over a stream of score blocks, on the device.
+"""Exact running top k per identity over a stream of score blocks, on the device.
 
-`RunningTopK` collects blocks of scores and merges them with `update_top`. The order is the same
-everywhere: score descending, then clip index ascending, which is the order of clip names.
+`RunningTopK` collects blocks of scores and merges them with `update_top`. All functions order clips
+by descending score, then by ascending clip index, which is the order of clip names.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jax import lax
 from vidjax.batch import Array
 
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty place; sorts after every real clip
-MAX_NAMES = 100  # clips that a submission may list per identity
-CHUNK = 256  # identities merged at a time, so that their scores stay in a CPU's cache
+MAX_NAMES = 100  # largest number of clips per identity in a submission
+CHUNK = 256  # identities per merge, so that their scores stay in the cache of a CPU
 GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
 MOST_GROUPS = (32, 128)  # groups sorted per identity: the smallest that suffices, else all rows
 
@@ -38,7 +38,7 @@ ScoreBlock = tuple[Array, Array, Array]  # scores [B, C], clip_index [B], batch_
 
 
 def init_top(num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns a top k of C identities with empty places only."""
+    """Returns an empty top k of C identities."""
     return TopK(
         scores=jnp.full((num_identities, k), -jnp.inf, jnp.float32),
         index=jnp.full((num_identities, k), NO_CLIP, jnp.int32),
@@ -48,26 +48,26 @@ def init_top(num_identities: int, k: int = MAX_NAMES) -> TopK:
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into a top k, exactly; `finish_top` sorts the result.
 
-    The result depends neither on the order of the blocks nor on their size or padding. Most of the
-    cost is per call: few calls with many clips are cheaper than many calls with few.
+    The result does not depend on order, size and padding of the blocks. Few calls with many clips
+    are cheaper than many calls with few clips.
 
     Args:
       top: the best clips so far.
-      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). The scores are those
-        of the identity columns. NaN counts as -inf, so that a broken score ranks last. A magnitude
-        below the smallest normal float32 counts as 0 on every backend. Every clip_index occurs once
-        in the stream and is below 2**31 - 2**25. Rows with a False mask are ignored.
+      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool), with scores for the
+        identity columns. NaN counts as -inf. On all backends, magnitudes below the smallest normal
+        float32 count as 0. Every clip_index occurs once in the stream and is below 2**31 - 2**25.
+        Rows outside the mask are ignored.
 
     Returns:
-      The best k clips of `top` and the blocks, not in order.
+      The best k clips of `top` and the blocks, unordered.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)
     clips = jnp.concatenate([jnp.where(mask, index, NO_CLIP) for _, index, mask in blocks])
 
     def update_chunk(chunk: Array, updated: TopK) -> TopK:
-        # Slices are clamped, so the last chunk may overlap the one before it. That changes nothing,
-        # because both read `top`.
+        # XLA clamps slices, so the last chunk may overlap the one before it. Both read `top`, so
+        # overlapping rows get equal values.
         start = chunk * size
         old = TopK(*(lax.dynamic_slice_in_dim(part, start, size) for part in top))
         rows = [
@@ -94,7 +94,7 @@ def finish_top(top: TopK) -> TopK:
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 
-    The first device does the work; blocks that are sharded over several devices are gathered there.
+    The first device merges all blocks; blocks on several devices are gathered there.
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048):
@@ -102,9 +102,9 @@ class RunningTopK:
 
         Args:
           num_identities: C.
-          k: clips to keep per identity.
-          rows: clips that are collected before they are merged. More rows need more memory,
-            O(C x rows), and fewer merges; the result does not depend on it.
+          k: number of clips to keep per identity.
+          rows: number of clips to collect before a merge. More rows need more memory, O(C x rows),
+            and fewer merges; the result does not depend on it.
         """
         self._device = jax.devices()[0]
         self._top = jax.device_put(init_top(num_identities, k), self._device)
@@ -112,7 +112,7 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block as `update_top` takes it; all blocks must have one shape."""
+        """Adds a block, see `update_top`; all blocks must have the same shape."""
         self._waiting.append(jax.device_put(block, self._device))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
@@ -121,7 +121,7 @@ class RunningTopK:
         """Merges the waiting blocks, so that their scores can be freed."""
         if not self._waiting:
             return
-        # Empty blocks fill the list up to its usual length, so that nothing is compiled again.
+        # Empty blocks fill the list to its usual length, so that one compiled program serves all.
         scores, clip_index, batch_mask = self._waiting[-1]
         missing = -(-self._rows // len(scores)) - len(self._waiting)
         empty = (scores, clip_index, batch_mask & False)
@@ -141,13 +141,13 @@ _update, _finish = jax.jit(update_top), jax.jit(finish_top)
 def rank(
     blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048
 ) -> TopK:
-    """Returns the sorted top k over a stream of blocks.
+    """Returns the sorted top k of a stream of blocks.
 
     Args:
-      blocks: as `update_top` takes them.
+      blocks: blocks of scores, see `update_top`.
       num_identities: C.
-      k: clips to keep per identity.
-      rows: clips per merge, see `RunningTopK`.
+      k: number of clips to keep per identity.
+      rows: number of clips per merge, see `RunningTopK`.
     """
     running = RunningTopK(num_identities, k, rows=rows)
     for block in blocks:
@@ -163,10 +163,11 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
 
 
 def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
-    """Returns the best k of `old` and the scores `rows` [B, C] of `clips` [B].
+    """Merges the scores `rows` [B, C] of `clips` [B] into a top k.
 
-    After many clips, few rows can still enter the top k of an identity. The best score of every
-    group of 8 rows finds them. Only these groups are sorted, unless some identity has too many.
+    After many clips, few rows can still enter the top k of an identity. The best scores of groups
+    of 8 rows show which groups contain such rows. Only these are sorted, unless an identity has too
+    many.
     """
     num_groups = len(rows) // GROUP
     sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
@@ -177,7 +178,7 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
     if len(rows) % GROUP or not sizes:
         return select_all()
     best = jnp.max(rows.reshape(num_groups, GROUP, -1), axis=1).T  # [C, B / 8]
-    # An equal score counts: the clip with the lower index enters.
+    # An equal score can enter, too, if its clip has a lower index.
     num_seen = jnp.cumsum(best >= jnp.min(old.scores, axis=1, keepdims=True), axis=1)
     counts = num_seen[:, -1]
 
@@ -199,15 +200,19 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 
 
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
-    """Returns the best k of `scores` [C, k + B], those of `old` first, then of `clips`.
+    """Selects the best k of k + B candidates per identity.
 
-    `clips` is [C, B] int32, or [1, B] where all identities have the same candidates.
+    Args:
+      old: the top k, whose clips are the first k candidates.
+      scores: [C, k + B] float32, scores of the candidates.
+      clips: [C, B] int32, clip indices of the other candidates; [1, B] if all identities have the
+        same ones.
     """
     k = old.scores.shape[1]
-    # The (k + 1)-th score shows whether equal scores straddle the last place: among equals top_k
-    # takes the earlier column, which need not be the earlier clip. Without the barriers XLA merges
-    # the slices below into the top_k and falls back to a full sort, 10 times slower on CPU; with
-    # one barrier around both outputs its partitioner aborts.
+    # If the scores k and k + 1 are equal, top_k prefers the earlier column, which need not be the
+    # earlier clip. Without the barriers XLA merges the slices below into the top_k and falls back
+    # to a full sort, 10 times slower on CPU. With one barrier around both outputs its partitioner
+    # aborts.
     values, columns = map(lax.optimization_barrier, lax.top_k(scores, k + 1))
 
     def clips_of(columns: Array) -> Array:
@@ -222,8 +227,8 @@ def _select(old: TopK, scores: Array, clips: Array) -> TopK:
         last = values[:, k - 1 : k]
         index = jnp.broadcast_to(clips, (len(old.index), clips.shape[1]))
         index = jnp.concatenate([old.index, index], axis=1)
-        # Positive float32 numbers are ordered as their bits are, which makes an exact sort key of
-        # an integer. NO_CLIP becomes the bits of -inf, after every clip.
+        # Positive float32 numbers have the order of their bits, so an integer becomes an exact sort
+        # key. NO_CLIP gets the lowest key.
         bits = lax.bitcast_convert_type(jnp.finfo(jnp.float32).max, jnp.int32) - index
         key = lax.bitcast_convert_type(bits, jnp.float32)
         key = jnp.where(scores > last, jnp.inf, jnp.where(scores == last, key, -jnp.inf))

@@ -1,7 +1,7 @@
 """The training step: one optimiser step of every member, a pure function of state and batch."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +10,37 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, selection
 from vidjax.augment import MemberBatch
-from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
+from vidjax.models.base import ModelState, Params
 from vidjax.steps import examples
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
+
+Tree = TypeVar("Tree")  # a tree of arrays
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
 
 
 class Learned(NamedTuple):
-    """The part of a member's state that a step changes; fields as in `TrainState`."""
+    """The part of a member's state that a step changes; for the fields see `TrainState`."""
 
-    params: Any
-    model_state: Any
-    opt_state: Any
+    params: Params
+    model_state: ModelState
+    opt_state: optax.OptState
     bad_steps: Array
     sums: Mapping[str, Array]
 
 
 class MemberInputs(NamedTuple):
-    """What a step reads for one member.
+    """Constant inputs of a step for one member.
 
     Attributes:
       rng: [] typed key of the member.
       labels: [B] int32, class columns of the clips.
-      weight: [B] float32, 0 for padded rows, clips without a frame, and clips not to learn from.
-      min_quality: [] float32, the member trains on frames of at least this quality.
-      view: [] int32, the chunk of the features that the member never sees.
+      weight: [B] float32, weight of the clips; 0 for padded rows, for clips without frames, and for
+        clips that the member is not trained on.
+      min_quality: [] float32, lowest quality of the frames that the member is trained on.
+      view: [] int32, chunk of the features that the member does not see; -1 for none.
     """
 
     rng: Array
@@ -47,7 +51,7 @@ class MemberInputs(NamedTuple):
 
 
 class MemberKeys(NamedTuple):
-    """Random keys of one member for one step, a key for each purpose."""
+    """Random keys of one member for one step, one for each purpose."""
 
     fusion: Array
     dropout: Array
@@ -57,20 +61,23 @@ class MemberKeys(NamedTuple):
 
 def train_step(
     system: System, state: TrainState, tables: Tables, batch: Batch
-) -> tuple[TrainState, Array]:
-    """Takes one optimiser step of every member; returns the new state and the losses [E].
+) -> tuple[TrainState, jax.Array]:
+    """Takes one optimiser step of every member.
 
-    A member whose loss or gradient is not finite keeps its state, and the step is counted.
+    A member whose loss or gradient is not finite keeps its state; the sum `bad_steps` counts it.
 
     Args:
       system: the system.
       state: state before the step.
       tables: weights and settings of the members.
-      batch: B clips, read once for all members. Rows outside `batch_mask`, clips without a frame
-        and clips of weight 0 change nothing.
+      batch: B clips, the same for all members. Rows outside `batch_mask`, clips without frames and
+        clips of weight 0 have no effect.
+
+    Returns:
+      The new state, and the losses [E].
     """
 
-    def step_member(learned: Learned, inputs: MemberInputs) -> tuple[Learned, Array]:
+    def step_member(learned: Learned, inputs: MemberInputs) -> tuple[Learned, jax.Array]:
         return _step_member(system, state.step, batch, learned, inputs)
 
     learned = Learned(*(getattr(state, name) for name in Learned._fields))
@@ -81,7 +88,7 @@ def train_step(
 
 def _step_member(
     system: System, step: Array, batch: Batch, learned: Learned, inputs: MemberInputs
-) -> tuple[Learned, Array]:
+) -> tuple[Learned, jax.Array]:
     """Takes one optimiser step of one member; returns its new state and its loss []."""
     keys = MemberKeys(*jax.random.split(jax.random.fold_in(inputs.rng, step), 4))
     clips = _draw_clips(system, keys.fusion, batch, inputs)
@@ -90,8 +97,10 @@ def _step_member(
         rng = jax.random.fold_in(keys.transforms, number) if number else keys.transforms
         clips = transform(rng, clips)
     frames, exists, info = _as_model_input(system, batch, clips)
+    columns = info.labels
+    assert columns is not None
 
-    def mean_loss(params: Any) -> tuple[Array, tuple[Array, Any]]:
+    def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
         output, new_model_state = system.model.apply(
             {"params": params, **learned.model_state},
             frames,
@@ -109,7 +118,7 @@ def _step_member(
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, new_model_state)), grads = gradient(learned.params)
-    is_right = examples.is_best(jnp.where(system.class_mask, logits, -jnp.inf), info.labels)
+    is_right = examples.is_best(jnp.where(system.class_mask, logits, -jnp.inf), columns)
     correct = examples.mean_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
@@ -120,15 +129,15 @@ def _update(
     system: System,
     learned: Learned,
     loss: Array,
-    grads: Any,
-    new_model_state: Any,
+    grads: Params,
+    new_model_state: ModelState,
     added: Mapping[str, Array],
 ) -> Learned:
-    """Applies the gradients of one member, unless they or its loss are not finite."""
+    """Applies the gradients of one member if they and its loss are finite."""
     is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
-    def if_finite(new: Any, old: Any) -> Any:
-        # Linen's running statistics start as float32 and would take the dtype of the batch's.
+    def if_finite(new: object, old: Tree) -> Tree:
+        # In linen, running statistics start as float32 and would take the dtype of the batch.
         return jax.tree.map(lambda x, y: jnp.where(is_finite, x.astype(y.dtype), y), new, old)
 
     updates, new_opt_state = system.tx.update(grads, learned.opt_state, learned.params)
@@ -148,7 +157,7 @@ def _update(
 
 
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
-    """Gathers what a step reads for every member, with a leading axis E."""
+    """Gathers the inputs of a step for every member, with a leading axis E."""
     frames = {name: batch.frames[name] for name in system.fuse_train}
     usable = batch.batch_mask & selection.has_frames(frames)
     return MemberInputs(
@@ -169,8 +178,8 @@ def _draw_clips(system: System, rng: Array, batch: Batch, inputs: MemberInputs) 
         min_quality=inputs.min_quality,
         targets=((inputs.labels, jnp.ones_like(inputs.weight)),),
     )
-    # Fusion folds 0 to M - 1 into the key. The numbers from M on are counted from the last
-    # transform, so that one which draws nothing leaves the draws of those after it alone.
+    # Fusion folds the numbers 0 to M - 1 into the key. The transforms get the numbers from M on,
+    # the last one first, so that adding `keep_quality`, the first one, changes no draw of others.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1
@@ -182,7 +191,7 @@ def _draw_clips(system: System, rng: Array, batch: Batch, inputs: MemberInputs) 
 def _as_model_input(
     system: System, batch: Batch, clips: MemberBatch
 ) -> tuple[dict[str, Frames], Array, ClipInfo]:
-    """Returns frames for the model, [B, T'] bool of the examples that exist, and their clips."""
+    """Returns the input of the model: its frames, the mask of examples [B, T'], and its clips."""
     frames, exists = system.to_examples(clips.frames)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
@@ -196,7 +205,7 @@ def _as_model_input(
 def _loss_by_clip(
     system: System, step: Array, output: ModelOutput, labels: Array, exists: Array
 ) -> Array:
-    """Returns [B] float, the loss of every clip, averaged over its examples [B, T']."""
+    """Returns the loss of every clip, [B] float, averaged over its examples [B, T']."""
     losses = system.objective(output, examples.spread(labels, exists), exists.reshape(-1), step)
     return examples.mean_over_examples(losses, exists)
 
@@ -204,22 +213,22 @@ def _loss_by_clip(
 def find_bad_clips(
     system: System, state: TrainState, tables: Tables, batch: Batch, step: Array
 ) -> Array:
-    """Finds the clips of a batch whose own loss or its derivative is not finite.
+    """Finds the clips of a skipped step whose loss or its derivative is not finite.
 
-    Dropout and the transforms that mix clips play no part.
+    The losses are computed without dropout, and without the transforms after fusion.
 
     Args:
       system: the system.
-      state: state after a step that was left out: its parameters are those before the step.
+      state: state after the step, with the parameters from before it, since it was skipped.
       tables: weights and settings of the members.
-      batch: B clips, those of that step.
-      step: [] int32, number of that step.
+      batch: the B clips of the step.
+      step: [] int32, number of the step.
 
     Returns:
       [B] bool.
     """
 
-    def find(member: tuple[Any, Any, MemberInputs]) -> Array:
+    def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
         params, model_state, inputs = member
         keys = MemberKeys(*jax.random.split(jax.random.fold_in(inputs.rng, step), 4))
         clips = _draw_clips(system, keys.fusion, batch, inputs)
@@ -228,14 +237,14 @@ def find_bad_clips(
         def losses_of(features: Mapping[str, Array]) -> Array:
             output = system.model.apply(
                 {"params": params, **model_state},
-                {name: one._replace(features=features[name]) for name, one in frames.items()},
+                {name: x._replace(features=features[name]) for name, x in frames.items()},
                 info,
                 train=False,
             )
             return _loss_by_clip(system, step, output, clips.labels, exists)
 
-        features = {name: one.features.astype(jnp.float32) for name, one in frames.items()}
-        # No clip touches another here, so one derivative tells about all of them.
+        features = {name: x.features.astype(jnp.float32) for name, x in frames.items()}
+        # Clips do not depend on each other here, so one derivative serves all of them.
         losses, slopes = jax.jvp(losses_of, (features,), (features,))
         return (clips.weight > 0) & ~(jnp.isfinite(losses) & jnp.isfinite(slopes))
 
@@ -245,17 +254,17 @@ def find_bad_clips(
 
 def make_train_step(
     system: System, mesh: Mesh
-) -> Callable[[TrainState, Tables, Batch], tuple[TrainState, Array]]:
-    """Compiles `train_step` of a system for a mesh; the state it is given is donated."""
+) -> Callable[[TrainState, Tables, Batch], tuple[TrainState, jax.Array]]:
+    """Compiles `train_step` of a system for a mesh; the state argument is donated."""
 
-    def step(state: TrainState, tables: Tables, batch: Batch) -> tuple[TrainState, Array]:
+    def step(state: TrainState, tables: Tables, batch: Batch) -> tuple[TrainState, jax.Array]:
         return train_step(system, state, tables, batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=devices.replicated(mesh))
 
 
 class Outcome(NamedTuple):
-    """What a dispatch of training steps reports to the host.
+    """The report of a dispatch of training steps to the host.
 
     Attributes:
       loss: [E] float32, losses of the last step.
@@ -267,12 +276,12 @@ class Outcome(NamedTuple):
 
 
 def make_train_loop(
-    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
-) -> Callable[[TrainState, Tables, Any, Array], tuple[TrainState, Outcome]]:
+    system: System, mesh: Mesh, draw: Callable[[Mapping[str, Packed], Array], Batch]
+) -> Callable[[TrainState, Tables, Mapping[str, Packed], Array], tuple[TrainState, Outcome]]:
     """Compiles many training steps into one program, (state, tables, clips, count) -> outcome.
 
-    The count is an argument, so that one compilation serves any number of steps. The state is
-    donated. The result does not depend on how steps are spread over calls.
+    The number of steps is an argument, so that the program is compiled once. The state argument is
+    donated. Two calls give the same result as one call with the sum of both counts.
 
     Args:
       system: the system.
@@ -281,7 +290,7 @@ def make_train_loop(
     """
 
     def loop(
-        state: TrainState, tables: Tables, clips: Any, count: Array
+        state: TrainState, tables: Tables, clips: Mapping[str, Packed], count: Array
     ) -> tuple[TrainState, Outcome]:
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
@@ -300,7 +309,7 @@ def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
     """Adds one step to an outcome.
 
     Args:
-      outcome: outcome of the steps before.
+      outcome: outcome of the steps before it.
       state: state after the step.
       losses: [E] float, losses of the step.
     """

@@ -1,4 +1,4 @@
-"""Windows of blocks: a few blocks of clips at a time, the same for several models."""
+"""Windows: a few blocks of clips at a time, with the same clips for several models."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,28 +11,28 @@ from vidjax.batch import Batch, LazyFeatures
 from vidjax.data.clips import longest, make_eval_plan
 from vidjax.steps.model_scorer import TrainedModel
 
-WINDOW_BYTES = 512 << 20  # a window ends at the latest when its features take this much
+WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
 
 
 def windows(
     models: Sequence[TrainedModel], split_name: str, block_size: int, mesh: Mesh, rows: int
 ) -> Iterator[list[list[Batch]]]:
-    """Yields windows of a split; a dataset that several models share is read once.
+    """Yields windows of a split; a dataset of several models is read only once.
 
     Args:
-      models: models whose data hold the same clips.
+      models: models whose datasets have the same clips.
       split_name: the split.
-      block_size: clips per device and block.
+      block_size: number of clips per device and block.
       mesh: the devices.
-      rows: a window ends with the block that reaches so many clips.
+      rows: number of clips that ends a window.
 
     Yields:
-      For every model the blocks of a window, on the devices.
+      For every model a list of blocks, on the devices.
 
     Raises:
-      ValueError: the records of two datasets are in different orders.
+      ValueError: Two datasets have their clips in different orders.
     """
-    modalities: dict[int, dict[str, None]] = {}  # the union of those that models of a dataset read
+    modalities: dict[int, dict[str, None]] = {}  # dataset -> modalities that its models read
     for model in models:
         modalities.setdefault(id(model.data), {}).update(dict.fromkeys(model.modalities))
     datasets = {id(model.data): model.data for model in models}
@@ -50,7 +50,7 @@ def windows(
     for host in zip(*streams, strict=True):
         for other in host[1:]:
             if not np.array_equal(host[0].clip_index, other.clip_index):
-                raise ValueError("--runs: the records of the runs' data are in different orders")
+                raise ValueError("--runs: the datasets of the runs have different orders of clips")
         batches = [devices.shard_batch(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
         size += sum(_nbytes(batch) for batch in host)
@@ -62,7 +62,7 @@ def windows(
 
 
 def _nbytes(batch: Batch) -> int:
-    """Returns the bytes of a batch; of lazy features only the indices count."""
+    """Returns the size of a batch in bytes; LazyFeatures count as their indices."""
     frames = [
         modality._replace(features=modality.features.index)
         if isinstance(modality.features, LazyFeatures)

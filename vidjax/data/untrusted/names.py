@@ -1,7 +1,5 @@
 """Clip names, and text of unknown origin in messages."""
 
-from typing import Any
-
 
 def show(text: str | bytes) -> str:
     """Returns text from a file, shortened and escaped for one line of an error message."""
@@ -33,7 +31,7 @@ def clean_name(name: str) -> str:
     return clean
 
 
-def clean_name_at(place: str, name: Any) -> str:
+def clean_name_at(place: str, name: object) -> str:
     """Returns a clip name without `.mp4`.
 
     Args:

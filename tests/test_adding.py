@@ -1,0 +1,212 @@
+"""Adding a loss, a model, a dataset and so on: one function and one line in one table each.
+
+The test does what a user would do, in a copy of the tree, and then runs the command there.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+COSFACE = '''
+def cosface(logits, labels, class_mask=None, *, logit_scale, margin):
+    """Returns softmax cross-entropy with an additive cosine margin (CosFace, equation 4)."""
+    label = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return softmax_cross_entropy(logits - logit_scale * margin * label, labels, class_mask)
+'''
+
+CONTRASTIVE = '''
+def supervised_contrastive(embedding, labels, mask):
+    """Returns the supervised contrastive loss of each example (Khosla et al., equation 2)."""
+    unit = embedding / jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)
+    others = mask[None, :] & ~jnp.eye(len(labels), dtype=bool)
+    logits = jnp.where(others, unit @ unit.T / 0.1, -1e9)
+    positive = others & (labels[:, None] == labels[None, :]) & (labels > 0)[:, None]
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    count = jnp.sum(positive, axis=1)
+    loss = -jnp.sum(jnp.where(positive, log_probs, 0.0), axis=1) / jnp.maximum(count, 1)
+    return jnp.where(mask & (count > 0), loss, 0.0)
+'''
+
+MODEL = '''
+class Centroid(nn.Module):
+    """Cosines between the mean frame of the first modality and a direction per class."""
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    logit_scale: float = 16.0
+    vector_names = ()
+
+    @nn.compact
+    def __call__(self, frames, clips, *, train):
+        frames, _ = inputs.real_frames(frames, self.modalities, clips.mask)
+        x = fusion.mean_frame(next(iter(frames.values()))).features[:, 0]
+        logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        return ModelOutput(logits[:, None], embedding=x)
+'''
+
+DATASET = '''
+def open_blobs(options):
+    """Returns six people, each a point with noise."""
+    rng = np.random.default_rng(options.seed)
+    people = rng.normal(size=(6, 12))
+    splits = {
+        split: {
+            f"{split}_{i}": {
+                "face": (people[i % 6] + rng.normal(size=(1 + i % 4, 12))).astype(np.float32)
+            }
+            for i in range(count)
+        }
+        for split, count in {"train": 48, "val": 24}.items()
+    }
+    labels = {clip: f"person_{int(clip.split('_')[1]) % 6}" for s in splits.values() for clip in s}
+    return arrays.FeatureDict(splits, labels)
+'''
+
+FUSION = '''
+def median_frame(frames):
+    """Returns the frame of median quality of every clip."""
+    order = jnp.argsort(jnp.where(frames.mask, frames.quality, jnp.inf), axis=1)
+    middle = (jnp.maximum(jnp.sum(frames.mask, axis=1), 1) - 1)[:, None] // 2
+    index = jnp.take_along_axis(order, middle, axis=1)
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1),
+        frames._replace(features=read(frames.features)),
+    )
+'''
+
+TRANSFORM = '''
+def halve(rng, clips):
+    """Halves the features of one clip in two."""
+    keep = jax.random.bernoulli(rng, 0.5, clips.weight.shape)[:, None, None]
+    frames = {
+        name: one._replace(features=jnp.where(keep, one.features, one.features / 2))
+        for name, one in clips.frames.items()
+    }
+    return clips._replace(frames=frames)
+'''
+
+METRIC = '''
+def confident(clips, labels):
+    """Returns the share of ranked clips whose best probability is above one half."""
+    del labels
+    return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
+'''
+
+# file, table, function, line of the table
+ADDITIONS = (
+    ("losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
+    ("losses.py", "EMBEDDING", CONTRASTIVE, '    "contrastive": supervised_contrastive,\n'),
+    ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
+    (
+        "data/load.py",
+        "DATASETS",
+        DATASET,
+        '    "blobs": DatasetEntry(open_blobs, generated=True),\n',
+    ),
+    ("fusion.py", "FUSIONS", FUSION, '    "median": (median_frame, False),\n'),
+    ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": halve,\n'),
+    (
+        "metrics.py",
+        "CLIP_METRICS",
+        METRIC,
+        '    "confident": Metric("confident clips", "above 0.5", confident, log=True),\n',
+    ),
+)
+# What the functions above use of the package and the file does not import yet.
+IMPORTS = {
+    "models/identifier.py": (
+        "from vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
+        "from vidjax.models import inputs\nfrom vidjax.models.heads import CosineClassifier\n"
+    ),
+    "data/load.py": "import numpy as np\n",
+}
+EXPERIMENT = """
+from vidjax import config as config_lib
+
+def get_config(args=""):
+    config = config_lib.default()
+    config.data.name = "blobs"
+    config.model.update(name="centroid", logit_scale=16.0)
+    config.fusion.face = {"train": {"name": "median"}, "evaluate": {"name": "mean"}}
+    config.batch_size, config.num_epochs, config.log_every_steps = 16, 10.0, 4
+    config.optim.learning_rate = 0.02
+    config.transforms = ("halve",)
+    config.loss.classification, config.loss.margin = "cosface", 0.2
+    config.loss.embedding, config.loss.embedding_weight = "contrastive", 0.5
+    return config
+"""
+
+
+def add(package: Path, file: str, table: str, function: str, line: str) -> None:
+    """Inserts a function above a table, and a line at its beginning."""
+    path = package / file
+    source = path.read_text()
+    head = re.search(rf"^((?:#.*\n)*){table}: .*\{{\n", source, re.MULTILINE)
+    assert head, f"{file} has no table {table}"
+    before, after = source[: head.start()], source[head.end() :]
+    path.write_text(f"{before}{function.lstrip()}\n\n{head[0]}{line}{after}")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with the seven additions and an experiment that uses all of them."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("vidjax", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, imports in IMPORTS.items():
+        path = folder / "vidjax" / file
+        path.write_text(re.sub(r"(?m)^(?=import |from )", imports, path.read_text(), count=1))
+    for addition in ADDITIONS:
+        add(folder / "vidjax", *addition)
+    (folder / "configs" / "probe.py").write_text(EXPERIMENT)
+    return folder
+
+
+def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(tree / "cache")}
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_new_names_are_in_the_generated_field_table(tree: Path) -> None:
+    done = run(tree, "vidjax.config")
+    assert done.returncode == 0, done.stderr
+    rows = {row.split("`")[1]: row for row in done.stdout.splitlines() if "`" in row}
+    for field, name in {
+        "loss.classification": "cosface",
+        "loss.embedding": "contrastive",
+        "data.name": "blobs",
+        "transforms": "halve",
+        "model": "centroid",
+        "fusion": "median",
+    }.items():
+        assert f"`{name}`" in rows[field], f"{field} does not name {name}"
+
+
+def test_a_misspelt_addition_is_answered_with_the_known_ones(tree: Path) -> None:
+    done = run(tree, "vidjax.main", "--config=configs/probe.py", "--config.transforms=halv")
+    assert done.returncode == 2
+    assert "config.transforms" in done.stderr and "halve" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
+    done = run(tree, "vidjax.main", "--config=configs/probe.py", "--workdir=runs/probe")
+    assert done.returncode == 0, done.stderr[-3000:]
+    workdir = tree / "runs" / "probe"
+    results = json.loads((workdir / "metrics.json").read_text())
+    assert 0 <= results["confident"] <= 1 and results["map"] > 0.5
+    assert "confident" in done.stdout
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["bad_steps"] == 0 for line in lines if "bad_steps" in line)
+    assert any("confident" in line for line in lines)
+    report = (workdir / "report.html").read_text()
+    assert "confident clips" in report and "blobs" in report
