@@ -326,7 +326,8 @@ def test_all_frames_is_the_identity():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "random_fusion"}, "known are all, crops, mean, random, sample, top, windows"),
+        ({"name": "random_fusion"}, "did you mean 'random'?"),
+        ({"name": "blur"}, "known are all, crops, mean, random, sample, top, windows"),
         ({}, "known are all, crops, mean, random, sample, top, windows"),
         ({"name": "top", "frames": 3}, "no option frames; known are num_frames, and for every"),
         ({"name": "random"}, "needs num_draws"),
@@ -341,8 +342,8 @@ def test_unknown_specs_are_refused(spec, message):
     ("options", "message"),
     [
         ({"num_draws": 0}, "1 or more"),
-        ({"num_draws": 1, "probs": (1, 2)}, "5 numbers"),
-        ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 numbers"),
+        ({"num_draws": 1, "probs": (1, 2)}, "5 finite numbers"),
+        ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite numbers"),
         ({"num_draws": 1, "weighting": "norm"}, "known are graded, quality, uniform"),
     ],
 )
