@@ -197,6 +197,7 @@ def test_a_misspelt_addition_is_answered_with_the_known_ones(tree: Path) -> None
     assert "config.transforms" in done.stderr and "halve" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
     done = run(tree, "vidjax.main", "--config=configs/probe.py", "--workdir=runs/probe")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -79,7 +79,6 @@ def _train(args: "Arguments") -> int:
         _set_up_devices(config)
         results = train.finished(workdir, config)
         if results is None:
-            train.check_config(config, workdir)
             data = arguments.load_data(config)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command
