@@ -297,8 +297,8 @@ def test_the_command_line(runs, load, tmp_path, capsys):
 
     capsys.readouterr()
     for bad, message in [
-        ((f"--workdir={runs[0]}", given), "is a run of its own"),
-        ((f"--workdir={out}", f"--runs={runs[1]},{runs[0]}"), "joins other runs"),
+        ((f"--workdir={runs[0]}", given), "use another folder"),
+        ((f"--workdir={out}", f"--runs={runs[1]},{runs[0]}"), "use another folder"),
         ((f"--workdir={tmp_path / 'x'}", f"--runs={runs[0]}"), "name two runs"),
         ((f"--workdir={tmp_path / 'y'}", f"--runs={runs[0]},{out}"), "joins other runs itself"),
         ((f"--workdir={tmp_path / 'z'}", f"--runs={runs[0]},nowhere"), "no run in"),

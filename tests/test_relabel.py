@@ -205,5 +205,5 @@ def test_a_member_with_noise_classes_equals_its_own_run(data, whole, tmp_path):
     alone, everyone = weights(tmp_path), weights(whole)
     for name, value in alone.items():
         np.testing.assert_array_equal(value[0], everyone[name][1], err_msg=name)
-    kept = [line | {"member": 0} for line in lines(whole) if line["member"] == 1]
+    kept = [line for line in lines(whole) if line["member"] == 1]
     assert lines(tmp_path) == kept

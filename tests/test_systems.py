@@ -279,8 +279,9 @@ import sys
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
-from vidjax import config as config_lib, members, mesh as mesh_lib, steps
-
+from vidjax import config as config_lib, devices, ensemble
+from vidjax.devices import CompileClock
+from vidjax.steps import state as state_lib, train_step
 from vidjax.system import TaskSpec, make_system
 
 config = config_lib.override(
@@ -292,15 +293,15 @@ sizes = TaskSpec(widths, 50, None, 200, 20, train_other=False)
 system = make_system(config.to_dict(), sizes)
 labels = np.random.default_rng(1).integers(1, 51, (1, 200)).astype(np.int32)
 final = []
-for devices in (1, 8):
-    mesh = mesh_lib.make_mesh(devices)
-    state = mesh_lib.replicate(mesh, init_one(system, sizes, labels))
-    tables = state_lib.make_tables((members.Member(),), np.ones((1, 200)))
-    tables = mesh_lib.replicate(mesh, tables)
-    step = steps.make_train_step(system, mesh)
+for count in (1, 8):
+    mesh = devices.make_mesh(count)
+    state = devices.replicate(mesh, init_one(system, sizes, labels))
+    tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 200)))
+    tables = devices.replicate(mesh, tables)
+    step = train_step.make_train_step(system, mesh)
     rng = np.random.default_rng(2)
     for i in range(20):
-        batch = mesh_lib.shard_batch(mesh, made_up_batch(rng, widths, config, 32, 200))
+        batch = devices.shard_batch(mesh, made_up_batch(rng, widths, config, 32, 200))
         with CompileClock() as clock:
             state, loss = step(state, tables, batch)
         assert (clock.seconds > 0) == (i == 0), f"compiled at step {i}"

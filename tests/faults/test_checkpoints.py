@@ -326,7 +326,7 @@ def test_another_configuration_is_refused_with_the_difference(capsys, words, par
         ("model.layers=((16,'swish',True,0.5),)", "model.layers: ((256,", "use another"),
         ("seed=3", "seed: 0 -> 3", "use another"),
         ("modalities=head,face", "modalities: ('face',) -> ('head', 'face')", "use another"),
-        ("optim.momentum=0.5", "optim.momentum: 0.9 -> 0.5", "resume.allow=optim.momentum"),
+        ("optim.clip_norm=0.5", "optim.clip_norm: 0.0 -> 0.5", "resume.allow=optim.clip_norm"),
         ("resume.allow=seed", "'seed' may not change", "these may: optim"),
         ("num_epochs=2", "num_epochs: 8.0 -> 2.0", "resume.allow=num_epochs"),
     ]:
@@ -352,7 +352,7 @@ def test_what_is_allowed_to_change_goes_on_and_is_recorded(capsys, config, words
     ]
     other = config_lib.override(config, allow)
     assert train.finished(parts, other) is None
-    with pytest.warns(UserWarning, match=rf"from step {step} on .*final_scale: 0.01 -> 0.5"):
+    with pytest.warns(UserWarning, match=rf"from step {step} on.*final_scale: 0.01 -> 0.5"):
         run(other, parts, data)
     lines = [json.loads(line) for line in (parts / "changes.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [step]

@@ -23,7 +23,7 @@ SMALL = {
     "knn": (),
     "quality_fusion": (LAYER,),
     "residual_dense": ("--config.model.{main}width=8",),
-    "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)", "--config.noise.eps=1.1"),
+    "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)",),
     "deepmef": ("--config.model.{main}branch_dims=(6,4)", "--config.model.{main}hidden_dim=8"),
 }
 
@@ -41,6 +41,8 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
         "--config.eval.block_size=16",
         *SMALL[stem],
     ]
+    if config.data.distractors == "noise":
+        small.append("--config.noise.eps=1.1")
     if config.ensemble.folds:
         small.append("--config.ensemble.folds=3")
     main = "main." if "main" in config.model else ""
