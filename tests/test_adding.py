@@ -3,7 +3,9 @@
 The test does what a user would do, in a copy of the tree, and then runs the command there.
 """
 
+import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -128,6 +130,15 @@ IMPORTS = {
     ),
     "data/load.py": "import numpy as np\n",
 }
+# field -> its value in the experiment
+FIELDS = {
+    "loss.classification": "cosface",
+    "loss.embedding": "contrastive",
+    "data.name": "blobs",
+    "transforms": "halve",
+    "model.name": "centroid",
+    "fusion.face.train.name": "median",
+}
 EXPERIMENT = """
 from vidjax import config as config_lib
 
@@ -171,35 +182,76 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python WORDS` in the copy."""
     env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(tree / "cache")}
-    command = [sys.executable, "-m", *words]
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
 
 
-def test_new_names_are_in_the_generated_field_table(tree: Path) -> None:
-    done = run(tree, "vidjax.config")
+def statements(package: Path, file: str) -> list[ast.stmt]:
+    """Returns the statements of a module without its imports."""
+    body = ast.parse((package / file).read_text()).body
+    return [item for item in body if not isinstance(item, (ast.Import, ast.ImportFrom))]
+
+
+def table_of(body: list[ast.stmt], name: str) -> dict[str, str]:
+    """Returns key -> value of a table, as source."""
+    for item in body:
+        match item:
+            case ast.AnnAssign(target=ast.Name(id=target), value=ast.Dict() as table):
+                if target == name:
+                    keys = [ast.unparse(key) for key in table.keys if key]
+                    return dict(zip(keys, map(ast.unparse, table.values), strict=True))
+    raise AssertionError(f"no table {name}")
+
+
+def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
+    for file in sorted({file for file, *_ in ADDITIONS}):
+        tables = [table for other, table, *_ in ADDITIONS if other == file]
+        before, after = statements(ROOT / "vidjax", file), statements(tree / "vidjax", file)
+        assert len(after) == len(before) + len(tables)
+        for table in tables:
+            known, extended = table_of(before, table), table_of(after, table)
+            assert len(extended) == len(known) + 1 and known.items() <= extended.items()
+    for *_, function, line in ADDITIONS:
+        assert len(ast.parse(function).body) == 1 and line.count("\n") == 1
+
+
+def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
+    done = run(tree, "-m", "vidjax.config")
     assert done.returncode == 0, done.stderr
-    rows = {row.split("`")[1]: row for row in done.stdout.splitlines() if "`" in row}
-    for field, name in {
-        "loss.classification": "cosface",
-        "loss.embedding": "contrastive",
-        "data.name": "blobs",
-        "transforms": "halve",
-        "model": "centroid",
-        "fusion": "median",
-    }.items():
-        assert f"`{name}`" in rows[field], f"{field} does not name {name}"
+    for field, name in FIELDS.items():
+        group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
+        assert re.search(rf"(?m)^.*`{group}`.* known are `{name}`", done.stdout), field
+    for *_, function, line in ADDITIONS:
+        (definition,) = ast.parse(function).body
+        assert isinstance(definition, (ast.FunctionDef, ast.ClassDef))
+        meaning = (ast.get_docstring(definition) or "").removeprefix("Returns ").rstrip(".")
+        if "Metric(" in line:
+            meaning = "confident clips: above 0.5"
+        row = f"| `{ast.literal_eval(line.split(':')[0].strip())}` | {meaning} |"
+        assert row.lower() in done.stdout.lower().splitlines()
 
 
-def test_a_misspelt_addition_is_answered_with_the_known_ones(tree: Path) -> None:
-    done = run(tree, "vidjax.main", "--config=configs/probe.py", "--config.transforms=halv")
-    assert done.returncode == 2
-    assert "config.transforms" in done.stderr and "halve" in done.stderr
+def test_a_misspelt_addition_is_answered_with_the_right_name(tree: Path) -> None:
+    words = [f"--config.{field}={name[:-1]}" for field, name in FIELDS.items()]
+    code = (
+        "import sys\nfrom vidjax.main import main\n"
+        f"for i, word in enumerate({words}):\n"
+        "    assert main(['--config=configs/probe.py', f'--workdir=bad/{i}', word]) == 2\n"
+        "    sys.stderr.write('END\\n')\n"
+    )
+    done = run(tree, "-c", code)
+    assert done.returncode == 0, done.stderr
+    messages = done.stderr.split("END\n")
+    for name, message in zip(FIELDS.values(), messages, strict=False):
+        assert f"did you mean '{name}'?" in message
 
 
 @pytest.mark.slow
 def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
-    done = run(tree, "vidjax.main", "--config=configs/probe.py", "--workdir=runs/probe")
+    words = ("--config=configs/probe.py", "--workdir=runs/probe")
+    done = run(tree, "-m", "vidjax.main", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     workdir = tree / "runs" / "probe"
     results = json.loads((workdir / "metrics.json").read_text())
@@ -209,4 +261,10 @@ def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
     assert all(line["bad_steps"] == 0 for line in lines if "bad_steps" in line)
     assert any("confident" in line for line in lines)
     report = (workdir / "report.html").read_text()
-    assert "confident clips" in report and "blobs" in report
+    assert "confident clips" in report
+    events = b"".join(path.read_bytes() for path in workdir.rglob("events.out.tfevents.*"))
+    for field, name in FIELDS.items():
+        assert re.search(rf"{re.escape(field)}\b.*\b{name}\b", report), field
+        assert field.encode() in events and name.encode() in events, field
+    numbers = [value for value in results.values() if isinstance(value, float)]
+    assert len(numbers) > 5 and all(map(math.isfinite, numbers))

@@ -301,7 +301,7 @@ def test_a_field_without_a_comment_is_an_error():
 
 def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     page = tmp_path / "page.md"
-    names = ("arguments", "fields")
+    names = ("arguments", "fields", "names")
     sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
     page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
     config_lib.main([f"--write={page}"])
@@ -309,6 +309,7 @@ def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
     assert "stale text" not in written
     assert "`optim.momentum`" in written and "`published`" in written
+    assert "| `mma` |" in written
     config_lib.main([])
     assert "`optim.momentum`" in capsys.readouterr().out
     page.write_text("# A page\n")

@@ -326,7 +326,8 @@ def test_all_frames_is_the_identity():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "random_fusion"}, "known are all, crops, mean, random, sample, top, windows"),
+        ({"name": "random_fusion"}, "did you mean 'random'?"),
+        ({"name": "blur"}, "known are all, crops, mean, random, sample, top, windows"),
         ({}, "known are all, crops, mean, random, sample, top, windows"),
         ({"name": "top", "frames": 3}, "no option frames; known are num_frames, and for every"),
         ({"name": "random"}, "needs num_draws"),

@@ -50,10 +50,10 @@ LAYERS = (
 UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
-    "models": {"batch", "fusion"},  # plain arguments, no config objects
+    "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
     "report": {"data", "metrics", "run"},  # pages from files
     "run": {"config", "digests"},  # files, no maths
-    "data": {"batch", "devices", "digests"},
+    "data": {"batch", "devices", "digests", "suggest"},
     "data/records": {"batch", "data", "digests"},
     "data/untrusted": set(),
 }

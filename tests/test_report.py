@@ -32,6 +32,7 @@ SECTIONS = [
     "robustness",
     "ensemble",
     "data",
+    "configuration",
 ]
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 

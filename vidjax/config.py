@@ -182,8 +182,10 @@ def default() -> Config:
     config.loss.gamma = 2.0
     # weight of the loss `loss.focal`, 0 to 1: pairs (epoch, weight), linear between them
     config.loss.schedule = ((0.0, 0.0),)
-    config.loss.margin = 0.0  # margin of a cosine classifier in training, in radians; 0: none
-    config.loss.margin_type = "angular"  # kind of the margin. With `loss.margin` above 0
+    # margin of a cosine classifier in training, 0 to pi/2, in radians for `angular`; 0: none
+    config.loss.margin = 0.0
+    # kind of the margin, for losses that have none of their own. With `loss.margin` above 0
+    config.loss.margin_type = "angular"
     config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
     # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
     config.loss.embedding_weight = 1.0
@@ -357,14 +359,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def documentation() -> Mapping[str, str]:
-    """Returns section of `configs/README.md` -> its Markdown: `arguments` and `fields`."""
+    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
+    known = config_docs.known_names()
     files = sorted(config_files.shipped_folder().glob("*.py"))
     words = {file.name: getattr(config_files.load_module(file), "WORDS", {}) for file in files}
     return {
         "arguments": config_docs.argument_table(SCALE_WORDS, words),
         "fields": config_docs.field_tables(
-            inspect.getsource(default), dict(fields(default())), config_docs.known_names()
+            inspect.getsource(default), dict(fields(default())), known
         ),
+        "names": config_docs.name_tables(known),
     }
 
 

@@ -1,11 +1,11 @@
-"""Markdown tables of configuration fields and arguments, made from source comments and words."""
+"""Markdown tables of fields, names and arguments, made from the comments and tables of the code."""
 
 import ast
 import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -46,23 +46,60 @@ def _is_comment(source: str, line: int) -> bool:
     return source.splitlines()[line - 1].lstrip().startswith("#")
 
 
-def known_names() -> Mapping[str, Iterable[str]]:
-    """Returns field or group -> the names that it may take, from the tables of the code."""
+def known_names() -> Mapping[str, Mapping[str, str]]:
+    """Reads the tables of the code: field or group -> name that it may take -> summary."""
     from vidjax import augment, fusion, losses, system  # takes a second: jax
     from vidjax.data import load
     from vidjax.models import identifier
 
-    return {
-        "data.name": load.DATASETS,
-        "eval.scores": system.SCORES,
-        "fusion": fusion.FUSIONS,
+    tables: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "model": identifier.MODELS,
+        "fusion": {name: function for name, (function, _) in fusion.FUSIONS.items()},
+        "transforms": augment.TRANSFORMS,
         "loss.classification": losses.CLASSIFICATION,
-        "loss.embedding": losses.EMBEDDING,
         "loss.focal": losses.CLASSIFICATION,
         "loss.margin_type": losses.MARGINS,
-        "model": identifier.MODELS,
-        "transforms": augment.TRANSFORMS,
+        "loss.embedding": losses.EMBEDDING,
+        "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
+        "data.name": {name: dataset.open for name, dataset in load.DATASETS.items()},
     }
+    return {
+        field: {name: _summary(function) for name, function in table.items()}
+        for field, table in tables.items()
+    }
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    """Returns the first line of a docstring as a cell of a table; empty if there is none."""
+    doc = function.__doc__ or ""
+    if doc.startswith(f"{function.__name__}("):  # the signature of a dataclass
+        doc = ""
+    line = doc.strip().partition("\n")[0].rstrip(".").removeprefix("Returns ")
+    return (line[:1].upper() + line[1:]).replace("|", "\\|")
+
+
+def name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns one Markdown table of names for each field that takes a name.
+
+    Fields with the same names share a table. The metrics are the last table.
+
+    Args:
+      known: field or group -> name -> summary, as `known_names` returns it.
+    """
+    from vidjax.metrics import CLIP_METRICS
+
+    shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for field, names in known.items():
+        shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
+    tables = {", ".join(fields): dict(names) for names, fields in shared.items()}
+    tables["metric"] = {
+        name: f"{metric.label}: {metric.about}" for name, metric in CLIP_METRICS.items()
+    }
+    lines = []
+    for head, names in tables.items():
+        lines += ["", f"| {head} | meaning |", "|---|---|"]
+        lines += [f"| `{name}` | {meaning} |" for name, meaning in names.items()]
+    return "\n".join(lines[1:]) + "\n"
 
 
 def field_tables(

@@ -88,7 +88,11 @@ def _schedule_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses of logits that have a weight at some epoch."""
+    """Returns the names of the losses of logits that have a weight at some epoch.
+
+    The rules below exclude the losses that leave a field unread. A loss that they do not name
+    counts as one that reads it.
+    """
     weights = _schedule_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
     rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()

@@ -24,6 +24,7 @@ from vidjax.selection import (
     take,
     top_frames,
 )
+from vidjax.suggest import suggest
 
 # Sampling weights are rounded to multiples of 1 / _LEVELS of the largest weight of the clip. Sums
 # of up to 4096 such weights are exact in float32 in any order. So draws depend neither on padding
@@ -257,7 +258,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name = options.pop("name", None)
     if name not in FUSIONS:
-        raise ValueError(f"unknown fusion {name!r}; known are {', '.join(sorted(FUSIONS))}")
+        raise ValueError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
     function, takes_rng = FUSIONS[name]
     parameters, filters = _options(function), _options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}

@@ -7,7 +7,7 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from vidjax import optim
 from vidjax.batch import Array, ModelOutput
+from vidjax.suggest import suggest
 
 
 def softmax_cross_entropy(
@@ -168,7 +169,8 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
 
 
 # name -> loss (logits, labels, **options) -> [...]. Options with the name of a field of config.loss
-# get its value; `class_mask` and `logit_scale` come from the system.
+# get its value; `class_mask` and `logit_scale` come from the system. A loss with the option
+# `margin` adds the margin itself; the others get logits that already contain it.
 CLASSIFICATION: dict[str, Callable[..., Array]] = {
     "softmax": softmax_cross_entropy,
     "binary": binary_focal,
@@ -214,7 +216,7 @@ def make_objective(
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
     if name and name not in EMBEDDING:
-        raise ValueError(f"config.loss.embedding='{name}': known are {', '.join(EMBEDDING)}")
+        raise ValueError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
     if not weight >= 0:
         raise ValueError(f"config.loss.embedding_weight={weight}: must be 0 or more")
 
@@ -242,8 +244,8 @@ def make_loss(
 
     Args:
       spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w), see
-        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for both losses;
-        `gamma` and `label_smoothing`, options of the losses.
+        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for losses without
+        an option `margin`; `gamma`, `label_smoothing` and any others, options of the losses.
       class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
@@ -254,7 +256,7 @@ def make_loss(
 
     Raises:
       ValueError: A name is unknown, a value is out of range, the schedule is not ordered, a margin
-        is set without a cosine classifier, or label smoothing without softmax.
+        is set without a cosine classifier, or label smoothing without a loss that takes it.
     """
     _check_values(spec, logit_scale)
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
@@ -264,13 +266,15 @@ def make_loss(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
     smoothing = spec["label_smoothing"]
-    if smoothing and np.all(weights == 1):
+    takes_smoothing = "label_smoothing" in _parameters(CLASSIFICATION[spec["focal"]])
+    if smoothing and np.all(weights == 1) and not takes_smoothing:
         raise ValueError(
             f"config.loss.label_smoothing={smoothing} is an option of the softmax cross-entropy, "
             f"which has weight 0 in config.loss.schedule={spec['schedule']}"
         )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
     options = {
+        **spec,
         "class_mask": class_mask,
         "logit_scale": logit_scale,
         "gamma": float(spec["gamma"]),
@@ -304,7 +308,7 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
     for field, table in tables.items():
         if spec[field] not in table:
-            raise ValueError(f"config.loss.{field}='{spec[field]}': known are {', '.join(table)}")
+            raise ValueError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
     if not spec["gamma"] >= 0:
         raise ValueError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
     margin = spec["margin"]
@@ -321,11 +325,16 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
         )
 
 
+def _parameters(function: Callable[..., Array]) -> Set[str]:
+    """Returns the names of the parameters of a function."""
+    return inspect.signature(function).parameters.keys()
+
+
 def _with_options(
     function: Callable[..., Array], options: Mapping[str, Any]
 ) -> functools.partial[Array]:
     """Binds the options that a loss accepts."""
-    names = inspect.signature(function).parameters.keys() & options.keys()
+    names = _parameters(function) & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})
 
 

@@ -16,6 +16,7 @@ from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
 from vidjax.models.base import Identifier
+from vidjax.suggest import suggest
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
@@ -157,7 +158,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 def _choose(field: str, value: str, known: Collection[str]) -> str:
     """Returns the value of a field; raises ValueError if it is unknown."""
     if value not in known:
-        raise ValueError(f"config.{field}='{value}': known are {', '.join(known)}")
+        raise ValueError(f"config.{field}='{value}': {suggest(value, known)}")
     return value
 
 
@@ -233,15 +234,18 @@ def _check_precision(precision: str) -> str:
 
 
 def _log_softmax(logits: Array, class_mask: Array) -> Array:
+    """Returns the logarithm of the softmax over the columns that training sees."""
     return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True, where=class_mask)
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
+    """Returns the logarithm of the sigmoid."""
     del class_mask
     return jax.nn.log_sigmoid(logits)
 
 
 def _logits(logits: Array, class_mask: Array) -> Array:
+    """Returns the logits themselves."""
     del class_mask
     return logits
 

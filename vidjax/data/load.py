@@ -11,6 +11,7 @@ from vidjax.data.cache import building, default_cache_dir, exclusive
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.record_source import RecordSource
+from vidjax.suggest import suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
@@ -99,8 +100,7 @@ def open_source(name: str, options: DataOptions) -> RecordSource:
       NotGenerated: the dataset has yet to be generated, and `options.generate` is False.
     """
     if name not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise ValueError(f"config.data.name='{name}': the name of a dataset is one of {known}")
+        raise ValueError(f"config.data.name='{name}': {suggest(name, DATASETS)}")
     return DATASETS[name].open(options)
 
 
@@ -116,7 +116,7 @@ def load_dataset(
     """Returns a dataset by name, generated and converted unless the cache has it.
 
     Args:
-      name: a key of DATASETS: 'synthetic', 'iqiyi_vid' or 'arrays'.
+      name: a key of DATASETS.
       directory: folder of the official files, or of own features as `vidjax.data.arrays` describes
         them; 'synthetic' ignores it.
       cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.

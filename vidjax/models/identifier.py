@@ -14,6 +14,7 @@ from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
+from vidjax.suggest import suggest
 
 # name -> model. To add one, write a file in this folder and add a line here.
 MODELS: dict[str, type[nn.Module]] = {
@@ -57,7 +58,7 @@ def make_identifier(
     options = dict(spec)
     name = options.pop("name", None)
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}")
+        raise ValueError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
     model = MODELS[name]
     fields = {field.name: field for field in dataclasses.fields(model)}
     given = {

@@ -23,6 +23,7 @@ SECTIONS = (
     ("robustness", "Robustness", analysis_sections.robustness),
     ("ensemble", "Ensemble", run_sections.ensemble),
     ("data", "Data", run_sections.data),
+    ("configuration", "Configuration", run_sections.configuration),
 )
 
 

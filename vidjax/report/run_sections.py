@@ -1,8 +1,9 @@
-"""Sections of the report on the run itself: summary, learning curves, ensemble, data.
+"""Sections of the report on the run itself, from its summary to its configuration.
 
 Every section is a function from `RunFiles` to parts of HTML.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -255,6 +256,24 @@ def data(run: RunFiles) -> Iterator[str]:
     lost = [f"{n['frames']:,} of {name}" for name, n in cropped.items() if n.get("frames")]
     if lost:
         yield html.note(f"Frames left out of training per epoch: {html.text(', '.join(lost))}.")
+
+
+def configuration(run: RunFiles) -> Iterator[str]:
+    """Yields a table of all fields of `config.json`."""
+    yield html.note("<code>--config.FIELD=VALUE</code> sets a field.")
+    rows = [(html.name(name), html.name(value)) for name, value in _fields(run.config)]
+    if rows:
+        yield html.table("Fields of the configuration", ("field", "value"), rows)
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (dotted name, value as text) of every leaf of a configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", "unset" if value is None else shown or "empty"
 
 
 def modality_row(name: str, counts: Mapping[str, Any]) -> tuple[str, ...]:
