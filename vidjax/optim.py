@@ -135,9 +135,9 @@ def make_optimizer(
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: the fields of `config.optim`: `name` (adam | sgd), `total_decay`, `weight_decay`, `momentum` (for sgd; 0 for
-        none), `clip_norm` (largest global norm of the gradient; 0 for any), and the fields of
-        `make_schedule`.
+      spec: the fields of `config.optim`: `name` (adam | sgd), `total_decay`, `weight_decay`,
+        `momentum` (for sgd; 0 for none), `clip_norm` (largest global norm of the gradient; 0 for
+        any), and the fields of `make_schedule`.
       total_steps: steps of the whole run.
       steps_per_epoch: optimiser steps per epoch, which may be a fraction; needed for the decay
         `steps` only.
