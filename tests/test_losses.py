@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from vidjax import config as config_lib
 from vidjax import losses
+from vidjax.batch import ModelOutput
 
 LOSSES = {
     "softmax": losses.softmax_cross_entropy,
@@ -334,3 +335,141 @@ def test_the_margin_and_smoothing_of_a_spec_reach_both_losses():
 def test_impossible_specs_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_loss(spec)
+
+
+def with_margin(logits, labels, class_mask=None, *, logit_scale, margin):
+    """A loss of a user's own that adds its margin itself, as CosFace does."""
+    label = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return losses.softmax_cross_entropy(logits - logit_scale * margin * label, labels, class_mask)
+
+
+def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
+    monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
+    values, labels = cosines(count=9)
+    logits = (30 * values).astype(np.float32)
+    spec = {"classification": "with_margin", "margin": 0.3, "schedule": ((0, 0.25),)}
+    loss = jax.jit(make_loss(spec, logit_scale=30.0))
+    own = with_margin(logits, labels, logit_scale=30.0, margin=0.3)
+    harder = losses.angular_margin(logits, labels, margin=0.3, scale=30.0)
+    expected = 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
+    np.testing.assert_allclose(loss(logits, labels, jnp.int32(0)), expected, rtol=1e-5)
+
+
+def test_losses_are_given_the_options_that_they_take(monkeypatch):
+    given = {}
+
+    def takes_all(logits, labels, class_mask, *, logit_scale, gamma, label_smoothing, beta):
+        given.update(scale=logit_scale, gamma=gamma, smoothing=label_smoothing, beta=beta)
+        given["mask"] = class_mask
+        return logits[..., 0]
+
+    def takes_none(logits, labels):
+        return logits[..., 0]
+
+    class_mask = np.array([False, True, True])
+    spec = config_lib.default().loss.to_dict() | {"gamma": 3.0, "label_smoothing": 0.1, "beta": 7}
+    logits, labels = jnp.ones((2, 3)), jnp.ones(2, jnp.int32)
+    for function in (takes_all, takes_none):
+        monkeypatch.setitem(losses.CLASSIFICATION, "own", function)
+        named = {**spec, "classification": "own"}
+        loss = losses.make_loss(named, class_mask, 10, logit_scale=4.0)
+        np.testing.assert_array_equal(loss(logits, labels, jnp.int32(0)), 1)
+    assert given.pop("mask") is class_mask
+    assert given == {"scale": 4.0, "gamma": 3.0, "smoothing": 0.1, "beta": 7}
+
+
+@pytest.mark.parametrize("field", ["classification", "focal", "margin_type", "embedding"])
+def test_a_misspelt_name_is_answered_with_the_closest(field):
+    known = {"margin_type": "angular", "embedding": "triplet"}.get(field, "multiclass")
+    spec = config_lib.default().loss.to_dict() | {field: known[:-1]}
+    with pytest.raises(ValueError, match=rf"config\.loss\.{field}=.*'{known}'"):
+        losses.make_objective(spec, None, 10, logit_scale=1.0)
+
+
+def triplet_oracle(embedding, labels, mask):
+    """Hermans et al., equation 5, on unit vectors in float64, example by example."""
+    unit = np.asarray(embedding, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    out = []
+    for i, label in enumerate(labels):
+        others = [j for j in range(len(labels)) if j != i and mask[j]]
+        distance = {j: np.linalg.norm(unit[i] - unit[j]) for j in others}
+        positive = [distance[j] for j in others if labels[j] == label]
+        negative = [distance[j] for j in others if labels[j] != label]
+        if not mask[i] or label == 0 or not positive or not negative:
+            out.append(0.0)
+        else:
+            out.append(np.log1p(np.exp(max(positive) - min(negative))))
+    return np.asarray(out)
+
+
+triplets = jax.jit(losses.batch_hard_triplet)
+triplet_gradient = jax.jit(jax.grad(lambda x, *args: losses.batch_hard_triplet(x, *args).sum()))
+TRIPLETS = {
+    "three people": [1, 1, 2, 2, 2, 3, 3, 1],
+    "distractors are negatives alone": [0, 1, 0, 1, 0, 2, 0, 2],
+    "a person with one clip": [1, 2, 2, 3, 3, 3, 2, 2],
+    "no positive": [1, 2, 3, 4, 5, 6, 7, 0],
+    "no negative": [1, 1, 1, 1, 1, 1, 1, 1],
+    "distractors alone": [0, 0, 0, 0, 0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("hidden", [(), (0, 3, 6), range(8)], ids=["all", "some", "none"])
+@pytest.mark.parametrize("name", TRIPLETS)
+def test_triplets_match_a_loop(name, hidden):
+    labels = np.asarray(TRIPLETS[name], np.int32)
+    mask = ~np.isin(np.arange(8), hidden)
+    embedding = np.random.default_rng(4).standard_normal((8, 5)).astype(np.float32)
+    expected = triplet_oracle(embedding, labels, mask)
+    loss = triplets(embedding, labels, mask)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+    is_possible = not hidden and name in ("three people", "distractors are negatives alone")
+    assert (expected > 0).any() or not is_possible
+    # What is masked changes nothing and gets no gradient.
+    changed = np.where(mask[:, None], embedding, 50.0)
+    np.testing.assert_array_equal(triplets(changed, labels, mask), loss)
+    gradient = triplet_gradient(embedding, labels, mask)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[~mask], 0)
+
+
+def test_triplets_at_extremes_have_finite_gradients():
+    labels, mask = np.asarray([1, 1, 2, 2, 0, 1], np.int32), np.ones(6, bool)
+    same = np.ones((6, 4), np.float32)
+    zero = np.zeros((6, 4), np.float32)
+    opposite = same * np.where(labels == 1, 1, -1)[:, None]
+    for embedding in (same, zero, opposite, 1e12 * same, 1e-12 * opposite):
+        assert np.isfinite(triplets(embedding, labels, mask)).all()
+        assert np.isfinite(triplet_gradient(embedding, labels, mask)).all()
+    # The positives are at distance 0, the negatives at 2 or at 0.
+    apart = np.asarray(triplets(opposite, labels, mask))[labels == 1]
+    np.testing.assert_allclose(apart, np.log1p(np.exp(-2.0)), rtol=1e-4)
+    together = np.asarray(triplets(same, labels, mask))[labels > 0]
+    np.testing.assert_allclose(together, np.log(2), rtol=1e-4)
+
+
+def test_triplets_have_the_gradient_of_their_value():
+    with jax.enable_x64(True):
+        labels, mask = np.asarray(TRIPLETS["three people"], np.int32), np.ones(8, bool)
+        embedding = np.random.default_rng(4).standard_normal((8, 5))
+        assert losses.batch_hard_triplet(embedding, labels, mask).dtype == np.float64
+        check_grads(
+            lambda x: losses.batch_hard_triplet(x, labels, mask), (jnp.asarray(embedding),), order=1
+        )
+
+
+def test_the_loss_of_the_embedding_is_added_with_its_weight():
+    logits, labels = example(batch=8)
+    labels[:4] = 1
+    mask = np.arange(8) != 2
+    embedding = np.random.default_rng(4).standard_normal((8, 5)).astype(np.float32)
+    output = ModelOutput(logits[:, None], embedding)
+    spec = config_lib.default().loss.to_dict() | {"embedding": "triplet", "embedding_weight": 0.25}
+    objective = losses.make_objective(spec, None, 10, logit_scale=1.0)
+    expected = losses.softmax_cross_entropy(logits, labels)
+    expected = expected + 0.25 * triplets(embedding, labels, mask)
+    loss = objective(output, labels, mask, jnp.int32(0))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"config\.loss\.embedding_weight=-1"):
+        losses.make_objective({**spec, "embedding_weight": -1}, None, 10, logit_scale=1.0)

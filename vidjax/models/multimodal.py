@@ -138,4 +138,4 @@ class MultimodalIdentifier(nn.Module):
         logits = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
             x, train=train
         )
-        return ModelOutput(logits[:, None], embedding=x, attention=attention)
+        return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
