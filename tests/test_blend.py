@@ -257,7 +257,7 @@ def test_other_identities_or_clips_are_refused(
     config = config_lib.load_workdir(runs[1])
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
-    with pytest.raises(ValueError, match="differ in the clips of test") as caught:
+    with pytest.raises(ValueError, match="have different clips in test") as caught:
         blend.blend_runs(
             joining(runs, "--config.eval.split=test"), tmp_path / "out", load, num_devices=1
         )

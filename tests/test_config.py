@@ -185,6 +185,14 @@ def problems(*words, fresh=True):
     return list(config_lib.problems(config, fresh=fresh))
 
 
+def test_a_field_that_a_configuration_misspells_is_refused():
+    config = config_lib.default()
+    config.optim.weight_deacy = 0.1
+    (problem,) = config_lib.problems(config)
+    assert "config.optim.weight_deacy" in problem and "optim.weight_decay" in problem
+    assert not list(config_lib.problems(config, fresh=False))  # from an earlier version, perhaps
+
+
 @pytest.mark.parametrize("name", UNREAD)
 def test_a_value_that_nothing_reads_is_refused_with_the_remedy(name):
     value, read = UNREAD[name]

@@ -342,8 +342,8 @@ def test_unknown_specs_are_refused(spec, message):
     ("options", "message"),
     [
         ({"num_draws": 0}, "1 or more"),
-        ({"num_draws": 1, "probs": (1, 2)}, "5 finite numbers"),
-        ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite numbers"),
+        ({"num_draws": 1, "probs": (1, 2)}, "probs must be 5 finite"),
+        ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "probs must be 2 finite"),
         ({"num_draws": 1, "weighting": "norm"}, "known are graded, quality, uniform"),
     ],
 )

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from vidjax.suggest import suggest
+
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
 
 POSITIVE = ("batch_size", "num_epochs", "log_every_steps", "data.max_frames", "eval.block_size")
@@ -237,6 +239,10 @@ def out_of_range(values: Values) -> Iterator[str]:
         )
 
 
+# Groups whose fields depend on the model or fusion that they name.
+SPECIFICATIONS = ("model.", "fusion.")
+
+
 def unread(values: Values, defaults: Values) -> Iterator[str]:
     """Yields an error message for every value that was chosen and that nothing reads.
 
@@ -244,6 +250,10 @@ def unread(values: Values, defaults: Values) -> Iterator[str]:
       values: those of the configuration.
       defaults: the default of every field; a field that has its default is never refused.
     """
+    for name in sorted(values.keys() - defaults.keys()):
+        if not name.startswith(SPECIFICATIONS):
+            close = suggest(name, defaults)
+            yield f"config.{name}={values[name]}: there is no such field; {close}"
     for rule in READ_WHEN:
         if rule.condition(values):
             continue

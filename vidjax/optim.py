@@ -11,21 +11,6 @@ import optax
 
 from vidjax.batch import Array
 
-_DEFAULTS = {
-    "name": "adam",
-    "learning_rate": 1e-3,
-    "warmup": 0.1,
-    "warmup_scale": 0.0,
-    "decay": "cosine",
-    "final_scale": 0.01,
-    "decay_factor": 0.7,
-    "decay_every_epochs": 1.0,
-    "total_decay": 0.0,
-    "weight_decay": 0.0,
-    "momentum": 0.9,
-    "clip_norm": 0.0,
-}
-
 
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
@@ -62,7 +47,7 @@ def make_schedule(
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
     Args:
-      spec: some of these fields of `config.optim`; defaults as for `make_optimizer`:
+      spec: these fields of `config.optim`:
         learning_rate: peak of the learning rate.
         warmup: share of all steps in which the rate increases linearly to the peak.
         warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
@@ -82,9 +67,8 @@ def make_schedule(
     Raises:
       ValueError: The decay is unknown, or a value is out of range.
     """
-    options = {**_DEFAULTS, **spec}
-    learning_rate, decay = options["learning_rate"], options["decay"]
-    warmup, warmup_scale = options["warmup"], options["warmup_scale"]
+    learning_rate, decay = spec["learning_rate"], spec["decay"]
+    warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
     if not 0 <= learning_rate < math.inf:
         raise ValueError(f"config.optim.learning_rate={learning_rate} must be finite and 0 or more")
     if not 0 <= warmup <= 1:
@@ -94,7 +78,7 @@ def make_schedule(
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     if decay == "cosine":
-        final_scale = options["final_scale"]
+        final_scale = spec["final_scale"]
         if warmup_steps < 1:
             return optax.cosine_decay_schedule(learning_rate, max(total_steps, 1), final_scale)
         return optax.warmup_cosine_decay_schedule(
@@ -108,7 +92,7 @@ def make_schedule(
         stairs = optax.constant_schedule(1.0)
     elif decay == "steps":
         stairs = _make_stairs(
-            total_steps, options["decay_factor"], options["decay_every_epochs"], steps_per_epoch
+            total_steps, spec["decay_factor"], spec["decay_every_epochs"], steps_per_epoch
         )
     else:
         raise ValueError(f"config.optim.decay='{decay}': known are constant, cosine, steps")
@@ -151,36 +135,31 @@ def make_optimizer(
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: some of `name` (adam | sgd), `total_decay`, `weight_decay`, `momentum` (for sgd; 0 for
-        none), `clip_norm` (largest global norm of the gradient; 0 for any), and the fields of
-        `make_schedule`.
+      spec: the fields of `config.optim`: `name` (adam | sgd), `total_decay`, `weight_decay`,
+        `momentum` (for sgd; 0 for none), `clip_norm` (largest global norm of the gradient; 0 for
+        any), and the fields of `make_schedule`.
       total_steps: steps of the whole run.
       steps_per_epoch: optimiser steps per epoch, which may be a fraction; needed for the decay
         `steps` only.
 
     Raises:
-      ValueError: A field, the name or the decay is unknown, or a value is out of range.
+      ValueError: The name or the decay is unknown, or a value is out of range.
 
     Ours: no decay of biases and normalisation parameters.
     """
-    if unknown := sorted(set(spec) - set(_DEFAULTS)):
-        raise ValueError(
-            f"config.optim has no field {', '.join(unknown)}; known are {', '.join(_DEFAULTS)}"
-        )
-    options = {**_DEFAULTS, **spec}
-    schedule = make_schedule(options, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    if options["name"] == "adam":
+    schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    if spec["name"] == "adam":
         scale = optax.scale_by_adam()
-    elif options["name"] == "sgd":
-        scale = optax.trace(decay=options["momentum"]) if options["momentum"] else optax.identity()
+    elif spec["name"] == "sgd":
+        scale = optax.trace(decay=spec["momentum"]) if spec["momentum"] else optax.identity()
     else:
-        raise ValueError(f"config.optim.name='{options['name']}': known are adam, sgd")
-    parts = [optax.clip_by_global_norm(options["clip_norm"])] if options["clip_norm"] else []
-    if options["weight_decay"]:
-        parts.append(optax.add_decayed_weights(options["weight_decay"], mask=_is_matrix))
+        raise ValueError(f"config.optim.name='{spec['name']}': known are adam, sgd")
+    parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
+    if spec["weight_decay"]:
+        parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
     parts.append(scale)
-    if options["total_decay"]:
-        decay = options["total_decay"] / float(jnp.sum(schedule(jnp.arange(total_steps))))
+    if spec["total_decay"]:
+        decay = spec["total_decay"] / float(jnp.sum(schedule(jnp.arange(total_steps))))
         parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule

@@ -19,13 +19,13 @@ from vidjax.steps.windows import windows
 
 
 class ScoreObserver(Protocol):
-    """A function that sees all scores of an evaluation while they exist."""
+    """A function that gets all scores of an evaluation, one window at a time."""
 
     def __call__(self, blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
-        """Sees one window.
+        """Observes one window.
 
         Args:
-          blocks: of the first model's data, on the devices.
+          blocks: blocks of clips from the data of the first model, on the devices.
           scores: for each model the scores [B, C] of every block.
         """
         ...
@@ -36,11 +36,11 @@ class Evaluation(NamedTuple):
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      each: the same of every single model, where several are blended.
-      positives: [C] int, ground-truth clips per identity among the ranked clips.
+      each: the best 100 clips by every single model of a blend; [] for one model.
+      positives: [C] int, number of ground-truth clips per identity among the ranked clips.
       clips: the best score of every clip.
-      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` (where there is a ground
-        truth), counts, `eval_clips_per_second`, and the MAP of single models and members.
+      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
+        truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
     """
 
     top: topk.TopK
@@ -62,23 +62,23 @@ def score(
 ) -> Evaluation:
     """Ranks all clips of a split by the scores of one model, or by a blend of several.
 
-    Every clip is read once. `ModelScorer` says which members score it. A clip that no member may
-    score is not ranked.
+    Every clip is read once. `ModelScorer` selects the members that score it. Clips that no member
+    may score are not ranked.
 
     Args:
       models: one model, or several whose scores are logarithms, on the same clips.
       split_name: the split.
       mesh: the devices.
-      block_size: clips that a device scores at a time.
-      each_member: whether every member of an ensemble is ranked by itself, too.
-      check: called after every window; an exception that it raises ends the evaluation.
-      observe: called with the scores of every window.
+      block_size: number of clips that a device scores at a time.
+      each_member: True to also rank by every single member of an ensemble.
+      check: function to call after every window; its exceptions end the evaluation.
+      observe: function to call with the scores of every window; None for none.
 
     Raises:
-      ValueError: the models differ in clips or identities, or no clip can be scored.
+      ValueError: The models differ in clips or identities, or no clip can be scored.
     """
     if block_size < 1:
-        raise ValueError(f"config.eval.block_size={block_size}: must be positive")
+        raise ValueError(f"config.eval.block_size={block_size}: must be 1 or more")
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
     split = models[0].data.split(split_name)
@@ -86,7 +86,7 @@ def score(
     pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
     if not pool.any():
         raise ValueError(
-            f"config.eval.split={split_name}: all members were trained on every clip of it\n"
+            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
             "choose another split with --config.eval.split"
         )
     ranked = [
@@ -96,7 +96,7 @@ def score(
     whole = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
     weights = [model.weight for model in models]
-    # Where no members take turns, a window is one block.
+    # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
     began = time.monotonic()
@@ -125,12 +125,12 @@ def score(
 
 
 class _RankedModel:
-    """A model with the metrics of its own ranking and of its members' rankings.
+    """A model with the metrics of its own ranking and of the rankings of its members.
 
     Attributes:
-      scorer: the model.
-      metric: of the model by itself; None where it is the only model.
-      members: one metric per member; empty where there is one member, or none is asked for.
+      scorer: scorer of the model.
+      metric: metric of the model alone; None if it is the only model.
+      members: one metric per member; [] for a single member, or if `each_member` is False.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class _RankedModel:
             self.members = [TopKMetric(split, used & pool) for used in scorer.use]
 
     def score(self, blocks: Sequence[Batch]) -> list[Array]:
-        """Returns the model's scores [B, C] of every block, and adds them to its metrics."""
+        """Returns the scores [B, C] of every block, and adds them to the metrics."""
         scores = self.scorer.score(blocks, member_metrics=self.members)
         if self.metric:
             for block, block_scores in zip(blocks, scores, strict=True):
@@ -177,6 +177,7 @@ def _summarise(
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
+    """Returns `in_sample`, `out_of_fold`, or the split if all members score all clips."""
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
@@ -200,22 +201,22 @@ def _summarise_parts(ranked: Sequence[_RankedModel], results: dict[str, Any]) ->
 
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:
-    """Returns a member's number and those of its fields that are not at their default."""
+    """Returns the number of a member, and its fields that differ from their defaults."""
     defaults = ensemble.Member._field_defaults
     fields = member._asdict()
     number = fields.pop("number")
-    differs = {name: value for name, value in fields.items() if value != defaults[name]}
-    return {"member": number, **differs}
+    changed = {name: value for name, value in fields.items() if value != defaults[name]}
+    return {"member": number, **changed}
 
 
 def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str) -> None:
-    """Raises ValueError where two models cannot be blended."""
+    """Raises ValueError if two models cannot be blended."""
     clips, other_clips = (model.data.split(split_name).clips for model in (first, other))
     if clips != other_clips:
         examples = sorted({*clips} ^ {*other_clips})[:3]
         raise ValueError(
-            f"--runs: the data of {first.name} and {other.name} differ in the clips of "
-            f"{split_name}\nsuch as {', '.join(examples)}"
+            f"--runs: {first.name} and {other.name} have different clips in {split_name}\n"
+            f"such as {', '.join(examples)}"
         )
     if tuple(first.data.identities) != tuple(other.data.identities):
         raise ValueError(
