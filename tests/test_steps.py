@@ -272,6 +272,18 @@ def test_feature_noise_has_a_tenth_of_the_norm_of_each_feature():
     assert (both["a"].features != both["b"].features)[frames.mask].all()
 
 
+@pytest.mark.parametrize("embedding", ["", "triplet"])
+def test_a_bad_clip_is_found_alone(embedding):
+    system = make(loss__embedding=embedding)
+    batch = make_batch((7, 3, 2, 2, 1), audio=(1, 1, 1, 1, 1))
+    batch.frames["audio"].features[2] = np.nan
+    labels = np.array([3, 3, 4, 4, 5])  # the bad clip is the positive of another, and a negative
+    state = init(system, labels)
+    tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 5)))
+    find = jax.jit(functools.partial(train_step.find_bad_clips, system))
+    np.testing.assert_array_equal(find(state, tables, batch, 0), np.arange(5) == 2)
+
+
 class TwoBranches(nn.Module):
     """Two linear layers of the voice and the weights that a test wants."""
 

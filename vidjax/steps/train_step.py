@@ -110,7 +110,7 @@ def _step_member(
             mutable=list(learned.model_state),
         )
         per_clip = sum(
-            share * _loss_by_clip(system, step, output, labels, exists)
+            share * _loss_by_clip(system, step, output, labels, exists, compared=exists)
             for labels, share in clips.targets
         )
         loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(clips.weight), 1e-6)
@@ -203,10 +203,25 @@ def _as_model_input(
 
 
 def _loss_by_clip(
-    system: System, step: Array, output: ModelOutput, labels: Array, exists: Array
+    system: System,
+    step: Array,
+    output: ModelOutput,
+    labels: Array,
+    exists: Array,
+    *,
+    compared: Array,
 ) -> Array:
-    """Returns the loss of every clip, [B] float, averaged over its examples [B, T']."""
-    losses = system.objective(output, examples.spread(labels, exists), exists.reshape(-1), step)
+    """Returns the loss of every clip, [B] float, averaged over its examples.
+
+    Args:
+      system: the system.
+      step: [] int32, number of the step.
+      output: output of the model for B T' examples.
+      labels: [B] int32, class columns of the clips.
+      exists: [B, T'] bool, the examples that count.
+      compared: [B, T'] bool, the examples that a loss of embeddings compares with each other.
+    """
+    losses = system.objective(output, examples.spread(labels, exists), compared.reshape(-1), step)
     return examples.mean_over_examples(losses, exists)
 
 
@@ -215,7 +230,8 @@ def find_bad_clips(
 ) -> Array:
     """Finds the clips of a skipped step whose loss or its derivative is not finite.
 
-    The losses are computed without dropout, and without the transforms after fusion.
+    The losses are computed without dropout, without the transforms after fusion, and without the
+    loss of the embeddings.
 
     Args:
       system: the system.
@@ -241,7 +257,9 @@ def find_bad_clips(
                 info,
                 train=False,
             )
-            return _loss_by_clip(system, step, output, clips.labels, exists)
+            # A loss of embeddings would blame a bad clip on those that it is compared with.
+            none = jnp.zeros_like(exists)
+            return _loss_by_clip(system, step, output, clips.labels, exists, compared=none)
 
         features = {name: x.features.astype(jnp.float32) for name, x in frames.items()}
         # Clips do not depend on each other here, so one derivative serves all of them.
