@@ -7,8 +7,9 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Set
-from typing import Any
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Set
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -273,14 +274,15 @@ def make_loss(
             f"which has weight 0 in config.loss.schedule={spec['schedule']}"
         )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
-    options = {
-        **spec,
+    values = {
         "class_mask": class_mask,
         "logit_scale": logit_scale,
         "gamma": float(spec["gamma"]),
         "label_smoothing": float(smoothing),
         "margin": margin,
     }
+    # Not copied: a field is read where a loss takes it, and nowhere else.
+    options = ChainMap(values, cast(MutableMapping[str, Any], spec))
 
     def with_margin(name: str) -> Callable[[Array, Array], Array]:
         loss = _with_options(CLASSIFICATION[name], options)
