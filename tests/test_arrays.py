@@ -59,7 +59,7 @@ def write_csv(path, labels):
 
 
 def shards(records):
-    """Returns what every shard of a conversion holds, by digest."""
+    """Returns the sha256 of every shard of a conversion."""
     return {
         (split, shard.path.name.split("-", 1)[1]): shard.sha256
         for split, facts in records.splits.items()

@@ -92,7 +92,7 @@ def checked(capsys):
 
 
 def states(lines, state):
-    """Returns what the lines of a state say."""
+    """Returns the texts of the lines in a state."""
     return [line[11:] for line in lines if line.startswith(f"  {state:7}  ")]
 
 
@@ -328,7 +328,7 @@ def test_which_checkpoint_evaluation_would_use(run, checked):
 
 
 def test_left_overs_are_named(run, checked):
-    """Of a save that was cut short, of a write, of a conversion, and folders of the user's."""
+    """An unfinished save, write and conversion are left over, beside a folder of the user's."""
     left = [run / "checkpoints" / ".30.partial", run / "checkpoints" / "mine"]
     left += [run / ".metrics.json.123.partial", run.parent / "cache" / "iqiyi_vid" / "ab.partial"]
     for path in left:

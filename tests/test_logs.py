@@ -53,7 +53,7 @@ def test_tensorboard_reads_the_events_and_forgets_repeated_steps(tmp_path):
 
 
 def test_a_run_is_a_session_of_the_hparams_tab(tmp_path):
-    """As TensorBoard's own back end tells it to its page."""
+    """TensorBoard's own back end lists the run and its hyperparameters."""
     for seed, name in enumerate(("one", "two")):
         folder = made_runs.write(
             tmp_path / name, {"1": 0.5}, f"--config.seed={seed}", "--config.modalities=face,head"

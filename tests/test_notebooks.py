@@ -106,7 +106,7 @@ def test_the_setup_is_the_same_everywhere():
 
 
 def thing(module, name):
-    """Returns what `from module import name` gives."""
+    """Imports a name from a module, or a submodule of that name."""
     found = importlib.import_module(module)
     return (
         getattr(found, name)
@@ -237,7 +237,7 @@ def write_distribution(folder, name, version):
 
 @pytest.mark.slow
 def test_a_hosted_image_keeps_what_it_brings(tmp_path):
-    """Of a hosted image there is the metadata alone, and a module `tensorflow`."""
+    """The environment holds the metadata of the hosted packages, and a module `tensorflow`."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     words = "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -64,7 +64,7 @@ def ranked(run, clips):
 
 
 def test_clips_are_scored_as_by_the_nearest_neighbour(data, train, clips):
-    """Of the baseline, everything is known: what it embeds is the mean face, by quality."""
+    """The baseline has no parameters: its embedding is the quality-weighted mean face."""
     run = predict.restore(train("knn"), num_devices=1)
     embedded = run.embed(clips["val"])
     for row, frames in zip(embedded, clips["val"].values(), strict=True):

@@ -313,7 +313,7 @@ def test_own_features_from_the_shell_and_from_python(cache_dir, tmp_path, monkey
 
 
 def section(page, heading):
-    """Returns what stands under a heading of a page, up to the next heading of level 2."""
+    """Returns the text under a heading of a page, up to the next heading of level 2."""
     text = PAGES[page].read_text()
     assert text.count(f"\n## {heading}\n") == 1, f"{page} has no section '## {heading}'"
     return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]

@@ -134,7 +134,7 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
 
 
 def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
-    """As if they were not in val: whatever their features are."""
+    """Distractors that are left out do not change the parameters, whatever their features are."""
     config = shrunk(*WORDS, "--config.num_epochs=1", spec=f"{SPEC},leave_out")
     truth = training_labels(data)
 

@@ -754,7 +754,7 @@ def test_mistakes(ragged):
 
 
 def test_clips_reach_the_devices_in_pieces(ragged, monkeypatch):
-    """Of 40 frames of a face: longer clips are cut between two."""
+    """A piece holds 40 face frames, so a longer clip is cut between two pieces."""
     wanted, _, _ = clips_of(ragged, crop="quality")
     monkeypatch.setattr(resident, "CHUNK_BYTES", 40 * 12)
     found, _, _ = clips_of(ragged, crop="quality")

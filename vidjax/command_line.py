@@ -100,7 +100,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits words into those of the flags and those that override fields of the configuration.
 
     Args:
-      words: of a command; a value may follow its field as a word of its own.
+      words: the words of a command; a value may follow its field as a separate word.
 
     Returns:
       The words of the flags, and words such as `--config.seed=1`.

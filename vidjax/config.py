@@ -225,8 +225,8 @@ def default() -> Config:
     config.join.split = "train"
 
     config.resume = ConfigDict()  # a run that goes on where an earlier process stopped
-    # fields, or groups of them, that may differ from those the run began with: of `optim`, `loss`,
-    # `mixup`, `num_epochs`, `log_every_steps` and `eval`
+    # fields or groups that may differ from the values the run began with: `optim`, `loss`, `mixup`,
+    # `num_epochs`, `log_every_steps` and `eval`, and the fields in them
     config.resume.allow = ()
     return config
 

@@ -26,7 +26,7 @@ def field_comments(source: str) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    field_comments = {}
     for statement in ast.walk(ast.parse(source)):
         match statement:
             case ast.Assign(targets=[ast.Attribute() as target]):
@@ -38,8 +38,8 @@ def field_comments(source: str) -> dict[str, str]:
                     comments[number] for number in range(first, line + 1) if number in comments
                 ]
                 name = ast.unparse(target).partition(".")[2]
-                found[line] = (name, " ".join(parts))
-    return dict(found[line] for line in sorted(found))
+                field_comments[line] = (name, " ".join(parts))
+    return dict(field_comments[line] for line in sorted(field_comments))
 
 
 def _is_comment(source: str, line: int) -> bool:

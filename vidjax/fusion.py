@@ -26,9 +26,9 @@ from vidjax.selection import (
 )
 from vidjax.suggest import suggest
 
-# Sampling weights are rounded to multiples of 1 / _LEVELS of the largest weight of the clip. Sums
-# of up to 4096 such weights are exact in float32 in any order. So draws depend neither on padding
-# nor on the number of devices.
+# Sampling weights are rounded to multiples of 1 / _LEVELS of the largest weight of the clip. Up to
+# 4096 such weights add up exactly in float32, in any order. So draws depend neither on padding nor
+# on the number of devices.
 _LEVELS = 4096
 
 

@@ -56,14 +56,14 @@ class Predictor(NamedTuple):
     Attributes:
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
-      manifest: of the checkpoint; every file of it matched its sha256.
-      config: of the run.
+      manifest: the manifest of the checkpoint; every file matched its sha256 in it.
+      config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
       params: the model's parameters, [E, ...].
       model_state: the model's other variable collections, [E, ...].
       training_sets: the clips that each member was trained on.
-      system: what the configuration describes.
+      system: model, fusion and scores that the configuration describes.
       score_fn: scores [B, C] of one member.
       embed_fn: embeddings [B, D] of one member.
       mesh: the devices.
@@ -90,7 +90,7 @@ class Predictor(NamedTuple):
 
         Args:
           clips: N clips; the rows are in the order of the dict, or of the split's clip names.
-          split: of a dataset.
+          split: the split of a dataset; None for clips in memory, or for the evaluated one.
 
         Raises:
           ValueError: clips do not fit the run; the message names clip, modality and field.
@@ -109,7 +109,7 @@ class Predictor(NamedTuple):
 
         Args:
           clips: N clips.
-          split: of a dataset.
+          split: the split of a dataset; None for clips in memory, or for the evaluated one.
 
         Raises:
           ValueError: clips do not fit the run; the message names clip, modality and field.
@@ -142,7 +142,7 @@ class Predictor(NamedTuple):
 
         Args:
           clips: N clips; the rows are in the order of the dict, or of the split's clip names.
-          split: of a dataset.
+          split: the split of a dataset; None for clips in memory, or for the evaluated one.
 
         Raises:
           ValueError: clips do not fit the run, or its model has no classifier of

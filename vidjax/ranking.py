@@ -249,7 +249,7 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _is_text(line: str) -> bool:
-    """Returns whether the line was UTF-8 in the file."""
+    """Returns True if the line was valid UTF-8 in the file."""
     return not any("\udc80" <= character <= "\udcff" for character in line)
 
 

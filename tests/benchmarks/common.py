@@ -234,7 +234,7 @@ def memory_added(function: Callable[[], Any]) -> tuple[int, int]:
 
 
 def describe() -> str:
-    """Returns what the figures are of."""
+    """Returns the processor and the JAX version that the figures were measured with."""
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 

@@ -813,7 +813,7 @@ class ClipDataset(Dataset):
         """Loads the files.
 
         Args:
-          directory: of the official files.
+          directory: the folder of the official files.
           split: train or val.
           modalities: which to load.
           columns: identity -> class column, from 1.
@@ -892,7 +892,7 @@ def make_loader(
 
 
 def learning_rate_scale(step: int, num_steps: int, warmup: float = 0.1) -> float:
-    """Returns what the peak is multiplied by: a linear warm-up, then a cosine to .01."""
+    """Returns the factor of the peak rate: a linear warm-up, then a cosine to 0.01."""
     warmup_steps = max(1, math.ceil(warmup * num_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -921,12 +921,12 @@ def fit(
     checkpoint: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Returns what a whole run took, and the MAP@100 that it reached on val.
+    """Trains and evaluates once; returns the seconds taken and the MAP@100 on val.
 
     Args:
-      directory: of the official files.
+      directory: the folder of the official files.
       net_name, options: as in `make_recipe`.
-      modalities: of `mma`, face among them; None: face, head, body and audio.
+      modalities: the inputs of `mma`, face among them; None: face, head, body and audio.
       epochs: passes over the training clips.
       batch_size: clips a step.
       block_size: clips that are scored at a time.

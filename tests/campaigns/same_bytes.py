@@ -165,7 +165,7 @@ def blend(workdir: Path, runs: Sequence[Path], env: Mapping[str, str]) -> None:
 
 
 def digests(workdir: Path) -> dict[str, str]:
-    """Returns what -> sha256 of the files, parameters and arrays of a run."""
+    """Returns the sha256 of each file, parameter and array of a run, by name."""
     found = {
         name: hashlib.sha256((workdir / name).read_bytes()).hexdigest()
         for name in FILES

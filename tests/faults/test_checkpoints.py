@@ -301,7 +301,7 @@ def test_what_gives_a_checkpoint_its_meaning_is_verified(capsys, finished, name,
 
 @pytest.mark.slow
 def test_what_was_lost_beside_the_checkpoint_is_written_anew(config, data, finished, whole):
-    """As the message says; and the step that is damaged is trained again, to the same bits."""
+    """The files are written as the message says; the damaged step is trained to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json"):
         (finished / name).unlink()
     flip(largest(finished, 24), np.random.default_rng(5))

@@ -29,7 +29,7 @@ def start(canary: Path, *words: str | Path) -> subprocess.Popen[bytes]:
 
 
 def end(reader: subprocess.Popen[bytes]) -> list[Any]:
-    """Returns what a reader reports; it must have outlived every file."""
+    """Returns the report of a reader, one entry per file; no file may have ended it."""
     output, errors = reader.communicate(timeout=3000)
     assert reader.returncode == 0, errors.decode()
     return [json.loads(line) for line in output.splitlines()]

@@ -444,7 +444,7 @@ for size in sizes:
 
 
 def can_mount(folder: Path) -> bool:
-    """Returns whether a process here may have a small file system of its own."""
+    """Returns True if a process here may mount a small file system of its own."""
     if not shutil.which("unshare"):
         return False
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "vidjax", str(folder)]

@@ -102,7 +102,7 @@ def for_report(args: Arguments) -> Path:
 
 
 def for_comparison(args: Arguments) -> Comparison:
-    """Returns what to compare, for `--mode=compare`.
+    """Returns the runs and options of `--mode=compare`.
 
     Raises:
       ValueError: a mistake in the words.

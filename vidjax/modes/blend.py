@@ -156,7 +156,7 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
 
     Args:
       models: the runs.
-      config: of the blend.
+      config: the configuration of the blend.
       mesh: the devices.
 
     Returns:

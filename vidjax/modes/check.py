@@ -56,17 +56,19 @@ def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, F
         yield "environment", _cache(config)
     if config is not None and not workdir:
         yield "config", _values(config)
-    runs: dict[str, Config | None] = {}  # those that the folder joins
+    joined: dict[str, Config | None] = {}  # configurations of the joined runs, by folder
     if workdir:
         yield "run", _folder("workdir", workdir)
         yield from (("run", findings) for findings in check_run(config, workdir))
-        runs = {name: _config_of(name, config) for name in config.join.runs} if config else {}
-        if not runs:
+        if config is not None:
+            joined = {name: _config_of(name, config) for name in config.join.runs}
+        if not joined:
             yield "checkpoints", check_checkpoints(config, workdir)
-        for name, run_config in runs.items():
+        for name, run_config in joined.items():
             yield "checkpoints", check_checkpoints(run_config, Path(name), f"{name}: ")
-    configs = [found for found in (runs.values() if runs else [config]) if found is not None]
-    for data_config in {repr(found.data): found for found in configs}.values():
+    configs = joined.values() if joined else [config]
+    different = {repr(config.data): config for config in configs if config is not None}
+    for data_config in different.values():
         yield "data", _data(data_config)
 
 
@@ -139,8 +141,8 @@ def _folder(name: str, folder: Path) -> Findings:
     else:
         free = shutil.disk_usage(existing).free
         state = WARNING if free < LITTLE_SPACE else OK
-        made = "" if existing == folder else ", to be made"
-        yield state, f"{name}: '{folder}'{made}: can be written, {size_text(free)} free"
+        absent = "" if existing == folder else ", does not exist yet"
+        yield state, f"{name}: '{folder}'{absent}: can be written, {size_text(free)} free"
 
 
 def _data(config: Config) -> Findings:
@@ -163,60 +165,61 @@ def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
     from vidjax.data.records.convert import records_folder
     from vidjax.data.records.report import label_records
 
-    where = records_folder(source, cache)
-    if not (where / "manifest.json").exists():
+    folder = records_folder(source, cache)
+    if not (folder / "manifest.json").exists():
         yield (
             WARNING,
             "records: not converted yet, or the files have changed: training converts them",
         )
         return
-    found = manifest_lib.load_index(where)
-    problems = [*manifest_lib.verify(found), *wrong_sums(found.report), *_counts(found)]
+    records = manifest_lib.load_index(folder)
+    problems = [*manifest_lib.verify(records), *wrong_sums(records.report), *_counts(records)]
     for problem in problems:
         yield FAULT, f"records: {problem}"
-    shards = [shard for split in found.splits.values() for shard in split.shards]
+    shards = [shard for split in records.splits.values() for shard in split.shards]
     if not problems:
         size = sum(shard.size for shard in shards)
         yield (
             OK,
-            f"records: '{where}': {len(shards)} shards, {size_text(size)}, every sha256 agrees",
+            f"records: '{folder}': {len(shards)} shards, {size_text(size)}, every sha256 agrees",
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _, _, report = label_records(found, source.truth(found.clips))
+        _, _, report = label_records(records, source.truth(records.clips))
     for warning in caught:
         yield WARNING, f"ground truth: {warning.message}"
-    for split, facts in report["splits"].items():
-        yield OK, f"{split}: {_described(facts)}"
-    select_modalities(config.modalities, found.modalities)
+    for split, report_of_split in report["splits"].items():
+        yield OK, f"{split}: {_counts_text(report_of_split)}"
+    select_modalities(config.modalities, records.modalities)
 
 
-def _described(facts: Mapping[str, Any]) -> str:
+def _counts_text(split_report: Mapping[str, Any]) -> str:
+    """Returns the numbers of clips, labels and frames of a split, in one line."""
     labels = "no ground truth"
-    if facts["labelled"]:
-        labels = f"{facts['labelled_clips']} of {facts['identities']} identities"
-    modalities = facts["modalities"].values()
-    seen = sum(one["frames_seen"] for one in modalities)
-    skipped = sum(sum(one["frames_skipped"].values()) for one in modalities)
+    if split_report["labelled"]:
+        labels = f"{split_report['labelled_clips']} of {split_report['identities']} identities"
+    modalities = split_report["modalities"].values()
+    seen = sum(modality["frames_seen"] for modality in modalities)
+    skipped = sum(sum(modality["frames_skipped"].values()) for modality in modalities)
     return (
-        f"{facts['clips']} clips ({labels}); {seen} frames seen = "
+        f"{split_report['clips']} clips ({labels}); {seen} frames seen = "
         f"{seen - skipped} loaded + {skipped} skipped"
     )
 
 
-def _counts(found: "Records") -> Iterator[str]:
-    """Yields where index, manifest and report of a conversion tell different numbers."""
-    for split, facts in found.splits.items():
-        report = found.report["splits"][split]
+def _counts(records: "Records") -> Iterator[str]:
+    """Yields a problem for each number on which index, manifest and report disagree."""
+    for name, split in records.splits.items():
+        report = records.report["splits"][name]
         counts = {
-            "the index": len(facts.clips),
-            "the shards": sum(shard.records for shard in facts.shards),
+            "the index": len(split.clips),
+            "the shards": sum(shard.records for shard in split.shards),
             "data_report.json": report["clips"],
         }
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count} in {name}" for name, count in counts.items())
-            yield f"{split}: clips: {told}"
-        for name, lengths in facts.lengths.items():
-            loaded = report["modalities"][name]["frames"]
+            numbers = ", ".join(f"{count} in {file}" for file, count in counts.items())
+            yield f"{name}: clips: {numbers}"
+        for modality, lengths in split.lengths.items():
+            loaded = report["modalities"][modality]["frames"]
             if loaded != lengths.sum():
-                yield f"{name}_{split}: {loaded} frames in data_report.json, {lengths.sum()} kept"
+                yield f"{modality}_{name}: {loaded} frames in data_report.json, {lengths.sum()} kept"

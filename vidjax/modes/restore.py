@@ -203,7 +203,7 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 
     Args:
       workdir: the run's folder.
-      manifest: of its checkpoint.
+      manifest: the manifest of its checkpoint.
       digests: the result of `companion_digests` for the data at hand.
 
     Raises:

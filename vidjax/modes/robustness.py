@@ -35,7 +35,7 @@ class SampleScorer:
       model: the trained model.
       split: the clips.
       rows: clips per block.
-      scorer: of the model.
+      scorer: scores blocks with the model.
     """
 
     def __init__(self, model: TrainedModel, split: Split, mesh: Mesh, rows: int):
@@ -112,7 +112,7 @@ def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list
     """Measures how much MAP an ensemble loses without each of its members.
 
     Args:
-      scorer: of the ensemble.
+      scorer: scores the sample with the ensemble.
       sample: [N] bool.
       plain: the MAP of the sample with all members.
 
@@ -193,7 +193,7 @@ def choose_clips(
     """Draws labelled clips of a sample, half of them identified correctly.
 
     Args:
-      scorer: of the sample.
+      scorer: scores the sample.
       clips: the best score of every clip.
       sample: [N] bool.
       rng: draws the clips.
@@ -220,7 +220,7 @@ def occlusion(
     """Measures how far the score of a clip's own identity falls when one frame is hidden.
 
     Args:
-      scorer: of the sample.
+      scorer: scores the sample.
       clips: the best score of every clip.
       modality: whose frames are hidden.
       chosen: [N] bool, the clips.

@@ -32,7 +32,7 @@ def strata(
     Args:
       evaluation: the ranking.
       split: its clips.
-      modalities: of the model; the first of them is the primary one.
+      modalities: the inputs of the model, the primary one first.
       quality: [N] float, mean quality of each clip's frames of the primary modality.
       train_clips: [C] int, training clips per identity; None where they are not known.
 

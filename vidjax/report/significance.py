@@ -1,4 +1,4 @@
-"""Intervals and p-values of a mean over identities: of one run's MAP, and of a difference of two.
+"""Intervals of the MAP of a run, and intervals and p-values of the difference between two runs.
 
 Report and comparison use the same method, a studentised bootstrap over the identities.
 """

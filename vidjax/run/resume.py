@@ -23,8 +23,8 @@ MOVABLE = (
     "eval.checkpoint",
     "eval.report",
 )
-# Fields and groups that `config.resume.allow` may name: they shape neither the state nor the order
-# of clips.
+# Fields and groups that `config.resume.allow` may name. They change neither the shapes of the
+# training state nor the order of the clips.
 CHANGEABLE = ("optim", "loss", "mixup", "num_epochs", "log_every_steps", "eval")
 
 Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
@@ -103,7 +103,7 @@ def describe(changed: Changes) -> str:
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:
-    """Returns whether a field is one of some fields, or lies in one of some groups."""
+    """Returns True if `groups` has the field itself or a group that contains it."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
