@@ -222,4 +222,5 @@ def _counts(records: "Records") -> Iterator[str]:
         for modality, lengths in split.lengths.items():
             loaded = report["modalities"][modality]["frames"]
             if loaded != lengths.sum():
-                yield f"{modality}_{name}: {loaded} frames in data_report.json, {lengths.sum()} kept"
+                kept = lengths.sum()
+                yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} kept"
