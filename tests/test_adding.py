@@ -222,7 +222,7 @@ def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     for field, name in FIELDS.items():
         group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
-        assert re.search(rf"(?m)^.*`{group}`.* known are `{name}`", done.stdout), field
+        assert re.search(rf"(?m)^.*`{group}`.* choose from `{name}`", done.stdout), field
     for *_, function, line in ADDITIONS:
         (definition,) = ast.parse(function).body
         assert isinstance(definition, (ast.FunctionDef, ast.ClassDef))

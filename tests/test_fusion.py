@@ -81,7 +81,7 @@ def test_number_of_fused_frames_follows_probs(probs):
     )
     drawn = np.asarray(fused.features[0])
     np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-6)
-    # Of 300 frames hardly ever all that are drawn are the same.
+    # The frames drawn from 300 are hardly ever all the same.
     smallest = np.where(drawn > 0, drawn, 1).min(axis=1)
     counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:] / draws
     np.testing.assert_allclose(counts, [0.2] * 5 if probs is None else probs, atol=0.03)
@@ -327,9 +327,9 @@ def test_all_frames_is_the_identity():
     ("spec", "message"),
     [
         ({"name": "random_fusion"}, "did you mean 'random'?"),
-        ({"name": "blur"}, f"known are {', '.join(sorted(fusion.FUSIONS))}"),
-        ({}, f"known are {', '.join(sorted(fusion.FUSIONS))}"),
-        ({"name": "top", "frames": 3}, "no option frames; known are num_frames, and for every"),
+        ({"name": "blur"}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
+        ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
+        ({"name": "top", "frames": 3}, "no option frames; choose from num_frames, and for every"),
         ({"name": "random"}, "needs num_draws"),
     ],
 )
@@ -344,7 +344,7 @@ def test_unknown_specs_are_refused(spec, message):
         ({"num_draws": 0}, "1 or more"),
         ({"num_draws": 1, "probs": (1, 2)}, "probs must be 5 finite"),
         ({"num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "probs must be 2 finite"),
-        ({"num_draws": 1, "weighting": "norm"}, "known are graded, quality, uniform"),
+        ({"num_draws": 1, "weighting": "norm"}, "choose from graded, quality, uniform"),
     ],
 )
 def test_impossible_values_are_refused(options, message):

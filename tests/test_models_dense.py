@@ -355,12 +355,12 @@ def test_parameter_counts(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "deep"}, "unknown backbone 'deep'; known are mlp, residual"),
+        ({"backbone": "deep"}, "unknown backbone 'deep'; choose from mlp, residual"),
         ({"head": "round"}, "unknown head"),
         ({"logit_scale": 30.0}, "option of the cosine head"),
         ({"width": 8}, "backbone 'mlp' has no option width"),
         ({"backbone": "residual", "layers": ()}, "backbone 'residual' has no option layers"),
-        ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; known are linear"),
+        ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from linear"),
         ({"layers": ((8, "relu"),)}, "a layer is"),
         ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
         ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs num_layers of 1 or more"),

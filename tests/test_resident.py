@@ -64,10 +64,10 @@ def test_orders_differ_between_epochs_and_seeds():
 
 
 def p_values(orders):
-    """Returns how likely orders at random are to be less even than these.
+    """Returns the probabilities that random orders are less even than these.
 
-    In the clip of every place, for which counts of permutations have (N - 1)^2 degrees of freedom;
-    and in the pairs of clips that stand at two places in a row, for each of these.
+    The first is that of the clip at each place: counts of permutations have (N - 1)^2 degrees of
+    freedom. The others are those of the pairs of clips at two neighbouring places.
     """
     epochs, num_clips = orders.shape
     places = np.arange(num_clips)
@@ -730,7 +730,7 @@ def test_auto_is_resident_where_it_fits(ragged, monkeypatch):
         assert resident.choose_mode("streaming", frames, mesh, drawn) == "streaming"
         with pytest.raises(ValueError, match="more than an int32 counts"):
             resident.choose_mode("resident", frames, mesh, drawn)
-    with pytest.raises(ValueError, match=r"mode='disk': known are auto, resident, streaming"):
+    with pytest.raises(ValueError, match=r"mode='disk': choose from auto, resident, streaming"):
         resident.choose_mode("disk", layout, mesh, 100)
 
 
