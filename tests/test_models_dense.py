@@ -357,7 +357,7 @@ def test_parameter_counts(options, expected):
     [
         ({"backbone": "deep"}, "unknown backbone 'deep'; choose from mlp, residual"),
         ({"head": "round"}, "unknown head"),
-        ({"logit_scale": 30.0}, "option of the cosine head"),
+        ({"logit_scale": 30.0}, "config.model.head=cosine"),
         ({"width": 8}, "backbone 'mlp' has no option width"),
         ({"backbone": "residual", "layers": ()}, "backbone 'residual' has no option layers"),
         ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from linear"),
