@@ -107,7 +107,7 @@ def test_override_leaves_the_original_alone():
         ("--config.batchsize=1", "--config.batch_size"),
         ("--config.learning_rate=1", "--config.optim.learning_rate"),
         ("--config.data.dri=x", "--config.data.dir"),
-        ("--config.zzz=1", "configs/README.md"),
+        ("--config.zzz=1", "--mode=config"),
         ("--config.batch_size=many", "--config.batch_size=many"),
         ("--config.batch_size=1.5", "whole number such as 128"),
         ("--config.num_epochs=1e", "number such as 30.0"),

@@ -123,7 +123,7 @@ MISTAKES = {
     ),
     "a value that nothing reads": (f"{MMA} --config.loss.gamma=3", "--config.loss.schedule="),
     "unknown dataset": (f"{MMA} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
-    "unknown model": (f"{MMA} --config.model.name=resnet", "deepmef, dense"),
+    "unknown model": (f"{MMA} --config.model.name=resnet", "--config.model.name=resnet"),
 }
 
 
@@ -207,6 +207,7 @@ SEEN = [
     r"converting \d+ files of .*",
     r"(read|pack|write|convert)\w* +\d+% \|.*",
     r"(read|pack|write|convert)\w*: .*",
+    r"train:? compiling",
     r"clips stay on the device: [\d,]+ MB, read in [\d.]+ s",
     r"(train|evaluate) +\d+% \|.*\| [\d.]+k?/[\d.]+k?, .*",
     r"(train|evaluate): [\d,]+ of [\d,]+ clips, .*",

@@ -6,7 +6,9 @@ from typing import NamedTuple
 from vidjax import config as config_lib
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
+from vidjax.config_values import folder_suffix, override_names
 from vidjax.data.clips import TrainingData
+from vidjax.run import resume
 
 NEEDS_WORKDIR = "name the folder of a trained run"
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
@@ -44,11 +46,28 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
     config = config_lib.override(config_lib.load_file(args.config), args.overrides)
-    name, _, words = args.config.partition(":")
-    default = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
-    workdir = Path(args.workdir or f"runs/{default}").expanduser()
+    workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
     return config, workdir
+
+
+def _default_name(args: Arguments, config: Config) -> str:
+    """Returns the name of a run's folder: the file, its arguments, and the overrides."""
+    name, _, words = (args.config or "").partition(":")
+    name = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
+    return name + folder_suffix(config, args.overrides, (*resume.MOVABLE, "resume.allow"))
+
+
+def rehearse(args: Arguments) -> None:
+    """Refuses a training that cannot work, before its data are read.
+
+    Raises:
+      ValueError: a name or a value that the system or the data do not have.
+      OSError: the folder of the data is absent, or has no features.
+    """
+    from vidjax.modes.rehearsal import rehearse
+
+    rehearse(config_lib.load_file(args.config or ""), args.overrides)
 
 
 def for_evaluation(args: Arguments) -> tuple[Config, Path]:
@@ -117,7 +136,7 @@ def for_comparison(args: Arguments) -> Comparison:
             "all others are compared with the first"
         )
     config = config_lib.override(config_lib.default(), args.overrides)
-    given = {word.removeprefix("--config.").partition("=")[0] for word in args.overrides}
+    given = set(override_names(args.overrides))
     if unread := sorted(given - set(COMPARABLE)):
         raise ValueError(
             f"--mode=compare does not read config.{unread[0]}\n"
@@ -159,6 +178,26 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
             raise
         return None, workdir
     return config_lib.override(config, args.overrides), workdir
+
+
+def for_display(args: Arguments) -> tuple[Config, str]:
+    """Returns a configuration without its overrides, and its file, for `--mode=config`.
+
+    Without `--config` and `--workdir` it is that of the defaults.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if args.runs is not None:
+        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER, not --runs")
+    if args.workdir and args.config:
+        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER: not both")
+    if args.config:
+        return config_lib.load_file(args.config), args.config
+    if args.workdir:
+        workdir = Path(args.workdir).expanduser()
+        return run_config(workdir), shown(workdir / "config.json")
+    return config_lib.default(), "default"
 
 
 def run_config(workdir: Path) -> Config:
