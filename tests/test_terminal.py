@@ -123,7 +123,7 @@ MISTAKES = {
     ),
     "a value that nothing reads": (f"{MMA} --config.loss.gamma=3", "--config.loss.schedule="),
     "unknown dataset": (f"{MMA} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
-    "unknown model": (f"{MMA} --config.model.name=resnet", "--config.model.name=resnet"),
+    "unknown model": (f"{MMA} --config.model.name=resnet", "deepmef, dense"),
 }
 
 

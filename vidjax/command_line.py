@@ -136,7 +136,11 @@ def parse(words: Sequence[str]) -> Arguments:
         _check_flag(word.partition("=")[0])
     args, strays = make_parser().parse_known_args(own)
     if strays:
-        raise ValueError(f"stray word '{strays[0]}'{_hint_for_stray(strays[0], args.runs)}")
+        hint = _hint_for_stray(strays[0], args.runs)
+        if "=" in own:
+            flag = own[max(own.index("=") - 1, 0)]
+            hint = f": no blanks around =, {flag}={strays[0]}"
+        raise ValueError(f"stray word '{strays[0]}'{hint}")
     if args.mode not in MODES:
         raise ValueError(f"no mode '{args.mode}': {suggest(args.mode, MODES)}")
     if args.workdir == "":

@@ -67,7 +67,9 @@ class Config(Protocol):
 def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every leaf of a configuration."""
     for key in config:
-        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
+        # A reference shows the value of a field that may be unset; None itself has no reference.
+        plain = config.get_type(key) in (ConfigDict, type(None))
+        value = config[key] if plain else config.get_ref(key).get()
         if isinstance(value, ConfigDict):
             yield from fields(cast(Config, value), f"{prefix}{key}.")
         else:
