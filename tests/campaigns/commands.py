@@ -182,6 +182,7 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.model.embed_dim=0", "--config.model.embed_dim=0"),
     Case("--config=mma --workdir=new --config.model.num_clusters=-2", "num_clusters=-2"),
     Case("--config=mma --workdir=new --config.model.dropout_rate=5", "model.dropout_rate=5"),
+    Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "embed_dim=100000000"),
 ]
 FILES = [
     Case("--config=configs/mmaa.py", "'configs/mma.py'"),

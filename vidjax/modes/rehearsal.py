@@ -4,6 +4,7 @@ The system is built and its parameters are traced in the abstract. That takes ne
 devices, and a tenth of a second.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vidjax.system import TaskSpec, make_system
 
 WIDTH = 512  # feature width of a modality whose files have not been read
 CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
+MOST_PARAMS = 10**10  # parameters of one member; more fit no device
 
 
 def rehearse(config: Config, overrides: Sequence[str] = ()) -> None:
@@ -113,7 +115,7 @@ def build(config: Config, widths: Mapping[str, int]) -> None:
         return state_lib.init_state(system, widths, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:
-        jax.eval_shape(init)
+        params = jax.eval_shape(init).params
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # a model of the user's own raises what it likes
@@ -122,6 +124,9 @@ def build(config: Config, widths: Mapping[str, int]) -> None:
             f"the model '{spec['model'].get('name')}' cannot be built: "
             f"{type(error).__name__}: {reason}\n--debug shows where"
         ) from error
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    if count > MOST_PARAMS:
+        raise ValueError(f"the model '{spec['model'].get('name')}' has {count:,} parameters")
 
 
 def _can_be_built(config: Config, widths: Mapping[str, int]) -> bool:
