@@ -106,20 +106,21 @@ class DatasetEntry(NamedTuple):
 
     Attributes:
       open: opens its source.
-      names: reads the names of its splits and modalities, without reading its files.
       generated: True if `config.data.size` and `seed` determine the clips, not `dir`.
+      names: returns the names of its splits and modalities without reading its files; None where
+        only the files would tell.
     """
 
     open: Callable[[DataOptions], RecordSource]
-    names: Callable[[DataOptions], Names]
     generated: bool = False
+    names: Callable[[DataOptions], Names] | None = None
 
 
 # To add a dataset, write a function like those above and add a line here.
 DATASETS: Mapping[str, DatasetEntry] = {
-    "synthetic": DatasetEntry(open_synthetic, names_of_synthetic, generated=True),
-    "iqiyi_vid": DatasetEntry(open_iqiyi_vid, names_of_iqiyi_vid),
-    "arrays": DatasetEntry(open_arrays, names_of_arrays),
+    "synthetic": DatasetEntry(open_synthetic, generated=True, names=names_of_synthetic),
+    "iqiyi_vid": DatasetEntry(open_iqiyi_vid, names=names_of_iqiyi_vid),
+    "arrays": DatasetEntry(open_arrays, names=names_of_arrays),
 }
 
 
@@ -134,14 +135,17 @@ def open_source(name: str, options: DataOptions) -> RecordSource:
     return _entry(name).open(options)
 
 
-def names(name: str, options: DataOptions) -> Names:
+def names(name: str, options: DataOptions) -> Names | None:
     """Returns the splits and modalities of a dataset by name, without reading its files.
+
+    They are None for a dataset that tells no names.
 
     Raises:
       ValueError: an unknown name, or no directory where one is needed.
       FileNotFoundError: no data in the directory.
     """
-    return _entry(name).names(options)
+    find = _entry(name).names
+    return find(options) if find else None
 
 
 def _entry(name: str) -> DatasetEntry:

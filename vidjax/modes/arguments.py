@@ -7,6 +7,7 @@ from vidjax import config as config_lib
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
 from vidjax.config_values import folder_suffix, override_names
+from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
 from vidjax.run import resume
 
@@ -219,17 +220,32 @@ def run_config(workdir: Path) -> Config:
 
 
 def load_data(config: Config) -> TrainingData:
-    """Returns the dataset of a configuration, converted into records where it is not yet."""
+    """Returns the dataset of a configuration, converted into records where it is not yet.
+
+    Raises:
+      ValueError: an unknown name, no directory, or bad data.
+      OSError: no data in the directory, or the cache cannot be written.
+    """
     from vidjax.data.load import load_dataset
 
-    return load_dataset(
-        config.data.name,
-        directory=config.data.dir,
-        cache_dir=config.data.cache_dir,
-        size=config.data.size,
-        seed=config.data.seed,
-        non_finite=config.data.non_finite,
-    )
+    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser().absolute()
+    try:
+        return load_dataset(
+            config.data.name,
+            directory=config.data.dir,
+            cache_dir=cache,
+            size=config.data.size,
+            seed=config.data.seed,
+            non_finite=config.data.non_finite,
+        )
+    except OSError as error:
+        place = Path(error.filename).absolute() if error.filename else None
+        if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
+            raise
+        raise OSError(
+            f"cannot write the cache '{cache}': {error.strerror}\n"
+            "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
+        ) from error
 
 
 def shown(path: Path) -> str:

@@ -54,7 +54,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
-        names = ", ".join(f"{split.name}_gt.txt" for split in splits)
+        names = "labels.csv"
+        if config.data.name != "arrays":
+            names = ", ".join(f"{split.name}_gt.txt" for split in splits)
         raise ValueError(
             f"no training clip has an identity: check {names} and config.data.train_splits"
         )

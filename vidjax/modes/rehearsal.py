@@ -5,7 +5,7 @@ devices, and a tenth of a second.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -65,21 +65,11 @@ def check_names(config: Config) -> Mapping[str, int]:
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
     folder = Path(config.data.dir).expanduser() if config.data.dir else None
     options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
-    splits, dims = load.names(config.data.name, options)
-    for field, names in {
-        "eval.split": (config.eval.split,),
-        "data.train_splits": config.data.train_splits,
-    }.items():
-        for name in names:
-            if name not in splits:
-                raise ValueError(
-                    f"config.{field}: the data has no split '{name}': "
-                    f"choose from {', '.join(sorted(splits))}"
-                )
-    if dims is None:
-        known = {name: Modality(WIDTH, "float32") for name in config.modalities}
-    else:
-        known = {name: Modality(dim or WIDTH, "float32") for name, dim in dims.items()}
+    names = load.names(config.data.name, options)
+    if names:
+        _check_splits(config, names.splits)
+    dims = names.modalities if names and names.modalities else dict.fromkeys(config.modalities, 0)
+    known = {name: Modality(dim or WIDTH, "float32") for name, dim in dims.items()}
     missing = [name for name in config.modalities if name not in known]
     there = [name for name in config.modalities if name in known]
     if there and missing and suggest(missing[0], known).startswith("choose"):
@@ -88,6 +78,25 @@ def check_names(config: Config) -> Mapping[str, int]:
             f"there: {', '.join(known)}; to use these: --config.modalities={','.join(there)}"
         )
     return select_modalities(config.modalities, known)
+
+
+def _check_splits(config: Config, splits: Collection[str]) -> None:
+    """Raises ValueError for a configured split that the data does not have."""
+    for field, names in {
+        "data.train_splits": config.data.train_splits,
+        "eval.split": (config.eval.split,),
+    }.items():
+        for name in names:
+            if name in splits:
+                continue
+            hint = f"choose from {', '.join(sorted(splits))}"
+            if len(splits) == 1:
+                only = next(iter(splits))
+                hint = (
+                    f"to score clips of '{only}' by members that were not trained on them:\n"
+                    f"--config.eval.split={only} --config.ensemble.folds=5"
+                )
+            raise ValueError(f"config.{field}: the data has no split '{name}': {hint}")
 
 
 def build(config: Config, widths: Mapping[str, int]) -> None:
