@@ -5,11 +5,13 @@
 
 Every command runs in a process of its own, in a folder with an official dataset, own features and a
 trained run. A mistake must end with exit code 2, in one to three lines that name the remedy. One in
-the words or values must do so within SECONDS. No command may end with exit code 1 or a traceback.
+the words or values must do so within SECONDS, counted on the processor, since other programs may be
+at work beside it. No command may end with exit code 1 or a traceback.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ class Case(NamedTuple):
       words: the words of the command, separated by blanks.
       remedy: a part of what it prints, for a person who does not know what to do.
       code: its exit code.
-      seconds: the longest time that it may take.
+      seconds: the longest time that it may take, on the processor.
       env: variables of its environment.
     """
 
@@ -268,7 +270,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       code: its exit code.
-      seconds: the time that it took.
+      seconds: the time that it took on the processor.
       output: what it printed to standard output.
       errors: what it printed to standard error.
     """
@@ -305,12 +307,17 @@ def run(folder: Path, case: Case) -> Outcome:
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "TQDM_DISABLE")
     env = {name: value for name, value in os.environ.items() if name not in names}
     env |= {"VIDJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **case.env}
-    began = time.monotonic()
+    began = _seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-m", "vidjax.main", *case.words.split()],
         cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
-    return Outcome(done.returncode, time.monotonic() - began, done.stdout, done.stderr)
+    return Outcome(done.returncode, _seconds_of_children() - began, done.stdout, done.stderr)
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:
@@ -337,19 +344,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     parts = [part for part in args.only.split(",") if part]
     cases = [case for case in CASES if not parts or any(part in case.words for part in parts)]
-    wrong, slowest = 0, 0.0
+    wrong, slowest, longest = 0, 0.0, 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         for case in cases:
+            began = time.monotonic()
             outcome = run(folder, case)
+            waited = time.monotonic() - began
             found = faults(case, outcome)
             wrong += bool(found)
             if case.seconds == SECONDS:
-                slowest = max(slowest, outcome.seconds)
+                slowest, longest = max(slowest, outcome.seconds), max(longest, waited)
             env = " ".join(f"{key}={value}" for key, value in case.env.items())
             sys.stdout.write(
-                f"{outcome.code:3} {outcome.seconds:5.1f} s  {'; '.join(found) or 'ok':30}  "
+                f"{outcome.code:3} {outcome.seconds:5.1f} s {waited:5.1f} s  {'; '.join(found) or 'ok':30}  "
                 f"{env} {case.words}\n"
             )
             if found:
@@ -357,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     sys.stdout.write(
         f"{len(cases)} commands, {wrong} at fault; "
-        f"slowest mistake in words and values {slowest:.1f} s\n"
+        f"slowest mistake in words and values {slowest:.1f} s, {longest:.1f} s by the clock\n"
     )
     return int(wrong > 0)
 

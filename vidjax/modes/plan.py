@@ -11,8 +11,7 @@ from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import ground_truth
-from vidjax.data.clips import TrainingData
-from vidjax.modes.restore import select_modalities
+from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec

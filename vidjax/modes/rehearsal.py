@@ -16,8 +16,7 @@ from vidjax import ensemble
 from vidjax.config import Config
 from vidjax.data import load
 from vidjax.data.cache import default_cache_dir
-from vidjax.data.clips import Modality
-from vidjax.modes.restore import select_modalities
+from vidjax.data.clips import Modality, select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.suggest import suggest
 from vidjax.system import TaskSpec, make_system
