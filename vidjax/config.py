@@ -254,6 +254,7 @@ def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
     """Yields an error message for every value that `check` refuses, with the same arguments."""
     values = dict(fields(config))
     yield from config_rules.out_of_range(values)
+    yield from config_rules.untrainable(values)
     if fresh:
         yield from config_rules.unread(values, dict(fields(default())))
 

@@ -248,7 +248,7 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that no training can use, whatever its data."""
+    """Yields an error message for every value that nothing can use, whatever the data."""
     for name in POSITIVE:
         if not values[name] > 0:
             yield f"config.{name}={values[name]}: must be positive"
@@ -264,8 +264,16 @@ def out_of_range(values: Values) -> Iterator[str]:
         if values[name] not in known:
             yield f"config.{name}='{values[name]}': choose from {', '.join(known)}"
     for name, value in values.items():
-        if name.endswith("dropout_rate") and not 0 <= value <= 1:
+        if name.endswith("dropout_rate") and not _is_share(value):
             yield f"config.{name}={value}: must lie between 0 and 1"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def untrainable(values: Values) -> Iterator[str]:
+    """Yields an error message for splits that no training can use together."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]

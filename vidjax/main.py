@@ -103,6 +103,8 @@ def _evaluate(args: "Arguments") -> int:
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
+    if args.overrides and not config.join.runs:
+        arguments.rehearse(args)
     with _locked_folder(path) as workdir:
         from vidjax.modes import blend, evaluate
 

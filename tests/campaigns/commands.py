@@ -202,6 +202,12 @@ FILES = [
     Case("--config=mine/exit.py", "sys.exit"),
     Case("--config=mine/empty.py", "get_config"),
     Case("--mode=evaluate --workdir=none", "--config=FILE --workdir=none"),
+    Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
+    Case("--mode=evaluate --workdir=run --config.eval.scores=prob", "log_softmax"),
+    Case("--mode=evaluate --workdir=run --config.eval.block_size=0", "config.eval.block_size=0"),
+    Case("--mode=evaluate --workdir=run --config.eval.checkpoint=last", "latest, best"),
+    Case("--mode=evaluate --workdir=run --config.model.name=knnn", "'knn'"),
+    Case("--mode=evaluate --workdir=run --config.data.size=huge", "small, standard"),
     Case("--mode=report --workdir=none", "--config=FILE --workdir=none"),
     Case("--mode=config --workdir=none", "--config=FILE --workdir=none"),
     Case("--mode=report --workdir=.", "run"),
@@ -338,7 +344,7 @@ def faults(case: Case, outcome: Outcome) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replays the commands and prints a table; returns the number of those at fault, at most 1."""
+    """Replays the commands, prints a table, and returns 1 if a command is at fault, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.commands", description=__doc__)
     parser.add_argument("--only", default="", help="parts of words, separated by commas")
     args = parser.parse_args(argv)
@@ -357,8 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if case.seconds == SECONDS:
                 slowest, longest = max(slowest, outcome.seconds), max(longest, waited)
             env = " ".join(f"{key}={value}" for key, value in case.env.items())
+            verdict = "; ".join(found) or "ok"
             sys.stdout.write(
-                f"{outcome.code:3} {outcome.seconds:5.1f} s {waited:5.1f} s  {'; '.join(found) or 'ok':30}  "
+                f"{outcome.code:3} {outcome.seconds:5.1f} s {waited:5.1f} s  {verdict:30}  "
                 f"{env} {case.words}\n"
             )
             if found:

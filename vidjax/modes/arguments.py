@@ -6,6 +6,7 @@ from typing import NamedTuple
 from vidjax import config as config_lib
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
+from vidjax.config_rules import out_of_range
 from vidjax.config_values import folder_suffix, override_names
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
@@ -60,7 +61,7 @@ def _default_name(args: Arguments, config: Config) -> str:
 
 
 def rehearse(args: Arguments) -> None:
-    """Refuses a training that cannot work, before its data are read.
+    """Refuses a training, or the evaluation of a run, that cannot work; reads no data.
 
     Raises:
       ValueError: a name or a value that the system or the data do not have.
@@ -68,7 +69,11 @@ def rehearse(args: Arguments) -> None:
     """
     from vidjax.modes.rehearsal import rehearse
 
-    rehearse(config_lib.load_file(args.config or ""), args.overrides)
+    if args.mode == "train":
+        rehearse(config_lib.load_file(args.config or ""), args.overrides)
+    else:
+        config = run_config(Path(args.workdir or "").expanduser())
+        rehearse(config, args.overrides, training=False)
 
 
 def for_evaluation(args: Arguments) -> tuple[Config, Path]:
@@ -88,7 +93,11 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
         )
     workdir = Path(args.workdir).expanduser()
     config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
-    return config_lib.override(config, args.overrides), workdir
+    config = config_lib.override(config, args.overrides)
+    if args.overrides:  # a run of an earlier version may have what is out of range now
+        for problem in out_of_range(dict(config_lib.fields(config))):
+            raise ValueError(problem)
+    return config, workdir
 
 
 def _joined_config(args: Arguments, workdir: Path) -> Config:

@@ -26,19 +26,20 @@ CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
 MOST_PARAMS = 10**10  # parameters of one member; more fit no device
 
 
-def rehearse(config: Config, overrides: Sequence[str] = ()) -> None:
-    """Refuses a configuration with `overrides` that no training could use.
+def rehearse(config: Config, overrides: Sequence[str] = (), *, training: bool = True) -> None:
+    """Refuses a configuration with `overrides` that no training, or evaluation, could use.
 
     Args:
       config: the configuration without the overrides.
       overrides: command-line words, as `config.override` takes them.
+      training: False for an evaluation, which needs no training split.
 
     Raises:
       ValueError: a value that cannot work; the error names its field, or the override.
       OSError: the folder of the data is absent, or has no features.
     """
     changed = config_lib.override(config, overrides)
-    widths = check_names(changed)
+    widths = check_names(changed, training=training)
     try:
         build(changed, widths)
     except ValueError as error:
@@ -51,8 +52,12 @@ def rehearse(config: Config, overrides: Sequence[str] = ()) -> None:
         raise ValueError(f"config.model: {error}") from error
 
 
-def check_names(config: Config) -> Mapping[str, int]:
+def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
     """Compares the splits and modalities of a configuration with the names of its files.
+
+    Args:
+      config: the configuration.
+      training: False for an evaluation, which needs no training split.
 
     Returns:
       Modality -> feature width, `WIDTH` where only the files would tell.
@@ -66,7 +71,7 @@ def check_names(config: Config) -> Mapping[str, int]:
     options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
     names = load.names(config.data.name, options)
     if names:
-        _check_splits(config, names.splits)
+        _check_splits(config, names.splits, training=training)
     dims = names.modalities if names and names.modalities else dict.fromkeys(config.modalities, 0)
     known = {name: Modality(dim or WIDTH, "float32") for name, dim in dims.items()}
     missing = [name for name in config.modalities if name not in known]
@@ -79,17 +84,17 @@ def check_names(config: Config) -> Mapping[str, int]:
     return select_modalities(config.modalities, known)
 
 
-def _check_splits(config: Config, splits: Collection[str]) -> None:
+def _check_splits(config: Config, splits: Collection[str], *, training: bool) -> None:
     """Raises ValueError for a configured split that the data does not have."""
-    for field, names in {
-        "data.train_splits": config.data.train_splits,
-        "eval.split": (config.eval.split,),
-    }.items():
+    wanted = {"eval.split": (config.eval.split,)}
+    if training:
+        wanted = {"data.train_splits": config.data.train_splits, **wanted}
+    for field, names in wanted.items():
         for name in names:
             if name in splits:
                 continue
             hint = f"choose from {', '.join(sorted(splits))}"
-            if len(splits) == 1:
+            if training and field == "eval.split" and len(splits) == 1:
                 only = next(iter(splits))
                 hint = (
                     f"to score clips of '{only}' by members that were not trained on them:\n"
