@@ -306,7 +306,7 @@ def _text(error: Exception) -> str:
 def _is_memory(error: Exception) -> bool:
     """Returns True if the host or a device has no memory left."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     )
 
 

@@ -10,6 +10,7 @@ at work beside it. No command may end with exit code 1 or a traceback.
 """
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -338,9 +339,18 @@ def faults(case: Case, outcome: Outcome) -> list[str]:
     lines = [line for line in outcome.errors.splitlines() if not line.startswith(PROGRESS)]
     if case.code and not outcome.output and not 1 <= len(lines) <= 3:
         found.append(f"{len(lines)} lines")
+    if "--json" in case.words.split() and not case.code and not _is_one_object(outcome.output):
+        found.append("no JSON object")
     if outcome.seconds > case.seconds:
         found.append(f"longer than {case.seconds:.0f} s")
     return found
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
