@@ -77,15 +77,19 @@ def _train(args: "Arguments") -> int:
         from vidjax.run import results as results_lib
 
         _set_up_devices(config)
-        results = train.finished(workdir, config)
+        results, seconds = train.finished(workdir, config), None
         if results is None:
             data = arguments.load_data(config)
             results = train.train(
-                config, workdir, data, analyse=config.eval.report, command=args.command
-            )
+                config, workdir, data, analyse=config.eval.report, command=args.command,
+                began=began,
+            )  # fmt: skip
+            seconds = results["seconds"]
         elif config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)  # an earlier process stopped just before
-    _summarise(args.mode, config, workdir, results, time.monotonic() - began)
+    if seconds is None:
+        seconds = time.monotonic() - began
+    _summarise(args.mode, config, workdir, results, seconds)
     return 0
 
 
@@ -214,8 +218,8 @@ def _summarise(
     rows["identities"] = f"{results['num_identities']:,}"
     rows["time"] = f"{seconds:.1f} s"
     rows["ranking"] = shown(paths.ranking)
-    if (workdir / results_lib.REPORT).exists():
-        rows["report"] = shown(workdir / results_lib.REPORT)
+    if paths.report.exists():
+        rows["report"] = shown(paths.report)
     _say("\n".join([mode, *(f"  {name:10}  {value}" for name, value in rows.items())]))
 
 
