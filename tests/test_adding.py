@@ -233,6 +233,7 @@ def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
         assert row.lower() in done.stdout.lower().splitlines()
 
 
+@pytest.mark.slow
 def test_a_misspelt_addition_is_answered_with_the_right_name(tree: Path) -> None:
     words = [f"--config.{field}={name[:-1]}" for field, name in FIELDS.items()]
     code = (

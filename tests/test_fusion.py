@@ -123,9 +123,14 @@ SPECS = [
     {"name": "windows", "weighting": "quality", "min_quality": 20.0},
     {"name": "crops"},
 ]
+# Each spec is a program that takes seconds to compile, so the quick tests have one that draws.
+EACH_SPEC = [
+    SPECS[1],
+    *(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:1] + SPECS[2:]),
+]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", EACH_SPEC)
 def test_padding_and_bad_quality_reach_no_feature(spec):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
@@ -141,7 +146,7 @@ def test_padding_and_bad_quality_reach_no_feature(spec):
     assert np.abs(features[short.mask]).max(axis=1).min() > 0
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", EACH_SPEC)
 def test_one_and_eight_devices_draw_the_same(spec):
     frames = make_frames([5, 0, 1, 3, 7, 7, 2, 4] * 2, max_frames=7)
     fused = []

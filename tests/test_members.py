@@ -216,6 +216,7 @@ def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
             np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
     """Other features and labels of a held-out fold change nothing in its member, only in others."""
     config = shrunk(SPLITS, *FOLDS, spec=MLP)

@@ -42,12 +42,14 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
+shuffled = jax.jit(permutation.shuffled, static_argnums=3)
+
+
 def order_of(num_clips, epochs, seed=0, first=0):
     """Returns [epochs, N], the orders of some epochs in a row."""
-    rng = jax.random.key(seed)
     epoch = first + np.repeat(np.arange(epochs, dtype=np.int32), num_clips)
     place = np.tile(np.arange(num_clips, dtype=np.int32), epochs)
-    order = jax.jit(lambda e, p: permutation.shuffled(rng, e, p, num_clips))(epoch, place)
+    order = shuffled(jax.random.key(seed), epoch, place, num_clips)
     return np.asarray(order).reshape(epochs, num_clips)
 
 
@@ -93,7 +95,9 @@ def test_orders_are_even(num_clips):
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_unevenness_of_too_few_rounds_would_show(rounds, monkeypatch):
     monkeypatch.setattr(permutation, "ROUNDS", rounds)
+    shuffled.clear_cache()  # a program for other rounds
     assert min(p_values(order_of(7, 3000))) < 1e-9
+    shuffled.clear_cache()
 
 
 @pytest.mark.slow
@@ -142,7 +146,7 @@ def two_modalities():
     return {"face": pack(LENGTHS), "audio": pack((1, 0, 1, 1, 0, 1, 1), seed=1)}
 
 
-@pytest.mark.parametrize("batch_size", [4, 25])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(25, marks=pytest.mark.slow)])
 def test_batches_give_every_clip_once_an_epoch(batch_size):
     draw = drawer(two_modalities(), plan_of(batch_size=batch_size))
     batches = [draw(step) for step in range(1 + 4 * 7 // batch_size)]
@@ -290,7 +294,7 @@ def held(ragged):
     return clips_of(ragged)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
 def test_evaluation_sees_what_streaming_shows(ragged, held, split):
     clips, modalities = held[0], ("face", "audio", "body")
     count = COUNTS[split]
@@ -310,6 +314,7 @@ def test_evaluation_sees_what_streaming_shows(ragged, held, split):
         assert len(wanted) == number
 
 
+@pytest.mark.slow
 def test_evaluation_sees_the_same_on_eight_devices(ragged):
     clips, _, _ = clips_of(ragged, devices=8, modalities=("face",))
     arguments = {"split": "val", "modalities": ("face",), "rows": 16}
@@ -362,6 +367,7 @@ def test_training_sees_the_clips_that_streaming_shows(ragged, crop):
     assert_same_clips(found, wanted)
 
 
+@pytest.mark.slow
 def test_several_splits_are_trained_on_in_the_order_of_their_tables(ragged):
     splits = ("val", "train")
     stream = {"batch_size": 53, "max_frames": 800, "crop": "window", "seed": 0}

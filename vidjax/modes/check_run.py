@@ -36,7 +36,7 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
     for path in sorted(workdir.glob("*.jsonl")):
         yield _log(path)
     if (workdir / "metrics.json").exists() and not (workdir / "ranking.txt").exists():
-        yield iter([(FAULT, "ranking.txt: missing, though metrics.json is there")])
+        yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
     for path in sorted(workdir.glob("ranking*.txt")):
         yield _ranking(path)
 
