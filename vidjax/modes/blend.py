@@ -326,8 +326,8 @@ def greedy_weights(
     Returns:
       The weights [R] of the best blend of all rounds, which sum to 1, and its value.
 
-    Source: Caruana et al. 2004, Ensemble Selection from Libraries of Models, section 2: selection
-    with replacement. Ours: without their sorted initialisation and without bagging.
+    Source: selection with replacement of Caruana et al. 2004, Ensemble Selection from Libraries of
+    Models. Ours: without their sorted initialisation and without bagging.
     """
     counts = best = np.zeros(num_runs)
     best_value = -np.inf
