@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from vidjax import config as config_lib
 from vidjax import devices, metrics
-from vidjax.command_line import PROGRAM
 from vidjax.batch import Array, Batch
+from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
 from vidjax.modes import analysis
