@@ -57,7 +57,7 @@ def _lists(run: RunFiles) -> Iterator[Html]:
             mark = "right" if right else html.fill("wrong: {}", html.name(shown))
             rows.append((html.name(row["clip"]), html.number(row["score"]), mark))
         caption = html.fill(
-            "{}: average precision {}, {} clips",
+            "{}: average precision {}; number of its clips: {}",
             html.name(run.identity(listed["identity"])),
             html.number(listed["ap"]),
             html.number(listed["clips"]),

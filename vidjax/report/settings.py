@@ -218,7 +218,7 @@ def reading(run: RunFiles) -> Iterator[Html]:
     if run.metrics:
         yield html.fill(
             "<dl>{}</dl>\n",
-            html.join(html.fill("<dt>{}</dt><dd>{}</dd>\n", *pair) for pair in WORDS),
+            html.join(html.fill("<div><dt>{}</dt><dd>{}</dd></div>\n", *pair) for pair in WORDS),
         )
 
 

@@ -21,12 +21,13 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .75rem 0; pad
 .lead { font-size: 1.1rem; } .lead strong { font-size: 1.8rem; }
 .muted, figcaption, caption, summary { color: var(--muted); font-size: .875rem; }
 dl { columns: 2 24rem; column-gap: 3rem; margin: .5rem 0; }
-dt { font-weight: 600; break-after: avoid; } dd { margin: 0 0 .5rem; break-before: avoid; }
+dl div { break-inside: avoid; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; }
 .figures { display: grid; gap: 1rem 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .figures.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
+.tables .wide { max-width: min(100%, 37.5rem); }
 figure { margin: .5rem 0; max-width: 38rem; break-inside: avoid; min-width: 0; }
 figure.small { max-width: 28rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -71,5 +72,5 @@ footer { margin: 3rem auto 2rem; }
   body { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
   .wide { overflow: visible; background: none; } .tables { gap: 0 2rem; }
   h2, h3, caption, thead, .lead-in { break-after: avoid; }
-  tr, dt, dd { break-inside: avoid; } details { display: none; } }
+  tr { break-inside: avoid; } details { display: none; } }
 """
