@@ -160,7 +160,9 @@ def test_map_among_some_clips_by_hand():
     assert clips == chosen.sum()
     everything, _ = strata.averages_among(top, columns, labels, labels > 0)
     positives = np.bincount(labels, minlength=5)[1:]
-    assert everything.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
+    assert everything.mean() == pytest.approx(
+        metrics.mean_average_precision(index, labels, positives)
+    )
 
 
 def test_the_best_list_of_a_clip_has_its_highest_score():
