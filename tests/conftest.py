@@ -32,15 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Lets the quick tests compile without optimisation, which takes most of their time.
-
-    The slow tests, and a test that is run by its name, compile as a user's command does.
-    """
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-
-
 @pytest.fixture(scope="session")
 def campaign(request: pytest.FixtureRequest) -> bool:
     """Whether random faults come by the hundred (`--campaign`) or as a sample."""
@@ -61,6 +52,23 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that several tests compile are compiled once."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_quickly() -> None:
+    """Programs of this process are compiled without optimisation; those of commands are not."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `optimized` compile with optimisation."""
+    if not request.node.get_closest_marker("optimized"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -239,7 +239,7 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
             f"config.join.split={split_name}: a run was trained on it without folds\n"
             "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
         )
-    clips = candidates(first.each)
+    clips = candidates(first.model_tops)
     scores = gather_scores(models, split_name, mesh, block_size, clips)
 
     def value_of(weights: np.ndarray) -> float:
