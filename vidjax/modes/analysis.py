@@ -5,12 +5,13 @@ Scores of changed clips are measured on a sample that depends on the split alone
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from vidjax import ensemble, metrics
@@ -156,15 +157,15 @@ class Observer:
         return values
 
 
-def learning_rates(schedule: Callable[[Array], Array | float], num_steps: int) -> np.ndarray:
-    """Returns [n, 2] float, steps and their learning rates, for the first and the last and between.
+def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
+    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced.
 
     Args:
       schedule: step -> learning rate.
       num_steps: the number of steps, 1 or more.
     """
     steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
-    rates = [float(schedule(jnp.int32(step))) for step in steps]
+    rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
     return np.stack([steps.astype(float), rates], axis=1)
 
 

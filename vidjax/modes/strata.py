@@ -119,7 +119,9 @@ def hits(columns: np.ndarray) -> np.ndarray:
 def averages_among(
     top: TopK, columns: np.ndarray, labels: np.ndarray, chosen: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Computes average precisions over some clips only: other clips of the same identity are skipped in its list.
+    """Computes average precisions over some clips only.
+
+    Other clips of the same identity are skipped in its list.
 
     Args:
       top: the ranking.
