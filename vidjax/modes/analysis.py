@@ -158,14 +158,14 @@ class Observer:
 
 
 def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
-    """Returns [n, 2] float, steps and their learning rates, evenly spaced.
+    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced.
 
     Args:
       schedule: step -> learning rate.
       num_steps: the number of steps, 1 or more.
     """
     steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
-    rates = [np.asarray(schedule(jnp.int32(step)), float) for step in steps]
+    rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
     return np.stack([steps.astype(float), rates], axis=1)
 
 

@@ -1,8 +1,7 @@
 """Several runs as one ranking: a weighted mean of their probabilities, clip by clip."""
 
-import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from jax.sharding import Mesh
 from vidjax import config as config_lib
 from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
-from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.modes import analysis
+from vidjax.modes import analysis, joined
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
 from vidjax.run import results as results_lib
@@ -79,71 +77,23 @@ def blend_runs(
         each_member=config.eval.members,
         observe=observer,
     )
-    fitted_on = _fitted_on(config, workdir)
+    fitted_on = joined.fitted_on(config, workdir)
     kept = _keep_config(config, workdir, weights)
     results = evaluation.results | {
-        "runs": [row | _describe_run(row["name"]) for row in evaluation.results["runs"]],
-        "command": _command(kept, workdir, split),
+        "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
+        "command": joined.command(kept, workdir, split),
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
         "versions": devices.versions(),
         **({"weights_fitted_on": fitted_on} if fitted_on else {}),
     }
-    _write_description(workdir, models[0], datasets)
+    joined.write_description(workdir, models[0], datasets)
     trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
     write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
         observer=observer, train_splits=trained,
     )  # fmt: skip
     return results
-
-
-def _describe_run(name: str) -> dict[str, Any]:
-    """Returns what a run is, for the metrics and the report of the blend."""
-    config = config_lib.load_workdir(Path(name))
-    metrics = results_lib.read_metrics(Path(name))
-    data = {field: config.data[field] for field in ("name", "dir", "size", "seed")}
-    return {
-        "model": config.model.get("name"),
-        "data": data | metrics.get("data", {}),
-        "train_splits": list(config.data.train_splits),
-        "modalities": list(config.modalities),
-        "seed": config.seed,
-        **{key: metrics[key] for key in ("step", "num_params", "num_members") if key in metrics},
-    }
-
-
-def _fitted_on(config: Config, workdir: Path) -> str | None:
-    """Returns the split that the weights are fitted on, now or by an earlier blend; else None."""
-    if config.join.greedy:
-        return config.join.split
-    path = workdir / "config.json"
-    if not path.exists():
-        return None
-    same = config_lib.load_workdir(workdir).join.weights == config.join.weights
-    return results_lib.read_metrics(workdir).get("weights_fitted_on") if same else None
-
-
-def _command(config: Config, workdir: Path, split: str) -> str:
-    """Returns the command that ranks a split by the same blend in a fresh folder."""
-    words = ["--mode=evaluate", f"--workdir={workdir}", f"--runs={','.join(config.join.runs)}"]
-    changed = config_lib.differences(config_lib.default(), config)
-    values = {name: value for name, (_, value) in changed.items()} | {"eval.split": split}
-    for name, value in values.items():
-        if name != "join.runs" and value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--config.{name}={text}")
-    return shlex.join([*PROGRAM.split(), *words])
-
-
-def _write_description(
-    workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
-) -> None:
-    """Writes the identities of the runs, and their data report where they share it."""
-    workdir_lib.write_json(workdir / "identities.json", list(model.data.identities))
-    first, *others = [dict(data.report) for data in datasets.values()]
-    if all(report == first for report in others):
-        workdir_lib.write_json(workdir / "data_report.json", first)
 
 
 def _given_weights(config: Config) -> list[float]:

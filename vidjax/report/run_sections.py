@@ -105,7 +105,6 @@ def result_rows(values: Mapping[str, Any]) -> Rows:
     """Returns (name, value) as HTML of the results in a `metrics.json`."""
     labels = [
         *((name, f"{m.label}: {m.about}", m.digits) for name, m in metrics.CLIP_METRICS.items()),
-        *settings.threshold_labels(values),
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
         ("num_distractors", "distractors", 0),

@@ -16,7 +16,6 @@ from vidjax.report.run_files import RunFiles
 
 Rows = list[tuple[str, ...]]
 
-THRESHOLD = "threshold_at_fpir_"  # start of a key of `metrics.json`; the share follows
 JOINED_HEAD = (
     "model",
     "data",
@@ -201,16 +200,6 @@ def rows(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> R
         for key, label, digits in labels
         if values.get(key) is not None
     ]
-
-
-def threshold_labels(values: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Returns (key, label, digits) of the score thresholds in a `metrics.json`."""
-    labels = []
-    for key in values:
-        if key.startswith(THRESHOLD):
-            share = key.removeprefix(THRESHOLD)
-            labels.append((key, f"threshold: best score from which FPIR is at most {share}", 4))
-    return labels
 
 
 def reading(run: RunFiles) -> Iterator[Html]:
