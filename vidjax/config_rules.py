@@ -103,6 +103,18 @@ def _logit_losses(values: Values) -> set[str]:
 
 READ_WHEN = (
     ReadWhen(
+        ("data.dir",),
+        lambda values: values["data.name"] != "synthetic",
+        "config.data.name=synthetic reads no folder",
+        "--config.data.name=arrays, or --config.data.name=iqiyi_vid for official files",
+    ),
+    ReadWhen(
+        ("data.size", "data.seed"),
+        lambda values: values["data.name"] == "synthetic",
+        "only config.data.name=synthetic generates clips",
+        "--config.data.name=synthetic",
+    ),
+    ReadWhen(
         ("loss.focal",),
         lambda values: any(_schedule_weights(values)),
         "it has weight 0 throughout config.loss.schedule",

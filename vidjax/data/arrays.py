@@ -28,7 +28,7 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.parquet import read_clips
-from vidjax.data.record_source import Unpacked
+from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.digests import sha256_file
@@ -72,10 +72,10 @@ def load(
     from vidjax.data.records.pipeline import Dataset
 
     if isinstance(source, Mapping):
-        opened = FeatureDict(source, labels)
+        opened, origin = FeatureDict(source, labels), Origin("arrays")
     else:
-        opened = FeatureFolder(source, labels)
-    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite)
+        opened, origin = FeatureFolder(source, labels), Origin.of_folder("arrays", source)
+    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
 
 class FeatureDict:

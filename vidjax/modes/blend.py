@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics
+from vidjax import devices, digests, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
@@ -76,7 +76,10 @@ def blend_runs(
         each_member=config.eval.members,
         observe=observer,
     )
-    results = evaluation.results | {"eval_seconds": time.monotonic() - began}
+    results = evaluation.results | {
+        "data": _describe_data([data.report["data"] for data in datasets.values()]),
+        "eval_seconds": time.monotonic() - began,
+    }
     kept = _keep_config(config, workdir, weights)
     trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
     write_results(
@@ -84,6 +87,18 @@ def blend_runs(
         observer=observer, train_splits=trained,
     )  # fmt: skip
     return results
+
+
+def _describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
+    different = list({entry["digest"]: entry for entry in entries}.values())
+    if len(different) == 1:
+        return different[0]
+    return {
+        "name": ", ".join(entry["name"] for entry in different),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
+        "digest": digests.sha256_json([entry["digest"] for entry in different]),
+    }
 
 
 def _given_weights(config: Config) -> list[float]:

@@ -11,6 +11,7 @@ import numpy as np
 from vidjax.data.frame_fields import PackedClips
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
+from vidjax.digests import sha256_json
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
@@ -109,6 +110,27 @@ def label_records(
     for split, clips in records.clips.items():
         report["splits"][split] |= _report_labels(truth.get(split), clips, identities)
     return identities, labels, report
+
+
+def digest_data(records: Records, truth: Truth) -> str:
+    """Returns the sha256 of clips, frames and labels, in hexadecimal.
+
+    Paths, times and the class columns do not change it: the same data have the same digest on
+    every machine.
+
+    Args:
+      records: the clips.
+      truth: split -> clip -> identity.
+    """
+    splits = {
+        name: {
+            "clips": split.clips,
+            "shards": [shard.sha256 for shard in split.shards],
+            "labels": sorted(truth[name].items()) if name in truth else None,
+        }
+        for name, split in sorted(records.splits.items())
+    }
+    return sha256_json([sorted(records.modalities.items()), splits])
 
 
 def _report_labels(
