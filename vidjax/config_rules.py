@@ -21,6 +21,8 @@ NOT_NEGATIVE = (
     "noise.relabel_every_epochs",
     "eval.every_epochs",
 )
+MOST_ROWS = 65_536  # clips of a block or a batch; far more is a slip, and fills any memory
+UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 DISTRACTORS = ("other", "leave_out", "noise")
 
@@ -226,6 +228,13 @@ def is_read(name: str, values: Values) -> bool:
 
 def out_of_range(values: Values) -> Iterator[str]:
     """Yields an error message for every value that no training can use, whatever its data."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
+        if infinite and name not in (*POSITIVE, *UNLIMITED):
+            yield f"config.{name}={value}: must be finite"
+    if values["eval.block_size"] > MOST_ROWS:
+        yield f"config.eval.block_size={values['eval.block_size']}: must be at most {MOST_ROWS}"
     for name in POSITIVE:
         if not 0 < values[name] < math.inf:
             yield f"config.{name}={values[name]}: must be positive"

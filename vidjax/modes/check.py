@@ -18,6 +18,7 @@ from vidjax.config import Config
 from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.record_source import RecordSource
+from vidjax.data.usable import unusable
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
 from vidjax.modes.restore import select_modalities
@@ -190,7 +191,10 @@ def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
         yield WARNING, f"ground truth: {warning.message}"
     for split, report_of_split in report["splits"].items():
         yield OK, f"{split}: {_counts_text(report_of_split)}"
-    select_modalities(config.modalities, records.modalities)
+    modalities = select_modalities(config.modalities, records.modalities)
+    splits = [name for name in config.data.train_splits if name in report["splits"]]
+    for problem in unusable(report, splits, tuple(modalities)):
+        yield FAULT, problem
 
 
 def _counts_text(split_report: Mapping[str, Any]) -> str:

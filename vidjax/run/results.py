@@ -4,12 +4,13 @@ A run has a split of its own, which training evaluates: `eval.split` in its `con
 results are `metrics.json`, `ranking.txt` and `analysis.npz`. Those of any other split carry its
 name: `metrics_<split>.json` and so on.
 
-`metrics.json` is one JSON object. Every key may be absent but `num_clips` and `num_identities`.
+`metrics.json` is one JSON object. Only `num_clips` and `num_identities` are always there.
 
-    data                             {name: str, dir: str | null, digest: str}: the evaluated dataset,
-                                     see `describe_data`; absent in runs of earlier versions
+    data                             {name: str, dir: str | null, digest: str}: what was evaluated;
+                                     absent in runs of earlier versions
     num_clips, num_identities        int: clips ranked, identities that have a list
     num_distractors                  int | null: clips ranked that show no identity
+    num_nan_clips                    int: clips with a score of NaN, ranked last; absent for none
     map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
                                      absent without ground truth, and with them the next line
     top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`

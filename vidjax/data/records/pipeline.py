@@ -278,7 +278,7 @@ def _warn_of_gaps(
         if dropped := counts["frames_skipped"].get("non_finite"):
             warnings.warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN or an Inf: left out",
+                "feature with a NaN, an Inf or a value beyond float32: left out",
                 stacklevel=3,
             )
 

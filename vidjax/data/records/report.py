@@ -70,10 +70,10 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
 
 
 def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """Returns [F] float32 L2 norms; `rows` frames at a time, to bound memory."""
-    norms = np.empty(len(features), np.float32)
+    """Returns [F] float64 L2 norms; `rows` frames at a time, to bound memory."""
+    norms = np.empty(len(features))
     for start in range(0, len(features), rows):
-        block = features[start : start + rows].astype(np.float32)
+        block = features[start : start + rows].astype(np.float64)  # squares stay finite
         norms[start : start + rows] = np.sqrt(np.einsum("fd,fd->f", block, block))
     return norms
 
@@ -81,7 +81,14 @@ def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
 def _histogram(values: np.ndarray) -> dict[str, Any]:
     """Returns counts in equal bins between the smallest and the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
-    counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS) if finite.size else ([], [])
+    counts, edges = [], []
+    if finite.size:
+        low, high = float(finite.min()), float(finite.max())
+        largest = max(abs(low), abs(high))
+        if high - low <= 1e-9 * largest:  # bins need a width that floats of that size can tell
+            half = max(0.5, 1e-6 * largest)
+            low, high = low - half, high + half
+        counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
     return {
         "counts": np.asarray(counts).tolist(),
         "edges": np.asarray(edges).tolist(),

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips
+from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips, usable_rows
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, UnpickleError
 
@@ -277,10 +277,7 @@ class ClipWriter:
         block = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, self.width)
         block = block.astype(self.native, copy=False)  # [F, D]
         owner = np.repeat(*np.array(self.owners).T)  # [F]
-        if self.native.kind == "f":
-            keep = np.asarray(np.isfinite(block).all(axis=1))  # [F]
-        else:
-            keep = np.ones(len(block), bool)
+        keep = usable_rows(block)  # [F]
         if not keep.all():
             if not self.drop:
                 raise UnpickleError(
