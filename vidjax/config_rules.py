@@ -21,7 +21,13 @@ NOT_NEGATIVE = (
     "noise.relabel_every_epochs",
     "eval.every_epochs",
 )
-MOST_ROWS = 65_536  # clips of a block or a batch; far more is a slip, and fills any memory
+# Largest values. Beyond them a training would end in exhausted memory, or never.
+LARGEST: Mapping[str, float] = {
+    "eval.block_size": 2**20,
+    "noise.relabel_every_epochs": 1e6,
+    "eval.every_epochs": 1e6,
+    "mixup": 1e6,
+}
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 DISTRACTORS = ("other", "leave_out", "noise")
@@ -231,10 +237,11 @@ def out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
-        if infinite and name not in (*POSITIVE, *UNLIMITED):
+        if infinite and name not in (*POSITIVE, *LARGEST, *UNLIMITED):
             yield f"config.{name}={value}: must be finite"
-    if values["eval.block_size"] > MOST_ROWS:
-        yield f"config.eval.block_size={values['eval.block_size']}: must be at most {MOST_ROWS}"
+    for name, largest in LARGEST.items():
+        if values[name] > largest:
+            yield f"config.{name}={values[name]}: must be at most {largest:,.0f}"
     for name in POSITIVE:
         if not 0 < values[name] < math.inf:
             yield f"config.{name}={values[name]}: must be positive"

@@ -30,13 +30,13 @@ from vidjax.run.checkpoint import CheckpointError
 
 SYSTEMS = {
     "mma": "configs/mma.py:iqiyi_vid",
-    "mma-published": "configs/mma.py:iqiyi_vid,published",
+    "mma-published": "configs/mma.py:iqiyi_vid,published,face,head",
     "knn": "configs/knn.py:iqiyi_vid",
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid",
     "voting": "configs/quality_fusion.py:iqiyi_vid,voting",
-    "residual_dense": "configs/residual_dense.py:iqiyi_vid,one",
+    "residual_dense": "configs/residual_dense.py:iqiyi_vid,one,face,head",
     "noise_classes": "configs/noise_classes.py:iqiyi_vid",
-    "deepmef": "configs/deepmef.py:iqiyi_vid",
+    "deepmef": "configs/deepmef.py:iqiyi_vid,face,head",
 }
 WIDTHS = {"face": 24, "head": 16, "audio": 8}
 SPLITS = {"train": 36, "val": 18}
@@ -55,6 +55,7 @@ class Case(NamedTuple):
       clips: split -> number of clips.
       identities: number of identities; every fourth clip is a distractor.
       distractors: False for none.
+      odd: the splits with odd features.
       words: overrides of the configuration.
     """
 
@@ -64,6 +65,7 @@ class Case(NamedTuple):
     clips: Mapping[str, int] = SPLITS
     identities: int = IDENTITIES
     distractors: bool = True
+    odd: Sequence[str] = ("train", "val")
     words: Sequence[str] = ()
 
 
@@ -116,6 +118,11 @@ CASES = {
     "some-nan": _some(math.nan),
     "some-1e30": _some(1e30),
     "some-1e300": _some(1e300, "float64"),
+    "val-zero": _full(0.0)._replace(odd=("val",)),
+    "val-nan": _full(math.nan)._replace(odd=("val",)),
+    "val-1e30": _scaled(1e30)._replace(odd=("val",)),
+    "val-largest": _full(3.4e38)._replace(odd=("val",)),
+    "val-denormal": _scaled(1e-40)._replace(odd=("val",)),
     "quality-0": _quality(0.0),
     "quality-negative": _quality(-1e30),
     "quality-nan": _quality(math.nan),
@@ -168,7 +175,8 @@ def make_data(case: Case, cache: Path) -> Any:
             splits[split][clip] = {}
             for name, dim in WIDTHS.items():
                 noise = rng.normal(size=(case.frames, dim))
-                features = case.features((centres[name][identity] + noise).astype(np.float32))
+                features = (centres[name][identity] + noise).astype(np.float32)
+                features = case.features(features) if split in case.odd else features
                 fields = case.fields(len(features)) if len(features) else {}
                 splits[split][clip][name] = {"features": features, **fields}
     return arrays.load(splits, labels, cache_dir=cache)

@@ -10,7 +10,7 @@ LONGEST, SHORTEST = 1e18, 1e-12
 def unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for every modality whose features are all absent, not finite, 0 or out of range.
+    """Yields a message for every modality whose features are absent, not finite, 0 or out of range.
 
     Args:
       report: the report of a dataset, `data_report.json`.

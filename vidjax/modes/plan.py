@@ -11,7 +11,6 @@ import numpy as np
 from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
-from vidjax.config_rules import MOST_ROWS
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData
 from vidjax.data.usable import unusable
@@ -20,6 +19,8 @@ from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
+
+MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
 class RunPlan(NamedTuple):
