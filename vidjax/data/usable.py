@@ -3,8 +3,31 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from vidjax.suggest import closest
+
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
 LONGEST, SHORTEST = 1e18, 1e-12
+
+
+def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
+    """Yields a message for every two modalities of near names that no clip has both of.
+
+    Args:
+      splits: split -> modality -> [N] int, number of frames of each clip.
+    """
+    names = sorted({name for lengths in splits.values() for name in lengths})
+    for number, name in enumerate(names):
+        others = names[number + 1 :]
+        if other := closest(name, others, cutoff=0.7):
+            together = any(
+                np.any((lengths[name] > 0) & (lengths[other] > 0))
+                for lengths in splits.values()
+                if name in lengths and other in lengths
+            )
+            if not together:
+                yield f"no clip has both '{name}' and '{other}': is one of the two misspelt?"
 
 
 def unusable(

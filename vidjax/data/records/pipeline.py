@@ -33,6 +33,7 @@ from vidjax.data.records.codec import (
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.report import digest_data, label_records
+from vidjax.data.usable import misspelt
 
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
@@ -77,6 +78,8 @@ class Dataset:
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
+        for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+            warnings.warn(problem, stacklevel=2)
 
     @classmethod
     def from_source(
