@@ -138,7 +138,7 @@ CASES = {
     "width-1": Case(features=lambda x: x[:, :1]),
     "batch-1": _field("batch_size=1", "num_epochs=1"),
     "batch-1e8": _field("batch_size=100000000"),
-    "block-1": _field("eval.block_size=1"),
+    "block-1": _field("eval.block_size=1")._replace(clips={"train": 12, "val": 6}),
     "block-1e9": _field("eval.block_size=1000000000"),
     "every-epochs-inf": _field("eval.every_epochs=inf"),
     "every-epochs-tiny": _field("eval.every_epochs=1e-300", "num_epochs=1"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.frame_fields import PackedClips
+from vidjax.data.frame_fields import LARGEST, PackedClips
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
 from vidjax.digests import sha256_json
@@ -70,11 +70,12 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
 
 
 def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """Returns [F] float64 L2 norms; `rows` frames at a time, to bound memory."""
-    norms = np.empty(len(features))
+    """Returns [F] float32 L2 norms; `rows` frames at a time, to bound memory."""
+    norms = np.empty(len(features), np.float32)
     for start in range(0, len(features), rows):
         block = features[start : start + rows].astype(np.float64)  # squares stay finite
-        norms[start : start + rows] = np.sqrt(np.einsum("fd,fd->f", block, block))
+        length = np.sqrt(np.einsum("fd,fd->f", block, block))
+        norms[start : start + rows] = np.minimum(length, LARGEST)
     return norms
 
 
