@@ -337,7 +337,8 @@ def fault_table():
 
 
 def test_every_fault_has_a_row():
-    assert list(fault_table()) == [*range(1, 43)]
+    numbers = list(fault_table())
+    assert len(numbers) >= 42 and numbers == [*range(1, len(numbers) + 1)]
 
 
 def test_the_tests_of_the_fault_table_exist():

@@ -89,8 +89,8 @@ class PackedClips:
 def usable_rows(features: np.ndarray) -> np.ndarray:
     """Returns [F] bool, False for frames [F, D] with a NaN, an Inf, or a value beyond float32."""
     if features.dtype != np.float64:
-        return np.isfinite(features).all(axis=1)
-    return (np.abs(features) <= LARGEST).all(axis=1)  # a NaN compares as False
+        return np.asarray(np.isfinite(features).all(axis=1))
+    return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
 def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:
