@@ -17,7 +17,7 @@ import pytest
 
 import vidjax
 from tests.benchmarks import scores
-from tests.campaigns import kills, same_bytes
+from tests.campaigns import kills, numbers, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import iqiyi_vid, synthetic
@@ -246,6 +246,10 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         ),
         # `tests/faults/test_kill.py` runs a short campaign.
         "tests.campaigns.kills": kills.main,
+        # `tests/faults/test_numbers.py` runs more cases.
+        "tests.campaigns.numbers": lambda words: numbers.main(
+            [*words, "--only=zero,batch-1e8", "--systems=knn"]
+        ),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -271,7 +275,7 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
-    modules.add("tests.campaigns.same_bytes")
+    modules |= {"tests.campaigns.numbers", "tests.campaigns.same_bytes"}
     for page in PAGES:
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:
