@@ -117,6 +117,9 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     wanted = labelled(official, official_dir)
     assert data.identities == wanted.identities
     assert data.modalities == wanted.modalities
+    origin, other_origin = data.report.pop("data"), wanted.report.pop("data")
+    assert origin["digest"] == other_origin["digest"]
+    assert (origin["name"], origin["dir"]) == ("arrays", None)
     for split in ("train", "val", "test"):
         one, other = data.split(split), wanted.split(split)
         assert one.clips == other.clips and one.labelled == other.labelled

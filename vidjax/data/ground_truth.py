@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.data.clips import SPLITS
+from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.untrusted.names import clean_name, show
 
 MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
@@ -20,25 +21,19 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 
     Raises:
       OSError: there is no such directory.
+      ValueError: one of them is no file, or is named after a misspelt split.
     """
-    names = {path.name: path for path in list_files(directory)}
-    return {split: names[f"{split}_gt.txt"] for split in SPLITS if f"{split}_gt.txt" in names}
-
-
-def list_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the files of a directory, without hidden ones.
-
-    Raises:
-      OSError: there is no such directory.
-    """
-    directory = Path(directory)
-    if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such directory; is config.data.dir right?")
-    if not directory.is_dir():
-        raise NotADirectoryError(
-            f"{directory}: not a directory; name the folder that holds the files"
-        )
-    return [path for path in directory.iterdir() if path.is_file() and path.name[0] != "."]
+    words = {
+        path.name.removesuffix("_gt.txt"): path
+        for path in list_entries(directory)
+        if path.name.endswith("_gt.txt")
+    }
+    found = {split: words.pop(split) for split in SPLITS if split in words}
+    for path in found.values():
+        check_file(path)
+    for word, path in words.items():
+        refuse_split(path, word, found)
+    return found
 
 
 def load_ground_truth(

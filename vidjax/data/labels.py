@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.data.folder_names import check_file, list_entries
 from vidjax.data.ground_truth import (
     check_known,
     find_ground_truth,
@@ -16,6 +17,7 @@ from vidjax.data.ground_truth import (
     sort_identities,
 )
 from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.suggest import closest
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
@@ -73,11 +75,21 @@ def load_folder_truth(
       ValueError: malformed labels, labels of unknown clips, or both kinds of files.
     """
     official, table = find_ground_truth(folder), folder / TABLE
+    check_file(table)
     if not table.is_file():
+        if not official:
+            _refuse_near_table(folder)
         return load_official_truth(folder, clips)
     if official:
         raise ValueError(f"{folder}: {TABLE} and {next(iter(official.values())).name}: keep one")
     return load_label_table(table, clips)
+
+
+def _refuse_near_table(folder: Path) -> None:
+    """Raises ValueError for a file such as `label.csv`, which would not be read."""
+    for path in list_entries(folder):
+        if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
+            raise ValueError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
 
 
 def load_label_table(

@@ -15,6 +15,7 @@ from vidjax.data.frame_fields import (
     NonFinite,
     PackedClips,
     skipped_clips,
+    usable_rows,
 )
 from vidjax.data.untrusted.names import show
 
@@ -229,7 +230,7 @@ class _Packer:
             )
         if features.dtype != self._dtype:
             raise ValueError(f"{place}: features are {features.dtype}, others {self._dtype}")
-        keep = np.isfinite(features).all(axis=1)
+        keep = usable_rows(features)
         if not keep.all():
             if not self._drop:
                 frame = int(np.argmin(keep))
