@@ -228,7 +228,10 @@ class _Packer:
                 f"{place}: features are {features.shape[1]} wide, others {self._width}"
             )
         if features.dtype != self._dtype:
-            raise ValueError(f"{place}: features are {features.dtype}, others {self._dtype}")
+            raise ValueError(
+                f"{place}: features are {features.dtype}, others {self._dtype}\n"
+                f"convert them: features.astype('{self._dtype}')"
+            )
         keep = np.isfinite(features).all(axis=1)
         if not keep.all():
             if not self._drop:
