@@ -21,7 +21,7 @@ from vidjax import config as config_lib
 WORDS = {
     **config_lib.SCALE_WORDS,
     "published": "channel attention over 40 frames in their order",
-    "views": "eleven members, each without another sixteenth of the features",
+    "views": "eleven members; each omits a different sixteenth of the features",
 }
 
 

@@ -22,7 +22,7 @@ WORDS = {
     "published": "the paper to the letter",
     "average": "average pooling instead of NetVLAD",
     "concat": "concatenated modalities, without attention",
-    "ensemble": "three members, each trained without another tenth of the clips",
+    "ensemble": "three members; each omits a different tenth of the clips",
 }
 
 

@@ -136,7 +136,7 @@ def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)
     facts, arrays = results_lib.load_analysis(tmp_path / "analysis.npz")
     alone = [member["map"] for member in results["members"]]
-    # Of two members, the one without the other is the other alone.
+    # Without one of two members, the other one is left.
     assert facts["gains"] == [results["map"] - value for value in alone[::-1]]
     assert "attention" not in arrays
     assert facts["assignment"] == {}

@@ -278,7 +278,7 @@ def half_a_config(run):
         (half_an_identity_list, 3, ["identities.json' is damaged"]),
         (flip_members, 3, ["members.npz"]),
         (other_config, 3, ["config.json", "embed_dim"]),
-        (lose_checkpoints, 3, ["no checkpoint", "metrics.json is there"]),
+        (lose_checkpoints, 3, ["no checkpoint", "metrics.json exists"]),
         (flip_shard, 2, [".tfrecord", "records, found", "is damaged"]),
         (lose_shard, 2, ["no such file"]),
         (empty_shard, 2, ["expected 3 records, found 0"]),

@@ -262,8 +262,8 @@ def test_a_split_may_be_trained_and_evaluated_with_members_that_leave_clips_out(
     ("word", "known", "match"),
     [
         ("hed", ("face", "head"), "did you mean 'head'?"),
-        ("x", ("face", "head"), "known are face, head"),
-        ("x", (), "known are none"),
+        ("x", ("face", "head"), "choose from face, head"),
+        ("x", (), "choose from none"),
         ("learning_rate", ("optim.learning_rate", "seed"), "did you mean 'optim.learning_rate'?"),
     ],
 )

@@ -184,7 +184,7 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
     scoring.score([one._replace(eval_step=counting)], "val", mesh, block_size=16)
     blocks, left_over = len(alive) // 3, len(alive) % 3
     assert blocks > 3 and not left_over
-    # Of every block the running sum, a sum in the making, and the scores of one member.
+    # Every block holds its running sum, the next sum, and the scores of one member.
     assert max(alive) - alive[0] <= 2 * blocks + 2 < 3 * blocks
 
 
@@ -216,6 +216,7 @@ def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
             np.testing.assert_allclose(value, right[name], rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
     """Other features and labels of a held-out fold change nothing in its member, only in others."""
     config = shrunk(SPLITS, *FOLDS, spec=MLP)

@@ -135,10 +135,11 @@ def random_files(rng: np.random.Generator) -> tuple[str, str]:
     return bom + gt, submission
 
 
-def test_1000_random_files_against_the_oracle(tmp_path):
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_files_against_the_oracle(tmp_path, number):
     rng = np.random.default_rng(0)
     scored, refused, partial = 0, 0, 0
-    for case in range(1000):
+    for case in range(number):
         gt, submission = random_files(rng)
         paths = write(tmp_path, gt, submission)
         try:
@@ -151,7 +152,7 @@ def test_1000_random_files_against_the_oracle(tmp_path):
         scored += 1
         partial += 0 < expected < 1
         assert abs(Fraction(ranking.score_files(*paths)) - expected) < Fraction(1, 10**12), case
-    assert scored > 800 and refused > 100 and partial > 600
+    assert scored > 0.7 * number and refused > 0.1 * number and partial > 0.6 * number
 
 
 def test_arrays_and_files_give_the_same_bits(tmp_path):

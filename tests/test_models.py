@@ -408,8 +408,8 @@ def test_knn_identifier_finds_its_training_clips():
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ({"name": "mlp"}, {}, f"known are {', '.join(sorted(identifier.MODELS))}"),
-        ({"name": "mma", "gama": 1}, {}, "no option gama; known are attention, dropout_rate"),
+        ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
+        ({"name": "mma", "gama": 1}, {}, "no option gama; choose from attention, dropout_rate"),
         ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
         ({"name": "mma"}, {"modalities": {}}, "at least one modality"),
         ({"name": "mma"}, {"dtype": "float31"}, "unknown dtype"),

@@ -365,7 +365,7 @@ def test_parameter_counts(widths, options, expected):
     [
         (
             {"modality": "scene"},
-            "needs the modality 'scene'; config.modalities are face, head, audio",
+            "add it, or choose one of these for config.model.modality",
         ),
         ({"channel_attention": "both"}, "unknown channel_attention 'both'"),
         ({"aggregation": "max"}, "unknown aggregation 'max'"),

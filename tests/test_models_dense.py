@@ -94,12 +94,23 @@ def test_mlp_matches_a_loop(norm_first):
                 params[f"layer_{i}"], expected, mask, activation, batch_norm, norm_first
             )
         np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
-        if not norm_first:
-            check_gradients(forward, params, x, modes=("rev",))
+
+
+@pytest.mark.slow
+def test_gradients_of_an_mlp_are_those_of_its_values():
+    layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
+    mask = np.array([True, True, False, True, True])
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).standard_normal((5, 3))
+        model = MLP(layers, False, FLOAT64)
+        variables = init(model, x, mask, train=False)
+        params = randomised(variables["params"])
+        check_gradients(train_forward(model, variables, mask), params, x, modes=("rev",))
 
 
 @pytest.mark.parametrize(
-    "shortcut", ["add", "concat", pytest.param("none", marks=pytest.mark.slow)]
+    "shortcut",
+    ["add", *(pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "none"))],
 )
 def test_residual_dense_net_matches_a_loop(shortcut):
     mask = np.arange(8) != 2
@@ -355,12 +366,12 @@ def test_parameter_counts(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "deep"}, "unknown backbone 'deep'; known are mlp, residual"),
+        ({"backbone": "deep"}, "unknown backbone 'deep'; choose from mlp, residual"),
         ({"head": "round"}, "unknown head"),
-        ({"logit_scale": 30.0}, "option of the cosine head"),
+        ({"logit_scale": 30.0}, "config.model.head=cosine"),
         ({"width": 8}, "backbone 'mlp' has no option width"),
         ({"backbone": "residual", "layers": ()}, "backbone 'residual' has no option layers"),
-        ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; known are linear"),
+        ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from linear"),
         ({"layers": ((8, "relu"),)}, "a layer is"),
         ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
         ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs num_layers of 1 or more"),

@@ -116,7 +116,7 @@ def test_mistakes_in_clustering_are_named() -> None:
     mistakes = [
         (
             {"method": "kmeans", "eps": 0.5, "min_samples": 2},
-            "config.noise.method='kmeans': known are dbscan, hdbscan",
+            "config.noise.method='kmeans': choose from dbscan, hdbscan",
         ),
         ({"eps": 0.0, "min_samples": 2}, "config.noise.eps=0.0 must be"),
         ({"eps": float("nan"), "min_samples": 2}, "config.noise.eps=nan must be"),

@@ -173,7 +173,7 @@ def test_nothing_to_train_is_allowed():
 
 
 def test_unknown_optimiser():
-    with pytest.raises(ValueError, match="known are adam, sgd"):
+    with pytest.raises(ValueError, match="choose from adam, sgd"):
         make_optimizer({**SPEC, "name": "lion"}, total_steps=1)
 
 
@@ -194,7 +194,7 @@ def test_impossible_points_are_refused(points):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"decay": "linear"}, "known are constant, cosine, steps"),
+        ({"decay": "linear"}, "choose from constant, cosine, steps"),
         ({"decay": "steps"}, "needs steps_per_epoch"),
         ({"warmup_scale": 2}, "between 0 and 1"),
     ],

@@ -371,12 +371,12 @@ def test_every_flag_and_mode_is_listed_and_no_other(capsys):
 
 def test_every_model_and_fusion_is_listed_and_no_other():
     known = set()
-    with pytest.raises(ValueError, match="known are") as model:
+    with pytest.raises(ValueError, match="choose from") as model:
         identifier.make_identifier({"name": ""}, modalities={}, num_classes=2, num_clips=1)
-    with pytest.raises(ValueError, match="known are") as frames:
+    with pytest.raises(ValueError, match="choose from") as frames:
         fusion.make_fusion({"name": ""})
     for error in (model, frames):
-        known |= set(str(error.value).partition("known are ")[2].split(", "))
+        known |= set(str(error.value).partition("choose from ")[2].split(", "))
     named = table("configs/README.md", "Names")
     first, end = named.index("model"), named.index("transforms")  # the heads of two tables
     assert set(named[first:end]) - {"model", "fusion"} == known
@@ -386,7 +386,7 @@ def test_every_model_and_fusion_is_listed_and_no_other():
 def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir, tmp_path):
     from tests.helpers.small_runs import shrunk
 
-    # Of all experiments, the one that leaves most.
+    # The experiment that writes the most files.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
     config.eval.report = True
     data = vidjax.load_data(official_dir, cache_dir=cache_dir)

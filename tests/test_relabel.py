@@ -151,9 +151,9 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
             ("--config.data.train_splits=train",),
             "add a split with distractors: --config.data.train_splits",
         ),
-        (("--config.data.distractors=drop",), "known are other, leave_out, noise"),
+        (("--config.data.distractors=drop",), "choose from other, leave_out, noise"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),
-        (("--config.noise.method=kmeans",), "known are dbscan, hdbscan"),
+        (("--config.noise.method=kmeans",), "choose from dbscan, hdbscan"),
     ],
 )
 def test_mistakes(data, tmp_path, words, message):

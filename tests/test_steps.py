@@ -341,7 +341,7 @@ def test_branches_are_weighted(scores, num_branches):
     ("model", "after"),
     [
         (MMA, "pool"),
-        (NORMED, "examples"),
+        pytest.param(NORMED, "examples", marks=pytest.mark.slow),
         pytest.param(MMA, "examples", marks=pytest.mark.slow),
         pytest.param(NORMED, "pool", marks=pytest.mark.slow),
     ],

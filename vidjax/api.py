@@ -70,8 +70,8 @@ def load_data(
             return arrays.load(folder, labels, cache_dir=cache_dir, non_finite=non_finite)
         if labels is not None:
             raise ValueError(
-                f"labels: {folder} holds official pickles, whose labels are train_gt.txt and "
-                "val_gt.txt"
+                f"labels: {folder} holds official pickles\n"
+                "leave `labels` out: they are read from train_gt.txt and val_gt.txt"
             )
         return load_dataset(
             "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite

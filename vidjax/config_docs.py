@@ -120,7 +120,7 @@ def field_tables(
         raise ValueError(f"config.default(): no comment above or beside {', '.join(missing)}")
     lines = _table_head()
     for name, names in known.items():
-        comments[name] += f"; known are {', '.join(f'`{item}`' for item in names)}"
+        comments[name] += f"; choose from {', '.join(f'`{item}`' for item in names)}"
     for name, comment in comments.items():
         if name in defaults:
             lines.append(f"| `{name}` | {_shown(defaults[name])} | {comment} |")

@@ -225,7 +225,7 @@ def out_of_range(values: Values) -> Iterator[str]:
     if values["data.distractors"] not in DISTRACTORS:
         yield (
             f"config.data.distractors='{values['data.distractors']}': "
-            f"known are {', '.join(DISTRACTORS)}"
+            f"choose from {', '.join(DISTRACTORS)}"
         )
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"

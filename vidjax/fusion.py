@@ -264,7 +264,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     filter_options = {key: options.pop(key) for key in filters if key in options}
     if unknown := sorted(set(options) - set(parameters)):
         raise ValueError(
-            f"fusion {name!r} has no option {', '.join(unknown)}; known are "
+            f"fusion {name!r} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(parameters)) or 'none'}, and for every fusion {', '.join(filters)}"
         )
     required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}

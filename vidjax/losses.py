@@ -270,8 +270,9 @@ def make_loss(
     takes_smoothing = "label_smoothing" in _parameters(CLASSIFICATION[spec["focal"]])
     if smoothing and np.all(weights == 1) and not takes_smoothing:
         raise ValueError(
-            f"config.loss.label_smoothing={smoothing} is an option of the softmax cross-entropy, "
-            f"which has weight 0 in config.loss.schedule={spec['schedule']}"
+            f"config.loss.label_smoothing={smoothing} has no effect: config.loss.schedule gives "
+            "the focal loss all the weight\n"
+            "set config.loss.label_smoothing=0, or a weight below 1 in config.loss.schedule"
         )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
     values = {

@@ -95,7 +95,7 @@ def make_schedule(
             total_steps, spec["decay_factor"], spec["decay_every_epochs"], steps_per_epoch
         )
     else:
-        raise ValueError(f"config.optim.decay='{decay}': known are constant, cosine, steps")
+        raise ValueError(f"config.optim.decay='{decay}': choose from constant, cosine, steps")
     rise = optax.constant_schedule(learning_rate)
     if warmup_steps >= 1:
         rise = optax.linear_schedule(start, learning_rate, warmup_steps)
@@ -153,7 +153,7 @@ def make_optimizer(
     elif spec["name"] == "sgd":
         scale = optax.trace(decay=spec["momentum"]) if spec["momentum"] else optax.identity()
     else:
-        raise ValueError(f"config.optim.name='{spec['name']}': known are adam, sgd")
+        raise ValueError(f"config.optim.name='{spec['name']}': choose from adam, sgd")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))

@@ -5,7 +5,7 @@
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-Scores equal those of `--mode=evaluate`. They are bit-equal where the clips are those of the split,
+Scores equal those of `--mode=evaluate`. They are bit-equal for all clips of the evaluated split,
 because the same program runs on the same blocks. Clips in memory need no TensorFlow.
 
 At most SMALL_REQUEST clips in memory are scored in a small block, which takes milliseconds. The

@@ -264,9 +264,9 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns ("PATH: line N", text) of every line, without its end and trailing blanks.
+    """Returns ("PATH: line N", text) of every line, without newline and trailing blanks.
 
-    Bytes that are not UTF-8 become lone surrogates, which no text contains.
+    Bytes that are not UTF-8 become lone surrogates, by which `_is_text` recognises them.
     """
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:

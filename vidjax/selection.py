@@ -238,7 +238,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
         return uniform
     if weighting not in ("quality", "graded"):
         raise ValueError(
-            f"unknown weighting {weighting!r}; known are graded, quality, uniform, and mixup in "
+            f"unknown weighting {weighting!r}; choose from graded, quality, uniform, and mixup in "
             "random fusion"
         )
     weights = frames.quality * frames.detection

@@ -33,4 +33,4 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     match = closest(word, known)
-    return f"did you mean '{match}'?" if match else f"known are {', '.join(known) or 'none'}"
+    return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

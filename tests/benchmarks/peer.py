@@ -533,7 +533,7 @@ def make_recipe(
             focal=False,
         )
     if net_name != "mma":
-        raise ValueError(f"unknown net {net_name!r}; known are mlp, mma, residual")
+        raise ValueError(f"unknown net {net_name!r}; choose from mlp, mma, residual")
     dims = dims or dict.fromkeys(MMA_MODALITIES, 512)
     others = [name for name in dims if name != "face"]
 

@@ -149,7 +149,7 @@ ROWS = (
     ),
     Row(
         "views",
-        "`deepmef.py:face`, five members without another 1/16 of the features",
+        "`deepmef.py:face`, five members; each omits a different 1/16 of the features",
         "deepmef.py:face" + VIEWS,
         DEEPMEF + VIEWS,
     ),
@@ -227,10 +227,10 @@ CLAIMS = (
         "five folds against one net on all clips",
         ("folds", "fusion"),
         (),
-        "as good, though every net has a fifth less",
+        "as good, though every net sees a fifth fewer clips",
     ),
     Claim(
-        "nets without a part of the features each, against one net",
+        "nets that each miss part of the features, against one net",
         ("views", "deepmef"),
         (),
         "on synthetic faces",

@@ -446,7 +446,7 @@ GREED = {
 
 
 def damage(sound: bytes) -> dict[str, bytes]:
-    """Returns what may stand under the name of a pickle that was `sound` once."""
+    """Returns damaged versions of the pickle `sound`, and other files under its name."""
     archive, tar = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
@@ -651,7 +651,7 @@ def check(packed: PackedClips, out_dir: Path) -> None:
 
 
 def _fork(path: Path, out_dir: Path) -> CompletedProcess[bytes]:
-    """Returns what `sandbox.main` left in a fork of this process, which knows all it imports."""
+    """Runs `sandbox.main` in a fork of this process, which has imported everything it needs."""
     out_dir.mkdir(exist_ok=True)
     streams = [out_dir.parent / "stdout", out_dir.parent / "stderr"]
     child = os.fork()
@@ -719,7 +719,7 @@ def set_canary(folder: Path) -> None:
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    """Returns what is in a folder, by path."""
+    """Returns the content of every file in a folder, by path; None for a folder."""
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
         for path in folder.rglob("*")

@@ -128,11 +128,11 @@ class Run:
         assert process.code == 0, process.said()
 
     def finished(self) -> bool:
-        """Returns whether its results are there."""
+        """Returns True if its results exist."""
         return (self.workdir / "metrics.json").exists()
 
     def converted(self) -> bool:
-        """Returns whether its records are complete."""
+        """Returns True if its records are complete."""
         return any(self.cache.glob("iqiyi_vid/*/manifest.json"))
 
     def manifests(self) -> dict[int, dict[str, Any]]:
@@ -155,7 +155,7 @@ class Run:
         return {line["step"] for line in lines if "split" in line}
 
     def differences(self) -> list[str]:
-        """Returns what is not the same, to the byte, as in the undisturbed run."""
+        """Returns the files and values whose bytes differ from the undisturbed run."""
         assert self.like is not None
         there = self.like.workdir
         wrong = [name for name in SAME_FILES if _bytes(there / name) != _bytes(self.workdir / name)]
@@ -251,7 +251,7 @@ class Process:
         return False
 
     def moment(self) -> str:
-        """Returns what the process is about, or was when it died: one of SPANS, or 'end'."""
+        """Returns the phase that the process is in, or died in: one of SPANS, or 'end'."""
         run = self._run
         if set(run.cache.glob("iqiyi_vid/*.partial")) - self._left_over:
             return "conversion"

@@ -115,9 +115,7 @@ def test_hostile_files_end_in_one_line_and_nothing_else(ends: dict[str, list[Any
 
 
 @pytest.mark.slow
-def test_so_they_do_in_the_whole_cage_the_greedy_ones_included(
-    tmp_path: Path, campaign: bool
-) -> None:
+def test_the_sandbox_limits_memory_and_cpu_time(tmp_path: Path, campaign: bool) -> None:
     files = collection(tmp_path / "canary" / "mark")
     if not campaign:
         files = {n: data for i, (n, data) in enumerate(files.items()) if "greed" in n or i % 4 == 0}

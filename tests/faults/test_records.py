@@ -72,7 +72,7 @@ def shards_of(found: manifest_lib.Records) -> tuple[manifest_lib.Shard, ...]:
 
 
 def boundaries(path: Path) -> list[int]:
-    """Returns where each record begins, and the end of the file."""
+    """Returns the offset of each record, and the size of the file."""
     content = path.read_bytes()
     places = [0]
     while places[-1] < len(content):

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_written_ends_it_at_once(tmp_path, read_only, pa
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 3
-    # Of the processor, as others may be at work on this machine; 3 s on the wall are asked for.
+    # CPU time, since the machine may be busy; the requirement is 3 s of wall time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 

@@ -1,4 +1,4 @@
-"""Labels of clips: from ground-truth files, tables or dicts to class columns."""
+"""Reads labels of clips from ground-truth files, tables or dicts; maps them to class columns."""
 
 import csv
 import re

@@ -160,7 +160,7 @@ def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
       ValueError: an unknown mode, or `resident` with more clips or frames than an int32 counts.
     """
     if mode not in MODES:
-        raise ValueError(f"config.data.mode='{mode}': known are {', '.join(MODES)}")
+        raise ValueError(f"config.data.mode='{mode}': choose from {', '.join(MODES)}")
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
         raise ValueError(

@@ -344,7 +344,7 @@ def _unit(rng: np.random.Generator, count: int, dim: int = _RANK) -> np.ndarray:
 
 
 def _near(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Unit points at about the look-alikes' cosine from `points` [n, R]."""
+    """Returns [n, R] float32 unit vectors with cosine _LOOKALIKE_COSINE, about, to `points`."""
     side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
     mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _unit(rng, len(points))
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)

@@ -147,7 +147,7 @@ class ChannelAttention(nn.Module):
         """
         if self.form not in ("features", "channels"):
             raise ValueError(
-                f"unknown channel attention {self.form!r}; known are channels, features"
+                f"unknown channel attention {self.form!r}; choose from channels, features"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise ValueError(

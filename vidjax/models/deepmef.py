@@ -69,16 +69,19 @@ class DeepMEF(nn.Module):
         super().__post_init__()
         if self.modality not in self.modalities:
             raise ValueError(
-                f"model 'deepmef' needs the modality {self.modality!r}; config.modalities are "
-                f"{', '.join(self.modalities)}"
+                f"config.model.modality={self.modality!r} is not in config.modalities="
+                f"{','.join(self.modalities)}\n"
+                "add it, or choose one of these for config.model.modality"
             )
         if self.channel_attention not in ("features", "channels", "none"):
             raise ValueError(
-                f"unknown channel_attention {self.channel_attention!r}; known are channels, "
+                f"unknown channel_attention {self.channel_attention!r}; choose from channels, "
                 "features, none"
             )
         if self.aggregation not in ("attention", "mean"):
-            raise ValueError(f"unknown aggregation {self.aggregation!r}; known are attention, mean")
+            raise ValueError(
+                f"unknown aggregation {self.aggregation!r}; choose from attention, mean"
+            )
 
     @nn.compact
     def __call__(

@@ -69,11 +69,13 @@ class DenseIdentifier(nn.Module):
         super().__post_init__()
         if self.backbone not in _OPTIONS:
             known = ", ".join(sorted(_OPTIONS))
-            raise ValueError(f"unknown backbone {self.backbone!r}; known are {known}")
+            raise ValueError(f"unknown backbone {self.backbone!r}; choose from {known}")
         if self.head not in ("linear", "cosine"):
-            raise ValueError(f"unknown head {self.head!r}; known are cosine, linear")
+            raise ValueError(f"unknown head {self.head!r}; choose from cosine, linear")
         if self.head == "linear" and self.logit_scale != 1.0:
-            raise ValueError("logit_scale is an option of the cosine head")
+            raise ValueError(
+                f"config.model.logit_scale={self.logit_scale} needs config.model.head=cosine"
+            )
         # A changed value without effect would look like an experiment.
         others = {option for name in _OPTIONS if name != self.backbone for option in _OPTIONS[name]}
         for field in dataclasses.fields(self):

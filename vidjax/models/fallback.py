@@ -61,7 +61,7 @@ class FallbackIdentifier(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.measure not in ("norm", "quality"):
-            raise ValueError(f"unknown measure {self.measure!r}; known are norm, quality")
+            raise ValueError(f"unknown measure {self.measure!r}; choose from norm, quality")
         if self.modality not in (self.main_modalities or self.modalities):
             raise ValueError(f"model 'fallback': main_modalities must contain {self.modality!r}")
         if not self.other_modalities or self.modality in self.other_modalities:

@@ -71,7 +71,7 @@ def make_identifier(
     known = fields.keys() - {"parent", "name", *fixed}
     if unknown := sorted(options.keys() - known):
         raise ValueError(
-            f"model {name!r} has no option {', '.join(unknown)}; known are "
+            f"model {name!r} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(known))}"
         )
     required = {key for key in known if fields[key].default is dataclasses.MISSING}

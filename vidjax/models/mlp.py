@@ -62,7 +62,7 @@ class DenseLayer(nn.Module):
         """
         if self.activation not in _ACTIVATIONS and self.activation != "prelu":
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
-            raise ValueError(f"unknown activation {self.activation!r}; known are {known}")
+            raise ValueError(f"unknown activation {self.activation!r}; choose from {known}")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = nn.Dense(
             self.width,

@@ -43,7 +43,7 @@ class NetVLAD(nn.Module):
           ValueError: `reduce` is unknown.
         """
         if self.reduce not in ("sum", "mean"):
-            raise ValueError(f"unknown NetVLAD reduce {self.reduce!r}; known are mean, sum")
+            raise ValueError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
         scores = nn.Dense(

@@ -56,7 +56,7 @@ class ResidualDenseNet(nn.Module):
           ValueError: The shortcut or the activation is unknown, or there is no layer.
         """
         if self.shortcut not in ("add", "concat", "none"):
-            raise ValueError(f"unknown shortcut {self.shortcut!r}; known are add, concat, none")
+            raise ValueError(f"unknown shortcut {self.shortcut!r}; choose from add, concat, none")
         if self.num_layers < 1:
             raise ValueError(
                 f"ResidualDenseNet needs num_layers of 1 or more, got {self.num_layers}"

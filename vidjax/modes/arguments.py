@@ -79,7 +79,7 @@ def _joined_config(args: Arguments, workdir: Path) -> Config:
     if (workdir / "config.json").exists():
         earlier = tuple(config_lib.load_workdir(workdir).join.runs)
         if earlier != runs:
-            content = "other joined runs" if earlier else "a run of its own"
+            content = "a blend of other runs" if earlier else "a trained run"
             raise ValueError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
@@ -121,7 +121,7 @@ def for_comparison(args: Arguments) -> Comparison:
     if unread := sorted(given - set(COMPARABLE)):
         raise ValueError(
             f"--mode=compare does not read config.{unread[0]}\n"
-            f"known are {', '.join(f'--config.{name}' for name in COMPARABLE)}"
+            f"choose from {', '.join(f'--config.{name}' for name in COMPARABLE)}"
         )
     split = config.eval.split if "eval.split" in given else None
     return Comparison(args.workdir, args.folders, split, config.data.dir, config.data.cache_dir)

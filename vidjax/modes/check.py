@@ -34,8 +34,8 @@ def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
     """Yields the findings, one after another.
 
     Args:
-      config: the configuration of the run, or of a training to be; None for neither, or where that
-        of the run is damaged.
+      config: the configuration of the run, or one to train with; None if there is none, or if it is
+        damaged.
       workdir: the run's folder; None for none.
     """
     for subject, findings in _parts(config, workdir):
@@ -73,15 +73,15 @@ def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, F
 
 
 def _values(config: Config) -> Findings:
-    """Yields a fault for every value with which no training would start."""
+    """Yields a fault for every invalid value."""
     problems = list(config_lib.problems(config))
     yield from ((FAULT, problem) for problem in problems)
     if not problems:
-        yield OK, "config: every value is in its range and is read"
+        yield OK, "config: every value is in its range and has an effect"
 
 
 def _config_of(run: str, config: Config) -> Config | None:
-    """Returns the configuration of a joined run, with the data folders of the joining one."""
+    """Returns the configuration of a joined run, with the data folders of the blend."""
     try:
         run_config = config_lib.load_workdir(Path(run))
     except ValueError:
@@ -197,7 +197,9 @@ def _counts_text(split_report: Mapping[str, Any]) -> str:
     """Returns the numbers of clips, labels and frames of a split, in one line."""
     labels = "no ground truth"
     if split_report["labelled"]:
-        labels = f"{split_report['labelled_clips']} of {split_report['identities']} identities"
+        labels = (
+            f"{split_report['labelled_clips']} labelled, {split_report['identities']} identities"
+        )
     modalities = split_report["modalities"].values()
     seen = sum(modality["frames_seen"] for modality in modalities)
     skipped = sum(sum(modality["frames_skipped"].values()) for modality in modalities)
@@ -223,4 +225,4 @@ def _counts(records: "Records") -> Iterator[str]:
             loaded = report["modalities"][modality]["frames"]
             if loaded != lengths.sum():
                 kept = lengths.sum()
-                yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} kept"
+                yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} in the index"

@@ -36,7 +36,7 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
     for path in sorted(workdir.glob("*.jsonl")):
         yield _log(path)
     if (workdir / "metrics.json").exists() and not (workdir / "ranking.txt").exists():
-        yield iter([(FAULT, "ranking.txt: missing, though metrics.json is there")])
+        yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
     for path in sorted(workdir.glob("ranking*.txt")):
         yield _ranking(path)
 
@@ -80,7 +80,7 @@ def _ranking(path: Path) -> Findings:
 
 
 def _log(path: Path) -> Findings:
-    """Yields the finding on a log: its lines must be whole, in the order of steps, none twice."""
+    """Yields one finding on a log: its first damaged, repeated or out-of-order line, or OK."""
     *lines, rest = path.read_bytes().split(b"\n")
     before = (-1, False, 0)
     for number, line in enumerate(lines, 1):
@@ -134,8 +134,8 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
         newest = checkpoint.find(workdir, prefer)
     if newest is None:
         trained = (workdir / "metrics.json").exists()
-        text = "though metrics.json is there" if trained else "training would begin at step 0"
-        yield FAULT if trained else WARNING, f"{name}no checkpoint: {text}"
+        text = "but metrics.json exists" if trained else "training would begin at step 0"
+        yield FAULT if trained else WARNING, f"{name}no checkpoint, {text}"
         return
     step = newest.manifest["step"]
     state = WARNING if prefer == "latest" and step < max(steps) else OK

@@ -1,4 +1,4 @@
-"""The lines of a check: a state, a subject and a text, and what they add up to."""
+"""The lines of a check, each a state, a subject and a text; the verdict and the exit code."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Item(NamedTuple):
 
 
 def exit_code(items: Iterable[Item]) -> int:
-    """Returns 0 without a fault, 3 with a fault among the checkpoints, 2 with others alone."""
+    """Returns 3 if a checkpoint is faulty, else 2 if anything is, else 0."""
     subjects = {item.subject for item in items if item.state == FAULT}
     return 3 if "checkpoints" in subjects else 2 if subjects else 0
 

@@ -64,7 +64,8 @@ def restore_or_init(
         if manifest["step"] > plan.task.total_steps:
             raise ValueError(
                 f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
-                f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}"
+                f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}\n"
+                "raise --config.num_epochs, or train in another --workdir"
             )
 
     changed: resume.Changes = {}

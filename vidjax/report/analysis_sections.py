@@ -18,7 +18,7 @@ NO_ANALYSIS = (
 BLEND = "A blend has no such analysis: see the reports of its runs."
 NO_TRUTH = "The split has no ground truth."
 LISTS = (
-    "Clips lost to: the other identities in whose lists of 100 the clips score best. "
+    "Clips lost to: the other identities whose lists rank the clips of this identity highest. "
     "Mixed with: the identities whose clips take the first places of the list, as many places as "
     "the identity has clips. The number of clips is in brackets."
 )
@@ -51,8 +51,8 @@ def reason(run: RunFiles, *, blend: bool = False, other: str = NO_TRUTH) -> str:
 
     Args:
       run: the files of the run.
-      blend: whether a blend of runs never has this part.
-      other: the reason if there is an analysis, and not that of a blend.
+      blend: True if blends never have this part.
+      other: the reason to give if the run has an analysis and is not a blend.
     """
     if not run.analysis:
         return html.p(NO_ANALYSIS)
@@ -223,7 +223,7 @@ def attention(run: RunFiles) -> Iterator[str]:
         return
     matrix, names = run.arrays["attention"], run.analysis["vectors"]
     plot = figures.Plot(
-        0.55 * len(matrix) + 1.0, x="vector j, which takes", y="vector i, which gives"
+        0.55 * len(matrix) + 1.0, x="vector j (receives)", y="vector i (contributes)"
     )
     figures.draw_heat_map(plot.axes, matrix, names)
     most = [

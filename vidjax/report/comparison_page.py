@@ -120,7 +120,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
-    """Returns the table for the terminal, without the uncorrected p where there is a corrected."""
+    """Returns the table for the terminal, without the uncorrected p if there is a corrected one."""
     head, rows = difference_table(runs, differences)
     if HOLM in head:
         uncorrected = head.index("p")
@@ -245,7 +245,7 @@ def _by_identity(runs: Sequence[RankedRun], names: Sequence[str]) -> Iterator[st
             head = ("identity", "clips", names[0], name, "difference")
             yield html.table(caption, head, rows)
         else:
-            yield html.p(html.text(f"{name} reaches the same for every identity."))
+            yield html.p(html.text(f"{name} has the same average precision for every identity."))
     yield html.note("<code>comparison.csv</code> lists all identities.")
 
 

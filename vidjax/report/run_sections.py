@@ -246,14 +246,14 @@ def data(run: RunFiles) -> Iterator[str]:
     if not splits:
         yield html.p(NO_DATA)
         return
-    head = ("modality", "clips", "frames", "frames per clip", "clips without", "skipped")
+    head = ("modality", "clips", "frames", "frames per clip", "clips without it", "skipped")
     for name, split in splits.items():
         rows = [modality_row(key, counts) for key, counts in split["modalities"].items()]
         yield f"<h3>{html.text(name)}</h3>\n"
         yield html.p(html.text(_count_labels(split)))
         yield html.table(f"Loaded clips of {name}", head, rows)
     cropped = run.data.get("cropped_in_an_epoch", {})
-    lost = [f"{n['frames']:,} of {name}" for name, n in cropped.items() if n.get("frames")]
+    lost = [f"{name} {n['frames']:,}" for name, n in cropped.items() if n.get("frames")]
     if lost:
         yield html.note(f"Frames left out of training per epoch: {html.text(', '.join(lost))}.")
 

@@ -48,7 +48,7 @@ def map_interval(averages: np.ndarray) -> tuple[float, float]:
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Returns the difference of every run but the first to the first.
+    """Returns the difference from the first run, for every other run.
 
     Args:
       averages: for each run [C], the average precision of the same identities.
@@ -78,7 +78,7 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 def bootstrap(
     values: np.ndarray, *, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the 95 % interval of a mean, and the p-value of the mean being 0.
+    """Returns the 95 % interval of a mean, and the p-value of the hypothesis that it is 0.
 
     The bootstrap resamples the values. It is studentised: it measures how far a resample's mean
     lies from the sample's mean in standard errors of that resample. It is symmetric: the interval

@@ -89,7 +89,7 @@ class ResultPaths(NamedTuple):
 
 
 def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
-    """Returns where the results of a split lie.
+    """Returns the paths of the results of a split.
 
     Args:
       workdir: the run's folder.

@@ -108,7 +108,7 @@ def _within(name: str, groups: tuple[str, ...]) -> bool:
 
 
 def _without_recorded(workdir: Path, changed: Changes) -> Changes:
-    """Returns changes without those that `changes.jsonl` records."""
+    """Returns the changes that `changes.jsonl` does not record yet."""
     path = workdir / FILE
     recorded: dict[str, list[Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():

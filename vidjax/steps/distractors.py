@@ -248,7 +248,7 @@ def cluster(
     Source: Ester et al. 1996 (DBSCAN), Campello et al. 2013 (HDBSCAN), both of scikit-learn.
     """
     if method not in ("dbscan", "hdbscan"):
-        raise ValueError(f"config.noise.method='{method}': known are dbscan, hdbscan")
+        raise ValueError(f"config.noise.method='{method}': choose from dbscan, hdbscan")
     if min_samples < 1 or not (0 < eps <= 2 or (method == "hdbscan" and eps == 0)):
         raise ValueError(
             f"config.noise.eps={eps} must be above 0 and at most 2 (0 for hdbscan only), and "

@@ -1,4 +1,4 @@
-"""Examples, the inputs of a model: all fused frames of a clip, or one fused frame each."""
+"""Builds examples, the inputs of a model: one per clip, or one per fused frame of a clip."""
 
 from collections.abc import Mapping
 

@@ -80,7 +80,7 @@ class Feed(Protocol):
           step: number of the step; for StreamingFeed it must be the last one.
 
         Returns:
-          [n] int32, clip_index of these clips; of all clips of the step if there are none.
+          [n] int32, clip_index of these clips; if no clip is bad, of all clips of the step.
         """
         ...
 

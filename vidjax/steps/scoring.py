@@ -177,7 +177,11 @@ def _summarise(
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns `in_sample`, `out_of_fold`, or the split if all members score all clips."""
+    """Returns the kind of clips that MAP is computed on.
+
+    It is `in_sample` if a model scores clips it was trained on, the name of the split if all
+    members score all clips, and `out_of_fold` otherwise.
+    """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
@@ -220,7 +224,8 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
         )
     if tuple(first.data.identities) != tuple(other.data.identities):
         raise ValueError(
-            f"--runs: {first.name} and {other.name} were trained on different lists of identities"
+            f"--runs: {first.name} and {other.name} were trained on different lists of identities\n"
+            "blend runs that were trained on the same ground truth"
         )
     for model in (first, other):
         if not model.system.logs:

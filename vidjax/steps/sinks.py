@@ -59,7 +59,7 @@ class ClipScores(NamedTuple):
     Attributes:
       pool: [N] bool, the clips that are ranked.
       best: [N] float32, the highest score for any identity; -inf outside the pool.
-      right: [N] bool, True if that identity is the one of the clip.
+      right: [N] bool, True if that identity is the label of the clip.
     """
 
     pool: np.ndarray
@@ -113,5 +113,5 @@ def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 
 @jax.jit
 def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
-    """Returns the best score of each clip, [B], and whether it is that of its identity, [B]."""
+    """Returns the best score of each clip [B], and [B] True if it belongs to the clip's label."""
     return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)

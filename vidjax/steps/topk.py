@@ -19,7 +19,8 @@ NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty place; sorts after ev
 MAX_NAMES = 100  # largest number of clips per identity in a submission
 CHUNK = 256  # identities per merge, so that their scores stay in the cache of a CPU
 GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
-MOST_GROUPS = (32, 128)  # groups sorted per identity: the smallest that suffices, else all rows
+# Groups sorted per identity: the smallest number that holds all candidates, else all rows.
+MOST_GROUPS = (32, 128)
 
 
 class TopK(NamedTuple):

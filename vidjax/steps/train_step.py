@@ -179,7 +179,7 @@ def _draw_clips(system: System, rng: Array, batch: Batch, inputs: MemberInputs) 
         targets=((inputs.labels, jnp.ones_like(inputs.weight)),),
     )
     # Fusion folds the numbers 0 to M - 1 into the key. The transforms get the numbers from M on,
-    # the last one first, so that adding `keep_quality`, the first one, changes no draw of others.
+    # counted from the last one, so that adding `keep_quality` in front leaves their draws as is.
     number = len(clips.frames) + len(system.clip_transforms)
     for transform in system.clip_transforms:
         number -= 1

@@ -1,4 +1,4 @@
-"""Clips from dicts, `.npz` files or tables as checked flat arrays."""
+"""Checks clips of dicts, `.npz` files or tables, and packs them into flat arrays."""
 
 import re
 from collections import Counter
@@ -59,7 +59,7 @@ def read_frames(value: Any, place: str) -> dict[str, np.ndarray]:
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
-        raise ValueError(f"{place}: no field '{show(unknown[0])}'; known are {', '.join(STORED)}")
+        raise ValueError(f"{place}: no field '{show(unknown[0])}'; choose from {', '.join(STORED)}")
     features = _numbers(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
@@ -174,7 +174,7 @@ def _fill(
 
 
 class _Packer:
-    """One modality of one split, filled clip by clip."""
+    """Collects and checks the frames of one modality in one split, clip by clip."""
 
     def __init__(self, modality: str, folder: Path | None, *, drop: bool) -> None:
         self._modality, self._folder, self._drop = modality, folder, drop

@@ -126,14 +126,16 @@ def _run_sandbox(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{path}: reading took over {error.timeout:.0f} s: given up") from None
+        raise ValueError(
+            f"{path}: refused: reading it needs more than {error.timeout:.0f} s"
+        ) from None
 
 
 def _summary_of(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> dict:
     """Returns the child's summary, or raises its error with the name of the file."""
     if child.returncode == -signal.SIGXCPU:
         seconds = sandbox.cpu_limit(path.stat().st_size)
-        raise ValueError(f"{path}: takes over {seconds} s of CPU to read: refused")
+        raise ValueError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")
     if child.returncode == -signal.SIGKILL:
         raise ValueError(f"{path}: its reader was killed from outside: is memory short?")
     if child.returncode < 0:

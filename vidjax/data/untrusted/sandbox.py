@@ -39,8 +39,8 @@ def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str
       drop: True leaves out frames with a non-finite feature; False refuses the file.
 
     Returns:
-      names and lengths of the clips, width and dtype of the features, and the counts `seen`,
-      `skipped`, `skipped_clips` and `warnings` of PackedClips.
+      A dict that JSON can hold: `names`, `lengths`, `width` and `dtype` of the features, and the
+      counts `seen`, `skipped`, `skipped_clips` and `warnings` of PackedClips.
 
     Raises:
       UnpickleError: the file is damaged, or has another structure than feature pickles have.
