@@ -54,6 +54,23 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_quickly() -> None:
+    """Programs of this process are compiled without optimisation; those of commands are not."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `optimized` compile with optimisation."""
+    if not request.node.get_closest_marker("optimized"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A records cache that the tests share; the user's own is never touched."""

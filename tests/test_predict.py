@@ -204,7 +204,7 @@ with np.load({str(tmp_path / "clips.npz")!r}) as file:
 run = predict.restore({str(folder)!r})
 np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.embed(clips))
 """
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

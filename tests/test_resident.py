@@ -501,6 +501,7 @@ def assert_same_state(left, right):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", [MMA, MLP], ids=["mma", "mlp"])
 def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     setting = Setting(data, spec=spec)
@@ -523,6 +524,7 @@ def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_parameters_do_not_depend_on_the_number_of_devices(data):
     sgd = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
     left, right = (

@@ -150,8 +150,8 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
       [B] float32, softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
       vectors; 0 for examples without a positive or without a negative.
 
-    Source: Hermans et al., In Defense of the Triplet Loss, equation 5 and section 3.2. Ours: unit
-    vectors.
+    Source: Hermans et al., In Defense of the Triplet Loss, equation 5 in its soft-margin form.
+    Ours: unit vectors.
     """
     embedding = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
     norm = jnp.sqrt(jnp.sum(embedding**2, axis=-1, keepdims=True) + 1e-12)

@@ -179,7 +179,7 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
             f"config.join.split={split_name}: a run was trained on it without folds\n"
             "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
         )
-    clips = candidates(first.each)
+    clips = candidates(first.model_tops)
     scores = gather_scores(models, split_name, mesh, block_size, clips)
 
     def value_of(weights: np.ndarray) -> float:
@@ -266,8 +266,8 @@ def greedy_weights(
     Returns:
       The weights [R] of the best blend of all rounds, which sum to 1, and its value.
 
-    Source: Caruana et al. 2004, Ensemble Selection from Libraries of Models, section 2: selection
-    with replacement. Ours: without their sorted initialisation and without bagging.
+    Source: selection with replacement of Caruana et al. 2004, Ensemble Selection from Libraries of
+    Models. Ours: without their sorted initialisation and without bagging.
     """
     counts = best = np.zeros(num_runs)
     best_value = -np.inf

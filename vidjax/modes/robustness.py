@@ -229,8 +229,8 @@ def occlusion(
       For every clip {clip, identity, right, modality, numbers, quality, falls}; the last three are
       lists of T values. Clips that cannot be scored without some frame are left out.
 
-    Source: Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, section
-    4.2. Ours: a frame is hidden, not a patch of an image.
+    Source: occlusion sensitivity of Zeiler and Fergus 2014, Visualizing and Understanding
+    Convolutional Networks. Ours: a frame is hidden, not a patch of an image.
     """
     rows = []
     for block in scorer.blocks(chosen):

@@ -21,7 +21,7 @@ from vidjax.system import System
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
 
 
-class Done(NamedTuple):
+class DispatchResult(NamedTuple):
     """The result of a dispatch of training steps.
 
     Attributes:
@@ -55,7 +55,7 @@ class Feed(Protocol):
         tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
-    ) -> Done:
+    ) -> DispatchResult:
         """Trains for one dispatch.
 
         Args:
@@ -114,7 +114,7 @@ class StreamingFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
-    ) -> Done:
+    ) -> DispatchResult:
         """Does one training step; see `Feed.run`."""
         del most
         batch = self._last = self._next or self._fetch()
@@ -130,7 +130,7 @@ class StreamingFeed:
         self._fastest = min(self._fastest, time.monotonic() - began)
         states = [state for state, _ in results]
         bad = any(np.any(state.bad_steps >= train_step.MAX_BAD_STEPS) for state in states)
-        return Done(states, 1, loss, step if bad else None)
+        return DispatchResult(states, 1, loss, step if bad else None)
 
     def bad_clips(
         self,
@@ -172,7 +172,7 @@ class ResidentFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
         most: int,
-    ) -> Done:
+    ) -> DispatchResult:
         """Does the training steps of about DISPATCH_SECONDS; see `Feed.run`."""
         del step
         count = 1
@@ -188,7 +188,7 @@ class ResidentFeed:
             self._step_seconds = (time.monotonic() - began) / count
         self._compiled = True
         bad_steps = [int(outcome.bad_step) for outcome in outcomes if outcome.bad_step >= 0]
-        return Done(
+        return DispatchResult(
             states=[state for state, _ in results],
             num_steps=count,
             loss=float(np.mean([outcome.loss for outcome in outcomes])),

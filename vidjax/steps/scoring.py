@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      each: the best 100 clips by every single model of a blend; [] for one model.
+      model_tops: the best 100 clips by every single model of a blend; [] for one model.
       positives: [C] int, number of ground-truth clips per identity among the ranked clips.
       clips: the best score of every clip.
       results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
     """
 
     top: topk.TopK
-    each: list[topk.TopK]
+    model_tops: list[topk.TopK]
     positives: np.ndarray
     clips: ClipScores
     results: dict[str, Any]
@@ -89,11 +89,11 @@ def score(
             f"config.eval.split={split_name}: all members were trained on all of its clips\n"
             "choose another split with --config.eval.split"
         )
-    ranked = [
-        _RankedModel(scorer, split, pool, by_itself=len(scorers) > 1, each_member=each_member)
+    rankers = [
+        _ModelRanker(scorer, split, pool, by_itself=len(scorers) > 1, each_member=each_member)
         for scorer in scorers
     ]
-    whole = TopKMetric(split, pool)
+    ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
     weights = [model.weight for model in models]
     # A window is one block if there is only one member.
@@ -104,27 +104,30 @@ def score(
         progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
         for window in windows(models, split_name, block_size, mesh, rows):
             blocks = window[0]
-            scores = [part.score(own) for part, own in zip(ranked, window, strict=True)]
+            scores = [
+                ranker.score(model_blocks)
+                for ranker, model_blocks in zip(rankers, window, strict=True)
+            ]
             if observe:
                 observe(blocks, scores)
             for block, block_scores in zip(blocks, blend(scores, weights), strict=True):
-                for sink in (whole, clips):
+                for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
             progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
         progress.close()
-        top, value = whole.finish()
+        top, value = ranking.finish()
     seconds = time.monotonic() - began - compiling.seconds
 
     clips.flush()
     results = _summarise(split, clips.clips, value, scorers)
     results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
-    each = _summarise_parts(ranked, results)
-    return Evaluation(top, each, whole.positives, clips.clips, results)
+    model_tops = _summarise_models(rankers, results)
+    return Evaluation(top, model_tops, ranking.positives, clips.clips, results)
 
 
-class _RankedModel:
+class _ModelRanker:
     """A model with the metrics of its own ranking and of the rankings of its members.
 
     Attributes:
@@ -187,18 +190,18 @@ def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
 
 
-def _summarise_parts(ranked: Sequence[_RankedModel], results: dict[str, Any]) -> list[topk.TopK]:
+def _summarise_models(rankers: Sequence[_ModelRanker], results: dict[str, Any]) -> list[topk.TopK]:
     """Adds the MAP of single models and members to `results`; returns the models' rankings."""
     tops: list[topk.TopK] = []
-    for part in ranked:
-        model = part.scorer.model
-        if part.metric:
-            top, value = part.metric.finish()
+    for ranker in rankers:
+        model = ranker.scorer.model
+        if ranker.metric:
+            top, value = ranker.metric.finish()
             tops.append(top)
             row = {"name": model.name, "weight": model.weight, "map": value}
             results.setdefault("runs", []).append(row)
-        run = {"run": model.name} if part.metric else {}
-        for member, metric in zip(model.training_sets.members, part.members, strict=False):
+        run = {"run": model.name} if ranker.metric else {}
+        for member, metric in zip(model.training_sets.members, ranker.members, strict=False):
             row = {**run, **_describe(member), "map": metric.finish()[1]}
             results.setdefault("members", []).append(row)
     return tops
