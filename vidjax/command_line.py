@@ -10,12 +10,13 @@ from typing import NamedTuple, NoReturn
 from vidjax import config as config_lib
 from vidjax.suggest import closest, suggest
 
-FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
+FLAGS = ("--config", "--workdir", "--mode", "--runs", "--input", "--out", "--debug", "--help")
 PROGRAM = "python -m vidjax.main"
 
 MODES = {
     "train": "trains a system, evaluates it, writes a report; needs --config",
     "evaluate": "ranks a split with a trained run, or with several joined",
+    "rank": "ranks new clips with a trained run, into a file with scores",
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
     "check": "reads everything and changes nothing: environment, data, results",
@@ -36,6 +37,9 @@ examples:
   rank another split with a trained run
     {program} --mode=evaluate --workdir=runs/mma \\
         --config.eval.split=test
+  rank new clips: a folder of features, or a table
+    {program} --mode=rank --workdir=runs/mma \
+        --input=PATH --out=ranking.tsv
   rank a split with two runs together
     {program} --mode=evaluate --workdir=runs/both \\
         --runs=runs/mma,runs/deepmef
@@ -59,6 +63,8 @@ class Arguments(NamedTuple):
       config: `FILE[:ARG,...]` of `--config`, None without the flag.
       workdir: the folder of `--workdir`, None without the flag.
       runs: the text of `--runs`, None without the flag.
+      input: the folder or table of `--input`, None without the flag.
+      out: the file of `--out`, None without the flag.
       overrides: words that begin with `--config.`, each with its value.
       command: the whole command, which repeats the run.
     """
@@ -67,6 +73,8 @@ class Arguments(NamedTuple):
     config: str | None
     workdir: str | None
     runs: str | None
+    input: str | None
+    out: str | None
     overrides: tuple[str, ...]
     command: str
 
@@ -92,8 +100,19 @@ def parse(words: Sequence[str]) -> Arguments:
         raise ValueError(f"no mode '{args.mode}': {suggest(args.mode, MODES)}")
     if args.workdir == "":
         raise ValueError("--workdir= is empty: name a folder")
-    command = shlex.join([*PROGRAM.split(), *words])
-    return Arguments(args.mode, args.config, args.workdir, args.runs, tuple(overrides), command)
+    for flag, value in {"--input": args.input, "--out": args.out}.items():
+        if value is not None and args.mode != "rank":
+            raise ValueError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
+    return Arguments(
+        mode=args.mode,
+        config=args.config,
+        workdir=args.workdir,
+        runs=args.runs,
+        input=args.input,
+        out=args.out,
+        overrides=tuple(overrides),
+        command=shlex.join([*PROGRAM.split(), *words]),
+    )
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -130,7 +149,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--config.FIELD=VALUE ...]",
+        f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"
+        f"{indent}[--config.FIELD=VALUE ...]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -146,6 +166,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)"
     )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
+    parser.add_argument(
+        "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the new file: .tsv, .jsonl or .parquet")
     # For the help alone: `split_overrides` takes these words.
     parser.add_argument(
         "--config.FIELD",

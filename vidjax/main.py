@@ -117,6 +117,26 @@ def _report(args: "Arguments") -> int:
     return 0
 
 
+def _rank(args: "Arguments") -> int:
+    from vidjax.modes import arguments
+
+    options = arguments.for_ranking(args)
+    from vidjax.modes import rank
+
+    rank.check_out(options.out)  # before what takes seconds
+    from vidjax import predict
+    from vidjax.data.unlabelled import load_clips
+
+    run = predict.restore(options.workdir, step=options.step)
+    clips = load_clips(options.input, run.modalities, run.identities, split=options.split)
+    rank.write(options.out, run.rank(clips))
+    _say(
+        f"rank\n  clips       {len(clips.names):,}\n  identities  {len(run.identities):,}\n"
+        f"  ranking     {arguments.shown(options.out)}"
+    )
+    return 0
+
+
 def _compare(args: "Arguments") -> int:
     from vidjax.modes import arguments
 
@@ -162,6 +182,7 @@ def _check(args: "Arguments") -> int:
 RUNNERS = {
     "train": _train,
     "evaluate": _evaluate,
+    "rank": _rank,
     "compare": _compare,
     "report": _report,
     "check": _check,

@@ -219,9 +219,7 @@ def threshold(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float |
     return errors.threshold if errors else None
 
 
-def _errors_of(
-    clips: ScoredClips, labels: np.ndarray, fpir: float
-) -> IdentificationErrors | None:
+def _errors_of(clips: ScoredClips, labels: np.ndarray, fpir: float) -> IdentificationErrors | None:
     pool = clips.pool
     return identification_errors(clips.best[pool], clips.right[pool], labels[pool] > 0, fpir=fpir)
 

@@ -33,16 +33,15 @@ from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.modes.restore import find_run, fit_data, load_weights
 from vidjax.run import results as results_lib
-from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
 from vidjax.steps.sinks import WINDOW_ROWS, in_pool
 from vidjax.steps.windows import windows
-from vidjax.system import System, make_system
-
+from vidjax.system import System, TaskSpec, make_system
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them
+_REMADE = ("system", "score_fn", "embed_fn", "mesh")  # attributes that a pickle does not hold
 THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
@@ -73,7 +72,8 @@ class Predictor(NamedTuple):
       as `MemoryClips`.
     - a dataset. `split` then names the split; None means the split that the run evaluates.
 
-    A predictor can be pickled: another process restores it from the run's folder.
+    A predictor can be copied and pickled: weights and configuration are kept, and compiled programs
+    come from the cache again. The run's folder is not needed for it.
 
     A clip is scored by the members that were not trained on a clip of that name. In a run without
     folds, where all members were trained on it, all of them score it.
@@ -119,7 +119,9 @@ class Predictor(NamedTuple):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_step, (self.workdir, self.config.eval.checkpoint, self.step, self.mesh.size)
+        state = {name: getattr(self, name) for name in self._fields if name not in _REMADE}
+        weights = jax.device_get({name: state[name] for name in ("params", "model_state")})
+        return _remake, (state | weights, self.mesh.size)
 
     @property
     def threshold(self) -> float | None:
@@ -333,22 +335,19 @@ def restore(
     run = find_run(config, workdir)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
-    return Predictor(
-        workdir=workdir,
-        step=run.manifest["step"],
-        manifest=run.manifest,
-        results=_results_of(workdir, run.manifest["step"]),
-        config=config,
-        identities=run.identities,
-        modalities=dict(run.task.modalities),
-        params=params,
-        model_state=model_state,
-        training_sets=run.training_sets,
-        system=system,
-        score_fn=eval_step_lib.make_eval_step(system, mesh),
-        embed_fn=eval_step_lib.make_embed_step(system),
-        mesh=mesh,
-    )
+    state = {
+        "workdir": workdir,
+        "step": run.manifest["step"],
+        "manifest": run.manifest,
+        "results": _results_of(workdir, run.manifest["step"]),
+        "config": config,
+        "identities": run.identities,
+        "modalities": dict(run.task.modalities),
+        "params": params,
+        "model_state": model_state,
+        "training_sets": run.training_sets,
+    }
+    return _assemble(state, system, mesh)
 
 
 def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
@@ -361,17 +360,30 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
     return results if results.get("step") == step else {}
 
 
-def _restore_step(
-    workdir: Path, checkpoint: Literal["latest", "best"], step: int, num_devices: int
-) -> Predictor:
-    """Restores in another process the weights that a predictor had.
+def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
+    """Returns a predictor that was pickled.
 
-    Raises:
-      CheckpointError: the folder has another step by now.
+    Args:
+      state: its attributes but those of _REMADE; the weights as numpy arrays.
+      num_devices: devices to use, where there are as many.
     """
-    run = restore(workdir, step=checkpoint, num_devices=num_devices)
-    if run.step != step:
-        raise CheckpointError(
-            f"'{workdir}' was at step {step} and is at {run.step} now: restore the run anew"
-        )
-    return run
+    devices.keep_programs(default_cache_dir())
+    mesh = devices.make_mesh(num_devices)
+    task = TaskSpec(**{name: state["manifest"][name] for name in TaskSpec._fields})
+    weights = {name: state[name] for name in ("params", "model_state")}
+    return _assemble(
+        {**state, **devices.replicate(mesh, weights)},
+        make_system(state["config"].to_dict(), task),
+        mesh,
+    )
+
+
+def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor:
+    """Returns a predictor of given attributes, whose functions compile at their first use."""
+    return Predictor(
+        **state,
+        system=system,
+        score_fn=eval_step_lib.make_eval_step(system, mesh),
+        embed_fn=eval_step_lib.make_embed_step(system),
+        mesh=mesh,
+    )

@@ -24,7 +24,6 @@ from vidjax.data.untrusted.names import check_name
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 
-
 _UNSAFE = re.compile(r"\s|%(?=[0-9A-Fa-f]{2})")
 
 
@@ -190,8 +189,8 @@ def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
     """Returns MAP@100 of a submission, as the organisers' script computes it.
 
     A submission with faults is scored, too: `read_submission` says how. An identity that it lacks
-    counts 0, one that the ground truth lacks is ignored. Names match as exact strings, so both files
-    escape them alike.
+    counts 0, one that the ground truth lacks is ignored. Names match as exact strings, so
+    both files escape them alike.
 
     Args:
       gt_path: `NAME.mp4 ID` lines or `ID NAME.mp4 NAME.mp4 ...` lines.

@@ -1,7 +1,7 @@
 """Clips in memory as a source for evaluation."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class MemoryClips:
     def of(
         cls, clips: Clips, modalities: Mapping[str, int], identities: Sequence[str]
     ) -> "MemoryClips":
-        """Checks and packs clips; warns once of modalities that the run does not read.
+        """Checks and packs a dict of clips.
 
         Args:
           clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them.
@@ -86,13 +86,34 @@ class MemoryClips:
             raise ValueError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
-        names = {clean_name_at("clips:", name): name for name in clips}
-        if len(names) < len(clips):
-            name = next(name for name in clips if names[clean_name_at("", name)] != name)
-            raise ValueError(f"clip {show(name)}: there with and without .mp4: keep one")
+        return cls.pack(_as_clips(clips), modalities, identities)
+
+    @classmethod
+    def pack(
+        cls, clips: Iterable[Clip], modalities: Mapping[str, int], identities: Sequence[str]
+    ) -> "MemoryClips":
+        """Checks and packs clips; warns if none has a modality of the run, but others instead.
+
+        Args:
+          clips: the clips.
+          modalities: modality -> feature width.
+          identities: names of the class columns.
+
+        Raises:
+          ValueError: a clip is malformed; names clip, modality and field.
+        """
+        names: dict[str, str] = {}
         unread: set[str] = set()
-        packed = pack(select(_as_clips(clips), modalities, unread))
-        warn_of_unread(unread, modalities)
+        packed = pack(_select(clips, modalities, names, unread))
+        missing = [name for name in modalities if name not in packed]
+        if missing and unread:
+            meant = [closest(name.lower(), missing) for name in sorted(unread)]
+            hint = next((f": did you mean '{name}'?" for name in meant if name), "")
+            warnings.warn(
+                f"no clip has {', '.join(missing)}, which the run reads; "
+                f"not read: {show(', '.join(sorted(unread)))}{hint}",
+                stacklevel=4,
+            )
         return cls(packed, names, modalities, identities)
 
     def split(self, name: str) -> Split:
@@ -137,50 +158,41 @@ class MemoryClips:
 
 
 def _as_clips(clips: Clips) -> Iterator[Clip]:
-    for name, features in clips.items():
-        clean = clean_name_at("clips:", name)
+    for given, features in clips.items():
+        name = clean_name_at("clips:", given)
         if not isinstance(features, Mapping):
             kind = type(features).__name__
-            raise ValueError(f"clip {show(clean)} is of type {kind}, wanted {{modality: features}}")
-        yield Clip(clean, "clips", features)
+            raise ValueError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
+        yield Clip(name, "clips", features, given)
 
 
-def select(
-    clips: Iterable[Clip], modalities: Mapping[str, int], unread: set[str]
+def _select(
+    clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
     """Yields clips with the modalities that a run reads.
 
     Args:
       clips: the clips.
       modalities: modality -> feature width, of the run.
+      names: collects clean name -> name as it was given.
       unread: collects the names of all other modalities.
 
     Raises:
-      ValueError: a clip has other modalities alone, or one that seems misspelt.
+      ValueError: a clip has modalities, but none that the run reads.
     """
     for clip in clips:
+        names.setdefault(clip.name, clip.given or clip.name)
         others = [str(name) for name in clip.modalities if name not in modalities]
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
-        for other in others:
-            meant = closest(other.lower(), [name for name in modalities if name not in selected])
-            if meant or not selected:
-                hint = f": did you mean '{meant}'?" if meant else ""
-                raise ValueError(
-                    f"clip {show(clip.name)}: the run knows {', '.join(modalities)}, "
-                    f"not {show(other)}{hint}"
-                )
+        if others and not selected:
+            meant = closest(others[0].lower(), modalities)
+            raise ValueError(
+                f"clip {show(clip.name)}: the run knows {', '.join(modalities)}, "
+                f"not {show(', '.join(others))}{f': did you mean {meant!r}?' if meant else ''}"
+            )
         unread.update(others)
         # A clip without any modality is still a clip.
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
-
-
-def warn_of_unread(unread: Collection[str], modalities: Mapping[str, int]) -> None:
-    """Warns of modalities that clips have and a run does not read."""
-    if unread:
-        warnings.warn(
-            f"the run reads {', '.join(modalities)}; not read: {show(', '.join(sorted(unread)))}",
-            stacklevel=4,
-        )
 
 
 def _check_width(modality: str, flat: PackedClips, width: int) -> None:

@@ -31,7 +31,7 @@ def check_name(name: str, kind: str = "clip name") -> str:
         broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
         if broken:
             raise ValueError(
-                f"{kind} '{show(name)}' holds the control character {ascii(broken[0])}: rename it"
+                f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
             )
     try:
         name.encode("utf-8")

@@ -31,11 +31,13 @@ class Clip(NamedTuple):
       name: its clean name.
       place: file or split, with which an error begins.
       modalities: modality -> frames, as `read_frames` takes them.
+      given: its name as the source writes it, with `.mp4` or without; empty for `name`.
     """
 
     name: str
     place: str
     modalities: Mapping[str, Any]
+    given: str = ""
 
 
 def place_of(clip: Clip, modality: str) -> str:
@@ -229,8 +231,8 @@ class _Packer:
             )
         if features.dtype != self._dtype:
             raise ValueError(
-                f"{place}: features are {features.dtype}, others {self._dtype}\n"
-                f"convert them: features.astype('{self._dtype}')"
+                f"{place}: features are {features.dtype}, others {self._dtype}: "
+                f"use features.astype('{self._dtype}')"
             )
         keep = np.isfinite(features).all(axis=1)
         if not keep.all():
