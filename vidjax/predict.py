@@ -200,8 +200,10 @@ class Predictor(NamedTuple):
           ValueError: clips do not fit the run; the message names clip, modality and field.
         """
         request = self._request(clips, split)
-        rows = min(WINDOW_ROWS, max(len(request.clip_index), 1))
-        top = topk.rank(self._score_blocks(request), len(self.identities), rows=rows)
+        small = len(request.clip_index) <= SMALL_REQUEST
+        k = SMALL_REQUEST if small else topk.MAX_NAMES
+        rows = min(WINDOW_ROWS, len(request.clip_index))
+        top = topk.rank(self._score_blocks(request), len(self.identities), k, rows=rows)
         names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
         lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
         return {

@@ -9,9 +9,7 @@ URL, `First%20Last`, and so is a `%` before two hexadecimal digits. No other cha
 
 import argparse
 import codecs
-import re
 import sys
-import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,22 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax import metrics
-from vidjax.data.untrusted.names import check_name
+from vidjax.data.untrusted.names import check_name, escape, unescape
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
-
-_UNSAFE = re.compile(r"\s|%(?=[0-9A-Fa-f]{2})")
-
-
-def escape(name: str) -> str:
-    """Returns a name without white space, as a submission writes it; see the module's head."""
-    return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
-
-
-def unescape(text: str) -> str:
-    """Returns the name that `escape` turned into this text; any other text stays as it is."""
-    name = urllib.parse.unquote(text)
-    return name if escape(name) == text else text
 
 
 def write_ranking(

@@ -1,9 +1,14 @@
 """Names of clips and identities, and text of unknown origin in messages."""
 
+import re
 import unicodedata
+import urllib.parse
 
 # Control characters, line and paragraph separators: they would break the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")
+# White space and the byte order mark, which readers of text drop; and a % before two hexadecimal
+# digits, so that every name is read back.
+_UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
 
 
 def show(text: str | bytes) -> str:
@@ -70,3 +75,19 @@ def clean_name_at(place: str, name: object) -> str:
         return clean_name(name)
     except ValueError as error:
         raise ValueError(f"{place} {error}") from None
+
+
+def escape(name: str) -> str:
+    """Returns a name without white space, as the official format writes it: `First%20Last`."""
+    return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
+
+
+def unescape(text: str) -> str:
+    """Returns the name that `escape` turned into this text; any other text stays as it is."""
+    if "%" not in text:
+        return text
+    name = urllib.parse.unquote(text)
+    try:
+        return check_name(name) if escape(name) == text else text
+    except ValueError:
+        return text
