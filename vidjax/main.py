@@ -253,8 +253,8 @@ def _complain(text: str) -> None:
 def _text(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (
-            f"the package '{error.name}' is missing or broken: {error}\n"
-            "'pip install' vidjax again: it installs the packages that it needs"
+            f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
+            "installs what training, evaluation and reports need"
         )
     return str(error)
 

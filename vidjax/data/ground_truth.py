@@ -225,13 +225,14 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     if not lines:
         raise ValueError(f"{path}: holds no weights")
     given: dict[str, float] = {}
+    known = frozenset(clips)
     at: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise ValueError(f"{where} {len(fields)} fields, wanted a clip and its weight")
         try:
-            name = clean_name(fields[0])
+            name = _clip_of(fields[0], known)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
         if name in at:

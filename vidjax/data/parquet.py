@@ -57,7 +57,7 @@ def _read_columns(path: Path) -> Mapping[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path}: parquet is read by the package pyarrow, which is not installed\n"
-            "vidjax's extra [parquet] brings it: pip install '.[parquet]'"
+            "install it with vidjax's extra [parquet]: pip install 'vidjax[parquet]'"
         ) from error
     try:
         file = parquet.ParquetFile(path)

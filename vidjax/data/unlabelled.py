@@ -61,7 +61,7 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
     """Returns the split to read; ValueError where none is named and there are several."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
-    if split not in splits:
+    if split is None or split not in splits:
         problem = f"no split '{split}'" if split else "several splits"
         names = ", ".join(sorted(splits))
         example = sorted(splits)[0]

@@ -43,7 +43,7 @@ def check_out(path: Path) -> None:
     if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise ValueError(
             f"--out={path}: the package pyarrow writes parquet, and is not installed\n"
-            "pip install pyarrow, or end the name in .tsv or .jsonl"
+            "pip install 'vidjax[parquet]', or end the name in .tsv or .jsonl"
         )
 
 
@@ -104,8 +104,8 @@ def to_parquet(ranking: Ranking) -> bytes:
     from pyarrow import parquet
 
     kinds = (pyarrow.string(), pyarrow.int32(), pyarrow.string(), pyarrow.float32())
-    columns = zip(*_rows(ranking), strict=True)
-    arrays = [pyarrow.array(values, kind) for values, kind in zip(columns, kinds, strict=True)]
+    rows = list(_rows(ranking))
+    arrays = [pyarrow.array([row[i] for row in rows], kind) for i, kind in enumerate(kinds)]
     content = io.BytesIO()
     parquet.write_table(pyarrow.table(arrays, COLUMNS), content)
     return content.getvalue()
