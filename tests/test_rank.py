@@ -143,6 +143,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     [
         (["--mode=rank"], "--out=FILE"),
         (["--mode=rank", "--workdir=w", "--input=i"], "--out=FILE"),
+        (["--mode=rank", "--workdir=w", "--input=nowhere", "--out=o.tsv"], "--input=nowhere"),
         (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--runs=a,b"], "--workdir="),
         (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--config=c"], "--workdir="),
         (["--mode=evaluate", "--workdir=w", "--out=o.tsv"], "--mode=rank"),
