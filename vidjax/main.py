@@ -90,11 +90,13 @@ def _train(args: "Arguments") -> int:
             _set_up_devices(config)
             data = arguments.load_data(config)
             results = train.train(
-                config, workdir, data, analyse=config.eval.report, command=args.command
-            )
+                config, workdir, data, analyse=config.eval.report, command=args.command,
+                began=began,
+            )  # fmt: skip
         elif config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)  # an earlier process stopped just before
-    _summarise(args, config, workdir, results, began, finished_before=finished_before)
+    seconds = None if finished_before else results["seconds"]
+    _summarise(args, config, workdir, results, seconds, finished_before=finished_before)
     return 0
 
 
@@ -114,7 +116,7 @@ def _evaluate(args: "Arguments") -> int:
         else:
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
-    _summarise(args, config, workdir, results, began)
+    _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
 
 
@@ -252,14 +254,13 @@ def _summarise(
     config: "Config",
     workdir: Path,
     results: Mapping[str, Any],
-    began: float,
+    seconds: float | None,
     *,
     finished_before: bool = False,
 ) -> None:
     """Prints the scores of a run and the files to look at."""
     from vidjax.modes import summary
 
-    seconds = None if finished_before else time.monotonic() - began
     rows = summary.rows(config, workdir, results, seconds)
     heading = args.mode
     if finished_before:

@@ -46,10 +46,9 @@ def rows(
 def files(config: Config, workdir: Path) -> dict[str, str]:
     """Returns `ranking` and, if it exists, `report` -> path."""
     own_split = config_lib.load_workdir(workdir).eval.split
-    found = {"ranking": results_lib.paths(workdir, config.eval.split, own_split).ranking}
-    if (workdir / results_lib.REPORT).exists():
-        found["report"] = workdir / results_lib.REPORT
-    return {name: str(path) for name, path in found.items()}
+    paths = results_lib.paths(workdir, config.eval.split, own_split)
+    report = {"report": str(paths.report)} if paths.report.exists() else {}
+    return {"ranking": str(paths.ranking), **report}
 
 
 def to_json(content: Mapping[str, Any]) -> str:
