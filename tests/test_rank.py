@@ -4,16 +4,18 @@ import csv
 import hashlib
 import html
 import json
+import re
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vidjax
-from tests.helpers import clip_files, odd_names, small_runs
+from tests.helpers import clip_files, made_runs, odd_names, small_runs
 from vidjax import command_line, ranking
 from vidjax.data.unlabelled import load_clips
 from vidjax.main import main
@@ -191,6 +193,42 @@ def test_every_layout_without_labels_is_read(official_dir, tmp_path):
             load_clips(path, WIDTHS, (), split=split)
     with pytest.raises(ValueError, match=r"the run reads voice; there: .*audio"):
         load_clips(official_dir, {"voice": 3}, (), split="val")
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_odd_names_round_trip_through_a_comparison(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [
+        made_runs.write(tmp_path / name, dict(zip(NAMES, rng.random(len(NAMES)), strict=True)))
+        for name in ("=1+1", "<b>|*")
+    ]
+    out = tmp_path / "out"
+    assert main(["--mode=compare", f"--runs={runs[0]},{runs[1]}", f"--workdir={out}"]) == 0
+    with (out / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert [row[0].removeprefix("'") for row in rows] == [name.removeprefix("'") for name in NAMES]
+    assert all(len(row) == len(head) for row in rows)
+    assert not [row[0] for row in [head, *rows] if row[0].startswith(("=", "+", "-", "@"))]
+    assert head[2] == "'=1+1" and head[3] == "<b>|*"
+    text = (out / "comparison.md").read_text(encoding="utf-8")
+    assert "\\<b\\>" in text and "<b>" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tables[:3]}) == 1
+    page = _Tags()
+    page.feed((out / "comparison.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "b", "img"}
+    assert "<b>|*" in page.text and any(f"{name}" in page.text for name in NAMES[20:])
 
 
 @pytest.mark.slow
