@@ -179,7 +179,6 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     table = tree / "vidjax" / "models" / "identifier.py"
     table.write_text(with_line(table.read_text(), example("example: line")))
 
-    workdir = tmp_path / "run"
     env = {
         **os.environ,
         "XLA_FLAGS": "",
@@ -187,11 +186,17 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
         "PYTHONPATH": str(tree),
     }
 
-    def command(*words):
+    def command(*words, workdir=tmp_path / "run"):
         command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}"]
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads((workdir / "metrics.json").read_text())
+
+    (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
+    reached = re.search(r"reaches a MAP@100 of (0\.\d+) on the synthetic", README.read_text())
+    assert reached
+    results = command(*words[1:], "--config.eval.report=False", workdir=tmp_path / "synthetic")
+    assert results["map"] == pytest.approx(float(reached[1]), abs=0.02)
 
     results = command(
         "--config=configs/mine.py:iqiyi_vid,face,head,audio",
@@ -201,8 +206,8 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
         "--config.optim.learning_rate=0.01",
         "--config.ensemble.folds=2",
     )
-    # A classifier with its bias a modality, 13 columns, and the three weights.
-    assert results["num_params"] == (24 + 16 + 8 + 3) * 13 + 3
+    # Of each modality a norm, and a classifier of 13 columns with its bias; and three weights.
+    assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
     assert command("--mode=evaluate")["map"] == results["map"]
 

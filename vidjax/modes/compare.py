@@ -15,6 +15,7 @@ from vidjax import config as config_lib
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.load import describe, is_generated
+from vidjax.data.untrusted.names import unescape
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
@@ -167,7 +168,8 @@ def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
     path = folder / "identities.json"
     if path.exists():
         return tuple(workdir.read_json(path, list))
-    return tuple(line.split(" ", 1)[0] for line in ranking.read_text().splitlines())
+    lines = ranking.read_text(encoding="utf-8").split("\n")[:-1]
+    return tuple(unescape(line.split(" ", 1)[0]) for line in lines)
 
 
 def _read_analysis(path: Path) -> Averages | None:

@@ -14,6 +14,7 @@ name: `metrics_<split>.json` and so on.
     map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
                                      absent without ground truth, and with them the next line
     top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`
+    threshold_at_fpir_*              float | null: the score at which that FNIR holds
     members                          list of {member: int, map: float, and what sets it apart}
     runs                             list of {name: str, weight: float, map: float}: blended runs;
                                      with model, data, train_splits, modalities, seed, step,
