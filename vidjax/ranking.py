@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax import metrics
+from vidjax import files, metrics
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 
@@ -76,6 +76,7 @@ def load_ranking(
       ValueError: the file has one of the faults that `read_submission` tells. The message has at
         most three lines, each with a line number of the file.
     """
+    files.read_ranking(Path(path))  # refuses a link, and a file that is no run's
     submission = read_submission(path, identities=identities)
     if submission.faults:
         raise ValueError("\n".join(submission.complaints()[:3]))

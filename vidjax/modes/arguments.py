@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidjax import config as config_lib
+from vidjax import files
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.run import seal
 
 NEEDS_WORKDIR = "name the folder of a trained run"
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
@@ -67,7 +69,11 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
     workdir = Path(args.workdir).expanduser()
-    config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
+    if args.runs is not None:
+        config = _joined_config(args, workdir)
+    else:
+        given = {word.removeprefix("--config.").partition("=")[0] for word in args.overrides}
+        config = seal.own_config(workdir, run_config(workdir), given)
     return config_lib.override(config, args.overrides), workdir
 
 
@@ -153,9 +159,9 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = run_config(workdir)
+        config = seal.drop_foreign_paths(workdir, run_config(workdir))
     except ValueError:
-        if not (workdir / "config.json").is_file():
+        if not files.exists(workdir / "config.json"):
             raise
         return None, workdir
     return config_lib.override(config, args.overrides), workdir
@@ -170,7 +176,7 @@ def run_config(workdir: Path) -> Config:
     try:
         return config_lib.load_workdir(workdir)
     except ValueError as error:
-        if (workdir / "config.json").is_file():
+        if files.exists(workdir / "config.json"):
             raise
         runs = sorted(path.parent for path in workdir.glob("*/config.json"))
         hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"

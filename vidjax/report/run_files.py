@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax import config as config_lib
+from vidjax import files
 from vidjax.run import results
-from vidjax.run import workdir as workdir_lib
 
 
 class RunFiles(NamedTuple):
@@ -54,20 +55,21 @@ def load(workdir: Path) -> RunFiles:
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    if not (workdir / "config.json").is_file():
-        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)")
+    config_lib.load_workdir(workdir)  # refuses values of other types
     analysis_path = results.paths(workdir, "", "").analysis
     identities = workdir / "identities.json"
     data = workdir / "data_report.json"
-    analysis, arrays = results.load_analysis(analysis_path) if analysis_path.exists() else ({}, {})
+    analysis, arrays = (
+        results.load_analysis(analysis_path) if files.exists(analysis_path) else ({}, {})
+    )
     return RunFiles(
         folder=workdir,
-        config=workdir_lib.read_json(workdir / "config.json"),
+        config=files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES),
         metrics=results.read_metrics(workdir),
         lines=results.read_lines(workdir / "metrics.jsonl"),
-        identities=workdir_lib.read_json(identities, list) if identities.exists() else [],
+        identities=results.load_identities(identities) if files.exists(identities) else [],
         analysis=analysis,
         arrays=arrays,
-        data=workdir_lib.read_json(data) if data.exists() else {},
+        data=results.load_data_report(data) if files.exists(data) else {},
         other_metrics=results.read_other_metrics(workdir),
     )

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from vidjax import digests as digests_lib
+from vidjax import files
+from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
 
@@ -240,12 +242,15 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
-        if not file.is_file():
-            raise DamagedError(f"file missing: '{file}'")
         try:
-            same = digests_lib.sha256_file(file) == digest
+            with files.open_regular(file) as opened:
+                same = digests_lib.sha256_opened(opened) == digest
+        except FileNotFoundError as error:
+            raise DamagedError(f"file missing: '{file}'") from error
         except OSError as error:
             raise DamagedError(f"cannot read '{file}': {error.strerror}") from error
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
         if not same:
             raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
@@ -265,16 +270,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint at '{folder}'")
     path = folder / "manifest.json"
     try:
-        manifest = workdir_lib.read_json(path)
+        manifest = files.read_json(path)
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise DamagedError(f"file missing: '{path}'") from error
-    except (OSError, ValueError, KeyError) as error:
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    except (OSError, KeyError) as error:
         raise DamagedError(f"'{path}' is damaged") from error
     if digest != digests_lib.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
-    if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
+    if str(manifest.get("step")) != folder.name:
+        raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
+    try:
+        schema.check(path, manifest, schema.MANIFEST, "this checkpoint is not used")
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
+        raise DamagedError(f"'{path}' is damaged: it names a file outside of its folder")
     return manifest
 
 
@@ -348,15 +361,15 @@ def _drop_others(workdir: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes the files that a checkpoint's manifest lists; files that a user has added stay."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError):
-        files = {}
+        listed = read_manifest(folder)["files"]
+    except CheckpointError:
+        listed = {}
     parts = sorted((folder / "state").rglob("*"), reverse=True)  # files before their folders
     for path in [*parts, folder / "state"]:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
-            elif str(path.relative_to(folder / "state")) in files:
+            elif str(path.relative_to(folder / "state")) in listed:
                 path.unlink()
     for path in [*folder.glob(".manifest.json.*.partial"), folder / "manifest.json"]:
         path.unlink(missing_ok=True)
@@ -368,5 +381,5 @@ def _remove(folder: Path) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Returns relative path -> sha256 of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in files}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in paths}
