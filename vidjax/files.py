@@ -65,7 +65,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
                 "copy the folder of the run, and use the copy"
             )
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
-        return open(descriptor, mode, buffering=0)
+        return open(path, mode, buffering=0, opener=lambda *_: descriptor)  # named by its path
     except BaseException:
         os.close(descriptor)
         raise

@@ -139,6 +139,9 @@ def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             "compare on another: --config.eval.split=val"
         )
+    for key in ("map_kind", "num_clips"):
+        if metrics.get(key) is None:
+            raise ValueError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
     return metrics
 
 

@@ -1,13 +1,16 @@
 """The files of a run that its report shows."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import files
 from vidjax.run import results
+
+T = TypeVar("T")
 
 
 class RunFiles(NamedTuple):
@@ -47,6 +50,29 @@ class RunFiles(NamedTuple):
         """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis["num_others"])])
+
+
+def fitting(render: Callable[[RunFiles], T], run: RunFiles) -> T:
+    """Returns what `render` makes of a run's files.
+
+    Raises:
+      ValueError: the files are good, each by itself, and do not fit each other.
+    """
+    try:
+        return render(run)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"'{run.folder}': its results do not fit each other ({reason})\n"
+            "--mode=evaluate of this folder writes them again"
+        ) from error
 
 
 def load(workdir: Path) -> RunFiles:

@@ -7,7 +7,7 @@ written; no data is read, and no model is run.
 from pathlib import Path
 
 from vidjax.report import analysis_sections, html, run_sections
-from vidjax.report.run_files import RunFiles, load
+from vidjax.report.run_files import RunFiles, fitting, load
 from vidjax.run import results
 from vidjax.run import workdir as workdir_lib
 
@@ -37,7 +37,7 @@ def write(workdir: Path) -> Path:
       ValueError: there is no run, or one of its files is damaged.
     """
     path = workdir / results.REPORT
-    workdir_lib.write_text(path, render(load(workdir)))
+    workdir_lib.write_text(path, fitting(render, load(workdir)))
     return path
 
 

@@ -81,8 +81,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     try:
-        if partial.parent.exists():
-            shutil.rmtree(partial.parent)  # left by a save that was cut short
+        workdir_lib.clear(partial.parent)  # left by a save that was cut short
         partial.mkdir(parents=True)
         ocp.save_checkpointables(str(partial / "state"), filled)
         contents = {"arrays": _arrays(items), "files": _digests(partial / "state")}
@@ -180,6 +179,7 @@ def load(
 
     Raises:
       OtherModelError: an array has another shape or dtype than the checkpoint's.
+      DamagedError: the files hold no arrays.
     """
     _check_shapes(checkpoint, abstract)
     wanted = {
@@ -189,7 +189,11 @@ def load(
         for name, tree in abstract.items()
         if jax.tree.leaves(tree)
     }
-    restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
+    try:
+        restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
+    except Exception as error:  # the digests agree, and Orbax cannot read what they are of
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DamagedError(f"cannot read '{checkpoint.folder / 'state'}': {reason}") from error
     return {name: restored.get(name, tree) for name, tree in abstract.items()}
 
 
@@ -309,7 +313,16 @@ def _is_step(folder: Path) -> bool:
 
 
 def _folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, damaged ones included."""
+    """Returns step -> folder of every checkpoint, damaged ones included.
+
+    Raises:
+      CheckpointError: the folder of the checkpoints is a link, where something else may lie.
+    """
+    if (workdir / "checkpoints").is_symlink():
+        raise CheckpointError(
+            f"'{workdir / 'checkpoints'}' is a link, not a folder: it is not opened\n"
+            "put the folder that it leads to in its place"
+        )
     return {int(f.name): f for f in (workdir / "checkpoints").glob("*") if _is_step(f)}
 
 
@@ -340,8 +353,9 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 def _drop_others(workdir: Path) -> None:
     """Removes all checkpoints but the latest, the one before it and the best."""
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
-    if partial.exists():
-        shutil.rmtree(partial)
+    workdir_lib.clear(partial)
+    if dropped.is_symlink():
+        dropped.unlink()
     steps = manifests(workdir)
     latest = max(steps)
     others = steps.keys() - {latest}

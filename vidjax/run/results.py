@@ -59,7 +59,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -67,8 +67,10 @@ from vidjax import files
 from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
+T = TypeVar("T")
+
 REPORT = "report.html"
-REMEDY = "--mode=evaluate of the run's folder writes its results again"
+REMEDY = "delete it: --mode=evaluate of the run's folder writes its results again"
 # Keys of `metrics.json` that describe the training. A later evaluation keeps them.
 TRAINING_KEYS = (
     "best_step",
@@ -124,9 +126,7 @@ def load_metrics(path: Path) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged.
     """
-    value = files.read_json(path)
-    schema.check(path, value, schema.METRICS, REMEDY)
-    return value
+    return _read(path, dict, schema.METRICS)
 
 
 def load_identities(path: Path) -> list[str]:
@@ -136,9 +136,7 @@ def load_identities(path: Path) -> list[str]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged.
     """
-    value = files.read_json(path, list)
-    schema.check(path, value, schema.IDENTITIES, REMEDY)
-    return value
+    return _read(path, list, schema.IDENTITIES)
 
 
 def load_data_report(path: Path) -> dict[str, Any]:
@@ -148,8 +146,16 @@ def load_data_report(path: Path) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged.
     """
-    value = files.read_json(path)
-    schema.check(path, value, schema.DATA_REPORT, REMEDY)
+    return _read(path, dict, schema.DATA_REPORT)
+
+
+def _read(path: Path, kind: type[T], wanted: schema.Schema) -> T:
+    try:
+        value = files.read_json(path, kind)
+        schema.check(path, value, wanted, REMEDY)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if "\n" in text else f"{text}\n{REMEDY}") from error
     return value
 
 
@@ -226,4 +232,6 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     schema.check(path, values, schema.ANALYSIS, REMEDY)
     schema.check_arrays(path, arrays, REMEDY)
+    if "attention" in arrays and len(values.get("vectors") or ()) != len(arrays["attention"]):
+        raise ValueError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
     return values, arrays

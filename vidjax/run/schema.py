@@ -153,7 +153,7 @@ _COUNTS = Object(
         "missing_rate": SHARE,
         "frames_per_clip": Object({"mean": NUMBER}, ("mean",)),
     },
-    ("frames", "clips", "frames_skipped", "clips_skipped", "frames_per_clip", "missing_rate"),
+    ("frames", "clips", "frames_skipped", "clips_skipped"),
 )
 DATA_REPORT = Object(
     {
@@ -164,7 +164,7 @@ DATA_REPORT = Object(
                     "labelled": FLAG,
                     "modalities": Table(_COUNTS),
                 },
-                ("clips", "modalities"),
+                ("modalities",),
             )
         ),
         "cropped_in_an_epoch": Table(Object({"frames": NUMBER})),
@@ -229,6 +229,8 @@ ARRAYS = {
     "fnir": Numbers(("F",), 10_000),
     "calibration": Numbers(("bins", 3), 1000),
 }
+# Arrays that come together, or not at all.
+TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))
 
 
 def check(path: Path, value: object, schema: Schema, remedy: str) -> None:
@@ -300,6 +302,9 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
     Raises:
       ValueError: an array is wrong; the error names it.
     """
+    for names in TOGETHER:
+        if 0 < sum(name in arrays for name in names) < len(names):
+            raise ValueError(f"'{path}' is damaged: it wants all of {', '.join(names)}\n{remedy}")
     lengths: dict[str, int] = {}
     for name, wanted in ARRAYS.items():
         if name not in arrays:

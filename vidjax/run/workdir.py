@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,14 @@ def open_log(path: Path) -> io.FileIO:
       ValueError: it is a link, or no regular file.
     """
     return files.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder with all that is in it; of a link in its place only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_text(path: Path, text: str) -> None:
