@@ -17,7 +17,7 @@ import pytest
 
 import vidjax
 from tests.benchmarks import scores
-from tests.campaigns import kills, same_bytes
+from tests.campaigns import kills, mutations, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import iqiyi_vid, synthetic
@@ -246,6 +246,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         ),
         # `tests/faults/test_kill.py` runs a short campaign.
         "tests.campaigns.kills": kills.main,
+        "tests.campaigns.mutations": lambda words: mutations.main([words[0], "--count=1"]),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -271,7 +272,7 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
-    modules.add("tests.campaigns.same_bytes")
+    modules |= {"tests.campaigns.same_bytes", "tests.campaigns.mutations"}
     for page in PAGES:
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:
@@ -337,7 +338,7 @@ def fault_table():
 
 
 def test_every_fault_has_a_row():
-    assert list(fault_table()) == [*range(1, 43)]
+    assert list(fault_table()) == [*range(1, 49)]
 
 
 def test_the_tests_of_the_fault_table_exist():
