@@ -15,9 +15,10 @@ from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.modes import analysis
+from vidjax.modes import analysis, joined
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
+from vidjax.run import results as results_lib
 from vidjax.run import seal
 from vidjax.run.terminal import say
 from vidjax.steps import topk
@@ -76,8 +77,17 @@ def blend_runs(
         each_member=config.eval.members,
         observe=observer,
     )
-    results = evaluation.results | {"eval_seconds": time.monotonic() - began}
+    fitted_on = joined.fitted_on(config, workdir)
     kept = _keep_config(config, workdir, weights)
+    results = evaluation.results | {
+        "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
+        "command": joined.command(kept, workdir, split),
+        "eval_seconds": time.monotonic() - began,
+        "date": results_lib.now(),
+        "versions": devices.versions(),
+        **({"weights_fitted_on": fitted_on} if fitted_on else {}),
+    }
+    joined.write_description(workdir, models[0], datasets)
     trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
     write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,

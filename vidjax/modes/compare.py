@@ -123,6 +123,7 @@ def read(
         num_clips=metrics["num_clips"],
         generated=_generated(folder, config),
         metrics=metrics,
+        config=config.to_dict(),
     )
 
 

@@ -72,7 +72,11 @@ def evaluate(
         each_member=config.eval.members,
         observe=observer,
     )
-    results = evaluation.results | {"step": step, "eval_seconds": time.monotonic() - began}
+    results = evaluation.results | {
+        "step": step,
+        "eval_seconds": time.monotonic() - began,
+        "eval_date": results_lib.now(),
+    }
     trained = config_lib.load_workdir(workdir)
     write_results(
         workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,

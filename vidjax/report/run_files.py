@@ -26,6 +26,8 @@ class RunFiles(NamedTuple):
       arrays: the arrays of `analysis.npz`.
       data: `data_report.json`.
       other_metrics: split -> `metrics_<split>.json`, for splits other than the run's own.
+      split: the split that the metrics and the analysis are of.
+      analysed: the other splits that have an `analysis_<split>.npz`.
     """
 
     folder: Path
@@ -37,6 +39,8 @@ class RunFiles(NamedTuple):
     arrays: dict[str, np.ndarray]
     data: dict[str, Any]
     other_metrics: dict[str, dict[str, Any]]
+    split: str = ""
+    analysed: tuple[str, ...] = ()
 
     def identity(self, column: int) -> str:
         """Returns the name of an identity, given its place in `identities`."""
@@ -81,10 +85,11 @@ def load(workdir: Path) -> RunFiles:
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    config_lib.load_workdir(workdir)  # refuses values of other types
-    analysis_path = results.paths(workdir, "", "").analysis
+    split = str(config_lib.load_workdir(workdir).eval.split)  # refuses values of other types
+    analysis_path = results.paths(workdir, split, split).analysis
     identities = workdir / "identities.json"
     data = workdir / "data_report.json"
+    others = results.read_other_metrics(workdir)
     analysis, arrays = (
         results.load_analysis(analysis_path) if files.exists(analysis_path) else ({}, {})
     )
@@ -97,5 +102,27 @@ def load(workdir: Path) -> RunFiles:
         analysis=analysis,
         arrays=arrays,
         data=results.load_data_report(data) if files.exists(data) else {},
-        other_metrics=results.read_other_metrics(workdir),
+        other_metrics=others,
+        split=split,
+        analysed=tuple(
+            other for other in others if files.exists(results.paths(workdir, other, split).analysis)
+        ),
+    )
+
+
+def of_split(run: RunFiles, split: str) -> RunFiles:
+    """Returns the files of a run with the results and the analysis of another split.
+
+    Raises:
+      ValueError: the analysis is damaged.
+    """
+    analysis, arrays = results.load_analysis(results.paths(run.folder, split, run.split).analysis)
+    return run._replace(
+        metrics=run.other_metrics[split],
+        lines=[],
+        analysis=analysis,
+        arrays=arrays,
+        other_metrics={},
+        split=split,
+        analysed=(),
     )
