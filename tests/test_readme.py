@@ -18,7 +18,7 @@ import pytest
 import vidjax
 from tests.benchmarks import scores
 from tests.campaigns import commands as command_campaign
-from tests.campaigns import kills, numbers, same_bytes
+from tests.campaigns import kills, mutations, numbers, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import iqiyi_vid, synthetic
@@ -259,6 +259,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         "tests.campaigns.numbers": lambda words: numbers.main(
             [*words, "--only=zero,batch-1e8", "--systems=knn"]
         ),
+        "tests.campaigns.mutations": lambda words: mutations.main([words[0], "--count=1"]),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -284,7 +285,8 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
-    modules |= {f"tests.campaigns.{name}" for name in ("commands", "numbers", "same_bytes")}
+    names = ("commands", "mutations", "numbers", "same_bytes")
+    modules |= {f"tests.campaigns.{name}" for name in names}
     for page in PAGES:
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:

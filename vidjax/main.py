@@ -114,6 +114,7 @@ def _evaluate(args: "Arguments") -> int:
         if config.join.runs:
             results = blend.blend_runs(config, workdir, arguments.load_data)
         else:
+            evaluate.check_folder(config, workdir)
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     _summarise(args, config, workdir, results, time.monotonic() - began)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax import metrics
+from vidjax import files, metrics
 from vidjax.data.untrusted.names import check_name, escape, unescape
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
@@ -85,6 +85,7 @@ def load_ranking(
         most three lines, each with a line number of the file.
     """
     known = None if identities is None else {escape(name) for name in identities}
+    files.read_ranking(Path(path))  # refuses a link, and a file that is no run's
     submission = read_submission(path, identities=known)
     if submission.faults:
         raise ValueError("\n".join(submission.complaints()[:3]))

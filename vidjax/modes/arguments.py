@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from vidjax import config as config_lib
+from vidjax import files
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
 from vidjax.config_rules import out_of_range
 from vidjax.config_values import folder_suffix, override_names
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
-from vidjax.run import resume
+from vidjax.run import resume, seal
 
 NEEDS_WORKDIR = "name the folder of a trained run"
 RANKABLE = ("eval.split", "eval.checkpoint")  # fields that a ranking of new clips reads
@@ -111,7 +112,10 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
     workdir = Path(args.workdir).expanduser()
-    config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
+    if args.runs is not None:
+        config = _joined_config(args, workdir)
+    else:
+        config = seal.own_config(workdir, run_config(workdir), override_names(args.overrides))
     config = config_lib.override(config, args.overrides)
     if args.overrides:  # a run of an earlier version may have what is out of range now
         for problem in out_of_range(dict(config_lib.fields(config))):
@@ -233,9 +237,9 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = run_config(workdir)
+        config = seal.drop_foreign_paths(workdir, run_config(workdir))
     except ValueError:
-        if not (workdir / "config.json").is_file():
+        if not files.exists(workdir / "config.json"):
             raise
         return None, workdir
     return config_lib.override(config, args.overrides), workdir
@@ -270,7 +274,7 @@ def run_config(workdir: Path) -> Config:
     try:
         return config_lib.load_workdir(workdir)
     except ValueError as error:
-        if (workdir / "config.json").is_file():
+        if files.exists(workdir / "config.json"):
             raise
         runs = sorted(path.parent for path in workdir.glob("*/config.json"))
         hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"
