@@ -51,7 +51,7 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
     "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
-    "report": {"data", "metrics", "run"},  # pages from files
+    "report": {"config", "data", "metrics", "run"},  # pages from files
     "run": {"config", "digests"},  # files, no maths
     "data": {"batch", "devices", "digests", "suggest"},
     "data/records": {"batch", "data", "digests"},

@@ -1,30 +1,34 @@
 """The page of a run: whole, safe, accessible, small, and true to the files it is made of."""
 
-import html.parser
+import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.browser import CHROMIUM, browse
+from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import main as main_lib
 from vidjax import metrics
 from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
-from vidjax.report import analysis_sections, run_page, run_sections, significance
+from vidjax.report import analysis_sections, run_files, run_page, run_sections, significance
 from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib
 
 SECTIONS = [
     "summary",
+    "reading",
     "learning",
     "identities",
+    "mistakes",
     "strata",
     "open_set",
     "attention",
@@ -34,33 +38,64 @@ SECTIONS = [
     "data",
     "configuration",
 ]
-EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
-
-
-class Page(html.parser.HTMLParser):
-    """What a page holds, as a browser would see it."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs), tuple(self.open)))
-        if tag not in ("meta", "link", "br", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs), tuple(self.open)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def all(self, name):
-        return [attrs for tag, attrs, _ in self.tags if tag == name]
+EVIL = (
+    "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>{} --></style></title>]]>"
+    '<meta http-equiv="refresh" content="0; url=//x"><form action="//x"><input name=y autofocus '
+    "onfocus=alert(3)></form><a href='javascript:alert(4)'>\\</svg>"
+)
+TAGS = frozenset(
+    [
+        "html",
+        "head",
+        "meta",
+        "link",
+        "title",
+        "style",
+        "body",
+        "header",
+        "h1",
+        "nav",
+        "ul",
+        "li",
+        "a",
+        "main",
+        "footer",
+        "section",
+        "h2",
+        "h3",
+        "p",
+        "strong",
+        "span",
+        "code",
+        "pre",
+        "dl",
+        "dt",
+        "dd",
+        "details",
+        "summary",
+        "div",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "data",
+        "br",
+        "figure",
+        "figcaption",
+        "svg",
+        "desc",
+        "defs",
+        "g",
+        "path",
+        "use",
+        "clippath",
+        "rect",
+        "text",
+    ]
+)
 
 
 def check_page(text):
@@ -68,13 +103,21 @@ def check_page(text):
     page = Page(text)
     assert page.open == []
     assert len(text.encode()) < 5e6
-    assert [attrs["id"] for attrs in page.all("section")] == SECTIONS
-    assert [attrs["href"] for attrs in page.all("a")] == [f"#{name}" for name in SECTIONS]
-    assert {"script", "img", "iframe", "object"} & {tag for tag, _, _ in page.tags} == set()
+    shown = [attrs["id"] for attrs in page.all("section")]
+    assert shown == [name for name in SECTIONS if name in shown]  # in this order
+    links = [attrs["href"] for attrs in page.all("a")]
+    assert links[: len(shown)] == [f"#{name}" for name in shown]
+    pages = re.compile(r"report_[\w%.-]+\.html")
+    assert all(pages.fullmatch(address) for address in links[len(shown) :])
+    assert {tag for tag, _, _ in page.tags} <= TAGS
+    assert len(page.all("meta")) == 4
+    for name in shown:
+        assert re.search(r"<(p|table|figure|dl)[ >]", section(text, name)), f"{name} is empty"
     assert "http" not in text.replace("http-equiv", "")
     for _, attrs, _ in page.tags:
         for name in ("src", "href", "data", "action"):
-            assert attrs.get(name, "#").startswith(("#", "data:")), attrs
+            address = attrs.get(name, "#")
+            assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
     names = [attrs["id"] for _, attrs, _ in page.tags if "id" in attrs]
     assert len(names) == len(set(names))
@@ -99,18 +142,6 @@ def data(official_dir, cache_dir):
     return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
-def section(text, name):
-    """Returns one section of a page, without its figures."""
-    found = re.search(rf'<section id="{name}".*?</section>', text, re.DOTALL)
-    assert found
-    return re.sub(r"<svg.*?</svg>", "", found[0], flags=re.DOTALL)
-
-
-def values(text):
-    """Returns the numbers of a part of a page with all their digits."""
-    return [float(value) for value in re.findall(r'<data value="([^"]+)">', text)]
-
-
 @pytest.mark.slow
 def test_of_attention(data, tmp_path):
     config = shrunk("--config.num_epochs=2")
@@ -126,8 +157,11 @@ def test_of_attention(data, tmp_path):
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
     assert "face 3" in section(text, "attention")
     assert "no head" in section(text, "robustness")
-    assert run_sections.NO_MEMBERS in section(text, "ensemble")
+    assert '<section id="ensemble"' not in text
     assert "clips" in section(text, "data")
+    assert results["date"] in section(text, "summary")
+    assert "num_epochs" in section(text, "configuration")
+    check_numbers(tmp_path, text)
     before = text
     run_page.write(tmp_path)
     assert (tmp_path / "report.html").read_text() == before  # the same files, the same page
@@ -141,8 +175,9 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     train.train(config, tmp_path / "knn", data, num_devices=1, analyse=True)
     text = (tmp_path / "knn" / "report.html").read_text()
     check_page(text)
-    assert analysis_sections.NO_ATTENTION in section(text, "attention")
-    assert analysis_sections.NO_NETVLAD in section(text, "frames")
+    assert '<section id="attention"' not in text
+    assert '<section id="frames"' not in text
+    check_numbers(tmp_path / "knn", text)
     assert analysis_sections.NO_PROBABILITIES in section(text, "open_set")
 
     words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
@@ -155,6 +190,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     for member in results["members"]:
         assert member["map"] in shown
     assert run_sections.GAIN.split("{}")[0] in section(text, "ensemble")
+    check_numbers(tmp_path / "folds", text)
 
 
 def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}"):
@@ -175,6 +211,10 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         for i in np.argsort(ap)[:20]
     ]
     row = {"label": name.format("kind"), "map": 0.5, "identities": 3, "clips": 9}
+    groups = [row | {"low": None, "high": None}, row | {"low": 0.375, "high": 0.625}] * 4
+    wrong = {"clip": clip.format(1), "shows": -1, "identity": 2, "score": -0.25}
+    mistaken = [wrong | {"clip": clip.format(n), "shows": n} for n in range(1, 4)]
+    listed = [wrong | {"shows": n} for n in (-1, 1, 2)]
     facts = {
         "split": "val",
         "lead": "face",
@@ -185,8 +225,11 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         "runs": [],
         "num_others": 0,
         "worst": worst,
-        "strata": [{"by": f"kind {n}", "rows": [row] * 8} for n in range(4)],
+        "strata": [{"by": f"kind {n}", "rows": groups} for n in range(4)],
         "calibration_error": 0.05,
+        "fewest_identities": 10,
+        "wrong_clips": {"distractors": [wrong] * 5, "known": mistaken},
+        "lists": [{"identity": 1, "ap": float(ap[1]), "clips": int(positives[1]), "rows": listed}],
         "assignment": {"face": [0.25] * 4},
         "vectors": [name.format(i) for i in range(8)],
         "num_sampled": 2000,
@@ -237,10 +280,120 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
 
 
 def test_names_are_text_whatever_they_hold(tmp_path):
-    name = EVIL + "$\ud800\u4e2d^{}"
+    name = EVIL.replace("{}", "") + "$\ud800\u4e2d^{}"
     folder = made_up(tmp_path / "a<b>&", name=name, clip=name)
     page = check_page(run_page.write(folder).read_text())
-    assert EVIL + "$?\u4e2d^0" in "".join(page.texts)
+    assert name.format(0).replace("\ud800", "?") in "".join(text for text, _ in page.texts)
+
+
+def spoilt(value, known, *, numbers=False):
+    """Returns a JSON value with `EVIL` in every text and in every key that is not known.
+
+    Args:
+      value: the JSON value.
+      known: keys that are kept.
+      numbers: True to replace numbers, too.
+    """
+    if isinstance(value, dict):
+        return {
+            key if key in known else EVIL + key: spoilt(item, known, numbers=numbers)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [spoilt(item, known, numbers=numbers) for item in value]
+    if isinstance(value, str):
+        return EVIL + value
+    return EVIL if numbers and isinstance(value, (int, float)) else value
+
+
+def known_keys():
+    """Returns the texts of the programs that write and read the files of a report."""
+    report = Path(run_page.__file__).parent
+    constants = {
+        node.value
+        for path in report.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+    }
+    return constants | set(metrics.CLIP_METRICS)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The files of a made-up run that has every section."""
+    folder = made_up(tmp_path_factory.mktemp("full") / "run")
+    counts = {"clips": 3, "frames": 9, "frames_per_clip": {"mean": 3.0}, "missing_rate": 0.25}
+    counts |= {"frames_skipped": {"not finite": 2}, "clips_skipped": {"empty": 1}}
+    modalities = {"face": counts, "head": counts}
+    split = {"clips": 3, "labelled": True, "identities": 2, "distractors": 1, "unknown_clips": 4}
+    cropped = {"face": {"frames": 5}}
+    data = {"splits": {"train": split | {"modalities": modalities}}, "cropped_in_an_epoch": cropped}
+    results = json.loads((folder / "metrics.json").read_text())
+    results |= {
+        "command": "vidjax --config=x",
+        "date": "2026-01-02 03:04:05 UTC",
+        "versions": {"vidjax": "0.1.0", "commit": "abc"},
+        "data": {"name": "iqiyi_vid", "dir": "somewhere", "digest": "0123abc"},
+        "runs": [{"name": f"runs/{n}", "weight": 0.5, "map": 0.25, "model": n} for n in "ab"],
+        "members": [{"member": 0, "map": 0.5, "fold": "first"}],
+        "weights_fitted_on": "val",
+    }
+    config = json.loads(config_lib.to_json(config_lib.default()))
+    for name, value in {
+        "metrics.json": results, "data_report.json": data, "config.json": config,
+    }.items():  # fmt: skip
+        (folder / name).write_text(json.dumps(value))
+    return run_files.load(folder)
+
+
+FILES = ("config", "metrics", "lines", "identities", "analysis", "data", "other_metrics")
+
+
+def test_no_text_of_a_file_is_an_element(full):
+    known = known_keys()
+    evil = {name: spoilt(getattr(full, name), known) for name in FILES}
+    run = full._replace(folder=Path(EVIL), split=EVIL, analysed=(EVIL,), **evil)
+    page = check_page(run_page.render(run))
+    shown = [attrs["id"] for attrs in page.all("section")]
+    assert shown == SECTIONS
+    assert "".join(text for text, _ in page.texts).count("onerror=alert(2)") > 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_no_text_in_the_place_of_a_number_is_an_element(full, name):
+    known = known_keys()
+    content = getattr(full, name)
+    parts = content if isinstance(content, dict) else {"": content}
+    for key, part in parts.items():
+        evil = spoilt(part, known, numbers=True)
+        changed = content | {key: evil} if isinstance(content, dict) else evil
+        try:
+            text = run_page.render(full._replace(**{name: changed}))
+        except (TypeError, ValueError):  # there is no page then
+            continue
+        check_page(text)
+
+
+@pytest.mark.slow
+def test_an_array_of_texts_is_no_page_or_a_safe_page(full):
+    for name, array in full.arrays.items():
+        evil = np.full(array.shape, EVIL)
+        try:
+            text = run_page.render(full._replace(arrays=full.arrays | {name: evil}))
+        except (TypeError, ValueError):
+            continue
+        check_page(text)
+
+
+def test_every_number_is_in_a_file(full):
+    text = run_page.render(full)
+    check_numbers(full.folder, text)
+    value = repr(full.metrics["map"])
+    with pytest.raises(AssertionError):
+        check_numbers(full.folder, text.replace(value, "0.123456"))
+    with pytest.raises(AssertionError):
+        check_numbers(full.folder, text.replace("</main>", "<p>The MAP is 0.7777.</p></main>"))
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -259,8 +412,7 @@ def test_what_is_absent_is_explained(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     text = run_page.write(tmp_path).read_text()
     check_page(text)
-    for name in SECTIONS:
-        assert re.search(r"<p[ >].*\.", section(text, name)), name
+    assert run_sections.NO_RESULTS in section(text, "summary")
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
     assert run_sections.NO_MAP in section(run_page.write(tmp_path).read_text(), "summary")
     (tmp_path / "metrics.json").write_text("[]")
@@ -357,33 +509,13 @@ def test_mistakes(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-)
-
-
-def browse(folder, *words):
-    """Runs Chromium with a profile in a folder; returns what it prints."""
-    command = [str(CHROMIUM), *QUIET, f"--user-data-dir={folder / 'profile'}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
     path = run_page.write(made_up(tmp_path / "run"))
     log = tmp_path / "net.json"
     words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
-    done = browse(tmp_path, *words)
+    done = browse(tmp_path / "profile", *words)
     assert "CONSOLE" not in done.stderr
     assert "</footer>" in done.stdout
     # What the browser asks for itself has no origin.
@@ -426,7 +558,7 @@ def test_no_word_is_broken_that_fits_into_a_line(tmp_path, width, name):
     measure = tmp_path / "measure.html"
     measure.write_text(MEASURE.format(width=width, uri=path.as_uri()))
     words = ("--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
-    done = browse(tmp_path, *words, measure.as_uri())
+    done = browse(tmp_path / "profile", *words, measure.as_uri())
     found = re.search(r"measured: (.*?)</pre>", done.stdout)
     assert found, done.stderr
     count, broken = json.loads(found[1])

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +39,26 @@ def be_deterministic() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns package -> version, with entries `python` and `device` (number and kind)."""
+    """Returns package -> version, with `python`, `device` (number and kind) and git `commit`."""
     packages = ("vidjax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     package_versions = {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"
-    return {**package_versions, "python": platform.python_version(), "device": device}
+    versions = {**package_versions, "python": platform.python_version(), "device": device}
+    commit = _commit(Path(__file__).parents[1])
+    return versions | ({"commit": commit} if commit else {})
+
+
+def _commit(checkout: Path) -> str | None:
+    """Returns the git commit of a checkout, with `-dirty` if files differ; None outside of one."""
+    if not (checkout / ".git").exists():
+        return None
+    words = ("git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
@@ -67,10 +82,12 @@ def _devices() -> list[Any]:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
         platform = jax.config.values["jax_platforms"] or "the default platform"
-        reason = (str(error) or "no such device").splitlines()[0][:300]
+        reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
         raise ValueError(
             f"jax cannot use {platform}: {reason}\n"
-            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: pip install '.[cuda]'"
+            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: "
+            "pip install 'vidjax[cuda]'\n"
+            "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from vidjax import ensemble, metrics
@@ -18,14 +19,21 @@ from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
 from vidjax.models.base import Identifier
 from vidjax.modes import open_set, robustness
-from vidjax.modes.confusions import worst_identities
-from vidjax.modes.strata import count_train_clips, hits, ranked_columns, strata
+from vidjax.modes.confusions import ranked_lists, worst_identities, wrong_clips
+from vidjax.modes.strata import (
+    FEWEST_IDENTITIES,
+    count_train_clips,
+    hits,
+    ranked_columns,
+    strata,
+)
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.scoring import Evaluation
 
 Values = dict[str, Any]  # JSON
 Arrays = dict[str, np.ndarray]
+MAX_RATES = 200  # learning rates that the analysis keeps
 
 
 class Observer:
@@ -70,13 +78,16 @@ class Observer:
         if jax.eval_shape(look, *self._weights, self._view, block):
             self._look = jax.jit(look)
 
-    def finish(self, evaluation: Evaluation, train_splits: Sequence[str]) -> tuple[Values, Arrays]:
+    def finish(
+        self, evaluation: Evaluation, train_splits: Sequence[str], *, num_steps: int = 0
+    ) -> tuple[Values, Arrays]:
         """Returns the values and the arrays of `analysis.npz`; `run.results` lists them.
 
         Args:
           evaluation: the result of `scoring.score`.
           train_splits: splits whose ground truth says how many clips an identity was trained on.
             Those that the data lacks are skipped.
+          num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none.
         """
         model, results = self._model, evaluation.results
         split = model.data.split(self._split_name)
@@ -92,6 +103,8 @@ class Observer:
         }
         attention_values, arrays = attention(jax.device_get(self._attention), model.system.model)
         values |= attention_values
+        if self._single and num_steps:
+            arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
         if results.get("map") is None:
             return values, arrays
         train_clips = count_train_clips(model, train_splits)
@@ -102,6 +115,9 @@ class Observer:
             arrays["train_clips"] = train_clips
         values["num_others"] = split.num_others if evaluation.clips.pool.all() else 0
         values["worst"] = worst_identities(evaluation, split.labels)
+        values["wrong_clips"] = wrong_clips(evaluation, split.labels, split.clips)
+        values["lists"] = ranked_lists(evaluation, split.labels, split.clips)
+        values["fewest_identities"] = FEWEST_IDENTITIES
         quality = self._quality_by_clip(len(split.clips))
         values["strata"] = strata(evaluation, split, model.modalities, quality, train_clips)
         arrays |= open_set.score_histograms(evaluation.clips, split.labels)
@@ -139,6 +155,18 @@ class Observer:
             values["gains"] = gains
         values["frames"] = robustness.occlusion(scorer, evaluation.clips, modality, chosen)
         return values
+
+
+def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
+    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced.
+
+    Args:
+      schedule: step -> learning rate.
+      num_steps: the number of steps, 1 or more.
+    """
+    steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
+    rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
+    return np.stack([steps.astype(float), rates], axis=1)
 
 
 def attention(blocks: Sequence[Mapping[str, Array]], model: Identifier) -> tuple[Values, Arrays]:

@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, digests, metrics
+from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.modes import analysis
+from vidjax.modes import analysis, joined
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
 from vidjax.steps import topk
@@ -76,29 +77,24 @@ def blend_runs(
         each_member=config.eval.members,
         observe=observer,
     )
-    results = evaluation.results | {
-        "data": _describe_data([data.report["data"] for data in datasets.values()]),
-        "eval_seconds": time.monotonic() - began,
-    }
+    fitted_on = joined.fitted_on(config, workdir)
     kept = _keep_config(config, workdir, weights)
+    results = evaluation.results | {
+        "data": joined.describe_data(list(datasets.values())),
+        "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
+        "command": joined.command(kept, workdir, split),
+        "eval_seconds": time.monotonic() - began,
+        "date": results_lib.now(),
+        "versions": devices.versions(),
+        **({"weights_fitted_on": fitted_on} if fitted_on else {}),
+    }
+    joined.write_description(workdir, models[0], datasets)
     trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
     write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
         observer=observer, train_splits=trained,
     )  # fmt: skip
     return results
-
-
-def _describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
-    different = list({entry["digest"]: entry for entry in entries}.values())
-    if len(different) == 1:
-        return different[0]
-    return {
-        "name": ", ".join(entry["name"] for entry in different),
-        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
-        "digest": digests.sha256_json([entry["digest"] for entry in different]),
-    }
 
 
 def _given_weights(config: Config) -> list[float]:

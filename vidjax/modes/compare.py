@@ -91,6 +91,7 @@ def read(
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
     metrics = _read_metrics(name, paths.metrics, split)
+    fields = config.to_dict()
     data_config = _data_config(config, directory)
     identities = _read_identities(folder, paths.ranking)
     averages = _read_analysis(paths.analysis)
@@ -124,6 +125,7 @@ def read(
         num_clips=metrics["num_clips"],
         generated=describe(dataset.to_dict()) if generated else "",
         metrics=metrics,
+        config=fields,
     )
 
 

@@ -1,6 +1,7 @@
-"""The identities of least average precision, and the identities that they are confused with."""
+"""Mistakes of a ranking: the worst identities, the clips with the highest wrong scores, lists."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from vidjax.steps.scoring import Evaluation
 from vidjax.steps.topk import TopK
 
 NUM_WORST = 20  # identities
+NUM_WRONG = 15  # clips of each kind of mistake
+NUM_LISTED = 10  # clips of a list
 
 
 def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -32,7 +35,7 @@ def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[st
     average = metrics.average_precision(hits(columns), evaluation.positives)
     known = np.flatnonzero(positives > 0)
     order = known[np.lexsort((known, -positives[known], average[known]))][:NUM_WORST]
-    best_list = best_lists(evaluation.top, len(labels))
+    best_list, _ = best_lists(evaluation.top, len(labels))
     rows = []
     for identity in map(int, order):
         own = np.flatnonzero((labels == identity + 1) & evaluation.clips.pool)
@@ -51,10 +54,84 @@ def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[st
     return rows
 
 
-def best_lists(top: TopK, num_clips: int) -> np.ndarray:
-    """Returns [N] int, the identity in whose list each clip scores highest; -1 if in no list.
+def wrong_clips(
+    evaluation: Evaluation, labels: np.ndarray, clips: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Lists the clips that score highest for an identity that they do not show, best score first.
+
+    Args:
+      evaluation: the ranking.
+      labels: [N] int, class columns.
+      clips: [N] names.
+
+    Returns:
+      `distractors` and `known`, each rows {clip: str, shows: int, identity: int, score: float}.
+      `shows` is the identity of the clip, -1 for a distractor; `identity` the one in whose list it
+      scores highest. Clips in no list are left out.
+    """
+    identity, score = best_lists(evaluation.top, len(labels))
+    shows = np.asarray(labels) - 1
+    wrong = evaluation.clips.pool & (identity >= 0) & (identity != shows)
+    rows = {}
+    for kind, chosen in (("distractors", wrong & (shows < 0)), ("known", wrong & (shows >= 0))):
+        places = np.flatnonzero(chosen)
+        places = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
+        rows[kind] = [
+            {
+                "clip": clips[i],
+                "shows": int(shows[i]),
+                "identity": int(identity[i]),
+                "score": float(score[i]),
+            }
+            for i in places
+        ]
+    return rows
+
+
+def ranked_lists(
+    evaluation: Evaluation, labels: np.ndarray, clips: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the first clips in the lists of the worst, the median and the best identity.
+
+    Args:
+      evaluation: the ranking.
+      labels: [N] int, class columns.
+      clips: [N] names.
+
+    Returns:
+      Rows {identity: int, ap: float, clips: int, rows}, lowest average precision first; `rows` are
+      {clip: str, score: float, shows: int}, where `shows` is -1 for a distractor.
+    """
+    index, scores = np.asarray(evaluation.top.index), np.asarray(evaluation.top.scores)
+    positives = np.asarray(evaluation.positives)
+    average = metrics.average_precision(hits(ranked_columns(evaluation.top, labels)), positives)
+    known = np.flatnonzero(positives > 0)
+    order = known[np.lexsort((known, average[known]))]
+    lists = []
+    for identity in dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, -1)):
+        filled = (index[identity] < len(labels)) & (scores[identity] > -np.inf)
+        places = np.flatnonzero(filled)[:NUM_LISTED]
+        rows = [
+            {
+                "clip": clips[index[identity, i]],
+                "score": float(scores[identity, i]),
+                "shows": int(labels[index[identity, i]]) - 1,
+            }
+            for i in places
+        ]
+        clip_count = int(positives[identity])
+        ap = float(average[identity])
+        lists.append({"identity": identity, "ap": ap, "clips": clip_count, "rows": rows})
+    return lists
+
+
+def best_lists(top: TopK, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the identity in whose list each clip scores highest, and that score.
 
     Where two scores are equal, the identity that comes first wins.
+
+    Returns:
+      The identities, [N] int, and the scores, [N] float; -1 and -inf for a clip in no list.
     """
     index, scores = np.asarray(top.index), np.asarray(top.scores)
     identity = np.repeat(np.arange(len(index)), index.shape[1])
@@ -65,4 +142,6 @@ def best_lists(top: TopK, num_clips: int) -> np.ndarray:
     clips, first = np.unique(index[order], return_index=True)
     best = np.full(num_clips, -1)
     best[clips] = identity[order][first]
-    return best
+    best_scores = np.full(num_clips, -np.inf)
+    best_scores[clips] = scores[order][first]
+    return best, best_scores

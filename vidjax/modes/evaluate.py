@@ -56,6 +56,7 @@ def evaluate(
         "data": data.report["data"],
         "step": step,
         "eval_seconds": time.monotonic() - began,
+        "eval_date": results_lib.now(),
     }
     trained = config_lib.load_workdir(workdir)
     write_results(

@@ -44,7 +44,9 @@ def write_results(
     paths = results.paths(workdir, split, own_split)
     ranking.write_ranking(paths.ranking, data.identities, data.split(split).clips, evaluation.top)
     if observer:
-        results.save_analysis(paths.analysis, *observer.finish(evaluation, train_splits))
+        steps = values.get("step", 0)
+        analysed = observer.finish(evaluation, train_splits, num_steps=steps)
+        results.save_analysis(paths.analysis, *analysed)
     workdir_lib.write_json(paths.metrics, values)
     if observer:
         # Not at the top: matplotlib takes half a second, and not every run writes a report.

@@ -9,11 +9,14 @@ import numpy as np
 
 from vidjax import metrics
 from vidjax.data.clips import Split
+from vidjax.report.significance import map_interval
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.scoring import Evaluation
 from vidjax.steps.topk import TopK
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
+FEWEST_IDENTITIES = 20  # a group of fewer identities has no interval
+RESAMPLES = 1000  # of the interval of a group
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
 
@@ -37,7 +40,8 @@ def strata(
       train_clips: [C] int, training clips per identity; None where they are not known.
 
     Returns:
-      Tables {by: str, rows: list of {label: str, map: float, identities: int, clips: int}}.
+      Tables {by: str, rows: list of {label: str, map: float, low, high: float |
+      None, identities: int, clips: int}}. `low` and `high` bound the 95 % interval of `map`.
     """
     primary = modalities[0]
     columns = ranked_columns(evaluation.top, split.labels)
@@ -46,11 +50,9 @@ def strata(
     def table(by: str, groups: Groups) -> dict[str, Any]:
         rows = []
         for label, chosen in groups:
-            value, identities, clips = map_among(
-                evaluation.top, columns, split.labels, chosen & ranked
-            )
-            if value is not None:
-                rows.append(_row(label, value, identities, clips))
+            averages, clips = averages_among(evaluation.top, columns, split.labels, chosen & ranked)
+            if len(averages):
+                rows.append(_row(label, averages, clips))
         return {"by": by, "rows": rows}
 
     tables = []
@@ -79,12 +81,23 @@ def _by_train_clips(
         chosen = chosen & (positives > 0)
         if chosen.any():
             clips = int(positives[chosen].sum())
-            rows.append(_row(label, float(average[chosen].mean()), chosen.sum(), clips))
+            rows.append(_row(label, average[chosen], clips))
     return {"by": "training clips of the identity", "rows": rows}
 
 
-def _row(label: str, value: float, identities: int, clips: int) -> dict[str, Any]:
-    return {"label": label, "map": value, "identities": int(identities), "clips": int(clips)}
+def _row(label: str, averages: np.ndarray, clips: int) -> dict[str, Any]:
+    """Returns the row of a group, given the average precisions of its identities."""
+    low = high = None
+    if len(averages) >= FEWEST_IDENTITIES:
+        low, high = map_interval(averages, resamples=RESAMPLES)
+    return {
+        "label": label,
+        "map": float(averages.mean()),
+        "low": low,
+        "high": high,
+        "identities": len(averages),
+        "clips": clips,
+    }
 
 
 def ranked_columns(top: TopK, labels: np.ndarray) -> np.ndarray:
@@ -103,10 +116,12 @@ def hits(columns: np.ndarray) -> np.ndarray:
     return columns == np.arange(1, len(columns) + 1)[:, None]
 
 
-def map_among(
+def averages_among(
     top: TopK, columns: np.ndarray, labels: np.ndarray, chosen: np.ndarray
-) -> tuple[float | None, int, int]:
-    """Computes MAP over some clips only: other clips of the same identity are skipped in its list.
+) -> tuple[np.ndarray, int]:
+    """Computes average precisions over some clips only.
+
+    The other clips of an identity are skipped in its list.
 
     Args:
       top: the ranking.
@@ -115,19 +130,17 @@ def map_among(
       chosen: [N] bool, labelled clips.
 
     Returns:
-      MAP over the identities that have a chosen clip (None without any), the number of these
-      identities, and the number of chosen clips.
+      The average precisions [n] of the identities that have a chosen clip, and the number of chosen
+      clips.
     """
     positives = np.bincount(labels[chosen], minlength=len(columns) + 1)[1:]
-    if not positives.any():
-        return None, 0, 0
     index = np.asarray(top.index)
     own = hits(columns)
     wanted = own & chosen[np.where(columns >= 0, index, 0)]
     ranks = np.cumsum(wanted | ~own, axis=1)
     precision = np.where(wanted, np.cumsum(wanted, axis=1) / np.maximum(ranks, 1), 0.0)
     average = precision.sum(axis=1)[positives > 0] / positives[positives > 0]
-    return float(average.mean()), len(average), int(positives.sum())
+    return average, int(positives.sum())
 
 
 def by_count(counts: np.ndarray) -> Groups:

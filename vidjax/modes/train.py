@@ -55,6 +55,7 @@ def train(
     num_devices: int | None = None,
     analyse: bool = False,
     command: str | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains a system, or resumes a run.
 
@@ -65,6 +66,7 @@ def train(
       num_devices: number of devices to use; None for all.
       analyse: True to write `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
+      began: value of `time.monotonic()` when this process started; None for now.
 
     Returns:
       The content of `metrics.json`.
@@ -74,7 +76,7 @@ def train(
       CheckpointError: The checkpoints are damaged or belong to another model.
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     check_config(config, workdir)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
@@ -131,7 +133,9 @@ def train(
 def _make_progress(config: Config, total_steps: int, step: int) -> Progress:
     """Builds a progress bar over the clips of all steps."""
     size = config.batch_size
-    return Progress(total_steps * size, initial=step * size, unit="clip", label="train")
+    return Progress(
+        total_steps * size, initial=step * size, unit="clip", label="train", compiles=True
+    )
 
 
 def _evaluate(
@@ -174,7 +178,9 @@ def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[s
         "train_clips_per_second": statistics.median(rates) if rates else None,
         "mode": run.feed.mode,
         "waited_seconds": run.feed.waited,
+        "train_seconds": run.train_seconds,
         "seconds": run.seconds,
+        "date": results_lib.now(),
         "seed": config.seed,
         "step": run.step,
         "finished": True,

@@ -44,6 +44,7 @@ class TrainingRun:
       is_evaluated: True if the restored checkpoint has been evaluated.
       feed: brings clips to the training step.
       rates: clips per second of every dispatch of steps so far.
+      train_seconds: seconds of these dispatches, with compilation.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class TrainingRun:
             step=self.step,
         )  # fmt: skip
         self.rates: list[float] = []
+        self.train_seconds = 0.0
         self._num_logged = 0  # number of rates in the log
 
     def _replicate(self, tree: Tree) -> Tree:
@@ -155,6 +157,7 @@ class TrainingRun:
         self._states = done.states
         self.step += done.num_steps
         seconds = time.monotonic() - dispatched
+        self.train_seconds += seconds
         self.rates.append(done.num_steps * self._config.batch_size / seconds)
         if done.bad_step is not None:
             raise ValueError(self._bad_step_message(done.bad_step))
@@ -165,11 +168,13 @@ class TrainingRun:
         clips = [self._plan.training_sets.clips[i] for i in index]
         more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
         rate = float(jnp.asarray(self._system.schedule(bad_step)))
+        steps = checkpoint.manifests(self._workdir)
+        saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
         return (
             f"loss or gradient is not finite at step {bad_step + 1} and "
             f"{MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
             f"clips: {', '.join(clips[:5])}{more}\n"
-            "the last checkpoint is finite; lower config.optim.learning_rate or check these clips"
+            f"{saved}lower config.optim.learning_rate or check these clips"
         )
 
     def log(self, logs: Logs) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import metrics
-from vidjax.report import figures, html, significance
+from vidjax.report import figures, html, settings, significance
+from vidjax.report.html import Html
 from vidjax.report.significance import Difference
 
 MAX_IDENTITIES = 20  # identities in a table of the page
@@ -30,6 +32,7 @@ class RankedRun(NamedTuple):
       num_clips: the number of ranked clips.
       generated: name, size and seed of a generated dataset, empty for any other.
       metrics: `metrics.json` of the split.
+      config: the values of `config.json`.
     """
 
     name: str
@@ -42,9 +45,20 @@ class RankedRun(NamedTuple):
     num_clips: int
     generated: str
     metrics: Mapping[str, Any]
+    config: Mapping[str, Any]
 
 
 Rows = list[list[str]]
+# Key of `metrics.json`, label and digits of what a run is and what it takes.
+COSTS = (
+    ("num_members", "members", 0),
+    ("num_params", "parameters of a member", 0),
+    ("step", "steps", 0),
+    ("seconds", "seconds in all", 1),
+    ("train_clips_per_second", "training, clips per second", 0),
+    ("eval_clips_per_second", "evaluation, clips per second", 0),
+)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes such a cell for a formula
 
 
 def difference_table(
@@ -75,19 +89,38 @@ def difference_table(
 
 def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the table of `metrics.CLIP_METRICS`; no rows where none is known."""
-    names = [
-        name
-        for name in metrics.CLIP_METRICS
-        if any(run.metrics.get(name) is not None for run in runs)
+    labels = [(name, metric.label, metric.digits) for name, metric in metrics.CLIP_METRICS.items()]
+    return _value_table(runs, labels)
+
+
+def cost_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    """Returns head and rows of the table of sizes and times; no rows where none is known."""
+    return _value_table(runs, COSTS)
+
+
+def _value_table(
+    runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
+) -> tuple[list[str], Rows]:
+    """Returns a table of those entries of `metrics.json` that any run has, as plain text."""
+    known = [
+        label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
     ]
-    if not names:
+    if not known:
         return [], []
     rows = []
     for run in runs:
-        values = [(run.metrics.get(name), metrics.CLIP_METRICS[name].digits) for name in names]
-        cells = ["none" if value is None else f"{value:.{digits}f}" for value, digits in values]
+        values = [(run.metrics.get(name), digits) for name, _, digits in known]
+        cells = ["none" if value is None else f"{value:,.{digits}f}" for value, digits in values]
         rows.append([run.name, *cells])
-    return ["run", *(metrics.CLIP_METRICS[name].label for name in names)], rows
+    return ["run", *(label for _, label, _ in known)], rows
+
+
+def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    """Returns head and rows of the fields in which the configurations differ, as plain text."""
+    every = [dict(settings.fields(run.config)) for run in runs]
+    names = dict.fromkeys(name for values in every for name in values)
+    rows = [[name, *(values.get(name, "") for values in every)] for name in names]
+    return ["field", *short_names(runs)], [row for row in rows if len(set(row[1:])) > 1]
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
@@ -142,16 +175,21 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
 def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as Markdown."""
     parts = ["# Comparison", "", *_markdown_table(*difference_table(runs, differences))]
-    head, rows = metric_table(runs)
-    if rows:
-        parts += ["", *_markdown_table(head, rows)]
-    return "\n".join([*parts, "", *sentences(runs), ""])
+    for head, rows in (metric_table(runs), cost_table(runs), config_table(runs)):
+        if rows:
+            parts += ["", *_markdown_table(head, rows)]
+    return "\n".join([*parts, "", *map(markdown_text, sentences(runs)), ""])
+
+
+def markdown_text(text: str) -> str:
+    """Returns a text on one line in which Markdown finds no HTML, no column, no code, no link."""
+    return re.sub(r"([\\`|<>\[\]*_])", r"\\\1", " ".join(html.plain(text).splitlines()))
 
 
 def _markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return ["| " + " | ".join(line) + " |" for line in cells]
+    lines = [head, *rows]
+    first, *rest = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
+    return [first, "| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |", *rest]
 
 
 def csv_text(runs: Sequence[RankedRun]) -> str:
@@ -160,13 +198,20 @@ def csv_text(runs: Sequence[RankedRun]) -> str:
     writer = csv.writer(content, lineterminator="\n")
     names = short_names(runs)
     gaps = [f"{name} - {names[0]}" for name in names[1:]]
-    writer.writerow(["identity", "clips", *names, *gaps])
+    writer.writerow(map(csv_cell, ["identity", "clips", *names, *gaps]))
     for i, (identity, clips) in enumerate(
         zip(runs[0].identities, runs[0].positives.tolist(), strict=True)
     ):
         values = [float(run.ap[i]) for run in runs]
-        writer.writerow([identity, clips, *values, *(value - values[0] for value in values[1:])])
+        writer.writerow(
+            [csv_cell(identity), clips, *values, *(value - values[0] for value in values[1:])]
+        )
     return content.getvalue()
+
+
+def csv_cell(text: str) -> str:
+    """Returns a text as a cell that no spreadsheet takes for a formula: `'` precedes such a one."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def short_names(runs: Sequence[RankedRun]) -> list[str]:
@@ -175,46 +220,62 @@ def short_names(runs: Sequence[RankedRun]) -> list[str]:
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
-def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
+def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> Html:
     """Returns the comparison as a page of HTML."""
     names = short_names(runs)
-    title = html.text(f"{', '.join(names[:-1])} and {names[-1]}")
     sections = [
         ("summary", "Summary", _summary(runs, names, differences)),
+        ("configuration", "Configurations", _configurations(runs)),
         ("identities", "Identities", _by_identity(runs, names)),
     ]
     return html.page(
-        f"Comparison of {title}",
+        f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
         sections,
-        footer="vidjax made this page from the results of these runs. It contains names of\n"
+        footer="vidjax made this page from the results of these runs. It contains names of "
         "identities, and no features.",
     )
 
 
 def _summary(
     runs: Sequence[RankedRun], names: Sequence[str], differences: Sequence[Difference]
-) -> Iterator[str]:
-    head, rows = difference_table(runs, differences)
-    yield html.table(f"MAP and its difference to {runs[0].name}", head, _cells(rows))
+) -> Iterator[Html]:
+    caption = f"MAP and its difference to {runs[0].name}"
+    yield _table(caption, *difference_table(runs, differences))
     for sentence in sentences(runs):
-        yield html.p(html.text(sentence))
-    yield _intervals(names, differences)
+        yield html.p(sentence)
+    yield html.figures(_intervals(names, differences))
     head, rows = metric_table(runs)
+    tables = [_table("Other metrics", head, rows)] if rows else []
+    costs = cost_table(runs)
+    if costs[1]:
+        tables.append(_table("Size and time", *costs))
+    yield html.tables(*tables)
+    explained = [
+        f"{metric.label}: {metric.about}."
+        for metric in metrics.CLIP_METRICS.values()
+        if metric.label in head
+    ]
+    if explained:
+        yield html.note(" ".join(explained))
+
+
+def _table(caption: str, head: Sequence[str], rows: Rows) -> Html:
+    """Returns a table of numbers that are formatted already, with the run in its first column."""
+    cells = [[html.name(row[0]), *(html.Number(html.text(cell)) for cell in row[1:])]
+             for row in rows]  # fmt: skip
+    return html.table(caption, head, cells)
+
+
+def _configurations(runs: Sequence[RankedRun]) -> Iterator[Html]:
+    head, rows = config_table(runs)
     if rows:
-        yield html.table("Other metrics", head, _cells(rows))
-        explained = [
-            f"{metric.label}: {metric.about}."
-            for metric in metrics.CLIP_METRICS.values()
-            if metric.label in head
-        ]
-        yield html.note(html.text(" ".join(explained)))
+        cells = [list(map(html.name, row)) for row in rows]
+        yield html.table("Fields in which the configurations differ", head, cells)
+    else:
+        yield html.p("The configurations are equal.")
 
 
-def _cells(rows: Rows) -> Rows:
-    return [[html.name(row[0]), *map(html.text, row[1:])] for row in rows]
-
-
-def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> str:
+def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Html:
     """Returns a figure with the interval of every run's difference to the first."""
     plot = figures.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
@@ -231,25 +292,27 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> str:
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
 
 
-def _by_identity(runs: Sequence[RankedRun], names: Sequence[str]) -> Iterator[str]:
+def _by_identity(runs: Sequence[RankedRun], names: Sequence[str]) -> Iterator[Html]:
     first = runs[0]
     others = list(zip(runs[1:], names[1:], strict=True))
-    yield html.side_by_side(
+    yield html.figures(
         *(_sorted_gaps(f"sorted-{i}", run.ap - first.ap, names[0], name)
           for i, (run, name) in enumerate(others))
     )  # fmt: skip
+    tables = []
     for run, name in others:
         rows = _largest_gaps(first, run)
         if rows:
             caption = f"The {len(rows)} identities with the largest difference for {name}"
             head = ("identity", "clips", names[0], name, "difference")
-            yield html.table(caption, head, rows)
+            tables.append(html.table(caption, head, rows))
         else:
-            yield html.p(html.text(f"{name} has the same average precision for every identity."))
-    yield html.note("<code>comparison.csv</code> lists all identities.")
+            yield html.p(f"{name} has the same average precision for every identity.")
+    yield html.tables(*tables)
+    yield html.note(html.fill("<code>comparison.csv</code> lists all identities."))
 
 
-def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> str:
+def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Html:
     """Returns a figure of the differences of average precision in descending order."""
     gaps = np.sort(gaps)[::-1]
     shown = figures.few(gaps)
@@ -260,8 +323,8 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> str:
     better = float(np.mean(gaps > significance.EQUAL))
     worse = float(np.mean(gaps < -significance.EQUAL))
     description = (
-        f"{html.percent(better, 1)} of the identities are better with {name}, "
-        f"{html.percent(worse, 1)} are worse. "
+        f"{100 * better:.1f} % of the identities are better with {name}, "
+        f"{100 * worse:.1f} % are worse. "
         f"The differences go from {gaps[0]:+.3f} to {gaps[-1]:+.3f}."
     )
     return plot.html(key, f"{name} minus {first}, identities in descending order", description)
@@ -277,7 +340,7 @@ def _largest_gaps(first: RankedRun, run: RankedRun) -> Rows:
             html.number(int(first.positives[i])),
             html.bar(float(first.ap[i])),
             html.bar(float(run.ap[i])),
-            f"{gaps[i]:+.4f}",
+            html.signed(float(gaps[i])),
         ]
         for i in order[np.abs(gaps[order]) >= significance.EQUAL]
     ]

@@ -8,23 +8,28 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from vidjax.report import html
+from vidjax.report.html import Html
 
 MAX_POINTS = 300  # points per curve
+FEW_POINTS = 20  # a curve of at most so many points shows each of them
 MAX_LETTERS = 20  # letters of a name within a figure
 WIDTH = 4.8  # inches: the text of a figure is still readable on a phone
 # Placeholders in the drawing; the page replaces them by colours of its light or dark theme.
 INK, MUTED, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
+BAR = "#060606"
 THEME = {
     INK: "currentColor",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
     FIRST: "var(--first)",
     SECOND: "var(--second)",
+    BAR: "var(--bar)",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -59,6 +64,11 @@ def few(values: np.ndarray) -> np.ndarray:
     return np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
 
 
+def marker(values: Sequence[float] | np.ndarray) -> str:
+    """Returns the marker of a curve's points: a dot for few points, else none."""
+    return "o" if len(values) <= FEW_POINTS else ""
+
+
 class Plot:
     """One figure with one pair of axes."""
 
@@ -84,20 +94,45 @@ class Plot:
             axes.spines["right"].set_visible(True)
         return axes
 
+    def count(self, axis: str) -> None:
+        """Makes an axis, `x` or `y`, one of counts: its ticks are whole numbers."""
+        with matplotlib.rc_context(STYLE):
+            locator = MaxNLocator(integer=True, min_n_ticks=1)
+            getattr(self.axes, f"{axis}axis").set_major_locator(locator)
+
     def legend(self) -> None:
         """Adds the names of the lines above the axes, where they cover nothing."""
         with matplotlib.rc_context(STYLE):
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
-    def html(self, key: str, title: str, description: str, caption: str = "") -> str:
+    def html(
+        self, key: str, title: str, description: str, caption: str = "", *, small: bool = False
+    ) -> Html:
         """Returns the figure as HTML.
 
         Args:
           key: an identifier that no other figure of the page has.
-          title: the title, a few words of plain text.
-          description: what the figure shows, as plain text for a reader who cannot see it.
-          caption: HTML below the figure; the title if empty.
+          title: the title, a few words.
+          description: what the figure shows, for a reader who cannot see it.
+          caption: the words below the figure; the title if empty.
+          small: True for a figure that needs less than half of the page's width.
         """
+        head, rest = self._svg(key).split(">", 1)
+        return html.fill(
+            '<figure{}>{} role="img" aria-labelledby="{}-name {}-text">'
+            '<title id="{}-name">{}</title><desc id="{}-text">{}</desc>{}'
+            "<figcaption>{}</figcaption></figure>\n",
+            html.fill(' class="small"') if small else "",
+            Html(head),
+            key, key,
+            key, title,
+            key, description,
+            Html(rest.strip()),
+            caption or title,
+        )  # fmt: skip
+
+    def _svg(self, key: str) -> str:
+        """Returns the drawing as SVG. matplotlib has escaped the texts in it."""
         content = io.BytesIO()
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # glyphs that the reader's fonts have
@@ -111,38 +146,32 @@ class Plot:
         svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
         for colour, variable in THEME.items():
             svg = svg.replace(colour, variable)
-        head, rest = svg.split(">", 1)
-        inner = (
-            f'<title id="{key}-name">{html.text(title)}</title>'
-            f'<desc id="{key}-text">{html.text(description)}</desc>'
-        )
-        return (
-            f'<figure>{head} role="img" aria-labelledby="{key}-name {key}-text">'
-            f"{inner}{rest.strip()}"
-            f"<figcaption>{caption or html.text(title)}</figcaption></figure>\n"
-        )
+        return svg
 
 
-def draw_heat_map(axes: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
-    """Draws a square matrix as coloured cells with their numbers.
+def draw_heat_map(
+    axes: Axes, matrix: np.ndarray, names: Sequence[str], *, fill: str = BAR, ink: str = INK
+) -> None:
+    """Draws a square matrix as cells with their numbers; a larger number has more colour.
 
     Args:
       axes: the axes to draw on.
       matrix: [V, V] float of 0 or more; row i is drawn i rows below the first.
       names: [V] names of the rows and columns.
+      fill: the colour of the largest number.
+      ink: the colour of the numbers.
     """
-    top, colours = max(float(matrix.max()), 1e-9), colormaps["Blues"]
+    top, size = max(float(matrix.max()), 1e-9), len(matrix)
     axes.grid(False)
-    axes.pcolormesh(matrix, cmap=colours, vmin=0, vmax=top, edgecolors=MUTED, linewidth=0.4)
-    axes.invert_yaxis()
-    middles, labels = np.arange(len(matrix)) + 0.5, [short(name) for name in names]
+    for i, j in np.ndindex(matrix.shape):
+        share = float(np.clip(matrix[i, j] / top, 0, 1))
+        axes.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, alpha=share, linewidth=0))
+        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink)
+    axes.set_xlim(0, size)
+    axes.set_ylim(size, 0)
+    middles, labels = np.arange(size) + 0.5, [short(name) for name in names]
     axes.set_xticks(middles, labels, rotation=30, ha="right", parse_math=False)
     axes.set_yticks(middles, labels, parse_math=False)
-    for i, j in np.ndindex(matrix.shape):
-        red, green, blue, _ = colours(matrix[i, j] / top)
-        dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
-        colour = "#ffffff" if dark else "#000001"  # neither is a placeholder of the theme
-        axes.text(j + 0.5, i + 0.5, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour)
 
 
 def heat_map_png(matrix: np.ndarray, names: Sequence[str]) -> tuple[bytes, int, int]:
@@ -152,7 +181,7 @@ def heat_map_png(matrix: np.ndarray, names: Sequence[str]) -> tuple[bytes, int, 
     axes = figure.add_subplot()
     axes.set_xlabel("vector j, which takes")
     axes.set_ylabel("vector i, which gives")
-    draw_heat_map(axes, matrix, names)
+    draw_heat_map(axes, matrix, names, fill="#6ea8d8", ink="#000000")
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in other scripts

@@ -2,85 +2,85 @@
 
 The page loads no other file, uses no network and runs no script. It fits a screen, a phone or
 paper, in light or dark colours.
+
+Escaping is a matter of types. Parts that are HTML have the type `Html`, and every function here
+escapes what has not. A name from a file can therefore not become an element of the page.
 """
 
 import html
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import LiteralString
+
+from vidjax.report.style import CSS
 
 LONGEST_WORD = 16  # letters of a word in a table; only longer words may break within
-CSS = """
-:root { --back: #ffffff; --ink: #1b1f24; --muted: #57606a; --line: #d0d7de; --soft: #f3f5f7;
-  --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #0b5cad; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171a; --ink: #e6e9ec; --muted: #a2abb5;
-  --line: #3a424b; --soft: #1f242a; --first: #6cb4ee; --second: #f0a06a; --bar: #27527a;
-  --link: #7cc0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-header, nav, main, footer { max-width: 72rem; margin: 0 auto; padding: 0 1rem; }
-h1 { margin: 1.5rem 0 .25rem; font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line);
-  font-size: 1.25rem; }
-h3 { margin: 1.25rem 0 .25rem; font-size: 1rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .75rem 0; padding: 0;
-  list-style: none; }
-.lead { font-size: 1.1rem; } .lead strong { font-size: 1.8rem; }
-.muted, figcaption, caption { color: var(--muted); font-size: .875rem; }
-.figures { display: grid; gap: 1rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: .5rem 0; max-width: 36rem; break-inside: avoid; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; }
-figure svg text { font-family: inherit !important; }
-figcaption { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; max-width: 100%; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .25rem 0; }
-th, td { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-.long { display: inline-block; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
-.short { white-space: nowrap; }
-.bar { min-width: 8rem; background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 50% /
-  var(--share) 70%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-pre { background: var(--soft); padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  font-size: .875rem; }
-pre span { display: inline-block; max-width: 100%; }
-footer { margin: 3rem auto 2rem; }
-@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .35rem; }
-  .bar { min-width: 4rem; } .long { min-width: 4rem; } }
-@media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
-  --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
-  body { font-size: 10pt; } .figures { grid-template-columns: 1fr 1fr; }
-  .wide { overflow: visible; } h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
-"""
+STACKED = 5  # columns from which a phone shows a row's cells below each other
+NONE = "none"  # a number that is not known
+
+
+class Html(str):
+    """HTML, which is written as it is. `fill` and the functions of this module make it."""
+
+
+class Number(Html):
+    """A number as HTML; a column of numbers is aligned at the right."""
+
+
+class Bar(Number):
+    """A number as HTML, with a bar behind it."""
+
+
+def text(value: object) -> Html:
+    """Returns a value as HTML: escaped, unless it is HTML already."""
+    return value if isinstance(value, Html) else Html(html.escape(plain(value)))
+
+
+def attribute(value: object) -> Html:
+    """Returns a value as the content of an attribute in quotes: text, without its elements."""
+    return Html(re.sub("<[^>]*>", "", text(value)))
+
+
+def fill(template: LiteralString, *values: object) -> Html:
+    """Returns a template of HTML with every `{}` replaced by a value, escaped if it is no HTML."""
+    return Html(template.format(*map(text, values)))
+
+
+def join(parts: Iterable[object], separator: LiteralString = "") -> Html:
+    """Returns the parts as one, each escaped if it is no HTML; the separator is HTML."""
+    return Html(separator.join(map(text, parts)))
 
 
 def page(
     title: str,
     sections: Iterable[tuple[str, str, Iterable[str]]],
     *,
-    nav: str = "",
+    lead: str = "",
+    nav: bool = False,
     footer: str,
-) -> str:
-    """Returns a whole page of HTML.
+) -> Html:
+    """Returns a whole page of HTML. A section without parts is left out.
 
     Args:
-      title: the title, as HTML like all other arguments.
+      title: the title.
       sections: (identifier, heading, parts).
-      nav: the part above the sections.
+      lead: a line below the title.
+      nav: True for links to the sections.
       footer: the part below the sections.
     """
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{heading}</h2>'
-        f"{''.join(parts)}</section>\n"
-        for key, heading, parts in sections
-    )
-    return f"""<!DOCTYPE html>
+    made = [(key, heading, join(parts)) for key, heading, parts in sections]
+    made = [part for part in made if part[2]]
+    links = join(fill('<li><a href="#{}">{}</a></li>', *part[:2]) for part in made)
+    body = join(
+        fill(
+            '<section id="{}" aria-labelledby="{}-title"><h2 id="{}-title">{}</h2>{}</section>\n',
+            key, key, key, heading, parts,
+        )
+        for key, heading, parts in made
+    )  # fmt: skip
+    return fill(
+        """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -89,17 +89,25 @@ def page(
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{CSS}</style>
+<title>{}</title>
+<style>{}</style>
 </head>
 <body>
-<header><h1>{title}</h1></header>
-{nav}<main>
-{body}</main>
-<footer><p class="muted">{footer}</p></footer>
+<header><h1>{}</h1>{}</header>
+{}<main>
+{}</main>
+<footer><p class="muted">{}</p></footer>
 </body>
 </html>
-"""
+""",
+        title,
+        Html(CSS),
+        title,
+        note(lead) if lead else "",
+        fill('<nav aria-label="Contents"><ul>{}</ul></nav>\n', links) if nav else "",
+        body,
+        footer,
+    )
 
 
 def plain(value: object) -> str:
@@ -107,70 +115,120 @@ def plain(value: object) -> str:
     return str(value).encode(errors="replace").decode()
 
 
-def text(value: object) -> str:
-    """Returns a value as HTML text."""
-    return html.escape(plain(value))
-
-
-def name(value: object) -> str:
-    """Returns a name as HTML text for a table, in which words over `LONGEST_WORD` may break."""
-    parts = re.split(r"(\s+)", plain(value))
-    return "".join(
-        f'<span class="long">{text(part)}</span>' if len(part) > LONGEST_WORD else text(part)
-        for part in parts
+def name(value: object) -> Html:
+    """Returns a name as HTML for a table, in which words over `LONGEST_WORD` may break."""
+    if isinstance(value, Html):
+        return value
+    return join(
+        fill('<span class="long">{}</span>', part) if len(part) > LONGEST_WORD else part
+        for part in re.split(r"(\s+)", plain(value))
     )
 
 
-def p(text: str) -> str:
-    """Returns a paragraph of HTML."""
-    return f"<p>{text}</p>\n"
+def p(content: str) -> Html:
+    """Returns a paragraph."""
+    return fill("<p>{}</p>\n", content)
 
 
-def note(text: str) -> str:
-    """Returns a paragraph of HTML in muted colour, for remarks."""
-    return f'<p class="muted">{text}</p>\n'
+def note(content: str) -> Html:
+    """Returns a paragraph in muted colour, for remarks."""
+    return fill('<p class="muted">{}</p>\n', content)
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def heading(content: str) -> Html:
+    """Returns a heading within a section."""
+    return fill("<h3>{}</h3>\n", content)
+
+
+def number(value: object, digits: int = 4) -> Html:
     """Returns a number as HTML: rounded for a reader, with all digits for a program."""
-    if value is None or not math.isfinite(value):
-        return "none"
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-    return f'<data value="{value!r}">{shown}</data>'
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        whole = isinstance(value, int)
+        shown = f"{value:,}" if whole else f"{value:,.{digits}f}"
+        return _number(value, f"{value:.{digits}g}" if len(shown) > LONGEST_WORD else shown)
+    return Number(NONE) if value is None else text(value)
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """Returns a share in 0..1 as text, such as `95 %`."""
-    return f"{100 * share:.{digits}f} %"
+def signed(value: float, digits: int = 4) -> Html:
+    """Returns a number as HTML with its sign, such as a difference."""
+    return _number(value, f"{value:+.{digits}f}")
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table.
+def percent(share: float, digits: int = 0) -> Html:
+    """Returns a share in 0..1 as HTML, such as `95 %`."""
+    return _number(share, f"{100 * share:.{digits}f} %")
+
+
+def _number(value: float, shown: str) -> Number:
+    if not math.isfinite(value):
+        return Number(NONE)
+    return Number(fill('<data value="{}">{}</data>', repr(value), shown))
+
+
+def bar(value: float) -> Html:
+    """Returns a number in 0..1 with a bar of that length."""
+    share = 100 * min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+    return Bar(fill('<span style="--share: {}%">{}</span>', f"{share:.1f}", number(value)))
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
+    """Returns a table. Columns of numbers are aligned at the right.
 
     Args:
-      caption, head: plain text.
-      rows: cells of HTML, such as those of `name`, `number` and `bar`. The first cell of a row is
-        its header.
+      caption: what the table shows.
+      head: titles of the columns.
+      rows: the cells, such as those of `name`, `number` and `bar`. The first cell of a row is its
+        header.
     """
-    columns = "".join(f'<th scope="col">{text(title)}</th>' for title in head)
+    kinds = [_column_kind(cells) for cells in zip(*rows, strict=True)] or [""] * len(head)
+    columns = join(
+        fill('<th scope="col"{}>{}</th>', kind, title)
+        for kind, title in zip(kinds, head, strict=True)
+    )
     lines = []
     for first, *rest in rows:
-        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in rest)
-        kind = ' class="short"' if len(first) <= LONGEST_WORD else ""
-        lines.append(f'<tr><th scope="row"{kind}>{first}</th>{cells}</tr>\n')
-    return (
-        f'<div class="wide" role="region" aria-label="{text(caption)}" tabindex="0"><table>'
-        f"<caption>{text(caption)}</caption>"
-        f"<thead><tr>{columns}</tr></thead>\n<tbody>{''.join(lines)}</tbody></table></div>\n"
+        cells = join(
+            fill('<td{} data-label="{}">{}</td>', kind, attribute(title), cell)
+            for kind, title, cell in zip(kinds[1:], head[1:], rest, strict=True)
+        )
+        short = fill(' class="short"') if len(plain(first)) <= LONGEST_WORD else ""
+        lines.append(fill('<tr><th scope="row"{}>{}</th>{}</tr>\n', short, first, cells))
+    return fill(
+        '<div class="wide" role="region" aria-label="{}" tabindex="0"><table{}>'
+        "<caption>{}</caption><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table></div>\n",
+        attribute(caption),
+        fill(' class="stacked"') if len(head) >= STACKED else "",
+        caption,
+        columns,
+        join(lines),
     )
 
 
-def bar(value: float) -> str:
-    """Returns a table cell with a number in 0..1 and a bar of that length."""
-    share = 100 * min(max(value, 0.0), 1.0)
-    return f'<td class="bar" style="--share: {share:.1f}%">{number(value)}</td>'
+def _column_kind(cells: Sequence[object]) -> Html:
+    """Returns the class of a column: numbers, numbers with bars, or text."""
+    filled = [cell for cell in cells if cell != ""]
+    if not filled or not all(isinstance(cell, Number) for cell in filled):
+        return Html("")
+    bars = any(isinstance(cell, Bar) for cell in filled)
+    return fill(' class="number bar"') if bars else fill(' class="number"')
 
 
-def side_by_side(*parts: str) -> str:
-    """Returns figures or tables side by side, where the page is wide enough."""
-    return f'<div class="figures">{"".join(parts)}</div>\n'
+def fold(summary: str, content: str) -> Html:
+    """Returns a part that is folded until a reader opens it."""
+    return fill("<details><summary>{}</summary>{}</details>\n", summary, content)
+
+
+def link(address: str, content: str) -> Html:
+    """Returns a link to another page of the folder; `address` is escaped as a URL already."""
+    return fill('<a href="{}">{}</a>', address, content)
+
+
+def figures(*parts: str) -> Html:
+    """Returns figures side by side, where the page is wide enough: two or three in a row."""
+    kind = fill(" three") if len(parts) % 3 == 0 else ""
+    return fill('<div class="figures{}">{}</div>\n', kind, join(parts)) if parts else Html("")
+
+
+def tables(*parts: str) -> Html:
+    """Returns tables side by side, as many as fit into the width of the page."""
+    return fill('<div class="tables">{}</div>\n', join(parts)) if parts else Html("")

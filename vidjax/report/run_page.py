@@ -1,4 +1,4 @@
-"""The report of a run: files of its folder in, `report.html` out.
+"""The reports of a run: files of its folder in, `report.html` out, and one page per other split.
 
 The page needs no other file, no network and no script. It shows what training and evaluation have
 written; no data is read, and no model is run.
@@ -6,58 +6,57 @@ written; no data is read, and no model is run.
 
 from pathlib import Path
 
-from vidjax.report import analysis_sections, html, run_sections
-from vidjax.report.run_files import RunFiles, load
+from vidjax.report import analysis_sections, html, mistakes, model_sections, run_sections, settings
+from vidjax.report.html import Html
+from vidjax.report.run_files import RunFiles, load, of_split
 from vidjax.run import results
 from vidjax.run import workdir as workdir_lib
 
-# (identifier, heading, function that yields the section as parts of HTML)
+# (identifier, heading, function that yields the section as parts of HTML, none to leave it out)
 SECTIONS = (
     ("summary", "Summary", run_sections.summary),
+    ("reading", "How to read it", settings.reading),
     ("learning", "Learning curves", run_sections.learning_curves),
     ("identities", "Identities", analysis_sections.identities),
+    ("mistakes", "Mistakes and lists", mistakes.mistakes),
     ("strata", "Kinds of clips", analysis_sections.strata),
     ("open_set", "Distractors and calibration", analysis_sections.open_set),
-    ("attention", "Attention between modalities", analysis_sections.attention),
-    ("frames", "Frames", analysis_sections.frames),
+    ("attention", "Attention between modalities", model_sections.attention),
+    ("frames", "Frames", model_sections.frames),
     ("robustness", "Robustness", analysis_sections.robustness),
     ("ensemble", "Ensemble", run_sections.ensemble),
     ("data", "Data", run_sections.data),
-    ("configuration", "Configuration", run_sections.configuration),
+    ("configuration", "Configuration", settings.configuration),
 )
 
 
 def write(workdir: Path) -> Path:
-    """Writes `report.html` of the run in a folder, whole or not at all.
+    """Writes the report of the run in a folder, and those of other splits that it has analysed.
+
+    A page is written whole or not at all.
 
     Returns:
-      The path of the report.
+      The path of the report on the split that training evaluates.
 
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
+    run = load(workdir)
+    for split in run.analysed:
+        page = render(of_split(run, split))
+        workdir_lib.write_text(results.paths(workdir, split, run.split).report, page)
     path = workdir / results.REPORT
-    workdir_lib.write_text(path, render(load(workdir)))
+    workdir_lib.write_text(path, render(run))
     return path
 
 
-def render(run: RunFiles) -> str:
+def render(run: RunFiles) -> Html:
     """Returns the page as HTML."""
-    sections = [(key, title, "".join(make(run))) for key, title, make in SECTIONS]
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
-    name, model = run.folder.name, _model(run)
     return html.page(
-        html.text(name if name == model else f"{name}: {model}"),
-        sections,
-        nav=f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n',
-        footer="vidjax made this page from the files of the run. It contains names of clips and\n"
+        settings.title(run),
+        [(key, title, make(run)) for key, title, make in SECTIONS],
+        lead=settings.lead(run),
+        nav=True,
+        footer="vidjax made this page from the files of the run. It contains names of clips and "
         "identities, and no features.",
     )
-
-
-def _model(run: RunFiles) -> str:
-    """Returns the name of the run's model, or the number of runs that it blends."""
-    runs = run.config.get("join", {}).get("runs", ())
-    if runs:
-        return f"blend of {len(runs)} runs"
-    return str(run.config.get("model", {}).get("name", "no model"))

@@ -21,7 +21,7 @@ class Difference(NamedTuple):
 
     Attributes:
       mean: MAP of the run minus MAP of the first run.
-      low, high: bounds of the 95 % interval of `mean`.
+      low, high: bounds of the 95 % interval of `mean`, within -1..1.
       p: two-sided p-value of the hypothesis that the difference is 0.
       p_holm: `p` after Holm's correction for the number of runs.
       better, worse, equal: the number of identities by their average precision.
@@ -37,13 +37,14 @@ class Difference(NamedTuple):
     equal: int
 
 
-def map_interval(averages: np.ndarray) -> tuple[float, float]:
+def map_interval(averages: np.ndarray, *, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Returns the bounds of the 95 % interval of MAP, within 0..1.
 
     Args:
       averages: [C] average precision of every identity, 0..1.
+      resamples: the number of resamples of the bootstrap.
     """
-    (low,), (high,), _ = bootstrap(averages)
+    (low,), (high,), _ = bootstrap(averages, resamples=resamples)
     return max(float(low), 0.0), min(float(high), 1.0)
 
 
@@ -62,8 +63,8 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
         results.append(
             Difference(
                 mean=float(own.mean() - first.mean()),
-                low=float(low),
-                high=float(high),
+                low=max(float(low), -1.0),
+                high=min(float(high), 1.0),
                 p=float(p),
                 p_holm=1.0,
                 better=better,

@@ -15,12 +15,18 @@ name: `metrics_<split>.json` and so on.
                                      absent without ground truth, and with them the next line
     top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`
     members                          list of {member: int, map: float, and what sets it apart}
-    runs                             list of {name: str, weight: float, map: float}: blended runs
+    runs                             list of {name: str, weight: float, map: float}: blended runs;
+                                     with model, data, train_splits, modalities, seed, step,
+                                     num_params, num_members of each run
+    weights_fitted_on                str: the split that the weights of a blend were fitted on
+    date, eval_date                  str, UTC: end of the training, of a later evaluation
     eval_clips_per_second            float; eval_seconds: float
     step                             int: optimiser steps behind the weights
     best_step, best_map              int, float: the best evaluation during training
     num_params, num_members          int: parameters per member, members
-    train_clips_per_second           float; waited_seconds, seconds: float
+    train_clips_per_second           float: median of the training steps; waited_seconds: float
+    train_seconds                    float: in training steps, by the process that ended the run
+    seconds                          float: all processes of the run, from start to last evaluation
     mode                             `resident` or `streaming`
     seed, finished, command          int, bool, str
     versions                         {package: version}
@@ -38,7 +44,12 @@ name: `metrics_<split>.json` and so on.
     worst                            list of {identity: int, ap: float, clips: int,
                                      lost_to, mixed_with: list of [identity or -1, count]}
     strata                           list of {by: str, rows: list of
-                                     {label: str, map: float, identities: int, clips: int}}
+                                     {label: str, map, low, high: float, identities, clips: int}}
+    fewest_identities                int: a smaller group has null for `low` and `high`
+    wrong_clips                      {distractors, known: list of {clip: str, shows: int or -1,
+                                     identity: int, score: float}}
+    lists                            list of {identity: int, ap: float, clips: int, rows: list of
+                                     {clip: str, score: float, shows: int or -1}}
     calibration_error                float: expected calibration error
     num_sampled                      int: clips of the sample behind the next three
     robustness                       list of {change: str, map: float}; the first changes nothing
@@ -50,6 +61,7 @@ Its other entries are arrays, each of which may be absent:
 
     ap, positives, train_clips       [C] float64, int, int: average precision, clips of the
                                      evaluated split, clips of the training splits
+    schedule                         [n, 2] float: steps and their learning rates
     attention                        [V, V] float: row i, column j: what vector j takes from i
     score_edges                      [bins + 1] float: edges of the two histograms that follow
     score_known, score_strange       [bins] int: best scores of known clips and of distractors
@@ -57,6 +69,7 @@ Its other entries are arrays, each of which may be absent:
     calibration                      [bins, 3] float: clips, mean confidence, share that is right
 """
 
+import datetime
 import io
 import json
 from collections.abc import Mapping
@@ -73,13 +86,21 @@ TRAINING_KEYS = (
     "best_step",
     "best_map",
     "num_params",
+    "num_members",
     "train_clips_per_second",
+    "train_seconds",
     "seconds",
+    "date",
     "seed",
     "command",
     "finished",
     "versions",
 )
+
+
+def now() -> str:
+    """Returns the date and the time of day as text, UTC, such as `2026-02-01 13:05:00 UTC`."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 class ResultPaths(NamedTuple):
@@ -88,6 +109,7 @@ class ResultPaths(NamedTuple):
     metrics: Path
     ranking: Path
     analysis: Path
+    report: Path
 
 
 def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
@@ -103,6 +125,7 @@ def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
         workdir / f"metrics{suffix}.json",
         workdir / f"ranking{suffix}.txt",
         workdir / f"analysis{suffix}.npz",
+        workdir / f"report{suffix}.html",
     )
 
 

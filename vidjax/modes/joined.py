@@ -1,0 +1,75 @@
+"""What a joined run says of itself: the runs that it joins, their data, its command."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidjax import config as config_lib
+from vidjax import digests
+from vidjax.command_line import PROGRAM
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.run import results as results_lib
+from vidjax.run import workdir as workdir_lib
+from vidjax.steps.model_scorer import TrainedModel
+
+
+def describe_run(name: str) -> dict[str, Any]:
+    """Returns what a run is, for the metrics and the report of the blend."""
+    config = config_lib.load_workdir(Path(name))
+    metrics = results_lib.read_metrics(Path(name))
+    data = {field: config.data[field] for field in ("name", "dir", "size", "seed")}
+    return {
+        "model": config.model.get("name"),
+        "data": data | metrics.get("data", {}),
+        "train_splits": list(config.data.train_splits),
+        "modalities": list(config.modalities),
+        "seed": config.seed,
+        **{key: metrics[key] for key in ("step", "num_params", "num_members") if key in metrics},
+    }
+
+
+def describe_data(datasets: Sequence[TrainingData]) -> dict[str, Any]:
+    """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
+    entries = {data.report["data"]["digest"]: data.report["data"] for data in datasets}
+    if len(entries) == 1:
+        return next(iter(entries.values()))
+    return {
+        "name": ", ".join(entry["name"] for entry in entries.values()),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in entries.values()),
+        "digest": digests.sha256_json(list(entries)),
+    }
+
+
+def fitted_on(config: Config, workdir: Path) -> str | None:
+    """Returns the split that the weights are fitted on, now or by an earlier blend; else None."""
+    if config.join.greedy:
+        return config.join.split
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    same = config_lib.load_workdir(workdir).join.weights == config.join.weights
+    return results_lib.read_metrics(workdir).get("weights_fitted_on") if same else None
+
+
+def command(config: Config, workdir: Path, split: str) -> str:
+    """Returns the command that ranks a split by the same blend in a fresh folder."""
+    words = ["--mode=evaluate", f"--workdir={workdir}", f"--runs={','.join(config.join.runs)}"]
+    changed = config_lib.differences(config_lib.default(), config)
+    values = {name: value for name, (_, value) in changed.items()} | {"eval.split": split}
+    for name, value in values.items():
+        if name != "join.runs" and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--config.{name}={text}")
+    return shlex.join([*PROGRAM.split(), *words])
+
+
+def write_description(
+    workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
+) -> None:
+    """Writes the identities of the runs, and their data report where they share it."""
+    workdir_lib.write_json(workdir / "identities.json", list(model.data.identities))
+    first, *others = [dict(data.report) for data in datasets.values()]
+    if all(report == first for report in others):
+        workdir_lib.write_json(workdir / "data_report.json", first)

@@ -1,0 +1,65 @@
+"""Sections of the report on single clips: false alarms, mistaken identities, lists with scores."""
+
+from collections.abc import Iterator
+
+from vidjax.report import html
+from vidjax.report.html import Html
+from vidjax.report.run_files import RunFiles
+
+SCORES = "Scores are natural logarithms of probabilities: 0 is certain. "
+LISTED = (
+    "The first clips in the lists of the identities with the lowest, the median and the highest "
+    "average precision."
+)
+DISTRACTOR = "a distractor"
+
+
+def mistakes(run: RunFiles) -> Iterator[Html]:
+    """Yields the mistakes with the highest scores, and the first clips of some lists."""
+    wrong = run.analysis.get("wrong_clips", {})
+    lists = run.analysis.get("lists", ())
+    if run.analysis.get("logs") and (any(wrong.values()) or lists):
+        yield html.note(SCORES)
+    yield html.tables(*_wrong_clips(run))
+    if lists:
+        yield html.p(LISTED)
+        yield html.tables(*_lists(run))
+
+
+def _wrong_clips(run: RunFiles) -> Iterator[Html]:
+    """Yields tables of the distractors and of the known clips with the highest wrong scores."""
+    wrong = run.analysis.get("wrong_clips", {})
+    alarms = [
+        (html.name(row["clip"]), html.name(run.identity(row["identity"])),
+         html.number(row["score"]))
+        for row in wrong.get("distractors", ())
+    ]  # fmt: skip
+    if alarms:
+        head = ("distractor", "taken for", "score")
+        yield html.table("False alarms with the highest scores", head, alarms)
+    others = [
+        (html.name(row["clip"]), html.name(run.identity(row["shows"])),
+         html.name(run.identity(row["identity"])), html.number(row["score"]))
+        for row in wrong.get("known", ())
+    ]  # fmt: skip
+    if others:
+        head = ("clip", "shows", "taken for", "score")
+        yield html.table("Known clips that score highest for another identity", head, others)
+
+
+def _lists(run: RunFiles) -> Iterator[Html]:
+    """Yields a table for each of the kept lists."""
+    for listed in run.analysis["lists"]:
+        rows = []
+        for row in listed["rows"]:
+            right = row["shows"] == listed["identity"]
+            shown = DISTRACTOR if row["shows"] < 0 else run.identity(row["shows"])
+            mark = "right" if right else html.fill("wrong: {}", html.name(shown))
+            rows.append((html.name(row["clip"]), html.number(row["score"]), mark))
+        caption = html.fill(
+            "{}: average precision {}; number of its clips: {}",
+            html.name(run.identity(listed["identity"])),
+            html.number(listed["ap"]),
+            html.number(listed["clips"]),
+        )
+        yield html.table(caption, ("clip", "score", "shows the identity"), rows)
