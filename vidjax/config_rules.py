@@ -261,11 +261,11 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that nothing can use, whatever the data."""
+    """Yields an error message for every value that no training can use, whatever its data."""
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
-        if infinite and name not in (*POSITIVE, *LARGEST, *UNLIMITED):
+        if infinite and name not in (*LARGEST, *UNLIMITED):
             yield f"config.{name}={value}: must be finite"
     for name in POSITIVE:
         if not values[name] > 0:

@@ -30,15 +30,15 @@ def describe_run(name: str) -> dict[str, Any]:
     }
 
 
-def describe_data(datasets: Sequence[TrainingData]) -> dict[str, Any]:
+def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
-    entries = {data.report["data"]["digest"]: data.report["data"] for data in datasets}
-    if len(entries) == 1:
-        return next(iter(entries.values()))
+    different = list({entry["digest"]: entry for entry in entries}.values())
+    if len(different) == 1:
+        return different[0]
     return {
-        "name": ", ".join(entry["name"] for entry in entries.values()),
-        "dir": ", ".join(entry["dir"] or entry["name"] for entry in entries.values()),
-        "digest": digests.sha256_json(list(entries)),
+        "name": ", ".join(entry["name"] for entry in different),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
+        "digest": digests.sha256_json([entry["digest"] for entry in different]),
     }
 
 
