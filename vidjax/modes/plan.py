@@ -14,7 +14,6 @@ from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.usable import unusable
-from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
