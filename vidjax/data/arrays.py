@@ -160,7 +160,7 @@ class FeatureFolder:
           ValueError: a split has a table and a folder, or a folder holds other files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
-        self._files = _files_by_split(self._folder)
+        self._files = files_by_split(self._folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
@@ -171,7 +171,7 @@ class FeatureFolder:
 
     def _clips(self, split: str) -> Iterator[Clip]:
         paths = self._files[split]
-        return read_clips(paths[0]) if paths[0].suffix == ".parquet" else _read_npz(paths)
+        return read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split."""
@@ -205,7 +205,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
     """Returns split -> its parquet table, or the `.npz` files of its clips."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
@@ -267,7 +267,7 @@ def _digest(clips: Iterable[Clip]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def _read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
+def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     """Yields the clips of `.npz` files, one in memory at a time."""
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -288,7 +288,7 @@ def _read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
             if "Object arrays" in reason:
                 reason = "holds Python objects: save arrays of numbers [T, D]"
             raise ValueError(f"{path}: {reason}") from None
-        yield Clip(name, str(path), _by_modality(arrays, str(path)))
+        yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
 
 
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:

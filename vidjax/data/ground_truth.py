@@ -11,7 +11,7 @@ import numpy as np
 
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
-from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.untrusted.names import clean_name, show, unescape
 
 MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
 
@@ -45,7 +45,7 @@ def load_ground_truth(
     ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it,
     `known_clips` decides, then the file name (train_gt is direct, val_gt and test_gt are inverted),
     then the column that holds whole numbers. A byte order mark, CRLF, tabs, blank lines and
-    additional spaces are ignored.
+    additional spaces are ignored. White space within a name is written as in a URL, `First%20Last`.
 
     Args:
       path: the text file.
@@ -65,15 +65,22 @@ def load_ground_truth(
     if not lines:
         raise ValueError(f"{path}: holds no labels")
     split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
+    known = frozenset(known_clips or ())
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
     for number, names, identity in split_lines(path, lines):
         for name in names:
             try:
-                rows.append((number, clean_name(name), identity))
+                rows.append((number, _clip_of(name, known), unescape(identity)))
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
     _check_identities(path, rows)
     return _by_clip(path, rows)
+
+
+def _clip_of(text: str, known: Collection[str]) -> str:
+    """Returns the name of a clip, with its blanks unless the clips at hand have the text itself."""
+    clean = clean_name(text)
+    return clean if clean in known else clean_name(unescape(text))
 
 
 def _split_direct(
@@ -213,13 +220,14 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     if not lines:
         raise ValueError(f"{path}: holds no weights")
     given: dict[str, float] = {}
+    known = frozenset(clips)
     at: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise ValueError(f"{where} {len(fields)} fields, wanted a clip and its weight")
         try:
-            name = clean_name(fields[0])
+            name = _clip_of(fields[0], known)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
         if name in at:

@@ -16,7 +16,7 @@ from vidjax.data.ground_truth import (
     load_ground_truth,
     sort_identities,
 )
-from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.names import check_name, clean_name_at, show
 from vidjax.suggest import closest
 
 TABLE = "labels.csv"
@@ -188,22 +188,31 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
         raise ValueError(f"{path}: not a table of UTF-8 text: {error}") from None
 
 
+def _is_nan(value: object) -> bool:
+    """Returns True for the NaN that stands for nothing in a column of pandas."""
+    return isinstance(value, float) and value != value
+
+
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity."""
     pairs: dict[str, str] = {}
     for place, clip, identity in rows:
         name = clean_name_at(place, clip)
-        if identity is None or identity == "":
+        if identity is None or identity == "" or _is_nan(identity):
             continue
         place = f"{place} clip {show(name)}"
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
-            raise ValueError(f"{place}: an identity is text or int, not {type(identity).__name__}")
-        text = str(identity)
-        if text.split() != [text]:
+            kind = type(identity).__name__
             raise ValueError(
-                f"{place}: identity '{show(text)}' holds white space, "
-                "which would break the lines of a ranking"
+                f"{place}: an identity is text or int, not {kind}: use str(), or None for nobody"
             )
+        text = str(identity)
+        if text != text.strip():  # two identities that look alike
+            raise ValueError(f"{place}: identity '{show(text)}' has outer blanks: strip() it")
+        try:
+            check_name(text, "identity")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         if re.fullmatch("-[0-9]+", text):
             raise ValueError(f"{place}: identity {text}: leave out a clip of nobody")
         if pairs.setdefault(name, text) != text:

@@ -199,7 +199,7 @@ class Relabeller:
     ) -> None:
         """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
         clips, identities = self._training_sets.clips, self._data.identities
-        with open(self._path, "ab", buffering=0) as file:
+        with workdir_lib.open_log(self._path) as file:
             for number, rows in enumerate(movable):
                 counts = audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout

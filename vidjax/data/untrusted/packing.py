@@ -32,11 +32,13 @@ class Clip(NamedTuple):
       name: its clean name.
       place: file or split, with which an error begins.
       modalities: modality -> frames, as `read_frames` takes them.
+      given: its name as the source writes it, with `.mp4` or without; empty for `name`.
     """
 
     name: str
     place: str
     modalities: Mapping[str, Any]
+    given: str = ""
 
 
 def place_of(clip: Clip, modality: str) -> str:
@@ -229,7 +231,10 @@ class _Packer:
                 f"{place}: features are {features.shape[1]} wide, others {self._width}"
             )
         if features.dtype != self._dtype:
-            raise ValueError(f"{place}: features are {features.dtype}, others {self._dtype}")
+            raise ValueError(
+                f"{place}: features are {features.dtype}, others {self._dtype}: "
+                f"use features.astype('{self._dtype}')"
+            )
         keep = usable_rows(features)
         if not keep.all():
             if not self._drop:
