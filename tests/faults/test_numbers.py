@@ -206,16 +206,17 @@ def test_widths_and_counts_of_a_model_are_at_least_one(option: Mapping[str, Any]
         )
 
 
-def test_a_batch_larger_than_the_data_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:
     data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path)
-    plan.make_plan(make_config("batch_size=6"), data)
-    assert "batch_size" not in "".join(capsys.readouterr())
-    plan.make_plan(make_config("batch_size=7"), data)
-    assert "--config.batch_size=6" in "".join(capsys.readouterr())
+
+    def note(size: int) -> str | None:
+        config = make_config(f"batch_size={size}")
+        return plan.repeated_clips(config, plan.make_plan(config, data).task)
+
+    assert note(6) is None
+    assert "--config.batch_size=6" in str(note(7))
     with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
-        plan.make_plan(make_config("batch_size=100000000"), data)
+        note(100_000_000)
 
 
 def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path: Path) -> None:

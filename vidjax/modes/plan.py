@@ -14,7 +14,6 @@ from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.usable import unusable
-from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
@@ -79,7 +78,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
                 "config.data.distractors or config.data.weights"
             )
     _check_features(config, data)
-    _check_batch(config.batch_size, len(labels), config.num_epochs)
+    _check_batch(config.batch_size, len(labels))
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
@@ -100,19 +99,24 @@ def _check_features(config: Config, data: TrainingData) -> None:
         warnings.warn(problem, stacklevel=2)
 
 
-def _check_batch(batch_size: int, num_clips: int, num_epochs: float) -> None:
-    """Raises ValueError for a batch that fits no memory; says where one has the same clip twice."""
-    remedy = f"--config.batch_size={num_clips} or less"
+def _check_batch(batch_size: int, num_clips: int) -> None:
+    """Raises ValueError for a batch that fits no memory."""
     if batch_size > max(MOST_ROWS, num_clips):
         raise ValueError(
-            f"config.batch_size={batch_size}: there are {num_clips} training clips\n{remedy}"
+            f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
+            f"--config.batch_size={num_clips} or less"
         )
-    if batch_size > num_clips:
-        steps = math.ceil(num_epochs * num_clips / batch_size)
-        say(
-            f"config.batch_size={batch_size} is more than the {num_clips} training clips: a step "
-            f"repeats clips, and {num_epochs:g} epochs are {steps} steps; {remedy} gives more"
-        )
+
+
+def repeated_clips(config: Config, task: TaskSpec) -> str | None:
+    """Returns a line for a batch that has the same clip twice; None for a smaller batch."""
+    if config.batch_size <= task.num_clips:
+        return None
+    return (
+        f"config.batch_size={config.batch_size} is more than the {task.num_clips} training clips: "
+        f"a step repeats clips, and {config.num_epochs:g} epochs are {task.total_steps} steps; "
+        f"--config.batch_size={task.num_clips} or less gives more"
+    )
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:

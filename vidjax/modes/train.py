@@ -12,7 +12,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
 from vidjax.modes.outputs import write_results
-from vidjax.modes.plan import make_plan, make_schedule
+from vidjax.modes.plan import make_plan, make_schedule, repeated_clips
 from vidjax.modes.training_run import TrainingRun
 from vidjax.run import checkpoint, resume, seal, signals
 from vidjax.run import results as results_lib
@@ -86,6 +86,8 @@ def train(
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     system = make_system(config.to_dict(), plan.task)
     mesh = devices.make_mesh(num_devices)
+    if note := repeated_clips(config, plan.task):
+        say(note)
     run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)
     start.write_description(workdir, config, data, plan.training_sets)
     # An earlier process may have stopped between a step and its evaluation.
