@@ -5,6 +5,7 @@ one net on several subsets of the same batches. So a member is a row of every ta
 every parameter. One program trains or evaluates all members in one pass over the data.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -250,9 +251,15 @@ def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
     Returns:
       [E, n] bool.
     """
-    position = {name: i for i, name in enumerate(training_sets.clips)}
+    position = _positions(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
     return ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
+
+
+@functools.lru_cache(maxsize=8)  # single clips are scored in less time than this takes
+def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
+    """Returns name of a clip -> its position."""
+    return {name: i for i, name in enumerate(clips)}
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:

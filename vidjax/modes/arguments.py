@@ -1,7 +1,7 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from vidjax import config as config_lib
 from vidjax import files
@@ -14,6 +14,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.run import resume, seal
 
 NEEDS_WORKDIR = "name the folder of a trained run"
+RANKABLE = ("eval.split", "eval.checkpoint")  # fields that a ranking of new clips reads
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
 
 
@@ -33,6 +34,24 @@ class Comparison(NamedTuple):
     split: str | None
     directory: str | None
     cache_dir: str | None
+
+
+class RankingOptions(NamedTuple):
+    """What `--mode=rank` reads and writes.
+
+    Attributes:
+      workdir: the run's folder.
+      input: the folder or the table of the clips.
+      out: the new file.
+      split: the split to read; None where there is one alone.
+      step: the checkpoint.
+    """
+
+    workdir: Path
+    input: Path
+    out: Path
+    split: str | None
+    step: Literal["latest", "best"]
 
 
 def for_training(args: Arguments) -> tuple[Config, Path]:
@@ -135,6 +154,43 @@ def for_report(args: Arguments) -> Path:
     return workdir
 
 
+def for_ranking(args: Arguments) -> RankingOptions:
+    """Returns the run, the clips and the file of `--mode=rank`.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if not args.workdir or not args.input or not args.out:
+        raise ValueError(
+            f"--mode=rank needs --workdir=FOLDER: {NEEDS_WORKDIR},\n"
+            "--input=PATH: a folder of features or a .parquet table, and\n"
+            "--out=FILE: the new file, .tsv, .jsonl or .parquet"
+        )
+    if args.config or args.runs is not None:
+        flag = "--config" if args.config else "--runs"
+        raise ValueError(f"--mode=rank takes one trained run, --workdir=FOLDER, not {flag}")
+    clips = Path(args.input).expanduser()
+    if not clips.exists():
+        raise ValueError(f"--input={args.input}: no such file or folder: name one with clips")
+    workdir = Path(args.workdir).expanduser()
+    given = _given(args, RANKABLE)
+    config = config_lib.override(run_config(workdir), args.overrides)
+    split = config.eval.split if "eval.split" in given else None
+    step = cast(Literal["latest", "best"], config.eval.checkpoint)
+    return RankingOptions(workdir, clips, Path(args.out).expanduser(), split, step)
+
+
+def _given(args: Arguments, readable: tuple[str, ...]) -> set[str]:
+    """Returns the overridden fields; ValueError for one that the mode does not read."""
+    given = set(override_names(args.overrides))
+    if unread := sorted(given - set(readable)):
+        raise ValueError(
+            f"--mode={args.mode} does not read config.{unread[0]}\n"
+            f"choose from {', '.join(f'--config.{name}' for name in readable)}"
+        )
+    return given
+
+
 def for_comparison(args: Arguments) -> Comparison:
     """Returns the runs and options of `--mode=compare`.
 
@@ -151,12 +207,7 @@ def for_comparison(args: Arguments) -> Comparison:
             "all others are compared with the first"
         )
     config = config_lib.override(config_lib.default(), args.overrides)
-    given = set(override_names(args.overrides))
-    if unread := sorted(given - set(COMPARABLE)):
-        raise ValueError(
-            f"--mode=compare does not read config.{unread[0]}\n"
-            f"choose from {', '.join(f'--config.{name}' for name in COMPARABLE)}"
-        )
+    given = _given(args, COMPARABLE)
     split = config.eval.split if "eval.split" in given else None
     return Comparison(args.workdir, args.folders, split, config.data.dir, config.data.cache_dir)
 

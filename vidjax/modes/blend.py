@@ -82,6 +82,7 @@ def blend_runs(
     results = evaluation.results | {
         "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
         "command": joined.command(kept, workdir, split),
+        "data": joined.describe_data([data.report["data"] for data in datasets.values()]),
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
         "versions": devices.versions(),

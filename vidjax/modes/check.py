@@ -19,6 +19,7 @@ from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
+from vidjax.data.usable import misspelt, unusable
 from vidjax.modes import rehearsal
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
@@ -198,7 +199,12 @@ def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
         yield WARNING, f"ground truth: {warning.message}"
     for split, report_of_split in report["splits"].items():
         yield OK, f"{split}: {_counts_text(report_of_split)}"
-    select_modalities(config.modalities, records.modalities)
+    modalities = select_modalities(config.modalities, records.modalities)
+    for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+        yield WARNING, problem
+    splits = [name for name in config.data.train_splits if name in report["splits"]]
+    for problem in unusable(report, splits, tuple(modalities)):
+        yield FAULT, problem
 
 
 def _counts_text(split_report: Mapping[str, Any]) -> str:

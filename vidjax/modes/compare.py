@@ -16,6 +16,7 @@ from vidjax import files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.load import describe, is_generated
+from vidjax.data.untrusted.names import unescape
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
@@ -182,7 +183,7 @@ def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
     if files.exists(path):
         return tuple(results_lib.load_identities(path))
     text = files.read_ranking(ranking).decode(errors="surrogateescape")
-    return tuple(line.split(" ", 1)[0] for line in text.splitlines())
+    return tuple(unescape(line.split(" ", 1)[0]) for line in text.split("\n")[:-1])
 
 
 def _read_analysis(path: Path) -> Averages | None:

@@ -73,6 +73,7 @@ def evaluate(
         observe=observer,
     )
     results = evaluation.results | {
+        "data": data.report["data"],
         "step": step,
         "eval_seconds": time.monotonic() - began,
         "eval_date": results_lib.now(),

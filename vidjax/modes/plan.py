@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,9 +13,13 @@ from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.data.usable import unusable
+from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
+
+MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
 class RunPlan(NamedTuple):
@@ -73,6 +78,8 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
                 f"member {member.number} has no training clip: change config.ensemble, "
                 "config.data.distractors or config.data.weights"
             )
+    _check_features(config, data)
+    _check_batch(config.batch_size, len(labels), config.num_epochs)
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
@@ -83,6 +90,29 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     )
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def _check_features(config: Config, data: TrainingData) -> None:
+    """Raises ValueError for training features that teach nothing; warns of such a split to rank."""
+    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+        raise ValueError(problem)
+    for problem in unusable(data.report, [config.eval.split], config.modalities):
+        warnings.warn(problem, stacklevel=2)
+
+
+def _check_batch(batch_size: int, num_clips: int, num_epochs: float) -> None:
+    """Raises ValueError for a batch that fits no memory; says where one has the same clip twice."""
+    remedy = f"--config.batch_size={num_clips} or less"
+    if batch_size > max(MOST_ROWS, num_clips):
+        raise ValueError(
+            f"config.batch_size={batch_size}: there are {num_clips} training clips\n{remedy}"
+        )
+    if batch_size > num_clips:
+        steps = math.ceil(num_epochs * num_clips / batch_size)
+        say(
+            f"config.batch_size={batch_size} is more than the {num_clips} training clips: a step "
+            f"repeats clips, and {num_epochs:g} epochs are {steps} steps; {remedy} gives more"
+        )
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:

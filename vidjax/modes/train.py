@@ -121,7 +121,11 @@ def train(
                 interruption.raise_if_asked(run.step)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation, observer = evaluated or run.evaluate(analyse=analyse)
-    results = {**evaluation.results, **_training_results(workdir, config, run)}
+    results = {
+        "data": data.report["data"],
+        **evaluation.results,
+        **_training_results(workdir, config, run),
+    }
     if command:
         results["command"] = command
     split = config.eval.split

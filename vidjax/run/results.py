@@ -4,13 +4,17 @@ A run has a split of its own, which training evaluates: `eval.split` in its `con
 results are `metrics.json`, `ranking.txt` and `analysis.npz`. Those of any other split carry its
 name: `metrics_<split>.json` and so on.
 
-`metrics.json` is one JSON object. Every key may be absent but those of the first line.
+`metrics.json` is one JSON object. Only `num_clips` and `num_identities` are always there.
 
+    data                             {name: str, dir: str | null, digest: str}: what was evaluated;
+                                     absent in runs of earlier versions
     num_clips, num_identities        int: clips ranked, identities that have a list
     num_distractors                  int | null: clips ranked that show no identity
+    num_nan_clips                    int: clips with a score of NaN, ranked last; absent for none
     map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
                                      absent without ground truth, and with them the next line
     top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`
+    threshold_at_fpir_*              float | null: the score at which that FNIR holds
     members                          list of {member: int, map: float, and what sets it apart}
     runs                             list of {name: str, weight: float, map: float}: blended runs;
                                      with model, data, train_splits, modalities, seed, step,
@@ -202,6 +206,22 @@ def training_metrics(workdir: Path) -> dict[str, Any]:
     """
     metrics = read_metrics(workdir)
     return {name: metrics[name] for name in TRAINING_KEYS if name in metrics}
+
+
+def describe_data(metrics: Mapping[str, Any]) -> str | None:
+    """Returns the name, folder and short digest of the data behind results.
+
+    Args:
+      metrics: content of `metrics.json` or `metrics_<split>.json`.
+
+    Returns:
+      One line, or None where an earlier version did not write it.
+    """
+    data = metrics.get("data")
+    if not isinstance(data, dict):
+        return None
+    place = f" in {data['dir']}" if data.get("dir") else ""
+    return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
