@@ -162,7 +162,7 @@ def make_optimizer(
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:
             raise ValueError(
-                f"config.optim.total_decay={spec['total_decay']}: the learning rates sum to {rates}\n"
+                f"config.optim.total_decay={spec['total_decay']}: learning rates sum to {rates}\n"
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )
         decay = spec["total_decay"] / rates
