@@ -15,7 +15,7 @@ from vidjax.steps.scoring import Evaluation
 from vidjax.steps.topk import TopK
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
-FEWEST_IDENTITIES = 10  # a group of fewer identities has no interval
+FEWEST_IDENTITIES = 20  # a group of fewer identities has no interval
 RESAMPLES = 1000  # of the interval of a group
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
