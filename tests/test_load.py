@@ -78,6 +78,7 @@ def test_a_dataset_is_a_function_and_a_line(
     monkeypatch.setattr(load, "DATASETS", entries)
     check = ["--mode=check", "--config=configs/knn.py", "--config.data.name=numbered"]
     check += [f"--config.data.cache_dir={tmp_path}", "--config.modalities=voice"]
+    check += ["--config.model.modality=voice"]
     assert main(check) == 0
     assert "not converted yet" in capsys.readouterr().out
     data = load_dataset("numbered", cache_dir=tmp_path)

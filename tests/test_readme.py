@@ -17,6 +17,7 @@ import pytest
 
 import vidjax
 from tests.benchmarks import scores
+from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
@@ -244,6 +245,9 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         "tests.campaigns.same_bytes": lambda words: same_bytes.main(
             [*words, "--only=knn", f"--cache={cache_dir}"]
         ),
+        "tests.campaigns.commands": lambda words: command_campaign.main(
+            [*words, "--only=--version"]
+        ),
         # `tests/faults/test_kill.py` runs a short campaign.
         "tests.campaigns.kills": kills.main,
     }
@@ -271,7 +275,7 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
-    modules.add("tests.campaigns.same_bytes")
+    modules |= {"tests.campaigns.same_bytes", "tests.campaigns.commands"}
     for page in PAGES:
         for words in shell_commands(page):
             if words[:2] == ["python", "-m"]:

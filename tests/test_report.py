@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
@@ -460,33 +460,13 @@ def test_mistakes(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-)
-
-
-def browse(folder, *words):
-    """Runs Chromium with a profile in a folder; returns what it prints."""
-    command = [str(CHROMIUM), *QUIET, f"--user-data-dir={folder / 'profile'}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path):
     path = run_page.write(made_up(tmp_path / "run"))
     log = tmp_path / "net.json"
     words = (f"--log-net-log={log}", "--window-size=390,800", "--dump-dom", path.as_uri())
-    done = browse(tmp_path, *words)
+    done = browse(tmp_path / "profile", *words)
     assert "CONSOLE" not in done.stderr
     assert "</footer>" in done.stdout
     # What the browser asks for itself has no origin.
@@ -529,7 +509,7 @@ def test_no_word_is_broken_that_fits_into_a_line(tmp_path, width, name):
     measure = tmp_path / "measure.html"
     measure.write_text(MEASURE.format(width=width, uri=path.as_uri()))
     words = ("--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
-    done = browse(tmp_path, *words, measure.as_uri())
+    done = browse(tmp_path / "profile", *words, measure.as_uri())
     found = re.search(r"measured: (.*?)</pre>", done.stdout)
     assert found, done.stderr
     count, broken = json.loads(found[1])

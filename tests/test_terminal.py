@@ -207,6 +207,7 @@ SEEN = [
     r"converting \d+ files of .*",
     r"(read|pack|write|convert)\w* +\d+% \|.*",
     r"(read|pack|write|convert)\w*: .*",
+    r"train:? compiling",
     r"clips stay on the device: [\d,]+ MB, read in [\d.]+ s",
     r"(train|evaluate) +\d+% \|.*\| [\d.]+k?/[\d.]+k?, .*",
     r"(train|evaluate): [\d,]+ of [\d,]+ clips, .*",

@@ -8,9 +8,53 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from vidjax import config as config_lib
+from vidjax.config_values import SYNONYMS, closest_field
 from vidjax.suggest import closest, suggest
 
-FLAGS = ("--config", "--workdir", "--mode", "--runs", "--debug", "--help")
+FLAGS = (
+    "--config",
+    "--workdir",
+    "--mode",
+    "--runs",
+    "--quiet",
+    "--json",
+    "--debug",
+    "--version",
+    "--help",
+)
+# Flags of other programs -> the words that do the same here.
+ELSEWHERE = {
+    "dry_run": "--mode=check",
+    "validate": "--mode=check",
+    "print": "--mode=config",
+    "print_config": "--mode=config",
+    "show_config": "--mode=config",
+    "cfg": "--mode=config",
+    "eval": "--mode=evaluate",
+    "evaluate_only": "--mode=evaluate",
+    "test": "--mode=evaluate --config.eval.split=test",
+    "predict": "--mode=rank",
+    "output": "--workdir",
+    "output_dir": "--workdir",
+    "out_dir": "--workdir",
+    "logdir": "--workdir",
+    "log_dir": "--workdir",
+    "save_dir": "--workdir",
+    "name": "--workdir",
+    "verbose": "--debug",
+    "silent": "--quiet",
+    "q": "--quiet",
+    "V": "--version",
+    "gpu": "the variable CUDA_VISIBLE_DEVICES=0",
+    "gpus": "the variable CUDA_VISIBLE_DEVICES=0",
+    "device": "the variable JAX_PLATFORMS=cpu",
+    "devices": "the variable CUDA_VISIBLE_DEVICES=0",
+    "cpu": "the variable JAX_PLATFORMS=cpu",
+    "no_cuda": "the variable JAX_PLATFORMS=cpu",
+    "resume": "the same command again: a run goes on by itself",
+    "force": "another --workdir: a run is never overwritten",
+    "overwrite": "another --workdir: a run is never overwritten",
+}
 PROGRAM = "python -m vidjax.main"
 
 MODES = {
@@ -19,6 +63,7 @@ MODES = {
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
     "check": "reads everything and changes nothing: environment, data, results",
+    "config": "prints all fields: values, defaults, and where each is from",
 }
 DESCRIPTION = """\
 Identify people in video: train a system on frame features, rank the clips of
@@ -59,6 +104,8 @@ class Arguments(NamedTuple):
       config: `FILE[:ARG,...]` of `--config`, None without the flag.
       workdir: the folder of `--workdir`, None without the flag.
       runs: the text of `--runs`, None without the flag.
+      quiet: True without messages and progress; the result, warnings and errors remain.
+      json: True for the result as one JSON object.
       overrides: words that begin with `--config.`, each with its value.
       command: the whole command, which repeats the run.
     """
@@ -67,6 +114,8 @@ class Arguments(NamedTuple):
     config: str | None
     workdir: str | None
     runs: str | None
+    quiet: bool
+    json: bool
     overrides: tuple[str, ...]
     command: str
 
@@ -87,13 +136,26 @@ def parse(words: Sequence[str]) -> Arguments:
         _check_flag(word.partition("=")[0])
     args, strays = make_parser().parse_known_args(own)
     if strays:
-        raise ValueError(f"stray word '{strays[0]}'{_hint_for_stray(strays[0], args.runs)}")
+        hint = _hint_for_stray(strays[0], args.runs)
+        if "=" in own:
+            flag = own[max(own.index("=") - 1, 0)]
+            hint = f": no blanks around =, {flag}={strays[0]}"
+        raise ValueError(f"stray word '{strays[0]}'{hint}")
     if args.mode not in MODES:
         raise ValueError(f"no mode '{args.mode}': {suggest(args.mode, MODES)}")
     if args.workdir == "":
         raise ValueError("--workdir= is empty: name a folder")
     command = shlex.join([*PROGRAM.split(), *words])
-    return Arguments(args.mode, args.config, args.workdir, args.runs, tuple(overrides), command)
+    return Arguments(
+        mode=args.mode,
+        config=args.config,
+        workdir=args.workdir,
+        runs=args.runs,
+        quiet=args.quiet,
+        json=args.json,
+        overrides=tuple(overrides),
+        command=command,
+    )
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -130,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--config.FIELD=VALUE ...]",
+        f"{indent}[--runs=A,B] [--config.FIELD=VALUE ...]\n{indent}[--quiet] [--json]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -143,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE[:ARG,...]", help="an experiment of configs/, or its name"
     )
     parser.add_argument(
-        "--workdir", metavar="W", help="the run's folder (default of train: runs/NAME)"
+        "--workdir", metavar="W", help="the run's folder (train: runs/NAME if absent)"
     )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
     # For the help alone: `split_overrides` takes these words.
@@ -153,18 +215,36 @@ def make_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="overrides a field, e.g. --config.seed=1",
     )
+    parser.add_argument("--quiet", action="store_true", help="prints the result alone, no progress")
+    parser.add_argument("--json", action="store_true", help="prints the result as a JSON object")
     parser.add_argument("--debug", action="store_true", help="shows tracebacks")
+    parser.add_argument("--version", action="version", version=f"vidjax {_version()}")
     return parser
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("vidjax")
 
 
 def _check_flag(flag: str) -> None:
     """Raises ValueError for a flag that does not exist."""
     if not flag.startswith("-") or flag in (*FLAGS, "-h"):
         return
-    name = flag.lstrip("-")
-    match = closest(f"--{name}", FLAGS)
-    if not match and (field := closest(name, dict(config_lib.fields(config_lib.default())))):
-        match = f"--config.{field}"
+    name = flag.lstrip("-").replace("-", "_")
+    if name in ELSEWHERE:
+        raise ValueError(f"no flag {flag}: use {ELSEWHERE[name]}")
+    # Every model has a name, and most have a rate of dropout.
+    fields = [*dict(config_lib.fields(config_lib.default())), "model.name", "model.dropout_rate"]
+    by_depth = sorted(fields, key=lambda field: -field.count("."))  # the shortest name comes last
+    words = {field.rpartition(".")[2]: f"--config.{field}" for field in by_depth}
+    words |= {own.lstrip("-"): own for own in FLAGS}
+    if "." in name or name in SYNONYMS:
+        field = closest_field(name.removeprefix("config."), fields)
+        match = f"--config.{field}" if field else None
+    else:
+        match = words.get(closest(name, words) or "")
     hint = f": did you mean {match}?" if match else "; --help lists them"
     raise ValueError(f"no flag {flag}{hint}")
 

@@ -5,19 +5,19 @@ python -m vidjax.config --write=configs/README.md    # writes them into a page
 """
 
 import argparse
-import copy
 import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from ml_collections import ConfigDict, config_dict
 
 from vidjax import config_docs, config_files, config_rules
-from vidjax.config_files import SCALE_WORDS, choose_data, load_file, split_args
-from vidjax.suggest import closest, suggest
+from vidjax.config_files import SCALE_WORDS, choose_data, split_args
+from vidjax.config_values import Config, fields, override
+from vidjax.suggest import suggest
 
 __all__ = [
     "SCALE_WORDS",
@@ -36,20 +36,6 @@ __all__ = [
     "suggest",
     "to_json",
 ]
-
-
-class Config(Protocol):
-    """A ConfigDict as a type checker sees it: any attribute, of any type."""
-
-    def __getattr__(self, name: str) -> Any: ...
-
-    def __setattr__(self, name: str, value: Any, /) -> None: ...
-
-    def __getitem__(self, name: str) -> Any: ...
-
-    def __setitem__(self, name: str, value: Any) -> None: ...
-
-    def __iter__(self) -> Iterator[str]: ...
 
 
 def default() -> Config:
@@ -231,43 +217,21 @@ def default() -> Config:
     return config
 
 
-def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every leaf of a configuration."""
-    for key in config:
-        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
-        if isinstance(value, ConfigDict):
-            yield from fields(cast(Config, value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def override(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns a copy of a configuration with `--config.a.b=value` applied to it.
+def load_file(spec: str) -> Config:
+    """Returns the configuration that an experiment's file describes.
 
     Args:
-      config: the configuration; its values fix the types.
-      overrides: command-line words, each beginning with `--config.`; a tuple may be written
-        `face,head` or as a Python tuple. Of two words for one field the last one counts.
+      spec: `FILE[:ARG,...]`, see `config_files.load_file`.
 
     Raises:
-      ValueError: a field that does not exist, or a value of another type.
+      ValueError: there is no such file, or a mistake in it.
     """
-    config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
-    known = dict(fields(config))
-    for word in overrides:
-        name, equals, text = word.removeprefix("--config.").partition("=")
-        if name not in known:
-            match = closest(name, known, cutoff=0.5)
-            hint = f"did you mean --config.{match}?" if match else "configs/README.md lists them"
-            raise ValueError(f"no field config.{name}: {hint}")
-        if not equals:
-            raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
-        group, _, leaf = name.rpartition(".")
-        parent = config[group] if group else config
-        try:
-            parent[leaf] = config_rules.convert(text, parent.get_type(leaf), known[name])
-        except ValueError as error:
-            raise ValueError(f"--config.{name}={text}: wants {error}") from error
+    config = config_files.load_file(spec)
+    for problem in config_rules.misfits(dict(fields(config)), dict(fields(default()))):
+        raise ValueError(
+            f"--config: '{spec}' {problem}\n"
+            "begin get_config with config = vidjax.config.default(), and change that"
+        )
     return config
 
 
@@ -290,6 +254,7 @@ def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
     """Yields an error message for every value that `check` refuses, with the same arguments."""
     values = dict(fields(config))
     yield from config_rules.out_of_range(values)
+    yield from config_rules.untrainable(values)
     if fresh:
         yield from config_rules.unread(values, dict(fields(default())))
 

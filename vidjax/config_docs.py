@@ -123,7 +123,7 @@ def field_tables(
         comments[name] += f"; choose from {', '.join(f'`{item}`' for item in names)}"
     for name, comment in comments.items():
         if name in defaults:
-            lines.append(f"| `{name}` | {_shown(defaults[name])} | {comment} |")
+            lines.append(f"| `{name}` | {_cell(defaults[name])} | {comment} |")
             continue
         lines += ["", f"**`{name}`**: {comment}.", ""]
         if any(field.startswith(f"{name}.") for field in defaults):
@@ -135,15 +135,19 @@ def _table_head() -> list[str]:
     return ["| field | default | meaning |", "|---|---|---|"]
 
 
-def _shown(value: object) -> str:
-    """Returns a default as the command line would take it."""
+def value_text(value: object) -> str:
+    """Returns a value as the command line would take it; `unset` and `empty` for none."""
     if value is None:
         return "unset"
     if value in ((), ""):
         return "empty"
     if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-        return f"`{','.join(value)}`"
-    return f"`{value}`"
+        return ",".join(value)
+    return str(value)
+
+
+def _cell(value: object) -> str:
+    return value_text(value) if value in (None, (), "") else f"`{value_text(value)}`"
 
 
 def argument_table(shared: Mapping[str, str], experiments: Mapping[str, Mapping[str, str]]) -> str:

@@ -84,8 +84,15 @@ def load_file(spec: str) -> Any:
         raise
     except Exception as error:  # the file is the user's own program
         raise ValueError(f"--config: {_place(path, error)}: {_description(error)}") from error
+    except SystemExit as error:
+        raise ValueError(
+            f"--config: '{path}' ended the program: sys.exit({error.code!r})"
+        ) from error
     if not hasattr(config, "to_dict"):
-        raise ValueError(f"--config: get_config of '{spec}' returns no ConfigDict")
+        raise ValueError(
+            f"--config: get_config of '{spec}' returns no ConfigDict\n"
+            "begin it with config = vidjax.config.default(), and return config"
+        )
     return config
 
 

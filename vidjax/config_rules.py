@@ -22,7 +22,27 @@ NOT_NEGATIVE = (
     "eval.every_epochs",
 )
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-DISTRACTORS = ("other", "leave_out", "noise")
+# Names that no table of the code holds.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.distractors": ("other", "leave_out", "noise"),
+    "data.size": ("small", "standard"),
+    "data.non_finite": ("drop", "error"),
+    "data.mode": ("auto", "resident", "streaming"),
+    "data.crop": ("window", "quality"),
+    "noise.method": ("dbscan", "hdbscan"),
+    "eval.checkpoint": ("latest", "best"),
+}
+# Largest values. Beyond them a training would end in exhausted memory, or never.
+LARGEST: Mapping[str, float] = {
+    "batch_size": 2**20,
+    "num_epochs": 1e6,
+    "log_every_steps": 2**31 - 1,
+    "data.max_frames": 2**20,
+    "eval.block_size": 2**20,
+    "mixup": 1e6,
+    "noise.relabel_every_epochs": 1e6,
+    "eval.every_epochs": 1e6,
+}
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
@@ -63,6 +83,21 @@ def _convert_tuple(text: str) -> tuple[Any, ...]:
     except (ValueError, SyntaxError):
         value = tuple(word.strip() for word in text.split(",") if word.strip())
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def misfits(values: Values, defaults: Values) -> Iterator[str]:
+    """Yields the end of an error message for every field that is absent or of another type."""
+    for name, default in defaults.items():
+        if name not in values:
+            yield f"has no field config.{name}"
+            continue
+        value, kind = values[name], type(default)
+        if default is None:
+            fits = value is None or isinstance(value, str)
+        else:
+            fits = isinstance(value, kind) or (kind is float and type(value) is int)
+        if not fits:
+            yield f"has config.{name}={value!r}, wanted a value such as {default!r}"
 
 
 class ReadWhen(NamedTuple):
@@ -213,20 +248,32 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that no training can use, whatever its data."""
+    """Yields an error message for every value that nothing can use, whatever the data."""
     for name in POSITIVE:
-        if not 0 < values[name] < math.inf:
+        if not values[name] > 0:
             yield f"config.{name}={values[name]}: must be positive"
     for name in NOT_NEGATIVE:
         if not values[name] >= 0:
             yield f"config.{name}={values[name]}: must be 0 or more"
     if not 0 <= values["seed"] < 2**31:
         yield f"config.seed={values['seed']}: must be 0 or more, below 2**31"
-    if values["data.distractors"] not in DISTRACTORS:
-        yield (
-            f"config.data.distractors='{values['data.distractors']}': "
-            f"choose from {', '.join(DISTRACTORS)}"
-        )
+    for name, largest in LARGEST.items():
+        if values[name] > largest:
+            yield f"config.{name}={values[name]}: must be at most {largest:,.0f}"
+    for name, known in CHOICES.items():
+        if values[name] not in known:
+            yield f"config.{name}='{values[name]}': choose from {', '.join(known)}"
+    for name, value in values.items():
+        if name.endswith("dropout_rate") and not _is_share(value):
+            yield f"config.{name}={value}: must lie between 0 and 1"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def untrainable(values: Values) -> Iterator[str]:
+    """Yields an error message for splits that no training can use together."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]

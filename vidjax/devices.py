@@ -82,10 +82,12 @@ def _devices() -> list[Any]:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
         platform = jax.config.values["jax_platforms"] or "the default platform"
-        reason = (str(error) or "no such device").splitlines()[0][:300]
+        reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
         raise ValueError(
             f"jax cannot use {platform}: {reason}\n"
-            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: pip install '.[cuda]'"
+            "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: "
+            "pip install 'vidjax[cuda]'\n"
+            "to use what this machine has: unset JAX_PLATFORMS, or JAX_PLATFORMS=cpu"
         ) from error
 
 

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from vidjax.command_line import Arguments
     from vidjax.config import Config
     from vidjax.data.clips import TrainingData
+
+
+QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
 
 def run() -> NoReturn:
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vidjax import command_line
 
         args = command_line.parse(words)
-        return RUNNERS[args.mode](args)
+        with _quietly() if args.quiet else contextlib.nullcontext():
+            return RUNNERS[args.mode](args)
     except KeyboardInterrupt:
         _complain("stopped")
         return 130
@@ -71,25 +76,27 @@ def _train(args: "Arguments") -> int:
 
     began = time.monotonic()
     config, path = arguments.for_training(args)
+    if not (path / "config.json").exists():  # before there is a folder, or data are read
+        arguments.rehearse(args)
+        _set_up_devices(config)
     with _locked_folder(path) as workdir:
         from vidjax.modes import train
         from vidjax.report import run_page
         from vidjax.run import results as results_lib
 
-        _set_up_devices(config)
-        results, seconds = train.finished(workdir, config), None
+        results = train.finished(workdir, config)
+        finished_before = results is not None
         if results is None:
+            _set_up_devices(config)
             data = arguments.load_data(config)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command,
                 began=began,
             )  # fmt: skip
-            seconds = results["seconds"]
         elif config.eval.report and not (workdir / results_lib.REPORT).exists():
             run_page.write(workdir)  # an earlier process stopped just before
-    if seconds is None:
-        seconds = time.monotonic() - began
-    _summarise(args.mode, config, workdir, results, seconds)
+    seconds = None if finished_before else results["seconds"]
+    _summarise(args, config, workdir, results, seconds, finished_before=finished_before)
     return 0
 
 
@@ -98,6 +105,8 @@ def _evaluate(args: "Arguments") -> int:
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
+    if args.overrides and not config.join.runs:
+        arguments.rehearse(args)
     with _locked_folder(path) as workdir:
         from vidjax.modes import blend, evaluate
 
@@ -107,7 +116,7 @@ def _evaluate(args: "Arguments") -> int:
         else:
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
-    _summarise(args.mode, config, workdir, results, time.monotonic() - began)
+    _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
 
 
@@ -117,7 +126,17 @@ def _report(args: "Arguments") -> int:
     workdir = arguments.for_report(args)
     from vidjax.report import run_page
 
-    _say(f"report: {run_page.write(workdir)}")
+    page = run_page.write(workdir)
+    _tell(args, f"report: {page}", {"workdir": str(workdir), "report": str(page)})
+    return 0
+
+
+def _config(args: "Arguments") -> int:
+    from vidjax.modes import arguments, show_config
+
+    config, file = arguments.for_display(args)
+    rows = list(show_config.rows(config, args.overrides, file))
+    _tell(args, show_config.text(rows), {"fields": show_config.as_json(rows)})
     return 0
 
 
@@ -141,8 +160,8 @@ def _compare(args: "Arguments") -> int:
             split=comparison.split,
             directory=comparison.directory,
         )
-    _say(table)
-    _say(f"comparison: {arguments.shown(workdir)}/comparison.html, .md, .csv")
+    page = f"{arguments.shown(workdir)}/comparison.html"
+    _tell(args, f"{table}\ncomparison: {page}, .md, .csv", {"comparison": page, "table": table})
     return 0
 
 
@@ -154,12 +173,17 @@ def _check(args: "Arguments") -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.modes import check, findings
 
-    _say(f"check: {workdir or args.config or 'the environment'}")
+    subject = str(workdir or args.config or "the environment")
+    lines = not (args.quiet or args.json)
+    if lines:
+        _say(f"check: {subject}")
     items = []
     for item in check.check(config, workdir):  # print each line at once: reading data takes time
         items.append(item)
-        _say(f"  {item.state:7}  {item.text}")
-    _say(findings.verdict(items))
+        if lines or (args.quiet and not args.json and item.state != findings.OK):
+            _say(f"  {item.state:7}  {item.text}")
+    content = {"check": subject, "findings": [item._asdict() for item in items]}
+    _tell(args, findings.verdict(items), {**content, "verdict": findings.verdict(items)})
     return findings.exit_code(items)
 
 
@@ -169,6 +193,7 @@ RUNNERS = {
     "compare": _compare,
     "report": _report,
     "check": _check,
+    "config": _config,
 }
 
 
@@ -180,9 +205,15 @@ def _locked_folder(path: Path) -> Iterator[Path]:
 
     if signal.getsignal(signal.SIGTERM) is _stop_at_once:
         signals.end_on_signals()
+    is_new = not path.exists()
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
-        yield workdir
+        try:
+            yield workdir
+        except BaseException:
+            if is_new and len(list(workdir.iterdir())) == 1:  # nothing but the file of the lock
+                shutil.rmtree(workdir)
+            raise
 
 
 def _set_up_devices(config: "Config") -> None:
@@ -192,39 +223,62 @@ def _set_up_devices(config: "Config") -> None:
     if config.deterministic:
         devices.be_deterministic()
     devices.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    devices.make_mesh()  # an absent device is told before data are read
 
 
 def _summarise(
-    mode: str, config: "Config", workdir: Path, results: Mapping[str, Any], seconds: float
+    args: "Arguments",
+    config: "Config",
+    workdir: Path,
+    results: Mapping[str, Any],
+    seconds: float | None,
+    *,
+    finished_before: bool = False,
 ) -> None:
     """Prints the scores of a run and the files to look at."""
-    from vidjax import config as config_lib
-    from vidjax import metrics
-    from vidjax.modes.arguments import shown
-    from vidjax.run import results as results_lib
+    from vidjax.modes import summary
 
-    split = config.eval.split
-    paths = results_lib.paths(workdir, split, config_lib.load_workdir(workdir).eval.split)
-    rows = {"workdir": shown(workdir)}
-    if "map" in results:
-        kind = results["map_kind"].replace("_", " ")
-        kind = split if kind in ("val", split) else f"{split}, {kind}"
-        rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
-    else:
-        rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
-    if "best_map" in results:
-        rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
-    rows["clips"] = f"{results['num_clips']:,}"
-    rows["identities"] = f"{results['num_identities']:,}"
-    rows["time"] = f"{seconds:.1f} s"
-    rows["ranking"] = shown(paths.ranking)
-    if paths.report.exists():
-        rows["report"] = shown(paths.report)
-    _say("\n".join([mode, *(f"  {name:10}  {value}" for name, value in rows.items())]))
+    rows = summary.rows(config, workdir, results, seconds)
+    heading = args.mode
+    if finished_before:
+        heading += ": finished before, nothing was trained now"
+    text = "\n".join([heading, *(f"  {name:10}  {value}" for name, value in rows.items())])
+    content = {"workdir": str(workdir), **summary.files(config, workdir)}
+    content |= {"finished_before": finished_before, "metrics": dict(results)}
+    _tell(args, text, content)
+
+
+def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
+    """Prints the result of a command: the text, or with `--json` the content as one line."""
+    if not args.json:
+        _say(text)
+        return
+    from vidjax.modes import summary
+
+    _say(summary.to_json({"mode": args.mode, **content}))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Leaves out progress and messages, but no warning."""
+    log = logging.getLogger("vidjax")
+    before, level = os.environ.get(QUIET), log.level
+    os.environ[QUIET] = "1"
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        os.environ.pop(QUIET)
+        if before is not None:
+            os.environ[QUIET] = before
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:
@@ -239,14 +293,29 @@ def _text(error: Exception) -> str:
             f"the package '{error.name}' is missing or broken: {error}\n"
             "'pip install' vidjax again: it installs the packages that it needs"
         )
+    if _is_memory(error):
+        reason = (str(error) or "no more is free").splitlines()[0][:200]
+        return (
+            f"the memory is exhausted: {reason}\n"
+            "take fewer clips at a time: --config.batch_size=32, --config.eval.block_size=64,\n"
+            "fewer frames: --config.data.max_frames=32, or clips from disk: "
+            "--config.data.mode=streaming"
+        )
     return str(error)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Returns True if the host or a device has no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error, None for a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) or _is_memory(error):
         return 2  # before the imports below, which take a second
 
     from vidjax.run.checkpoint import CheckpointError

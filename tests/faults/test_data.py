@@ -18,10 +18,9 @@ from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_pickle, write_truth
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
-from vidjax.data.clips import longest, num_cropped
+from vidjax.data.clips import longest, num_cropped, select_modalities
 from vidjax.data.load import load_dataset
 from vidjax.data.records import pipeline
-from vidjax.modes import restore
 
 DIM = 4
 
@@ -380,7 +379,7 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
     with pytest.raises(ValueError, match=r"'val' has no features of 'head'\n.*config.modalities"):
         next(eval_batches(data, split="val", modalities=("face", "head"), rows=8))
     with pytest.raises(ValueError, match="the data has no modality 'heda'; did you mean 'head'"):
-        restore.select_modalities(("face", "heda"), data.modalities)
+        select_modalities(("face", "heda"), data.modalities)
     assert_adds_up(data.report)
 
 

@@ -161,6 +161,11 @@ class FeatureFolder:
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
+    @property
+    def splits(self) -> Collection[str]:
+        """The splits that the folder has."""
+        return self._files.keys()
+
     def _clips(self, split: str) -> Iterator[Clip]:
         paths = self._files[split]
         return read_clips(paths[0]) if paths[0].suffix == ".parquet" else _read_npz(paths)

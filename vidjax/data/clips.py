@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from vidjax.suggest import suggest
+
 if TYPE_CHECKING:
     from vidjax.batch import Batch, Packed
 
@@ -172,6 +174,28 @@ class TrainingData(ClipSource, Protocol):
           [n] int32 clip_index, and modality -> Packed of these n clips.
         """
         ...
+
+
+def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
+    """Returns name -> feature width of the modalities that a configuration names.
+
+    Args:
+      names: `config.modalities`.
+      known: the modalities of the data.
+
+    Raises:
+      ValueError: no name, a name that occurs twice, or one that the data does not have.
+    """
+    if not names:
+        raise ValueError("config.modalities is empty: name at least one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
+            )
+    return {name: known[name].dim for name in names}
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:

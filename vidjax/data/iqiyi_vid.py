@@ -57,6 +57,11 @@ class OfficialFiles:
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
 
+    @property
+    def names(self) -> Collection[tuple[str, str]]:
+        """The (modality, split) of every pickle."""
+        return self._files.keys()
+
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns path, size and time of each pickle; does not read them."""
         fingerprint = []

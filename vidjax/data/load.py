@@ -2,12 +2,13 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax.data import arrays, pickle_writer, synthetic
 from vidjax.data.cache import building, default_cache_dir, exclusive
+from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.record_source import RecordSource
@@ -71,23 +72,55 @@ def open_arrays(options: DataOptions) -> RecordSource:
     return arrays.FeatureFolder(_directory(options, "features"))
 
 
+class Names(NamedTuple):
+    """The names in a dataset, as far as the names of its files tell.
+
+    Attributes:
+      splits: its splits.
+      modalities: modality -> feature width, 0 where only the files would tell; None where only the
+        files would tell the names, too.
+    """
+
+    splits: Collection[str]
+    modalities: Mapping[str, int] | None
+
+
+def names_of_synthetic(options: DataOptions) -> Names:
+    """Returns the names in the built-in dataset, which need not exist."""
+    return Names(SPLITS, synthetic.SIZES[options.size].dims)
+
+
+def names_of_iqiyi_vid(options: DataOptions) -> Names:
+    """Returns the names that the official files have."""
+    pairs = OfficialFiles(_directory(options, "official files")).names
+    return Names({split for _, split in pairs}, {modality: 0 for modality, _ in pairs})
+
+
+def names_of_arrays(options: DataOptions) -> Names:
+    """Returns the splits of a folder of own features."""
+    return Names(arrays.FeatureFolder(_directory(options, "features")).splits, None)
+
+
 class DatasetEntry(NamedTuple):
     """A dataset that `config.data.name` can name.
 
     Attributes:
       open: opens its source.
       generated: True if `config.data.size` and `seed` determine the clips, not `dir`.
+      names: returns the names of its splits and modalities without reading its files; None where
+        only the files would tell.
     """
 
     open: Callable[[DataOptions], RecordSource]
     generated: bool = False
+    names: Callable[[DataOptions], Names] | None = None
 
 
 # To add a dataset, write a function like those above and add a line here.
 DATASETS: Mapping[str, DatasetEntry] = {
-    "synthetic": DatasetEntry(open_synthetic, generated=True),
-    "iqiyi_vid": DatasetEntry(open_iqiyi_vid),
-    "arrays": DatasetEntry(open_arrays),
+    "synthetic": DatasetEntry(open_synthetic, generated=True, names=names_of_synthetic),
+    "iqiyi_vid": DatasetEntry(open_iqiyi_vid, names=names_of_iqiyi_vid),
+    "arrays": DatasetEntry(open_arrays, names=names_of_arrays),
 }
 
 
@@ -99,9 +132,26 @@ def open_source(name: str, options: DataOptions) -> RecordSource:
       FileNotFoundError: no data in the directory.
       NotGenerated: the dataset has yet to be generated, and `options.generate` is False.
     """
+    return _entry(name).open(options)
+
+
+def names(name: str, options: DataOptions) -> Names | None:
+    """Returns the splits and modalities of a dataset by name, without reading its files.
+
+    They are None for a dataset that tells no names.
+
+    Raises:
+      ValueError: an unknown name, or no directory where one is needed.
+      FileNotFoundError: no data in the directory.
+    """
+    find = _entry(name).names
+    return find(options) if find else None
+
+
+def _entry(name: str) -> DatasetEntry:
     if name not in DATASETS:
         raise ValueError(f"config.data.name='{name}': {suggest(name, DATASETS)}")
-    return DATASETS[name].open(options)
+    return DATASETS[name]
 
 
 def load_dataset(

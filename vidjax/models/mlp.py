@@ -126,14 +126,22 @@ class MLP(nn.Module):
           [B, D'] float32 with D' the width of the last layer; x itself if there are no layers.
 
         Raises:
-          ValueError: A layer does not have four values, or an activation is unknown.
+          ValueError: A layer lacks a value, or one is unknown or out of range.
         """
         for i, layer in enumerate(self.layers):
-            if len(layer) != 4:
-                raise ValueError(
-                    f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}"
-                )
+            _check_layer(layer)
             x = DenseLayer(*layer, self.norm_first, self.dtype, name=f"layer_{i}")(
                 x, mask, train=train
             )
         return x
+
+
+def _check_layer(layer: object) -> None:
+    """Raises ValueError unless a layer has its four values, each in its range."""
+    if not isinstance(layer, tuple) or len(layer) != 4:
+        raise ValueError(f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}")
+    width, _, _, dropout_rate = layer
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"the width of a layer must be a whole number of 1 or more, got {width!r}")
+    if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
+        raise ValueError(f"the dropout rate of a layer must be 0 to 1, got {dropout_rate!r}")

@@ -6,7 +6,11 @@ from typing import NamedTuple
 from vidjax import config as config_lib
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
+from vidjax.config_rules import out_of_range
+from vidjax.config_values import folder_suffix, override_names
+from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
+from vidjax.run import resume
 
 NEEDS_WORKDIR = "name the folder of a trained run"
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
@@ -44,11 +48,32 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
     if not args.config:
         raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
     config = config_lib.override(config_lib.load_file(args.config), args.overrides)
-    name, _, words = args.config.partition(":")
-    default = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
-    workdir = Path(args.workdir or f"runs/{default}").expanduser()
+    workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
     return config, workdir
+
+
+def _default_name(args: Arguments, config: Config) -> str:
+    """Returns the name of a run's folder: the file, its arguments, and the overrides."""
+    name, _, words = (args.config or "").partition(":")
+    name = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
+    return name + folder_suffix(config, args.overrides, (*resume.MOVABLE, "resume.allow"))
+
+
+def rehearse(args: Arguments) -> None:
+    """Refuses a training, or the evaluation of a run, that cannot work; reads no data.
+
+    Raises:
+      ValueError: a name or a value that the system or the data do not have.
+      OSError: the folder of the data is absent, or has no features.
+    """
+    from vidjax.modes.rehearsal import rehearse
+
+    if args.mode == "train":
+        rehearse(config_lib.load_file(args.config or ""), args.overrides)
+    else:
+        config = run_config(Path(args.workdir or "").expanduser())
+        rehearse(config, args.overrides, training=False)
 
 
 def for_evaluation(args: Arguments) -> tuple[Config, Path]:
@@ -68,7 +93,11 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
         )
     workdir = Path(args.workdir).expanduser()
     config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
-    return config_lib.override(config, args.overrides), workdir
+    config = config_lib.override(config, args.overrides)
+    if args.overrides:  # a run of an earlier version may have what is out of range now
+        for problem in out_of_range(dict(config_lib.fields(config))):
+            raise ValueError(problem)
+    return config, workdir
 
 
 def _joined_config(args: Arguments, workdir: Path) -> Config:
@@ -117,7 +146,7 @@ def for_comparison(args: Arguments) -> Comparison:
             "all others are compared with the first"
         )
     config = config_lib.override(config_lib.default(), args.overrides)
-    given = {word.removeprefix("--config.").partition("=")[0] for word in args.overrides}
+    given = set(override_names(args.overrides))
     if unread := sorted(given - set(COMPARABLE)):
         raise ValueError(
             f"--mode=compare does not read config.{unread[0]}\n"
@@ -161,6 +190,26 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
     return config_lib.override(config, args.overrides), workdir
 
 
+def for_display(args: Arguments) -> tuple[Config, str]:
+    """Returns a configuration without its overrides, and its file, for `--mode=config`.
+
+    Without `--config` and `--workdir` it is that of the defaults.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if args.runs is not None:
+        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER, not --runs")
+    if args.workdir and args.config:
+        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER: not both")
+    if args.config:
+        return config_lib.load_file(args.config), args.config
+    if args.workdir:
+        workdir = Path(args.workdir).expanduser()
+        return run_config(workdir), shown(workdir / "config.json")
+    return config_lib.default(), "default"
+
+
 def run_config(workdir: Path) -> Config:
     """Returns the configuration of the run in a folder.
 
@@ -180,17 +229,32 @@ def run_config(workdir: Path) -> Config:
 
 
 def load_data(config: Config) -> TrainingData:
-    """Returns the dataset of a configuration, converted into records where it is not yet."""
+    """Returns the dataset of a configuration, converted into records where it is not yet.
+
+    Raises:
+      ValueError: an unknown name, no directory, or bad data.
+      OSError: no data in the directory, or the cache cannot be written.
+    """
     from vidjax.data.load import load_dataset
 
-    return load_dataset(
-        config.data.name,
-        directory=config.data.dir,
-        cache_dir=config.data.cache_dir,
-        size=config.data.size,
-        seed=config.data.seed,
-        non_finite=config.data.non_finite,
-    )
+    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser().absolute()
+    try:
+        return load_dataset(
+            config.data.name,
+            directory=config.data.dir,
+            cache_dir=cache,
+            size=config.data.size,
+            seed=config.data.seed,
+            non_finite=config.data.non_finite,
+        )
+    except OSError as error:
+        place = Path(error.filename).absolute() if error.filename else None
+        if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
+            raise
+        raise OSError(
+            f"cannot write the cache '{cache}': {error.strerror}\n"
+            "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
+        ) from error
 
 
 def shown(path: Path) -> str:

@@ -17,10 +17,11 @@ from vidjax import devices
 from vidjax.config import Config
 from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
+from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
+from vidjax.modes import rehearsal
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
-from vidjax.modes.restore import select_modalities
 from vidjax.run import checkpoint
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, F
 def _values(config: Config) -> Findings:
     """Yields a fault for every invalid value."""
     problems = list(config_lib.problems(config))
+    if not problems:
+        rehearsal.build(config, dict.fromkeys(config.modalities, rehearsal.WIDTH))
     yield from ((FAULT, problem) for problem in problems)
     if not problems:
         yield OK, "config: every value is in its range and has an effect"

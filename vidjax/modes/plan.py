@@ -11,8 +11,7 @@ from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import ground_truth
-from vidjax.data.clips import TrainingData
-from vidjax.modes.restore import select_modalities
+from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
@@ -54,7 +53,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
-        names = ", ".join(f"{split.name}_gt.txt" for split in splits)
+        names = "labels.csv"
+        if config.data.name != "arrays":
+            names = ", ".join(f"{split.name}_gt.txt" for split in splits)
         raise ValueError(
             f"no training clip has an identity: check {names} and config.data.train_splits"
         )

@@ -17,13 +17,12 @@ from jax.sharding import Mesh
 from vidjax import devices, ensemble
 from vidjax import digests as digests_lib
 from vidjax.config import Config
-from vidjax.data.clips import Modality, TrainingData
+from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import state as state_lib
 from vidjax.steps.model_scorer import TrainedModel
-from vidjax.suggest import suggest
 from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
@@ -164,28 +163,6 @@ def load_weights(
         devices.replicated(mesh),
     )
     return items["params"], items["model_state"]
-
-
-def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of the modalities that a configuration names.
-
-    Args:
-      names: `config.modalities`.
-      known: the modalities of the data.
-
-    Raises:
-      ValueError: no name, a name that occurs twice, or one that the data does not have.
-    """
-    if not names:
-        raise ValueError("config.modalities is empty: name at least one")
-    if len(set(names)) < len(names):
-        raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
-            )
-    return {name: known[name].dim for name in names}
 
 
 def companion_digests(

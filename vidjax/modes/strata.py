@@ -121,7 +121,7 @@ def averages_among(
 ) -> tuple[np.ndarray, int]:
     """Computes average precisions over some clips only.
 
-    Other clips of the same identity are skipped in its list.
+    The other clips of an identity are skipped in its list.
 
     Args:
       top: the ranking.

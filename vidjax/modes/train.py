@@ -127,7 +127,9 @@ def train(
 def _make_progress(config: Config, total_steps: int, step: int) -> Progress:
     """Builds a progress bar over the clips of all steps."""
     size = config.batch_size
-    return Progress(total_steps * size, initial=step * size, unit="clip", label="train")
+    return Progress(
+        total_steps * size, initial=step * size, unit="clip", label="train", compiles=True
+    )
 
 
 def _evaluate(

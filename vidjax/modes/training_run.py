@@ -168,11 +168,13 @@ class TrainingRun:
         clips = [self._plan.training_sets.clips[i] for i in index]
         more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
         rate = float(jnp.asarray(self._system.schedule(bad_step)))
+        steps = checkpoint.manifests(self._workdir)
+        saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
         return (
             f"loss or gradient is not finite at step {bad_step + 1} and "
             f"{MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
             f"clips: {', '.join(clips[:5])}{more}\n"
-            "the last checkpoint is finite; lower config.optim.learning_rate or check these clips"
+            f"{saved}lower config.optim.learning_rate or check these clips"
         )
 
     def log(self, logs: Logs) -> None:

@@ -73,8 +73,9 @@ footer { margin: 3rem auto 2rem; }
     white-space: normal; } .stacked td.bar span { padding-left: 0; } }
 @media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
   --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
-  body { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
+  html { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
   .wide { overflow: visible; background: none; } .tables { gap: 0 2rem; }
-  h2, h3, caption, thead, .lead-in { break-after: avoid; }
+  h2, h3, caption, thead, section > p { break-after: avoid; }
+  .tables > .wide { break-inside: avoid; }
   tr { break-inside: avoid; } details { display: none; } }
 """

@@ -1,24 +1,41 @@
 """Lines for the person at the terminal: messages and a progress bar, on standard error."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 
 from tqdm import tqdm
 
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal
 
 
+def is_quiet() -> bool:
+    """Returns True where the user wants no progress: tqdm's own variable is set."""
+    return os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+
+
 def say(text: str) -> None:
-    """Prints one line to standard error, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    """Prints one line to standard error, above a progress bar if there is one, unless quiet."""
+    if not is_quiet():
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 class Progress:
     """A progress bar on a terminal; plain lines, some seconds apart, in a file."""
 
-    def __init__(self, total: int, *, initial: int = 0, unit: str, label: str, leave: bool = True):
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        unit: str,
+        label: str,
+        leave: bool = True,
+        compiles: bool = False,
+    ):
         """Starts the bar.
 
         Args:
@@ -27,24 +44,29 @@ class Progress:
           unit: what is counted, in the singular, such as `clip`.
           label: the word in front of the bar.
           leave: whether the finished bar stays on the screen.
+          compiles: True if the first units wait for a compilation. Until they are done the line
+            says so; rate and time left count from then on.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
         self._initial = self._done = initial
         self._began = self._printed = time.monotonic()
+        self._compiles = compiles and initial < total
         self._kept = ""
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                unit=f" {unit}s",
-                unit_scale=True,
-                desc=label,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}"
-                "{postfix}, {remaining} left",
-                dynamic_ncols=True,
-                leave=leave,
-            )
+        if not sys.stderr.isatty() or is_quiet():
+            if self._compiles:
+                say(f"{label}: compiling")
+            return
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            unit=f" {unit}s",
+            unit_scale=True,
+            desc=label,
+            bar_format="{desc} compiling" if self._compiles else BAR,
+            dynamic_ncols=True,
+            leave=leave,
+        )
 
     def keep(self, text: str) -> None:
         """Shows a text after the latest values from now on, such as the MAP of an evaluation."""
@@ -54,6 +76,8 @@ class Progress:
         """Adds `count` finished units and shows the latest values."""
         self._done = min(self._done + count, self._total)
         text = ", ".join(part for part in (text, self._kept) if part)
+        if self._compiles:
+            self._start_again()
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(min(count, self._total - self._bar.n))
@@ -61,12 +85,22 @@ class Progress:
             self._printed = time.monotonic()
             say(f"{self._label}: {', '.join(self._parts(text))}")
 
+    def _start_again(self) -> None:
+        """Begins to measure, at the end of the compilation."""
+        self._compiles = False
+        self._initial, self._began = self._done, time.monotonic()
+        if self._bar is not None:
+            self._bar.bar_format = BAR
+            self._bar.initial = self._done
+            self._bar.start_t = self._bar.last_print_t = time.time()
+
     def _parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a line: units done, units per second, latest values, time left."""
         yield f"{self._done:,} of {self._total:,} {self._unit}s"
         seconds = time.monotonic() - self._began
         rate = (self._done - self._initial) / max(seconds, 1e-3)
-        yield f"{rate:,.0f} {self._unit}s/s"
+        if rate:
+            yield f"{rate:,.0f} {self._unit}s/s"
         if text:
             yield text
         if rate and self._done < self._total:

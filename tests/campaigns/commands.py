@@ -1,0 +1,392 @@
+"""Replays what people type: mistakes with their remedies, and commands that must work.
+
+    python -m tests.campaigns.commands
+    python -m tests.campaigns.commands --only=lr,mode
+
+Every command runs in a process of its own, in a folder with an official dataset, own features and a
+trained run. A mistake must end with exit code 2, in one to three lines that name the remedy. One in
+the words or values must do so within SECONDS, counted on the processor, since other programs may be
+at work beside it. No command may end with exit code 1 or a traceback.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.helpers import clip_files
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 2.0  # for a mistake in words and values
+TRAIN = "--config=knn --workdir=new"
+OFFICIAL = "--config=mma:iqiyi_vid,face,head,audio --config.data.dir=official --workdir=new"
+OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
+MLP = "--config=quality_fusion --workdir=new"
+PROGRESS = ("making ", "converting ")
+NO_GPU = {"JAX_PLATFORMS": "cuda"}
+
+
+class Case(NamedTuple):
+    """A command and what must come of it.
+
+    Attributes:
+      words: the words of the command, separated by blanks.
+      remedy: a part of what it prints, for a person who does not know what to do.
+      code: its exit code.
+      seconds: the longest time that it may take, on the processor.
+      env: variables of its environment.
+    """
+
+    words: str
+    remedy: str
+    code: int = 2
+    seconds: float = SECONDS
+    env: Mapping[str, str] = {}
+
+
+WORDS = [
+    Case("", "--config=configs/mma.py"),
+    Case(f"{TRAIN} --lr=0.1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --learning-rate=0.1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --seed=1", "--config.seed?"),
+    Case(f"{TRAIN} --epochs=3", "--config.num_epochs"),
+    Case(f"{TRAIN} --batch-size=3", "--config.batch_size"),
+    Case(f"{TRAIN} --bs=3", "--config.batch_size"),
+    Case(f"{TRAIN} --wd=0.1", "--config.optim.weight_decay"),
+    Case(f"{TRAIN} --optimizer=sgd", "--config.optim.name"),
+    Case(f"{TRAIN} --dropout=0.1", "--config.model.dropout_rate"),
+    Case(f"{TRAIN} --arch=mma", "--config.model.name"),
+    Case(f"{TRAIN} --data=official", "--config.data.dir"),
+    Case(f"{TRAIN} --data-dir=official", "--config.data.dir"),
+    Case(f"{TRAIN} --dataset=arrays", "--config.data.name"),
+    Case(f"{TRAIN} --dry-run", "--mode=check"),
+    Case(f"{TRAIN} --print", "--mode=config"),
+    Case(f"{TRAIN} --gpus=1", "CUDA_VISIBLE_DEVICES"),
+    Case(f"{TRAIN} --device=cpu", "JAX_PLATFORMS=cpu"),
+    Case(f"{TRAIN} --output_dir=x", "--workdir"),
+    Case(f"{TRAIN} --logdir x", "--workdir"),
+    Case(f"{TRAIN} --resume", "the same command"),
+    Case(f"{TRAIN} --overwrite", "another --workdir"),
+    Case(f"{TRAIN} --verbose", "--debug"),
+    Case(f"{TRAIN} -v", "--help"),
+    Case("--verison", "--version"),
+    Case("--jsn", "--json"),
+    Case(f"{TRAIN} --quite", "--quiet"),
+    Case(f"{TRAIN} --eval", "--mode=evaluate"),
+    Case(f"{TRAIN} --modes=train", "--mode?"),
+    Case(f"{TRAIN} --worksdir=w", "--workdir?"),
+    Case(f"{TRAIN} --confg=mma", "--config?"),
+    Case(f"{TRAIN} --xyzzy=1", "--help"),
+    Case(f"{TRAIN} --debug=yes", "--debug"),
+    Case(f"{TRAIN} stray", "--help"),
+    Case("configs/mma.py", "--config=configs/mma.py"),
+    Case("--config = mma", "--config=mma"),
+    Case("evaluate --workdir=run", "--mode=evaluate"),
+    Case("--mode=trian", "'train'"),
+    Case("--mode=test", "choose from train, evaluate"),
+    Case("--mode=", "choose from train, evaluate"),
+    Case("--mode=train", "--config=FILE"),
+    Case("--mode=evaluate", "--workdir=FOLDER"),
+    Case("--mode=report", "--workdir=FOLDER"),
+    Case("--mode=compare --runs=run,run", "--workdir=FOLDER"),
+    Case("--mode=compare --workdir=new --runs=run", "--runs=A,B"),
+    Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
+    Case("--mode=config --runs=run,run", "--workdir=FOLDER"),
+    Case("--mode=config --workdir=run --config=mma", "not both"),
+    Case("--mode=check --workdir=run --config=mma", "not both"),
+    Case("--mode=evaluate --workdir=run --config=mma", "--config.FIELD=VALUE"),
+    Case("--config=knn --workdir=", "name a folder"),
+    Case("--config=knn --workdir", "--workdir"),
+    Case("--config=knn --runs=run,run", "--mode=evaluate"),
+]
+FIELDS = [
+    Case(f"{TRAIN} --config.lr=1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.optimizer.lr=1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.optimizer.learning_rate=1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.epochs=1", "--config.num_epochs"),
+    Case(f"{TRAIN} --config.bacth_size=1", "--config.batch_size"),
+    Case(f"{TRAIN} --config.batch-size=1", "--config.batch_size"),
+    Case(f"{TRAIN} --config.Seed=1", "--config.seed"),
+    Case(f"{TRAIN} --config.fusion.head=1", "--mode=config"),
+    Case(f"{TRAIN} --config.nonsense_of_mine=1", "--mode=config"),
+    Case(f"{TRAIN} --config.seed", "--config.seed=..."),
+    Case(f"{TRAIN} --config.=1", "--mode=config"),
+    Case(f"{TRAIN} --config.seed=1 --config.batch_size=abc", "--config.batch_size=abc"),
+    Case(f"{TRAIN} --config.seed=0 --config.num_epochs=ten", "--config.num_epochs=ten"),
+    Case(f"{TRAIN} --config.batch_size=10 --config.seed=base", "--config.seed=base"),
+    Case(f"{TRAIN} --config.batch_size=12.5", "whole number"),
+    Case(f"{TRAIN} --config.batch_size=", "--config.batch_size="),
+    Case(f"{TRAIN} --config.batch_size=0", "config.batch_size=0"),
+    Case(f"{TRAIN} --config.batch_size=-5", "config.batch_size=-5"),
+    Case(f"{TRAIN} --config.batch_size=100000000", "at most"),
+    Case(f"{TRAIN} --config.eval.block_size=1000000000", "at most"),
+    Case(f"{TRAIN} --config.num_epochs=inf", "config.num_epochs"),
+    Case(f"{TRAIN} --config.num_epochs=1e12", "config.num_epochs"),
+    Case(f"{TRAIN} --config.eval.every_epochs=inf", "config.eval.every_epochs"),
+    Case(f"{TRAIN} --config.eval.every_epochs=-1", "config.eval.every_epochs"),
+    Case(f"{TRAIN} --config.mixup=inf", "config.mixup"),
+    Case(f"{TRAIN} --config.seed=-1", "config.seed"),
+    Case(f"{TRAIN} --config.seed=1e3", "whole number"),
+    Case(f"{TRAIN} --config.noise.join=maybe", "true or false"),
+    Case(f"{TRAIN} --config.modalities=5", "names such as"),
+    Case(f"{TRAIN} --config.modalities=()", "config.modalities"),
+    Case(f"{TRAIN} --config.modalities=face,face", "config.modalities"),
+    Case("--config=mma:face,haed --workdir=new", "'head'"),
+    Case("--config=mma:facee --workdir=new", "'face'"),
+    Case("--config=mma:publishd --workdir=new", "'published'"),
+    Case("--config=mma:few --workdir=new", "iqiyi_vid,few"),
+    Case(f"{TRAIN} --config.model.name=knnn", "'knn'"),
+    Case(f"{TRAIN} --config.model.nmae=knn", "--config.model.name"),
+    Case(f"{TRAIN} --config.loss.classification=sofmax", "softmax"),
+    Case(f"{TRAIN} --config.loss.embedding=triplett", "triplet"),
+    Case(f"{TRAIN} --config.loss.gamma=3", "--config.loss.schedule="),
+    Case(f"{TRAIN} --config.loss.schedule=3", "config.loss.schedule"),
+    Case(f"{TRAIN} --config.loss.margin=9", "margin"),
+    Case(f"{TRAIN} --config.optim.name=adamw", "adam, sgd"),
+    Case(f"{TRAIN} --config.optim.decay=linear", "cosine"),
+    Case(f"{TRAIN} --config.optim.learning_rate=-1", "config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.optim.learning_rate=nan", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.optim.warmup=7", "config.optim.warmup"),
+    Case(f"{TRAIN} --config.optim.momentum=0.5", "--config.optim.name=sgd"),
+    Case(f"{TRAIN} --config.dtype=float31", "float31"),
+    Case(f"{TRAIN} --config.matmul_precision=high1", "config.matmul_precision"),
+    Case(f"{TRAIN} --config.after_fusion=pol", "config.after_fusion"),
+    Case(f"{TRAIN} --config.transforms=flip", "config.transforms"),
+    Case(f"{TRAIN} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
+    Case(f"{TRAIN} --config.data.size=huge", "small, standard"),
+    Case(f"{TRAIN} --config.data.mode=disk", "streaming"),
+    Case(f"{TRAIN} --config.data.crop=left", "quality"),
+    Case(f"{TRAIN} --config.data.distractors=keep", "leave_out"),
+    Case(f"{TRAIN} --config.data.non_finite=zero", "drop, error"),
+    Case(f"{TRAIN} --config.data.train_splits=trian", "train"),
+    Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),
+    Case(f"{TRAIN} --config.eval.split=vall", "test, train, val"),
+    Case(f"{TRAIN} --config.eval.scores=prob", "log_softmax"),
+    Case(f"{TRAIN} --config.eval.checkpoint=last", "latest, best"),
+    Case(f"{TRAIN} --config.ensemble.folds=1", "config.ensemble.folds"),
+    Case(f"{TRAIN} --config.ensemble.seeds=0", "config.ensemble.seeds"),
+    Case(f"{TRAIN} --config.ensemble.only=9", "config.ensemble.only"),
+    Case(f"{TRAIN} --config.ensemble.mapping=pmap", "config.ensemble.mapping"),
+    Case(f"{TRAIN} --config.join.runs=run", "--mode=evaluate"),
+    Case(f"{MLP} --config.model.layers=((0,'swish',False,0.5),)", "--config.model.layers="),
+    Case(f"{MLP} --config.model.layers=((8,'swosh',False,0.5),)", "swish"),
+    Case(f"{MLP} --config.model.layers=((8,'swish',False,5.0),)", "--config.model.layers="),
+    Case(f"{MLP} --config.model.layers=5", "--config.model.layers=5"),
+    Case(f"{MLP} --config.model.head=cosin", "cosine"),
+    Case("--config=mma --workdir=new --config.model.embed_dim=0", "--config.model.embed_dim=0"),
+    Case("--config=mma --workdir=new --config.model.num_clusters=-2", "num_clusters=-2"),
+    Case("--config=mma --workdir=new --config.model.dropout_rate=5", "model.dropout_rate=5"),
+    Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "embed_dim=100000000"),
+]
+FILES = [
+    Case("--config=configs/mmaa.py", "'configs/mma.py'"),
+    Case("--config=configs/mma", "'configs/mma.py'"),
+    Case("--config=mmaa", "'mma'"),
+    Case("--config=nowhere/mma.py", "'configs/mma.py'"),
+    Case("--config=configs", "'configs/mma.py'"),
+    Case("--config=", "--config=FILE"),
+    Case("--config=mine/bare.py", "config.default()"),
+    Case("--config=mine/typed.py", "config.batch_size"),
+    Case("--config=mine/nothing.py", "config.default()"),
+    Case("--config=mine/syntax.py", "line 2"),
+    Case("--config=mine/name.py", "line 2"),
+    Case("--config=mine/exit.py", "sys.exit"),
+    Case("--config=mine/empty.py", "get_config"),
+    Case("--mode=evaluate --workdir=none", "--config=FILE --workdir=none"),
+    Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
+    Case("--mode=evaluate --workdir=run --config.eval.scores=prob", "log_softmax"),
+    Case("--mode=evaluate --workdir=run --config.eval.block_size=0", "config.eval.block_size=0"),
+    Case("--mode=evaluate --workdir=run --config.eval.checkpoint=last", "latest, best"),
+    Case("--mode=evaluate --workdir=run --config.model.name=knnn", "'knn'"),
+    Case("--mode=evaluate --workdir=run --config.data.size=huge", "small, standard"),
+    Case("--mode=report --workdir=none", "--config=FILE --workdir=none"),
+    Case("--mode=config --workdir=none", "--config=FILE --workdir=none"),
+    Case("--mode=report --workdir=.", "run"),
+    Case("--mode=evaluate --workdir=both --runs=none,run", "none"),
+    Case("--config=knn --workdir=file", "is a file"),
+    Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
+    Case("--config=mma:iqiyi_vid --workdir=new", "config.data.dir"),
+    Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=none", "config.data.dir"),
+    Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=empty", "face_train.pickle"),
+    Case(
+        "--config=mma:iqiyi_vid --workdir=new --config.data.dir=official",
+        "--config.modalities=face,head,audio",
+    ),
+    Case(f"{OFFICIAL} --config.modalities=face,haed", "'head'"),
+    Case(f"{OFFICIAL} --config.eval.split=vall", "test, train, val"),
+    Case(f"{OWN}none", "none"),
+    Case(f"{OWN}empty", "empty"),
+    Case(f"{OWN}own --config.eval.split=test", "train, val"),
+    Case(f"{OWN}own", "labels.csv", seconds=60),
+    Case(f"{OWN}alone", "--config.ensemble.folds=5"),
+    Case(TRAIN, "--config.data.cache_dir", env={"VIDJAX_CACHE": "/proc/none"}, seconds=60),
+    Case(TRAIN, "unset JAX_PLATFORMS", env=NO_GPU, seconds=4),
+    Case(OFFICIAL, "unset JAX_PLATFORMS", env=NO_GPU, seconds=4),
+    Case(TRAIN, "unset JAX_PLATFORMS", env={"JAX_PLATFORMS": "tpu"}, seconds=4),
+    Case(TRAIN, "unset JAX_PLATFORMS", env={"JAX_PLATFORMS": "nonsense"}, seconds=4),
+    Case("--mode=evaluate --workdir=run", "unset JAX_PLATFORMS", env=NO_GPU, seconds=6),
+    Case("--mode=check --config=knn", "unset JAX_PLATFORMS", env=NO_GPU, seconds=20),
+]
+WORKS = [
+    Case("--version", "vidjax 0.", 0),
+    Case("--help", "prints all fields", 0),
+    Case("--mode=config", "optim.learning_rate", 0),
+    Case("--mode=config --config=mma:face --config.seed=3", "command line", 0),
+    Case("--mode=config --config=mma --json", '"mode": "config"', 0),
+    Case("--mode=config --workdir=run", "run/config.json", 0),
+    Case("--config=knn --workdir=run --config.eval.report=false", "finished before", 0, 5),
+    Case("--config=knn --workdir=run --config.eval.report=false --json", '"map":', 0, 5),
+    Case("--mode=report --workdir=run", "report.html", 0, 10),
+    Case("--mode=report --workdir=run --json", '"report":', 0, 10),
+    Case("--mode=check --workdir=run", "all good", 0, 30),
+    Case("--mode=check --workdir=run --quiet", "all good", 0, 30),
+    Case("--mode=check --workdir=run --json", '"verdict": "all good"', 0, 30),
+    Case("--mode=evaluate --workdir=run --config.eval.split=test --quiet", "MAP@100", 0, 60),
+    Case("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0, 60),
+    Case("--config=knn --config.seed=1 --config.eval.report=1", "runs/knn_seed=1", 0, 60),
+]
+CASES = [*WORDS, *FIELDS, *FILES, *WORKS]
+
+BEGIN = "from vidjax import config\n\n\ndef get_config(args=''):\n"
+OWN_FILES = {
+    "bare.py": "from ml_collections import ConfigDict\n\n\n"
+    "def get_config(args=''):\n    return ConfigDict({'seed': 1})\n",
+    "typed.py": "from ml_collections import ConfigDict\nfrom vidjax import config\n\n\n"
+    "def get_config(args=''):\n"
+    "    return ConfigDict({**config.default().to_dict(), 'batch_size': '8'})\n",
+    "nothing.py": f"{BEGIN}    config.default()\n",
+    "syntax.py": "def get_config(args=''):\n    return (\n",
+    "name.py": "def get_config(args=''):\n    return confg\n",
+    "exit.py": "import sys\n\nsys.exit(3)\n",
+    "empty.py": "",
+}
+
+
+class Outcome(NamedTuple):
+    """What a command did.
+
+    Attributes:
+      code: its exit code.
+      seconds: the time that it took on the processor.
+      output: what it printed to standard output.
+      errors: what it printed to standard error.
+    """
+
+    code: int
+    seconds: float
+    output: str
+    errors: str
+
+
+def prepare(folder: Path) -> None:
+    """Writes what the commands read: data, configurations, and a trained run."""
+    shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))
+    for name in ("official", "empty", "mine"):
+        (folder / name).mkdir()
+    (folder / "file").write_text("")
+    clip_files.write_learnable(folder / "official")
+    for name, content in OWN_FILES.items():
+        (folder / "mine" / name).write_text(content)
+    rng = np.random.default_rng(0)
+    for split in ("own/train", "own/val", "alone/train"):
+        (folder / split).mkdir(parents=True)
+        for i in range(4):
+            np.savez(
+                folder / split / f"clip_{Path(split).name}_{i}.npz", face=rng.normal(size=(2, 8))
+            )
+    trained = run(folder, Case("--config=knn --workdir=run --config.eval.report=false", "", 0))
+    if trained.code:
+        raise RuntimeError(trained.errors)
+
+
+def run(folder: Path, case: Case) -> Outcome:
+    """Runs a command in a folder, in a process of its own."""
+    names = ("JAX_PLATFORMS", "XLA_FLAGS", "TQDM_DISABLE")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"VIDJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **case.env}
+    began = _seconds_of_children()
+    done = subprocess.run(
+        [sys.executable, "-m", "vidjax.main", *case.words.split()],
+        cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    return Outcome(done.returncode, _seconds_of_children() - began, done.stdout, done.stderr)
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def faults(case: Case, outcome: Outcome) -> list[str]:
+    """Returns what is wrong with the outcome of a command, in a few words each."""
+    found = []
+    if outcome.code != case.code:
+        found.append(f"exit code {outcome.code}, not {case.code}")
+    if "Traceback" in outcome.errors:
+        found.append("traceback")
+    if case.remedy not in outcome.output + outcome.errors:
+        found.append(f"without '{case.remedy}'")
+    lines = [line for line in outcome.errors.splitlines() if not line.startswith(PROGRESS)]
+    if case.code and not outcome.output and not 1 <= len(lines) <= 3:
+        found.append(f"{len(lines)} lines")
+    if "--json" in case.words.split() and not case.code and not _is_one_object(outcome.output):
+        found.append("no JSON object")
+    if outcome.seconds > case.seconds:
+        found.append(f"longer than {case.seconds:.0f} s")
+    return found
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replays the commands, prints a table, and returns 1 if a command is at fault, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaigns.commands", description=__doc__)
+    parser.add_argument("--only", default="", help="parts of words, separated by commas")
+    args = parser.parse_args(argv)
+    parts = [part for part in args.only.split(",") if part]
+    cases = [case for case in CASES if not parts or any(part in case.words for part in parts)]
+    wrong, slowest, longest = 0, 0.0, 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        for case in cases:
+            began = time.monotonic()
+            outcome = run(folder, case)
+            waited = time.monotonic() - began
+            found = faults(case, outcome)
+            wrong += bool(found)
+            if case.seconds == SECONDS:
+                slowest, longest = max(slowest, outcome.seconds), max(longest, waited)
+            env = " ".join(f"{key}={value}" for key, value in case.env.items())
+            verdict = "; ".join(found) or "ok"
+            sys.stdout.write(
+                f"{outcome.code:3} {outcome.seconds:5.1f} s {waited:5.1f} s  {verdict:30}  "
+                f"{env} {case.words}\n"
+            )
+            if found:
+                sys.stdout.write(f"{outcome.output[-500:]}{outcome.errors[-500:]}")
+            sys.stdout.flush()
+    sys.stdout.write(
+        f"{len(cases)} commands, {wrong} at fault; "
+        f"slowest mistake in words and values {slowest:.1f} s, {longest:.1f} s by the clock\n"
+    )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Commands as people type them: remedies, names of folders, and the result in other forms."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.campaigns import commands
+from vidjax import config as config_lib
+from vidjax import config_values
+from vidjax.main import main
+from vidjax.modes import rehearsal
+from vidjax.run import terminal
+
+ROOT = Path(__file__).parent.parent
+QUICK = [*commands.WORDS, *commands.FIELDS[::5]]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.words)
+def test_a_mistake_is_told_with_its_remedy(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
+    began = time.monotonic()
+    code = main(case.words.split())
+    seconds = time.monotonic() - began
+    assert commands.faults(case, commands.Outcome(code, seconds, *capsys.readouterr())) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_more_than_a_hundred_commands():
+    assert len({(case.words, *case.env.values()) for case in commands.CASES}) >= 150
+    assert all(case.code in (0, 2) and case.remedy for case in commands.CASES)
+
+
+def test_a_fault_of_a_command_would_be_seen():
+    case = commands.Case("--lr", "learning_rate")
+    good = commands.Outcome(2, 0.1, "", "vidjax: learning_rate\n")
+    assert commands.faults(case, good) == []
+    for fault, changed in {
+        "exit code 1": good._replace(code=1),
+        "without": good._replace(errors="vidjax: wrong\n"),
+        "4 lines": good._replace(errors="learning_rate\n" * 4),
+        "longer": good._replace(seconds=9.0),
+        "traceback": good._replace(errors="Traceback learning_rate"),
+    }.items():
+        (found,) = commands.faults(case, changed)
+        assert fault in found
+
+
+def test_a_mistake_touches_neither_tensorflow_nor_devices(tmp_path):
+    program = (
+        "import sys\nfrom vidjax.main import main\n"
+        "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "VIDJAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cuda"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--config.model.name=mmma" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_user_s_day(tmp_path):
+    """Commands in processes of their own: their time, their folders, a finished run."""
+    commands.prepare(tmp_path)
+    chosen = [*commands.FIELDS[2::16], *commands.FILES[::4], *commands.WORKS]
+    for case in chosen:
+        outcome = commands.run(tmp_path, case._replace(seconds=60))
+        found = commands.faults(case, outcome._replace(seconds=0))
+        assert not found, (case.words, found, outcome)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["knn_seed=1"]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_exhausted_memory_is_no_traceback(monkeypatch, capsys, error):
+    def exhaust(*args):
+        raise error
+
+    monkeypatch.setattr("vidjax.modes.arguments.for_display", exhaust)
+    assert main(["--mode=config"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) <= 3
+    for remedy in ("--config.batch_size", "--config.eval.block_size", "--config.data.mode"):
+        assert remedy in said
+
+
+def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: nobody knows")
+
+    monkeypatch.setattr("vidjax.modes.arguments.for_display", fail)
+    assert main(["--mode=config"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["knn", "mma", "quality_fusion", "deepmef", "residual_dense", "noise_classes"]
+)
+def test_a_shipped_configuration_passes_the_rehearsal(name):
+    rehearsal.rehearse(config_lib.load_file(f"{ROOT}/configs/{name}.py"))
+
+
+def test_the_rehearsal_names_the_word_at_fault():
+    config = config_lib.load_file(f"{ROOT}/configs/mma.py")
+    good = ["--config.seed=3", "--config.model.num_clusters=2"]
+    rehearsal.rehearse(config, good)
+    with pytest.raises(ValueError, match=r"^--config\.model\.embed_dim=0: ") as caught:
+        rehearsal.rehearse(config, [*good, "--config.model.embed_dim=0"])
+    assert "ZeroDivisionError" in str(caught.value)
+    config.model.embed_dim = 0
+    with pytest.raises(ValueError, match=r"^config\.model: "):
+        rehearsal.rehearse(config, good)
+
+
+def suffix(*words, without=()):
+    overrides = [f"--config.{word}" for word in words]
+    config = config_lib.override(config_lib.default(), overrides)
+    return config_values.folder_suffix(config, overrides, without)
+
+
+def test_a_folder_is_named_after_its_overrides():
+    assert suffix() == ""
+    assert suffix("seed=1") == "_seed=1"
+    assert suffix("seed=2", "batch_size=64", "seed=1") == "_batch_size=64_seed=1"
+    assert suffix("optim.learning_rate=1e-2") == suffix("optim.learning_rate=0.01")
+    assert suffix("modalities=face,head") == "_modalities=face+head"
+    assert suffix("seed=1", "data.dir=/x", without=("data.dir",)) == "_seed=1"
+
+
+def test_the_name_of_a_folder_is_safe_and_bounded():
+    odd = [
+        "loss.schedule=((0,1.0),)",
+        "loss.schedule=((0,0.5),)",
+        "eval.split=../../up",
+        "eval.split=a b;'\"$(c)",
+        "eval.split=" + "long" * 99,
+        "eval.split=" + "long" * 98,
+        "eval.split=ü",
+    ]
+    names = [suffix(word) for word in odd]
+    assert len({*names}) == len(odd)
+    for name in names:
+        assert len(name) <= config_values.NAME_LENGTH
+        assert name.replace("_", "").replace("=", "").replace(".", "").replace("-", "").isalnum()
+        assert "/" not in name and "," not in name
+
+
+def test_the_configuration_is_printed_with_its_origins(capsys):
+    words = ["--mode=config", f"--config={ROOT}/configs/mma.py:face", "--config.seed=3"]
+    assert main(words) == 0
+    rows = {
+        line.split()[0]: line.split(maxsplit=3)[1:] for line in capsys.readouterr().out.splitlines()
+    }
+    assert rows["seed"] == ["3", "0", "command line"]
+    assert rows["batch_size"] == ["128", "128", "default"]
+    assert rows["num_epochs"][:2] == ["30.0", "1.0"] and rows["num_epochs"][2].endswith(
+        "mma.py:face"
+    )
+    assert {*dict(config_lib.fields(config_lib.default()))} <= rows.keys()
+    assert main([*words, "--json", "--config.checkpoint_every_seconds=inf"]) == 0
+    fields = json.loads(capsys.readouterr().out)["fields"]
+    assert fields["seed"] == {"value": 3, "default": 0, "from": "command line"}
+    assert fields["model.name"]["value"] == "mma"
+    assert fields["checkpoint_every_seconds"]["value"] == "inf"
+
+
+def test_progress_says_that_it_compiles_and_then_counts(monkeypatch):
+    now = [100.0]
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    progress = terminal.Progress(1000, unit="clip", label="train", compiles=True)
+    assert stream.getvalue() == "train: compiling\n"
+    for seconds, clips in ((90, 10), (20, 100), (20, 100)):
+        now[0] += seconds
+        progress.advance(clips)
+    first, second, third = stream.getvalue().splitlines()[1:]
+    assert "10 of 1,000" in first and "left" not in first
+    assert "5 clips/s" in second and "2:58 left" in second
+    assert "5 clips/s" in third and "2:38 left" in third
+
+
+def test_quiet_leaves_progress_out(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    progress = terminal.Progress(10, unit="clip", label="train", compiles=True)
+    progress.advance(10)
+    progress.close()
+    terminal.say("clips stay on the device")
+    assert stream.getvalue() == ""

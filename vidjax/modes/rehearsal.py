@@ -1,0 +1,150 @@
+"""A rehearsal of a training: what words and values make impossible, told before data are read.
+
+The system is built and its parameters are traced in the abstract. That takes neither data nor
+devices, and a tenth of a second.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from vidjax import config as config_lib
+from vidjax import ensemble
+from vidjax.config import Config
+from vidjax.data import load
+from vidjax.data.cache import default_cache_dir
+from vidjax.data.clips import Modality, select_modalities
+from vidjax.steps import state as state_lib
+from vidjax.suggest import suggest
+from vidjax.system import TaskSpec, make_system
+
+WIDTH = 512  # feature width of a modality whose files have not been read
+CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
+MOST_PARAMS = 10**10  # parameters of one member; more fit no device
+
+
+def rehearse(config: Config, overrides: Sequence[str] = (), *, training: bool = True) -> None:
+    """Refuses a configuration with `overrides` that no training, or evaluation, could use.
+
+    Args:
+      config: the configuration without the overrides.
+      overrides: command-line words, as `config.override` takes them.
+      training: False for an evaluation, which needs no training split.
+
+    Raises:
+      ValueError: a value that cannot work; the error names its field, or the override.
+      OSError: the folder of the data is absent, or has no features.
+    """
+    changed = config_lib.override(config, overrides)
+    widths = check_names(changed, training=training)
+    try:
+        build(changed, widths)
+    except ValueError as error:
+        if "config." in str(error):
+            raise
+        for word in overrides:
+            rest = [other for other in overrides if other != word]
+            if _can_be_built(config_lib.override(config, rest), widths):
+                raise ValueError(f"{word}: {error}") from error
+        raise ValueError(f"config.model: {error}") from error
+
+
+def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
+    """Compares the splits and modalities of a configuration with the names of its files.
+
+    Args:
+      config: the configuration.
+      training: False for an evaluation, which needs no training split.
+
+    Returns:
+      Modality -> feature width, `WIDTH` where only the files would tell.
+
+    Raises:
+      ValueError: a split or a modality that the data does not have.
+      OSError: the folder of the data is absent, or has no features.
+    """
+    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+    folder = Path(config.data.dir).expanduser() if config.data.dir else None
+    options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
+    names = load.names(config.data.name, options)
+    if names:
+        _check_splits(config, names.splits, training=training)
+    dims = names.modalities if names and names.modalities else dict.fromkeys(config.modalities, 0)
+    known = {name: Modality(dim or WIDTH, "float32") for name, dim in dims.items()}
+    missing = [name for name in config.modalities if name not in known]
+    there = [name for name in config.modalities if name in known]
+    if there and missing and suggest(missing[0], known).startswith("choose"):
+        raise ValueError(
+            f"config.modalities: the data has no modality '{missing[0]}'\n"
+            f"there: {', '.join(known)}; to use these: --config.modalities={','.join(there)}"
+        )
+    return select_modalities(config.modalities, known)
+
+
+def _check_splits(config: Config, splits: Collection[str], *, training: bool) -> None:
+    """Raises ValueError for a configured split that the data does not have."""
+    wanted = {"eval.split": (config.eval.split,)}
+    if training:
+        wanted = {"data.train_splits": config.data.train_splits, **wanted}
+    for field, names in wanted.items():
+        for name in names:
+            if name in splits:
+                continue
+            hint = f"choose from {', '.join(sorted(splits))}"
+            if training and field == "eval.split" and len(splits) == 1:
+                only = next(iter(splits))
+                hint = (
+                    f"to score clips of '{only}' by members that were not trained on them:\n"
+                    f"--config.eval.split={only} --config.ensemble.folds=5"
+                )
+            raise ValueError(f"config.{field}: the data has no split '{name}': {hint}")
+
+
+def build(config: Config, widths: Mapping[str, int]) -> None:
+    """Builds the system of a configuration and traces its parameters, without devices.
+
+    Args:
+      config: the configuration.
+      widths: modality -> feature width.
+
+    Raises:
+      ValueError: a name or a value that the system cannot have.
+    """
+    spec = config.to_dict()
+    members = ensemble.make_members(spec["ensemble"])[:1]
+    # These two ask for values on a device: the sum of the schedule, and the kind of the device.
+    spec["optim"]["total_decay"] = 0.0
+    if spec["ensemble"]["mapping"] == "auto":
+        spec["ensemble"]["mapping"] = "map"
+    clusters = 1 if config.data.distractors == "noise" else None
+    task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
+
+    def init() -> state_lib.TrainState:
+        system = make_system(spec, task)
+        rngs = ensemble.make_rngs(members, config.seed)
+        return state_lib.init_state(system, widths, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+
+    try:
+        params = jax.eval_shape(init).params
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a model of the user's own raises what it likes
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise ValueError(
+            f"the model '{spec['model'].get('name')}' cannot be built: "
+            f"{type(error).__name__}: {reason}\n--debug shows where"
+        ) from error
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    if count > MOST_PARAMS:
+        raise ValueError(f"the model '{spec['model'].get('name')}' has {count:,} parameters")
+
+
+def _can_be_built(config: Config, widths: Mapping[str, int]) -> bool:
+    try:
+        build(config, widths)
+    except ValueError:
+        return False
+    return True

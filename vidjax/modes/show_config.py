@@ -1,0 +1,68 @@
+"""`--mode=config`: every field of a configuration, its default, its value, and who set it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from vidjax import config as config_lib
+from vidjax.config import Config
+from vidjax.config_docs import value_text
+from vidjax.config_values import override_names
+
+DEFAULT, COMMAND_LINE = "default", "command line"
+
+
+class Row(NamedTuple):
+    """One field of a configuration.
+
+    Attributes:
+      field: its dotted name.
+      value: its value.
+      default: its default; None where only the file has the field, as `model.embed_dim`.
+      origin: DEFAULT, the name of a file, or COMMAND_LINE.
+    """
+
+    field: str
+    value: Any
+    default: Any
+    origin: str
+
+
+def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
+    """Yields every field of a configuration with `overrides`, in the order of the defaults.
+
+    Args:
+      config: the configuration without the overrides.
+      overrides: command-line words, as `config.override` takes them.
+      file: name of the file that the configuration comes from.
+    """
+    defaults = dict(config_lib.fields(config_lib.default()))
+    values = dict(config_lib.fields(config_lib.override(config, overrides)))
+    typed = set(override_names(overrides))
+    for name in [*defaults, *sorted(values.keys() - defaults.keys())]:
+        origin = DEFAULT
+        if name in typed:
+            origin = COMMAND_LINE
+        elif name not in defaults or values[name] != defaults[name]:
+            origin = file
+        yield Row(name, values[name], defaults.get(name), origin)
+
+
+def text(rows: Iterable[Row]) -> str:
+    """Returns the fields as an aligned table, one line for each."""
+    table = [("field", "value", "default", "from")]
+    known = dict(config_lib.fields(config_lib.default()))
+    for row in rows:
+        default = value_text(row.default) if row.field in known else ""
+        table.append((row.field, value_text(row.value), default, row.origin))
+    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in table
+    )
+
+
+def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Returns field -> its value, default and origin."""
+    return {
+        row.field: {"value": row.value, "default": row.default, "from": row.origin} for row in rows
+    }
