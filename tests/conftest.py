@@ -71,7 +71,7 @@ def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A records cache that the tests share; the user's own is never touched."""
     folder = tmp_path_factory.mktemp("cache")

@@ -117,6 +117,9 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     wanted = labelled(official, official_dir)
     assert data.identities == wanted.identities
     assert data.modalities == wanted.modalities
+    origin, other_origin = data.report.pop("data"), wanted.report.pop("data")
+    assert origin["digest"] == other_origin["digest"]
+    assert (origin["name"], origin["dir"]) == ("arrays", None)
     for split in ("train", "val", "test"):
         one, other = data.split(split), wanted.split(split)
         assert one.clips == other.clips and one.labelled == other.labelled
@@ -314,7 +317,7 @@ def test_a_bad_clip_is_named(what, cache):
         ({"train": {"a": np.zeros((1, 2))}}, ("train: clip 'a' is of type ndarray",)),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, ("clip a", "modality 'fa ce'")),
         ({"train": {"a": {"f": [1.0]}, "a.mp4": {"f": [1.0]}}}, ("train: clip a comes twice",)),
-        ({"train": {"a b": {"f": [1.0]}}}, ("train: clip name 'a b' holds white space",)),
+        ({"train": {"a\nb": {"f": [1.0]}}}, ("train: clip name 'a\\nb'", "rename it")),
         ({"train": {7: {"f": [1.0]}}}, ("a clip name is text, not int",)),
         (
             {"train": {"a": {"f": [1.0]}}, "val": {"a": {"f": [1.0]}}},
@@ -339,7 +342,8 @@ def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
     [
         ({"nobody": 1}, ("1 of 1 clips", "nobody")),
         ({**LABELS, "nobody": 1}, ("1 of 5 clips", "nobody")),
-        ({"train_01": "Ada Byron"}, ("clip train_01", "'Ada Byron' holds white space")),
+        ({"train_01": "Ada\nByron"}, ("clip train_01", "'Ada\\nByron'", "rename it")),
+        ({"train_01": " Ada"}, ("clip train_01", "strip()")),
         ({"train_01": 1.5}, ("clip train_01", "not float")),
         ({"train_01": -1}, ("clip train_01", "identity -1")),
         ({"train_01": 1, "train_01.mp4": 2}, ("clip train_01 is labelled 1 and 2",)),
@@ -356,7 +360,7 @@ def test_bad_labels_are_refused(labels, words, cache):
         ("", ("line 1",)),
         ("clip,identity\ntrain_01\n", ("line 2", "fewer fields")),
         ("clip,identity\ntrain_01,1\ntrain_01,2\n", ("line 3", "labelled 1 and 2")),
-        ("clip,identity\n train 1,1\n", ("line 2", "white space")),
+        ('clip,identity\n"train\n1",1\n', ("line 3", "rename it")),
     ],
 )
 def test_a_bad_table_of_labels_is_refused_with_its_line(text, words, tmp_path, cache):
@@ -441,7 +445,7 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
     names = ("face", "audio")
     backwards = dict(reversed(official_arrays["val"].items()))
     widths = {name: clip_files.WIDTHS[name] for name in names}
-    own = memory.MemoryClips(backwards, widths, data.identities)
+    own = memory.MemoryClips.of(backwards, widths, data.identities)
     assert own.split("any").clips == data.split("val").clips
     assert [own.split("any").clips[i] for i in own.places] == list(backwards)
     wanted = eval_batches(data, split="val", modalities=names, rows=16)
@@ -458,7 +462,7 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
 def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     clips = {"long": {"face": clip_of(0, 700)}, "short": {"face": clip_of(1, 3)}}
     data = arrays.load({"val": clips}, cache_dir=cache)
-    own = memory.MemoryClips(clips, {"face": DIM}, ())
+    own = memory.MemoryClips.of(clips, {"face": DIM}, ())
     batches = [
         list(eval_batches(one, split="val", modalities=("face",), rows=2)) for one in (own, data)
     ]
@@ -475,7 +479,7 @@ GOOD = {"face": np.ones((1, 24), np.float32)}
 @pytest.mark.parametrize(
     ("clips", "message"),
     [
-        ({}, "no clips: the dict is empty"),
+        ({}, "no clips"),
         ([GOOD], "not list"),
         ({"a": GOOD["face"]}, "clip a is of type ndarray"),
         ({"a": {"fcae": [1.0]}}, "clip a: the run knows face, head, not fcae"),
@@ -493,7 +497,7 @@ GOOD = {"face": np.ones((1, 24), np.float32)}
 )
 def test_bad_clips_in_memory_are_named(clips, message):
     with pytest.raises(ValueError, match=message) as error:
-        memory.MemoryClips(clips, {"face": 24, "head": 8}, ("1",))
+        memory.MemoryClips.of(clips, {"face": 24, "head": 8}, ("1",))
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -16,7 +16,7 @@ from vidjax import ensemble, ranking
 from vidjax.data import iqiyi_vid
 from vidjax.main import main
 from vidjax.modes import restore
-from vidjax.run import checkpoint
+from vidjax.run import checkpoint, seal
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps import topk
 
@@ -43,7 +43,7 @@ def finished(data, tmp_path_factory):
         config_lib.load_file(f"{ROOT}/{SPEC}"),
         [f"--config.data.dir={data}/official", f"--config.data.cache_dir={data}/cache"],
     )
-    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    seal.write_config(workdir, config)
     identities, clips = ["1", "2", "3"], ["a", "b", "c", "d"]
     workdir_lib.write_json(workdir / "identities.json", identities)
     member = (ensemble.Member(),)
@@ -423,7 +423,7 @@ def test_a_joined_folder_stands_for_its_runs(run, data, capsys, tmp_path):
     both.mkdir()
     config = config_lib.default()
     config.join.runs = (str(run), str(other))
-    workdir_lib.write_text(both / "config.json", config_lib.to_json(config))
+    seal.write_config(both, config)
     assert main(["--mode=check", f"--workdir={both}"]) == 0
     said = capsys.readouterr().out
     assert f"{other}: checkpoint 20" in said

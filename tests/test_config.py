@@ -164,6 +164,7 @@ UNREAD = {
     "noise.relabel_every_epochs": ("2", ["data.distractors=noise"]),
     "noise.mirror_weight": ("((0,0.5),)", ["data.distractors=noise"]),
     "eval.reduce": ("max", ["after_fusion=examples"]),
+    "data.dir": ("folder", ["data.name=arrays"]),
     "join.weights": ("1,2", []),
     "join.greedy": ("true", []),
     "join.split": ("val", []),
@@ -177,6 +178,8 @@ READ = {
     "optim.final_scale": ("0.5", ["optim.decay=constant"]),
     "optim.warmup_scale": ("0.5", ["optim.warmup=0"]),
     "noise.join": ("true", ["data.distractors=leave_out"]),
+    "data.size": ("standard", ["data.name=arrays"]),
+    "data.seed": ("1", ["data.name=iqiyi_vid"]),
 }
 
 

@@ -51,9 +51,9 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
     "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
-    "report": {"config", "data", "metrics", "run"},  # pages from files
-    "run": {"config", "digests"},  # files, no maths
-    "data": {"batch", "devices", "digests", "suggest"},
+    "report": {"config", "data", "files", "metrics", "run"},  # pages from files
+    "run": {"config", "digests", "files", "ownership"},  # no maths
+    "data": {"batch", "devices", "digests", "files", "ownership", "suggest"},
     "data/records": {"batch", "data", "digests"},
     "data/untrusted": set(),
 }

@@ -374,7 +374,8 @@ def test_parameter_counts(options, expected):
         ({"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from linear"),
         ({"layers": ((8, "relu"),)}, "a layer is"),
         ({"backbone": "residual", "width": 4, "shortcut": "mul"}, "unknown shortcut"),
-        ({"backbone": "residual", "width": 4, "num_layers": 0}, "needs num_layers of 1 or more"),
+        ({"layers": ((0, "relu", False, 0.0),)}, "from 1 up"),
+        ({"backbone": "residual", "width": 4, "num_layers": 0}, "num_layers=0"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -204,7 +204,8 @@ def names_of(words):
 @pytest.mark.parametrize("name", ["tensorflow", "tensorflow-cpu", "tf_nightly", None])
 def test_a_tensorflow_of_whatever_name_is_not_joined_by_another(asked, name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    own = set(names_of(project["dependencies"]))
+    extra = project["optional-dependencies"]["train"]
+    own = set(names_of([*project["dependencies"], *extra]))
     modules = ("tensorflow",) if name else ()
     ((python, *words),) = asked("jax", "jaxlib", "numpy", *filter(None, [name]), modules=modules)
     assert python == sys.executable and words[:4] == ["-m", "pip", "install", "-q"]

@@ -147,7 +147,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
         (tmp_path / name).touch()
     for name in ["._face_val.pickle", "_train.pickle.part", "face_val.pickle.bak", "head_val.pkl"]:
         (tmp_path / name).touch()
-    (tmp_path / "head_train.pickle").mkdir()
+    (tmp_path / "head.pickle").mkdir()
     assert find_pickles(tmp_path) == {
         ("body_val", "val"): tmp_path / "body_val_val.pickle",
         ("face", "test"): tmp_path / "face_test.pickle",

@@ -122,7 +122,7 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> "Predictor":
-    """Returns a trained run as functions of new clips: `rank`, `scores` and `embed`.
+    """Returns a trained run as functions of new clips: `rank`, `identify`, `scores`, `embed`.
 
     Args:
       workdir: the folder of a run.

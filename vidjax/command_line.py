@@ -16,6 +16,8 @@ FLAGS = (
     "--workdir",
     "--mode",
     "--runs",
+    "--input",
+    "--out",
     "--quiet",
     "--json",
     "--debug",
@@ -60,6 +62,7 @@ PROGRAM = "python -m vidjax.main"
 MODES = {
     "train": "trains a system, evaluates it, writes a report; needs --config",
     "evaluate": "ranks a split with a trained run, or with several joined",
+    "rank": "ranks new clips with a trained run, into a file with scores",
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
     "check": "reads everything and changes nothing: environment, data, results",
@@ -81,6 +84,9 @@ examples:
   rank another split with a trained run
     {program} --mode=evaluate --workdir=runs/mma \\
         --config.eval.split=test
+  rank new clips: a folder of features, or a table
+    {program} --mode=rank --workdir=runs/mma \
+        --input=PATH --out=ranking.tsv
   rank a split with two runs together
     {program} --mode=evaluate --workdir=runs/both \\
         --runs=runs/mma,runs/deepmef
@@ -104,6 +110,8 @@ class Arguments(NamedTuple):
       config: `FILE[:ARG,...]` of `--config`, None without the flag.
       workdir: the folder of `--workdir`, None without the flag.
       runs: the text of `--runs`, None without the flag.
+      input: the folder or table of `--input`, None without the flag.
+      out: the file of `--out`, None without the flag.
       quiet: True without messages and progress; the result, warnings and errors remain.
       json: True for the result as one JSON object.
       overrides: words that begin with `--config.`, each with its value.
@@ -114,6 +122,8 @@ class Arguments(NamedTuple):
     config: str | None
     workdir: str | None
     runs: str | None
+    input: str | None
+    out: str | None
     quiet: bool
     json: bool
     overrides: tuple[str, ...]
@@ -145,12 +155,17 @@ def parse(words: Sequence[str]) -> Arguments:
         raise ValueError(f"no mode '{args.mode}': {suggest(args.mode, MODES)}")
     if args.workdir == "":
         raise ValueError("--workdir= is empty: name a folder")
+    for flag, value in {"--input": args.input, "--out": args.out}.items():
+        if value is not None and args.mode != "rank":
+            raise ValueError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
     command = shlex.join([*PROGRAM.split(), *words])
     return Arguments(
         mode=args.mode,
         config=args.config,
         workdir=args.workdir,
         runs=args.runs,
+        input=args.input,
+        out=args.out,
         quiet=args.quiet,
         json=args.json,
         overrides=tuple(overrides),
@@ -192,7 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--config.FIELD=VALUE ...]\n{indent}[--quiet] [--json]",
+        f"{indent}[--runs=A,B] [--input=PATH --out=FILE] [--config.FIELD=VALUE ...]\n"
+        f"{indent}[--quiet] [--json]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -208,6 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", metavar="W", help="the run's folder (train: runs/NAME if absent)"
     )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
+    parser.add_argument(
+        "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the new file: .tsv, .jsonl or .parquet")
     # For the help alone: `split_overrides` takes these words.
     parser.add_argument(
         "--config.FIELD",

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax import config_docs, config_files, config_rules
+from vidjax import config_docs, config_files, config_rules, files
 from vidjax.config_files import SCALE_WORDS, choose_data, split_args
 from vidjax.config_values import Config, fields, override
 from vidjax.suggest import suggest
@@ -264,11 +264,20 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> Config:
-    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
-    config = default()
-    with config.unlocked():
-        config.update(_with_tuples(json.loads(text)))
+def from_json(text: str | bytes) -> Config:
+    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were.
+
+    Raises:
+      ValueError: it is no JSON, or a value has another type than its field.
+    """
+    config, values = default(), files.parse_json(text)
+    if not isinstance(values, dict):
+        raise ValueError("it holds no dict")
+    try:
+        with config.unlocked():
+            config.update(_with_tuples(values))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
     return config
 
 
@@ -286,11 +295,13 @@ def load_workdir(workdir: Path) -> Config:
       ValueError: there is none, or it is damaged.
     """
     path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)")
     try:
-        return from_json(path.read_text())
-    except (ValueError, TypeError, AttributeError) as error:
+        content = files.read_bytes(path, files.CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)") from None
+    try:
+        return from_json(content)
+    except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 

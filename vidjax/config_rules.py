@@ -21,6 +21,7 @@ NOT_NEGATIVE = (
     "noise.relabel_every_epochs",
     "eval.every_epochs",
 )
+UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # Names that no table of the code holds.
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -138,6 +139,18 @@ def _logit_losses(values: Values) -> set[str]:
 
 READ_WHEN = (
     ReadWhen(
+        ("data.dir",),
+        lambda values: values["data.name"] != "synthetic",
+        "config.data.name=synthetic reads no folder",
+        "--config.data.name=arrays, or --config.data.name=iqiyi_vid for official files",
+    ),
+    ReadWhen(
+        ("data.size", "data.seed"),
+        lambda values: values["data.name"] == "synthetic",
+        "only config.data.name=synthetic generates clips",
+        "--config.data.name=synthetic",
+    ),
+    ReadWhen(
         ("loss.focal",),
         lambda values: any(_schedule_weights(values)),
         "it has weight 0 throughout config.loss.schedule",
@@ -248,7 +261,12 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that nothing can use, whatever the data."""
+    """Yields an error message for every value that no training can use, whatever its data."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
+        if infinite and name not in (*LARGEST, *UNLIMITED):
+            yield f"config.{name}={value}: must be finite"
     for name in POSITIVE:
         if not values[name] > 0:
             yield f"config.{name}={values[name]}: must be positive"

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +14,33 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjax.batch import Array, Batch, LazyFeatures
+from vidjax.ownership import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def keep_programs(folder: Path) -> None:
-    """Caches compiled programs in a folder, unless jax is configured to use another one."""
+    """Caches compiled programs in a folder, unless jax is configured to use another one.
+
+    A kept program is machine code, and jax runs what it finds. So a folder that another user may
+    change is not used, with a warning: nor where it lies in such a folder.
+
+    Args:
+      folder: the cache, as the user named it; never one that a file of a run names.
+    """
     if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    programs = folder / "programs"
+    try:
+        programs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return  # whoever fills the cache reports it
+    if foreign := foreign_part(programs):
+        warnings.warn(
+            f"compiled programs are not kept: another user may change '{foreign}'\n"
+            f"forbid it by 'chmod go-w {foreign}', or name another cache: VIDJAX_CACHE=FOLDER",
+            stacklevel=2,
+        )
         return
     # Machines with different processors may share the folder.
     try:
@@ -28,7 +49,7 @@ def keep_programs(folder: Path) -> None:
     except (OSError, StopIteration):
         processor = platform.processor()
     kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
-    jax.config.update("jax_compilation_cache_dir", str(folder / "programs" / kind))
+    jax.config.update("jax_compilation_cache_dir", str(programs / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

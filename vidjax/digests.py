@@ -1,6 +1,7 @@
 """Digests of files and of JSON values."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,11 @@ def sha256_file(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_opened(file: io.FileIO) -> str:
+    """Returns the sha256 of an open file's bytes, in hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: object) -> str:

@@ -5,6 +5,7 @@ one net on several subsets of the same batches. So a member is a row of every ta
 every parameter. One program trains or evaluates all members in one pass over the data.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidjax import files
 from vidjax.batch import Array
 from vidjax.run import workdir
 
@@ -27,6 +29,9 @@ Output = TypeVar("Output")
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
+
+
+MAX_CLIPS = 4_000_000  # of all training splits
 
 
 class Member(NamedTuple):
@@ -214,15 +219,26 @@ def load(folder: Path) -> TrainingSets:
     """
     path = folder / FILE
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            members = tuple(Member(*row) for row in json.loads(file["members"].tobytes()))
-            clips = tuple(file["clips"].tobytes().decode().split("\n"))
-            training_sets = TrainingSets(members, clips, file["trained"])
-    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
-        raise ValueError(f"cannot read '{path}': {type(error).__name__}: {error}") from error
-    if training_sets.trained.shape != (len(members), len(clips)):
-        raise ValueError(f"'{path}' is damaged: its arrays have different sizes")
-    return training_sets
+        arrays = files.read_npz(path)
+    except FileNotFoundError:
+        raise ValueError(f"'{path}' is missing") from None
+    try:
+        rows: Any = files.parse_json(arrays["members"].tobytes())
+        members = tuple(Member(*row) for row in rows)
+        names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    numbers = all(
+        all(type(value) is int and -1 <= value < 1 << 31 for value in member[:-1])
+        and isinstance(member.min_quality, (int, float))
+        for member in members
+    )
+    shape = (len(members), names.count("\n") + 1)
+    if not numbers or not members or trained.dtype != bool or trained.shape != shape:
+        raise ValueError(f"'{path}' is damaged: its arrays do not fit each other")
+    if shape[1] > MAX_CLIPS:
+        raise ValueError(f"'{path}' names more than {MAX_CLIPS:,} clips")
+    return TrainingSets(members, tuple(names.split("\n")), trained)
 
 
 def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
@@ -235,9 +251,15 @@ def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
     Returns:
       [E, n] bool.
     """
-    position = {name: i for i, name in enumerate(training_sets.clips)}
+    position = _positions(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
     return ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
+
+
+@functools.lru_cache(maxsize=8)  # single clips are scored in less time than this takes
+def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
+    """Returns name of a clip -> its position."""
+    return {name: i for i, name in enumerate(clips)}
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:

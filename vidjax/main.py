@@ -114,6 +114,7 @@ def _evaluate(args: "Arguments") -> int:
         if config.join.runs:
             results = blend.blend_runs(config, workdir, arguments.load_data)
         else:
+            evaluate.check_folder(config, workdir)
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     _summarise(args, config, workdir, results, time.monotonic() - began)
@@ -137,6 +138,28 @@ def _config(args: "Arguments") -> int:
     config, file = arguments.for_display(args)
     rows = list(show_config.rows(config, args.overrides, file))
     _tell(args, show_config.text(rows), {"fields": show_config.as_json(rows)})
+    return 0
+
+
+def _rank(args: "Arguments") -> int:
+    from vidjax.modes import arguments
+
+    options = arguments.for_ranking(args)
+    from vidjax.modes import rank
+
+    rank.check_out(options.out)  # before what takes seconds
+    from vidjax import predict
+    from vidjax.data.unlabelled import load_clips
+
+    run = predict.restore(options.workdir, step=options.step)
+    clips = load_clips(options.input, run.modalities, run.identities, split=options.split)
+    rank.write(options.out, run.rank(clips))
+    rows = {"clips": f"{len(clips.names):,}", "identities": f"{len(run.identities):,}"}
+    rows["ranking"] = arguments.shown(options.out)
+    text = "\n".join(["rank", *(f"  {name:10}  {value}" for name, value in rows.items())])
+    content = {"workdir": str(run.workdir), "ranking": str(options.out.absolute())}
+    counts = {"num_clips": len(clips.names), "num_identities": len(run.identities)}
+    _tell(args, text, content | counts)
     return 0
 
 
@@ -190,6 +213,7 @@ def _check(args: "Arguments") -> int:
 RUNNERS = {
     "train": _train,
     "evaluate": _evaluate,
+    "rank": _rank,
     "compare": _compare,
     "report": _report,
     "check": _check,
@@ -290,8 +314,8 @@ def _complain(text: str) -> None:
 def _text(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return (
-            f"the package '{error.name}' is missing or broken: {error}\n"
-            "'pip install' vidjax again: it installs the packages that it needs"
+            f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
+            "installs what training, evaluation and reports need"
         )
     if _is_memory(error):
         reason = (str(error) or "no more is free").splitlines()[0][:200]

@@ -202,9 +202,26 @@ def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None
     Returns:
       The share of known clips that are missed, 0..1; None without a distractor or a known clip.
     """
-    pool = clips.pool
-    errors = identification_errors(clips.best[pool], clips.right[pool], labels[pool] > 0, fpir=fpir)
+    errors = _errors_of(clips, labels, fpir)
     return errors.fnir if errors else None
+
+
+def threshold(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
+    """Returns the score at or above which a clip is identified, where `fnir` holds.
+
+    Args:
+      clips, labels, fpir: the arguments of `fnir`.
+
+    Returns:
+      The score, a logarithm unless the run ranks by logits; None where `fnir` is None.
+    """
+    errors = _errors_of(clips, labels, fpir)
+    return errors.threshold if errors else None
+
+
+def _errors_of(clips: ScoredClips, labels: np.ndarray, fpir: float) -> IdentificationErrors | None:
+    pool = clips.pool
+    return identification_errors(clips.best[pool], clips.right[pool], labels[pool] > 0, fpir=fpir)
 
 
 class Metric(NamedTuple):
@@ -234,10 +251,20 @@ CLIP_METRICS: dict[str, Metric] = {
         "known clips missed where 1 % of the distractors pass",
         functools.partial(fnir, fpir=0.01),
     ),
+    "threshold_at_fpir_0.01": Metric(
+        "threshold at FPIR 1 %",
+        "lowest score at which a clip counts as identified, for that FNIR",
+        functools.partial(threshold, fpir=0.01),
+    ),
     "fnir_at_fpir_0.1": Metric(
         "FNIR at FPIR 10 %",
         "known clips missed where 10 % of the distractors pass",
         functools.partial(fnir, fpir=0.1),
+    ),
+    "threshold_at_fpir_0.1": Metric(
+        "threshold at FPIR 10 %",
+        "lowest score at which a clip counts as identified, for that FNIR",
+        functools.partial(threshold, fpir=0.1),
     ),
 }
 

@@ -7,8 +7,13 @@
 
 Scores equal those of `--mode=evaluate`. They are bit-equal for all clips of the evaluated split,
 because the same program runs on the same blocks. Clips in memory need no TensorFlow.
+
+At most SMALL_REQUEST clips in memory are scored in a small block, which takes milliseconds. The
+program of a small block rounds in another order: scores differ from those of a larger request in
+the last bits (below 1e-4 in a logarithm). Small requests agree with each other to the bit.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -22,24 +27,40 @@ from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.batch import Batch
 from vidjax.config import Config
+from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.modes.restore import find_run, fit_data, load_weights
+from vidjax.run import results as results_lib
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
-from vidjax.steps.sinks import WINDOW_ROWS
+from vidjax.steps.sinks import WINDOW_ROWS, in_pool
 from vidjax.steps.windows import windows
-from vidjax.system import System, make_system
+from vidjax.system import System, TaskSpec, make_system
+
+SMALL_REQUEST = 4  # clips, and rows of the block that scores them
+_REMADE = ("system", "score_fn", "embed_fn", "mesh")  # attributes that a pickle does not hold
+THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
 class _Request(NamedTuple):
-    """The clips of one call: where to read them, and the clip_index of each row of the answer."""
+    """The clips of one call.
+
+    Attributes:
+      data: the source of the clips.
+      split: the split of the source.
+      clip_index: [N] int, the clip of each row of the answer.
+      names: names of the N rows.
+      block_size: number of clips that a device scores at a time.
+    """
 
     data: ClipSource
     split: str
     clip_index: np.ndarray
+    names: tuple[str, ...]
+    block_size: int
 
 
 class Predictor(NamedTuple):
@@ -47,8 +68,12 @@ class Predictor(NamedTuple):
 
     The methods take `clips`, which are one of two things:
     - a dict clip -> modality -> features [T, D], or a dict of arrays as `vidjax.data.arrays.load`
-      takes it. A clip may lack modalities; a clip without a usable frame scores -inf.
+      takes it. A clip may lack modalities; a clip without a usable frame scores -inf. Or the same
+      as `MemoryClips`.
     - a dataset. `split` then names the split; None means the split that the run evaluates.
+
+    A predictor can be copied and pickled: weights and configuration are kept, and compiled programs
+    come from the cache again. The run's folder is not needed for it.
 
     A clip is scored by the members that were not trained on a clip of that name. In a run without
     folds, where all members were trained on it, all of them score it.
@@ -57,6 +82,7 @@ class Predictor(NamedTuple):
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
       manifest: the manifest of the checkpoint; every file matched its sha256 in it.
+      results: content of the run's `metrics.json`; empty where that tells of another step.
       config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
@@ -72,6 +98,7 @@ class Predictor(NamedTuple):
     workdir: Path
     step: int
     manifest: Mapping[str, Any]
+    results: Mapping[str, Any]
     config: Config
     identities: tuple[str, ...]
     modalities: Mapping[str, int]
@@ -83,7 +110,62 @@ class Predictor(NamedTuple):
     embed_fn: eval_step_lib.EvalStep
     mesh: Mesh
 
-    def scores(self, clips: Clips | TrainingData, *, split: str | None = None) -> np.ndarray:
+    def __repr__(self) -> str:
+        value = self.results.get("map")
+        reached = f", MAP@100 {value:.4f}" if isinstance(value, float) else ""
+        return (
+            f"<run '{self.workdir}': {self.config.model.name}, {len(self.identities)} identities, "
+            f"{', '.join(self.modalities)}, step {self.step}{reached}>"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: getattr(self, name) for name in self._fields if name not in _REMADE}
+        weights = jax.device_get({name: state[name] for name in ("params", "model_state")})
+        return _remake, (state | weights, self.mesh.size)
+
+    @property
+    def threshold(self) -> float | None:
+        """The score that 1 % of the strangers of the evaluated split reach; None if not known."""
+        value = self.results.get(THRESHOLD)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def identify(
+        self,
+        clips: Clips | TrainingData | MemoryClips,
+        k: int = 1,
+        threshold: float | None = None,
+        *,
+        split: str | None = None,
+    ) -> dict[str, list[tuple[str, float]]]:
+        """Returns clip -> its best identities as (identity, score), best first; [] for unknown.
+
+        Args:
+          clips: N clips.
+          k: number of identities per clip, at most.
+          threshold: the lowest score of an answer; None for that of the run, and for no limit where
+            the run has none. `float("-inf")` always sets no limit.
+          split: the split of a dataset; None for clips in memory, or for the evaluated one.
+
+        Raises:
+          ValueError: clips do not fit the run, or k is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k={k}: name 1 identity or more")
+        request = self._request(clips, split)
+        limit = self.threshold if threshold is None else threshold
+        found = {}
+        for name, row in zip(request.names, self._scores(request), strict=True):
+            best = np.argsort(-row, kind="stable")[:k]
+            found[name] = [
+                (self.identities[column], float(row[column]))
+                for column in best.tolist()
+                if row[column] > -np.inf and (limit is None or row[column] >= limit)
+            ]
+        return found
+
+    def scores(
+        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
+    ) -> np.ndarray:
         """Returns the scores that clips are ranked by, [N, C] float32.
 
         They are logarithms of probabilities, unless the run has `config.eval.scores=logits`.
@@ -95,7 +177,10 @@ class Predictor(NamedTuple):
         Raises:
           ValueError: clips do not fit the run; the message names clip, modality and field.
         """
-        request = self._request(clips, split)
+        return self._scores(self._request(clips, split))
+
+    def _scores(self, request: _Request) -> np.ndarray:
+        """Returns the scores of a request, [N, C]."""
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)
@@ -103,7 +188,7 @@ class Predictor(NamedTuple):
         return scores[request.clip_index]
 
     def rank(
-        self, clips: Clips | TrainingData, *, split: str | None = None
+        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
@@ -115,12 +200,11 @@ class Predictor(NamedTuple):
           ValueError: clips do not fit the run; the message names clip, modality and field.
         """
         request = self._request(clips, split)
-        rows = min(WINDOW_ROWS, max(len(request.clip_index), 1))
-        top = topk.rank(self._score_blocks(request), len(self.identities), rows=rows)
-        names = list(request.data.split(request.split).clips)
-        if isinstance(request.data, MemoryClips):  # the names as they were given, with a suffix
-            for name, index in zip(request.data.names, request.clip_index.tolist(), strict=True):
-                names[index] = name
+        small = len(request.clip_index) <= SMALL_REQUEST
+        k = SMALL_REQUEST if small else topk.MAX_NAMES
+        rows = min(WINDOW_ROWS, len(request.clip_index))
+        top = topk.rank(self._score_blocks(request), len(self.identities), k, rows=rows)
+        names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
         lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
         return {
             identity: [
@@ -131,7 +215,9 @@ class Predictor(NamedTuple):
             for identity, (indices, scores) in zip(self.identities, lists, strict=True)
         }
 
-    def embed(self, clips: Clips | TrainingData, *, split: str | None = None) -> np.ndarray:
+    def embed(
+        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
+    ) -> np.ndarray:
         """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
 
         The vector of a member is the input of the model's classifier, scaled to length 1. For the
@@ -162,14 +248,21 @@ class Predictor(NamedTuple):
         assert vectors is not None  # there is at least one clip
         return vectors[request.clip_index]
 
-    def _request(self, clips: Clips | TrainingData, split: str | None) -> _Request:
+    def _request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> _Request:
         """Checks clips against the run and makes them a source of batches."""
-        if hasattr(clips, "eval_batches"):
+        size = cast(int, self.config.eval.block_size)
+        if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
             data = fit_data(cast(TrainingData, clips), split, self.modalities, self.identities)
-            return _Request(data, split, np.arange(len(data.split(split).clips)))
-        memory = MemoryClips(cast(Clips, clips), self.modalities, self.identities)
-        return _Request(memory, "clips", memory.places)
+            names = data.split(split).clips
+            return _Request(data, split, np.arange(len(names)), names, size)
+        if split is not None:
+            raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
+        if not isinstance(clips, MemoryClips):
+            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities)
+        if len(clips.names) <= SMALL_REQUEST:
+            size = min(size, SMALL_REQUEST)
+        return _Request(clips, "clips", clips.places, clips.names, size)
 
     def _model(self, data: ClipSource) -> TrainedModel:
         weights = (self.params, self.model_state)
@@ -178,7 +271,7 @@ class Predictor(NamedTuple):
 
     def _windows(self, request: _Request) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
-        models, size = [self._model(request.data)], self.config.eval.block_size
+        models, size = [self._model(request.data)], request.block_size
         rows = 1 if len(self.training_sets.members) == 1 else WINDOW_ROWS
         for window in windows(models, request.split, size, self.mesh, rows):
             yield window[0]
@@ -196,7 +289,7 @@ class Predictor(NamedTuple):
         pool = jnp.asarray(pool)
         for blocks in self._windows(request):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
-                yield scores, block.clip_index, pool[block.clip_index] & block.batch_mask
+                yield scores, block.clip_index, in_pool(pool, block.clip_index, block.batch_mask)
 
     def _embed_blocks(self, blocks: list[Batch]) -> list[np.ndarray]:
         """Returns for every block the embeddings of all members side by side, [B, D]."""
@@ -220,7 +313,8 @@ def restore(
 ) -> Predictor:
     """Restores a trained run, its weights checked against their sha256.
 
-    Where the wanted step is damaged, the next good one is used, with a warning.
+    Where the wanted step is damaged, the next good one is used, with a warning. Nothing is written
+    into the folder. Compiled programs are kept in the cache of the command line.
 
     Args:
       workdir: the run's folder.
@@ -238,20 +332,58 @@ def restore(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
+    devices.keep_programs(default_cache_dir())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, workdir)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
+    state = {
+        "workdir": workdir,
+        "step": run.manifest["step"],
+        "manifest": run.manifest,
+        "results": _results_of(workdir, run.manifest["step"]),
+        "config": config,
+        "identities": run.identities,
+        "modalities": dict(run.task.modalities),
+        "params": params,
+        "model_state": model_state,
+        "training_sets": run.training_sets,
+    }
+    return _assemble(state, system, mesh)
+
+
+def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
+    """Returns the content of `metrics.json` if it tells of a step, else an empty dict."""
+    try:
+        results = results_lib.read_metrics(workdir)
+    except ValueError as error:
+        warnings.warn(f"{error}\nno score threshold is known: give one", stacklevel=3)
+        return {}
+    return results if results.get("step") == step else {}
+
+
+def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
+    """Returns a predictor that was pickled.
+
+    Args:
+      state: its attributes but those of _REMADE; the weights as numpy arrays.
+      num_devices: devices to use, where there are as many.
+    """
+    devices.keep_programs(default_cache_dir())
+    mesh = devices.make_mesh(num_devices)
+    task = TaskSpec(**{name: state["manifest"][name] for name in TaskSpec._fields})
+    weights = {name: state[name] for name in ("params", "model_state")}
+    return _assemble(
+        {**state, **devices.replicate(mesh, weights)},
+        make_system(state["config"].to_dict(), task),
+        mesh,
+    )
+
+
+def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor:
+    """Returns a predictor of given attributes, whose functions compile at their first use."""
     return Predictor(
-        workdir=workdir,
-        step=run.manifest["step"],
-        manifest=run.manifest,
-        config=config,
-        identities=run.identities,
-        modalities=dict(run.task.modalities),
-        params=params,
-        model_state=model_state,
-        training_sets=run.training_sets,
+        **state,
         system=system,
         score_fn=eval_step_lib.make_eval_step(system, mesh),
         embed_fn=eval_step_lib.make_embed_step(system),

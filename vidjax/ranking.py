@@ -2,6 +2,9 @@
 
 `write_ranking` writes it, `load_ranking` reads it, and `python -m vidjax.ranking GT RANKING` scores
 it. The lists themselves come from `vidjax.steps.topk`.
+
+White space separates names in the official format. White space within a name is written as in a
+URL, `First%20Last`, and so is a `%` before two hexadecimal digits. No other character is escaped.
 """
 
 import argparse
@@ -14,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax import metrics
+from vidjax import files, metrics
+from vidjax.data.untrusted.names import check_name, escape, unescape
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 
@@ -25,7 +29,8 @@ def write_ranking(
     """Writes the submission file, whole or not at all.
 
     One line per identity, `{identity} {clip}.mp4 {clip}.mp4 ...`, best first, at most 100 clips.
-    Every name ends in `.mp4` once, whether or not `clips` carry it.
+    Every name ends in `.mp4` once, whether or not `clips` carry it. White space in names is
+    escaped.
 
     Args:
       path: the file to write or replace.
@@ -34,7 +39,7 @@ def write_ranking(
       top: the finished ranking; empty places are left out.
 
     Raises:
-      ValueError: a name is empty, repeated or holds white space, or the rows are not C.
+      ValueError: a name is empty, repeated or holds a control character, or the rows are not C.
       OSError: the file cannot be written; what was at `path` before is intact.
     """
     path = Path(path)
@@ -44,8 +49,9 @@ def write_ranking(
     names = [clip.removesuffix(".mp4") + ".mp4" for clip in clips]
     _check_names(path, "clip", names)
     _check_names(path, "identity", identities)
+    names = [escape(name) for name in names]
     lines = (
-        " ".join((identity, *(names[clip] for clip in row[row != NO_CLIP].tolist())))
+        " ".join((escape(identity), *(names[clip] for clip in row[row != NO_CLIP].tolist())))
         for identity, row in zip(identities, index, strict=True)
     )
     workdir.write_text(path, "".join(f"{line}\n" for line in lines))
@@ -54,8 +60,10 @@ def write_ranking(
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
     """Raises ValueError for a name that a submission line could not hold."""
     for name in names:
-        if name.split() != [name]:
-            raise ValueError(f"{path}: {kind} {name!r} is empty or holds white space")
+        try:
+            check_name(name, kind)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"{path}: {kind} {repeated!r} is repeated")
@@ -66,7 +74,7 @@ def load_ranking(
 ) -> dict[str, list[str]]:
     """Returns a faultless submission: identity -> clip names, best first.
 
-    CRLF, a byte order mark and trailing blanks are no faults.
+    CRLF, a byte order mark and trailing blanks are no faults. Escaped names are read back.
 
     Args:
       path: a file in the format of `write_ranking`.
@@ -76,10 +84,15 @@ def load_ranking(
       ValueError: the file has one of the faults that `read_submission` tells. The message has at
         most three lines, each with a line number of the file.
     """
-    submission = read_submission(path, identities=identities)
+    known = None if identities is None else {escape(name) for name in identities}
+    files.read_ranking(Path(path))  # refuses a link, and a file that is no run's
+    submission = read_submission(path, identities=known)
     if submission.faults:
         raise ValueError("\n".join(submission.complaints()[:3]))
-    return submission.ranking
+    return {
+        unescape(identity): [unescape(name) for name in names]
+        for identity, names in submission.ranking.items()
+    }
 
 
 class Submission(NamedTuple):
@@ -162,7 +175,8 @@ def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
     """Returns MAP@100 of a submission, as the organisers' script computes it.
 
     A submission with faults is scored, too: `read_submission` says how. An identity that it lacks
-    counts 0, one that the ground truth lacks is ignored. Names match as exact strings.
+    counts 0, one that the ground truth lacks is ignored. Names match as exact strings, so
+    both files escape them alike.
 
     Args:
       gt_path: `NAME.mp4 ID` lines or `ID NAME.mp4 NAME.mp4 ...` lines.

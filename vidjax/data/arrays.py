@@ -18,6 +18,7 @@ All become the same records as official files, with the same checks and the same
 """
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidjax.data.clips import SPLITS
+from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.parquet import read_clips
-from vidjax.data.record_source import Unpacked
+from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.digests import sha256_file
+from vidjax.suggest import closest
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
@@ -72,10 +75,10 @@ def load(
     from vidjax.data.records.pipeline import Dataset
 
     if isinstance(source, Mapping):
-        opened = FeatureDict(source, labels)
+        opened, origin = FeatureDict(source, labels), Origin("arrays")
     else:
-        opened = FeatureFolder(source, labels)
-    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite)
+        opened, origin = FeatureFolder(source, labels), Origin.of_folder("arrays", source)
+    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
 
 class FeatureDict:
@@ -157,7 +160,7 @@ class FeatureFolder:
           ValueError: a split has a table and a folder, or a folder holds other files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
-        self._files = _files_by_split(self._folder)
+        self._files = files_by_split(self._folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
@@ -168,7 +171,7 @@ class FeatureFolder:
 
     def _clips(self, split: str) -> Iterator[Clip]:
         paths = self._files[split]
-        return read_clips(paths[0]) if paths[0].suffix == ".parquet" else _read_npz(paths)
+        return read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split."""
@@ -202,7 +205,7 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
     """Returns split -> its parquet table, or the `.npz` files of its clips."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
@@ -210,12 +213,20 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for split in SPLITS:
         table, clips = folder / f"{split}.parquet", folder / split
+        check_file(table)
+        if os.path.lexists(clips) and not clips.is_dir():
+            raise ValueError(
+                f"{clips}: not a folder of CLIP.npz: rename it, or put the clips there"
+            )
         if table.is_file() and clips.is_dir():
             raise ValueError(f"{folder}: {split}.parquet and a folder {split}: keep one")
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
             files[split] = _npz_files(clips)
+    for path in list_entries(folder):
+        if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
+            refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
         raise FileNotFoundError(
             f"{folder}: no features here: looked for SPLIT/CLIP.npz and SPLIT.parquet,\n"
@@ -256,7 +267,7 @@ def _digest(clips: Iterable[Clip]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def _read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
+def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     """Yields the clips of `.npz` files, one in memory at a time."""
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -277,16 +288,26 @@ def _read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
             if "Object arrays" in reason:
                 reason = "holds Python objects: save arrays of numbers [T, D]"
             raise ValueError(f"{path}: {reason}") from None
-        yield Clip(name, str(path), _by_modality(arrays))
+        yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
 
 
-def _by_modality(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on."""
+def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
+    """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
+
+    Args:
+      arrays: the arrays of one clip.
+      place: the file, for messages.
+
+    Raises:
+      ValueError: a field is misspelt, such as `face_qualty`.
+    """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         name, _, field = key.rpartition("_")
         if name in arrays and field in FRAME_FIELDS:
             modalities.setdefault(name, {})[field] = array
+        elif name in arrays and (meant := closest(field, FRAME_FIELDS, cutoff=0.75)):
+            raise ValueError(f"{place}: no field '{show(key)}'; did you mean '{name}_{meant}'?")
         else:
             modalities.setdefault(key, {})["features"] = array
     return modalities

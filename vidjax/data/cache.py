@@ -10,15 +10,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from vidjax import files
 from vidjax.digests import sha256_json
+from vidjax.ownership import default_cache_dir
 
 _LOG = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """Returns the cache folder of a run that names none: `$VIDJAX_CACHE` or `~/.cache/vidjax`."""
-    given = os.environ.get("VIDJAX_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
@@ -40,7 +36,7 @@ def exclusive(root: Path) -> Iterator[None]:
       OSError: the folder cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("w") as lock:
+    with files.open_regular(root / "lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.suggest import suggest
+from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch, Packed
@@ -208,8 +208,10 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
         raise ValueError(f"config.modalities={','.join(modalities)}: name one or more, each once")
     for name in modalities:
         if name not in split.lengths:
+            close = closest(name, split.lengths)
+            hint = f"; is '{close}' a misspelling of it?" if close else ""
             raise ValueError(
-                f"split '{split.name}' has no features of '{name}'\n"
+                f"split '{split.name}' has no features of '{name}'{hint}\n"
                 f"choose among {', '.join(split.lengths)} with config.modalities"
             )
 

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-NonFinite = Literal["drop", "error"]  # treatment of a frame whose feature holds a NaN or an Inf
+NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
+LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in which more is infinite
 
 
 class FrameField(NamedTuple):
@@ -83,6 +84,13 @@ class PackedClips:
     def starts(self) -> np.ndarray:
         """Returns [N] int64, the first frame of each clip."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+
+def usable_rows(features: np.ndarray) -> np.ndarray:
+    """Returns [F] bool, False for frames [F, D] with a NaN, an Inf, or a value beyond float32."""
+    if features.dtype != np.float64:
+        return np.asarray(np.isfinite(features).all(axis=1))
+    return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
 def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:

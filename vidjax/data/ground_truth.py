@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.folder_names import check_file, list_entries, refuse_split
+from vidjax.data.untrusted.names import clean_name, show, unescape
 
 MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
 
@@ -20,25 +21,19 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 
     Raises:
       OSError: there is no such directory.
+      ValueError: one of them is no file, or is named after a misspelt split.
     """
-    names = {path.name: path for path in list_files(directory)}
-    return {split: names[f"{split}_gt.txt"] for split in SPLITS if f"{split}_gt.txt" in names}
-
-
-def list_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the files of a directory, without hidden ones.
-
-    Raises:
-      OSError: there is no such directory.
-    """
-    directory = Path(directory)
-    if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such directory; is config.data.dir right?")
-    if not directory.is_dir():
-        raise NotADirectoryError(
-            f"{directory}: not a directory; name the folder that holds the files"
-        )
-    return [path for path in directory.iterdir() if path.is_file() and path.name[0] != "."]
+    words = {
+        path.name.removesuffix("_gt.txt"): path
+        for path in list_entries(directory)
+        if path.name.endswith("_gt.txt")
+    }
+    found = {split: words.pop(split) for split in SPLITS if split in words}
+    for path in found.values():
+        check_file(path)
+    for word, path in words.items():
+        refuse_split(path, word, found)
+    return found
 
 
 def load_ground_truth(
@@ -50,7 +45,7 @@ def load_ground_truth(
     ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it,
     `known_clips` decides, then the file name (train_gt is direct, val_gt and test_gt are inverted),
     then the column that holds whole numbers. A byte order mark, CRLF, tabs, blank lines and
-    additional spaces are ignored.
+    additional spaces are ignored. White space within a name is written as in a URL, `First%20Last`.
 
     Args:
       path: the text file.
@@ -70,15 +65,22 @@ def load_ground_truth(
     if not lines:
         raise ValueError(f"{path}: holds no labels")
     split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
+    known = frozenset(known_clips or ())
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
     for number, names, identity in split_lines(path, lines):
         for name in names:
             try:
-                rows.append((number, clean_name(name), identity))
+                rows.append((number, _clip_of(name, known), unescape(identity)))
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {error}") from None
     _check_identities(path, rows)
     return _by_clip(path, rows)
+
+
+def _clip_of(text: str, known: Collection[str]) -> str:
+    """Returns the name of a clip, with its blanks unless the clips at hand have the text itself."""
+    clean = clean_name(text)
+    return clean if clean in known else clean_name(unescape(text))
 
 
 def _split_direct(
@@ -218,13 +220,14 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     if not lines:
         raise ValueError(f"{path}: holds no weights")
     given: dict[str, float] = {}
+    known = frozenset(clips)
     at: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise ValueError(f"{where} {len(fields)} fields, wanted a clip and its weight")
         try:
-            name = clean_name(fields[0])
+            name = _clip_of(fields[0], known)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
         if name in at:

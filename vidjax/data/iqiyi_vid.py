@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from vidjax.data.clips import SPLITS
+from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import NonFinite, PackedClips
-from vidjax.data.ground_truth import list_files
 from vidjax.data.labels import load_official_truth
 from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted import pickles
@@ -106,20 +106,26 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
     `_v2` is taken. A modality is a name of letters, digits, '-' and '_'.
 
     Raises:
-      ValueError: the modality of a pickle has other characters.
+      ValueError: the modality of a pickle has other characters, its split is misspelt, or a
+        folder or a link to nothing bears its name.
       OSError: there is no such directory.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"
     # `_v2` files come last, so they replace the first version.
-    paths = sorted(list_files(directory), key=lambda path: (path.stem.endswith("_v2"), path.name))
-    for path in paths:
+    entries = list_entries(directory)
+    for path in sorted(entries, key=lambda path: (path.stem.endswith("_v2"), path.name)):
         match = re.fullmatch(pattern, path.name, re.DOTALL)
         if not match:
             continue
+        check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
             raise ValueError(f"{path}: a modality is named by letters, digits, '-' and '_'")
         files[match[1], match[2]] = path
+    for path in entries:
+        if match := re.fullmatch(r"(\w+)_([A-Za-z]+?)(_v2)?\.pickle", path.name):
+            present = {split for modality, split in files if modality == match[1]}
+            refuse_split(path, match[2], present)
     return dict(sorted(files.items()))
 
 

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.data.folder_names import check_file, list_entries
 from vidjax.data.ground_truth import (
     check_known,
     find_ground_truth,
     load_ground_truth,
     sort_identities,
 )
-from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.names import check_name, clean_name_at, show
+from vidjax.suggest import closest
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
@@ -73,11 +75,21 @@ def load_folder_truth(
       ValueError: malformed labels, labels of unknown clips, or both kinds of files.
     """
     official, table = find_ground_truth(folder), folder / TABLE
+    check_file(table)
     if not table.is_file():
+        if not official:
+            _refuse_near_table(folder)
         return load_official_truth(folder, clips)
     if official:
         raise ValueError(f"{folder}: {TABLE} and {next(iter(official.values())).name}: keep one")
     return load_label_table(table, clips)
+
+
+def _refuse_near_table(folder: Path) -> None:
+    """Raises ValueError for a file such as `label.csv`, which would not be read."""
+    for path in list_entries(folder):
+        if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
+            raise ValueError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
 
 
 def load_label_table(
@@ -176,22 +188,31 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
         raise ValueError(f"{path}: not a table of UTF-8 text: {error}") from None
 
 
+def _is_nan(value: object) -> bool:
+    """Returns True for the NaN that stands for nothing in a column of pandas."""
+    return isinstance(value, float) and value != value
+
+
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity."""
     pairs: dict[str, str] = {}
     for place, clip, identity in rows:
         name = clean_name_at(place, clip)
-        if identity is None or identity == "":
+        if identity is None or identity == "" or _is_nan(identity):
             continue
         place = f"{place} clip {show(name)}"
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
-            raise ValueError(f"{place}: an identity is text or int, not {type(identity).__name__}")
-        text = str(identity)
-        if text.split() != [text]:
+            kind = type(identity).__name__
             raise ValueError(
-                f"{place}: identity '{show(text)}' holds white space, "
-                "which would break the lines of a ranking"
+                f"{place}: an identity is text or int, not {kind}: use str(), or None for nobody"
             )
+        text = str(identity)
+        if text != text.strip():  # two identities that look alike
+            raise ValueError(f"{place}: identity '{show(text)}' has outer blanks: strip() it")
+        try:
+            check_name(text, "identity")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         if re.fullmatch("-[0-9]+", text):
             raise ValueError(f"{place}: identity {text}: leave out a clip of nobody")
         if pairs.setdefault(name, text) != text:

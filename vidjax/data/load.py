@@ -11,7 +11,7 @@ from vidjax.data.cache import building, default_cache_dir, exclusive
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.record_source import RecordSource
+from vidjax.data.record_source import Origin, RecordSource
 from vidjax.suggest import suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
@@ -43,7 +43,17 @@ class NotGenerated(FileNotFoundError):
 
 
 def open_synthetic(options: DataOptions) -> RecordSource:
-    """Returns the built-in dataset as official files, generated at the first call."""
+    """Returns the built-in dataset as official files, generated at the first call.
+
+    Raises:
+      ValueError: a folder is given, which would not be read.
+    """
+    if options.directory:
+        raise ValueError(
+            f"config.data.dir={options.directory}: config.data.name=synthetic reads no folder\n"
+            "to read it: --config.data.name=arrays, or --config.data.name=iqiyi_vid for official "
+            "files\nfor the synthetic dataset: --config.data.dir="
+        )
     # The source code of the generator is its version: a change cannot be forgotten.
     source = b"".join(
         Path(str(module.__file__)).read_bytes() for module in (synthetic, pickle_writer)
@@ -168,7 +178,7 @@ def load_dataset(
     Args:
       name: a key of DATASETS.
       directory: folder of the official files, or of own features as `vidjax.data.arrays` describes
-        them; 'synthetic' ignores it.
+        them; None for 'synthetic'.
       cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       size: size of the synthetic dataset, 'small' or 'standard'.
       seed: seed of the synthetic dataset.
@@ -185,7 +195,8 @@ def load_dataset(
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     folder = Path(directory).expanduser() if directory else None
     source = open_source(name, DataOptions(folder, cache_dir, size, seed))
-    return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite)
+    origin = Origin.of_folder(name, None if is_generated(name) else folder)
+    return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
 
 def is_generated(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Clips in memory as a source for evaluation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from vidjax.data.clips import BUCKETS, EvalPlan, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack
+from vidjax.suggest import closest
 
 BATCHED = tuple(name for name in FRAME_FIELDS if name in Frames._fields)
 
@@ -22,32 +24,33 @@ class MemoryClips:
       places: [N] int, the clip_index of each of them.
     """
 
-    def __init__(self, clips: Clips, modalities: Mapping[str, int], identities: Sequence[str]):
-        """Checks and packs some clips.
+    def __init__(
+        self,
+        packed: Mapping[str, PackedClips],
+        names: Mapping[str, str],
+        modalities: Mapping[str, int],
+        identities: Sequence[str],
+    ):
+        """Takes checked clips.
 
         Args:
-          clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them; modalities
-            without a width are ignored.
+          packed: modality -> its frames; other modalities than those of the run are ignored.
+          names: clean name -> name as it was given, of N clips.
           modalities: modality -> feature width.
           identities: names of the class columns.
 
         Raises:
-          ValueError: a clip is malformed; names clip, modality and field.
+          ValueError: there is no clip, or the features of one have another width.
         """
-        if not isinstance(clips, Mapping):
-            raise ValueError(
-                f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
-            )
-        if not clips:
-            raise ValueError("no clips: the dict is empty")
-        self.identities, self.names = tuple(identities), tuple(clips)
-        self._packed = pack(_select(clips, modalities))
+        if not names:
+            raise ValueError("no clips: there is nothing to score")
+        self.identities, self.names = tuple(identities), tuple(names.values())
+        self._packed = {name: packed[name] for name in modalities if name in packed}
         for name, flat in self._packed.items():
             _check_width(name, flat, modalities[name])
-        clean = [clean_name_at("clips:", name) for name in clips]
-        ordered = tuple(sorted(clean))
+        ordered = tuple(sorted(names))
         index = {name: place for place, name in enumerate(ordered)}
-        self.places = np.array([index[name] for name in clean])
+        self.places = np.array([index[name] for name in names])
         self._starts = {name: np.zeros(len(ordered), np.int64) for name in modalities}
         lengths = {name: np.zeros(len(ordered), np.int32) for name in modalities}
         for name, flat in self._packed.items():
@@ -64,6 +67,54 @@ class MemoryClips:
             num_others=0,
             lengths=lengths,
         )
+
+    @classmethod
+    def of(
+        cls, clips: Clips, modalities: Mapping[str, int], identities: Sequence[str]
+    ) -> "MemoryClips":
+        """Checks and packs a dict of clips.
+
+        Args:
+          clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them.
+          modalities: modality -> feature width.
+          identities: names of the class columns.
+
+        Raises:
+          ValueError: a clip is malformed; names clip, modality and field.
+        """
+        if not isinstance(clips, Mapping):
+            raise ValueError(
+                f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
+            )
+        return cls.pack(_as_clips(clips), modalities, identities)
+
+    @classmethod
+    def pack(
+        cls, clips: Iterable[Clip], modalities: Mapping[str, int], identities: Sequence[str]
+    ) -> "MemoryClips":
+        """Checks and packs clips; warns if none has a modality of the run, but others instead.
+
+        Args:
+          clips: the clips.
+          modalities: modality -> feature width.
+          identities: names of the class columns.
+
+        Raises:
+          ValueError: a clip is malformed; names clip, modality and field.
+        """
+        names: dict[str, str] = {}
+        unread: set[str] = set()
+        packed = pack(_select(clips, modalities, names, unread))
+        missing = [name for name in modalities if name not in packed]
+        if missing and unread:
+            meant = [closest(name.lower(), missing) for name in sorted(unread)]
+            hint = next((f": did you mean '{name}'?" for name in meant if name), "")
+            warnings.warn(
+                f"no clip has {', '.join(missing)}, which the run reads; "
+                f"not read: {show(', '.join(sorted(unread)))}{hint}",
+                stacklevel=4,
+            )
+        return cls(packed, names, modalities, identities)
 
     def split(self, name: str) -> Split:
         """Returns the one split, whatever the name."""
@@ -106,21 +157,42 @@ class MemoryClips:
         return frames
 
 
-def _select(clips: Clips, modalities: Mapping[str, int]) -> Iterator[Clip]:
-    """Yields the clips with the modalities that have a width; ValueError for a clip with others."""
+def _as_clips(clips: Clips) -> Iterator[Clip]:
     for given, features in clips.items():
         name = clean_name_at("clips:", given)
         if not isinstance(features, Mapping):
             kind = type(features).__name__
             raise ValueError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
-        selected = {key: features[key] for key in modalities if key in features}
-        if features and not selected:
+        yield Clip(name, "clips", features, given)
+
+
+def _select(
+    clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
+) -> Iterator[Clip]:
+    """Yields clips with the modalities that a run reads.
+
+    Args:
+      clips: the clips.
+      modalities: modality -> feature width, of the run.
+      names: collects clean name -> name as it was given.
+      unread: collects the names of all other modalities.
+
+    Raises:
+      ValueError: a clip has modalities, but none that the run reads.
+    """
+    for clip in clips:
+        names.setdefault(clip.name, clip.given or clip.name)
+        others = [str(name) for name in clip.modalities if name not in modalities]
+        selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
+        if others and not selected:
+            meant = closest(others[0].lower(), modalities)
             raise ValueError(
-                f"clip {show(name)}: the run knows {', '.join(modalities)}, "
-                f"not {show(', '.join(map(str, features)))}"
+                f"clip {show(clip.name)}: the run knows {', '.join(modalities)}, "
+                f"not {show(', '.join(others))}{f': did you mean {meant!r}?' if meant else ''}"
             )
+        unread.update(others)
         # A clip without any modality is still a clip.
-        yield Clip(name, "clips", selected or {next(iter(modalities)): None})
+        yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
 def _check_width(modality: str, flat: PackedClips, width: int) -> None:

@@ -28,6 +28,7 @@ def read_clips(path: Path) -> Iterator[Clip]:
         name: columns[name].to_numpy(zero_copy_only=False) for name in OPTIONAL if name in columns
     }
     clips: dict[str, dict[str, Any]] = {}
+    given: dict[str, str] = {}
     for clip, modality, rows in _groups(columns["clip"], columns["modality"]):
         name = clean_name_at(f"{path}:", clip)
         place = f"{path}: clip {show(name)}, {modality}"
@@ -38,13 +39,14 @@ def read_clips(path: Path) -> Iterator[Clip]:
                 f"{place}: features are {width[row]} wide in row {row + 1}, "
                 f"{width[rows[0]]} in row {rows[0] + 1}"
             )
+        given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise ValueError(f"{place}: there with and without .mp4")
+            raise ValueError(f"{place}: there with and without .mp4: keep one")
         index = start[rows][:, None] + np.arange(int(width[rows[0]]))
         fields = {name: column[rows] for name, column in scalars.items()}
         clips[name][modality] = {"features": flat[index], **fields}
     for name, modalities in clips.items():
-        yield Clip(name, str(path), modalities)
+        yield Clip(name, str(path), modalities, given[name])
 
 
 def _read_columns(path: Path) -> Mapping[str, Any]:
@@ -55,7 +57,7 @@ def _read_columns(path: Path) -> Mapping[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path}: parquet is read by the package pyarrow, which is not installed\n"
-            "vidjax's extra [parquet] brings it: pip install '.[parquet]'"
+            "install it with vidjax's extra [parquet]: pip install 'vidjax[parquet]'"
         ) from error
     try:
         file = parquet.ParquetFile(path)

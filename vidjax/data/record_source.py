@@ -2,11 +2,28 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vidjax.data.frame_fields import NonFinite, PackedClips
 
 Unpacked = Mapping[str, Mapping[str, PackedClips]]  # split -> modality -> clips
+
+
+class Origin(NamedTuple):
+    """The origin of a dataset, as results name it.
+
+    Attributes:
+      name: a key of `vidjax.data.load.DATASETS`.
+      dir: absolute path of the folder; None for generated clips and for arrays in memory.
+    """
+
+    name: str
+    dir: str | None = None
+
+    @classmethod
+    def of_folder(cls, name: str, folder: str | Path | None) -> "Origin":
+        """Returns the origin of a dataset in a folder; None for a dataset without one."""
+        return cls(name, str(Path(folder).expanduser().absolute()) if folder else None)
 
 
 class RecordSource(Protocol):

@@ -1,6 +1,7 @@
 """Builds a model from its specification, a plain dict."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -74,6 +75,7 @@ def make_identifier(
             f"model {name!r} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(known))}"
         )
+    _check_sizes(name, options)
     required = {key for key in known if fields[key].default is dataclasses.MISSING}
     if missing := sorted(required - options.keys()):
         raise ValueError(f"model {name!r} needs {', '.join(missing)}")
@@ -94,3 +96,17 @@ def make_identifier(
             dtype=product_dtype,
         )
     return cast(Identifier, model(**options, **fixed))
+
+
+def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is a width or a count and is not at least 1."""
+    for option, value in options.items():
+        sizes = value if isinstance(value, tuple | list) else (value,)
+        if option == "layers":
+            sizes = [layer[0] for layer in sizes if isinstance(layer, tuple | list) and layer]
+        elif not re.fullmatch(r"num_\w+|width|\w+_dims?", option):
+            continue
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise ValueError(
+                f"model {name!r}: {option}={value}: widths and counts are whole numbers from 1 up"
+            )

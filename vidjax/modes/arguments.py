@@ -1,18 +1,20 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from vidjax import config as config_lib
+from vidjax import files
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config
 from vidjax.config_rules import out_of_range
 from vidjax.config_values import folder_suffix, override_names
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
-from vidjax.run import resume
+from vidjax.run import resume, seal
 
 NEEDS_WORKDIR = "name the folder of a trained run"
+RANKABLE = ("eval.split", "eval.checkpoint")  # fields that a ranking of new clips reads
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
 
 
@@ -32,6 +34,24 @@ class Comparison(NamedTuple):
     split: str | None
     directory: str | None
     cache_dir: str | None
+
+
+class RankingOptions(NamedTuple):
+    """What `--mode=rank` reads and writes.
+
+    Attributes:
+      workdir: the run's folder.
+      input: the folder or the table of the clips.
+      out: the new file.
+      split: the split to read; None where there is one alone.
+      step: the checkpoint.
+    """
+
+    workdir: Path
+    input: Path
+    out: Path
+    split: str | None
+    step: Literal["latest", "best"]
 
 
 def for_training(args: Arguments) -> tuple[Config, Path]:
@@ -92,7 +112,10 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
     workdir = Path(args.workdir).expanduser()
-    config = _joined_config(args, workdir) if args.runs is not None else run_config(workdir)
+    if args.runs is not None:
+        config = _joined_config(args, workdir)
+    else:
+        config = seal.own_config(workdir, run_config(workdir), override_names(args.overrides))
     config = config_lib.override(config, args.overrides)
     if args.overrides:  # a run of an earlier version may have what is out of range now
         for problem in out_of_range(dict(config_lib.fields(config))):
@@ -130,6 +153,43 @@ def for_report(args: Arguments) -> Path:
     return workdir
 
 
+def for_ranking(args: Arguments) -> RankingOptions:
+    """Returns the run, the clips and the file of `--mode=rank`.
+
+    Raises:
+      ValueError: a mistake in the words, or no run in the folder.
+    """
+    if not args.workdir or not args.input or not args.out:
+        raise ValueError(
+            f"--mode=rank needs --workdir=FOLDER: {NEEDS_WORKDIR},\n"
+            "--input=PATH: a folder of features or a .parquet table, and\n"
+            "--out=FILE: the new file, .tsv, .jsonl or .parquet"
+        )
+    if args.config or args.runs is not None:
+        flag = "--config" if args.config else "--runs"
+        raise ValueError(f"--mode=rank takes one trained run, --workdir=FOLDER, not {flag}")
+    clips = Path(args.input).expanduser()
+    if not clips.exists():
+        raise ValueError(f"--input={args.input}: no such file or folder: name one with clips")
+    workdir = Path(args.workdir).expanduser()
+    given = _given(args, RANKABLE)
+    config = config_lib.override(run_config(workdir), args.overrides)
+    split = config.eval.split if "eval.split" in given else None
+    step = cast(Literal["latest", "best"], config.eval.checkpoint)
+    return RankingOptions(workdir, clips, Path(args.out).expanduser(), split, step)
+
+
+def _given(args: Arguments, readable: tuple[str, ...]) -> set[str]:
+    """Returns the overridden fields; ValueError for one that the mode does not read."""
+    given = set(override_names(args.overrides))
+    if unread := sorted(given - set(readable)):
+        raise ValueError(
+            f"--mode={args.mode} does not read config.{unread[0]}\n"
+            f"choose from {', '.join(f'--config.{name}' for name in readable)}"
+        )
+    return given
+
+
 def for_comparison(args: Arguments) -> Comparison:
     """Returns the runs and options of `--mode=compare`.
 
@@ -146,12 +206,7 @@ def for_comparison(args: Arguments) -> Comparison:
             "all others are compared with the first"
         )
     config = config_lib.override(config_lib.default(), args.overrides)
-    given = set(override_names(args.overrides))
-    if unread := sorted(given - set(COMPARABLE)):
-        raise ValueError(
-            f"--mode=compare does not read config.{unread[0]}\n"
-            f"choose from {', '.join(f'--config.{name}' for name in COMPARABLE)}"
-        )
+    given = _given(args, COMPARABLE)
     split = config.eval.split if "eval.split" in given else None
     return Comparison(args.workdir, args.folders, split, config.data.dir, config.data.cache_dir)
 
@@ -182,9 +237,9 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = run_config(workdir)
+        config = seal.drop_foreign_paths(workdir, run_config(workdir))
     except ValueError:
-        if not (workdir / "config.json").is_file():
+        if not files.exists(workdir / "config.json"):
             raise
         return None, workdir
     return config_lib.override(config, args.overrides), workdir
@@ -219,7 +274,7 @@ def run_config(workdir: Path) -> Config:
     try:
         return config_lib.load_workdir(workdir)
     except ValueError as error:
-        if (workdir / "config.json").is_file():
+        if files.exists(workdir / "config.json"):
             raise
         runs = sorted(path.parent for path in workdir.glob("*/config.json"))
         hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"

@@ -19,7 +19,7 @@ from vidjax.modes import analysis, joined
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
 from vidjax.run import results as results_lib
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import seal
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import TrainedModel
@@ -82,6 +82,7 @@ def blend_runs(
     results = evaluation.results | {
         "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
         "command": joined.command(kept, workdir, split),
+        "data": joined.describe_data([data.report["data"] for data in datasets.values()]),
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
         "versions": devices.versions(),
@@ -134,6 +135,8 @@ def _run_config(config: Config, name: str, split: str) -> Config:
     run_config = config_lib.load_workdir(Path(name))
     if run_config.join.runs:
         raise ValueError(f"--runs: '{name}' joins other runs itself; name those")
+    given = [f"data.{field}" for field in ("dir", "cache_dir") if config.data[field] is not None]
+    run_config = seal.own_config(Path(name), run_config, given)
     scores = run_config.eval.scores
     with run_config.unlocked():
         run_config.eval.update(config.eval)
@@ -157,7 +160,7 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
         config.eval.split = config_lib.load_workdir(workdir).eval.split
     config.join.weights = tuple(float(weight) for weight in weights)
     config.join.greedy = False
-    workdir_lib.write_text(path, config_lib.to_json(config))
+    seal.write_config(workdir, config)
     return config
 
 

@@ -19,10 +19,11 @@ from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
+from vidjax.data.usable import misspelt, unusable
 from vidjax.modes import rehearsal
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
-from vidjax.run import checkpoint
+from vidjax.run import checkpoint, seal
 
 if TYPE_CHECKING:
     from vidjax.data.records.manifest import Records
@@ -57,16 +58,20 @@ def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, F
         yield "environment", _cache(config)
     if config is not None and not workdir:
         yield "config", _values(config)
+    foreign: dict[str, Any] = {}  # paths in config.json that may be a stranger's
     joined: dict[str, Config | None] = {}  # configurations of the joined runs, by folder
     if workdir:
         yield "run", _folder("workdir", workdir)
         yield from (("run", findings) for findings in check_run(config, workdir))
         if config is not None:
             joined = {name: _config_of(name, config) for name in config.join.runs}
-        if not joined:
+        foreign = seal.foreign_paths(workdir, config_lib.load_workdir(workdir)) if config else {}
+        if not joined and "join.runs" not in foreign:
             yield "checkpoints", check_checkpoints(config, workdir)
         for name, run_config in joined.items():
             yield "checkpoints", check_checkpoints(run_config, Path(name), f"{name}: ")
+    if "join.runs" in foreign or ("data.dir" in foreign and config and not config.data.dir):
+        return  # `check_run` tells which flag names the folder
     configs = joined.values() if joined else [config]
     different = {repr(config.data): config for config in configs if config is not None}
     for data_config in different.values():
@@ -87,6 +92,7 @@ def _config_of(run: str, config: Config) -> Config | None:
     """Returns the configuration of a joined run, with the data folders of the blend."""
     try:
         run_config = config_lib.load_workdir(Path(run))
+        run_config = seal.drop_foreign_paths(Path(run), run_config)
     except ValueError:
         return None  # `check_checkpoints` reports it
     for field in ("dir", "cache_dir"):
@@ -193,7 +199,12 @@ def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
         yield WARNING, f"ground truth: {warning.message}"
     for split, report_of_split in report["splits"].items():
         yield OK, f"{split}: {_counts_text(report_of_split)}"
-    select_modalities(config.modalities, records.modalities)
+    modalities = select_modalities(config.modalities, records.modalities)
+    for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+        yield WARNING, problem
+    splits = [name for name in config.data.train_splits if name in report["splits"]]
+    for problem in unusable(report, splits, tuple(modalities)):
+        yield FAULT, problem
 
 
 def _counts_text(split_report: Mapping[str, Any]) -> str:

@@ -5,18 +5,18 @@ or has not finished writing is no fault.
 """
 
 import fcntl
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import ranking
+from vidjax import files, ranking
 from vidjax.config import Config
 from vidjax.modes import restore
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings
-from vidjax.run import checkpoint, resume
+from vidjax.run import checkpoint, resume, seal
+from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
 
@@ -28,14 +28,17 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
       workdir: the run's folder.
     """
     yield _use(workdir)
+    yield foreign_paths(workdir)
     if config is None:
         yield _damaged_config(workdir)
     for path in sorted(workdir.glob("*.json")):
         if path.name not in ("config.json", "identities.json"):  # see `check_companions`
             yield _results(path)
+    for path in sorted(workdir.glob("analysis*.npz")):
+        yield _analysis(path)
     for path in sorted(workdir.glob("*.jsonl")):
         yield _log(path)
-    if (workdir / "metrics.json").exists() and not (workdir / "ranking.txt").exists():
+    if files.exists(workdir / "metrics.json") and not files.exists(workdir / "ranking.txt"):
         yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
     for path in sorted(workdir.glob("ranking*.txt")):
         yield _ranking(path)
@@ -50,6 +53,22 @@ def _use(workdir: Path) -> Findings:
         yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
 
 
+def foreign_paths(workdir: Path) -> Findings:
+    """Yields a warning for each path of `config.json` that this user did not write."""
+    try:
+        config = config_lib.load_workdir(workdir)
+    except ValueError:
+        return  # `_damaged_config` reports it
+    for name, value in seal.foreign_paths(workdir, config).items():
+        flag = "--runs" if name == "join.runs" else f"--config.{name}"
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        yield (
+            WARNING,
+            f"config.json: config.{name}='{shown}' is not used: this user's vidjax did not write "
+            f"it; name it by {flag}",
+        )
+
+
 def _damaged_config(workdir: Path) -> Findings:
     config_lib.load_workdir(workdir)  # raises the error that describes the damage
     yield OK, "config.json: written while this was checked"
@@ -57,21 +76,32 @@ def _damaged_config(workdir: Path) -> Findings:
 
 def _results(path: Path) -> Findings:
     """Yields the finding on a file of results, in JSON."""
-    content = workdir_lib.read_json(path)
     if path.name == "data_report.json":
+        content = results_lib.load_data_report(path)
         problems = list(wrong_sums(content))
         yield from ((FAULT, problem) for problem in problems)
         if not problems:
             yield OK, "data_report.json: loaded + skipped = seen throughout"
-    elif path.name.startswith("metrics") and "map" in content:
+        return
+    content: dict[str, Any] = {}
+    if path.name.startswith("metrics"):
+        content = results_lib.load_metrics(path)
+    else:
+        files.read_json(path, object)
+    if content.get("map") is not None:
         yield OK, f"{path.name}: MAP@100 {content['map']:.4f} ({content.get('map_kind')})"
     else:
         yield OK, f"{path.name}: can be read"
 
 
+def _analysis(path: Path) -> Findings:
+    _, arrays = results_lib.load_analysis(path)
+    yield OK, f"{path.name}: {len(arrays)} arrays can be read"
+
+
 def _ranking(path: Path) -> Findings:
     known = path.with_name("identities.json")
-    identities = workdir_lib.read_json(known, list) if known.exists() else None
+    identities = results_lib.load_identities(known) if files.exists(known) else None
     ranked = ranking.load_ranking(path, identities=identities)
     if identities is not None and len(ranked) != len(identities):
         yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
@@ -81,11 +111,11 @@ def _ranking(path: Path) -> Findings:
 
 def _log(path: Path) -> Findings:
     """Yields one finding on a log: its first damaged, repeated or out-of-order line, or OK."""
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = files.read_bytes(path, files.LOG_BYTES).split(b"\n")
     before = (-1, False, 0)
     for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(line)
+            value: Any = files.parse_line(line)
             place = (int(value["step"]), "split" in value, value.get("member", 0))
         except (ValueError, LookupError, TypeError, AttributeError):
             yield FAULT, f"{path.name}: line {number} is damaged"
@@ -116,7 +146,7 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
         try:
             manifest = checkpoint.verify(folder)
         except checkpoint.CheckpointError as error:
-            if folder.exists():  # unless the run has deleted it meanwhile
+            if files.exists(folder):  # unless the run has deleted it meanwhile
                 yield FAULT, f"{name}checkpoint {step}: {error}"
         else:
             scored = f", MAP {manifest['map']:.4f}" if "map" in manifest else ""
@@ -133,7 +163,7 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
         warnings.simplefilter("ignore")
         newest = checkpoint.find(workdir, prefer)
     if newest is None:
-        trained = (workdir / "metrics.json").exists()
+        trained = files.exists(workdir / "metrics.json")
         text = "but metrics.json exists" if trained else "training would begin at step 0"
         yield FAULT if trained else WARNING, f"{name}no checkpoint, {text}"
         return
@@ -150,12 +180,12 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
 def _holder(workdir: Path) -> str | None:
     """Returns a description of the process that holds a run's lock, None if none does."""
     try:
-        with open(workdir / ".lock") as file:
+        with files.open_regular(workdir / ".lock") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
             except BlockingIOError:
-                return file.read().strip() or "another process"
-    except OSError:
+                return workdir_lib.lock_owner(file)
+    except (FileNotFoundError, PermissionError):
         pass
     return None
 

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 
 from vidjax import config as config_lib
+from vidjax import files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.load import describe, is_generated
+from vidjax.data.untrusted.names import unescape
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
-from vidjax.run import workdir
+from vidjax.run import seal, workdir
 
 # Average precisions [C], positives [C], number of identities of the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
+UNKNOWN = "unknown data"
 MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
 
 
@@ -82,7 +85,7 @@ def read(
         files come from different evaluations.
     """
     folder = Path(name).expanduser().absolute()
-    if not (folder / "config.json").is_file():
+    if not files.exists(folder / "config.json"):
         raise ValueError(
             f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
         )
@@ -91,13 +94,11 @@ def read(
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
     metrics = _read_metrics(name, paths.metrics, split)
-    fields = config.to_dict()
-    data_config = _data_config(config, directory)
     identities = _read_identities(folder, paths.ranking)
     averages = _read_analysis(paths.analysis)
     source = paths.analysis if averages else paths.ranking
     if not averages:
-        data = load(data_config)
+        data = load(_data_config(folder, config, directory))
         averages = _score_ranking(paths.ranking, identities, data, split, metrics)
     ap, positives, num_others = averages
     if len(identities) != len(ap):
@@ -112,8 +113,6 @@ def read(
             f"'{name}': MAP is {value:.4f} in {source.name} and {metrics['map']:.4f} in "
             f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
         )
-    dataset = data_config.data
-    generated = is_generated(dataset.name)
     return RankedRun(
         name=name,
         split=split,
@@ -123,15 +122,15 @@ def read(
         num_others=num_others,
         map_kind=metrics["map_kind"],
         num_clips=metrics["num_clips"],
-        generated=describe(dataset.to_dict()) if generated else "",
+        generated=_generated(folder, config),
         metrics=metrics,
-        config=fields,
+        config=config.to_dict(),
     )
 
 
 def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
     try:
-        metrics = workdir.read_json(path)
+        metrics = results_lib.load_metrics(path)
     except FileNotFoundError:
         command = _evaluate_command(name, split)
         raise ValueError(
@@ -142,6 +141,9 @@ def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             "compare on another: --config.eval.split=val"
         )
+    for key in ("map_kind", "num_clips"):
+        if metrics.get(key) is None:
+            raise ValueError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
     return metrics
 
 
@@ -152,27 +154,41 @@ def _evaluate_command(name: str, split: str) -> str:
     )
 
 
-def _data_config(config: Config, directory: str | None) -> Config:
-    """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
+def _generated(folder: Path, config: Config) -> str:
+    """Returns the description of a generated dataset, "" for files, UNKNOWN for foreign blends."""
+    own = seal.drop_foreign_paths(folder, config)
     if config.join.runs:
-        blend, config = config, config_lib.load_workdir(Path(config.join.runs[0]))
-        config.data.dir = blend.data.dir or config.data.dir
+        if not own.join.runs:
+            return UNKNOWN
+        own = config_lib.load_workdir(Path(own.join.runs[0]))
+    return describe(own.data.to_dict()) if is_generated(own.data.name) else ""
+
+
+def _data_config(folder: Path, config: Config, directory: str | None) -> Config:
+    """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
+    given = ["data.dir"] if directory is not None else []
+    own = seal.own_config(folder, config, given)
+    if own.join.runs:
+        first = Path(own.join.runs[0])
+        blend, own = own, seal.own_config(first, config_lib.load_workdir(first), given)
+        own.data.dir = blend.data.dir or own.data.dir
     if directory is not None:
-        config.data.dir = directory
-    return config
+        own.data.dir = directory
+    return own
 
 
 def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
     """Returns the names of the class columns; a blend has them in its ranking alone."""
     path = folder / "identities.json"
-    if path.exists():
-        return tuple(workdir.read_json(path, list))
-    return tuple(line.split(" ", 1)[0] for line in ranking.read_text().splitlines())
+    if files.exists(path):
+        return tuple(results_lib.load_identities(path))
+    lines = files.read_ranking(ranking).decode(errors="surrogateescape").split("\n")[:-1]
+    return tuple(unescape(line.split(" ", 1)[0]) for line in lines)
 
 
 def _read_analysis(path: Path) -> Averages | None:
     """Returns the average precisions in an `analysis.npz`, None where it has none."""
-    if not path.exists():
+    if not files.exists(path):
         return None
     analysis, arrays = results_lib.load_analysis(path)
     if "ap" not in arrays:
@@ -224,7 +240,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
             "compare on one that both have ranked: --config.eval.split=val"
         )
-    if run.generated != first.generated:
+    if run.generated != first.generated and UNKNOWN not in (run.generated, first.generated):
         names = [run.generated or "files" for run in (first, run)]
         raise ValueError(
             f"{both} ranked different data: {' and '.join(names)}\n"

@@ -5,14 +5,34 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import devices, files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis
 from vidjax.modes.outputs import write_results
-from vidjax.modes.restore import restore
+from vidjax.modes.restore import find_run, restore
 from vidjax.run import results as results_lib
 from vidjax.steps.scoring import score
+
+
+def check_folder(config: Config, workdir: Path) -> None:
+    """Reads the files that an evaluation needs and does not write, before the data is loaded.
+
+    Args:
+      config: the run's configuration, with the overrides of this evaluation.
+      workdir: the run's folder.
+
+    Raises:
+      ValueError: a file is damaged.
+      CheckpointError: there is no usable checkpoint.
+    """
+    find_run(config, workdir)
+    results_lib.read_metrics(workdir)
+    if config.eval.report:
+        path = workdir / "data_report.json"
+        if files.exists(path):
+            results_lib.load_data_report(path)
+        results_lib.read_other_metrics(workdir)
 
 
 def evaluate(
@@ -53,6 +73,7 @@ def evaluate(
         observe=observer,
     )
     results = evaluation.results | {
+        "data": data.report["data"],
         "step": step,
         "eval_seconds": time.monotonic() - began,
         "eval_date": results_lib.now(),

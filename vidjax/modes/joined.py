@@ -1,11 +1,12 @@
 """What a joined run says of itself: the runs that it joins, their data, its command."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
+from vidjax import digests
 from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
@@ -26,6 +27,18 @@ def describe_run(name: str) -> dict[str, Any]:
         "modalities": list(config.modalities),
         "seed": config.seed,
         **{key: metrics[key] for key in ("step", "num_params", "num_members") if key in metrics},
+    }
+
+
+def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
+    different = list({entry["digest"]: entry for entry in entries}.values())
+    if len(different) == 1:
+        return different[0]
+    return {
+        "name": ", ".join(entry["name"] for entry in different),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
+        "digest": digests.sha256_json([entry["digest"] for entry in different]),
     }
 
 

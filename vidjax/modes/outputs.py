@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import metrics, ranking
+from vidjax import files, metrics, ranking
 from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
@@ -68,7 +68,7 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
       ValueError: `config.json` or `analysis.npz` is damaged.
       OSError: The events cannot be written.
     """
-    config = workdir_lib.read_json(workdir / "config.json")
+    config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
     own_split = config["eval"]["split"]
     own = split == own_split
     blend = own and bool(config["join"]["runs"])  # a blend has no training that logs its scores

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,9 +13,12 @@ from vidjax.batch import NoiseLayout
 from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.data.usable import unusable
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.system import TaskSpec
+
+MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
 class RunPlan(NamedTuple):
@@ -73,6 +77,8 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
                 f"member {member.number} has no training clip: change config.ensemble, "
                 "config.data.distractors or config.data.weights"
             )
+    _check_features(config, data)
+    _check_batch(config.batch_size, len(labels))
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
@@ -83,6 +89,34 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     )
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def _check_features(config: Config, data: TrainingData) -> None:
+    """Raises ValueError for training features that teach nothing; warns of such a split to rank."""
+    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+        raise ValueError(problem)
+    for problem in unusable(data.report, [config.eval.split], config.modalities):
+        warnings.warn(problem, stacklevel=2)
+
+
+def _check_batch(batch_size: int, num_clips: int) -> None:
+    """Raises ValueError for a batch that fits no memory."""
+    if batch_size > max(MOST_ROWS, num_clips):
+        raise ValueError(
+            f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
+            f"--config.batch_size={num_clips} or less"
+        )
+
+
+def repeated_clips(config: Config, task: TaskSpec) -> str | None:
+    """Returns a line for a batch that has the same clip twice; None for a smaller batch."""
+    if config.batch_size <= task.num_clips:
+        return None
+    return (
+        f"config.batch_size={config.batch_size} is more than the {task.num_clips} training clips: "
+        f"a step repeats clips, and {config.num_epochs:g} epochs are {task.total_steps} steps; "
+        f"--config.batch_size={task.num_clips} or less gives more"
+    )
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble
+from vidjax import devices, ensemble, files
 from vidjax import digests as digests_lib
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.run import checkpoint, resume
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
 from vidjax.steps import state as state_lib
 from vidjax.steps.model_scorer import TrainedModel
@@ -27,6 +27,7 @@ from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
 REMEDY = "delete it and metrics.json: the command that trained the run then rewrites both"
+REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 
 
 class FoundRun(NamedTuple):
@@ -240,9 +241,11 @@ def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ..
     """
     path = workdir / IDENTITIES
     try:
-        identities = tuple(workdir_lib.read_json(path, list))
+        identities = tuple(results_lib.load_identities(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"'{path}' is missing\n{REWRITE}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read '{path}': {error}\n{REMEDY}") from error
+        raise CheckpointError(f"{_first_line(error)}\n{REMEDY}") from error
     if _digest(identities) != manifest.get("identities_sha256"):
         raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
     return identities
@@ -255,10 +258,12 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
       CheckpointError: the file is absent, damaged, or not the one of the checkpoint.
     """
     path = workdir / ensemble.FILE
+    if not files.exists(path):
+        raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
         training_sets = ensemble.load(workdir)
     except ValueError as error:
-        raise CheckpointError(f"{error}\n{REMEDY}") from error
+        raise CheckpointError(f"{_first_line(error)}\n{REMEDY}") from error
     if ensemble.digest(training_sets) != manifest.get("members_sha256"):
         raise CheckpointError(f"'{path}' is not what the run was trained with\n{REMEDY}")
     return training_sets
@@ -277,6 +282,10 @@ def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
             f"'{workdir / CONFIG}' is not what the run was trained with: write back what it was\n"
             f"{resume.describe(spoilt)}"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _digest(identities: Sequence[str]) -> str:

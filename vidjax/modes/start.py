@@ -17,7 +17,7 @@ from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import check_digests
-from vidjax.run import checkpoint, resume
+from vidjax.run import checkpoint, resume, seal
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
 from vidjax.steps import feed as feed_lib
@@ -67,6 +67,8 @@ def restore_or_init(
                 f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}\n"
                 "raise --config.num_epochs, or train in another --workdir"
             )
+        if manifest["step"] == plan.task.total_steps:
+            resume.refuse_relabelling(workdir, changed)
 
     changed: resume.Changes = {}
     sharding = devices.replicated(mesh)
@@ -100,7 +102,7 @@ def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
     """Writes the files that describe a run: config, identities, members and data report."""
-    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    seal.write_config(workdir, config)
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]

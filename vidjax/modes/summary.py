@@ -34,6 +34,8 @@ def rows(
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
     if "best_map" in results:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
+    if data := results_lib.describe_data(results):
+        rows["data"] = data
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if seconds is not None:

@@ -12,9 +12,9 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
 from vidjax.modes.outputs import write_results
-from vidjax.modes.plan import make_plan, make_schedule
+from vidjax.modes.plan import make_plan, make_schedule, repeated_clips
 from vidjax.modes.training_run import TrainingRun
-from vidjax.run import checkpoint, resume, signals
+from vidjax.run import checkpoint, resume, seal, signals
 from vidjax.run import results as results_lib
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
@@ -36,15 +36,18 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if it is not finished.
 
     Raises:
-      ValueError: The folder contains a run of another configuration.
+      ValueError: The folder contains a run of another configuration, or a finished one whose result
+        would get another configuration.
     """
     if not (workdir / "config.json").exists():
         return None
     changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
-    if changed.keys() - set(resume.MOVABLE):
-        return None
     results = results_lib.read_metrics(workdir)
-    return results if results.get("finished") else None  # evaluation also writes the file
+    if not results.get("finished"):  # evaluation also writes the file
+        return None
+    if "num_epochs" not in changed:
+        resume.refuse_relabelling(workdir, changed)
+    return None if changed.keys() - set(resume.MOVABLE) else results
 
 
 def train(
@@ -77,11 +80,14 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
+    config = seal.absolute(config)  # the run may go on from another working directory
     check_config(config, workdir)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     system = make_system(config.to_dict(), plan.task)
     mesh = devices.make_mesh(num_devices)
+    if note := repeated_clips(config, plan.task):
+        say(note)
     run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)
     start.write_description(workdir, config, data, plan.training_sets)
     # An earlier process may have stopped between a step and its evaluation.
@@ -113,7 +119,11 @@ def train(
                 interruption.raise_if_asked(run.step)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation, observer = evaluated or run.evaluate(analyse=analyse)
-    results = {**evaluation.results, **_training_results(workdir, config, run)}
+    results = {
+        "data": data.report["data"],
+        **evaluation.results,
+        **_training_results(workdir, config, run),
+    }
     if command:
         results["command"] = command
     split = config.eval.split

@@ -1,12 +1,16 @@
 """The files of a run that its report shows."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vidjax import config as config_lib
+from vidjax import files
 from vidjax.run import results
-from vidjax.run import workdir as workdir_lib
+
+T = TypeVar("T")
 
 
 class RunFiles(NamedTuple):
@@ -52,34 +56,56 @@ class RunFiles(NamedTuple):
         return np.concatenate([averages, np.zeros(self.analysis["num_others"])])
 
 
+def fitting(render: Callable[[RunFiles], T], run: RunFiles) -> T:
+    """Returns what `render` makes of a run's files.
+
+    Raises:
+      ValueError: the files are good, each by itself, and do not fit each other.
+    """
+    try:
+        return render(run)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"'{run.folder}': its results do not fit each other ({reason})\n"
+            "--mode=evaluate of this folder writes them again"
+        ) from error
+
+
 def load(workdir: Path) -> RunFiles:
     """Reads the files of a run.
 
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    if not (workdir / "config.json").is_file():
-        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)")
-    config = workdir_lib.read_json(workdir / "config.json")
-    split = str(config.get("eval", {}).get("split", ""))
+    split = str(config_lib.load_workdir(workdir).eval.split)  # refuses values of other types
     analysis_path = results.paths(workdir, split, split).analysis
     identities = workdir / "identities.json"
     data = workdir / "data_report.json"
     others = results.read_other_metrics(workdir)
-    analysis, arrays = results.load_analysis(analysis_path) if analysis_path.exists() else ({}, {})
+    analysis, arrays = (
+        results.load_analysis(analysis_path) if files.exists(analysis_path) else ({}, {})
+    )
     return RunFiles(
         folder=workdir,
-        config=config,
+        config=files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES),
         metrics=results.read_metrics(workdir),
         lines=results.read_lines(workdir / "metrics.jsonl"),
-        identities=workdir_lib.read_json(identities, list) if identities.exists() else [],
+        identities=results.load_identities(identities) if files.exists(identities) else [],
         analysis=analysis,
         arrays=arrays,
-        data=workdir_lib.read_json(data) if data.exists() else {},
+        data=results.load_data_report(data) if files.exists(data) else {},
         other_metrics=others,
         split=split,
         analysed=tuple(
-            other for other in others if results.paths(workdir, other, split).analysis.exists()
+            other for other in others if files.exists(results.paths(workdir, other, split).analysis)
         ),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vidjax.report import analysis_sections, html, mistakes, model_sections, run_sections, settings
 from vidjax.report.html import Html
-from vidjax.report.run_files import RunFiles, load, of_split
+from vidjax.report.run_files import RunFiles, fitting, load, of_split
 from vidjax.run import results
 from vidjax.run import workdir as workdir_lib
 
@@ -43,10 +43,10 @@ def write(workdir: Path) -> Path:
     """
     run = load(workdir)
     for split in run.analysed:
-        page = render(of_split(run, split))
+        page = fitting(render, of_split(run, split))
         workdir_lib.write_text(results.paths(workdir, split, run.split).report, page)
     path = workdir / results.REPORT
-    workdir_lib.write_text(path, render(run))
+    workdir_lib.write_text(path, fitting(render, run))
     return path
 
 

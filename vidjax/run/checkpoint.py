@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from vidjax import digests as digests_lib
+from vidjax import files
+from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
 
@@ -79,8 +81,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     try:
-        if partial.parent.exists():
-            shutil.rmtree(partial.parent)  # left by a save that was cut short
+        workdir_lib.clear(partial.parent)  # left by a save that was cut short
         partial.mkdir(parents=True)
         ocp.save_checkpointables(str(partial / "state"), filled)
         contents = {"arrays": _arrays(items), "files": _digests(partial / "state")}
@@ -178,6 +179,7 @@ def load(
 
     Raises:
       OtherModelError: an array has another shape or dtype than the checkpoint's.
+      DamagedError: the files hold no arrays.
     """
     _check_shapes(checkpoint, abstract)
     wanted = {
@@ -187,7 +189,11 @@ def load(
         for name, tree in abstract.items()
         if jax.tree.leaves(tree)
     }
-    restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
+    try:
+        restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
+    except Exception as error:  # the digests agree, and Orbax cannot read what they are of
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DamagedError(f"cannot read '{checkpoint.folder / 'state'}': {reason}") from error
     return {name: restored.get(name, tree) for name, tree in abstract.items()}
 
 
@@ -240,12 +246,15 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
-        if not file.is_file():
-            raise DamagedError(f"file missing: '{file}'")
         try:
-            same = digests_lib.sha256_file(file) == digest
+            with files.open_regular(file) as opened:
+                same = digests_lib.sha256_opened(opened) == digest
+        except FileNotFoundError as error:
+            raise DamagedError(f"file missing: '{file}'") from error
         except OSError as error:
             raise DamagedError(f"cannot read '{file}': {error.strerror}") from error
+        except ValueError as error:
+            raise DamagedError(str(error)) from error
         if not same:
             raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
@@ -265,16 +274,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint at '{folder}'")
     path = folder / "manifest.json"
     try:
-        manifest = workdir_lib.read_json(path)
+        manifest = files.read_json(path)
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise DamagedError(f"file missing: '{path}'") from error
-    except (OSError, ValueError, KeyError) as error:
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    except (OSError, KeyError) as error:
         raise DamagedError(f"'{path}' is damaged") from error
     if digest != digests_lib.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
-    if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' belongs to step {manifest['step']}")
+    if str(manifest.get("step")) != folder.name:
+        raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
+    try:
+        schema.check(path, manifest, schema.MANIFEST, "this checkpoint is not used")
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
+        raise DamagedError(f"'{path}' is damaged: it names a file outside of its folder")
     return manifest
 
 
@@ -296,7 +313,16 @@ def _is_step(folder: Path) -> bool:
 
 
 def _folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, damaged ones included."""
+    """Returns step -> folder of every checkpoint, damaged ones included.
+
+    Raises:
+      CheckpointError: the folder of the checkpoints is a link, where something else may lie.
+    """
+    if (workdir / "checkpoints").is_symlink():
+        raise CheckpointError(
+            f"'{workdir / 'checkpoints'}' is a link, not a folder: it is not opened\n"
+            "put the folder that it leads to in its place"
+        )
     return {int(f.name): f for f in (workdir / "checkpoints").glob("*") if _is_step(f)}
 
 
@@ -327,8 +353,9 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 def _drop_others(workdir: Path) -> None:
     """Removes all checkpoints but the latest, the one before it and the best."""
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
-    if partial.exists():
-        shutil.rmtree(partial)
+    workdir_lib.clear(partial)
+    if dropped.is_symlink():
+        dropped.unlink()
     steps = manifests(workdir)
     latest = max(steps)
     others = steps.keys() - {latest}
@@ -348,15 +375,15 @@ def _drop_others(workdir: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes the files that a checkpoint's manifest lists; files that a user has added stay."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError):
-        files = {}
+        listed = read_manifest(folder)["files"]
+    except CheckpointError:
+        listed = {}
     parts = sorted((folder / "state").rglob("*"), reverse=True)  # files before their folders
     for path in [*parts, folder / "state"]:
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
-            elif str(path.relative_to(folder / "state")) in files:
+            elif str(path.relative_to(folder / "state")) in listed:
                 path.unlink()
     for path in [*folder.glob(".manifest.json.*.partial"), folder / "manifest.json"]:
         path.unlink(missing_ok=True)
@@ -368,5 +395,5 @@ def _remove(folder: Path) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Returns relative path -> sha256 of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in files}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in paths}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vidjax import files
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.tensorboard import EventFile
 
@@ -22,13 +23,14 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
       step: the last step to keep.
       evaluated: False to remove the evaluation of `step` itself, a line with a `split`.
     """
-    if not path.exists():
+    if not files.exists(path):
         return
     kept, damaged = [], []
-    lines = path.read_bytes().splitlines()
+    before = files.read_bytes(path, files.LOG_BYTES)
+    lines = before.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
+            value: Any = files.parse_line(line)
             repeated = value["step"] == step and "split" in value and not evaluated
             keep = value["step"] <= step and not repeated
         except (ValueError, TypeError, KeyError):
@@ -40,7 +42,7 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     if damaged:
         warnings.warn(f"'{path}': damaged lines are left out: {damaged[:5]}", stacklevel=2)
     content = b"".join(line + b"\n" for line in kept)
-    if content != path.read_bytes():
+    if content != before:
         workdir_lib.write_bytes(path, content)
 
 
@@ -62,8 +64,7 @@ class Logs:
         for name in ("metrics.jsonl", "timing.jsonl"):
             keep_until(workdir / name, step, evaluated=evaluated)
         self._metrics, self._timing = (
-            open(workdir / name, "ab", buffering=0)  # noqa: SIM115
-            for name in ("metrics.jsonl", "timing.jsonl")
+            workdir_lib.open_log(workdir / name) for name in ("metrics.jsonl", "timing.jsonl")
         )
         self._events = EventFile(workdir, step=step)
 

@@ -4,13 +4,17 @@ A run has a split of its own, which training evaluates: `eval.split` in its `con
 results are `metrics.json`, `ranking.txt` and `analysis.npz`. Those of any other split carry its
 name: `metrics_<split>.json` and so on.
 
-`metrics.json` is one JSON object. Every key may be absent but those of the first line.
+`metrics.json` is one JSON object. Only `num_clips` and `num_identities` are always there.
 
+    data                             {name: str, dir: str | null, digest: str}: what was evaluated;
+                                     absent in runs of earlier versions
     num_clips, num_identities        int: clips ranked, identities that have a list
     num_distractors                  int | null: clips ranked that show no identity
+    num_nan_clips                    int: clips with a score of NaN, ranked last; absent for none
     map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
                                      absent without ground truth, and with them the next line
     top1, auroc, fnir_at_fpir_*      float 0..1 | null: every row of `metrics.CLIP_METRICS`
+    threshold_at_fpir_*              float | null: the score at which that FNIR holds
     members                          list of {member: int, map: float, and what sets it apart}
     runs                             list of {name: str, weight: float, map: float}: blended runs;
                                      with model, data, train_splits, modalities, seed, step,
@@ -66,18 +70,24 @@ Its other entries are arrays, each of which may be absent:
     calibration                      [bins, 3] float: clips, mean confidence, share that is right
 """
 
+import contextlib
 import datetime
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vidjax import files
+from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
+T = TypeVar("T")
+
 REPORT = "report.html"
+REMEDY = "delete it: --mode=evaluate of the run's folder writes its results again"
 # Keys of `metrics.json` that describe the training. A later evaluation keeps them.
 TRAINING_KEYS = (
     "best_step",
@@ -133,7 +143,47 @@ def read_metrics(workdir: Path) -> dict[str, Any]:
       ValueError: the file is damaged.
     """
     path = workdir / "metrics.json"
-    return workdir_lib.read_json(path) if path.exists() else {}
+    return load_metrics(path) if files.exists(path) else {}
+
+
+def load_metrics(path: Path) -> dict[str, Any]:
+    """Returns the content of a `metrics.json` or `metrics_<split>.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged.
+    """
+    return _read(path, dict, schema.METRICS)
+
+
+def load_identities(path: Path) -> list[str]:
+    """Returns the names of class columns 1..C, the content of `identities.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged.
+    """
+    return _read(path, list, schema.IDENTITIES)
+
+
+def load_data_report(path: Path) -> dict[str, Any]:
+    """Returns the content of `data_report.json`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged.
+    """
+    return _read(path, dict, schema.DATA_REPORT)
+
+
+def _read(path: Path, kind: type[T], wanted: schema.Schema) -> T:
+    try:
+        value = files.read_json(path, kind)
+        schema.check(path, value, wanted, REMEDY)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if "\n" in text else f"{text}\n{REMEDY}") from error
+    return value
 
 
 def read_other_metrics(workdir: Path) -> dict[str, dict[str, Any]]:
@@ -143,7 +193,7 @@ def read_other_metrics(workdir: Path) -> dict[str, dict[str, Any]]:
       ValueError: a file is damaged.
     """
     return {
-        path.stem.removeprefix("metrics_"): workdir_lib.read_json(path)
+        path.stem.removeprefix("metrics_"): load_metrics(path)
         for path in sorted(workdir.glob("metrics_*.json"))
     }
 
@@ -158,18 +208,35 @@ def training_metrics(workdir: Path) -> dict[str, Any]:
     return {name: metrics[name] for name in TRAINING_KEYS if name in metrics}
 
 
+def describe_data(metrics: Mapping[str, Any]) -> str | None:
+    """Returns the name, folder and short digest of the data behind results.
+
+    Args:
+      metrics: content of `metrics.json` or `metrics_<split>.json`.
+
+    Returns:
+      One line, or None where an earlier version did not write it.
+    """
+    data = metrics.get("data")
+    if not isinstance(data, dict):
+        return None
+    place = f" in {data['dir']}" if data.get("dir") else ""
+    return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
 
     Damaged lines are skipped: a run may be writing the last one.
+
+    Raises:
+      ValueError: the file is too large, or no regular file.
     """
     lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "step" in value:
+    for line in files.read_lines(path):
+        with contextlib.suppress(ValueError):
+            value = files.parse_line(line)
+            schema.check(path, value, schema.LINE, REMEDY)
             lines.append(value)
     return lines
 
@@ -198,9 +265,16 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Raises:
       ValueError: the file is damaged.
     """
+    arrays = files.read_npz(path)
+    text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return json.loads(arrays.pop("facts").tobytes()), arrays
-    except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
-        raise ValueError(f"cannot read '{path}': {type(error).__name__}: {error}") from error
+        if len(text) > files.JSON_BYTES:
+            raise ValueError(f"more than {files.JSON_BYTES:,} bytes of text")
+        values: Any = files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
+    schema.check(path, values, schema.ANALYSIS, REMEDY)
+    schema.check_arrays(path, arrays, REMEDY)
+    if "attention" in arrays and len(values.get("vectors") or ()) != len(arrays["attention"]):
+        raise ValueError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
+    return values, arrays

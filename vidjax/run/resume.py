@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
+from vidjax import files
 from vidjax.config import Config
+from vidjax.run import results as results_lib
+from vidjax.run import schema, seal
 from vidjax.run import workdir as workdir_lib
 
 FILE = "changes.jsonl"
@@ -26,6 +29,8 @@ MOVABLE = (
 # Fields and groups that `config.resume.allow` may name. They change neither the shapes of the
 # training state nor the order of the clips.
 CHANGEABLE = ("optim", "loss", "mixup", "num_epochs", "log_every_steps", "eval")
+# Fields and groups that may change after the last step: the run is evaluated again.
+AFTERWARDS = (*MOVABLE, "eval")
 
 Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
@@ -48,7 +53,7 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
                 f"config.resume.allow: '{name}' may not change when a run resumes\n"
                 f"these may: {', '.join(CHANGEABLE)}"
             )
-    changed = config_lib.differences(old, new)
+    changed = config_lib.differences(seal.absolute(old), seal.absolute(new))
     changed.pop("resume.allow", None)
     refused = {
         name: pair
@@ -57,7 +62,7 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
     }
     if refused:
         hint = "use another --workdir, or the configuration of that run"
-        if all(_within(name, CHANGEABLE) for name in refused):
+        if all(_within(name, CHANGEABLE) for name in refused) and not _is_over(workdir, refused):
             hint = (
                 f"to resume with the change: --config.resume.allow={','.join((*allowed, *refused))}"
             )
@@ -66,6 +71,33 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
             f"{describe(refused)}\n{hint}"
         )
     return changed
+
+
+def refuse_relabelling(workdir: Path, changed: Changes) -> None:
+    """Refuses changes of fields that shape a training after its last step.
+
+    The weights would stay what they are, and the run's files would say that other values made them.
+
+    Args:
+      workdir: the folder of a run without a step left to train.
+      changed: the result of `changes`.
+
+    Raises:
+      ValueError: a field of the training differs.
+    """
+    trained = {name: pair for name, pair in changed.items() if not _within(name, AFTERWARDS)}
+    if trained:
+        raise ValueError(
+            f"'{workdir}' is trained to its last step: nothing can change any more\n"
+            f"{describe(trained)}\nuse another --workdir, or train on: --config.num_epochs=N"
+        )
+
+
+def _is_over(workdir: Path, changed: Changes) -> bool:
+    """Returns True if a run is finished, no more epochs are asked for, and its training changes."""
+    finished = results_lib.read_metrics(workdir).get("finished")
+    trained = any(not _within(name, AFTERWARDS) for name in changed)
+    return bool(finished) and trained and "num_epochs" not in changed
 
 
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
@@ -91,7 +123,7 @@ def record(workdir: Path, step: int, changed: Changes) -> None:
     warnings.warn(f"values changed from step {step} on: {describe(changed)}", stacklevel=2)
     line = json.dumps({"step": step, "changes": changed}) + "\n"
     path = workdir / FILE
-    before = path.read_text() if path.exists() else ""
+    before = files.read_bytes(path, files.LOG_BYTES).decode() if files.exists(path) else ""
     if not before.endswith(line):  # else a process recorded it and stopped before its first step
         workdir_lib.write_text(path, before + line)
 
@@ -111,8 +143,15 @@ def _without_recorded(workdir: Path, changed: Changes) -> Changes:
     """Returns the changes that `changes.jsonl` does not record yet."""
     path = workdir / FILE
     recorded: dict[str, list[Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        recorded |= json.loads(line)["changes"]
+    for number, line in enumerate(files.read_lines(path), start=1):
+        try:
+            value: Any = files.parse_line(line)
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}' is damaged: line {number}: {error}\ndelete that line"
+            ) from error
+        schema.check(path, value, schema.CHANGES, f"delete line {number}")
+        recorded |= value["changes"]
     now = {name: json.loads(json.dumps(pair[1])) for name, pair in changed.items()}
     return {
         name: pair

@@ -18,6 +18,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from vidjax import files
 from vidjax.run import workdir as workdir_lib
 
 # Protocol buffers make their classes at run time: type checkers do not see them.
@@ -52,7 +53,7 @@ class EventFile:
           OSError: the file cannot be written.
           ValueError: `config.json` is damaged.
         """
-        self._file = open(workdir / _file_name(), "ab", buffering=0)  # noqa: SIM115
+        self._file = workdir_lib.open_log(workdir / _file_name())
         self._write(Event(file_version=VERSION))
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         if (workdir / "config.json").exists():
@@ -139,7 +140,7 @@ def _session_start(workdir: Path) -> Any:
     # Without a name of its own group, a session is a group: no two runs are averaged.
     info = session.session_start_info
     info.start_time_secs = time.time()
-    for name, value in _flat(workdir_lib.read_json(workdir / "config.json")):
+    for name, value in _flat(files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)):
         if isinstance(value, bool):
             info.hparams[name].bool_value = value
         elif isinstance(value, (int, float)):

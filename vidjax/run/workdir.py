@@ -9,14 +9,17 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
-T = TypeVar("T")
+from vidjax import files
+
+LOCK_BYTES = 1000  # the longest text of a `.lock`
 
 
 def make_workdir(path: str | os.PathLike[str]) -> Path:
@@ -34,7 +37,7 @@ def make_workdir(path: str | os.PathLike[str]) -> Path:
             raise ValueError(f"--workdir: '{workdir}' is a file, not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"
-        probe.touch()
+        _create(probe).close()
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--workdir: cannot write in '{workdir}': {error.strerror}") from error
@@ -48,22 +51,58 @@ def lock(workdir: Path) -> Iterator[None]:
     The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-      ValueError: another process holds the lock.
+      ValueError: another process holds the lock, or `.lock` is no file of vidjax's.
     """
     path = workdir / ".lock"
-    with open(path, "a+b", buffering=0) as file:
+    with files.open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().decode(errors="replace").strip() or "another process"
-            raise ValueError(f"--workdir: '{workdir}' is in use by {owner}") from None
+            raise ValueError(f"--workdir: '{workdir}' is in use by {lock_owner(file)}") from None
         except OSError as error:
             raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
+        content = file.read(LOCK_BYTES)
+        if content and not content.startswith(b"process "):
+            raise ValueError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
         with contextlib.suppress(OSError):  # the lock holds on a full disk, too
             file.truncate(0)
+            file.seek(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def lock_owner(file: io.FileIO) -> str:
+    """Returns the process that an open `.lock` names, in one line of printable letters."""
+    file.seek(0)
+    text = file.read(LOCK_BYTES).decode(errors="replace")
+    return "".join(filter(str.isprintable, text)).strip() or "another process"
+
+
+def _create(path: Path) -> BinaryIO:
+    """Creates a file under a name that only this process uses, and opens it for writing.
+
+    What has the name is removed: a killed process of the same number left it, or a stranger did.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    path.unlink(missing_ok=True)
+    return open(os.open(path, flags, 0o666), "wb")
+
+
+def open_log(path: Path) -> io.FileIO:
+    """Opens a log to append to, unbuffered; it need not exist yet.
+
+    Raises:
+      ValueError: it is a link, or no regular file.
+    """
+    return files.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder with all that is in it; of a link in its place only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +118,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with _create(partial) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -127,23 +166,3 @@ def _plain(value: object) -> object:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"no JSON form of {type(value).__name__}")
-
-
-def read_json(path: Path, kind: type[T] = dict) -> T:
-    """Reads a JSON file that may be damaged.
-
-    Args:
-      path: the file.
-      kind: the type that the file must hold: `dict`, `list`, or `object` for any.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not JSON, or holds another type.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"'{path}' is damaged: it holds no {kind.__name__}")
-    return value

@@ -54,9 +54,10 @@ def label_distractors(
     is_noise = labels == 0
     if not is_noise.any():
         raise ValueError(
-            "config.data.distractors=noise: no training clip is a distractor\n"
-            "add a split with distractors: --config.data.train_splits=train,val "
-            "--config.ensemble.folds=5"
+            f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
+            "distractor\nwithout distractors: the argument 'other', as in "
+            "--config=configs/noise_classes.py:other,\nor another system, such as "
+            "--config=configs/mma.py"
         )
     vectors = _mean_faces(config, data, is_noise)
     clusters = cluster(
@@ -198,7 +199,7 @@ class Relabeller:
     ) -> None:
         """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
         clips, identities = self._training_sets.clips, self._data.identities
-        with open(self._path, "ab", buffering=0) as file:
+        with workdir_lib.open_log(self._path) as file:
             for number, rows in enumerate(movable):
                 counts = audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout

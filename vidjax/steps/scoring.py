@@ -1,6 +1,7 @@
 """Evaluation: scores of every clip of a split by trained models, and the metrics of the ranking."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -121,10 +122,41 @@ def score(
     seconds = time.monotonic() - began - compiling.seconds
 
     clips.flush()
-    results = _summarise(split, clips.clips, value, scorers)
+    scores, num_nan = _without_nan(split, clips.clips)
+    results = _summarise(split, scores, value, scorers) | num_nan
     results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
     model_tops = _summarise_models(rankers, results)
-    return Evaluation(top, model_tops, ranking.positives, clips.clips, results)
+    return Evaluation(top, model_tops, ranking.positives, scores, results)
+
+
+def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
+    """Ranks clips with a NaN among their scores last, and counts them.
+
+    Args:
+      split: the clips.
+      clips: their best scores; a NaN where any score is one.
+
+    Returns:
+      The scores with -inf for NaN, and `num_nan_clips` for `results` where there are any.
+
+    Raises:
+      ValueError: All scores are NaN.
+    """
+    nan = np.isnan(clips.best) & clips.pool
+    if not nan.any():
+        return clips, {}
+    count, total = int(nan.sum()), int(clips.pool.sum())
+    first = [split.clips[clip] for clip in np.flatnonzero(nan)[:3]]
+    message = (
+        f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
+        "their features, or those of the training clips, are too large for float32: divide them by "
+        "a constant"
+    )
+    if count == total:
+        raise ValueError(message)
+    warnings.warn(f"{message}; they are ranked last", stacklevel=3)
+    best = np.where(nan, np.float32(-np.inf), clips.best)
+    return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 
 
 class _ModelRanker:

@@ -36,7 +36,7 @@ class TopKMetric:
 
     def add(self, scores: Array, block: Batch) -> None:
         """Adds the scores [B, C] of a block."""
-        mask = _in_pool(self._pool, block.clip_index, block.batch_mask)
+        mask = in_pool(self._pool, block.clip_index, block.batch_mask)
         self._top.add((scores, block.clip_index, mask))
 
     def flush(self) -> None:
@@ -106,7 +106,8 @@ class ClipScoreBuffer:
 
 
 @jax.jit
-def _in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
+def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
+    """Returns [B] bool, True for the rows of a block whose clips are in `pool` [N] bool."""
     return pool[clip_index] & batch_mask
 
 

@@ -12,7 +12,7 @@ from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0

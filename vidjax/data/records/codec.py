@@ -18,8 +18,14 @@ import numpy as np
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import tensorflow
-import tensorflow_datasets
+try:
+    import tensorflow
+    import tensorflow_datasets
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"records of features need the package '{error.name}': pip install 'vidjax[train]'",
+        name=error.name,
+    ) from error
 
 from vidjax.batch import Frames
 from vidjax.data.clips import Modality

@@ -167,7 +167,10 @@ def _common_modalities(unpacked: Unpacked, source: RecordSource) -> dict[str, Mo
                 dtype = np.result_type(dtype, modalities[name].dtype)
             modalities[name] = Modality(dim, dtype.name)
     if not modalities:
-        raise ValueError(f"{source.place}: no clip has a single frame")
+        packs = [clips for packed in unpacked.values() for clips in packed.values()]
+        dropped = sum(sum(clips.skipped.values()) for clips in packs)
+        reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
+        raise ValueError(f"{source.place}: no clip has a single frame that can be used{reason}")
     return dict(sorted(modalities.items()))
 
 

@@ -183,7 +183,7 @@ def _load_split(
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
     arrays = {}
     for name, split in splits.items():
-        # One string, as no name holds white space: an array of str is as wide as its longest name.
+        # One string, as no name holds a newline: an array of str is as wide as its longest name.
         clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
         arrays[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
         arrays[f"{name}/order"] = split.order

@@ -22,7 +22,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.labels import Truth
-from vidjax.data.record_source import RecordSource
+from vidjax.data.record_source import Origin, RecordSource
 from vidjax.data.records.codec import (
     decode_batch,
     flatten_batch,
@@ -32,7 +32,8 @@ from vidjax.data.records.codec import (
 )
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
-from vidjax.data.records.report import label_records
+from vidjax.data.records.report import digest_data, label_records
+from vidjax.data.usable import misspelt
 
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
@@ -46,10 +47,18 @@ class Dataset:
     Attributes:
       identities: names of the class columns: column c is `identities[c - 1]`.
       modalities: modality -> width and stored dtype.
-      report: counts of loaded and skipped frames and clips, and of labels.
+      report: counts of loaded and skipped frames and clips, and of labels; under `data` the
+        origin of the clips and the digest of clips and labels.
     """
 
-    def __init__(self, records: Records, truth: Truth, *, identities: Sequence[str] | None = None):
+    def __init__(
+        self,
+        records: Records,
+        truth: Truth,
+        *,
+        identities: Sequence[str] | None = None,
+        origin: Origin | None = None,
+    ):
         """Labels records.
 
         Args:
@@ -57,15 +66,20 @@ class Dataset:
           truth: labelled split -> clip -> identity.
           identities: names of the class columns; None for the identities of the train and val
             ground truth.
+          origin: the origin of the clips; None if it is not known.
         """
         self._records = records
         self._truth = truth
+        self._origin = origin or Origin("records")
         self.modalities: dict[str, Modality] = records.modalities
         self.identities, labels, self.report = label_records(records, truth, identities)
+        self.report["data"] = self._origin._asdict() | {"digest": digest_data(records, truth)}
         self._splits: dict[str, Split] = {}
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
+        for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+            warnings.warn(problem, stacklevel=2)
 
     @classmethod
     def from_source(
@@ -74,6 +88,7 @@ class Dataset:
         *,
         cache_dir: str | Path | None = None,
         non_finite: NonFinite = "drop",
+        origin: Origin | None = None,
     ) -> "Dataset":
         """Returns the clips and labels of a source, converting it unless the cache has it.
 
@@ -82,13 +97,15 @@ class Dataset:
           cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
           non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
             refuses them.
+          origin: the origin of the clips; None for one that bears the source's kind.
 
         Raises:
           ValueError: bad data, malformed labels, or labels of unknown clips.
           OSError: the cache cannot be written.
         """
         records = convert(source, cache_dir, non_finite=non_finite)
-        return cls(records, source.truth(records.clips))
+        truth = source.truth(records.clips)
+        return cls(records, truth, origin=origin or Origin(source.kind))
 
     def split(self, name: str) -> Split:
         """Returns one split.
@@ -104,7 +121,7 @@ class Dataset:
         """Returns the same clips, labelled for other class columns."""
         if tuple(identities) == self.identities:
             return self
-        return Dataset(self._records, self._truth, identities=identities)
+        return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def train_batches(self, plan: BatchPlan, *, start: int = 0) -> Iterator[Batch]:
         """Yields batches without end; every clip comes once per epoch.
@@ -264,7 +281,7 @@ def _warn_of_gaps(
         if dropped := counts["frames_skipped"].get("non_finite"):
             warnings.warn(
                 f"{counts['file']}: {dropped} of {counts['frames_seen']} frames have a {modality} "
-                "feature with a NaN or an Inf: left out",
+                "feature with a NaN, an Inf or a value beyond float32: left out",
                 stacklevel=3,
             )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.frame_fields import PackedClips
+from vidjax.data.frame_fields import LARGEST, PackedClips
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
+from vidjax.digests import sha256_json
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
@@ -72,15 +73,23 @@ def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
     """Returns [F] float32 L2 norms; `rows` frames at a time, to bound memory."""
     norms = np.empty(len(features), np.float32)
     for start in range(0, len(features), rows):
-        block = features[start : start + rows].astype(np.float32)
-        norms[start : start + rows] = np.sqrt(np.einsum("fd,fd->f", block, block))
+        block = features[start : start + rows].astype(np.float64)  # squares stay finite
+        length = np.sqrt(np.einsum("fd,fd->f", block, block))
+        norms[start : start + rows] = np.minimum(length, LARGEST)
     return norms
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
     """Returns counts in equal bins between the smallest and the largest finite value."""
     finite = values[np.isfinite(values)].astype(np.float64)
-    counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS) if finite.size else ([], [])
+    counts, edges = [], []
+    if finite.size:
+        low, high = float(finite.min()), float(finite.max())
+        largest = max(abs(low), abs(high))
+        if high - low <= 1e-9 * largest:  # bins need a width that floats of that size can tell
+            half = max(0.5, 1e-6 * largest)
+            low, high = low - half, high + half
+        counts, edges = np.histogram(finite, bins=HISTOGRAM_BINS, range=(low, high))
     return {
         "counts": np.asarray(counts).tolist(),
         "edges": np.asarray(edges).tolist(),
@@ -109,6 +118,27 @@ def label_records(
     for split, clips in records.clips.items():
         report["splits"][split] |= _report_labels(truth.get(split), clips, identities)
     return identities, labels, report
+
+
+def digest_data(records: Records, truth: Truth) -> str:
+    """Returns the sha256 of clips, frames and labels, in hexadecimal.
+
+    Paths, times and the class columns do not change it: the same data have the same digest on
+    every machine.
+
+    Args:
+      records: the clips.
+      truth: split -> clip -> identity.
+    """
+    splits = {
+        name: {
+            "clips": split.clips,
+            "shards": [shard.sha256 for shard in split.shards],
+            "labels": sorted(truth[name].items()) if name in truth else None,
+        }
+        for name, split in sorted(records.splits.items())
+    }
+    return sha256_json([sorted(records.modalities.items()), splits])
 
 
 def _report_labels(

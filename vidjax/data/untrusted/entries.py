@@ -11,12 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips
+from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips, usable_rows
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, UnpickleError
 
 MB = 1 << 20
 BLOCK_BYTES = 8 * MB
+MOST_EMPTY, BYTES_PER_EMPTY = 100_000, 64  # clips without an entry: so many, and one per 64 bytes
 
 _BARE = ("feature",)
 # Fields of an entry, by their number, as the official files name them.
@@ -57,6 +58,21 @@ def clips_of(content: object) -> dict[str, Any]:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise UnpickleError(f"duplicate clips: {', '.join(repeated[:5])}{more}")
     return clips
+
+
+def refuse_empty(content: object, size: int) -> None:
+    """Raises UnpickleError for far more clips without an entry than an honest file has.
+
+    An empty clip takes a few bytes, but costs as much time as a real one.
+
+    Args:
+      content: the content of the pickle.
+      size: length of the pickle in bytes.
+    """
+    if type(content) is dict:
+        empty = sum(type(value) in (list, tuple) and not value for value in content.values())
+        if empty > MOST_EMPTY + size // BYTES_PER_EMPTY:
+            raise UnpickleError(f"{empty} of {len(content)} clips are empty: refused")
 
 
 def _clip_name(key: object) -> str:
@@ -277,10 +293,7 @@ class ClipWriter:
         block = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, self.width)
         block = block.astype(self.native, copy=False)  # [F, D]
         owner = np.repeat(*np.array(self.owners).T)  # [F]
-        if self.native.kind == "f":
-            keep = np.asarray(np.isfinite(block).all(axis=1))  # [F]
-        else:
-            keep = np.ones(len(block), bool)
+        keep = usable_rows(block)  # [F]
         if not keep.all():
             if not self.drop:
                 raise UnpickleError(

@@ -1,4 +1,14 @@
-"""Clip names, and text of unknown origin in messages."""
+"""Names of clips and identities, and text of unknown origin in messages."""
+
+import re
+import unicodedata
+import urllib.parse
+
+# Control characters, line and paragraph separators: they would break the lines of a file.
+_BREAKS = ("Cc", "Zl", "Zp")
+# White space and the byte order mark, which readers of text drop; and a % before two hexadecimal
+# digits, so that every name is read back.
+_UNSAFE = re.compile(r"[\s\ufeff]|%(?=[0-9A-Fa-f]{2})")
 
 
 def show(text: str | bytes) -> str:
@@ -9,26 +19,44 @@ def show(text: str | bytes) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def check_name(name: str, kind: str = "clip name") -> str:
+    """Returns a name as it is, if files and pages can hold it. It may hold blanks.
+
+    Args:
+      name: the name of a clip or of an identity.
+      kind: what it names, for the message.
+
+    Raises:
+      ValueError: the name is empty or blank, is not valid unicode, or holds a newline or another
+        control character.
+    """
+    if not name.strip():
+        raise ValueError(f"{kind} '{show(name)}' is empty")
+    if not name.isprintable():  # a fast test, which few names fail
+        broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
+        if broken:
+            raise ValueError(
+                f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
+            )
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{kind} '{show(name)}' is not valid unicode: rename it") from None
+    return name
+
+
 def clean_name(name: str) -> str:
     """Returns a clip name without `.mp4` at its end.
 
     Raises:
-      ValueError: the name is empty, is not valid unicode, or holds white space, which would break
-        the lines of a submission.
+      ValueError: the name is none; see `check_name`.
     """
     end = len(name)
     while name.endswith(".mp4", 0, end):  # no copy: a name may be nothing but suffixes
         end -= 4
-    clean = name[:end]
-    if not clean:
+    if not name[:end].strip():
         raise ValueError(f"clip name '{show(name)}' is empty")
-    if clean.split() != [clean]:
-        raise ValueError(f"clip name '{show(name)}' holds white space")
-    try:
-        clean.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"clip name '{show(name)}' is not valid unicode") from None
-    return clean
+    return check_name(name[:end])
 
 
 def clean_name_at(place: str, name: object) -> str:
@@ -47,3 +75,19 @@ def clean_name_at(place: str, name: object) -> str:
         return clean_name(name)
     except ValueError as error:
         raise ValueError(f"{place} {error}") from None
+
+
+def escape(name: str) -> str:
+    """Returns a name without white space, as the official format writes it: `First%20Last`."""
+    return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
+
+
+def unescape(text: str) -> str:
+    """Returns the name that `escape` turned into this text; any other text stays as it is."""
+    if "%" not in text:
+        return text
+    name = urllib.parse.unquote(text)
+    try:
+        return check_name(name) if escape(name) == text else text
+    except ValueError:
+        return text

@@ -15,6 +15,7 @@ from vidjax.data.frame_fields import (
     NonFinite,
     PackedClips,
     skipped_clips,
+    usable_rows,
 )
 from vidjax.data.untrusted.names import show
 
@@ -31,11 +32,13 @@ class Clip(NamedTuple):
       name: its clean name.
       place: file or split, with which an error begins.
       modalities: modality -> frames, as `read_frames` takes them.
+      given: its name as the source writes it, with `.mp4` or without; empty for `name`.
     """
 
     name: str
     place: str
     modalities: Mapping[str, Any]
+    given: str = ""
 
 
 def place_of(clip: Clip, modality: str) -> str:
@@ -228,8 +231,11 @@ class _Packer:
                 f"{place}: features are {features.shape[1]} wide, others {self._width}"
             )
         if features.dtype != self._dtype:
-            raise ValueError(f"{place}: features are {features.dtype}, others {self._dtype}")
-        keep = np.isfinite(features).all(axis=1)
+            raise ValueError(
+                f"{place}: features are {features.dtype}, others {self._dtype}: "
+                f"use features.astype('{self._dtype}')"
+            )
+        keep = usable_rows(features)
         if not keep.all():
             if not self._drop:
                 frame = int(np.argmin(keep))

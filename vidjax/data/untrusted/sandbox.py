@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.data.frame_fields import STORED
-from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of
+from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of, refuse_empty
 from vidjax.data.untrusted.unpickle import UnpickleError, load
 
 EXIT_REFUSED = 2
@@ -48,7 +48,9 @@ def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str
     """
     with path.open("rb", buffering=READ_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
-        clips = clips_of(load(file, size))
+        content = load(file, size)
+    refuse_empty(content, size)
+    clips = clips_of(content)
     with contextlib.ExitStack() as stack:
         files = {
             field: stack.enter_context((out_dir / f"{field}.bin").open("wb")) for field in STORED

@@ -1,0 +1,321 @@
+"""Random mutations of every file of a run, under every mode that reads a run's folder.
+
+    python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
+
+A small run is trained in FOLDER. Then each mutation is made in a fresh copy of it, once per mode.
+A mode has to end within 10 s and 1 GB, with exit code 0, 2 or 3, with at most three lines of error,
+and may change nothing outside of the copy. Everything runs in this process: a mutation that ends
+it, or hangs it for longer than the alarm, is told by the last line of the log.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.helpers import clip_files
+from vidjax import main as vidjax_main
+from vidjax.run import checkpoint
+
+ROOT = Path(__file__).parents[2]
+MODES = ("check", "report", "compare", "evaluate", "resume")
+SECONDS, MEMORY, LINES = 10, 1 << 30, 3
+WEIRD: tuple[Any, ...] = (
+    None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
+    "<script>alert(1)</script>", "../../../etc/passwd", "\x00\n\x1b[2J", [], {}, [[[]]] * 1000,
+    {"a": {"b": 1}},
+)  # fmt: skip
+
+
+class Trial(NamedTuple):
+    """One mutation under one mode: what came of it, and what was wrong with that."""
+
+    file: str
+    mutation: str
+    mode: str
+    code: int | None
+    wrong: str
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes() or b"0")
+    for _ in range(rng.choice((1, 1, 1, 20))):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(len(content) + 1)])
+
+
+def insert(path: Path, rng: random.Random) -> None:
+    content, junk = path.read_bytes(), rng.randbytes(rng.choice((1, 8, 5000)))
+    place = rng.randrange(len(content) + 1)
+    path.write_bytes(content[:place] + junk + content[place:])
+
+
+def repeat(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    begin, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    path.write_bytes(content[:end] + content[begin:])
+
+
+def nest(path: Path, rng: random.Random) -> None:
+    depth = rng.choice((50, 900, 200_000))
+    path.write_bytes(b"[" * depth + b"]" * depth)
+
+
+def remove(path: Path, rng: random.Random) -> None:
+    del rng
+    path.unlink()
+
+
+def replace(path: Path, rng: random.Random) -> None:
+    """Puts a pipe, a folder, a link or an endless file in the place of a file."""
+    path.unlink()
+    kind = rng.choice(("pipe", "folder", "link", "zero", "nothing", "sparse"))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 30 << 30)
+    else:
+        victim = path.parents[len(path.parents) - 1]
+        targets = {"link": VICTIM[0], "zero": Path("/dev/zero"), "nothing": victim / "absent"}
+        path.symlink_to(targets[kind])
+
+
+VICTIM = [Path("/nonexistent")]  # the file outside of the run that links lead to
+
+
+def change_value(path: Path, rng: random.Random) -> None:
+    """Changes a value or a key of JSON; the digest of a manifest is made to agree."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        whole = path.suffix != ".jsonl"
+    except ValueError:
+        lines, whole = [], True
+    try:
+        value = json.loads(path.read_text()) if whole else rng.choice(lines)
+    except (ValueError, IndexError):
+        return flip(path, rng)
+    _change(value, rng)
+    if path.name == "manifest.json" and isinstance(value, dict):
+        value.pop("sha256", None)
+        checkpoint._write_manifest(path.parent, value)
+    else:
+        path.write_text(json.dumps(value) if whole else "\n".join(map(json.dumps, lines)) + "\n")
+
+
+def _change(value: Any, rng: random.Random) -> None:
+    while isinstance(value, (dict, list)) and value:
+        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        if isinstance(value[key], (dict, list)) and value[key] and rng.random() < 0.8:
+            value = value[key]
+            continue
+        if isinstance(value, dict) and rng.random() < 0.3:
+            value[rng.choice(("", "<b>", "x" * 3000))] = value.pop(key)
+        else:
+            value[key] = rng.choice(WEIRD)
+        return
+
+
+def change_array(path: Path, rng: random.Random) -> None:
+    """Changes an array of an archive, or the JSON that it holds."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    name = rng.choice(list(arrays))
+    array = arrays[name]
+    if name in ("facts", "members") and rng.random() < 0.8:
+        value = json.loads(array.tobytes())
+        _change(value, rng)
+        arrays[name] = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    else:
+        arrays[name] = rng.choice(
+            (
+                array[..., :0], np.repeat(array, 50, 0), array.astype(np.complex64),
+                np.array(["<b>"] * 3), np.zeros((3000, 3000), np.float32), array[None],
+                np.full(array.shape, np.nan), np.full(array.shape, -(1 << 40), np.int64),
+            )
+        )  # fmt: skip
+    np.savez_compressed(path, **arrays)
+
+
+def mutations_of(name: str) -> list[Callable[[Path, random.Random], None]]:
+    """Returns the mutations that make sense for a file."""
+    common = [flip, cut, insert, repeat, nest, remove, replace, replace]
+    if name.endswith((".json", ".jsonl")):
+        return [*common, *[change_value] * 10]
+    return [*common, *[change_array] * 10] if name.endswith(".npz") else common
+
+
+def make_run(folder: Path) -> tuple[Path, list[str]]:
+    """Trains the run that is mutated; returns its folder and the words of its training."""
+    os.environ["VIDJAX_CACHE"] = str(folder / "cache")
+    data, run = folder / "data", folder / "run"
+    words = [
+        f"--config={ROOT}/configs/quality_fusion.py:iqiyi_vid",
+        "--config.data.name=iqiyi_vid", f"--config.data.dir={data}", "--config.batch_size=8",
+        "--config.num_epochs=2", "--config.resume.allow=num_epochs",
+    ]  # fmt: skip
+    if not (run / "report.html").exists():
+        data.mkdir(parents=True, exist_ok=True)
+        clip_files.write_learnable(data)
+        if vidjax_main.main([*words, f"--workdir={run}"]):
+            raise SystemExit("the run that is to be mutated could not be trained")
+    victim = folder / "victim"
+    victim.mkdir(exist_ok=True)
+    (victim / "mine.txt").write_text("mine\n")
+    VICTIM[0] = victim / "mine.txt"
+    return run, words
+
+
+def files_of(run: Path) -> list[Path]:
+    """Returns the files of a run that some mode reads, relative to its folder."""
+    paths = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    skipped = ("events.", "report", "timing")
+    kept = [path for path in paths if not path.name.startswith(skipped)]
+    state = [path for path in kept if "state" in path.parts]
+    return sorted(set(kept) - set(state)) + sorted(state)[:3]
+
+
+def words_of(mode: str, run: Path, copy: Path, training: list[str]) -> list[str]:
+    """Returns the command of a mode on the mutated copy."""
+    if mode == "resume":
+        return [*training, f"--workdir={copy}", "--config.num_epochs=3"]
+    if mode == "compare":
+        return ["--mode=compare", f"--workdir={copy.parent}/out", f"--runs={run},{copy}"]
+    return [f"--mode={mode}", f"--workdir={copy}"]
+
+
+@contextlib.contextmanager
+def alarm() -> Iterator[None]:
+    """Interrupts what takes longer than it may."""
+
+    def ring(signum: int, frame: object) -> None:
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_mode(words: list[str]) -> tuple[int | None, str]:
+    """Runs a command in this process; returns its exit code and what was wrong."""
+    out, err = io.StringIO(), io.StringIO()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(action="ignore"),
+        alarm(),
+    ):
+        code = vidjax_main.main(words)
+    seconds = time.process_time() - began  # of this process: the machine may be busy
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    said = [line for line in err.getvalue().splitlines() if line.startswith("vidjax:")]
+    wrong = []
+    if code not in (0, 2, 3):
+        wrong.append(f"exit code {code}")
+    if "Traceback" in err.getvalue() + out.getvalue():
+        wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]}")
+    elif code and len(err.getvalue().strip().splitlines()) > LINES and not said:
+        wrong.append("more than three lines")
+    if seconds > SECONDS:
+        wrong.append(f"{seconds:.0f} s")
+    if grown > MEMORY:
+        wrong.append(f"{grown / 1e9:.1f} GB")
+    return code, "; ".join(wrong)
+
+
+def digest(*folders: Path) -> str:
+    """Returns a digest of names and contents of all files in some folders."""
+    sha256 = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            sha256.update(str(path).encode())
+            sha256.update(path.read_bytes() if path.is_file() else b"")
+    return sha256.hexdigest()
+
+
+def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Iterator[Trial]:
+    """Yields the result of every mutation under every mode.
+
+    Args:
+      folder: for the run and its copies.
+      count: mutations.
+      seed: seed of the choices.
+      modes: of MODES.
+    """
+    run, training = make_run(folder)
+    names, rng = files_of(run), random.Random(seed)
+    outside = (folder / "victim", folder / "data", run)
+    before = digest(*outside)
+    for number in range(count):
+        name = names[number % len(names)]
+        mutate, choice = rng.choice(mutations_of(name.name)), rng.random()
+        for mode in modes:
+            copy = folder / "copies" / "copy"
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            shutil.copytree(run, copy)
+            if mode == "resume":  # as a run that was stopped at its last checkpoint
+                (copy / "report.html").unlink(missing_ok=True)
+            mutate(copy / name, random.Random(choice))
+            try:
+                code, wrong = run_mode(words_of(mode, run, copy, training))
+            except Exception as error:
+                code, wrong = None, f"{type(error).__name__}: {error}"
+            if digest(*outside) != before:
+                wrong += "; something outside was changed"
+            yield Trial(str(name), f"{mutate.__name__} {choice}", mode, code, wrong)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the campaign and prints its figures; returns 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
+    parser.add_argument("--modes", default=",".join(MODES))
+    args = parser.parse_args(argv)
+    sys.stdout.write(f"--seed={args.seed}\n")
+    codes: Counter[tuple[str, int | None]] = Counter()
+    wrong = []
+    folder, modes = args.folder.absolute(), tuple(args.modes.split(","))
+    for trial in trials(folder, args.count, args.seed, modes):
+        codes[trial.mode, trial.code] += 1
+        if trial.wrong:
+            wrong.append(trial)
+            sys.stdout.write(f"{trial}\n")
+            sys.stdout.flush()
+    for (mode, code), number in sorted(codes.items(), key=str):
+        sys.stdout.write(f"{mode:10} exit code {code}: {number}\n")
+    sys.stdout.write(f"{sum(codes.values())} trials, {len(wrong)} wrong\n")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

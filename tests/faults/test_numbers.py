@@ -1,0 +1,341 @@
+"""Odd numbers, and data that would silently be something else: an error that names the remedy."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.campaigns import numbers
+from tests.helpers.clip_files import random_clip, write_pickle
+from vidjax import config as config_lib
+from vidjax.data import arrays, ground_truth, iqiyi_vid, load
+from vidjax.data.clips import Split
+from vidjax.data.records import report as report_lib
+from vidjax.data.usable import misspelt, unusable
+from vidjax.models import identifier
+from vidjax.modes import check, plan
+from vidjax.steps import scoring
+from vidjax.steps.sinks import ClipScores
+
+DIM = 4
+
+
+def make_clips(
+    value: Callable[[np.ndarray], Any] = lambda x: x, names: str = "face"
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns 6 clips of 2 frames in train and in val, with the features that `value` makes."""
+    rng = np.random.default_rng(0)
+    return {
+        split: {
+            f"{split}{i}": {
+                name: value(rng.normal(size=(2, DIM)).astype(np.float32)) for name in names.split()
+            }
+            for i in range(6)
+        }
+        for split in ("train", "val")
+    }
+
+
+LABELS = {f"{split}{i}": f"p{i % 3}" for split in ("train", "val") for i in range(6)}
+
+
+def make_config(*words: str) -> config_lib.Config:
+    return config_lib.override(config_lib.default(), [f"--config.{word}" for word in words])
+
+
+# What training features teach nothing.
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
+        (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
+        (lambda x: np.full_like(x, 3e38), r"face: .* overflow float32\ndivide them"),
+        (lambda x: x * 1e-20, r"face: .* vanish in float32\nmultiply them"),
+        (
+            lambda x: x.astype(np.float64) * 1e300,
+            "single frame that can be used: all 24",
+        ),
+        (lambda x: x * np.nan, "single frame that can be used: all 24"),
+    ],
+)
+def test_features_that_teach_nothing_are_an_error(
+    tmp_path: Path, value: Callable[[np.ndarray], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        data = arrays.load(make_clips(value), LABELS, cache_dir=tmp_path)
+        plan.make_plan(make_config(), data)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "all 12 frames of train have a NaN"), (0.0, "all features of train are 0")],
+)
+def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(
+    tmp_path: Path, value: float, message: str
+) -> None:
+    clips = make_clips(names="face head")
+    for modalities in clips["train"].values():
+        modalities["head"][:] = value
+    folder = tmp_path / "own"
+    for split, content in clips.items():
+        (folder / split).mkdir(parents=True)
+        for clip, modalities in content.items():
+            np.savez(folder / split / f"{clip}.npz", **modalities)
+    rows = "".join(f"{clip},{identity}\n" for clip, identity in LABELS.items())
+    (folder / "labels.csv").write_text(f"clip,identity\n{rows}")
+    cache = tmp_path / "cache"
+    config = make_config(
+        "data.name=arrays", f"data.dir={folder}", f"data.cache_dir={cache}", "modalities=face,head"
+    )
+    with (
+        pytest.warns(UserWarning, match="left out") if np.isnan(value) else contextlib.nullcontext()
+    ):
+        data = arrays.load(folder, cache_dir=cache)
+    with pytest.raises(ValueError, match=f"head: {message}"):
+        plan.make_plan(config, data)
+    config_lib.check(config)
+    assert plan.make_plan(make_config(), data).task.modalities == {"face": DIM}
+    faults = [text for state, text in check._data(config) if state == "FAULT"]
+    assert len(faults) == 1 and f"head: {message}" in faults[0]
+    assert "config.modalities" in faults[0]
+
+
+def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path: Path) -> None:
+    clips = make_clips()
+    for modalities in clips["val"].values():
+        modalities["face"][:] = 0
+    data = arrays.load(clips, LABELS, cache_dir=tmp_path)
+    with pytest.warns(UserWarning, match="all features of val are 0"):
+        plan.make_plan(make_config(), data)
+    nothing = {"file": "face_train", "frames_seen": 0, "frames": 0}
+    found = {"splits": {"train": {"modalities": {"face": nothing}}}}
+    assert "no clip of train has a frame" in next(unusable(found, ["train"], ["face"]))
+
+
+def test_values_beyond_float32_are_left_out_and_counted(tmp_path: Path) -> None:
+    def first(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x[0, 1] = 1e39
+        return x
+
+    with pytest.warns(UserWarning, match="12 of 12 frames|6 of 12 frames"):
+        data = arrays.load(make_clips(first), LABELS, cache_dir=tmp_path)
+    counts = data.report["splits"]["train"]["modalities"]["face"]
+    assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
+    with pytest.raises(ValueError, match="frame 0 is not finite"):
+        arrays.load(make_clips(first), LABELS, cache_dir=tmp_path / "2", non_finite="error")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 0.5, -1e30, 3e38])
+def test_a_histogram_of_equal_values_adds_up(value: float) -> None:
+    found = report_lib._histogram(np.full(7, value, np.float32))
+    assert sum(found["counts"]) == 7 and np.all(np.diff(found["edges"]) > 0)
+
+
+@pytest.mark.parametrize(("value", "norm"), [(1e30, 2e30), (1e-30, 2e-30), (3e38, 3.4028235e38)])
+def test_norms_of_odd_features_are_finite(value: float, norm: float) -> None:
+    norms = report_lib._norms(np.full((3, 4), value, np.float32))
+    np.testing.assert_allclose(norms, norm, rtol=1e-6)
+
+
+# Scores that are no numbers.
+
+
+def make_split(num_clips: int) -> Split:
+    clips = tuple(f"clip{i}" for i in range(num_clips))
+    ones = np.ones(num_clips, np.int32)
+    return Split("val", clips, ones, True, np.array([num_clips]), 0, {"face": ones})
+
+
+def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last() -> None:
+    best = np.array([0.5, np.nan, 0.25, np.nan], np.float32)
+    pool, right = np.array([True, True, True, False]), np.ones(4, bool)
+    with pytest.warns(UserWarning, match="1 of 3 clips .* such as clip1\n.*divide"):
+        scores, counts = scoring._without_nan(make_split(4), ClipScores(pool, best, right))
+    assert counts == {"num_nan_clips": 1}
+    assert scores.best[1] == -np.inf and not scores.right[1] and scores.best[0] == 0.5
+    fine = ClipScores(pool, np.zeros(4, np.float32), right)
+    assert scoring._without_nan(make_split(4), fine) == (fine, {})
+    with pytest.raises(ValueError, match=r"2 of 2 clips .*\n.*divide"):
+        nan = np.full(2, np.nan, np.float32)
+        scoring._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
+
+
+# Fields.
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "eval.every_epochs=inf",
+        "noise.relabel_every_epochs=inf",
+        "eval.block_size=1000000000",
+        "optim.learning_rate=inf",
+        "optim.weight_decay=inf",
+        "loss.gamma=inf",
+        "data.balance=inf",
+    ],
+)
+def test_infinite_fields_are_refused(word: str) -> None:
+    problems = list(config_lib.problems(make_config(word), fresh=False))
+    assert len(problems) == 1 and word.partition("=")[0] in problems[0]
+    assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"layers": ((0, "relu", False, 0.0),)},
+        {"layers": ((8, "relu", False, 0.0), (-1, "relu", False, 0.0))},
+        {"backbone": "residual", "width": 0},
+        {"backbone": "residual", "num_layers": -1},
+    ],
+)
+def test_widths_and_counts_of_a_model_are_at_least_one(option: Mapping[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"model 'dense': .*from 1 up"):
+        identifier.make_identifier(
+            {"name": "dense", **option}, modalities={"face": 4}, num_classes=3, num_clips=5
+        )
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:
+    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path)
+
+    def note(size: int) -> str | None:
+        config = make_config(f"batch_size={size}")
+        return plan.repeated_clips(config, plan.make_plan(config, data).task)
+
+    assert note(6) is None
+    assert "--config.batch_size=6" in str(note(7))
+    with pytest.raises(ValueError, match=r"batch_size=100000000.*\n--config.batch_size=6"):
+        note(100_000_000)
+
+
+def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path: Path) -> None:
+    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path)
+    words = ("data.distractors=noise", "data.train_splits=train,val", "ensemble.folds=2")
+    with pytest.raises(ValueError, match=r"noise_classes.py:other") as caught:
+        plan.make_plan(make_config(*words), data)
+    assert len(str(caught.value).splitlines()) <= 3
+    root = Path(__file__).parents[2]
+    config = config_lib.load_file(f"{root}/configs/noise_classes.py:other")
+    plan.make_plan(config_lib.override(config, ["--config.ensemble.folds=2"]), data)
+
+
+# Data that would silently be something else.
+
+
+def test_a_folder_beside_the_synthetic_set_is_refused(tmp_path: Path) -> None:
+    (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
+    assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
+    with pytest.raises(ValueError, match=r"--config\.data\.name=arrays") as caught:
+        load.load_dataset("synthetic", directory=tmp_path, cache_dir=tmp_path)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path: Path) -> None:
+    def digest(clips: Any, labels: Mapping[str, str], cache: str) -> str:
+        return arrays.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
+
+    first = digest(make_clips(), LABELS, "a")
+    assert digest(make_clips(), LABELS, "b") == first
+    assert digest(make_clips(lambda x: x + 1), LABELS, "a") != first
+    assert digest(make_clips(), LABELS | {"val0": "p1"}, "a") != first
+    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path / "a")
+    assert data.with_identities(["p2", "p1", "p0"]).report["data"] == data.report["data"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+@pytest.mark.parametrize("name", ["face_val.pickle", "val_gt.txt"])
+def test_what_bears_the_name_of_a_file_and_is_none_is_refused(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    write_pickle(tmp_path, "face", "train", {"a": random_clip(np.random.default_rng(0), 2, DIM)})
+    make = {
+        "folder": Path.mkdir,
+        "link": lambda path: path.symlink_to("nowhere"),
+        "pipe": os.mkfifo,
+    }
+    make[kind](tmp_path / name)
+    reader = iqiyi_vid.find_pickles if "pickle" in name else ground_truth.find_ground_truth
+    with pytest.raises(ValueError, match=f"{name}: (a folder|a link|not a regular file)"):
+        reader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "remedy"),
+    [
+        ("valid/a.npz", "rename it to val"),
+        ("validation/a.npz", "rename it to val"),
+        ("Testing.parquet", "rename it to test"),
+        ("val.parquet/", "val.parquet: a folder"),
+        ("val", "val: not a folder"),
+    ],
+)
+def test_misspelt_splits_of_own_features_are_refused(
+    tmp_path: Path, entry: str, remedy: str
+) -> None:
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)))
+    place = tmp_path / entry
+    place.parent.mkdir(exist_ok=True)
+    if entry.endswith("/"):
+        place.mkdir()
+    else:
+        place.touch()
+    with pytest.raises(ValueError, match=remedy):
+        arrays.FeatureFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["face_valid.pickle", "face_trian.pickle", "valid_gt.txt"])
+def test_misspelt_splits_of_official_files_are_refused(tmp_path: Path, name: str) -> None:
+    for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
+        (tmp_path / present).touch()
+    assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
+    (tmp_path / name).touch()
+    reader = iqiyi_vid.find_pickles if "pickle" in name else ground_truth.find_ground_truth
+    with pytest.raises(ValueError, match=f"{name}.*\nrename it to (face_)?(val|train)"):
+        reader(tmp_path)
+
+
+def test_misspelt_labels_fields_and_modalities_are_told(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
+    (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
+    with pytest.raises(ValueError, match="did you mean 'face_quality'"):
+        list(arrays.FeatureFolder(tmp_path)._clips("train"))
+    with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
+        arrays.FeatureFolder(tmp_path).truth({"train": ["a"]})
+    some, none = np.array([1, 2]), np.array([0, 0])
+    (problem,) = misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
+    assert "'fase'" in problem and "'face'" in problem
+    assert list(misspelt({"train": {"fase": none, "face": some}}))
+    assert not list(misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}}))
+
+
+def test_a_pickle_of_a_million_empty_clips_is_refused_early(tmp_path: Path) -> None:
+    clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(1_000_000))
+    (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
+    began = time.process_time(), time.monotonic()
+    with pytest.raises(ValueError, match="1000000 of 1000000 clips are empty"):
+        iqiyi_vid.OfficialFiles(tmp_path).read(tmp_path / "scratch", "drop")
+    assert time.process_time() - began[0] < 5 and time.monotonic() - began[1] < 20
+
+
+@pytest.mark.slow
+def test_a_slice_of_the_campaign(tmp_path: Path) -> None:
+    names = ["equal", "zero", "some-1e300", "val-largest", "one-clip", "one-identity", "batch-1e8"]
+    rows = list(numbers.run_all(names, ["knn", "quality_fusion", "deepmef"], tmp_path))
+    assert len(rows) == 21
+    assert not [row for row in rows if row[2].startswith("WRONG")]
+    assert {row[2] for row in rows if row[0] == "zero"} == {
+        "refused: face: all features of train are 0"
+    }

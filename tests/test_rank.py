@@ -1,0 +1,333 @@
+"""New clips by command: the ranking of `predict`, in files of three formats, under odd names."""
+
+import csv
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vidjax
+from tests.helpers import clip_files, made_runs, odd_names, small_runs
+from vidjax import command_line, ranking
+from vidjax.data.unlabelled import load_clips
+from vidjax.main import main
+from vidjax.modes import rank
+from vidjax.run import results as results_lib
+
+NAMES = odd_names.make_names()
+DIM = 24
+FORMATS = (".tsv", ".jsonl", ".parquet")
+
+
+def make_clips(split, seed):
+    """Returns clip -> features of the people of NAMES, one clip for each."""
+    rng = np.random.default_rng(seed)
+    people = np.random.default_rng(0).normal(size=(len(NAMES), DIM))
+    return {
+        f"{name} {split}": {"face": (row + rng.normal(size=(2, DIM)) / 9).astype(np.float32)}
+        for name, row in zip(NAMES, people, strict=True)
+    }
+
+
+def write_parquet(path, clips):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [(clip, frame) for clip, one in clips.items() for frame in one["face"]]
+    names, frames = zip(*rows, strict=True)
+    columns = {"clip": names, "modality": ["face"] * len(rows), "features": list(frames)}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def read(path):
+    """Returns the rows (identity, rank, clip, score) of a file, as a user would read it."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows = parquet.read_table(path).to_pylist()
+        return [tuple(row.values()) for row in rows]
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [
+            (line["identity"], place, one["clip"], -np.inf if (s := one["score"]) is None else s)
+            for line in lines
+            for place, one in enumerate(line["clips"], 1)
+        ]
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file, "excel-tab")
+    assert head == ["identity", "rank", "clip", "score"]
+    return [(row[0], int(row[1]), row[2], float(row[3])) for row in rows]
+
+
+def rows_of(ranked):
+    return [
+        (identity, place, clip, score)
+        for identity, clips in ranked.items()
+        for place, (clip, score) in enumerate(clips, 1)
+    ]
+
+
+def snapshot(folder):
+    """Returns path -> time and content of all that a folder holds."""
+    return {
+        path: (
+            path.stat().st_mtime_ns,
+            path.is_file() and hashlib.sha256(path.read_bytes()).digest(),
+        )
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, cache_dir):
+    """A run whose identities and clips bear odd names."""
+    folder = tmp_path_factory.mktemp("odd")
+    splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
+    labels = {
+        clip: name for clips in splits.values() for clip, name in zip(clips, NAMES, strict=True)
+    }
+    distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
+    splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(9)}
+    data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
+    config = small_runs.shrunk("--config.data.name=arrays", spec="configs/knn.py:iqiyi_vid")
+    config.eval.report = True
+    vidjax.train(config, folder / "run", data, num_devices=1)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
+    scores = [float(np.float32(score)) for score in (-0.1, -1e-30, -np.inf)]
+    ranked = {
+        name: list(zip((clip, "b", "a.mp4"), scores, strict=True))
+        for name, clip in zip(NAMES, reversed(NAMES), strict=True)
+    }
+    assert len(NAMES) > 200 and len(set(NAMES)) == len(NAMES)
+    path = tmp_path / f"out{suffix}"
+    rank.write(path, ranked)
+    found = read(path)
+    assert [row[:3] for row in found] == [row[:3] for row in rows_of(ranked)]
+    assert [np.float32(row[3]) for row in found] == scores * len(NAMES)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    before = path.read_bytes()
+    for write in (lambda: rank.check_out(path), lambda: rank.write(path, {})):
+        with pytest.raises(ValueError, match="name another file, or delete it"):
+            write()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, remedy in {
+        "out.csv": r"\.tsv, \.jsonl, \.parquet",
+        "out": r"\.tsv, \.jsonl, \.parquet",
+        "link.tsv": "name another file",
+        "no/out.tsv": "make it first",
+        "out.parquet": r"pip install 'vidjax\[parquet\]', or end the name in",
+    }.items():
+        with pytest.raises(ValueError, match=remedy):
+            rank.check_out(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--mode=rank"], "--out=FILE"),
+        (["--mode=rank", "--workdir=w", "--input=i"], "--out=FILE"),
+        (["--mode=rank", "--workdir=w", "--input=nowhere", "--out=o.tsv"], "--input=nowhere"),
+        (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--runs=a,b"], "--workdir="),
+        (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--config=c"], "--workdir="),
+        (["--mode=evaluate", "--workdir=w", "--out=o.tsv"], "--mode=rank"),
+        (["--config=mma", "--input=i"], "--mode=rank"),
+    ],
+)
+def test_mistakes_in_the_words_name_the_flag(capsys, words, remedy):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert remedy in said and len(said.splitlines()) <= 3
+
+
+def test_the_command_knows_its_flags():
+    assert {"--input", "--out"} <= set(command_line.FLAGS)
+    args = command_line.parse(["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv"])
+    assert (args.input, args.out) == ("i", "o.tsv")
+
+
+WIDTHS = {"face": DIM}
+
+
+def test_every_layout_without_labels_is_read(official_dir, tmp_path):
+    clips = make_clips("new", 5)
+    table = write_parquet(tmp_path / "test.parquet", clips)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    np.savez(flat / "Ada Byron.npz", **make_clips("a", 1)[NAMES[0] + " a"])
+    np.savez(flat / "b.mp4.npz", face=np.ones((1, DIM), np.float32))
+    for path, names in {
+        table: set(clips),
+        tmp_path: set(clips),
+        flat: {"Ada Byron", "b.mp4"},
+    }.items():
+        assert set(load_clips(path, WIDTHS, NAMES).names) == names
+    widths = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
+    with pytest.raises(ValueError, match=r"--config\.eval\.split="):
+        load_clips(official_dir, widths, ())
+    found = load_clips(official_dir, widths, (), split="val")
+    assert len(found.names) == len(found.split("any").clips) > 10
+    with pytest.raises(ValueError, match=r"no split 'dev'.*\n.*--config\.eval\.split="):
+        load_clips(official_dir, widths, (), split="dev")
+    (flat / "train").mkdir()
+    for path, split in ((tmp_path / "none", None), (tmp_path / "none.parquet", None)):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            load_clips(path, WIDTHS, (), split=split)
+    with pytest.raises(ValueError, match=r"the run reads voice; there: .*audio"):
+        load_clips(official_dir, {"voice": 3}, (), split="val")
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_odd_names_round_trip_through_a_comparison(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [
+        made_runs.write(tmp_path / name, dict(zip(NAMES, rng.random(len(NAMES)), strict=True)))
+        for name in ("=1+1", "<b>|*")
+    ]
+    out = tmp_path / "out"
+    assert main(["--mode=compare", f"--runs={runs[0]},{runs[1]}", f"--workdir={out}"]) == 0
+    with (out / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert [row[0].removeprefix("'") for row in rows] == [name.removeprefix("'") for name in NAMES]
+    assert all(len(row) == len(head) for row in rows)
+    assert not [row[0] for row in [head, *rows] if row[0].startswith(("=", "+", "-", "@"))]
+    assert head[2] == "'=1+1" and head[3] == "<b>|*"
+    text = (out / "comparison.md").read_text(encoding="utf-8")
+    assert "\\<b\\>" in text and "<b>" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tables[:3]}) == 1
+    page = _Tags()
+    page.feed((out / "comparison.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "b", "img"}
+    assert "<b>|*" in page.text and any(f"{name}" in page.text for name in NAMES[20:])
+
+
+@pytest.mark.slow
+def test_odd_names_round_trip_through_a_run(run_dir):
+    assert tuple(json.loads((run_dir / "identities.json").read_text())) == tuple(
+        vidjax.restore(run_dir, num_devices=1).identities
+    )
+    lists = ranking.load_ranking(run_dir / "ranking.txt", identities=set(NAMES))
+    assert set(lists) == set(NAMES)
+    wanted = {f"{name} val.mp4" for name in NAMES} | {f"nobody {i}.mp4" for i in range(9)}
+    assert {clip for clips in lists.values() for clip in clips} == wanted
+    assert json.loads((run_dir / "metrics.json").read_text())["map"] > 0.99
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "<img src=x" not in page
+    assert any(html.escape(name) in page for name in NAMES)
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert "map" in " ".join(events.Tags()["scalars"])
+    content = b"".join(path.read_bytes() for path in run_dir.glob("*tfevents*"))
+    assert not [name for name in NAMES if len(name) > 12 and name.encode() in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, capsys, suffix):
+    clips = make_clips("new", 5)
+    table = write_parquet(tmp_path / "new.parquet", clips)
+    before = snapshot(run_dir)
+    out = tmp_path / f"out{suffix}"
+    words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
+    assert main(words) == 0
+    assert "ranking" in capsys.readouterr().out
+    wanted = rows_of(vidjax.restore(run_dir).rank(clips))
+    assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
+    assert snapshot(run_dir) == before
+    assert main(words) == 2
+    assert "name another file, or delete it" in capsys.readouterr().err
+    assert main([*words[:3], f"--out={tmp_path}/b.tsv", "--config.seed=1"]) == 2
+    assert "--config.eval.split" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ten_thousand_clips_take_seconds(run_dir, tmp_path):
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(10_000, 5, DIM)).astype(np.float32)
+    clips = {f"Clip {i}": {"face": frames} for i, frames in enumerate(features)}
+    table = write_parquet(tmp_path / "big.parquet", clips)
+    run = vidjax.restore(run_dir, num_devices=1)
+    began = time.process_time()
+    found = run.rank(load_clips(table, run.modalities, run.identities))
+    rank.write(tmp_path / "out.tsv", found)
+    assert time.process_time() - began < 8.0
+    assert found == run.rank(clips)
+
+
+@pytest.mark.slow
+def test_the_core_alone_restores_and_ranks(run_dir, tmp_path):
+    """The packages of the extra `train` are not there; training names the extra."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    np.savez(clips / "Ada Byron.npz", face=np.ones((2, DIM), np.float32))
+    absent = ("tensorflow", "tensorflow_datasets", "tensorboard", "matplotlib", "sklearn")
+    code = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "from vidjax.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+
+    def command(*words):
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+    done = command(
+        "--mode=rank", f"--workdir={run_dir}", f"--input={clips}", f"--out={tmp_path / 'o.tsv'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert {row[2] for row in read(tmp_path / "o.tsv")} == {"Ada Byron"}
+    done = command("--config=knn", f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "pip install 'vidjax[train]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_score_of_an_error_rate_is_known_to_predict(run_dir):
+    run = vidjax.restore(run_dir, num_devices=1)
+    metrics = results_lib.read_metrics(run_dir)
+    limit = metrics["threshold_at_fpir_0.01"]
+    assert run.threshold == limit is not None
+    known, new = make_clips("val", 1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
+    found = run.identify(known | new)
+    scores = run.scores(known | new)
+    assert list(found) == [*known, "stranger"]
+    for (clip, answers), row in zip(found.items(), scores, strict=True):
+        best = int(np.argmax(row))
+        assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
+    missed = sum(
+        [name for name, _ in found[clip]] != [identity]
+        for clip, identity in zip(known, NAMES, strict=True)
+    )
+    assert missed / len(NAMES) == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
+    assert found["stranger"] == []
+    three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
+    assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
+    with pytest.raises(ValueError, match="name 1 identity or more"):
+        run.identify(new, k=0)

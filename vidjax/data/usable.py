@@ -1,0 +1,84 @@
+"""Features that no system can learn from, found in the report of a dataset."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vidjax.suggest import closest
+
+# Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
+LONGEST, SHORTEST = 1e18, 1e-12
+
+
+def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
+    """Yields a message for every two modalities of near names that no clip has both of.
+
+    Args:
+      splits: split -> modality -> [N] int, number of frames of each clip.
+    """
+    names = sorted({name for lengths in splits.values() for name in lengths})
+    for number, name in enumerate(names):
+        others = names[number + 1 :]
+        if other := closest(name, others, cutoff=0.7):
+            together = any(
+                np.any((lengths[name] > 0) & (lengths[other] > 0))
+                for lengths in splits.values()
+                if name in lengths and other in lengths
+            )
+            if not together:
+                yield f"no clip has both '{name}' and '{other}': is one of the two misspelt?"
+
+
+def unusable(
+    report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
+) -> Iterator[str]:
+    """Yields a message for every modality whose features are absent, not finite, 0 or out of range.
+
+    Args:
+      report: the report of a dataset, `data_report.json`.
+      splits: names of splits, which are looked at together.
+      modalities: names of modalities.
+    """
+    place = ", ".join(splits)
+    for modality in modalities:
+        counts = [
+            report["splits"][split]["modalities"][modality]
+            for split in splits
+            if modality in report["splits"][split]["modalities"]
+        ]
+        seen = sum(count["frames_seen"] for count in counts)
+        files = ", ".join(dict.fromkeys(count["file"] for count in counts))
+        remedy = f"\ncheck {files or place}, or leave '{modality}' out of config.modalities"
+        if not seen:
+            yield f"{modality}: no clip of {place} has a frame{remedy}"
+        elif not any(count["frames"] for count in counts):
+            yield f"{modality}: all {seen} frames of {place} have a NaN or an Inf{remedy}"
+        else:
+            yield from _odd_norms(modality, place, [c["norm"] for c in counts if c["frames"]])
+
+
+def _odd_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a message where float32 cannot hold the squares of features.
+
+    Args:
+      modality: its name.
+      place: names of the splits.
+      norms: histogram of the L2 norms in every split.
+    """
+    longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
+    if longest > LONGEST:
+        yield (
+            f"{modality}: features of {place} are up to {longest:.2g} long, and their squares "
+            "overflow float32\ndivide them by a constant, or leave out the clips that are wrong"
+        )
+    elif not mean:
+        yield (
+            f"{modality}: all features of {place} are 0\n"
+            f"write others, or leave '{modality}' out of config.modalities"
+        )
+    elif mean < SHORTEST:
+        yield (
+            f"{modality}: features of {place} are {mean:.2g} long on average, and their squares "
+            "vanish in float32\nmultiply them by a constant"
+        )

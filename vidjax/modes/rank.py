@@ -1,0 +1,118 @@
+"""`--mode=rank`: writes a ranking of new clips, with scores, to a file of the user's choice.
+
+The ending of the file's name decides its format:
+
+    .tsv        a line per clip of a list: identity, rank, clip, score; quoted as Excel does
+    .jsonl      an object per identity: {"identity": ..., "clips": [{"clip": ..., "score": ...}]}
+    .parquet    the columns of .tsv; needs pyarrow
+
+Names are written as they were given. Scores have all digits of float32. A clip without a usable
+frame has the score -inf, which is null in .jsonl.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vidjax.run import workdir
+
+Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), best first
+
+COLUMNS = ("identity", "rank", "clip", "score")
+
+
+def check_out(path: Path) -> None:
+    """Checks that a ranking can be written to a new file.
+
+    Raises:
+      ValueError: another ending, a file that exists, no folder, or no pyarrow for a parquet table.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(f"--out={path}: end the name in {', '.join(FORMATS)}")
+    if os.path.lexists(path):
+        raise ValueError(_exists(path))
+    if not path.parent.is_dir():
+        raise ValueError(f"--out={path}: there is no folder '{path.parent}': make it first")
+    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise ValueError(
+            f"--out={path}: the package pyarrow writes parquet, and is not installed\n"
+            "pip install 'vidjax[parquet]', or end the name in .tsv or .jsonl"
+        )
+
+
+def write(path: Path, ranking: Ranking) -> None:
+    """Writes a ranking to a new file, whole or not at all.
+
+    Args:
+      path: the file; its ending is a key of FORMATS.
+      ranking: identity -> (clip, score), best first.
+
+    Raises:
+      ValueError: the file exists by now.
+      OSError: the file cannot be written.
+    """
+    partial = path.with_name(f".vidjax-{os.getpid()}{path.suffix}")
+    workdir.write_bytes(partial, FORMATS[path.suffix](ranking))
+    try:
+        os.link(partial, path)  # a renaming would replace what is there
+    except FileExistsError:
+        raise ValueError(_exists(path)) from None
+    finally:
+        partial.unlink()
+
+
+def _exists(path: Path) -> str:
+    return f"--out={path}: exists and is not overwritten: name another file, or delete it"
+
+
+def _rows(ranking: Ranking) -> Iterator[tuple[str, int, str, np.float32]]:
+    for identity, clips in ranking.items():
+        for rank, (clip, score) in enumerate(clips, 1):
+            yield identity, rank, clip, np.float32(score)
+
+
+def to_tsv(ranking: Ranking) -> bytes:
+    """Returns a ranking as a table of tabs."""
+    text = io.StringIO()
+    writer = csv.writer(text, "excel-tab", lineterminator="\n")
+    writer.writerows([COLUMNS, *_rows(ranking)])
+    return text.getvalue().encode()
+
+
+def to_jsonl(ranking: Ranking) -> bytes:
+    """Returns a ranking as lines of JSON, one per identity."""
+    lines = []
+    for identity, clips in ranking.items():
+        listed = [
+            {"clip": clip, "score": float(str(np.float32(score))) if math.isfinite(score) else None}
+            for clip, score in clips
+        ]
+        lines.append(json.dumps({"identity": identity, "clips": listed}, ensure_ascii=False))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def to_parquet(ranking: Ranking) -> bytes:
+    """Returns a ranking as a parquet table."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = (pyarrow.string(), pyarrow.int32(), pyarrow.string(), pyarrow.float32())
+    rows = list(_rows(ranking))
+    arrays = [pyarrow.array([row[i] for row in rows], kind) for i, kind in enumerate(kinds)]
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(arrays, COLUMNS), content)
+    return content.getvalue()
+
+
+FORMATS: Mapping[str, Callable[[Ranking], bytes]] = {
+    ".tsv": to_tsv,
+    ".jsonl": to_jsonl,
+    ".parquet": to_parquet,
+}
