@@ -30,17 +30,18 @@ MAX_DEPTH = 40  # of lists and objects within each other
 MAX_ITEMS = 2_000_000  # values in one JSON file
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
+def open_regular(path: Path, flags: int = os.O_RDONLY, limit: float = math.inf) -> io.FileIO:
     """Opens a regular file, unbuffered, without following a link in its place.
 
     Args:
       path: the file. Its folder may be reached through links.
       flags: of `os.open`. The file is not truncated, whatever they are.
+      limit: the largest size, in bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is a link, a folder, a pipe or a device; or it has another name, too, and is
-        opened for writing.
+      ValueError: it is a link, a folder, a pipe or a device, or too large; or it has another name,
+        too, and is opened for writing.
       OSError: it cannot be opened.
     """
     safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -59,6 +60,11 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
         kind = _kind_of(status.st_mode)
         if kind is not None:
             raise _not_regular(path, kind)
+        if status.st_size > limit:
+            raise ValueError(
+                f"'{path}' is too large: {status.st_size:,} bytes, where {limit:,} are the most\n"
+                "vidjax has not written it: put back the file of the run"
+            )
         if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
             raise ValueError(
                 f"'{path}' is one file with several names (hard links): it is not written\n"
@@ -111,13 +117,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
       ValueError: it is larger, no regular file, or cannot be read.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, limit=limit) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise ValueError(
-                    f"'{path}' is too large: {size:,} bytes, and vidjax reads up to {limit:,}\n"
-                    "vidjax has not written it: put back the file of the run"
-                )
             content = bytearray()
             while len(content) <= size and (part := file.read(size + 1 - len(content))):
                 content += part

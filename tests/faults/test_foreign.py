@@ -306,7 +306,7 @@ def test_checkpoints_elsewhere_are_neither_read_nor_cleared(tmp_path):
         checkpoint.find(folder)
 
 
-def test_a_manifest_names_no_file_outside(tmp_path, victim):
+def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, victim):
     checkpoint.save(tmp_path, 1, {"params": {"kernel": np.zeros(3)}}, {})
     folder = tmp_path / "checkpoints" / "1"
     manifest = checkpoint.read_manifest(folder)
@@ -317,6 +317,9 @@ def test_a_manifest_names_no_file_outside(tmp_path, victim):
     shard = next(path for path in (folder / "state").rglob("*") if path.is_file())
     manifest["files"] = {str(shard.relative_to(folder / "state")): "0" * 64}
     checkpoint._write_manifest(folder, manifest)
+    os.truncate(shard, 30 * GB)
+    with pytest.raises(checkpoint.DamagedError, match="too large"):
+        checkpoint.verify(folder)
     shard.unlink()
     os.mkfifo(shard)
     with pytest.raises(checkpoint.DamagedError, match="a pipe"):

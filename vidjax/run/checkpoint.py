@@ -244,10 +244,11 @@ def verify(folder: Path) -> dict[str, Any]:
       DamagedError: a file is missing or does not match.
     """
     manifest = read_manifest(folder)
+    limit = schema.most_bytes(manifest["arrays"])
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
         try:
-            with files.open_regular(file) as opened:
+            with files.open_regular(file, limit=limit) as opened:
                 same = digests_lib.sha256_opened(opened) == digest
         except FileNotFoundError as error:
             raise DamagedError(f"file missing: '{file}'") from error

@@ -9,12 +9,16 @@ A schema is a `Kind` of plain values, or it is built of schemas:
 `run.results` says what the keys mean. Keys that are not listed here are free, for later versions.
 """
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+
+from vidjax import files
 
 
 class Kind(NamedTuple):
@@ -231,6 +235,17 @@ ARRAYS = {
 }
 # Arrays that come together, or not at all.
 TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))
+
+
+def most_bytes(arrays: Mapping[str, str]) -> int:
+    """Returns a size in bytes that no file of a checkpoint with some arrays exceeds.
+
+    Args:
+      arrays: name -> dtype and shape, such as `float32[4, 2]`.
+    """
+    shapes = (kind.partition("[")[2] for kind in arrays.values())
+    numbers = sum(math.prod(map(int, re.findall(r"\d{1,15}", shape))) for shape in shapes)
+    return 64 * files.MB + 32 * numbers
 
 
 def check(path: Path, value: object, schema: Schema, remedy: str) -> None:
