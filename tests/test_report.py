@@ -43,59 +43,10 @@ EVIL = (
     '<meta http-equiv="refresh" content="0; url=//x"><form action="//x"><input name=y autofocus '
     "onfocus=alert(3)></form><a href='javascript:alert(4)'>\\</svg>"
 )
-TAGS = frozenset(
-    [
-        "html",
-        "head",
-        "meta",
-        "link",
-        "title",
-        "style",
-        "body",
-        "header",
-        "h1",
-        "nav",
-        "ul",
-        "li",
-        "a",
-        "main",
-        "footer",
-        "section",
-        "h2",
-        "h3",
-        "p",
-        "strong",
-        "span",
-        "code",
-        "pre",
-        "dl",
-        "dt",
-        "dd",
-        "details",
-        "summary",
-        "div",
-        "table",
-        "caption",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "data",
-        "br",
-        "figure",
-        "figcaption",
-        "svg",
-        "desc",
-        "defs",
-        "g",
-        "path",
-        "use",
-        "clippath",
-        "rect",
-        "text",
-    ]
-)
+TAGS = """
+html head meta link title style body header h1 nav ul li a main footer section h2 h3 p strong span
+code pre dl dt dd details summary div table caption thead tbody tr th td data br figure figcaption
+svg desc defs g path use clippath rect text"""
 
 
 def check_page(text):
@@ -109,7 +60,7 @@ def check_page(text):
     assert links[: len(shown)] == [f"#{name}" for name in shown]
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(shown) :])
-    assert {tag for tag, _, _ in page.tags} <= TAGS
+    assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
     assert len(page.all("meta")) == 4
     for name in shown:
         assert re.search(r"<(p|table|figure|dl)[ >]", section(text, name)), f"{name} is empty"
@@ -155,7 +106,7 @@ def test_of_attention(data, tmp_path):
     _, low, high = shown[:3]
     assert low < results["map"] < high
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in section(text, "summary")
-    assert "face 3" in section(text, "attention")
+    assert "face 3" in text[text.index('<section id="attention"') :]
     assert "no head" in section(text, "robustness")
     assert '<section id="ensemble"' not in text
     assert "clips" in section(text, "data")
@@ -176,7 +127,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     text = (tmp_path / "knn" / "report.html").read_text()
     check_page(text)
     assert '<section id="attention"' not in text
-    assert '<section id="frames"' not in text
+    assert "NetVLAD" not in section(text, "frames")
     check_numbers(tmp_path / "knn", text)
     assert analysis_sections.NO_PROBABILITIES in section(text, "open_set")
 
@@ -193,7 +144,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     check_numbers(tmp_path / "folds", text)
 
 
-def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}"):
+def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}", frames=6):
     """Writes a run that nobody trained, of any size."""
     rng = np.random.default_rng(0)
     ap = np.clip(rng.beta(4, 1, identities), 0, 1)
@@ -244,7 +195,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
                 "quality": rng.uniform(20, 90, 32).tolist(),
                 "falls": rng.normal(size=32).tolist(),
             }
-            for n in range(6)
+            for n in range(frames)
         ],
     }
     matrix = rng.random((8, 8))
@@ -321,7 +272,7 @@ def known_keys():
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """The files of a made-up run that has every section."""
-    folder = made_up(tmp_path_factory.mktemp("full") / "run")
+    folder = made_up(tmp_path_factory.mktemp("full") / "run", frames=1)
     counts = {"clips": 3, "frames": 9, "frames_per_clip": {"mean": 3.0}, "missing_rate": 0.25}
     counts |= {"frames_skipped": {"not finite": 2}, "clips_skipped": {"empty": 1}}
     modalities = {"face": counts, "head": counts}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vidjax import config as config_lib
 from vidjax import metrics
 from vidjax.report import significance
 from vidjax.run import results as results_lib
@@ -156,14 +157,15 @@ def collect(value, found):
 
 
 def derived(folder, split):
-    """Returns what a report computes from the files: intervals, quantiles, shares, differences."""
+    """Returns what a report computes from the files: intervals, shares, differences, defaults."""
+    found = set()
+    collect(json.loads(config_lib.to_json(config_lib.default())), found)  # the column of defaults
     config = json.loads((folder / "config.json").read_text())
     own = config.get("eval", {}).get("split", "")
     path = results_lib.paths(folder, split or own, own).analysis
     if not path.exists():
-        return set()
+        return found
     values, arrays = results_lib.load_analysis(path)
-    found = set()
     changes = [row["map"] for row in values.get("robustness", ())]
     found |= {value - changes[0] for value in changes}
     if "ap" in arrays:

@@ -67,8 +67,7 @@ def identities(run: RunFiles) -> Iterator[Html]:
         curve.html("sorted", "Average precision, identities in descending order", description),
         histogram.html("histogram", "Histogram of average precision", description),
     )
-    yield _worst_identities(run)
-    yield html.note(LISTS)
+    yield html.tables(_worst_identities(run), html.note(LISTS))
 
 
 def _worst_identities(run: RunFiles) -> Html:

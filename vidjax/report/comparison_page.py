@@ -117,10 +117,18 @@ def _value_table(
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [dict(settings.fields(run.config)) for run in runs]
+    every = [settings.own_fields(run.config) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
-    rows = [[name, *(values.get(name, "") for values in every)] for name in names]
-    return ["field", *short_names(runs)], [row for row in rows if len(set(row[1:])) > 1]
+    rows = []
+    for name in names:
+        used = [
+            values.get(name, "")
+            for run, values in zip(runs, every, strict=True)
+            if name in values or not settings.is_joined(run.config)
+        ]
+        if len(set(used)) > 1:
+            rows.append([name, *(values.get(name, "") for values in every)])
+    return ["field", *short_names(runs)], rows
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
@@ -243,13 +251,14 @@ def _summary(
     yield _table(caption, *difference_table(runs, differences))
     for sentence in sentences(runs):
         yield html.p(sentence)
-    yield html.figures(_intervals(names, differences))
+    parts = [_intervals(names, differences)]
     head, rows = metric_table(runs)
-    tables = [_table("Other metrics", head, rows)] if rows else []
+    if rows:
+        parts.append(_table("Other metrics", head, rows))
     costs = cost_table(runs)
     if costs[1]:
-        tables.append(_table("Size and time", *costs))
-    yield html.tables(*tables)
+        parts.append(_table("Size and time", *costs))
+    yield html.tables(*parts)
     explained = [
         f"{metric.label}: {metric.about}."
         for metric in metrics.CLIP_METRICS.values()

@@ -12,6 +12,7 @@ LISTED = (
     "average precision."
 )
 DISTRACTOR = "a distractor"
+RIGHT = "this identity"
 
 
 def mistakes(run: RunFiles) -> Iterator[Html]:
@@ -52,14 +53,16 @@ def _lists(run: RunFiles) -> Iterator[Html]:
     for listed in run.analysis["lists"]:
         rows = []
         for row in listed["rows"]:
-            right = row["shows"] == listed["identity"]
-            shown = DISTRACTOR if row["shows"] < 0 else run.identity(row["shows"])
-            mark = "right" if right else html.fill("wrong: {}", html.name(shown))
-            rows.append((html.name(row["clip"]), html.number(row["score"]), mark))
+            if row["shows"] == listed["identity"]:
+                shown = html.text(RIGHT)
+            else:
+                shown = html.name(DISTRACTOR if row["shows"] < 0 else run.identity(row["shows"]))
+            rows.append((html.name(row["clip"]), html.number(row["score"]), shown))
         caption = html.fill(
-            "{}: average precision {}; number of its clips: {}",
+            "{}: average precision {}, {} {}",
             html.name(run.identity(listed["identity"])),
             html.number(listed["ap"]),
             html.number(listed["clips"]),
+            "clip" if listed["clips"] == 1 else "clips",
         )
-        yield html.table(caption, ("clip", "score", "shows the identity"), rows)
+        yield html.table(caption, ("clip", "score", "shows"), rows)

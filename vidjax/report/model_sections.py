@@ -72,7 +72,7 @@ def _clusters(key: str, name: str, shares: Sequence[float]) -> Html:
     plot.axes.bar(numbers, shares, color=figures.FIRST)
     plot.axes.set_xticks(numbers)
     description = ", ".join(f"{k}: {100 * share:.0f} %" for k, share in enumerate(shares, start=1))
-    return plot.html(key, f"Clusters of {name}", description)
+    return plot.html(key, f"Clusters of {name}", description, small=True)
 
 
 def _frame_drops(key: str, identity: str, clip: Mapping[str, Any]) -> Html:

@@ -192,7 +192,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 def ensemble(run: RunFiles) -> Iterator[Html]:
     """Yields tables of the blended runs and of the members, each with its own MAP."""
     members = run.analysis.get("members") or run.metrics.get("members", [])
-    runs = run.analysis.get("runs") or run.metrics.get("runs", [])
+    runs = run.metrics.get("runs") or run.analysis.get("runs", [])
     if runs:
         rows = [
             (

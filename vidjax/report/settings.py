@@ -16,6 +16,7 @@ from vidjax.report.run_files import RunFiles
 
 Rows = list[tuple[str, ...]]
 
+JOIN_FIELDS = ("join.", "eval.")  # starts of the names of fields that a joined run uses
 JOINED_HEAD = (
     "model",
     "data",
@@ -151,7 +152,8 @@ def run_rows(run: RunFiles) -> Rows:
     versions = run.metrics.get("versions", {})
     if versions:
         text = ", ".join(f"{name} {version}" for name, version in versions.items())
-        found.append((html.text("versions"), html.name(text)))
+        block = html.fill('<span class="block">{}</span>', html.name(text))
+        found.append((html.text("versions"), block))
     return found
 
 
@@ -213,10 +215,10 @@ def reading(run: RunFiles) -> Iterator[Html]:
 
 def configuration(run: RunFiles) -> Iterator[Html]:
     """Yields the fields that differ from their defaults, and all fields of `config.json`."""
-    values = dict(fields(run.config))
+    values = own_fields(run.config)
     if not values:
         return
-    defaults = dict(fields(json.loads(config_lib.to_json(config_lib.default()))))
+    defaults = own_fields(json.loads(config_lib.to_json(config_lib.default())))
     changed = [
         (html.name(name), html.name(value), html.name(defaults.get(name, "")))
         for name, value in values.items()
@@ -237,11 +239,37 @@ def configuration(run: RunFiles) -> Iterator[Html]:
     yield html.fold("All fields of the configuration", html.join([note, tables]))
 
 
-def fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns dotted name -> value as text of the fields that a run uses.
+
+    A joined run uses the fields `join` and `eval`. Each run that it joins has its own others.
+    """
+    found = dict(_fields(config))
+    if is_joined(config):
+        return {name: value for name, value in found.items() if name.startswith(JOIN_FIELDS)}
+    return found
+
+
+def is_joined(config: Mapping[str, Any]) -> bool:
+    """Returns True for the configuration of a run that joins others."""
+    return bool(config.get("join", {}).get("runs"))
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yields (dotted name, value as text) of every leaf of a configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from fields(value, f"{prefix}{key}.")
+            yield from _fields(value, f"{prefix}{key}.")
         else:
-            shown = value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{key}", "unset" if value is None else shown or "empty"
+            yield f"{prefix}{key}", _value_text(value)
+
+
+def _value_text(value: object) -> str:
+    """Returns a value as a command line would have it, or a word for no value."""
+    if value is None:
+        return "unset"
+    if isinstance(value, list | tuple) and not any(
+        isinstance(item, list | tuple) for item in value
+    ):
+        return ", ".join(map(str, value)) or "empty"
+    return value or "empty" if isinstance(value, str) else json.dumps(value)

@@ -27,7 +27,8 @@ details { margin: .75rem 0; } summary { cursor: pointer; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .figures.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
-.tables .wide { max-width: min(100%, 37.5rem); }
+.tables > figure { flex: 1 1 26rem; }
+.tables > p { flex: 1 1 18rem; max-width: 30rem; margin-top: 2.5rem; }
 figure { margin: .5rem 0; max-width: 38rem; break-inside: avoid; min-width: 0; }
 figure.small { max-width: 28rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -50,6 +51,7 @@ tbody th { font-weight: 500; }
 .number { text-align: right; } td.number { white-space: nowrap; }
 .long { display: inline-block; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
 .short { white-space: nowrap; }
+.block { display: inline-block; max-width: 22rem; }
 td.bar { min-width: 8rem; }
 td.bar span { display: block; padding: 0 .25rem; background:
   linear-gradient(var(--bar), var(--bar)) no-repeat 0 50% / var(--share) 80%;
@@ -60,17 +62,20 @@ pre span { display: inline-block; max-width: 100%; }
 footer { margin: 3rem auto 2rem; }
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .5rem; }
   td.bar { min-width: 5rem; } .long { min-width: 4rem; }
-  .stacked, .stacked tbody, .stacked caption { display: block; } .stacked thead { display: none; }
-  .stacked tr { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; padding: .4rem 0;
-    border-bottom: 1px solid var(--line); }
+  .stacked, .stacked tbody, .stacked caption { display: block; width: 100%; }
+  .stacked thead { display: none; }
+  .stacked tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr));
+    gap: 0 1rem; padding: .4rem 0; border-bottom: 1px solid var(--line); }
   .stacked th, .stacked td { border: 0; padding: .1rem 0; text-align: left; }
   .stacked tbody th { grid-column: 1 / -1; }
   .stacked td:empty { display: none; }
-  .stacked td::before { content: attr(data-label) ": "; display: block; color: var(--muted); } }
+  .stacked td::before { content: attr(data-label) ": "; display: block; color: var(--muted);
+    white-space: normal; } .stacked td.bar span { padding-left: 0; } }
 @media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
   --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
-  body { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
+  html { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
   .wide { overflow: visible; background: none; } .tables { gap: 0 2rem; }
-  h2, h3, caption, thead, .lead-in { break-after: avoid; }
+  h2, h3, caption, thead, section > p { break-after: avoid; }
+  .tables > .wide { break-inside: avoid; }
   tr { break-inside: avoid; } details { display: none; } }
 """
