@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -335,6 +336,26 @@ def test_an_array_of_texts_is_no_page_or_a_safe_page(full):
         except (TypeError, ValueError):
             continue
         check_page(text)
+
+
+@pytest.mark.slow
+def test_another_split_has_its_page(tmp_path):
+    folder = made_up(tmp_path / "run", frames=1)
+    config = config_lib.to_json(config_lib.default())
+    (folder / "config.json").write_text(config)
+    shutil.copy(folder / "analysis.npz", folder / "analysis_test.npz")
+    results = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics_test.json").write_text(json.dumps(results | {"num_clips": 71}))
+    assert run_page.write(folder) == folder / "report.html"
+    own = (folder / "report.html").read_text()
+    check_numbers(folder, own)
+    assert check_page(own).all("a")[-1]["href"] == "report_test.html"
+    text = (folder / "report_test.html").read_text()
+    check_page(text)
+    check_numbers(folder, text, "test")
+    assert 71 in values(section(text, "summary"))
+    assert "evaluated on test" in text
+    assert "learning" not in [attrs["id"] for attrs in check_page(text).all("section")]
 
 
 def test_every_number_is_in_a_file(full):
