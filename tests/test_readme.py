@@ -23,6 +23,7 @@ from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import identifier
+from vidjax.modes import arguments
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -224,6 +225,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if words == ["--config=configs/mine.py"]:
             continue  # above
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
+            _, workdir = arguments.for_training(command_line.parse(words))
+            words.append(f"--workdir={workdir}")  # what follows would change the default
             words += SHORT + (SMALL if "mma.py:iqiyi_vid" in words[0] else ())
             if "ensemble" in " ".join(words):
                 words += FEW

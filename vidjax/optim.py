@@ -159,7 +159,13 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
     parts.append(scale)
     if spec["total_decay"]:
-        decay = spec["total_decay"] / float(jnp.sum(schedule(jnp.arange(total_steps))))
+        rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
+        if not 0 < rates < math.inf:
+            raise ValueError(
+                f"config.optim.total_decay={spec['total_decay']}: learning rates sum to {rates}\n"
+                "change config.optim.learning_rate, or --config.optim.total_decay=0"
+            )
+        decay = spec["total_decay"] / rates
         parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule

@@ -33,6 +33,7 @@ from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.modes.restore import find_run, fit_data, load_weights
 from vidjax.run import results as results_lib
+from vidjax.run import seal
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
@@ -331,6 +332,7 @@ def restore(
         raise ValueError(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
+    config = seal.drop_foreign_paths(workdir, config)  # `load_data` may be given this one
     config.eval.checkpoint = step
     devices.keep_programs(default_cache_dir())
     mesh = devices.make_mesh(num_devices)

@@ -1,4 +1,4 @@
-"""Random mutations of every file of a run, under every mode that reads a run's folder.
+"""Random mutations of every file of a run, under every command that reads a run's folder.
 
     python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
 
@@ -33,7 +33,7 @@ from vidjax import main as vidjax_main
 from vidjax.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-MODES = ("check", "report", "compare", "evaluate", "resume")
+MODES = ("check", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
@@ -98,8 +98,9 @@ def replace(path: Path, rng: random.Random) -> None:
         path.touch()
         os.truncate(path, 30 << 30)
     else:
-        victim = path.parents[len(path.parents) - 1]
-        targets = {"link": VICTIM[0], "zero": Path("/dev/zero"), "nothing": victim / "absent"}
+        targets = {
+            "link": VICTIM[0], "zero": Path("/dev/zero"), "nothing": VICTIM[0].with_name("absent"),
+        }  # fmt: skip
         path.symlink_to(targets[kind])
 
 
@@ -199,8 +200,9 @@ def files_of(run: Path) -> list[Path]:
 
 def words_of(mode: str, run: Path, copy: Path, training: list[str]) -> list[str]:
     """Returns the command of a mode on the mutated copy."""
-    if mode == "resume":
-        return [*training, f"--workdir={copy}", "--config.num_epochs=3"]
+    if mode in ("again", "resume"):
+        more = ["--config.num_epochs=3"] if mode == "resume" else []
+        return [*training, f"--workdir={copy}", *more]
     if mode == "compare":
         return ["--mode=compare", f"--workdir={copy.parent}/out", f"--runs={run},{copy}"]
     return [f"--mode={mode}", f"--workdir={copy}"]
@@ -281,8 +283,6 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             copy = folder / "copies" / "copy"
             shutil.rmtree(copy.parent, ignore_errors=True)
             shutil.copytree(run, copy)
-            if mode == "resume":  # as a run that was stopped at its last checkpoint
-                (copy / "report.html").unlink(missing_ok=True)
             mutate(copy / name, random.Random(choice))
             try:
                 code, wrong = run_mode(words_of(mode, run, copy, training))

@@ -13,6 +13,7 @@ import pytest
 from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax import config as config_lib
+from vidjax import optim
 from vidjax.data import arrays, ground_truth, iqiyi_vid, load
 from vidjax.data.clips import Split
 from vidjax.data.records import report as report_lib
@@ -204,6 +205,14 @@ def test_widths_and_counts_of_a_model_are_at_least_one(option: Mapping[str, Any]
         identifier.make_identifier(
             {"name": "dense", **option}, modalities={"face": 4}, num_classes=3, num_clips=5
         )
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e38])
+def test_decay_by_learning_rates_of_no_finite_sum_is_refused(rate: float) -> None:
+    words = (f"optim.learning_rate={rate}", "optim.total_decay=0.1", "optim.decay=constant")
+    spec = make_config(*words).optim.to_dict()
+    with pytest.raises(ValueError, match=r"--config\.optim\.total_decay=0"):
+        optim.make_optimizer(spec, total_steps=1000, steps_per_epoch=1.0)
 
 
 def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def rehearse(args: Arguments) -> None:
     if args.mode == "train":
         rehearse(config_lib.load_file(args.config or ""), args.overrides)
     else:
-        config = run_config(Path(args.workdir or "").expanduser())
+        workdir = Path(args.workdir or "").expanduser()
+        config = seal.drop_foreign_paths(workdir, run_config(workdir))
         rehearse(config, args.overrides, training=False)
 
 

@@ -43,7 +43,11 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
         return None
     changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     results = results_lib.read_metrics(workdir)
-    if not results.get("finished"):  # evaluation also writes the file
+    # Evaluation also writes the file; what lacks a result is evaluated again.
+    wanted = ["num_clips", "num_identities"]
+    wanted += ["map", "map_kind"] if "map" in results else []
+    wanted += ["best_map", "best_step"] if "best_map" in results else []
+    if not results.get("finished") or any(results.get(name) is None for name in wanted):
         return None
     if "num_epochs" not in changed:
         resume.refuse_relabelling(workdir, changed)
