@@ -1,12 +1,14 @@
 """Blended runs: equal to a loop over clip names, fitted out of fold, refused where they differ."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 
 from tests.helpers import clip_files
+from tests.helpers.pages import Page, check_numbers, section
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import devices
@@ -317,3 +319,31 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
         blend.blend_runs(config, tmp_path, load, num_devices=1)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]
+
+
+def test_the_report_is_of_the_runs_that_are_joined(runs, load, tmp_path, capsys):
+    """Data, identities and settings are those of the runs; its command gives the same ranking."""
+    config = joining(runs, "--config.join.greedy=True", "--config.join.split=train")
+    out = tmp_path / "joined"
+    out.mkdir()
+    results = blend.blend_runs(config, out, load, num_devices=1)
+    text = (out / "report.html").read_text()
+    check_numbers(out, text)
+    assert not Page(text).open
+    summary = section(text, "summary")
+    for row, folder in zip(results["runs"], runs, strict=True):
+        trained = config_lib.load_workdir(folder)
+        assert row["modalities"] == list(trained.modalities)
+        assert ", ".join(row["modalities"]) in summary
+        assert row["data"]["digest"][:16] in text
+        assert trained.model.name in section(text, "ensemble")
+    assert "iqiyi_vid" in summary
+    assert "synthetic" not in text
+    assert ">unknown<" not in text
+    assert "weights fitted on" in summary
+    identities = json.loads((out / "identities.json").read_text())
+    assert identities == json.loads((runs[0] / "identities.json").read_text())
+
+    words = shlex.split(results["command"].replace(str(out), str(tmp_path / "again")))
+    assert main(words[words.index("--mode=evaluate") :]) == 0, capsys.readouterr().err
+    assert (tmp_path / "again" / "ranking.txt").read_bytes() == (out / "ranking.txt").read_bytes()

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -315,10 +316,10 @@ def test_no_text_of_a_file_is_an_element(full):
 def test_no_text_in_the_place_of_a_number_is_an_element(full, name):
     known = known_keys()
     content = getattr(full, name)
-    parts = content if isinstance(content, dict) else {"": content}
-    for key, part in parts.items():
-        evil = spoilt(part, known, numbers=True)
-        changed = content | {key: evil} if isinstance(content, dict) else evil
+    spoiling = [spoilt(content, known, numbers=True)]
+    if name in ("analysis", "metrics"):  # part by part: most parts leave a page
+        spoiling += [content | {key: spoiling[0][key]} for key in content if key in spoiling[0]]
+    for changed in spoiling:
         try:
             text = run_page.render(full._replace(**{name: changed}))
         except (TypeError, ValueError):  # there is no page then
@@ -335,6 +336,26 @@ def test_an_array_of_texts_is_no_page_or_a_safe_page(full):
         except (TypeError, ValueError):
             continue
         check_page(text)
+
+
+@pytest.mark.slow
+def test_another_split_has_its_page(tmp_path):
+    folder = made_up(tmp_path / "run", frames=1)
+    config = config_lib.to_json(config_lib.default())
+    (folder / "config.json").write_text(config)
+    shutil.copy(folder / "analysis.npz", folder / "analysis_test.npz")
+    results = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics_test.json").write_text(json.dumps(results | {"num_clips": 71}))
+    assert run_page.write(folder) == folder / "report.html"
+    own = (folder / "report.html").read_text()
+    check_numbers(folder, own)
+    assert check_page(own).all("a")[-1]["href"] == "report_test.html"
+    text = (folder / "report_test.html").read_text()
+    check_page(text)
+    check_numbers(folder, text, "test")
+    assert 71 in values(section(text, "summary"))
+    assert "evaluated on test" in text
+    assert "learning" not in [attrs["id"] for attrs in check_page(text).all("section")]
 
 
 def test_every_number_is_in_a_file(full):
@@ -372,7 +393,7 @@ def test_what_is_absent_is_explained(tmp_path):
 
 
 def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):
-    folder = made_up(tmp_path / "run")
+    folder = made_up(tmp_path / "run", frames=1)
     assert run_sections.OTHER_ANALYSIS not in section(run_page.write(folder).read_text(), "summary")
     (folder / "metrics.json").write_text('{"map": 0.25, "map_kind": "val"}')
     assert run_sections.OTHER_ANALYSIS in section(run_page.write(folder).read_text(), "summary")
@@ -417,7 +438,7 @@ def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
     new = metrics.Metric("median score", "half of the clips are below", lambda clips, labels: 0.5)
     new = new._replace(digits=2, log=True)
     monkeypatch.setitem(metrics.CLIP_METRICS, "median_score", new)
-    folders = [made_up(tmp_path / name) for name in "ab"]
+    folders = [made_up(tmp_path / name, frames=1) for name in "ab"]
     for folder in folders:
         (folder / "config.json").write_text(config_lib.to_json(config_lib.default()))
         results = json.loads((folder / "metrics.json").read_text()) | {"median_score": 0.123}

@@ -341,10 +341,9 @@ def test_a_pickle_of_a_million_empty_clips_is_refused_early(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_slice_of_the_campaign(tmp_path: Path) -> None:
-    names = ["equal", "zero", "some-1e300", "val-largest", "one-clip", "one-identity", "batch-1e8"]
-    rows = list(numbers.run_all(names, ["knn", "quality_fusion", "deepmef"], tmp_path))
-    assert len(rows) == 21
+    names = ["equal", "zero", "some-1e300", "val-largest", "one-clip", "batch-1e8"]
+    rows = list(numbers.run_all(names, ["knn", "quality_fusion"], tmp_path))
+    assert len(rows) == 12
     assert not [row for row in rows if row[2].startswith("WRONG")]
-    assert {row[2] for row in rows if row[0] == "zero"} == {
-        "refused: face: all features of train are 0"
-    }
+    refused = {row[0] for row in rows if row[2].startswith("refused")}
+    assert {"zero", "batch-1e8"} <= refused <= {"zero", "batch-1e8", "val-largest"}

@@ -125,6 +125,11 @@ def name(value: object) -> Html:
     )
 
 
+def block(content: str) -> Html:
+    """Returns a text for a table that takes several lines where it is long."""
+    return fill('<span class="block">{}</span>', content)
+
+
 def p(content: str) -> Html:
     """Returns a paragraph."""
     return fill("<p>{}</p>\n", content)

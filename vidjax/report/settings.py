@@ -152,8 +152,7 @@ def run_rows(run: RunFiles) -> Rows:
     versions = run.metrics.get("versions", {})
     if versions:
         text = ", ".join(f"{name} {version}" for name, version in versions.items())
-        block = html.fill('<span class="block">{}</span>', html.name(text))
-        found.append((html.text("versions"), block))
+        found.append((html.text("versions"), html.block(html.name(text))))
     return found
 
 
@@ -198,7 +197,7 @@ def _digests(run: RunFiles) -> list[str]:
 def rows(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
     """Returns rows of those values that are there; labels are (key, label, digits)."""
     return [
-        (html.text(label), html.number(values[key], digits))
+        (html.block(label), html.number(values[key], digits))
         for key, label, digits in labels
         if values.get(key) is not None
     ]
