@@ -44,7 +44,7 @@ def write_results(
     paths = results.paths(workdir, split, own_split)
     ranking.write_ranking(paths.ranking, data.identities, data.split(split).clips, evaluation.top)
     if observer:
-        steps = values.get("step", 0)
+        steps = values.get("step", 0) if split == own_split else 0
         analysed = observer.finish(evaluation, train_splits, num_steps=steps)
         results.save_analysis(paths.analysis, *analysed)
     workdir_lib.write_json(paths.metrics, values)

@@ -74,8 +74,9 @@ footer { margin: 3rem auto 2rem; }
 @media print { :root { --back: #fff; --ink: #000; --muted: #444; --line: #bbb; --soft: #f3f5f7;
   --first: #0b62a8; --second: #b3450b; --bar: #b9d7f0; --link: #000; } nav { display: none; }
   html { font-size: 9pt; } .figures, .figures.three { grid-template-columns: 1fr 1fr; }
-  .wide { overflow: visible; background: none; } .tables { gap: 0 2rem; }
+  .wide { overflow: visible; background: none; }
+  .tables { display: block; orphans: 1; widows: 1; } .block, .long { max-width: 17rem; }
   h2, h3, caption, thead, section > p { break-after: avoid; }
-  .tables > .wide { break-inside: avoid; }
+  .tables > .wide { display: inline-block; vertical-align: top; margin-right: 1.5rem; }
   tr { break-inside: avoid; } details { display: none; } }
 """
