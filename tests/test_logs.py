@@ -6,7 +6,7 @@ import re
 import sys
 import time
 
-import matplotlib
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -101,9 +101,9 @@ def test_the_attention_matrix_is_an_image(tmp_path):
     picture = matplotlib.image.imread(io.BytesIO(event.encoded_image_string))
     assert picture.shape == (event.height, event.width, 4)
     colours = {tuple(colour) for colour in picture.reshape(-1, 4).round(2)}
-    blues = matplotlib.colormaps["Blues"]
+    white, fill = np.ones(4), np.array(matplotlib.colors.to_rgba("#6ea8d8"))
     for value in matrix.ravel():
-        wanted = np.array(blues(value / 0.9)).round(2)
+        wanted = white + value / 0.9 * (fill - white)
         assert min(np.abs(wanted - colour).max() for colour in colours) < 0.02
     made_runs.write(tmp_path, {"1": 0.5}, suffix="_test", arrays={"attention": matrix})
     log_results(tmp_path, {"map": 0.5, "step": 7}, "test")

@@ -213,7 +213,7 @@ SEEN = [
     r"(train|evaluate): [\d,]+ of [\d,]+ clips, .*",
     r"step \d+ of \d+: map \d\.\d{4}, top1 \d\.\d{4}",
     r"train",
-    r"  (workdir|MAP@100|best|clips|identities|time|ranking|report) +\S.*",
+    r"  (workdir|MAP@100|best|data|clips|identities|time|ranking|report) +\S.*",
     r"",
 ]
 TINY = (
@@ -278,8 +278,10 @@ def assert_summary(text, workdir):
     lines = text.splitlines()
     lines = lines[max(i for i, line in enumerate(lines) if line == "train") :]
     rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines[1:])
-    assert list(rows) == ["workdir", "MAP@100", "best", "clips", "identities", "time", "ranking"]
+    names = ["workdir", "MAP@100", "best", "data", "clips", "identities", "time", "ranking"]
+    assert list(rows) == names
     assert rows["workdir"] == str(workdir)
     assert re.fullmatch(r"[01]\.\d{4} on val; top-1 [01]\.\d{4}", rows["MAP@100"])
     assert re.fullmatch(r"[01]\.\d{4} at step \d+", rows["best"])
+    assert re.fullmatch(r"iqiyi_vid in \S+, sha256 [0-9a-f]{12}", rows["data"])
     assert {len(re.sub(r"(  \S+ +).*", r"\1", line)) for line in lines[1:]} == {14}

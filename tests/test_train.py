@@ -89,12 +89,13 @@ def test_another_configuration_is_refused(tmp_path):
     config = shrunk("--config.num_epochs=1")
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     assert train.finished(tmp_path, config) is None
-    (tmp_path / "metrics.json").write_text('{"map": 0.5, "finished": true}')
+    results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2, "finished": True}
+    (tmp_path / "metrics.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="another configuration") as caught:
         train.finished(tmp_path, shrunk("--config.num_epochs=1", "--config.model.gamma=0.1"))
     assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
     moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
-    assert train.finished(tmp_path, moved) == {"map": 0.5, "finished": True}
+    assert train.finished(tmp_path, moved) == results
 
 
 SYSTEMS = [

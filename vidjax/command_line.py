@@ -85,7 +85,7 @@ examples:
     {program} --mode=evaluate --workdir=runs/mma \\
         --config.eval.split=test
   rank new clips: a folder of features, or a table
-    {program} --mode=rank --workdir=runs/mma \
+    {program} --mode=rank --workdir=runs/mma \\
         --input=PATH --out=ranking.tsv
   rank a split with two runs together
     {program} --mode=evaluate --workdir=runs/both \\
@@ -207,7 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--input=PATH --out=FILE] [--config.FIELD=VALUE ...]\n"
+        f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"
+        f"{indent}[--config.FIELD=VALUE ...]\n"
         f"{indent}[--quiet] [--json]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
