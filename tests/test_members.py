@@ -249,9 +249,13 @@ def test_members_do_not_see_what_they_leave_out(data, everyone, tmp_path):
         np.testing.assert_array_equal(value[1], right[name][1], err_msg=name)
 
 
-def test_out_of_fold_scores_of_clips_that_were_trained_on(data, everyone, tmp_path):
+def test_a_clip_that_was_trained_on_is_not_scored(data, tmp_path):
     with pytest.raises(ValueError, match=r"ensemble\.folds=5"):
         run(shrunk(SPLITS), tmp_path, data)
+
+
+@pytest.mark.slow
+def test_out_of_fold_scores_of_clips_that_were_trained_on(data, everyone):
     _, results = everyone
     assert results["map_kind"] == "out_of_fold"
     assert results["num_clips"] == len(data.split("val").clips)

@@ -272,6 +272,7 @@ def test_deepmef_ignores_order_padding_and_padded_rows(deepmef):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_new, new)
 
 
+@pytest.mark.slow
 def test_deepmef_gradients_are_finite_without_features_or_frames(deepmef):
     model, variables, frames, clips = deepmef
     zeros = {

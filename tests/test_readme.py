@@ -1,6 +1,7 @@
 """The READMEs: commands and examples run, links lead somewhere, tables name what exists."""
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -359,15 +360,20 @@ def test_every_fault_has_a_row():
     assert len(numbers) >= 42 and numbers == [*range(1, len(numbers) + 1)]
 
 
+@functools.cache
+def functions_of(name):
+    """The names of the functions that a file defines."""
+    tree = ast.parse((ROOT / name).read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
 def test_the_tests_of_the_fault_table_exist():
     for number, tests in fault_table().items():
         assert tests, f"fault {number} names no test"
         for test in tests:
             name, _, function = test.partition("::")
             assert (ROOT / name).is_file(), f"fault {number}: no file {name}"
-            tree = ast.parse((ROOT / name).read_text())
-            there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert function in there, f"fault {number}: no test {test}"
+            assert function in functions_of(name), f"fault {number}: no test {test}"
             assert function.startswith("test_"), test
 
 

@@ -231,6 +231,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
     return folder
 
 
+@pytest.mark.slow
 def test_names_are_text_whatever_they_hold(tmp_path):
     name = EVIL.replace("{}", "") + "$\ud800\u4e2d^{}"
     folder = made_up(tmp_path / "a<b>&", name=name, clip=name)
@@ -433,6 +434,7 @@ def test_contrast_is_enough(theme):
         assert contrast(colours[name], colours["back"]) >= 3, name
 
 
+@pytest.mark.slow
 def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
     """One line in the table: the report, the comparison, the log and the terminal have it."""
     new = metrics.Metric("median score", "half of the clips are below", lambda clips, labels: 0.5)

@@ -294,7 +294,8 @@ def held(ragged):
     return clips_of(ragged)
 
 
-@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_evaluation_sees_what_streaming_shows(ragged, held, split):
     clips, modalities = held[0], ("face", "audio", "body")
     count = COUNTS[split]

@@ -17,6 +17,7 @@ def test_readmes_show_what_was_collected():
         assert scores.replace(text, name, table) == text, f"{name}: write it with scores.py"
 
 
+@pytest.mark.slow
 def test_every_run_is_a_command():
     names = [name for _, name, _ in scores.runs("real")]
     assert len(names) == len(set(names)) > 60

@@ -33,6 +33,7 @@ def data(official_dir, cache_dir):
     return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_everything(data, tmp_path):
     config = shrunk(
         "--config.num_epochs=30",
@@ -181,6 +182,7 @@ def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, tmp_path):
     assert evaluate.evaluate(on_train, tmp_path, data)["map_kind"] == "in_sample"
 
 
+@pytest.mark.slow
 def test_nearest_neighbours_against_a_loop(data, tmp_path):
     """The baseline's MAP equals brute force over the clips' weighted means, in float64."""
     config = shrunk(spec="configs/knn.py:iqiyi_vid")

@@ -84,6 +84,7 @@ def flat(items):
     }
 
 
+@pytest.mark.slow
 def test_random_damage_is_never_restored(tmp_path, campaign):
     """Flipped bits, cuts, removals: a good step is used if there is one, and nothing is deleted."""
     pristine = tmp_path / "pristine"

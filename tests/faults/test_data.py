@@ -386,6 +386,7 @@ def test_a_modality_without_a_file_is_refused_where_it_is_asked_for(
 # 20: a very long clip (evaluation of one is in test_pipeline.py).
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames_make_a_fixed_choice_in_training(official: Path) -> None:
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)

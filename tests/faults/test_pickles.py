@@ -81,6 +81,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return read_all({n: files[n] for n in files if not n.startswith("greed")}, folder, "fork")
 
 
+@pytest.mark.slow
 def test_attacks_would_work_elsewhere(tmp_path: Path) -> None:
     canary, folder = tmp_path / "canary", tmp_path / "attacks"
     hostile.set_canary(canary)
