@@ -4,6 +4,7 @@ import csv
 import hashlib
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -124,6 +125,21 @@ def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
             write()
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "out.tsv"
+    rank.write(path, {"Ada": [("a", 1.0)]})
+    before = path.read_bytes()
+    assert read(path) == [("Ada", 1, "a", 1.0)]
+    with pytest.raises(ValueError, match="name another file, or delete it"):
+        rank.write(path, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

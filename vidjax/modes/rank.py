@@ -61,11 +61,17 @@ def write(path: Path, ranking: Ranking) -> None:
     partial = path.with_name(f".vidjax-{os.getpid()}{path.suffix}")
     workdir.write_bytes(partial, FORMATS[path.suffix](ranking))
     try:
-        os.link(partial, path)  # a renaming would replace what is there
+        try:
+            os.link(partial, path)  # a renaming would replace what is there
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links, as mounted cloud drives are
+            path.touch(exist_ok=False)
+            os.replace(partial, path)
     except FileExistsError:
         raise ValueError(_exists(path)) from None
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def _exists(path: Path) -> str:
