@@ -215,6 +215,8 @@ FILES = [
     Case("--mode=evaluate --workdir=both --runs=none,run", "none"),
     Case("--config=knn --workdir=file", "is a file"),
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
+    Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
+    Case(f"{TRAIN} --config.data.dir=own", "--config.data.name=arrays"),
     Case("--config=mma:iqiyi_vid --workdir=new", "config.data.dir"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=none", "config.data.dir"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=empty", "face_train.pickle"),
