@@ -1,11 +1,12 @@
 """The tables of scores: a script writes them, from the folders of runs."""
 
 import json
-import re
 
+import numpy as np
 import pytest
 
 from tests.benchmarks import scores
+from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Rung
 from tests.helpers import made_runs
 from vidjax import config as config_lib
 
@@ -17,47 +18,103 @@ def test_readmes_show_what_was_collected():
         assert scores.replace(text, name, table) == text, f"{name}: write it with scores.py"
 
 
+def test_a_rung_compares_two_rows():
+    for ladder in LADDERS:
+        for rung in ladder.rungs:
+            assert rung.key in ROWS and (not rung.base or rung.base in ROWS), rung
+            assert rung.key != rung.base, rung
+    pairs = [scores.pair_name(rung) for rung in scores.all_rungs() if rung.base]
+    assert len(pairs) == len(set(pairs)) > 30
+    for row in ROWS.values():
+        for part in row.joined:
+            assert list(ROWS).index(part) < list(ROWS).index(row.key)
+
+
 @pytest.mark.slow
 def test_every_run_is_a_command():
     names = [name for _, name, _ in scores.runs("real")]
-    assert len(names) == len(set(names)) > 60
-    for _, _, (spec, *overrides) in scores.runs("real"):
-        config = config_lib.load_file(spec.removeprefix("--config="))
-        config_lib.override(config, overrides)
-    keys = {row.key for row in scores.ROWS}
-    assert len(keys) == len(scores.ROWS)
-    assert {key for one in scores.CLAIMS for key in (*one.synthetic, *one.real)} <= keys
+    assert len(names) == len(set(names)) > 200
+    known = set(names)
+    for _, _, (first, *words) in scores.runs("real"):
+        if first.startswith("--config="):
+            config_lib.override(config_lib.load_file(first.removeprefix("--config=")), words)
+        else:
+            (joined,) = words
+            folders = joined.removeprefix("--runs=").split(",")
+            assert {folder.removeprefix("FOLDER/") for folder in folders} <= known
 
 
 def made(folder, found):
-    """Writes folders of runs: key -> average precision of every identity."""
-    for name, averages in found.items():
-        identities = {str(i): value for i, value in enumerate(averages)}
-        results = {"members": [{"map": 0.25}, {"map": 0.75}]}
-        made_runs.write(folder / name, identities, results=results)
+    """Writes folders of runs: key of a row -> dataset -> for each seed the AP of every identity."""
+    for key, by_dataset in found.items():
+        for dataset, averages in by_dataset.items():
+            for seed, own in zip(SEEDS, averages, strict=True):
+                name = scores.folder_name(ROWS[key], dataset, seed)
+                identities = {str(i): value for i, value in enumerate(own)}
+                made_runs.write(folder / name, identities, results={"top1": 0.5})
 
 
 def test_figures_are_those_of_the_folders(tmp_path):
-    base = [0.2, 0.4, 0.6]
-    runs = {f"face-{seed}": base for seed in scores.SEEDS}
-    runs |= {f"head-{seed}": [0.3, 0.5, 0.6 + 0.1 * seed] for seed in scores.SEEDS}
-    made(tmp_path, runs | {"head-real": base, "seeds-real": base})
-    old = {"scores": {"body": {"synthetic": [0.5, 0.5, 0.5]}}}
+    base = [[0.2, 0.4, 0.6]] * 3
+    new = [[0.3, 0.5, 0.6 + 0.1 * seed] for seed in SEEDS]
+    made(tmp_path, {"fusion_voting": {SYNTHETIC: base, REAL: base}})
+    made(tmp_path, {"fusion": {SYNTHETIC: new, REAL: new}})
+    old = {
+        "rows": {"knn": {SYNTHETIC: {"map": [0.5] * 3, "top1": [0.5] * 3, "commits": ["a"]}}},
+        "seconds": {"knn": 16.2},
+    }
     found = scores.collect(tmp_path, old, pytest.fail)
-    assert found["scores"]["face"] == {"synthetic": pytest.approx([0.4] * 3)}
-    assert found["scores"]["head"]["real"] == [0.5]  # the mean of members
-    assert found["scores"]["seeds"]["real"] == pytest.approx([0.4])  # all of them together
-    assert found["scores"]["body"] == old["scores"]["body"]  # trained before
-    gaps = [0.1, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2]
-    mean = sum(gaps) / 9
-    error = (sum((gap - mean) ** 2 for gap in gaps) / 8 / 9) ** 0.5
-    difference = found["claims"]["head helps face"]
-    assert difference == {"synthetic": pytest.approx([mean, error])}
+    assert found["rows"]["fusion"][REAL]["map"] == pytest.approx([0.4 + 0.2 / 3, 0.5, 1.6 / 3])
+    assert found["rows"]["knn"] == old["rows"]["knn"]  # trained before
+    gain = found["rungs"]["fusion against fusion_voting"]
+    gaps = np.array([[0.1, 0.1, 0.1 * seed] for seed in SEEDS])
+    assert gain[SYNTHETIC]["mean"] == pytest.approx(gaps.mean())
+    of_seeds = gaps.mean(axis=1).var(ddof=1) / 3
+    nested = sum(own.var(ddof=1) / 3 for own in gaps) / 9
+    assert gain[SYNTHETIC]["error"] == pytest.approx((nested + of_seeds) ** 0.5)
+    crossed = gaps.mean(axis=0).var(ddof=1) / 3
+    assert gain[REAL]["error"] == pytest.approx((crossed + of_seeds) ** 0.5)
 
-    table = scores.tables(found)["scores"]
-    assert "| `mma.py:face` | 0.400 0.400 0.400 | 0.400 |  |" in table
-    assert re.search(r"and audio \| 0.500 0.500 0.500 \| 0.500 \| no body \|", table)
-    assert "| head helps face | +0.100 ± 0.017 |  | yes |" in scores.tables(found)["claims"]
+    tables = scores.tables(found)
+    assert "| `knn.py` | 0.500 0.500 0.500 | 0.500 |  |  |" in tables["scores"]
+    assert (
+        "| `knn.py` | nearest training clip, the baseline | 0.500 |  |  | 16 s |"
+        in (tables["systems"])
+    )
+    (line,) = (text for text in tables["quality_fusion"].splitlines() if "one fused face" in text)
+    cells = "+0.01 | 0.500 (+0.100 ± 0.050) | 0.500 (+0.100 ± 0.038) | yes, yes |"
+    assert f"| `quality_fusion.py` | `quality_fusion.py:voting` | {cells}" in line
+
+
+def test_an_error_holds_identities_and_seeds():
+    rng = np.random.default_rng(0)
+    identities = 0.1 * rng.normal(size=(2000, 1, 400))
+    seeds = 0.02 * rng.normal(size=(2000, 3, 1))
+    found = [
+        scores.paired(list(own + gaps), same_identities=True)
+        for own, gaps in zip(identities, seeds, strict=True)
+    ]
+    means, errors = np.array(found).T
+    assert np.mean(errors**2) == pytest.approx(means.var(), rel=0.1)
+
+
+def test_a_verdict_looks_at_the_interval():
+    for mean, wanted in ((0.03, "yes"), (-0.03, "no"), (0.01, "open"), (-0.01, "open")):
+        assert scores.verdict({"mean": mean, "error": 0.01}) == wanted
+    assert scores.verdict(None) == ""
+
+
+def test_a_published_gain_is_that_of_the_two_rows():
+    gains = {
+        scores.pair_name(rung): scores.published_gain(rung)
+        for rung in scores.all_rungs()
+        if rung.base
+    }
+    assert gains["mma_nets against mma_netvlad_nets"] == pytest.approx(0.0024)
+    assert gains["dense_both against dense"] == pytest.approx(0.0016)
+    assert gains["fusion against fusion_voting"] is None
+    assert gains["mma against mma_concat"] is None
+    assert scores.published_gain(Rung("x", "dense", "dense_one")) is None
 
 
 def test_a_page_without_the_table_is_an_error():

@@ -1,0 +1,317 @@
+"""The runs behind the tables of scores, and the comparisons that the publications made.
+
+A rung compares two runs that differ in one thing. `scores` trains the runs and writes the tables.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+SEEDS = (0, 1, 2)
+SYNTHETIC, REAL = "synthetic", "real"
+NO_BODY, NO_SCENE = "no body", "no scene"
+
+
+class Row(NamedTuple):
+    """A configuration that is run once per seed and dataset, or a join of others.
+
+    Attributes:
+      key: names the row; the folders of its runs begin with it.
+      config: file in `configs/` without its ending; empty for a join.
+      words: arguments of the configuration.
+      modalities: modalities on the synthetic dataset; empty for those of the configuration.
+      real: modalities on real clips; None for those of `modalities`.
+      overrides: further words of the command.
+      joined: keys of the rows that are joined, instead of `config`.
+      absent: dataset -> why there is no run on it.
+    """
+
+    key: str
+    config: str = ""
+    words: str = ""
+    modalities: str = ""
+    real: str | None = None
+    overrides: str = ""
+    joined: tuple[str, ...] = ()
+    absent: Mapping[str, str] = MappingProxyType({})
+
+    def command(self, dataset: str, seed: int, folder: str) -> list[str]:
+        """Returns the words that train the row; a join has none.
+
+        Args:
+          dataset: SYNTHETIC or REAL.
+          seed: of the net; on the synthetic dataset also of the data.
+          folder: the real clips.
+        """
+        real = dataset == REAL
+        modalities = self.real if real and self.real is not None else self.modalities
+        scale = "iqiyi_vid" if self.config == "knn" else "iqiyi_vid,few"
+        arguments = ",".join(filter(None, (scale if real else "", self.words, modalities)))
+        spec = ":".join(filter(None, (f"configs/{self.config}.py", arguments)))
+        words = [f"--config={spec}", *self.overrides.split(), f"--config.seed={seed}"]
+        words += [f"--config.data.dir={folder}"] if real else [f"--config.data.seed={seed}"]
+        # An out-of-fold MAP is compared by its analysis; a ranking is enough for the others.
+        return [*words, f"--config.eval.report={self.is_out_of_fold}"]
+
+    @property
+    def is_out_of_fold(self) -> bool:
+        """True if members score the clips of val that they were not trained on."""
+        return "train,val" in self.overrides or self.config == "noise_classes"
+
+    @property
+    def spec(self) -> str:
+        """The row as a reader would type it, after `--config=configs/`."""
+        if self.joined:
+            return " + ".join(ROWS[key].spec for key in self.joined)
+        arguments = ",".join(filter(None, (self.words, self.modalities)))
+        spec = ":".join(filter(None, (f"{self.config}.py", arguments)))
+        return " ".join(filter(None, (spec, self.overrides)))
+
+
+class Rung(NamedTuple):
+    """A comparison of two rows that differ in one thing.
+
+    Attributes:
+      text: what the row has and its base has not.
+      key: the row.
+      base: the row that it is compared with; empty for the first of a ladder.
+      published: MAP of the row in the publication, or the difference from its base with a sign.
+      why: the reason for a result that differs from the publication's.
+      absent: dataset -> why nothing is compared on it.
+    """
+
+    text: str
+    key: str
+    base: str = ""
+    published: str = ""
+    why: str = ""
+    absent: Mapping[str, str] = MappingProxyType({})
+
+
+class Ladder(NamedTuple):
+    """The comparisons of one publication.
+
+    Attributes:
+      name: of its table.
+      rungs: in the order of the publication, then those that it leaves out.
+    """
+
+    name: str
+    rungs: tuple[Rung, ...]
+
+
+THREE = "--config.ensemble.seeds=3"
+FIVE = "--config.ensemble.seeds=5"
+HELD_OUT = "--config.data.train_splits=train,val --config.ensemble.folds=5"
+FIRST_FOLD = "--config.ensemble.only=0"
+MLPS = ("mlp1", "mlp2", "mlp3", "mlp4", "mlp5")
+PLAIN_FACE = "average,concat"
+MMA_OPTIONS = {
+    "smoothing": "--config.loss.label_smoothing=0.1",
+    "mixup": "--config.mixup=0.2",
+    "gates": "--config.model.gate=True",
+    "bfloat16": "--config.dtype=bfloat16",
+    "kept": "--config.model.modality_dropout_rate=0",
+    "lengths": "--config.model.map_norm=False",
+    "undecayed": "--config.optim.total_decay=0",
+    "unscaled": "--config.model.gram_scale=1",
+    "strong": "--config.model.gamma=0.5",
+    "folds": HELD_OUT,
+    "folds_twice": f"{HELD_OUT} --config.ensemble.seeds=2",
+    "five": FIVE,
+}
+_ROWS = (
+    # Nearest neighbours and noise classes (5th place 2018).
+    Row("knn", "knn"),
+    Row("knn_folds", "knn", overrides=HELD_OUT),
+    Row("leave_out", "noise_classes", "leave_out"),
+    Row("other", "noise_classes", "other"),
+    Row("noise", "noise_classes"),
+    Row("noise_prediction", "noise_classes", overrides="--config.noise.keep=prediction"),
+    Row("noise_seeds", "noise_classes", overrides=THREE),
+    # Quality fusion (4th place 2019).
+    Row("fusion", "quality_fusion"),
+    Row("fusion_raw", "quality_fusion", "raw"),
+    Row("fusion_voting", "quality_fusion", "voting"),
+    Row("fusion_fold", "quality_fusion", "folds", overrides=FIRST_FOLD),
+    Row("fusion_folds", "quality_fusion", "folds"),
+    *(Row(f"fusion_{net}", "quality_fusion", net) for net in MLPS[:4]),
+    *(Row(f"fusion_{net}_folds", "quality_fusion", f"{net},folds") for net in MLPS[:4]),
+    Row("fusion_nets", joined=("fusion_folds", *(f"fusion_{net}_folds" for net in MLPS[:4]))),
+    # DeepMEF (3rd place 2019).
+    Row("deepmef", "deepmef", "", "face"),
+    Row("deepmef_mean", "deepmef", "average", "face"),
+    Row("deepmef_danet", "deepmef", "danet", "face"),
+    Row(
+        "deepmef_plain", "deepmef", "", "face",
+        overrides="--config.model.channel_attention=none",
+    ),
+    Row("deepmef_seeds", "deepmef", "", "face", overrides=FIVE),
+    Row("deepmef_views", "deepmef", "", "face", overrides="--config.ensemble.views=5"),
+    Row("deepmef_bags", "deepmef", "", "face", overrides="--config.ensemble.bootstraps=5"),
+    Row("deepmef_scene", "deepmef", "", "face,scene", absent={REAL: NO_SCENE}),
+    Row(
+        "deepmef_lacking", "deepmef", "", "face,scene", absent={REAL: NO_SCENE},
+        overrides="--config.model.threshold_share=0",
+    ),
+    Row("deepmef_published", "deepmef", "published", "face,scene", "face"),
+    # Residual Dense Net (2nd place 2019).
+    Row("dense_one_single", "residual_dense", "one,single", "face"),
+    Row("dense_single", "residual_dense", "single", "face"),
+    Row("dense", "residual_dense", "", "face"),
+    Row("dense_plain", "residual_dense", "plain", "face"),
+    Row("dense_both", joined=("dense", "dense_plain")),
+    Row("dense_one", "residual_dense", "one", "face"),
+    Row("dense_one_fused", "residual_dense", "one,fused", "face"),
+    Row("dense_other", "residual_dense", "", "face,head"),
+    *(
+        Row(
+            f"dense_{name}", "residual_dense", "one,single", name,
+            absent={REAL: NO_BODY} if name == "body" else {},
+        )
+        for name in ("head", "body", "audio")
+    ),
+    # The iQIYI-VID paper.
+    Row("mma_face_mean", "mma", PLAIN_FACE, "face"),
+    Row("mma_head_mean", "mma", PLAIN_FACE, "head"),
+    Row("mma_audio_mean", "mma", PLAIN_FACE, "audio"),
+    Row("mma_body_mean", "mma", PLAIN_FACE, "body", absent={REAL: NO_BODY}),
+    Row("mma_face_head_mean", "mma", PLAIN_FACE, "face,head"),
+    Row("mma_face_head_audio_mean", "mma", PLAIN_FACE, "face,head,audio"),
+    Row("mma_mean", "mma", PLAIN_FACE, "", "face,head,audio"),
+    Row("mma_mean_nets", "mma", f"{PLAIN_FACE},ensemble", "", "face,head,audio"),
+    Row("mma_netvlad_nets", "mma", "concat,ensemble", "", "face,head,audio"),
+    Row("mma_nets", "mma", "ensemble", "", "face,head,audio"),
+    Row("mma_face", "mma", "", "face"),
+    Row("mma_concat", "mma", "concat", "", "face,head,audio"),
+    Row("mma_average", "mma", "average", "", "face,head,audio"),
+    Row("mma", "mma", "", "", "face,head,audio"),
+    Row("mma_seeds", "mma", "", "", "face,head,audio", overrides=THREE),
+    *(
+        Row(f"mma_{name}", "mma", "", "", "face,head,audio", overrides=overrides)
+        for name, overrides in MMA_OPTIONS.items()
+    ),
+    Row("mma_published", "mma", "published", "", "face,head,audio"),
+    Row("mma_published_average", "mma", "published,average", "", "face,head,audio"),
+    Row("mma_published_concat", "mma", "published,concat", "", "face,head,audio"),
+    Row(
+        "mma_published_masked", "mma", "published", "", "face,head,audio",
+        overrides="--config.model.fill_missing=False",
+    ),
+    Row(
+        "mma_published_two", "mma", "published", "", "face,head,audio",
+        overrides="--config.model.attention_form=two",
+    ),
+)  # fmt: skip
+ROWS: Mapping[str, Row] = {row.key: row for row in _ROWS}
+
+FEW_CLIPS = "few clips an identity"
+LADDERS = (
+    Ladder(
+        "residual_dense",
+        (
+            Rung("one net, single frames", "dense_one_single", published="0.875"),
+            Rung("three quality subsets", "dense_single", "dense_one_single", "0.889"),
+            Rung("frames merged in training and test", "dense", "dense_single", "0.9019"),
+            Rung("joined with a net without shortcuts", "dense_both", "dense", "0.9035"),
+            Rung("frames merged, with one net", "dense_one", "dense_one_single"),
+            Rung("three quality subsets, with merged frames", "dense", "dense_one"),
+            Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
+            Rung("the head where a clip has no face", "dense_other", "dense", "no use"),
+        ),
+    ),
+    Ladder(
+        "quality_fusion",
+        (
+            Rung("every face scored by itself", "fusion_voting"),
+            Rung("one fused face in the test", "fusion", "fusion_voting", "+0.01"),
+            Rung("faces filtered and fused in training", "fusion", "fusion_raw", "+0.02"),
+            Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
+            Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
+            Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983"),
+            *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS[:4]),
+        ),
+    ),
+    Ladder(
+        "mma",
+        (
+            Rung("head alone", "mma_head_mean", published="0.5432"),
+            Rung("audio alone", "mma_audio_mean", published="0.1179"),
+            Rung("body alone", "mma_body_mean", published="0.0514"),
+            Rung("face alone: averages, no attention", "mma_face_mean", published="0.8519"),
+            Rung("head", "mma_face_head_mean", "mma_face_mean", "0.8716"),
+            Rung("audio", "mma_face_head_audio_mean", "mma_face_head_mean", "0.8769"),
+            Rung("body", "mma_mean", "mma_face_head_audio_mean", "0.8780", absent={REAL: NO_BODY}),
+            Rung("three nets on nine tenths of the clips", "mma_mean_nets", "mma_mean", "0.8924"),
+            Rung("NetVLAD instead of averages", "mma_netvlad_nets", "mma_mean_nets", "0.8946"),
+            Rung("attention between modalities", "mma_nets", "mma_netvlad_nets", "0.8970"),
+            Rung("attention, in one net", "mma", "mma_concat"),
+            Rung("NetVLAD, in one net with attention", "mma", "mma_average"),
+            Rung("the paper to the letter, one net", "mma_published"),
+            Rung("NetVLAD, to the letter", "mma_published", "mma_published_average"),
+            Rung("attention, to the letter", "mma_published", "mma_published_concat"),
+            Rung(
+                "missing modalities filled by attention",
+                "mma_published",
+                "mma_published_masked",
+            ),
+            Rung(
+                "one Gram matrix, not two projections",
+                "mma_published",
+                "mma_published_two",
+                "better",
+            ),
+        ),
+    ),
+    Ladder(
+        "options",
+        (
+            Rung("label smoothing of 0.1", "mma_smoothing", "mma"),
+            Rung("mixup of clips, alpha 0.2", "mma_mixup", "mma"),
+            Rung("sigmoid gates", "mma_gates", "mma"),
+            Rung("bfloat16", "mma_bfloat16", "mma"),
+            Rung("modality dropout", "mma", "mma_kept"),
+            Rung("LayerNorm after each map", "mma", "mma_lengths"),
+            Rung("weight decay", "mma", "mma_undecayed"),
+            Rung("a small scale of the Gram matrix", "mma", "mma_unscaled"),
+            Rung("ten times the attention", "mma_strong", "mma"),
+        ),
+    ),
+    Ladder(
+        "recipe",
+        (
+            Rung("one net, trained on train", "mma"),
+            Rung("three nets", "mma_seeds", "mma"),
+            Rung("five nets", "mma_five", "mma_seeds"),
+            Rung("five nets on folds of train and val, out of fold", "mma_folds"),
+            Rung("two nets per fold", "mma_folds_twice", "mma_folds"),
+        ),
+    ),
+    Ladder(
+        "deepmef",
+        (
+            Rung("face alone", "deepmef"),
+            Rung("learned weights of frames, not quality", "deepmef", "deepmef_mean", "better"),
+            Rung("attention between frames", "deepmef", "deepmef_plain"),
+            Rung("attention as in DANet, not ours", "deepmef_danet", "deepmef"),
+            Rung("five nets", "deepmef_seeds", "deepmef"),
+            Rung("each lacks other features", "deepmef_views", "deepmef_seeds", "better"),
+            Rung("each lacks other clips", "deepmef_bags", "deepmef_seeds", "worse"),
+            Rung("the scene", "deepmef_scene", "deepmef"),
+            Rung("the scene for poor faces, too", "deepmef_scene", "deepmef_lacking"),
+            Rung("as published, one net", "deepmef_published"),
+        ),
+    ),
+    Ladder(
+        "noise_classes",
+        (
+            Rung("nearest neighbours", "knn_folds"),
+            Rung("a net", "leave_out", "knn_folds"),
+            Rung("noise classes", "noise", "leave_out"),
+            Rung("three seeds", "noise_seeds", "noise"),
+            Rung("noise classes, not one class", "noise", "other"),
+            Rung("one class of distractors", "other", "leave_out"),
+            Rung("the predicted class is taken", "noise_prediction", "noise"),
+        ),
+    ),
+)
