@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,7 @@ def test_attention_matches_the_equations_with_both_masks(form):
         assert set(params) == ({"w_f", "w_g"} if form == "two" else {"w_f"})
         for fill, (out, y) in zip((False, True), outputs, strict=True):
             for b in range(3):
-                expected = attention_oracle(
-                    x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5
-                )
+                expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
                 np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
         assert not np.asarray(outputs[0][0])[1, 1].any()
@@ -176,7 +175,9 @@ def test_published_is_the_paper_to_the_letter(words, parts):
     @jax.jit
     def run(frames):
         fused = {name: fuse[name](None, frames[name]) for name in fuse}
-        output, variables = model.init_with_output(jax.random.key(1), fused, clips, train=False)
+        output, variables = cast(Any, model).init_with_output(
+            jax.random.key(1), fused, clips, train=False
+        )
         return output.logits[:, 0], variables["params"]
 
     logits, params = run(frames)

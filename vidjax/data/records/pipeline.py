@@ -39,6 +39,7 @@ OPEN_SHARDS = 16
 PACKED_CLIPS = 256
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
+EQUAL_NORMS = 0.01  # relative range of norms that tell no frame from another
 
 
 class Dataset:
@@ -80,6 +81,13 @@ class Dataset:
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
         for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
             warnings.warn(problem, stacklevel=2)
+        if equal := [name for name in self.modalities if _says_nothing(name, self.report)]:
+            warnings.warn(
+                f"{', '.join(equal)}: all features have the same length, which stands for the "
+                "quality that is not given:\nall frames count alike, and the best are the first; "
+                f"give {equal[0]}_quality, or features before they are scaled to one length",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_source(
@@ -265,6 +273,22 @@ class Dataset:
                 fields["features"] = fields["features"].view(dtype).reshape(shape)
                 frames[name] = Frames(**fields)
             yield Batch(frames, clip_index, batch_mask)
+
+
+def _says_nothing(modality: str, report: Mapping[str, Any]) -> bool:
+    """Returns True if quality is the norm of the features, and the same in all frames of a split.
+
+    A clip of a single frame has no best one, so only modalities with more frames are looked at.
+    """
+    for split in report["splits"].values():
+        facts = split["modalities"].get(modality)
+        if not facts or facts["frames_per_clip"]["max"] < 2 or facts["quality"] != facts["norm"]:
+            continue
+        counts, edges = facts["norm"]["counts"], facts["norm"]["edges"]
+        # A histogram of one value is wider than it, with nothing in its first bin.
+        if counts and (not counts[0] or edges[-1] - edges[0] < EQUAL_NORMS * edges[-1]):
+            return True
+    return False
 
 
 def _warn_of_gaps(
