@@ -33,13 +33,12 @@ from vidjax.data.records.codec import (
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.data.usable import misspelt
+from vidjax.data.usable import equal_quality, misspelt
 
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
-EQUAL_NORMS = 0.01  # relative range of norms that tell no frame from another
 
 
 class Dataset:
@@ -79,15 +78,9 @@ class Dataset:
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
-        for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+        lengths = {name: split.lengths for name, split in records.splits.items()}
+        for problem in (*misspelt(lengths), *equal_quality(self.report, list(self.modalities))):
             warnings.warn(problem, stacklevel=2)
-        if equal := [name for name in self.modalities if _says_nothing(name, self.report)]:
-            warnings.warn(
-                f"{', '.join(equal)}: all features have the same length, which stands for the "
-                "quality that is not given:\nall frames count alike, and the best are the first; "
-                f"give {equal[0]}_quality, or features before they are scaled to one length",
-                stacklevel=2,
-            )
 
     @classmethod
     def from_source(
@@ -273,22 +266,6 @@ class Dataset:
                 fields["features"] = fields["features"].view(dtype).reshape(shape)
                 frames[name] = Frames(**fields)
             yield Batch(frames, clip_index, batch_mask)
-
-
-def _says_nothing(modality: str, report: Mapping[str, Any]) -> bool:
-    """Returns True if quality is the norm of the features, and the same in all frames of a split.
-
-    A clip of a single frame has no best one, so only modalities with more frames are looked at.
-    """
-    for split in report["splits"].values():
-        facts = split["modalities"].get(modality)
-        if not facts or facts["frames_per_clip"]["max"] < 2 or facts["quality"] != facts["norm"]:
-            continue
-        counts, edges = facts["norm"]["counts"], facts["norm"]["edges"]
-        # A histogram of one value is wider than it, with nothing in its first bin.
-        if counts and (not counts[0] or edges[-1] - edges[0] < EQUAL_NORMS * edges[-1]):
-            return True
-    return False
 
 
 def _warn_of_gaps(
