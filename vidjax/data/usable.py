@@ -48,8 +48,8 @@ def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Itera
         ]
         if any(_is_one_norm(one) for one in facts if one["frames_per_clip"]["max"] > 1):
             yield (
-                f"{modality}: frames without a quality get the length of their feature, and all are "
-                f"equally long:\nall frames count alike, and the best are the first; give "
+                f"{modality}: frames without a quality get the length of their feature, and all "
+                f"are equally long:\nall frames count alike, and the best are the first; give "
                 f"{modality}_quality, or features before they are scaled to one length"
             )
 
