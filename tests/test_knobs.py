@@ -86,8 +86,8 @@ def test_blur_makes_quality_foretell_the_noise_of_a_frame(make):
         rows = [cosines(f) for f in clips_of(folder, FACES["val"]).values() if len(f) >= 8]
         rows = [(c[q > 25], q[q > 25]) for c, q in rows]  # below, features are garbage
         within = [(c - c.mean(), q - q.mean()) for c, q in rows if len(c) >= 6]
-        flat = [np.concatenate(part) for part in zip(*within, strict=True)]
-        correlation[blur] = np.corrcoef(*flat)[0, 1]
+        cosine, quality = (np.concatenate(part) for part in zip(*within, strict=True))
+        correlation[blur] = np.corrcoef(cosine, quality)[0, 1]
     assert correlation[0.0] < 0.25 < correlation[1.0] < correlation[2.0]
 
 
