@@ -62,7 +62,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "gamma": 0.05,  # paper
             "train_gamma": False,  # ours
             "attention_form": "gram",  # paper; `two` projections as in SAGAN do worse, it says
-            "fill_missing": False,  # ours
+            "fill_missing": True,  # paper: attention compensates for a missing modality
             "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
@@ -119,7 +119,6 @@ def _follow_the_paper(config: config_lib.Config) -> None:
     config.model.netvlad_reduce = "sum"  # paper
     config.model.gram_scale = 1.0  # paper
     config.model.map_norm = False  # paper
-    config.model.fill_missing = True  # paper: "compensate the loss when some features are missing"
     config.model.modality_dropout_rate = 0.0  # paper
     config.model.dropout_rate = 0.0  # paper
     config.optim.total_decay = 0.0  # paper: names none

@@ -21,14 +21,14 @@ def folder(tmp_path_factory):
     return place / "titled"
 
 
-@pytest.mark.parametrize("shape", [(64,), (1, 64)])
-def test_a_title_is_one_frame_of_a_clip(folder, shape, tmp_path):
+def test_a_title_is_one_frame_of_a_clip(folder, tmp_path):
     clips = {}
-    for path in sorted((folder / "val").glob("*.npz"))[:8]:
+    for i, path in enumerate(sorted((folder / "val").glob("*.npz"))[:8]):
         with np.load(path) as file:
             clips[path.stem] = {key: file[key] for key in file.files}
         if "title" in clips[path.stem]:
-            clips[path.stem]["title"] = clips[path.stem]["title"].reshape(shape)
+            assert clips[path.stem]["title"].shape == (64,)
+            clips[path.stem]["title"] = clips[path.stem]["title"].reshape(((64,), (1, 64))[i % 2])
     data = vidjax.load_data({"val": clips}, cache_dir=tmp_path)
     lengths = data.split("val").lengths
     assert data.modalities["title"] == (64, "float32")
