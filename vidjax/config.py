@@ -89,7 +89,7 @@ def default() -> Config:
     config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
     # share of synthetic clips in which a third of the frames shows somebody else
     config.data.wrong_clips = 0.15
-    # how far blur follows the quality of synthetic frames, 0 to 4; 0: quality foretells nothing
+    # how far blur follows the quality of synthetic frames, 0 to 4; 0: all are blurred alike
     config.data.blur = 1.0
     config.data.label_noise = 0.0  # share of synthetic train clips labelled as somebody else
     # share of synthetic train clips that show nobody on the list, 0 to 0.9; in val it is 0.375

@@ -14,7 +14,7 @@ class Knobs(NamedTuple):
         20 less quality. No publication gives a rate; the iQIYI-VID paper keeps clips in which 30 %
         of the frames or more show one person (section 3.1), so 1 is still below its worst clips.
       blur: how far blur follows quality: the noise of a frame is exp(blur (78 - quality) / 50). At
-        0 quality foretells nothing. By nearest neighbours on the small set, W(x) beats the mean
+        0 all frames are blurred alike. By nearest neighbours on the small set, W(x) beats the mean
         face by 0.002, 0.005, 0.009 and 0.021 of MAP at 0, 1, 1.5 and 2; quality fusion (4th place
         2019) reports gains of 0.01 and 0.02 by weighting and by filtering frames.
       label_noise: share of train clips whose ground truth names somebody else. The iQIYI-VID paper

@@ -256,9 +256,9 @@ class _Clips:
             wrong = (self.labels > 0) & (label_rng.random(total) < knobs.label_noise)
             step = label_rng.integers(1, count, total)  # to another identity, never to itself
             self.truth = np.where(wrong, 1 + (self.labels - 1 + step) % count, self.labels)
-        for modality, missing in self.missing.items():
-            if modality != "scene":  # so that no clip is left without anything
-                missing |= missing_rng.random(total) < knobs.missing_rate
+        # Every clip keeps its scene, so that none is left without anything.
+        rates = {m: knobs.missing_rate if m != "scene" else 0.0 for m in _MODALITIES}
+        self.lost = {m: missing_rng.random(total) < rate for m, rate in rates.items()}
 
     def frames(self, rows: np.ndarray) -> dict[str, FlatFrames]:
         """Draws the frames of the clips `rows`, modality by modality."""
@@ -293,7 +293,7 @@ class _Clips:
             clarity = quality[keep] if kind.every else np.full(len(keep), 78.0)
             detection = 1 - 0.01 * rng.exponential(1 + np.exp((40 - clarity) / 25))
             points = self._points_shown(modality, rows[clip[keep]], wrong[keep])
-            result[modality] = FlatFrames(
+            frames = FlatFrames(
                 present,
                 np.bincount(clip[keep], minlength=len(rows)),
                 self._features(modality, points, spread, track[keep], position[keep], clarity),
@@ -302,6 +302,7 @@ class _Clips:
                 np.clip(detection, 0.5, 0.9999),
                 clarity,
             )
+            result[modality] = frames.without(self.lost[modality][rows])
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
