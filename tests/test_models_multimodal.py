@@ -250,3 +250,16 @@ def test_rungs_of_table_3_differ_by_one_part():
             assert changed(floor + modality, floor) == {"modalities"}
         assert changed(f"{floor}ensemble", floor) == {"ensemble.folds", "ensemble.only"}
         assert not fields(floor)["model.netvlad"] and not fields(floor)["model.attention"]
+
+
+def test_the_shipped_scale_lets_attention_mix_what_the_papers_scale_does_not():
+    """Six vectors of length sqrt(D), as LayerNorm makes them, and W_F at its initial variance."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, 6))
+    x *= np.sqrt(512) / np.linalg.norm(x, axis=0)
+    w_f = rng.normal(0, 512**-0.5, (64, 512))
+    scale = config_lib.load_file(f"{ROOT}/configs/mma.py").model.gram_scale
+    assert scale == 1 / 64
+    for factor, least, most in ((1.0, 0.99, 1.0), (scale, 0.2, 0.5)):
+        _, y = attention_oracle(x, np.ones(6, bool), w_f, w_f, 0.05, fill=True, scale=factor)
+        assert least < np.diag(y).min() and np.diag(y).max() <= most
