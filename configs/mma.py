@@ -62,7 +62,9 @@ def get_config(args: str = "") -> config_lib.Config:
             "gamma": 0.05,  # paper
             "train_gamma": False,  # ours
             "attention_form": "gram",  # paper; `two` projections as in SAGAN do worse, it says
-            "fill_missing": True,  # paper: attention compensates for a missing modality
+            # ours: filled in, MAP is 0.002 higher where 30 % of the clips lack each modality, but
+            # 0.003 lower on real clips (ten nets)
+            "fill_missing": False,
             "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
@@ -120,6 +122,7 @@ def _follow_the_paper(config: config_lib.Config) -> None:
     config.fusion.face = ConfigDict({"train": top, "evaluate": top})
     config.model.netvlad_reduce = "sum"  # paper
     config.model.gram_scale = 1.0  # paper
+    config.model.fill_missing = True  # paper: "compensate the loss when some features are missing"
     config.model.map_norm = False  # paper
     config.model.modality_dropout_rate = 0.0  # paper
     config.model.dropout_rate = 0.0  # paper
