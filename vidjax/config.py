@@ -110,12 +110,18 @@ def default() -> Config:
     config.ensemble.folds = 0
     # number of bootstrap samples of every identity's clips, one per member; 0: none
     config.ensemble.bootstraps = 0
+    # what a bootstrap sample draws from: each `identity` by itself, or `all` clips together, which
+    # loses identities of few clips. With `ensemble.bootstraps`
+    config.ensemble.resample = "identity"
     # number of members that each leave out another chunk of the features; 0: none
     config.ensemble.views = 0
     # number of equal chunks that a feature vector is cut into for `ensemble.views`, 2 or more
     config.ensemble.chunks = 16
     # least quality of the frames that a member is trained on, one value per member, e.g. `0,20,40`
     config.ensemble.min_quality = ()
+    # clips without a frame of that quality: `keep` trains on all their frames, `drop` leaves them
+    # out. With `ensemble.min_quality`
+    config.ensemble.poor_clips = "keep"
     config.ensemble.seeds = 1  # number of members that differ in their random draws alone
     # numbers of the members to train here, from 0, e.g. `0,2`; empty: all
     config.ensemble.only = ()

@@ -30,6 +30,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.non_finite": ("drop", "error"),
     "data.mode": ("auto", "resident", "streaming"),
     "data.crop": ("window", "quality"),
+    "ensemble.resample": ("identity", "all"),
+    "ensemble.poor_clips": ("keep", "drop"),
     "noise.method": ("dbscan", "hdbscan"),
     "eval.checkpoint": ("latest", "best"),
 }
@@ -209,6 +211,18 @@ READ_WHEN = (
         lambda values: values["optim.decay"] == "steps",
         "only config.optim.decay=steps decays by a factor",
         "--config.optim.decay=steps",
+    ),
+    ReadWhen(
+        ("ensemble.resample",),
+        lambda values: values["ensemble.bootstraps"] > 0,
+        "config.ensemble.bootstraps=0 draws no sample",
+        "--config.ensemble.bootstraps=11",
+    ),
+    ReadWhen(
+        ("ensemble.poor_clips",),
+        lambda values: bool(values["ensemble.min_quality"]),
+        "config.ensemble.min_quality is empty: no frame is too poor",
+        "--config.ensemble.min_quality=0,20,40",
     ),
     ReadWhen(
         ("ensemble.chunks",),

@@ -30,6 +30,7 @@ from vidjax.run.logs import keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
+from vidjax.steps.training_clips import by_split, values_of_clips
 from vidjax.system import System
 
 FILE = "noise.jsonl"
@@ -89,27 +90,7 @@ def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.nd
         raise ValueError(
             f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
         )
-    parts = []
-    for split, rows in _by_split(config, data):
-        only = wanted[rows]
-        means = np.zeros((len(only), data.modalities[modality].dim), np.float32)
-        if only.any():
-            plan = make_eval_plan(data.split(split), (modality,), only=only)
-            for batch in data.eval_batches(plan, rows=config.eval.block_size):
-                vectors = np.asarray(_mean_face(batch.frames[modality]))
-                means[batch.clip_index[batch.batch_mask]] = vectors[batch.batch_mask]
-        parts.append(means[only])
-    return np.concatenate(parts)
-
-
-def _by_split(config: Config, data: ClipSource) -> Sequence[tuple[str, slice]]:
-    """Returns the training splits and their rows in the tables."""
-    splits, start = [], 0
-    for split in config.data.train_splits:
-        count = len(data.split(split).clips)
-        splits.append((split, slice(start, start + count)))
-        start += count
-    return splits
+    return values_of_clips(config, data, modality, _mean_face, wanted)
 
 
 class Relabeller:
@@ -155,7 +136,7 @@ class Relabeller:
         weights = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
         ]
-        for split, rows in _by_split(self._config, self._data):
+        for split, rows in by_split(self._config, self._data):
             only = np.any(movable[:, rows], axis=0)
             if only.any():
                 self._predict_split(weights, split, only, predicted[:, rows])

@@ -15,6 +15,7 @@ from vidjax.data.clips import Split
 from vidjax.run.terminal import Progress
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
+from vidjax.steps.poor_clips import PoorClips
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
 from vidjax.steps.windows import windows
 
@@ -96,6 +97,7 @@ def score(
     ]
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
+    poor = [PoorClips(model.system) for model in models]
     weights = [model.weight for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
@@ -109,6 +111,8 @@ def score(
                 ranker.score(model_blocks)
                 for ranker, model_blocks in zip(rankers, window, strict=True)
             ]
+            for counter, model_blocks in zip(poor, window, strict=True):
+                counter.add(model_blocks)
             if observe:
                 observe(blocks, scores)
             for block, block_scores in zip(blocks, blend(scores, weights), strict=True):
@@ -121,6 +125,8 @@ def score(
         top, value = ranking.finish()
     seconds = time.monotonic() - began - compiling.seconds
 
+    for counter in poor:
+        counter.warn(split_name)
     clips.flush()
     scores, num_nan = _without_nan(split, clips.clips)
     results = _summarise(split, scores, value, scorers) | num_nan
