@@ -60,7 +60,7 @@ def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") ->
     weight = clips.weight
     if poor_clips == "drop":
         first = next(iter(clips.frames.values()))
-        good = first.mask & (first.quality >= clips.min_quality)
+        good = first.mask & (selection.ordered_quality(first.quality) >= clips.min_quality)
         weight = weight * (good.any(axis=1) | ~first.mask.any(axis=1))
     return clips._replace(frames=frames, weight=weight)
 

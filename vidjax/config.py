@@ -139,6 +139,9 @@ def default() -> Config:
     config.noise.modality = "face"  # modality whose mean frames are clustered
     # epochs between two relabellings of the distractors in no cluster; 0: labels stay
     config.noise.relabel_every_epochs = 1.0
+    # class of a distractor in no cluster that is mistaken for nobody: the `label` that it has, or
+    # the `prediction`, a cluster or another mirror
+    config.noise.keep = "label"
     # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
     config.noise.mirror_weight = ((0.0, 1.0),)
     # join short distractor clips and cut long ones in training. With `data.distractors` `noise` or
@@ -151,6 +154,8 @@ def default() -> Config:
     config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
     config.eval.block_size = 256  # clips that a device scores at a time
     config.eval.scores = "log_softmax"  # scores that clips are ranked by
+    # number of identities for which a clip is ranked, those of its highest scores; 0: all
+    config.eval.top_classes = 0
     # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
     config.eval.reduce = "mean"
     config.eval.members = True  # rank every member of an ensemble by itself, too

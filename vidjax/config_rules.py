@@ -20,6 +20,7 @@ NOT_NEGATIVE = (
     "checkpoint_every_seconds",
     "noise.relabel_every_epochs",
     "eval.every_epochs",
+    "eval.top_classes",
 )
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -33,6 +34,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "ensemble.resample": ("identity", "all"),
     "ensemble.poor_clips": ("keep", "drop"),
     "noise.method": ("dbscan", "hdbscan"),
+    "noise.keep": ("label", "prediction"),
     "eval.checkpoint": ("latest", "best"),
 }
 # Largest values. Beyond them a training would end in exhausted memory, or never.
@@ -237,6 +239,7 @@ READ_WHEN = (
             "noise.min_samples",
             "noise.modality",
             "noise.relabel_every_epochs",
+            "noise.keep",
             "noise.mirror_weight",
         ),
         lambda values: values["data.distractors"] == "noise",

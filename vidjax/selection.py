@@ -44,7 +44,7 @@ def filter_frames(
         raise ValueError(f"top_share must be above 0 and at most 1, got {top_share}")
     kept = frames.mask
     if min_quality is not None:
-        kept = kept & (_ordered_quality(frames.quality) >= min_quality)
+        kept = kept & (ordered_quality(frames.quality) >= min_quality)
     if min_detection is not None:
         kept = kept & (frames.detection >= min_detection)
     if top_share < 1:
@@ -348,13 +348,14 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
     return Frames(*map(field, *frames))
 
 
-def _ordered_quality(quality: Array) -> Array:
+def ordered_quality(quality: Array) -> Array:
+    """Returns qualities with the lowest float32 for those that are not finite."""
     return jnp.where(jnp.isfinite(quality), quality, jnp.finfo(jnp.float32).min)
 
 
 def _best_first(quality: Array, mask: Array) -> Array:
     """Sorts frames by quality; returns [B, T] indices, the best real frame first, padding last."""
-    quality = jnp.where(mask, _ordered_quality(quality), -jnp.inf)
+    quality = jnp.where(mask, ordered_quality(quality), -jnp.inf)
     # Not lax.top_k: for clips on several devices it would gather the whole batch on every one.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 

@@ -25,9 +25,9 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `reduce` and
-    `matmul_precision`. Evaluation reads these, and `model`, `select_features`, `to_examples`,
-    `examples`, `class_mask` and `num_identities`.
+    Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `top_classes`,
+    `reduce` and `matmul_precision`. Evaluation reads these, and `model`, `select_features`,
+    `to_examples`, `examples`, `class_mask` and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
@@ -47,6 +47,7 @@ class System(NamedTuple):
       schedule: step -> learning rate.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       logs: True if scores are logarithms; their exponentials are then averaged.
+      top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips.
       num_identities: number of identities, C; columns 1..C are ranked.
@@ -70,6 +71,7 @@ class System(NamedTuple):
     schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
     logs: bool
+    top_classes: int
     reduce: str
     class_mask: Array
     num_identities: int
@@ -155,6 +157,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         schedule=schedule,
         score_fn=score_fn,
         logs=logs,
+        top_classes=config["eval"]["top_classes"],
         reduce=_choose("eval.reduce", config["eval"]["reduce"], ("mean", "max")),
         class_mask=class_mask,
         num_identities=task.num_identities,

@@ -17,7 +17,6 @@ from vidjax.models.attention import (
 from vidjax.models.heads import CosineClassifier, unit_vectors
 from vidjax.models.mlp import DenseLayer, ResidualBlock
 
-
 _CHOICES = {
     "channel_attention": (*CHANNEL_ATTENTIONS, "none"),
     "aggregation": ("attention", "mean", "quality"),

@@ -47,7 +47,8 @@ class DenseIdentifier(nn.Module):
 
     Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
     noise classes (5th place 2018: one linear layer and the cosine head), all for the face alone;
-    the scene-only net of DeepMEF (3rd place 2019: `block` and the cosine head). Ours: further modalities, which are 0 for clips that lack them; modality dropout.
+    the scene-only net of DeepMEF (3rd place 2019: `block` and the cosine head). Ours: further
+    modalities, which are 0 for clips that lack them; modality dropout.
     """
 
     modalities: Mapping[str, int]

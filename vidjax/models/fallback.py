@@ -70,9 +70,7 @@ class FallbackIdentifier(nn.Module):
         if self.measure not in ("norm", "quality"):
             raise ValueError(f"unknown measure {self.measure!r}; choose from norm, quality")
         if not 0 <= self.threshold_share < 1:
-            raise ValueError(
-                f"threshold_share={self.threshold_share}: must be 0 or more, below 1"
-            )
+            raise ValueError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):
             raise ValueError(f"model 'fallback': main_modalities must contain {self.modality!r}")
         if not self.other_modalities or self.modality in self.other_modalities:
@@ -145,4 +143,3 @@ class FallbackIdentifier(nn.Module):
             eval_weight=eval_weight,
             attention={**(outputs[1].attention or {}), **(outputs[0].attention or {})},
         )
-

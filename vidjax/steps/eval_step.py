@@ -35,7 +35,6 @@ def eval_step(
       view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
-
     clips = _clip_info(system, batch)
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
@@ -68,7 +67,6 @@ def embed_step(
       view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
-
     clips = _clip_info(system, batch)
 
     def embedding_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
