@@ -97,6 +97,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "missing_scale": 0.95,  # code
             "measure": "norm",  # code; paper: a quality score
             "threshold_share": 0.01,  # paper
+            "threshold": 0.0,  # ours: of that share; code: 8.867, for the official faces
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
