@@ -97,7 +97,6 @@ def score(
     ]
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
-    poor = [PoorClips(model.system) for model in models]
     weights = [model.weight for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
@@ -111,8 +110,6 @@ def score(
                 ranker.score(model_blocks)
                 for ranker, model_blocks in zip(rankers, window, strict=True)
             ]
-            for counter, model_blocks in zip(poor, window, strict=True):
-                counter.add(model_blocks)
             if observe:
                 observe(blocks, scores)
             for block, block_scores in zip(blocks, blend(scores, weights), strict=True):
@@ -125,8 +122,8 @@ def score(
         top, value = ranking.finish()
     seconds = time.monotonic() - began - compiling.seconds
 
-    for counter in poor:
-        counter.warn(split_name)
+    for ranker in rankers:
+        ranker.poor.warn(split_name)
     clips.flush()
     scores, num_nan = _without_nan(split, clips.clips)
     results = _summarise(split, scores, value, scorers) | num_nan
@@ -172,6 +169,7 @@ class _ModelRanker:
       scorer: scorer of the model.
       metric: metric of the model alone; None if it is the only model.
       members: one metric per member; [] for a single member, or if `each_member` is False.
+      poor: counter of the poor clips.
     """
 
     def __init__(
@@ -185,12 +183,14 @@ class _ModelRanker:
     ):
         self.scorer = scorer
         self.metric = TopKMetric(split, pool) if by_itself else None
+        self.poor = PoorClips(scorer.model.system)
         self.members: list[TopKMetric] = []
         if each_member and scorer.num_members > 1:
             self.members = [TopKMetric(split, used & pool) for used in scorer.use]
 
     def score(self, blocks: Sequence[Batch]) -> list[Array]:
         """Returns the scores [B, C] of every block, and adds them to the metrics."""
+        self.poor.add(blocks)
         scores = self.scorer.score(blocks, member_metrics=self.members)
         if self.metric:
             for block, block_scores in zip(blocks, scores, strict=True):
