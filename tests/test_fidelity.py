@@ -89,9 +89,18 @@ def has_field(name):
 
 
 @functools.cache
-def words_of(file):
-    """Returns the arguments of a configuration."""
-    return frozenset(config_files.load_module(ROOT / "configs" / file).WORDS)
+def configuration(file):
+    """Returns the module of a configuration."""
+    return config_files.load_module(ROOT / "configs" / file)
+
+
+def is_command(file, words):
+    """Returns whether a configuration takes these arguments together."""
+    if not (ROOT / "configs" / file).is_file():
+        return False
+    if set(words.split(",")) - {"", *MODALITIES} - set(configuration(file).WORDS):
+        return False
+    return bool(configuration(file).get_config(words))
 
 
 def problem(name):
@@ -107,11 +116,7 @@ def problem(name):
         elif part.startswith("config."):
             wrong += [part] * (not has_field(part.split("=")[0]))
         elif match := re.fullmatch(r"(\w+\.py)(?::([\w,]+))?", part):
-            if not (ROOT / "configs" / match[1]).is_file():
-                wrong.append(part)
-                continue
-            given = set((match[2] or "").split(",")) - {"", *MODALITIES}
-            wrong += sorted(given - words_of(match[1]))
+            wrong += [part] * (not is_command(match[1], match[2] or ""))
         elif "/" in part:
             wrong += [part] * (not (ROOT / part).exists())
         else:
