@@ -23,7 +23,7 @@ PUBLICATIONS = {
     "N": ("Noise classes", 17),
 }
 ANSWERS = ("exact", "differs", "not realised")
-MODALITIES = ("face", "head", "body", "audio", "scene")
+MODALITIES = ("face", "head", "body", "audio", "scene", "title")
 MODES = ("train", "evaluate", "rank", "compare", "report", "check", "config")
 
 
