@@ -149,7 +149,7 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     [
         (
             ("--config.data.train_splits=train",),
-            "add a split with distractors: --config.data.train_splits",
+            "without distractors: the argument 'other'",
         ),
         (("--config.data.distractors=drop",), "choose from other, leave_out, noise"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),
