@@ -416,6 +416,7 @@ def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir,
     # The experiment that writes the most files.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
     config.eval.report = True
+    config.data.dir = str(official_dir)  # so that there is a seal
     data = vidjax.load_data(official_dir, cache_dir=cache_dir)
     vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}

@@ -124,12 +124,18 @@ def default() -> Config:
     config.ensemble.folds = 0
     # number of bootstrap samples of every identity's clips, one per member; 0: none
     config.ensemble.bootstraps = 0
+    # what a bootstrap sample draws from: each `identity` by itself, or `all` clips together, which
+    # loses identities of few clips. With `ensemble.bootstraps`
+    config.ensemble.resample = "identity"
     # number of members that each leave out another chunk of the features; 0: none
     config.ensemble.views = 0
     # number of equal chunks that a feature vector is cut into for `ensemble.views`, 2 or more
     config.ensemble.chunks = 16
     # least quality of the frames that a member is trained on, one value per member, e.g. `0,20,40`
     config.ensemble.min_quality = ()
+    # clips without a frame of that quality: `keep` trains on all their frames, `drop` leaves them
+    # out. With `ensemble.min_quality`
+    config.ensemble.poor_clips = "keep"
     config.ensemble.seeds = 1  # number of members that differ in their random draws alone
     # numbers of the members to train here, from 0, e.g. `0,2`; empty: all
     config.ensemble.only = ()
@@ -147,6 +153,9 @@ def default() -> Config:
     config.noise.modality = "face"  # modality whose mean frames are clustered
     # epochs between two relabellings of the distractors in no cluster; 0: labels stay
     config.noise.relabel_every_epochs = 1.0
+    # class of a distractor in no cluster that is mistaken for nobody: the `label` that it has, or
+    # the `prediction`, a cluster or another mirror
+    config.noise.keep = "label"
     # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
     config.noise.mirror_weight = ((0.0, 1.0),)
     # join short distractor clips and cut long ones in training. With `data.distractors` `noise` or
@@ -159,6 +168,8 @@ def default() -> Config:
     config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
     config.eval.block_size = 256  # clips that a device scores at a time
     config.eval.scores = "log_softmax"  # scores that clips are ranked by
+    # number of identities for which a clip is ranked, those of its highest scores; 0: all
+    config.eval.top_classes = 0
     # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
     config.eval.reduce = "mean"
     config.eval.members = True  # rank every member of an ensemble by itself, too

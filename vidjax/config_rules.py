@@ -29,6 +29,7 @@ NOT_NEGATIVE = (
     "checkpoint_every_seconds",
     "noise.relabel_every_epochs",
     "eval.every_epochs",
+    "eval.top_classes",
 )
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -40,7 +41,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.quality": ("given", "norm"),
     "data.mode": ("auto", "resident", "streaming"),
     "data.crop": ("window", "quality"),
+    "ensemble.resample": ("identity", "all"),
+    "ensemble.poor_clips": ("keep", "drop"),
     "noise.method": ("dbscan", "hdbscan"),
+    "noise.keep": ("label", "prediction"),
     "eval.checkpoint": ("latest", "best"),
 }
 # Largest values. Beyond them a training would end in exhausted memory, or never.
@@ -228,6 +232,18 @@ READ_WHEN = (
         "--config.optim.decay=steps",
     ),
     ReadWhen(
+        ("ensemble.resample",),
+        lambda values: values["ensemble.bootstraps"] > 0,
+        "config.ensemble.bootstraps=0 draws no sample",
+        "--config.ensemble.bootstraps=11",
+    ),
+    ReadWhen(
+        ("ensemble.poor_clips",),
+        lambda values: bool(values["ensemble.min_quality"]),
+        "config.ensemble.min_quality is empty: no frame is too poor",
+        "--config.ensemble.min_quality=0,20,40",
+    ),
+    ReadWhen(
         ("ensemble.chunks",),
         lambda values: values["ensemble.views"] > 0,
         "config.ensemble.views=0 leaves no chunk of the features out",
@@ -240,6 +256,7 @@ READ_WHEN = (
             "noise.min_samples",
             "noise.modality",
             "noise.relabel_every_epochs",
+            "noise.keep",
             "noise.mirror_weight",
         ),
         lambda values: values["data.distractors"] == "noise",
