@@ -286,10 +286,9 @@ def test_one_clip_takes_milliseconds(train, clips):
             function(one)  # compiles
         seconds = []
         for one in few * 5:
-            began = time.perf_counter()
+            began = time.process_time()  # other work on the machine adds to the time of the clock
             function(one)
-            seconds.append(time.perf_counter() - began)
-        # Other work on the machine can only add to the time.
+            seconds.append(time.process_time() - began)
         assert np.percentile(seconds, 10) < 0.005, function
 
 

@@ -116,6 +116,8 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "mma:iqiyi_vid,face": 17_821_497,
     "mma:iqiyi_vid,face,head": 23_223_097,
     "mma:iqiyi_vid,published": 34_022_201,
+    "mma:iqiyi_vid,published,average,concat,face": 16_211_763,
+    "mma:iqiyi_vid,published,average,concat,audio": 5_410_611,
     "mma:iqiyi_vid,average": 32_450_355,
     "mma:iqiyi_vid,concat": 33_993_529,
     "residual_dense:iqiyi_vid": 226_114_150,
@@ -190,6 +192,11 @@ def test_parameters_by_hand():
     netvlad = 2 * 3 * 512 + 2 * 3 + 2 * 512 * 3 * 512
     assert FULL_SIZE["mma:iqiyi_vid"] == average + netvlad
     assert FULL_SIZE["mma:iqiyi_vid,concat"] == average + netvlad - 512 * 64
+    assert FULL_SIZE["mma:iqiyi_vid,published"] == average + netvlad - 4 * 2 * 512
+    floor = dense(face, 3 * 512) + dense(3 * 512, classes)  # table 3 begins with the face alone
+    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,face"] == floor
+    single = dense(face, 512) + dense(512, classes)
+    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,audio"] == single
     residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
     assert FULL_SIZE["residual_dense:iqiyi_vid,face"] == residual
     body = dense(512, 512) + 2 * 512 + dense(512, classes)

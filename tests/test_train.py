@@ -3,6 +3,7 @@
 import json
 import signal
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -111,7 +112,7 @@ def test_another_configuration_is_refused(tmp_path):
     ],
 )
 def test_a_short_run_has_a_curve(total, logged):
-    plan = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583), layout=None)
+    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583), layout=None)
     assert make_schedule(config_lib.default(), plan).log == logged
 
 

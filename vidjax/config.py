@@ -87,10 +87,22 @@ def default() -> Config:
     # size of the synthetic dataset: `small` (100 identities) or `standard` (1,000)
     config.data.size = "small"
     config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
+    # share of synthetic clips in which a third of the frames shows somebody else
+    config.data.wrong_clips = 0.15
+    # how far blur follows the quality of synthetic frames, 0 to 4; 0: all are blurred alike
+    config.data.blur = 1.0
+    config.data.label_noise = 0.0  # share of synthetic train clips labelled as somebody else
+    # share of synthetic train clips that show nobody on the list, 0 to 0.9; in val it is 0.375
+    config.data.train_distractors = 0.0
+    # share of synthetic clips that lack face, head, body or audio, beyond what all sets lack
+    config.data.missing_rate = 0.0
     config.data.train_splits = ("train",)  # splits to train on, e.g. `train,val`
     # frames whose feature holds a NaN or an infinity: `drop` leaves them out and counts them,
     # `error` refuses the file
     config.data.non_finite = "drop"
+    # quality of the frames of own features: `given` by the files, and where a clip's file has none
+    # the L2 norm of each feature; or that `norm` for all
+    config.data.quality = "given"
     # `resident`: all clips stay in device memory; `streaming`: clips are read from the records;
     # `auto`: resident if the clips take at most half of the free memory
     config.data.mode = "auto"

@@ -29,6 +29,7 @@ from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import ClipSource, TrainingData
+from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.modes.restore import find_run, fit_data, load_weights, task_of
@@ -260,7 +261,8 @@ class Predictor(NamedTuple):
         if split is not None:
             raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
-            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities)
+            quality = cast(Quality, self.config.data.quality)
+            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return _Request(clips, "clips", clips.places, clips.names, size)

@@ -125,4 +125,4 @@ def test_an_accelerator_without_its_extra():
         pytest.skip("the extra cuda is installed")
     said = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
     assert said.returncode == 2
-    assert "pip install '.[cuda]'" in said.stdout
+    assert "pip install 'vidjax[cuda]'" in said.stdout

@@ -24,16 +24,23 @@ class MultimodalAttention(nn.Module):
         small.
       gamma: strength of the attention.
       train_gamma: True to learn gamma, starting from `gamma` (ours).
+      form: `gram`, the paper's Z = F^T F with one projection F = W_F X; or `two`, Z = F^T G with
+        another one, G = W_G X, as in SAGAN, with which the paper compares it.
+      fill_missing: True, as in the paper, to compute the output of a missing vector, too: gamma
+        times a mean of the vectors that exist. False (ours) leaves it 0.
       dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
-    Source: iQIYI-VID paper, equations 1-3. Ours: masks for missing vectors. If no vector is
-    missing, the result is that of the paper.
+    Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
+    softmax, where the equations would give it exp(0). If no vector is missing, the result is that
+    of the paper. SAGAN's further projections, of what is mixed, are not part of the comparison.
     """
 
     dim: int = 64
     scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
+    form: str = "gram"
+    fill_missing: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -45,17 +52,25 @@ class MultimodalAttention(nn.Module):
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          O, [B, M, D] in `dtype`, 0 for missing vectors; and Y, [B, M, M] float32, a softmax over
-          the existing vectors i. Column j of Y sums to 1, or to 0 if vector j is missing.
+          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
+          Column j of Y sums to 1; where vector j is missing, to 1 with `fill_missing`, else to 0,
+          as in a clip without any vector. Where a column is 0, so is vector j of O.
+
+        Raises:
+          ValueError: The form is unknown.
         """
+        if self.form not in ("gram", "two"):
+            raise ValueError(f"unknown attention_form {self.form!r}; choose from gram, two")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
-        f = nn.Dense(
-            self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype, name="w_f"
-        )(x)  # [B, M, D~]
-        z = jnp.einsum("bid,bjd->bij", f, f, preferred_element_type=param_dtype)  # [B, M, M]
+        project = functools.partial(
+            nn.Dense, self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype
+        )
+        f = project(name="w_f")(x)  # [B, M, D~]
+        g = project(name="w_g")(x) if self.form == "two" else f
+        z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]
         z = z * self.scale
-        pairs = mask[:, :, None] & mask[:, None, :]
+        pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
         # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
         # the same zeros without NaN.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
