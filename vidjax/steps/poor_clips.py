@@ -22,6 +22,7 @@ from vidjax.steps.training_clips import values_of_clips
 from vidjax.system import System
 
 FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
+FEW = 10  # poor clips that may be chance
 
 
 def training_threshold(config: Config, data: TrainingData) -> float | None:
@@ -94,7 +95,7 @@ class PoorClips:
     def warn(self, split: str) -> None:
         """Warns if far more clips of a split are poor than were meant to be."""
         share, model = self.share(), self._system.model
-        if not isinstance(model, FallbackIdentifier):
+        if not isinstance(model, FallbackIdentifier) or int(self._counts[0]) <= FEW:
             return
         if share > max(FAR_MORE, 5 * model.threshold_share):
             warnings.warn(
