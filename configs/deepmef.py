@@ -13,8 +13,8 @@ A clip without a face is scored by a model of the scene alone. A clip whose face
 the shortest 1 % of the training clips is scored by both models.
 
 The official files have no scene features, so `iqiyi_vid` takes the face alone. To add them, put
-pickles of your own beside the official ones, `feat/scene_{train,val,test}.pickle` in the format of
-the heads, and name both: `iqiyi_vid,face,scene`. The team took 2048 features of one frame per clip
+pickles of your own beside the official ones, `scene_{train,val,test}.pickle`, in which every clip
+has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features of one frame per clip
 from a SE-ResNeXt that it had trained for 20 epochs to name the person.
 
 Every value names its source: `paper` (the team's article), `code` (the team's) or `ours`.
@@ -120,7 +120,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.optim.name = "sgd"  # code
     config.optim.momentum = 0.9  # code
     config.optim.learning_rate = 0.1 if full else 0.02  # code; ours on few clips
-    config.optim.weight_decay = 1e-5 if full else 0.0  # code
+    config.optim.weight_decay = 1e-5 if full else 0.0  # code; ours
     config.optim.total_decay = 0.0 if full else 2.0  # ours
     config.optim.warmup = 0.0  # code
     config.optim.decay = "cosine"  # code

@@ -122,7 +122,7 @@ def _follow_the_paper(config: config_lib.Config) -> None:
     config.fusion.face = ConfigDict({"train": top, "evaluate": top})
     config.model.netvlad_reduce = "sum"  # paper
     config.model.gram_scale = 1.0  # paper
-    config.model.fill_missing = True  # paper: "compensate the loss when some features are missing"
+    config.model.fill_missing = True  # paper: attention stands in for what is missing
     config.model.map_norm = False  # paper
-    config.model.modality_dropout_rate = 0.0  # paper
-    config.model.dropout_rate = 0.0  # paper
+    config.model.modality_dropout_rate = 0.0  # paper names none
+    config.model.dropout_rate = 0.0  # paper names none

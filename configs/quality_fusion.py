@@ -71,7 +71,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.fusion.face = ConfigDict(
         {
             "train": {
-                "name": "random",  # paper: 1 to 5 faces, with replacement
+                "name": "random",  # paper: 1 to 5 faces; code: with replacement
                 "num_draws": 1,  # paper
                 "max_frames": 5,  # paper
                 "probs": (0.25, 0.0, 0.65, 0.0, 0.10),  # code

@@ -48,14 +48,16 @@ def get_config(args: str = "") -> config_lib.Config:
     config.after_fusion = "examples"  # paper
     if "one" not in words:
         config.ensemble.min_quality = (-1000.0, 20.0, 40.0)  # paper: all, > 20, > 40
-        # Paper: the subset > 40 has no clip without such a frame. Ours: it has all frames of them.
-        config.ensemble.poor_clips = "drop" if published else "keep"
+        # Paper: the subset > 40 has no clip without such a frame. Ours: it has all frames of them,
+        # and so it has without faces, since official heads, bodies and voices have no quality.
+        config.ensemble.poor_clips = "drop" if published and main == "face" else "keep"
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # paper
         if "folds" not in words:
             config.ensemble.folds = 10  # paper: 9 : 1
-            # The members that leave out the first tenth: one for each quality subset.
+            # The members that leave out the first tenth: one for each quality subset. With several
+            # seeds they have other numbers.
             config.ensemble.only = (0,) if "one" in words else (0, 1, 2)  # paper
     config.eval.top_classes = 100 if published else 0  # paper; ours
 
@@ -109,7 +111,7 @@ def get_config(args: str = "") -> config_lib.Config:
     # Paper: 0.01. Ours: less on few steps.
     config.optim.learning_rate = 1e-2 if full or published else 1e-3
     config.optim.total_decay = 0.0 if published else 2.0  # paper names none; ours
-    config.optim.warmup = 0.0  # paper
+    config.optim.warmup = 0.0  # paper names none
     config.optim.decay = "steps"  # paper
     config.optim.decay_factor = 0.7  # paper
     config.optim.decay_every_epochs = config.num_epochs / 8  # paper: after each of 8 epochs

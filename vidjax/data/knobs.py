@@ -11,8 +11,9 @@ class Knobs(NamedTuple):
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames, in one run, show somebody else, at
-        20 less quality. No publication gives a rate; the iQIYI-VID paper keeps clips in which 30 %
-        of the frames or more show one person (section 3.1), so 1 is still below its worst clips.
+        20 less quality. No publication gives a rate. The iQIYI-VID paper keeps clips in which more
+        than 30 % of the frames hold one head, or one that is far larger than the others
+        (section 3.2); so up to 70 % may hold several people.
       blur: how far blur follows quality: the noise of a frame is exp(blur (78 - quality) / 50). At
         0 all frames are blurred alike. By nearest neighbours on the small set, W(x) beats the mean
         face by 0.002, 0.005, 0.009 and 0.021 of MAP at 0, 1, 1.5 and 2; quality fusion (4th place

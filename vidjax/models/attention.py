@@ -92,8 +92,8 @@ class SigmoidGate(nn.Module):
     Attributes:
       dtype: dtype of the products; parameters and sigmoid are at least float32.
 
-    Source: the second-place article of 2019 names it as future work ("attention modules with
-    sigmoid-activated branches"). Ours: the formula.
+    Source: the second-place article of 2019 names gates by a sigmoid as future work. Ours: the
+    formula.
     """
 
     dtype: jnp.dtype = jnp.float32
