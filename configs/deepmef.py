@@ -14,8 +14,8 @@ the shortest 1 % of the training clips is scored by both models.
 
 The official files have no scene features, so `iqiyi_vid` takes the face alone. To add them, put
 pickles of your own beside the official ones, `scene_{train,val,test}.pickle`, in which every clip
-has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features of one frame per clip
-from a SE-ResNeXt that it had trained for 20 epochs to name the person.
+has a list of (frame, feature), and name both: `iqiyi_vid,face,scene`. The team took 2048 features
+of one frame per clip from a SE-ResNeXt that it had trained for 20 epochs to name the person.
 
 Every value names its source: `paper` (the team's article), `code` (the team's) or `ours`.
 """
