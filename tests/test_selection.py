@@ -123,6 +123,7 @@ def test_samples_are_different_frames_in_time_order():
     np.testing.assert_array_equal(drawn.features[7, clip], frames.features[clip, t])
 
 
+@pytest.mark.slow
 def test_samples_of_random_order_are_the_same_frames_in_another_order():
     frames = make_frames([12, 5, 2, 0], max_frames=12)
     options = {"num_frames": 5, "order": "random"}
