@@ -70,9 +70,7 @@ def default() -> Config:
     config.transforms = ()
     # alpha of the Beta distribution that draws the shares of two mixed clips; 0: no mixup
     config.mixup = 0.0
-    # training steps between two lines of `metrics.jsonl`; fewer in a run that is too short for five
-    # lines
-    config.log_every_steps = 20
+    config.log_every_steps = 20  # training steps between two lines of `metrics.jsonl`
     # seconds between two checkpoints, beside the checkpoint of every evaluation
     config.checkpoint_every_seconds = 300.0
 

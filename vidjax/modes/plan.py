@@ -19,7 +19,6 @@ from vidjax.steps.distractors import label_distractors
 from vidjax.steps.poor_clips import training_threshold
 from vidjax.system import TaskSpec
 
-LEAST_LINES = 5  # of metrics in the log of a run
 MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
@@ -162,10 +161,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         steps = round(epochs * plan.task.num_clips / config.batch_size)
         return frozenset(range(steps, total, steps)) if steps else frozenset()
 
-    # A short run has a curve, too.
-    log_every = min(config.log_every_steps, max(total // LEAST_LINES, 1))
     return Schedule(
-        log=frozenset(range(0, total, log_every)) | {total},
+        log=frozenset(range(0, total, config.log_every_steps)) | {total},
         evaluate=every(config.eval.every_epochs) | {total},
         relabel=every(config.noise.relabel_every_epochs) if plan.layout else frozenset(),
     )
