@@ -384,6 +384,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         ]
         if name == "b":
             words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
+            words += ["--config.ensemble.min_quality=(0.0,)"]
         assert main(words) == 0, capsys.readouterr().err
     assert main(words) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
