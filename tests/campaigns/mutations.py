@@ -3,8 +3,8 @@
     python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
 
 A small run is trained in FOLDER. Then each mutation is made in a fresh copy of it, once per mode.
-A mode has to end within 10 s of processor time and 1 GB, with exit code 0, 2 or 3, with at most
-three lines of error, and may change nothing outside of the copy. Everything runs in this process.
+A mode has to end within 1 GB, with exit code 0, 2 or 3, with at most three lines of error, after 10 s
+of processor time at most where it does not succeed, and may change nothing outside of the copy. Everything runs in this process.
 """
 
 import argparse
@@ -251,7 +251,7 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
         wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]}")
     elif code and (len(said.strip().splitlines()) > LINES or not is_told):
         wrong.append(f"not an error of one to three lines: {said[:300]}")
-    if seconds > SECONDS:
+    if seconds > SECONDS and code != 0:  # what succeeds has trained or evaluated meanwhile
         wrong.append(f"{seconds:.0f} s")
     if grown > MEMORY:
         wrong.append(f"{grown / 1e9:.1f} GB")
