@@ -3,8 +3,9 @@
     python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
 
 A small run is trained in FOLDER. Then each mutation is made in a fresh copy of it, once per mode.
-A mode has to end within 1 GB, with exit code 0, 2 or 3, with at most three lines of error, after 10 s
-of processor time at most where it does not succeed, and may change nothing outside of the copy. Everything runs in this process.
+A mode has to end within 1 GB, with exit code 0, 2 or 3, and with at most three lines of error. One
+that does not succeed has to end within 10 s of processor time. None may change anything outside of
+the copy. Everything runs in this process.
 """
 
 import argparse
