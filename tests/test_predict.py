@@ -185,8 +185,10 @@ def test_a_cosine_classifier_is_a_product_with_the_embedding(train, clips):
             for one, face in zip(clips["val"].values(), has["face"], strict=True)
         ]
     )
-    alone = has["face"] & (lengths > run.manifest["threshold"])
+    poor = lengths < run.manifest["threshold"]
+    alone = has["face"] & ~poor
     assert alone.sum() > 0.9 * has["face"].sum()
+    assert np.linalg.norm(other[poor & has["head"]], axis=1).min(initial=1) > 0.99
     assert not other[alone].any() and not main[~has["face"] & has["head"]].any()
     assert np.linalg.norm(other[~has["face"] & has["head"]], axis=1).min() > 0.99
     logits = 30 * main[alone] @ (kernel / np.linalg.norm(kernel, axis=0))
@@ -294,9 +296,10 @@ def test_one_clip_takes_milliseconds(train, clips):
             function(one)  # compiles
         seconds = []
         for one in few * 5:
-            began = time.process_time()  # other work on the machine adds to the time of the clock
+            began = time.perf_counter()
             function(one)
-            seconds.append(time.process_time() - began)
+            seconds.append(time.perf_counter() - began)
+        # Other work on the machine can only add to the time.
         assert np.percentile(seconds, 10) < 0.005, function
 
 

@@ -3,9 +3,8 @@
     python -m tests.campaigns.mutations FOLDER --count=2000 [--seed=N]
 
 A small run is trained in FOLDER. Then each mutation is made in a fresh copy of it, once per mode.
-A mode has to end within 1 GB, with exit code 0, 2 or 3, and with at most three lines of error. One
-that does not succeed has to end within 10 s of processor time. None may change anything outside of
-the copy. Everything runs in this process.
+A mode has to end within 10 s of processor time and 1 GB, with exit code 0, 2 or 3, with at most
+three lines of error, and may change nothing outside of the copy. Everything runs in this process.
 """
 
 import argparse
@@ -35,7 +34,6 @@ from vidjax.run import checkpoint
 ROOT = Path(__file__).parents[2]
 MODES = ("check", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
-WAIT = 300  # seconds by the clock: the machine may be busy
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
     "<script>alert(1)</script>", "../../../etc/passwd", "\x00\n\x1b[2J", [], {}, [[[]]] * 1000,
@@ -218,10 +216,10 @@ def alarm() -> Iterator[None]:
     """Interrupts what takes longer than it may."""
 
     def ring(signum: int, frame: object) -> None:
-        raise TooLong(f"longer than {WAIT} s of wall time")
+        raise TooLong(f"longer than {6 * SECONDS} s of wall time")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, WAIT)
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)
     try:
         yield
     finally:
@@ -252,7 +250,7 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
         wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]}")
     elif code and (len(said.strip().splitlines()) > LINES or not is_told):
         wrong.append(f"not an error of one to three lines: {said[:300]}")
-    if seconds > SECONDS and code != 0:  # what succeeds has trained or evaluated meanwhile
+    if seconds > SECONDS:
         wrong.append(f"{seconds:.0f} s")
     if grown > MEMORY:
         wrong.append(f"{grown / 1e9:.1f} GB")
