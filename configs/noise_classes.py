@@ -2,6 +2,7 @@
 
     python -m vidjax.main --config=configs/noise_classes.py
 
+Time: about 33 seconds on 2 CPU cores.
 Score: MAP@100 0.884 on the small synthetic dataset, out of fold (mean of three seeds 0.885).
 
 Only val has distractors, so training takes train and val, in folds. Every clip of val is scored by
@@ -17,8 +18,11 @@ from ml_collections import ConfigDict
 
 from vidjax import config as config_lib
 
+STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)  # code: weights of the mirrors
 WORDS = {
     **config_lib.SCALE_WORDS,
+    "published": "the code's batch, epochs, folds, and weight of the mirrors in ten stairs",
+    "prediction": "a clip that is mistaken for nobody takes the class that is predicted for it",
     "other": "distractors are one class, for comparison",
     "leave_out": "distractors are not trained on, for comparison",
 }
@@ -31,11 +35,12 @@ def get_config(args: str = "") -> config_lib.Config:
     full = config_lib.choose_data(config, words)
     config.modalities = modalities[:1] or ("face",)  # paper
     modality = config.modalities[0]
+    published = full or "published" in words
     config.batch_size = 10240 if full else 256  # code; ours on few clips
-    config.num_epochs = 200.0 if full else 40.0  # code; ours
+    config.num_epochs = 200.0 if published else 40.0  # code; ours
     config.data.train_splits = ("train", "val")  # code
     config.data.max_frames = 128 if full else 64  # ours
-    config.ensemble.folds = 8 if full else 5  # code: 8 to 10; ours
+    config.ensemble.folds = 8 if published else 5  # code: 8 to 10; ours
     config.data.distractors = "noise"  # paper
     for word in ("other", "leave_out"):
         if word in words:
@@ -49,7 +54,13 @@ def get_config(args: str = "") -> config_lib.Config:
         config.noise.eps = 0.85 if full else 0.9  # ours
         config.noise.min_samples = 2  # code
         config.noise.relabel_every_epochs = 1.0  # paper
-        weights = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))  # code: in ten steps
+        # Paper: a clip that is mistaken for nobody keeps its label. Code: it takes the prediction.
+        config.noise.keep = "prediction" if "prediction" in words else "label"
+        weights = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))  # ours: a line through the stairs
+        if "published" in words:
+            stair = config.num_epochs / 10
+            ends = [(i * stair, (i + 1) * stair, weight) for i, weight in enumerate(STAIRS)]
+            weights = tuple((end, weight) for *both, weight in ends for end in both)
         config.noise.mirror_weight = weights
         config.noise.join = True  # code
 
@@ -62,7 +73,8 @@ def get_config(args: str = "") -> config_lib.Config:
             "logit_scale": 64.0,  # code
         }
     )
-    mean = {"name": "mean", "weighting": "quality"}  # paper
+    # Paper: weights of quality. Code: of its square. Ours: of quality x detection.
+    mean = {"name": "mean", "weighting": "quality"}  # ours
     crops = {"name": "crops", "weighting": "quality"}  # code
     config.fusion = ConfigDict({modality: {"train": mean, "evaluate": crops}})
     config.after_fusion = "examples"
@@ -70,5 +82,5 @@ def get_config(args: str = "") -> config_lib.Config:
 
     config.loss.margin = 0.5  # code
     config.optim.name = "adam"  # code
-    config.optim.learning_rate = 1e-3  # code
+    config.optim.learning_rate = 1e-3  # code; ours: its warm-up and cosine
     return config

@@ -217,6 +217,7 @@ def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
         assert len(ast.parse(function).body) == 1 and line.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
     done = run(tree, "-m", "vidjax.config")
     assert done.returncode == 0, done.stderr

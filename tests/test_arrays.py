@@ -220,7 +220,9 @@ def test_features_alone_of_any_width_and_dtype(cache, dtype):
         x = np.atleast_2d(features[clip])
         np.testing.assert_array_equal(frames.features[row][frames.mask[row]], x)
         assert frames.number[row][frames.mask[row]].tolist() == list(range(len(x)))
-    assert not frames.quality.any() and (frames.detection == frames.mask).all()
+        norms = [float(np.sqrt(sum(float(v) ** 2 for v in frame))) for frame in x]
+        np.testing.assert_allclose(frames.quality[row][frames.mask[row]], norms, rtol=1e-6)
+    assert not frames.quality[~frames.mask].any() and (frames.detection == frames.mask).all()
 
 
 def test_frames_go_by_time_and_lists_are_arrays(cache):

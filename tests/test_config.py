@@ -8,6 +8,7 @@ import pytest
 from tests.helpers import recorded_config
 from vidjax import config as config_lib
 from vidjax import config_docs, config_rules, fusion
+from vidjax.data.knobs import DEFAULT_KNOBS, check_knobs
 from vidjax.main import main
 from vidjax.models import identifier
 
@@ -162,9 +163,13 @@ UNREAD = {
     "noise.min_samples": ("3", ["data.distractors=noise"]),
     "noise.modality": ("head", ["data.distractors=noise"]),
     "noise.relabel_every_epochs": ("2", ["data.distractors=noise"]),
+    "ensemble.resample": ("all", ["ensemble.bootstraps=2"]),
+    "ensemble.poor_clips": ("drop", ["ensemble.min_quality=0,20"]),
+    "noise.keep": ("prediction", ["data.distractors=noise"]),
     "noise.mirror_weight": ("((0,0.5),)", ["data.distractors=noise"]),
     "eval.reduce": ("max", ["after_fusion=examples"]),
     "data.dir": ("folder", ["data.name=arrays"]),
+    "data.quality": ("norm", ["data.name=arrays"]),
     "join.weights": ("1,2", []),
     "join.greedy": ("true", []),
     "join.split": ("val", []),
@@ -180,6 +185,7 @@ READ = {
     "noise.join": ("true", ["data.distractors=leave_out"]),
     "data.size": ("standard", ["data.name=arrays"]),
     "data.seed": ("1", ["data.name=iqiyi_vid"]),
+    **{knob: ("0.5", ["data.name=arrays"]) for knob in config_rules.KNOBS},
 }
 
 
@@ -246,6 +252,9 @@ def test_every_rule_names_fields_that_exist_and_is_tested():
         "num_epochs=1e12",
         "data.size=huge",
         "data.crop=left",
+        "data.blur=5",
+        "data.train_distractors=0.95",
+        "data.missing_rate=-0.1",
         "eval.checkpoint=last",
         "seed=-1",
         f"seed={2**31}",
@@ -375,6 +384,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         ]
         if name == "b":
             words += ["--config.optim.name=sgd", "--config.optim.decay=steps"]
+            words += ["--config.ensemble.min_quality=(0.0,)"]
         assert main(words) == 0, capsys.readouterr().err
     assert main(words) == 0  # again: a finished run
     assert main(["--mode=evaluate", f"--workdir={runs['a']}"]) == 0
@@ -392,3 +402,20 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         )  # fmt: skip
     with pytest.raises((TypeError, ValueError), match="invented"):
         fusion.make_fusion({"name": "mean", "invented": 1})
+
+
+def test_the_quality_of_own_features_is_given_or_their_norm():
+    (problem,) = problems("data.quality=size", "data.name=arrays")
+    assert "config.data.quality" in problem and "given, norm" in problem
+
+
+def test_the_knobs_of_the_synthetic_dataset_are_fields():
+    defaults = dict(config_lib.fields(config_lib.default()))
+    assert {f"data.{name}": value for name, value in DEFAULT_KNOBS._asdict().items()} == {
+        name: defaults[name] for name in config_rules.KNOBS
+    }
+    for name, largest in config_rules.KNOBS.items():
+        knob = name.removeprefix("data.")
+        check_knobs(DEFAULT_KNOBS._replace(**{knob: largest}))
+        with pytest.raises(ValueError, match=name):
+            check_knobs(DEFAULT_KNOBS._replace(**{knob: largest + 0.01}))

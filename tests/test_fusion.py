@@ -307,6 +307,17 @@ def test_every_fusion_filters_first():
         jax.tree.map(np.testing.assert_array_equal, filtered, expected)
 
 
+def test_the_kept_share_is_of_the_fused_frames():
+    """The article's order of the test: merge, then keep the best of frames and merged ones."""
+    frames = make_frames([9, 4, 0], max_frames=9)
+    every = fuse("windows", None, frames)
+    kept = fuse("windows", None, frames, kept_share=0.7)
+    for clip, count in enumerate([13, 6, 0]):  # of 18 and 8, rounded up
+        best = np.argsort(-np.where(every.mask, every.quality, -np.inf)[clip])[:count]
+        np.testing.assert_array_equal(np.flatnonzero(kept.mask[clip]), np.sort(best))
+    np.testing.assert_array_equal(kept.features, every.features)
+
+
 def test_mean_frame_is_the_weighted_mean():
     frames = make_frames([4, 2, 0], max_frames=4)
     for weighting in ("uniform", "quality"):

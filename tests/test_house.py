@@ -145,6 +145,7 @@ def import_without(modules, libraries):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_everything_but_the_data_works_without_tensorflow():
     import_without([name for name in MODULES if ".data." not in name], TENSORFLOW)
 

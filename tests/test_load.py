@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.data import load, synthetic
 from vidjax.data.frame_fields import NonFinite
+from vidjax.data.knobs import Knobs
 from vidjax.data.load import DataOptions, DatasetEntry, load_dataset
 from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted.packing import Clip, pack
@@ -28,17 +29,21 @@ def test_load_names_what_it_lacks(tmp_path: Path) -> None:
 def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def write(out_dir: Path, *, size: str, seed: int) -> None:
-        written.append((size, seed))
+    def write(out_dir: Path, *, size: str, seed: int, knobs: Knobs) -> None:
+        written.append((size, seed, knobs.blur))
         write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
         write_truth(out_dir, "train", {"a": "1"})
 
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
-    for seed in (5, 5, 6):
-        dataset = load_dataset("synthetic", directory=None, cache_dir=None, seed=seed)
+    for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
+        knobs = Knobs(blur=blur)
+        dataset = load_dataset("synthetic", cache_dir=None, seed=seed, knobs=knobs)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
-    assert written == [("small", 5), ("small", 6)]
+    assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
+    data = {"name": "synthetic", "size": "small", "seed": 6}  # as an earlier version wrote it
+    assert load.describe(data) == "synthetic, size small, seed 6"
+    assert load.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
     assert {path.name for path in tmp_path.iterdir()} == {"synthetic", "iqiyi_vid"}
 
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.small_runs import Spoilt, run, shrunk, weights
+from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.data.load import load_dataset
+from vidjax.modes import plan as plan_lib
 from vidjax.modes import restore
 from vidjax.steps import scoring
+from vidjax.system import make_system
 
 SPEC = {
     "folds": 0,
@@ -80,6 +82,62 @@ def test_bootstrap_samples_lose_no_identity():
         assert (counts[:, rows].sum(axis=1) == rows.sum()).all()
     left_out = (counts == 0)[:, np.bincount(labels)[labels] == 7].mean()
     assert left_out == pytest.approx((1 - 1 / 7) ** 7, abs=0.02)
+
+
+def test_samples_of_all_clips_lose_identities_of_one_or_two_clips():
+    """Of n clips each is missing with probability (1 - 1/n)^n."""
+    labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two and three clips each
+    counts = np.stack([ensemble.bootstrap_counts(labels, i, 0, "all") for i in range(400)])
+    assert (counts.sum(axis=1) == len(labels)).all()
+    missing = 1 - 1 / np.e
+    for number in (1, 2, 3):
+        columns = [column for column in range(60) if column % 3 + 1 == number]
+        lost = [(counts[:, labels == column].sum(axis=1) == 0).mean() for column in columns]
+        assert np.mean(lost) == pytest.approx((1 - missing) ** number, abs=0.02)
+    members = ensemble.make_members({**SPEC, "bootstraps": 2})
+    rows = ensemble.partition(members, labels, 0, 0, "all")
+    np.testing.assert_array_equal(rows, counts[:2])
+
+
+def plan_of(name, data, *words):
+    config = config_lib.override(config_lib.load_file(f"{ROOT}/configs/{name}"), [*words])
+    return config, plan_lib.make_plan(config, data)
+
+
+def test_trainval_of_the_residual_net_is_nine_to_one(data):
+    """One tenth of train and val is left out by all three quality subsets; "other" is a class."""
+    _, plan = plan_of("residual_dense.py:iqiyi_vid,trainval,face,few", data)
+    truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
+    trained = plan.training_sets.trained
+    assert trained.shape == (3, len(truth))
+    assert (trained == trained[0]).all()
+    for rows in (truth >= 0, truth == 0, truth > 0):
+        assert abs((~trained[0])[rows].sum() - rows.sum() / 10) <= 1.2
+    assert [member.min_quality for member in plan.training_sets.members] == [-1000, 20, 40]
+    assert plan.task.train_other
+    assert not plan_of("residual_dense.py:iqiyi_vid,face,few", data)[1].task.train_other
+    one = plan_of("residual_dense.py:iqiyi_vid,trainval,face,few,one", data)[1].training_sets
+    np.testing.assert_array_equal(one.trained, trained[:1])
+
+
+def test_trainval_of_quality_fusion_is_five_stratified_folds(data):
+    config, plan = plan_of("quality_fusion.py:iqiyi_vid,trainval,few", data)
+    truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
+    left_out = ~plan.training_sets.trained  # [5, N]
+    np.testing.assert_array_equal(left_out.sum(axis=0), 1)
+    for column in range(13):
+        sizes = left_out[:, truth == column].sum(axis=1)
+        assert sizes.max() - sizes.min() <= 1
+    assert plan.task.train_other  # 1 + C columns, as published
+    assert make_system(config.to_dict(), plan.task).class_mask.all()
+    assert not plan_of("quality_fusion.py:iqiyi_vid,few", data)[1].task.train_other
+
+
+def test_trainval_of_deepmef_is_everything_but_distractors(data):
+    config, plan = plan_of("deepmef.py:iqiyi_vid,trainval,few", data)
+    truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
+    np.testing.assert_array_equal(np.asarray(plan.tables.weight)[0] > 0, truth > 0)
+    assert not plan.task.train_other and config.eval.split == "test"
 
 
 def test_held_out_goes_by_name():

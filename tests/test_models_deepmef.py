@@ -18,9 +18,10 @@ from tests.test_models import (
     randomised,
     train_logits,
 )
-from tests.test_models_dense import FLOAT64, layer_oracle
+from tests.test_models_dense import FLOAT64, layer_oracle, train_forward
 from vidjax.models import identifier
 from vidjax.models.attention import AttentionAggregation, ChannelAttention
+from vidjax.models.mlp import ResidualBlock
 
 SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
 
@@ -59,10 +60,23 @@ def channels_oracle(params, clip):
     return np.array([x + linear(params, "out", y) for x, y in zip(columns, mixed.T, strict=True)]).T
 
 
-@pytest.mark.parametrize("form", ["features", "channels"])
+def danet_oracle(params, clip):
+    """The channel attention of DANet's code, with the frames of one clip [n, D] for channels."""
+    out = []
+    for x in clip:
+        energy = np.array([x @ other for other in clip])
+        affinity = softmax(energy.max() - energy)
+        out.append(x + params["gamma"] * sum(a * y for a, y in zip(affinity, clip, strict=True)))
+    return np.array(out)
+
+
+ORACLES = {"features": frames_oracle, "channels": channels_oracle, "danet": danet_oracle}
+
+
+@pytest.mark.parametrize("form", ORACLES)
 def test_channel_attention_matches_a_loop(form):
     with jax.enable_x64(True):
-        lengths = [4, 2, 0, 1] if form == "features" else [4, 4, 0, 4]
+        lengths = [4, 4, 0, 4] if form == "channels" else [4, 2, 0, 1]
         frames = make_frames(lengths, max_frames=4, dtype="float64")
         model = ChannelAttention(form, num_frames=4, dtype=FLOAT64)
         params = init(model, frames.features, frames.mask)["params"]
@@ -76,7 +90,7 @@ def test_channel_attention_matches_a_loop(form):
         params = randomised(params)
         out = np.asarray(forward(params, frames.features))
         np.testing.assert_array_equal(out[~frames.mask], 0)
-        oracle = frames_oracle if form == "features" else channels_oracle
+        oracle = ORACLES[form]
         for b, length in enumerate(lengths):
             if length:
                 expected = oracle(params, frames.features[b, :length])
@@ -175,7 +189,7 @@ def test_aggregation_matches_a_loop_and_starts_as_the_mean():
         check_gradients(forward, params, frames.features)
 
 
-def deepmef_oracle(params, frames, batch_mask, *, scale, rms_norm):
+def deepmef_oracle(params, frames, batch_mask, *, scale, rms_norm, published=False):
     """The whole system, a clip and a modality at a time; BatchNorm by the clips that have it."""
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
@@ -193,7 +207,8 @@ def deepmef_oracle(params, frames, batch_mask, *, scale, rms_norm):
                         x = x / np.sqrt(np.mean(x**2))
                     beside = [frames[name].quality[b, t] / 100, frames[name].detection[b, t]]
                     clip.append(np.concatenate([x, beside]))
-                clip = frames_oracle(params["channel_attention"], np.array(clip))
+                oracle = channels_oracle if published else frames_oracle
+                clip = oracle(params["channel_attention"], np.array(clip))
                 weights = softmax([x @ params["aggregation"]["query"] for x in clip])
                 part[b] = sum(w * x for w, x in zip(weights, clip, strict=True))
         else:
@@ -202,12 +217,16 @@ def deepmef_oracle(params, frames, batch_mask, *, scale, rms_norm):
                 for b in range(num_clips)
             ]
             for i in range(2):
-                rows = layer_oracle(params[f"{name}_{i}"], rows, exists, "prelu", True)
+                rows = layer_oracle(params[f"{name}_{i}"], rows, exists, "prelu", True, published)
             part = np.array(rows) * exists[:, None]
         parts.append(part)
     x = np.concatenate(parts, axis=1)
-    hidden = layer_oracle(params["hidden"], x, seen, "prelu", True)
-    x = x + np.array([linear(params, "back", np.array(row)) for row in hidden])
+    if published:  # Linear-BatchNorm-PReLU, twice
+        rows = layer_oracle(params["block"]["hidden"], x, seen, "prelu", True, True)
+        x = x + np.array(layer_oracle(params["block"]["back"], rows, seen, "prelu", True, True))
+    else:
+        hidden = layer_oracle(params["hidden"], x, seen, "prelu", True)
+        x = x + np.array([linear(params, "back", np.array(row)) for row in hidden])
     kernel = np.asarray(params["classifier"]["kernel"])
     lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
     return np.where(seen[:, None], scale * x @ kernel / lengths, 0)
@@ -243,6 +262,73 @@ def test_deepmef_matches_a_loop(rms_norm, gradients):
         np.testing.assert_allclose(forward(params), expected, atol=1e-6)
         if gradients:
             check_gradients(forward, params, modes=("rev",), eps=1e-6)
+
+
+@pytest.mark.slow
+def test_published_deepmef_matches_a_loop():
+    with jax.enable_x64(True):
+        frames, clips = make_batch()
+        frames = {
+            name: value._replace(features=value.features.astype(np.float64))
+            for name, value in frames.items()
+        }
+        # Whole clips, as after drawing: padded frames would count in the maps over frames.
+        size = frames["face"].mask.shape[1]
+        lengths = size * frames["face"].mask.any(axis=1)
+        frames["face"] = make_frames(lengths, max_frames=size, dtype="float64")
+        options = {"channel_attention": "channels", "num_frames": size, "layer_form": "published"}
+        model = make_model({**SMALL, **options}, dtype="float64")
+        variables = init_identifier(model, frames, clips)
+        params = randomised(variables["params"])
+        collections = {**variables, "params": params}
+        output, _ = jax.jit(
+            lambda collections: model.apply(
+                collections, frames, clips, train=True, mutable=["batch_stats"]
+            )
+        )(collections)
+        expected = deepmef_oracle(
+            params, frames, clips.mask, scale=30, rms_norm=True, published=True
+        )
+        np.testing.assert_allclose(output.logits[:, 0], expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_only_the_last_published_layers_have_no_dropout():
+    """With a rate of 1 nothing passes any other layer."""
+    frames, clips = make_batch()
+    options = {"layer_form": "published", "dropout_rate": 1.0, "branch_dims": (6,)}
+    model = make_model({**SMALL, **options, "channel_attention": "none"})
+    variables = init_identifier(model, frames, clips)
+    output, new = jax.jit(
+        lambda: model.apply(
+            variables, frames, clips, train=True, mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+    )()  # fmt: skip
+    exists = frames["head"].mask.any(axis=1) & clips.mask
+    branch = np.asarray(output.embedding)[:, 8:14]  # of the head, a single layer
+    assert (np.abs(branch[exists]).max(axis=1) > 0).all()
+    seen = new["batch_stats"]["block"]["back"]["norm"]
+    np.testing.assert_array_equal(seen["mean"], 0)  # what reaches the last layer is dropped
+
+
+def test_the_scene_only_net_matches_a_loop():
+    """X + f(x), with f twice as wide: Linear-BatchNorm-PReLU, twice."""
+    with jax.enable_x64(True):
+        mask = np.array([True, True, False, True, True])
+        x = np.random.default_rng(0).standard_normal((5, 3))
+        model = ResidualBlock(0, 0.0, FLOAT64)
+        variables = init(model, x, mask, train=False)
+        shapes = {
+            name: variables["params"][name]["dense"]["kernel"].shape for name in ("hidden", "back")
+        }
+        assert shapes == {"hidden": (3, 6), "back": (6, 3)}
+        params = randomised(variables["params"])
+        rows = x
+        for name in ("hidden", "back"):
+            rows = layer_oracle(params[name], rows, mask, "prelu", True, True)
+        forward = train_forward(model, variables, mask)
+        np.testing.assert_allclose(forward(params, x), x + np.array(rows), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +403,10 @@ def test_quality_and_detection_are_seen(deepmef):
             {"channel_attention": "none", "aggregation": "mean"},
             {"channel_attention", "aggregation"},
         ),
+        (
+            {"channel_attention": "danet", "aggregation": "quality"},
+            {"aggregation"},
+        ),
     ],
 )
 def test_ablations_work_on_one_modality(deepmef, options, gone):
@@ -334,7 +424,10 @@ def test_ablations_work_on_one_modality(deepmef, options, gone):
     x = frames["face"].features[0].astype(np.float32)
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
     beside = np.stack([frames["face"].quality[0] / 100, frames["face"].detection[0]], axis=1)
-    mean = np.concatenate([x, beside], axis=1).mean(axis=0)
+    weights = np.ones(len(x))
+    if options.get("aggregation") == "quality":
+        weights = frames["face"].quality[0] * frames["face"].detection[0]
+    mean = np.average(np.concatenate([x, beside], axis=1), axis=0, weights=weights)
     kernel = np.asarray(variables["params"]["classifier"]["kernel"])
     cosines = mean @ kernel / np.linalg.norm(mean) / np.linalg.norm(kernel, axis=0)
     np.testing.assert_allclose(logits[0], 30 * cosines, atol=1e-4)
@@ -370,6 +463,7 @@ def test_parameter_counts(widths, options, expected):
         ),
         ({"channel_attention": "both"}, "unknown channel_attention 'both'"),
         ({"aggregation": "max"}, "unknown aggregation 'max'"),
+        ({"layer_form": "theirs"}, "unknown layer_form 'theirs'"),
         ({"channel_attention": "channels"}, "got 4: let the fusion sample"),
     ],
 )

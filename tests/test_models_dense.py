@@ -366,7 +366,7 @@ def test_parameter_counts(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "deep"}, "unknown backbone 'deep'; choose from mlp, residual"),
+        ({"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
         ({"head": "round"}, "unknown head"),
         ({"logit_scale": 30.0}, "config.model.head=cosine"),
         ({"width": 8}, "backbone 'mlp' has no option width"),

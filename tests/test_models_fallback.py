@@ -14,6 +14,7 @@ from tests.test_models import (
     train_logits,
     train_output,
 )
+from vidjax import selection
 from vidjax.models import identifier
 
 MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
@@ -54,6 +55,7 @@ def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares
 )
 def test_weights_match_a_loop(options, kinds):
     frames, clips = make_batch()
+    clips = clips._replace(measure=selection.mean_measure(frames["face"], options["measure"]))
     model = make_model(SPEC, main=BARE, other=BARE, **options)
     out = eval_output(model, init_identifier(model, frames, clips), frames, clips)
     assert out.logits.shape == (8, 2, 5)
@@ -117,6 +119,7 @@ def test_scale_of_the_logits_is_that_of_both():
     ("options", "message"),
     [
         ({"measure": "size"}, "unknown measure 'size'"),
+        ({"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
         ({"modality": "scene"}, "main_modalities must contain 'scene'"),
         ({"main_modalities": ("head",)}, "main_modalities must contain 'face'"),
         ({"other_modalities": ()}, "other_modalities must name modalities beside 'face', got none"),

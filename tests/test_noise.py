@@ -193,6 +193,24 @@ def test_only_unclustered_clips_taken_for_somebody_move(make) -> None:
     np.testing.assert_array_equal(traced(labels.astype(np.int32), predicted), expected)
 
 
+def test_the_code_takes_every_prediction() -> None:
+    """Prediction l becomes l + C + K where l is an identity, and is the label anywhere else."""
+    published = NoiseLayout(num_identities=4934, num_clusters=3691)
+    everything = np.arange(1, published.num_columns)
+    start = np.full(len(everything), published.num_columns - 1)
+    ours = distractors.relabel(start, everything, published, keep="prediction")
+    for column, new in zip(everything.tolist(), ours.tolist(), strict=True):
+        l = column - 1  # noqa: E741  the code counts its columns from 0
+        assert new == (l + 8625 if l < 4934 else l) + 1
+    start, nobody = start[:1], np.zeros(1, int)  # "other", a column that the code does not have
+    np.testing.assert_array_equal(
+        distractors.relabel(start, nobody, published, keep="prediction"), start
+    )
+    moved = distractors.relabel(np.array([6, 6, 6]), np.array([1, 4, 8]), LAYOUT, keep="prediction")
+    log = distractors.audit(np.array([6, 6, 6]), moved, np.array([1, 4, 8]), LAYOUT)
+    assert (log["unclustered"], log["moved"], log["kept"], log["kept_identity"]) == (3, 2, 1, 1)
+
+
 def test_the_log_accounts_for_every_unclustered_clip() -> None:
     old, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")
     new = distractors.relabel(old, predicted, LAYOUT)

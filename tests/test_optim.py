@@ -111,7 +111,10 @@ def test_sgd_by_hand():
     np.testing.assert_allclose(updates["w"], [[-0.1 * 3]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "rate", "steps"), [("adam", 1e-3, 300), ("sgd", 1e-2, 50)])
+@pytest.mark.parametrize(
+    ("name", "rate", "steps"),
+    [pytest.param("adam", 1e-3, 300, marks=pytest.mark.slow), ("sgd", 1e-2, 50)],
+)
 def test_decay_is_that_of_the_whole_run(name, rate, steps):
     """Without gradients matrices shrink by exp(-total_decay), and nothing else changes."""
     spec = {**SPEC, "name": name, "learning_rate": rate, "total_decay": 0.7}

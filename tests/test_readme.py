@@ -68,11 +68,11 @@ def commands():
     return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
-def example(name):
-    """Returns the code block of the README below `<!-- NAME -->`."""
+def example(name, page="README.md"):
+    """Returns the code block of a page below `<!-- NAME -->`."""
     pattern = rf"<!-- {re.escape(name)} -->\n```\w*\n(.*?)```\n"
-    found = re.findall(pattern, README.read_text(), re.DOTALL)
-    assert len(found) == 1, f"README.md: {len(found)} blocks of `<!-- {name} -->`"
+    found = re.findall(pattern, PAGES[page].read_text(), re.DOTALL)
+    assert len(found) == 1, f"{page}: {len(found)} blocks of `<!-- {name} -->`"
     return found[0]
 
 
@@ -220,6 +220,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "configs", "configs")
     synthetic.main(["PATH"])
     runpy.run_path(write("features.py"))
+    Path("titles.py").write_text(example("text: titles.py", "vidjax/data/README.md"))
+    runpy.run_path("titles.py")
     found = [words for words in commands() if words[0].startswith("vidjax.")]
     assert len(found) > 15
     for module, *words in found:
@@ -414,6 +416,7 @@ def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir,
     # The experiment that writes the most files.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
     config.eval.report = True
+    config.data.dir = str(official_dir)  # so that there is a seal
     data = vidjax.load_data(official_dir, cache_dir=cache_dir)
     vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}

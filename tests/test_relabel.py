@@ -97,6 +97,27 @@ def test_the_log_says_what_moved_and_nothing_else(data, whole):
     np.testing.assert_array_equal(table, saved(whole)["train"]["labels"])
 
 
+def test_predictions_move_clips_into_clusters_and_out_again(data, tmp_path):
+    run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
+    start, layout = starting(data)
+    training_sets = ensemble.load(tmp_path)
+    position = {name: i for i, name in enumerate(training_sets.clips)}
+    column = {name: i + 1 for i, name in enumerate(data.identities)}
+    table, clusters = np.tile(start, (len(training_sets.members), 1)), 0
+    for line in lines(tmp_path):
+        row = table[line["member"]]
+        clusters += len(line["now_in_cluster"])
+        assert line["moved"] == len(line["now_mirrors"]) + len(line["now_in_cluster"])
+        for clip, identity in line["now_mirrors"].items():
+            row[position[clip]] = column[identity] + layout.mirror_shift
+        for clip, number in line["now_in_cluster"].items():
+            row[position[clip]] = 1 + layout.num_identities + number
+    np.testing.assert_array_equal(table, saved(tmp_path)["train"]["labels"])
+    assert clusters > 0
+    clustered = layout.is_cluster(start)
+    np.testing.assert_array_equal(table[:, clustered], np.tile(start[clustered], (len(table), 1)))
+
+
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mode, monkeypatch):
     config, parts = shrunk(*WORDS, f"--config.data.mode={mode}", spec=SPEC), tmp_path / "parts"
@@ -149,7 +170,7 @@ def test_distractors_that_are_left_out_teach_nothing(data, tmp_path):
     [
         (
             ("--config.data.train_splits=train",),
-            "add a split with distractors: --config.data.train_splits",
+            "without distractors: the argument 'other'",
         ),
         (("--config.data.distractors=drop",), "choose from other, leave_out, noise"),
         (("--config.noise.modality=fac",), "config.noise.modality='fac': the data has"),

@@ -456,6 +456,7 @@ def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
     assert metrics.describe(results) == ["median score 0.12"]
 
 
+@pytest.mark.slow
 def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
     folder = made_up(tmp_path / "run")
     code = (

@@ -14,7 +14,7 @@ from vidjax import augment, ensemble
 from vidjax import config as config_lib
 from vidjax.batch import Batch, ModelOutput
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import examples, train_step
+from vidjax.steps import examples, model_scorer, train_step
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
@@ -245,6 +245,31 @@ def test_mixup_against_a_loop():
                     wanted = wanted + (1 - share[clip]) * one.features[other, frame]
                 found = mixed[name].features[clip, frame]
                 np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_clips_without_a_good_frame_are_kept_or_dropped():
+    batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
+    face = batch.frames["face"]
+    quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
+    quality[0, 1], quality[2] = 40.0, np.nan
+    frames = {**batch.frames, "face": face._replace(quality=quality)}
+    weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
+    clips = augment.MemberBatch(frames, np.arange(5), weight, jnp.float32(40), ())
+    for poor_clips, expected in (("keep", weight), ("drop", [2, 0, 0, 1, 0])):
+        left = augment.keep_quality(jax.random.key(0), clips, poor_clips=poor_clips)
+        np.testing.assert_array_equal(left.weight, expected)
+        counts = np.sum(left.frames["face"].mask, axis=1)
+        np.testing.assert_array_equal(counts, [1, 3, 3, 0, 1])  # without a good one all stay
+    every = clips._replace(min_quality=jnp.float32(np.finfo(np.float32).min))
+    left = augment.keep_quality(jax.random.key(0), every, poor_clips="drop")
+    np.testing.assert_array_equal(left.weight, weight)
+
+
+def test_only_the_best_classes_of_a_clip_keep_their_scores():
+    scores = jnp.array([[3.0, 1.0, 2.0, -jnp.inf], [0.0, 0.0, 5.0, -1.0]])
+    inf = jnp.inf
+    best = model_scorer.keep_best(scores, 2)
+    np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
 
 
 def test_feature_noise_has_a_tenth_of_the_norm_of_each_feature():

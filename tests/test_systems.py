@@ -116,6 +116,8 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "mma:iqiyi_vid,face": 17_821_497,
     "mma:iqiyi_vid,face,head": 23_223_097,
     "mma:iqiyi_vid,published": 34_022_201,
+    "mma:iqiyi_vid,published,average,concat,face": 16_211_763,
+    "mma:iqiyi_vid,published,average,concat,audio": 5_410_611,
     "mma:iqiyi_vid,average": 32_450_355,
     "mma:iqiyi_vid,concat": 33_993_529,
     "residual_dense:iqiyi_vid": 226_114_150,
@@ -125,11 +127,17 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "quality_fusion:iqiyi_vid,mlp3": 10_813_235,
     "quality_fusion:iqiyi_vid,mlp4": 11_467_315,
     "quality_fusion:iqiyi_vid,mlp5": 11_860_787,
-    "deepmef:iqiyi_vid": 11_407_344,
-    "deepmef:iqiyi_vid,face": 6_682_580,
-    "deepmef:iqiyi_vid,views": 10_837_760,
-    "deepmef:iqiyi_vid,published": 10_880_967,
+    "deepmef:iqiyi_vid": 6_682_580,
+    "deepmef:iqiyi_vid,face,scene": 11_407_344,
+    "deepmef:iqiyi_vid,face,scene,views": 10_837_760,
+    "deepmef:iqiyi_vid,published": 6_223_216,
+    "deepmef:iqiyi_vid,face,scene,published": 46_234_612,
+    "deepmef:iqiyi_vid,face,scene,published,views": 42_221_292,
+    "deepmef:iqiyi_vid,danet": 6_152_904,
     "noise_classes:iqiyi_vid": 12_427_776,
+    "noise_classes:iqiyi_vid,published": 12_427_776,
+    "residual_dense:iqiyi_vid,published,plain": 226_114_150,
+    "quality_fusion:iqiyi_vid,published": 11_860_787,
     "knn:iqiyi_vid": 0,  # its memory is no parameter
 }
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
@@ -184,6 +192,11 @@ def test_parameters_by_hand():
     netvlad = 2 * 3 * 512 + 2 * 3 + 2 * 512 * 3 * 512
     assert FULL_SIZE["mma:iqiyi_vid"] == average + netvlad
     assert FULL_SIZE["mma:iqiyi_vid,concat"] == average + netvlad - 512 * 64
+    assert FULL_SIZE["mma:iqiyi_vid,published"] == average + netvlad - 4 * 2 * 512
+    floor = dense(face, 3 * 512) + dense(3 * 512, classes)  # table 3 begins with the face alone
+    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,face"] == floor
+    single = dense(face, 512) + dense(512, classes)
+    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,audio"] == single
     residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
     assert FULL_SIZE["residual_dense:iqiyi_vid,face"] == residual
     body = dense(512, 512) + 2 * 512 + dense(512, classes)
@@ -210,15 +223,31 @@ def test_parameters_by_hand():
 
     branch = prelu(scene, 480) + prelu(480, 120)
     main = deepmef(514, attention(514), 514 + 120)
-    assert FULL_SIZE["deepmef:iqiyi_vid"] == main + 2 * branch + 120 * classes
-    assert FULL_SIZE["deepmef:iqiyi_vid,face"] == deepmef(514, attention(514), 514)
-    over_frames = deepmef(514, attention(40), 514 + 120)
-    assert FULL_SIZE["deepmef:iqiyi_vid,published"] == over_frames + 2 * branch + 120 * classes
+    with_scene = "deepmef:iqiyi_vid,face,scene"
+    assert FULL_SIZE[with_scene] == main + 2 * branch + 120 * classes
+    assert FULL_SIZE["deepmef:iqiyi_vid"] == deepmef(514, attention(514), 514)
+    assert FULL_SIZE["deepmef:iqiyi_vid,danet"] == deepmef(514, 1, 514)
     view = prelu(scene - 128, 480) + prelu(480, 120)
     main = deepmef(482, attention(482), 482 + 120)
-    assert FULL_SIZE["deepmef:iqiyi_vid,views"] == main + 2 * view + 120 * classes
+    assert FULL_SIZE[f"{with_scene},views"] == main + 2 * view + 120 * classes
+
+    def as_published(face, scene):  # the authors' layers, of the face's and the scene's width
+        hidden, joint = 2 * face, face + scene // 16
+        branch = prelu(scene, scene // 4) + prelu(scene // 4, scene // 16)
+        main = attention(40) + face + prelu(joint, hidden) + prelu(hidden, joint) + joint * classes
+        if not scene:
+            return main
+        return main + branch + prelu(scene, 2 * scene) + prelu(2 * scene, scene) + scene * classes
+
+    assert FULL_SIZE["deepmef:iqiyi_vid,published"] == as_published(514, 0)
+    assert FULL_SIZE[f"{with_scene},published"] == as_published(514, scene)
+    assert FULL_SIZE[f"{with_scene},published,views"] == as_published(482, scene - 128)
     columns = 1 + 2 * 10_034 + NUM_CLUSTERS
     assert FULL_SIZE["noise_classes:iqiyi_vid"] == dense(face, 512) + 512 * columns
+    for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net
+        plain = "quality_fusion:iqiyi_vid,mlp5" if "quality" in name else name
+        assert FULL_SIZE[f"{name},published"] == FULL_SIZE[plain]
+    assert FULL_SIZE["residual_dense:iqiyi_vid,published,plain"] == residual + body
 
 
 def test_the_residual_net_takes_half_a_gflop_a_frame():
@@ -248,7 +277,13 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
 
 @pytest.mark.parametrize(
     "name",
-    ["mma:iqiyi_vid", "mma:iqiyi_vid,published", "deepmef:iqiyi_vid", "noise_classes:iqiyi_vid"],
+    [
+        "mma:iqiyi_vid",
+        "mma:iqiyi_vid,published",
+        "deepmef:iqiyi_vid,face,scene",
+        "deepmef:iqiyi_vid,face,scene,published",
+        "noise_classes:iqiyi_vid",
+    ],
 )
 def test_published_size(name):
     """A few steps of 8 clips at 10,035 classes and more."""

@@ -12,7 +12,7 @@ from vidjax.config import Config
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
-    from vidjax.data.frame_fields import NonFinite
+    from vidjax.data.frame_fields import NonFinite, Quality
     from vidjax.data.labels import LabelSource
     from vidjax.data.untrusted.packing import Clips
     from vidjax.predict import Predictor
@@ -38,6 +38,7 @@ def load_data(
     *,
     cache_dir: str | Path | None = None,
     non_finite: "NonFinite" = "drop",
+    quality: "Quality" = "given",
 ) -> "TrainingData":
     """Returns a dataset for training and evaluation.
 
@@ -54,6 +55,8 @@ def load_data(
       cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out frames with a feature that is not finite, and counts them;
         `error` refuses them.
+      quality: of arrays: `given` takes the quality that a clip has, or else the L2 norm of each
+        feature; `norm` always takes the norm, as `config.data.quality` of the training must then.
 
     Raises:
       ValueError: malformed clips or labels; the message names the file or split, clip and field.
@@ -67,7 +70,9 @@ def load_data(
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
         if not folder.is_dir() or not iqiyi_vid.find_pickles(folder):
-            return arrays.load(folder, labels, cache_dir=cache_dir, non_finite=non_finite)
+            return arrays.load(
+                folder, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
+            )
         if labels is not None:
             raise ValueError(
                 f"labels: {folder} holds official pickles\n"
@@ -77,7 +82,9 @@ def load_data(
             "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
         )
     if isinstance(source, Mapping):
-        return arrays.load(source, labels, cache_dir=cache_dir, non_finite=non_finite)
+        return arrays.load(
+            source, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
+        )
     if labels is not None:
         raise ValueError("labels: a configuration finds them in the folder config.data.dir")
     return arguments.load_data(source)

@@ -116,11 +116,14 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
+      measure: [B] float32, in evaluation: how good the raw frames of each clip are, before fusion
+        and with all their features, for models that judge poor clips otherwise; None without.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     mask: Array
     labels: Array | None = None
+    measure: Array | None = None
 
 
 class ModelOutput(NamedTuple):

@@ -85,10 +85,22 @@ def default() -> Config:
     # size of the synthetic dataset: `small` (100 identities) or `standard` (1,000)
     config.data.size = "small"
     config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
+    # share of synthetic clips in which a third of the frames shows somebody else
+    config.data.wrong_clips = 0.15
+    # how far blur follows the quality of synthetic frames, 0 to 4; 0: all are blurred alike
+    config.data.blur = 1.0
+    config.data.label_noise = 0.0  # share of synthetic train clips labelled as somebody else
+    # share of synthetic train clips that show nobody on the list, 0 to 0.9; in val it is 0.375
+    config.data.train_distractors = 0.0
+    # share of synthetic clips that lack face, head, body or audio, beyond what all sets lack
+    config.data.missing_rate = 0.0
     config.data.train_splits = ("train",)  # splits to train on, e.g. `train,val`
     # frames whose feature holds a NaN or an infinity: `drop` leaves them out and counts them,
     # `error` refuses the file
     config.data.non_finite = "drop"
+    # quality of the frames of own features: `given` by the files, and where a clip's file has none
+    # the L2 norm of each feature; or that `norm` for all
+    config.data.quality = "given"
     # `resident`: all clips stay in device memory; `streaming`: clips are read from the records;
     # `auto`: resident if the clips take at most half of the free memory
     config.data.mode = "auto"
@@ -110,12 +122,18 @@ def default() -> Config:
     config.ensemble.folds = 0
     # number of bootstrap samples of every identity's clips, one per member; 0: none
     config.ensemble.bootstraps = 0
+    # what a bootstrap sample draws from: each `identity` by itself, or `all` clips together, which
+    # loses identities of few clips. With `ensemble.bootstraps`
+    config.ensemble.resample = "identity"
     # number of members that each leave out another chunk of the features; 0: none
     config.ensemble.views = 0
     # number of equal chunks that a feature vector is cut into for `ensemble.views`, 2 or more
     config.ensemble.chunks = 16
     # least quality of the frames that a member is trained on, one value per member, e.g. `0,20,40`
     config.ensemble.min_quality = ()
+    # clips without a frame of that quality: `keep` trains on all their frames, `drop` leaves them
+    # out. With `ensemble.min_quality`
+    config.ensemble.poor_clips = "keep"
     config.ensemble.seeds = 1  # number of members that differ in their random draws alone
     # numbers of the members to train here, from 0, e.g. `0,2`; empty: all
     config.ensemble.only = ()
@@ -133,6 +151,9 @@ def default() -> Config:
     config.noise.modality = "face"  # modality whose mean frames are clustered
     # epochs between two relabellings of the distractors in no cluster; 0: labels stay
     config.noise.relabel_every_epochs = 1.0
+    # class of a distractor in no cluster that is mistaken for nobody: the `label` that it has, or
+    # the `prediction`, a cluster or another mirror
+    config.noise.keep = "label"
     # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
     config.noise.mirror_weight = ((0.0, 1.0),)
     # join short distractor clips and cut long ones in training. With `data.distractors` `noise` or
@@ -145,6 +166,8 @@ def default() -> Config:
     config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
     config.eval.block_size = 256  # clips that a device scores at a time
     config.eval.scores = "log_softmax"  # scores that clips are ranked by
+    # number of identities for which a clip is ranked, those of its highest scores; 0: all
+    config.eval.top_classes = 0
     # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
     config.eval.reduce = "mean"
     config.eval.members = True  # rank every member of an ensemble by itself, too

@@ -15,11 +15,21 @@ from vidjax.suggest import suggest
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
 
 POSITIVE = ("batch_size", "num_epochs", "log_every_steps", "data.max_frames", "eval.block_size")
+# Knobs of the synthetic dataset, with their largest values.
+KNOBS: Mapping[str, float] = {
+    "data.wrong_clips": 1.0,
+    "data.blur": 4.0,
+    "data.label_noise": 1.0,
+    "data.train_distractors": 0.9,
+    "data.missing_rate": 1.0,
+}
 NOT_NEGATIVE = (
+    *KNOBS,
     "mixup",
     "checkpoint_every_seconds",
     "noise.relabel_every_epochs",
     "eval.every_epochs",
+    "eval.top_classes",
 )
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -28,13 +38,18 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.distractors": ("other", "leave_out", "noise"),
     "data.size": ("small", "standard"),
     "data.non_finite": ("drop", "error"),
+    "data.quality": ("given", "norm"),
     "data.mode": ("auto", "resident", "streaming"),
     "data.crop": ("window", "quality"),
+    "ensemble.resample": ("identity", "all"),
+    "ensemble.poor_clips": ("keep", "drop"),
     "noise.method": ("dbscan", "hdbscan"),
+    "noise.keep": ("label", "prediction"),
     "eval.checkpoint": ("latest", "best"),
 }
 # Largest values. Beyond them a training would end in exhausted memory, or never.
 LARGEST: Mapping[str, float] = {
+    **KNOBS,
     "batch_size": 2**20,
     "num_epochs": 1e6,
     "log_every_steps": 2**31 - 1,
@@ -145,7 +160,13 @@ READ_WHEN = (
         "--config.data.name=arrays, or --config.data.name=iqiyi_vid for official files",
     ),
     ReadWhen(
-        ("data.size", "data.seed"),
+        ("data.quality",),
+        lambda values: values["data.name"] == "arrays",
+        "official files say what their quality is",
+        "--config.data.name=arrays",
+    ),
+    ReadWhen(
+        ("data.size", "data.seed", *KNOBS),
         lambda values: values["data.name"] == "synthetic",
         "only config.data.name=synthetic generates clips",
         "--config.data.name=synthetic",
@@ -211,6 +232,18 @@ READ_WHEN = (
         "--config.optim.decay=steps",
     ),
     ReadWhen(
+        ("ensemble.resample",),
+        lambda values: values["ensemble.bootstraps"] > 0,
+        "config.ensemble.bootstraps=0 draws no sample",
+        "--config.ensemble.bootstraps=11",
+    ),
+    ReadWhen(
+        ("ensemble.poor_clips",),
+        lambda values: bool(values["ensemble.min_quality"]),
+        "config.ensemble.min_quality is empty: no frame is too poor",
+        "--config.ensemble.min_quality=0,20,40",
+    ),
+    ReadWhen(
         ("ensemble.chunks",),
         lambda values: values["ensemble.views"] > 0,
         "config.ensemble.views=0 leaves no chunk of the features out",
@@ -223,6 +256,7 @@ READ_WHEN = (
             "noise.min_samples",
             "noise.modality",
             "noise.relabel_every_epochs",
+            "noise.keep",
             "noise.mirror_weight",
         ),
         lambda values: values["data.distractors"] == "noise",
@@ -277,7 +311,7 @@ def out_of_range(values: Values) -> Iterator[str]:
         yield f"config.seed={values['seed']}: must be 0 or more, below 2**31"
     for name, largest in LARGEST.items():
         if values[name] > largest:
-            yield f"config.{name}={values[name]}: must be at most {largest:,.0f}"
+            yield f"config.{name}={values[name]}: must be at most {largest:,.12g}"
     for name, known in CHOICES.items():
         if values[name] not in known:
             yield f"config.{name}='{values[name]}': choose from {', '.join(known)}"

@@ -136,18 +136,25 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
     return folds
 
 
-def bootstrap_counts(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Draws a bootstrap sample; every identity is resampled separately, so that none is lost.
+def bootstrap_counts(
+    labels: np.ndarray, number: int, seed: int, resample: str = "identity"
+) -> np.ndarray:
+    """Draws a bootstrap sample.
 
     Args:
       labels: [N] int, class columns.
       number: number of the sample.
       seed: seed of all samples.
+      resample: `identity` to resample every identity separately, so that none is lost; `all` to
+        resample all clips together, which loses some identities of one or two clips.
 
     Returns:
       [N] int32, number of times that the sample contains each clip.
     """
     rng = np.random.default_rng((seed, number))
+    if resample == "all":
+        drawn = rng.integers(0, len(labels), len(labels))
+        return np.bincount(drawn, minlength=len(labels)).astype(np.int32)
     order = np.argsort(labels, kind="stable")
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     first, size = np.repeat(starts, sizes), np.repeat(sizes, sizes)
@@ -155,7 +162,13 @@ def bootstrap_counts(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
     return np.bincount(drawn, minlength=len(labels)).astype(np.int32)
 
 
-def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def partition(
+    members: Sequence[Member],
+    labels: np.ndarray,
+    folds: int,
+    seed: int,
+    resample: str = "identity",
+) -> np.ndarray:
     """Returns the number of times that each member trains on each clip in an epoch.
 
     Args:
@@ -163,6 +176,7 @@ def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: i
       labels: [N] int, class columns.
       folds: number of folds; 0 for none.
       seed: seed of the folds and of the bootstrap samples.
+      resample: `identity` or `all`, see `bootstrap_counts`.
 
     Returns:
       [E, N] float32; 0 for clips that a member is not trained on.
@@ -176,7 +190,7 @@ def partition(members: Sequence[Member], labels: np.ndarray, folds: int, seed: i
         )
     fold = stratified_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
     rows = [
-        bootstrap_counts(labels, member.bootstrap, seed)
+        bootstrap_counts(labels, member.bootstrap, seed, resample)
         if member.bootstrap >= 0
         else fold != member.fold
         for member in members

@@ -26,9 +26,8 @@ from vidjax.selection import (
 )
 from vidjax.suggest import suggest
 
-# Sampling weights are rounded to multiples of 1 / _LEVELS of the largest weight of the clip. Up to
-# 4096 such weights add up exactly in float32, in any order. So draws depend neither on padding nor
-# on the number of devices.
+# Sampling weights are multiples of 1 / _LEVELS of the largest of a clip. Up to 4096 add up exactly
+# in float32, in any order: draws depend neither on padding nor on the number of devices.
 _LEVELS = 4096
 
 
@@ -104,8 +103,7 @@ def merged_windows(
     """Returns the frames, and for each frame its mean with some others of the clip.
 
     The others are those that follow the frame in a random, cyclic order of the frames of the clip.
-    If training needs only a few such means, `random_fusion` without replacement, with half of its
-    `probs` on one frame, draws similar ones at a lower cost.
+    `random_fusion` without replacement, half of its `probs` on one frame, draws some at less cost.
 
     Args:
       rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
@@ -191,8 +189,7 @@ def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
     """Returns the mean frames of four temporal crops of every clip.
 
     The crops are the whole clip, the clip without its first third, without its last third, and
-    without its first and last sixth. Thirds and sixths are rounded down, so crops of clips with
-    frames are never empty.
+    without its first and last sixth, all rounded down, so that no crop of a frame or more is empty.
 
     Args:
       frames: Frames [B, T].
@@ -246,7 +243,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 
     Args:
       spec: `name`, a key of FUSIONS, and keyword arguments of that function. Keyword arguments of
-        `filter_frames` may be added; the filter is applied first.
+        `filter_frames` may be added; the filter is applied first. `kept_share` is a `top_share` of
+        the fused frames, applied last.
 
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key;
@@ -256,7 +254,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
       ValueError: The name or an argument is unknown, or an argument is missing.
     """
     options = dict(spec)
-    name = options.pop("name", None)
+    name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     if name not in FUSIONS:
         raise ValueError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
     function, takes_rng = FUSIONS[name]
@@ -265,7 +263,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     if unknown := sorted(set(options) - set(parameters)):
         raise ValueError(
             f"fusion {name!r} has no option {', '.join(unknown)}; choose from "
-            f"{', '.join(sorted(parameters)) or 'none'}, and for every fusion {', '.join(filters)}"
+            f"{', '.join(sorted(parameters)) or 'none'}, and for every fusion "
+            f"{', '.join(filters)}, kept_share"
         )
     required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}
     if missing := sorted(required - set(options)):
@@ -273,7 +272,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
-        return function(rng, frames, **options) if takes_rng else function(frames, **options)
+        fused = function(rng, frames, **options) if takes_rng else function(frames, **options)
+        return filter_frames(fused, top_share=kept_share) if kept_share != 1 else fused
 
     return fuse
 

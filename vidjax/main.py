@@ -152,7 +152,13 @@ def _rank(args: "Arguments") -> int:
     from vidjax.data.unlabelled import load_clips
 
     run = predict.restore(options.workdir, step=options.step)
-    clips = load_clips(options.input, run.modalities, run.identities, split=options.split)
+    clips = load_clips(
+        options.input,
+        run.modalities,
+        run.identities,
+        split=options.split,
+        quality=run.config.data.quality,
+    )
     rank.write(options.out, run.rank(clips))
     rows = {"clips": f"{len(clips.names):,}", "identities": f"{len(run.identities):,}"}
     rows["ranking"] = arguments.shown(options.out)

@@ -29,9 +29,10 @@ from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import ClipSource, TrainingData
+from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
-from vidjax.modes.restore import find_run, fit_data, load_weights
+from vidjax.modes.restore import find_run, fit_data, load_weights, task_of
 from vidjax.run import results as results_lib
 from vidjax.run import seal
 from vidjax.steps import eval_step as eval_step_lib
@@ -39,7 +40,7 @@ from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
 from vidjax.steps.sinks import WINDOW_ROWS, in_pool
 from vidjax.steps.windows import windows
-from vidjax.system import System, TaskSpec, make_system
+from vidjax.system import System, make_system
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them
 _REMADE = ("system", "score_fn", "embed_fn", "mesh")  # attributes that a pickle does not hold
@@ -260,7 +261,8 @@ class Predictor(NamedTuple):
         if split is not None:
             raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
-            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities)
+            quality = cast(Quality, self.config.data.quality)
+            clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return _Request(clips, "clips", clips.places, clips.names, size)
@@ -373,7 +375,7 @@ def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
     """
     devices.keep_programs(default_cache_dir())
     mesh = devices.make_mesh(num_devices)
-    task = TaskSpec(**{name: state["manifest"][name] for name in TaskSpec._fields})
+    task = task_of(state["manifest"])
     weights = {name: state[name] for name in ("params", "model_state")}
     return _assemble(
         {**state, **devices.replicate(mesh, weights)},

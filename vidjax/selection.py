@@ -44,7 +44,7 @@ def filter_frames(
         raise ValueError(f"top_share must be above 0 and at most 1, got {top_share}")
     kept = frames.mask
     if min_quality is not None:
-        kept = kept & (_ordered_quality(frames.quality) >= min_quality)
+        kept = kept & (ordered_quality(frames.quality) >= min_quality)
     if min_detection is not None:
         kept = kept & (frames.detection >= min_detection)
     if top_share < 1:
@@ -82,8 +82,10 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
     return _first_frames(rng, frames, _best_first(frames.quality, frames.mask), num_frames)
 
 
-def sample_frames(rng: Array | None, frames: Frames, *, num_frames: int = 40) -> Frames:
-    """Selects `num_frames` frames of every clip independently of quality, in time order.
+def sample_frames(
+    rng: Array | None, frames: Frames, *, num_frames: int = 40, order: str = "time"
+) -> Frames:
+    """Selects `num_frames` frames of every clip independently of quality.
 
     With a key the frames are drawn at random without replacement; shorter clips keep all frames and
     repeat random ones. Without a key the frames are evenly spaced over the clip.
@@ -92,26 +94,38 @@ def sample_frames(rng: Array | None, frames: Frames, *, num_frames: int = 40) ->
       rng: PRNG key, or None.
       frames: Frames [B, T].
       num_frames: number of frames to select, T'.
+      order: `time`, or `random` for an order that has nothing to do with time: random with a key,
+        without one the same for all clips.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
     Raises:
-      ValueError: `num_frames` is below 1.
+      ValueError: `num_frames` is below 1, or the order is unknown.
 
-    Source: DeepMEF (3rd place 2019). Ours: short clips keep all frames before they repeat one;
-    evenly spaced frames without a key, for evaluation.
+    Source: DeepMEF (3rd place 2019), whose code draws frames without order, and draws the frames of
+    shorter clips with replacement. Ours: short clips keep all frames before they repeat one; the
+    order of time; evenly spaced frames without a key, for evaluation.
     """
     if num_frames < 1:
         raise ValueError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
+    if order not in ("time", "random"):
+        raise ValueError(f"unknown order {order!r}; choose from random, time")
+    slots = jnp.ones((len(frames.mask), num_frames), bool)
     if rng is not None:
         shuffle_rng, repeat_rng = jax.random.split(rng)
-        return _first_frames(repeat_rng, frames, shuffle(shuffle_rng, frames.mask), num_frames)
-    in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames first
-    count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
-    # The middles of num_frames equal pieces of the clip, in whole numbers.
-    rank = (2 * jnp.arange(num_frames, dtype=jnp.int32) + 1) * count // (2 * num_frames)
-    return _frames_at(frames, take(in_order, rank))
+        chosen = _first_frames(repeat_rng, frames, shuffle(shuffle_rng, frames.mask), num_frames)
+        order_rng = jax.random.fold_in(repeat_rng, 1)
+    else:
+        in_order = jnp.argsort(~frames.mask, axis=1, stable=True)  # real frames first
+        count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
+        # The middles of num_frames equal pieces of the clip, in whole numbers.
+        rank = (2 * jnp.arange(num_frames, dtype=jnp.int32) + 1) * count // (2 * num_frames)
+        chosen, order_rng = _frames_at(frames, take(in_order, rank)), None
+    if order == "time":
+        return chosen
+    turned = shuffle(order_rng, slots)
+    return map_fields(lambda values: take(values, turned), chosen)
 
 
 def concat_clips(
@@ -250,6 +264,31 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     return jnp.where(usable.any(axis=1, keepdims=True), weights, uniform)
 
 
+def mean_measure(frames: Frames, measure: str) -> Array:
+    """Returns how good the frames of every clip are on average, [B] float32; 0 without frames.
+
+    Args:
+      frames: Frames [B, T].
+      measure: `norm` for the lengths of the feature vectors, `quality` for the quality scores,
+        where a score that is not finite counts as 0.
+    """
+
+    def add(t: Array, total: Array) -> Array:
+        frame = map_fields(
+            lambda values: jax.lax.dynamic_slice_in_dim(values, t, 1, axis=1), frames
+        )  # one frame of every clip at a time, as in `fusion.mean_frame`
+        if measure == "norm":
+            value = jnp.linalg.norm(read(frame.features).astype(jnp.float32), axis=-1)
+        else:
+            value = jnp.where(jnp.isfinite(frame.quality), frame.quality, 0.0)
+        return total + jnp.where(frame.mask, value, 0.0)[:, 0]
+
+    num_clips, num_frames = frames.mask.shape
+    end = jnp.max(jnp.where(frames.mask, jnp.arange(1, 1 + num_frames), 0))
+    total = jax.lax.fori_loop(0, end, add, jnp.zeros(num_clips, jnp.float32))
+    return total / jnp.maximum(jnp.sum(frames.mask, axis=1), 1)
+
+
 def shuffle(rng: Array | None, mask: Array) -> Array:
     """Shuffles the frames of every clip.
 
@@ -309,13 +348,14 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
     return Frames(*map(field, *frames))
 
 
-def _ordered_quality(quality: Array) -> Array:
+def ordered_quality(quality: Array) -> Array:
+    """Returns qualities with the lowest float32 for those that are not finite."""
     return jnp.where(jnp.isfinite(quality), quality, jnp.finfo(jnp.float32).min)
 
 
 def _best_first(quality: Array, mask: Array) -> Array:
     """Sorts frames by quality; returns [B, T] indices, the best real frame first, padding last."""
-    quality = jnp.where(mask, _ordered_quality(quality), -jnp.inf)
+    quality = jnp.where(mask, ordered_quality(quality), -jnp.inf)
     # Not lax.top_k: for clips on several devices it would gather the whole batch on every one.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
 

@@ -16,6 +16,7 @@ from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
 from vidjax.models.base import Identifier
+from vidjax.models.fallback import FallbackIdentifier
 from vidjax.suggest import suggest
 
 FuseFn = Callable[[Array | None, Frames], Frames]
@@ -24,14 +25,16 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Training reads all fields except `fuse_eval`, `score_fn`, `logs`, `reduce` and
-    `matmul_precision`. Evaluation reads these, and `model`, `select_features`, `to_examples`,
-    `examples`, `class_mask` and `num_identities`.
+    Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `top_classes`,
+    `reduce` and `matmul_precision`. Evaluation reads these, and `model`, `select_features`,
+    `to_examples`, `examples`, `class_mask` and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
       fuse_train: modality -> fusion for training, called with a key.
       fuse_eval: modality -> fusion for evaluation, called without a key.
+      measure: modality -> Frames [B, T] of the raw clips to [B] float32, `ClipInfo.measure`; None
+        for a model that treats poor clips like all others.
       select_features: (features [..., D], view) -> features for a member with that view.
       to_examples: modality -> Frames [B, T'] to the input of the model and the mask of examples,
         either `selection.as_one_example` or `selection.as_examples`.
@@ -44,6 +47,7 @@ class System(NamedTuple):
       schedule: step -> learning rate.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       logs: True if scores are logarithms; their exponentials are then averaged.
+      top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips.
       num_identities: number of identities, C; columns 1..C are ranked.
@@ -55,6 +59,7 @@ class System(NamedTuple):
     model: Identifier
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
+    measure: Callable[[Mapping[str, Frames]], Array] | None
     select_features: Callable[[Array, Array], Array]
     to_examples: Callable[[Mapping[str, Frames]], tuple[dict[str, Frames], Array]]
     examples: bool
@@ -66,6 +71,7 @@ class System(NamedTuple):
     schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
     logs: bool
+    top_classes: int
     reduce: str
     class_mask: Array
     num_identities: int
@@ -83,6 +89,8 @@ class TaskSpec(NamedTuple):
       num_clips: number of training clips, N.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
+      threshold: measure below which clips are poor, from the training clips and the model's
+        `threshold_share`; None for a model without one.
     """
 
     modalities: Mapping[str, int]
@@ -91,6 +99,7 @@ class TaskSpec(NamedTuple):
     num_clips: int
     total_steps: int
     train_other: bool
+    threshold: float | None = None
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
@@ -117,7 +126,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
     dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
     model = identifier.make_identifier(
-        config["model"],
+        _with_threshold(config["model"], task.threshold),
         modalities={
             name: width - (width // num_chunks if num_chunks else 0)
             for name, width in task.modalities.items()
@@ -132,6 +141,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         model=model,
         fuse_train=_make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=_make_fusions(config["fusion"], task.modalities, "evaluate"),
+        measure=_make_measure(model),
         select_features=_make_select_features(num_chunks),
         to_examples=(
             selection.as_examples if after_fusion == "examples" else selection.as_one_example
@@ -147,6 +157,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         schedule=schedule,
         score_fn=score_fn,
         logs=logs,
+        top_classes=config["eval"]["top_classes"],
         reduce=_choose("eval.reduce", config["eval"]["reduce"], ("mean", "max")),
         class_mask=class_mask,
         num_identities=task.num_identities,
@@ -172,6 +183,27 @@ def _make_fusions(
     }
 
 
+def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> Mapping[str, Any]:
+    """Returns the specification of a model with the threshold of its `threshold_share`.
+
+    A threshold that an evaluation sets itself stays.
+    """
+    if not spec.get("threshold_share") or spec.get("threshold") or threshold is None:
+        return spec
+    return {**spec, "threshold": threshold}
+
+
+def _make_measure(model: Identifier) -> Callable[[Mapping[str, Frames]], Array] | None:
+    """Builds `System.measure`; None for a model without a threshold."""
+    if not isinstance(model, FallbackIdentifier) or not model.threshold:
+        return None
+
+    def measure(frames: Mapping[str, Frames]) -> Array:
+        return selection.mean_measure(frames[model.modality], model.measure)
+
+    return measure
+
+
 def _make_select_features(num_chunks: int) -> Callable[[Array, Array], Array]:
     """Builds `System.select_features`; 0 chunks select all features."""
     if num_chunks:
@@ -183,7 +215,9 @@ def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[Ba
     """Builds the transforms before fusion: quality subsets, then concatenated distractors."""
     transforms: list[BatchTransform] = []
     if config["ensemble"]["min_quality"]:
-        transforms.append(augment.keep_quality)
+        transforms.append(
+            functools.partial(augment.keep_quality, poor_clips=config["ensemble"]["poor_clips"])
+        )
     if config["noise"]["join"]:
         transforms.append(
             functools.partial(augment.concat_noise, num_identities=task.num_identities)

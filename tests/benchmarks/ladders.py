@@ -3,13 +3,15 @@
 A rung compares two runs that differ in one thing. `scores` trains the runs and writes the tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 SEEDS = (0, 1, 2)
 SYNTHETIC, REAL = "synthetic", "real"
 NO_BODY, NO_SCENE = "no body", "no scene"
+NO_STRANGERS = "no distractors in train"
+SIMULATED = "synthetic clips alone"
 
 
 class Row(NamedTuple):
@@ -106,6 +108,20 @@ HELD_OUT = "--config.data.train_splits=train,val --config.ensemble.folds=5"
 FIRST_FOLD = "--config.ensemble.only=0"
 MLPS = ("mlp1", "mlp2", "mlp3", "mlp4", "mlp5")
 PLAIN_FACE = "average,concat"
+# Knobs of the synthetic dataset: name -> (what turns it, keys of the rows that run with it).
+KNOBS = {
+    "strangers": (
+        "--config.data.wrong_clips=0.6",
+        ("fusion", "fusion_voting", "fusion_raw", "deepmef", "deepmef_mean"),
+    ),
+    "blur": ("--config.data.blur=2", ("fusion", "fusion_voting", "fusion_raw")),
+    "labels": ("--config.data.label_noise=0.2", ("mma", "mma_smoothing")),
+    "distractors": ("--config.data.train_distractors=0.375", ("fusion", "fusion_unseen")),
+    "missing": (
+        "--config.data.missing_rate=0.3",
+        ("mma", "mma_unscaled", "mma_filled", "mma_concat"),
+    ),
+}
 MMA_OPTIONS = {
     "smoothing": "--config.loss.label_smoothing=0.1",
     "mixup": "--config.mixup=0.2",
@@ -116,6 +132,7 @@ MMA_OPTIONS = {
     "undecayed": "--config.optim.total_decay=0",
     "unscaled": "--config.model.gram_scale=1",
     "strong": "--config.model.gamma=0.5",
+    "filled": "--config.model.fill_missing=True",
     "folds": HELD_OUT,
     "folds_twice": f"{HELD_OUT} --config.ensemble.seeds=2",
     "five": FIVE,
@@ -133,6 +150,10 @@ _ROWS = (
     Row("fusion", "quality_fusion"),
     Row("fusion_raw", "quality_fusion", "raw"),
     Row("fusion_voting", "quality_fusion", "voting"),
+    Row(
+        "fusion_unseen", "quality_fusion", overrides="--config.data.distractors=leave_out",
+        absent={REAL: NO_STRANGERS},
+    ),
     Row("fusion_fold", "quality_fusion", "folds", overrides=FIRST_FOLD),
     Row("fusion_folds", "quality_fusion", "folds"),
     *(Row(f"fusion_{net}", "quality_fusion", net) for net in MLPS[:4]),
@@ -203,9 +224,30 @@ _ROWS = (
         overrides="--config.model.attention_form=two",
     ),
 )  # fmt: skip
-ROWS: Mapping[str, Row] = {row.key: row for row in _ROWS}
 
-FEW_CLIPS = "few clips an identity"
+
+def _turned() -> Iterator[Row]:
+    """Yields the rows that run with a knob of the synthetic dataset turned, as `KEY_KNOB`."""
+    by_key = {row.key: row for row in _ROWS}
+    for knob, (override, keys) in KNOBS.items():
+        for key in keys:
+            row = by_key[key]
+            yield row._replace(
+                key=f"{key}_{knob}",
+                overrides=f"{row.overrides} {override}".strip(),
+                absent={REAL: SIMULATED},
+            )
+
+
+ROWS: Mapping[str, Row] = {row.key: row for row in (*_ROWS, *_turned())}
+
+
+def _knob(text: str, key: str, base: str, *knobs: str) -> tuple[Rung, ...]:
+    """Returns a comparison on the synthetic dataset as it is, then with each of some knobs."""
+    turned = (Rung(text, f"{key}_{knob}", f"{base}_{knob}") for knob in knobs)
+    return Rung(text, key, base), *turned
+
+
 LADDERS = (
     Ladder(
         "residual_dense",
@@ -312,6 +354,19 @@ LADDERS = (
             Rung("noise classes, not one class", "noise", "other"),
             Rung("one class of distractors", "other", "leave_out"),
             Rung("the predicted class is taken", "noise_prediction", "noise"),
+        ),
+    ),
+    Ladder(
+        "knobs",
+        (
+            *_knob("one fused face in the test", "fusion", "fusion_voting", "strangers", "blur"),
+            *_knob("faces filtered and fused", "fusion", "fusion_raw", "strangers", "blur"),
+            *_knob("learned weights of frames", "deepmef", "deepmef_mean", "strangers"),
+            *_knob("label smoothing", "mma_smoothing", "mma", "labels"),
+            *_knob("a class of distractors", "fusion", "fusion_unseen", "distractors"),
+            *_knob("attention between modalities", "mma", "mma_concat", "missing"),
+            *_knob("a small scale of the Gram matrix", "mma", "mma_unscaled", "missing"),
+            *_knob("missing modalities filled in", "mma_filled", "mma", "missing"),
         ),
     ),
 )

@@ -52,7 +52,8 @@ SAME_FILES = (
     "noise.jsonl",
     "ranking.txt",
 )
-MEASURED = re.compile("seconds|per_second|^command$")  # of metrics.json: what no two runs share
+# Of metrics.json: what no two runs share.
+MEASURED = re.compile("seconds|per_second|^command$|date$")
 
 SMALL = (
     "--config.batch_size=32",

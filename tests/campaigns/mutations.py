@@ -277,6 +277,10 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
       modes: of MODES.
     """
     run, training = make_run(folder)
+    for mode in modes:  # compiles what a mode runs, which is not the mutation's time
+        shutil.rmtree(folder / "copies", ignore_errors=True)
+        shutil.copytree(run, folder / "copies" / "copy")
+        run_mode(words_of(mode, run, folder / "copies" / "copy", training))
     names, rng = files_of(run), random.Random(seed)
     outside = (folder / "victim", folder / "data", run)
     before = digest(*outside)

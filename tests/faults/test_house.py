@@ -102,7 +102,9 @@ def test_the_core_without_what_is_optional(without, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["tensorflow", "tensorboard"])
+@pytest.mark.parametrize(
+    "name", ["tensorflow", pytest.param("tensorboard", marks=pytest.mark.slow)]
+)
 def test_a_package_of_the_core_is_missing(without, tmp_path, name):
     env = without(name)
     words = ("--config=configs/mma.py", f"--workdir={tmp_path}/w")
@@ -125,4 +127,4 @@ def test_an_accelerator_without_its_extra():
         pytest.skip("the extra cuda is installed")
     said = run("--mode=check", env={"JAX_PLATFORMS": "cuda"})
     assert said.returncode == 2
-    assert "pip install '.[cuda]'" in said.stdout
+    assert "pip install 'vidjax[cuda]'" in said.stdout

@@ -16,6 +16,7 @@ from vidjax import config as config_lib
 from vidjax import optim
 from vidjax.data import arrays, ground_truth, iqiyi_vid, load
 from vidjax.data.clips import Split
+from vidjax.data.frame_fields import feature_norms
 from vidjax.data.records import report as report_lib
 from vidjax.data.usable import misspelt, unusable
 from vidjax.models import identifier
@@ -143,7 +144,7 @@ def test_a_histogram_of_equal_values_adds_up(value: float) -> None:
 
 @pytest.mark.parametrize(("value", "norm"), [(1e30, 2e30), (1e-30, 2e-30), (3e38, 3.4028235e38)])
 def test_norms_of_odd_features_are_finite(value: float, norm: float) -> None:
-    norms = report_lib._norms(np.full((3, 4), value, np.float32))
+    norms = feature_norms(np.full((3, 4), value, np.float32))
     np.testing.assert_allclose(norms, norm, rtol=1e-6)
 
 

@@ -33,6 +33,11 @@ class _Recorded(ConfigDict):
             reads.add(prefix + key)
         return value
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Returns a copy whose reads are added to the same names."""
+        del memo
+        return record(ConfigDict(_values(self)), *self.noted)
+
     def get_type(self, key: str) -> type:
         field = self._fields[key]
         return field.get_type() if isinstance(field, FieldReference) else type(field)
@@ -44,6 +49,15 @@ class _Recorded(ConfigDict):
             value = value.get() if isinstance(value, FieldReference) else value
             found[key] = value.to_dict() if isinstance(value, ConfigDict) else value
         return found
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Returns the values of a configuration, nested; taking them is no read."""
+    values = {}
+    for key, value in config._fields.items():
+        value = value.get() if isinstance(value, FieldReference) else value
+        values[key] = _values(value) if isinstance(value, ConfigDict) else value
+    return values
 
 
 class _RecordedDict(dict[str, Any]):

@@ -47,7 +47,7 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
         small.append("--config.ensemble.folds=3")
     main = "main." if "main" in config.model else ""
     small = [word.replace("{main}", main) for word in small]
-    if main:
+    if main and "layers" in config.model.other:
         small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
     return config_lib.override(config, [*small, *overrides])
 

@@ -11,8 +11,9 @@ or
                       `quality`, `detection`, `number`
 
 and optionally the labels: `labels.csv` with the columns `clip` and `identity`, or ground truth in
-an official form, `train_gt.txt` and `val_gt.txt`. Fields that a modality lacks have the value
-`missing` of `vidjax.data.frame_fields`.
+an official form, `train_gt.txt` and `val_gt.txt`. A quality that a modality of a clip lacks is the
+L2 norm of its features; other fields that it lacks have the value `missing` of
+`vidjax.data.frame_fields`.
 
 All become the same records as official files, with the same checks and the same report.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
-from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite
+from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, Quality, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.parquet import read_clips
 from vidjax.data.record_source import Origin, Unpacked
@@ -39,7 +40,7 @@ from vidjax.suggest import closest
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
 
-VERSION = 1  # part of the key of a cache folder: raise it whenever other frames come out
+VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
 
 def load(
@@ -48,6 +49,7 @@ def load(
     *,
     cache_dir: str | Path | None = None,
     non_finite: NonFinite = "drop",
+    quality: Quality = "given",
 ) -> "Dataset":
     """Returns a dataset of own features, to be used like one of official files.
 
@@ -66,6 +68,8 @@ def load(
       cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
+      quality: 'given' takes the quality that a clip has, or else the L2 norm of each feature;
+        'norm' always takes the norm.
 
     Raises:
       ValueError: malformed features or labels; names file or split, clip, modality and field.
@@ -75,9 +79,10 @@ def load(
     from vidjax.data.records.pipeline import Dataset
 
     if isinstance(source, Mapping):
-        opened, origin = FeatureDict(source, labels), Origin("arrays")
+        opened, origin = FeatureDict(source, labels, quality), Origin("arrays")
     else:
-        opened, origin = FeatureFolder(source, labels), Origin.of_folder("arrays", source)
+        opened = FeatureFolder(source, labels, quality)
+        origin = Origin.of_folder("arrays", source)
     return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
 
@@ -94,8 +99,13 @@ class FeatureDict:
     place = "arrays"
     title = "arrays"
 
-    def __init__(self, splits: Mapping[str, Clips], labels: LabelSource = None):
-        """Takes split -> clip -> modality -> features, and labels as `load` does.
+    def __init__(
+        self,
+        splits: Mapping[str, Clips],
+        labels: LabelSource = None,
+        quality: Quality = "given",
+    ):
+        """Takes split -> clip -> modality -> features, labels and quality as `load` does.
 
         Raises:
           ValueError: an unknown split, or a split that is no dict.
@@ -107,6 +117,7 @@ class FeatureDict:
                     "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
         self._splits, self._labels = splits, labels
+        self._quality: Quality = check_quality(quality)
 
     def _clips(self, split: str) -> Iterator[Clip]:
         for name, modalities in self._splits[split].items():
@@ -120,7 +131,12 @@ class FeatureDict:
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the arrays of each split."""
         return [
-            {"arrays": VERSION, "split": split, "sha256": _digest(self._clips(split))}
+            {
+                "arrays": VERSION,
+                "quality": self._quality,
+                "split": split,
+                "sha256": _digest(self._clips(split)),
+            }
             for split in sorted(self._splits)
         ]
 
@@ -132,7 +148,9 @@ class FeatureDict:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
         return {
-            split: pack(self._clips(split), scratch / split, non_finite=non_finite)
+            split: pack(
+                self._clips(split), scratch / split, non_finite=non_finite, quality=self._quality
+            )
             for split in self._splits
         }
 
@@ -152,14 +170,15 @@ class FeatureFolder:
 
     kind = "arrays"
 
-    def __init__(self, folder: str | Path, labels: LabelSource = None):
-        """Finds the files of each split; labels as in `load`.
+    def __init__(self, folder: str | Path, labels: LabelSource = None, quality: Quality = "given"):
+        """Finds the files of each split; labels and quality as in `load`.
 
         Raises:
           FileNotFoundError: no such folder, or no features in it.
           ValueError: a split has a table and a folder, or a folder holds other files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
+        self._quality: Quality = check_quality(quality)
         self._files = files_by_split(self._folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
@@ -178,6 +197,7 @@ class FeatureFolder:
         return [
             {
                 "arrays": VERSION,
+                "quality": self._quality,
                 "split": split,
                 "files": len(paths),
                 "sha256": _digest_files(paths),
@@ -194,7 +214,9 @@ class FeatureFolder:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
         return {
-            split: pack(self._clips(split), scratch / split, non_finite=non_finite)
+            split: pack(
+                self._clips(split), scratch / split, non_finite=non_finite, quality=self._quality
+            )
             for split in self._files
         }
 

@@ -11,7 +11,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
+# Quality of own features: `given` is that of the file, and where the file has none, as `norm`
+# everywhere, the L2 norm of the feature (`feature_norms`).
+Quality = Literal["given", "norm"]
 LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in which more is infinite
+
+
+def check_quality(quality: Quality) -> Quality:
+    """Returns the value of `config.data.quality`; raises ValueError if it is unknown."""
+    if quality not in ("given", "norm"):
+        raise ValueError(f"config.data.quality is 'given' or 'norm', got {quality!r}")
+    return quality
 
 
 class FrameField(NamedTuple):
@@ -91,6 +101,21 @@ def usable_rows(features: np.ndarray) -> np.ndarray:
     if features.dtype != np.float64:
         return np.asarray(np.isfinite(features).all(axis=1))
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
+
+
+def feature_norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
+    """Returns [F] float32, the L2 norms of features [F, D]; `rows` at a time, to bound memory.
+
+    Face nets give blurred faces and side views short vectors, so the norm measures quality.
+
+    Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
+    """
+    norms = np.empty(len(features), np.float32)
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows].astype(np.float64, order="C")  # squares stay finite
+        length = np.sqrt(np.einsum("fd,fd->f", block, block))
+        norms[start : start + rows] = np.minimum(length, LARGEST)
+    return norms
 
 
 def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:

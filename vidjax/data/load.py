@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vidjax.data import arrays, pickle_writer, synthetic
+from vidjax.data import arrays, draws, pickle_writer, synthetic
 from vidjax.data.cache import building, default_cache_dir, exclusive
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite
+from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
+from vidjax.data.knobs import DEFAULT_KNOBS, Knobs
 from vidjax.data.record_source import Origin, RecordSource
 from vidjax.suggest import suggest
 
@@ -29,6 +30,8 @@ class DataOptions(NamedTuple):
       size: size of a generated dataset.
       seed: seed of a generated dataset.
       generate: False raises NotGenerated instead of generating a dataset.
+      quality: the quality of own features, see `frame_fields.Quality`.
+      knobs: what a generated dataset holds more or less of.
     """
 
     directory: Path | None
@@ -36,6 +39,26 @@ class DataOptions(NamedTuple):
     size: str = "small"
     seed: int = 0
     generate: bool = True
+    quality: Quality = "given"
+    knobs: Knobs = DEFAULT_KNOBS
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], *, generate: bool = True) -> "DataOptions":
+        """Returns the options of the section `data` of a configuration."""
+        return cls(
+            Path(data["dir"]).expanduser() if data["dir"] else None,
+            Path(data["cache_dir"] or default_cache_dir()).expanduser(),
+            data["size"],
+            data["seed"],
+            generate,
+            data["quality"],
+            knobs_of(data),
+        )
+
+
+def knobs_of(data: Mapping[str, Any]) -> Knobs:
+    """Returns the knobs in the section `data` of a configuration, possibly of another version."""
+    return Knobs(**{name: data[name] for name in Knobs._fields if name in data})
 
 
 class NotGenerated(FileNotFoundError):
@@ -56,11 +79,12 @@ def open_synthetic(options: DataOptions) -> RecordSource:
         )
     # The source code of the generator is its version: a change cannot be forgotten.
     source = b"".join(
-        Path(str(module.__file__)).read_bytes() for module in (synthetic, pickle_writer)
+        Path(str(module.__file__)).read_bytes() for module in (synthetic, draws, pickle_writer)
     )
     version = hashlib.sha256(source).hexdigest()[:12]
     root = options.cache_dir / "synthetic"
-    folder = root / f"{options.size}-{options.seed}-{version}"
+    turned = "".join(f"-{name}={value:g}" for name, value in _turned(options.knobs).items())
+    folder = root / f"{options.size}-{options.seed}{turned}-{version}"
     if not folder.exists():
         if not options.generate:
             raise NotGenerated("the synthetic dataset is not made yet: training makes it")
@@ -68,7 +92,9 @@ def open_synthetic(options: DataOptions) -> RecordSource:
             if not folder.exists():
                 _LOG.info("making the synthetic dataset in %s", folder)
                 with building(folder) as partial:
-                    synthetic.write(partial, size=options.size, seed=options.seed)
+                    synthetic.write(
+                        partial, size=options.size, seed=options.seed, knobs=options.knobs
+                    )
     return OfficialFiles(folder)
 
 
@@ -79,7 +105,7 @@ def open_iqiyi_vid(options: DataOptions) -> RecordSource:
 
 def open_arrays(options: DataOptions) -> RecordSource:
     """Returns a folder of own features, as `vidjax.data.arrays` describes it."""
-    return arrays.FeatureFolder(_directory(options, "features"))
+    return arrays.FeatureFolder(_directory(options, "features"), quality=options.quality)
 
 
 class Names(NamedTuple):
@@ -172,6 +198,8 @@ def load_dataset(
     size: str = "small",
     seed: int = 0,
     non_finite: NonFinite = "drop",
+    quality: Quality = "given",
+    knobs: Knobs = DEFAULT_KNOBS,
 ) -> "Dataset":
     """Returns a dataset by name, generated and converted unless the cache has it.
 
@@ -184,6 +212,8 @@ def load_dataset(
       seed: seed of the synthetic dataset.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
+      quality: the quality of own features, see `frame_fields.Quality`.
+      knobs: what the synthetic dataset holds more or less of.
 
     Raises:
       ValueError: an unknown name, no directory, or bad data.
@@ -194,7 +224,8 @@ def load_dataset(
 
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
     folder = Path(directory).expanduser() if directory else None
-    source = open_source(name, DataOptions(folder, cache_dir, size, seed))
+    options = DataOptions(folder, cache_dir, size, seed, quality=quality, knobs=knobs)
+    source = open_source(name, options)
     origin = Origin.of_folder(name, None if is_generated(name) else folder)
     return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
@@ -205,15 +236,22 @@ def is_generated(name: str) -> bool:
 
 
 def describe(data: Mapping[str, Any]) -> str:
-    """Returns the name of a dataset, with size and seed if it is generated.
+    """Returns the name of a dataset, with size, seed and turned knobs if it is generated.
 
     Args:
       data: the section `data` of a configuration, possibly of another version.
     """
     name = data.get("name", "")
     if is_generated(name):
-        return f"{name}, size {data.get('size')}, seed {data.get('seed')}"
+        turned = "".join(f", {knob} {value:g}" for knob, value in _turned(knobs_of(data)).items())
+        return f"{name}, size {data.get('size')}, seed {data.get('seed')}{turned}"
     return name
+
+
+def _turned(knobs: Knobs) -> Mapping[str, float]:
+    """Returns the knobs that are not at their default."""
+    defaults = DEFAULT_KNOBS._asdict()
+    return {name: value for name, value in knobs._asdict().items() if value != defaults[name]}
 
 
 def _directory(options: DataOptions, content: str) -> Path:

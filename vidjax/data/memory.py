@@ -7,7 +7,7 @@ import numpy as np
 
 from vidjax.batch import Batch, Frames
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, best_frames
-from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips
+from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack
 from vidjax.suggest import closest
@@ -70,7 +70,11 @@ class MemoryClips:
 
     @classmethod
     def of(
-        cls, clips: Clips, modalities: Mapping[str, int], identities: Sequence[str]
+        cls,
+        clips: Clips,
+        modalities: Mapping[str, int],
+        identities: Sequence[str],
+        quality: Quality = "given",
     ) -> "MemoryClips":
         """Checks and packs a dict of clips.
 
@@ -78,6 +82,7 @@ class MemoryClips:
           clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them.
           modalities: modality -> feature width.
           identities: names of the class columns.
+          quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
 
         Raises:
           ValueError: a clip is malformed; names clip, modality and field.
@@ -86,11 +91,15 @@ class MemoryClips:
             raise ValueError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
-        return cls.pack(_as_clips(clips), modalities, identities)
+        return cls.pack(_as_clips(clips), modalities, identities, quality)
 
     @classmethod
     def pack(
-        cls, clips: Iterable[Clip], modalities: Mapping[str, int], identities: Sequence[str]
+        cls,
+        clips: Iterable[Clip],
+        modalities: Mapping[str, int],
+        identities: Sequence[str],
+        quality: Quality = "given",
     ) -> "MemoryClips":
         """Checks and packs clips; warns if none has a modality of the run, but others instead.
 
@@ -98,13 +107,14 @@ class MemoryClips:
           clips: the clips.
           modalities: modality -> feature width.
           identities: names of the class columns.
+          quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
 
         Raises:
           ValueError: a clip is malformed; names clip, modality and field.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
-        packed = pack(_select(clips, modalities, names, unread))
+        packed = pack(_select(clips, modalities, names, unread), quality=quality)
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
             meant = [closest(name.lower(), missing) for name in sorted(unread)]

@@ -27,6 +27,12 @@ class FlatFrames(NamedTuple):
     detection: np.ndarray
     quality: np.ndarray
 
+    def without(self, clips: np.ndarray) -> "FlatFrames":
+        """Returns the frames as if `clips` [n] bool lacked the modality."""
+        keep = ~np.repeat(clips, self.lengths)
+        values = (value[keep] for value in self[2:])
+        return FlatFrames(self.present & ~clips, np.where(clips, 0, self.lengths), *values)
+
 
 class DictPickle:
     """A file with one dict, pickled at protocol 2 like Python 2 and its numpy.

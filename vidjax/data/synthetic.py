@@ -1,6 +1,6 @@
 """A synthetic iQIYI-VID: feature pickles in the official layout, and their ground truth.
 
-A person is one unit vector per modality, in a subspace of `_RANK` dimensions. Each clip displaces
+A person is one unit vector per modality, in a subspace of `RANK` dimensions. Each clip displaces
 it, half of that along a few pose directions that all people share. Frames drift about the displaced
 point, further where their quality is worse: the difficulty lies in the clip, not in the frame. Also
 there are look-alikes, strangers, frames of the wrong person, clips and modalities without
@@ -21,25 +21,23 @@ iQIYI-VID-2019; unpublished properties (programmes, strangers, boxes) are invent
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from vidjax.data import draws
+from vidjax.data.draws import RANK
+from vidjax.data.knobs import DEFAULT_KNOBS, Knobs, check_knobs
 from vidjax.data.pickle_writer import DictPickle, FlatFrames, pickled_items
 
-_RANK = 64
 _POSE_RANK = 8
 _CLIPS_PER_IDENTITY = {"train": 5.76, "val": 4.55, "test": 4.55}
 _DISTRACTOR_RATE = 0.375
-_SINGLETON_RATE = 0.4
-_CLUSTER_SIZE = 5
 _NEAR_RATE = 0.1
 _LOOKALIKE_RATE = 0.15
-_LOOKALIKE_COSINE = 0.75
 _UNRECOGNISABLE_RATE = 0.065
-_WRONG_CLIP_RATE = 0.15
 _WRONG_FRAME_RATE = 0.025
 _CHUNK_CLIPS = 256
 _MAX_FRAMES = 300
@@ -105,7 +103,7 @@ SIZES = {
 }
 
 
-def write(out_dir: str | Path, *, size: str, seed: int = 0) -> None:
+def write(out_dir: str | Path, *, size: str, seed: int = 0, knobs: Knobs = DEFAULT_KNOBS) -> None:
     """Writes the synthetic set into `out_dir`, which must be empty or missing.
 
     Fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face train and val are
@@ -118,15 +116,17 @@ def write(out_dir: str | Path, *, size: str, seed: int = 0) -> None:
       out_dir: folder to fill.
       size: a key of `SIZES`.
       seed: not negative.
+      knobs: what the set holds more or less of.
 
     Raises:
       FileExistsError: `out_dir` is a file, or not empty.
-      ValueError: unknown size or negative seed.
+      ValueError: unknown size, negative seed, or a knob out of its range.
     """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: one of {', '.join(SIZES)}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    check_knobs(knobs)
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists and is not an empty folder")
@@ -136,22 +136,22 @@ def write(out_dir: str | Path, *, size: str, seed: int = 0) -> None:
     try:
         world = _World(SIZES[size], np.random.default_rng([seed, 0]))
         for index, split in enumerate(_CLIPS_PER_IDENTITY):
-            _write_split(partial, world, split, np.random.default_rng([seed, 1 + index]))
+            clips = _Clips(world, split, [seed, 1 + index], knobs)
+            _write_split(partial, clips, split)
         for path in sorted(partial.iterdir()):
             path.rename(out_dir / path.name)
     finally:
         shutil.rmtree(partial)
 
 
-def _write_split(folder: Path, world: "_World", split: str, rng: np.random.Generator) -> None:
-    clips = _Clips(world, split, rng)
+def _write_split(folder: Path, clips: "_Clips", split: str) -> None:
     suffix = {("face", "train"): "_v2", ("face", "val"): "_v2"}
     files = {m: folder / f"{m}_{split}{suffix.get((m, split), '')}.pickle" for m in _MODALITIES}
     pickles = {modality: DictPickle(path) for modality, path in files.items()}
     try:
         for start in range(0, len(clips.labels), _CHUNK_CLIPS):
             rows = np.arange(start, min(start + _CHUNK_CLIPS, len(clips.labels)))
-            for modality, frames in clips.frames(rows, rng).items():
+            for modality, frames in clips.frames(rows).items():
                 names = [clips.names[row] for row in rows]
                 pickles[modality].add(pickled_items(modality, names, frames), frames.features)
     finally:
@@ -162,7 +162,7 @@ def _write_split(folder: Path, world: "_World", split: str, rng: np.random.Gener
 
 def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
     by_identity: dict[int, list[str]] = {c: [] for c in range(1, clips.labels.max() + 1)}
-    for name, label in sorted(zip(clips.names, clips.labels.tolist(), strict=True)):
+    for name, label in sorted(zip(clips.names, clips.truth.tolist(), strict=True)):
         if label:
             by_identity[label].append(f"{name}.mp4")
     if inverted:
@@ -182,14 +182,14 @@ class _World:
         pairs = rng.permutation(count)[: 2 * num_alike].reshape(2, num_alike)
         self.points, self.basis, self.pose, self.garbage = {}, {}, {}, {}
         for modality, kind in _MODALITIES.items():
-            points = _unit(rng, count if modality != "scene" else count // 2)
+            points = draws.unit(rng, count if modality != "scene" else count // 2)
             if kind.resembles:
-                points[pairs[1]] = _near(rng, points[pairs[0]])
+                points[pairs[1]] = draws.near(rng, points[pairs[0]])
             dim = size.dims[modality]
             self.points[modality] = points
-            self.basis[modality] = _orthonormal(rng, _RANK, dim)  # [R, D]
-            self.pose[modality] = _orthonormal(rng, _POSE_RANK, _RANK)  # [P, R]
-            self.garbage[modality] = _unit(rng, 1, dim)  # [1, D]
+            self.basis[modality] = draws.orthonormal(rng, RANK, dim)  # [R, D]
+            self.pose[modality] = draws.orthonormal(rng, _POSE_RANK, RANK)  # [P, R]
+            self.garbage[modality] = draws.unit(rng, 1, dim)  # [1, D]
         self.popularity = rng.lognormal(0.0, 0.85, count)
         self.popularity /= self.popularity.mean()
         # A person appears mostly in one programme, sometimes in a second or third one.
@@ -199,16 +199,16 @@ class _World:
 class _Clips:
     """The clips of a split in random order: the person in each, and its quality."""
 
-    def __init__(self, world: _World, split: str, rng: np.random.Generator) -> None:
-        self.world = world
+    def __init__(self, world: _World, split: str, seeds: Sequence[int], knobs: Knobs) -> None:
+        self.world, self.knobs = world, knobs
+        self.rng = rng = np.random.default_rng(seeds)
         count = world.size.identities
         per_identity = 1 + rng.poisson(world.popularity * (_CLIPS_PER_IDENTITY[split] - 1))
         num_labelled = int(per_identity.sum())
         labelled = np.repeat(np.arange(count), per_identity)
-        num_strange = 0
-        if split != "train":
-            num_strange = round(num_labelled * _DISTRACTOR_RATE / (1 - _DISTRACTOR_RATE))
-        strangers = count + _cluster(rng, num_strange)
+        strange = knobs.train_distractors if split == "train" else _DISTRACTOR_RATE
+        num_strange = round(num_labelled * strange / (1 - strange))
+        strangers = count + draws.cluster(rng, num_strange)
         order = rng.permutation(num_labelled + num_strange)
         person = np.concatenate([labelled, strangers])[order]
         total = len(person)
@@ -224,9 +224,9 @@ class _Clips:
         for modality, kind in _MODALITIES.items():
             if modality == "scene":
                 continue
-            others = _unit(rng, num_strangers + total)
+            others = draws.unit(rng, num_strangers + total)
             if kind.resembles:
-                others[near] = _near(rng, world.points[modality][near_to])
+                others[near] = draws.near(rng, world.points[modality][near_to])
             self.points[modality] = np.concatenate([world.points[modality], others])
 
         lost = (self.labels > 0) & (rng.random(total) < _UNRECOGNISABLE_RATE)
@@ -237,7 +237,7 @@ class _Clips:
         self.length = np.clip(
             np.rint(rng.gamma(1.5, world.size.mean_frames / 1.5, total)), 1, _MAX_FRAMES
         ).astype(np.int64)
-        self.wrong_clip = rng.random(total) < _WRONG_CLIP_RATE
+        self.wrong_clip = rng.random(total) < knobs.wrong_clips
         self.quality = rng.normal(79.5, 21.0, total)
         self.hardness = rng.lognormal(0.0, 0.3, total)
 
@@ -249,8 +249,20 @@ class _Clips:
         self.missing = {m: rng.random(total) < k.missing_rate for m, k in _MODALITIES.items()}
         self.blank = {m: rng.random(total) < k.blank_rate for m, k in _MODALITIES.items()}
 
-    def frames(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, FlatFrames]:
+        # Knobs draw from generators of their own, so that other draws stay as they were.
+        label_rng, missing_rng = (np.random.default_rng([*seeds, knob]) for knob in (1, 2))
+        self.truth = self.labels
+        if split == "train":
+            wrong = (self.labels > 0) & (label_rng.random(total) < knobs.label_noise)
+            step = label_rng.integers(1, count, total)  # to another identity, never to itself
+            self.truth = np.where(wrong, 1 + (self.labels - 1 + step) % count, self.labels)
+        # Every clip keeps its scene, so that none is left without anything.
+        rates = {m: knobs.missing_rate if m != "scene" else 0.0 for m in _MODALITIES}
+        self.lost = {m: missing_rng.random(total) < rate for m, rate in rates.items()}
+
+    def frames(self, rows: np.ndarray) -> dict[str, FlatFrames]:
         """Draws the frames of the clips `rows`, modality by modality."""
+        rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -262,7 +274,7 @@ class _Clips:
         stray = ~self.wrong_clip[rows][clip] & (rng.random(len(clip)) < _WRONG_FRAME_RATE)
         wrong = in_run | stray
         quality = self.quality[rows][clip] + rng.normal(0, 20.0, len(clip)) - 20.0 * wrong
-        number = 1 + rng.integers(0, 20, len(rows))[clip] + _steps(rng, clip, position)
+        number = 1 + rng.integers(0, 20, len(rows))[clip] + draws.steps(rng, clip, position)
         width = 60 + 0.8 * np.clip(quality, 0, None) + rng.normal(0, 4, len(clip))
         centre = rng.uniform((300, 200), (980, 420), (len(rows), 2))[clip]
         centre += rng.normal(0, 6, centre.shape)
@@ -281,15 +293,16 @@ class _Clips:
             clarity = quality[keep] if kind.every else np.full(len(keep), 78.0)
             detection = 1 - 0.01 * rng.exponential(1 + np.exp((40 - clarity) / 25))
             points = self._points_shown(modality, rows[clip[keep]], wrong[keep])
-            result[modality] = FlatFrames(
+            frames = FlatFrames(
                 present,
                 np.bincount(clip[keep], minlength=len(rows)),
-                self._features(modality, points, spread, track[keep], position[keep], clarity, rng),
+                self._features(modality, points, spread, track[keep], position[keep], clarity),
                 number[keep],
-                _boxes(centre[keep], width[keep] * _BOX_SCALE.get(modality, 0)),
+                draws.boxes(centre[keep], width[keep] * _BOX_SCALE.get(modality, 0)),
                 np.clip(detection, 0.5, 0.9999),
                 clarity,
             )
+            result[modality] = frames.without(self.lost[modality][rows])
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
@@ -309,23 +322,23 @@ class _Clips:
         track: np.ndarray,
         position: np.ndarray,
         quality: np.ndarray,
-        rng: np.random.Generator,
     ) -> np.ndarray:
         """Features [F, D] of frames that show `points` [F, R] at `quality` [F].
 
         Frames of one `track` [F], one person in one clip, share a displacement, `spread` long.
         """
-        num_tracks, num_frames = len(spread), len(track)
-        pose = _unit(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
-        shift = np.sqrt(0.5) * (pose + _unit(rng, num_tracks))
+        rng, num_tracks, num_frames = self.rng, len(spread), len(track)
+        pose = draws.unit(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
+        shift = np.sqrt(0.5) * (pose + draws.unit(rng, num_tracks))
         latent = points + (spread.astype(np.float32)[:, None] * shift)[track]  # [F, R]
         # Slow drift does not average out, frame noise does.
         phase = rng.uniform(0, 2 * np.pi, num_tracks)[track] + position / 15
-        drift = _unit(rng, 2 * num_tracks).reshape(2, num_tracks, _RANK)
+        drift = draws.unit(rng, 2 * num_tracks).reshape(2, num_tracks, RANK)
         for wave, direction in zip((np.cos(phase), np.sin(phase)), drift, strict=True):
             latent += (0.3 * wave).astype(np.float32)[:, None] * direction[track]
-        blur = np.exp(np.clip(78 - quality, -80, 110) / 50).astype(np.float32)[:, None]
-        latent += 0.5 * blur * _unit(rng, num_frames)
+        blur = np.exp(self.knobs.blur * np.clip(78 - quality, -80, 110) / 50)
+        blur = blur.astype(np.float32)[:, None]
+        latent += 0.5 * blur * draws.unit(rng, num_frames)
         features = latent @ self.world.basis[modality]  # [F, D]
         dim = features.shape[1]
         features += (0.5 / np.sqrt(dim)) * blur * rng.standard_normal(features.shape, np.float32)
@@ -337,59 +350,22 @@ class _Clips:
         return features.astype(np.float32 if modality == "scene" else np.float16)
 
 
-def _unit(rng: np.random.Generator, count: int, dim: int = _RANK) -> np.ndarray:
-    """Points [count, dim] float32, uniform on the unit sphere."""
-    points = rng.standard_normal((count, dim), np.float32)
-    return points / np.linalg.norm(points, axis=1, keepdims=True)
-
-
-def _near(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Returns [n, R] float32 unit vectors with cosine _LOOKALIKE_COSINE, about, to `points`."""
-    side = np.sqrt(1 - _LOOKALIKE_COSINE**2).astype(np.float32)
-    mixed = np.float32(_LOOKALIKE_COSINE) * points + side * _unit(rng, len(points))
-    return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
-
-
-def _orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
-    """Orthonormal rows [rank, dim] float32."""
-    return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
-
-
-def _cluster(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Strangers [count] int from 0: some appear once, the others about five times."""
-    singles = round(count * _SINGLETON_RATE)
-    sizes = [1] * singles
-    while sum(sizes) < count:
-        sizes.append(min(2 + int(rng.poisson(_CLUSTER_SIZE - 2)), count - sum(sizes)))
-    return np.repeat(np.arange(len(sizes)), sizes)
-
-
-def _steps(rng: np.random.Generator, clip: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Frame numbers [F] counted from each clip's first; a number may repeat: two faces in one."""
-    step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
-    total = np.cumsum(np.where(position == 0, 0, step))
-    return total - total[position == 0][clip]
-
-
-def _boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Boxes [F, 4] of a face of `width` [F] about `centre` [F, 2], to a hundredth of a pixel."""
-    half = np.stack([width / 2, width * 0.65], axis=1)
-    return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vidjax.data.synthetic",
-        usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0]",
+        usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--KNOB=VALUE]",
         description="Write the synthetic dataset as official-layout files.",
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
+    for name, value in DEFAULT_KNOBS._asdict().items():
+        parser.add_argument(f"--{name}", type=float, default=value)
     args = parser.parse_args(argv)
+    knobs = Knobs(**{name: getattr(args, name) for name in Knobs._fields})
     try:
-        write(args.out_dir, size=args.size, seed=args.seed)
+        write(args.out_dir, size=args.size, seed=args.seed, knobs=knobs)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -7,10 +7,12 @@ TABLE.parquet     the clips of one split
 
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split, read_npz
+from vidjax.data.frame_fields import Quality, feature_norms
 from vidjax.data.memory import MemoryClips
 from vidjax.data.parquet import read_clips
 from vidjax.data.untrusted import pickles
@@ -22,6 +24,7 @@ def load_clips(
     identities: Sequence[str],
     *,
     split: str | None = None,
+    quality: Quality = "given",
 ) -> MemoryClips:
     """Returns the clips of a folder or of a parquet table; frames that are not finite are dropped.
 
@@ -33,6 +36,8 @@ def load_clips(
       modalities: modality -> feature width, of the run that will score the clips.
       identities: names of the class columns.
       split: the split to read; None where the folder has one alone.
+      quality: the quality of frames, as the run was trained; see `frame_fields.Quality`. A modality
+        of official pickles without a quality has 0 with `given`, as in training.
 
     Raises:
       ValueError: malformed clips, several splits but no name of one, or a modality that the run
@@ -41,20 +46,20 @@ def load_clips(
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix == ".parquet":
-        return MemoryClips.pack(read_clips(path), modalities, identities)
+        return MemoryClips.pack(read_clips(path), modalities, identities, quality)
     if not path.is_dir():
         problem = "neither a folder nor a table NAME.parquet" if path.exists() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}")
     if found := iqiyi_vid.find_pickles(path):
         split = _choose_split(path, {split for _, split in found}, split)
         files = {name: file for (name, of), file in found.items() if of == split}
-        return _load_pickles(path, files, modalities, identities)
+        return _load_pickles(path, files, modalities, identities, quality)
     paths = sorted(path.glob("*.npz"))
     if not paths:
         splits = files_by_split(path)
         paths = splits[_choose_split(path, splits, split)]
     clips = read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
-    return MemoryClips.pack(clips, modalities, identities)
+    return MemoryClips.pack(clips, modalities, identities, quality)
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
@@ -72,7 +77,11 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
 
 
 def _load_pickles(
-    path: Path, files: Mapping[str, Path], modalities: Mapping[str, int], identities: Sequence[str]
+    path: Path,
+    files: Mapping[str, Path],
+    modalities: Mapping[str, int],
+    identities: Sequence[str],
+    quality: Quality,
 ) -> MemoryClips:
     """Returns the clips of one split of official pickles."""
     wanted = {name: file for name, file in files.items() if name in modalities}
@@ -84,5 +93,10 @@ def _load_pickles(
         packed = {
             name: pickles.unpack(file, name, Path(scratch, name)) for name, file in wanted.items()
         }
+        if quality == "norm":
+            packed = {
+                name: replace(flat, frames={**flat.frames, "quality": feature_norms(flat.features)})
+                for name, flat in packed.items()
+            }
         names = {name: name for flat in packed.values() for name in flat.names}
         return MemoryClips(packed, names, modalities, identities)

@@ -9,6 +9,7 @@ from vidjax.suggest import closest
 
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
 LONGEST, SHORTEST = 1e18, 1e-12
+EQUAL = 0.01  # relative range of norms that tell no frame from another
 
 
 def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
@@ -28,6 +29,38 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
             )
             if not together:
                 yield f"no clip has both '{name}' and '{other}': is one of the two misspelt?"
+
+
+def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
+    """Yields a message where quality is the norm of features and the norm is always the same.
+
+    A clip of one frame has no best one, so modalities with one frame a clip are left out.
+
+    Args:
+      report: the report of a dataset, `data_report.json`.
+      modalities: names of modalities.
+    """
+    for modality in modalities:
+        facts = [
+            split["modalities"][modality]
+            for split in report["splits"].values()
+            if modality in split["modalities"]
+        ]
+        if any(_is_one_norm(one) for one in facts if one["frames_per_clip"]["max"] > 1):
+            yield (
+                f"{modality}: frames without a quality get the length of their feature, and all "
+                f"are equally long:\nall frames count alike, and the best are the first; give "
+                f"{modality}_quality, or features before they are scaled to one length"
+            )
+
+
+def _is_one_norm(facts: Mapping[str, Any]) -> bool:
+    """Returns True if the quality of frames is the norm of their features, and nearly constant."""
+    norm = facts["norm"]
+    if facts["quality"] != norm or not norm["counts"] or not SHORTEST < norm["mean"] < LONGEST:
+        return False
+    # A histogram of one value is wider than that: its first bin is empty.
+    return not norm["counts"][0] or norm["edges"][-1] - norm["edges"][0] < EQUAL * norm["mean"]
 
 
 def unusable(

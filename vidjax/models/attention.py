@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from vidjax.batch import Array
 
+CHANNEL_ATTENTIONS = ("channels", "danet", "features")
+
 
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
@@ -22,16 +24,23 @@ class MultimodalAttention(nn.Module):
         small.
       gamma: strength of the attention.
       train_gamma: True to learn gamma, starting from `gamma` (ours).
+      form: `gram`, the paper's Z = F^T F with one projection F = W_F X; or `two`, Z = F^T G with
+        another one, G = W_G X, as in SAGAN, with which the paper compares it.
+      fill_missing: True, as in the paper, to compute the output of a missing vector, too: gamma
+        times a mean of the vectors that exist. False (ours) leaves it 0.
       dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
-    Source: iQIYI-VID paper, equations 1-3. Ours: masks for missing vectors. If no vector is
-    missing, the result is that of the paper.
+    Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
+    softmax, where the equations would give it exp(0). If no vector is missing, the result is that
+    of the paper. SAGAN's further projections, of what is mixed, are not part of the comparison.
     """
 
     dim: int = 64
     scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
+    form: str = "gram"
+    fill_missing: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -43,17 +52,25 @@ class MultimodalAttention(nn.Module):
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          O, [B, M, D] in `dtype`, 0 for missing vectors; and Y, [B, M, M] float32, a softmax over
-          the existing vectors i. Column j of Y sums to 1, or to 0 if vector j is missing.
+          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
+          Column j of Y sums to 1; where vector j is missing, to 1 with `fill_missing`, else to 0,
+          as in a clip without any vector. Where a column is 0, so is vector j of O.
+
+        Raises:
+          ValueError: The form is unknown.
         """
+        if self.form not in ("gram", "two"):
+            raise ValueError(f"unknown attention_form {self.form!r}; choose from gram, two")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
-        f = nn.Dense(
-            self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype, name="w_f"
-        )(x)  # [B, M, D~]
-        z = jnp.einsum("bid,bjd->bij", f, f, preferred_element_type=param_dtype)  # [B, M, M]
+        project = functools.partial(
+            nn.Dense, self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype
+        )
+        f = project(name="w_f")(x)  # [B, M, D~]
+        g = project(name="w_g")(x) if self.form == "two" else f
+        z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]
         z = z * self.scale
-        pairs = mask[:, :, None] & mask[:, None, :]
+        pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
         # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
         # the same zeros without NaN.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
@@ -75,8 +92,8 @@ class SigmoidGate(nn.Module):
     Attributes:
       dtype: dtype of the products; parameters and sigmoid are at least float32.
 
-    Source: the second-place article of 2019 names it as future work ("attention modules with
-    sigmoid-activated branches"). Ours: the formula.
+    Source: the second-place article of 2019 names gates by a sigmoid as future work. Ours: the
+    formula.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -106,24 +123,30 @@ class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
-    The map out starts at 0, so the block starts as the identity.
+    The map out and gamma start at 0, so the block starts as the identity.
 
     Form `features` (ours): the maps act on the features, D -> D/2. With the attention
     A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T], the output is
     y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
 
-    Form `channels` (as published): the maps act on the frames, T -> T/2, and treat all features
+    Form `channels` (DeepMEF's code): the maps act on the frames, T -> T/2, and treat all features
     alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the output is
     y = x + out(A g(x)).
 
+    Form `danet` (DANet's code, with frames for its channels): no maps. With the energies
+    E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
+    is y_t = x_t + gamma sum_s A_ts x_s. So each frame gets most of those least like it.
+
     Attributes:
-      form: features | channels.
+      form: features | channels | danet.
       num_frames: T that the form `channels` is built for.
       dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
-    Source: channel attention of DANet, as DeepMEF (3rd place 2019) uses it. DeepMEF initialises
-    theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. Ours:
-    masks, and the form `features` with its scaled products.
+    Source: channel attention of DANet (Fu et al., CVPR 2019, whose article has the softmax of E
+    itself); DeepMEF (3rd place 2019) names it and builds `channels`. DeepMEF's code initialises
+    theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. It has
+    BatchNorm after theta, phi and out in place of biases. Ours: masks, and the form `features`
+    with its scaled products.
     """
 
     form: str = "features"
@@ -145,9 +168,10 @@ class ChannelAttention(nn.Module):
         Raises:
           ValueError: The form is unknown, or it is `channels` and T is not `num_frames`.
         """
-        if self.form not in ("features", "channels"):
+        if self.form not in CHANNEL_ATTENTIONS:
             raise ValueError(
-                f"unknown channel attention {self.form!r}; choose from channels, features"
+                f"unknown channel attention {self.form!r}; choose from "
+                f"{', '.join(CHANNEL_ATTENTIONS)}"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
             raise ValueError(
@@ -155,14 +179,41 @@ class ChannelAttention(nn.Module):
                 f"fusion sample {self.num_frames}, or use the form 'features'"
             )
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=param_dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=param_dtype)
         x = jnp.where(mask[..., None], x.astype(param_dtype), 0.0)
-        channels = self.form == "channels"
-        rows = jnp.swapaxes(x, 1, 2) if channels else x  # [B, D, T] or [B, T, D]
+        if self.form == "danet":
+            gamma = self.param("gamma", nn.initializers.zeros, (), param_dtype)
+            added = gamma * self._mixed_by_energy(x, mask)
+        elif self.form == "channels":
+            columns = jnp.swapaxes(x, 1, 2)  # [B, D, T]
+            added = jnp.swapaxes(self._mixed_by_maps(columns, None), 1, 2)
+        else:
+            added = self._mixed_by_maps(x, mask)
+        return jnp.where(mask[..., None], x + added, 0.0)
+
+    def _mixed_by_energy(self, x: Array, mask: Array) -> Array:
+        """Returns sum_s A_ts x_s of the form `danet`, [B, T, D]."""
+        product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
+        frames = x.astype(self.dtype)
+        energy = product("btd,bsd->bts", frames, frames)
+        # The largest energy of a row is the same for all s, and cancels in the softmax.
+        scores = jnp.where(mask[:, None, :], -energy, jnp.finfo(energy.dtype).min)
+        return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
+
+    def _mixed_by_maps(self, rows: Array, mask: Array | None) -> Array:
+        """Returns out(A g(x)) of the other forms.
+
+        Args:
+          rows: [B, T, D] frames, or [B, D, T] for the form `channels`.
+          mask: [B, T] bool, True for real frames; None for the form `channels`.
+
+        Returns:
+          An array of the shape of `rows`.
+        """
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=rows.dtype)
+        product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width = max(rows.shape[-1] // 2, 1)
         theta, phi, g = (dense(width, name=name)(rows) for name in ("theta", "phi", "g"))
-        if channels:
+        if mask is None:
             affinity = jax.nn.softmax(product("bdi,bdj->bij", theta, phi), axis=-1)
             mixed = product("bij,bdj->bdi", affinity.astype(self.dtype), g)  # [B, D, T/2]
         else:
@@ -170,9 +221,7 @@ class ChannelAttention(nn.Module):
             scores = jnp.where(mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
             affinity = jax.nn.softmax(scores, axis=-1)  # [B, T, T]
             mixed = product("bts,bsi->bti", affinity.astype(self.dtype), g)  # [B, T, D/2]
-        out = dense(rows.shape[-1], kernel_init=nn.initializers.zeros, name="out")(mixed)
-        out = jnp.swapaxes(out, 1, 2) if channels else out  # [B, T, D]
-        return jnp.where(mask[..., None], x + out, 0.0)
+        return dense(rows.shape[-1], kernel_init=nn.initializers.zeros, name="out")(mixed)
 
 
 class AttentionAggregation(nn.Module):

@@ -9,9 +9,19 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
-from vidjax.models.attention import AttentionAggregation, ChannelAttention
+from vidjax.models.attention import (
+    CHANNEL_ATTENTIONS,
+    AttentionAggregation,
+    ChannelAttention,
+)
 from vidjax.models.heads import CosineClassifier, unit_vectors
-from vidjax.models.mlp import DenseLayer
+from vidjax.models.mlp import DenseLayer, ResidualBlock
+
+_CHOICES = {
+    "channel_attention": (*CHANNEL_ATTENTIONS, "none"),
+    "aggregation": ("attention", "mean", "quality"),
+    "layer_form": ("ours", "published"),
+}
 
 
 class DeepMEF(nn.Module):
@@ -20,33 +30,40 @@ class DeepMEF(nn.Module):
     1. The features of every frame of `modality` are joined with its quality / 100 and its detection
        score. ChannelAttention and AttentionAggregation turn the frames into one vector.
     2. The mean frame of every other modality passes through dense layers of its own.
-    3. The concatenated vectors x pass through x + W f(x), with f a dense layer of `hidden_dim`.
+    3. The concatenated vectors x pass through x + f(x), with f two layers by way of `hidden_dim`.
     4. A cosine classifier gives the logits.
 
     Attributes:
       modalities: name -> feature width: `modality` and any others (as published: `scene`).
       num_classes: number of class columns, 1 + C.
       modality: modality with attention over its frames.
-      channel_attention: features | channels | none, as in ChannelAttention.
+      channel_attention: features | channels | danet | none, as in ChannelAttention.
       num_frames: T that the form `channels` of the attention is built for.
-      aggregation: attention | mean.
+      aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
       branch_dims: widths of the dense layers of each other modality.
-      hidden_dim: width of f.
-      dropout_rate: dropout rate of f and of the layers of the other modalities.
+      hidden_dim: width of the first layer of f.
+      layer_form: ours | published, the layers of f and of the other modalities, see below.
+      dropout_rate: dropout rate of all these layers, except for the last ones if `published`.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
         keeps at least one.
       logit_scale: factor on the cosines.
       dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
 
-    Source: DeepMEF (3rd place 2019), article and code: quality / 100 and detection are appended
-    before aggregation; scenes pass through layers of 480 and 120; 602 -> 964 -> 602 with PReLU,
-    BatchNorm, dropout 0.5 and a residual; logits are 30 times the cosine. According to the article
-    the margin loss discards the magnitude of features, so quality is joined to normalised ones.
-    Ours: the root mean square of 1, which gives features the order of magnitude of quality / 100;
-    W starts at 0, so that the net starts as the cosine of aggregated features; masks; the vector of
-    a missing modality is 0, also after its layers; modality dropout.
+    Layers `published`: Linear-BatchNorm-PReLU-dropout; the last layer of f and of each other
+    modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-dropout; the last layer of f is
+    a bare linear map that starts at 0, so that the net starts as the cosine of aggregated features.
+
+    Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
+    aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
+    if a view leaves a sixteenth of 2048 out (article: 128 = 2048/16); the hidden layer has twice
+    the width of the aggregated face; logits are 30 times the cosine in training. Article: the
+    margin loss discards the magnitude of features, so quality is joined to normalised ones.
+    Ours: the root mean square of 1, which gives features the order of magnitude of quality / 100
+    (code: features as they are); logits of 30 times the cosine also in evaluation (code: softmax of
+    the cosines themselves, whose mean over members weights all members more alike); masks; the
+    vector of a missing modality is 0, also after its layers; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -59,6 +76,7 @@ class DeepMEF(nn.Module):
     feature_scale: float = 1.0
     branch_dims: tuple[int, ...] = (480, 120)
     hidden_dim: int = 964
+    layer_form: str = "ours"
     dropout_rate: float = 0.5
     modality_dropout_rate: float = 0.0
     logit_scale: float = 30.0
@@ -73,15 +91,11 @@ class DeepMEF(nn.Module):
                 f"{','.join(self.modalities)}\n"
                 "add it, or choose one of these for config.model.modality"
             )
-        if self.channel_attention not in ("features", "channels", "none"):
-            raise ValueError(
-                f"unknown channel_attention {self.channel_attention!r}; choose from channels, "
-                "features, none"
-            )
-        if self.aggregation not in ("attention", "mean"):
-            raise ValueError(
-                f"unknown aggregation {self.aggregation!r}; choose from attention, mean"
-            )
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"unknown {field} {getattr(self, field)!r}; choose from {', '.join(known)}"
+                )
 
     @nn.compact
     def __call__(
@@ -109,12 +123,33 @@ class DeepMEF(nn.Module):
                 vector = self._aggregated(real)
             else:
                 vector = fusion.mean_frame(real).features[:, 0] * self.feature_scale
-                for i, width in enumerate(self.branch_dims):
-                    vector = self._layer(width, f"{name}_{i}")(vector, exists, train=train)
+                for i in range(len(self.branch_dims)):
+                    vector = self._branch_layer(i, f"{name}_{i}")(vector, exists, train=train)
             vectors.append(vector * exists[:, None])
         x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
 
-        hidden = self._layer(self.hidden_dim, "hidden")(x, seen, train=train)
+        # Without the mask, biases would give clips without frames a direction.
+        x = self._with_block(x, seen, train=train) * seen[:, None]
+        logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
+        return ModelOutput(logits[:, None], embedding=x)
+
+    def _branch_layer(self, i: int, name: str) -> DenseLayer:
+        """Builds the i-th layer of another modality."""
+        published = self.layer_form == "published"
+        last = published and i == len(self.branch_dims) - 1
+        rate = 0.0 if last else self.dropout_rate
+        return DenseLayer(
+            self.branch_dims[i], "prelu", True, rate, published, self.dtype, name=name
+        )
+
+    def _with_block(self, x: Array, seen: Array, *, train: bool) -> Array:
+        """Returns x + f(x), [B, D]."""
+        if self.layer_form == "published":
+            block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
+            return block(x, seen, train=train)
+        hidden = DenseLayer(
+            self.hidden_dim, "prelu", True, self.dropout_rate, dtype=self.dtype, name="hidden"
+        )(x, seen, train=train)
         added = nn.Dense(
             x.shape[-1],
             dtype=self.dtype,
@@ -122,15 +157,7 @@ class DeepMEF(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="back",
         )(hidden)
-        # Without the mask, biases would give clips without frames a direction.
-        x = (x + added) * seen[:, None]
-        logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
-        return ModelOutput(logits[:, None], embedding=x)
-
-    def _layer(self, width: int, name: str) -> DenseLayer:
-        return DenseLayer(
-            width, "prelu", dropout_rate=self.dropout_rate, dtype=self.dtype, name=name
-        )
+        return x + added
 
     def _aggregated(self, real: Frames) -> Array:
         """Returns one vector per clip, [B, D + 2]; 0 for clips without frames."""
@@ -144,7 +171,9 @@ class DeepMEF(nn.Module):
             x = ChannelAttention(
                 self.channel_attention, self.num_frames, self.dtype, name="channel_attention"
             )(x, real.mask)
-        if self.aggregation == "mean":
-            share = real.mask / jnp.maximum(jnp.sum(real.mask, axis=1, keepdims=True), 1)
-            return jnp.einsum("bt,btd->bd", share.astype(x.dtype), x)
-        return AttentionAggregation(name="aggregation")(x, real.mask)
+        if self.aggregation == "attention":
+            return AttentionAggregation(name="aggregation")(x, real.mask)
+        weighting = "quality" if self.aggregation == "quality" else "uniform"
+        weights = fusion.frame_weights(real, weighting)
+        share = weights / jnp.where(real.mask.any(axis=1), jnp.sum(weights, axis=1), 1.0)[:, None]
+        return jnp.einsum("bt,btd->bd", share.astype(x.dtype), x)

@@ -11,13 +11,14 @@ from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.heads import Classifier, CosineClassifier
-from vidjax.models.mlp import MLP, Layer
+from vidjax.models.mlp import MLP, Layer, ResidualBlock
 from vidjax.models.residual_dense import ResidualDenseNet
 
 # Backbone -> the attributes that it alone reads.
 _OPTIONS = {
     "mlp": ("layers",),
     "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut"),
+    "block": ("dropout_rate",),
 }
 
 
@@ -27,14 +28,15 @@ class DenseIdentifier(nn.Module):
     Attributes:
       modalities: name -> feature width, in the order of the concatenation.
       num_classes: number of class columns, 1 + C.
-      backbone: mlp | residual.
+      backbone: mlp | residual | block (ResidualBlock, of twice the width of its input).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () for none.
       width: for `residual`, width of every layer.
       num_layers: for `residual`, number of layers.
       activation: for `residual`, activation of every layer, as in DenseLayer.
-      dropout_rate: for `residual`, dropout rate of every layer.
+      dropout_rate: for `residual` and `block`, dropout rate of every layer but the last of a block.
       shortcut: for `residual`, add | concat | none.
-      norm_first: True for BatchNorm before the activations, False for after.
+      norm_first: for `mlp` and `residual`, True for BatchNorm before the activations, False for
+        after.
       head: linear | cosine.
       logit_scale: for the cosine head, factor on the cosines.
       feature_scale: factor on the raw features.
@@ -44,8 +46,9 @@ class DenseIdentifier(nn.Module):
         least float32.
 
     Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
-    noise classes (5th place 2018: one linear layer and the cosine head). All three use the face
-    alone. Ours: further modalities, which are 0 for clips that lack them; modality dropout.
+    noise classes (5th place 2018: one linear layer and the cosine head), all for the face alone;
+    the scene-only net of DeepMEF (3rd place 2019: `block` and the cosine head). Ours: further
+    modalities, which are 0 for clips that lack them; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -77,7 +80,10 @@ class DenseIdentifier(nn.Module):
                 f"config.model.logit_scale={self.logit_scale} needs config.model.head=cosine"
             )
         # A changed value without effect would look like an experiment.
-        others = {option for name in _OPTIONS if name != self.backbone for option in _OPTIONS[name]}
+        others = {option for options in _OPTIONS.values() for option in options}
+        others -= set(_OPTIONS[self.backbone])
+        if self.backbone == "block":
+            others.add("norm_first")
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
                 raise ValueError(f"backbone {self.backbone!r} has no option {field.name}")
@@ -107,6 +113,8 @@ class DenseIdentifier(nn.Module):
         x = jnp.concatenate(means, axis=-1) * self.feature_scale  # [B, sum of D]
         if self.backbone == "mlp":
             net = MLP(self.layers, self.norm_first, self.dtype, name="backbone")
+        elif self.backbone == "block":
+            net = ResidualBlock(0, self.dropout_rate, self.dtype, name="backbone")
         else:
             net = ResidualDenseNet(
                 self.width,

@@ -6,7 +6,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.base import Identifier
 from vidjax.models.heads import unit_vectors
@@ -32,15 +32,21 @@ class FallbackIdentifier(nn.Module):
       modality: modality that decides which model judges a clip.
       missing_scale: weight of the fallback model for clips without `modality`; below 1, since such
         clips are less certain and are ranked against all others.
-      measure: norm (mean length of the clip's feature vectors) | quality (mean quality).
-      threshold: measure below which both models judge a clip; 0 for never if `measure` is norm.
+      measure: norm (mean length of the clip's feature vectors) | quality (mean quality). All raw
+        frames of the clip count, before fusion, and with all their features.
+      threshold: measure below which both models judge a clip; 0 for never.
+      threshold_share: share of the training clips with `modality` that lie below the threshold,
+        from 0 to 1. `vidjax.steps.poor_clips` then computes the threshold before training, and
+        every checkpoint keeps it. 0 for `threshold` as it is given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
-    Source: DeepMEF (3rd place 2019): 0.95 x scene for clips without a face; 0.2 x (face and scene)
-    + 0.8 x scene for the 1 % of clips with the smallest norm, below 8.867 on its features.
-    Residual Dense Net (2nd place 2019): the body alone for clips without a face. Ours: one run
-    trains both models.
+    Source: DeepMEF (3rd place 2019): the scene alone for clips without a face; face and scene with
+    the scene for the 1 % of clips of the lowest quality (article). Its code: 0.95 x scene; 0.2 x
+    (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
+    Residual Dense Net (2nd place 2019): the body alone for clips without a face. Ours: the quantile
+    of the training clips, since norms differ from one face net to the next; one run trains both
+    models.
     """
 
     modalities: Mapping[str, int]
@@ -53,6 +59,7 @@ class FallbackIdentifier(nn.Module):
     missing_scale: float = 0.95
     measure: str = "norm"
     threshold: float = 0.0
+    threshold_share: float = 0.0
     main_share: float = 0.2
     other_share: float = 0.8
     # Field that holds a model -> field that names its modalities.
@@ -62,6 +69,8 @@ class FallbackIdentifier(nn.Module):
         super().__post_init__()
         if self.measure not in ("norm", "quality"):
             raise ValueError(f"unknown measure {self.measure!r}; choose from norm, quality")
+        if not 0 <= self.threshold_share < 1:
+            raise ValueError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):
             raise ValueError(f"model 'fallback': main_modalities must contain {self.modality!r}")
         if not self.other_modalities or self.modality in self.other_modalities:
@@ -91,7 +100,7 @@ class FallbackIdentifier(nn.Module):
         """Returns the logits of both models, and for each clip the weights of both.
 
         Arguments are those of `models.base.Identifier`. In training each model gets a `clips.mask`
-        of only the clips that it learns from.
+        of only the clips that it learns from. Without `clips.measure` no clip is poor.
 
         Returns:
           ModelOutput with the branches main and other. The embedding concatenates the unit vectors
@@ -114,7 +123,9 @@ class FallbackIdentifier(nn.Module):
                 raise ValueError("model 'fallback': main and other must have one branch each")
             outputs.append(output)
 
-        poor = main_sees & (_mean_measure(real[self.modality], self.measure) < self.threshold)
+        poor = jnp.zeros_like(main_sees)
+        if clips.measure is not None:
+            poor = main_sees & (clips.measure < self.threshold)
         main_weight = jnp.where(main_sees, jnp.where(poor, self.main_share, 1.0), 0.0)
         other_weight = jnp.where(poor, self.other_share, 0.0)
         other_weight = jnp.where(main_sees, other_weight, self.missing_scale)
@@ -132,13 +143,3 @@ class FallbackIdentifier(nn.Module):
             eval_weight=eval_weight,
             attention={**(outputs[1].attention or {}), **(outputs[0].attention or {})},
         )
-
-
-def _mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns the mean quality or the mean norm over the real frames of each clip, [B] float32."""
-    if measure == "quality":
-        values = jnp.where(jnp.isfinite(frames.quality), frames.quality, 0.0)
-    else:
-        values = jnp.linalg.norm(frames.features.astype(jnp.float32), axis=-1)
-    total = jnp.sum(values, axis=1, where=frames.mask)
-    return total / jnp.maximum(jnp.sum(frames.mask, axis=1), 1)

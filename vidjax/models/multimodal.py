@@ -17,7 +17,8 @@ from vidjax.models.netvlad import NetVLAD
 class MultimodalIdentifier(nn.Module):
     """The system of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
-    The vectors of a missing modality are exactly 0 in the feature map, bias included.
+    The vectors of a missing modality are exactly 0 in the feature map, bias included; with
+    `fill_missing` attention fills them from the others.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
@@ -33,6 +34,10 @@ class MultimodalIdentifier(nn.Module):
       gram_scale: factor on the Gram matrix of the attention (ours).
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
+      attention_form: `gram`, as published, or `two`: correlations between two projections, as in
+        SAGAN (see `MultimodalAttention`).
+      fill_missing: True, as published, to let attention compensate for a missing modality: its
+        vectors become gamma times a mean of those that exist. False (ours) leaves them 0.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
@@ -61,6 +66,8 @@ class MultimodalIdentifier(nn.Module):
     gram_scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
+    attention_form: str = "gram"
+    fill_missing: bool = False
     gate: bool = False
     feature_scale: float = 0.1
     map_norm: bool = False
@@ -131,6 +138,8 @@ class MultimodalIdentifier(nn.Module):
                 self.gram_scale,
                 self.gamma,
                 self.train_gamma,
+                self.attention_form,
+                self.fill_missing,
                 self.dtype,
                 name="attention_map",
             )(x, jnp.concatenate(vector_mask, axis=1))

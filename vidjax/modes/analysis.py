@@ -178,8 +178,8 @@ def attention(blocks: Sequence[Mapping[str, Array]], model: Identifier) -> tuple
 
     Returns:
       `assignment`: modality -> [K] shares of the frames per NetVLAD cluster, and `vectors`: names
-      of the attended vectors; `attention` [V, V], whose column j is the mean over the clips that
-      have vector j.
+      of the attended vectors; `attention` [V, V], whose column j is the mean over the clips in
+      which vector j takes from others: those that have it, or all with `fill_missing`.
     """
     sums: Arrays = {}
     for block in blocks:
@@ -189,7 +189,7 @@ def attention(blocks: Sequence[Mapping[str, Array]], model: Identifier) -> tuple
     arrays: Arrays = {}
     for name, total in sums.items():
         if name == "attention":
-            weight = total.sum(axis=0)  # the number of clips that have vector j
+            weight = total.sum(axis=0)  # the number of clips in which vector j takes from others
             arrays["attention"] = total / np.where(weight > 0, weight, 1.0)
             names = model.vector_names
             numbers = [str(i + 1) for i in range(len(total))]

@@ -291,7 +291,7 @@ def load_data(config: Config) -> TrainingData:
       ValueError: an unknown name, no directory, or bad data.
       OSError: no data in the directory, or the cache cannot be written.
     """
-    from vidjax.data.load import load_dataset
+    from vidjax.data.load import knobs_of, load_dataset
 
     cache = Path(config.data.cache_dir or default_cache_dir()).expanduser().absolute()
     try:
@@ -302,6 +302,8 @@ def load_data(config: Config) -> TrainingData:
             size=config.data.size,
             seed=config.data.seed,
             non_finite=config.data.non_finite,
+            quality=config.data.quality,
+            knobs=knobs_of(config.data),
         )
     except OSError as error:
         place = Path(error.filename).absolute() if error.filename else None

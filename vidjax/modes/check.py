@@ -156,16 +156,14 @@ def _folder(name: str, folder: Path) -> Findings:
 
 def _data(config: Config) -> Findings:
     """Yields the state of the data, its records and labels."""
-    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
-    folder = Path(config.data.dir).expanduser() if config.data.dir else None
-    options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
+    options = load.DataOptions.of(config.data, generate=False)
     try:
         source = load.open_source(config.data.name, options)
     except load.NotGenerated as error:
         yield WARNING, f"data: {error}"
         return
     yield OK, f"data: {source.title}"
-    yield from _records(config, source, cache)
+    yield from _records(config, source, options.cache_dir)
 
 
 def _records(config: Config, source: RecordSource, cache: Path) -> Findings:

@@ -16,6 +16,7 @@ from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.usable import unusable
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
+from vidjax.steps.poor_clips import training_threshold
 from vidjax.system import TaskSpec
 
 MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
@@ -40,7 +41,7 @@ class RunPlan(NamedTuple):
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; with noise classes it reads the distractors and clusters them.
+    """Plans a run; reads clips for noise classes and for a threshold by the share of clips.
 
     Args:
       config: the configuration of the run.
@@ -64,7 +65,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
             f"no training clip has an identity: check {names} and config.data.train_splits"
         )
 
-    seen = ensemble.partition(members, labels, spec["folds"], config.seed)  # [E, N]
+    seen = ensemble.partition(
+        members, labels, spec["folds"], config.seed, spec["resample"]
+    )  # [E, N]
     weight = seen * _clip_weights(config, labels, clips)
     layout = None
     if config.data.distractors == "noise":
@@ -86,6 +89,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_clips=len(labels),
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
+        threshold=training_threshold(config, data),
     )
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)

@@ -6,7 +6,6 @@ devices, and a tenth of a second.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from vidjax import config as config_lib
 from vidjax import ensemble
 from vidjax.config import Config
 from vidjax.data import load
-from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import Modality, select_modalities
 from vidjax.steps import state as state_lib
 from vidjax.suggest import suggest
@@ -66,9 +64,7 @@ def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
       ValueError: a split or a modality that the data does not have.
       OSError: the folder of the data is absent, or has no features.
     """
-    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
-    folder = Path(config.data.dir).expanduser() if config.data.dir else None
-    options = load.DataOptions(folder, cache, config.data.size, config.data.seed, generate=False)
+    options = load.DataOptions.of(config.data, generate=False)
     names = load.names(config.data.name, options)
     if names:
         _check_splits(config, names.splits, training=training)

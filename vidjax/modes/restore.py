@@ -96,14 +96,15 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     if found is None:
         raise CheckpointError(f"no checkpoint in '{workdir}'; train first, without --mode")
     manifest = found.manifest
-    for name in (*TaskSpec._fields, "identities_sha256", "members_sha256", "config"):
+    sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
+    for name in (*sizes, "identities_sha256", "members_sha256", "config"):
         if name not in manifest:
             raise CheckpointError(
                 f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
                 "another version of vidjax trained it: evaluate it with that version"
             )
     check_config(workdir, manifest)
-    task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields})
+    task = task_of(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
         raise ValueError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
@@ -111,6 +112,11 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
         )
     identities = load_identities(workdir, manifest)
     return FoundRun(found, task, identities, load_training_sets(workdir, manifest))
+
+
+def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
+    """Returns the sizes in the manifest of a checkpoint, which an earlier version may have made."""
+    return TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
 
 
 def fit_data(

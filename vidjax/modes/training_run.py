@@ -19,11 +19,10 @@ from vidjax.modes import analysis, start
 from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import companion_digests
 from vidjax.run import checkpoint
-from vidjax.run.logs import Logs
+from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
-from vidjax.steps import eval_step
+from vidjax.steps import distractors, eval_step
 from vidjax.steps import state as state_lib
-from vidjax.steps.distractors import Relabeller
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.scoring import Evaluation, score
 from vidjax.steps.train_step import MAX_BAD_STEPS
@@ -99,10 +98,13 @@ class TrainingRun:
             config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
         )
         self._description["mode"] = self.feed.mode
-        self._relabeller = plan.layout and Relabeller(
-            config, workdir, self._clips, system, plan.layout, plan.training_sets, mesh,
-            step=self.step,
-        )  # fmt: skip
+        self._relabeller = None
+        if plan.layout:
+            log = workdir / distractors.FILE
+            keep_until(log, self.step)
+            self._relabeller = distractors.Relabeller(
+                config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
+            )
         self.rates: list[float] = []
         self.train_seconds = 0.0
         self._num_logged = 0  # number of rates in the log

@@ -15,7 +15,7 @@ from vidjax.report.run_files import RunFiles
 ATTENTION = (
     "The mean over the split of the softmax of the Gram matrix, as in figure 10 of the iQIYI-VID "
     "paper. Column j says how much vector j takes from each vector i, on average over the clips "
-    "that have vector j; it sums to 1. For an ensemble, this is the first member."
+    "in which it takes anything; it sums to 1. For an ensemble, this is the first member."
 )
 FRAMES = (
     "How much each frame contributes: the drop in the {} of the clip's identity when the frame is "

@@ -6,8 +6,9 @@ to the mirror of the identity that the model mistakes it for. So the model learn
 identity from clips that resemble it.
 
 Source: the noise-classes system, 5th place of 2018. Its 8,652 is a misprint of 4934 + 3691 = 8625.
-The authors' code moves all distractors, their article only the unclustered ones. We follow the
-article.
+The article leaves the label of a clip that is mistaken for no identity as it is; the author's code
+takes the prediction (`noise.keep`). The code moves all distractors, the article only the
+unclustered ones; we follow the article in that.
 """
 
 import json
@@ -26,10 +27,10 @@ from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
 from vidjax.models.base import ModelState, Params
 from vidjax.run import workdir as workdir_lib
-from vidjax.run.logs import keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
+from vidjax.steps.training_clips import by_split, values_of_clips
 from vidjax.system import System
 
 FILE = "noise.jsonl"
@@ -89,27 +90,7 @@ def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.nd
         raise ValueError(
             f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
         )
-    parts = []
-    for split, rows in _by_split(config, data):
-        only = wanted[rows]
-        means = np.zeros((len(only), data.modalities[modality].dim), np.float32)
-        if only.any():
-            plan = make_eval_plan(data.split(split), (modality,), only=only)
-            for batch in data.eval_batches(plan, rows=config.eval.block_size):
-                vectors = np.asarray(_mean_face(batch.frames[modality]))
-                means[batch.clip_index[batch.batch_mask]] = vectors[batch.batch_mask]
-        parts.append(means[only])
-    return np.concatenate(parts)
-
-
-def _by_split(config: Config, data: ClipSource) -> Sequence[tuple[str, slice]]:
-    """Returns the training splits and their rows in the tables."""
-    splits, start = [], 0
-    for split in config.data.train_splits:
-        count = len(data.split(split).clips)
-        splits.append((split, slice(start, start + count)))
-        start += count
-    return splits
+    return values_of_clips(config, data, modality, _mean_face, wanted)
 
 
 class Relabeller:
@@ -118,48 +99,48 @@ class Relabeller:
     def __init__(
         self,
         config: Config,
-        workdir: Path,
+        log: Path,
         data: ClipSource,
         system: System,
         layout: NoiseLayout,
+        labels: np.ndarray,
         training_sets: ensemble.TrainingSets,
         mesh: Mesh,
-        *,
-        step: int,
     ):
         """Prepares the relabelling of a run.
 
         Args:
           config: the configuration of the run.
-          workdir: the folder of the run.
+          log: the file `noise.jsonl` of the run, whose last line is of an earlier step, if any.
           data: the training clips.
           system: the system of the configuration.
           layout: layout of the class columns.
+          labels: [N] int32, class columns of the training clips at step 0.
           training_sets: members and their training clips.
           mesh: the devices.
-          step: step from which the run starts or resumes; later lines of `noise.jsonl` are dropped.
         """
         self._predict = eval_step.make_predict_step(system, mesh)
         self._config, self._data, self._mesh = config, data, mesh
         self._modalities = tuple(system.fuse_eval)
         self._layout, self._training_sets = layout, training_sets
-        self._path = workdir / FILE
-        keep_until(self._path, step)
+        # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
+        self._unclustered = np.asarray(layout.is_mirror(labels))  # [N]
+        self._path = log
 
     def __call__(self, state: state_lib.TrainState) -> np.ndarray:
         """Returns the new labels, [E, N] int32, and appends the changes to `noise.jsonl`."""
         old = np.asarray(state.labels)
-        is_mirror = np.asarray(self._layout.is_mirror(old))
-        movable = is_mirror & self._training_sets.trained  # [E, N]
+        movable = self._unclustered & self._training_sets.trained  # [E, N]
         predicted = np.zeros_like(old)
         weights = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
         ]
-        for split, rows in _by_split(self._config, self._data):
+        for split, rows in by_split(self._config, self._data):
             only = np.any(movable[:, rows], axis=0)
             if only.any():
                 self._predict_split(weights, split, only, predicted[:, rows])
-        new = np.where(movable, relabel(old, predicted, self._layout), old).astype(np.int32)
+        new = relabel(old, predicted, self._layout, keep=self._config.noise.keep)
+        new = np.where(movable, new, old).astype(np.int32)
         self._write(int(state.step), old, new, predicted, movable)
         return new
 
@@ -198,23 +179,34 @@ class Relabeller:
         movable: np.ndarray,
     ) -> None:
         """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
-        clips, identities = self._training_sets.clips, self._data.identities
         with workdir_lib.open_log(self._path) as file:
             for number, rows in enumerate(movable):
                 counts = audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout
                 )
-                moved = {
-                    clips[clip]: identities[new[number, clip] - self._layout.mirror_shift - 1]
-                    for clip in np.flatnonzero(old[number] != new[number])
-                }
+                moved = np.where(old[number] != new[number], new[number], 0)
                 line = {
                     "step": step,
                     "member": self._training_sets.members[number].number,
                     **counts,
-                    "now_mirrors": moved,
+                    "now_mirrors": self._names(moved),
                 }
+                if self._config.noise.keep == "prediction":
+                    line["now_in_cluster"] = self._numbers(moved)
                 workdir_lib.append(file, (json.dumps(line) + "\n").encode())
+
+    def _names(self, moved: np.ndarray) -> dict[str, str]:
+        """Returns clip -> identity of its mirror, for new columns [N], 0 for clips that stay."""
+        clips, identities = self._training_sets.clips, self._data.identities
+        mirrors = np.flatnonzero(self._layout.is_mirror(moved))
+        first = self._layout.mirror_shift + 1
+        return {clips[i]: identities[int(moved[i]) - first] for i in mirrors}
+
+    def _numbers(self, moved: np.ndarray) -> dict[str, int]:
+        """Returns clip -> number of its cluster, for new columns [N], 0 for clips that stay."""
+        first = self._layout.num_identities + 1
+        inside = np.flatnonzero(self._layout.is_cluster(moved))
+        return {self._training_sets.clips[i]: int(moved[i]) - first for i in inside}
 
 
 def cluster(
@@ -310,21 +302,28 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
     return columns.astype(np.int32)
 
 
-def relabel(labels: Array, predicted: Array, layout: NoiseLayout) -> Array:
+def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str = "label") -> Array:
     """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
 
     Args:
-      labels: [...] int, class columns; only labels that are mirrors can change.
-      predicted: [...] int, best class column of the model. Clips whose best column is no identity
-        keep their labels.
+      labels: [...] int, class columns of unclustered distractors; by `label` only mirrors move.
+      predicted: [...] int, best class column of the model.
       layout: layout of the class columns.
+      keep: `label` or `prediction`, the column of a clip whose best column is a cluster or a
+        mirror. If it is 0, the clip keeps its label.
 
     Returns:
       [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
+
+    Source: noise classes (5th place 2018): `label` by the article, `prediction` by the code.
     """
-    moves = layout.is_mirror(labels) & layout.is_identity(predicted)
+    where = labels.__array_namespace__().where
     mirrors = (predicted + layout.mirror_shift).astype(labels.dtype)
-    return labels.__array_namespace__().where(moves, mirrors, labels)
+    if keep == "prediction":
+        moved = where(predicted > 0, predicted.astype(labels.dtype), labels)
+        return where(layout.is_identity(predicted), mirrors, moved)
+    moves = layout.is_mirror(labels) & layout.is_identity(predicted)
+    return where(moves, mirrors, labels)
 
 
 def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict[str, int]:
@@ -337,11 +336,11 @@ def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict
       layout: layout of the class columns.
 
     Returns:
-      Numbers of clips: `clustered`; `unclustered`, the sum of `moved` and `kept`; and the parts of
-      `kept`: `kept_identity`, already in the mirror of the predicted identity, and `kept_other`,
-      `kept_cluster` and `kept_mirror`, named after the predicted column.
+      Numbers of clips: `clustered`, which stay in a cluster; `unclustered`, the sum of `moved` and
+      `kept`; and the parts of `kept`: `kept_identity`, already in the mirror of the predicted
+      identity, `kept_other`, `kept_cluster` and `kept_mirror`, named after the predicted column.
     """
-    unclustered = layout.is_mirror(old)
+    unclustered = layout.is_mirror(old) | (old != new)
     kept = unclustered & (old == new)
     reasons = {
         "kept_identity": layout.is_identity(predicted),
@@ -350,7 +349,7 @@ def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict
         "kept_mirror": layout.is_mirror(predicted),
     }
     masks = {
-        "clustered": layout.is_cluster(old),
+        "clustered": layout.is_cluster(old) & (old == new),
         "unclustered": unclustered,
         "moved": unclustered & (old != new),
         "kept": kept,

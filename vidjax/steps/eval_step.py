@@ -35,9 +35,10 @@ def eval_step(
       view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
+    clips = _clip_info(system, batch)
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = _apply(system, params, model_state, frames, batch, clip_mask)
+        output = _apply(system, params, model_state, frames, clips._replace(mask=clip_mask))
         if output.eval_weight is None and output.logits.shape[1] == 1:
             return system.score_fn(output.logits[:, 0], system.class_mask)
         scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
@@ -66,9 +67,10 @@ def embed_step(
       view: [] int32, chunk of the features that the member does not see; -1 for none.
       batch: B clips with all their frames.
     """
+    clips = _clip_info(system, batch)
 
     def embedding_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
-        output = _apply(system, params, model_state, frames, batch, clip_mask)
+        output = _apply(system, params, model_state, frames, clips._replace(mask=clip_mask))
         if output.logits.shape[1] > 1:
             return output.embedding
         return unit_vectors(output.embedding)
@@ -96,11 +98,17 @@ def attention_step(
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
-        output = _apply(system, params, model_state, fused, batch, batch.batch_mask)
+        output = _apply(system, params, model_state, fused, _clip_info(system, batch))
     return {
         name: jnp.sum(value, axis=0 if name == "attention" else (0, 1))
         for name, value in (output.attention or {}).items()
     }
+
+
+def _clip_info(system: System, batch: Batch) -> ClipInfo:
+    """Returns what a model is told of the clips of a batch beside their frames."""
+    measure = system.measure(batch.frames) if system.measure else None
+    return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)
 
 
 def _apply(
@@ -108,11 +116,9 @@ def _apply(
     params: Params,
     model_state: ModelState,
     frames: Mapping[str, Frames],
-    batch: Batch,
-    clip_mask: Array,
+    clips: ClipInfo,
 ) -> ModelOutput:
     """Applies the model of one member in evaluation mode."""
-    clips = ClipInfo(index=batch.clip_index, mask=clip_mask)
     return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
 
 

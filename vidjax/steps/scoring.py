@@ -15,6 +15,7 @@ from vidjax.data.clips import Split
 from vidjax.run.terminal import Progress
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
+from vidjax.steps.poor_clips import PoorClips
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
 from vidjax.steps.windows import windows
 
@@ -121,6 +122,8 @@ def score(
         top, value = ranking.finish()
     seconds = time.monotonic() - began - compiling.seconds
 
+    for ranker in rankers:
+        ranker.poor.warn(split_name)
     clips.flush()
     scores, num_nan = _without_nan(split, clips.clips)
     results = _summarise(split, scores, value, scorers) | num_nan
@@ -166,6 +169,7 @@ class _ModelRanker:
       scorer: scorer of the model.
       metric: metric of the model alone; None if it is the only model.
       members: one metric per member; [] for a single member, or if `each_member` is False.
+      poor: counter of the poor clips.
     """
 
     def __init__(
@@ -179,12 +183,14 @@ class _ModelRanker:
     ):
         self.scorer = scorer
         self.metric = TopKMetric(split, pool) if by_itself else None
+        self.poor = PoorClips(scorer.model.system)
         self.members: list[TopKMetric] = []
         if each_member and scorer.num_members > 1:
             self.members = [TopKMetric(split, used & pool) for used in scorer.use]
 
     def score(self, blocks: Sequence[Batch]) -> list[Array]:
         """Returns the scores [B, C] of every block, and adds them to the metrics."""
+        self.poor.add(blocks)
         scores = self.scorer.score(blocks, member_metrics=self.members)
         if self.metric:
             for block, block_scores in zip(blocks, scores, strict=True):

@@ -33,7 +33,7 @@ from vidjax.data.records.codec import (
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.data.usable import misspelt
+from vidjax.data.usable import equal_quality, misspelt
 
 OPEN_SHARDS = 16
 PACKED_CLIPS = 256
@@ -78,7 +78,8 @@ class Dataset:
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
-        for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+        lengths = {name: split.lengths for name, split in records.splits.items()}
+        for problem in (*misspelt(lengths), *equal_quality(self.report, list(self.modalities))):
             warnings.warn(problem, stacklevel=2)
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.frame_fields import LARGEST, PackedClips
+from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
 from vidjax.digests import sha256_json
@@ -65,18 +65,8 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
             "max": int(lengths.max()),
         },
         "quality": _histogram(packed.frames["quality"]),
-        "norm": _histogram(_norms(packed.features)),
+        "norm": _histogram(feature_norms(packed.features)),
     }
-
-
-def _norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """Returns [F] float32 L2 norms; `rows` frames at a time, to bound memory."""
-    norms = np.empty(len(features), np.float32)
-    for start in range(0, len(features), rows):
-        block = features[start : start + rows].astype(np.float64)  # squares stay finite
-        length = np.sqrt(np.einsum("fd,fd->f", block, block))
-        norms[start : start + rows] = np.minimum(length, LARGEST)
-    return norms
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:

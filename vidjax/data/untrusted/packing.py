@@ -14,6 +14,8 @@ from vidjax.data.frame_fields import (
     FrameField,
     NonFinite,
     PackedClips,
+    Quality,
+    feature_norms,
     skipped_clips,
     usable_rows,
 )
@@ -46,12 +48,13 @@ def place_of(clip: Clip, modality: str) -> str:
     return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
-def read_frames(value: Any, place: str) -> dict[str, np.ndarray]:
+def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
     """Checks the frames of one clip in one modality.
 
     Args:
       value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.
       place: start of an error message.
+      quality: the quality of frames, see `frame_fields.Quality`.
 
     Returns:
       field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS,
@@ -82,6 +85,8 @@ def read_frames(value: Any, place: str) -> dict[str, np.ndarray]:
             frames[name] = field.default(len(features))
         else:
             frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
+    if quality == "norm" or given.get("quality") is None:
+        frames["quality"] = feature_norms(features)
     if np.any(np.diff(frames["number"]) < 0):  # frames go by time
         order = np.argsort(frames["number"], kind="stable")
         frames = {name: column[order] for name, column in frames.items()}
@@ -122,7 +127,11 @@ def _numbers(values: Any, place: str) -> np.ndarray:
 
 
 def pack(
-    clips: Iterable[Clip], out_dir: Path | None = None, *, non_finite: NonFinite = "drop"
+    clips: Iterable[Clip],
+    out_dir: Path | None = None,
+    *,
+    non_finite: NonFinite = "drop",
+    quality: Quality = "given",
 ) -> dict[str, PackedClips]:
     """Checks the clips of one split and joins their frames to flat arrays.
 
@@ -131,6 +140,7 @@ def pack(
       out_dir: folder for flat files, which must outlive the arrays; None keeps them in memory.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
+      quality: the quality of frames, see `frame_fields.Quality`.
 
     Returns:
       modality -> its frames, flat.
@@ -141,7 +151,7 @@ def pack(
     """
     packers: dict[str, _Packer] = {}
     try:
-        _fill(packers, clips, out_dir, drop=non_finite == "drop")
+        _fill(packers, clips, out_dir, drop=non_finite == "drop", quality=quality)
         return {name: packers[name].finish() for name in sorted(packers)}
     finally:
         for packer in packers.values():
@@ -149,7 +159,12 @@ def pack(
 
 
 def _fill(
-    packers: dict[str, "_Packer"], clips: Iterable[Clip], out_dir: Path | None, *, drop: bool
+    packers: dict[str, "_Packer"],
+    clips: Iterable[Clip],
+    out_dir: Path | None,
+    *,
+    drop: bool,
+    quality: Quality,
 ) -> None:
     """Adds every clip to the packers of its modalities; makes a packer for each new modality."""
     seen: dict[str, str] = {}
@@ -169,7 +184,7 @@ def _fill(
                         f"'{show(str(modality))}': a name of letters, digits, '-' and '_' is wanted"
                     )
                 folder = out_dir / modality if out_dir else None
-                packers[modality] = _Packer(modality, folder, drop=drop)
+                packers[modality] = _Packer(modality, folder, drop=drop, quality=quality)
             packers[modality].add(clip, value)
     for packer in list(packers.values())[:1]:
         for clip in bare:
@@ -179,8 +194,9 @@ def _fill(
 class _Packer:
     """Collects and checks the frames of one modality in one split, clip by clip."""
 
-    def __init__(self, modality: str, folder: Path | None, *, drop: bool) -> None:
+    def __init__(self, modality: str, folder: Path | None, *, drop: bool, quality: Quality) -> None:
         self._modality, self._folder, self._drop = modality, folder, drop
+        self._quality: Quality = quality
         self._names: list[str] = []
         self._seen: list[int] = []
         self._kept: list[int] = []
@@ -196,7 +212,7 @@ class _Packer:
 
     def add(self, clip: Clip, value: Any) -> None:
         """Checks a clip and adds it once width and dtype are decided."""
-        frames = read_frames(value, place_of(clip, self._modality))
+        frames = read_frames(value, place_of(clip, self._modality), self._quality)
         if self._decided:
             self._append(clip, frames)
             return

@@ -1,0 +1,197 @@
+"""The table of the publications' statements: complete, reasoned, and about what exists."""
+
+import ast
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vidjax import config as config_lib
+from vidjax import config_files
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "configs" / "fidelity.md"
+# Letter of the numbers -> publication, number of its statements.
+PUBLICATIONS = {
+    "R": ("Residual Dense Net", 38),
+    "Q": ("Quality fusion", 22),
+    "M": ("The iQIYI-VID paper", 43),
+    "D": ("DeepMEF", 25),
+    "N": ("Noise classes", 17),
+}
+ANSWERS = ("exact", "differs", "not realised")
+MODALITIES = ("face", "head", "body", "audio", "scene", "title")
+MODES = ("train", "evaluate", "rank", "compare", "report", "check", "config")
+
+
+class Row(NamedTuple):
+    """A row of a table: its number, the statement, the answer, and the last cell."""
+
+    number: str
+    statement: str
+    answer: str
+    place: str
+
+
+def rows():
+    """Returns the rows of all tables, in their order."""
+    found = re.findall(r"^\| ([A-Z]\d+) \| (.*?) \| (.*?) \| (.*) \|$", PAGE.read_text(), re.M)
+    return [Row(*cells) for cells in found]
+
+
+def names():
+    """Returns everything in backticks, each once."""
+    return sorted(set(re.findall(r"`([^`]+)`", PAGE.read_text())) - set(ANSWERS))
+
+
+@functools.cache
+def members(path):
+    """Returns the names that a module and its classes define, `Class.attribute` included."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        found |= defined(node)
+        if isinstance(node, ast.ClassDef):
+            inner = set().union(*map(defined, node.body))
+            found |= {f"{node.name}.{name}" for name in inner}
+    return frozenset(found)
+
+
+def defined(node):
+    """Returns the names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+@functools.cache
+def fields():
+    """Returns the names of all fields: those of every configuration, of models and of fusions."""
+    known = {f"config.{name}" for name, _ in config_lib.fields(config_lib.default())}
+    known |= {name.rsplit(".", 1)[0] for name in known if name.count(".") > 1}  # groups
+    for path in (ROOT / "vidjax" / "models").glob("*.py"):
+        attributes = {name.split(".")[1] for name in members(path) if "." in name}
+        known |= {f"config.model.{name}" for name in attributes}
+    for name in ("fusion", "selection"):
+        for node in ast.parse((ROOT / "vidjax" / f"{name}.py").read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                known |= {f"config.fusion.{option.arg}" for option in node.args.kwonlyargs}
+    return frozenset(known)
+
+
+def has_field(name):
+    """Returns whether `config.NAME` is a field; fusions are given per modality and phase."""
+    name = re.sub(r"^config\.fusion\.\w+\.(train|evaluate)\.", "config.fusion.", name)
+    return name in fields()
+
+
+@functools.cache
+def configuration(file):
+    """Returns the module of a configuration."""
+    return config_files.load_module(ROOT / "configs" / file)
+
+
+def is_command(file, words):
+    """Returns whether a configuration takes these arguments together."""
+    if not (ROOT / "configs" / file).is_file():
+        return False
+    if set(words.split(",")) - {"", *MODALITIES} - set(configuration(file).WORDS):
+        return False
+    return bool(configuration(file).get_config(words))
+
+
+def problem(name):
+    """Returns why a name in backticks is wrong; empty if what it names exists."""
+    wrong = []
+    for part in name.split():
+        if part.startswith("--mode="):
+            wrong += [part] * (part.removeprefix("--mode=") not in MODES)
+        elif part.startswith(("--config=configs/", "--runs=", "--workdir=")):
+            continue
+        elif part.startswith("--config."):
+            wrong += [part] * (not has_field(part[2:].split("=")[0]))
+        elif part.startswith("config."):
+            wrong += [part] * (not has_field(part.split("=")[0]))
+        elif match := re.fullmatch(r"(\w+\.py)(?::([\w,]+))?", part):
+            wrong += [part] * (not is_command(match[1], match[2] or ""))
+        elif "/" in part:
+            wrong += [part] * (not (ROOT / part).exists())
+        else:
+            wrong += [part] * (not is_code(part))
+    return ", ".join(wrong)
+
+
+def is_code(name):
+    """Returns whether `module.name` or `module.Class.attribute` stands below vidjax/."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        path = (ROOT / "vidjax").joinpath(*parts[:i]).with_suffix(".py")
+        if path.is_file():
+            return ".".join(parts[i:]) in members(path)
+    return False
+
+
+def test_every_statement_has_a_row():
+    numbers = [row.number for row in rows()]
+    expected = [f"{a}{i + 1}" for a, (_, count) in PUBLICATIONS.items() for i in range(count)]
+    assert numbers == expected
+    assert len(numbers) == 145
+
+
+def test_every_row_has_an_answer_and_a_reason():
+    for row in rows():
+        assert row.answer in ANSWERS, row
+        assert len(row.statement.split()) > 1, row
+        plain = re.sub(r"`[^`]*`", "", row.place)
+        if row.answer == "exact":
+            assert "`" in row.place, f"{row.number} names no place"
+        else:
+            assert len(plain.split()) > 5, f"{row.number} gives no reason"
+        if row.answer == "differs":
+            assert "`" in row.place, f"{row.number} does not name the file that says so"
+        if row.answer == "not realised":
+            assert re.search(r"\byou need\b", plain, re.IGNORECASE), f"{row.number}: what to do?"
+
+
+def test_the_counts_are_those_of_the_rows():
+    table = re.findall(r"^\| \[?([\w -]+?)(?:\]\S*)? \|((?: \d+ \|){4})$", PAGE.read_text(), re.M)
+    given = {name: [int(n) for n in cells.split("|")[:-1]] for name, cells in table}
+    answers = Counter((row.number[0], row.answer) for row in rows())
+    expected = {
+        name: [count, *(answers[letter, answer] for answer in ANSWERS)]
+        for letter, (name, count) in PUBLICATIONS.items()
+    }
+    expected["all"] = [sum(column) for column in zip(*expected.values(), strict=True)]
+    assert given == expected
+
+
+def test_what_the_rows_name_exists():
+    problems = {name: found for name in names() if (found := problem(name))}
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mma.py:no_such_word",
+        "no_such_config.py",
+        "config.data.no_such_field",
+        "--config.model.no_such_field=1",
+        "config.fusion.face.train.no_such_option",
+        "fusion.no_such_function",
+        "no_such_module.name",
+        "vidjax/no_such_file.py",
+        "--mode=no_such_mode",
+    ],
+)
+def test_a_name_that_does_not_exist_would_be_seen(name):
+    assert problem(name)
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE.read_text())
+    assert targets and all((PAGE.parent / target).exists() for target in targets)
+    assert "(fidelity.md)" in (ROOT / "configs" / "README.md").read_text()

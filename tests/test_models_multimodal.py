@@ -1,0 +1,265 @@
+"""The iQIYI-VID paper's net: its equations as float64 loops, its shapes and parameters by hand."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_fusion import make_frames
+from vidjax import config as config_lib
+from vidjax import fusion
+from vidjax.batch import ClipInfo
+from vidjax.models import identifier
+from vidjax.models.attention import MultimodalAttention
+
+ROOT = Path(__file__).parent.parent
+
+
+def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
+    """Equations 1-3 for one clip: X [D, M], W_F and W_G [D~, D]; W_G is W_F in the paper.
+
+    A vector that does not exist takes no part in the sum over i. With `fill`, its own column j is
+    computed like any other.
+    """
+    count = x.shape[1]
+    f, g = w_f @ x, w_g @ x
+    y, out = np.zeros((count, count)), np.zeros_like(x)
+    for j in range(count):
+        if exists[j] or fill:
+            z = [scale * (f[:, i] @ g[:, j]) if exists[i] else -np.inf for i in range(count)]
+            powers = np.exp(np.array(z) - max(*z, -1e9))  # a common factor, against overflow
+            y[:, j] = powers / (sum(powers) or 1)
+        out[:, j] = x[:, j] + gamma * sum(y[i, j] * x[:, i] for i in range(count))
+    return out, y
+
+
+@pytest.mark.parametrize("form", ["gram", "two"])
+def test_attention_matches_the_equations_with_both_masks(form):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+        x = rng.standard_normal((3, 5, 8)) * exists[..., None]
+        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": jnp.dtype("float64")}
+        models = [MultimodalAttention(**fields, fill_missing=fill) for fill in (False, True)]
+
+        @jax.jit
+        def run(x):
+            variables = models[0].init(jax.random.key(0), x, exists)
+            return variables["params"], [model.apply(variables, x, exists) for model in models]
+
+        params, outputs = run(x)
+        w_f = np.asarray(params["w_f"]["kernel"]).T
+        assert w_f.shape == (4, 8)
+        w_g = np.asarray(params["w_g"]["kernel"]).T if form == "two" else w_f
+        assert set(params) == ({"w_f", "w_g"} if form == "two" else {"w_f"})
+        for fill, (out, y) in zip((False, True), outputs, strict=True):
+            for b in range(3):
+                expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
+                np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
+                np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
+        assert not np.asarray(outputs[0][0])[1, 1].any()
+        assert np.asarray(outputs[1][0])[1, 1].any(), "a missing vector is not compensated"
+        # A missing vector has no correlations: it becomes the mean of those that exist.
+        np.testing.assert_allclose(outputs[1][0][1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
+
+
+def test_gradients_are_finite_where_vectors_or_all_are_missing():
+    rng = np.random.default_rng(0)
+    mask = jnp.array([[True, False, True], [False, False, False]])
+    x = jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32) * mask[..., None]
+    kernel = jnp.asarray(rng.standard_normal((4, 2)), jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(arguments):
+        kernel, x = arguments
+        params = {"params": {"w_f": {"kernel": kernel}}}
+        models = [MultimodalAttention(dim=2, fill_missing=fill) for fill in (False, True)]
+        return sum(jnp.sum(model.apply(params, x, mask)[0] ** 2) for model in models)
+
+    assert all(np.isfinite(leaf).all() for leaf in gradient((kernel, x)))
+    with pytest.raises(ValueError, match="gram, two"):
+        jax.eval_shape(MultimodalAttention(form="three").init, jax.random.key(0), x, mask)
+
+
+def published(words, widths, num_classes, **sizes):
+    """Returns the model and the fusions of `mma.py:published`, and its configuration."""
+    config = config_lib.load_file(f"{ROOT}/configs/mma.py:{words}").to_dict()
+    model = identifier.make_identifier(
+        {**config["model"], **sizes},
+        modalities={name: widths[name] for name in config["modalities"]},
+        num_classes=num_classes,
+        num_clips=4,
+    )
+    specs = {name: config["fusion"].get(name, {}) for name in config["modalities"]}
+    fuse = {
+        name: fusion.make_fusion(spec.get("evaluate") or {"name": "all"})
+        for name, spec in specs.items()
+    }
+    return model, fuse, config
+
+
+WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
+
+
+def made_up_clips():
+    """Clips of up to 40 faces; the second has no audio, the third no face."""
+    lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
+    return {
+        name: make_frames(lengths[name], max_frames=max(lengths[name]), dim=dim, seed=dim)
+        for name, dim in WIDTHS.items()
+    }
+
+
+def best_faces(frames, clip):
+    """The paper's 32 faces of highest quality; a shorter clip repeats its own in turn."""
+    features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
+    order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
+    return np.array([features[order[t % len(order)]] for t in range(32)])
+
+
+def linear(params, x):
+    return x @ np.asarray(params["kernel"], np.float64) + np.asarray(params["bias"], np.float64)
+
+
+def video_level(params, name, frames, clip, *, netvlad):
+    """Section 5.2: NetVLAD with BatchNorm (at its initial statistics) and no L2 norm, or a mean."""
+    if not frames.mask[clip].any():
+        return None
+    if name != "face":
+        return np.asarray(frames.features, np.float64)[clip][frames.mask[clip]].mean(axis=0)
+    faces = best_faces(frames, clip)
+    if not netvlad:
+        return faces.mean(axis=0)
+    pool = jax.tree.map(lambda p: np.asarray(p, np.float64), params["face_netvlad"])
+    out = np.zeros(pool["centers"].shape)
+    for x in faces:
+        score = x @ pool["assignment"]["kernel"] / np.sqrt(1 + 1e-5)
+        share = np.exp(score * pool["norm"]["scale"] + pool["norm"]["bias"])
+        out += (share / share.sum())[:, None] * (x - pool["centers"])
+    return out.reshape(-1)
+
+
+def logits_of_the_paper(params, frames, clip, modalities, *, netvlad, attention):
+    """Figure 3 from the frames of one clip to its logits."""
+    columns, exists = [], []
+    for name in modalities:
+        video = video_level(params, name, frames[name], clip, netvlad=netvlad)
+        count = 3 if name == "face" else 1
+        width = params[f"{name}_map"]["bias"].size
+        mapped = np.zeros(width) if video is None else linear(params[f"{name}_map"], video)
+        columns += list(mapped.reshape(count, -1))
+        exists += [video is not None] * count
+    x = np.stack(columns, axis=1)  # [D, M]
+    if attention:
+        w_f = np.asarray(params["attention_map"]["w_f"]["kernel"], np.float64).T
+        x, _ = attention_oracle(x, exists, w_f, w_f, 0.05, fill=True)
+    return linear(params["classifier"]["logits"], x.T.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("published", {"netvlad": True, "attention": True}),
+        ("published,average,concat,face", {"netvlad": False, "attention": False}),
+    ],
+)
+def test_published_is_the_paper_to_the_letter(words, parts):
+    """The paper's net, and the floor of its table 3, from frames to logits."""
+    model, fuse, config = published(words, WIDTHS, 7, embed_dim=8, gram_dim=4, num_clusters=2)
+    assert config["data"]["crop"] == "quality"  # else the best of a window
+    frames = made_up_clips()
+    clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, np.int32), np.ones(3, bool))
+
+    def fused():
+        return {name: fuse[name](None, frames[name]) for name in fuse}
+
+    def init():
+        return model.init(jax.random.key(1), fused(), clips, train=False)
+
+    shapes, rng = jax.eval_shape(init), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes["params"]
+    )
+    stats = {}
+    if parts["netvlad"]:
+        norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
+        stats = {"face_netvlad": {"norm": norm}}
+
+    @jax.jit
+    def run(params):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, fused(), clips, train=False).logits[:, 0]
+
+    logits = run(params)
+    for clip in range(3):
+        expected = logits_of_the_paper(params, frames, clip, config["modalities"], **parts)
+        np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_shapes_of_published_at_full_size():
+    """Every parameter, from the paper's D = 512, D~ = 64 and 6 vectors; the official 10,034 ids."""
+    widths = dict.fromkeys(WIDTHS, 512)
+    model, fuse, config = published("iqiyi_vid,published", widths, 10_035)
+    assert config["model"]["gamma"] == 0.05 and config["model"]["gram_scale"] == 1.0
+    frames = {name: make_frames([2], max_frames=2, dim=512) for name in widths}
+    clips = ClipInfo(np.zeros(1, np.int32), np.ones(1, np.int32), np.ones(1, bool))
+
+    def init():
+        fused = {name: fuse[name](None, frames[name]) for name in fuse}
+        assert fused["face"].mask.shape == (1, 32)
+        return model.init(jax.random.key(0), fused, clips, train=False)["params"]
+
+    shapes = jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(init))
+    clusters = config["model"]["num_clusters"]
+    linear_512 = {"kernel": (512, 512), "bias": (512,)}
+    assert shapes == {
+        "face_netvlad": {
+            "assignment": {"kernel": (512, clusters)},
+            "norm": {"scale": (clusters,), "bias": (clusters,)},
+            "centers": (clusters, 512),
+        },
+        "face_map": {"kernel": (512 * clusters, 3 * 512), "bias": (3 * 512,)},
+        "head_map": linear_512,
+        "body_map": linear_512,
+        "audio_map": linear_512,
+        "attention_map": {"w_f": {"kernel": (512, 64)}},
+        "classifier": {"logits": {"kernel": (6 * 512, 10_035), "bias": (10_035,)}},
+    }
+
+
+def test_rungs_of_table_3_differ_by_one_part():
+    """Words add and remove NetVLAD and attention, and nothing else, with `published` or without."""
+
+    @functools.cache
+    def fields(words):
+        return dict(config_lib.fields(config_lib.load_file(f"{ROOT}/configs/mma.py:{words}")))
+
+    def changed(one, other):
+        first, second = fields(one), fields(other)
+        return {name for name in first | second if first.get(name) != second.get(name)}
+
+    for first in ("", "published,"):
+        assert changed(f"{first}average,concat", f"{first}concat") == {"model.netvlad"}
+        assert changed(f"{first}concat", first) == {"model.attention"}
+        floor = f"{first}average,concat,"
+        for modality in WIDTHS:
+            assert changed(floor + modality, floor) == {"modalities"}
+        assert changed(f"{floor}ensemble", floor) == {"ensemble.folds", "ensemble.only"}
+        assert not fields(floor)["model.netvlad"] and not fields(floor)["model.attention"]
+
+
+def test_the_shipped_scale_lets_attention_mix_what_the_papers_scale_does_not():
+    """Six vectors of length sqrt(D), as LayerNorm makes them, and W_F at its initial variance."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, 6))
+    x *= np.sqrt(512) / np.linalg.norm(x, axis=0)
+    w_f = rng.normal(0, 512**-0.5, (64, 512))
+    scale = config_lib.load_file(f"{ROOT}/configs/mma.py").model.gram_scale
+    assert scale == 1 / 64
+    for factor, least, most in ((1.0, 0.99, 1.0), (scale, 0.2, 0.5)):
+        _, y = attention_oracle(x, np.ones(6, bool), w_f, w_f, 0.05, fill=True, scale=factor)
+        assert least < np.diag(y).min() and np.diag(y).max() <= most

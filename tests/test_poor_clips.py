@@ -1,0 +1,144 @@
+"""Poor clips: the share of the training clips that a threshold catches, and who is warned."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.batches import eval_batches
+from tests.helpers.small_runs import run, shrunk
+from tests.test_fusion import make_frames, pad
+from vidjax import config as config_lib
+from vidjax import selection
+from vidjax.api import restore
+from vidjax.batch import Batch, LazyFeatures
+from vidjax.data.load import load_dataset
+from vidjax.modes import plan as plan_lib
+from vidjax.modes import restore as restore_lib
+from vidjax.run import checkpoint
+from vidjax.steps import poor_clips
+from vidjax.system import TaskSpec, make_system
+
+SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
+SHARE = "--config.model.threshold_share=0.2"
+mean_measure = jax.jit(selection.mean_measure, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+def measures(data, split, measure="norm"):
+    """Clip by clip in float64: the mean norm or quality of the raw faces; NaN without a face."""
+    found = np.full(len(data.split(split).clips), np.nan)
+    for batch in eval_batches(data, split=split, modalities=("face",), rows=7):
+        one = batch.frames["face"]
+        for row in np.flatnonzero(batch.batch_mask):
+            real = one.mask[row]
+            values = np.linalg.norm(one.features[row].astype(np.float64), axis=-1)
+            values = one.quality[row] if measure == "quality" else values
+            if real.any():
+                found[batch.clip_index[row]] = values[real].mean()
+    return found
+
+
+def sizes(config, data):
+    return plan_lib.make_plan(config, data).task
+
+
+@pytest.mark.parametrize("measure", ["norm", "quality"])
+def test_the_measure_is_that_of_a_loop(measure):
+    frames = make_frames([5, 3, 0, 1], max_frames=5)
+    frames.quality[0, 2] = np.nan
+    expected = []
+    for features, quality, mask in zip(
+        frames.features.astype(np.float64), frames.quality, frames.mask, strict=True
+    ):
+        values = (
+            np.nan_to_num(quality) if measure == "quality" else np.linalg.norm(features, axis=1)
+        )
+        expected.append(sum(values[mask]) / max(sum(mask), 1))
+    found = np.asarray(mean_measure(frames, measure))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(mean_measure(pad(frames, 3), measure), found)
+    rows = np.arange(20, dtype=np.int32).reshape(4, 5)
+    lazy = LazyFeatures(frames.features.reshape(20, -1), rows)
+    np.testing.assert_array_equal(mean_measure(frames._replace(features=lazy), measure), found)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.07, 0.1, 0.999])
+def test_at_most_the_share_lies_below(share):
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    threshold = poor_clips.quantile(values, share)
+    assert np.sum(values < threshold) == np.floor(share * 100 + 1e-9)
+    assert poor_clips.quantile(np.ones(100, np.float32), share) == 1  # none of equals is poor
+
+
+@pytest.mark.parametrize("measure", ["norm", "quality"])
+def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data, measure):
+    """Of all features: the members of `views` see only a part of them."""
+    words = (SHARE, f"--config.model.measure={measure}", "--config.ensemble.views=3")
+    found = sizes(shrunk(*words, spec=SPEC), data).threshold
+    values = measures(data, "train", measure)
+    values = np.sort(values[~np.isnan(values)])
+    assert found == pytest.approx(values[int(0.2 * len(values))], rel=1e-6)
+    both = shrunk(*words, "--config.data.train_splits=train,val", spec=f"{SPEC},trainval")
+    more = np.concatenate([measures(data, split, measure) for split in ("train", "val")])
+    more = np.sort(more[~np.isnan(more)])
+    assert sizes(both, data).threshold == pytest.approx(more[int(0.2 * len(more))], rel=1e-6)
+
+
+def test_models_without_a_share_have_no_threshold(data):
+    assert sizes(shrunk(), data).threshold is None
+    absolute = shrunk("--config.model.threshold=2.5", "--config.model.threshold_share=0", spec=SPEC)
+    assert sizes(absolute, data).threshold is None
+    with pytest.raises(ValueError, match="set one of them to 0"):
+        sizes(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
+
+
+def test_earlier_manifests_have_none():
+    entries = {"modalities": {"face": 6}, "num_identities": 4, "num_clusters": None}
+    entries |= {"num_clips": 9, "total_steps": 3, "train_other": False, "config": {}}
+    assert restore_lib.task_of(entries) == TaskSpec({"face": 6}, 4, None, 9, 3, False, None)
+
+
+def make_poor(threshold, **options):
+    config = config_lib.load_file("configs/deepmef.py:face,head")
+    config.model.update(options)
+    task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, threshold)
+    return poor_clips.PoorClips(make_system(config.to_dict(), task))
+
+
+def test_far_too_many_poor_clips_are_told():
+    lengths = [5, 3, 0, 1]
+    frames = make_frames(lengths, max_frames=5)
+    norms = np.asarray(mean_measure(frames, "norm"))
+    batch = Batch({"face": frames, "head": frames}, np.arange(4), np.array([True] * 3 + [False]))
+    counter = make_poor(float(np.median(norms[:2])))
+    counter.add([batch] * 10)
+    assert counter.share() == 0.5  # of the two real clips that have a face
+    counter.warn("val")  # 10 clips may be chance
+    counter.add([batch] * 10)
+    with pytest.warns(UserWarning, match="(?s)50.0% of the clips of val.*threshold_share=0.01"):
+        counter.warn("val")
+    counter = make_poor(float(norms.max()) + 1, threshold_share=0.3)
+    counter.add([batch] * 10)
+    counter.warn("val")  # all are poor, but 5 x 0.3 is more than all
+    counter = make_poor(None)
+    counter.add([batch])
+    assert counter.share() == 0
+
+
+@pytest.mark.slow
+def test_streaming_resident_and_a_restored_run_agree(data, tmp_path):
+    rankings = []
+    for mode in ("resident", "streaming"):
+        words = (SHARE, f"--config.data.mode={mode}", "--config.num_epochs=1")
+        folder = tmp_path / mode
+        run(shrunk(*words, spec=SPEC), folder, data)
+        manifests = checkpoint.manifests(folder)
+        assert manifests[max(manifests)]["threshold"] == sizes(shrunk(*words, spec=SPEC), data)[-1]
+        rankings.append(manifests[max(manifests)]["threshold"])
+    assert rankings[0] == rankings[1]
+    restored = restore(tmp_path / "resident")
+    assert getattr(restored.system.model, "threshold", None) == rankings[0]

@@ -1,0 +1,162 @@
+"""The quality of own features: given, or the length of the vector, and the same wherever read."""
+
+import importlib.util
+import warnings
+
+import numpy as np
+import pytest
+
+import vidjax
+from tests.helpers import small_runs
+from tests.helpers.batches import eval_batches
+from vidjax import predict
+from vidjax.data import arrays, memory, unlabelled
+from vidjax.data.records.convert import records_folder
+
+DIM = 5
+GIVEN = [9.0, 7.0, 8.0]
+
+
+def norm(frame):
+    return float(np.sqrt(sum(float(value) ** 2 for value in frame)))
+
+
+@pytest.fixture
+def clips():
+    """Two clips of three faces, the second with a quality of its own, and a voice."""
+    rng = np.random.default_rng(0)
+    bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
+    voice = rng.normal(size=DIM).astype(np.float32)
+    rated_face = {"features": rated, "quality": np.array(GIVEN)}
+    return {"a": {"face": bare, "voice": voice}, "b": {"face": rated_face}}
+
+
+def write_folder(folder, clips):
+    (folder / "val").mkdir(parents=True)
+    for name, modalities in clips.items():
+        content = {}
+        for modality, value in modalities.items():
+            fields = value if isinstance(value, dict) else {"features": value}
+            content[modality] = fields["features"]
+            if "quality" in fields:
+                content[f"{modality}_quality"] = fields["quality"]
+        np.savez(folder / "val" / f"{name}.npz", **content)
+    return folder
+
+
+def qualities(source, modality="face"):
+    """Returns clip number -> qualities of its frames, as a model would get them."""
+    found = {}
+    for batch in eval_batches(source, split="val", modalities=(modality,), rows=4):
+        frames = batch.frames[modality]
+        for row in np.flatnonzero(batch.batch_mask):
+            found[int(batch.clip_index[row])] = frames.quality[row][frames.mask[row]]
+    return found
+
+
+@pytest.mark.parametrize("quality", ["given", "norm"])
+def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
+    a = [norm(frame) for frame in clips["a"]["face"]]
+    b = [norm(frame) for frame in clips["b"]["face"]["features"]]
+    wanted = {0: a, 1: GIVEN if quality == "given" else b}
+    widths = {"face": DIM, "voice": DIM}
+    folder = write_folder(tmp_path / "own", clips)
+    readers = [
+        arrays.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
+        vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
+        memory.MemoryClips.of(clips, widths, (), quality),
+        unlabelled.load_clips(folder, widths, (), quality=quality),
+        unlabelled.load_clips(folder / "val", widths, (), quality=quality),
+    ]
+    if importlib.util.find_spec("pyarrow"):
+        readers.append(unlabelled.load_clips(write_table(tmp_path, clips), widths, ()))
+    for reader in readers:
+        found = qualities(reader)
+        if reader is readers[-1] and len(readers) == 6:  # a table has no column, for all clips
+            wanted = {0: a, 1: b}
+        for clip, expected in wanted.items():
+            np.testing.assert_allclose(found[clip], expected, rtol=1e-6)
+    np.testing.assert_allclose(qualities(readers[0], "voice")[0], [norm(clips["a"]["voice"])])
+
+
+def write_table(folder, clips):
+    """Writes the faces to parquet, without a quality."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for name, modalities in clips.items():
+        face = modalities["face"]
+        for frame in face["features"] if isinstance(face, dict) else face:
+            rows.append((name, "face", frame.astype(np.float32).tolist()))
+    columns = dict(zip(("clip", "modality", "features"), zip(*rows, strict=True), strict=True))
+    path = folder / "table.parquet"
+    parquet.write_table(pyarrow.table({name: list(v) for name, v in columns.items()}), path)
+    return path
+
+
+def test_another_quality_is_other_records_and_an_unknown_one_is_refused(clips, tmp_path):
+    folder = write_folder(tmp_path / "own", clips)
+    for make in (
+        lambda quality: arrays.FeatureFolder(folder, quality=quality),
+        lambda quality: arrays.FeatureDict({"val": clips}, quality=quality),
+    ):
+        assert records_folder(make("given"), tmp_path) != records_folder(make("norm"), tmp_path)
+        with pytest.raises(ValueError, match=r"config\.data\.quality is 'given' or 'norm'"):
+            make("size")
+
+
+def test_lengths_that_are_all_one_are_told_once(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def load(name, **faces):
+        clips = {"val": {f"c{i}": face for i, face in enumerate(faces.values())}}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            arrays.load(clips, cache_dir=tmp_path / name)
+        return [str(one.message) for one in caught]
+
+    x = rng.normal(size=(4, DIM)).astype(np.float32)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for kind in ("float32", "float16"):
+        (message,) = load(kind, one={"face": unit.astype(kind), "head": x.astype(kind)})
+        assert message.startswith("face:") and "face_quality" in message
+        assert len(message.splitlines()) <= 3
+    assert not load("own", one={"face": x})
+    assert not load("rated", one={"face": {"features": unit, "quality": [1.0, 2.0, 3.0, 4.0]}})
+    assert not load("single", one={"face": unit[:1]}, two={"face": unit[1]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quality", ["given", "norm"])
+def test_a_run_scores_new_clips_as_its_evaluation_did(quality, tmp_path):
+    """Nearest neighbours of quality-weighted means: another quality is another score."""
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(4, DIM))
+    splits, labels = {}, {}
+    for split in ("train", "val"):
+        splits[split] = {}
+        for i in range(8):
+            face = people[i % 4] + rng.normal(size=(1 + i % 5, DIM))
+            rated = {"features": face, "quality": rng.random(len(face))}
+            splits[split][f"{split}{i}"] = {"face": rated if i % 2 else face}
+            labels[f"{split}{i}"] = f"p{i % 4}"
+    data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality=quality)
+    words = ("--config.data.name=arrays", f"--config.data.quality={quality}")
+    config = small_runs.shrunk(*words, "--config.num_epochs=1", spec="configs/knn.py")
+    small_runs.run(config, tmp_path / "run", data)
+    run = predict.restore(tmp_path / "run", num_devices=1)
+    wanted = run.scores(data, split="val")
+    np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
+    folder = write_folder(tmp_path / "own", splits["val"])
+    out = tmp_path / "ranked.tsv"
+    from vidjax.main import main
+
+    words = ["--mode=rank", f"--workdir={tmp_path / 'run'}", f"--input={folder / 'val'}"]
+    assert main([*words, f"--out={out}"]) == 0
+    best = run.rank(splits["val"])
+    lines = [line.split("\t") for line in out.read_text().splitlines()[1:]]
+    for identity, ranked in best.items():
+        of = [(clip, float(score)) for who, _, clip, score in lines if who == identity]
+        assert [clip for clip, _ in of] == [clip for clip, _ in ranked]
+        np.testing.assert_allclose([s for _, s in of], [s for _, s in ranked], rtol=1e-5)
