@@ -18,6 +18,26 @@ def test_readmes_show_what_was_collected():
         assert scores.replace(text, name, table) == text, f"{name}: write it with scores.py"
 
 
+def test_configurations_tell_what_was_collected():
+    found = json.loads(scores.RESULTS.read_text())
+    for key in scores.HEADERS:
+        text = (scores.ROOT / "configs" / f"{ROWS[key].config}.py").read_text()
+        lines = scores.header(ROWS[key], found)
+        assert scores.replace_header(text, lines) == text, f"{key}: write it with scores.py"
+
+
+def test_a_header_tells_time_and_score():
+    figures = {SYNTHETIC: {"map": [0.84, 0.86, 0.88]}, REAL: {"map": [0.8, 0.8, 0.8]}}
+    found = {"rows": {"dense": figures}, "seconds": {"dense": 139.6}}
+    assert scores.header(ROWS["dense"], found).splitlines() == [
+        "Time: about 140 seconds on 2 CPU cores with the argument `face`.",
+        "Score: MAP@100 0.860 on the small synthetic dataset, 0.800 on the small real dataset with",
+        "the argument `face` (means of 3 seeds).",
+    ]
+    with pytest.raises(ValueError, match="Time:"):
+        scores.replace_header('"""A system."""', "Time: 1\nScore: 2\n")
+
+
 def test_a_rung_compares_two_rows():
     for ladder in LADDERS:
         for rung in ladder.rungs:

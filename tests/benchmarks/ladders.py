@@ -61,12 +61,16 @@ class Row(NamedTuple):
         return "train,val" in self.overrides or self.config == "noise_classes"
 
     @property
+    def arguments(self) -> str:
+        """What stands after the colon of the configuration, but for the dataset."""
+        return ",".join(filter(None, (self.words, self.modalities)))
+
+    @property
     def spec(self) -> str:
         """The row as a reader would type it, after `--config=configs/`."""
         if self.joined:
             return " + ".join(ROWS[key].spec for key in self.joined)
-        arguments = ",".join(filter(None, (self.words, self.modalities)))
-        spec = ":".join(filter(None, (f"{self.config}.py", arguments)))
+        spec = ":".join(filter(None, (f"{self.config}.py", self.arguments)))
         return " ".join(filter(None, (spec, self.overrides)))
 
 
@@ -170,12 +174,12 @@ _ROWS = (
     Row("deepmef_seeds", "deepmef", "", "face", overrides=FIVE),
     Row("deepmef_views", "deepmef", "", "face", overrides="--config.ensemble.views=5"),
     Row("deepmef_bags", "deepmef", "", "face", overrides="--config.ensemble.bootstraps=5"),
-    Row("deepmef_scene", "deepmef", "", "face,scene", absent={REAL: NO_SCENE}),
+    Row("deepmef_scene", "deepmef", absent={REAL: NO_SCENE}),
     Row(
-        "deepmef_lacking", "deepmef", "", "face,scene", absent={REAL: NO_SCENE},
+        "deepmef_lacking", "deepmef", absent={REAL: NO_SCENE},
         overrides="--config.model.threshold_share=0",
     ),
-    Row("deepmef_published", "deepmef", "published", "face,scene", "face"),
+    Row("deepmef_published", "deepmef", "published", "", "face"),
     # Residual Dense Net (2nd place 2019).
     Row("dense_one_single", "residual_dense", "one,single", "face"),
     Row("dense_single", "residual_dense", "single", "face"),

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=TEXT] [--collect] [--time]
 
 trains every run that FOLDER lacks, one after the other (hours). It then writes the results into
-`scores.json` beside this file, and the tables into the pages of `PAGES`, below the comments
-`<!-- table: NAME -->`. `ladders` lists the runs and what is compared.
+`scores.json` beside this file, the tables into the pages of `PAGES`, below the comments
+`<!-- table: NAME -->`, and time and score into the docstrings of the configurations. `ladders`
+lists the runs and what is compared.
 
 - `--collect` trains nothing. Runs that FOLDER lacks keep the figures of `scores.json`.
 - `--real` names a folder of official files, for the columns of real clips.
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +70,7 @@ SYSTEMS = (
     System("mma", "the same with all modalities and attention between them", "0.8970"),
     System("mma_seeds", "three of these nets, trained together"),
 )
-
+HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma")  # one row a configuration
 
 # Runs.
 
@@ -80,11 +82,11 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
     evaluation and report.
     """
     seconds = {}
-    for system in SYSTEMS:
-        if not is_chosen(system.key, only):
+    for key in dict.fromkeys((*(system.key for system in SYSTEMS), *HEADERS)):
+        if not is_chosen(key, only):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            spec, *overrides = ROWS[system.key].spec.split()
+            spec, *overrides = ROWS[key].spec.split()
             words = [sys.executable, "-m", "vidjax.main", f"--config=configs/{spec}", *overrides]
             env = {**os.environ, "VIDJAX_CACHE": f"{folder}/cache"}
             start = time.perf_counter()
@@ -95,8 +97,8 @@ def time_systems(only: Sequence[str]) -> dict[str, float]:
                 check=True,
                 capture_output=True,
             )
-            seconds[system.key] = time.perf_counter() - start
-        sys.stdout.write(f"{system.key}: {seconds[system.key]:.0f} s\n")
+            seconds[key] = time.perf_counter() - start
+        sys.stdout.write(f"{key}: {seconds[key]:.0f} s\n")
     return seconds
 
 
@@ -350,11 +352,50 @@ def replace(text: str, name: str, table: str) -> str:
     return re.sub(pattern, lambda match: match[1] + table, text)
 
 
+def header(row: Row, found: Mapping[str, Any]) -> str:
+    """Returns the lines of a configuration's docstring that tell time and score of a row.
+
+    Args:
+      row: what the lines are about.
+      found: the contents of `scores.json`.
+    """
+    scores, seconds = found["rows"].get(row.key, {}), found["seconds"].get(row.key)
+    arguments = " and ".join(f"`{word}`" for word in row.arguments.split(",") if word)
+    spoken = f" with the argument {arguments}" if arguments else ""
+    lines = []
+    if seconds is not None:
+        lines += [f"Time: about {seconds:.0f} seconds on 2 CPU cores{spoken}."]
+    means = {name: _mean(scores.get(name, {}).get("map", [])) for name in DATASETS}
+    told = [f"{mean} on the small {name} dataset" for name, mean in means.items() if mean]
+    if told:
+        protocol = ", out of fold" if row.is_out_of_fold else ""
+        lines += textwrap.wrap(
+            f"Score: MAP@100 {', '.join(told)}{protocol}{spoken} (means of {len(SEEDS)} seeds).",
+            width=99,
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def replace_header(text: str, lines: str) -> str:
+    """Returns the text of a configuration with other lines of time and score.
+
+    Raises:
+      ValueError: the text has no paragraph that begins with `Time:` and goes on with `Score:`.
+    """
+    pattern = r"(?m)^Time: .*\nScore: .*\n(?:.+\n)*"
+    if len(re.findall(pattern, text)) != 1:
+        raise ValueError("wanted one paragraph that begins with `Time:` and goes on with `Score:`")
+    return re.sub(pattern, lambda match: lines, text)
+
+
 def write_pages(found: Mapping[str, Any]) -> None:
-    """Writes every table into its page."""
+    """Writes every table into its page, and time and score into every configuration."""
     for name, table in tables(found).items():
         sys.stdout.write(f"{table}\n")
         PAGES[name].write_text(replace(PAGES[name].read_text(), name, table))
+    for key in HEADERS:
+        path = ROOT / "configs" / f"{ROWS[key].config}.py"
+        path.write_text(replace_header(path.read_text(), header(ROWS[key], found)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
