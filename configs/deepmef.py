@@ -26,7 +26,7 @@ from vidjax import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the authors' layers, channel attention over 40 frames without order, one scene",
+    "published": "the authors' layers, channel attention over 40 unordered frames, one scene frame",
     "danet": "channel attention as in DANet's code",
     "average": "mean weighted by quality and detection, instead of learned aggregation",
     "views": "eleven members; each omits a different sixteenth of the features",

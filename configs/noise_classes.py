@@ -21,8 +21,8 @@ from vidjax import config as config_lib
 STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)  # code: weights of the mirrors
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the code's batch, epochs, folds, and weight of the mirrors in ten stairs",
-    "prediction": "a clip that is mistaken for nobody takes the class that is predicted for it",
+    "published": "the code's batch, epochs and folds; the weight of mirrors grows in ten steps",
+    "prediction": "a distractor for which no identity is predicted takes the predicted class",
     "other": "distractors are one class, for comparison",
     "leave_out": "distractors are not trained on, for comparison",
 }

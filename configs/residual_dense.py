@@ -24,7 +24,7 @@ from vidjax import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the article's subsets, order of the test and learning rate, top 100 classes",
+    "published": "the article's subsets, learning rate and test, with the top 100 classes",
     "trainval": "trains on nine tenths of train and val, and ranks clips of the rest",
     "plain": "no shortcuts",
     "one": "one member trained on all frames, instead of three quality subsets",

@@ -314,8 +314,11 @@ def test_a_bad_clip_is_named(what, cache):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({"clip": {"face": np.zeros((1, 2))}}, ("'clip' is no split", "{'train': {clip:")),
-        ({"train": np.zeros(3)}, ("'train' is no split",)),
+        (
+            {"clip": {"face": np.zeros((1, 2))}},
+            ("'clip' is not the name of a split", "{'train': {clip:"),
+        ),
+        ({"train": np.zeros(3)}, ("'train' is not the name of a split",)),
         ({"train": {"a": np.zeros((1, 2))}}, ("train: clip 'a' is of type ndarray",)),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, ("clip a", "modality 'fa ce'")),
         ({"train": {"a": {"f": [1.0]}, "a.mp4": {"f": [1.0]}}}, ("train: clip a comes twice",)),
@@ -342,7 +345,7 @@ def test_clips_that_do_not_fit_together_are_refused(source, words, cache):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ({"nobody": 1}, ("1 of 1 clips", "nobody")),
+        ({"nobody": 1}, ("none of its 1 clips", "nobody")),
         ({**LABELS, "nobody": 1}, ("1 of 5 clips", "nobody")),
         ({"train_01": "Ada\nByron"}, ("clip train_01", "'Ada\\nByron'", "rename it")),
         ({"train_01": " Ada"}, ("clip train_01", "strip()")),

@@ -302,7 +302,7 @@ def test_the_command_line(runs, load, tmp_path, capsys):
         ((f"--workdir={runs[0]}", given), "use another folder"),
         ((f"--workdir={out}", f"--runs={runs[1]},{runs[0]}"), "use another folder"),
         ((f"--workdir={tmp_path / 'x'}", f"--runs={runs[0]}"), "name two runs"),
-        ((f"--workdir={tmp_path / 'y'}", f"--runs={runs[0]},{out}"), "joins other runs itself"),
+        ((f"--workdir={tmp_path / 'y'}", f"--runs={runs[0]},{out}"), "is itself a joined run"),
         ((f"--workdir={tmp_path / 'z'}", f"--runs={runs[0]},nowhere"), "no run in"),
     ]:
         assert main(["--mode=evaluate", *bad]) == 2

@@ -290,7 +290,7 @@ def test_ground_truth_of_unknown_clips(found: manifest_lib.Records, tmp_path: Pa
         label_records(found, load_official_truth(tmp_path, found.clips))
     assert "stranger" in short_message(error)
     write_truth(tmp_path, "train", {f"{name}.avi": "1" for name in known})
-    with pytest.raises(ValueError, match=r"suffix\? The files name train_000"):
+    with pytest.raises(ValueError, match=r"the feature files name train_000\n"):
         label_records(found, load_official_truth(tmp_path, found.clips))
 
 

@@ -227,14 +227,14 @@ def test_what_tells_the_forms_apart_in_order_of_trust(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "holds no labels"),
-        ("\ufeff\n \n", "holds no labels"),
+        ("", "is empty; write one line per clip"),
+        ("\ufeff\n \n", "is empty; write one line per clip"),
         (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
         ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its identity"),
         ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its identity"),
         ("a.mp4 1\n2 b.mp4\n", "line 2: the clip is in another column"),
         ("1 a.mp4\n\n2 \n", "line 3: identity 2 has no clips"),
-        ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 again, after line 1"),
+        ("1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
         ("a.mp4 1\nb.mp4 2\n\na.mp4 2\n", "line 4: clip a has label 2, but 1 in line 1"),
         ("1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b has label 2, but 1 in line 1"),
         ("a.mp4 1\nb.mp4 1\na 1\n", "duplicate clips: a (lines 1 and 3)"),
@@ -292,7 +292,7 @@ def test_identities_sort_by_number_or_else_by_name() -> None:
     assert ground_truth.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
     assert ground_truth.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
     assert ground_truth.sort_identities([]) == ()
-    with pytest.raises(ValueError, match="identity 7 is written in 2 ways"):
+    with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use one"):
         ground_truth.sort_identities(["7", "1", "007"])
 
 
@@ -330,8 +330,8 @@ def test_clip_weights_are_read_whatever_the_editor_left(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "holds no weights"),
-        ("\ufeff\n \n", "holds no weights"),
+        ("", "is empty; write one line per clip"),
+        ("\ufeff\n \n", "is empty; write one line per clip"),
         (b"a.mp4 1\n\xff.mp4 2\n", "line 2: not UTF-8 text (byte 8)"),
         ("a.mp4 1\n\nb.mp4\n", "line 3: 1 fields, wanted a clip and its weight"),
         ("a.mp4 1\nb.mp4 2 3\n", "line 2: 3 fields, wanted a clip and its weight"),
@@ -340,10 +340,16 @@ def test_clip_weights_are_read_whatever_the_editor_left(
         ("a.mp4 nan\n", "line 1: weight nan is negative or not finite"),
         ("a.mp4 inf\n", "line 1: weight inf is negative or not finite"),
         ("a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
-        ("a.mp4 1\nb 1\na 1\n", "line 3: clip a again, after line 1"),
+        ("a.mp4 1\nb 1\na 1\n", "line 3: clip a is already in line 1: delete one"),
         ("a.mp4 1\n.mp4 2\n", "line 2: clip name '.mp4' is empty"),
-        ("a.mp4 1\nx.mp4 1\n", "1 of 2 clips are in no feature file, x for one: more than 1%"),
-        ("a.avi 1\nb.avi 1\n", "2 of 2 clips are in no feature file, a.avi,\nnor any other: "),
+        (
+            "a.mp4 1\nx.mp4 1\n",
+            "1 of 2 clips are in no feature file, for example x\nat most 1%",
+        ),
+        (
+            "a.avi 1\nb.avi 1\n",
+            "none of its 2 clips is in a feature file\nit names a.avi, ",
+        ),
     ],
 )
 def test_mistakes_in_clip_weights_are_told_with_their_line(
@@ -359,9 +365,9 @@ def test_mistakes_in_clip_weights_are_told_with_their_line(
 def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:
     clips = [f"c{i:03d}" for i in range(200)]
     text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
-    with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, x for one$"):
+    with pytest.warns(UserWarning, match=r"1 of 200 clips are in no feature file, for example x$"):
         assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]
-    with pytest.raises(ValueError, match=r"3 of 202 clips .* more than 1%"):
+    with pytest.raises(ValueError, match=r"3 of 202 clips .*, for example x\nat most 1%"):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
         ground_truth.load_clip_weights(tmp_path / "none.txt", clips)

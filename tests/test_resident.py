@@ -758,7 +758,9 @@ def test_mistakes(ragged):
         make_batch_plan(splits, ("face",), **{**arguments, "crop": "centre"})
     layout = layout_of(ragged, modalities=("face",))
     layout = layout._replace(num_frames={"face": layout.num_frames["face"] + 1})
-    with pytest.raises(ValueError, match=r"the records hold \d+ frames instead of \d+"):
+    with pytest.raises(
+        ValueError, match=r"the records hold \d+ frames, but their manifest says \d+"
+    ):
         resident.Resident(ragged, layout, devices_lib.make_mesh(1))
 
 

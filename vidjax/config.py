@@ -87,7 +87,8 @@ def default() -> Config:
     config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
     # share of synthetic clips in which a third of the frames shows somebody else
     config.data.wrong_clips = 0.15
-    # how far blur follows the quality of synthetic frames, 0 to 4; 0: all are blurred alike
+    # how strongly blur depends on the quality of synthetic frames, 0 to 4; 0: all frames are
+    # blurred alike
     config.data.blur = 1.0
     config.data.label_noise = 0.0  # share of synthetic train clips labelled as somebody else
     # share of synthetic train clips that show nobody on the list, 0 to 0.9; in val it is 0.375
@@ -98,13 +99,13 @@ def default() -> Config:
     # frames whose feature holds a NaN or an infinity: `drop` leaves them out and counts them,
     # `error` refuses the file
     config.data.non_finite = "drop"
-    # quality of the frames of own features: `given` by the files, and where a clip's file has none
-    # the L2 norm of each feature; or that `norm` for all
+    # quality of the frames of your own features: `given`: the value in the file, or the L2 norm of
+    # the feature for clips without one; `norm`: always the L2 norm of the feature
     config.data.quality = "given"
     # `resident`: all clips stay in device memory; `streaming`: clips are read from the records;
     # `auto`: resident if the clips take at most half of the free memory
     config.data.mode = "auto"
-    config.data.max_frames = 64  # frames of a clip that training reads at most
+    config.data.max_frames = 64  # maximum number of frames that training reads from a clip
     # frames of a longer clip in training: a random `window`, or the best by `quality`
     config.data.crop = "window"
     # clips without an identity in training: `other` (class column 0), `leave_out`, or `noise`
@@ -151,8 +152,8 @@ def default() -> Config:
     config.noise.modality = "face"  # modality whose mean frames are clustered
     # epochs between two relabellings of the distractors in no cluster; 0: labels stay
     config.noise.relabel_every_epochs = 1.0
-    # class of a distractor in no cluster that is mistaken for nobody: the `label` that it has, or
-    # the `prediction`, a cluster or another mirror
+    # class of a distractor in no cluster for which the model predicts no identity: its own `label`,
+    # or the `prediction` (a cluster or a mirror class)
     config.noise.keep = "label"
     # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
     config.noise.mirror_weight = ((0.0, 1.0),)
@@ -166,7 +167,7 @@ def default() -> Config:
     config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
     config.eval.block_size = 256  # clips that a device scores at a time
     config.eval.scores = "log_softmax"  # scores that clips are ranked by
-    # number of identities for which a clip is ranked, those of its highest scores; 0: all
+    # rank each clip only for this many identities, those with its highest scores; 0: for all
     config.eval.top_classes = 0
     # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
     config.eval.reduce = "mean"
@@ -182,10 +183,10 @@ def default() -> Config:
     config.fusion = ConfigDict()
 
     config.loss = ConfigDict()  # the loss of the logits, and of the embeddings
-    # loss of the logits that has the rest of the weight in `loss.schedule`
+    # first loss of the logits; its weight is 1 minus that of `loss.focal`, see `loss.schedule`
     config.loss.classification = "softmax"
-    # loss of the logits that has the weight in `loss.schedule`: the focal loss of one class against
-    # the rest, summed over classes (`binary`), or of the softmax (`multiclass`)
+    # second loss of the logits, weighted by `loss.schedule`: `binary`: the focal loss of each class
+    # against the rest, summed over classes; `multiclass`: the focal loss of the softmax
     config.loss.focal = "binary"
     # focusing exponent of the focal loss, 0 or more; 0: cross-entropy
     config.loss.gamma = 2.0
@@ -193,7 +194,7 @@ def default() -> Config:
     config.loss.schedule = ((0.0, 0.0),)
     # margin of a cosine classifier in training, 0 to pi/2, in radians for `angular`; 0: none
     config.loss.margin = 0.0
-    # kind of the margin, for losses that have none of their own. With `loss.margin` above 0
+    # kind of margin, used with losses that define none themselves. With `loss.margin` above 0
     config.loss.margin_type = "angular"
     config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
     # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
@@ -295,7 +296,7 @@ def from_json(text: str | bytes) -> Config:
     """
     config, values = default(), files.parse_json(text)
     if not isinstance(values, dict):
-        raise ValueError("it holds no dict")
+        raise ValueError("it is not a JSON object")
     try:
         with config.unlocked():
             config.update(_with_tuples(values))

@@ -151,11 +151,11 @@ def _cell(value: object) -> str:
 
 
 def argument_table(shared: Mapping[str, str], experiments: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns the Markdown table of the words that experiments take after the colon.
+    """Returns the Markdown table of the arguments of all configurations.
 
     Args:
-      shared: word -> meaning, of the words that every experiment takes.
-      experiments: name of a file in `configs/` -> its words and their meanings, with the shared.
+      shared: argument -> meaning, of the arguments that every configuration takes.
+      experiments: name of a file in `configs/` -> argument -> meaning, the shared ones included.
     """
     lines = ["| configuration | argument | meaning |", "|---|---|---|"]
     lines += [f"| all | `{word}` | {meaning} |" for word, meaning in shared.items()]

@@ -100,7 +100,7 @@ def random_fusion(
 def merged_windows(
     rng: Array | None, frames: Frames, *, max_frames: int = 5, weighting: str = "uniform"
 ) -> Frames:
-    """Returns the frames, and for each frame its mean with some others of the clip.
+    """Returns the frames, and for each frame its mean with 1 to `max_frames` - 1 other frames.
 
     The others are those that follow the frame in a random, cyclic order of the frames of the clip.
     `random_fusion` without replacement, half of its `probs` on one frame, draws some at less cost.

@@ -200,7 +200,8 @@ def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None
       fpir: the share, in 0..1.
 
     Returns:
-      The share of known clips that are missed, 0..1; None without a distractor or a known clip.
+      The share of known clips that are missed or misnamed, 0..1; None without a distractor or a
+      known clip.
     """
     errors = _errors_of(clips, labels, fpir)
     return errors.fnir if errors else None
@@ -248,7 +249,7 @@ CLIP_METRICS: dict[str, Metric] = {
     "auroc": Metric("AUROC", "known clips against distractors", clip_auroc),
     "fnir_at_fpir_0.01": Metric(
         "FNIR at FPIR 1 %",
-        "known clips missed where 1 % of the distractors pass",
+        "known clips missed or misnamed where 1 % of the distractors pass",
         functools.partial(fnir, fpir=0.01),
     ),
     "threshold_at_fpir_0.01": Metric(
@@ -258,7 +259,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "fnir_at_fpir_0.1": Metric(
         "FNIR at FPIR 10 %",
-        "known clips missed where 10 % of the distractors pass",
+        "known clips missed or misnamed where 10 % of the distractors pass",
         functools.partial(fnir, fpir=0.1),
     ),
     "threshold_at_fpir_0.1": Metric(

@@ -104,7 +104,7 @@ def _read_key() -> bytes | None:
 
 
 def _make_key() -> bytes | None:
-    """Writes a new key whole; of two processes at once, both use the one that is there then."""
+    """Writes a new key atomically. If two processes do so at once, both use the first key."""
     path = _key_path()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:

@@ -219,7 +219,7 @@ def _read_ground_truth(path: Path) -> dict[str, list[str]]:
             raise ValueError(f"{place}: {fields[0]!r} stands alone, without a positive")
     direct = _names_come_first(path, [fields for _, fields in rows])
     positives: dict[str, list[str]] = {}
-    seen = set()
+    seen: dict[str, str] = {}
     for place, fields in rows:
         if direct and len(fields) > 2:
             raise ValueError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
@@ -228,8 +228,8 @@ def _read_ground_truth(path: Path) -> dict[str, list[str]]:
             raise ValueError(f"{place}: identity {identity!r} has a line already")
         for clip in clips:
             if clip in seen:
-                raise ValueError(f"{place}: clip {clip!r} is listed twice")
-            seen.add(clip)
+                raise ValueError(f"{place}: clip {clip!r} is already listed in {seen[clip]}")
+            seen[clip] = place
         positives.setdefault(identity, []).extend(clips)
     return positives
 
@@ -245,7 +245,7 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
         return False
     if len(set(others)) < len(others):
         return True
-    raise ValueError(f"{path}: which field is the clip? Names that end in .mp4 would tell")
+    raise ValueError(f"{path}: clips and identities look alike; end the names of clips in .mp4")
 
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:

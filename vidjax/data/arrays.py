@@ -113,7 +113,7 @@ class FeatureDict:
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise ValueError(
-                    f"'{show(str(split))}' is no split with its clips\n"
+                    f"'{show(str(split))}' is not the name of a split, or its value is not a dict\n"
                     "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
         self._splits, self._labels = splits, labels
@@ -141,7 +141,7 @@ class FeatureDict:
         ]
 
     def file_of(self, modality: str, split: str) -> Path:
-        """Returns the name of the split."""
+        """Returns the split as a path, for messages: arrays in memory have no file."""
         del modality
         return Path(split)
 

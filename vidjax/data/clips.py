@@ -209,7 +209,7 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)
-            hint = f"; is '{close}' a misspelling of it?" if close else ""
+            hint = f"; did you mean '{close}'?" if close else ""
             raise ValueError(
                 f"split '{split.name}' has no features of '{name}'{hint}\n"
                 f"choose among {', '.join(split.lengths)} with config.modalities"

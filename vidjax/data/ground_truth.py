@@ -63,7 +63,7 @@ def load_ground_truth(
     path = Path(path)
     lines = _lines(path)
     if not lines:
-        raise ValueError(f"{path}: holds no labels")
+        raise ValueError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
     split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
     known = frozenset(known_clips or ())
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
@@ -105,8 +105,8 @@ def _split_inverted(
             raise ValueError(f"{path}: line {number}: identity {show(identity)} has no clips")
         if identity in first_lines:
             raise ValueError(
-                f"{path}: line {number}: identity {show(identity)} again, "
-                f"after line {first_lines[identity]}"
+                f"{path}: line {number}: identity {show(identity)} is already in line "
+                f"{first_lines[identity]}: join the two lines"
             )
         first_lines[identity] = number
         yield number, names, identity
@@ -218,7 +218,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     path = Path(path)
     lines = _lines(path)
     if not lines:
-        raise ValueError(f"{path}: holds no weights")
+        raise ValueError(f"{path}: is empty; write one line per clip, 'NAME.mp4 WEIGHT'")
     given: dict[str, float] = {}
     known = frozenset(clips)
     at: dict[str, int] = {}
@@ -231,7 +231,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
         if name in at:
-            raise ValueError(f"{where} clip {show(name)} again, after line {at[name]}")
+            raise ValueError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
         at[name] = number
         given[name] = _weight(fields[1], where)
     check_known(path, given, clips)
@@ -263,12 +263,22 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
     unknown = [name for name in named if name not in known]
     if not unknown:
         return
-    message = f"{path}: {len(unknown)} of {len(named)} clips are in no feature file, {unknown[0]}"
     if len(unknown) == len(named):
-        raise ValueError(f"{message},\nnor any other: suffix? The files name {min(known)}")
+        raise ValueError(
+            f"{path}: none of its {len(named)} clips is in a feature file\n"
+            f"it names {show(unknown[0])}, the feature files name {show(min(known))}\n"
+            "give the clips the same names in both"
+        )
+    message = (
+        f"{path}: {len(unknown)} of {len(named)} clips are in no feature file, for example "
+        f"{show(unknown[0])}"
+    )
     if len(unknown) > MAX_UNKNOWN_RATE * len(named):
-        raise ValueError(f"{message} for one: more than {MAX_UNKNOWN_RATE:.0%}")
-    warnings.warn(f"{message} for one", stacklevel=3)
+        raise ValueError(
+            f"{message}\n"
+            f"at most {MAX_UNKNOWN_RATE:.0%} may be: remove these lines, or add the features"
+        )
+    warnings.warn(message, stacklevel=3)
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
@@ -282,5 +292,8 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(distinct)
     value, count = Counter(map(int, distinct)).most_common(1)[0] if distinct else (0, 1)
     if count > 1:
-        raise ValueError(f"identity {value} is written in {count} ways")
+        spellings = ", ".join(name for name in distinct if int(name) == value)
+        raise ValueError(
+            f"identity {value} is written in {count} ways: {spellings}; use one of them"
+        )
     return tuple(sorted(distinct, key=int))

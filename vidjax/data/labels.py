@@ -214,7 +214,9 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if re.fullmatch("-[0-9]+", text):
-            raise ValueError(f"{place}: identity {text}: leave out a clip of nobody")
+            raise ValueError(
+                f"{place}: identity {text} is negative: leave out clips of nobody on the list"
+            )
         if pairs.setdefault(name, text) != text:
             raise ValueError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
     return pairs

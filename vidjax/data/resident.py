@@ -303,7 +303,15 @@ def _locate(
     splits: Sequence[str],
     phase: str,
 ) -> dict[str, Packed]:
-    """Returns modality -> Packed of the clips of some splits, as they are in one phase."""
+    """Returns modality -> Packed, with the first frame and the number of frames of every clip.
+
+    Args:
+      frames: modality -> all frames of the dataset.
+      tables: (split, phase, modality) -> [2, N], first frame and number of frames of each clip.
+      mesh: the devices.
+      splits: names of the splits, in the order of the clips.
+      phase: `train`, in which long clips are cropped, or `eval`.
+    """
     located = {}
     for name, packed in frames.items():
         table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -376,7 +384,10 @@ class _Filler:
         if self._held:
             self._flush()
         if self._done != self._total:
-            raise ValueError(f"the records hold {self._done} frames instead of {self._total}")
+            raise ValueError(
+                f"the records hold {self._done} frames, but their manifest says {self._total}\n"
+                "delete the dataset's folder in the cache: the next run converts it again"
+            )
         return _flat(self._arrays)
 
 

@@ -106,9 +106,10 @@ SIZES = {
 def write(out_dir: str | Path, *, size: str, seed: int = 0, knobs: Knobs = DEFAULT_KNOBS) -> None:
     """Writes the synthetic set into `out_dir`, which must be empty or missing.
 
-    Fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face train and val are
-    `_v2`), `train_gt.txt` (one clip and its identity per line, sorted by identity), `val_gt.txt`
-    and `test_gt.txt` (one identity and its clips per line; without distractors). The official test
+    The folder gets fifteen pickles, `{face,head,body,audio,scene}_{train,val,test}.pickle` (face
+    train and val are `_v2`), `train_gt.txt` (one clip and its identity per line, sorted by
+    identity), `val_gt.txt` and `test_gt.txt` (one identity and its clips per line; without
+    distractors). The official test
     ground truth was never published; ours lets a test ranking be scored. The same size and seed
     give the same bytes on the same machine and numpy.
 
@@ -116,7 +117,7 @@ def write(out_dir: str | Path, *, size: str, seed: int = 0, knobs: Knobs = DEFAU
       out_dir: folder to fill.
       size: a key of `SIZES`.
       seed: not negative.
-      knobs: what the set holds more or less of.
+      knobs: how hard the set is, see `Knobs`.
 
     Raises:
       FileExistsError: `out_dir` is a file, or not empty.
@@ -323,9 +324,10 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Features [F, D] of frames that show `points` [F, R] at `quality` [F].
+        """Returns features [F, D] of frames that show `points` [F, R] at `quality` [F].
 
-        Frames of one `track` [F], one person in one clip, share a displacement, `spread` long.
+        The frames of one `track` [F], one person in one clip, are displaced by the same vector, of
+        length `spread`.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = draws.unit(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]

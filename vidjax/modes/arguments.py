@@ -280,7 +280,7 @@ def run_config(workdir: Path) -> Config:
         runs = sorted(path.parent for path in workdir.glob("*/config.json"))
         hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"
         if runs:
-            hint = f"there are runs in it: {', '.join(shown(path) for path in runs[:3])}"
+            hint = f"it contains runs, name one: {', '.join(shown(path) for path in runs[:3])}"
         raise ValueError(f"{error}\n{hint}") from error
 
 

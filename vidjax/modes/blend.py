@@ -134,7 +134,7 @@ def _run_config(config: Config, name: str, split: str) -> Config:
     """Returns the configuration of a run with the evaluation and the data of the blend."""
     run_config = config_lib.load_workdir(Path(name))
     if run_config.join.runs:
-        raise ValueError(f"--runs: '{name}' joins other runs itself; name those")
+        raise ValueError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
     given = [f"data.{field}" for field in ("dir", "cache_dir") if config.data[field] is not None]
     run_config = seal.own_config(Path(name), run_config, given)
     scores = run_config.eval.scores

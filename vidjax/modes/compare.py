@@ -103,7 +103,8 @@ def read(
     ap, positives, num_others = averages
     if len(identities) != len(ap):
         raise ValueError(
-            f"'{name}': {len(identities)} identities, but {len(ap)} in {source.name}\n"
+            f"'{name}': identities.json lists {len(identities)} identities, {source.name} "
+            f"{len(ap)}\n"
             f"{_evaluate_command(name, split)}"
         )
     known = positives > 0

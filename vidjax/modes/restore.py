@@ -108,7 +108,7 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     if tuple(config.modalities) != tuple(task.modalities):
         raise ValueError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
-            f"{','.join(task.modalities)}, in this order"
+            f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
     identities = load_identities(workdir, manifest)
     return FoundRun(found, task, identities, load_training_sets(workdir, manifest))
@@ -141,7 +141,8 @@ def fit_data(
     data = data.with_identities(identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise ValueError(
-            f"config.eval.split={split}: its ground truth names no identity that the run knows"
+            f"config.eval.split={split}: its ground truth names no identity that the run knows\n"
+            "check that --config.data.dir is the dataset of the run"
         )
     return data
 

@@ -36,8 +36,8 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if it is not finished.
 
     Raises:
-      ValueError: The folder contains a run of another configuration, or a finished one whose result
-        would get another configuration.
+      ValueError: The folder contains a run of another configuration, or a finished run whose
+        `config.json` would no longer say how it was trained.
     """
     if not (workdir / "config.json").exists():
         return None

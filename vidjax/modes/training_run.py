@@ -214,7 +214,7 @@ class TrainingRun:
         }
 
     def relabel(self) -> None:
-        """Moves unclustered distractors between mirror classes."""
+        """Relabels the distractors in no cluster by the predictions of the model."""
         assert self._relabeller is not None
         labels = ensemble.split(self._relabeller(self.state), self._group_size)
         self._states = [

@@ -57,10 +57,10 @@ class RunFiles(NamedTuple):
 
 
 def fitting(render: Callable[[RunFiles], T], run: RunFiles) -> T:
-    """Returns what `render` makes of a run's files.
+    """Returns `render(run)`.
 
     Raises:
-      ValueError: the files are good, each by itself, and do not fit each other.
+      ValueError: every file is valid, but the files do not belong to the same evaluation.
     """
     try:
         return render(run)

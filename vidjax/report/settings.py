@@ -173,7 +173,10 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 
 def _of_runs(run: RunFiles, key: str, own: Sequence[str]) -> list[str]:
-    """Returns a list of names as text: that of the run, or that of every run that it joins."""
+    """Returns the names under `key` as text: one string per joined run.
+
+    A run that joins none has one string, made of its `own` names.
+    """
     joined = joined_runs(run)
     return [", ".join(map(str, row.get(key, ()))) for row in joined] or [", ".join(map(str, own))]
 

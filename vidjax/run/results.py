@@ -242,7 +242,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an analysis, whole or not at all.
+    """Writes an analysis atomically.
 
     Args:
       path: the file to write or replace.
@@ -250,7 +250,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
       arrays: name -> array.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()

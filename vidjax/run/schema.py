@@ -319,7 +319,9 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
     """
     for names in TOGETHER:
         if 0 < sum(name in arrays for name in names) < len(names):
-            raise ValueError(f"'{path}' is damaged: it wants all of {', '.join(names)}\n{remedy}")
+            raise ValueError(
+                f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
+            )
     lengths: dict[str, int] = {}
     for name, wanted in ARRAYS.items():
         if name not in arrays:

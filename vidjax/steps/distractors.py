@@ -249,7 +249,10 @@ def cluster(
         )
     vectors = np.asarray(vectors, np.float64)  # [n, D]
     if not np.isfinite(vectors).all():
-        raise ValueError("cannot cluster the distractors: a mean frame is not finite")
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise ValueError(
+            f"cannot cluster the distractors: the mean frame of distractor {row} is not finite"
+        )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     real = np.flatnonzero(lengths[:, 0] > 0)
     clusters = np.full(len(vectors), -1, np.int32)

@@ -65,7 +65,10 @@ def convert(
                 with building(folder) as partial:
                     _write_records(source, fingerprint, partial, non_finite)
                     if source.fingerprint() != fingerprint:
-                        raise ValueError(f"{source.place}: changed while it was converted")
+                        raise ValueError(
+                            f"{source.place}: changed during the conversion\n"
+                            "run the command again once no program writes to it"
+                        )
     records = load_records(folder)
     if non_finite == "error":  # the records may be those of an earlier conversion with 'drop'
         _refuse_dropped(records, source)
