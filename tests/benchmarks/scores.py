@@ -380,11 +380,11 @@ def replace_header(text: str, lines: str) -> str:
     """Returns the text of a configuration with other lines of time and score.
 
     Raises:
-      ValueError: the text has no paragraph that begins with `Time:` and goes on with `Score:`.
+      ValueError: the text has no paragraph that begins with `Time:`, or several.
     """
-    pattern = r"(?m)^Time: .*\nScore: .*\n(?:.+\n)*"
+    pattern = r"(?m)^Time: .*\n(?:.+\n)*"
     if len(re.findall(pattern, text)) != 1:
-        raise ValueError("wanted one paragraph that begins with `Time:` and goes on with `Score:`")
+        raise ValueError("wanted one paragraph that begins with `Time:`")
     return re.sub(pattern, lambda match: lines, text)
 
 
