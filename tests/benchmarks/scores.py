@@ -362,9 +362,8 @@ def header(row: Row, found: Mapping[str, Any]) -> str:
     scores, seconds = found["rows"].get(row.key, {}), found["seconds"].get(row.key)
     arguments = " and ".join(f"`{word}`" for word in row.arguments.split(",") if word)
     spoken = f" with the argument {arguments}" if arguments else ""
-    lines = []
-    if seconds is not None:
-        lines += [f"Time: about {seconds:.0f} seconds on 2 CPU cores{spoken}."]
+    taken = "not measured" if seconds is None else f"about {seconds:.0f} seconds on 2 CPU cores"
+    lines = [f"Time: {taken}{spoken}."]
     means = {name: _mean(scores.get(name, {}).get("map", [])) for name in DATASETS}
     told = [f"{mean} on the small {name} dataset" for name, mean in means.items() if mean]
     if told:
