@@ -131,10 +131,10 @@ def test_a_published_gain_is_that_of_the_two_rows():
         if rung.base
     }
     assert gains["mma_nets against mma_netvlad_nets"] == pytest.approx(0.0024)
-    assert gains["dense_both against dense"] == pytest.approx(0.0016)
+    assert gains["dense_both against dense_narrow"] == pytest.approx(0.0016)
     assert gains["fusion against fusion_voting"] is None
     assert gains["mma against mma_concat"] is None
-    assert scores.published_gain(Rung("x", "dense", "dense_one")) is None
+    assert scores.published_gain(Rung("x", "dense_narrow", "dense_one")) is None
 
 
 def test_a_page_without_the_table_is_an_error():
