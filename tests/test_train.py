@@ -301,7 +301,10 @@ def test_a_loss_that_is_no_number_ends_the_run(data, tmp_path):
         "--config.num_epochs=2",
         spec=MLP,
     )
-    with pytest.raises(ValueError, match="learning rate") as caught:
+    with (
+        pytest.warns(UserWarning, match="1 steps up to step 2 were skipped"),
+        pytest.raises(ValueError, match="learning rate") as caught,
+    ):
         run(config, tmp_path, data)
     assert len(str(caught.value).splitlines()) <= 3
     assert not checkpoint.manifests(tmp_path)

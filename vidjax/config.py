@@ -70,7 +70,8 @@ def default() -> Config:
     config.transforms = ()
     # alpha of the Beta distribution that draws the shares of two mixed clips; 0: no mixup
     config.mixup = 0.0
-    config.log_every_steps = 20  # training steps between two lines of `metrics.jsonl`
+    # training steps between two lines of `metrics.jsonl`; steps 1, 2, 5 and 10 have a line, too
+    config.log_every_steps = 20
     # seconds between two checkpoints, beside the checkpoint of every evaluation
     config.checkpoint_every_seconds = 300.0
 

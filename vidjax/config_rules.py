@@ -59,6 +59,7 @@ LARGEST: Mapping[str, float] = {
     "noise.relabel_every_epochs": 1e6,
     "eval.every_epochs": 1e6,
 }
+MOST_INTEGER = 1 << 63  # beyond it, a whole number overflows where an array or a float is wanted
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
@@ -88,6 +89,8 @@ def convert(text: str, kind: type, example: Any) -> Any:
         value = kind(text)
     except (TypeError, ValueError):
         value = math.nan
+    if isinstance(value, int) and abs(value) >= MOST_INTEGER:
+        raise ValueError("a whole number that 64 bits hold")
     if math.isnan(value):
         raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
@@ -294,13 +297,24 @@ def is_read(name: str, values: Values) -> bool:
     return all(rule.condition(values) for rule in READ_WHEN if name in rule.fields)
 
 
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields a value, or all parts of a tuple of tuples."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
 def out_of_range(values: Values) -> Iterator[str]:
     """Yields an error message for every value that no training can use, whatever its data."""
     for name, value in values.items():
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = list(_parts(value))
         infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
         if infinite and name not in (*LARGEST, *UNLIMITED):
             yield f"config.{name}={value}: must be finite"
+        if any(isinstance(part, int) and abs(part) >= MOST_INTEGER for part in numbers):
+            yield f"config.{name}: holds a whole number beyond 64 bits"
     for name in POSITIVE:
         if not values[name] > 0:
             yield f"config.{name}={values[name]}: must be positive"

@@ -153,10 +153,11 @@ def parse_json(content: bytes | str) -> object:
     """Returns the value of JSON text.
 
     Raises:
-      ValueError: it is not JSON in UTF-8, nested too deeply, or holds too many values.
+      ValueError: it is not JSON in UTF-8, nested too deeply, or holds too many values or a whole
+        number that 64 bits do not hold.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
         raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep") from None
     count, level = 0, [value]
@@ -174,6 +175,13 @@ def parse_json(content: bytes | str) -> object:
             return value
         level = inner
     raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep")
+
+
+def _parse_int(digits: str) -> int:
+    """Returns a whole number; raises ValueError if it would overflow where a float is wanted."""
+    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise ValueError(f"a whole number beyond 64 bits: {digits[:20]}")
+    return int(digits)
 
 
 def read_lines(path: Path, limit: int = LOG_BYTES) -> list[bytes]:

@@ -329,6 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     folder, modes = args.folder.absolute(), tuple(args.modes.split(","))
     for trial in trials(folder, args.count, args.seed, modes):
         codes[trial.mode, trial.code] += 1
+        if not sum(codes.values()) % (100 * len(modes)):  # hours: what was done is worth a line
+            sys.stdout.write(f"{sum(codes.values()) // len(modes)} mutations\n")
+            sys.stdout.flush()
         if trial.wrong:
             wrong.append(trial)
             sys.stdout.write(f"{trial}\n")

@@ -250,6 +250,17 @@ def test_evaluation_falls_back_and_says_to_which_step(capsys, finished, damage, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["members_sha256", "config", "modalities"])
+def test_a_manifest_that_lacks_an_entry_is_one_error(capsys, words, parts, name):
+    for step, manifest in checkpoint.manifests(parts).items():
+        manifest = {key: value for key, value in manifest.items() if key != name}
+        checkpoint._write_manifest(parts / "checkpoints" / str(step), manifest)
+    for more in (words, ("--mode=evaluate", *words[-2:])):
+        code, said = command(capsys, *more, f"--workdir={parts}")
+        assert code == 3 and f"has no entry '{name}'" in said, said
+
+
+@pytest.mark.slow
 def test_no_score_is_computed_from_damaged_weights(capsys, finished):
     for step in checkpoint.manifests(finished):
         flip(largest(finished, step), np.random.default_rng(step))

@@ -160,6 +160,16 @@ def test_companions_that_are_pipes_or_links_are_refused(tmp_path):
             (tmp_path / name).unlink()
 
 
+def test_a_number_that_overflows_a_float_is_one_error(stranger, capsys):
+    path = stranger / "config.json"
+    values = json.loads(path.read_text())
+    values["optim"]["learning_rate"] = 10**400
+    path.write_text(json.dumps(values))
+    for mode in ("check", "report", "evaluate", "compare"):
+        code, said = complaint(capsys, *words_of(mode, stranger))
+        assert code in (2, 3) and "config.json" in said and "64 bits" in said, said
+
+
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
 def test_json_nested_deeply_is_one_error(stranger, capsys, name):
     path = stranger / f"{name}.json"

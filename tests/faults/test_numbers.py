@@ -174,6 +174,12 @@ def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last() -> None
 # Fields.
 
 
+@pytest.mark.parametrize("word", ["batch_size=1{}", "data.seed=-1{}", "loss.schedule=((0,1{}),)"])
+def test_whole_numbers_beyond_64_bits_are_refused(word: str) -> None:
+    with pytest.raises(ValueError, match="64 bits"):
+        config_lib.check(make_config(word.format(400 * "0")), fresh=True)
+
+
 @pytest.mark.parametrize(
     "word",
     [

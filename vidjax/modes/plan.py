@@ -133,6 +133,10 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     return weight
 
 
+# Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
+FIRST_STEPS = (1, 2, 5, 10)
+
+
 class Schedule(NamedTuple):
     """The steps after which training is interrupted.
 
@@ -162,7 +166,7 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         return frozenset(range(steps, total, steps)) if steps else frozenset()
 
     return Schedule(
-        log=frozenset(range(0, total, config.log_every_steps)) | {total},
+        log=frozenset({*FIRST_STEPS, *range(0, total, config.log_every_steps), total}),
         evaluate=every(config.eval.every_epochs) | {total},
         relabel=every(config.noise.relabel_every_epochs) if plan.layout else frozenset(),
     )

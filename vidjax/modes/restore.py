@@ -96,13 +96,7 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     if found is None:
         raise CheckpointError(f"no checkpoint in '{workdir}'; train first, without --mode")
     manifest = found.manifest
-    sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
-    for name in (*sizes, "identities_sha256", "members_sha256", "config"):
-        if name not in manifest:
-            raise CheckpointError(
-                f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
-                "another version of vidjax trained it: evaluate it with that version"
-            )
+    check_entries(workdir, manifest)
     check_config(workdir, manifest)
     task = task_of(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
@@ -112,6 +106,17 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
         )
     identities = load_identities(workdir, manifest)
     return FoundRun(found, task, identities, load_training_sets(workdir, manifest))
+
+
+def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a manifest lacks an entry that restoring needs."""
+    sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
+    for name in (*sizes, "identities_sha256", "members_sha256", "config"):
+        if name not in manifest:
+            raise CheckpointError(
+                f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
+                "another version of vidjax trained it: go on with that version"
+            )
 
 
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:

@@ -16,7 +16,7 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.modes.plan import RunPlan
-from vidjax.modes.restore import check_digests
+from vidjax.modes.restore import check_digests, check_entries
 from vidjax.run import checkpoint, resume, seal
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
@@ -58,6 +58,7 @@ def restore_or_init(
         return state_lib.init_state(system, plan.task.modalities, rngs, labels)
 
     def check(manifest: Mapping[str, Any]) -> None:
+        check_entries(workdir, manifest)
         before = config_lib.from_json(json.dumps(manifest["config"]))
         changed.update(resume.changes(workdir, before, config))
         check_digests(workdir, manifest, description)
