@@ -34,7 +34,6 @@ from vidjax.run import checkpoint
 ROOT = Path(__file__).parents[2]
 MODES = ("check", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
-DRAWN = 4  # of so many mutations, one has its report drawn by evaluate and resume, too
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
     "<script>alert(1)</script>", "../../../etc/passwd", "\x00\n\x1b[2J", [], {}, [[[]]] * 1000,
@@ -202,26 +201,14 @@ def files_of(run: Path) -> list[Path]:
     return sorted(set(kept) - set(state)) + sorted(state)[:3]
 
 
-def words_of(
-    mode: str, run: Path, copy: Path, training: list[str], *, with_report: bool = True
-) -> list[str]:
-    """Returns the command of a mode on the mutated copy.
-
-    Args:
-      mode: one of MODES.
-      run: the folder of the run.
-      copy: that of the mutated copy.
-      training: words that train the run.
-      with_report: False to let `evaluate` and `resume` draw no report.
-    """
-    plain = [] if with_report else ["--config.eval.report=False"]
-    if mode == "resume":
-        return [*training, f"--workdir={copy}", "--config.num_epochs=3", *plain]
-    if mode == "again":
-        return [*training, f"--workdir={copy}"]
+def words_of(mode: str, run: Path, copy: Path, training: list[str]) -> list[str]:
+    """Returns the command of a mode on the mutated copy."""
+    if mode in ("again", "resume"):
+        more = ["--config.num_epochs=3"] if mode == "resume" else []
+        return [*training, f"--workdir={copy}", *more]
     if mode == "compare":
         return ["--mode=compare", f"--workdir={copy.parent}/out", f"--runs={run},{copy}"]
-    return [f"--mode={mode}", f"--workdir={copy}", *(plain if mode == "evaluate" else [])]
+    return [f"--mode={mode}", f"--workdir={copy}"]
 
 
 @contextlib.contextmanager
@@ -306,8 +293,7 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             shutil.copytree(run, copy)
             mutate(copy / name, random.Random(choice))
             try:
-                words = words_of(mode, run, copy, training, with_report=number % DRAWN == 0)
-                code, wrong = run_mode(words)
+                code, wrong = run_mode(words_of(mode, run, copy, training))
             except (Exception, TooLong) as error:
                 code, wrong = None, f"{type(error).__name__}: {error}"
             if digest(*outside) != before:
