@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -257,6 +258,12 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     return code, "; ".join(wrong)
 
 
+def places(error: BaseException) -> str:
+    """Returns the last lines of code that an error came through, the innermost one last."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return " > ".join(f"{Path(one.filename).name}:{one.lineno}" for one in frames)
+
+
 def digest(*folders: Path) -> str:
     """Returns a digest of names and contents of all files in some folders."""
     sha256 = hashlib.sha256()
@@ -295,7 +302,7 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             try:
                 code, wrong = run_mode(words_of(mode, run, copy, training))
             except (Exception, TooLong) as error:
-                code, wrong = None, f"{type(error).__name__}: {error}"
+                code, wrong = None, f"{type(error).__name__}: {error} {places(error)}"
             if digest(*outside) != before:
                 wrong += "; something outside was changed"
             yield Trial(str(name), f"{mutate.__name__} {choice}", mode, code, wrong)
