@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -248,7 +249,9 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     if code not in (0, 2, 3):
         wrong.append(f"exit code {code}")
     if "Traceback" in err.getvalue() + out.getvalue():
-        wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]}")
+        lines = re.findall(r'File ".*/(.+)", line (\d+)', err.getvalue())[-6:]
+        places = " > ".join(":".join(line) for line in lines)
+        wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]} {places}")
     elif code and (len(said.strip().splitlines()) > LINES or not is_told):
         wrong.append(f"not an error of one to three lines: {said[:300]}")
     if seconds > SECONDS:
@@ -260,7 +263,7 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
 
 def places(error: BaseException) -> str:
     """Returns the last lines of code that an error came through, the innermost one last."""
-    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
     return " > ".join(f"{Path(one.filename).name}:{one.lineno}" for one in frames)
 
 
