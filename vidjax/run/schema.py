@@ -146,6 +146,7 @@ MANIFEST = Object(
     },
     ("step", "files", "arrays"),
 )
+MAY_BE_NULL = ("num_clusters", "threshold")  # of MANIFEST, where null is a value
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))
 IDENTITIES = Many(TEXT, 1_000_000)
