@@ -9,6 +9,7 @@ three lines of error, and may change nothing outside of the copy. Everything run
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
@@ -218,6 +219,7 @@ def alarm() -> Iterator[None]:
     """Interrupts what takes longer than it may."""
 
     def ring(signum: int, frame: object) -> None:
+        faulthandler.dump_traceback(sys.__stderr__ or 2)  # what every thread waits for
         raise TooLong(f"longer than {6 * SECONDS} s of wall time")
 
     before = signal.signal(signal.SIGALRM, ring)
