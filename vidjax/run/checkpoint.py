@@ -291,9 +291,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         schema.check(path, manifest, schema.MANIFEST, "this checkpoint is not used")
     except ValueError as error:
         raise DamagedError(str(error)) from error
-    for name in sorted(manifest.keys() - set(schema.MAY_BE_NULL)):
-        if manifest[name] is None:
-            raise DamagedError(f"'{path}' is damaged: {name[:40]} is null")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
         raise DamagedError(f"'{path}' is damaged: it names a file outside of its folder")
     return manifest

@@ -53,6 +53,7 @@ class Object(NamedTuple):
     keys: Mapping[str, "Schema"]
     required: tuple[str, ...] = ()
     prefixed: Mapping[str, "Schema"] = MappingProxyType({})  # start of a key -> schema
+    nullable: tuple[str, ...] | None = None  # the only keys that may be null; None for all
 
 
 Schema = Kind | Many | Table | Object
@@ -145,8 +146,8 @@ MANIFEST = Object(
         "seconds": NUMBER,
     },
     ("step", "files", "arrays"),
+    nullable=("num_clusters", "threshold"),
 )
-MAY_BE_NULL = ("num_clusters", "threshold")  # of MANIFEST, where null is a value
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))
 IDENTITIES = Many(TEXT, 1_000_000)
@@ -285,6 +286,9 @@ def _problem(value: object, schema: Schema, place: str) -> str | None:
         for key in schema.required:
             if value.get(key) is None:
                 return f"{_below(place, key)} is missing"
+        for key in sorted(value):
+            if schema.nullable is not None and value[key] is None and key not in schema.nullable:
+                return f"{_below(place, key)} is null"
         known = dict(schema.keys)
         for start, inner in schema.prefixed.items():
             known |= {key: inner for key in value if key.startswith(start)}
