@@ -35,7 +35,7 @@ from vidjax import main as vidjax_main
 from vidjax.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-MODES = ("check", "report", "compare", "evaluate", "again", "resume")
+MODES = ("check", "config", "rank", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
@@ -188,6 +188,10 @@ def make_run(folder: Path) -> tuple[Path, list[str]]:
         clip_files.write_learnable(data)
         if vidjax_main.main([*words, f"--workdir={run}"]):
             raise SystemExit("the run that is to be mutated could not be trained")
+    (folder / "new").mkdir(exist_ok=True)
+    for number in range(3):  # clips to rank
+        face = np.random.default_rng(number).normal(size=(2, clip_files.WIDTHS["face"]))
+        np.savez(folder / "new" / f"{number}.npz", face=face.astype(np.float32))
     victim = folder / "victim"
     victim.mkdir(exist_ok=True)
     (victim / "mine.txt").write_text("mine\n")
@@ -211,7 +215,10 @@ def words_of(mode: str, run: Path, copy: Path, training: list[str]) -> list[str]
         return [*training, f"--workdir={copy}", *more]
     if mode == "compare":
         return ["--mode=compare", f"--workdir={copy.parent}/out", f"--runs={run},{copy}"]
-    return [f"--mode={mode}", f"--workdir={copy}"]
+    words = [f"--mode={mode}", f"--workdir={copy}"]
+    if mode == "rank":
+        words += [f"--input={run.parent / 'new'}", f"--out={copy.parent / 'ranked.tsv'}"]
+    return words
 
 
 @contextlib.contextmanager
@@ -294,7 +301,7 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
         shutil.copytree(run, folder / "copies" / "copy")
         run_mode(words_of(mode, run, folder / "copies" / "copy", training))
     names, rng = files_of(run), random.Random(seed)
-    outside = (folder / "victim", folder / "data", run)
+    outside = (folder / "victim", folder / "data", folder / "new", run)
     before = digest(*outside)
     for number in range(count):
         name = names[number % len(names)]
