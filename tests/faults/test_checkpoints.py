@@ -273,6 +273,18 @@ def test_a_manifest_with_a_null_is_damaged(tmp_path, name):
     assert checkpoint.manifests(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_identities", -1), ("num_clips", 0), ("num_clusters", 1 << 40), ("modalities", {"f": 0})],
+)
+def test_sizes_in_a_manifest_are_sizes(tmp_path, name, value):
+    folder = tmp_path / "checkpoints" / "3"
+    (folder / "state").mkdir(parents=True)
+    checkpoint._write_manifest(folder, {"step": 3, "files": {}, "arrays": {}, name: value})
+    with pytest.raises(checkpoint.DamagedError, match=rf"{name}.* must be a whole number from"):
+        checkpoint.read_manifest(folder)
+
+
 @pytest.mark.slow
 def test_no_score_is_computed_from_damaged_weights(capsys, finished):
     for step in checkpoint.manifests(finished):
