@@ -258,9 +258,8 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     if code not in (0, 2, 3):
         wrong.append(f"exit code {code}")
     if "Traceback" in err.getvalue() + out.getvalue():
-        lines = re.findall(r'File ".*/(.+)", line (\d+)', err.getvalue())[-6:]
-        places = " > ".join(":".join(line) for line in lines)
-        wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]} {places}")
+        last = err.getvalue().strip().splitlines()[-1][:300]
+        wrong.append(f"traceback: {last} {places(err.getvalue())}")
     elif code and (len(said.strip().splitlines()) > LINES or not is_told):
         wrong.append(f"not an error of one to three lines: {said[:300]}")
     if seconds > SECONDS:
@@ -270,10 +269,10 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     return code, "; ".join(wrong)
 
 
-def places(error: BaseException) -> str:
-    """Returns the last lines of code that an error came through, the innermost one last."""
-    frames = traceback.extract_tb(error.__traceback__)[-8:]
-    return " > ".join(f"{Path(one.filename).name}:{one.lineno}" for one in frames)
+def places(trace: str) -> str:
+    """Returns the last lines of code in the text of a traceback, the innermost one last."""
+    lines = re.findall(r'File ".*/(.+)", line (\d+)', trace)[-8:]
+    return " > ".join(":".join(line) for line in lines)
 
 
 def digest(*folders: Path) -> str:
@@ -314,7 +313,8 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             try:
                 code, wrong = run_mode(words_of(mode, run, copy, training))
             except (Exception, TooLong) as error:
-                code, wrong = None, f"{type(error).__name__}: {error} {places(error)}"
+                trace = "".join(traceback.format_exception(error))
+                code, wrong = None, f"{type(error).__name__}: {error} {places(trace)}"
             if digest(*outside) != before:
                 wrong += "; something outside was changed"
             yield Trial(str(name), f"{mutate.__name__} {choice}", mode, code, wrong)

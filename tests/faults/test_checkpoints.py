@@ -274,14 +274,20 @@ def test_a_manifest_with_a_null_is_damaged(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_identities", -1), ("num_clips", 0), ("num_clusters", 1 << 40), ("modalities", {"f": 0})],
+    ("name", "value", "kind"),
+    [
+        ("num_identities", -1, "a whole number from"),
+        ("num_clips", 0, "a whole number from"),
+        ("num_clusters", 1 << 40, "a whole number from"),
+        ("modalities", {"f": 0}, "a whole number from"),
+        ("threshold", "20", "a number"),
+    ],
 )
-def test_sizes_in_a_manifest_are_sizes(tmp_path, name, value):
+def test_sizes_in_a_manifest_are_numbers_in_range(tmp_path, name, value, kind):
     folder = tmp_path / "checkpoints" / "3"
     (folder / "state").mkdir(parents=True)
     checkpoint._write_manifest(folder, {"step": 3, "files": {}, "arrays": {}, name: value})
-    with pytest.raises(checkpoint.DamagedError, match=rf"{name}.* must be a whole number from"):
+    with pytest.raises(checkpoint.DamagedError, match=rf"{name}.* must be {kind}"):
         checkpoint.read_manifest(folder)
 
 

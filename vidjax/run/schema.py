@@ -154,7 +154,7 @@ MANIFEST = Object(
         "train_other": FLAG,
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
-        "seconds": NUMBER,
+        **dict.fromkeys(("seconds", "threshold"), NUMBER),
     },
     ("step", "files", "arrays"),
     nullable=("num_clusters", "threshold"),
