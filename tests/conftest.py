@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from jax._src import compiler
 
 from tests.helpers import clip_files
 
@@ -55,9 +57,21 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_quickly() -> None:
+def compile_quickly() -> Iterator[None]:
     """Programs of this process are compiled without optimisation; those of commands are not."""
     jax.config.update("jax_disable_most_optimizations", True)
+    get_compile_options = compiler.get_compile_options
+
+    def without_fusion_emitters(*args: Any, **kwargs: Any) -> Any:
+        """Fusion emitters take half of the time of compilation; jax has no setting for them."""
+        options = get_compile_options(*args, **kwargs)
+        if jax.config.values["jax_disable_most_optimizations"]:
+            options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", without_fusion_emitters)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -198,6 +198,7 @@ def test_a_cosine_classifier_is_a_product_with_the_embedding(train, clips):
     np.testing.assert_allclose(scores[alone], wanted, atol=1e-3)
 
 
+@pytest.mark.optimized
 def test_arrays_are_ranked_where_there_is_no_tensorflow(train, clips, tmp_path):
     folder = train("mma")
     flat = {
@@ -220,7 +221,7 @@ with np.load({str(tmp_path / "clips.npz")!r}) as file:
 run = predict.restore({str(folder)!r})
 np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.embed(clips))
 """
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

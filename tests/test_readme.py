@@ -246,8 +246,10 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     results = shutil.copy(scores.RESULTS, tmp_path / "scores.json")
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "RESULTS", Path(results))
-    campaigns = []
+    # `tests/faults` runs a sample of both.
+    campaigns, trial = [], mutations.Trial("ranking.txt", "cut 0.5", "check", 0, "")
     monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
+    monkeypatch.setattr(mutations, "trials", lambda *args: campaigns.append(args) or [trial])
     run = {
         # Trains nothing, or times the shortest command.
         "tests.benchmarks.scores": lambda words: scores.main(
@@ -259,13 +261,12 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         "tests.campaigns.commands": lambda words: command_campaign.main(
             [*words, "--only=--version"]
         ),
-        # `tests/faults/test_kill.py` runs a short campaign.
         "tests.campaigns.kills": kills.main,
         # `tests/faults/test_numbers.py` runs more cases.
         "tests.campaigns.numbers": lambda words: numbers.main(
             [*words, "--only=zero,batch-1e8", "--systems=knn"]
         ),
-        "tests.campaigns.mutations": lambda words: mutations.main([words[0], "--count=1"]),
+        "tests.campaigns.mutations": lambda words: mutations.main([*words, "--seed=0"]),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -275,7 +276,8 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
         json.loads(Path(results).read_text())["scores"]
         == json.loads((ROOT / "tests/benchmarks/scores.json").read_text())["scores"]
     )
-    assert campaigns == [(tmp_path / "FOLDER", 200, 0, None)]
+    folder = tmp_path / "FOLDER"
+    assert sorted(campaigns) == [(folder, 200, 0, None), (folder, 2000, 0, mutations.MODES)]
 
 
 @pytest.mark.slow

@@ -403,6 +403,7 @@ FUSIONS += [
 FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("filters", "dtype"),
     [

@@ -36,7 +36,7 @@ def results(vidjax_command, workdir, *words):
     return json.loads((workdir / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_all_modalities_beat_each_alone_and_neighbours(vidjax_command, tmp_path, cache_dir, seed):
     """The first command of the README, with another seed of everything."""
     seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")

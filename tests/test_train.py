@@ -2,6 +2,8 @@
 
 import json
 import signal
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble
 from vidjax.data.load import load_dataset
 from vidjax.modes import evaluate, restore, train
+from vidjax.modes.plan import make_schedule
 from vidjax.run import checkpoint, signals
 from vidjax.steps import scoring
 from vidjax.steps import state as state_lib
@@ -97,6 +100,19 @@ def test_another_configuration_is_refused(tmp_path):
     assert "model.gamma: 0.05 -> 0.1" in str(caught.value)
     moved = shrunk("--config.num_epochs=1", "--config.data.cache_dir=/elsewhere")
     assert train.finished(tmp_path, moved) == results
+
+
+@pytest.mark.parametrize(
+    ("total", "logged"),
+    [
+        (3, {0, 1, 2, 3}),
+        (15, {0, 1, 2, 5, 10, 15}),
+        (45, {0, 1, 2, 5, 10, 20, 40, 45}),
+    ],
+)
+def test_a_short_run_has_a_curve(total, logged):
+    plan: Any = SimpleNamespace(task=SimpleNamespace(total_steps=total, num_clips=583), layout=None)
+    assert make_schedule(config_lib.default(), plan).log == logged
 
 
 SYSTEMS = [

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from vidjax.files import INTEGER_LIMIT
 from vidjax.suggest import suggest
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
@@ -59,7 +60,6 @@ LARGEST: Mapping[str, float] = {
     "noise.relabel_every_epochs": 1e6,
     "eval.every_epochs": 1e6,
 }
-MOST_INTEGER = 1 << 63  # beyond it, a whole number overflows where an array or a float is wanted
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
@@ -89,7 +89,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
         value = kind(text)
     except (TypeError, ValueError):
         value = math.nan
-    if isinstance(value, int) and abs(value) >= MOST_INTEGER:
+    if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
         raise ValueError("a whole number that 64 bits hold")
     if math.isnan(value):
         raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
@@ -313,7 +313,7 @@ def out_of_range(values: Values) -> Iterator[str]:
         infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
         if infinite and name not in (*LARGEST, *UNLIMITED):
             yield f"config.{name}={value}: must be finite"
-        if any(isinstance(part, int) and abs(part) >= MOST_INTEGER for part in numbers):
+        if any(isinstance(part, int) and abs(part) >= INTEGER_LIMIT for part in numbers):
             yield f"config.{name}: holds a whole number beyond 64 bits"
     for name in POSITIVE:
         if not values[name] > 0:

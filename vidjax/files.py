@@ -177,9 +177,13 @@ def parse_json(content: bytes | str) -> object:
     raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep")
 
 
+# From here on a whole number overflows where an array or a float is wanted.
+INTEGER_LIMIT = 1 << 63
+
+
 def _parse_int(digits: str) -> int:
     """Returns a whole number; raises ValueError if it would overflow where a float is wanted."""
-    if len(digits) > 20 or not -(1 << 63) <= int(digits) < 1 << 63:
+    if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
         raise ValueError(f"a whole number beyond 64 bits: {digits[:20]}")
     return int(digits)
 

@@ -9,16 +9,19 @@ three lines of error, and may change nothing outside of the copy. Everything run
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,9 +35,8 @@ from vidjax import main as vidjax_main
 from vidjax.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
-MODES = ("check", "report", "compare", "evaluate", "again", "resume")
+MODES = ("check", "config", "rank", "report", "compare", "evaluate", "again", "resume")
 SECONDS, MEMORY, LINES = 10, 1 << 30, 3
-DRAWN = 4  # of so many mutations, one has its report drawn by evaluate and resume, too
 WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 10**18, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 20_000,
     "<script>alert(1)</script>", "../../../etc/passwd", "\x00\n\x1b[2J", [], {}, [[[]]] * 1000,
@@ -186,6 +188,10 @@ def make_run(folder: Path) -> tuple[Path, list[str]]:
         clip_files.write_learnable(data)
         if vidjax_main.main([*words, f"--workdir={run}"]):
             raise SystemExit("the run that is to be mutated could not be trained")
+    (folder / "new").mkdir(exist_ok=True)
+    for number in range(3):  # clips to rank
+        face = np.random.default_rng(number).normal(size=(2, clip_files.WIDTHS["face"]))
+        np.savez(folder / "new" / f"{number}.npz", face=face.astype(np.float32))
     victim = folder / "victim"
     victim.mkdir(exist_ok=True)
     (victim / "mine.txt").write_text("mine\n")
@@ -202,26 +208,17 @@ def files_of(run: Path) -> list[Path]:
     return sorted(set(kept) - set(state)) + sorted(state)[:3]
 
 
-def words_of(
-    mode: str, run: Path, copy: Path, training: list[str], *, with_report: bool = True
-) -> list[str]:
-    """Returns the command of a mode on the mutated copy.
-
-    Args:
-      mode: one of MODES.
-      run: the folder of the run.
-      copy: that of the mutated copy.
-      training: words that train the run.
-      with_report: False to let `evaluate` and `resume` draw no report.
-    """
-    plain = [] if with_report else ["--config.eval.report=False"]
-    if mode == "resume":
-        return [*training, f"--workdir={copy}", "--config.num_epochs=3", *plain]
-    if mode == "again":
-        return [*training, f"--workdir={copy}"]
+def words_of(mode: str, run: Path, copy: Path, training: list[str]) -> list[str]:
+    """Returns the command of a mode on the mutated copy."""
+    if mode in ("again", "resume"):
+        more = ["--config.num_epochs=3"] if mode == "resume" else []
+        return [*training, f"--workdir={copy}", *more]
     if mode == "compare":
         return ["--mode=compare", f"--workdir={copy.parent}/out", f"--runs={run},{copy}"]
-    return [f"--mode={mode}", f"--workdir={copy}", *(plain if mode == "evaluate" else [])]
+    words = [f"--mode={mode}", f"--workdir={copy}"]
+    if mode == "rank":
+        words += [f"--input={run.parent / 'new'}", f"--out={copy.parent / 'ranked.tsv'}"]
+    return words
 
 
 @contextlib.contextmanager
@@ -229,6 +226,7 @@ def alarm() -> Iterator[None]:
     """Interrupts what takes longer than it may."""
 
     def ring(signum: int, frame: object) -> None:
+        faulthandler.dump_traceback(sys.__stderr__ or 2)  # what every thread waits for
         raise TooLong(f"longer than {6 * SECONDS} s of wall time")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -260,7 +258,8 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     if code not in (0, 2, 3):
         wrong.append(f"exit code {code}")
     if "Traceback" in err.getvalue() + out.getvalue():
-        wrong.append(f"traceback: {err.getvalue().strip().splitlines()[-1][:300]}")
+        last = err.getvalue().strip().splitlines()[-1][:300]
+        wrong.append(f"traceback: {last} {places(err.getvalue())}")
     elif code and (len(said.strip().splitlines()) > LINES or not is_told):
         wrong.append(f"not an error of one to three lines: {said[:300]}")
     if seconds > SECONDS:
@@ -268,6 +267,12 @@ def run_mode(words: list[str]) -> tuple[int | None, str]:
     if grown > MEMORY:
         wrong.append(f"{grown / 1e9:.1f} GB")
     return code, "; ".join(wrong)
+
+
+def places(trace: str) -> str:
+    """Returns the last lines of code in the text of a traceback, the innermost one last."""
+    lines = re.findall(r'File ".*/(.+)", line (\d+)', trace)[-8:]
+    return " > ".join(":".join(line) for line in lines)
 
 
 def digest(*folders: Path) -> str:
@@ -295,7 +300,7 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
         shutil.copytree(run, folder / "copies" / "copy")
         run_mode(words_of(mode, run, folder / "copies" / "copy", training))
     names, rng = files_of(run), random.Random(seed)
-    outside = (folder / "victim", folder / "data", run)
+    outside = (folder / "victim", folder / "data", folder / "new", run)
     before = digest(*outside)
     for number in range(count):
         name = names[number % len(names)]
@@ -306,10 +311,10 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
             shutil.copytree(run, copy)
             mutate(copy / name, random.Random(choice))
             try:
-                words = words_of(mode, run, copy, training, with_report=number % DRAWN == 0)
-                code, wrong = run_mode(words)
+                code, wrong = run_mode(words_of(mode, run, copy, training))
             except (Exception, TooLong) as error:
-                code, wrong = None, f"{type(error).__name__}: {error}"
+                trace = "".join(traceback.format_exception(error))
+                code, wrong = None, f"{type(error).__name__}: {error} {places(trace)}"
             if digest(*outside) != before:
                 wrong += "; something outside was changed"
             yield Trial(str(name), f"{mutate.__name__} {choice}", mode, code, wrong)

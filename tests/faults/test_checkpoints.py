@@ -260,6 +260,37 @@ def test_a_manifest_that_lacks_an_entry_is_one_error(capsys, words, parts, name)
         assert code == 3 and f"has no entry '{name}'" in said, said
 
 
+@pytest.mark.parametrize("name", ["num_identities", "seconds", "map", "evaluated"])
+def test_a_manifest_with_a_null_is_damaged(tmp_path, name):
+    folder = tmp_path / "checkpoints" / "3"
+    (folder / "state").mkdir(parents=True)
+    entries = {"step": 3, "files": {}, "arrays": {}, "num_clusters": None, "num_identities": 2}
+    checkpoint._write_manifest(folder, entries)
+    assert checkpoint.read_manifest(folder) == entries
+    checkpoint._write_manifest(folder, {**entries, name: None})
+    with pytest.raises(checkpoint.DamagedError, match=f"is damaged: {name} is null"):
+        checkpoint.read_manifest(folder)
+    assert checkpoint.manifests(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("num_identities", -1, "a whole number from"),
+        ("num_clips", 0, "a whole number from"),
+        ("num_clusters", 1 << 40, "a whole number from"),
+        ("modalities", {"f": 0}, "a whole number from"),
+        ("threshold", "20", "a number"),
+    ],
+)
+def test_sizes_in_a_manifest_are_numbers_in_range(tmp_path, name, value, kind):
+    folder = tmp_path / "checkpoints" / "3"
+    (folder / "state").mkdir(parents=True)
+    checkpoint._write_manifest(folder, {"step": 3, "files": {}, "arrays": {}, name: value})
+    with pytest.raises(checkpoint.DamagedError, match=rf"{name}.* must be {kind}"):
+        checkpoint.read_manifest(folder)
+
+
 @pytest.mark.slow
 def test_no_score_is_computed_from_damaged_weights(capsys, finished):
     for step in checkpoint.manifests(finished):

@@ -19,6 +19,8 @@ from vidjax.steps.distractors import label_distractors
 from vidjax.steps.poor_clips import training_threshold
 from vidjax.system import TaskSpec
 
+# Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
+FIRST_STEPS = (1, 2, 5, 10)
 MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
@@ -133,10 +135,6 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     return weight
 
 
-# Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
-FIRST_STEPS = (1, 2, 5, 10)
-
-
 class Schedule(NamedTuple):
     """The steps after which training is interrupted.
 
@@ -166,7 +164,10 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         return frozenset(range(steps, total, steps)) if steps else frozenset()
 
     return Schedule(
-        log=frozenset({*FIRST_STEPS, *range(0, total, config.log_every_steps), total}),
+        log=frozenset(
+            {*range(0, total, config.log_every_steps), total}
+            | {step for step in FIRST_STEPS if step < total}
+        ),
         evaluate=every(config.eval.every_epochs) | {total},
         relabel=every(config.noise.relabel_every_epochs) if plan.layout else frozenset(),
     )

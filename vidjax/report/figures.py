@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -134,9 +135,11 @@ class Plot:
     def _svg(self, key: str) -> str:
         """Returns the drawing as SVG. matplotlib has escaped the texts in it."""
         content = io.BytesIO()
+        for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
+            patch.set(facecolor="none", edgecolor="none")
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # glyphs that the reader's fonts have
-            self.figure.savefig(content, format="svg", transparent=True)
+            FigureCanvasSVG(self.figure).print_svg(content)  # `savefig` draws everything twice
         svg = content.getvalue().decode()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

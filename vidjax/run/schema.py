@@ -53,6 +53,7 @@ class Object(NamedTuple):
     keys: Mapping[str, "Schema"]
     required: tuple[str, ...] = ()
     prefixed: Mapping[str, "Schema"] = MappingProxyType({})  # start of a key -> schema
+    nullable: tuple[str, ...] | None = None  # the only keys that may be null; None for all
 
 
 Schema = Kind | Many | Table | Object
@@ -75,6 +76,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_whole(value) and 0 <= value < 1 << 31
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or _is_whole(value)
 
@@ -95,6 +104,8 @@ ANY = Kind("a value", lambda value: True)
 PLAIN = Kind("a number or a text", lambda value: not isinstance(value, (list, dict)))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 WHOLE = Kind("a whole number", _is_whole)
+COUNT = Kind("a whole number from 0 to 2,147,483,647", _is_count)
+SIZE = Kind("a whole number from 1 to 2,147,483,647", _is_size)
 NUMBER = Kind("a number", _is_number)
 SHARE = Kind("a number from 0 to 1", _is_share)
 COLUMN = Kind("the place of an identity, or -1", _is_column)
@@ -137,14 +148,16 @@ MANIFEST = Object(
         "files": Table(TEXT, 100_000),
         "arrays": Table(TEXT, 100_000),
         "config": Table(ANY),
-        "modalities": Table(WHOLE),
-        **dict.fromkeys(("num_identities", "num_clusters", "num_clips", "total_steps"), WHOLE),
+        "modalities": Table(SIZE),
+        **dict.fromkeys(("num_identities", "num_clips", "total_steps"), SIZE),
+        "num_clusters": COUNT,
         "train_other": FLAG,
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
-        "seconds": NUMBER,
+        **dict.fromkeys(("seconds", "threshold"), NUMBER),
     },
     ("step", "files", "arrays"),
+    nullable=("num_clusters", "threshold"),
 )
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))
@@ -284,6 +297,9 @@ def _problem(value: object, schema: Schema, place: str) -> str | None:
         for key in schema.required:
             if value.get(key) is None:
                 return f"{_below(place, key)} is missing"
+        for key in sorted(value):
+            if schema.nullable is not None and value[key] is None and key not in schema.nullable:
+                return f"{_below(place, key)} is null"
         known = dict(schema.keys)
         for start, inner in schema.prefixed.items():
             known |= {key: inner for key in value if key.startswith(start)}
