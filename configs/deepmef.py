@@ -2,9 +2,8 @@
 
     python -m vidjax.main --config=configs/deepmef.py
 
-Time: about 32 seconds on 2 CPU cores, and 20 with the argument `face`.
-Score: MAP@100 0.818 on the small synthetic dataset (mean of three seeds 0.846), 0.825 with the
-argument `face` (0.850), and 0.843 with `published` (0.865).
+Time: about 42 seconds on 2 CPU cores.
+Score: MAP@100 0.847 on the small synthetic dataset (means of 3 seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities: `face` alone,
 `scene` alone, which is the second model by itself, or others in place of `scene`.

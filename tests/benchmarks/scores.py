@@ -14,6 +14,7 @@ lists the runs and what is compared.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -169,11 +170,16 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
         before = old.get("rows", {}).get(key, {})
         scores = {name: _scores(folder, row, name) or before.get(name) for name in DATASETS}
         rows[key] = {name: value for name, value in scores.items() if value}
+
+    @functools.cache
+    def read(path: Path) -> compare.RankedRun:
+        return compare.read(str(path), load)
+
     rungs: dict[str, Any] = {}
     for rung in filter(lambda rung: rung.base, all_rungs()):
         pair = pair_name(rung)
         before = old.get("rungs", {}).get(pair, {})
-        found = {name: _difference(folder, rung, name, load) for name in DATASETS}
+        found = {name: _difference(folder, rung, name, read) for name in DATASETS}
         found = {name: value or before.get(name) for name, value in found.items()}
         rungs[pair] = {name: value for name, value in found.items() if value}
     return {"rows": rows, "rungs": rungs, "seconds": old.get("seconds", {})}
@@ -210,7 +216,7 @@ def _scores(folder: Path, row: Row, dataset: str) -> dict[str, Any] | None:
 
 
 def _difference(
-    folder: Path, rung: Rung, dataset: str, load: Callable[[Any], Any]
+    folder: Path, rung: Rung, dataset: str, read: Callable[[Path], compare.RankedRun]
 ) -> dict[str, float] | None:
     """Returns mean and standard error of a rung's difference in MAP, None without its runs."""
     if dataset in rung.absent:
@@ -218,8 +224,8 @@ def _difference(
     base, new = (_folders(folder, ROWS[key], dataset) for key in (rung.base, rung.key))
     gaps = []
     for first_folder, folder_of_new in zip(base, new, strict=False):
-        first = compare.read(str(first_folder), load)
-        other = compare.align(first, compare.read(str(folder_of_new), load))
+        first = read(first_folder)
+        other = compare.align(first, read(folder_of_new))
         gaps.append(other.ap - first.ap)
     if not gaps:
         return None
@@ -412,8 +418,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(args.folder.absolute(), args.real, only)
     from vidjax.modes.arguments import load_data
 
+    datasets: dict[str, Any] = {}
+
+    def load(config: Any) -> Any:
+        """Loads a dataset once for all runs on it."""
+        key = str(config.data)
+        if key not in datasets:
+            datasets[key] = load_data(config)
+        return datasets[key]
+
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = collect(args.folder, old, load_data)
+    found = collect(args.folder, old, load)
     if args.time:
         found["seconds"] |= time_systems(only)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
