@@ -116,6 +116,7 @@ SINGLE_FACES = "perhaps: single faces are more examples to learn from, where cli
 QUALITY_TELLS = (
     "quality foretells the noise of synthetic frames; weights have to be learned from few clips"
 )
+SMALL = "the published gain is smaller than these sets can tell"
 FEW_CLIPS = "perhaps: few clips to learn it from"
 THREE = "--config.ensemble.seeds=3"
 FIVE = "--config.ensemble.seeds=5"
@@ -282,7 +283,9 @@ LADDERS = (
                 "frames merged in training and test", "dense_narrow", "dense_single", "0.9019",
                 f"{ONE_PHOTO}; with one net, synthetic clips gain: see below",
             ),
-            Rung("joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035"),
+            Rung(
+                "joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035", SMALL,
+            ),
             Rung("frames merged, with one net", "dense_one", "dense_one_single"),
             Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
             Rung("the test by one mean frame", "dense_one_fused", "dense_one"),
@@ -308,7 +311,7 @@ LADDERS = (
             ),
             Rung("one net on four fifths of the clips", "fusion_fold", published="0.8811"),
             Rung("five of these nets", "fusion_folds", "fusion_fold", "0.8955"),
-            Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983"),
+            Rung("five kinds of nets", "fusion_nets", "fusion_folds", "0.8983", SMALL),
             *(Rung(f"{net} instead of mlp5", f"fusion_{net}", "fusion") for net in MLPS[:4]),
         ),
     ),

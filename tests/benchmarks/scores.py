@@ -299,7 +299,8 @@ def _ladder_row(rung: Rung, found: Mapping[str, Any]) -> list[str]:
     verdicts = [verdict(differences.get(dataset)) for dataset in DATASETS]
     holds = ", ".join(filter(None, verdicts)) if rung.base else ""
     base = f"`{ROWS[rung.base].spec}`" if rung.base else ""
-    return [rung.text, f"`{ROWS[rung.key].spec}`", base, published, *cells, holds, rung.why]
+    why = rung.why if {*verdicts} - {"", "yes"} else ""
+    return [rung.text, f"`{ROWS[rung.key].spec}`", base, published, *cells, holds, why]
 
 
 def published_gain(rung: Rung) -> float | None:
