@@ -284,7 +284,8 @@ LADDERS = (
                 f"{ONE_PHOTO}; with one net, synthetic clips gain: see below",
             ),
             Rung(
-                "joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035", SMALL,
+                "joined with a net without shortcuts", "dense_both", "dense_narrow", "0.9035",
+                SMALL,
             ),
             Rung("frames merged, with one net", "dense_one", "dense_one_single"),
             Rung("three quality subsets, with merged frames", "dense_narrow", "dense_one"),
