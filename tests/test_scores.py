@@ -31,8 +31,9 @@ def test_a_header_tells_time_and_score():
     found = {"rows": {"dense": figures}, "seconds": {"dense": 139.6}}
     assert scores.header(ROWS["dense"], found).splitlines() == [
         "Time: about 140 seconds on 2 CPU cores with the argument `face`.",
-        "Score: MAP@100 0.860 on the small synthetic dataset, 0.800 on the small real dataset with",
-        "the argument `face` (means of 3 seeds).",
+        "Score: MAP@100 0.860 on the small synthetic dataset, "
+        "0.800 on the small real dataset with the",
+        "argument `face` (means of 3 seeds).",
     ]
     with pytest.raises(ValueError, match="Time:"):
         scores.replace_header('"""A system."""', "Time: 1\nScore: 2\n")
