@@ -36,6 +36,7 @@ from vidjax.modes import compare
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+CONFIGS = ROOT / "configs"
 PAGES = {  # table -> the page that shows it
     "systems": ROOT / "README.md",
     "scores": HERE / "README.md",
@@ -400,7 +401,7 @@ def write_pages(found: Mapping[str, Any]) -> None:
         sys.stdout.write(f"{table}\n")
         PAGES[name].write_text(replace(PAGES[name].read_text(), name, table))
     for key in HEADERS:
-        path = ROOT / "configs" / f"{ROWS[key].config}.py"
+        path = CONFIGS / f"{ROWS[key].config}.py"
         path.write_text(replace_header(path.read_text(), header(ROWS[key], found)))
 
 
