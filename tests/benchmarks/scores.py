@@ -278,7 +278,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
         head += [f"{dataset}, seeds {seeds}", "mean"]
     ladders = {
         ladder.name: common.markdown(
-            ["added", "`--config=configs/`", "to", "published", *DATASETS, "holds?", "why"],
+            ["added", "`--config=configs/`", "to", "published", *DATASETS, "gain?", "why"],
             [_ladder_row(rung, found) for rung in ladder.rungs],
         )
         for ladder in LADDERS
@@ -293,15 +293,22 @@ def _ladder_row(rung: Rung, found: Mapping[str, Any]) -> list[str]:
     for dataset in DATASETS:
         score = _mean(scores.get(dataset, {}).get("map", []))
         reason = {**ROWS[rung.key].absent, **rung.absent}.get(dataset, "")
-        cells.append(" ".join([reason or score, _with_interval(differences.get(dataset))]).strip())
+        gain = _with_interval(differences.get(dataset)) or _no_base(rung, dataset)
+        cells.append(reason or f"{score} {gain}".strip())
     published = rung.published
     if rung.base and (gain := published_gain(rung)) is not None:
         published = f"{published} ({gain:+.4f})"
     verdicts = [verdict(differences.get(dataset)) for dataset in DATASETS]
-    holds = ", ".join(filter(None, verdicts)) if rung.base else ""
+    gained = ", ".join(filter(None, verdicts))
     base = f"`{ROWS[rung.base].spec}`" if rung.base else ""
     why = rung.why if {*verdicts} - {"", "yes"} else ""
-    return [rung.text, f"`{ROWS[rung.key].spec}`", base, published, *cells, holds, why]
+    return [rung.text, f"`{ROWS[rung.key].spec}`", base, published, *cells, gained, why]
+
+
+def _no_base(rung: Rung, dataset: str) -> str:
+    """Returns why the base of a rung has no score on a dataset, or an empty string."""
+    reason = ROWS[rung.base].absent.get(dataset) if rung.base else None
+    return f"({reason})" if reason else ""
 
 
 def published_gain(rung: Rung) -> float | None:
