@@ -180,17 +180,37 @@ def test_scores_combine_as_means(logs):
     scores = rng.normal(size=(4, 6, 5)) * 30 - 40
     use = rng.random((4, 6)) < 0.6
     use[:, 0], use[:, 1] = False, True
-    total = jnp.full((6, 5), -jnp.inf if logs else 0.0)
-    weight = jnp.zeros(6)
+    scores = np.minimum(scores, 0) if logs else scores
+    total = ensemble.no_scores(jnp.zeros((6, 5)), logs=logs)
     for one, rows in zip(scores, use, strict=True):
-        row = jnp.asarray(rows, jnp.float32)
-        total, weight = ensemble.add_scores(total, jnp.asarray(one), row, logs=logs), weight + row
-    found = np.asarray(ensemble.mean_scores(total, weight, logs=logs))
+        total = ensemble.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
+    found = np.asarray(ensemble.mean_scores(total))
     assert (found[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
         wanted = np.log(np.exp(voted).mean(axis=0)) if logs else voted.mean(axis=0)
         np.testing.assert_allclose(found[clip], wanted, rtol=1e-5)
+
+
+def test_means_of_probabilities_near_one_keep_their_digits():
+    """Two members are sure of a clip, one more than the other: the mean lies between them."""
+    lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
+    total = ensemble.no_scores(jnp.zeros((2, 1)), logs=True)
+    for lack in lacks:
+        logs = jnp.asarray(np.log1p(-lack)[:, None], jnp.float32)
+        logs = jnp.where(logs == 0, -jnp.asarray(lack, jnp.float32)[:, None], logs)
+        total = ensemble.add_scores(total, logs, jnp.ones(2))
+    wanted = -lacks.mean(axis=0)  # log(1 - x) is -x
+    np.testing.assert_allclose(ensemble.mean_scores(total)[:, 0], wanted, rtol=1e-5)
+
+
+def test_a_weighted_sum_counts_what_lacks_to_one_as_probability_zero():
+    total = ensemble.no_scores(jnp.zeros((2, 1)), logs=True)
+    for weight in (0.5, 0.25):
+        one = jnp.full((2, 1), -1e-12, jnp.float32)
+        total = ensemble.add_scores(total, one, jnp.array([weight, 2 * weight - 0.25]))
+    found = np.exp(np.asarray(ensemble.sum_scores(total), np.float64))[:, 0]
+    np.testing.assert_allclose(found, [0.75, 1.0], rtol=1e-6)
 
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"

@@ -15,8 +15,9 @@ from vidjax import augment, ensemble, fusion, losses, optim, selection
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, ModelState
 from vidjax.models.fallback import FallbackIdentifier
+from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
 
 FuseFn = Callable[[Array | None, Frames], Frames]
@@ -26,8 +27,8 @@ class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
     Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `top_classes`,
-    `reduce` and `matmul_precision`. Evaluation reads these, and `model`, `select_features`,
-    `to_examples`, `examples`, `class_mask` and `num_identities`.
+    `reduce`, `matmul_precision` and `solve`. Evaluation reads these, and `model`,
+    `select_features`, `to_examples`, `examples`, `class_mask` and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
@@ -54,6 +55,7 @@ class System(NamedTuple):
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
+      solve: collections of the model after training, [E, ...] -> those that evaluation reads.
     """
 
     model: Identifier
@@ -77,6 +79,7 @@ class System(NamedTuple):
     num_identities: int
     together: bool
     matmul_precision: str
+    solve: Callable[[ModelState], ModelState]
 
 
 class TaskSpec(NamedTuple):
@@ -91,6 +94,8 @@ class TaskSpec(NamedTuple):
       train_other: True if training clips of column 0 have a weight above 0.
       threshold: measure below which clips are poor, from the training clips and the model's
         `threshold_share`; None for a model without one.
+      settings: name -> attribute of the model that was fitted before training, by
+        `steps.plda_settings`; None for a model without such attributes.
     """
 
     modalities: Mapping[str, int]
@@ -100,6 +105,7 @@ class TaskSpec(NamedTuple):
     total_steps: int
     train_other: bool
     threshold: float | None = None
+    settings: Mapping[str, float] | None = None
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
@@ -119,14 +125,13 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     if task.num_clusters is not None:
         layout = NoiseLayout(task.num_identities, task.num_clusters)
     num_columns = layout.num_columns if layout else 1 + task.num_identities
-    class_mask = jnp.ones(num_columns, bool).at[0].set(task.train_other)
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
     dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
     model = identifier.make_identifier(
-        _with_threshold(config["model"], task.threshold),
+        _with_threshold(config["model"], task.threshold) | dict(task.settings or {}),
         modalities={
             name: width - (width // num_chunks if num_chunks else 0)
             for name, width in task.modalities.items()
@@ -135,6 +140,9 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_clips=task.num_clips,
         dtype=jnp.dtype(dtype),
     )
+    # PLDA has a logit for somebody new; of a net, training must have seen such clips.
+    knows_other = task.train_other or isinstance(model, PLDAIdentifier)
+    class_mask = jnp.ones(num_columns, bool).at[0].set(knows_other)
     after_fusion = _choose("after_fusion", config["after_fusion"], ("pool", "examples"))
     score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
     return System(
@@ -163,6 +171,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_identities=task.num_identities,
         together=_is_together(ensemble_spec["mapping"]),
         matmul_precision=_check_precision(config["matmul_precision"]),
+        solve=model.solve if isinstance(model, PLDAIdentifier) else lambda state: state,
     )
 
 
@@ -183,13 +192,13 @@ def _make_fusions(
     }
 
 
-def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> Mapping[str, Any]:
+def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
     """Returns the specification of a model with the threshold of its `threshold_share`.
 
     A threshold that an evaluation sets itself stays.
     """
     if not spec.get("threshold_share") or spec.get("threshold") or threshold is None:
-        return spec
+        return dict(spec)
     return {**spec, "threshold": threshold}
 
 
@@ -267,9 +276,25 @@ def _check_precision(precision: str) -> str:
         ) from error
 
 
-def _log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithm of the softmax over the columns that training sees."""
-    return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True, where=class_mask)
+def log_softmax(logits: Array, class_mask: Array) -> Array:
+    """Returns the logarithm of the softmax over the columns that training sees.
+
+    The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
+    of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
+    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie.
+
+    Args:
+      logits: [..., K] float.
+      class_mask: [K] bool, the columns that training sees; other columns may exceed 0.
+    """
+    seen = jnp.where(class_mask, logits, -jnp.inf)
+    total = jax.nn.logsumexp(seen, axis=-1, keepdims=True)
+    best = jnp.argmax(seen, axis=-1, keepdims=True)
+    is_best = jnp.arange(logits.shape[-1]) == best
+    lead = jnp.max(seen, axis=-1, keepdims=True) - jax.nn.logsumexp(
+        jnp.where(is_best, -jnp.inf, seen), axis=-1, keepdims=True
+    )
+    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
@@ -287,7 +312,7 @@ def _logits(logits: Array, class_mask: Array) -> Array:
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
-    "log_softmax": (_log_softmax, True),
+    "log_softmax": (log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),
     "logits": (_logits, False),
 }

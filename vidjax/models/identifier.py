@@ -15,6 +15,7 @@ from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
+from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
 
 # name -> model. To add one, write a file in this folder and add a line here.
@@ -24,6 +25,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "fallback": FallbackIdentifier,
     "knn": NeighbourIdentifier,
     "mma": MultimodalIdentifier,
+    "plda": PLDAIdentifier,
 }
 
 

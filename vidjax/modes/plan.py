@@ -14,6 +14,7 @@ from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.usable import unusable
+from vidjax.steps import plda_settings
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
 from vidjax.steps.poor_clips import training_threshold
@@ -43,7 +44,7 @@ class RunPlan(NamedTuple):
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads clips for noise classes and for a threshold by the share of clips.
+    """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA.
 
     Args:
       config: the configuration of the run.
@@ -92,6 +93,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
         threshold=training_threshold(config, data),
+        settings=plda_settings.training_settings(config, data, labels),
     )
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)

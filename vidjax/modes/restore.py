@@ -157,6 +157,8 @@ def load_weights(
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Loads the parameters and the other variables of a run's model, [E, ...], on every device.
 
+    The variables are those that evaluation reads, see `System.solve`.
+
     Raises:
       CheckpointError: the checkpoint holds another model.
     """
@@ -175,7 +177,7 @@ def load_weights(
         {"params": abstract.params, "model_state": abstract.model_state},
         devices.replicated(mesh),
     )
-    return items["params"], items["model_state"]
+    return items["params"], devices.replicate(mesh, system.solve(items["model_state"]))
 
 
 def companion_digests(

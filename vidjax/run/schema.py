@@ -155,9 +155,10 @@ MANIFEST = Object(
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
         **dict.fromkeys(("seconds", "threshold"), NUMBER),
+        "settings": Table(NUMBER),
     },
     ("step", "files", "arrays"),
-    nullable=("num_clusters", "threshold"),
+    nullable=("num_clusters", "threshold", "settings"),
 )
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))

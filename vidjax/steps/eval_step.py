@@ -42,11 +42,11 @@ def eval_step(
         if output.eval_weight is None and output.logits.shape[1] == 1:
             return system.score_fn(output.logits[:, 0], system.class_mask)
         scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
-        total = _no_score(scores[:, 0], system.logs)
+        total = ensemble.no_scores(scores[:, 0], logs=system.logs)
         for branch in range(scores.shape[1]):
             weight = _eval_weight(output)[:, branch]
-            total = ensemble.add_scores(total, scores[:, branch], weight, logs=system.logs)
-        return total
+            total = ensemble.add_scores(total, scores[:, branch], weight)
+        return ensemble.sum_scores(total)
 
     scores = _over_examples(system, view, batch, scores_of, logs=system.logs, reduce=system.reduce)
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
@@ -134,11 +134,6 @@ def _is_usable(system: System, batch: Batch) -> Array:
     return selection.has_frames({name: batch.frames[name] for name in system.fuse_eval})
 
 
-def _no_score(scores: Array, logs: bool) -> Array:
-    """Returns an empty sum of scores, of the shape and dtype of `scores`."""
-    return jnp.full_like(scores, -jnp.inf if logs else 0.0)
-
-
 def _over_examples(
     system: System,
     view: Array,
@@ -177,16 +172,23 @@ def _over_examples(
 
             return {name: jax.tree.map(take, frames) for name, frames in fused.items()}
 
-        def add(t: Array, total: Array) -> Array:
-            values = values_of(example(t), batch.batch_mask & exists[:, t])
-            if reduce == "max":
-                return jnp.maximum(total, jnp.where(exists[:, t, None], values, -jnp.inf))
-            return ensemble.add_scores(total, values, weight[:, t], logs=logs)
-
         first = jax.eval_shape(values_of, example(jnp.int32(0)), batch.batch_mask)
-        total = _no_score(jnp.zeros(first.shape, first.dtype), logs or reduce == "max")
+        nothing = jnp.zeros(first.shape, first.dtype)
         last = jnp.max(jnp.where(exists, jnp.arange(1, exists.shape[1] + 1), 0))
-        return jax.lax.fori_loop(0, last, add, total)
+        if reduce == "max":
+
+            def keep_best(t: Array, best: Array) -> Array:
+                values = values_of(example(t), batch.batch_mask & exists[:, t])
+                return jnp.maximum(best, jnp.where(exists[:, t, None], values, -jnp.inf))
+
+            return jax.lax.fori_loop(0, last, keep_best, nothing - jnp.inf)
+
+        def add(t: Array, total: ensemble.MeanScores) -> ensemble.MeanScores:
+            values = values_of(example(t), batch.batch_mask & exists[:, t])
+            return ensemble.add_scores(total, values, weight[:, t].astype(first.dtype))
+
+        total = ensemble.no_scores(nothing, logs=logs)
+        return ensemble.mean_scores(jax.lax.fori_loop(0, last, add, total))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:

@@ -121,7 +121,7 @@ class ModelScorer:
                 for block in blocks
             ]
         logs = self.model.system.logs
-        totals: list[tuple[Array, Array] | None] = [None] * len(blocks)
+        totals: list[ensemble.MeanScores | None] = [None] * len(blocks)
         for number, member in enumerate(self.model.training_sets.members):
             if number == without:
                 continue
@@ -134,8 +134,7 @@ class ModelScorer:
                 totals[i] = _add(totals[i], scores, use, logs=logs)
             if member_metrics:
                 member_metrics[number].flush()  # frees the scores of this member
-        means = [_mean(pair[0], pair[1], logs=logs) for pair in totals if pair is not None]
-        return [self._best(scores) for scores in means]
+        return [self._best(_mean(total)) for total in totals if total is not None]
 
     def _best(self, scores: Array) -> Array:
         """Returns scores [B, C] of which only those of `eval.top_classes` are kept."""
@@ -173,7 +172,7 @@ def keep_best(scores: Array, count: int) -> Array:
 
 
 _take = jax.jit(ensemble.take)
-_mean = jax.jit(ensemble.mean_scores, static_argnames="logs")
+_mean = jax.jit(ensemble.mean_scores)
 
 
 @jax.jit
@@ -183,13 +182,11 @@ def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="logs")
 def _add(
-    total: tuple[Array, Array] | None, scores: Array, weight: Array, *, logs: bool
-) -> tuple[Array, Array]:
-    """Adds scores [B, C] of weight [B] to a pair (weighted sum [B, C], sum of weights [B])."""
-    if total is None:
-        start = jnp.full_like(scores, -jnp.inf if logs else 0.0)
-        total = start, jnp.zeros_like(weight)
-    return ensemble.add_scores(total[0], scores, weight, logs=logs), total[1] + weight
+    total: ensemble.MeanScores | None, scores: Array, weight: Array, *, logs: bool
+) -> ensemble.MeanScores:
+    """Adds scores [B, C] of weight [B] to a running mean; None for a new one."""
+    total = ensemble.no_scores(scores, logs=logs) if total is None else total
+    return ensemble.add_scores(total, scores, weight)
 
 
 @jax.jit
@@ -198,4 +195,4 @@ def _blend_block(scores: Sequence[Array], weights: Sequence[Array | float]) -> A
     for model_scores, weight in zip(scores, weights, strict=True):
         total = _add(total, model_scores, jnp.full(len(model_scores), weight), logs=True)
     assert total is not None
-    return ensemble.mean_scores(total[0], total[1], logs=True)
+    return ensemble.mean_scores(total)

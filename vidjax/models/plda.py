@@ -1,0 +1,280 @@
+"""PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidjax import fusion
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.models import inputs, two_covariance
+from vidjax.models.base import ModelState
+from vidjax.models.heads import unit_vectors
+from vidjax.models.two_covariance import Space, Sums
+
+
+class Settings(NamedTuple):
+    """The five numbers of a PLDA model.
+
+    Attributes:
+      within: share of the within-class covariance that is replaced by a multiple of the identity.
+      between: the same share of the between-class covariance.
+      scale: factor on the log-likelihood ratios, which are too confident as they are.
+      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
+      stranger: logit of somebody new, column 0.
+    """
+
+    within: float
+    between: float
+    scale: float | Array
+    unenrolled: float | Array
+    stranger: float | Array
+
+
+def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+    """Returns the logits of clips, from their log-likelihood ratios in each modality.
+
+    A modality that a clip lacks adds 0 to every identity.
+
+    Args:
+      ratios: [M, B, K] float.
+      known: [M, K] bool, False for classes without a clip that has the modality.
+      present: [M, B] bool, False for clips that lack the modality.
+      settings: scale, and what classes that are not known and somebody new get.
+
+    Returns:
+      [B, K] float, with somebody new in column 0.
+    """
+    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
+    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    return logits.at[:, 0].set(settings.stranger)
+
+
+class PLDAIdentifier(nn.Module):
+    """Two-covariance PLDA of every modality, added up over the modalities that a clip has.
+
+    A clip is its mean frame, scaled to length 1, centred, and scaled to length 1 again. Training
+    passes over the clips twice: it adds up the centre first, then the sums of the centred vectors.
+    `solve` turns the sums into the coefficients that score clips.
+
+    Attributes:
+      modalities: name -> feature width.
+      num_classes: number of class columns, 1 + C.
+      num_clips: number of training clips, N.
+      within: see Settings; None, as of all five, to fit it before training.
+      between: see Settings.
+      scale: see Settings.
+      unenrolled: see Settings.
+      stranger: see Settings.
+
+    Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
+    Espy-Wilson 2011. Ours: the sum over modalities and its scale.
+    """
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    num_clips: int
+    within: float | None = None
+    between: float | None = None
+    scale: float | None = None
+    unenrolled: float | None = None
+    stranger: float | None = None
+    logit_scale: ClassVar[float] = 1.0
+    vector_names: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("within", "between"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"model 'plda': {name}={share}: must be from 0 to 1")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"model 'plda': scale={self.scale}: must be above 0")
+
+    @property
+    def settings(self) -> Settings:
+        """The five numbers.
+
+        Raises:
+          ValueError: One is neither given nor chosen.
+        """
+        values = {name: getattr(self, name) for name in Settings._fields}
+        if missing := [name for name, value in values.items() if value is None]:
+            raise ValueError(f"model 'plda' needs {', '.join(missing)}")
+        return Settings(**values)
+
+    @nn.compact
+    def __call__(
+        self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+    ) -> ModelOutput:
+        """Returns logits [B, 1, 1 + C], and the centred unit vectors side by side as embedding.
+
+        Arguments are those of `models.base.Identifier`. Training adds the clips to the collection
+        `sums` and returns logits of 0. Evaluation reads the collection `solved`.
+
+        Raises:
+          ValueError: A modality is missing or has another width.
+        """
+        inputs.check_frames(frames, self.modalities)
+        vectors = {
+            name: unit_vectors(fusion.mean_frame(frames[name]).features[:, 0])
+            for name in self.modalities
+        }  # [B, D]
+        sums = _RunningSums(self.modalities, self.num_classes, self.num_clips, name="sums")
+        if train or self.is_initializing():
+            centred = sums(vectors, clips, update=train and not self.is_initializing())
+            logits = jnp.zeros((len(clips.index), self.num_classes), jnp.float32)
+            return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
+        solved = {name: self.get_variable("solved", name) for name in self.modalities}
+        centred = [
+            _centre(x, solved[name]["centre"]) for name, x in vectors.items()
+        ]  # [B, D] of each modality
+        ratios = [
+            two_covariance.log_ratios(solved[name]["space"], solved[name]["enrolled"], x)
+            for name, x in zip(vectors, centred, strict=True)
+        ]
+        logits = combine(
+            jnp.stack(ratios),
+            jnp.stack([solved[name]["enrolled"].known for name in vectors]),
+            jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),
+            self.settings,
+        )
+        return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
+
+    def solve(self, model_state: ModelState) -> dict[str, Any]:
+        """Computes the collection `solved` of an ensemble.
+
+        Args:
+          model_state: the collection `sums`, arrays [E, ...].
+
+        Returns:
+          modality -> centre, space and classes, arrays [E, ...]; to replace `model_state`.
+        """
+        sums = jax.device_get(model_state["sums"]["sums"])
+        members = range(len(jax.tree.leaves(sums)[0]))
+        solved = [
+            {
+                name: _solve(jax.tree.map(lambda x, e=e: x[e], sums[name]), self.settings)
+                for name in self.modalities
+            }
+            for e in members
+        ]
+        return {"solved": jax.tree.map(_stack, *solved)}
+
+
+class _RunningSums(nn.Module):
+    """The sums of training, in the collection `sums`.
+
+    The first occurrence of a clip adds to the centre, the second one to the sums; later ones add
+    nothing. A batch may hold clips of two passes, and a clip more than once.
+
+    Attributes:
+      modalities: name -> feature width.
+      num_classes: number of class columns, K.
+      num_clips: number of training clips, N.
+    """
+
+    modalities: Mapping[str, int]
+    num_classes: int
+    num_clips: int
+
+    @nn.compact
+    def __call__(
+        self, vectors: Mapping[str, Array], clips: ClipInfo, *, update: bool
+    ) -> list[Array]:
+        """Returns the centred unit vectors [B, D] of each modality.
+
+        Args:
+          vectors: modality -> [B, D] of unit length, 0 for clips that lack it.
+          clips: index, mask and labels of the clips.
+          update: True to add the clips to the sums.
+        """
+        seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
+        turn = jnp.zeros(len(clips.index), jnp.int32)
+        if update:
+            assert clips.labels is not None
+            turn = seen.value[clips.index] + _occurrence(clips.index, clips.mask)
+            seen.value = seen.value.at[clips.index].add(clips.mask.astype(jnp.int32))
+        centred = []
+        for name, x in vectors.items():
+            width, dtype = self.modalities[name], x.dtype
+            zeros = {
+                "centre": (width,), "num": (), "count": (self.num_classes,),
+                "total": (self.num_classes, width), "scatter": (width, width),
+            }  # fmt: skip
+            part = self.variable(
+                "sums", name, lambda z=zeros, d=dtype: {key: jnp.zeros(z[key], d) for key in z}
+            )
+            if update:
+                part.value = _add(part.value, x, turn, clips)
+            centred.append(_centre(x, _mean(part.value)))
+        return centred
+
+
+def _add(part: Mapping[str, Array], x: Array, turn: Array, clips: ClipInfo) -> dict[str, Array]:
+    """Adds clips of unit vectors x [B, D] to the sums of one modality."""
+    real = clips.mask & jnp.any(x != 0, axis=1)
+    first = (real & (turn == 0)).astype(x.dtype)
+    new = {**part, "centre": part["centre"] + first @ x, "num": part["num"] + jnp.sum(first)}
+    assert clips.labels is not None
+    counted = real & (turn == 1) & (clips.labels > 0)
+    # A batch has all first occurrences that are left before any second one, so the centre is whole.
+    u = jnp.where(counted[:, None], _centre(x, _mean(new)), 0.0)
+    u = u.astype(x.dtype)
+    labels = jnp.where(counted, clips.labels, 0)
+    return new | {
+        "count": part["count"].at[labels].add(counted.astype(x.dtype)),
+        "total": part["total"].at[labels].add(u),
+        "scatter": part["scatter"] + jnp.matmul(u.T, u, precision=jax.lax.Precision.HIGHEST),
+    }
+
+
+def _occurrence(index: Array, mask: Array) -> Array:
+    """Returns [B] int32, how often the clip of a row stands in the rows before it."""
+    key = jnp.where(mask, index, -1)
+    order = jnp.argsort(key, stable=True)
+    ordered = key[order]
+    place = jnp.arange(len(key)) - jnp.searchsorted(ordered, ordered, method="sort")
+    return jnp.zeros(len(key), jnp.int32).at[order].set(place.astype(jnp.int32))
+
+
+def _mean(part: Mapping[str, Array]) -> Array:
+    return part["centre"] / jnp.maximum(part["num"], 1.0)
+
+
+def _centre(x: Array, centre: Array) -> Array:
+    """Returns unit vectors [B, D] from the centre to x; 0 where x is 0."""
+    return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
+
+
+def _solve(part: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]:
+    """Returns centre, space and classes of one modality of one member."""
+    dtype = part["total"].dtype
+    sums = Sums(part["count"], part["total"], part["scatter"])
+    space = blank_space(part["total"].shape[1])
+    if np.sum(sums.count) > 0:
+        found = two_covariance.covariances(sums)
+        space = two_covariance.make_space(found, within=settings.within, between=settings.between)
+    enrolled = two_covariance.enrol(space, np.asarray(sums.count), np.asarray(sums.total))
+    space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
+    return {"centre": jnp.asarray(_mean(part), dtype), "space": space, "enrolled": enrolled}
+
+
+def blank_space(width: int) -> Space:
+    """Returns the space of a modality that no training clip has: its ratios are all 0."""
+    return Space(np.zeros(width), np.eye(width), np.zeros(width))
+
+
+def _stack(*parts: Array) -> Array:
+    """Stacks arrays of members; the curves of one with fewer kinds get rows that nothing reads."""
+    longest = max(part.shape[0] for part in parts) if parts[0].ndim else 0
+    padded = [
+        jnp.pad(part, [(0, longest - part.shape[0])] + [(0, 0)] * (part.ndim - 1))
+        if part.ndim
+        else part
+        for part in parts
+    ]
+    return jnp.stack(padded)

@@ -1,0 +1,199 @@
+"""Two-covariance PLDA of one modality: its sums, its fit in closed form, its likelihood ratios.
+
+A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
+e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive,
+over clips, batches and machines: enrolling a clip adds to them, removing it subtracts.
+
+The fit is float64 on the host, and takes two eigendecompositions of [D, D]. The ratios are products
+of matrices, for numpy and for jax.
+
+Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
+shrinkage of both covariances towards a multiple of the identity is ours.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidjax.batch import Array
+
+SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
+
+
+class Sums(NamedTuple):
+    """The sums over clips that the model is fitted from.
+
+    Attributes:
+      count: [K] float, number of clips of each class.
+      total: [K, D] float, sum of the vectors of each class.
+      scatter: [D, D] float, sum of x x^T over all these clips.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
+    total: Array
+    scatter: Array
+
+
+class Space(NamedTuple):
+    """Coordinates z = (x - mean) transform in which W is the identity and B is diagonal.
+
+    Attributes:
+      mean: [D] float, the mean m of all vectors.
+      transform: [D, D] float.
+      ratio: [D] float, 0 or more: the variances of B in these coordinates, those of W being 1.
+    """
+
+    mean: Array
+    transform: Array
+    ratio: Array
+
+
+class Enrolled(NamedTuple):
+    """The classes to compare with, as coefficients of z and of its squares.
+
+    The coefficients of the squares depend on the number of clips of a class alone. There are U
+    different numbers.
+
+    Attributes:
+      linear: [K, D] float, coefficients of z.
+      constant: [K] float.
+      curve: [U, D] float, coefficients of the squares of z.
+      kind: [K] int32, row of `curve` of each class.
+      known: [K] bool, False for classes without a clip.
+    """
+
+    linear: Array
+    constant: Array
+    curve: Array
+    kind: Array
+    known: Array
+
+
+def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
+    """Adds up the vectors of clips, in float64.
+
+    Args:
+      vectors: [N, D] float.
+      labels: [N] int, classes.
+      num_classes: number of classes, K.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    total = np.zeros((num_classes, vectors.shape[1]))
+    np.add.at(total, labels, vectors)
+    count = np.bincount(labels, minlength=num_classes).astype(np.float64)
+    return Sums(count, total, vectors.T @ vectors)
+
+
+class Covariances(NamedTuple):
+    """Covariances of the vectors of one modality before they are shrunk.
+
+    Attributes:
+      mean: [D] float64, the mean of all vectors.
+      within: [D] float64, eigenvalues of W.
+      axes: [D, D] float64, eigenvectors of W in the columns.
+      between: [D, D] float64, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE.
+    """
+
+    mean: np.ndarray
+    within: np.ndarray
+    axes: np.ndarray
+    between: np.ndarray
+
+
+def covariances(sums: Sums) -> Covariances:
+    """Computes W, pooled over N - C degrees of freedom, and B, the total covariance less W.
+
+    Where no class has two clips, W and B are half of the total covariance each.
+
+    Args:
+      sums: sums over N clips of C classes; at least one clip.
+    """
+    count, total, scatter = (np.asarray(part, np.float64) for part in sums)
+    num_clips, known = count.sum(), count > 0
+    mean = total.sum(axis=0) / num_clips
+    spread = scatter / num_clips - np.outer(mean, mean)
+    freedom = num_clips - known.sum()
+    if freedom > 0:
+        scaled = total[known] / np.sqrt(count[known])[:, None]  # [C, D]
+        within = (scatter - scaled.T @ scaled) / freedom
+    else:
+        within = spread / 2
+    values, axes = np.linalg.eigh(within)
+    floored, turned = np.linalg.eigh(axes.T @ (spread - within) @ axes)
+    between = (turned * np.maximum(floored, SMALLEST_VARIANCE)) @ turned.T
+    return Covariances(mean, np.maximum(values, 0.0), axes, between)
+
+
+def make_space(found: Covariances, *, within: float, between: float) -> Space:
+    """Shrinks both covariances and diagonalises them together.
+
+    Args:
+      found: the covariances of a modality.
+      within: share of W that is replaced by the identity times the mean variance, 0 to 1.
+      between: the same share of B.
+    """
+    mean_variance = max(found.within.mean(), SMALLEST_VARIANCE)
+    values = (1 - within) * found.within + within * mean_variance
+    values = np.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
+    shrunk = (1 - between) * found.between
+    shrunk = shrunk + between * np.trace(found.between) / len(values) * np.eye(len(values))
+    scale = 1 / np.sqrt(values)
+    ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
+    return Space(found.mean, (found.axes * scale) @ turned, np.maximum(ratio, 0.0))
+
+
+def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
+    """Returns the classes whose clips have given numbers and sums.
+
+    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
+    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
+
+    Args:
+      space: the coordinates.
+      count: [K] float or int, number of clips of each class, 0 or more.
+      total: [K, D] float, sum of their vectors.
+    """
+    count = np.asarray(count, np.float64)
+    kinds, kind = np.unique(count, return_inverse=True)
+    ratio = np.asarray(space.ratio, np.float64)
+    weight = ratio / (kinds[:, None] * ratio + 1)  # [U, D]
+    variance = 1 + weight
+    known = count > 0
+    sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
+    mean = weight[kind] * sums
+    linear = mean / variance[kind]
+    spread = np.sum(np.log1p(ratio) - np.log(variance), axis=1)  # [U]
+    return Enrolled(
+        linear=linear,
+        constant=(spread[kind] - np.sum(mean * linear, axis=1)) / 2,
+        curve=(1 / (1 + ratio) - 1 / variance) / 2,
+        kind=kind.astype(np.int32),
+        known=known,
+    )
+
+
+def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
+    """Returns log p(x | a further clip of the class) / p(x | a clip of somebody new), [B, K].
+
+    Columns of classes without a clip are 0, up to rounding.
+
+    Args:
+      space: the coordinates.
+      enrolled: the classes.
+      vectors: [B, D] float.
+    """
+    z = (vectors - space.mean) @ space.transform  # [B, D]
+    squares = (z * z) @ enrolled.curve.T  # [B, U]
+    return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
+
+
+def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
+    """Returns both on the device, with floats of a dtype."""
+
+    def cast(x: Array) -> jax.Array:
+        floats = np.issubdtype(np.asarray(x).dtype, np.floating)
+        return jnp.asarray(x, dtype if floats else None)
+
+    return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
