@@ -4,9 +4,9 @@ A part of the clips is held out, and the others are enrolled. In each modality s
 hidden, and half of them are strangers altogether. Without them no clip with a modality would ever
 belong to an identity that lacks it, and no clip to somebody new.
 
-The shares of shrinkage are chosen by MAP. The other settings are those under which the right answers
-are most probable: probabilities then mean what they say, on clips like these. The settings are part
-of `TaskSpec`, and every checkpoint keeps them.
+The shares of shrinkage are chosen by MAP. The other settings are those under which the right
+answers are most probable: probabilities then mean what they say, on clips like these. The settings
+are part of `TaskSpec`, and every checkpoint keeps them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
