@@ -19,7 +19,10 @@ from ml_collections import ConfigDict, config_dict
 
 from vidjax import config as config_lib
 
-WORDS = {**config_lib.SCALE_WORDS}
+WORDS = {
+    **config_lib.SCALE_WORDS,
+    "trainval": "adds up train and val, in five folds of all their clips",
+}
 
 
 def get_config(args: str = "") -> config_lib.Config:
@@ -30,6 +33,9 @@ def get_config(args: str = "") -> config_lib.Config:
     config.modalities = modalities or ("face", "head", "body", "audio")
     config.batch_size = 256
     config.num_epochs = 2.0  # one for the centre, one for the sums
+    if "trainval" in words:
+        config.data.train_splits = ("train", "val")
+        config.ensemble.folds = 5
     config.data.max_frames = 512
     config.data.crop = "quality"
 

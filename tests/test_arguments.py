@@ -39,6 +39,14 @@ CHANGES = {
         "standard": {"data"},
         "head": {"memory", "modalities", "training frames", "evaluation frames"},
     },
+    "plda": {
+        "iqiyi_vid": {"data"},
+        "iqiyi_vid,few": {"data"},
+        "standard": {"data"},
+        "trainval": {"members", "splits"},
+        "face": {"memory", "modalities"},
+        "face,audio": {"memory", "modalities"},
+    },
     "quality_fusion": {
         "iqiyi_vid": {"data", "passes"},
         "iqiyi_vid,few": {"data"},
@@ -131,7 +139,7 @@ def facts(name, words=""):
 
     return {
         "parameters": _shapes(state.params),
-        "memory": _shapes(state.model_state.get("memory", {})),
+        "memory": _shapes(state.model_state.get("memory", state.model_state.get("sums", {}))),
         "members": members,
         "training frames": reach("train", system.fuse_train, jax.random.key(0)),
         "evaluation frames": reach("evaluate", system.fuse_eval, None),

@@ -13,7 +13,7 @@ from vidjax import devices, ensemble
 from vidjax.data.load import load_dataset
 from vidjax.modes import plan as plan_lib
 from vidjax.modes import restore
-from vidjax.steps import scoring
+from vidjax.steps import mean_scores, scoring
 from vidjax.system import make_system
 
 SPEC = {
@@ -181,10 +181,10 @@ def test_scores_combine_as_means(logs):
     use = rng.random((4, 6)) < 0.6
     use[:, 0], use[:, 1] = False, True
     scores = np.minimum(scores, 0) if logs else scores
-    total = ensemble.no_scores(jnp.zeros((6, 5)), logs=logs)
+    total = mean_scores.no_scores(jnp.zeros((6, 5)), logs=logs)
     for one, rows in zip(scores, use, strict=True):
-        total = ensemble.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
-    found = np.asarray(ensemble.mean_scores(total))
+        total = mean_scores.add_scores(total, jnp.asarray(one), jnp.asarray(rows, jnp.float32))
+    found = np.asarray(mean_scores.mean_scores(total))
     assert (found[0] == -np.inf).all()
     for clip in range(1, 6):
         voted = scores[use[:, clip], clip]
@@ -195,21 +195,21 @@ def test_scores_combine_as_means(logs):
 def test_means_of_probabilities_near_one_keep_their_digits():
     """Two members are sure of a clip, one more than the other: the mean lies between them."""
     lacks = np.array([[1e-9, 1e-30], [3e-9, 3e-30]])  # 1 - p of two members for two clips
-    total = ensemble.no_scores(jnp.zeros((2, 1)), logs=True)
+    total = mean_scores.no_scores(jnp.zeros((2, 1)), logs=True)
     for lack in lacks:
         logs = jnp.asarray(np.log1p(-lack)[:, None], jnp.float32)
         logs = jnp.where(logs == 0, -jnp.asarray(lack, jnp.float32)[:, None], logs)
-        total = ensemble.add_scores(total, logs, jnp.ones(2))
+        total = mean_scores.add_scores(total, logs, jnp.ones(2))
     wanted = -lacks.mean(axis=0)  # log(1 - x) is -x
-    np.testing.assert_allclose(ensemble.mean_scores(total)[:, 0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(mean_scores.mean_scores(total)[:, 0], wanted, rtol=1e-5)
 
 
 def test_a_weighted_sum_counts_what_lacks_to_one_as_probability_zero():
-    total = ensemble.no_scores(jnp.zeros((2, 1)), logs=True)
+    total = mean_scores.no_scores(jnp.zeros((2, 1)), logs=True)
     for weight in (0.5, 0.25):
         one = jnp.full((2, 1), -1e-12, jnp.float32)
-        total = ensemble.add_scores(total, one, jnp.array([weight, 2 * weight - 0.25]))
-    found = np.exp(np.asarray(ensemble.sum_scores(total), np.float64))[:, 0]
+        total = mean_scores.add_scores(total, one, jnp.array([weight, 2 * weight - 0.25]))
+    found = np.exp(np.asarray(mean_scores.sum_scores(total), np.float64))[:, 0]
     np.testing.assert_allclose(found, [0.75, 1.0], rtol=1e-6)
 
 

@@ -16,7 +16,7 @@ from vidjax.batch import Batch, ModelOutput
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples, model_scorer, train_step
 from vidjax.steps import state as state_lib
-from vidjax.system import TaskSpec, make_system
+from vidjax.system import TaskSpec, log_softmax, make_system
 
 DIMS = {"face": 6, "audio": 4}
 C = 37  # no other axis is as long
@@ -441,3 +441,24 @@ def test_is_best_is_argmax():
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
     assert not examples.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+
+
+@pytest.mark.parametrize("lead", [0.1, 3.0, 18.0, 60.0, 86.0])
+def test_logarithms_of_probabilities_near_one_keep_their_order(lead):
+    """The best column against the others, in float64; column 2 is one that training never saw."""
+    logits = np.array([[lead, 0.0, 99.0, -1.0], [lead + 0.01, 0.0, -99.0, -1.0]])
+    seen = np.array([True, True, False, True])
+    found = np.asarray(log_softmax(jnp.asarray(logits, jnp.float32), jnp.asarray(seen)))
+    others = 1 + np.exp(-1.0)
+    wanted = -np.log1p(others * np.exp(-logits[:, 0]))
+    np.testing.assert_allclose(found[:, 0], wanted, rtol=2e-5)
+    assert found[0, 0] < found[1, 0] <= 0
+    total = np.logaddexp(logits[:, 0], np.log(others))
+    np.testing.assert_allclose(found[:, 1], -total, rtol=1e-5)
+
+
+def test_a_single_column_has_probability_one_and_nan_stays():
+    found = log_softmax(jnp.array([[5.0, 1.0]]), jnp.array([False, True]))
+    assert found[0, 1] == 0.0
+    found = log_softmax(jnp.array([[jnp.nan, 1.0]]), jnp.array([True, True]))
+    assert np.isnan(found).all()

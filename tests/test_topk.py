@@ -180,3 +180,9 @@ def test_bfloat16_scores_are_ranked_as_they_are():
     scores = jnp.arange(8, dtype=jnp.bfloat16)[:, None]
     top = topk.rank([(scores, np.arange(8, dtype=np.int32), np.ones(8, bool))], 1, 3)
     assert top.index.tolist() == [[7, 6, 5]] and top.scores.dtype == np.float32
+
+
+def test_ties_are_counted_by_places():
+    scores = np.array([[3, 3, 3, 1], [2, 1, -np.inf, -np.inf]], np.float32)
+    top = topk.TopK(scores, np.arange(8, dtype=np.int32).reshape(2, 4))
+    assert topk.count_ties(top) == 2

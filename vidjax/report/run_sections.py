@@ -108,6 +108,7 @@ def result_rows(values: Mapping[str, Any]) -> Rows:
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
         ("num_distractors", "distractors", 0),
+        ("num_ties", "places in lists that only names decide: equal scores", 0),
         ("eval_clips_per_second", "clips per second of evaluation", 0),
         ("eval_seconds", "seconds of the evaluation", 1),
         ("train_clips_per_second", "clips per second of training steps (median)", 0),

@@ -10,6 +10,8 @@ name: `metrics_<split>.json` and so on.
                                      absent in runs of earlier versions
     num_clips, num_identities        int: clips ranked, identities that have a list
     num_distractors                  int | null: clips ranked that show no identity
+    num_ties                         int: places of the lists whose score is that of the place
+                                     before; names decide on their order
     num_nan_clips                    int: clips with a score of NaN, ranked last; absent for none
     map, map_kind                    float 0..1; the split's name, `out_of_fold` or `in_sample`;
                                      absent without ground truth, and with them the next line

@@ -127,7 +127,7 @@ _RUNS = Many(
 METRICS = Object(
     {
         **dict.fromkeys(("num_clips", "num_identities", "num_distractors", "step"), WHOLE),
-        **dict.fromkeys(("best_step", "num_params", "num_members", "seed"), WHOLE),
+        **dict.fromkeys(("best_step", "num_params", "num_members", "num_ties", "seed"), WHOLE),
         **dict.fromkeys(("map", "top1", "auroc", "best_map"), SHARE),
         **dict.fromkeys(("eval_clips_per_second", "eval_seconds", "waited_seconds"), NUMBER),
         **dict.fromkeys(("train_clips_per_second", "train_seconds", "seconds"), NUMBER),

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from vidjax import devices, ensemble, selection
+from vidjax import devices, selection
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
-from vidjax.steps import examples
+from vidjax.steps import examples, mean_scores
 from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
@@ -42,11 +42,11 @@ def eval_step(
         if output.eval_weight is None and output.logits.shape[1] == 1:
             return system.score_fn(output.logits[:, 0], system.class_mask)
         scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
-        total = ensemble.no_scores(scores[:, 0], logs=system.logs)
+        total = mean_scores.no_scores(scores[:, 0], logs=system.logs)
         for branch in range(scores.shape[1]):
             weight = _eval_weight(output)[:, branch]
-            total = ensemble.add_scores(total, scores[:, branch], weight)
-        return ensemble.sum_scores(total)
+            total = mean_scores.add_scores(total, scores[:, branch], weight)
+        return mean_scores.sum_scores(total)
 
     scores = _over_examples(system, view, batch, scores_of, logs=system.logs, reduce=system.reduce)
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
@@ -183,12 +183,12 @@ def _over_examples(
 
             return jax.lax.fori_loop(0, last, keep_best, nothing - jnp.inf)
 
-        def add(t: Array, total: ensemble.MeanScores) -> ensemble.MeanScores:
+        def add(t: Array, total: mean_scores.MeanScores) -> mean_scores.MeanScores:
             values = values_of(example(t), batch.batch_mask & exists[:, t])
-            return ensemble.add_scores(total, values, weight[:, t].astype(first.dtype))
+            return mean_scores.add_scores(total, values, weight[:, t].astype(first.dtype))
 
-        total = ensemble.no_scores(nothing, logs=logs)
-        return ensemble.mean_scores(jax.lax.fori_loop(0, last, add, total))
+        total = mean_scores.no_scores(nothing, logs=logs)
+        return mean_scores.mean_scores(jax.lax.fori_loop(0, last, add, total))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:

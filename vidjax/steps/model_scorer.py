@@ -14,6 +14,7 @@ from vidjax.batch import Array, Batch
 from vidjax.data.clips import ClipSource
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import mean_scores
 from vidjax.steps.sinks import TopKMetric
 from vidjax.system import System
 
@@ -121,7 +122,7 @@ class ModelScorer:
                 for block in blocks
             ]
         logs = self.model.system.logs
-        totals: list[ensemble.MeanScores | None] = [None] * len(blocks)
+        totals: list[mean_scores.MeanScores | None] = [None] * len(blocks)
         for number, member in enumerate(self.model.training_sets.members):
             if number == without:
                 continue
@@ -172,7 +173,7 @@ def keep_best(scores: Array, count: int) -> Array:
 
 
 _take = jax.jit(ensemble.take)
-_mean = jax.jit(ensemble.mean_scores)
+_mean = jax.jit(mean_scores.mean_scores)
 
 
 @jax.jit
@@ -182,11 +183,11 @@ def _rows(table: Array, member: Array | int, clip_index: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="logs")
 def _add(
-    total: ensemble.MeanScores | None, scores: Array, weight: Array, *, logs: bool
-) -> ensemble.MeanScores:
+    total: mean_scores.MeanScores | None, scores: Array, weight: Array, *, logs: bool
+) -> mean_scores.MeanScores:
     """Adds scores [B, C] of weight [B] to a running mean; None for a new one."""
-    total = ensemble.no_scores(scores, logs=logs) if total is None else total
-    return ensemble.add_scores(total, scores, weight)
+    total = mean_scores.no_scores(scores, logs=logs) if total is None else total
+    return mean_scores.add_scores(total, scores, weight)
 
 
 @jax.jit
@@ -195,4 +196,4 @@ def _blend_block(scores: Sequence[Array], weights: Sequence[Array | float]) -> A
     for model_scores, weight in zip(scores, weights, strict=True):
         total = _add(total, model_scores, jnp.full(len(model_scores), weight), logs=True)
     assert total is not None
-    return ensemble.mean_scores(total)
+    return mean_scores.mean_scores(total)

@@ -127,6 +127,7 @@ def score(
     clips.flush()
     scores, num_nan = _without_nan(split, clips.clips)
     results = _summarise(split, scores, value, scorers) | num_nan
+    results["num_ties"] = topk.count_ties(top)
     results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
     model_tops = _summarise_models(rankers, results)
     return Evaluation(top, model_tops, ranking.positives, scores, results)

@@ -92,6 +92,15 @@ def finish_top(top: TopK) -> TopK:
     return TopK(scores=-descending, index=index)
 
 
+def count_ties(top: TopK) -> int:
+    """Returns how many places of all sorted lists have the score of the place before them.
+
+    Such clips are in the order of their names. Clips without a score, -inf, do not count.
+    """
+    scores = np.asarray(top.scores)
+    return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
+
+
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 

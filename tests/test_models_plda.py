@@ -1,0 +1,249 @@
+"""PLDA as a model: what training adds up, what is missing, and its settings."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import ensemble
+from vidjax.batch import ClipInfo, Frames
+from vidjax.models import two_covariance
+from vidjax.models.identifier import make_identifier
+from vidjax.models.plda import Settings, combine
+from vidjax.steps import plda_settings
+
+DIMS = {"face": 6, "audio": 4}
+NUM_CLASSES, NUM_CLIPS = 5, 23
+SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5)
+
+
+def make_model(**options):
+    spec = {"name": "plda", **SETTINGS._asdict(), **options}
+    sizes = {"num_classes": NUM_CLASSES, "num_clips": NUM_CLIPS}
+    return make_identifier(spec, modalities=DIMS, **sizes)
+
+
+def made_up(seed=0):
+    """Returns frames [N, 3] of all clips, some without a modality, and labels [N] of 0..4."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, NUM_CLASSES, NUM_CLIPS).astype(np.int32)
+
+    def frames(dim, missing):
+        centres = rng.normal(size=(NUM_CLASSES, dim))
+        features = centres[labels][:, None] + rng.normal(size=(NUM_CLIPS, 3, dim)) + 0.5
+        mask = rng.random((NUM_CLIPS, 3)) < 0.8
+        mask[:, 0], mask[missing] = True, False
+        ones = np.ones(mask.shape, np.float32)
+        number = np.zeros(mask.shape, np.int32)
+        return Frames(features.astype(np.float32), 80 * ones, ones, number, mask)
+
+    missing = rng.random((2, NUM_CLIPS)) < 0.2
+    return {n: frames(d, m) for (n, d), m in zip(DIMS.items(), missing, strict=True)}, labels
+
+
+def take(frames, rows):
+    return {name: jax.tree.map(lambda x: x[rows], part) for name, part in frames.items()}
+
+
+def train(model, frames, labels, batches):
+    """Returns the collections after batches of rows; -1 is a padded row."""
+    blank = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool), np.zeros(1, np.int32))
+    state = model.init(jax.random.key(0), take(frames, np.zeros(1, int)), blank, train=False)
+    for rows in batches:
+        rows = np.asarray(rows)
+        clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
+        _, state = model.apply(state, take(frames, rows), clips, train=True, mutable=["sums"])
+    return state
+
+
+def oracle(frames, labels, name, used):
+    """Returns centre and sums of a modality in float64, one clip after another."""
+    unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
+    part = frames[name]
+    means = {
+        clip: unit(part.features[clip][part.mask[clip]].astype(np.float64).mean(axis=0))
+        for clip in used
+        if part.mask[clip].any()
+    }
+    centre = np.mean(list(means.values()), axis=0)
+    known = [clip for clip in means if labels[clip] > 0]
+    centred = np.stack([unit(means[clip] - centre) for clip in known])
+    return centre, two_covariance.make_sums(centred, labels[known], NUM_CLASSES)
+
+
+TWICE = [*range(NUM_CLIPS)] * 2
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 23, 40, 64])
+def test_training_adds_up_every_clip_once(size):
+    """Batches run on across passes, may hold a clip twice, and repeat clips at the end."""
+    frames, labels = made_up()
+    stream = [*TWICE, *(row % NUM_CLIPS for row in range(-len(TWICE) % size))]
+    batches = [stream[i : i + size] for i in range(0, len(stream), size)]
+    found = train(make_model(), frames, labels, batches)["sums"]["sums"]
+    for name in DIMS:
+        centre, sums = oracle(frames, labels, name, range(NUM_CLIPS))
+        np.testing.assert_allclose(found[name]["centre"] / found[name]["num"], centre, atol=1e-6)
+        for key, wanted in zip(("count", "total", "scatter"), sums, strict=True):
+            np.testing.assert_allclose(found[name][key], wanted, atol=2e-6, err_msg=key)
+
+
+def test_padded_rows_and_clips_of_other_folds_add_nothing():
+    frames, labels = made_up()
+    used = [clip for clip in range(NUM_CLIPS) if clip % 3]
+    stream = [clip if clip % 3 else -1 for clip in TWICE]
+    found = train(make_model(), frames, labels, [stream[:30], stream[30:]])["sums"]["sums"]
+    for name in DIMS:
+        centre, sums = oracle(frames, labels, name, used)
+        np.testing.assert_allclose(found[name]["centre"] / found[name]["num"], centre, atol=1e-6)
+        np.testing.assert_allclose(found[name]["scatter"], sums.scatter, atol=2e-6)
+
+
+def solved(model, *states):
+    """Returns the collections that evaluation reads, of each member."""
+    together = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    found = model.solve(together)
+    return [ensemble.take(found, number) for number in range(len(states))]
+
+
+def test_logits_are_those_of_the_equations():
+    with jax.enable_x64(True):
+        frames, labels = made_up()
+        frames = {
+            name: part._replace(features=part.features.astype(np.float64))
+            for name, part in frames.items()
+        }
+        model = make_model()
+        (state,) = solved(model, train(model, frames, labels, [TWICE]))
+        clips = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
+        output = model.apply(state, frames, clips, train=False)
+        wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
+        for name in DIMS:
+            centre, sums = oracle(frames, labels, name, range(NUM_CLIPS))
+            found = two_covariance.covariances(sums)
+            space = two_covariance.make_space(found, within=0.8, between=0.5)
+            enrolled = two_covariance.enrol(space, sums.count, sums.total)
+            for clip in range(NUM_CLIPS):
+                part = frames[name]
+                if not part.mask[clip].any():
+                    continue
+                mean = part.features[clip][part.mask[clip]].mean(axis=0)
+                mean = mean / np.linalg.norm(mean) - centre
+                x = jnp.asarray(mean / np.linalg.norm(mean))[None]
+                ratios = np.asarray(two_covariance.log_ratios(space, enrolled, x))[0]
+                wanted[clip] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
+        wanted[:, 0] = 0.5
+    np.testing.assert_allclose(output.logits[:, 0], wanted, atol=1e-9)
+
+
+def test_members_have_sums_of_their_own():
+    """Members with other numbers of clips per identity share one array of coefficients."""
+    frames, labels = made_up()
+    model = make_model()
+    half = [clip if clip % 2 else -1 for clip in TWICE]
+    states = [train(model, frames, labels, [rows]) for rows in (TWICE, half)]
+    clips = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
+    for state, together in zip(states, solved(model, *states), strict=True):
+        (alone,) = solved(model, state)
+        outputs = [model.apply(x, frames, clips, train=False).logits for x in (alone, together)]
+        np.testing.assert_array_equal(*outputs)
+
+
+def test_a_missing_modality_favours_nobody():
+    """Identities with the same ratio in the face stay equal, whatever they have in the other."""
+    ratios = np.zeros((2, 1, NUM_CLASSES), np.float32)
+    ratios[0] = -20.0
+    ratios[1] = [0, -70.0, -3.0, 40.0, 0.0]
+    known = np.array([[False, True, True, True, True], [False, True, True, True, False]])
+    logits = combine(ratios, known, np.array([[True], [False]]), SETTINGS)
+    np.testing.assert_allclose(logits[0], [0.5, -2, -2, -2, -2])
+    logits = combine(ratios, known, np.array([[True], [True]]), SETTINGS)
+    np.testing.assert_allclose(logits[0], [0.5, -9, -2.3, 2, -4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"within": 1.5}, "within=1.5: must be from 0 to 1"),
+        ({"between": -0.1}, "between=-0.1: must be from 0 to 1"),
+        ({"scale": 0.0}, "scale=0.0: must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)
+
+
+def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
+    """Returns unit vectors and labels of people whose modalities are independent."""
+    labels = np.repeat(np.arange(1, num_identities + 1), clips)
+    vectors = {}
+    for name, width in zip(("face", "audio"), widths, strict=True):
+        centres = rng.normal(size=(num_identities + 1, width))
+        x = centres[labels] + 0.5 * rng.normal(size=(len(labels), width))
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        gone = rng.random(len(labels)) < missing
+        vectors[name] = np.where(gone[:, None], 0.0, x)
+    return vectors, labels
+
+
+def test_settings_that_are_given_stay():
+    vectors, labels = people(np.random.default_rng(0))
+    given = {"within": 0.33, "scale": 0.2}
+    found = plda_settings.fit_settings(vectors, labels, 40, given, 0)
+    assert (found.within, found.scale) == (0.33, 0.2)
+    again = plda_settings.fit_settings(vectors, labels, 40, given, 0)
+    assert found == again
+    free = plda_settings.fit_settings(vectors, labels, 40, {}, 0)
+    assert free.within in plda_settings.SHARES["within"] and free.scale != 0.2
+
+
+def test_fitted_settings_favour_no_modality():
+    """Half of the people were never heard: clips that show them are named as often as others."""
+    rng = np.random.default_rng(1)
+    vectors, labels = people(rng, num_identities=60, clips=12)
+    unheard = labels > 30
+    training = np.arange(len(labels)) % 2 == 0
+    vectors["audio"][training & unheard] = 0.0
+    settings = plda_settings.fit_settings(
+        {name: x[training] for name, x in vectors.items()}, labels[training], 60, {}, 0
+    )
+    parts = []
+    for x in vectors.values():
+        shown = training & np.any(x != 0, axis=1)
+        sums = two_covariance.make_sums(x[shown], labels[shown], 61)
+        space = two_covariance.make_space(
+            two_covariance.covariances(sums), within=settings.within, between=settings.between
+        )
+        enrolled = two_covariance.enrol(space, sums.count, sums.total)
+        ratios = two_covariance.log_ratios(space, enrolled, jnp.asarray(x[~training]))
+        parts.append((ratios, enrolled.known, np.any(x[~training] != 0, axis=1)))
+    ratios, known, present = (np.stack(part) for part in zip(*parts, strict=True))
+    named = 1 + np.asarray(combine(ratios, known, present, settings))[:, 1:].argmax(axis=1)
+    right = named == labels[~training]
+    heard, never = right[~unheard[~training]].mean(), right[unheard[~training]].mean()
+    assert heard > 0.9 and never > 0.8
+    share = (named > 30).mean()
+    assert abs(share - 0.5) < 0.06  # half of the clips show people who were never heard
+
+
+def test_few_clips_leave_the_first_settings():
+    vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
+    found = plda_settings.fit_settings(vectors, labels, 3, {}, 0)
+    assert found == Settings(0.8, 0.75, 1 / 16, -2.0, 2.0)
+
+
+def test_the_fit_looks_at_whole_identities():
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.zeros(50, int), rng.integers(1, 3001, 9000)])
+    some = plda_settings.some_identities(labels, 0)
+    assert not some[labels == 0].any() and some.sum() <= plda_settings.MOST_CLIPS
+    assert some.sum() > 0.95 * plda_settings.MOST_CLIPS
+    for identity, group in itertools.groupby(
+        np.argsort(labels, kind="stable"), lambda i: labels[i]
+    ):
+        assert len({bool(some[i]) for i in group}) == 1, identity
+    few = np.array([0, 1, 1, 2])
+    np.testing.assert_array_equal(plda_settings.some_identities(few, 0), few > 0)

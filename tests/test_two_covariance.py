@@ -1,0 +1,131 @@
+"""Two-covariance PLDA against the densities of normal vectors, in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax.models import two_covariance
+from vidjax.models.two_covariance import Sums
+
+CLASSES, WIDTH = 7, 5
+
+
+def made_up(seed=0, clips=60):
+    """Returns vectors [N, D], labels [N] of 1..6, and their sums; class 6 may have no clip."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(1, CLASSES, clips)
+    centres = rng.normal(size=(CLASSES, WIDTH)) * np.linspace(0.5, 2, WIDTH)
+    vectors = centres[labels] + rng.normal(size=(clips, WIDTH)) @ rng.normal(size=(WIDTH, WIDTH))
+    return vectors, labels, two_covariance.make_sums(vectors, labels, CLASSES)
+
+
+def log_density(x, mean, covariance):
+    """Returns log N(x; mean, covariance) from the formula."""
+    _, log_det = np.linalg.slogdet(covariance)
+    gap = x - mean
+    quadratic = gap @ np.linalg.inv(covariance) @ gap
+    return -0.5 * (quadratic + log_det + len(x) * np.log(2 * np.pi))
+
+
+def joint_log_density(vectors, mean, within, between):
+    """Returns log p of all clips of one identity: each pair shares the same y."""
+    count = len(vectors)
+    covariance = np.kron(np.eye(count), within) + np.kron(np.ones((count, count)), between)
+    return log_density(np.concatenate(vectors), np.tile(mean, count), covariance)
+
+
+def shrunk(found, within, between):
+    """Returns W and B, shrunk, in the coordinates of the vectors."""
+
+    def shrink(covariance, share):
+        level = np.trace(covariance) / WIDTH
+        return (1 - share) * covariance + share * level * np.eye(WIDTH)
+
+    within_class = found.axes @ np.diag(found.within) @ found.axes.T
+    between_class = found.axes @ found.between @ found.axes.T
+    return shrink(within_class, within), shrink(between_class, between)
+
+
+@pytest.mark.parametrize(("within", "between"), [(0.8, 0.5), (0.0, 0.0), (1.0, 1.0)])
+def test_ratios_are_those_of_joint_densities(within, between):
+    vectors, labels, sums = made_up()
+    found = two_covariance.covariances(sums)
+    space = two_covariance.make_space(found, within=within, between=between)
+    enrolled = two_covariance.enrol(space, sums.count, sums.total)
+    covariances = shrunk(found, within, between)
+    new = np.random.default_rng(1).normal(size=(4, WIDTH))
+    with jax.enable_x64(True):
+        ratios = np.asarray(two_covariance.log_ratios(space, enrolled, jnp.asarray(new)))
+    for clip, label in itertools.product(range(len(new)), range(1, CLASSES)):
+        own = list(vectors[labels == label])
+        wanted = (
+            joint_log_density([*own, new[clip]], found.mean, *covariances)
+            - joint_log_density(own, found.mean, *covariances)
+            - joint_log_density([new[clip]], found.mean, *covariances)
+        )
+        assert abs(ratios[clip, label] - wanted) < 1e-9 * max(1, abs(wanted)), (clip, label)
+    assert not enrolled.known[0] and np.abs(ratios[:, 0]).max() < 1e-9  # a class without a clip
+
+
+def test_covariances_are_those_of_their_definitions():
+    vectors, labels, sums = made_up()
+    found = two_covariance.covariances(sums)
+    gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
+    within = gaps.T @ gaps / (len(vectors) - len(np.unique(labels)))
+    np.testing.assert_allclose(
+        found.axes @ np.diag(found.within) @ found.axes.T, within, atol=1e-10
+    )
+    values, axes = np.linalg.eigh(np.cov(vectors.T, bias=True) - within)
+    between = axes @ np.diag(np.maximum(values, two_covariance.SMALLEST_VARIANCE)) @ axes.T
+    np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
+
+
+def test_sums_of_parts_add_up():
+    vectors, labels, sums = made_up()
+    parts = [
+        two_covariance.make_sums(vectors[rows], labels[rows], CLASSES)
+        for rows in (slice(0, 13), slice(13, 60))
+    ]
+    added = Sums(*(left + right for left, right in zip(*parts, strict=True)))
+    for name, whole, both in zip(Sums._fields, sums, added, strict=True):
+        np.testing.assert_allclose(both, whole, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_removing_somebody_is_a_subtraction():
+    vectors, labels, sums = made_up()
+    gone = labels == 3
+    without = two_covariance.make_sums(vectors[~gone], labels[~gone], CLASSES)
+    removed = two_covariance.make_sums(vectors[gone], labels[gone], CLASSES)
+    for name, left, right, wanted in zip(Sums._fields, sums, removed, without, strict=True):
+        np.testing.assert_allclose(left - right, wanted, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.arange(1, 7), np.ones(6, int)], ids=["one clip each", "one identity"]
+)
+def test_poor_data_give_finite_ratios(labels):
+    vectors = np.random.default_rng(2).normal(size=(6, WIDTH))
+    vectors[:, -1] = 0  # no variance at all along one axis
+    sums = two_covariance.make_sums(vectors, labels, CLASSES)
+    space = two_covariance.make_space(two_covariance.covariances(sums), within=0.0, between=0.0)
+    enrolled = two_covariance.enrol(space, sums.count, sums.total)
+    assert (space.ratio >= 0).all()
+    assert np.isfinite(two_covariance.log_ratios(space, enrolled, jnp.asarray(vectors))).all()
+
+
+def test_a_class_with_more_clips_is_surer():
+    """The same mean from more clips: a clip near it is likelier, one far from it less so."""
+    _, _, sums = made_up()
+    space = two_covariance.make_space(two_covariance.covariances(sums), within=0.8, between=0.5)
+    direction = np.linalg.pinv(space.transform)[-1] * np.sqrt(space.ratio[-1])
+    mean = space.mean + 2 * direction
+    counts = np.array([1.0, 4.0, 50.0])
+    enrolled = two_covariance.enrol(space, counts, counts[:, None] * mean)
+    near, far = np.asarray(
+        two_covariance.log_ratios(space, enrolled, jnp.stack([mean, space.mean - 2 * direction]))
+    )
+    assert near[0] < near[1] < near[2]
+    assert far[0] > far[1] > far[2]
