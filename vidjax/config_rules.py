@@ -348,9 +348,10 @@ def untrainable(values: Values) -> Iterator[str]:
     held_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT)
     if split in values["data.train_splits"] and not held_out:
         yield (
-            f"config.eval.split='{split}' is among config.data.train_splits: a score on clips that\n"
-            "were trained on means nothing. To measure out of fold: --config.ensemble.folds=5\n"
-            "To rank test with a net of everything: --config=FILE:everything, --config.eval.split=test"
+            f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
+            "that were trained on means nothing; to measure out of fold: --config.ensemble.folds=5\n"
+            "to train on everything and rank test: --config=FILE:everything, "
+            "--config.eval.split=test"
         )
 
 

@@ -93,14 +93,7 @@ def read(
     own_split: str = config.eval.split
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
-    metrics = _read_metrics(name, paths.metrics, split)
-    if metrics.get("map") is None:
-        report = results_lib.read_data_report(folder)
-        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
-        raise ValueError(
-            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
-            f"{reason or 'compare on another: --config.eval.split=val'}"
-        )
+    metrics = _read_metrics(name, config, paths.metrics, split)
     identities = _read_identities(folder, paths.ranking)
     averages = _read_analysis(paths.analysis)
     source = paths.analysis if averages else paths.ranking
@@ -136,7 +129,7 @@ def read(
     )
 
 
-def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
+def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str, Any]:
     try:
         metrics = results_lib.load_metrics(path)
     except FileNotFoundError:
@@ -144,6 +137,13 @@ def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
         raise ValueError(
             f"'{name}' has no results on split '{split}' ({path.name})\n{command}"
         ) from None
+    if metrics.get("map") is None:
+        report = results_lib.read_data_report(path.parent)
+        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
+        raise ValueError(
+            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
+            f"{reason or 'compare on another: --config.eval.split=val'}"
+        )
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:
             raise ValueError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
