@@ -349,9 +349,9 @@ def untrainable(values: Values) -> Iterator[str]:
     if split in values["data.train_splits"] and not held_out:
         yield (
             f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
-            "that were trained on means nothing; to measure out of fold: --config.ensemble.folds=5\n"
-            "to train on everything and rank test: --config=FILE:everything, "
-            "--config.eval.split=test"
+            "that were trained on means nothing; to measure out of fold: "
+            "--config.ensemble.folds=5\nto train on everything and rank test: "
+            "--config=FILE:everything, --config.eval.split=test"
         )
 
 

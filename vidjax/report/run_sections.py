@@ -168,7 +168,8 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         )
     plot.axes.set_ylim(0, 1.04)
     plot.legend()
-    return plot.html("scores", "Training accuracy and MAP", description)
+    title = "Training accuracy and MAP" if scored else "Training accuracy"
+    return plot.html("scores", title, description)
 
 
 def _learning_rate(train: Sequence[Mapping[str, Any]], schedule: np.ndarray | None) -> Html:
