@@ -256,7 +256,7 @@ def unmeasured(
     labelled = {name for name, counts in splits.items() if counts.get("labelled")}
     runs = metrics.get("runs") or [{**config.get("data", {}), "held_out": held_out(config)}]
     for run in runs:
-        trained = run.get("train_splits") or ()
+        trained = list(run.get("train_splits") or ())
         if labelled and labelled <= set(trained) and not run.get("held_out", True):
             who = "a run was trained" if metrics.get("runs") else "trained"
             return (
