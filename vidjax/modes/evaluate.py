@@ -28,8 +28,8 @@ def check_folder(config: Config, workdir: Path) -> None:
     """
     find_run(config, workdir)
     results_lib.read_metrics(workdir)
+    results_lib.read_data_report(workdir)
     if config.eval.report:
-        results_lib.read_data_report(workdir)
         results_lib.read_other_metrics(workdir)
 
 

@@ -255,15 +255,14 @@ def unmeasured(
     splits = data_report.get("splits") or {}
     labelled = {name for name, counts in splits.items() if counts.get("labelled")}
     runs = metrics.get("runs") or [{**config.get("data", {}), "held_out": held_out(config)}]
-    for run in runs:
-        trained = list(run.get("train_splits") or ())
-        if labelled and labelled <= set(trained) and not run.get("held_out", True):
-            who = "a run was trained" if metrics.get("runs") else "trained"
-            return (
-                f"{who} on {' and '.join(trained)}, so no split is left; "
-                f"to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
-            )
-    return ""
+    known = [run for run in runs if not run.get("held_out", True)]
+    trained = list(dict.fromkeys(name for run in known for name in run.get("train_splits") or ()))
+    if not labelled or not labelled <= set(trained):
+        return ""
+    return (
+        f"{'runs were ' if metrics.get('runs') else ''}trained on {' and '.join(trained)}, so no "
+        f"split is left; to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+    )
 
 
 def held_out(config: Mapping[str, Any]) -> bool:
