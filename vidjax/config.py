@@ -16,10 +16,12 @@ from ml_collections import ConfigDict, config_dict
 
 from vidjax import config_docs, config_files, config_rules, files
 from vidjax.config_files import SCALE_WORDS, choose_data, split_args
+from vidjax.config_rules import HOLD_OUT
 from vidjax.config_values import Config, fields, override
 from vidjax.suggest import suggest
 
 __all__ = [
+    "HOLD_OUT",
     "SCALE_WORDS",
     "Config",
     "check",

@@ -34,6 +34,8 @@ NOT_NEGATIVE = (
 )
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
+HOLD_OUT = ("folds", "bootstraps")
 # Names that no table of the code holds.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.distractors": ("other", "leave_out", "noise"),
@@ -343,12 +345,13 @@ def untrainable(values: Values) -> Iterator[str]:
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]
-    held_out = values["ensemble.folds"] or values["ensemble.bootstraps"]
+    held_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT)
     if split in values["data.train_splits"] and not held_out:
         yield (
             f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
-            "that were trained on means nothing. With --config.ensemble.folds=5 every clip is\n"
-            "scored by members that were not trained on it"
+            "that were trained on means nothing; to measure out of fold: "
+            "--config.ensemble.folds=5\nto train on everything and rank test: "
+            "--config=FILE:everything, --config.eval.split=test"
         )
 
 

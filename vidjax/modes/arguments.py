@@ -125,7 +125,7 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
 
 
 def _joined_config(args: Arguments, workdir: Path) -> Config:
-    """Returns a configuration that joins the runs of `--runs`."""
+    """Returns a configuration that joins the runs of `--runs`, on the split that all evaluate."""
     runs = tuple(str(Path(name).expanduser().absolute()) for name in args.folders)
     if not runs:
         raise ValueError("--runs= is empty: name two runs or more, --runs=A,B")
@@ -136,6 +136,9 @@ def _joined_config(args: Arguments, workdir: Path) -> Config:
             raise ValueError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
+    splits = {run_config(Path(name)).eval.split for name in runs}
+    if len(splits) == 1:
+        (config.eval.split,) = splits
     return config
 
 

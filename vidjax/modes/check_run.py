@@ -90,6 +90,8 @@ def _results(path: Path) -> Findings:
         files.read_json(path, object)
     if content.get("map") is not None:
         yield OK, f"{path.name}: MAP@100 {content['map']:.4f} ({content.get('map_kind')})"
+    elif content.get("num_clips") is not None:
+        yield OK, f"{path.name}: {content['num_clips']:,} clips ranked, no MAP"
     else:
         yield OK, f"{path.name}: can be read"
 

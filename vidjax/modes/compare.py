@@ -93,7 +93,7 @@ def read(
     own_split: str = config.eval.split
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
-    metrics = _read_metrics(name, paths.metrics, split)
+    metrics = _read_metrics(name, config, paths.metrics, split)
     identities = _read_identities(folder, paths.ranking)
     averages = _read_analysis(paths.analysis)
     source = paths.analysis if averages else paths.ranking
@@ -129,7 +129,7 @@ def read(
     )
 
 
-def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
+def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str, Any]:
     try:
         metrics = results_lib.load_metrics(path)
     except FileNotFoundError:
@@ -138,9 +138,11 @@ def _read_metrics(name: str, path: Path, split: str) -> dict[str, Any]:
             f"'{name}' has no results on split '{split}' ({path.name})\n{command}"
         ) from None
     if metrics.get("map") is None:
+        report = results_lib.read_data_report(path.parent)
+        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
         raise ValueError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
-            "compare on another: --config.eval.split=val"
+            f"{reason or 'compare on another: --config.eval.split=val'}"
         )
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import devices, files
+from vidjax import devices
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis
@@ -28,10 +28,8 @@ def check_folder(config: Config, workdir: Path) -> None:
     """
     find_run(config, workdir)
     results_lib.read_metrics(workdir)
+    results_lib.read_data_report(workdir)
     if config.eval.report:
-        path = workdir / "data_report.json"
-        if files.exists(path):
-            results_lib.load_data_report(path)
         results_lib.read_other_metrics(workdir)
 
 

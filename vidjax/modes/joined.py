@@ -24,6 +24,7 @@ def describe_run(name: str) -> dict[str, Any]:
         "model": config.model.get("name"),
         "data": data | metrics.get("data", {}),
         "train_splits": list(config.data.train_splits),
+        "held_out": results_lib.held_out(config.to_dict()),
         "modalities": list(config.modalities),
         "seed": config.seed,
         **{key: metrics[key] for key in ("step", "num_params", "num_members") if key in metrics},

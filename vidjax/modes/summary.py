@@ -29,9 +29,14 @@ def rows(
     if "map" in results:
         kind = results["map_kind"].replace("_", " ")
         kind = split if kind in ("val", split) else f"{split}, {kind}"
+        if results["map_kind"] == "in_sample":
+            kind += ": the run was trained on these clips, and MAP is too high"
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
+        report = results_lib.read_data_report(workdir)
+        if reason := results_lib.unmeasured(config.to_dict(), results, report):
+            rows["measured"] = f"nothing: {reason}"
     if "best_map" in results:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):

@@ -154,10 +154,15 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
         )
     if "in sample" in kinds:
-        text.append(
-            "In sample: a run was trained on clips that are scored here. Its MAP is too high."
-        )
+        text.append(in_sample(runs))
     return text
+
+
+def in_sample(runs: Sequence[RankedRun]) -> str:
+    """Returns a warning that names the runs that were trained on clips of the comparison."""
+    known = [run.name for run in runs if run.map_kind == "in_sample"]
+    were = "was" if len(known) == 1 else "were"
+    return f"In sample: {', '.join(known)} {were} trained on these clips: the MAP is too high."
 
 
 def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
@@ -177,6 +182,8 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
         f"{len(first.identities):,} identities, {first.num_clips:,} clips of {first.split}; "
         f"compared with {first.name}"
     )
+    if any(run.map_kind == "in_sample" for run in runs):
+        lines.append(in_sample(runs))
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 

@@ -88,7 +88,6 @@ def load(workdir: Path) -> RunFiles:
     split = str(config_lib.load_workdir(workdir).eval.split)  # refuses values of other types
     analysis_path = results.paths(workdir, split, split).analysis
     identities = workdir / "identities.json"
-    data = workdir / "data_report.json"
     others = results.read_other_metrics(workdir)
     analysis, arrays = (
         results.load_analysis(analysis_path) if files.exists(analysis_path) else ({}, {})
@@ -101,7 +100,7 @@ def load(workdir: Path) -> RunFiles:
         identities=results.load_identities(identities) if files.exists(identities) else [],
         analysis=analysis,
         arrays=arrays,
-        data=results.load_data_report(data) if files.exists(data) else {},
+        data=results.read_data_report(workdir),
         other_metrics=others,
         split=split,
         analysed=tuple(

@@ -13,6 +13,7 @@ from vidjax import metrics
 from vidjax.report import figures, html, settings, significance
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles
+from vidjax.run import results as results_lib
 
 MAX_MEMBERS = 60  # rows in the table of members
 
@@ -84,7 +85,9 @@ def _headline(run: RunFiles) -> Html:
         return html.p(NO_RESULTS)
     value = run.metrics.get("map")
     if value is None:
-        return html.p(NO_MAP)
+        reason = results_lib.unmeasured(run.config, run.metrics, run.data)
+        nothing = [html.p(f"Nothing is measured: {reason}.")] if reason else []
+        return html.join([html.p(NO_MAP), *nothing])
     interval = html.text("")
     if "ap" in run.arrays:
         low, high = significance.map_interval(run.averages())
@@ -166,7 +169,8 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         )
     plot.axes.set_ylim(0, 1.04)
     plot.legend()
-    return plot.html("scores", "Training accuracy and MAP", description)
+    title = "Training accuracy and MAP" if scored else "Training accuracy"
+    return plot.html("scores", title, description)
 
 
 def _learning_rate(train: Sequence[Mapping[str, Any]], schedule: np.ndarray | None) -> Html:

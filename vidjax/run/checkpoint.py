@@ -147,7 +147,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
         raise CheckpointError(
-            f"no best checkpoint in '{workdir}': no step was evaluated\n"
+            f"no best checkpoint in '{workdir}': no step has a MAP\n"
             "use the latest: --config.eval.checkpoint=latest"
         )
     order = sorted(steps, reverse=True)

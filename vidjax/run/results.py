@@ -19,8 +19,9 @@ name: `metrics_<split>.json` and so on.
     threshold_at_fpir_*              float | null: the score at which that FNIR holds
     members                          list of {member: int, map: float, and what sets it apart}
     runs                             list of {name: str, weight: float, map: float}: blended runs;
-                                     with model, data, train_splits, modalities, seed, step,
-                                     num_params, num_members of each run
+                                     with model, data, train_splits, held_out, modalities, seed,
+                                     step, num_params, num_members of each run; held_out: bool,
+                                     members leave training clips out
     weights_fitted_on                str: the split that the weights of a blend were fitted on
     date, eval_date                  str, UTC: end of the training, of a later evaluation
     eval_clips_per_second            float; eval_seconds: float
@@ -82,6 +83,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vidjax import config as config_lib
 from vidjax import files
 from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
@@ -178,6 +180,16 @@ def load_data_report(path: Path) -> dict[str, Any]:
     return _read(path, dict, schema.DATA_REPORT)
 
 
+def read_data_report(workdir: Path) -> dict[str, Any]:
+    """Returns the content of a run's `data_report.json`, empty where there is none.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = workdir / "data_report.json"
+    return load_data_report(path) if files.exists(path) else {}
+
+
 def _read(path: Path, kind: type[T], wanted: schema.Schema) -> T:
     try:
         value = files.read_json(path, kind)
@@ -224,6 +236,40 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
         return None
     place = f" in {data['dir']}" if data.get("dir") else ""
     return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
+
+
+def unmeasured(
+    config: Mapping[str, Any], metrics: Mapping[str, Any], data_report: Mapping[str, Any]
+) -> str:
+    """Returns why no clip is left to measure a run on; empty where one is, or where none can tell.
+
+    A split measures if it has a ground truth, and if the run was not trained on it or members leave
+    clips of it out. A joined run was trained on what any of its runs was trained on.
+
+    Args:
+      config: content of `config.json`.
+      metrics: content of `metrics.json`, for the runs that a joined run joins.
+      data_report: content of `data_report.json`.
+
+    Returns:
+      One line, which ends in the remedy.
+    """
+    splits = data_report.get("splits") or {}
+    labelled = {name for name, counts in splits.items() if counts.get("labelled")}
+    runs = metrics.get("runs") or [{**config.get("data", {}), "held_out": held_out(config)}]
+    known = [run for run in runs if not run.get("held_out", True)]
+    trained = list(dict.fromkeys(name for run in known for name in run.get("train_splits") or ()))
+    if not labelled or not labelled <= set(trained):
+        return ""
+    return (
+        f"{'runs were ' if metrics.get('runs') else ''}trained on {' and '.join(trained)}, so no "
+        f"split is left; to measure: --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+    )
+
+
+def held_out(config: Mapping[str, Any]) -> bool:
+    """Returns whether the members of a run leave training clips out, given its `config.json`."""
+    return any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ _RUNS = Many(
         {
             "name": TEXT, "weight": NUMBER, "map": SHARE, "model": TEXT, "train_splits": Many(TEXT),
             "modalities": Many(TEXT), "seed": WHOLE, "step": WHOLE, "num_params": WHOLE,
-            "num_members": WHOLE, "data": _DATA,
+            "num_members": WHOLE, "data": _DATA, "held_out": FLAG,
         },
         ("name",),
     ),
