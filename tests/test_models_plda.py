@@ -192,11 +192,11 @@ def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
 def test_settings_that_are_given_stay():
     vectors, labels = people(np.random.default_rng(0))
     given = {"within": 0.33, "scale": 0.2}
-    found = plda_settings.fit_settings(vectors, labels, 40, given, 0)
+    found = plda_settings.fit_settings(vectors, labels, given, 0)
     assert (found.within, found.scale) == (0.33, 0.2)
-    again = plda_settings.fit_settings(vectors, labels, 40, given, 0)
+    again = plda_settings.fit_settings(vectors, labels, given, 0)
     assert found == again
-    free = plda_settings.fit_settings(vectors, labels, 40, {}, 0)
+    free = plda_settings.fit_settings(vectors, labels, {}, 0)
     assert free.within in plda_settings.SHARES["within"] and free.scale != 0.2
 
 
@@ -208,7 +208,7 @@ def test_fitted_settings_favour_no_modality():
     training = np.arange(len(labels)) % 2 == 0
     vectors["audio"][training & unheard] = 0.0
     settings = plda_settings.fit_settings(
-        {name: x[training] for name, x in vectors.items()}, labels[training], 60, {}, 0
+        {name: x[training] for name, x in vectors.items()}, labels[training], {}, 0
     )
     parts = []
     for x in vectors.values():
@@ -231,7 +231,7 @@ def test_fitted_settings_favour_no_modality():
 
 def test_few_clips_leave_the_first_settings():
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
-    found = plda_settings.fit_settings(vectors, labels, 3, {}, 0)
+    found = plda_settings.fit_settings(vectors, labels, {}, 0)
     assert found == Settings(0.8, 0.75, 1 / 16, -2.0, 2.0)
 
 

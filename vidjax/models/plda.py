@@ -126,7 +126,8 @@ class PLDAIdentifier(nn.Module):
         sums = _RunningSums(self.modalities, self.num_classes, self.num_clips, name="sums")
         if train or self.is_initializing():
             centred = sums(vectors, clips, update=train and not self.is_initializing())
-            logits = jnp.zeros((len(clips.index), self.num_classes), jnp.float32)
+            # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
+            logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
             return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [

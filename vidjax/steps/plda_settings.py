@@ -4,9 +4,9 @@ A part of the clips is held out, and the others are enrolled. In each modality s
 hidden, and half of them are strangers altogether. Without them no clip with a modality would ever
 belong to an identity that lacks it, and no clip to somebody new.
 
-The shares of shrinkage are chosen by MAP. The other settings are those under which the right
-answers are most probable: probabilities then mean what they say, on clips like these. The settings
-are part of `TaskSpec`, and every checkpoint keeps them.
+The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
+settings are those under which the right answers are most probable: probabilities then mean what they
+say, on clips like these. The settings are part of `TaskSpec`, and every checkpoint keeps them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
@@ -66,7 +66,7 @@ def training_settings(
     vectors = {
         name: values_of_clips(config, data, name, _unit_mean, wanted) for name in config.modalities
     }
-    settings = fit_settings(vectors, labels[wanted], len(data.identities), given, config.seed)
+    settings = fit_settings(vectors, labels[wanted], given, config.seed)
     return {name: value for name, value in settings._asdict().items() if name not in given}
 
 
@@ -88,7 +88,6 @@ def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
 def fit_settings(
     vectors: Mapping[str, np.ndarray],
     labels: np.ndarray,
-    num_identities: int,
     given: Mapping[str, float],
     seed: int,
 ) -> Settings:
@@ -96,18 +95,18 @@ def fit_settings(
 
     Args:
       vectors: modality -> [N, D] float, unit vectors; 0 for clips that lack the modality.
-      labels: [N] int, class columns from 1.
-      num_identities: number of identities, C.
+      labels: [N] int, class columns from 1; those without a clip do not matter.
       given: settings that are not fitted.
       seed: seed of the folds, and of the identities that are hidden.
 
     Returns:
       The settings; the first values where no held-out clip shows an enrolled identity.
     """
+    columns = 1 + np.unique(labels, return_inverse=True)[1]  # 1 to the number of identities
     folds = [
         fold
         for number in range(FOLDS)
-        if (fold := _hold_out(vectors, labels, num_identities, number, seed)) is not None
+        if (fold := _hold_out(vectors, columns, number, seed)) is not None
     ]
     values = {name: shares[0] for name, shares in SHARES.items()} | START | dict(given)
     if not folds:
@@ -115,7 +114,7 @@ def fit_settings(
     for name, shares in SHARES.items():
         if name not in given:
             tries = [{**values, name: share} for share in shares]
-            values = max(tries, key=lambda one: _mean_ap(folds[: FOLDS // 2], one))
+            values = max(tries, key=lambda one: _quality(folds[: FOLDS // 2], one))
     return _fit(folds, values, given)
 
 
@@ -138,14 +137,11 @@ class _Fold(NamedTuple):
 
 
 def _hold_out(
-    vectors: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    num_identities: int,
-    number: int,
-    seed: int,
+    vectors: Mapping[str, np.ndarray], labels: np.ndarray, number: int, seed: int
 ) -> _Fold | None:
     """Holds a fold out and hides identities; None where nothing is left to compare."""
     rng = np.random.default_rng((seed, number))
+    num_identities = int(labels.max())
     held = ensemble.stratified_folds(labels, FOLDS, seed) == number
     stranger = rng.random(1 + num_identities) < STRANGERS
     enrolled = ~held & ~stranger[labels]
@@ -206,17 +202,17 @@ def _ratios(fold: _Fold, values: Mapping[str, float]) -> _Ratios:
     )
 
 
-def _mean_ap(folds: Sequence[_Fold], values: Mapping[str, float]) -> float:
-    """Returns the MAP of the held-out clips, averaged over the folds."""
+def _quality(folds: Sequence[_Fold], values: Mapping[str, float]) -> float:
+    """Returns the mean of MAP and AUROC of the held-out clips, averaged over the folds."""
     settings = Settings(**values)
-    return float(np.mean([_map_of_fold(_ratios(fold, values), settings) for fold in folds]))
+    return float(np.mean([_quality_of_fold(_ratios(fold, values), settings) for fold in folds]))
 
 
 @jax.jit
-def _map_of_fold(part: _Ratios, settings: Settings) -> Array:
-    """Returns the mean average precision of the identities that held-out clips show."""
+def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
+    """Returns [2], MAP of the identities that clips show, and AUROC of the clips' best scores."""
     logits = combine(part.ratios, part.known, part.present, settings)
-    scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
+    scores = log_softmax(logits, _in_question(part))  # [Q, K]
     # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
     column = scores.T[part.labels]  # [Q, Q]
     above = column >= jnp.diagonal(column)[:, None]
@@ -225,7 +221,11 @@ def _map_of_fold(part: _Ratios, settings: Settings) -> Array:
     total = jax.ops.segment_sum(precision, part.labels, logits.shape[1])
     count = jax.ops.segment_sum(jnp.ones_like(precision), part.labels, logits.shape[1])
     shown = (count > 0).at[0].set(False)
-    return jnp.mean(total / jnp.maximum(count, 1), where=shown)
+    mean_ap = jnp.mean(total / jnp.maximum(count, 1), where=shown)
+    best, known = jnp.max(scores[:, 1:], axis=1), part.labels > 0
+    wins = (best[:, None] > best) + 0.5 * (best[:, None] == best)
+    pairs = known[:, None] & ~known
+    return jnp.stack([mean_ap, jnp.sum(wins * pairs) / jnp.maximum(jnp.sum(pairs), 1)])
 
 
 def _fit(
@@ -248,11 +248,16 @@ def _fit(
     return Settings(**{**values, **fitted, **given})
 
 
+def _in_question(part: _Ratios) -> Array:
+    """Returns [K] bool, True for somebody new and for identities enrolled in any modality."""
+    return jnp.any(part.known, axis=0).at[0].set(True)
+
+
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
     """Returns the mean cross-entropy at (logarithm of the scale, unenrolled, stranger)."""
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2])
     logits = combine(part.ratios, part.known, part.present, settings)
-    logs = jax.nn.log_softmax(logits)
+    logs = jax.nn.log_softmax(jnp.where(_in_question(part), logits, -jnp.inf))
     return -jnp.mean(jnp.take_along_axis(logs, part.labels[:, None], axis=1))

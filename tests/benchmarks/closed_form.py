@@ -1,0 +1,99 @@
+"""PLDA at published size: seconds of its fit, clips per second of its ranking, memory.
+
+    python -m tests.benchmarks.closed_form [--clips=57820] [--num_identities=10034]
+
+Clips of 30 made-up faces on average are resident. The fit has three parts: the settings, on
+held-out clips; two passes over all clips for the sums; and the solution on the host. A ranking of
+all clips is all of `vidjax.steps.scoring.score`. The memory of the fit is that of the clips, of its
+sums and of what the solution holds of them at once:
+
+    frames x D x 2 + K x (D + 1) x 4 + K x D x 8 x 4 bytes
+
+with D features, K = 1 + identities, frames in float16, the sums in float32 and four float64 copies.
+"""
+
+import argparse
+import functools
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.benchmarks import common
+from tests.benchmarks.evaluation import MadeUp
+from vidjax import devices, ensemble
+from vidjax.data import resident
+from vidjax.steps import plda_settings, scoring
+from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.train_step import make_train_loop
+
+SETTINGS = ("within=0.8", "between=0.75", "scale=0.06", "unenrolled=-2.0", "stranger=2.0")
+
+
+def fit_settings(num_clips: int, num_identities: int) -> None:
+    """Fits the settings on as many made-up vectors as a fit looks at."""
+    rng = np.random.default_rng(0)
+    labels = 1 + np.arange(num_clips) % num_identities
+    wanted = plda_settings.some_identities(labels, 0)
+    vectors = rng.normal(size=(int(wanted.sum()), common.DIM))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    plda_settings.fit_settings({"face": vectors}, labels[wanted], {}, 0)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Writes seconds, rates and memory."""
+    words = [f"model.{word}" for word in SETTINGS]
+    size = {"num_identities": args.num_identities, "num_clips": args.clips}
+    run = common.make_run("plda.py:face", words, batch_size=256, **size)
+    mesh = devices.make_mesh(1)
+    draw = functools.partial(resident.draw_batch, plan=run.plan)
+    loop = make_train_loop(run.system, mesh, lambda clips, step: draw(clips, step=step))
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, began: float) -> float:
+        seconds[name] = time.perf_counter() - began
+        return time.perf_counter()
+
+    began = time.perf_counter()
+    fit_settings(args.clips, args.num_identities)
+    began = timed("settings, with compilation", began)
+    steps = jnp.int32(-(-2 * args.clips // 256))
+    state, outcome = loop(run.state, run.tables, run.clips, steps)
+    jax.block_until_ready(outcome)
+    began = timed("two passes, with compilation", began)
+    solved = devices.replicate(mesh, run.system.solve(state.model_state))
+    timed("solution", began)
+
+    data = MadeUp(run, args.num_identities)
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
+    model = TrainedModel.from_params("", run.system, mesh, state.params, solved, sets, data)
+    rates = []
+    for _ in range(3):
+        results = scoring.score([model], "val", mesh, block_size=256).results
+        rates.append(results["eval_clips_per_second"])
+    frames = len(run.clips["face"].number)
+    dim, classes = common.DIM, 1 + args.num_identities
+    expected = frames * dim * 2 + classes * (dim + 1) * 4 + classes * dim * 8 * 4
+    sys.stdout.write(
+        f"{common.describe()}, {args.clips:,} clips, {args.num_identities:,} people\n\n"
+    )
+    rows = [[name, f"{value:.1f} s"] for name, value in seconds.items()]
+    rows.append(["fit in all", f"{sum(seconds.values()):.1f} s"])
+    rows.append(["ranking, median of 3", f"{common.median(rates):,.0f} clips/s"])
+    rows.append(["memory of the fit by the formula", f"{expected / common.MIB:,.0f} MiB"])
+    rows.append(["largest memory of the process", f"{common.peak_bytes() / common.MIB:,.0f} MiB"])
+    common.write_table(["PLDA", ""], rows)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clips", type=int, default=57_820)
+    parser.add_argument("--num_identities", type=int, default=10_034)
+    benchmark(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
