@@ -232,7 +232,7 @@ def test_fitted_settings_favour_no_modality():
 def test_few_clips_leave_the_first_settings():
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
     found = plda_settings.fit_settings(vectors, labels, {}, 0)
-    assert found == Settings(0.8, 0.75, 1 / 16, -2.0, 2.0)
+    assert found == Settings(0.8, 0.75, 1 / 16, -1.0, 2.0)
 
 
 def test_the_fit_looks_at_whole_identities():

@@ -5,8 +5,8 @@ hidden, and half of them are strangers altogether. Without them no clip with a m
 belong to an identity that lacks it, and no clip to somebody new.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
-settings are those under which the right answers are most probable: probabilities then mean what they
-say, on clips like these. The settings are part of `TaskSpec`, and every checkpoint keeps them.
+settings are those under which the right answers are most probable: probabilities then mean what
+they say, on clips like these. They are part of `TaskSpec`, and every checkpoint keeps them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
@@ -33,11 +33,11 @@ from vidjax.system import log_softmax
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {
     "within": (0.8, 0.7, 0.9),
-    "between": (0.75, 0.5, 0.25),
+    "between": (0.75, 0.5),
 }
 # The settings that are optimised: their values while the shares are chosen, and at the start.
-START = {"scale": 1 / 16, "unenrolled": -2.0, "stranger": 2.0}
-FOLDS = 4  # the shares are chosen on two of them, the other settings are fitted on all
+START = {"scale": 1 / 16, "unenrolled": -1.0, "stranger": 2.0}
+FOLDS = 4
 HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality
 STRANGERS = 0.5  # share of the identities that no enrolled clip shows at all
 MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are drawn
@@ -114,7 +114,7 @@ def fit_settings(
     for name, shares in SHARES.items():
         if name not in given:
             tries = [{**values, name: share} for share in shares]
-            values = max(tries, key=lambda one: _quality(folds[: FOLDS // 2], one))
+            values = max(tries, key=lambda one: _quality(folds, one))
     return _fit(folds, values, given)
 
 
