@@ -54,6 +54,8 @@ def get_config(args: str = "") -> config_lib.Config:
             "netvlad_reduce": "mean",  # ours: no dependence on the number of frames
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
+            "unit_length": False,  # ours
+            "input_norm": False,  # ours
             "map_norm": True,  # ours: MAP 0.87 -> 0.90 on real clips
             "attention": "concat" not in words,  # paper
             "gram_dim": 64,  # paper
@@ -69,6 +71,8 @@ def get_config(args: str = "") -> config_lib.Config:
             "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
+            "head": "linear",  # ours
+            "logit_scale": 1.0,  # ours
             "dropout_rate": 0.5,  # ours
         }
     )

@@ -1,16 +1,15 @@
 """The system of the iQIYI-VID paper: one vector per modality, and attention between them."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import dense_general, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
-from vidjax.models.heads import Classifier
+from vidjax.models.heads import Classifier, CosineClassifier, unit_vectors
 from vidjax.models.netvlad import NetVLAD
 
 
@@ -40,13 +39,20 @@ class MultimodalIdentifier(nn.Module):
         vectors become gamma times a mean of those that exist. False (ours) leaves them 0.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
+      unit_length: True (ours) to scale the vector of each modality, after pooling, to length 1 before
+        its map. The map then sees the direction of the features alone.
+      input_norm: True (ours) for BatchNorm without scale and bias of the vectors before their maps,
+        after `unit_length`: every dimension is whitened by itself.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
         keeps at least one. The remaining vectors are not rescaled, as for clips that lack it.
-      dropout_rate: dropout rate of the input of the classifier.
-      dtype: dtype of the matrix products; parameters and logits are at least float32.
-      logit_scale: always 1; the logits are not cosines.
+      head: linear | cosine.
+      logit_scale: for the cosine head, factor on the cosines.
+      dropout_rate: dropout rate of the input of the classifier; of the unit vectors for the cosine
+        head.
+      dtype: dtype of the matrix products; parameters, logits and the whole cosine head are at
+        least float32.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
     for the three face vectors, K, the linear classifier, no activation after the maps, the feature
@@ -70,11 +76,14 @@ class MultimodalIdentifier(nn.Module):
     fill_missing: bool = False
     gate: bool = False
     feature_scale: float = 0.1
+    unit_length: bool = False
+    input_norm: bool = False
     map_norm: bool = False
     modality_dropout_rate: float = 0.0
+    head: str = "linear"
+    logit_scale: float = 1.0
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    logit_scale: ClassVar[float] = 1.0
 
     @property
     def vector_names(self) -> tuple[str, ...]:
@@ -99,20 +108,18 @@ class MultimodalIdentifier(nn.Module):
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        seen = present  # statistics are of all clips that have the modality, dropped or not
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
             present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
 
         vectors, vector_mask, attention = [], [], {}
         for position, name in enumerate(self.modalities):
-            real = frames[name]
-            if name in self.netvlad:
-                video, attention[f"assignment/{name}"] = NetVLAD(
-                    self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
-                )(real.features.astype(param_dtype) * self.feature_scale, real.mask, train=train)
-            else:
-                video = fusion.mean_frame(real).features * self.feature_scale
-            video = video.reshape(video.shape[0], -1)  # [B, K D] or [B, D]
+            video, shares = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
+            attention.update(shares)
+            if self.input_norm:
+                video = self._whitened(name, video, seen[:, position], train=train)
+            exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
             mapped = nn.Dense(
                 count * self.embed_dim,
@@ -121,7 +128,6 @@ class MultimodalIdentifier(nn.Module):
                 dot_general=dense_general.dot_general,
                 name=f"{name}_map",
             )(video)
-            exists = present[:, position, None]
             mapped = mapped.reshape(-1, count, self.embed_dim)
             if self.map_norm:
                 mapped = nn.LayerNorm(
@@ -144,7 +150,43 @@ class MultimodalIdentifier(nn.Module):
                 name="attention_map",
             )(x, jnp.concatenate(vector_mask, axis=1))
         x = x.reshape(x.shape[0], -1)
-        logits = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
-            x, train=train
-        )
+        if self.head == "cosine":
+            head = CosineClassifier(
+                self.num_classes, self.logit_scale, self.dropout_rate, name="classifier"
+            )
+        else:
+            head = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        logits = head(x, train=train)
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
+
+    def _pooled(
+        self, name: str, real: Frames, *, train: bool
+    ) -> tuple[Array, Mapping[str, Array]]:
+        """Returns the vector of a modality, [B, K D] or [B, D], and the assignment of NetVLAD."""
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        shares = {}
+        if name in self.netvlad:
+            features = real.features.astype(param_dtype)
+            if self.unit_length:
+                features = unit_vectors(features)
+            video, shares[f"assignment/{name}"] = NetVLAD(
+                self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
+            )(features * self.feature_scale, real.mask, train=train)
+        else:
+            video = fusion.mean_frame(real).features * self.feature_scale
+        video = video.reshape(video.shape[0], -1)
+        return unit_vectors(video) if self.unit_length else video, shares
+
+    def _whitened(self, name: str, video: Array, exists: Array, *, train: bool) -> Array:
+        """Returns vectors [B, D] whose dimensions have mean 0 and variance 1 among the clips."""
+        # Without any clip the mean would be 0 / 0, and the running statistics would stay NaN.
+        counted = jnp.logical_or(exists, ~exists.any())
+        norm = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            use_bias=False,
+            use_scale=False,
+            dtype=video.dtype,
+            name=f"{name}_input_norm",
+        )
+        return norm(video, mask=counted[:, None])
