@@ -24,7 +24,7 @@ WORDS = {**config_lib.SCALE_WORDS}
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=configs/cosine.py:...`."""
+    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)

@@ -33,6 +33,13 @@ CHANGES = {
         "face": {"parameters", "modalities"},
         "face,audio": {"parameters", "modalities"},
     },
+    "cosine": {
+        "iqiyi_vid": {"data", "passes"},
+        "iqiyi_vid,few": {"data"},
+        "standard": {"data"},
+        "face": {"parameters", "modalities"},
+        "face,audio": {"parameters", "modalities"},
+    },
     "knn": {
         "iqiyi_vid": {"data"},
         "iqiyi_vid,few": {"data"},

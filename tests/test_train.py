@@ -136,6 +136,8 @@ SYSTEMS = [
     "deepmef:face,audio,published",
     "deepmef:face,head,audio,views",
     "noise_classes:head",
+    "cosine",
+    "cosine:audio",
 ]
 
 

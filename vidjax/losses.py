@@ -311,12 +311,11 @@ def make_loss(
         loss = _with_options(CLASSIFICATION[name], options)
 
         def margin_loss(logits: Array, labels: Array, scale: Array | None) -> Array:
+            learned = {} if scale is None else {"logit_scale": scale}
             if margin and "margin" not in loss.keywords:  # else the loss adds the margin itself
-                factor = logit_scale if scale is None else scale
+                factor = learned.get("logit_scale", logit_scale)
                 logits = margin_fn(logits, labels, margin=margin, scale=factor)
-            if scale is not None and "logit_scale" in loss.keywords:
-                return loss(logits, labels, logit_scale=scale)
-            return loss(logits, labels)
+            return loss(logits, labels, **(learned if "logit_scale" in loss.keywords else {}))
 
         return margin_loss
 

@@ -29,6 +29,14 @@ def unit_vectors(x: Array) -> Array:
     return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
 
 
+def check_head(head: str, logit_scale: float) -> None:
+    """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
+    if head not in ("linear", "cosine"):
+        raise ValueError(f"unknown head {head!r}; choose from cosine, linear")
+    if head == "linear" and logit_scale != 1.0:
+        raise ValueError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
+
+
 class Classifier(nn.Module):
     """Dropout and one linear layer.
 

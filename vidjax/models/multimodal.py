@@ -9,7 +9,7 @@ from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import dense_general, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
-from vidjax.models.heads import Classifier, CosineClassifier, unit_vectors
+from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
 from vidjax.models.netvlad import NetVLAD
 
 
@@ -39,10 +39,10 @@ class MultimodalIdentifier(nn.Module):
         vectors become gamma times a mean of those that exist. False (ours) leaves them 0.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
-      unit_length: True (ours) to scale the vector of each modality, after pooling, to length 1 before
-        its map. The map then sees the direction of the features alone.
-      input_norm: True (ours) for BatchNorm without scale and bias of the vectors before their maps,
-        after `unit_length`: every dimension is whitened by itself.
+      unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
+        the frames before NetVLAD. Then only the direction of the features counts.
+      input_norm: True (ours) for BatchNorm, without scale and bias, of these vectors after that. It
+        standardises every dimension; it does not remove correlations between them.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
@@ -56,8 +56,8 @@ class MultimodalIdentifier(nn.Module):
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
     for the three face vectors, K, the linear classifier, no activation after the maps, the feature
-    scale. Ours: masks, LayerNorm after the maps, modality dropout, and the gate, which the
-    second-place article of 2019 names as future work.
+    scale. Ours: masks, LayerNorm after the maps, modality dropout, the cosine head, and the gate,
+    which the second-place article of 2019 names as future work.
     """
 
     modalities: Mapping[str, int]
@@ -84,6 +84,10 @@ class MultimodalIdentifier(nn.Module):
     logit_scale: float = 1.0
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_head(self.head, self.logit_scale)
 
     @property
     def vector_names(self) -> tuple[str, ...]:
@@ -159,9 +163,7 @@ class MultimodalIdentifier(nn.Module):
         logits = head(x, train=train)
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
-    def _pooled(
-        self, name: str, real: Frames, *, train: bool
-    ) -> tuple[Array, Mapping[str, Array]]:
+    def _pooled(self, name: str, real: Frames, *, train: bool) -> tuple[Array, Mapping[str, Array]]:
         """Returns the vector of a modality, [B, K D] or [B, D], and the assignment of NetVLAD."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         shares = {}
