@@ -20,7 +20,11 @@ from ml_collections import ConfigDict
 
 from vidjax import config as config_lib
 
-WORDS = {**config_lib.SCALE_WORDS}
+WORDS = {
+    **config_lib.SCALE_WORDS,
+    "trainval": "trains on train and val, in five folds of all their clips",
+    "ensemble": "three members that differ in their random draws alone",
+}
 
 
 def get_config(args: str = "") -> config_lib.Config:
@@ -33,6 +37,11 @@ def get_config(args: str = "") -> config_lib.Config:
     config.num_epochs = 40.0  # ours
     if full or "standard" in words:
         config.eval.every_epochs = 10.0  # ours
+    if "trainval" in words:
+        config.data.train_splits = ("train", "val")  # ours
+        config.ensemble.folds = 5  # ours
+    if "ensemble" in words:
+        config.ensemble.seeds = 3  # ours
 
     config.model = ConfigDict(
         {

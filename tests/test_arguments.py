@@ -37,6 +37,8 @@ CHANGES = {
         "iqiyi_vid": {"data", "passes"},
         "iqiyi_vid,few": {"data"},
         "standard": {"data"},
+        "trainval": {"members", "splits"},
+        "ensemble": {"members"},
         "face": {"parameters", "modalities"},
         "face,audio": {"parameters", "modalities"},
     },
