@@ -55,7 +55,6 @@ def get_config(args: str = "") -> config_lib.Config:
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
             "unit_length": False,  # ours
-            "input_norm": False,  # ours
             "map_norm": True,  # ours: MAP 0.87 -> 0.90 on real clips
             "attention": "concat" not in words,  # paper
             "gram_dim": 64,  # paper

@@ -16,7 +16,6 @@ from tests.test_models import (
     make_batch,
     make_model,
     randomised,
-    train_output,
 )
 from vidjax import config as config_lib
 from vidjax import fusion
@@ -318,26 +317,6 @@ def test_unit_length_is_that_of_the_vector_before_the_map():
         stop = start + expected.shape[1]
         np.testing.assert_allclose(embedding[:, start:stop], expected, atol=1e-5)
         start = stop
-
-
-def test_normalised_inputs_have_the_statistics_of_the_clips_with_the_modality():
-    """The running ones are of their unit vectors alone, whatever padded rows hold."""
-    model, variables, frames, clips = of_small(
-        netvlad=(), attention=False, unit_length=True, input_norm=True
-    )
-    output, new = train_output(model, variables, frames, clips, jax.random.key(0))
-    assert set(variables["batch_stats"]) == {f"{name}_input_norm" for name in frames}
-    assert not any("input_norm" in name for name in variables["params"])
-    for name, one in frames.items():
-        rows = one.mask.any(axis=1) & clips.mask
-        units = []
-        for b in np.flatnonzero(rows):
-            mean = np.asarray(one.features, np.float64)[b][one.mask[b]].mean(axis=0)
-            units.append(mean / np.linalg.norm(mean))
-        found = new["batch_stats"][f"{name}_input_norm"]
-        np.testing.assert_allclose(found["mean"], 0.1 * np.mean(units, axis=0), atol=1e-5)
-        np.testing.assert_allclose(found["var"], 0.9 + 0.1 * np.var(units, axis=0), atol=1e-5)
-    assert np.isfinite(output.logits).all()
 
 
 def test_the_cosine_head_gives_scaled_cosines_of_the_feature_map():

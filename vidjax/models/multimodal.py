@@ -41,8 +41,6 @@ class MultimodalIdentifier(nn.Module):
       feature_scale: factor on the raw features.
       unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
         the frames before NetVLAD. Then only the direction of the features counts.
-      input_norm: True (ours) for BatchNorm, without scale and bias, of these vectors after that. It
-        standardises every dimension; it does not remove correlations between them.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
@@ -77,7 +75,6 @@ class MultimodalIdentifier(nn.Module):
     gate: bool = False
     feature_scale: float = 0.1
     unit_length: bool = False
-    input_norm: bool = False
     map_norm: bool = False
     modality_dropout_rate: float = 0.0
     head: str = "linear"
@@ -112,7 +109,6 @@ class MultimodalIdentifier(nn.Module):
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        seen = present  # statistics are of all clips that have the modality, dropped or not
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
             present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
@@ -121,8 +117,6 @@ class MultimodalIdentifier(nn.Module):
         for position, name in enumerate(self.modalities):
             video, shares = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
             attention.update(shares)
-            if self.input_norm:
-                video = self._whitened(name, video, seen[:, position], train=train)
             exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
             mapped = nn.Dense(
@@ -178,17 +172,3 @@ class MultimodalIdentifier(nn.Module):
             video = fusion.mean_frame(real).features * self.feature_scale
         video = video.reshape(video.shape[0], -1)
         return unit_vectors(video) if self.unit_length else video, shares
-
-    def _whitened(self, name: str, video: Array, exists: Array, *, train: bool) -> Array:
-        """Returns vectors [B, D] whose dimensions have mean 0 and variance 1 among the clips."""
-        # Without any clip the mean would be 0 / 0, and the running statistics would stay NaN.
-        counted = jnp.logical_or(exists, ~exists.any())
-        norm = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            use_bias=False,
-            use_scale=False,
-            dtype=video.dtype,
-            name=f"{name}_input_norm",
-        )
-        return norm(video, mask=counted[:, None])
