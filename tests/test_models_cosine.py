@@ -198,7 +198,7 @@ def test_dropout_is_for_training_only(net):
     _, variables, frames, clips = net
     plain = make_model(SPEC)
     for options in ({"modality_dropout_rate": 0.5}, {"dropout_rate": 0.5}):
-        model = make_model(SPEC, **options)
+        model = make_model({**SPEC, **options})
         for key, same in ((5, True), (6, False)):
             logits, _ = train_logits(model, variables, frames, clips, seed=5)
             other, _ = train_logits(model, variables, frames, clips, seed=key)

@@ -36,9 +36,9 @@ class CosineIdentifier(nn.Module):
       logit_scale: first value of s.
       dtype: dtype of the linear maps; parameters and everything else are at least float32.
 
-    Source: ours. The parts are those of ArcFace and CosFace: BatchNorm before the unit vector, and
-    the scaled cosine. A gate of the modalities by a single weight each is the simplest of those
-    that the teams of the challenge used.
+    Source: ours, of known parts. The scaled cosine is that of CosFace (Wang et al.), the linear map
+    with BatchNorm before the unit vector that of ArcFace (Deng et al., section 3.1). New are one
+    unit vector per modality, their weights, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]
