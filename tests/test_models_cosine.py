@@ -266,13 +266,13 @@ def test_the_scale_learns_through_the_margin():
             return np.sum(np.log(np.exp(z).sum(axis=1)) - z[np.arange(4), labels])
 
         slope = (by_hand(12 + 1e-5) - by_hand(12 - 1e-5)) / 2e-5
-        np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(12.0)), slope, rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.asarray(12.0)), slope, rtol=1e-6)
 
 
 def test_a_fallback_keeps_the_scale_that_each_model_learned(net):
     _, _, frames, clips = net
     dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
-    for main, other in ((SPEC, dense), (dense, SPEC), (SPEC, SPEC)):
+    for main, other in ((SPEC, dense), (dense, SPEC)):
         spec = {"name": "fallback", "main": main, "other": other, "other_modalities": ("head",)}
         model = make_model(spec)
         variables = init_identifier(model, frames, clips)
@@ -288,8 +288,9 @@ def test_a_fallback_keeps_the_scale_that_each_model_learned(net):
         lowered = np.take_along_axis(np.asarray(output.logits - harder), labels[..., None], 2)
         np.testing.assert_allclose(lowered[..., 0], 0.1 * np.array([wanted] * 8), rtol=1e-4)
     plain = {"name": "fallback", "main": dense, "other": dense, "other_modalities": ("head",)}
-    model = make_model(plain)
-    output = eval_output(model, init_identifier(model, frames, clips), frames, clips)
+    model: Any = make_model(plain)
+    init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
+    output, _ = jax.eval_shape(lambda: init(frames, clips))
     assert output.logit_scale is None
 
 
