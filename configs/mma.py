@@ -54,6 +54,9 @@ def get_config(args: str = "") -> config_lib.Config:
             "netvlad_reduce": "mean",  # ours: no dependence on the number of frames
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
+            # ours: beside LayerNorm after the maps, MAP with unit length is the same on real clips
+            # and 0.010 lower on synthetic ones, within the error
+            "unit_length": False,
             "map_norm": True,  # ours: MAP 0.87 -> 0.90 on real clips
             "attention": "concat" not in words,  # paper
             "gram_dim": 64,  # paper
@@ -69,6 +72,10 @@ def get_config(args: str = "") -> config_lib.Config:
             "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit beside a strong one
+            # ours: MAP with a cosine head of scale 16 is 0.006 higher on real clips and 0.003 lower
+            # on synthetic ones, both within the error
+            "head": "linear",
+            "logit_scale": 1.0,  # ours
             "dropout_rate": 0.5,  # ours
         }
     )

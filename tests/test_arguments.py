@@ -34,6 +34,15 @@ CHANGES = {
         "face": {"parameters", "modalities"},
         "face,audio": {"parameters", "modalities"},
     },
+    "cosine": {
+        "iqiyi_vid": {"data", "passes"},
+        "iqiyi_vid,few": {"data"},
+        "standard": {"data"},
+        "trainval": {"members", "splits"},
+        "ensemble": {"members"},
+        "face": {"parameters", "modalities"},
+        "face,audio": {"parameters", "modalities"},
+    },
     "knn": {
         "iqiyi_vid": {"data"},
         "iqiyi_vid,few": {"data"},

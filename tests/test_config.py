@@ -17,6 +17,7 @@ README = ROOT / "configs" / "README.md"
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
 ARGUMENTS = {
     "mma": ["published,face", "standard,face,head", "average,concat", "ensemble"],
+    "cosine": ["face,head,audio", "trainval", "ensemble", "standard"],
     "knn": ["head", "standard"],
     "quality_fusion": ["mlp1", "mlp2", "mlp3", "mlp4", "mlp5,folds", "voting", "standard"],
     "residual_dense": ["one", "single", "fused,folds", "face", "standard"],

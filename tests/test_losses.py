@@ -263,6 +263,32 @@ def test_angular_margin_keeps_rows_on_their_devices():
     np.testing.assert_allclose(sharded, jax.jit(gradient)(logits, labels), atol=1e-6)
 
 
+def test_cosine_margin_lowers_the_label_alone():
+    """CosFace, equation 4, in float64: scale x (cosine - m) in the column of the label."""
+    values, labels = cosines(count=9)
+    with jax.enable_x64(True):
+        harder = losses.cosine_margin(30 * values, labels, margin=0.35, scale=30.0)
+    expected = np.array(30 * values, np.float64)
+    for row, label in enumerate(labels):
+        expected[row, label] -= 30 * 0.35
+    np.testing.assert_allclose(harder, expected, atol=1e-12)
+    low = losses.cosine_margin((30 * values).astype(np.float16), labels, margin=0.35, scale=30.0)
+    assert low.dtype == np.float32
+
+
+@pytest.mark.parametrize("margin_fn", losses.MARGINS.values())
+def test_margins_take_a_scale_for_every_branch(margin_fn):
+    """A model of several branches may learn a scale in each: [G], beside labels [B, G]."""
+    values, labels = cosines(count=9)
+    scales = np.array([20.0, 3.0], np.float32)
+    branches = (values[:, None] * scales[:, None]).astype(np.float32)
+    both = np.stack([labels, labels], axis=1)
+    harder = margin_fn(branches, both, margin=0.3, scale=jnp.asarray(scales))
+    for branch, scale in enumerate(scales):
+        alone = margin_fn(branches[:, branch], labels, margin=0.3, scale=float(scale))
+        np.testing.assert_allclose(harder[:, branch], alone, rtol=1e-5, atol=1e-5)
+
+
 def make_loss(spec, logit_scale=1.0):
     """The loss of a spec of which the other fields are at their defaults."""
     whole = {**config_lib.default().loss.to_dict(), **spec}
@@ -353,6 +379,20 @@ def test_a_loss_with_a_margin_of_its_own_gets_plain_logits(monkeypatch):
     harder = losses.angular_margin(logits, labels, margin=0.3, scale=30.0)
     expected = 0.25 * losses.binary_focal(harder, labels) + 0.75 * own
     np.testing.assert_allclose(loss(logits, labels, jnp.int32(0)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "with_margin"])
+def test_a_learned_scale_replaces_the_one_of_the_model(monkeypatch, name):
+    monkeypatch.setitem(losses.CLASSIFICATION, "with_margin", with_margin)
+    values, labels = cosines(count=9)
+    logits = (20 * values).astype(np.float32)
+    spec = {"classification": name, "margin": 0.3, "margin_type": "cosine"}
+    loss = make_loss(spec, logit_scale=30.0)
+    expected = with_margin(logits, labels, logit_scale=20.0, margin=0.3)
+    learned = loss(logits, labels, jnp.int32(0), jnp.ones(1) * 20)
+    np.testing.assert_allclose(learned, expected, rtol=1e-5)
+    fixed = with_margin(logits, labels, logit_scale=30.0, margin=0.3)
+    np.testing.assert_allclose(loss(logits, labels, jnp.int32(0)), fixed, rtol=1e-5)
 
 
 def test_losses_are_given_the_options_that_they_take(monkeypatch):

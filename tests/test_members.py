@@ -269,7 +269,14 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    ["mma", "quality_fusion", "residual_dense:face,one", "deepmef:face,audio", "noise_classes"],
+    [
+        "mma",
+        "cosine",
+        "quality_fusion",
+        "residual_dense:face,one",
+        "deepmef:face,audio",
+        "noise_classes",
+    ],
 )
 def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
     name, _, words = spec.partition(":")
@@ -282,7 +289,11 @@ def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [f"{MLP},mlp1", "configs/mma.py:iqiyi_vid"], ids=["mlp1", "mma"])
+@pytest.mark.parametrize(
+    "spec",
+    [f"{MLP},mlp1", "configs/mma.py:iqiyi_vid", "configs/cosine.py:iqiyi_vid"],
+    ids=["mlp1", "mma", "cosine"],
+)
 def test_vmap_agrees_with_separate_steps(data, tmp_path, spec):
     sgd = (*FOLDS, "--config.optim.name=sgd", "--config.optim.learning_rate=0.05")
     for mapping in ("map", "vmap"):

@@ -14,15 +14,18 @@ from vidjax.models.heads import Classifier, CosineClassifier, NearestNeighbours
 MMA_WIDTH = 5 * 8  # three vectors of the face, one of the head, one of the voice
 DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.5),)}
 COSINE = {**DENSE, "head": "cosine", "logit_scale": 16.0}
+COSINE_NET = {"name": "cosine", "embed_dim": 7}
 DEEPMEF = {"name": "deepmef", "branch_dims": (6, 4), "hidden_dim": 8}
 # specification -> (width of the embedding, number of vectors that attention weighs)
 MODELS = {
     "mma": (SMALL, MMA_WIDTH, 5),
+    "mma, cosine": ({**SMALL, "head": "cosine", "logit_scale": 16.0}, MMA_WIDTH, 5),
     "mma without attention": ({**SMALL, "attention": False}, MMA_WIDTH, 5),
     "dense": (DENSE, 7, 0),
     "dense, cosine": (COSINE, 7, 0),
     "residual": ({"name": "dense", "backbone": "residual", "width": 9}, 9, 0),
     "deepmef": (DEEPMEF, DIMS["face"] + 2 + 4 + 4, 0),
+    "cosine": (COSINE_NET, 7 * len(DIMS), 0),
     "knn": ({"name": "knn"}, DIMS["face"], 0),
     "fallback": (
         {"name": "fallback", "main": DENSE, "other": DENSE, "other_modalities": ("head",)},
@@ -30,6 +33,8 @@ MODELS = {
         0,
     ),
 }
+
+ATTENTIVE = ("mma", "mma, cosine")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,8 +79,8 @@ def test_attention_has_the_shape_that_the_names_say(name):
     assert len(model.vector_names) == num_vectors
     output, _ = given_to_classifiers(model, frames, clips)
     attention = dict(output.attention or {})
-    assert ("attention" in attention) == (name == "mma")
-    if name == "mma":
+    assert ("attention" in attention) == (name in ATTENTIVE)
+    if name in ATTENTIVE:
         weights = np.asarray(attention.pop("attention"))
         assert weights.shape == (len(clips.mask), num_vectors, num_vectors)
         # Column j holds the weights for vector j. They sum to 1, or to 0 if it is missing.

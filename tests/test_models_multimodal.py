@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 
 from tests.test_fusion import make_frames
+from tests.test_models import (
+    eval_logits,
+    eval_output,
+    init_identifier,
+    make_batch,
+    make_model,
+    randomised,
+)
 from vidjax import config as config_lib
 from vidjax import fusion
 from vidjax.batch import ClipInfo
@@ -263,3 +271,73 @@ def test_the_shipped_scale_lets_attention_mix_what_the_papers_scale_does_not():
     for factor, least, most in ((1.0, 0.99, 1.0), (scale, 0.2, 0.5)):
         _, y = attention_oracle(x, np.ones(6, bool), w_f, w_f, 0.05, fill=True, scale=factor)
         assert least < np.diag(y).min() and np.diag(y).max() <= most
+
+
+def of_small(**options):
+    """Returns a small net, its variables with every parameter at random, and clips."""
+    frames, clips = make_batch()
+    model = make_model(**options)
+    variables = init_identifier(model, frames, clips)
+    return model, {**variables, "params": randomised(variables["params"])}, frames, clips
+
+
+@pytest.mark.parametrize("options", [{}, {"netvlad": ("face", "head"), "netvlad_reduce": "mean"}])
+def test_with_unit_length_only_the_direction_of_features_counts(options):
+    """A clip whose features are all multiplied by one number gets the same logits."""
+    lengths = np.random.default_rng(0).uniform(0.3, 4, (8, 1, 1)).astype(np.float32)
+
+    def both(**fields):
+        model, variables, frames, clips = of_small(**options, **fields)
+        longer = {
+            name: one._replace(features=one.features.astype(np.float32) * lengths)
+            for name, one in frames.items()
+        }
+        return [eval_logits(model, variables, x, clips) for x in (frames, longer)]
+
+    logits, scaled = both(unit_length=True)
+    np.testing.assert_allclose(scaled, logits, atol=1e-4)
+    assert np.ptp(logits, axis=0).min() > 1e-2
+    logits, scaled = both()
+    assert np.abs(scaled - logits).max() > 1e-1
+
+
+def test_unit_length_is_that_of_the_vector_before_the_map():
+    """Without attention and pooled by means, the feature map is the map of the unit mean."""
+    model, variables, frames, clips = of_small(
+        netvlad=(), attention=False, unit_length=True, feature_scale=3.0
+    )
+    embedding = eval_output(model, variables, frames, clips).embedding
+    start = 0
+    for name in frames:
+        expected = np.zeros((8, variables["params"][f"{name}_map"]["bias"].size))
+        for b in np.flatnonzero(frames[name].mask.any(axis=1) & clips.mask):
+            mean = np.asarray(frames[name].features, np.float64)[b][frames[name].mask[b]].mean(0)
+            unit = mean / np.linalg.norm(mean)
+            expected[b] = linear(variables["params"][f"{name}_map"], unit)
+        stop = start + expected.shape[1]
+        np.testing.assert_allclose(embedding[:, start:stop], expected, atol=1e-5)
+        start = stop
+
+
+def test_the_cosine_head_gives_scaled_cosines_of_the_feature_map():
+    model, variables, frames, clips = of_small(head="cosine", logit_scale=12.0)
+    output = eval_output(model, variables, frames, clips)
+    assert model.logit_scale == 12
+    kernel = np.asarray(variables["params"]["classifier"]["kernel"], np.float64)
+    for x, logits in zip(np.asarray(output.embedding), np.asarray(output.logits), strict=True):
+        lengths = np.linalg.norm(x) * np.linalg.norm(kernel, axis=0)
+        cosines = x @ kernel / lengths if x.any() else np.zeros(5)
+        np.testing.assert_allclose(logits[0], 12 * cosines, atol=1e-4)
+    assert not output.embedding[4].any()  # a clip of nothing, without a bias for any class
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
+        ({"logit_scale": 16.0}, "config.model.head=cosine"),
+    ],
+)
+def test_impossible_heads_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)

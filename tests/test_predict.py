@@ -27,6 +27,7 @@ SYSTEMS = {
     "mma": ("configs/mma.py:iqiyi_vid",),
     "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
     "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
+    "cosine": ("configs/cosine.py:iqiyi_vid",),
     "knn": ("configs/knn.py:iqiyi_vid",),
     "ensemble": (
         "configs/quality_fusion.py:iqiyi_vid,folds",
@@ -163,7 +164,7 @@ def test_scores_are_those_of_evaluation(name, data, train, clips):
     seen = np.isfinite(in_memory).any(axis=1)
     np.testing.assert_allclose(norms, seen, atol=1e-5)
     np.testing.assert_array_equal(run.embed(data), vectors[np.argsort(order)])
-    dims = {"mma": (3 + 1 + 1) * 16, "dense": 8, "knn": 24, "ensemble": 3 * 2 * 8}
+    dims = {"mma": (3 + 1 + 1) * 16, "cosine": 3 * 16, "dense": 8, "knn": 24, "ensemble": 3 * 2 * 8}
     assert vectors.shape[1] == dims.get(name, vectors.shape[1])
 
 

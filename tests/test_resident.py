@@ -39,6 +39,7 @@ from vidjax.system import TaskSpec, make_system
 
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
+COSINE = "configs/cosine.py:iqiyi_vid"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
@@ -504,7 +505,7 @@ def assert_same_state(left, right):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", [MMA, MLP], ids=["mma", "mlp"])
+@pytest.mark.parametrize("spec", [MMA, MLP, COSINE], ids=["mma", "mlp", "cosine"])
 def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     setting = Setting(data, spec=spec)
     assert not setting.plan.windowed

@@ -138,6 +138,8 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "noise_classes:iqiyi_vid,published": 12_427_776,
     "residual_dense:iqiyi_vid,published,plain": 226_114_150,
     "quality_fusion:iqiyi_vid,published": 11_860_787,
+    "cosine:iqiyi_vid": 21_606_405,
+    "cosine:iqiyi_vid,face": 5_401_602,
     "knn:iqiyi_vid": 0,  # its memory is no parameter
 }
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
@@ -197,6 +199,9 @@ def test_parameters_by_hand():
     assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,face"] == floor
     single = dense(face, 512) + dense(512, classes)
     assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,audio"] == single
+    for count, name in ((4, "cosine:iqiyi_vid"), (1, "cosine:iqiyi_vid,face")):
+        parts = dense(512, 512) + 2 * 512 + 512 * classes + 1  # a map, BatchNorm, a weight
+        assert FULL_SIZE[name] == count * parts + 1  # and the scale
     residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
     assert FULL_SIZE["residual_dense:iqiyi_vid,face"] == residual
     body = dense(512, 512) + 2 * 512 + dense(512, classes)

@@ -61,7 +61,11 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "spec"),
-    [(signal.SIGINT, MLP), (signal.SIGTERM, "configs/mma.py:iqiyi_vid")],
+    [
+        (signal.SIGINT, MLP),
+        (signal.SIGTERM, "configs/mma.py:iqiyi_vid"),
+        (signal.SIGINT, "configs/cosine.py:iqiyi_vid"),
+    ],
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
     config = shrunk("--config.eval.every_epochs=3", STREAMED, spec=spec)
@@ -136,6 +140,8 @@ SYSTEMS = [
     "deepmef:face,audio,published",
     "deepmef:face,head,audio,views",
     "noise_classes:head",
+    "cosine",
+    "cosine:audio",
 ]
 
 

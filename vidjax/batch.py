@@ -142,6 +142,8 @@ class ModelOutput(NamedTuple):
         clip lower.
       attention: name -> array for the report: `attention` [B, M, M], weight of vector i for vector
         j; `assignment/MODALITY` [B, T, K], share of cluster k in frame t. None without attention.
+      logit_scale: [G] float32, factor on the cosines in the logits of each branch, where it is
+        learned. None where it is the `logit_scale` of the model.
     """
 
     logits: Array
@@ -149,6 +151,7 @@ class ModelOutput(NamedTuple):
     train_weight: Array | None = None
     eval_weight: Array | None = None
     attention: Mapping[str, Array] | None = None
+    logit_scale: Array | None = None
 
 
 class Packed(NamedTuple):

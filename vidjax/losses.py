@@ -49,14 +49,14 @@ def softmax_cross_entropy(
     return loss + label_smoothing * (label_logit - jnp.mean(logits, axis=-1, where=where))
 
 
-def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float) -> Array:
+def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Adds a margin to the angle between the embedding and the direction of the label.
 
     Args:
       logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
       margin: angle m in radians, from 0 to pi/2; 0 returns the logits unchanged.
-      scale: factor on the cosines, above 0.
+      scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
 
     Returns:
       [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
@@ -69,7 +69,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float)
     Source: Deng et al., ArcFace, equation 3, with the fallback of the authors' code. Ours: the
     derivative of the sine counts as 0 at cosines of 1 and -1, where it does not exist.
     """
-    if not 0 <= margin <= np.pi / 2 or not scale > 0:
+    fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale has no value here
+    if not 0 <= margin <= np.pi / 2 or not fixed > 0:
         raise ValueError(
             f"angular margin needs 0 <= margin <= pi/2 and scale > 0, got {margin} and {scale}"
         )
@@ -83,10 +84,28 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float)
     shifted = cosine * np.cos(margin) - sine * np.sin(margin)
     fallback = cosine - margin * np.sin(margin)
     harder = scale * jnp.where(cosine > np.cos(np.pi - margin), shifted, fallback)
-    # Row by row, so that no device needs the rows of another.
-    rows = logits.reshape(-1, logits.shape[-1])  # [N, K]
-    put = jax.vmap(lambda row, label, value: row.at[label].set(value, mode="promise_in_bounds"))
-    return put(rows, labels.reshape(-1), harder.reshape(-1)).reshape(logits.shape)
+    return _put_at_label(logits, labels, harder)
+
+
+def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
+    """Subtracts a margin from the cosine between the embedding and the direction of the label.
+
+    Unlike `angular_margin` it also holds for unit vectors that went through dropout.
+
+    Args:
+      logits: [..., K] float, scale x cosine.
+      labels: [...] int32, class columns.
+      margin: m, 0 or more.
+      scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
+
+    Returns:
+      [..., K], at least float32. In the column of the label scale x (cosine - m); other columns are
+      unchanged.
+
+    Source: Wang et al., CosFace, equation 4.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return _put_at_label(logits, labels, _at_label(logits, labels) - margin * scale)
 
 
 def binary_focal(
@@ -181,6 +200,7 @@ CLASSIFICATION: dict[str, Callable[..., Array]] = {
 # name -> margin of a cosine classifier: (logits, labels, *, margin, scale) -> logits
 MARGINS: dict[str, Callable[..., Array]] = {
     "angular": angular_margin,
+    "cosine": cosine_margin,
 }
 
 # name -> loss of embeddings: (embedding [B, D], labels [B], mask [B]) -> [B]
@@ -226,7 +246,8 @@ def make_objective(
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
         columns = jnp.broadcast_to(labels[:, None], logits.shape[:2])
-        loss = jnp.sum(loss_fn(logits, columns, step) * train_weight, axis=1)
+        per_branch = loss_fn(logits, columns, step, output.logit_scale)
+        loss = jnp.sum(per_branch * train_weight, axis=1)
         if not name:
             return loss
         return loss + weight * EMBEDDING[name](output.embedding, labels, mask)
@@ -240,7 +261,7 @@ def make_loss(
     steps_per_epoch: float,
     *,
     logit_scale: float,
-) -> Callable[[Array, Array, Array], Array]:
+) -> Callable[..., Array]:
     """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
@@ -252,8 +273,9 @@ def make_loss(
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Returns:
-      Function (logits [..., K], labels [...] int32, step [] int32) -> loss [...] float. It computes
-      w from the step, which may be traced.
+      Function (logits [..., K], labels [...] int32, step [] int32, scale) -> loss [...] float. It
+      computes w from the step, which may be traced. A learned scale replaces `logit_scale`; it has
+      a shape that fits the labels, or is None.
 
     Raises:
       ValueError: A name is unknown, a value is out of range, the schedule is not ordered, a margin
@@ -285,23 +307,28 @@ def make_loss(
     # Not copied: a field is read where a loss takes it, and nowhere else.
     options = ChainMap(values, cast(MutableMapping[str, Any], spec))
 
-    def with_margin(name: str) -> Callable[[Array, Array], Array]:
+    def with_margin(name: str) -> Callable[..., Array]:
         loss = _with_options(CLASSIFICATION[name], options)
-        if not margin or "margin" in loss.keywords:  # a loss that takes the margin adds it itself
-            return loss
-        return lambda logits, labels: loss(
-            margin_fn(logits, labels, margin=margin, scale=logit_scale), labels
-        )
+
+        def margin_loss(logits: Array, labels: Array, scale: Array | None) -> Array:
+            learned = {} if scale is None else {"logit_scale": scale}
+            if margin and "margin" not in loss.keywords:  # else the loss adds the margin itself
+                factor = learned.get("logit_scale", logit_scale)
+                logits = margin_fn(logits, labels, margin=margin, scale=factor)
+            return loss(logits, labels, **(learned if "logit_scale" in loss.keywords else {}))
+
+        return margin_loss
 
     classification, focal = with_margin(spec["classification"]), with_margin(spec["focal"])
 
-    def loss_fn(logits: Array, labels: Array, step: Array) -> Array:
+    def loss_fn(logits: Array, labels: Array, step: Array, scale: Array | None = None) -> Array:
         if not weights.any():
-            return classification(logits, labels)
+            return classification(logits, labels, scale)
         if np.all(weights == 1):
-            return focal(logits, labels)
+            return focal(logits, labels, scale)
         weight = focal_weight(step / steps_per_epoch).astype(logits.dtype)
-        return weight * focal(logits, labels) + (1 - weight) * classification(logits, labels)
+        rest = (1 - weight) * classification(logits, labels, scale)
+        return weight * focal(logits, labels, scale) + rest
 
     return loss_fn
 
@@ -343,6 +370,14 @@ def _with_options(
 
 def _at_label(values: Array, labels: Array) -> Array:
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
+
+
+def _put_at_label(logits: Array, labels: Array, values: Array) -> Array:
+    """Returns the logits [..., K] with values [...] in the columns of the labels [...]."""
+    # Row by row, so that no device needs the rows of another.
+    rows = logits.reshape(-1, logits.shape[-1])  # [N, K]
+    put = jax.vmap(lambda row, label, value: row.at[label].set(value, mode="promise_in_bounds"))
+    return put(rows, labels.reshape(-1), values.reshape(-1)).reshape(logits.shape)
 
 
 # Autodiff would keep four arrays of the shape of the logits for the backward pass. The derivative

@@ -31,6 +31,7 @@ from vidjax.run.checkpoint import CheckpointError
 SYSTEMS = {
     "mma": "configs/mma.py:iqiyi_vid",
     "mma-published": "configs/mma.py:iqiyi_vid,published,face,head",
+    "cosine": "configs/cosine.py:iqiyi_vid",
     "knn": "configs/knn.py:iqiyi_vid",
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid",
     "voting": "configs/quality_fusion.py:iqiyi_vid,voting",
@@ -152,6 +153,7 @@ CASES = {
 }
 ZERO_WIDTH = {
     "mma": "embed_dim=0",
+    "cosine": "embed_dim=0",
     "knn": "logit_scale=0",
     "deepmef": "main.hidden_dim=0",
     "residual_dense": "main.width=0",

@@ -39,6 +39,7 @@ LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
 # name -> (configuration, overrides); each trains into a folder of that name.
 RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "mma": ("mma.py", SHORT),
+    "cosine": ("cosine.py", SHORT),
     "knn": ("knn.py", SHORT[1:]),
     "quality_fusion": ("quality_fusion.py", (*SHORT, LAYER)),
     "residual_dense": ("residual_dense.py", (*PLAIN, "--config.model.main.width=32")),

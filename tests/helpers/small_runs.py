@@ -20,6 +20,7 @@ STREAMED = "--config.data.mode=streaming"
 LAYER = "--config.model.layers=((8,'swish',True,0.5),)"  # BatchNorm and dropout
 SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
+    "cosine": ("--config.model.embed_dim=16", MODALITIES),
     "knn": (),
     "quality_fusion": (LAYER,),
     "residual_dense": ("--config.model.{main}width=8",),

@@ -16,7 +16,8 @@ class Identifier(Protocol):
 
     Attributes:
       logit_scale: factor on the cosines in the logits, the s of ArcFace; 1 if the logits are not
-        cosines. The margin losses need it.
+        cosines. The margin losses need it. If it is learned, its first value; the output then
+        holds the present one.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
     """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
-from vidjax.models.heads import Classifier, CosineClassifier
+from vidjax.models.heads import Classifier, CosineClassifier, check_head
 from vidjax.models.mlp import MLP, Layer, ResidualBlock
 from vidjax.models.residual_dense import ResidualDenseNet
 
@@ -73,12 +73,7 @@ class DenseIdentifier(nn.Module):
         if self.backbone not in _OPTIONS:
             known = ", ".join(sorted(_OPTIONS))
             raise ValueError(f"unknown backbone {self.backbone!r}; choose from {known}")
-        if self.head not in ("linear", "cosine"):
-            raise ValueError(f"unknown head {self.head!r}; choose from cosine, linear")
-        if self.head == "linear" and self.logit_scale != 1.0:
-            raise ValueError(
-                f"config.model.logit_scale={self.logit_scale} needs config.model.head=cosine"
-            )
+        check_head(self.head, self.logit_scale)
         # A changed value without effect would look like an experiment.
         others = {option for options in _OPTIONS.values() for option in options}
         others -= set(_OPTIONS[self.backbone])

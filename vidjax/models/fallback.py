@@ -1,12 +1,12 @@
 """Two models: a main one, and a fallback for clips without a face or with poor ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.base import Identifier
 from vidjax.models.heads import unit_vectors
@@ -86,7 +86,7 @@ class FallbackIdentifier(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """Factor on the cosines in the logits of both models; 1 for linear classifiers."""
+        """Factor on the cosines in the logits of both models, as they start; 1 if linear."""
         return self.main.logit_scale
 
     @property
@@ -142,4 +142,13 @@ class FallbackIdentifier(nn.Module):
             train_weight=jnp.stack([main_sees, other_sees], axis=1).astype(jnp.float32),
             eval_weight=eval_weight,
             attention={**(outputs[1].attention or {}), **(outputs[0].attention or {})},
+            logit_scale=self._learned_scales(outputs),
         )
+
+    def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
+        """Returns the scale of each branch, [2] float32; None if neither model learns its own."""
+        if all(output.logit_scale is None for output in outputs):
+            return None
+        fixed = jnp.full(1, self.logit_scale, jnp.float32)
+        scales = [fixed if one.logit_scale is None else one.logit_scale for one in outputs]
+        return jnp.concatenate(scales)

@@ -29,6 +29,14 @@ def unit_vectors(x: Array) -> Array:
     return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
 
 
+def check_head(head: str, logit_scale: float) -> None:
+    """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
+    if head not in ("linear", "cosine"):
+        raise ValueError(f"unknown head {head!r}; choose from cosine, linear")
+    if head == "linear" and logit_scale != 1.0:
+        raise ValueError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
+
+
 class Classifier(nn.Module):
     """Dropout and one linear layer.
 
@@ -76,24 +84,27 @@ class CosineClassifier(nn.Module):
     Attributes:
       num_classes: number of class columns, 1 + C.
       scale: factor on the cosines, the s of ArcFace.
+      dropout_rate: dropout rate of the unit vectors, whose length then changes.
 
-    Source: Deng et al., ArcFace, equation 2.
+    Source: Deng et al., ArcFace, equation 2. Ours: dropout.
     """
 
     num_classes: int
     scale: float
+    dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Returns the logits.
 
         Args:
           x: [B, D] float.
+          train: True to apply dropout (rng `dropout`).
 
         Returns:
-          [B, 1 + C] float32 in [-scale, scale]; 0 for vectors of 0.
+          [B, 1 + C] float32, in [-scale, scale] without dropout; 0 for vectors of 0.
         """
-        unit = unit_vectors(x)
+        unit = nn.Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         kernel = self.param(
             "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.num_classes), unit.dtype
         )

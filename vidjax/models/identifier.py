@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from vidjax.models.base import Identifier
+from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
 from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
@@ -20,6 +21,7 @@ from vidjax.suggest import suggest
 
 # name -> model. To add one, write a file in this folder and add a line here.
 MODELS: dict[str, type[nn.Module]] = {
+    "cosine": CosineIdentifier,
     "deepmef": DeepMEF,
     "dense": DenseIdentifier,
     "fallback": FallbackIdentifier,

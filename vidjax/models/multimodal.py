@@ -1,16 +1,15 @@
 """The system of the iQIYI-VID paper: one vector per modality, and attention between them."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax import fusion
-from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import dense_general, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
-from vidjax.models.heads import Classifier
+from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
 from vidjax.models.netvlad import NetVLAD
 
 
@@ -40,18 +39,23 @@ class MultimodalIdentifier(nn.Module):
         vectors become gamma times a mean of those that exist. False (ours) leaves them 0.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
+      unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
+        the frames before NetVLAD. Then only the direction of the features counts.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
         keeps at least one. The remaining vectors are not rescaled, as for clips that lack it.
-      dropout_rate: dropout rate of the input of the classifier.
-      dtype: dtype of the matrix products; parameters and logits are at least float32.
-      logit_scale: always 1; the logits are not cosines.
+      head: linear | cosine.
+      logit_scale: for the cosine head, factor on the cosines.
+      dropout_rate: dropout rate of the input of the classifier; of the unit vectors for the cosine
+        head.
+      dtype: dtype of the matrix products; parameters, logits and the whole cosine head are at
+        least float32.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
     for the three face vectors, K, the linear classifier, no activation after the maps, the feature
-    scale. Ours: masks, LayerNorm after the maps, modality dropout, and the gate, which the
-    second-place article of 2019 names as future work.
+    scale. Ours: masks, LayerNorm after the maps, modality dropout, the cosine head, and the gate,
+    which the second-place article of 2019 names as future work.
     """
 
     modalities: Mapping[str, int]
@@ -70,11 +74,17 @@ class MultimodalIdentifier(nn.Module):
     fill_missing: bool = False
     gate: bool = False
     feature_scale: float = 0.1
+    unit_length: bool = False
     map_norm: bool = False
     modality_dropout_rate: float = 0.0
+    head: str = "linear"
+    logit_scale: float = 1.0
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    logit_scale: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_head(self.head, self.logit_scale)
 
     @property
     def vector_names(self) -> tuple[str, ...]:
@@ -105,14 +115,9 @@ class MultimodalIdentifier(nn.Module):
 
         vectors, vector_mask, attention = [], [], {}
         for position, name in enumerate(self.modalities):
-            real = frames[name]
-            if name in self.netvlad:
-                video, attention[f"assignment/{name}"] = NetVLAD(
-                    self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
-                )(real.features.astype(param_dtype) * self.feature_scale, real.mask, train=train)
-            else:
-                video = fusion.mean_frame(real).features * self.feature_scale
-            video = video.reshape(video.shape[0], -1)  # [B, K D] or [B, D]
+            video, shares = self._pooled(name, frames[name], train=train)  # [B, K D] or [B, D]
+            attention.update(shares)
+            exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
             mapped = nn.Dense(
                 count * self.embed_dim,
@@ -121,7 +126,6 @@ class MultimodalIdentifier(nn.Module):
                 dot_general=dense_general.dot_general,
                 name=f"{name}_map",
             )(video)
-            exists = present[:, position, None]
             mapped = mapped.reshape(-1, count, self.embed_dim)
             if self.map_norm:
                 mapped = nn.LayerNorm(
@@ -144,7 +148,27 @@ class MultimodalIdentifier(nn.Module):
                 name="attention_map",
             )(x, jnp.concatenate(vector_mask, axis=1))
         x = x.reshape(x.shape[0], -1)
-        logits = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")(
-            x, train=train
-        )
+        if self.head == "cosine":
+            head = CosineClassifier(
+                self.num_classes, self.logit_scale, self.dropout_rate, name="classifier"
+            )
+        else:
+            head = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        logits = head(x, train=train)
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
+
+    def _pooled(self, name: str, real: Frames, *, train: bool) -> tuple[Array, Mapping[str, Array]]:
+        """Returns the vector of a modality, [B, K D] or [B, D], and the assignment of NetVLAD."""
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        shares = {}
+        if name in self.netvlad:
+            features = real.features.astype(param_dtype)
+            if self.unit_length:
+                features = unit_vectors(features)
+            video, shares[f"assignment/{name}"] = NetVLAD(
+                self.num_clusters, self.netvlad_reduce, self.dtype, name=f"{name}_netvlad"
+            )(features * self.feature_scale, real.mask, train=train)
+        else:
+            video = fusion.mean_frame(real).features * self.feature_scale
+        video = video.reshape(video.shape[0], -1)
+        return unit_vectors(video) if self.unit_length else video, shares
