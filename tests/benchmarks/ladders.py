@@ -13,7 +13,12 @@ NO_BODY, NO_SCENE = "no body", "no scene"
 NO_STRANGERS = "no distractors in train"
 SIMULATED = "synthetic clips alone"
 # Configuration -> the modalities of its own that real clips have, where they lack others.
-ON_REAL = {"mma": "face,head,audio", "deepmef": "face"}
+ON_REAL = {
+    "mma": "face,head,audio",
+    "deepmef": "face",
+    "plda": "face,head,audio",
+    "cosine": "face,head,audio",
+}
 
 
 class Row(NamedTuple):
@@ -59,7 +64,8 @@ class Row(NamedTuple):
     @property
     def is_out_of_fold(self) -> bool:
         """True if members score the clips of val that they were not trained on."""
-        return "train,val" in self.overrides or self.config == "noise_classes"
+        folds = "train,val" in self.overrides or "trainval" in self.words
+        return folds or self.config == "noise_classes"
 
     @property
     def arguments(self) -> str:
@@ -163,7 +169,10 @@ MMA_OPTIONS = {
     "folds": HELD_OUT,
     "folds_twice": f"{HELD_OUT} --config.ensemble.seeds=2",
     "five": FIVE,
+    "unit": "--config.model.unit_length=True",
+    "head": "--config.model.head=cosine --config.model.logit_scale=16",
 }
+LARGER = "the standard set is synthetic"
 _ROWS = (
     # Nearest neighbours and noise classes (5th place 2018).
     Row("knn", "knn"),
@@ -248,6 +257,19 @@ _ROWS = (
     Row(
         "mma_published_two", "mma", "published",
         overrides="--config.model.attention_form=two",
+    ),
+    # Ours: likelihood ratios in closed form, and cosines with a margin.
+    Row("plda", "plda"),
+    *(Row(f"plda_{name}", "plda", "", name) for name in ("face", "head", "audio")),
+    Row("plda_folds", "plda", "trainval"),
+    Row("cosine", "cosine"),
+    Row("cosine_seeds", "cosine", "ensemble"),
+    Row("cosine_folds", "cosine", "trainval"),
+    Row("cosine_plda", joined=("cosine_seeds", "plda")),
+    Row("cosine_plda_folds", joined=("cosine_folds", "plda_folds")),
+    *(
+        Row(f"{name}_standard", name, "standard", absent={REAL: LARGER})
+        for name in ("plda", "cosine", "mma")
     ),
 )  # fmt: skip
 
@@ -417,6 +439,24 @@ LADDERS = (
             Rung("noise classes, not one class", "noise", "other"),
             Rung("one class of distractors", "other", "leave_out"),
             Rung("the predicted class is taken", "noise_prediction", "noise"),
+        ),
+    ),
+    Ladder(
+        "closed_form",
+        (
+            Rung("likelihood ratios in closed form, not the paper's net", "plda", "mma"),
+            Rung("the same, of faces alone", "plda_face", "mma_face"),
+            Rung("a cosine net with a margin, not the paper's net", "cosine", "mma"),
+            Rung("three of these nets", "cosine_seeds", "cosine"),
+            Rung("joined with the closed form", "cosine_plda", "cosine_seeds"),
+            Rung("the closed form, joined with three nets", "cosine_plda", "plda"),
+            Rung("folds of train and val, out of fold: closed form", "plda_folds"),
+            Rung("folds of train and val, out of fold: nets", "cosine_folds"),
+            Rung("both joined", "cosine_plda_folds", "cosine_folds"),
+            Rung("the closed form, of 1,000 identities", "plda_standard", "mma_standard"),
+            Rung("the cosine net, of 1,000 identities", "cosine_standard", "mma_standard"),
+            Rung("the paper's net with vectors of unit length", "mma_unit", "mma"),
+            Rung("the paper's net with a cosine classifier", "mma_head", "mma"),
         ),
     ),
     Ladder(

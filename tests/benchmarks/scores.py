@@ -71,8 +71,19 @@ SYSTEMS = (
     System("mma_face", "the iQIYI-VID paper: NetVLAD; face alone"),
     System("mma", "the same with all modalities and attention between them", "0.8970"),
     System("mma_seeds", "three of these nets, trained together"),
+    System("cosine", "ours: unit vectors of all modalities, a cosine classifier with a margin"),
+    System("plda", "ours: PLDA, likelihood ratios in closed form; nothing is trained"),
 )
-HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma")  # one row a configuration
+HEADERS = (
+    "knn",
+    "fusion",
+    "deepmef_scene",
+    "dense",
+    "noise",
+    "mma",
+    "cosine",
+    "plda",
+)  # one row a configuration
 
 # Runs.
 
