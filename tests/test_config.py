@@ -406,6 +406,14 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
+def test_plda_reads_the_clips_twice():
+    config = config_lib.load_file(f"{ROOT}/configs/plda.py")
+    assert not list(config_lib.problems(config))
+    config.num_epochs = 1.5
+    (problem,) = config_lib.problems(config)
+    assert "config.num_epochs=1.5" in problem and "--config.num_epochs=2" in problem
+
+
 def test_the_quality_of_own_features_is_given_or_their_norm():
     (problem,) = problems("data.quality=size", "data.name=arrays")
     assert "config.data.quality" in problem and "given, norm" in problem

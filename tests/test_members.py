@@ -272,6 +272,7 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
     [
         "mma",
         "cosine",
+        "plda:face,audio",
         "quality_fusion",
         "residual_dense:face,one",
         "deepmef:face,audio",

@@ -28,6 +28,7 @@ SYSTEMS = {
     "dense": ("configs/quality_fusion.py:iqiyi_vid,voting",),
     "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",),
     "cosine": ("configs/cosine.py:iqiyi_vid",),
+    "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
     "knn": ("configs/knn.py:iqiyi_vid",),
     "ensemble": (
         "configs/quality_fusion.py:iqiyi_vid,folds",

@@ -40,6 +40,7 @@ from vidjax.system import TaskSpec, make_system
 MMA = "configs/mma.py:iqiyi_vid"
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
+PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
@@ -505,7 +506,7 @@ def assert_same_state(left, right):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("spec", [MMA, MLP, COSINE], ids=["mma", "mlp", "cosine"])
+@pytest.mark.parametrize("spec", [MMA, MLP, COSINE, PLDA], ids=["mma", "mlp", "cosine", "plda"])
 def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     setting = Setting(data, spec=spec)
     assert not setting.plan.windowed

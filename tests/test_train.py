@@ -142,6 +142,7 @@ SYSTEMS = [
     "noise_classes:head",
     "cosine",
     "cosine:audio",
+    "plda:face,audio",
 ]
 
 
@@ -149,7 +150,8 @@ SYSTEMS = [
 @pytest.mark.parametrize("spec", SYSTEMS)
 def test_shipped_configurations_run(data, tmp_path, spec):
     name, _, words = spec.partition(":")
-    config = shrunk("--config.num_epochs=1", spec=f"configs/{name}.py:iqiyi_vid,{words}")
+    epochs = 2 if name == "plda" else 1
+    config = shrunk(f"--config.num_epochs={epochs}", spec=f"configs/{name}.py:iqiyi_vid,{words}")
     results = run(config, tmp_path, data)
     assert 0 <= results["map"] <= 1
     assert results["num_clips"] == 60

@@ -341,7 +341,7 @@ def _is_share(value: object) -> bool:
 
 
 def untrainable(values: Values) -> Iterator[str]:
-    """Yields an error message for splits that no training can use together."""
+    """Yields an error message for values that no training can use together."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]
@@ -352,6 +352,11 @@ def untrainable(values: Values) -> Iterator[str]:
             "that were trained on means nothing; to measure out of fold: "
             "--config.ensemble.folds=5\nto train on everything and rank test: "
             "--config=FILE:everything, --config.eval.split=test"
+        )
+    if values.get("model.name") == "plda" and values["num_epochs"] < 2:
+        yield (
+            f"config.num_epochs={values['num_epochs']:g}: PLDA reads every clip twice, for the "
+            "centre and for its sums\n--config.num_epochs=2"
         )
 
 
