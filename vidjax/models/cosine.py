@@ -69,7 +69,6 @@ class CosineIdentifier(nn.Module):
             rng = self.make_rng("modality_dropout")
             kept = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        # Equal weights would let a weak modality drown a strong one before they are learned.
         first = 0.5 ** jnp.arange(len(self.modalities), dtype=param_dtype)
         weights = self.param("weights", lambda _: first)
         share = weights * kept  # [B, M]

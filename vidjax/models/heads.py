@@ -84,7 +84,8 @@ class CosineClassifier(nn.Module):
     Attributes:
       num_classes: number of class columns, 1 + C.
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors, whose length then changes.
+      dropout_rate: dropout rate of the unit vectors. Training then has cosines beyond 1, which the
+        margin `cosine` of the loss allows and `angular` does not.
 
     Source: Deng et al., ArcFace, equation 2. Ours: dropout.
     """
