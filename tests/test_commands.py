@@ -108,7 +108,16 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["knn", "mma", "cosine", "quality_fusion", "deepmef", "residual_dense", "noise_classes"],
+    [
+        "knn",
+        "plda",
+        "mma",
+        "cosine",
+        "quality_fusion",
+        "deepmef",
+        "residual_dense",
+        "noise_classes",
+    ],
 )
 def test_a_shipped_configuration_passes_the_rehearsal(name):
     rehearsal.rehearse(config_lib.load_file(f"{ROOT}/configs/{name}.py"))

@@ -223,10 +223,11 @@ class Predictor(NamedTuple):
         """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
 
         The vector of a member is the input of the model's classifier, scaled to length 1. For the
-        baseline `knn` that is the mean frame. Where each frame is an example of its own, it is the
-        mean over the frames. An ensemble concatenates the vectors of all its members, whatever they
-        were trained on. A fallback model concatenates those of both its classifiers, with 0 for the
-        one that does not score the clip. A clip without a usable frame gets a zero vector.
+        baseline `knn` that is the mean frame; for `plda`, the centred unit vectors of all
+        modalities. Where each frame is an example of its own, it is the mean over the frames. An
+        ensemble concatenates the vectors of all its members, whatever they were trained on. A
+        fallback model concatenates those of both its classifiers, with 0 for the one that does not
+        score the clip. A clip without a usable frame gets a zero vector.
 
         Args:
           clips: N clips; the rows are in the order of the dict, or of the split's clip names.

@@ -33,6 +33,7 @@ SYSTEMS = {
     "mma-published": "configs/mma.py:iqiyi_vid,published,face,head",
     "cosine": "configs/cosine.py:iqiyi_vid",
     "knn": "configs/knn.py:iqiyi_vid",
+    "plda": "configs/plda.py:iqiyi_vid,face,head,audio",
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid",
     "voting": "configs/quality_fusion.py:iqiyi_vid,voting",
     "residual_dense": "configs/residual_dense.py:iqiyi_vid,one,face,head",
@@ -155,6 +156,7 @@ ZERO_WIDTH = {
     "mma": "embed_dim=0",
     "cosine": "embed_dim=0",
     "knn": "logit_scale=0",
+    "plda": "scale=0",
     "deepmef": "main.hidden_dim=0",
     "residual_dense": "main.width=0",
 }

@@ -41,6 +41,7 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
     "mma": ("mma.py", SHORT),
     "cosine": ("cosine.py", SHORT),
     "knn": ("knn.py", SHORT[1:]),
+    "plda": ("plda.py", SHORT),
     "quality_fusion": ("quality_fusion.py", (*SHORT, LAYER)),
     "residual_dense": ("residual_dense.py", (*PLAIN, "--config.model.main.width=32")),
     "deepmef": ("deepmef.py", SHORT),
