@@ -24,6 +24,7 @@ PACKAGES = sorted(
 LAYERS = (
     "main",
     "api",
+    "gallery",
     "predict",
     "modes",
     "command_line",
