@@ -28,6 +28,7 @@ LAYERS = (
     "predict",
     "modes",
     "command_line",
+    "messages",
     "report",
     "ranking",
     "steps",

@@ -67,6 +67,20 @@ class Enrolment(NamedTuple):
     refused: tuple[str, ...]
 
 
+class Ranked(NamedTuple):
+    """The best clips of every person.
+
+    Attributes:
+      identities: C people, in the order of a submission.
+      clips: N clips, in the order of names.
+      top: [C, 100] scores and places in `clips`, as numpy arrays.
+    """
+
+    identities: tuple[str, ...]
+    clips: tuple[str, ...]
+    top: topk.TopK
+
+
 class Gallery:
     """A gallery in a folder.
 
@@ -128,9 +142,9 @@ class Gallery:
             clips |= {n: c for n, c in _clips_of(found).items() if c.identity is not None}
         if not clips:
             raise ValueError("no training clip has a label: there is nobody to enrol")
-        widths = {name: x.shape[1] for name, x in found.parts.items()}
         run_of = vectors_lib.origin_of(run)
         settings = vectors_lib.settings_of(run)
+        widths = vectors_lib.widths_of(run, len(next(iter(clips.values())).vector))
         front = fit_front(clips, widths, centred=run_of.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         if strangers or data.split(chosen).labelled:
@@ -229,7 +243,8 @@ class Gallery:
         if (identity is None) == (clip is None):
             raise ValueError("name one: remove(identity=NAME), or remove(clip=NAME)")
         return self.people.remove(
-            identities=() if identity is None else (identity,), clips=() if clip is None else (clip,)
+            identities=() if identity is None else (identity,),
+            clips=() if clip is None else (clip,),
         )
 
     def refit(self) -> None:
@@ -267,7 +282,9 @@ class Gallery:
             raise ValueError(f"k={k}: name 1 identity or more")
         limit = None if fpir is None else self.threshold(fpir).score
         found = self.embed(clips, split)
-        return dict(zip(found.names, self.answers(list(found.parts.values()), k, limit), strict=True))
+        return dict(
+            zip(found.names, self.answers(list(found.parts.values()), k, limit), strict=True)
+        )
 
     def answers(
         self, parts: Sequence[np.ndarray], k: int = 5, limit: float | None = None
@@ -279,8 +296,7 @@ class Gallery:
           k: number of identities in `Answer.best`, at most.
           limit: the lowest score of a name; None to compare with somebody new.
         """
-        if not self.people.index.names:
-            raise ValueError(f"gallery '{self.people.folder}' has nobody enrolled: enrol people")
+        self._check_people()
         for logs in self.people.log_probabilities(parts):
             best = self.people.index.best(logs, k)
             score = best[0][1] if best else -np.inf
@@ -303,13 +319,24 @@ class Gallery:
         Raises:
           ValueError: nobody is enrolled, or clips do not fit the run.
         """
-        found = self.embed(clips, split)
-        if not self.people.index.names:
-            raise ValueError(f"gallery '{self.people.folder}' has nobody enrolled: enrol people")
-        return self.ranking(found)
+        ranked = self.top(self.embed(clips, split))
+        lists = zip(ranked.top.index.tolist(), ranked.top.scores.tolist(), strict=True)
+        return {
+            identity: [
+                (ranked.clips[clip], score)
+                for clip, score in zip(indices, scores, strict=True)
+                if clip != topk.NO_CLIP
+            ]
+            for identity, (indices, scores) in zip(ranked.identities, lists, strict=True)
+        }
 
-    def ranking(self, found: Vectors) -> dict[str, list[tuple[str, float]]]:
-        """Returns what `rank` returns, for vectors."""
+    def top(self, found: Vectors) -> Ranked:
+        """Returns the ranking of clips for every person; see `rank`.
+
+        Raises:
+          ValueError: nobody is enrolled.
+        """
+        self._check_people()
         identities = sort_identities(self.people.index.names)
         row = {name: number for number, name in enumerate(self.people.index.names)}
         columns = np.array([1 + row[name] for name in identities])
@@ -318,25 +345,24 @@ class Gallery:
         size = min(RANK_ROWS, len(order))
 
         def blocks() -> Iterator[topk.ScoreBlock]:
-            scores, at = np.empty((size, len(columns)), np.float32), 0
-            for place, logs in enumerate(self.people.log_probabilities(parts), 1):
-                scores[(place - 1) % size] = logs[columns]
-                if place % size == 0 or place == len(order):
-                    index = np.arange(at, at + size, dtype=np.int32)
-                    yield scores.copy(), index, index < place
-                    at = place
+            scores = np.empty((size, len(columns)), np.float32)
+            for place, logs in enumerate(self.people.log_probabilities(parts)):
+                scores[place % size] = logs[columns]
+                if (place + 1) % size == 0 or place + 1 == len(order):
+                    index = place // size * size + np.arange(size, dtype=np.int32)
+                    yield scores.copy(), index, index <= place
 
         top = topk.rank(blocks(), len(columns), rows=size)
-        names = [found.names[place] for place in order.tolist()]
-        lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
-        return {
-            identity: [
-                (names[clip], score)
-                for clip, score in zip(clips, scores, strict=True)
-                if clip != topk.NO_CLIP
-            ]
-            for identity, (clips, scores) in zip(identities, lists, strict=True)
-        }
+        clips = tuple(found.names[place] for place in order.tolist())
+        arrays = topk.TopK(np.asarray(top.scores), np.asarray(top.index))
+        return Ranked(identities, clips, arrays)
+
+    def _check_people(self) -> None:
+        if not self.people.index.names:
+            raise ValueError(
+                f"gallery '{self.people.folder}' has nobody enrolled\nenrol people first: enrol G"
+            )
+
 
 def _restored(run: Predictor | str | Path) -> Predictor:
     return run if isinstance(run, Predictor) else predict.restore(run)

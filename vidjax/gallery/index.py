@@ -207,7 +207,7 @@ def _by_chunk(rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the logarithms of the softmax [K] float64 of logits [K] float64, whatever their order.
+    """Returns the logarithms of the softmax, [K] float64, of logits [K] float64 in any order.
 
     The logarithm of a probability near 1 is computed from the others, as in `system.log_softmax`.
     """
@@ -218,7 +218,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     second = float(others.max())
     counted = np.rint(np.exp(others - second) * FINE).astype(np.int64)
     rest = second + np.log(int(counted.sum()) / FINE)
-    return np.where(logits == top, -np.logaddexp(0.0, rest - top), logits - np.logaddexp(top, rest))
+    of_best = -np.logaddexp(0.0, rest - top)
+    return np.where(logits == top, of_best, logits - np.logaddexp(top, rest))
 
 
 _POOLS: list[ThreadPoolExecutor] = []

@@ -7,6 +7,7 @@ anything of that size is read, and every value after it.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,7 +159,7 @@ def parse(path: Path, content: bytes) -> Manifest:
     if not widths or sum(widths.values()) > MOST_WIDTH or len(widths) < len(value["parts"]):
         raise damaged(path, "its parts are none, too wide, or named twice")
     settings = Settings(**{name: float(value["settings"][name]) for name in Settings._fields})
-    if not np.isfinite(settings).all():
+    if not all(math.isfinite(value) for value in value["settings"].values()):
         raise damaged(path, "its settings are no numbers")
     run = Origin(**{name: value["run"][name] for name in Origin._fields})
     buckets = tuple(Bucket(*(one[name] for name in Bucket._fields)) for one in value["buckets"])

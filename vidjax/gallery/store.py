@@ -176,7 +176,9 @@ class Store:
         if old is None:
             self._tree = Tree(most_clips(sum(state.front.widths.values())))
         moves = self._tree.moves(changed, removed)
-        buckets = {one.bits: one for one in old.buckets if one.bits not in moves.gone} if old else {}
+        buckets = (
+            {one.bits: one for one in old.buckets if one.bits not in moves.gone} if old else {}
+        )
         self._sweep()
         named, written = self._named(), list[Path]()
         content = b""

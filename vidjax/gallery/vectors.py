@@ -62,16 +62,18 @@ def _is_plda(run: Predictor) -> bool:
     return run.config.model.name == "plda"
 
 
+def widths_of(run: Predictor, width: int) -> dict[str, int]:
+    """Returns part -> D of the vectors of a run, of which an embedding has `width` numbers."""
+    return dict(run.modalities) if _is_plda(run) else {EMBEDDING: width}
+
+
 def settings_of(run: Predictor) -> Settings | None:
     """Returns the settings of a PLDA run; None for any other run."""
     if not _is_plda(run):
         return None
-    fitted = run.manifest.get("settings") or {}
-    given = run.config.model.to_dict()
-    return Settings(
-        **{name: fitted.get(name) if given[name] is None else given[name] for name in fitted | given
-           if name in Settings._fields}
-    )  # fmt: skip
+    fitted, given = run.manifest.get("settings") or {}, run.config.model.to_dict()
+    values = {n: fitted[n] if given.get(n) is None else given[n] for n in Settings._fields}
+    return Settings(**{name: float(value) for name, value in values.items()})
 
 
 def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:
@@ -108,9 +110,8 @@ def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:
 
 def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
     """Splits embeddings [N, ...] into parts, each made unit."""
-    widths = dict(run.modalities) if _is_plda(run) else {EMBEDDING: values.shape[1]}
     parts, at = {}, 0
-    for name, width in widths.items():
+    for name, width in widths_of(run, values.shape[1]).items():
         x = values[:, at : at + width].astype(np.float64)
         norm = np.sqrt(np.vecdot(x, x))[:, None]
         parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
