@@ -92,7 +92,7 @@ class Tree:
             gone.add(other)
             todo = sorted({*todo, prefix[:-1]}, key=len)
         new = dict(pair for prefix, clips in work.items() for pair in self._divide(prefix, clips))
-        return Moves(tuple(sorted(gone)), new)
+        return Moves(tuple(sorted(gone & self.leaves.keys())), new)
 
     def _divide(self, prefix: str, clips: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Yields the buckets below a prefix."""

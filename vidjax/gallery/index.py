@@ -19,6 +19,7 @@ from vidjax.gallery import front as front_lib
 from vidjax.gallery.front import Front
 
 CHUNK = 2048  # rows that lie together; enrolling never copies more
+MANY = 32  # chunks from which on threads are worth starting
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
@@ -157,7 +158,7 @@ class Index:
                 ratios = ratios + chunk.constant[n, : len(out)] + squares[n][kind]
                 out += np.where(kind > 0, settings.scale * ratios, settings.unenrolled)
 
-        if len(self._chunks) > 4:
+        if len(self._chunks) >= MANY:
             list(_pool().map(score, range(len(self._chunks))))
         else:
             for number in range(len(self._chunks)):

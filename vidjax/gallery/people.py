@@ -82,6 +82,7 @@ class People:
                 raise ValueError(
                     f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder"
                 )
+            store.sweep()
             store.write(State(1, run, front, dict(clips)), set(clips), set(), front=True)
         return cls(path, sync=sync)
 
@@ -157,10 +158,11 @@ class People:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the folder, and reads it anew where another process has changed it."""
+        """Holds the folder, reads it anew where another process has changed it, and cleans up."""
         with self._store.lock():
             if not self._store.is_current():
                 self._take(self._store.read())
+            self._store.sweep()
             yield
 
     def add(self, clips: Mapping[str, Clip]) -> int:

@@ -179,7 +179,6 @@ class Store:
         buckets = (
             {one.bits: one for one in old.buckets if one.bits not in moves.gone} if old else {}
         )
-        self._sweep()
         named, written = self._named(), list[Path]()
         content = b""
         try:
@@ -204,9 +203,10 @@ class Store:
                 for path in written:
                     path.unlink(missing_ok=True)
             raise
-        self._content, self._manifest = content, new
+        self._manifest = new
         self._tree.apply(moves)
-        self._sweep()
+        self.sweep()
+        self._content = content  # at last: where this does not happen, the next change reads anew
 
     def _put(self, name: str, content: bytes, named: set[str], written: list[Path]) -> None:
         """Writes a file; one that the manifest names already has this content."""
@@ -221,8 +221,11 @@ class Store:
         names = {_bucket_name(one.bits, one.sha256) for one in self._manifest.buckets}
         return names | {_front_name(self._manifest.front)}
 
-    def _sweep(self) -> None:
-        """Deletes files of changes that were killed, and of earlier versions."""
+    def sweep(self) -> None:
+        """Deletes files of changes that were killed, and of earlier versions.
+
+        The caller holds the lock, and the folder `is_current`.
+        """
         keep = {*self._named(), manifest_lib.NAME}
         for entry in list(os.scandir(self.folder)):
             if entry.name not in keep and OURS.fullmatch(entry.name):

@@ -72,10 +72,11 @@ def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
             raise ValueError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
-        with contextlib.suppress(OSError):  # the lock holds on a full disk, too
-            file.truncate(0)
-            file.seek(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
+        if owner != content:
+            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+                file.seek(0)
+                file.write(owner)  # a file that is cut would be waited for, milliseconds
         yield
 
 
