@@ -337,7 +337,7 @@ def damage(kind, path, folder, rng):
 
 
 @pytest.mark.parametrize(
-    "kind", ("cut", "flip", "gone", "longer", "link", "folder", "pipe", "swap")
+    "kind", ["cut", "flip", "gone", "longer", "link", "folder", "pipe", "swap"]
 )
 @pytest.mark.parametrize("file", ["manifest.json", "front-*", "clips-*"])
 def test_a_damaged_file_is_named_in_one_error(gallery, kind, file, fault_seed):
