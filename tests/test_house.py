@@ -24,9 +24,11 @@ PACKAGES = sorted(
 LAYERS = (
     "main",
     "api",
+    "gallery",
     "predict",
     "modes",
     "command_line",
+    "messages",
     "report",
     "ranking",
     "steps",

@@ -6,6 +6,7 @@
     config = vidjax.load_config("mma:face", "--config.data.name=arrays")
     vidjax.train(config, "runs/memory", data)
     run = vidjax.restore("runs/memory")
+    people = vidjax.Gallery.create("people", run)
 
 `import vidjax` is instant: the functions bring JAX or TensorFlow with them at their first use.
 """
@@ -14,15 +15,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidjax.api import load_config, load_data, restore, train
+    from vidjax.gallery.gallery import Gallery
 
 __version__ = "0.1.0"
-__all__ = ["load_config", "load_data", "restore", "train"]
+__all__ = ["Gallery", "load_config", "load_data", "restore", "train"]
 
 
 def __getattr__(name: str) -> object:
     """Imports a public name at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
+    if name == "Gallery":
+        from vidjax.gallery import gallery
+
+        return gallery.Gallery
     from vidjax import api
 
     return getattr(api, name)

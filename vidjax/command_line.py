@@ -195,8 +195,11 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would print the usage and exit
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError, where argparse would print the usage and exit."""
         raise ValueError(message)
 
 
@@ -204,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags, which also prints the help."""
     program = "vidjax" if Path(sys.argv[0]).name == "vidjax" else PROGRAM
     indent = " " * len(f"usage: {program} ")
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
         f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"

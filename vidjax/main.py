@@ -1,22 +1,20 @@
 """The command line: flags to a mode, and errors short enough to read.
 
-At the top are imports of the standard library alone, and every function imports what it needs: a
-mistake in the words is reported before the libraries, which take seconds, are loaded.
+Every function imports what it needs: a mistake in the words is reported before the libraries, which
+take seconds, are loaded.
 """
 
 import contextlib
-import gc
-import logging
 import os
 import shutil
 import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from vidjax import messages
 
 if TYPE_CHECKING:
     from vidjax.command_line import Arguments
@@ -24,51 +22,27 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
 
 
-QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
-
-
 def run() -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
-    # Before the imports that take seconds; training handles signals by itself.
-    signal.signal(signal.SIGINT, _stop_at_once)
-    signal.signal(signal.SIGTERM, _stop_at_once)
-    warnings.simplefilter("ignore")  # warnings of libraries are meant for programmers
-    warnings.filterwarnings("default", category=UserWarning, module="vidjax")
-    warnings.showwarning = _show_warning
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("vidjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
-    exit_code = main()
-    gc.freeze()  # leaves out the last garbage collection, which takes over a second
-    sys.exit(exit_code)
+    messages.run(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code.
-
-    0 success, 2 a mistake of the user or in the data, 3 no usable checkpoint (in a check: a damaged
-    one), 130 and 143 stopped by SIGINT and SIGTERM.
+    """Runs the command line and returns its exit code, see `messages.guarded`.
 
     Args:
       argv: the words after the program's name; None for those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         from vidjax import command_line
 
         args = command_line.parse(words)
-        with _quietly() if args.quiet else contextlib.nullcontext():
+        with messages.quietly() if args.quiet else contextlib.nullcontext():
             return RUNNERS[args.mode](args)
-    except KeyboardInterrupt:
-        _complain("stopped")
-        return 130
-    except Exception as error:
-        code = exit_code(error)
-        if "--debug" in words or code is None:
-            traceback.print_exc()
-        else:
-            _complain(_text(error))
-        return code or 1
+
+    return messages.guarded(command, words)
 
 
 def _train(args: "Arguments") -> int:
@@ -205,12 +179,12 @@ def _check(args: "Arguments") -> int:
     subject = str(workdir or args.config or "the environment")
     lines = not (args.quiet or args.json)
     if lines:
-        _say(f"check: {subject}")
+        messages.say(f"check: {subject}")
     items = []
     for item in check.check(config, workdir):  # print each line at once: reading data takes time
         items.append(item)
         if lines or (args.quiet and not args.json and item.state != findings.OK):
-            _say(f"  {item.state:7}  {item.text}")
+            messages.say(f"  {item.state:7}  {item.text}")
     content = {"check": subject, "findings": [item._asdict() for item in items]}
     _tell(args, findings.verdict(items), {**content, "verdict": findings.verdict(items)})
     return findings.exit_code(items)
@@ -233,7 +207,7 @@ def _locked_folder(path: Path) -> Iterator[Path]:
     from vidjax.run import signals
     from vidjax.run import workdir as workdir_lib
 
-    if signal.getsignal(signal.SIGTERM) is _stop_at_once:
+    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
         signals.end_on_signals()
     is_new = not path.exists()
     workdir = workdir_lib.make_workdir(path)
@@ -281,91 +255,11 @@ def _summarise(
 def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
     """Prints the result of a command: the text, or with `--json` the content as one line."""
     if not args.json:
-        _say(text)
+        messages.say(text)
         return
     from vidjax.modes import summary
 
-    _say(summary.to_json({"mode": args.mode, **content}))
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Leaves out progress and messages, but no warning."""
-    log = logging.getLogger("vidjax")
-    before, level = os.environ.get(QUIET), log.level
-    os.environ[QUIET] = "1"
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        os.environ.pop(QUIET)
-        if before is not None:
-            os.environ[QUIET] = before
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(text: str) -> None:
-    """Prints at most three lines of an error or a warning."""
-    lines = [line for line in text.splitlines() if line.strip()] or ["unknown error"]
-    print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), file=sys.stderr)  # noqa: T201
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
-            "installs what training, evaluation and reports need"
-        )
-    if _is_memory(error):
-        reason = (str(error) or "no more is free").splitlines()[0][:200]
-        return (
-            f"the memory is exhausted: {reason}\n"
-            "take fewer clips at a time: --config.batch_size=32, --config.eval.block_size=64,\n"
-            "fewer frames: --config.data.max_frames=32, or clips from disk: "
-            "--config.data.mode=streaming"
-        )
-    return str(error)
-
-
-def _is_memory(error: Exception) -> bool:
-    """Returns True if the host or a device has no memory left."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    )
-
-
-def exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error, None for a fault of the program."""
-    if isinstance(error, ModuleNotFoundError):
-        return None if (error.name or "").startswith("vidjax") else 2
-    if isinstance(error, (ValueError, OSError)) or _is_memory(error):
-        return 2  # before the imports below, which take a second
-
-    from vidjax.run.checkpoint import CheckpointError
-    from vidjax.run.signals import Interrupted
-
-    if isinstance(error, Interrupted):
-        return error.exit_code
-    return 3 if isinstance(error, CheckpointError) else None
-
-
-def _show_warning(message: object, *args: object, **kwargs: object) -> None:
-    del args, kwargs  # the place in the code
-    _complain(f"warning: {message}")
-
-
-def _stop_at_once(signum: int, frame: object) -> None:
-    del frame
-    # Not an exception: one that is raised within an import or a library's callback is lost there.
-    os.write(2, b"vidjax: stopped\n")
-    os._exit(128 + signum)
+    messages.say(summary.to_json({"mode": args.mode, **content}))
 
 
 if __name__ == "__main__":

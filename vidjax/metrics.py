@@ -134,22 +134,33 @@ def identification_errors(
     if not 0 <= fpir <= 1:
         raise ValueError(f"fpir must be within 0..1, got {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
-    distractors = np.sort(scores[~known])[::-1]  # [N - known], best first
-    num_known = int(known.sum())
+    distractors, num_known = scores[~known], int(known.sum())
     if not len(distractors) or not num_known:
         return None
-    # Counts are compared as shares: 0.29 * 100 is less than 29.
-    allowed = int(np.sum(np.arange(1, len(distractors) + 1) / len(distractors) <= fpir))
-    refused = (
-        distractors[allowed] if allowed < len(distractors) else np.array(-np.inf, scores.dtype)
-    )
-    threshold = np.nextafter(refused, np.array(np.inf, scores.dtype))
+    threshold = threshold_of(distractors, fpir=fpir)
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(
-        threshold=float(threshold),
+        threshold=threshold,
         fpir=float(np.mean(distractors >= threshold)),
         fnir=float((num_known - hits.sum()) / num_known),
     )
+
+
+def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
+    """Returns the lowest threshold that at most a share of the distractors reaches.
+
+    Args:
+      distractors: [S] float, their best scores, without NaN.
+      fpir: the share, in 0..1.
+
+    Returns:
+      The threshold, in the precision of the scores.
+    """
+    ordered = np.sort(distractors)[::-1]  # best first
+    # Counts are compared as shares: 0.29 * 100 is less than 29.
+    allowed = int(np.sum(np.arange(1, len(ordered) + 1) / len(ordered) <= fpir))
+    refused = ordered[allowed] if allowed < len(ordered) else np.array(-np.inf, ordered.dtype)
+    return float(np.nextafter(refused, np.array(np.inf, ordered.dtype)))
 
 
 def _without_nan(scores: ArrayLike) -> np.ndarray:

@@ -14,7 +14,7 @@ the last bits (below 1e-4 in a logarithm). Small requests agree with each other 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -240,7 +240,7 @@ class Predictor(NamedTuple):
         request = self._request(clips, split)
         vectors: np.ndarray | None = None
         for blocks in self._windows(request):
-            for block, block_vectors in zip(blocks, self._embed_blocks(blocks), strict=True):
+            for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
                 if vectors is None:
                     shape = (len(request.clip_index), block_vectors.shape[1])
                     vectors = np.zeros(shape, np.float32)
@@ -295,8 +295,8 @@ class Predictor(NamedTuple):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
                 yield scores, block.clip_index, in_pool(pool, block.clip_index, block.batch_mask)
 
-    def _embed_blocks(self, blocks: list[Batch]) -> list[np.ndarray]:
-        """Returns for every block the embeddings of all members side by side, [B, D]."""
+    def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
+        """Returns for every block of clips the embeddings of all members side by side, [B, D]."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = _take((self.params, self.model_state), number)

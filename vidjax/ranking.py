@@ -43,6 +43,11 @@ def write_ranking(
       OSError: the file cannot be written; what was at `path` before is intact.
     """
     path = Path(path)
+    workdir.write_text(path, to_text(path, identities, clips, top))
+
+
+def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
+    """Returns the text of a submission; arguments and ValueErrors are those of `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise ValueError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
@@ -54,7 +59,7 @@ def write_ranking(
         " ".join((escape(identity), *(names[clip] for clip in row[row != NO_CLIP].tolist())))
         for identity, row in zip(identities, index, strict=True)
     )
-    workdir.write_text(path, "".join(f"{line}\n" for line in lines))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
 from vidjax import config as config_lib
-from vidjax import devices, main
+from vidjax import devices, main, messages
 from vidjax.data.load import load_dataset
 from vidjax.modes import train
 from vidjax.run import checkpoint, signals
@@ -484,7 +484,7 @@ def failing_run(config, folder, data):
     """Trains into a folder where that must fail; returns what the command line would say."""
     with pytest.raises(OSError) as caught:
         run(config, folder, data)
-    assert main.exit_code(caught.value) == 2
+    assert messages.exit_code(caught.value) == 2
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
 

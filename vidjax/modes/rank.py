@@ -28,14 +28,18 @@ Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score)
 COLUMNS = ("identity", "rank", "clip", "score")
 
 
-def check_out(path: Path) -> None:
-    """Checks that a ranking can be written to a new file.
+def check_out(path: Path, endings: Sequence[str] = ()) -> None:
+    """Checks that a ranking, or another table, can be written to a new file.
+
+    Args:
+      path: the file.
+      endings: the endings that its name may have; those of FORMATS where none is given.
 
     Raises:
       ValueError: another ending, a file that exists, no folder, or no pyarrow for a parquet table.
     """
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--out={path}: end the name in {', '.join(FORMATS)}")
+    if path.suffix not in (endings or FORMATS):
+        raise ValueError(f"--out={path}: end the name in {', '.join(endings or FORMATS)}")
     if os.path.lexists(path):
         raise ValueError(_exists(path))
     if not path.parent.is_dir():
@@ -58,8 +62,13 @@ def write(path: Path, ranking: Ranking) -> None:
       ValueError: the file exists by now.
       OSError: the file cannot be written.
     """
+    write_new(path, FORMATS[path.suffix](ranking))
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a new file, whole or not at all; never replaces one. Errors are those of `write`."""
     partial = path.with_name(f".vidjax-{os.getpid()}{path.suffix}")
-    workdir.write_bytes(partial, FORMATS[path.suffix](ranking))
+    workdir.write_bytes(partial, content)
     try:
         try:
             os.link(partial, path)  # a renaming would replace what is there

@@ -22,8 +22,12 @@ from vidjax import files
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 
 
-def make_workdir(path: str | os.PathLike[str]) -> Path:
-    """Makes the folder of a run, if needed, and checks that it can be written.
+def make_workdir(path: str | os.PathLike[str], name: str = "--workdir:") -> Path:
+    """Makes the folder of a run, or another one, if needed, and checks that it can be written.
+
+    Args:
+      path: the folder.
+      name: what an error calls it.
 
     Returns:
       The absolute path of the folder.
@@ -34,21 +38,25 @@ def make_workdir(path: str | os.PathLike[str]) -> Path:
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
-            raise ValueError(f"--workdir: '{workdir}' is a file, not a folder")
+            raise ValueError(f"{name} '{workdir}' is a file, not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-test-{os.getpid()}"
         _create(probe).close()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--workdir: cannot write in '{workdir}': {error.strerror}") from error
+        raise ValueError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
     return workdir
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Locks a run's folder for this process.
+def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
+    """Locks a run's folder, or another one, for this process.
 
     The kernel releases the lock when the process ends, however it ends.
+
+    Args:
+      workdir: the folder.
+      name: what an error calls it.
 
     Raises:
       ValueError: another process holds the lock, or `.lock` is no file of vidjax's.
@@ -58,16 +66,17 @@ def lock(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--workdir: '{workdir}' is in use by {lock_owner(file)}") from None
+            raise ValueError(f"{name} '{workdir}' is in use by {lock_owner(file)}") from None
         except OSError as error:
             raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
             raise ValueError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
-        with contextlib.suppress(OSError):  # the lock holds on a full disk, too
-            file.truncate(0)
-            file.seek(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
+        if owner != content:
+            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+                file.seek(0)
+                file.write(owner)  # a file that is cut would be waited for, milliseconds
         yield
 
 
@@ -110,8 +119,13 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Writes a file: its path shows either the old content or all of the new.
+
+    Args:
+      path: the file.
+      content: all of it.
+      sync: whether to wait until the disk has it: this then holds after a power cut, too.
 
     Raises:
       OSError: the file cannot be written; the message names it.
@@ -121,7 +135,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         with _create(partial) as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):

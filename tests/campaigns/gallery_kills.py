@@ -1,0 +1,197 @@
+"""Kills enrolments and removals at random moments, and fills the disk; the gallery stays whole.
+
+    python -m tests.campaigns.gallery_kills FOLDER [--kills=100] [--full=100] [--seed=0]
+
+A process of its own makes one change after another and says what it begins and what it has done. A
+SIGKILL hits it some random time after a change began. What is left must be the gallery before that
+change or after it, byte by byte, but for files that the next change deletes. `--full` changes are
+made under a limit of the size of files, which fails writes as a full disk does, and on a file
+system of its own that is full, where one may be mounted.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tests.helpers import made_galleries
+from vidjax.gallery import store
+from vidjax.gallery.manifest import Clip
+from vidjax.gallery.people import People
+
+PEOPLE = 300
+BATCH = 60  # people of an enrolment or a removal
+
+
+def all_clips() -> dict[str, Clip]:
+    """Returns two clips of every person."""
+    return {
+        f"clip {2 * n + turn}": made_galleries.make_clip(2 * n + turn, f"person {n}")
+        for n in range(PEOPLE)
+        for turn in range(2)
+    }
+
+
+def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
+    """Yields changes without end: what is done, and to whom; every second one undoes the first."""
+    rng = random.Random(seed)
+    while True:
+        people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, BATCH]))
+        yield from [("remove", people), ("enrol", people)]
+
+
+def change(people: People, clips: Mapping[str, Clip], what: str, whom: Sequence[str]) -> None:
+    """Makes a change."""
+    if what == "remove":
+        people.remove(identities=whom)
+    else:
+        people.add({name: clip for name, clip in clips.items() if clip.identity in set(whom)})
+
+
+def work(folder: Path, seed: int) -> None:
+    """Makes changes without end, in the process that is killed."""
+    store.BUCKET_BYTES = 1
+    people, clips = People(folder), all_clips()
+    for number, (what, whom) in enumerate(changes(seed)):
+        sys.stdout.write(f"{number}\n")
+        sys.stdout.flush()
+        sys.stdin.readline()  # go
+        change(people, clips, what, whom)
+
+
+class Expected:
+    """The states that a sequence of changes goes through."""
+
+    def __init__(self, folder: Path, seed: int):
+        """Makes the first state in a folder."""
+        self._clips, self._changes = all_clips(), changes(seed)
+        self._people = made_galleries.make(folder, self._clips)
+        self.states = [made_galleries.contents(folder)]
+
+    def after(self, count: int) -> dict[str, bytes]:
+        """Returns the files after some changes."""
+        while len(self.states) <= count:
+            change(self._people, self._clips, *next(self._changes))
+            self.states.append(made_galleries.contents(self._people.folder))
+        return self.states[count]
+
+
+def named(folder: Path) -> dict[str, bytes]:
+    """Returns the files that the manifest names, as `made_galleries.contents`."""
+    value = json.loads((folder / "manifest.json").read_bytes())
+    ends = [value["front"][:16], *(one["sha256"][:16] for one in value["buckets"])]
+    found = made_galleries.contents(folder)
+    return {n: content for n, content in found.items()
+            if n == "manifest.json" or n.removesuffix(".numbers")[-16:] in ends}  # fmt: skip
+
+
+def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
+    """Kills a process that changes a gallery, and returns which state it left.
+
+    Raises:
+      AssertionError: it left another one.
+    """
+    seed = rng.randrange(10**9)
+    expected = Expected(place / "expected", seed)
+    shutil.copytree(place / "expected", folder)
+    last = rng.randrange(6)
+    code = (
+        f"from tests.campaigns import gallery_kills as g; g.work(g.Path({str(folder)!r}), {seed})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin and process.stdout
+    with process, process.stdin, process.stdout:
+        for _ in range(last + 1):
+            process.stdout.readline()
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        time.sleep(rng.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    found = named(folder)
+    states = {"old": expected.after(last), "new": expected.after(last + 1)}
+    left = [name for name, content in states.items() if content == found]
+    assert left, f"seed {seed}, change {last}: another state"
+    litter = len(made_galleries.contents(folder)) - len(found)
+    people = People(folder)  # opens, and goes on
+    with contextlib.suppress(ValueError):  # nobody of this name: cleans up all the same
+        people.remove(identities=["nobody"])
+    assert made_galleries.contents(folder) == states[left[0]]
+    return f"{left[0]} state, {'with' if litter else 'no'} files to delete"
+
+
+def fill_once(folder: Path, place: Path, rng: random.Random) -> str:
+    """Makes changes under a limit of the size of files; returns how many failed."""
+    seed = rng.randrange(10**9)
+    expected = Expected(place / "expected", seed)
+    shutil.copytree(place / "expected", folder)
+    people, clips, done, failed = People(folder), all_clips(), 0, 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sizes = sorted(path.stat().st_size for path in folder.iterdir())
+    sequence = changes(seed)
+    what, whom = next(sequence)
+    try:
+        for _ in range(4):
+            limit = rng.randrange(sizes[-1] + 1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                change(people, clips, what, whom)
+            except OSError:
+                failed += 1
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                assert made_galleries.contents(folder) == expected.after(done)
+                change(people, clips, what, whom)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            done += 1
+            assert made_galleries.contents(folder) == expected.after(done)
+            what, whom = next(sequence)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    wanted = made_galleries.answers(People(place / "expected"))
+    assert made_galleries.answers(people) == wanted == made_galleries.answers(People(folder))
+    return f"{failed} of 4 changes failed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the campaign from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--full", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    store.BUCKET_BYTES = 1
+    rng, counts = random.Random(args.seed), Counter[str]()
+    wrong = 0
+    for kind, count, once in (("kill", args.kills, kill_once), ("full disk", args.full, fill_once)):
+        for _ in range(count):
+            place = args.folder / "now"
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            try:
+                counts[f"{kind}: {once(place / 'g', place, rng)}"] += 1
+            except (AssertionError, ValueError) as error:
+                wrong += 1
+                place.rename(args.folder / f"wrong-{wrong}")
+                sys.stdout.write(f"WRONG {kind}: {error}\n")
+    for line, number in sorted(counts.items()):
+        sys.stdout.write(f"{number:4}  {line}\n")
+    sys.stdout.write(f"{wrong} wrong\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

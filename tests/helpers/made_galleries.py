@@ -1,0 +1,79 @@
+"""Galleries of made-up vectors: two parts, files of eight clips."""
+
+import numpy as np
+import pytest
+
+from vidjax.gallery import front as front_lib
+from vidjax.gallery import store
+from vidjax.gallery.manifest import Clip, Origin
+from vidjax.gallery.people import People
+from vidjax.models.plda import Settings
+
+WIDTHS = {"face": 8, "audio": 5}
+SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0)
+RUN = Origin("somewhere", "0" * 64, centred=False)
+
+
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes files of at most 8 clips."""
+    monkeypatch.setattr(store, "BUCKET_BYTES", 1)
+
+
+def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
+    """Returns a clip near others of the person, which lacks a part."""
+    rng = np.random.default_rng(number)
+    centre = np.random.default_rng(abs(hash_of(person or str(number))))
+    parts = []
+    for name, width in WIDTHS.items():
+        x = centre.standard_normal(width) + 0.4 * rng.standard_normal(width)
+        parts.append(0 * x if name == lacks else x / np.linalg.norm(x))
+    return Clip(person, np.concatenate(parts).astype(np.float32))
+
+
+def hash_of(text: str) -> int:
+    """Returns a number that depends on the text alone; that of Python changes."""
+    return int.from_bytes(text.encode())
+
+
+def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, Clip]:
+    """Returns clips of people, 1 to 4 each, of whom some lack a part; and strangers."""
+    clips = {}
+    for person in range(num_people):
+        for turn in range(1 + person % 4):
+            lacks = ("", "audio", "face")[(person + turn) % 5 % 3]
+            number = 10 * person + turn
+            clips[f"clip {number}"] = make_clip(number, f"person {person}", lacks=lacks)
+    return clips | {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
+
+
+def make_front() -> front_lib.Front:
+    """Returns a front that is fitted to other people."""
+    rng = np.random.default_rng(99)
+    labels = np.repeat(np.arange(1, 31), 3)
+    vectors = {}
+    for name, width in WIDTHS.items():
+        x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
+        vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return front_lib.fit(vectors, labels, centred=False, settings=SETTINGS)
+
+
+def make(folder, clips=None, *, sync: bool = False) -> People:
+    """Makes a gallery, of `make_clips` unless told otherwise."""
+    clips = make_clips() if clips is None else clips
+    return People.create(folder, RUN, make_front(), clips, sync=sync)
+
+
+def answers(people: People, count: int = 6) -> list[list[tuple[str, float]]]:
+    """Returns all identities with their scores, of clips that some people and strangers show."""
+    shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
+    parts = people.split([clip.vector for clip in shown])
+    return [people.index.best(logs, 10**6) for logs in people.log_probabilities(parts)]
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Returns name -> bytes of all files but the lock, with 0 as the version of the manifest."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    head, _, rest = files["manifest.json"].partition(b'"version": ')
+    rest = rest.partition(b",")[2]
+    # The manifest's own sha256 covers the version, and stands at its end.
+    return files | {"manifest.json": head + rest.rpartition(b'"sha256": ')[0]}

@@ -1,0 +1,466 @@
+"""The gallery's answers: probabilities from the equations, thresholds, and those of its run."""
+
+import shutil
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+import vidjax
+from tests.helpers import made_galleries, small_runs
+from vidjax import config as config_lib
+from vidjax import metrics, predict
+from vidjax.data.load import load_dataset
+from vidjax.gallery import calibration
+from vidjax.gallery import front as front_lib
+from vidjax.gallery import index as index_lib
+from vidjax.gallery.index import Index
+from vidjax.gallery.people import People
+from vidjax.models import plda
+from vidjax.steps import topk
+from vidjax.system import log_softmax
+
+# ---- probabilities
+
+
+def ratio(space, clips, query):
+    """Returns log p(query | clips of the person) / p(query), from normal densities."""
+    z = (np.asarray(query, np.float64) - space.mean) @ space.transform
+    known = [(np.asarray(clip, np.float64) - space.mean) @ space.transform for clip in clips]
+    total = 0.0
+    for d, psi in enumerate(space.ratio):
+        # One person's clips: covariance psi between two of them, and 1 more on the diagonal.
+        size = 1 + len(known)
+        joint = stats.multivariate_normal(cov=psi * np.ones((size, size)) + np.eye(size))
+        alone = stats.multivariate_normal(cov=joint.cov_object.covariance[1:, 1:])
+        others = [one[d] for one in known]
+        total += joint.logpdf([z[d], *others]) - alone.logpdf(others)
+        total -= stats.norm(scale=np.sqrt(1 + psi)).logpdf(z[d])
+    return total
+
+
+def oracle(people, clip):
+    """Returns identity -> log-probability, and that of somebody new under None."""
+    front, widths = people.front, people.front.widths
+    logits = {None: front.settings.stranger}
+    ends = np.cumsum(list(widths.values()))[:-1]
+    queries = np.split(clip.vector, ends)
+    for name in people.identities:
+        logits[name] = 0.0
+        shown = [
+            np.split(one.vector, ends) for one in people.clips.values() if one.identity == name
+        ]
+        for number, part in enumerate(front.parts):
+            if not queries[number].any():
+                continue
+            clips = [made_unit(part, one[number]) for one in shown if one[number].any()]
+            if clips:
+                found = ratio(part.space, clips, made_unit(part, queries[number]))
+                logits[name] += front.settings.scale * found
+            else:
+                logits[name] += front.settings.unenrolled
+    logs = special.log_softmax(np.array(list(logits.values())))
+    return dict(zip(logits, logs.tolist(), strict=True))
+
+
+def made_unit(part, x):
+    """Returns the vector of length 1 from the centre to another one."""
+    shifted = x.astype(np.float64) - part.centre
+    return shifted / np.sqrt(np.sum(shifted**2))
+
+
+@pytest.mark.parametrize("lacks", ["", "audio", "face"])
+def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
+    people = made_galleries.make(tmp_path / "g")
+    clip = made_galleries.make_clip(777, "person 3", lacks=lacks)
+    (logs,) = people.log_probabilities(people.split([clip.vector]))
+    wanted = oracle(people, clip)
+    found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, abs=2e-5)
+    assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_probabilities_are_those_of_the_system(tmp_path):
+    """`models.plda.combine` and `system.log_softmax`, which training's evaluation runs."""
+    people = made_galleries.make(tmp_path / "g")
+    rng = np.random.default_rng(0)
+    ratios = rng.normal(0, 9, (2, 4, 8)).astype(np.float32)
+    known, present = rng.random((2, 8)) < 0.7, rng.random((2, 4)) < 0.7
+    logits = plda.combine(ratios, known, present, people.front.settings)
+    wanted = log_softmax(logits, np.ones(8, bool))
+    for row, logs in zip(np.asarray(logits, np.float64), np.asarray(wanted), strict=True):
+        np.testing.assert_allclose(index_lib.log_softmax(row), logs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_log_softmax_is_exact_and_knows_no_order(spread):
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 3, 50):
+        logits = rng.normal(0, spread, size)
+        wide = logits.astype(np.longdouble)
+        best, found = int(np.argmax(logits)), index_lib.log_softmax(logits)
+        rest = np.sum(np.exp(np.delete(wide, best) - wide[best]))
+        wanted = wide - wide[best] - np.log1p(rest)
+        np.testing.assert_allclose(found, wanted.astype(float), rtol=1e-10, atol=1e-300)
+        for _ in range(5):
+            order = rng.permutation(size)
+            assert (index_lib.log_softmax(logits[order]) == found[order]).all()
+
+
+def test_ties_go_by_name(tmp_path):
+    clip = made_galleries.make_clip(1, "b")
+    twins = {f"clip {name}": clip._replace(identity=name) for name in ("b", "c", "a")}
+    people = made_galleries.make(tmp_path / "g", twins)
+    (logs,) = people.log_probabilities(people.split([clip.vector]))
+    best = people.index.best(logs, 2)
+    assert [name for name, _ in best] == ["a", "b"] and best[0][1] == best[1][1]
+    assert len(people.index.best(logs, 99)) == 3
+
+
+def test_a_row_of_numbers_does_not_depend_on_the_others(monkeypatch):
+    """At the width of real vectors, where products of matrices take many paths."""
+    monkeypatch.setattr(index_lib, "CHUNK", 7)
+    rng = np.random.default_rng(0)
+    width, count = 256, 40
+    labels = np.repeat(np.arange(1, 31), 3)
+    x = (rng.standard_normal((31, width))[labels] + rng.standard_normal((90, width))) / width**0.5
+    front = front_lib.fit(
+        {"x": x.astype(np.float32)}, labels, centred=True, settings=made_galleries.SETTINGS
+    )
+    people = {
+        f"p{n}": [rng.standard_normal((1 + n % 3, width)).astype(np.float32)] for n in range(count)
+    }
+    queries = rng.standard_normal((5, width)).astype(np.float32)
+
+    def scores(batches):
+        index = Index(front)
+        for batch in batches:
+            index.update(batch)
+        every = index.whiten([queries])
+        alone = [index.whiten([query[None]]) for query in queries]
+        found = []
+        for row in range(len(queries)):
+            logs = index.log_probabilities([every[0][row]])
+            assert (logs == index.log_probabilities([alone[row][0][0]])).all()
+            found.append(dict(zip([None, *index.names], logs.tolist(), strict=True)))
+        return found
+
+    names = list(people)
+    nothing = [np.zeros((0, width), np.float32)]
+    wanted = scores([people])
+    for size in (1, 3, 17):
+        order = rng.permutation(count).tolist()
+        batches = [
+            {names[n]: people[names[n]] for n in order[at : at + size]}
+            for at in range(0, count, size)
+        ]
+        away = [{f"q{n}": people["p1"] for n in range(9)}, {f"q{n}": nothing for n in range(9)}]
+        assert scores(batches) == wanted
+        assert scores([away[0], *batches, away[1]]) == wanted
+
+
+def test_threads_change_nothing(tmp_path, monkeypatch):
+    people = made_galleries.make(tmp_path / "g")
+    wanted = made_galleries.answers(people)
+    monkeypatch.setattr(index_lib, "MANY", 1)
+    assert made_galleries.answers(people) == wanted
+
+
+# ---- thresholds
+
+
+def test_the_interval_is_that_of_clopper_and_pearson():
+    """Its ends are the rates at which what was seen is a tail of 2.5 %."""
+    for hits, count in ((0, 20), (3, 373), (20, 20), (7, 100)):
+        low, high = calibration.interval(hits, count)
+        assert low <= hits / count <= high
+        if hits:
+            assert stats.binom.sf(hits - 1, count, low) == pytest.approx(0.025)
+        if hits < count:
+            assert stats.binom.cdf(hits, count, high) == pytest.approx(0.025)
+    assert calibration.interval(0, 20)[0] == 0 and calibration.interval(20, 20)[1] == 1
+
+
+@pytest.mark.parametrize(("fpir", "strangers"), [(0.01, 100), (0.01, 373), (0.1, 50)])
+def test_the_chosen_rate_is_held_within_its_interval(fpir, strangers):
+    """Scores of strangers are uniform: the true rate of a threshold t is 1 - t."""
+    rng = np.random.default_rng(0)
+    inside, rates = [], []
+    for _ in range(2000):
+        found = calibration.threshold(rng.random(strangers), fpir, 1)
+        rates.append(1 - found.score)
+        inside.append(found.low <= rates[-1] <= found.high)
+        assert found.num_alarms <= fpir * strangers < found.num_alarms + 1
+    assert np.mean(inside) > 0.94
+    assert np.mean(rates) < fpir + 1 / strangers
+
+
+def test_a_rate_that_cannot_be_shown_is_refused(tmp_path):
+    people = made_galleries.make(tmp_path / "g")
+    found = people.threshold(1 / 6)
+    assert (found.num_strangers, found.num_alarms) == (6, 1)
+    assert found.num_identities == len(people.identities)
+    with pytest.raises(ValueError, match="needs 7 clips of strangers or more, the gallery has 6"):
+        people.threshold(0.15)
+    for fpir in (0, 1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="rate above 0 and below 1"):
+            people.threshold(fpir)
+    people.add({"one more": made_galleries.make_clip(1234, None)})
+    assert people.threshold(0.15).num_strangers == 7
+
+
+def test_the_threshold_is_that_of_the_people_who_are_there(tmp_path):
+    people = made_galleries.make(tmp_path / "g")
+    before = people.threshold(0.5)
+    stranger = people.clips["stranger 0"].vector
+    people.add({"seen": made_galleries.Clip("a double", stranger)})
+    after = people.threshold(0.5)
+    assert after.num_identities == before.num_identities + 1
+    assert after.score != before.score
+    people.remove(identities=["a double"])
+    assert people.threshold(0.5) == before
+
+
+# ---- with a run
+
+GIVEN = {"within": 0.8, "between": 0.75, "scale": 0.3, "unenrolled": -1.0, "stranger": 3.0}
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+
+
+def trained(name, folder, data, official_dir, *words):
+    spec = f"{small_runs.ROOT}/configs/{name}.py:iqiyi_vid,face,head,audio"
+    config = config_lib.override(
+        config_lib.load_file(spec),
+        [
+            f"--config.data.dir={official_dir}",
+            "--config.batch_size=32",
+            "--config.eval.block_size=16",
+            *words,
+        ],
+    )
+    small_runs.run(config, folder, data)
+    return predict.restore(folder, num_devices=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data, official_dir):
+    folder = tmp_path_factory.mktemp("runs") / "plda"
+    words = [f"--config.model.{name}={value}" for name, value in GIVEN.items()]
+    return trained("plda", folder, data, official_dir, *words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, run, data):
+    """A gallery that no test changes."""
+    return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", run, data)
+
+
+@pytest.fixture
+def gallery(made, run, tmp_path):
+    shutil.copytree(made.people.folder, tmp_path / "g")
+    return vidjax.Gallery(tmp_path / "g", run=run)
+
+
+def map_of(ranked, data, split="val"):
+    found = data.split(split)
+    place = {name: number for number, name in enumerate(found.clips)}
+    index = np.full((len(data.identities), topk.MAX_NAMES), -1)
+    for name, clips in ranked.items():
+        row = data.identities.index(name)
+        index[row, : len(clips)] = [place[clip] for clip, _ in clips]
+    return metrics.mean_average_precision(index, found.labels, found.positives, found.num_others)
+
+
+def test_a_gallery_ranks_as_its_run(made, run, data):
+    ranked, wanted = made.rank(data, split="val"), run.rank(data, split="val")
+    assert list(ranked) == list(wanted)
+    assert map_of(ranked, data) == pytest.approx(map_of(wanted, data), abs=1e-12)
+    for name, clips in wanted.items():
+        scores = dict(ranked[name])
+        for clip, score in clips:
+            assert scores[clip] == pytest.approx(score, abs=2e-3, rel=1e-3)
+
+
+def test_a_gallery_of_a_run_holds_its_clips_and_strangers(made, data):
+    train, val = data.split("train"), data.split("val")
+    counts = {name: int((train.labels == n).sum()) for n, name in enumerate(data.identities, 1)}
+    dead = sum(counts.values()) - sum(made.identities.values())
+    assert 0 <= dead <= 3 and made.identities.keys() == counts.keys()
+    strangers = {c for c, label in zip(val.clips, val.labels, strict=True) if label == 0}
+    assert set(made.people.strangers) <= strangers and len(made.people.strangers) > 3
+
+
+def test_identify_names_and_refuses(made, data):
+    found = made.identify(data, k=3, fpir=0.2, split="val")
+    val = data.split("val")
+    labels = dict(zip(val.clips, [None, *data.identities], strict=False))
+    labels = {c: (None, *data.identities)[n] for c, n in zip(val.clips, val.labels, strict=True)}
+    alarms = [c for c in made.people.strangers if found[c].identity is not None]
+    threshold = made.threshold(0.2)
+    assert len(alarms) == threshold.num_alarms
+    known = [c for c in val.clips if labels[c] is not None]
+    assert np.mean([found[c].identity == labels[c] for c in known]) > 0.7
+    for answer in found.values():
+        assert len(answer.best) == 3 or answer.probability == 0
+        assert [p for _, p in answer.best] == sorted((p for _, p in answer.best), reverse=True)
+        assert (answer.identity is not None) == (answer.score >= threshold.score)
+    by_probability = made.identify(data, split="val")
+    for answer in by_probability.values():
+        shares = sum(p for _, p in answer.best)
+        assert answer.identity is None or answer.probability >= (1 - shares) * 0.99
+
+
+def in_memory(data, split, places):
+    """Returns clips of a dataset as a user would hold them."""
+    names, found = data.split(split).clips, {}
+    for modality in data.modalities:
+        for index, frames in data.packed(split, [modality]):
+            packed = frames[modality]
+            for n, clip in enumerate(index.tolist()):
+                rows = slice(int(packed.start[n]), int(packed.start[n] + packed.length[n]))
+                if clip in places and packed.length[n]:
+                    fields = ("features", "quality", "detection", "number")
+                    one = {field: getattr(packed, field)[rows] for field in fields}
+                    found.setdefault(names[clip], {})[modality] = one
+    return found
+
+
+def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, data):
+    every = made.embed(data, "train")
+    places = range(6)
+    clips = in_memory(data, "train", places)
+    assert len(clips) >= 4
+    for some in [*([name] for name in clips), list(clips)]:
+        found = made.embed({name: clips[name] for name in some})
+        for name, x in found.parts.items():
+            rows = [every.names.index(clip) for clip in found.names]
+            np.testing.assert_array_equal(x, every.parts[name][rows])
+
+
+def test_enrolling_again_changes_nothing(gallery, data):
+    done = gallery.enrol(data, split="train")
+    assert done.enrolled == 0 and done.unchanged == len(gallery.people.clips) - len(
+        gallery.people.strangers
+    )
+    assert gallery.people.version == 1
+
+
+def test_a_newcomer_is_found_and_forgotten(gallery, data):
+    before = made_galleries.contents(gallery.people.folder)
+    clips = in_memory(data, "val", range(len(data.split("val").clips)))
+    label = 3
+    val = data.split("val")
+    shown = [c for c, n in zip(val.clips, val.labels, strict=True) if n == label and c in clips]
+    gallery.remove(identity=data.identities[label - 1])
+    first, second = shown[:2]
+    assert gallery.identify({second: clips[second]})[second].identity is None
+    assert gallery.enrol({first: clips[first]}, "Ada Lovelace") == (1, 0, ())
+    assert gallery.identify({second: clips[second]})[second].best[0][0] == "Ada Lovelace"
+    assert gallery.rank({second: clips[second]})["Ada Lovelace"][0][0] == second
+    gallery.remove(identity="Ada Lovelace")
+    gallery.enrol(data, split="train")
+    assert made_galleries.contents(gallery.people.folder) == before
+
+
+def test_clips_without_a_usable_frame(gallery):
+    dead = {"dead": {"face": np.zeros((0, 24), np.float16)}, "gone": {"head": None}}
+    widths = gallery.run.modalities
+    clips = {"dead": {"face": np.zeros((0, widths["face"]), np.float16)}, "gone": {}}
+    with pytest.raises(ValueError, match="no clip has a usable frame, as 'dead'"):
+        gallery.enrol(clips, "nobody")
+    alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
+    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"))
+    assert dead.keys() == clips.keys()
+    for fpir in (None, 0.5):
+        assert gallery.identify(clips, fpir=fpir)["dead"] == (None, 0.0, -np.inf, ())
+    assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
+
+
+def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
+    gallery = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True)
+    assert gallery.identities == {} and len(gallery.people.strangers) > 3
+    clips = in_memory(data, "train", range(4))
+    for action in (gallery.identify, gallery.rank):
+        with pytest.raises(ValueError, match="nobody enrolled"):
+            action(clips)
+    gallery.enrol(clips, {name: f"the one of {name}" for name in clips})
+    assert set(gallery.identities.values()) == {1} and len(gallery.identities) == len(clips)
+    for name in clips:
+        assert gallery.identify({name: clips[name]})[name].identity == f"the one of {name}"
+
+
+@pytest.mark.slow
+def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, official_dir):
+    folds = trained(
+        "plda", tmp_path / "folds", data, official_dir, "--config.data.train_splits=train,val",
+        "--config.ensemble.folds=2", *(f"--config.model.{n}={v}" for n, v in GIVEN.items()),
+    )  # fmt: skip
+    gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
+    assert gallery.people.front.widths == dict(run.modalities)
+    assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
+
+
+@pytest.fixture(scope="module")
+def nearest(tmp_path_factory, data, official_dir):
+    """A run that is no PLDA, and has no parameters."""
+    spec = f"{small_runs.ROOT}/configs/knn.py:iqiyi_vid,face"
+    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
+    folder = tmp_path_factory.mktemp("nearest") / "run"
+    small_runs.run(config_lib.override(config_lib.load_file(spec), words), folder, data)
+    return folder
+
+
+def test_another_run_is_refused(made, nearest):
+    gallery = vidjax.Gallery(made.people.folder, run=nearest)
+    with pytest.raises(ValueError, match="is not the run that gallery"):
+        gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
+
+
+def check_net(folder, run, data, worse):
+    """Checks a gallery of the embeddings of a run."""
+    gallery = vidjax.Gallery.create(folder, run, data)
+    assert list(gallery.people.front.widths) == ["embedding"]
+    assert not gallery.people.run.centred
+    own = map_of(gallery.run.rank(data, split="val"), data)
+    assert map_of(gallery.rank(data, split="val"), data) > own - worse
+    answers = gallery.identify(data, split="val").values()
+    assert all(answer.best or not answer.probability for answer in answers)
+    gallery.refit()
+
+
+def test_a_gallery_of_embeddings(nearest, tmp_path, data):
+    check_net(tmp_path / "g", nearest, data, 0.05)
+
+
+@pytest.mark.slow
+def test_a_gallery_of_a_net(tmp_path, data, official_dir):
+    words = (small_runs.LAYER, "--config.num_epochs=20", "--config.optim.peak_lr=0.01")
+    run = trained("quality_fusion", tmp_path / "run", data, official_dir, *words)
+    check_net(tmp_path / "g", run, data, 0.05)
+
+
+def test_no_run_no_answer(made, tmp_path):
+    gallery = vidjax.Gallery(made.people.folder, run=tmp_path)
+    with pytest.raises(ValueError):
+        gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
+    assert "people" in repr(gallery) and People(made.people.folder).identities
+
+
+def test_given_settings_of_a_plda_run_are_kept(made):
+    assert made.people.front.settings._asdict() == GIVEN
+
+
+@pytest.mark.slow
+def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, data, official_dir):
+    run = trained("plda", tmp_path / "run", data, official_dir, "--config.model.within=0.5")
+    gallery = vidjax.Gallery.create(tmp_path / "g", run, data)
+    settings = dict(run.manifest["settings"]) | {"within": 0.5}
+    assert len(settings) == 5
+    assert gallery.people.front.settings._asdict() == settings
+    assert map_of(gallery.rank(data, split="val"), data) == pytest.approx(run.results["map"])

@@ -1,0 +1,375 @@
+"""A gallery of people: enrolled, found and deleted without training.
+
+    import vidjax
+
+    gallery = vidjax.Gallery.create("people", vidjax.restore("runs/plda"))
+    gallery.enrol({"clip_1": {"face": features}}, "Ada")
+    gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
+    gallery.remove(identity="Ada")
+
+A person is, in each modality, a number of clips and the sum of their vectors. Enrolling adds to
+them and removing subtracts: answers and files equal, to the bit, those of a gallery that was made
+at once of the clips that are there. `refit` fits the coordinates to these, too.
+
+The folder forgets who is removed; the run does not. Its weights, or the centre of a PLDA run,
+were made of its training clips, and only another training without them forgets them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax import predict
+from vidjax.data.clips import TrainingData
+from vidjax.data.ground_truth import sort_identities
+from vidjax.data.untrusted.names import show
+from vidjax.gallery import vectors as vectors_lib
+from vidjax.gallery.calibration import Threshold
+from vidjax.gallery.manifest import Clip
+from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.vectors import AnyClips, Vectors
+from vidjax.modes.arguments import load_data
+from vidjax.predict import Predictor
+from vidjax.steps import topk
+
+RANK_ROWS = 256  # clips of a block of scores
+
+
+class Answer(NamedTuple):
+    """Who a clip shows.
+
+    Attributes:
+      identity: the person; None for unknown.
+      probability: of the best identity; 0 for a clip without a usable frame.
+      score: the logarithm of it, which tells clips apart whose probability is almost 1.
+      best: the best identities with their probabilities, best first.
+    """
+
+    identity: str | None
+    probability: float
+    score: float
+    best: tuple[tuple[str, float], ...]
+
+
+class Enrolment(NamedTuple):
+    """What became of clips that were to be enrolled.
+
+    Attributes:
+      enrolled: how many are new.
+      unchanged: how many were there already, the same.
+      refused: clips without a usable frame, which show nobody.
+    """
+
+    enrolled: int
+    unchanged: int
+    refused: tuple[str, ...]
+
+
+class Ranked(NamedTuple):
+    """The best clips of every person.
+
+    Attributes:
+      identities: C people, in the order of a submission.
+      clips: N clips, in the order of names.
+      top: [C, 100] scores and places in `clips`, as numpy arrays.
+    """
+
+    identities: tuple[str, ...]
+    clips: tuple[str, ...]
+    top: topk.TopK
+
+
+class Gallery:
+    """A gallery in a folder.
+
+    Attributes:
+      people: the vectors, and what is done with them.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, run: Predictor | str | Path | None = None, sync: bool = False
+    ):
+        """Opens a gallery.
+
+        Args:
+          folder: the gallery.
+          run: the run that it was made with, or its folder; None for the folder that the gallery
+            names. It is restored at the first use.
+          sync: whether a change waits until the disk has it. A killed process leaves the old state
+            or the new one in any case; with `sync` so does a power cut.
+
+        Raises:
+          ValueError: there is no gallery, or it is damaged; the error names the file.
+        """
+        self.people = People(folder, sync=sync)
+        self._run = run
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        run: Predictor | str | Path,
+        data: TrainingData | None = None,
+        *,
+        strangers: str | None = None,
+        empty: bool = False,
+        sync: bool = False,
+    ) -> "Gallery":
+        """Makes a gallery of the training clips of a run.
+
+        The coordinates are fitted to these clips. The settings are those of a PLDA run, or fitted.
+
+        Args:
+          folder: a folder that is new, or empty.
+          run: the run, or its folder.
+          data: the dataset of the run; None to load it.
+          strangers: the split whose clips without a label are strangers; None for the evaluated
+            split, where that has labels.
+          empty: whether nobody is enrolled: only the coordinates and the strangers are kept.
+          sync: see above.
+
+        Raises:
+          ValueError: the folder holds something else, or no clip has a label.
+          OSError: the gallery cannot be written.
+        """
+        run = _restored(run)
+        data = load_data(run.config) if data is None else data
+        clips: dict[str, Clip] = {}
+        for split in run.config.data.train_splits:
+            found = vectors_lib.embed(run, data, split)
+            clips |= {n: c for n, c in _clips_of(found).items() if c.identity is not None}
+        if not clips:
+            raise ValueError("no training clip has a label: there is nobody to enrol")
+        run_of = vectors_lib.origin_of(run)
+        settings = vectors_lib.settings_of(run)
+        widths = vectors_lib.widths_of(run, len(next(iter(clips.values())).vector))
+        front = fit_front(clips, widths, centred=run_of.centred, settings=settings)
+        chosen = strangers or run.config.eval.split
+        if strangers or data.split(chosen).labelled:
+            found = _clips_of(vectors_lib.embed(run, data, chosen))
+            others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
+            clips = others | ({} if empty else clips)
+        elif empty:
+            clips = {}
+        People.create(folder, run_of, front, clips, sync=sync)
+        return cls(folder, run=run, sync=sync)
+
+    def __repr__(self) -> str:
+        counts = self.people.identities
+        return (
+            f"<gallery '{self.people.folder}': {len(counts)} people, {sum(counts.values())} clips, "
+            f"{len(self.people.strangers)} strangers, version {self.people.version}>"
+        )
+
+    @property
+    def identities(self) -> dict[str, int]:
+        """Identity -> its number of clips, in the order of names."""
+        return self.people.identities
+
+    @property
+    def run(self) -> Predictor:
+        """The run that makes vectors.
+
+        Raises:
+          ValueError: it is not there, or not the one that the gallery was made with.
+        """
+        run = self._run
+        if not isinstance(run, Predictor):
+            self._run = run = _restored(self.people.run.workdir if run is None else run)
+            if vectors_lib.origin_of(run).digest != self.people.run.digest:
+                self._run = None
+                raise ValueError(
+                    f"'{run.workdir}' is not the run that gallery '{self.people.folder}' was made "
+                    "with\nname that run: --run=W, or make a gallery with this one"
+                )
+        return run
+
+    def embed(self, clips: AnyClips, split: str | None = None) -> Vectors:
+        """Returns the vectors of clips, see `vectors.embed`."""
+        return vectors_lib.embed(self.run, clips, split)
+
+    def enrol(
+        self,
+        clips: AnyClips,
+        identities: str | Mapping[str, str] | None = None,
+        *,
+        split: str | None = None,
+        strangers: bool = False,
+    ) -> Enrolment:
+        """Enrols clips of people who are there already, or new.
+
+        Args:
+          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          identities: the person that all clips show, or clip -> person; None for the labels of the
+            dataset. Clips that it does not name are left out.
+          split: the split of a dataset.
+          strangers: whether to add the clips without a label as strangers, instead.
+
+        Raises:
+          ValueError: no clip has a label or a usable frame, clips do not fit the run, or one is
+            enrolled as somebody else's or with another vector. Nothing is enrolled then.
+          OSError: the change cannot be written; nothing is enrolled then.
+        """
+        found = self.embed(clips, split)
+        if isinstance(identities, str):
+            labels = (identities,) * len(found.names)
+        elif identities is not None:
+            labels = tuple(identities.get(name) for name in found.names)
+        else:
+            labels = found.labels
+        found = found._replace(labels=labels)
+        wanted = [n for n, label in zip(found.names, labels, strict=True)
+                  if (label is None) == strangers]  # fmt: skip
+        if not wanted:
+            problem = "every clip has a label" if strangers else "no clip has a label"
+            raise ValueError(f"{problem}: there is nobody to enrol\nsay who the clips show")
+        usable = _clips_of(found)
+        chosen = {name: usable[name] for name in wanted if name in usable}
+        refused = tuple(sorted(name for name in wanted if name not in usable))
+        if not chosen:
+            raise ValueError(f"no clip has a usable frame, as '{show(refused[0])}'")
+        new = self.people.add(chosen)
+        return Enrolment(new, len(chosen) - new, refused)
+
+    def remove(self, *, identity: str | None = None, clip: str | None = None) -> int:
+        """Removes a person with all clips, or one clip; returns the number of removed clips.
+
+        Raises:
+          ValueError: there is no such name, or both or none are given.
+          OSError: the change cannot be written; nothing is removed then.
+        """
+        if (identity is None) == (clip is None):
+            raise ValueError("name one: remove(identity=NAME), or remove(clip=NAME)")
+        return self.people.remove(
+            identities=() if identity is None else (identity,),
+            clips=() if clip is None else (clip,),
+        )
+
+    def refit(self) -> None:
+        """Fits coordinates and settings to the clips that are enrolled now; see `People.refit`."""
+        self.people.refit()
+
+    def threshold(self, fpir: float) -> Threshold:
+        """Returns the threshold for a rate of false alarms; see `People.threshold`."""
+        return self.people.threshold(fpir)
+
+    def identify(
+        self,
+        clips: AnyClips,
+        k: int = 5,
+        *,
+        fpir: float | None = None,
+        split: str | None = None,
+    ) -> dict[str, Answer]:
+        """Returns clip -> who it shows.
+
+        A clip without a usable frame is unknown.
+
+        Args:
+          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          k: number of identities in `Answer.best`, at most.
+          fpir: the share of strangers who may get a name. None: a clip is unknown where somebody
+            new is more probable than the best identity.
+          split: the split of a dataset.
+
+        Raises:
+          ValueError: nobody is enrolled, the strangers cannot show the rate, or clips do not fit
+            the run.
+        """
+        if k < 1:
+            raise ValueError(f"k={k}: name 1 identity or more")
+        limit = None if fpir is None else self.threshold(fpir).score
+        found = self.embed(clips, split)
+        return dict(
+            zip(found.names, self.answers(list(found.parts.values()), k, limit), strict=True)
+        )
+
+    def answers(
+        self, parts: Sequence[np.ndarray], k: int = 5, limit: float | None = None
+    ) -> Iterator[Answer]:
+        """Yields who clips show.
+
+        Args:
+          parts: [M] of [Q, D] float32, the vectors of clips.
+          k: number of identities in `Answer.best`, at most.
+          limit: the lowest score of a name; None to compare with somebody new.
+        """
+        self._check_people()
+        for logs in self.people.log_probabilities(parts):
+            best = self.people.index.best(logs, k)
+            score = best[0][1] if best else -np.inf
+            least = logs[0] if limit is None else limit
+            identity = best[0][0] if best and score >= least else None
+            shown = tuple((name, float(np.exp(log))) for name, log in best)
+            yield Answer(identity, float(np.exp(score)), score, shown)
+
+    def rank(
+        self, clips: AnyClips, *, split: str | None = None
+    ) -> dict[str, list[tuple[str, float]]]:
+        """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
+
+        Identities are in the order of a submission, and scores are logarithms of probabilities.
+
+        Args:
+          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          split: the split of a dataset.
+
+        Raises:
+          ValueError: nobody is enrolled, or clips do not fit the run.
+        """
+        ranked = self.top(self.embed(clips, split))
+        lists = zip(ranked.top.index.tolist(), ranked.top.scores.tolist(), strict=True)
+        return {
+            identity: [
+                (ranked.clips[clip], score)
+                for clip, score in zip(indices, scores, strict=True)
+                if clip != topk.NO_CLIP
+            ]
+            for identity, (indices, scores) in zip(ranked.identities, lists, strict=True)
+        }
+
+    def top(self, found: Vectors) -> Ranked:
+        """Returns the ranking of clips for every person; see `rank`.
+
+        Raises:
+          ValueError: nobody is enrolled.
+        """
+        self._check_people()
+        identities = sort_identities(self.people.index.names)
+        row = {name: number for number, name in enumerate(self.people.index.names)}
+        columns = np.array([1 + row[name] for name in identities])
+        order = np.argsort(np.array(found.names, object), kind="stable")
+        parts = [x[order] for x in found.parts.values()]
+        size = min(RANK_ROWS, len(order))
+
+        def blocks() -> Iterator[topk.ScoreBlock]:
+            scores = np.empty((size, len(columns)), np.float32)
+            for place, logs in enumerate(self.people.log_probabilities(parts)):
+                scores[place % size] = logs[columns]
+                if (place + 1) % size == 0 or place + 1 == len(order):
+                    index = place // size * size + np.arange(size, dtype=np.int32)
+                    yield scores.copy(), index, index <= place
+
+        top = topk.rank(blocks(), len(columns), rows=size)
+        clips = tuple(found.names[place] for place in order.tolist())
+        arrays = topk.TopK(np.asarray(top.scores), np.asarray(top.index))
+        return Ranked(identities, clips, arrays)
+
+    def _check_people(self) -> None:
+        if not self.people.index.names:
+            raise ValueError(
+                f"gallery '{self.people.folder}' has nobody enrolled\nenrol people first: enrol G"
+            )
+
+
+def _restored(run: Predictor | str | Path) -> Predictor:
+    return run if isinstance(run, Predictor) else predict.restore(run)
+
+
+def _clips_of(found: Vectors) -> dict[str, Clip]:
+    """Returns the clips that have a usable frame."""
+    rows = np.concatenate(list(found.parts.values()), axis=1)
+    pairs = zip(found.names, found.labels, rows, found.usable.tolist(), strict=True)
+    return {name: Clip(label, row) for name, label, row, usable in pairs if usable}

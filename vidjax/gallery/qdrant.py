@@ -1,0 +1,99 @@
+"""Export to Qdrant, one vector database that is a library, a server and a cloud by the same client.
+
+A point is a clip: the id is made of its name, the payload is clip and identity, and the vectors are
+those of its parts in the coordinates of the gallery, made unit: a dot product is a cosine.
+Strangers are not exported. A clip that is removed from the gallery stays in the database until it
+is deleted there, too, by the id `point_id`.
+"""
+
+import importlib.util
+import os
+import uuid
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vidjax.gallery.people import People
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+BATCH = 256  # points of one request
+KEY = "QDRANT_API_KEY"  # the variable with the key of a server
+
+
+def point_id(clip: str) -> str:
+    """Returns the id of a clip's point: a UUID that its name determines."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"vidjax:{clip}"))
+
+
+def export(people: People, place: str, collection: str) -> int:
+    """Copies all enrolled clips to a new collection and returns their number.
+
+    Args:
+      people: the gallery.
+      place: the address of a server, `http://...`; or a folder; or `:memory:` to try it.
+      collection: the new collection.
+
+    Raises:
+      ValueError: the client is not installed, the database does not answer, or it has the
+        collection.
+    """
+    if not importlib.util.find_spec("qdrant_client"):
+        raise ValueError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")
+    from qdrant_client import QdrantClient
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions, of keys without encryption
+            if place.startswith(("http://", "https://")):
+                client = QdrantClient(url=place, api_key=os.environ.get(KEY))
+            elif place == ":memory:":
+                client = QdrantClient(":memory:")
+            else:
+                client = QdrantClient(path=place)
+        try:
+            return write(client, people, collection)
+        finally:
+            client.close()
+    except (ResponseHandlingException, UnexpectedResponse, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"Qdrant at '{place}': {reason}") from error
+
+
+def write(client: "QdrantClient", people: People, collection: str) -> int:
+    """Copies all enrolled clips to a new collection of an open database; see `export`."""
+    from qdrant_client import models
+
+    if client.collection_exists(collection):
+        raise ValueError(
+            f"Qdrant has a collection '{collection}', which is not overwritten\n"
+            "name another one: --collection=NAME"
+        )
+    distance = models.Distance.DOT
+    widths = people.front.widths
+    client.create_collection(
+        collection,
+        {name: models.VectorParams(size=size, distance=distance) for name, size in widths.items()},
+    )
+    names = sorted(name for name, clip in people.clips.items() if clip.identity is not None)
+    for at in range(0, len(names), BATCH):
+        some = names[at : at + BATCH]
+        parts = people.index.whiten(people.split([people.clips[name].vector for name in some]))
+        units = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in parts]
+        points = [
+            models.PointStruct(
+                id=point_id(name),
+                vector={
+                    part: z[row].tolist()
+                    for part, z in zip(widths, units, strict=True)
+                    if not np.isnan(z[row, 0])
+                },
+                payload={"clip": name, "identity": people.clips[name].identity},
+            )
+            for row, name in enumerate(some)
+        ]
+        client.upsert(collection, points)
+    return len(names)

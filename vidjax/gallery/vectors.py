@@ -1,0 +1,145 @@
+"""Clips to vectors, by a trained run; the same clip always gives the same bits.
+
+A clip is padded to a length that depends on it alone, and blocks have one size. So its vector does
+not depend on the clips that are read with it.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from vidjax import digests
+from vidjax.data.clips import (
+    BUCKETS,
+    MAX_EVAL_FRAMES,
+    PAD_LENGTHS,
+    ClipSource,
+    EvalPlan,
+    TrainingData,
+    longest,
+    select_modalities,
+)
+from vidjax.data.frame_fields import Quality
+from vidjax.data.memory import MemoryClips
+from vidjax.data.untrusted.packing import Clips
+from vidjax.gallery.manifest import Origin
+from vidjax.models.plda import Settings
+from vidjax.predict import Predictor
+
+ROWS = 32  # clips of a block
+EMBEDDING = "embedding"  # the one part of a run that is no PLDA
+
+AnyClips = Clips | TrainingData | MemoryClips
+
+
+class Vectors(NamedTuple):
+    """The vectors of some clips.
+
+    Attributes:
+      names: N clips.
+      parts: part -> [N, D] float32, unit vectors; 0 for a clip that lacks the part.
+      labels: [N] names of the persons; None where the ground truth names nobody.
+    """
+
+    names: tuple[str, ...]
+    parts: dict[str, np.ndarray]
+    labels: tuple[str | None, ...]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """[N] bool, False for clips without a usable frame."""
+        return np.any([np.any(x != 0, axis=1) for x in self.parts.values()], axis=0)
+
+
+def origin_of(run: Predictor) -> Origin:
+    """Returns what a gallery keeps of its run."""
+    digest = digests.sha256_json(sorted(run.manifest["files"].items()))
+    return Origin(str(run.workdir), digest, _is_plda(run))
+
+
+def _is_plda(run: Predictor) -> bool:
+    return run.config.model.name == "plda"
+
+
+def widths_of(run: Predictor, width: int) -> dict[str, int]:
+    """Returns part -> D of the vectors of a run, of which an embedding has `width` numbers."""
+    return dict(run.modalities) if _is_plda(run) else {EMBEDDING: width}
+
+
+def settings_of(run: Predictor) -> Settings | None:
+    """Returns the settings of a PLDA run; None for any other run."""
+    if not _is_plda(run):
+        return None
+    fitted, given = run.manifest.get("settings") or {}, run.config.model.to_dict()
+    values = {n: fitted[n] if given.get(n) is None else given[n] for n in Settings._fields}
+    return Settings(**{name: float(value) for name, value in values.items()})
+
+
+def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:
+    """Returns the vectors of clips.
+
+    Args:
+      run: the run. Of an ensemble of PLDA the first member makes the vectors.
+      clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+      split: the split of a dataset; None for clips in memory.
+
+    Raises:
+      ValueError: clips do not fit the run; the message names clip, modality and field.
+    """
+    source, names, places, split = _source(run, clips, split)
+    values: np.ndarray | None = None
+    lengths = longest(source.split(split), tuple(run.modalities))
+    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
+    for number in np.unique(pad).tolist():
+        bucket = np.where(pad == number, 0, -1)
+        padded = dict.fromkeys(run.modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
+        plan = EvalPlan(split, tuple(run.modalities), bucket, padded)
+        for batch in source.eval_batches(plan, rows=ROWS):
+            (block,) = run.embed_blocks([batch])
+            if values is None:
+                values = np.zeros((len(lengths), block.shape[1]), np.float32)
+            real = np.asarray(batch.batch_mask)
+            values[np.asarray(batch.clip_index)[real]] = block[real]
+    assert values is not None  # there is at least one clip
+    found = source.split(split)
+    known = (None, *source.identities) if found.labelled else (None,)
+    labels = tuple(known[label] for label in found.labels[places].tolist())
+    return Vectors(names, _parts(run, values[places]), labels)
+
+
+def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Splits embeddings [N, ...] into parts, each made unit."""
+    parts, at = {}, 0
+    for name, width in widths_of(run, values.shape[1]).items():
+        x = values[:, at : at + width].astype(np.float64)
+        norm = np.sqrt(np.vecdot(x, x))[:, None]
+        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
+        at += width
+    return parts
+
+
+def _source(
+    run: Predictor, clips: AnyClips, split: str | None
+) -> tuple[ClipSource, tuple[str, ...], np.ndarray, str]:
+    """Returns the source of clips, their names, the clip_index of each, and the split."""
+    if hasattr(clips, "train_batches"):
+        data = cast(TrainingData, clips)
+        if split is None:
+            raise ValueError("name the split of the dataset: --split=S, or split=S")
+        widths = select_modalities(tuple(run.modalities), data.modalities)
+        for name, width in run.modalities.items():
+            if widths[name] != width:
+                raise ValueError(
+                    f"modality '{name}': the run wants width {width}, got {widths[name]}"
+                )
+        names = data.split(split).clips
+        return data, names, np.arange(len(names)), split
+    if split is not None:
+        raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
+    if not isinstance(clips, MemoryClips):
+        quality = cast(Quality, run.config.data.quality)
+        clips = MemoryClips.of(
+            cast(Mapping[str, Mapping[str, np.ndarray]], clips), run.modalities, (), quality
+        )
+    return clips, clips.names, clips.places, "clips"
