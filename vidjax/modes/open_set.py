@@ -1,5 +1,6 @@
 """Known clips against distractors: scores of both, errors at thresholds, and calibration."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
       num_identities: number of identities that a clip is compared with.
 
     Returns:
-      The entry that `run.results` describes. A rate that is smaller than 1 / S has no values. None
+      The entry that `run.results` describes. A rate below 1 / S has no errors. None
       without a distractor or without a known clip.
 
     Source: the beta distribution, Wilks 1941, Determination of sample sizes for setting tolerance
@@ -88,9 +89,9 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         return None
     rows = []
     for rate in RATES:
-        row: dict[str, Any] = {"rate": rate}
+        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate)}
         errors = metrics.identification_errors(clips.best[pool], right, known, fpir=rate)
-        if errors and num_strange * rate >= 1:
+        if errors and num_strange >= row["fewest"]:
             passed = round(errors.fpir * num_strange)
             reach = stats.beta(passed + 1, num_strange - passed)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}

@@ -55,10 +55,11 @@ name: `metrics_<split>.json` and so on.
     lists                            list of {identity: int, ap: float, clips: int, rows: list of
                                      {clip: str, score: float, shows: int or -1}}
     open_set                         null without distractors, or {num_identities, num_known,
-                                     num_people, num_strange, resamples: int, rates: list of {rate,
-                                     threshold, fpir, fnir, fpir_low, fpir_high, fnir_low,
-                                     fnir_high: float}}: clips of known people, these people,
-                                     distractors; a rate below 1 / num_strange stands alone
+                                     num_people, num_strange, resamples: int, rates: list of {rate:
+                                     float, fewest: int, threshold, fpir, fnir, fpir_low, fpir_high,
+                                     fnir_low, fnir_high: float}}: clips of known people, these
+                                     people, distractors; of fewer than `fewest` distractors a rate
+                                     has no errors
     calibration_error                float: expected calibration error
     calibration_error_after          float: that of probabilities mapped as `calibration_maps` say
     calibration_maps                 list of {slope, offset: float}: of the log-odds of each half of

@@ -202,8 +202,9 @@ _RATE = Object(
         **dict.fromkeys(("rate", "fpir", "fnir"), SHARE),
         **dict.fromkeys(("fpir_low", "fpir_high", "fnir_low", "fnir_high"), SHARE),
         "threshold": NUMBER,
+        "fewest": COUNT,
     },
-    ("rate",),
+    ("rate", "fewest"),
 )
 ANALYSIS = Object(
     {
