@@ -14,8 +14,8 @@ NO_PROBABILITIES = "There is no calibration: the scores of this run are not prob
 SAMPLE = (
     "{} clips of {} known people and {} distractors, each compared with {} identities. A gallery "
     "of this run names a clip whose best score reaches the threshold, and answers unknown below "
-    "it. More identities raise the best score of a stranger: a gallery of another size needs a "
-    "threshold of its own."
+    "it. The best score of a stranger depends on the number of identities, so a gallery of another "
+    "size needs a threshold of its own."
 )
 INTERVALS = (
     "FPIR is the share of these distractors that pass; its interval is where the share of other "
@@ -29,7 +29,8 @@ TOO_FEW = (
 BOTH = (
     "Calibration: the expected calibration error is {}, and {} after a slope and an offset of the "
     "log-odds. Each half of the people is measured with the pair that was fitted on the other "
-    "half: {}. A slope below 1 says that the run is too sure. A distractor is never right."
+    "half: {}. A slope below 1 says that the run is too sure, one above 1 that it is not sure "
+    "enough. A distractor is never right."
 )
 BEFORE = "Calibration: the expected calibration error is {}. A distractor is never right."
 
