@@ -21,6 +21,7 @@ from vidjax.steps.pooling import Pooling, complete, mean_logarithms
 from vidjax.steps.scoring import Evaluation, score
 
 MOST_IDENTITIES = 100  # of each clip, whose scores the fit looks at
+LEAST_SLOPE = 1e-6  # more certain of one run must never mean less certain of all
 LEAST = -1e4  # what stands for the logarithm of a probability of 0, which has no gradient
 
 
@@ -144,18 +145,18 @@ def fit_pooling(
         slope = np.asarray(slope, np.float64)
         return float(value), slope if offset is None else slope * ([1.0] * num + [0.0])
 
-    start = np.array([-np.log(num)] * num + [offset or 0.0])
-    point = optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-4}).x
-    slopes = np.exp(point[:num])
-    scale = float(slopes.sum())
-    return (slopes / scale).tolist(), Pooling(True, scale, float(point[num]))
+    start = np.array([1 / num] * num + [offset or 0.0])
+    bounds = [(LEAST_SLOPE, None)] * num + [(None, None)]
+    point = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    scale = float(point[:num].sum())
+    return (point[:num] / scale).tolist(), Pooling(True, scale, float(point[num]))
 
 
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, logs: Array, scored: Array, answer: Array) -> Array:
-    """Returns the mean cross-entropy at the logarithms of the R slopes and the offset."""
-    slopes = jnp.exp(point[:-1])
+    """Returns the mean cross-entropy at the R slopes and the offset."""
+    slopes = point[:-1]
     logits = jnp.sum(slopes) * mean_logarithms(logs, scored, slopes)
     found = jax.nn.log_softmax(logits.at[:, 0].add(point[-1]))
     return -jnp.mean(jnp.take_along_axis(found, answer[:, None], axis=1))
