@@ -91,11 +91,11 @@ def joining(runs, *overrides):
     return config_lib.override(config, ["--config.eval.block_size=32", *overrides])
 
 
-def probabilities(folder, load, split):
+def probabilities(folder, load, split, *, softmax=False):
     """Returns clip -> [C] float64, and the split, of a run that is evaluated by itself."""
     words = [f"--config.eval.split={split}"]
     config = config_lib.override(config_lib.load_workdir(folder), words)
-    if config.eval.scores == "logits":
+    if softmax or config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
     _, one = restore.restore(config, folder, load(config), mesh)
@@ -170,6 +170,81 @@ def test_every_score_equals_the_loop(runs, load):
     clips = models[0].data.split("val").clips
     scores = np.exp(ranked_scores(found.top, len(clips)).astype(np.float64))
     np.testing.assert_allclose(scores, [wanted[clip] for clip in clips], rtol=2e-5, atol=1e-12)
+
+
+def logarithms_by_hand(runs, load, split, weights, scale=1.0):
+    """The weighted mean of logarithms, of nets that know of nobody new: {clip: [C]}."""
+    found = [probabilities(folder, load, split, softmax=True)[0] for folder in runs]
+    shares = np.array(weights) / sum(weights)
+    mean = {}
+    for clip in found[0]:
+        alone = [one[clip] for one in found]
+        some = [(p, w) for p, w in zip(alone, shares, strict=True) if p.any()]
+        total = sum(w for _, w in some)
+        with np.errstate(divide="ignore"):
+            logs = sum(w / total * np.log(p) for p, w in some)
+        odds = np.exp(scale * logs) if some else np.zeros_like(alone[0])
+        mean[clip] = odds / max(odds.sum(), 1e-300)
+    return mean
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale"), [((1.0, 1.0), 1.0), ((0.25, 0.75), 0.5)], ids=["equal", "given"]
+)
+def test_means_of_logarithms_by_clip_name(runs, load, tmp_path, weights, scale):
+    words = (f"--config.join.weights={weights}", f"--config.join.scale={scale}")
+    config = joining(runs, "--config.join.mean=logarithms", *words)
+    results = blend.blend_runs(config, tmp_path, load, num_devices=1)
+    wanted = logarithms_by_hand(runs, load, "val", weights, scale)
+    check_ranking(tmp_path / "ranking.txt", wanted)
+    _, split = probabilities(runs[0], load, "val")
+    assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
+    assert results["map"] != pytest.approx(
+        map_by_hand(joined_by_hand(runs, load, "val", weights), split), abs=1e-9
+    )
+
+
+def test_a_calibration_comes_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
+    """Slopes and scale make the right identities on train most probable, each clip out of fold."""
+    words = ("--config.join.mean=logarithms", "--config.join.calibrate=true")
+    results = blend.blend_runs(joining(runs, *words), tmp_path, load, num_devices=1)
+    kept = config_lib.load_workdir(tmp_path).join
+    assert not kept.calibrate and kept.mean == "logarithms" and kept.offset == 0
+    assert results["weights_fitted_on"] == "train"
+    _, split = probabilities(runs[0], load, "train")
+    label = dict(zip(split.clips, split.labels, strict=True))
+
+    def loss(weights, scale):
+        found = logarithms_by_hand(runs, load, "train", weights, scale)
+        scored = [clip for clip in found if label[clip] and found[clip].any()]
+        return -np.mean([np.log(found[clip][label[clip] - 1]) for clip in scored])
+
+    best = loss(kept.weights, kept.scale)
+    first, second = kept.weights
+    for factor in (0.8, 1.25):
+        assert loss(kept.weights, factor * kept.scale) > best
+        assert loss((first * factor + 1e-3, second), kept.scale) > best
+
+    # Another evaluation of the folder uses what was fitted, and fits nothing.
+    monkeypatch.setattr(blend.join_fit, "fit_calibration", None)
+    again = config_lib.load_workdir(tmp_path)
+    again.eval.split = "test"
+    results = blend.blend_runs(again, tmp_path, load, num_devices=1)
+    assert results["weights_fitted_on"] == "train"
+    check_ranking(
+        tmp_path / "ranking_test.txt",
+        logarithms_by_hand(runs, load, "test", kept.weights, kept.scale),
+    )
+
+
+def test_a_calibration_uses_no_clip_that_a_run_was_trained_on(runs, plain, load, tmp_path):
+    words = ("--config.join.mean=logarithms", "--config.join.calibrate=true")
+    with pytest.raises(ValueError, match=r"join\.split=train: .*without folds"):
+        blend.blend_runs(joining((runs[0], plain), *words), tmp_path, load, num_devices=1)
+    with pytest.raises(ValueError, match=r"join\.split=test: .*no ground truth"):
+        on_test = joining(runs, *words, "--config.join.split=test")
+        blend.blend_runs(on_test, tmp_path, load, num_devices=1)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
@@ -272,6 +347,12 @@ def test_other_identities_or_clips_are_refused(
         (("--config.join.weights=(1,)",), "want 2 numbers"),
         (("--config.join.weights=(1,-1)",), "want 2 numbers"),
         (("--config.join.weights=(0,0)",), "want 2 numbers"),
+        (("--config.join.calibrate=true",), "of a mean of logarithms"),
+        (("--config.join.offset=1",), "of a mean of logarithms"),
+        (("--config.join.mean=logarithms", "--config.join.scale=0"), "the scale above 0"),
+        (("--config.join.mean=logarithms", "--config.join.greedy=true"), "mean of probabilities"),
+        (("--config.join.mean=logarithms", "--config.eval.top_classes=3"), "top_classes=0"),
+        (("--config.join.mean=logarithm",), "did you mean 'logarithms'"),
     ],
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):

@@ -20,8 +20,8 @@ from vidjax import main as main_lib
 from vidjax import metrics
 from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
-from vidjax.report import analysis_sections, run_files, run_page, run_sections, significance
 from vidjax.report import html as html_lib
+from vidjax.report import open_set_sections, run_files, run_page, run_sections, significance
 from vidjax.run import results as results_lib
 
 SECTIONS = [
@@ -130,7 +130,7 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     assert '<section id="attention"' not in text
     assert "NetVLAD" not in section(text, "frames")
     check_numbers(tmp_path / "knn", text)
-    assert analysis_sections.NO_PROBABILITIES in section(text, "open_set")
+    assert open_set_sections.NO_PROBABILITIES in section(text, "open_set")
 
     words = ("--config.num_epochs=2", "--config.ensemble.folds=2")
     config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
@@ -179,6 +179,29 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         "worst": worst,
         "strata": [{"by": f"kind {n}", "rows": groups} for n in range(4)],
         "calibration_error": 0.05,
+        "calibration_error_after": 0.025,
+        "calibration_maps": [{"slope": 0.75, "offset": -0.5}, {"slope": 0.8, "offset": 0.25}],
+        "open_set": {
+            "num_identities": identities,
+            "num_known": clips,
+            "num_people": identities,
+            "num_strange": 40,
+            "resamples": 1000,
+            "rates": [
+                {"rate": 0.01, "fewest": 100},
+                {
+                    "rate": 0.1,
+                    "fewest": 10,
+                    "threshold": -1.5,
+                    "fpir": 0.1,
+                    "fpir_low": 0.03125,
+                    "fpir_high": 0.25,
+                    "fnir": 0.375,
+                    "fnir_low": 0.25,
+                    "fnir_high": 0.5,
+                },
+            ],
+        },
         "fewest_identities": 10,
         "wrong_clips": {"distractors": [wrong] * 5, "known": mistaken},
         "lists": [{"identity": 1, "ap": float(ap[1]), "clips": int(positives[1]), "rows": listed}],
@@ -212,6 +235,7 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
         "fpir": np.geomspace(1e-3, 1, 40),
         "fnir": np.linspace(1, 0, 40),
         "calibration": np.stack([np.full(10, 6), *[np.linspace(0.05, 0.95, 10)] * 2], axis=1),
+        "calibration_after": np.stack([np.full(10, 6), *[np.linspace(0, 0.9, 10)] * 2], axis=1),
     }
     folder.mkdir(exist_ok=True)
     results_lib.save_analysis(folder / "analysis.npz", facts, arrays)

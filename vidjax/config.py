@@ -233,7 +233,18 @@ def default() -> Config:
     config.join = ConfigDict()
     config.join.runs = ()  # folders of the runs; set by `--runs`
     config.join.weights = ()  # weight of each run, 0 or more, e.g. `2,1`; empty: equal weights
+    # mean of the `probabilities` of the runs, or of their `logarithms`, which favours identities
+    # that every run thinks possible
+    config.join.mean = "probabilities"
     config.join.greedy = False  # choose the weights by MAP on `join.split`
+    # fit weights, `join.scale` and `join.offset` by the likelihood of the identities on
+    # `join.split`. With `join.mean=logarithms`
+    config.join.calibrate = False
+    # factor on the mean of logarithms, above 0. With `join.mean=logarithms`
+    config.join.scale = 1.0
+    # logit that is added to somebody new, who is no identity; `join.calibrate` fits it if the split
+    # has distractors. With `join.mean=logarithms`
+    config.join.offset = 0.0
     # split to choose weights on; each clip is scored by members that were not trained on it
     config.join.split = "train"
 

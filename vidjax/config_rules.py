@@ -49,6 +49,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "noise.method": ("dbscan", "hdbscan"),
     "noise.keep": ("label", "prediction"),
     "eval.checkpoint": ("latest", "best"),
+    "join.mean": ("probabilities", "logarithms"),
 }
 # Largest values. Beyond them a training would end in exhausted memory, or never.
 LARGEST: Mapping[str, float] = {
@@ -281,10 +282,16 @@ READ_WHEN = (
         "--config.after_fusion=examples",
     ),
     ReadWhen(
-        ("join.weights", "join.greedy", "join.split"),
+        ("join.weights", "join.mean", "join.greedy", "join.split"),
         lambda values: bool(values["join.runs"]),
         "a training joins no runs",
         "--mode=evaluate --workdir=FOLDER --runs=A,B",
+    ),
+    ReadWhen(
+        ("join.calibrate", "join.scale", "join.offset"),
+        lambda values: bool(values["join.runs"]) and values["join.mean"] == "logarithms",
+        "only joined runs with config.join.mean=logarithms are calibrated",
+        "--mode=evaluate --workdir=FOLDER --runs=A,B --config.join.mean=logarithms",
     ),
 )
 

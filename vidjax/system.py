@@ -105,7 +105,7 @@ class TaskSpec(NamedTuple):
     total_steps: int
     train_other: bool
     threshold: float | None = None
-    settings: Mapping[str, float] | None = None
+    settings: Mapping[str, float | tuple[float, ...]] | None = None
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:

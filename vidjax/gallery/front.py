@@ -75,7 +75,7 @@ def fit(
     if settings is None:
         wanted = some_identities(labels, seed) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
-        settings = fit_settings(some, labels[wanted], int(labels.max(initial=0)), {}, seed)
+        settings = fit_settings(some, labels[wanted], {}, seed)
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)

@@ -1,6 +1,6 @@
 """PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -14,27 +14,43 @@ from vidjax.models import inputs, two_covariance
 from vidjax.models.base import ModelState
 from vidjax.models.heads import unit_vectors
 from vidjax.models.two_covariance import Space, Sums
+from vidjax.suggest import suggest
 
 
 class Settings(NamedTuple):
-    """The five numbers of a PLDA model.
+    """The numbers of a PLDA model.
 
     Attributes:
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
-      scale: factor on the log-likelihood ratios, which are too confident as they are.
-      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
+      scale: factor on the log-likelihood ratios, which are too confident as they are; one for all
+        modalities, or [M].
+      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio;
+        one for all modalities, or [M].
       stranger: logit of somebody new, column 0.
+      clips: what each identity gets, times the logarithm of its number of enrolled clips.
     """
 
     within: float
     between: float
-    scale: float | Array
-    unenrolled: float | Array
+    scale: float | tuple[float, ...] | Array
+    unenrolled: float | tuple[float, ...] | Array
     stranger: float | Array
+    clips: float | Array = 0.0
 
 
-def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+# Values of PLDAIdentifier.calibrated.
+CALIBRATED = ("modalities", "clips")
+
+
+def most_clips(counts: Sequence[Array]) -> Array:
+    """Returns [K] float, clips of each class in the modality that has most, of [K] of each."""
+    return jnp.max(jnp.stack(counts), axis=0)
+
+
+def combine(
+    ratios: Array, known: Array, present: Array, settings: Settings, num_clips: Array | None = None
+) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
     A modality that a clip lacks adds 0 to every identity.
@@ -44,12 +60,19 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
       settings: scale, and what classes that are not known and somebody new get.
+      num_clips: [K] float, enrolled clips of each class; None if they do not count.
 
     Returns:
       [B, K] float, with somebody new in column 0.
     """
-    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
+    scale, unenrolled = (
+        jnp.reshape(jnp.asarray(value, ratios.dtype), (-1, 1, 1))
+        for value in (settings.scale, settings.unenrolled)
+    )
+    filled = jnp.where(known[:, None, :], scale * ratios, unenrolled)
     logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    if num_clips is not None:
+        logits = logits + settings.clips * jnp.log(jnp.maximum(num_clips, 1.0))
     return logits.at[:, 0].set(settings.stranger)
 
 
@@ -64,11 +87,14 @@ class PLDAIdentifier(nn.Module):
       modalities: name -> feature width.
       num_classes: number of class columns, 1 + C.
       num_clips: number of training clips, N.
-      within: see Settings; None, as of all five, to fit it before training.
+      within: see Settings; None, as of the four that follow, to fit it before training.
       between: see Settings.
       scale: see Settings.
       unenrolled: see Settings.
       stranger: see Settings.
+      clips: see Settings.
+      calibrated: what else is fitted: `modalities` for a scale and an `unenrolled` of each
+        modality, `clips` for `clips`.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. Ours: the sum over modalities and its scale.
@@ -79,9 +105,11 @@ class PLDAIdentifier(nn.Module):
     num_clips: int
     within: float | None = None
     between: float | None = None
-    scale: float | None = None
-    unenrolled: float | None = None
+    scale: float | tuple[float, ...] | None = None
+    unenrolled: float | tuple[float, ...] | None = None
     stranger: float | None = None
+    clips: float = 0.0
+    calibrated: tuple[str, ...] = ()
     logit_scale: ClassVar[float] = 1.0
     vector_names: ClassVar[tuple[str, ...]] = ()
 
@@ -91,12 +119,21 @@ class PLDAIdentifier(nn.Module):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"model 'plda': {name}={share}: must be from 0 to 1")
-        if self.scale is not None and self.scale <= 0:
+        if self.scale is not None and np.min(self.scale) <= 0:
             raise ValueError(f"model 'plda': scale={self.scale}: must be above 0")
+        for name in ("scale", "unenrolled"):
+            if np.size(getattr(self, name)) not in (1, len(self.modalities)):
+                raise ValueError(
+                    f"model 'plda': {name}={getattr(self, name)}: want one number, or one for each "
+                    f"of {', '.join(self.modalities)}"
+                )
+        for name in self.calibrated:
+            if name not in CALIBRATED:
+                raise ValueError(f"model 'plda': calibrated={name}: {suggest(name, CALIBRATED)}")
 
     @property
     def settings(self) -> Settings:
-        """The five numbers.
+        """The numbers.
 
         Raises:
           ValueError: One is neither given nor chosen.
@@ -142,6 +179,7 @@ class PLDAIdentifier(nn.Module):
             jnp.stack([solved[name]["enrolled"].known for name in vectors]),
             jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),
             self.settings,
+            most_clips([solved[name]["count"] for name in vectors]),
         )
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
@@ -261,7 +299,12 @@ def _solve(part: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]
         space = two_covariance.make_space(found, within=settings.within, between=settings.between)
     enrolled = two_covariance.enrol(space, np.asarray(sums.count), np.asarray(sums.total))
     space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
-    return {"centre": jnp.asarray(_mean(part), dtype), "space": space, "enrolled": enrolled}
+    return {
+        "centre": jnp.asarray(_mean(part), dtype),
+        "space": space,
+        "enrolled": enrolled,
+        "count": jnp.asarray(part["count"], dtype),
+    }
 
 
 def blank_space(width: int) -> Space:

@@ -122,9 +122,17 @@ class Observer:
         values["strata"] = strata(evaluation, split, model.modalities, quality, train_clips)
         arrays |= open_set.score_histograms(evaluation.clips, split.labels)
         arrays |= open_set.error_curve(evaluation.clips, split.labels)
+        values["open_set"] = open_set.open_set(
+            evaluation.clips, split.labels, len(model.data.identities)
+        )
         calibrated = open_set.calibration(evaluation.clips) if model.system.logs else None
         if calibrated:
             arrays["calibration"], values["calibration_error"] = calibrated
+            after = open_set.recalibration(evaluation.clips, split.labels)
+            if after:
+                arrays["calibration_after"] = after.bins
+                values["calibration_error_after"] = after.error
+                values["calibration_maps"] = after.maps
         if self._single:
             values |= self._measure_sample(evaluation, split)
         return values, arrays

@@ -1,4 +1,4 @@
-"""Several runs as one ranking: a weighted mean of their probabilities, clip by clip."""
+"""Several runs as one ranking: a weighted mean of their (log-)probabilities, clip by clip."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics
+from vidjax import config_rules, devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.modes import analysis, joined
+from vidjax.modes import analysis, join_fit, joined
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import restore
 from vidjax.run import results as results_lib
@@ -23,6 +23,7 @@ from vidjax.run import seal
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import TrainedModel
+from vidjax.steps.pooling import Pooling
 from vidjax.steps.scoring import score
 
 ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser
@@ -37,9 +38,10 @@ def blend_runs(
 ) -> dict[str, Any]:
     """Ranks a split by the blended scores of several trained runs, and writes the results.
 
-    The score of a clip is the weighted mean of the probabilities that the runs give it. Greedy
-    weights are fitted on `config.join.split`, by members that were not trained on its clips. The
-    weights are written into the folder's `config.json`; later evaluations of it use them.
+    The score of a clip is the weighted mean of the probabilities that the runs give it, or of their
+    logarithms. Greedy weights, and a calibration, are fitted on `config.join.split`, by members
+    that were not trained on its clips. They are written into the folder's `config.json`; later
+    evaluations of it use them.
 
     Args:
       config: with `join.runs`. Where `data.dir` and `data.cache_dir` are set, they replace those of
@@ -59,9 +61,13 @@ def blend_runs(
     mesh = devices.make_mesh(num_devices)
     spec, split = config.join, config.eval.split
     weights = _given_weights(config)
+    pooling = _given_pooling(config)
     datasets: dict[str, TrainingData] = {}
     if spec.greedy:
         weights = fit_weights(_restore_all(config, spec.split, load, datasets, mesh), config, mesh)
+    if spec.calibrate:
+        models = _restore_all(config, spec.split, load, datasets, mesh)
+        weights, pooling = join_fit.fit_calibration(models, config, mesh)
     models = [
         model._replace(weight=weight)
         for model, weight in zip(
@@ -76,9 +82,10 @@ def blend_runs(
         block_size=config.eval.block_size,
         each_member=config.eval.members,
         observe=observer,
+        pooling=pooling,
     )
     fitted_on = joined.fitted_on(config, workdir)
-    kept = _keep_config(config, workdir, weights)
+    kept = _keep_config(config, workdir, weights, pooling)
     results = evaluation.results | {
         "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
         "command": joined.command(kept, workdir, split),
@@ -111,6 +118,36 @@ def _given_weights(config: Config) -> list[float]:
     return [float(weight) for weight in weights]
 
 
+def _given_pooling(config: Config) -> Pooling:
+    """Returns the mean that is configured, before anything is fitted."""
+    spec = config.join
+    if spec.mean not in config_rules.CHOICES["join.mean"]:
+        known = config_rules.CHOICES["join.mean"]
+        raise ValueError(f"config.join.mean='{spec.mean}': {config_lib.suggest(spec.mean, known)}")
+    logarithms = spec.mean == "logarithms"
+    if not logarithms and (spec.calibrate or spec.scale != 1 or spec.offset):
+        raise ValueError(
+            "config.join.calibrate, scale and offset are of a mean of logarithms\n"
+            "--config.join.mean=logarithms"
+        )
+    if logarithms and spec.greedy:
+        raise ValueError(
+            "config.join.greedy=True: it chooses the weights of a mean of probabilities\n"
+            "--config.join.calibrate=True fits those of a mean of logarithms"
+        )
+    if logarithms and config.eval.top_classes:
+        raise ValueError(
+            f"config.eval.top_classes={config.eval.top_classes}: an identity that one run leaves "
+            "out has no mean of logarithms\n--config.eval.top_classes=0"
+        )
+    if not (spec.scale > 0 and np.isfinite([spec.scale, spec.offset]).all()):
+        raise ValueError(
+            f"config.join.scale={spec.scale}, config.join.offset={spec.offset}: want finite "
+            "numbers, the scale above 0"
+        )
+    return Pooling(logarithms, float(spec.scale), float(spec.offset))
+
+
 def _restore_all(
     config: Config,
     split: str,
@@ -141,16 +178,20 @@ def _run_config(config: Config, name: str, split: str) -> Config:
     with run_config.unlocked():
         run_config.eval.update(config.eval)
         run_config.eval.split = split
-        # Cosines of one run and probabilities of another cannot be added.
-        run_config.eval.scores = "log_softmax" if scores == "logits" else scores
+        # Cosines of one run and probabilities of another cannot be added, and logarithms need
+        # probabilities that sum to at most 1.
+        softmax = scores == "logits" or config.join.mean == "logarithms"
+        run_config.eval.scores = "log_softmax" if softmax else scores
         for field in ("dir", "cache_dir"):
             if config.data[field] is not None:
                 run_config.data[field] = config.data[field]
     return run_config
 
 
-def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
-    """Writes the configuration of the blend with the weights in use, and returns it.
+def _keep_config(
+    config: Config, workdir: Path, weights: Sequence[float], pooling: Pooling
+) -> Config:
+    """Writes the configuration of the blend with weights and pooling in use, and returns it.
 
     The split that the folder was first evaluated on stays its own.
     """
@@ -159,7 +200,8 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
     if path.exists():
         config.eval.split = config_lib.load_workdir(workdir).eval.split
     config.join.weights = tuple(float(weight) for weight in weights)
-    config.join.greedy = False
+    config.join.greedy = config.join.calibrate = False
+    config.join.scale, config.join.offset = pooling.scale, pooling.offset
     seal.write_config(workdir, config)
     return config
 
@@ -179,19 +221,9 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
       ValueError: the split has no ground truth, or a run was trained on it without folds.
     """
     split_name = config.join.split
-    split = models[0].data.split(split_name)
-    if not split.labelled:
-        raise ValueError(
-            f"config.join.split={split_name}: it has no ground truth to fit weights on\n"
-            "choose a labelled split with --config.join.split"
-        )
-    block_size = config.eval.block_size
+    split, block_size = join_fit.labelled_split(models, config), config.eval.block_size
     first = score(models, split_name, mesh, block_size=block_size, each_member=False)
-    if first.results["map_kind"] == "in_sample":
-        raise ValueError(
-            f"config.join.split={split_name}: a run was trained on it without folds\n"
-            "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
-        )
+    join_fit.check_held_out(first, split_name)
     clips = candidates(first.model_tops)
     scores = gather_scores(models, split_name, mesh, block_size, clips)
 

@@ -45,12 +45,13 @@ def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def fitted_on(config: Config, workdir: Path) -> str | None:
     """Returns the split that the weights are fitted on, now or by an earlier blend; else None."""
-    if config.join.greedy:
+    if config.join.greedy or config.join.calibrate:
         return config.join.split
     path = workdir / "config.json"
     if not path.exists():
         return None
-    same = config_lib.load_workdir(workdir).join.weights == config.join.weights
+    before = config_lib.load_workdir(workdir).join
+    same = all(before[name] == config.join[name] for name in ("weights", "mean", "scale", "offset"))
     return results_lib.read_metrics(workdir).get("weights_fitted_on") if same else None
 
 

@@ -121,7 +121,12 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
     """Returns the sizes in the manifest of a checkpoint, which an earlier version may have made."""
-    return TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
+    task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (task.settings or {}).items()
+    }
+    return task._replace(settings=task.settings and settings)
 
 
 def fit_data(

@@ -24,8 +24,6 @@ STRATA = (
     "The interval is of 95 %, from a bootstrap over the identities; a group of fewer than {} "
     "identities is too small for one."
 )
-NO_DISTRACTORS = "There are no errors by threshold: the split has no distractor."
-NO_PROBABILITIES = "There is no calibration: the scores of this run are not probabilities."
 ROBUSTNESS = (
     "MAP on a sample of {} clips, ranked among themselves, after every clip was changed in the "
     "same way."
@@ -123,86 +121,6 @@ def interval(low: float | None, high: float | None) -> Html:
     if low is None or high is None:
         return html.Number(html.text(TOO_FEW))
     return html.Number(html.fill("{} to {}", html.number(low, 3), html.number(high, 3)))
-
-
-def open_set(run: RunFiles) -> Iterator[Html]:
-    """Yields histograms of scores, errors by threshold, and the calibration."""
-    if "score_edges" not in run.arrays:
-        return
-    parts = [_score_histograms(run)]
-    if "fpir" in run.arrays:
-        parts.append(_errors(run))
-    if "calibration" in run.arrays:
-        parts.append(_calibration(run))
-    yield html.figures(*parts)
-    if "fpir" not in run.arrays:
-        yield html.p(NO_DISTRACTORS)
-    if "calibration" not in run.arrays:
-        yield html.p(NO_PROBABILITIES)
-
-
-def _score_histograms(run: RunFiles) -> Html:
-    edges = run.arrays["score_edges"]
-    unit = " (natural logarithm of a probability)" if run.analysis["logs"] else ""
-    plot = figures.Plot(x=f"best score of a clip{unit}", y="share of the clips")
-    sentences = []
-    for name, key, colour in (
-        ("known people", "score_known", figures.FIRST),
-        ("distractors", "score_strange", figures.SECOND),
-    ):
-        counts = run.arrays[key]
-        if counts.sum():
-            share = counts / counts.sum()
-            plot.axes.stairs(share, edges, color=colour, label=name, linewidth=1.5)
-            top = int(np.argmax(share))
-            sentences.append(
-                f"The most frequent score among {counts.sum():,} clips of {name} is "
-                f"{edges[top]:.2f} to {edges[top + 1]:.2f}, "
-                f"with {100 * share[top]:.0f} % of them."
-            )
-    plot.legend()
-    title = "Best scores of known clips and of distractors"
-    return plot.html("best", title, " ".join(sentences))
-
-
-def _errors(run: RunFiles) -> Html:
-    fpir, fnir = run.arrays["fpir"], run.arrays["fnir"]
-    plot = figures.Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
-    drawn = fpir > 0
-    plot.axes.plot(fpir[drawn], fnir[drawn], color=figures.FIRST)
-    plot.axes.set_xscale("log")
-    plot.axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
-    plot.axes.xaxis.set_minor_formatter(lambda x, place: "")
-    plot.axes.set_ylim(0, 1.02)
-    nearest = int(np.argmin(np.abs(fpir - 0.01)))
-    description = (
-        f"Where {100 * fpir[nearest]:.1f} % of the distractors pass, "
-        f"{100 * fnir[nearest]:.1f} % of the known clips are missed."
-    )
-    return plot.html("errors", "Known clips missed against distractors that pass", description)
-
-
-def _calibration(run: RunFiles) -> Html:
-    count, confidence, right = run.arrays["calibration"].T
-    filled = count > 0
-    error = run.analysis["calibration_error"]
-    plot = figures.Plot(x="probability of the best identity", y="share that is right")
-    plot.axes.plot(
-        [0, 1], [0, 1], color=figures.MUTED, linewidth=1, linestyle="--", label="perfect"
-    )
-    plot.axes.plot(
-        confidence[filled], right[filled], "o-", color=figures.FIRST, ms=4, label="this run"
-    )
-    plot.legend()
-    return plot.html(
-        "trust",
-        "Calibration of the probabilities",
-        f"The expected calibration error is {error:.3f}.",
-        html.fill(
-            "Calibration: the expected calibration error is {}. A distractor is never right.",
-            html.number(error),
-        ),
-    )
 
 
 def robustness(run: RunFiles) -> Iterator[Html]:

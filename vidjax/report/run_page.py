@@ -6,7 +6,15 @@ written; no data is read, and no model is run.
 
 from pathlib import Path
 
-from vidjax.report import analysis_sections, html, mistakes, model_sections, run_sections, settings
+from vidjax.report import (
+    analysis_sections,
+    html,
+    mistakes,
+    model_sections,
+    open_set_sections,
+    run_sections,
+    settings,
+)
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles, fitting, load, of_split
 from vidjax.run import results
@@ -20,7 +28,7 @@ SECTIONS = (
     ("identities", "Identities", analysis_sections.identities),
     ("mistakes", "Mistakes and lists", mistakes.mistakes),
     ("strata", "Kinds of clips", analysis_sections.strata),
-    ("open_set", "Distractors and calibration", analysis_sections.open_set),
+    ("open_set", "Distractors and calibration", open_set_sections.open_set),
     ("attention", "Attention between modalities", model_sections.attention),
     ("frames", "Frames", model_sections.frames),
     ("robustness", "Robustness", analysis_sections.robustness),

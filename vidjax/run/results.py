@@ -54,7 +54,16 @@ name: `metrics_<split>.json` and so on.
                                      identity: int, score: float}}
     lists                            list of {identity: int, ap: float, clips: int, rows: list of
                                      {clip: str, score: float, shows: int or -1}}
+    open_set                         null without distractors, or {num_identities, num_known,
+                                     num_people, num_strange, resamples: int, rates: list of {rate:
+                                     float, fewest: int, threshold, fpir, fnir, fpir_low, fpir_high,
+                                     fnir_low, fnir_high: float}}: clips of known people, these
+                                     people, distractors; of fewer than `fewest` distractors a rate
+                                     has no errors
     calibration_error                float: expected calibration error
+    calibration_error_after          float: that of probabilities mapped as `calibration_maps` say
+    calibration_maps                 list of {slope, offset: float}: of the log-odds of each half of
+                                     the people, fitted on the other half
     num_sampled                      int: clips of the sample behind the next three
     robustness                       list of {change: str, map: float}; the first changes nothing
     gains                            [E] float: MAP that is lost without each member
@@ -70,7 +79,7 @@ Its other entries are arrays, each of which may be absent:
     score_edges                      [bins + 1] float: edges of the two histograms that follow
     score_known, score_strange       [bins] int: best scores of known clips and of distractors
     fpir, fnir                       [n] float: errors of identification, threshold by threshold
-    calibration                      [bins, 3] float: clips, mean confidence, share that is right
+    calibration, calibration_after   [bins, 3] float: clips, mean confidence, share that is right
 """
 
 import contextlib

@@ -88,6 +88,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or _is_whole(value)
 
 
+def _is_number_or_list(value: object) -> bool:
+    return all(map(_is_number, value)) if isinstance(value, list) else _is_number(value)
+
+
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
@@ -107,6 +111,7 @@ WHOLE = Kind("a whole number", _is_whole)
 COUNT = Kind("a whole number from 0 to 2,147,483,647", _is_count)
 SIZE = Kind("a whole number from 1 to 2,147,483,647", _is_size)
 NUMBER = Kind("a number", _is_number)
+NUMBERS = Kind("a number, or a list of numbers", _is_number_or_list)
 SHARE = Kind("a number from 0 to 1", _is_share)
 COLUMN = Kind("the place of an identity, or -1", _is_column)
 TEXT = Kind("a text", _is_text)
@@ -155,7 +160,7 @@ MANIFEST = Object(
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
         **dict.fromkeys(("seconds", "threshold"), NUMBER),
-        "settings": Table(NUMBER),
+        "settings": Table(NUMBERS),
     },
     ("step", "files", "arrays"),
     nullable=("num_clusters", "threshold", "settings"),
@@ -192,6 +197,15 @@ DATA_REPORT = Object(
 
 _PAIRS = Many(Many(COLUMN, 2), 100)
 _CLIPS = Many(Object({"clip": TEXT, "shows": COLUMN, "identity": COLUMN, "score": NUMBER}), 1000)
+_RATE = Object(
+    {
+        **dict.fromkeys(("rate", "fpir", "fnir"), SHARE),
+        **dict.fromkeys(("fpir_low", "fpir_high", "fnir_low", "fnir_high"), SHARE),
+        "threshold": NUMBER,
+        "fewest": COUNT,
+    },
+    ("rate", "fewest"),
+)
 ANALYSIS = Object(
     {
         "split": TEXT,
@@ -221,7 +235,16 @@ ANALYSIS = Object(
         **dict.fromkeys(("num_others", "num_sampled", "fewest_identities"), WHOLE),
         "wrong_clips": Object({"distractors": _CLIPS, "known": _CLIPS}),
         "lists": Many(Object({"identity": COLUMN, "ap": SHARE, "rows": _CLIPS}, ("rows",)), 100),
-        "calibration_error": NUMBER,
+        "open_set": Object(
+            {
+                **dict.fromkeys(("num_identities", "num_known", "num_people"), WHOLE),
+                **dict.fromkeys(("num_strange", "resamples"), WHOLE),
+                "rates": Many(_RATE, 100),
+            },
+            ("num_identities", "num_known", "num_people", "num_strange", "resamples", "rates"),
+        ),
+        **dict.fromkeys(("calibration_error", "calibration_error_after"), NUMBER),
+        "calibration_maps": Many(Object({"slope": NUMBER, "offset": NUMBER}, ("slope", "offset"))),
         "robustness": Many(Object({"change": TEXT, "map": SHARE}, ("change", "map")), 1000),
         "gains": Many(NUMBER),
         "frames": Many(
@@ -246,6 +269,7 @@ ARRAYS = {
     "fpir": Numbers(("F",), 10_000),
     "fnir": Numbers(("F",), 10_000),
     "calibration": Numbers(("bins", 3), 1000),
+    "calibration_after": Numbers(("bins", 3), 1000),
 }
 # Arrays that come together, or not at all.
 TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))

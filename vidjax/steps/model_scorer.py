@@ -58,6 +58,11 @@ class TrainedModel(NamedTuple):
         return cls(name, system, step, params, model_state, training_sets, data)
 
     @property
+    def knows_strangers(self) -> bool:
+        """True if the scores of a clip leave a probability to somebody new."""
+        return bool(self.system.class_mask[0])
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities that the system reads."""
         return tuple(self.system.fuse_eval)
@@ -143,23 +148,6 @@ class ModelScorer:
         return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
 
-def blend(scores: Sequence[Sequence[Array]], weights: Sequence[float]) -> list[Array]:
-    """Averages the probabilities of several models.
-
-    Args:
-      scores: for each model the scores [B, C] of every block; logarithms if there are several
-        models.
-      weights: one per model, 0 or more.
-
-    Returns:
-      For every block the logarithm of the weighted mean, [B, C]. The scores of a single model are
-      returned unchanged.
-    """
-    if len(weights) == 1:
-        return list(scores[0])
-    return [_blend_block(block_scores, weights) for block_scores in zip(*scores, strict=True)]
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def keep_best(scores: Array, count: int) -> Array:
     """Returns scores [B, C] with -inf for all but the `count` highest of every clip.
@@ -188,12 +176,3 @@ def _add(
     """Adds scores [B, C] of weight [B] to a running mean; None for a new one."""
     total = mean_scores.no_scores(scores, logs=logs) if total is None else total
     return mean_scores.add_scores(total, scores, weight)
-
-
-@jax.jit
-def _blend_block(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
-    total = None
-    for model_scores, weight in zip(scores, weights, strict=True):
-        total = _add(total, model_scores, jnp.full(len(model_scores), weight), logs=True)
-    assert total is not None
-    return mean_scores.mean_scores(total)

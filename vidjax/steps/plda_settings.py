@@ -4,6 +4,9 @@ A part of the clips is held out, and the others are enrolled. In each modality s
 hidden, and half of them are strangers altogether. Without them no clip with a modality would ever
 belong to an identity that lacks it, and no clip to somebody new.
 
+`calibrated` fits more: a scale and an offset of each modality, and how much the number of clips of
+an identity counts. The docstring of `configs/plda.py` says what that gained.
+
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
 settings are those under which the right answers are most probable: probabilities then mean what
 they say, on clips like these. They are part of `TaskSpec`, and every checkpoint keeps them.
@@ -26,7 +29,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.models import two_covariance
 from vidjax.models.heads import unit_vectors
-from vidjax.models.plda import Settings, combine
+from vidjax.models.plda import Settings, combine, most_clips
 from vidjax.steps.training_clips import values_of_clips
 from vidjax.system import log_softmax
 
@@ -45,7 +48,7 @@ MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are 
 
 def training_settings(
     config: Config, data: TrainingData, labels: np.ndarray
-) -> dict[str, float] | None:
+) -> dict[str, float | tuple[float, ...]] | None:
     """Returns the settings that the configuration leaves open, fitted on the training clips.
 
     Args:
@@ -60,14 +63,16 @@ def training_settings(
     if spec.get("name") != "plda":
         return None
     given = {name: spec[name] for name in Settings._fields if spec.get(name) is not None}
-    if len(given) == len(Settings._fields):
+    calibrated = tuple(spec.get("calibrated", ()))
+    fitted = {*SHARES, *START, *({"clips"} & {*calibrated})} - given.keys()
+    if not fitted:
         return {}
     wanted = some_identities(labels, config.seed)
     vectors = {
         name: values_of_clips(config, data, name, _unit_mean, wanted) for name in config.modalities
     }
-    settings = fit_settings(vectors, labels[wanted], given, config.seed)
-    return {name: value for name, value in settings._asdict().items() if name not in given}
+    settings = fit_settings(vectors, labels[wanted], given, config.seed, calibrated)
+    return {name: value for name, value in settings._asdict().items() if name in fitted}
 
 
 @jax.jit
@@ -90,6 +95,7 @@ def fit_settings(
     labels: np.ndarray,
     given: Mapping[str, float],
     seed: int,
+    calibrated: Sequence[str] = (),
 ) -> Settings:
     """Fits settings on held-out clips.
 
@@ -98,6 +104,7 @@ def fit_settings(
       labels: [N] int, class columns from 1; those without a clip do not matter.
       given: settings that are not fitted.
       seed: seed of the folds, and of the identities that are hidden.
+      calibrated: what else is fitted, see `models.plda.PLDAIdentifier`.
 
     Returns:
       The settings; the first values where no held-out clip shows an enrolled identity.
@@ -115,7 +122,7 @@ def fit_settings(
         if name not in given:
             tries = [{**values, name: share} for share in shares]
             values = max(tries, key=lambda one: _quality(folds, one))
-    return _fit(folds, values, given)
+    return _fit(folds, values, given, calibrated)
 
 
 class _Fold(NamedTuple):
@@ -176,12 +183,14 @@ class _Ratios(NamedTuple):
       known: [M, K] bool, False for classes without an enrolled clip.
       present: [M, Q] bool, False for clips that lack the modality.
       labels: [Q] int32, right columns; 0 for strangers.
+      num_clips: [K] float, enrolled clips of each class.
     """
 
     ratios: Array
     known: Array
     present: Array
     labels: Array
+    num_clips: Array
 
 
 def _ratios(fold: _Fold, values: Mapping[str, float]) -> _Ratios:
@@ -199,6 +208,7 @@ def _ratios(fold: _Fold, values: Mapping[str, float]) -> _Ratios:
         jnp.asarray(np.stack(fold.counts) > 0),
         jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
         jnp.asarray(fold.labels),
+        most_clips([jnp.asarray(count, jnp.float32) for count in fold.counts]),
     )
 
 
@@ -211,7 +221,7 @@ def _quality(folds: Sequence[_Fold], values: Mapping[str, float]) -> float:
 @jax.jit
 def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
     """Returns [2], MAP of the identities that clips show, and AUROC of the clips' best scores."""
-    logits = combine(part.ratios, part.known, part.present, settings)
+    logits = combine(part.ratios, part.known, part.present, settings, part.num_clips)
     scores = log_softmax(logits, _in_question(part))  # [Q, K]
     # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
     column = scores.T[part.labels]  # [Q, Q]
@@ -229,12 +239,27 @@ def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
 
 
 def _fit(
-    folds: Sequence[_Fold], values: Mapping[str, float], given: Mapping[str, float]
+    folds: Sequence[_Fold],
+    values: Mapping[str, float],
+    given: Mapping[str, float],
+    calibrated: Sequence[str],
 ) -> Settings:
-    """Fits the settings of START, but those that are given, by the likelihood of the answers."""
+    """Fits the settings of START, and `clips`, by the likelihood of the answers.
+
+    Those that are given stay, and `clips` too unless `calibrated` names it.
+    """
     parts = [_ratios(fold, values) for fold in folds]
-    start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
-    free = np.array([name not in given for name in START])
+    num = len(folds[0].found) if "modalities" in calibrated else 1
+    num = max(num, np.size(values["scale"]), np.size(values["unenrolled"]))
+    begin = {
+        "scale": np.full(num, np.log(values["scale"])),
+        "unenrolled": np.full(num, values["unenrolled"]),
+        "stranger": np.full(1, values["stranger"]),
+        "clips": np.full(1, values.get("clips", 0.0)),
+    }
+    fitted = {*START, *({"clips"} & {*calibrated})} - given.keys()
+    start = np.concatenate([*begin.values()])
+    free = np.concatenate([np.full(len(part), name in fitted) for name, part in begin.items()])
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         at = jnp.asarray(np.where(free, point, start), jnp.float32)
@@ -243,9 +268,22 @@ def _fit(
         return float(np.mean([float(value) for value, _ in found])), np.where(free, slope, 0.0)
 
     best = optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
-    log_scale, unenrolled, stranger = np.where(free, best.x, start).tolist()
-    fitted = {"scale": float(np.exp(log_scale)), "unenrolled": unenrolled, "stranger": stranger}
-    return Settings(**{**values, **fitted, **given})
+    at = _settings_at(np.where(free, best.x, start))
+    found = {name: _numbers(value) for name, value in at._asdict().items() if name in fitted}
+    return Settings(**{**values, **found, **given})
+
+
+def _settings_at(point: Array) -> Settings:
+    """Returns the settings at n logarithms of scales, n `unenrolled`, `stranger` and `clips`."""
+    num = len(point) // 2 - 1
+    xp = np if isinstance(point, np.ndarray) else jnp
+    return Settings(0.0, 0.0, xp.exp(point[:num]), point[num:-2], point[-2], point[-1])
+
+
+def _numbers(value: Array) -> float | tuple[float, ...]:
+    """Returns one number, or those of all modalities, as checkpoints keep them."""
+    numbers = np.atleast_1d(np.asarray(value, np.float64)).tolist()
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
 def _in_question(part: _Ratios) -> Array:
@@ -256,8 +294,8 @@ def _in_question(part: _Ratios) -> Array:
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Returns the mean cross-entropy at (logarithm of the scale, unenrolled, stranger)."""
-    settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2])
-    logits = combine(part.ratios, part.known, part.present, settings)
+    """Returns the mean cross-entropy at a point of `_settings_at`."""
+    settings = _settings_at(point)
+    logits = combine(part.ratios, part.known, part.present, settings, part.num_clips)
     logs = jax.nn.log_softmax(jnp.where(_in_question(part), logits, -jnp.inf))
     return -jnp.mean(jnp.take_along_axis(logs, part.labels[:, None], axis=1))

@@ -14,7 +14,8 @@ from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
 from vidjax.run.terminal import Progress
 from vidjax.steps import topk
-from vidjax.steps.model_scorer import ModelScorer, TrainedModel, blend
+from vidjax.steps.model_scorer import ModelScorer, TrainedModel
+from vidjax.steps.pooling import MEAN, Pooling, blend
 from vidjax.steps.poor_clips import PoorClips
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
 from vidjax.steps.windows import windows
@@ -61,6 +62,7 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
     observe: ScoreObserver | None = None,
+    pooling: Pooling = MEAN,
 ) -> Evaluation:
     """Ranks all clips of a split by the scores of one model, or by a blend of several.
 
@@ -75,6 +77,7 @@ def score(
       each_member: True to also rank by every single member of an ensemble.
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window; None for none.
+      pooling: how the scores of several models become one.
 
     Raises:
       ValueError: The models differ in clips or identities, or no clip can be scored.
@@ -98,6 +101,7 @@ def score(
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
     weights = [model.weight for model in models]
+    knows = [model.knows_strangers for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
@@ -112,7 +116,8 @@ def score(
             ]
             if observe:
                 observe(blocks, scores)
-            for block, block_scores in zip(blocks, blend(scores, weights), strict=True):
+            joined = blend(scores, weights, knows, pooling)
+            for block, block_scores in zip(blocks, joined, strict=True):
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
