@@ -29,6 +29,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.models import two_covariance
 from vidjax.models.heads import unit_vectors
+from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine, most_clips
 from vidjax.steps.training_clips import values_of_clips
 from vidjax.system import log_softmax
@@ -67,6 +68,8 @@ def training_settings(
     fitted = {*SHARES, *START, *({"clips"} & {*calibrated})} - given.keys()
     if not fitted:
         return {}
+    widths = dict.fromkeys(config.modalities, 1)
+    make_identifier(spec, modalities=widths, num_classes=1, num_clips=1)  # refuses what is no value
     wanted = some_identities(labels, config.seed)
     vectors = {
         name: values_of_clips(config, data, name, _unit_mean, wanted) for name in config.modalities

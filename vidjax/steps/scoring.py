@@ -100,8 +100,6 @@ def score(
     ]
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
-    weights = [model.weight for model in models]
-    knows = [model.knows_strangers for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
@@ -116,7 +114,7 @@ def score(
             ]
             if observe:
                 observe(blocks, scores)
-            joined = blend(scores, weights, knows, pooling)
+            joined = _join(models, scores, pooling)
             for block, block_scores in zip(blocks, joined, strict=True):
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
@@ -136,6 +134,14 @@ def score(
     results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
     model_tops = _summarise_models(rankers, results)
     return Evaluation(top, model_tops, ranking.positives, scores, results)
+
+
+def _join(
+    models: Sequence[TrainedModel], scores: Sequence[Sequence[Array]], pooling: Pooling
+) -> list[Array]:
+    """Returns the joint scores [B, C] of every block, from those of each model."""
+    weights = [model.weight for model in models]
+    return blend(scores, weights, [model.knows_strangers for model in models], pooling)
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
