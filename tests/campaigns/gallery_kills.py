@@ -5,8 +5,8 @@
 A process of its own makes one change after another and says what it begins and what it has done. A
 SIGKILL hits it some random time after a change began. What is left must be the gallery before that
 change or after it, byte by byte, but for files that the next change deletes. Under a random limit
-of the size of files, which fails writes as a full disk does, a change must fail as a whole, and work
-when it is made again.
+of the size of files, which fails writes as a full disk does, a change must fail as a whole, and
+work when it is made again.
 """
 
 import argparse
