@@ -4,9 +4,9 @@
 
 A process of its own makes one change after another and says what it begins and what it has done. A
 SIGKILL hits it some random time after a change began. What is left must be the gallery before that
-change or after it, byte by byte, but for files that the next change deletes. `--full` changes are
-made under a limit of the size of files, which fails writes as a full disk does, and on a file
-system of its own that is full, where one may be mounted.
+change or after it, byte by byte, but for files that the next change deletes. Under a random limit
+of the size of files, which fails writes as a full disk does, a change must fail as a whole, and
+work when it is made again.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from vidjax.gallery.manifest import Clip
 from vidjax.gallery.people import People
 
 PEOPLE = 300
-BATCH = 60  # people of an enrolment or a removal
+BATCH = 60  # people of the largest enrolment or removal
+SPANS = (0.001, 0.004, 0.03)  # seconds from the start of a change: writing takes about as long
 
 
 def all_clips() -> dict[str, Clip]:
@@ -116,7 +117,7 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
             process.stdout.readline()
             process.stdin.write("go\n")
             process.stdin.flush()
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, rng.choice(SPANS)))
         process.send_signal(signal.SIGKILL)
         process.wait()
     found = named(folder)

@@ -5,8 +5,8 @@ The front is fitted from the vectors of labelled clips. It holds no vector of a 
 them; `fit` of other clips replaces it.
 
 Rounding never depends on what else is computed at the same time. A product of matrices takes rows
-by multiples of BLOCK, and other sums go along one row. So answers do not depend on the order in
-which people came.
+by multiples of BLOCK, and other sums go along one row. So coefficients do not depend on the order
+in which people came.
 """
 
 from collections.abc import Mapping
@@ -102,14 +102,6 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     norm = np.sqrt(np.vecdot(shifted, shifted))[:, None]
     present = np.any(np.asarray(x) != 0, axis=1)[:, None]
     return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
-
-
-def whiten(part: Part, x: np.ndarray) -> np.ndarray:
-    """Returns the coordinates z [N, D] float64 of vectors [N, D]."""
-    shifted = unit(part, x) - part.space.mean
-    return np.concatenate(
-        [_padded(block) @ part.space.transform for block in _blocks(shifted)] or [shifted]
-    )[: len(x)]
 
 
 def enrol(part: Part, count: np.ndarray, total: np.ndarray) -> list[Enrolled]:

@@ -51,6 +51,7 @@ class Index:
         self._rows: dict[str, int] = {}
         self._chunks: list[_Chunk] = []
         self._kinds: list[dict[int, int]] = [{0: 0} for _ in front.parts]  # count -> row of curves
+        self._axes = [np.ascontiguousarray(part.space.transform.T) for part in front.parts]
         self._curves = [np.zeros((1, len(part.centre))) for part in front.parts]
 
     def update(self, people: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -126,8 +127,9 @@ class Index:
           parts: [M] of [Q, D] float32, 0 for clips that lack the part.
         """
         found = []
-        for part, x in zip(self._front.parts, parts, strict=True):
-            z = front_lib.whiten(part, x)
+        for part, axes, x in zip(self._front.parts, self._axes, parts, strict=True):
+            shifted = front_lib.unit(part, x) - part.space.mean
+            z = np.vecdot(shifted[:, None], axes)  # a dot product of its own for every number
             z[~np.any(x != 0, axis=1)] = np.nan
             found.append(z)
         return found

@@ -49,7 +49,9 @@ def export(people: People, place: str, collection: str) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of versions, of keys without encryption
             if place.startswith(("http://", "https://")):
-                client = QdrantClient(url=place, api_key=os.environ.get(KEY))
+                client = QdrantClient(
+                    url=place, api_key=os.environ.get(KEY), check_compatibility=False
+                )
             elif place == ":memory:":
                 client = QdrantClient(":memory:")
             else:

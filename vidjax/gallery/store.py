@@ -59,6 +59,12 @@ def _bucket_name(bits: str, sha256: str) -> str:
     return f"clips-{bits}-{sha256[:16]}.numbers"
 
 
+def _files_of(manifest: Manifest) -> set[str]:
+    """Returns the names of all files of a gallery but the lock."""
+    names = {_bucket_name(bucket.bits, bucket.sha256) for bucket in manifest.buckets}
+    return names | {_front_name(manifest.front), manifest_lib.NAME}
+
+
 class Store:
     """A gallery's folder.
 
@@ -78,6 +84,7 @@ class Store:
         self._sync = sync
         self._content = b""  # of the manifest
         self._manifest: Manifest | None = None
+        self._named = {manifest_lib.NAME}  # the files of the gallery
         self._tree = Tree(1)
 
     @property
@@ -158,6 +165,7 @@ class Store:
         if misplaced or sum(map(len, leaves.values())) > len(clips):
             raise manifest_lib.damaged(self.path, "a clip lies in another file than its own")
         self._content, self._manifest, self._tree = content, manifest, tree
+        self._named = _files_of(manifest)
         return State(manifest.version, manifest.run, front, clips)
 
     def write(self, state: State, changed: set[str], removed: set[str], *, front: bool) -> None:
@@ -179,20 +187,20 @@ class Store:
         buckets = (
             {one.bits: one for one in old.buckets if one.bits not in moves.gone} if old else {}
         )
-        named, written = self._named(), list[Path]()
+        written: list[Path] = []
         content = b""
         try:
             for bits, names in moves.new.items():
                 if names:
                     file = manifest_lib.bucket_bytes({name: state.clips[name] for name in names})
                     bucket = Bucket(bits, len(names), hashlib.sha256(file).hexdigest())
-                    self._put(_bucket_name(bits, bucket.sha256), file, named, written)
+                    self._put(_bucket_name(bits, bucket.sha256), file, written)
                     buckets[bits] = bucket
             front_sha = old.front if old else ""
             if front or not old:
                 file = manifest_lib.front_bytes(state.front)
                 front_sha = hashlib.sha256(file).hexdigest()
-                self._put(_front_name(front_sha), file, named, written)
+                self._put(_front_name(front_sha), file, written)
             ordered = tuple(buckets[bits] for bits in sorted(buckets))
             settings, widths = state.front.settings, state.front.widths
             new = Manifest(state.version, state.run, widths, settings, front_sha, ordered)
@@ -203,32 +211,24 @@ class Store:
                 for path in written:
                     path.unlink(missing_ok=True)
             raise
-        self._manifest = new
+        self._manifest, self._named = new, _files_of(new)
         self._tree.apply(moves)
         self.sweep()
         self._content = content  # at last: where this does not happen, the next change reads anew
 
-    def _put(self, name: str, content: bytes, named: set[str], written: list[Path]) -> None:
+    def _put(self, name: str, content: bytes, written: list[Path]) -> None:
         """Writes a file; one that the manifest names already has this content."""
-        if name not in named:
+        if name not in self._named:
             written.append(self.folder / name)
             workdir_lib.write_bytes(written[-1], content, sync=self._sync)
-
-    def _named(self) -> set[str]:
-        """Returns the names of the files of the manifest."""
-        if not self._manifest:
-            return set()
-        names = {_bucket_name(one.bits, one.sha256) for one in self._manifest.buckets}
-        return names | {_front_name(self._manifest.front)}
 
     def sweep(self) -> None:
         """Deletes files of changes that were killed, and of earlier versions.
 
         The caller holds the lock, and the folder `is_current`.
         """
-        keep = {*self._named(), manifest_lib.NAME}
         for entry in list(os.scandir(self.folder)):
-            if entry.name not in keep and OURS.fullmatch(entry.name):
+            if entry.name not in self._named and OURS.fullmatch(entry.name):
                 os.unlink(entry.path)
         if self._sync:
             folder = os.open(self.folder, os.O_RDONLY)
