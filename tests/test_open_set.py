@@ -54,13 +54,14 @@ def test_without_strangers_or_known_people_there_is_no_threshold():
     assert open_set.open_set(clips, np.zeros_like(labels), 200) is None
 
 
+@pytest.mark.slow
 def test_intervals_hold_in_simulation(monkeypatch):
     """At 10 % the threshold of the population is the .9 quantile; it misses 24 % of the people."""
-    monkeypatch.setattr(open_set, "RESAMPLES", 150)
+    monkeypatch.setattr(open_set, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     truth = stats.norm.cdf(stats.norm.ppf(0.9) - 2)
     held = []
-    for _ in range(200):
+    for _ in range(400):
         clips, labels = normal(rng)
         row = open_set.open_set(clips, labels, 200)["rates"][1]
         passing = stats.norm.sf(row["threshold"])  # of strangers that come later
@@ -69,7 +70,7 @@ def test_intervals_hold_in_simulation(monkeypatch):
              row["fpir_low"] <= passing <= row["fpir_high"])
         )  # fmt: skip
     fnir, fpir = np.mean(held, axis=0)
-    assert 0.9 < fnir < 0.99
+    assert 0.92 < fnir < 0.98
     assert 0.92 < fpir < 0.98
 
 
