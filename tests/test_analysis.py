@@ -50,6 +50,14 @@ def test_average_precisions_are_those_of_map(workdir, data):
     seen = np.any([data.split("val").lengths[name] > 0 for name in names], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == seen
     assert arrays["calibration"][:, 0].sum() == seen
+    if "calibration_after" in arrays:
+        assert arrays["calibration_after"][:, 0].sum() == seen
+    assert facts["open_set"]["num_known"] == 40
+    assert facts["open_set"]["num_strange"] == results["num_distractors"] == 20
+    few, row = facts["open_set"]["rates"]
+    assert few == {"rate": 0.01, "fewest": 100}
+    assert row["fnir"] == results["fnir_at_fpir_0.1"]
+    assert row["threshold"] == results["threshold_at_fpir_0.1"]
     shown = np.isclose(arrays["fpir"], 0.1)
     assert arrays["fnir"][shown].tolist() == [results["fnir_at_fpir_0.1"]] * shown.sum()
 

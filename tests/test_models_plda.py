@@ -171,6 +171,9 @@ def test_a_missing_modality_favours_nobody():
         ({"within": 1.5}, "within=1.5: must be from 0 to 1"),
         ({"between": -0.1}, "between=-0.1: must be from 0 to 1"),
         ({"scale": 0.0}, "scale=0.0: must be above 0"),
+        ({"scale": (0.1, -1.0)}, "must be above 0"),
+        ({"unenrolled": (1.0, 2.0, 3.0)}, "one for each of face, audio"),
+        ({"calibrated": ("clip",)}, "did you mean 'clips'"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
@@ -229,6 +232,64 @@ def test_fitted_settings_favour_no_modality():
     assert heard > 0.9 and never > 0.8
     share = (named > 30).mean()
     assert abs(share - 0.5) < 0.06  # half of the clips show people who were never heard
+
+
+def test_one_number_is_the_same_number_of_every_modality():
+    rng = np.random.default_rng(0)
+    ratios = rng.normal(size=(2, 7, NUM_CLASSES)).astype(np.float32)
+    known, present = rng.random((2, NUM_CLASSES)) < 0.7, rng.random((2, 7)) < 0.7
+    one = combine(ratios, known, present, SETTINGS)
+    both = SETTINGS._replace(scale=(0.1, 0.1), unenrolled=(-2.0, -2.0))
+    np.testing.assert_array_equal(combine(ratios, known, present, both), one)
+    other = combine(ratios, known, present, both._replace(scale=(0.1, 0.3)))
+    alone = np.array([True, False])[:, None] & present
+    np.testing.assert_array_equal(
+        combine(ratios, known, alone, SETTINGS)[~present[1]], other[~present[1]]
+    )
+
+
+def test_the_number_of_clips_counts_by_its_logarithm():
+    ratios, known = np.zeros((2, 1, NUM_CLASSES), np.float32), np.ones((2, NUM_CLASSES), bool)
+    settings = SETTINGS._replace(clips=1.5)
+    counts = np.array([9.0, 1.0, 2.0, 0.0, 7.0], np.float32)
+    plain = combine(ratios, known, np.ones((2, 1), bool), SETTINGS)
+    found = combine(ratios, known, np.ones((2, 1), bool), settings, counts)
+    np.testing.assert_allclose(found - plain, [[0, 0, 1.5 * np.log(2), 0, 1.5 * np.log(7)]], 1e-5)
+
+
+def test_a_model_counts_the_clips_of_the_modality_that_has_most():
+    frames, labels = made_up()
+    plain, counting = make_model(), make_model(clips=2.0)
+    clips = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
+    (state,) = solved(plain, train(plain, frames, labels, [TWICE]))
+    (same,) = solved(counting, train(counting, frames, labels, [TWICE]))
+    added = counting.apply(same, frames, clips, train=False).logits[:, 0]
+    added = added - plain.apply(state, frames, clips, train=False).logits[:, 0]
+    most = np.max(
+        [np.bincount(labels[part.mask.any(axis=1)], minlength=5) for part in frames.values()], 0
+    )
+    np.testing.assert_allclose(added[:, 1:], np.tile(2 * np.log(most[1:]), (NUM_CLIPS, 1)), 1e-3)
+
+
+def test_a_modality_that_is_there_twice_counts_half():
+    vectors, labels = people(np.random.default_rng(3), num_identities=60, clips=8)
+    vectors["copy"] = vectors["audio"]
+    found = plda_settings.fit_settings(vectors, labels, 60, {}, 0, ("modalities",))
+    assert len(found.scale) == len(found.unenrolled) == 3
+    face, audio, copy = found.scale
+    assert max(audio, copy) < 0.75 * face and found.clips == 0
+
+
+def test_a_fit_finds_that_people_of_many_clips_are_met_more_often():
+    """Clips that say little are of people who have many; held-out clips are drawn likewise."""
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.arange(1, 61), rng.integers(2, 25, 60))
+    x = rng.normal(size=(61, 12))[labels] + 2.5 * rng.normal(size=(len(labels), 12))
+    vectors = {"face": x / np.linalg.norm(x, axis=1, keepdims=True)}
+    found = plda_settings.fit_settings(vectors, labels, 60, {}, 0, ("clips",))
+    assert found.clips > 0.5
+    given = plda_settings.fit_settings(vectors, labels, 60, {"clips": 0.25}, 0, ("clips",))
+    assert given.clips == 0.25
 
 
 def test_few_clips_leave_the_first_settings():

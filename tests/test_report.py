@@ -323,6 +323,41 @@ def full(tmp_path_factory):
     return run_files.load(folder)
 
 
+def test_a_rate_that_the_sample_cannot_show_has_no_threshold(full):
+    text = section(run_page.render(full), "open_set")
+    found = full.analysis["open_set"]
+    few, enough = found["rates"]
+    table = text[text.index("<table") : text.index("</table>")]
+    assert table.count("<tr>") == 2  # the head and one rate
+    for name in ("threshold", "fpir", "fnir", "fnir_low", "fnir_high", "fpir_low", "fpir_high"):
+        assert enough[name] in values(table), name
+    sentence = text[text.index("cannot show") - 80 : text.index("cannot show") + 160]
+    assert values(sentence)[-3:] == [found["num_strange"], few["rate"], few["fewest"]]
+    for name in ("num_known", "num_people", "num_strange", "num_identities", "resamples"):
+        assert found[name] in values(text), name
+
+
+def test_calibration_before_and_after(full):
+    text = section(run_page.render(full), "open_set")
+    shown = values(text[text.index("Calibration:") :])
+    analysis = full.analysis
+    errors = [analysis["calibration_error"], analysis["calibration_error_after"]]
+    maps = [one[key] for one in analysis["calibration_maps"] for key in ("slope", "offset")]
+    assert shown[: 2 + len(maps)] == [*errors, *maps]
+
+
+def test_a_run_of_an_earlier_version_has_a_report(full):
+    """Without the table of thresholds and without the second calibration."""
+    new = ("open_set", "calibration_error_after", "calibration_maps")
+    analysis = {name: value for name, value in full.analysis.items() if name not in new}
+    arrays = {name: x for name, x in full.arrays.items() if name != "calibration_after"}
+    text = run_page.render(full._replace(analysis=analysis, arrays=arrays))
+    check_page(text)
+    shown = section(text, "open_set")
+    assert "<table" not in shown and "cannot show" not in shown
+    assert values(shown) == [analysis["calibration_error"]]
+
+
 FILES = ("config", "metrics", "lines", "identities", "analysis", "data", "other_metrics")
 
 

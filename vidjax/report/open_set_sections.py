@@ -21,7 +21,8 @@ INTERVALS = (
     "FPIR is the share of these distractors that pass; its interval is where the share of other "
     "such distractors lies in 95 % of samples (exact, from the beta distribution of the order "
     "statistic). FNIR has a 95 % interval from a bootstrap of {} resamples of the people, with all "
-    "their clips, and of the distractors, which set the threshold anew."
+    "their clips, and of the distractors, which set the threshold anew; where fewer than "
+    "four distractors pass it is too narrow."
 )
 TOO_FEW = (
     "{} distractors cannot show a rate of {}, which takes {} or more: there is no threshold for it."
