@@ -1,0 +1,52 @@
+"""NPLDA: PLDA as layers, which start from the closed form and are trained with decay towards it.
+
+    python -m vidjax.main --config=configs/nplda.py
+
+Time: TODO
+Score: TODO
+
+The first two passes are those of `plda.py`. In the others, a square matrix of each modality maps
+the vectors of clips before PLDA compares them. It starts at 0, which is PLDA itself, and weight
+decay draws it back there. Each clip is judged as if it had not been enrolled.
+
+The values below were chosen on clips held out of the training split.
+
+Arguments: the words of WORDS below, in any combination, and names of modalities.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from vidjax import config as config_lib
+
+WORDS = {
+    **config_lib.SCALE_WORDS,
+    "trainval": "trains on train and val, in five folds of all their clips",
+}
+
+
+def get_config(args: str = "") -> config_lib.Config:
+    """Returns the configuration for the words after the colon of `--config=configs/nplda.py:...`."""
+    words, modalities = config_lib.split_args(args, WORDS)
+    config = config_lib.default()
+    config_lib.choose_data(config, words)
+    config.modalities = modalities or ("face", "head", "body", "audio")
+    config.batch_size = 256
+    config.num_epochs = 12.0  # two for the sums, ten to learn
+    if "trainval" in words:
+        config.data.train_splits = ("train", "val")
+        config.ensemble.folds = 5
+    config.data.max_frames = 512
+    config.data.crop = "quality"
+
+    mean = {"name": "mean", "weighting": "quality"}
+    config.fusion = ConfigDict(
+        {name: {"train": mean, "evaluate": mean} for name in config.modalities}
+    )
+    config.model = ConfigDict(
+        {"name": "nplda", "modality_dropout_rate": 0.5, "stranger_rate": 0.25}
+    )
+    for name in ("within", "between", "scale", "unenrolled", "stranger"):
+        config.model[name] = config_dict.placeholder(float)  # fitted before training
+    config.optim.learning_rate = 1e-3
+    config.optim.total_decay = 20.0
+    return config
