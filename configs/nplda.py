@@ -25,7 +25,7 @@ WORDS = {
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=configs/nplda.py:...`."""
+    """Returns the configuration for the words after the colon of `configs/nplda.py:...`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     config_lib.choose_data(config, words)

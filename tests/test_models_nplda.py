@@ -1,5 +1,7 @@
 """NPLDA as a model: where it starts, what it learns from, and that its gradients are finite."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,23 +35,28 @@ def info(rows, labels):
     return ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
 
 
-def step(model, variables, frames, labels, rows, **options):
+@functools.partial(jax.jit, static_argnums=0)
+def init(model, frames, clips):
+    return model.init(jax.random.key(0), frames, clips, train=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, frames, clips):
+    rngs = {name: jax.random.key(3) for name in ("dropout", "modality_dropout")}
+    mutable = [name for name in variables if name != "params"]
+    return model.apply(variables, frames, clips, train=True, mutable=mutable, rngs=rngs)
+
+
+def step(model, variables, frames, labels, rows):
     """Returns the output for a batch of rows, -1 for a padded one, and the new collections."""
     part = take(frames, np.asarray(rows))
-    rngs = {name: jax.random.key(3) for name in ("dropout", "modality_dropout")}
-    clips = info(rows, labels)
-    names = [name for name in variables if name != "params"]
-    output, new = model.apply(
-        variables, part, clips, train=True, mutable=names, rngs=rngs, **options
-    )
+    output, new = apply(model, variables, part, info(rows, labels))
     return output, {**variables, **new}
 
 
 def started(model, frames, labels, batches=(TWICE,)):
     """Returns the variables after batches of rows."""
-    variables = model.init(
-        jax.random.key(0), take(frames, np.zeros(1, int)), info([0], labels), train=False
-    )
+    variables = init(model, take(frames, np.zeros(1, int)), info([0], labels))
     for rows in batches:
         _, variables = step(model, variables, frames, labels, rows)
     return variables
@@ -88,7 +95,7 @@ def test_without_learning_it_is_plda():
         evaluated(model, started(model, frames, labels), frames)
         for model in (make_model(), make_model("plda"))
     ]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(*found, atol=1e-6)  # two programs that round the sums
 
 
 def test_the_start_is_the_closed_form_of_all_clips_and_stays():
@@ -122,7 +129,7 @@ def test_the_start_is_the_closed_form_of_all_clips_and_stays():
     )
 
 
-@pytest.mark.parametrize("rows", [TWICE[:7], TWICE[20:40], [-1] * 4])
+@pytest.mark.parametrize("rows", [TWICE[20:40], [*TWICE[20:39], -1], [-1] * 20])
 def test_nothing_is_learned_before_the_sums_are_whole(rows):
     frames, labels = made_up()
     model = make_model()
@@ -216,9 +223,9 @@ def test_members_with_other_clips_start_when_they_are_ready():
     ready = started(model, frames, labels, [TWICE])
     early = started(model, frames, labels, [TWICE[:30]])
     together = jax.tree.map(lambda *x: jnp.stack(x), ready, early)
-    found = jax.vmap(lambda one: step(model, one, frames, labels, [2, 3, 4])[1])(together)
+    found = jax.vmap(lambda one: step(model, one, frames, labels, [10, 11])[1])(together)
     np.testing.assert_array_equal(found["start"]["start"]["is_done"], [True, False])
-    _, alone = step(model, ready, frames, labels, [2, 3, 4])
+    _, alone = step(model, ready, frames, labels, [10, 11])
     space = jax.tree.map(lambda x: x[0], found["start"]["start"]["spaces"]["face"])
     np.testing.assert_allclose(space.ratio, alone["start"]["start"]["spaces"]["face"].ratio, 1e-4)
 
