@@ -28,9 +28,9 @@ def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for the words after the colon of `configs/nplda.py:...`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    full = config_lib.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")
-    config.batch_size = 256
+    config.batch_size = 1024 if full else 256
     config.num_epochs = 12.0  # two for the sums, ten to learn
     if "trainval" in words:
         config.data.train_splits = ("train", "val")

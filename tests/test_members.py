@@ -269,7 +269,14 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
-    ["mma", "quality_fusion", "residual_dense:face,one", "deepmef:face,audio", "noise_classes"],
+    [
+        "mma",
+        "quality_fusion",
+        "residual_dense:face,one",
+        "deepmef:face,audio",
+        "noise_classes",
+        "nplda",
+    ],
 )
 def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
     name, _, words = spec.partition(":")

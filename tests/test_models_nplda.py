@@ -26,8 +26,7 @@ ALL = np.arange(NUM_CLIPS)
 
 def make_model(name="nplda", **options):
     spec = {"name": name, **SETTINGS._asdict(), **options}
-    sizes = {"num_classes": NUM_CLASSES, "num_clips": NUM_CLIPS}
-    return make_identifier(spec, modalities=DIMS, **sizes)
+    return make_identifier(spec, modalities=DIMS, num_classes=NUM_CLASSES, num_clips=NUM_CLIPS)
 
 
 def info(rows, labels):

@@ -123,6 +123,7 @@ SYSTEMS = [
     "mma:average,concat",
     "mma:ensemble",
     "knn:head",
+    "nplda:face,audio",
     "quality_fusion:mlp1,folds",
     "quality_fusion:mlp2,voting",
     "quality_fusion:mlp5,face,head",

@@ -203,7 +203,7 @@ class _Start(nn.Module):
         is_done = self.variable("start", "is_done", jnp.zeros, (), bool)
         if settings is not None:
 
-            def solve(carry: tuple[dict[str, Space], Array]) -> tuple[dict[str, Space], Array]:
+            def solve(_: object) -> tuple[dict[str, Space], jax.Array]:
                 with jax.default_matmul_precision("highest"):
                     found = {name: _fit_or_blank(parts[name], settings) for name in blank}
                 return found, jnp.ones((), bool)

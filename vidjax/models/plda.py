@@ -35,7 +35,7 @@ class Settings(NamedTuple):
     stranger: float | Array
 
 
-def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> jax.Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
     A modality that a clip lacks adds 0 to every identity.
