@@ -22,6 +22,7 @@ SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
     "knn": (),
     "nplda": (MODALITIES,),
+    "plda": (MODALITIES,),
     "quality_fusion": (LAYER,),
     "residual_dense": ("--config.model.{main}width=8",),
     "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)",),
