@@ -2,14 +2,17 @@
 
     python -m vidjax.main --config=configs/nplda.py
 
-Time: TODO
-Score: TODO
+Time: about 65 seconds on 2 CPU cores.
+Score: MAP@100 0.909 on the small synthetic dataset, 0.935 on the small real dataset (means of 3
+seeds).
 
-The first two passes are those of `plda.py`. In the others, a square matrix of each modality maps
-the vectors of clips before PLDA compares them. It starts at 0, which is PLDA itself, and weight
-decay draws it back there. Each clip is judged as if it had not been enrolled.
+The first two passes are those of `plda.py`. In the others, a square matrix A of each modality is
+learned, and PLDA compares vectors x + x A in place of x. A starts at 0, which is PLDA itself, and
+weight decay draws it back there. Each clip is judged as if it had not been enrolled.
 
-The values below were chosen on clips held out of the training split.
+On these sets MAP is that of `plda.py`, within the interval of each seed. Without strong decay it is
+lower: a thousand clips say too little about so many weights. Learning rate, decay and both rates
+were chosen on held-out clips of the real training split.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 """
