@@ -61,6 +61,15 @@ CHANGES = {
         "face": {"memory", "modalities"},
         "face,audio": {"memory", "modalities"},
     },
+    "nplda": {
+        "iqiyi_vid": {"data", "passes"},
+        "iqiyi_vid,few": {"data"},
+        "standard": {"data"},
+        "everything": {"splits"},
+        "trainval": {"members", "splits"},
+        "face": {"memory", "parameters", "modalities"},
+        "face,audio": {"memory", "parameters", "modalities"},
+    },
     "quality_fusion": {
         "iqiyi_vid": {"data", "passes"},
         "iqiyi_vid,few": {"data"},

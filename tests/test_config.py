@@ -23,6 +23,7 @@ ARGUMENTS = {
     "residual_dense": ["one", "single", "fused,folds", "face", "standard"],
     "deepmef": ["published", "views", "face", "face,body,audio", "standard"],
     "noise_classes": ["other", "leave_out", "head", "standard"],
+    "nplda": ["face,audio", "standard", "trainval"],
     "plda": ["face,audio", "standard", "trainval"],
 }
 SPECS = [

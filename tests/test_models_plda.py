@@ -106,7 +106,7 @@ def test_padded_rows_and_clips_of_other_folds_add_nothing():
 def solved(model, *states):
     """Returns the collections that evaluation reads, of each member."""
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    found = model.solve(together)
+    found = model.solve({}, together)
     return [ensemble.take(found, number) for number in range(len(states))]
 
 

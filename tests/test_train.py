@@ -65,6 +65,7 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
         (signal.SIGINT, MLP),
         (signal.SIGTERM, "configs/mma.py:iqiyi_vid"),
         (signal.SIGINT, "configs/cosine.py:iqiyi_vid"),
+        (signal.SIGINT, "configs/nplda.py:iqiyi_vid"),
     ],
 )
 def test_interrupted_and_resumed_equals_never_stopped(data, tmp_path, signum, spec):
@@ -127,6 +128,7 @@ SYSTEMS = [
     "mma:average,concat",
     "mma:ensemble",
     "knn:head",
+    "nplda:face,audio",
     "quality_fusion:mlp1,folds",
     "quality_fusion:mlp2,voting",
     "quality_fusion:mlp5,face,head",
@@ -190,6 +192,19 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
         wanted = found if wanted is None else wanted
         assert found.shape == (60, 12)
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_nplda_that_learns_nothing_scores_as_plda(data, tmp_path):
+    still = ("--config.optim.learning_rate=0", "--config.optim.total_decay=0")
+    found = []
+    for name, *words in [("plda",), ("nplda", *still), ("nplda", *still, STREAMED)]:
+        workdir = tmp_path / str(len(found))
+        config = shrunk(*words, spec=f"configs/{name}.py:iqiyi_vid")
+        run(config, workdir, data)
+        found.append(scores(workdir, data, config, 1))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from vidjax import augment, ensemble, fusion, losses, optim, selection
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
-from vidjax.models.base import Identifier, ModelState
+from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
@@ -55,7 +55,8 @@ class System(NamedTuple):
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
-      solve: collections of the model after training, [E, ...] -> those that evaluation reads.
+      solve: (parameters, other collections after training), [E, ...] -> the collections that
+        evaluation reads beside the parameters.
     """
 
     model: Identifier
@@ -79,7 +80,7 @@ class System(NamedTuple):
     num_identities: int
     together: bool
     matmul_precision: str
-    solve: Callable[[ModelState], ModelState]
+    solve: Callable[[Params, ModelState], ModelState]
 
 
 class TaskSpec(NamedTuple):
@@ -171,7 +172,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_identities=task.num_identities,
         together=_is_together(ensemble_spec["mapping"]),
         matmul_precision=_check_precision(config["matmul_precision"]),
-        solve=model.solve if isinstance(model, PLDAIdentifier) else lambda state: state,
+        solve=model.solve if isinstance(model, PLDAIdentifier) else lambda params, state: state,
     )
 
 

@@ -16,6 +16,7 @@ from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
+from vidjax.models.nplda import NPLDAIdentifier
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
 
@@ -27,6 +28,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "fallback": FallbackIdentifier,
     "knn": NeighbourIdentifier,
     "mma": MultimodalIdentifier,
+    "nplda": NPLDAIdentifier,
     "plda": PLDAIdentifier,
 }
 

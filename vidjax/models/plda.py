@@ -1,6 +1,7 @@
 """PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import numpy as np
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs, two_covariance
-from vidjax.models.base import ModelState
+from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
 from vidjax.models.two_covariance import Space, Sums
 from vidjax.suggest import suggest
@@ -31,8 +32,8 @@ class Settings(NamedTuple):
       clips: what each identity gets, times the logarithm of its number of enrolled clips.
     """
 
-    within: float
-    between: float
+    within: float | Array
+    between: float | Array
     scale: float | tuple[float, ...] | Array
     unenrolled: float | tuple[float, ...] | Array
     stranger: float | Array
@@ -50,7 +51,7 @@ def most_clips(counts: Sequence[Array]) -> Array:
 
 def combine(
     ratios: Array, known: Array, present: Array, settings: Settings, num_clips: Array | None = None
-) -> Array:
+) -> jax.Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
     A modality that a clip lacks adds 0 to every identity.
@@ -65,15 +66,31 @@ def combine(
     Returns:
       [B, K] float, with somebody new in column 0.
     """
-    scale, unenrolled = (
-        jnp.reshape(jnp.asarray(value, ratios.dtype), (-1, 1, 1))
-        for value in (settings.scale, settings.unenrolled)
-    )
-    filled = jnp.where(known[:, None, :], scale * ratios, unenrolled)
-    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    logits = add_up(ratios, known[:, None, :], present[:, :, None], settings)
     if num_clips is not None:
         logits = logits + settings.clips * jnp.log(jnp.maximum(num_clips, 1.0))
     return logits.at[:, 0].set(settings.stranger)
+
+
+def add_up(ratios: Array, known: Array, present: Array, settings: Settings) -> jax.Array:
+    """Adds the log-likelihood ratios of the modalities up to logits.
+
+    Args:
+      ratios: [M, ...] float.
+      known: the same shape or one that broadcasts to it, False without a clip to compare with.
+      present: likewise, False for clips that lack the modality.
+      settings: scale, and what is added where nothing is known.
+
+    Returns:
+      [...] float.
+    """
+    shape = (-1,) + (1,) * (ratios.ndim - 1)
+    scale, unenrolled = (
+        jnp.reshape(jnp.asarray(value, ratios.dtype), shape)
+        for value in (settings.scale, settings.unenrolled)
+    )
+    filled = jnp.where(known, scale * ratios, unenrolled)
+    return jnp.sum(jnp.where(present, filled, 0.0), axis=0)
 
 
 class PLDAIdentifier(nn.Module):
@@ -112,35 +129,36 @@ class PLDAIdentifier(nn.Module):
     calibrated: tuple[str, ...] = ()
     logit_scale: ClassVar[float] = 1.0
     vector_names: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str] = "model 'plda'"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("within", "between"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"model 'plda': {name}={share}: must be from 0 to 1")
+                raise ValueError(f"{self.title}: {name}={share}: must be from 0 to 1")
         if self.scale is not None and np.min(self.scale) <= 0:
-            raise ValueError(f"model 'plda': scale={self.scale}: must be above 0")
+            raise ValueError(f"{self.title}: scale={self.scale}: must be above 0")
         for name in ("scale", "unenrolled"):
             if np.size(getattr(self, name)) not in (1, len(self.modalities)):
                 raise ValueError(
-                    f"model 'plda': {name}={getattr(self, name)}: want one number, or one for each "
+                    f"{self.title}: {name}={getattr(self, name)}: want one number, or one for each "
                     f"of {', '.join(self.modalities)}"
                 )
         for name in self.calibrated:
             if name not in CALIBRATED:
-                raise ValueError(f"model 'plda': calibrated={name}: {suggest(name, CALIBRATED)}")
+                raise ValueError(f"{self.title}: calibrated={name}: {suggest(name, CALIBRATED)}")
 
     @property
     def settings(self) -> Settings:
-        """The numbers.
+        """The five numbers.
 
         Raises:
           ValueError: One is neither given nor chosen.
         """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
-            raise ValueError(f"model 'plda' needs {', '.join(missing)}")
+            raise ValueError(f"{self.title} needs {', '.join(missing)}")
         return Settings(**values)
 
     @nn.compact
@@ -155,17 +173,29 @@ class PLDAIdentifier(nn.Module):
         Raises:
           ValueError: A modality is missing or has another width.
         """
+        vectors = self.unit_means(frames)
+        if not train and self.has_variable("solved", "settings"):
+            return self.compare(vectors)
+        sums = RunningSums(self.modalities, self.num_classes, self.num_clips, name="sums")
+        centred = sums(vectors, clips, update=train and not self.is_initializing())
+        # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
+        logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
+        return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
+
+    def unit_means(self, frames: Mapping[str, Frames]) -> dict[str, Array]:
+        """Returns the mean frames, modality -> [B, D] of length 1; 0 for clips that lack it.
+
+        Raises:
+          ValueError: A modality is missing or has another width.
+        """
         inputs.check_frames(frames, self.modalities)
-        vectors = {
+        return {
             name: unit_vectors(fusion.mean_frame(frames[name]).features[:, 0])
             for name in self.modalities
-        }  # [B, D]
-        sums = _RunningSums(self.modalities, self.num_classes, self.num_clips, name="sums")
-        if train or self.is_initializing():
-            centred = sums(vectors, clips, update=train and not self.is_initializing())
-            # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
-            logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
-            return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
+        }
+
+    def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
+        """Returns the output for unit vectors, modality -> [B, D], by the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -178,33 +208,54 @@ class PLDAIdentifier(nn.Module):
             jnp.stack(ratios),
             jnp.stack([solved[name]["enrolled"].known for name in vectors]),
             jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),
-            self.settings,
+            self.get_variable("solved", "settings"),
             most_clips([solved[name]["count"] for name in vectors]),
         )
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
-    def solve(self, model_state: ModelState) -> dict[str, Any]:
+    def solve(self, params: Params, model_state: ModelState) -> dict[str, Any]:
         """Computes the collection `solved` of an ensemble.
 
         Args:
-          model_state: the collection `sums`, arrays [E, ...].
+          params: parameters, arrays [E, ...]; none for PLDA.
+          model_state: the collections of training, arrays [E, ...].
 
         Returns:
-          modality -> centre, space and classes, arrays [E, ...]; to replace `model_state`.
+          modality -> centre, space and classes, and the settings, arrays [E, ...]; to replace
+          `model_state`.
         """
-        sums = jax.device_get(model_state["sums"]["sums"])
-        members = range(len(jax.tree.leaves(sums)[0]))
-        solved = [
-            {
-                name: _solve(jax.tree.map(lambda x, e=e: x[e], sums[name]), self.settings)
-                for name in self.modalities
-            }
-            for e in members
-        ]
+        sums = model_state["sums"]["sums"]
+        trees = jax.device_get((dict(params), {name: sums[name] for name in self.modalities}))
+        members = range(len(jax.tree.leaves(trees)[0]))
+        solved = [self._solve_member(*jax.tree.map(lambda x, e=e: x[e], trees)) for e in members]
         return {"solved": jax.tree.map(_stack, *solved)}
 
+    def _solve_member(self, params: Params, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Computes the collection `solved` of one member, from host arrays."""
+        solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
+        for name in self.modalities:
+            count = sums[name]["count"]
+            space = blank_space(self.modalities[name])
+            if np.sum(count) > 0:
+                space = fit(sums[name], self.settings)
+            space = self.adapt(space, params, name)
+            enrolled = two_covariance.enrol(space, count, sums[name]["total"])
+            space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
+            centre = jnp.asarray(_mean(sums[name]), dtype)
+            solved[name] = {
+                "centre": centre, "space": space, "enrolled": enrolled,
+                "count": jnp.asarray(count, dtype),
+            }  # fmt: skip
+        settings = Settings(*(jnp.asarray(value, dtype) for value in self.settings))
+        return {**solved, "settings": settings}
 
-class _RunningSums(nn.Module):
+    def adapt(self, space: Space, params: Params, name: str) -> Space:
+        """Returns the space that learning made of the closed form; PLDA learns nothing."""
+        del params, name
+        return space
+
+
+class RunningSums(nn.Module):
     """The sums of training, in the collection `sums`.
 
     The first occurrence of a clip adds to the centre, the second one to the sums; later ones add
@@ -289,22 +340,11 @@ def _centre(x: Array, centre: Array) -> Array:
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 
-def _solve(part: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]:
-    """Returns centre, space and classes of one modality of one member."""
-    dtype = part["total"].dtype
+def fit(part: Mapping[str, Array], settings: Settings, xp: ModuleType = np) -> Space:
+    """Returns the space of one modality in closed form, from its sums of at least one clip."""
     sums = Sums(part["count"], part["total"], part["scatter"])
-    space = blank_space(part["total"].shape[1])
-    if np.sum(sums.count) > 0:
-        found = two_covariance.covariances(sums)
-        space = two_covariance.make_space(found, within=settings.within, between=settings.between)
-    enrolled = two_covariance.enrol(space, np.asarray(sums.count), np.asarray(sums.total))
-    space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
-    return {
-        "centre": jnp.asarray(_mean(part), dtype),
-        "space": space,
-        "enrolled": enrolled,
-        "count": jnp.asarray(part["count"], dtype),
-    }
+    found = two_covariance.covariances(sums, xp)
+    return two_covariance.make_space(found, within=settings.within, between=settings.between, xp=xp)
 
 
 def blank_space(width: int) -> Space:

@@ -4,13 +4,14 @@ A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to 
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive,
 over clips, batches and machines: enrolling a clip adds to them, removing it subtracts.
 
-The fit is float64 on the host, and takes two eigendecompositions of [D, D]. The ratios are products
-of matrices, for numpy and for jax.
+The fit takes three eigendecompositions of [D, D]: float64 on the host, or in the dtype of the sums
+on the device, where `xp` is jax.numpy. The ratios are products of matrices, for both.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
 shrinkage of both covariances towards a multiple of the identity is ours.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -90,65 +91,65 @@ class Covariances(NamedTuple):
     """Covariances of the vectors of one modality before they are shrunk.
 
     Attributes:
-      mean: [D] float64, the mean of all vectors.
-      within: [D] float64, eigenvalues of W.
-      axes: [D, D] float64, eigenvectors of W in the columns.
-      between: [D, D] float64, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE.
+      mean: [D] float, the mean of all vectors.
+      within: [D] float, eigenvalues of W.
+      axes: [D, D] float, eigenvectors of W in the columns.
+      between: [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE.
     """
 
-    mean: np.ndarray
-    within: np.ndarray
-    axes: np.ndarray
-    between: np.ndarray
+    mean: Array
+    within: Array
+    axes: Array
+    between: Array
 
 
-def covariances(sums: Sums) -> Covariances:
+def covariances(sums: Sums, xp: ModuleType = np) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the total covariance less W.
 
     Where no class has two clips, W and B are half of the total covariance each.
 
     Args:
       sums: sums over N clips of C classes; at least one clip.
+      xp: numpy, for a result in float64, or jax.numpy.
     """
-    count, total, scatter = (np.asarray(part, np.float64) for part in sums)
-    num_clips, known = count.sum(), count > 0
-    mean = total.sum(axis=0) / num_clips
-    spread = scatter / num_clips - np.outer(mean, mean)
-    freedom = num_clips - known.sum()
-    if freedom > 0:
-        scaled = total[known] / np.sqrt(count[known])[:, None]  # [C, D]
-        within = (scatter - scaled.T @ scaled) / freedom
-    else:
-        within = spread / 2
-    values, axes = np.linalg.eigh(within)
-    floored, turned = np.linalg.eigh(axes.T @ (spread - within) @ axes)
-    between = (turned * np.maximum(floored, SMALLEST_VARIANCE)) @ turned.T
-    return Covariances(mean, np.maximum(values, 0.0), axes, between)
+    count, total, scatter = (xp.asarray(part, np.float64 if xp is np else None) for part in sums)
+    num_clips = xp.sum(count)
+    mean = xp.sum(total, axis=0) / num_clips
+    spread = scatter / num_clips - xp.outer(mean, mean)
+    freedom = num_clips - xp.sum(count > 0)
+    scaled = total / xp.sqrt(xp.maximum(count, 1))[:, None]  # [K, D]
+    pooled = (scatter - scaled.T @ scaled) / xp.maximum(freedom, 1)
+    within = xp.where(freedom > 0, pooled, spread / 2)
+    values, axes = xp.linalg.eigh(within)
+    floored, turned = xp.linalg.eigh(axes.T @ (spread - within) @ axes)
+    between = (turned * xp.maximum(floored, SMALLEST_VARIANCE)) @ turned.T
+    return Covariances(mean, xp.maximum(values, 0.0), axes, between)
 
 
-def make_space(found: Covariances, *, within: float, between: float) -> Space:
+def make_space(
+    found: Covariances, *, within: float | Array, between: float | Array, xp: ModuleType = np
+) -> Space:
     """Shrinks both covariances and diagonalises them together.
 
     Args:
       found: the covariances of a modality.
       within: share of W that is replaced by the identity times the mean variance, 0 to 1.
       between: the same share of B.
+      xp: numpy or jax.numpy.
     """
-    mean_variance = max(found.within.mean(), SMALLEST_VARIANCE)
+    mean_variance = xp.maximum(xp.mean(found.within), SMALLEST_VARIANCE)
     values = (1 - within) * found.within + within * mean_variance
-    values = np.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
+    values = xp.maximum(values, 1e-6 * mean_variance)  # W may have no variance along some axes
     shrunk = (1 - between) * found.between
-    shrunk = shrunk + between * np.trace(found.between) / len(values) * np.eye(len(values))
-    scale = 1 / np.sqrt(values)
-    ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
-    return Space(found.mean, (found.axes * scale) @ turned, np.maximum(ratio, 0.0))
+    isotropic = xp.trace(found.between) / len(values) * xp.eye(len(values), dtype=values.dtype)
+    shrunk = shrunk + between * isotropic
+    scale = 1 / xp.sqrt(values)
+    ratio, turned = xp.linalg.eigh(scale[:, None] * shrunk * scale)
+    return Space(found.mean, (found.axes * scale) @ turned, xp.maximum(ratio, 0.0))
 
 
 def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
-    """Returns the classes whose clips have given numbers and sums.
-
-    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
-    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
+    """Returns the classes whose clips have given numbers and sums, in float64.
 
     Args:
       space: the coordinates.
@@ -156,21 +157,36 @@ def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
       total: [K, D] float, sum of their vectors.
     """
     count = np.asarray(count, np.float64)
+    space = Space(*(np.asarray(part, np.float64) for part in space))
     kinds, kind = np.unique(count, return_inverse=True)
-    ratio = np.asarray(space.ratio, np.float64)
-    weight = ratio / (kinds[:, None] * ratio + 1)  # [U, D]
+    return _enrol(space, np.asarray(count), np.asarray(total), kinds, kind.astype(np.int32), np)
+
+
+def enrol_each(space: Space, count: Array, total: Array) -> Enrolled:
+    """Does what `enrol` does, in jax; every class has a row of `curve` of its own, U = K."""
+    return _enrol(space, count, total, count, jnp.arange(len(count)), jnp)
+
+
+def _enrol(
+    space: Space, count: Array, total: Array, kinds: Array, kind: Array, xp: ModuleType
+) -> Enrolled:
+    """Computes the coefficients of classes of kinds [U], different numbers of clips.
+
+    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
+    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
+    """
+    weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
     variance = 1 + weight
-    known = count > 0
-    sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
+    sums = (total - count[:, None] * space.mean) @ space.transform  # [K, D]
     mean = weight[kind] * sums
     linear = mean / variance[kind]
-    spread = np.sum(np.log1p(ratio) - np.log(variance), axis=1)  # [U]
+    spread = xp.sum(xp.log1p(space.ratio) - xp.log(variance), axis=1)  # [U]
     return Enrolled(
         linear=linear,
-        constant=(spread[kind] - np.sum(mean * linear, axis=1)) / 2,
-        curve=(1 / (1 + ratio) - 1 / variance) / 2,
-        kind=kind.astype(np.int32),
-        known=known,
+        constant=(spread[kind] - xp.sum(mean * linear, axis=1)) / 2,
+        curve=(1 / (1 + space.ratio) - 1 / variance) / 2,
+        kind=kind,
+        known=count > 0,
     )
 
 
@@ -187,6 +203,19 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     z = (vectors - space.mean) @ space.transform  # [B, D]
     squares = (z * z) @ enrolled.curve.T  # [B, U]
     return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
+
+
+def log_ratios_of_pairs(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
+    """Returns the log-likelihood ratios of vector i with class i, [B].
+
+    Args:
+      space: the coordinates.
+      enrolled: B classes.
+      vectors: [B, D] float.
+    """
+    z = (vectors - space.mean) @ space.transform
+    curve = enrolled.curve[enrolled.kind]  # [B, D]
+    return jnp.sum(z * (z * curve + enrolled.linear), axis=1) + enrolled.constant
 
 
 def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:

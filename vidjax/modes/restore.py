@@ -182,7 +182,8 @@ def load_weights(
         {"params": abstract.params, "model_state": abstract.model_state},
         devices.replicated(mesh),
     )
-    return items["params"], devices.replicate(mesh, system.solve(items["model_state"]))
+    params = items["params"]
+    return params, devices.replicate(mesh, system.solve(params, items["model_state"]))
 
 
 def companion_digests(

@@ -271,7 +271,7 @@ class TrainingRun:
             self._system,
             self._eval_step,
             state.params,
-            self._replicate(self._system.solve(state.model_state)),
+            self._replicate(self._system.solve(state.params, state.model_state)),
             self._plan.training_sets,
             self._clips,
         )

@@ -61,7 +61,7 @@ def training_settings(
       name -> value; None for a model without such settings.
     """
     spec = config.model.to_dict()
-    if spec.get("name") != "plda":
+    if spec.get("name") not in ("plda", "nplda"):
         return None
     given = {name: spec[name] for name in Settings._fields if spec.get(name) is not None}
     calibrated = tuple(spec.get("calibrated", ()))
