@@ -139,6 +139,7 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "residual_dense:iqiyi_vid,published,plain": 226_114_150,
     "quality_fusion:iqiyi_vid,published": 11_860_787,
     "knn:iqiyi_vid": 0,  # its memory is no parameter
+    "nplda:iqiyi_vid": 4 * 512 * 512,  # a map of each modality
 }
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
 
