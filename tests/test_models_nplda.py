@@ -238,6 +238,13 @@ def test_bad_clips_are_sought_without_a_finished_model():
     assert np.isfinite(again.logits).all()
 
 
-def test_the_message_names_the_model():
-    with pytest.raises(ValueError, match="model 'nplda': scale=0"):
-        make_model(scale=0.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.0}, "model 'nplda': scale=0.0: must be above 0"),
+        ({"stranger_rate": 1.5}, "model 'nplda': stranger_rate=1.5: must be from 0 to 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**options)

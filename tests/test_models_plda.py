@@ -274,7 +274,7 @@ def test_a_model_counts_the_clips_of_the_modality_that_has_most():
 def test_a_modality_that_is_there_twice_counts_half():
     vectors, labels = people(np.random.default_rng(3), num_identities=60, clips=8)
     vectors["copy"] = vectors["audio"]
-    found = plda_settings.fit_settings(vectors, labels, 60, {}, 0, ("modalities",))
+    found = plda_settings.fit_settings(vectors, labels, {}, 0, ("modalities",))
     assert len(found.scale) == len(found.unenrolled) == 3
     face, audio, copy = found.scale
     assert max(audio, copy) < 0.75 * face and found.clips == 0
@@ -286,9 +286,9 @@ def test_a_fit_finds_that_people_of_many_clips_are_met_more_often():
     labels = np.repeat(np.arange(1, 61), rng.integers(2, 25, 60))
     x = rng.normal(size=(61, 12))[labels] + 2.5 * rng.normal(size=(len(labels), 12))
     vectors = {"face": x / np.linalg.norm(x, axis=1, keepdims=True)}
-    found = plda_settings.fit_settings(vectors, labels, 60, {}, 0, ("clips",))
+    found = plda_settings.fit_settings(vectors, labels, {}, 0, ("clips",))
     assert found.clips > 0.5
-    given = plda_settings.fit_settings(vectors, labels, 60, {"clips": 0.25}, 0, ("clips",))
+    given = plda_settings.fit_settings(vectors, labels, {"clips": 0.25}, 0, ("clips",))
     assert given.clips == 0.25
 
 

@@ -173,6 +173,21 @@ def test_parameters_do_not_depend_on_the_number_of_devices(data, tmp_path):
         np.testing.assert_allclose(value, right[name], rtol, atol, err_msg=name)
 
 
+@pytest.mark.slow
+def test_maps_of_nplda_do_not_depend_on_the_number_of_devices(data, tmp_path):
+    """Although the axes of the space that they start from are rounded otherwise."""
+    sgd = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.1")
+    config = shrunk("--config.num_epochs=4", *sgd, spec="configs/nplda.py:iqiyi_vid,face,audio")
+    for devices in (1, 8):
+        run(config, tmp_path / str(devices), data, num_devices=devices)
+    left, right = weights(tmp_path / "1"), weights(tmp_path / "8")
+    maps = [name for name in left if name.endswith("_map']")]
+    assert len(maps) == 3  # those of `shrunk`
+    for name in maps:
+        assert np.any(left[name] != 0)
+        np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)
+
+
 def scores(workdir, data, config, num_devices):
     """Returns the scores of every val clip [N, C] with the weights of a run."""
     mesh = devices_lib.make_mesh(num_devices)

@@ -68,12 +68,13 @@ def widths_of(run: Predictor, width: int) -> dict[str, int]:
 
 
 def settings_of(run: Predictor) -> Settings | None:
-    """Returns the settings of a PLDA run; None for any other run."""
-    if not _is_plda(run):
+    """Returns the five settings of a PLDA run; None for a calibrated one, and any other run."""
+    given = run.config.model.to_dict()
+    if not _is_plda(run) or given.get("calibrated"):
         return None
-    fitted, given = run.manifest.get("settings") or {}, run.config.model.to_dict()
-    values = {n: fitted[n] if given.get(n) is None else given[n] for n in Settings._fields}
-    return Settings(**{name: float(value) for name, value in values.items()})
+    values = {name: value for name, value in given.items() if value is not None}
+    values = {**(run.manifest.get("settings") or {}), **values}
+    return Settings(**{n: float(values[n]) for n in Settings._fields if n in values})
 
 
 def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:

@@ -45,6 +45,13 @@ class NPLDAIdentifier(PLDAIdentifier):
     stranger_rate: float = 0.0
     title: ClassVar[str] = "model 'nplda'"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.stranger_rate <= 1:
+            raise ValueError(
+                f"{self.title}: stranger_rate={self.stranger_rate}: must be from 0 to 1"
+            )
+
     @nn.compact
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
