@@ -172,7 +172,11 @@ UNREAD = {
     "data.dir": ("folder", ["data.name=arrays"]),
     "data.quality": ("norm", ["data.name=arrays"]),
     "join.weights": ("1,2", []),
+    "join.mean": ("logarithms", []),
     "join.greedy": ("true", []),
+    "join.calibrate": ("true", []),
+    "join.scale": ("2", []),
+    "join.offset": ("1", []),
     "join.split": ("val", []),
     "join.runs": ("a,b", []),
 }

@@ -22,7 +22,8 @@ def made_up(num_runs=3, num_clips=20, num_classes=6, seed=0, spread=2.0, dtype=n
 
 
 def joined(scores, weights, knows, pooling):
-    (found,) = blend([[jnp.asarray(one)] for one in scores], weights, knows, pooling)
+    voices = list(zip(weights, knows, strict=True))
+    (found,) = blend([[jnp.asarray(one)] for one in scores], voices, pooling)
     return np.asarray(found)
 
 

@@ -100,8 +100,7 @@ def score(
     ]
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
-    weights = [model.weight for model in models]
-    knows = [model.knows_strangers for model in models]
+    voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
@@ -116,8 +115,7 @@ def score(
             ]
             if observe:
                 observe(blocks, scores)
-            joined = blend(scores, weights, knows, pooling)
-            for block, block_scores in zip(blocks, joined, strict=True):
+            for block, block_scores in zip(blocks, blend(scores, voices, pooling), strict=True):
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
