@@ -22,7 +22,8 @@ def made_up(num_runs=3, num_clips=20, num_classes=6, seed=0, spread=2.0, dtype=n
 
 
 def joined(scores, weights, knows, pooling):
-    (found,) = blend([[jnp.asarray(one)] for one in scores], weights, knows, pooling)
+    voices = list(zip(weights, knows, strict=True))
+    (found,) = blend([[jnp.asarray(one)] for one in scores], voices, pooling)
     return np.asarray(found)
 
 
@@ -119,8 +120,14 @@ def test_a_calibration_finds_slopes_and_offset(slopes, offset):
 
 
 def test_an_offset_that_is_given_stays():
-    _, pooling = join_fit.fit_pooling(*drawn((0.5, 0.5), 1.0), offset=0.25)
+    """Without strangers the slopes are those among the identities, whatever else is probable."""
+    logs, scored, answer = drawn((0.6, 0.2), 1.0)
+    known = answer > 0
+    logs[:, :, 0] += 5
+    parts = logs[:, known], scored[:, known], answer[known]
+    weights, pooling = join_fit.fit_pooling(*parts, offset=0.25)
     assert pooling.offset == 0.25
+    np.testing.assert_allclose(np.array(weights) * pooling.scale, (0.6, 0.2), atol=0.06)
 
 
 def test_the_fit_looks_at_the_answer_whatever_its_rank():

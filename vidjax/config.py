@@ -237,7 +237,7 @@ def default() -> Config:
     # that every run thinks possible
     config.join.mean = "probabilities"
     config.join.greedy = False  # choose the weights by MAP on `join.split`
-    # fit weights, `join.scale` and `join.offset` by the likelihood of the identities on
+    # fit weights, `join.scale` and `join.offset` by the likelihood of the right identities on
     # `join.split`. With `join.mean=logarithms`
     config.join.calibrate = False
     # factor on the mean of logarithms, above 0. With `join.mean=logarithms`

@@ -1,5 +1,22 @@
 """The calibration of joined runs: a slope of each run's log-probabilities, an offset of strangers.
 
+PLDA and an MMA net joined, both in five folds of train, on val (one seed; ECE: calibration error):
+
+                                       MAP     AUROC   FNIR 1 %, 10 %   ECE
+    small real       probabilities     .9285   .933    .199   .140      .088
+                     greedy weights    .9333   .951    .210   .121      .071
+                     logarithms        .9286   .955    .203   .125      .097
+                     calibrated        .9294   .943    .205   .126      .120
+                     PLDA alone        .9338   .952    .215   .125
+    small synthetic  probabilities     .8971   .941    .313   .101      .103
+                     greedy weights    .8969   .942    .293   .101      .076
+                     logarithms        .8965   .945    .296   .099      .054
+                     calibrated        .8970   .944    .291   .108      .054
+                     MMA alone         .8893   .918    .368   .202
+
+So logarithms tell strangers better, and rank alike; a calibration on train, which has no stranger,
+gains nothing that can be told.
+
 Source: linear fusion by logistic regression, Brümmer et al. 2007, Fusion of heterogeneous speaker
 recognition systems; here over all identities and somebody new at once.
 """
@@ -51,7 +68,8 @@ def fit_calibration(
     """Fits a weight of each run, a scale and an offset by the likelihood of the right identities.
 
     Every clip is scored by members that were not trained on it. The offset is fitted if the split
-    has distractors and a run knows of somebody new; else it stays.
+    has distractors and a run knows of somebody new. Else it stays, and the likelihood is that among
+    the identities: without strangers nothing says how probable they are.
 
     Args:
       models: the R runs.
@@ -82,12 +100,11 @@ def fit_calibration(
         for number, parts in enumerate(zip(*kept, strict=True))
     )
     usable = mask & found.clips.pool[clip] & scored.any(axis=0)
-    strange = split.labels[clip[usable]] == 0
+    strange = split.labels[clip] == 0
+    offset = None if strange[usable].any() and bool(knows.any()) else float(config.join.offset)
+    usable &= ~strange if offset is not None else True
     weights, pooling = fit_pooling(
-        logs[:, usable],
-        scored[:, usable],
-        answer[usable],
-        offset=None if strange.any() and bool(knows.any()) else float(config.join.offset),
+        logs[:, usable], scored[:, usable], answer[usable], offset=offset
     )
     shown = ", ".join(
         f"{weight:.2f} {model.name}" for weight, model in zip(weights, models, strict=True)
@@ -132,18 +149,19 @@ def fit_pooling(
       logs: [R, n, k] float, logarithms of probabilities, with somebody new in column 0.
       scored: [R, n] bool, runs that score a clip.
       answer: [n] int, the right columns.
-      offset: the offset; None to fit it.
+      offset: the offset, of clips that all show an identity; None to fit it.
 
     Returns:
       One weight per run, which sum to 1, and the mean.
     """
     num = len(logs)
+    if offset is not None:
+        logs = np.concatenate([np.full_like(logs[:, :, :1], LEAST), logs[:, :, 1:]], axis=2)
     parts = (jnp.asarray(logs, jnp.float32), jnp.asarray(scored), jnp.asarray(answer))
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = _loss(jnp.asarray(point, jnp.float32), *parts)
-        slope = np.asarray(slope, np.float64)
-        return float(value), slope if offset is None else slope * ([1.0] * num + [0.0])
+        return float(value), np.asarray(slope, np.float64)
 
     start = np.array([1 / num] * num + [offset or 0.0])
     bounds = [(LEAST_SLOPE, None)] * num + [(None, None)]

@@ -29,31 +29,29 @@ MEAN = Pooling()
 
 
 def blend(
-    scores: Sequence[Sequence[Array]],
-    weights: Sequence[float],
-    knows: Sequence[bool],
-    pooling: Pooling,
+    scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], pooling: Pooling
 ) -> list[Array]:
     """Joins the scores of several models.
 
     Args:
       scores: for each model the scores [B, C] of every block; logarithms if there are several
         models.
-      weights: one per model, 0 or more.
-      knows: for each model, whether it has a probability of somebody new.
+      voices: for each model its weight, 0 or more, and whether it has a probability of somebody
+        new.
       pooling: the kind of mean.
 
     Returns:
       The scores of every block, [B, C]. Those of a single model are returned unchanged.
     """
-    if len(weights) == 1:
+    if len(voices) == 1:
         return list(scores[0])
     blocks = zip(*scores, strict=True)
     if not pooling.logarithms:
-        return [_mean_probabilities(list(block), list(weights)) for block in blocks]
-    used = [number for number, weight in enumerate(weights) if weight > 0]
-    at = jnp.asarray([weights[number] for number in used])
-    known = jnp.asarray([knows[number] for number in used])
+        weights = [weight for weight, _ in voices]
+        return [_mean_probabilities(list(block), weights) for block in blocks]
+    used = [number for number, (weight, _) in enumerate(voices) if weight > 0]
+    at = jnp.asarray([voices[number][0] for number in used])
+    known = jnp.asarray([voices[number][1] for number in used])
     return [
         pool(jnp.stack([block[number] for number in used]), at, known, pooling) for block in blocks
     ]
@@ -137,7 +135,7 @@ def pool(scores: Array, weights: Array, knows: Array, pooling: Pooling) -> Array
       knows: [R] bool.
       pooling: scale, and offset of somebody new.
     """
-    logits = pooling.scale * mean_logarithms(*complete(scores, knows), weights)
+    logits = jnp.asarray(mean_logarithms(*complete(scores, knows), weights)) * pooling.scale
     logits = logits.at[:, 0].add(pooling.offset)
     some = jnp.any(logits > -jnp.inf, axis=1, keepdims=True)
     found = log_softmax(jnp.where(some, logits, 0.0), jnp.ones(logits.shape[1], bool))

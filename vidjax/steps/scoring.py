@@ -100,6 +100,7 @@ def score(
     ]
     ranking = TopKMetric(split, pool)
     clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
+    voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
 
@@ -114,8 +115,7 @@ def score(
             ]
             if observe:
                 observe(blocks, scores)
-            joined = _join(models, scores, pooling)
-            for block, block_scores in zip(blocks, joined, strict=True):
+            for block, block_scores in zip(blocks, blend(scores, voices, pooling), strict=True):
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
@@ -134,14 +134,6 @@ def score(
     results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
     model_tops = _summarise_models(rankers, results)
     return Evaluation(top, model_tops, ranking.positives, scores, results)
-
-
-def _join(
-    models: Sequence[TrainedModel], scores: Sequence[Sequence[Array]], pooling: Pooling
-) -> list[Array]:
-    """Returns the joint scores [B, C] of every block, from those of each model."""
-    weights = [model.weight for model in models]
-    return blend(scores, weights, [model.knows_strangers for model in models], pooling)
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
