@@ -1,6 +1,7 @@
 """PLDA as a model: what training adds up, what is missing, and its settings."""
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from vidjax.data.load import load_dataset
 from vidjax.models import two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine
+from vidjax.modes import restore
 from vidjax.steps import plda_settings
 
 DIMS = {"face": 6, "audio": 4}
@@ -290,6 +292,18 @@ def test_a_fit_finds_that_people_of_many_clips_are_met_more_often():
     assert found.clips > 0.5
     given = plda_settings.fit_settings(vectors, labels, {"clips": 0.25}, 0, ("clips",))
     assert given.clips == 0.25
+
+
+def test_a_checkpoint_keeps_the_numbers_of_every_modality():
+    """JSON has lists; a model is hashable and wants tuples."""
+    settings = {"scale": (0.1, 0.3), "unenrolled": (-1.0, -2.0), "stranger": 1.0}
+    sizes = {"modalities": DIMS, "num_identities": 4, "num_clusters": None, "num_clips": 9}
+    manifest = {**sizes, "total_steps": 2, "train_other": False, "settings": settings}
+    task = restore.task_of(json.loads(json.dumps(manifest)))
+    assert task.settings == settings
+    hash(make_model(**task.settings))
+    old = restore.task_of({name: value for name, value in manifest.items() if name != "settings"})
+    assert old.settings is None
 
 
 def test_few_clips_leave_the_first_settings():
