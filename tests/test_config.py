@@ -180,10 +180,6 @@ UNREAD = {
     "join.scale": ("2", []),
     "join.offset": ("1", []),
     "join.split": ("val", []),
-    "join.mean": ("logarithms", []),
-    "join.calibrate": ("true", []),
-    "join.scale": ("2.0", []),
-    "join.offset": ("1.0", []),
     "join.runs": ("a,b", []),
 }
 # the same for fields that the defaults read: (value, what leaves the field unread)
