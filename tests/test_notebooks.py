@@ -67,8 +67,9 @@ def shown(cell):
                 yield text if isinstance(text, str) else json.dumps(text)
 
 
-def test_there_are_three_notebooks():
-    assert set(PATHS) == {"quickstart", "your_own_features", "evaluate_checkpoint"}
+def test_there_are_four_notebooks():
+    others = {"your_own_features", "evaluate_checkpoint", "a_new_person"}
+    assert set(PATHS) == {"quickstart", *others}
 
 
 @notebooks
