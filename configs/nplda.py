@@ -2,8 +2,8 @@
 
     python -m vidjax.main --config=configs/nplda.py
 
-Time: about 65 seconds on 2 CPU cores.
-Score: MAP@100 0.909 on the small synthetic dataset, 0.935 on the small real dataset (means of 3
+Time: not measured.
+Score: MAP@100 0.910 on the small synthetic dataset, 0.935 on the small real dataset (means of 3
 seeds).
 
 The first two passes are those of `plda.py`. In the others, a square matrix A of each modality is
