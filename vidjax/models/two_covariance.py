@@ -147,21 +147,32 @@ def make_space(found: Covariances, *, within: float, between: float) -> Space:
 def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
     """Returns the classes whose clips have given numbers and sums.
 
-    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
-    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
-
     Args:
       space: the coordinates.
       count: [K] float or int, number of clips of each class, 0 or more.
       total: [K, D] float, sum of their vectors.
     """
     count = np.asarray(count, np.float64)
+    sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
+    return coefficients(space, count, sums)
+
+
+def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
+    """Returns the classes whose clips have given numbers and sums of coordinates.
+
+    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
+    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
+
+    Args:
+      space: the coordinates.
+      count: [K] float64, number of clips of each class, 0 or more.
+      sums: [K, D] float64, sum of z over their clips.
+    """
     kinds, kind = np.unique(count, return_inverse=True)
     ratio = np.asarray(space.ratio, np.float64)
     weight = ratio / (kinds[:, None] * ratio + 1)  # [U, D]
     variance = 1 + weight
     known = count > 0
-    sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
     mean = weight[kind] * sums
     linear = mean / variance[kind]
     spread = np.sum(np.log1p(ratio) - np.log(variance), axis=1)  # [U]
