@@ -35,7 +35,7 @@ def ratio(space, clips, query):
         alone = stats.multivariate_normal(cov=joint.cov_object.covariance[1:, 1:])
         others = [one[d] for one in known]
         total += joint.logpdf([z[d], *others]) - alone.logpdf(others)
-        total -= stats.norm(scale=np.sqrt(1 + psi)).logpdf(z[d])
+        total -= stats.norm.logpdf(z[d], scale=np.sqrt(1 + psi))
     return total
 
 
@@ -417,9 +417,10 @@ def nearest(tmp_path_factory, data, official_dir):
 
 
 def test_another_run_is_refused(made, nearest):
-    gallery = vidjax.Gallery(made.people.folder, run=nearest)
-    with pytest.raises(ValueError, match="is not the run that gallery"):
-        gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
+    for run in (nearest, predict.restore(nearest)):
+        gallery = vidjax.Gallery(made.people.folder, run=run)
+        with pytest.raises(ValueError, match="is not the run that gallery"):
+            gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
 
 
 def check_net(folder, run, data, worse):
@@ -440,7 +441,7 @@ def test_a_gallery_of_embeddings(nearest, tmp_path, data):
 
 @pytest.mark.slow
 def test_a_gallery_of_a_net(tmp_path, data, official_dir):
-    words = (small_runs.LAYER, "--config.num_epochs=20", "--config.optim.peak_lr=0.01")
+    words = (small_runs.LAYER, "--config.num_epochs=20", "--config.optim.learning_rate=0.01")
     run = trained("quality_fusion", tmp_path / "run", data, official_dir, *words)
     check_net(tmp_path / "g", run, data, 0.05)
 

@@ -98,6 +98,19 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     assert made_galleries.contents(folder) == before
 
 
+def test_clips_without_a_usable_frame_are_named(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    for name in ("dead", "gone"):
+        np.savez(tmp_path / "ada" / f"{name}.npz", face=np.zeros((0, WIDTH), np.float16))
+    with pytest.warns(UserWarning, match="2 clips without a usable frame .*: dead, gone"):
+        said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
+    assert "enrolled    2 clips" in said
+    rows = say("identify", folder, f"--input={tmp_path / 'ada'}").splitlines()
+    assert [row.split()[1:] for row in rows if row.split()[0] == "dead"] == [
+        ["unknown", "no", "usable", "frame"]
+    ]
+
+
 def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, data):
     wanted = made.identify(data, k=3, fpir=0.1, split="val")
     said = say("identify", folder, "--split=val", "--fpir=0.1")

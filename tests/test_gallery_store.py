@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import made_galleries
 from vidjax.gallery import manifest as manifest_lib
+from vidjax.gallery import people as people_lib
 from vidjax.gallery import store as store_lib
 from vidjax.gallery.buckets import Tree, bits_of
 from vidjax.gallery.manifest import Clip
@@ -228,7 +230,7 @@ def test_a_change_that_fails_leaves_the_old_state_or_the_new_one(
             try:
                 CHANGES[change](people)
                 break
-            except type(error):
+            except (OSError, Killed):
                 pass
         state = made_galleries.answers(People(folder))
         found = [key for key, (_, answers) in expected.items() if answers == state]
@@ -421,7 +423,7 @@ def spoilt(kind, clips):
     if kind == "fewer":
         return manifest_lib.bucket_bytes({name: clips[name] for name in names[1:]})
     head, _, numbers = manifest_lib.bucket_bytes(clips).partition(b"\n")
-    value = json.loads(head)
+    value: Any = json.loads(head)
     if kind == "wider":
         return head + b"\n" + numbers + numbers
     if kind == "twice":
@@ -457,7 +459,17 @@ def test_a_vector_that_cannot_be_is_not_taken(gallery):
         refused(lambda v=vector: gallery.add({"fine": good, "bad": Clip("x", v)}), "'bad'", word)
     refused(lambda: gallery.add({"a\nb": good}), "control")
     refused(lambda: gallery.add({"bad": good._replace(identity=" ")}), "empty")
+    refused(lambda: gallery.add({"x" * 1001: good}), "longer than 1,000 letters")
+    longest = "\N{GRINNING FACE}" * 1000
+    gallery.add({longest: good._replace(identity=longest)})
+    assert People(gallery.folder).clips[longest].identity == longest
     assert "fine" not in gallery.clips
+
+
+def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(people_lib, "MOST_WIDTH", 12)
+    refused(lambda: made_galleries.make(tmp_path / "g"), "13 numbers are too wide")
+    assert not (tmp_path / "g").exists()
 
 
 def test_a_clip_is_enrolled_once(gallery):

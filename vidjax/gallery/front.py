@@ -3,10 +3,6 @@
 A clip is one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
 The front is fitted from the vectors of labelled clips. It holds no vector of a clip, but sums over
 them; `fit` of other clips replaces it.
-
-Rounding never depends on what else is computed at the same time. A product of matrices takes rows
-by multiples of BLOCK, and other sums go along one row. So coefficients do not depend on the order
-in which people came.
 """
 
 from collections.abc import Mapping
@@ -16,11 +12,10 @@ import numpy as np
 
 from vidjax.models import two_covariance
 from vidjax.models.plda import Settings, blank_space
-from vidjax.models.two_covariance import Enrolled, Space
+from vidjax.models.two_covariance import Space
 from vidjax.steps.plda_settings import fit_settings, some_identities
 
-BLOCK = 16  # rows: BLAS then takes one path for every row
-MOST_ROWS = 1024  # of one product
+MOST_ROWS = 1024  # clips or identities that are computed at a time
 
 
 class Part(NamedTuple):
@@ -102,38 +97,6 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     norm = np.sqrt(np.vecdot(shifted, shifted))[:, None]
     present = np.any(np.asarray(x) != 0, axis=1)[:, None]
     return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
-
-
-def enrol(part: Part, count: np.ndarray, total: np.ndarray) -> list[Enrolled]:
-    """Returns the coefficients of classes, see `two_covariance.enrol`, some at a time.
-
-    Args:
-      part: the part.
-      count: [K] int, number of clips.
-      total: [K, D] float64, sum of what `unit` returns for them.
-    """
-    found = []
-    for some, sums in zip(_blocks(count), _blocks(total), strict=True):
-        enrolled = two_covariance.enrol(part.space, _padded(some), _padded(sums))
-        size = len(some)
-        found.append(
-            enrolled._replace(
-                linear=enrolled.linear[:size],
-                constant=enrolled.constant[:size],
-                kind=enrolled.kind[:size],
-                known=enrolled.known[:size],
-            )
-        )
-    return found
-
-
-def _blocks(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[at : at + MOST_ROWS] for at in range(0, len(rows), MOST_ROWS)]
-
-
-def _padded(rows: np.ndarray) -> np.ndarray:
-    """Returns rows with rows of 0 up to a multiple of BLOCK."""
-    return np.pad(rows, [(0, -len(rows) % BLOCK)] + [(0, 0)] * (rows.ndim - 1))
 
 
 def to_numbers(front: Front) -> np.ndarray:

@@ -105,6 +105,7 @@ class Gallery:
         """
         self.people = People(folder, sync=sync)
         self._run = run
+        self._checked: Predictor | None = None
 
     @classmethod
     def create(
@@ -175,16 +176,15 @@ class Gallery:
         Raises:
           ValueError: it is not there, or not the one that the gallery was made with.
         """
-        run = self._run
-        if not isinstance(run, Predictor):
-            self._run = run = _restored(self.people.run.workdir if run is None else run)
+        if self._checked is None:
+            run = _restored(self._run or self.people.run.workdir)
             if vectors_lib.origin_of(run).digest != self.people.run.digest:
-                self._run = None
                 raise ValueError(
                     f"'{run.workdir}' is not the run that gallery '{self.people.folder}' was made "
                     "with\nname that run: --run=W, or make a gallery with this one"
                 )
-        return run
+            self._checked = run
+        return self._checked
 
     def embed(self, clips: AnyClips, split: str | None = None) -> Vectors:
         """Returns the vectors of clips, see `vectors.embed`."""

@@ -1,8 +1,9 @@
 """Exact search: the probability of every enrolled identity for a clip, and the best ones.
 
 An identity is a row of coefficients in every part. Rows lie in the order in which they came; an
-answer does not depend on it, to the bit: every ratio is a dot product of its own, sums over
-identities are sums of whole numbers, and ties go by name.
+answer does not depend on it, to the bit: every coordinate and every ratio is a dot product of its
+own, where a product of matrices rounds by the place of a row; sums over identities are sums of
+whole numbers; and ties go by name.
 
 The scores are those of `models.plda.combine` and `system.log_softmax`, which need all identities in
 one order and on the device.
@@ -17,9 +18,10 @@ import numpy as np
 
 from vidjax.gallery import front as front_lib
 from vidjax.gallery.front import Front
+from vidjax.models import two_covariance
 
 CHUNK = 2048  # rows that lie together; enrolling never copies more
-MANY = 32  # chunks from which on threads are worth starting
+MANY = 32  # chunks or vectors from which on threads are worth starting
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
@@ -75,7 +77,8 @@ class Index:
     def _fill(self, number: int, rows: np.ndarray, count: np.ndarray, total: np.ndarray) -> None:
         """Writes the coefficients of identities in one part."""
         part = self._front.parts[number]
-        (enrolled,) = front_lib.enrol(part, count, total)
+        sums = self._turn(number, total - count[:, None] * part.space.mean)
+        enrolled = two_covariance.coefficients(part.space, count.astype(np.float64), sums)
         kinds = self._kinds[number]
         new = sorted({int(one) for one in np.unique(count)} - kinds.keys())
         for one in new:
@@ -127,12 +130,18 @@ class Index:
           parts: [M] of [Q, D] float32, 0 for clips that lack the part.
         """
         found = []
-        for part, axes, x in zip(self._front.parts, self._axes, parts, strict=True):
-            shifted = front_lib.unit(part, x) - part.space.mean
-            z = np.vecdot(shifted[:, None], axes)  # a dot product of its own for every number
+        for number, (part, x) in enumerate(zip(self._front.parts, parts, strict=True)):
+            z = self._turn(number, front_lib.unit(part, x) - part.space.mean)
             z[~np.any(x != 0, axis=1)] = np.nan
             found.append(z)
         return found
+
+    def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
+        """Returns vectors [Q, D] times the transform of a part, float64."""
+        if len(shifted) < MANY:
+            return np.vecdot(shifted[:, None], self._axes[number])
+        turned = _pool().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
+        return np.stack(list(turned))
 
     def log_probabilities(self, clip: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the logarithms of probabilities that add up to 1, [1 + N] float64.

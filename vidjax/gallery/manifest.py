@@ -27,7 +27,8 @@ NAME = "manifest.json"
 FORMAT = 1
 BYTES = 64 * files.MB  # of the largest manifest
 MOST_PARTS, MOST_WIDTH = 64, 16_384
-NAME_BYTES = 16_384  # of a clip and its identity in the first line of a bucket, with escapes
+MOST_LETTERS = 1000  # of a name
+NAME_BYTES = 32_768  # of a clip and its identity in the first line of a bucket, with escapes
 REMEDY = "put back a copy of the gallery, or create it anew"
 
 

@@ -18,7 +18,7 @@ from vidjax.gallery import front as front_lib
 from vidjax.gallery.calibration import Threshold
 from vidjax.gallery.front import Front
 from vidjax.gallery.index import Index
-from vidjax.gallery.manifest import Clip, Origin
+from vidjax.gallery.manifest import MOST_LETTERS, MOST_WIDTH, Clip, Origin
 from vidjax.gallery.store import State, Store
 from vidjax.models.plda import Settings
 from vidjax.run import workdir as workdir_lib
@@ -71,6 +71,11 @@ class People:
           OSError: it cannot be written.
         """
         path = Path(folder).expanduser().absolute()
+        if sum(front.widths.values()) > MOST_WIDTH:
+            raise ValueError(
+                f"vectors of {sum(front.widths.values()):,} numbers are too wide for a gallery: "
+                f"{MOST_WIDTH:,} are the most\nmake it with fewer members, or with a narrower net"
+            )
         for name, clip in clips.items():
             _check(name, clip, front)
         workdir_lib.make_workdir(path, "gallery:")
@@ -314,9 +319,9 @@ def fit_front(
 
 def _check(name: str, clip: Clip, front: Front) -> None:
     """Raises ValueError unless a clip can be kept."""
-    check_name(name)
-    if clip.identity is not None:
-        check_name(clip.identity, "identity")
+    for kind, word in (("clip name", name), ("identity", clip.identity)):
+        if word is not None and len(check_name(word, kind)) > MOST_LETTERS:
+            raise ValueError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
     width = sum(front.widths.values())
     if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
         raise ValueError(

@@ -158,17 +158,30 @@ def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
     """
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
+    sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
+    return coefficients(space, count, sums)
+
+
+def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
+    """Returns the classes whose clips have given numbers and sums of coordinates.
+
+    Args:
+      space: the coordinates.
+      count: [K] float64, number of clips of each class, 0 or more.
+      sums: [K, D] float64, sum of z over their clips.
+    """
     kinds, kind = np.unique(count, return_inverse=True)
-    return _enrol(space, np.asarray(count), np.asarray(total), kinds, kind.astype(np.int32), np)
+    return _coefficients(space, count, sums, kinds, kind.astype(np.int32), np)
 
 
 def enrol_each(space: Space, count: Array, total: Array) -> Enrolled:
     """Does what `enrol` does, in jax; every class has a row of `curve` of its own, U = K."""
-    return _enrol(space, count, total, count, jnp.arange(len(count)), jnp)
+    sums = (total - count[:, None] * space.mean) @ space.transform
+    return _coefficients(space, count, sums, count, jnp.arange(len(count)), jnp)
 
 
-def _enrol(
-    space: Space, count: Array, total: Array, kinds: Array, kind: Array, xp: ModuleType
+def _coefficients(
+    space: Space, count: Array, sums: Array, kinds: Array, kind: Array, xp: ModuleType
 ) -> Enrolled:
     """Computes the coefficients of classes of kinds [U], different numbers of clips.
 
@@ -177,7 +190,6 @@ def _enrol(
     """
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
     variance = 1 + weight
-    sums = (total - count[:, None] * space.mean) @ space.transform  # [K, D]
     mean = weight[kind] * sums
     linear = mean / variance[kind]
     spread = xp.sum(xp.log1p(space.ratio) - xp.log(variance), axis=1)  # [U]
