@@ -23,6 +23,7 @@ from tests.campaigns import kills, mutations, numbers, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import iqiyi_vid, synthetic
+from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
 from vidjax.modes import arguments
 
@@ -42,6 +43,7 @@ PAGES = {
 MOST_LINES = 250  # of the main README
 
 MAINS = {
+    "vidjax.gallery": commands_of_galleries.main,
     "vidjax.main": main.main,
     "vidjax.ranking": ranking.main,
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
@@ -49,6 +51,7 @@ MAINS = {
 }
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
 SHORT = ("--config.num_epochs=0.3", "--config.eval.report=False")
+CLOSED_FORM = ("--config.num_epochs=2", "--config.eval.report=False")
 FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
@@ -222,6 +225,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
     runpy.run_path(write("features.py"))
     Path("titles.py").write_text(example("text: titles.py", "vidjax/data/README.md"))
     runpy.run_path("titles.py")
+    Path("ada").mkdir()
+    shutil.copy("features/val/val_7.npz", "ada/clip.npz")
     found = [words for words in commands() if words[0].startswith("vidjax.")]
     assert len(found) > 15
     for module, *words in found:
@@ -230,7 +235,8 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
             _, workdir = arguments.for_training(command_line.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
-            words += SHORT + (SMALL if "mma.py:iqiyi_vid" in words[0] else ())
+            words += CLOSED_FORM if "plda" in words[0] else SHORT
+            words += SMALL if "mma.py:iqiyi_vid" in words[0] else ()
             if "ensemble" in " ".join(words):
                 words += FEW
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
