@@ -2,7 +2,7 @@
 
     python -m vidjax.main --config=configs/cosine.py
 
-Time: not measured.
+Time: about 26 seconds on 2 CPU cores.
 Score: MAP@100 0.901 on the small synthetic dataset, 0.915 on the small real dataset (means of 3
 seeds).
 

@@ -184,6 +184,7 @@ def test_clips_of_another_dataset(say, folder, tmp_path):
     assert "/absent" in said
 
 
+@pytest.mark.slow
 def test_create_and_refit(say, run, tmp_path, made):
     said = say("create", tmp_path / "g", f"--run={run}")
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.people.folder)
@@ -247,6 +248,7 @@ def test_a_mistake_is_told_in_three_lines(say, folder, words):
     assert made_galleries.contents(folder) == before
 
 
+@pytest.mark.slow
 def test_the_command_as_a_process(vidjax_command, folder):
     done = vidjax_command("list", folder, module="vidjax.gallery")
     assert done.returncode == 0 and "people      12" in done.stdout and not done.stderr

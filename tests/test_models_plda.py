@@ -1,5 +1,6 @@
 """PLDA as a model: what training adds up, what is missing, and its settings."""
 
+import functools
 import itertools
 import json
 
@@ -51,6 +52,17 @@ def take(frames, rows):
     return {name: jax.tree.map(lambda x: x[rows], part) for name, part in frames.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def add(model, state, frames, clips):
+    """Returns the collections after a step of training."""
+    return model.apply(state, frames, clips, train=True, mutable=["sums"])[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(model, state, frames, clips):
+    return model.apply(state, frames, clips, train=False)
+
+
 def train(model, frames, labels, batches):
     """Returns the collections after batches of rows; -1 is a padded row."""
     blank = ClipInfo(np.zeros(1, np.int32), np.ones(1, bool), np.zeros(1, np.int32))
@@ -58,7 +70,7 @@ def train(model, frames, labels, batches):
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
-        _, state = model.apply(state, take(frames, rows), clips, train=True, mutable=["sums"])
+        state = add(model, state, take(frames, rows), clips)
     return state
 
 
@@ -122,7 +134,7 @@ def test_logits_are_those_of_the_equations():
         model = make_model()
         (state,) = solved(model, train(model, frames, labels, [TWICE]))
         clips = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
-        output = model.apply(state, frames, clips, train=False)
+        output = evaluate(model, state, frames, clips)
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
             centre, sums = oracle(frames, labels, name, range(NUM_CLIPS))
@@ -151,7 +163,7 @@ def test_members_have_sums_of_their_own():
     clips = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
     for state, together in zip(states, solved(model, *states), strict=True):
         (alone,) = solved(model, state)
-        outputs = [model.apply(x, frames, clips, train=False).logits for x in (alone, together)]
+        outputs = [evaluate(model, x, frames, clips).logits for x in (alone, together)]
         np.testing.assert_array_equal(*outputs)
 
 

@@ -15,6 +15,7 @@ Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Ap
 evaluation of speaker detection; here over all identities and somebody new at once.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,11 +122,19 @@ def fit_settings(
     values = {name: shares[0] for name, shares in SHARES.items()} | START | dict(given)
     if not folds:
         return Settings(**values)
+
+    @functools.cache
+    def compare(within: float, between: float) -> list[_Ratios]:
+        return [_ratios(fold, within, between) for fold in folds]
+
     for name, shares in SHARES.items():
         if name not in given:
             tries = [{**values, name: share} for share in shares]
-            values = max(tries, key=lambda one: _quality(folds, one))
-    return _fit(folds, values, given, calibrated)
+            values = max(
+                tries, key=lambda one: _quality(compare(one["within"], one["between"]), one)
+            )
+    parts = compare(values["within"], values["between"])
+    return _fit(parts, values, given, calibrated)
 
 
 class _Fold(NamedTuple):
@@ -196,13 +205,13 @@ class _Ratios(NamedTuple):
     num_clips: Array
 
 
-def _ratios(fold: _Fold, values: Mapping[str, float]) -> _Ratios:
-    """Returns the log-likelihood ratios of the held-out clips."""
+def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
+    """Returns the log-likelihood ratios of the held-out clips, for given shares of shrinkage."""
     ratios = []
     for found, count, total, queries in zip(
         fold.found, fold.counts, fold.totals, fold.queries, strict=True
     ):
-        space = two_covariance.make_space(found, within=values["within"], between=values["between"])
+        space = two_covariance.make_space(found, within=within, between=between)
         enrolled = two_covariance.enrol(space, count, total)
         arrays = two_covariance.as_arrays(space, enrolled, jnp.dtype("float32"))
         ratios.append(two_covariance.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
@@ -215,10 +224,10 @@ def _ratios(fold: _Fold, values: Mapping[str, float]) -> _Ratios:
     )
 
 
-def _quality(folds: Sequence[_Fold], values: Mapping[str, float]) -> float:
+def _quality(parts: Sequence[_Ratios], values: Mapping[str, float]) -> float:
     """Returns the mean of MAP and AUROC of the held-out clips, averaged over the folds."""
     settings = Settings(**values)
-    return float(np.mean([_quality_of_fold(_ratios(fold, values), settings) for fold in folds]))
+    return float(np.mean([_quality_of_fold(part, settings) for part in parts]))
 
 
 @jax.jit
@@ -242,7 +251,7 @@ def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
 
 
 def _fit(
-    folds: Sequence[_Fold],
+    parts: Sequence[_Ratios],
     values: Mapping[str, float],
     given: Mapping[str, float],
     calibrated: Sequence[str],
@@ -251,8 +260,7 @@ def _fit(
 
     Those that are given stay, and `clips` too unless `calibrated` names it.
     """
-    parts = [_ratios(fold, values) for fold in folds]
-    num = len(folds[0].found) if "modalities" in calibrated else 1
+    num = len(parts[0].ratios) if "modalities" in calibrated else 1
     num = max(num, np.size(values["scale"]), np.size(values["unenrolled"]))
     begin = {
         "scale": np.full(num, np.log(values["scale"])),
