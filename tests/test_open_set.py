@@ -9,6 +9,21 @@ from vidjax.modes import open_set
 from vidjax.steps.sinks import ClipScores
 
 
+def some(function):
+    """Returns a function whose result may not be None."""
+
+    def call(*args, **kwargs):
+        found = function(*args, **kwargs)
+        assert found is not None
+        return found
+
+    return call
+
+
+summary, calibrated = some(open_set.open_set), some(open_set.calibration)
+recalibrated = some(open_set.recalibration)
+
+
 def clip_scores(best, right):
     return ClipScores(np.ones(len(best), bool), np.asarray(best, np.float32), np.asarray(right))
 
@@ -25,7 +40,7 @@ def test_thresholds_are_those_of_the_metrics():
     labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
     clips = clips._replace(pool=rng.random(500) < 0.9)
-    found = open_set.open_set(clips, labels, 8)
+    found = summary(clips, labels, 8)
     pool = clips.pool
     assert found["num_known"] == np.sum(labels[pool] > 0)
     assert found["num_strange"] == np.sum(labels[pool] == 0)
@@ -42,7 +57,7 @@ def test_thresholds_are_those_of_the_metrics():
 @pytest.mark.parametrize(("num_strange", "shown"), [(9, 0), (10, 1), (99, 1), (100, 2)])
 def test_few_strangers_show_no_rate(num_strange, shown):
     clips, labels = normal(np.random.default_rng(0), num_strange)
-    rows = open_set.open_set(clips, labels, 200)["rates"]
+    rows = summary(clips, labels, 200)["rates"]
     assert [row["fewest"] for row in rows] == [100, 10]
     assert sum("threshold" in row for row in rows) == shown
     assert "threshold" not in rows[0] or num_strange >= 100
@@ -63,7 +78,7 @@ def test_intervals_hold_in_simulation(monkeypatch):
     held = []
     for _ in range(400):
         clips, labels = normal(rng)
-        row = open_set.open_set(clips, labels, 200)["rates"][1]
+        row = summary(clips, labels, 200)["rates"][1]
         passing = stats.norm.sf(row["threshold"])  # of strangers that come later
         held.append(
             (row["fnir_low"] <= truth <= row["fnir_high"],
@@ -81,7 +96,7 @@ def test_clips_of_one_person_count_together():
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
     row, wide = (
-        open_set.open_set(one, name, 200)["rates"][1]
+        summary(one, name, 200)["rates"][1]
         for one, name in ((clips, labels), (copies, labels[again]))
     )
     assert (row["fnir_low"], row["fnir_high"]) == (wide["fnir_low"], wide["fnir_high"])
@@ -99,11 +114,11 @@ def confident(seed, slope=1.0, offset=0.0, num=3000, strangers=0.3):
 @pytest.mark.parametrize(("slope", "offset"), [(0.5, -1.0), (1.6, 0.5)])
 def test_a_map_of_the_log_odds_is_found(slope, offset):
     clips, labels = confident(0, slope, offset, num=12_000, strangers=0)
-    found = open_set.recalibration(clips, labels)
+    found = recalibrated(clips, labels)
     for one in found.maps:
         assert one["slope"] == pytest.approx(slope, abs=0.12)
         assert one["offset"] == pytest.approx(offset, abs=0.15)
-    assert found.error < 0.025 < open_set.calibration(clips)[1]
+    assert found.error < 0.025 < calibrated(clips)[1]
     assert found.bins[:, 0].sum() == len(labels)
 
 
@@ -114,9 +129,9 @@ def test_nothing_is_measured_on_what_it_was_fitted_on():
     for person in range(1, 201):
         assert len({*first[labels == person].tolist()}) == 1
     assert abs(first[labels == 0].mean() - 0.5) < 0.01
-    before = open_set.recalibration(clips, labels)
+    before = recalibrated(clips, labels)
     changed = clips._replace(right=clips.right & ~(first & (np.arange(len(labels)) % 2 == 0)))
-    after = open_set.recalibration(changed, labels)
+    after = recalibrated(changed, labels)
     assert after.maps[0] == before.maps[0]
     assert after.maps[1]["offset"] < before.maps[1]["offset"] - 0.2
 
@@ -125,7 +140,7 @@ def test_certain_and_wrong_clips_stay_finite():
     clips, labels = confident(2)
     best = clips.best.copy()
     best[:5], best[5:8] = 0.0, -np.inf
-    found = open_set.recalibration(clips._replace(best=best), labels)
+    found = recalibrated(clips._replace(best=best), labels)
     assert np.isfinite(found.bins).all() and found.bins[:, 0].sum() == len(labels) - 3
 
 

@@ -1,5 +1,7 @@
 """Means of log-probabilities of runs: those of the equations, exact near certainty, fitted."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from vidjax.system import log_softmax
 LOGS = Pooling(logarithms=True)
 
 
-def made_up(num_runs=3, num_clips=20, num_classes=6, seed=0, spread=2.0, dtype=np.float32):
+def made_up(num_runs=3, num_clips=20, num_classes=6, seed=0, spread=2.0, dtype: Any = np.float32):
     """Returns logarithms [R, B, C] of identities, beside somebody new."""
     rng = np.random.default_rng(seed)
     logits = spread * rng.normal(size=(num_runs, num_clips, 1 + num_classes))
@@ -31,7 +33,7 @@ def oracle(scores, weights, knows, scale=1.0, offset=0.0):
     """The mean in float64, one clip and one run after another."""
     result = np.full(scores.shape[1:], -np.inf)
     for clip in range(scores.shape[1]):
-        found = {}
+        found: dict[int, Any] = {}
         for run, logs in enumerate(scores[:, clip].astype(np.float64)):
             if np.isfinite(logs).any():
                 found[run] = np.concatenate([[1 - np.exp(logs).sum()], np.exp(logs)])
@@ -102,7 +104,7 @@ def drawn(slopes, offset, num_clips=4000, seed=0):
     """Returns logarithms of two runs, and answers drawn from their mean at slopes and offset."""
     rng = np.random.default_rng(seed)
     logits = 3 * rng.normal(size=(2, num_clips, 7))
-    logs = logits - special.logsumexp(logits, axis=2, keepdims=True)
+    logs = logits - np.asarray(special.logsumexp(logits, axis=2, keepdims=True))
     mean = np.einsum("r,rnk->nk", np.array(slopes), logs)
     mean[:, 0] += offset
     odds = np.exp(mean - special.logsumexp(mean, axis=1, keepdims=True))

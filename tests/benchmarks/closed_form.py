@@ -63,7 +63,7 @@ def benchmark(args: argparse.Namespace) -> None:
     state, outcome = loop(run.state, run.tables, run.clips, steps)
     jax.block_until_ready(outcome)
     began = timed("two passes, with compilation", began)
-    solved = devices.replicate(mesh, run.system.solve(state.model_state))
+    solved = devices.replicate(mesh, run.system.solve(state.params, state.model_state))
     timed("solution", began)
 
     data = MadeUp(run, args.num_identities)

@@ -304,11 +304,17 @@ class RunningSums(nn.Module):
         return centred
 
 
-def _add(part: Mapping[str, Array], x: Array, turn: Array, clips: ClipInfo) -> dict[str, Array]:
+def _add(
+    part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo
+) -> dict[str, jax.Array]:
     """Adds clips of unit vectors x [B, D] to the sums of one modality."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
-    new = {**part, "centre": part["centre"] + first @ x, "num": part["num"] + jnp.sum(first)}
+    new = {
+        **part,
+        "centre": part["centre"] + jnp.dot(first, x),
+        "num": part["num"] + jnp.sum(first),
+    }
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
     # A batch has all first occurrences that are left before any second one, so the centre is whole.

@@ -148,7 +148,7 @@ def make_space(
     return Space(found.mean, (found.axes * scale) @ turned, xp.maximum(ratio, 0.0))
 
 
-def enrol(space: Space, count: np.ndarray, total: np.ndarray) -> Enrolled:
+def enrol(space: Space, count: Array, total: Array) -> Enrolled:
     """Returns the classes whose clips have given numbers and sums, in float64.
 
     Args:
