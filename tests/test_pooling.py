@@ -47,7 +47,8 @@ def oracle(scores, weights, knows, scale=1.0, offset=0.0):
                 p[0] = share
         total = sum(weights[run] for run in found)
         with np.errstate(divide="ignore"):
-            mean = scale * sum(weights[run] / total * np.log(p) for run, p in found.items())
+            parts = [weights[run] / total * np.log(p) for run, p in found.items()]
+        mean = scale * np.sum(parts, axis=0)
         mean[0] += offset
         result[clip] = (mean - special.logsumexp(mean))[1:]
     return result
