@@ -411,8 +411,9 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
-def test_plda_reads_the_clips_twice():
-    config = config_lib.load_file(f"{ROOT}/configs/plda.py")
+@pytest.mark.parametrize("name", ["plda", "nplda"])
+def test_plda_reads_the_clips_twice(name):
+    config = config_lib.load_file(f"{ROOT}/configs/{name}.py")
     assert not list(config_lib.problems(config))
     config.num_epochs = 1.5
     (problem,) = config_lib.problems(config)

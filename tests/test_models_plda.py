@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_runs
+from vidjax import config as config_lib
 from vidjax import ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.data.load import load_dataset
@@ -18,6 +19,7 @@ from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine
 from vidjax.modes import restore
 from vidjax.steps import plda_settings
+from vidjax.system import TaskSpec, make_system
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
@@ -315,6 +317,15 @@ def test_a_checkpoint_keeps_the_numbers_of_every_modality():
     hash(make_model(**dict(task.settings)))
     old = restore.task_of({name: value for name, value in manifest.items() if name != "settings"})
     assert old.settings is None
+
+
+def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
+    config = config_lib.load_file(f"{small_runs.ROOT}/configs/plda.py:face,audio")
+    task = TaskSpec(DIMS, 4, None, 9, 2, train_other=False, settings=SETTINGS._asdict())
+    assert make_system(config.to_dict(), task).model.settings == SETTINGS
+    config.model.scale = 0.7
+    found = make_system(config.to_dict(), task).model.settings
+    assert found == SETTINGS._replace(scale=0.7)
 
 
 def test_few_clips_leave_the_first_settings():

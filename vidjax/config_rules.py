@@ -360,7 +360,7 @@ def untrainable(values: Values) -> Iterator[str]:
             "--config.ensemble.folds=5\nto train on everything and rank test: "
             "--config=FILE:everything, --config.eval.split=test"
         )
-    if values.get("model.name") == "plda" and values["num_epochs"] < 2:
+    if values.get("model.name") in ("plda", "nplda") and values["num_epochs"] < 2:
         yield (
             f"config.num_epochs={values['num_epochs']:g}: PLDA reads every clip twice, for the "
             "centre and for its sums\n--config.num_epochs=2"

@@ -132,7 +132,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     )
     dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
     model = identifier.make_identifier(
-        _with_threshold(config["model"], task.threshold) | dict(task.settings or {}),
+        _with_settings(_with_threshold(config["model"], task.threshold), task.settings),
         modalities={
             name: width - (width // num_chunks if num_chunks else 0)
             for name, width in task.modalities.items()
@@ -193,14 +193,24 @@ def _make_fusions(
     }
 
 
-def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
+def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> Mapping[str, Any]:
     """Returns the specification of a model with the threshold of its `threshold_share`.
 
     A threshold that an evaluation sets itself stays.
     """
     if not spec.get("threshold_share") or spec.get("threshold") or threshold is None:
-        return dict(spec)
+        return spec
     return {**spec, "threshold": threshold}
+
+
+def _with_settings(
+    spec: Mapping[str, Any], settings: Mapping[str, float | tuple[float, ...]] | None
+) -> Mapping[str, Any]:
+    """Returns the specification of a model with the settings that were fitted for it.
+
+    A setting that an evaluation sets itself stays.
+    """
+    return {**spec, **{n: x for n, x in (settings or {}).items() if spec.get(n) is None}}
 
 
 def _make_measure(model: Identifier) -> Callable[[Mapping[str, Frames]], Array] | None:

@@ -9,6 +9,7 @@ The scores are those of `models.plda.combine` and `system.log_softmax`, which ne
 one order and on the device.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -234,11 +235,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return np.where(logits == top, of_best, logits - np.logaddexp(top, rest))
 
 
-_POOLS: list[ThreadPoolExecutor] = []
-
-
+@functools.cache
 def _pool() -> ThreadPoolExecutor:
     """Returns the threads that search, one per core."""
-    if not _POOLS:
-        _POOLS.append(ThreadPoolExecutor(os.cpu_count() or 1))
-    return _POOLS[0]
+    return ThreadPoolExecutor(os.cpu_count() or 1)

@@ -24,7 +24,7 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.gallery.manifest import Origin
-from vidjax.models.plda import Settings
+from vidjax.models.plda import PLDAIdentifier, Settings
 from vidjax.predict import Predictor
 
 ROWS = 32  # clips of a block
@@ -59,7 +59,7 @@ def origin_of(run: Predictor) -> Origin:
 
 
 def _is_plda(run: Predictor) -> bool:
-    return run.config.model.name == "plda"
+    return isinstance(run.system.model, PLDAIdentifier)
 
 
 def widths_of(run: Predictor, width: int) -> dict[str, int]:
