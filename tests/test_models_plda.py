@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -322,10 +323,11 @@ def test_a_checkpoint_keeps_the_numbers_of_every_modality():
 def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
     config = config_lib.load_file(f"{small_runs.ROOT}/configs/plda.py:face,audio")
     task = TaskSpec(DIMS, 4, None, 9, 2, train_other=False, settings=SETTINGS._asdict())
-    assert make_system(config.to_dict(), task).model.settings == SETTINGS
+    model: Any = make_system(config.to_dict(), task).model
+    assert model.settings == SETTINGS
     config.model.scale = 0.7
-    found = make_system(config.to_dict(), task).model.settings
-    assert found == SETTINGS._replace(scale=0.7)
+    model = make_system(config.to_dict(), task).model
+    assert model.settings == SETTINGS._replace(scale=0.7)
 
 
 def test_few_clips_leave_the_first_settings():

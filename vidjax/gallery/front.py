@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.models import two_covariance
+from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
 from vidjax.models.two_covariance import Space
 from vidjax.steps.plda_settings import fit_settings, some_identities
@@ -82,11 +82,7 @@ def fit(
                 blank = blank._replace(centre=x.mean(axis=0))
             u = unit(blank, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            found = two_covariance.covariances(sums)
-            space = two_covariance.make_space(
-                found, within=settings.within, between=settings.between
-            )
-            blank = blank._replace(space=space)
+            blank = blank._replace(space=plda.fit(sums._asdict(), settings))
         parts.append(blank)
     return Front(tuple(parts), settings)
 

@@ -18,13 +18,13 @@ from vidjax.data.clips import (
     EvalPlan,
     TrainingData,
     longest,
-    select_modalities,
 )
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.gallery.manifest import Origin
 from vidjax.models.plda import PLDAIdentifier, Settings
+from vidjax.modes.restore import check_widths
 from vidjax.predict import Predictor
 
 ROWS = 32  # clips of a block
@@ -128,12 +128,7 @@ def _source(
         data = cast(TrainingData, clips)
         if split is None:
             raise ValueError("name the split of the dataset: --split=S, or split=S")
-        widths = select_modalities(tuple(run.modalities), data.modalities)
-        for name, width in run.modalities.items():
-            if widths[name] != width:
-                raise ValueError(
-                    f"modality '{name}': the run wants width {width}, got {widths[name]}"
-                )
+        check_widths(data, run.modalities)
         names = data.split(split).clips
         return data, names, np.arange(len(names)), split
     if split is not None:

@@ -144,10 +144,7 @@ def fit_data(
       ValueError: the data lacks a modality, or a width differs, or the ground truth of the split
         names no identity of the run.
     """
-    widths = select_modalities(tuple(modalities), data.modalities)
-    for name, width in modalities.items():
-        if widths[name] != width:
-            raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
+    check_widths(data, modalities)
     data = data.with_identities(identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise ValueError(
@@ -155,6 +152,14 @@ def fit_data(
             "check that --config.data.dir is the dataset of the run"
         )
     return data
+
+
+def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
+    """Raises ValueError if a dataset lacks a modality of a run, or has it in another width."""
+    widths = select_modalities(tuple(modalities), data.modalities)
+    for name, width in modalities.items():
+        if widths[name] != width:
+            raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
 
 
 def load_weights(
