@@ -81,10 +81,11 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(capsys, tmp_path
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert str(child.pid) in (tmp_path / ".lock").read_text()  # of the dead, and nobody's
-    with workdir_lib.lock(tmp_path):
-        assert (
-            tmp_path / ".lock"
-        ).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
+        (tmp_path / ".lock").write_text(dead)
+        with workdir_lib.lock(tmp_path):
+            owner = (tmp_path / ".lock").read_text()
+            assert owner.rstrip() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def line_of(step, split=None):
