@@ -11,9 +11,12 @@ from tests.helpers import made_galleries, small_runs
 from vidjax import config as config_lib
 from vidjax import metrics, predict
 from vidjax.data.load import load_dataset
-from vidjax.gallery import calibration
+from vidjax.gallery import blocks, calibration
+from vidjax.gallery import coordinates as coordinates_lib
 from vidjax.gallery import front as front_lib
 from vidjax.gallery import index as index_lib
+from vidjax.gallery.blocks import Clip
+from vidjax.gallery.coordinates import Coordinates
 from vidjax.gallery.index import Index
 from vidjax.gallery.people import People
 from vidjax.models import plda
@@ -73,7 +76,7 @@ def made_unit(part, x):
 def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
     people = made_galleries.make(tmp_path / "g")
     clip = made_galleries.make_clip(777, "person 3", lacks=lacks)
-    (logs,) = people.log_probabilities(people.split([clip.vector]))
+    (logs,) = people.log_probabilities(people.coordinates.split(clip.vector[None]))
     wanted = oracle(people, clip)
     found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert found.keys() == wanted.keys()
@@ -113,33 +116,40 @@ def test_ties_go_by_name(tmp_path):
     clip = made_galleries.make_clip(1, "b")
     twins = {f"clip {name}": clip._replace(identity=name) for name in ("b", "c", "a")}
     people = made_galleries.make(tmp_path / "g", twins)
-    (logs,) = people.log_probabilities(people.split([clip.vector]))
+    (logs,) = people.log_probabilities(people.coordinates.split(clip.vector[None]))
     best = people.index.best(logs, 2)
     assert [name for name, _ in best] == ["a", "b"] and best[0][1] == best[1][1]
     assert len(people.index.best(logs, 99)) == 3
 
 
-def test_a_row_of_numbers_does_not_depend_on_the_others(monkeypatch):
+def test_a_row_of_numbers_does_not_depend_on_the_others():
     """At the width of real vectors, where products of matrices take many paths."""
-    monkeypatch.setattr(index_lib, "CHUNK", 7)
     rng = np.random.default_rng(0)
     width, count = 256, 40
     labels = np.repeat(np.arange(1, 31), 3)
     x = (rng.standard_normal((31, width))[labels] + rng.standard_normal((90, width))) / width**0.5
-    front = front_lib.fit(
-        {"x": x.astype(np.float32)}, labels, centred=True, settings=made_galleries.SETTINGS
+    coordinates = Coordinates(
+        front_lib.fit(
+            {"x": x.astype(np.float32)}, labels, centred=True, settings=made_galleries.SETTINGS
+        )
     )
-    people = {
-        f"p{n}": [rng.standard_normal((1 + n % 3, width)).astype(np.float32)] for n in range(count)
+    clips = {
+        f"c{n}": Clip(f"p{n % count}", rng.standard_normal(width).astype(np.float32))
+        for n in range(2 * count)
     }
     queries = rng.standard_normal((5, width)).astype(np.float32)
 
-    def scores(batches):
-        index = Index(front)
-        for batch in batches:
-            index.update(batch)
-        every = index.whiten([queries])
-        alone = [index.whiten([query[None]]) for query in queries]
+    def scores(groups):
+        """Returns the answers where the people of a group lie together, some taken over."""
+        index, made = Index(coordinates), {}
+        for number, people in enumerate(groups):
+            some = {name: clip for name, clip in clips.items() if clip.identity in people}
+            alone = {name: clip for name, clip in some.items() if clip.identity == people[0]}
+            old = blocks.make(coordinates, alone, {})
+            made[str(number)] = blocks.make(coordinates, some, {people[0]: old})
+        index.replace((), made)
+        every = coordinates.whiten([queries])
+        alone = [coordinates.whiten([query[None]]) for query in queries]
         found = []
         for row in range(len(queries)):
             logs = index.log_probabilities([every[0][row]])
@@ -147,25 +157,22 @@ def test_a_row_of_numbers_does_not_depend_on_the_others(monkeypatch):
             found.append(dict(zip([None, *index.names], logs.tolist(), strict=True)))
         return found
 
-    names = list(people)
-    nothing = [np.zeros((0, width), np.float32)]
-    wanted = scores([people])
+    names = sorted({str(clip.identity) for clip in clips.values()})
+    wanted = scores([names])
     for size in (1, 3, 17):
-        order = rng.permutation(count).tolist()
-        batches = [
-            {names[n]: people[names[n]] for n in order[at : at + size]}
-            for at in range(0, count, size)
-        ]
-        away = [{f"q{n}": people["p1"] for n in range(9)}, {f"q{n}": nothing for n in range(9)}]
-        assert scores(batches) == wanted
-        assert scores([away[0], *batches, away[1]]) == wanted
+        order = [names[n] for n in rng.permutation(count).tolist()]
+        assert scores([order[at : at + size] for at in range(0, count, size)]) == wanted
 
 
 def test_threads_change_nothing(tmp_path, monkeypatch):
     people = made_galleries.make(tmp_path / "g")
     wanted = made_galleries.answers(people)
     monkeypatch.setattr(index_lib, "MANY", 1)
+    monkeypatch.setattr(coordinates_lib, "MANY", 1)
     assert made_galleries.answers(people) == wanted
+    assert made_galleries.answers(People(people.folder)) == wanted
+    made_galleries.make(tmp_path / "again")
+    assert made_galleries.contents(tmp_path / "again") == made_galleries.contents(people.folder)
 
 
 # ---- thresholds

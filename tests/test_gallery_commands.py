@@ -288,7 +288,9 @@ def test_export_to_qdrant(say, tmp_path, monkeypatch, place):
         )
         assert point.payload == {"clip": "clip 30", "identity": "person 3"}
         names = sorted(enrolled)
-        found = people.index.whiten(people.split([enrolled[name].vector for name in names]))
+        found = people.coordinates.whiten(
+            people.coordinates.split(np.stack([enrolled[name].vector for name in names]))
+        )
         for number, part in enumerate(people.front.parts):
             unit = found[number] / np.linalg.norm(found[number], axis=1, keepdims=True)
             row = names.index("clip 30")

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import made_galleries
+from vidjax.gallery import blocks as blocks_lib
 from vidjax.gallery import manifest as manifest_lib
 from vidjax.gallery import people as people_lib
 from vidjax.gallery import store as store_lib
+from vidjax.gallery.blocks import Clip
 from vidjax.gallery.buckets import Tree, bits_of
-from vidjax.gallery.manifest import Clip
 from vidjax.gallery.people import People
 from vidjax.run import workdir as workdir_lib
 
@@ -51,32 +52,44 @@ def refused(action, *words):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sets(st.integers(0, 60), min_size=1, max_size=20), min_size=1, max_size=8),
+    st.lists(
+        st.dictionaries(st.integers(0, 60), st.integers(0, 4), min_size=1, max_size=20),
+        min_size=1,
+        max_size=8,
+    ),
     st.integers(1, 9),
-    st.randoms(use_true_random=False),
 )
-def test_buckets_depend_on_the_clips_alone(batches, most, random):
-    tree, there = Tree(most), set()
+def test_buckets_depend_on_what_is_there_alone(batches, most):
+    tree, there = Tree(most), {}
     for batch in batches:
-        names = {f"clip {number}" for number in batch}
-        added = {name for name in names if name not in there or random.random() < 0.5}
-        removed = (names - added) & there
-        moves = tree.moves(added - removed, removed)
-        tree.apply(moves)
-        there = (there | added) - removed
+        changed = {f"key {number}": count for number, count in batch.items()}
+        tree.apply(tree.moves(changed))
+        there = {key: count for key, count in (there | changed).items() if count}
         at_once = Tree(most)
-        at_once.apply(at_once.moves(there, set()))
+        at_once.apply(at_once.moves(there))
         assert tree.leaves == at_once.leaves
-        assert set().union(*tree.leaves.values()) == there
-        for bits, clips in tree.leaves.items():
-            assert len(clips) <= most
-            assert all(bits_of(name).startswith(bits) for name in clips)
-        again = Tree(most, {bits: clips for bits, clips in tree.leaves.items() if clips})
+        assert {k: n for keys in tree.leaves.values() for k, n in keys.items()} == there
+        for bits, keys in tree.leaves.items():
+            assert len(keys) == 1 or sum(keys.values()) <= most
+            assert all(bits_of(key).startswith(bits) and tree.leaf(key) == bits for key in keys)
+            neighbour = tree.leaves.get(bits[:-1] + str(1 - int(bits[-1]))) if bits else None
+            if neighbour is not None:  # together they would be too large
+                assert len(keys | neighbour) > 1
+                assert sum((keys | neighbour).values()) > most
+        again = Tree(most, {bits: keys for bits, keys in tree.leaves.items() if keys})
         assert again.leaves == tree.leaves
 
 
-def test_a_bucket_above_another_one_is_refused():
-    refused(lambda: Tree(3, {"0": ["a"], "01": ["b"]}), "'0'")
+@pytest.mark.parametrize(
+    ("leaves", "word"),
+    [
+        ({"0": {"person a": 1}, "01": {"person b": 1}}, "'0' lies above"),
+        ({"": {"person a": 2, "person b": 2}}, "too large"),
+        ({str(1 - int(bits_of("person a")[0])): {"person a": 1}}, "another file than its own"),
+    ],
+)
+def test_buckets_that_no_gallery_has_are_refused(leaves, word):
+    refused(lambda: Tree(3, leaves), word)
 
 
 # ---- the same, however people came and left
@@ -143,7 +156,12 @@ def holds(folder, content):
 def test_no_byte_is_left_of_who_was_removed(gallery, by):
     gone = [name for name, clip in CLIPS.items() if clip.identity == "person 7"]
     assert len(gone) == 4
-    parts = [piece for name in gone for piece in np.split(CLIPS[name].vector, 13)]
+    numbers = [CLIPS[name].vector for name in gone]
+    for block in store_lib.Store(gallery.folder, sync=False).read().contents.blocks.values():
+        if "person 7" in block.people:
+            numbers += [x[block.place("person 7")] for x in block.coefficients.linear]
+    assert len(numbers) == 6
+    parts = [piece for x in numbers for piece in np.split(x, len(x))]
     assert all(holds(gallery.folder, piece.tobytes()) for piece in parts if piece.any())
     if by == "identity":
         gallery.remove(identities=["person 7"])
@@ -240,7 +258,7 @@ def test_a_change_that_fails_leaves_the_old_state_or_the_new_one(
             assert made_galleries.answers(people) == state  # as in memory
             assert made_galleries.contents(folder) == expected[found[0]][0]
         CHANGES["enrol"](people)  # the same object goes on, and cleans up, if nothing is new, too
-        assert set(store_lib.Store(folder, sync=False).read().clips) == set(people.clips)
+        assert set(store_lib.Store(folder, sync=False).read().contents) == set(people.clips)
         names = {path.name for path in folder.iterdir()}
         manifest = json.loads((folder / "manifest.json").read_bytes())
         assert len(names) == len(manifest["buckets"]) + 3  # front, manifest, lock
@@ -359,6 +377,10 @@ def forge(folder, **entries):
     (folder / "manifest.json").write_text(json.dumps(sealed))
 
 
+def bucket(**entries):
+    return {"bits": "0", "people": 1, "clips": 1, "sha256": "0" * 64} | entries
+
+
 def parts(*widths):
     return [{"name": f"part {n}", "width": width} for n, width in enumerate(widths)]
 
@@ -379,9 +401,11 @@ def parts(*widths):
         {"settings": dict.fromkeys(manifest_lib.Settings._fields, float("nan"))},
         {"run": {"workdir": ["x"], "digest": "0" * 64, "centred": True}},
         {"front": "../../../etc/passwd"},
-        {"buckets": [{"bits": "0", "clips": 2**31 - 1, "sha256": "0" * 64}]},
-        {"buckets": [{"bits": "/../x", "clips": 1, "sha256": "0" * 64}]},
-        {"buckets": [{"bits": "0" * 64, "clips": 2**31 - 1, "sha256": "0" * 64}]},
+        {"buckets": [bucket(clips=2**31 - 1)]},
+        {"buckets": [bucket(people=2**31 - 1)]},
+        {"buckets": [bucket(people=-1)]},
+        {"buckets": [bucket(bits="/../x")]},
+        {"buckets": [bucket(bits="0" * 64, clips=2**31 - 1)]},
         {"buckets": {"0": 1}},
         {"format": 2},
     ],
@@ -402,49 +426,68 @@ def bucket_of(folder, content):
     forge(folder, buckets=value["buckets"])
 
 
-def first_bucket(folder):
-    """Returns the clips of the first file."""
+def first_block(folder):
+    """Returns the content of the first file."""
     value = json.loads((folder / "manifest.json").read_bytes())["buckets"][0]
     path = folder / f"clips-{value['bits']}-{value['sha256'][:16]}.numbers"
-    return manifest_lib.read_bucket(path, manifest_lib.Bucket(**value), 13)
+    return manifest_lib.read_block(path, manifest_lib.Bucket(**value), made_galleries.WIDTHS)
 
 
-def spoilt(kind, clips):
+def spoilt(kind, block):
     """Returns the bytes of a file of clips that no gallery writes."""
-    names = sorted(clips)
+    numbers = block.coefficients
     if kind == "NaN":
-        vector = clips[names[0]].vector.copy()
-        vector[3] = np.nan
-        return manifest_lib.bucket_bytes(clips | {names[0]: Clip("x", vector)})
-    if kind == "other clips":
-        return manifest_lib.bucket_bytes(
-            {f"other {n}": clip for n, clip in enumerate(clips.values())}
-        )
-    if kind == "fewer":
-        return manifest_lib.bucket_bytes({name: clips[name] for name in names[1:]})
-    head, _, numbers = manifest_lib.bucket_bytes(clips).partition(b"\n")
+        vectors = block.vectors.copy()
+        vectors[0, 3] = np.nan
+        return blocks_lib.to_bytes(block._replace(vectors=vectors))
+    if kind == "infinite":
+        linear = (numbers.linear[0] + np.inf, *numbers.linear[1:])
+        return blocks_lib.to_bytes(block._replace(coefficients=numbers._replace(linear=linear)))
+    if kind in ("too many", "too few"):
+        other = numbers.num_clips + (9 if kind == "too many" else -9)
+        return blocks_lib.to_bytes(block._replace(coefficients=numbers._replace(num_clips=other)))
+    if kind == "other people":
+        people = tuple(f"other {name}" for name in block.people)
+        return blocks_lib.to_bytes(block._replace(people=people))
+    content = blocks_lib.to_bytes(block)
+    size = blocks_lib.num_bytes(made_galleries.WIDTHS, len(block.people), block.num_clips)
+    head, tail = content[:-size], content[-size:]
     value: Any = json.loads(head)
+    if kind == "fewer":
+        value[0][1] = value[0][1][1:]
     if kind == "wider":
-        return head + b"\n" + numbers + numbers
-    if kind == "twice":
-        value[1:] = [value[0]] * len(value[1:])
+        return head + tail + tail
+    if kind == "unaligned":
+        return head[:-1] + b" \n" + tail
+    if kind == "clips twice":
+        value[0][1] = value[0][1][:1] * len(value[0][1]) + value[0][1][:1]
+    if kind == "people twice":
+        value[1][0] = value[0][0]
     if kind == "no names":
         value = [[1, 2] for _ in value]
+    if kind == "numbers":
+        value[0][1] = [1] * len(value[0][1])
+    if kind == "nobody":
+        value[0][0] = None
     if kind == "control":
-        value[0][1] = "a\nb"
+        value[0][0] = "a\nb"
     if kind == "object":
         value = {"clips": value}
+    line = json.dumps(value).encode()
     if kind == "deep":
-        return b"[" * 10_000 + b"]" * 10_000 + b"\n" + numbers
-    return json.dumps(value).encode() + b"\n" + numbers
+        line = b"[" * 10_000 + b"]" * 10_000
+    return line.ljust(-(-(len(line) + 1) // 64) * 64 - 1) + b"\n" + tail
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["NaN", "other clips", "fewer", "wider", "twice", "no names", "control", "object", "deep"],
-)
+    ["NaN", "infinite", "too many", "too few", "other people", "fewer", "wider", "unaligned",
+     "clips twice", "people twice", "no names", "numbers", "nobody", "control", "object", "deep"],
+)  # fmt: skip
 def test_a_forged_file_of_clips_is_refused(gallery, kind):
-    bucket_of(gallery.folder, spoilt(kind, first_bucket(gallery.folder)))
+    block = first_block(gallery.folder)
+    assert len(block.people) > 1
+    bucket_of(gallery.folder, spoilt(kind, block))
     refused(lambda: People(gallery.folder), str(gallery.folder), "damaged")
 
 

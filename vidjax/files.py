@@ -8,6 +8,7 @@ of a reader is a ValueError, or FileNotFoundError where there is no file.
 import io
 import json
 import math
+import mmap
 import os
 import stat
 import zipfile
@@ -123,6 +124,22 @@ def read_bytes(path: Path, limit: int) -> bytes:
             while len(content) <= size and (part := file.read(size + 1 - len(content))):
                 content += part
             return bytes(content)
+    except PermissionError as error:
+        raise ValueError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def map_bytes(path: Path, limit: int) -> memoryview:
+    """Maps a file of at most `limit` bytes into memory; the file must not be shortened meanwhile.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is larger, no regular file, or cannot be read.
+    """
+    try:
+        with open_regular(path, limit=limit) as file:
+            if not os.fstat(file.fileno()).st_size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except PermissionError as error:
         raise ValueError(f"cannot read '{path}': {error.strerror}") from error
 

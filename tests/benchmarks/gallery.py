@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.gallery import front as front_lib
+from vidjax.gallery.blocks import Clip
 from vidjax.gallery.front import Front
-from vidjax.gallery.manifest import Clip, Origin
+from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People
 from vidjax.models.plda import Settings
 
@@ -92,7 +93,7 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
     found["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
 
     query = make_clips(num_parts, TRIES, rng, 5_000_000)
-    parts = people.split([clip.vector for clip in query.values()])
+    parts = people.coordinates.split(np.stack([clip.vector for clip in query.values()]))
 
     def identify(number: int) -> None:
         (logs,) = people.log_probabilities([x[number : number + 1] for x in parts])

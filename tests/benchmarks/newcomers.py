@@ -30,8 +30,9 @@ from vidjax import config as config_lib
 from vidjax import fusion, metrics
 from vidjax.batch import Array, Frames
 from vidjax.data.clips import TrainingData
+from vidjax.gallery.blocks import Clip
 from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.manifest import Clip, Origin
+from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People, fit_front
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors

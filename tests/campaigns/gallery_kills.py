@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tests.helpers import made_galleries
 from vidjax.gallery import store
-from vidjax.gallery.manifest import Clip
+from vidjax.gallery.blocks import Clip
 from vidjax.gallery.people import People
 
 PEOPLE = 300

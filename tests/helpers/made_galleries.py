@@ -5,7 +5,8 @@ import pytest
 
 from vidjax.gallery import front as front_lib
 from vidjax.gallery import store
-from vidjax.gallery.manifest import Clip, Origin
+from vidjax.gallery.blocks import Clip
+from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People
 from vidjax.models.plda import Settings
 
@@ -15,7 +16,7 @@ RUN = Origin("somewhere", "0" * 64, centred=False)
 
 
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes files of at most 8 clips."""
+    """Makes files of at most 8 clips, or of one person."""
     monkeypatch.setattr(store, "BUCKET_BYTES", 1)
 
 
@@ -66,7 +67,7 @@ def make(folder, clips=None, *, sync: bool = False) -> People:
 def answers(people: People, count: int = 6) -> list[list[tuple[str, float]]]:
     """Returns all identities with their scores, of clips that some people and strangers show."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
-    parts = people.split([clip.vector for clip in shown])
+    parts = people.coordinates.split(np.stack([clip.vector for clip in shown]))
     return [people.index.best(logs, 10**6) for logs in people.log_probabilities(parts)]
 
 

@@ -6,10 +6,12 @@
 | `commands.py` | what a user types, `python -m vidjax.gallery` |
 | `vectors.py` | clips to vectors, by a trained run |
 | `front.py` | the coordinates and settings in which vectors are compared |
-| `index.py` | exact search over identities, in memory |
-| `people.py` | who is enrolled by which clips |
+| `coordinates.py` | vectors in these coordinates, and the coefficients of people |
+| `index.py` | exact search over identities |
+| `people.py` | who is enrolled by which clips: changes on disk, then in memory |
+| `contents.py`, `blocks.py`, `buckets.py` | all clips, those of one file, and which lie together |
 | `calibration.py` | thresholds from strangers |
-| `store.py`, `buckets.py` | the folder: whole or not at all, and nothing of what was removed |
+| `store.py`, `manifest.py` | the folder: whole or not at all, and nothing of what was removed |
 | `answers.py` | answers as a table or a file |
 | `qdrant.py` | export to a vector database |
 """

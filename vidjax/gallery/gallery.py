@@ -26,8 +26,8 @@ from vidjax.data.clips import TrainingData
 from vidjax.data.ground_truth import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.gallery import vectors as vectors_lib
+from vidjax.gallery.blocks import Clip
 from vidjax.gallery.calibration import Threshold
-from vidjax.gallery.manifest import Clip
 from vidjax.gallery.people import People, fit_front
 from vidjax.gallery.vectors import AnyClips, Vectors
 from vidjax.modes.arguments import load_data
@@ -296,7 +296,7 @@ class Gallery:
           k: number of identities in `Answer.best`, at most.
           limit: the lowest score of a name; None to compare with somebody new.
         """
-        self._check_people()
+        self.people.check_anybody()
         for logs in self.people.log_probabilities(parts):
             best = self.people.index.best(logs, k)
             score = best[0][1] if best else -np.inf
@@ -336,7 +336,7 @@ class Gallery:
         Raises:
           ValueError: nobody is enrolled.
         """
-        self._check_people()
+        self.people.check_anybody()
         identities = sort_identities(self.people.index.names)
         row = {name: number for number, name in enumerate(self.people.index.names)}
         columns = np.array([1 + row[name] for name in identities])
@@ -356,12 +356,6 @@ class Gallery:
         clips = tuple(found.names[place] for place in order.tolist())
         arrays = topk.TopK(np.asarray(top.scores), np.asarray(top.index))
         return Ranked(identities, clips, arrays)
-
-    def _check_people(self) -> None:
-        if not self.people.index.names:
-            raise ValueError(
-                f"gallery '{self.people.folder}' has nobody enrolled\nenrol people first: enrol G"
-            )
 
 
 def _restored(run: Predictor | str | Path) -> Predictor:

@@ -1,11 +1,12 @@
 """The files of a gallery as bytes: how they are written, and how they are checked when read.
 
-A file `.numbers` is a line of JSON and the bytes of little-endian floats. `manifest.json` names
+A file `.numbers` is a line of JSON and the bytes of little-endian numbers. `manifest.json` names
 every other file with its sha256. A stranger may have made the files: sizes are checked before
 anything of that size is read, and every value after it.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,9 @@ import numpy as np
 
 from vidjax import digests, files
 from vidjax.data.untrusted.names import check_name
+from vidjax.gallery import blocks
 from vidjax.gallery import front as front_lib
+from vidjax.gallery.blocks import Block
 from vidjax.gallery.buckets import DEEPEST
 from vidjax.gallery.front import Front
 from vidjax.models.plda import Settings
@@ -29,7 +32,11 @@ BYTES = 64 * files.MB  # of the largest manifest
 MOST_PARTS, MOST_WIDTH = 64, 16_384
 MOST_LETTERS = 1000  # of a name
 NAME_BYTES = 32_768  # of a clip and its identity in the first line of a bucket, with escapes
+FRONT_HEAD = b"[]\n"
 REMEDY = "put back a copy of the gallery, or create it anew"
+OTHER_SHA = "its sha256 is not that in the manifest"
+OTHER_SIZE = "it has another size"
+NOT_FINITE = "it holds a number that is not finite"
 
 
 def _matches(pattern: str) -> schema.Kind:
@@ -40,7 +47,10 @@ def _matches(pattern: str) -> schema.Kind:
 
 _SHA = _matches("[0-9a-f]{64}")
 _PART = schema.Object({"name": schema.TEXT, "width": schema.SIZE}, ("name", "width"))
-_BUCKET_KEYS = {"bits": _matches(f"[01]{{0,{DEEPEST}}}"), "clips": schema.SIZE, "sha256": _SHA}
+_BUCKET_KEYS = {
+    "bits": _matches(f"[01]{{0,{DEEPEST}}}"), "people": schema.COUNT, "clips": schema.SIZE,
+    "sha256": _SHA,
+}  # fmt: skip
 SCHEMA = schema.Object(
     {
         "format": schema.SIZE,
@@ -61,18 +71,6 @@ SCHEMA = schema.Object(
 )  # fmt: skip
 
 
-class Clip(NamedTuple):
-    """An enrolled clip, or one of a stranger.
-
-    Attributes:
-      identity: the person; None for a stranger.
-      vector: [sum of D] float32, the parts one after another, 0 for those that it lacks.
-    """
-
-    identity: str | None
-    vector: np.ndarray
-
-
 class Origin(NamedTuple):
     """The run that makes vectors of clips.
 
@@ -91,12 +89,14 @@ class Bucket(NamedTuple):
     """A file of clips.
 
     Attributes:
-      bits: the first bits of the sha256 of the clips' names.
-      clips: their number.
+      bits: the first bits of the sha256 of its keys, see `buckets`.
+      people: the number of people.
+      clips: the number of clips, those of strangers included.
       sha256: of the file.
     """
 
     bits: str
+    people: int
     clips: int
     sha256: str
 
@@ -172,17 +172,9 @@ def damaged(path: Path, problem: str) -> ValueError:
     return ValueError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
-def bucket_bytes(clips: Mapping[str, Clip]) -> bytes:
-    """Returns the file of some clips, in the order of their names."""
-    names = sorted(clips)
-    head = json.dumps([[name, clips[name].identity] for name in names]).encode()
-    vectors = np.stack([clips[name].vector for name in names])
-    return head + b"\n" + vectors.astype("<f4", copy=False).tobytes()
-
-
 def front_bytes(front: Front) -> bytes:
     """Returns the file of a front."""
-    return b"[]\n" + front_lib.to_numbers(front).tobytes()
+    return FRONT_HEAD + front_lib.to_numbers(front).tobytes()
 
 
 def read_front(path: Path, manifest: Manifest) -> Front:
@@ -192,60 +184,85 @@ def read_front(path: Path, manifest: Manifest) -> Front:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged.
     """
-    size = front_lib.num_numbers(manifest.widths)
-    _, numbers = _read_numbers(path, manifest.front, "<f8", size, 0)
+    size = 8 * front_lib.num_numbers(manifest.widths)
+    content = files.read_bytes(path, size + 64)
+    if hashlib.sha256(content).hexdigest() != manifest.front:
+        raise damaged(path, OTHER_SHA)
+    if len(content) != size + len(FRONT_HEAD):
+        raise damaged(path, OTHER_SIZE)
+    numbers = np.frombuffer(content, "<f8", offset=len(FRONT_HEAD))
+    if not np.isfinite(numbers).all():
+        raise damaged(path, NOT_FINITE)
     front = front_lib.from_numbers(manifest.widths, manifest.settings, numbers)
     if any(np.any(part.space.ratio < 0) for part in front.parts):
         raise damaged(path, "a variance is below 0")
     return front
 
 
-def read_bucket(path: Path, bucket: Bucket, width: int) -> dict[str, Clip]:
-    """Reads a file of clips.
+def read_block(path: Path, bucket: Bucket, widths: Mapping[str, int]) -> Block:
+    """Maps a file of clips into memory and checks it.
 
     Args:
       path: the file.
       bucket: what the manifest says of it.
-      width: sum of D over the parts.
+      widths: part -> D.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged.
     """
-    size = bucket.clips * width
-    head, numbers = _read_numbers(path, bucket.sha256, "<f4", size, bucket.clips * NAME_BYTES)
-    vectors = numbers.reshape(bucket.clips, width)
-    if not isinstance(head, list) or len(head) != bucket.clips:
-        raise damaged(path, "it names another number of clips")
-    clips: dict[str, Clip] = {}
-    for pair, vector in zip(head, vectors, strict=True):
-        name, identity = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        if not isinstance(name, str) or not isinstance(identity, str | None) or name in clips:
-            raise damaged(path, "its first line is no list of clips")
-        try:
-            check_name(name)
-            check_name("nobody" if identity is None else identity, "identity")
-        except ValueError as error:
-            raise damaged(path, str(error)) from error
-        clips[name] = Clip(identity, vector)
-    return clips
-
-
-def _read_numbers(
-    path: Path, sha256: str, dtype: str, size: int, head_bytes: int
-) -> tuple[object, np.ndarray]:
-    """Returns the first line and the finite numbers of a file `.numbers`."""
-    num_bytes = size * np.dtype(dtype).itemsize
-    content = files.read_bytes(path, num_bytes + head_bytes + 64)
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise damaged(path, "its sha256 is not that in the manifest")
-    end = len(content) - num_bytes
-    if end < 1 or content[end - 1 : end] != b"\n":
-        raise damaged(path, "it has another size")
-    numbers = np.frombuffer(content, dtype, offset=end)
-    if not np.isfinite(numbers).all():
-        raise damaged(path, "it holds a number that is not finite")
+    size = blocks.num_bytes(widths, bucket.people, bucket.clips)
+    content = files.map_bytes(path, size + bucket.clips * NAME_BYTES + blocks.ALIGNED)
+    if hashlib.sha256(content).hexdigest() != bucket.sha256:
+        raise damaged(path, OTHER_SHA)
+    start = len(content) - size
+    if start < 1 or start % blocks.ALIGNED or content[start - 1] != ord("\n"):
+        raise damaged(path, OTHER_SIZE)
+    shape = (widths, bucket.people, bucket.clips)
+    coefficients, vectors = blocks.numbers_of(content, start, *shape)
+    floats = (*coefficients.linear, coefficients.constant, vectors)
+    if not all(np.isfinite(x).all() for x in floats):
+        raise damaged(path, NOT_FINITE)
     try:
-        return files.parse_json(content[: end - 1]), numbers
+        head = files.parse_json(bytes(content[: start - 1]))
+        people, clips = _people_and_clips(head, bucket)
     except ValueError as error:
         raise damaged(path, str(error)) from error
+    most = np.array([len(names) for names in clips[:-1]], np.int32)
+    if ((coefficients.num_clips < 0) | (coefficients.num_clips > most)).any():
+        raise damaged(path, "a number of clips is another than that of the names")
+    return Block.of(people, clips, vectors, coefficients)
+
+
+def _people_and_clips(
+    head: object, bucket: Bucket
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Returns `Block.people` and `Block.clips` of the first line of a file.
+
+    Raises:
+      ValueError: the line is no list of people with their clips.
+    """
+    problem = "its first line is no list of people with their clips"
+    if not isinstance(head, list) or len(head) != bucket.people + 1:
+        raise ValueError(problem)
+    identities, groups = [], []
+    for pair in head:
+        identity, clips = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        if not isinstance(clips, list) or not all(isinstance(name, str) for name in clips):
+            raise ValueError(problem)
+        if any(first >= second for first, second in itertools.pairwise(clips)):
+            raise ValueError("its clips are not in order, or named twice")
+        for name in clips:
+            check_name(name)
+        identities.append(identity)
+        groups.append(tuple(clips))
+    people = identities[:-1]
+    if identities[-1] is not None or not all(isinstance(name, str) for name in people):
+        raise ValueError(problem)
+    if any(first >= second for first, second in itertools.pairwise(people)):
+        raise ValueError("its people are not in order, or named twice")
+    for name in people:
+        check_name(name, "identity")
+    if not all(groups[:-1]) or sum(map(len, groups)) != bucket.clips:
+        raise ValueError("it names another number of clips")
+    return tuple(people), tuple(groups)

@@ -5,7 +5,6 @@ were. Where another process has changed the folder meanwhile, a change begins by
 """
 
 import contextlib
-from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +12,17 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data.untrusted.names import check_name, show
+from vidjax.gallery import blocks as blocks_lib
 from vidjax.gallery import calibration
 from vidjax.gallery import front as front_lib
+from vidjax.gallery.blocks import Block, Clip
 from vidjax.gallery.calibration import Threshold
+from vidjax.gallery.contents import Contents
+from vidjax.gallery.coordinates import Coordinates
 from vidjax.gallery.front import Front
 from vidjax.gallery.index import Index
-from vidjax.gallery.manifest import MOST_LETTERS, MOST_WIDTH, Clip, Origin
-from vidjax.gallery.store import State, Store
+from vidjax.gallery.manifest import MOST_LETTERS, MOST_WIDTH, Origin
+from vidjax.gallery.store import State, Store, most_clips
 from vidjax.models.plda import Settings
 from vidjax.run import workdir as workdir_lib
 from vidjax.suggest import closest
@@ -88,43 +91,21 @@ class People:
                     f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder"
                 )
             store.sweep()
-            store.write(State(1, run, front, dict(clips)), set(clips), set(), front=True)
+            change = Contents(most_clips(sum(front.widths.values())), {}).plan(clips, ())
+            store.write(1, run, front, gone=(), new=change.blocks(Coordinates(front)))
         return cls(path, sync=sync)
 
     def _take(self, state: State) -> None:
         """Takes what the folder holds."""
-        self._version, self._run, self._front = state.version, state.run, state.front
-        self._clips = state.clips
-        self._clips_of: dict[str, set[str]] = {}
-        self._strangers: set[str] = set()
-        for name, clip in self._clips.items():
-            self._group(clip.identity).add(name)
-        self._make_index()
+        self._version, self._run, self._contents = state.version, state.run, state.contents
+        self._use(state.front, state.contents.blocks)
 
-    def _make_index(self) -> None:
-        """Makes the index of the front and of all people."""
-        self.index = Index(self._front)
+    def _use(self, front: Front, blocks: Mapping[str, Block]) -> None:
+        """Takes a front, and blocks in its coordinates."""
+        self._coordinates = Coordinates(front)
+        self.index = Index(self._coordinates)
+        self.index.replace((), blocks)
         self._calibration: np.ndarray | None = None
-        names = list(self._clips_of)
-        for at in range(0, len(names), front_lib.MOST_ROWS):
-            some = names[at : at + front_lib.MOST_ROWS]
-            self.index.update({name: self._parts_of(name) for name in some})
-
-    def _group(self, identity: str | None) -> set[str]:
-        if identity is None:
-            return self._strangers
-        return self._clips_of.setdefault(identity, set())
-
-    def _parts_of(self, identity: str) -> list[np.ndarray]:
-        """Returns the vectors of an identity, [M] of [k, D], in the order of clip names."""
-        names = sorted(self._clips_of.get(identity, ()))
-        return self.split([self._clips[name].vector for name in names])
-
-    def split(self, vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the parts [M] of [n, D] of vectors [n] of [sum of D]."""
-        widths = list(self._front.widths.values())
-        stacked = np.stack(vectors) if len(vectors) else np.zeros((0, sum(widths)), np.float32)
-        return np.split(stacked, np.cumsum(widths)[:-1].tolist(), axis=1)
 
     @property
     def folder(self) -> Path:
@@ -144,22 +125,27 @@ class People:
     @property
     def front(self) -> Front:
         """Coordinates and settings."""
-        return self._front
+        return self._coordinates.front
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """The coordinates, to turn vectors."""
+        return self._coordinates
 
     @property
     def clips(self) -> Mapping[str, Clip]:
         """Name -> clip, strangers included."""
-        return self._clips
+        return self._contents
 
     @property
     def identities(self) -> dict[str, int]:
         """Identity -> its number of clips, in the order of names."""
-        return {name: len(self._clips_of[name]) for name in sorted(self._clips_of)}
+        return self._contents.counts
 
     @property
     def strangers(self) -> list[str]:
         """The clips of strangers, in the order of names."""
-        return sorted(self._strangers)
+        return self._contents.strangers
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -182,7 +168,7 @@ class People:
           OSError: the change cannot be written.
         """
         for name, clip in clips.items():
-            _check(name, clip, self._front)
+            _check(name, clip, self.front)
         with self._changing():
             new = {name: clip for name, clip in clips.items() if self._is_new(name, clip)}
             if new:
@@ -191,7 +177,7 @@ class People:
 
     def _is_new(self, name: str, clip: Clip) -> bool:
         """Returns whether a clip is to be written; ValueError where it contradicts one."""
-        old = self._clips.get(name)
+        old = self._contents.get(name)
         if old is None:
             return True
         if clip.identity is None and old.identity is not None:
@@ -220,12 +206,13 @@ class People:
         with self._changing():
             gone = set()
             for name in identities:
-                if name not in self._clips_of:
-                    raise _unknown("identity", name, self._clips_of)
-                gone |= self._clips_of[name]
+                shown = self._contents.clips_of(name)
+                if not shown:
+                    raise _unknown("identity", name, self.index.names)
+                gone |= shown.keys()
             for name in clips:
-                if name not in self._clips:
-                    raise _unknown("clip", name, self._clips)
+                if name not in self._contents:
+                    raise _unknown("clip", name, self._contents)
                 gone.add(name)
             if gone:
                 self._change({}, gone)
@@ -233,25 +220,15 @@ class People:
 
     def _change(self, new: Mapping[str, Clip], gone: Collection[str]) -> None:
         """Writes a change, then makes it in memory."""
-        later = ChainMap(dict(new), self._clips)
-        state = State(self._version + 1, self._run, self._front, later)
-        self._store.write(state, set(new), set(gone), front=False)
+        change = self._contents.plan(new, gone)
+        blocks = dict(change.blocks(self._coordinates))
+        moves = change.moves
+        self._store.write(
+            self._version + 1, self._run, self.front, gone=moves.gone, new=blocks.items()
+        )
         self._version += 1
-        touched = set()
-        for name in (*new, *gone):
-            old = self._clips.pop(name, None)
-            if old is not None:
-                touched.add(old.identity)
-                self._group(old.identity).discard(name)
-            if name in new:
-                self._clips[name] = new[name]
-                touched.add(new[name].identity)
-                self._group(new[name].identity).add(name)
-        people = sorted(name for name in touched if name is not None)
-        self.index.update({name: self._parts_of(name) for name in people})
-        for name in people:
-            if not self._clips_of[name]:
-                del self._clips_of[name]
+        self._contents.apply(change, blocks)
+        self.index.replace(moves.gone, blocks)
         self._calibration = None
 
     def refit(self) -> None:
@@ -262,13 +239,23 @@ class People:
           OSError: the change cannot be written.
         """
         with self._changing():
-            if not self._clips_of:
-                raise ValueError(f"gallery '{self.folder}' has nobody enrolled: enrol people first")
-            front = fit_front(self._clips, self._front.widths, centred=self._run.centred)
-            state = State(self._version + 1, self._run, front, self._clips)
-            self._store.write(state, set(), set(), front=True)
-            self._version, self._front = state.version, front
-            self._make_index()
+            self.check_anybody()
+            front = fit_front(self._contents, self.front.widths, centred=self._run.centred)
+            coordinates, old = Coordinates(front), self._contents.blocks
+            new = {p: blocks_lib.refitted(coordinates, block) for p, block in old.items()}
+            self._store.write(
+                self._version + 1, self._run, front, gone=(), new=new.items(), refitted=True
+            )
+            self._version += 1
+            old.update(new)
+            self._use(front, new)
+
+    def check_anybody(self) -> None:
+        """Raises ValueError if nobody is enrolled."""
+        if not self.index.names:
+            raise ValueError(
+                f"gallery '{self.folder}' has nobody enrolled\nenrol people first: enrol G"
+            )
 
     def log_probabilities(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields for every clip the logarithms of probabilities, see `Index.log_probabilities`.
@@ -277,7 +264,7 @@ class People:
           parts: [M] of [Q, D] float32, 0 for clips that lack the part.
         """
         for at in range(0, len(parts[0]), front_lib.MOST_ROWS):
-            block = self.index.whiten([x[at : at + front_lib.MOST_ROWS] for x in parts])
+            block = self._coordinates.whiten([x[at : at + front_lib.MOST_ROWS] for x in parts])
             for row in range(len(block[0])):
                 yield self.index.log_probabilities([z[row] for z in block])
 
@@ -289,14 +276,14 @@ class People:
         Raises:
           ValueError: nobody is enrolled, or the strangers cannot show the rate.
         """
-        if not self._clips_of:
-            raise ValueError(f"gallery '{self.folder}' has nobody enrolled: enrol people first")
-        calibration.threshold(np.zeros(len(self._strangers)), fpir, 1)  # refuses what cannot be
+        self.check_anybody()
+        strangers = self.strangers
+        calibration.threshold(np.zeros(len(strangers)), fpir, 1)  # refuses what cannot be
         if self._calibration is None:
-            vectors = [self._clips[name].vector for name in self.strangers]
-            best = [row[1:].max() for row in self.log_probabilities(self.split(vectors))]
-            self._calibration = np.array(best)
-        return calibration.threshold(self._calibration, fpir, len(self._clips_of))
+            vectors = np.stack([self._contents[name].vector for name in strangers])
+            logs = self.log_probabilities(self._coordinates.split(vectors))
+            self._calibration = np.array([row[1:].max() for row in logs])
+        return calibration.threshold(self._calibration, fpir, len(self.index.names))
 
 
 def fit_front(

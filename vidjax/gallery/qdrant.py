@@ -83,7 +83,8 @@ def write(client: "QdrantClient", people: People, collection: str) -> int:
     names = sorted(name for name, clip in people.clips.items() if clip.identity is not None)
     for at in range(0, len(names), BATCH):
         some = names[at : at + BATCH]
-        parts = people.index.whiten(people.split([people.clips[name].vector for name in some]))
+        vectors = np.stack([people.clips[name].vector for name in some])
+        parts = people.coordinates.whiten(people.coordinates.split(vectors))
         units = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in parts]
         points = [
             models.PointStruct(

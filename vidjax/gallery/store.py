@@ -2,7 +2,7 @@
 
     manifest.json            version, run, settings; the sha256 of every other file
     front-SHA.numbers        the coordinates
-    clips-BITS-SHA.numbers   some clips: names, identities, vectors
+    clips-BITS-SHA.numbers   some people and strangers: names, vectors, coefficients
     .lock                    the process that changes the gallery
 
 A file is named after its content. A change writes new files, then replaces the manifest, then
@@ -14,19 +14,22 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from vidjax import files
+from vidjax.gallery import blocks as blocks_lib
 from vidjax.gallery import manifest as manifest_lib
-from vidjax.gallery.buckets import DEEPEST, Tree
+from vidjax.gallery.blocks import Block
+from vidjax.gallery.contents import Contents
+from vidjax.gallery.coordinates import threads
 from vidjax.gallery.front import Front
-from vidjax.gallery.manifest import Bucket, Clip, Manifest, Origin
+from vidjax.gallery.manifest import Bucket, Manifest, Origin
 from vidjax.run import workdir as workdir_lib
 
 OURS = re.compile(r"\.?(manifest\.json|(front|clips-[01]*)-[0-9a-f]{16}\.numbers)(\.\d+\.partial)?")
-BUCKET_BYTES = 1 << 18  # vectors of the largest bucket, unless 8 clips have more
+BUCKET_BYTES = 1 << 20  # vectors of the largest bucket, unless 8 clips or one person have more
 MOST_TRIES = 20  # of reading a gallery that other processes change meanwhile
 
 
@@ -37,13 +40,13 @@ class State(NamedTuple):
       version: number of changes, creation included.
       run: the run that makes vectors.
       front: coordinates and settings.
-      clips: name -> clip; those that a change removes may still be there when it is written.
+      contents: the clips.
     """
 
     version: int
     run: Origin
     front: Front
-    clips: MutableMapping[str, Clip]
+    contents: Contents
 
 
 def most_clips(width: int) -> int:
@@ -85,7 +88,6 @@ class Store:
         self._content = b""  # of the manifest
         self._manifest: Manifest | None = None
         self._named = {manifest_lib.NAME}  # the files of the gallery
-        self._tree = Tree(1)
 
     @property
     def path(self) -> Path:
@@ -146,73 +148,73 @@ class Store:
     def _read(self, content: bytes) -> State:
         manifest = manifest_lib.parse(self.path, content)
         front = manifest_lib.read_front(self.folder / _front_name(manifest.front), manifest)
-        width = sum(manifest.widths.values())
-        most = most_clips(width)
-        clips: dict[str, Clip] = {}
-        leaves = {}
-        for bucket in manifest.buckets:
-            if bucket.clips > most and len(bucket.bits) < DEEPEST:
-                raise manifest_lib.damaged(self.path, "a file of clips is too large")
+
+        def block_of(bucket: Bucket) -> Block:
             path = self.folder / _bucket_name(bucket.bits, bucket.sha256)
-            found = manifest_lib.read_bucket(path, bucket, width)
-            leaves[bucket.bits] = list(found)
-            clips.update(found)
+            return manifest_lib.read_block(path, bucket, manifest.widths)
+
+        names = [bucket.bits for bucket in manifest.buckets]
+        blocks = dict(zip(names, threads().map(block_of, manifest.buckets), strict=True))
         try:
-            tree = Tree(most, leaves)
-            misplaced = [n for bits, names in leaves.items() for n in names if tree.leaf(n) != bits]
+            contents = Contents(most_clips(sum(manifest.widths.values())), blocks)
         except ValueError as error:
             raise manifest_lib.damaged(self.path, str(error)) from error
-        if misplaced or sum(map(len, leaves.values())) > len(clips):
-            raise manifest_lib.damaged(self.path, "a clip lies in another file than its own")
-        self._content, self._manifest, self._tree = content, manifest, tree
+        if len(blocks) < len(names):
+            raise manifest_lib.damaged(self.path, "a file of clips is named twice")
+        self._content, self._manifest = content, manifest
         self._named = _files_of(manifest)
-        return State(manifest.version, manifest.run, front, clips)
+        return State(manifest.version, manifest.run, front, contents)
 
-    def write(self, state: State, changed: set[str], removed: set[str], *, front: bool) -> None:
+    def write(
+        self,
+        version: int,
+        run: Origin,
+        front: Front,
+        *,
+        gone: Iterable[str],
+        new: Iterable[tuple[str, Block]],
+        refitted: bool = False,
+    ) -> None:
         """Brings the folder to a new state; the caller holds the lock.
 
         Args:
-          state: the new state of the gallery that was read or written last, or of a new gallery.
-          changed: names of clips that are new or have changed.
-          removed: names of clips that are gone.
-          front: whether the front is new.
+          version: number of changes, this one included.
+          run: the run that makes vectors.
+          front: coordinates and settings.
+          gone: prefixes of blocks that are no more, or are others.
+          new: prefix and block of those that come, one by one.
+          refitted: whether the front has changed.
 
         Raises:
           OSError: a file cannot be written; the old state is there then.
         """
         old = self._manifest
-        if old is None:
-            self._tree = Tree(most_clips(sum(state.front.widths.values())))
-        moves = self._tree.moves(changed, removed)
-        buckets = (
-            {one.bits: one for one in old.buckets if one.bits not in moves.gone} if old else {}
-        )
+        buckets = {bucket.bits: bucket for bucket in old.buckets} if old else {}
+        for bits in gone:
+            buckets.pop(bits, None)
         written: list[Path] = []
         content = b""
         try:
-            for bits, names in moves.new.items():
-                if names:
-                    file = manifest_lib.bucket_bytes({name: state.clips[name] for name in names})
-                    bucket = Bucket(bits, len(names), hashlib.sha256(file).hexdigest())
-                    self._put(_bucket_name(bits, bucket.sha256), file, written)
-                    buckets[bits] = bucket
+            for bits, block in new:
+                file = blocks_lib.to_bytes(block)
+                sha256 = hashlib.sha256(file).hexdigest()
+                self._put(_bucket_name(bits, sha256), file, written)
+                buckets[bits] = Bucket(bits, len(block.people), block.num_clips, sha256)
             front_sha = old.front if old else ""
-            if front or not old:
-                file = manifest_lib.front_bytes(state.front)
+            if refitted or not old:
+                file = manifest_lib.front_bytes(front)
                 front_sha = hashlib.sha256(file).hexdigest()
                 self._put(_front_name(front_sha), file, written)
             ordered = tuple(buckets[bits] for bits in sorted(buckets))
-            settings, widths = state.front.settings, state.front.widths
-            new = Manifest(state.version, state.run, widths, settings, front_sha, ordered)
-            content = manifest_lib.to_bytes(new)
+            latest = Manifest(version, run, front.widths, front.settings, front_sha, ordered)
+            content = manifest_lib.to_bytes(latest)
             workdir_lib.write_bytes(self.path, content, sync=self._sync)
         except BaseException:
             if not content or not files.exists(self.path) or self._read_manifest() != content:
                 for path in written:
                     path.unlink(missing_ok=True)
             raise
-        self._manifest, self._named = new, _files_of(new)
-        self._tree.apply(moves)
+        self._manifest, self._named = latest, _files_of(latest)
         self.sweep()
         self._content = content  # at last: where this does not happen, the next change reads anew
 
