@@ -152,7 +152,7 @@ SYSTEMS = [
 @pytest.mark.parametrize("spec", SYSTEMS)
 def test_shipped_configurations_run(data, tmp_path, spec):
     name, _, words = spec.partition(":")
-    epochs = 2 if name == "plda" else 1
+    epochs = {"plda": 2, "nplda": 3}.get(name, 1)
     config = shrunk(f"--config.num_epochs={epochs}", spec=f"configs/{name}.py:iqiyi_vid,{words}")
     results = run(config, tmp_path, data)
     assert 0 <= results["map"] <= 1

@@ -272,7 +272,7 @@ _ROWS = (
     Row("cosine_plda_folds", joined=("cosine_folds", "plda_folds")),
     *(
         Row(f"{name}_standard", name, "standard", absent={REAL: LARGER})
-        for name in ("plda", "cosine")
+        for name in ("mma", "plda", "nplda", "cosine")
     ),
 )  # fmt: skip
 
@@ -457,8 +457,10 @@ LADDERS = (
             Rung("folds of train and val, out of fold: closed form", "plda_folds"),
             Rung("folds of train and val, out of fold: nets", "cosine_folds"),
             Rung("both joined", "cosine_plda_folds", "cosine_folds"),
-            Rung("the closed form, of 1,000 identities", "plda_standard"),
-            Rung("the cosine net, of 1,000 identities", "cosine_standard", "plda_standard"),
+            Rung("the paper's net, of 1,000 identities", "mma_standard"),
+            Rung("the closed form there", "plda_standard", "mma_standard"),
+            Rung("with learned layers there", "nplda_standard", "plda_standard"),
+            Rung("the cosine net there", "cosine_standard", "mma_standard"),
             Rung("the paper's net with vectors of unit length", "mma_unit", "mma"),
             Rung("the paper's net with a cosine classifier", "mma_head", "mma"),
         ),

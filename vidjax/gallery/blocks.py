@@ -6,7 +6,7 @@ A file is mapped into memory: what is not used is not read, and what is read can
 import bisect
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -132,21 +132,31 @@ def _merge(
     computed: Coefficients, people: tuple[str, ...], kept: Mapping[str, Block]
 ) -> Coefficients:
     """Returns coefficients of all people, of whom those are computed that are not kept."""
-    size = (len(computed.linear), len(people))
-    linear = tuple(np.empty((size[1], x.shape[1]), np.float32) for x in computed.linear)
-    merged = Coefficients(linear, np.empty(size), np.empty(size, np.int32))
-    place = 0
+    rows: dict[int, list[int]] = {}  # block -> places of its people here; 0 for those computed
+    sources = {0: computed}
     for row, name in enumerate(people):
-        source, at = computed, place
-        if name in kept:
-            source, at = kept[name].coefficients, kept[name].place(name)
-        else:
-            place += 1
-        for to, values in zip(merged.linear, source.linear, strict=True):
-            to[row] = values[at]
-        merged.constant[:, row] = source.constant[:, at]
-        merged.num_clips[:, row] = source.num_clips[:, at]
-    return merged
+        block = kept.get(name)
+        number = 0 if block is None else id(block)
+        rows.setdefault(number, []).append(row)
+        if block is not None:
+            sources[number] = block.coefficients
+    places = {
+        number: [kept[people[row]].place(people[row]) for row in some] if number else slice(None)
+        for number, some in rows.items()
+    }
+
+    def gather(values: Callable[[Coefficients], np.ndarray]) -> np.ndarray:
+        like = values(computed)
+        merged = np.empty((len(people), *like.shape[1:]), like.dtype)
+        for number, some in rows.items():
+            merged[some] = values(sources[number])[places[number]]
+        return merged
+
+    return Coefficients(
+        tuple(gather(lambda x, n=n: x.linear[n]) for n in range(len(computed.linear))),
+        gather(lambda x: x.constant.T).T,
+        gather(lambda x: x.num_clips.T).T,
+    )
 
 
 def refitted(coordinates: Coordinates, block: Block) -> Block:
@@ -165,7 +175,7 @@ def to_bytes(block: Block) -> bytes:
     linear, constant, count = block.coefficients
     numbers = [constant.astype("<f8", copy=False), count.astype("<i4", copy=False)]
     numbers += [x.astype("<f4", copy=False) for x in (*linear, block.vectors)]
-    return padded + b"".join(x.tobytes() for x in numbers)
+    return b"".join([padded, *(np.ascontiguousarray(x).data for x in numbers)])
 
 
 def num_bytes(widths: Mapping[str, int], num_people: int, num_clips: int) -> int:

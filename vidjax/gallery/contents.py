@@ -124,22 +124,22 @@ class Contents(Mapping[str, Clip]):
                 touched[key] = {} if clip.identity is None else self.clips_of(clip.identity)
             touched[key][name] = clip
         moves = self._tree.moves({key: len(clips) for key, clips in touched.items()})
+        leaves = self._tree.leaves
+        old = {key: self.blocks[prefix] for prefix in moves.gone for key in leaves[prefix]}
         kept: dict[str, Block] = {}
         clips: dict[str, dict[str, Clip]] = {}
         for prefix, keys in moves.new.items():
             for key in keys:
-                found = touched.get(key) or self._kept(key, kept)
-                clips.setdefault(prefix, {}).update(found)
+                found = clips.setdefault(prefix, {})
+                kind, _, name = key.partition(" ")
+                if key in touched:
+                    found |= touched[key]
+                elif kind == STRANGER:
+                    found[name] = old[key].clip(name, None)
+                else:
+                    found |= old[key].clips_of(name)
+                    kept[name] = old[key]
         return Change(moves, clips, kept)
-
-    def _kept(self, key: str, kept: dict[str, Block]) -> dict[str, Clip]:
-        """Returns the clips of a key that stays as it is; a person's block goes into `kept`."""
-        block = self._block(key)
-        kind, _, name = key.partition(" ")
-        if kind == STRANGER:
-            return {name: block.clip(name, None)}
-        kept[name] = block
-        return block.clips_of(name)
 
     def apply(self, change: Change, new: Mapping[str, Block]) -> None:
         """Makes a change, of which `new` are the blocks."""

@@ -29,7 +29,7 @@ from vidjax.gallery.manifest import Bucket, Manifest, Origin
 from vidjax.run import workdir as workdir_lib
 
 OURS = re.compile(r"\.?(manifest\.json|(front|clips-[01]*)-[0-9a-f]{16}\.numbers)(\.\d+\.partial)?")
-BUCKET_BYTES = 1 << 20  # vectors of the largest bucket, unless 8 clips or one person have more
+BUCKET_BYTES = 1 << 19  # vectors of the largest bucket, unless 8 clips or one person have more
 MOST_TRIES = 20  # of reading a gallery that other processes change meanwhile
 
 
