@@ -19,8 +19,8 @@ import pytest
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records import convert
 from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records import write
 from vidjax.data.records.codec import tfds
 from vidjax.data.records.report import label_records
 from vidjax.data.untrusted import pickles
@@ -244,7 +244,7 @@ def test_a_failed_conversion_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
-        patch.setattr(convert, "write_manifest", full)
+        patch.setattr(write, "write_manifest", full)
         iqiyi_vid.prepare(small, cache)
     assert str(cache) in short_message(error)
     assert [path.name for path in (cache / "iqiyi_vid").iterdir()] == ["lock"]

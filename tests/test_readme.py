@@ -50,8 +50,9 @@ MAINS = {
     "vidjax.data.synthetic": synthetic.main,
 }
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
-SHORT = ("--config.num_epochs=0.3", "--config.eval.report=False")
-CLOSED_FORM = ("--config.num_epochs=2", "--config.eval.report=False")
+NO_REPORT = "--config.eval.report=False"
+SHORT = ("--config.num_epochs=0.3", NO_REPORT)
+CLOSED_FORM = ("--config.num_epochs=2", NO_REPORT)
 FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
@@ -239,6 +240,10 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
             words += SMALL if "mma.py:iqiyi_vid" in words[0] else ()
             if "ensemble" in " ".join(words):
                 words += FEW
+            elif "trainval" in words[0]:
+                words += FEW[:1]
+        elif "--mode=evaluate" in words:
+            words.append(NO_REPORT)
         assert MAINS[module](words) in (0, None), (words, capsys.readouterr().err)
     assert {path.name for path in Path("runs").iterdir()} >= {"mma", "iqiyi", "own", "both", "best"}
 

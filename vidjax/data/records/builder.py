@@ -10,9 +10,8 @@ import numpy as np
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
 from vidjax.data.records.codec import PackedFrames, tf, tfds
+from vidjax.data.records.manifest import VERSION
 
-# Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
-VERSION = "1.2.0"
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0

@@ -5,8 +5,6 @@ and a ragged float list decodes several times slower than bytes. TFDS reads the 
 with `PackedFrames`; `parse_batch` and `decode_batch` read whole batches, much faster.
 """
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,20 +37,6 @@ tfds: Any = tensorflow_datasets
 tf.config.set_visible_devices([], "GPU")
 tfds.disable_progress_bar()
 
-
-def _keep_freed_memory() -> None:
-    """Lets each batch reuse the memory of the one before, if the C library is glibc.
-
-    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
-    every thread trims a heap of its own: that halves the rate of batches.
-    """
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, 1)):
-            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-
-
-_keep_freed_memory()
 
 # Fields that reach a batch: those of Frames. A Batch has no boxes.
 DECODED = tuple(name for name in Frames._fields if name in STORED)
@@ -238,25 +222,6 @@ def decode_batch(
             lambda: decoded,
         )
     return {**decoded, "mask": tf.sequence_mask(lengths, size)}
-
-
-def flatten_batch(fields: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
-    """Returns the frames of B clips in one modality, without padding.
-
-    Args:
-      fields: field -> [B] strings.
-      modality: width and dtype of the features.
-
-    Returns:
-      features [F * D] as integers of the same width, quality, detection, number [F], and length
-      [B] int32.
-    """
-    carriers = _carriers(modality)
-    flat = {
-        field: tf.io.decode_raw(tf.strings.reduce_join(strings), carriers[field])
-        for field, strings in fields.items()
-    }
-    return {**flat, "length": _num_frames(fields)}
 
 
 def _put_best(

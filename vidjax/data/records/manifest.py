@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.data.clips import Modality
-from vidjax.data.records.codec import tf
 from vidjax.digests import sha256_file
+
+# Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
+VERSION = "1.2.0"
 
 
 class Shard(NamedTuple):
@@ -225,6 +227,8 @@ def check_shard(shard: Shard) -> None:
     with contextlib.suppress(OSError):  # the reader below reports how far it can be read
         if sha256_file(shard.path) == shard.sha256:
             return
+    from vidjax.data.records.codec import tf
+
     count = size = 0
     dataset = tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20)
     try:

@@ -1,9 +1,11 @@
-"""Records as batches of padded frames: endless and shuffled for training, once each to evaluate.
+"""Converted clips with their labels: streamed batch by batch, or read as a whole.
 
-Records are batched before they are parsed, and only the configured modalities are decoded, in their
-stored dtype: parsing clip by clip runs at a third of the rate.
+TensorFlow is imported where batches are streamed or records are made, and not where they are read
+as a whole.
 """
 
+import contextlib
+import ctypes
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,34 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.batch import Batch, Frames, Packed
-from vidjax.data.clips import (
-    MAX_EVAL_FRAMES,
-    BatchPlan,
-    EvalPlan,
-    Modality,
-    Split,
-    check_modalities,
-)
-from vidjax.data.frame_fields import NonFinite
+from vidjax.batch import Batch, Packed
+from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
+from vidjax.data.frame_fields import STORED, NonFinite
 from vidjax.data.labels import Truth
 from vidjax.data.record_source import Origin, RecordSource
-from vidjax.data.records.codec import (
-    decode_batch,
-    flatten_batch,
-    parse_batch,
-    random_window,
-    tf,
-)
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
+from vidjax.data.records.reader import ShardReader
 from vidjax.data.records.report import digest_data, label_records
 from vidjax.data.usable import equal_quality, misspelt
 
-OPEN_SHARDS = 16
-PACKED_CLIPS = 256
-SHUFFLE_RECORDS = 2048
-SHUFFLE_BYTES = 128 << 20
+PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
+PACKED_FIELDS = tuple(name for name in Packed._fields if name in STORED)
+
+
+def _keep_freed_memory() -> None:
+    """Lets each batch reuse the memory of the one before, if the C library is glibc.
+
+    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
+    every thread trims a heap of its own: that halves the rate of batches.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, 1)):
+            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+
+
+_keep_freed_memory()
 
 
 class Dataset:
@@ -140,34 +142,11 @@ class Dataset:
         """
         if start < 0:
             raise ValueError(f"start={start}: must be 0 or more")
-        shards, offsets, num_clips = [], [], 0
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
-            shards += self._records.splits[split].shards
-            offsets += [num_clips] * len(self._records.splits[split].shards)
-            num_clips += len(self.split(split).clips)
+        from vidjax.data.records import streaming
 
-        records = _shuffled(shards, offsets, num_clips, plan.seed, start)
-        records = records.batch(plan.batch_size, drop_remainder=True)
-        positions = tf.data.Dataset.counter(start=start, step=plan.batch_size)
-
-        def decode(position: Any, batch: tuple[Any, Any]) -> Any:
-            serialized, offset = batch
-            clip_index, examples = parse_batch(serialized, plan.modalities)
-            positions = position + tf.range(plan.batch_size, dtype=tf.int64)
-            decoded = {}
-            for number, (name, length) in enumerate(plan.padded_lengths.items()):
-                modality, fields = self.modalities[name], examples[name]
-                if name in plan.windowed:
-                    seed = (plan.seed, number)
-                    fields = random_window(fields, modality, length, positions, seed)
-                best = name in plan.longer and plan.crop == "quality"
-                decoded[name] = decode_batch(fields, modality, length, best=best)
-            return decoded, clip_index + offset, tf.ones([plan.batch_size], tf.bool)
-
-        dataset = tf.data.Dataset.zip((positions, records))
-        dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return self._batches(dataset, shards)
+        return streaming.train_batches(self._records, plan, start)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
@@ -185,39 +164,19 @@ class Dataset:
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
-        _, order, _, shards = self._records.splits[plan.split]
-        most = {name: int(clips.lengths[name].max()) for name in plan.modalities}
-        lengths = {name: tf.constant(padded) for name, padded in plan.padded_lengths.items()}
+        from vidjax.data.records import streaming
 
-        def decode(serialized: Any, buckets: Any) -> Any:
-            num_rows = tf.shape(serialized)[0]
-            # An empty string parses as a clip without frames.
-            padded = tf.concat([serialized, tf.fill([rows - num_rows], "")], 0)
-            clip_index, examples = parse_batch(padded, plan.modalities)
-            decoded = {}
-            for name in plan.modalities:
-                length = lengths[name][buckets[0]]  # all clips of a block are of one bucket
-                best = most[name] > MAX_EVAL_FRAMES
-                fields, modality = examples[name], self.modalities[name]
-                decoded[name] = decode_batch(fields, modality, length, best=best)
-            return decoded, clip_index, tf.range(rows) < num_rows
-
-        buckets = tf.data.Dataset.from_tensor_slices(plan.bucket[order])
-        records = tf.data.Dataset.zip((_read_shards(shards), buckets))
-        if (plan.bucket < 0).any():  # the filter costs a third of a light modality's rate
-            records = records.filter(lambda record, bucket: bucket >= 0)
-        blocks = records.group_by_window(
-            key_func=lambda record, bucket: bucket,
-            reduce_func=lambda bucket, group: group.batch(rows),
-            window_size=rows,
+        return _counted(
+            streaming.eval_batches(self._records, plan, rows),
+            clips,
+            plan.bucket >= 0,
+            self._records.splits[plan.split].shards,
         )
-        dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-        return _counted(self._batches(dataset, shards), clips, plan.bucket >= 0, shards)
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields every clip of a split once with all its frames, PACKED_CLIPS clips at a time.
+        """Yields every clip of a split once with all its frames, up to PACKED_CLIPS at a time.
 
         Clips come in the order of the records.
 
@@ -236,36 +195,21 @@ class Dataset:
         check_modalities(clips, modalities)
         shards = self._records.splits[split].shards
 
-        def decode(serialized: Any) -> Any:
-            clip_index, examples = parse_batch(serialized, modalities)
-            frames = {m: flatten_batch(examples[m], self.modalities[m]) for m in modalities}
-            return frames, clip_index
-
-        records = _read_shards(shards).batch(PACKED_CLIPS)
-        dataset = records.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
         times = np.zeros(len(clips.clips), np.int64)
-        for decoded, clip_index in _arrays(dataset, shards):
-            np.add.at(times, clip_index, 1)
-            frames = {}
-            for name, fields in decoded.items():
-                length = fields.pop("length")
-                dim, dtype = self.modalities[name]
-                fields["features"] = fields["features"].view(dtype).reshape(-1, dim)
-                start = np.cumsum(length, dtype=np.int32) - length
-                frames[name] = Packed(**fields, start=start, length=length)
-            yield clip_index, frames
+        for shard in check_changed(shards):
+            reader = ShardReader(shard)
+            for first in range(0, shard.records, PACKED_CLIPS):
+                rows = slice(first, first + PACKED_CLIPS)
+                clip_index = reader.clip_index[rows]
+                np.add.at(times, clip_index, 1)
+                frames = {}
+                for name in modalities:
+                    fields = reader.frames(name, self.modalities[name], PACKED_FIELDS, rows)
+                    length = reader.lengths(name)[rows]
+                    start = np.cumsum(length, dtype=np.int32) - length
+                    frames[name] = Packed(**fields, start=start, length=length)
+                yield clip_index, frames
         _check_times(times, clips, np.ones(len(times), bool), shards)
-
-    def _batches(self, dataset: Any, shards: Sequence[Shard]) -> Iterator[Batch]:
-        """Yields the decoded clips of a tf.data dataset as batches."""
-        for decoded, clip_index, batch_mask in _arrays(dataset, shards):
-            frames = {}
-            for name, fields in decoded.items():
-                dim, dtype = self.modalities[name]
-                shape = (*fields["mask"].shape, dim)  # [B, T, D]
-                fields["features"] = fields["features"].view(dtype).reshape(shape)
-                frames[name] = Frames(**fields)
-            yield Batch(frames, clip_index, batch_mask)
 
 
 def _warn_of_gaps(
@@ -285,29 +229,6 @@ def _warn_of_gaps(
                 "feature with a NaN, an Inf or a value beyond float32: left out",
                 stacklevel=3,
             )
-
-
-def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yields the elements of a tf.data dataset as numpy arrays, without a copy.
-
-    Raises:
-      ValueError: the records are damaged; names file and record.
-    """
-    check_changed(shards)
-    options = tf.data.Options()
-    options.deterministic = True
-    iterator = dataset.with_options(options).as_numpy_iterator()
-    while True:
-        try:
-            decoded = next(iterator)
-        except StopIteration:
-            return
-        except tf.errors.OpError as error:
-            _check_all(shards)
-            reason = " ".join(str(error.message).split())[:200]
-            folder = shards[0].path.parent
-            raise ValueError(f"{folder}: cannot read the records: {reason}") from error
-        yield decoded
 
 
 def _counted(
@@ -338,54 +259,3 @@ def _check_times(
             f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come exactly "
             f"once, such as {split.clips[wrong[0]]}"
         )
-
-
-def _read_shards(shards: Sequence[Shard]) -> Any:
-    """Returns a tf.data dataset of the serialised records, in order."""
-    paths = [str(shard.path) for shard in shards]
-    counts = np.array([shard.records for shard in shards], np.int64)
-    return tf.data.Dataset.from_tensor_slices((paths, counts)).flat_map(_read_shard)
-
-
-def _read_shard(path: Any, num_records: Any) -> Any:
-    """Returns the serialised records of a shard; reading fails unless there are `num_records`."""
-    # A TFRecord file that was cut between two records reads without an error.
-    return tf.data.TFRecordDataset(path, buffer_size=1 << 20).apply(
-        tf.data.experimental.assert_cardinality(num_records)
-    )
-
-
-def _shuffled(
-    shards: Sequence[Shard], offsets: Sequence[int], num_clips: int, seed: int, start: int
-) -> Any:
-    """Returns an endless tf.data dataset of (serialised record, offset of its split).
-
-    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
-    """
-    paths = tf.constant([str(shard.path) for shard in shards])
-    counts = tf.constant([shard.records for shard in shards], tf.int64)
-    offset_table = tf.constant(offsets, tf.int32)
-    mean_bytes = sum(shard.size for shard in shards) // num_clips + 1
-    buffer = min(num_clips, SHUFFLE_RECORDS, max(1, SHUFFLE_BYTES // mean_bytes))
-    first_epoch, skipped = divmod(start, num_clips)
-
-    def read(path: Any, count: Any, offset: Any) -> Any:
-        return tf.data.Dataset.zip(
-            (_read_shard(path, count), tf.data.Dataset.from_tensors(offset).repeat())
-        )
-
-    def read_epoch(epoch: Any) -> Any:
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(shards)), seed=tf.stack([seed, 2 * epoch])
-        )
-        buffer_seed = tf.random.stateless_uniform(
-            [], seed=tf.stack([seed, 2 * epoch + 1]), minval=None, maxval=None, dtype=tf.int64
-        )
-        tables = [tf.gather(table, order) for table in (paths, counts, offset_table)]
-        records = tf.data.Dataset.from_tensor_slices(tuple(tables)).interleave(
-            read, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
-        )
-        records = records.shuffle(buffer, seed=buffer_seed, reshuffle_each_iteration=False)
-        return records.skip(tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), 0))
-
-    return tf.data.Dataset.counter(start=first_epoch).flat_map(read_epoch)
