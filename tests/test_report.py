@@ -21,7 +21,14 @@ from vidjax import metrics
 from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
 from vidjax.report import html as html_lib
-from vidjax.report import open_set_sections, run_files, run_page, run_sections, significance
+from vidjax.report import (
+    newcomer_section,
+    open_set_sections,
+    run_files,
+    run_page,
+    run_sections,
+    significance,
+)
 from vidjax.run import results as results_lib
 
 SECTIONS = [
@@ -32,6 +39,7 @@ SECTIONS = [
     "mistakes",
     "strata",
     "open_set",
+    "newcomers",
     "attention",
     "frames",
     "robustness",
@@ -145,6 +153,17 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     check_numbers(tmp_path / "folds", text)
 
 
+def measure(number):
+    """Returns a value with its interval and its gap, other ones for every number."""
+    value = 0.5 + number / 64
+    bounds = {"low": value - 0.125, "high": value + 0.1875, "gap_low": -0.25, "gap_high": 0.0625}
+    return {"value": value, "gap": number / 128 - 0.25, **bounds}
+
+
+def errors(number):
+    return {"rate": 0.1, **measure(number + 11)}
+
+
 def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {}", frames=6):
     """Writes a run that nobody trained, of any size."""
     rng = np.random.default_rng(0)
@@ -201,6 +220,19 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
                     "fnir_high": 0.5,
                 },
             ],
+        },
+        "newcomers": {
+            "num_newcomers": 33,
+            "num_identities": identities,
+            "num_known": clips,
+            "num_strange": 40,
+            "resamples": 1000,
+            "fewest_identities": 20,
+            "rows": [
+                {"shots": shots, "clips": 0.875 * shots, "map": measure(n), "fnir": [errors(n)]}
+                for n, shots in enumerate((1, 2, 5, 10))
+            ],
+            "trained": {"map": measure(9), "fnir": [errors(9)]},
         },
         "fewest_identities": 10,
         "wrong_clips": {"distractors": [wrong] * 5, "known": mistaken},
@@ -344,6 +376,47 @@ def test_calibration_before_and_after(full):
     errors = [analysis["calibration_error"], analysis["calibration_error_after"]]
     maps = [one[key] for one in analysis["calibration_maps"] for key in ("slope", "offset")]
     assert shown[: 2 + len(maps)] == [*errors, *maps]
+
+
+def test_newcomers_stand_beside_those_who_were_trained_with(full):
+    text = section(run_page.render(full), "newcomers")
+    found = full.analysis["newcomers"]
+    reached, gaps = re.findall(r"<table.*?</table>", text, re.DOTALL)
+    rows = [*found["rows"], found["trained"]]
+    for table, prefix, shown in ((reached, "", rows), (gaps, "gap_", rows[:-1])):
+        lines = table.split("<tbody>")[1].split("</tr>")[:-1]
+        assert len(lines) == len(shown)
+        for line, row in zip(lines, shown, strict=True):
+            name = prefix.rstrip("_") or "value"
+            measures = (row["map"], *row["fnir"])
+            numbers = [
+                one[key] for one in measures for key in (name, f"{prefix}low", f"{prefix}high")
+            ]
+            assert values(line)[-len(numbers) :] == numbers
+            assert ("shots" in row) == ("trained with them" not in line)
+    for name in ("num_newcomers", "num_identities", "num_known", "num_strange", "resamples"):
+        assert found[name] in values(text), name
+    assert "nothing is trained" in text
+
+    few = {**found, "num_newcomers": 19}  # then no row has an interval
+    changed = full._replace(analysis=full.analysis | {"newcomers": few})
+    text = section(run_page.render(changed), "newcomers")
+    assert "95 % interval</th>" not in text and "too few" in text
+
+
+def test_newcomers_that_are_not_measured_are_explained(full):
+    def page(entry):
+        text = run_page.render(full._replace(analysis=full.analysis | {"newcomers": entry}))
+        check_page(text)
+        return text
+
+    for reason, sentence in newcomer_section.REASONS.items():
+        shown = section(page({"reason": reason}), "newcomers")
+        assert sentence in shown and "<table" not in shown
+    many = {"reason": "clips", "num_clips": 54321, "most_clips": 15000}
+    assert values(section(page(many), "newcomers")) == [54321, 15000]
+    for entry in (None, {"reason": EVIL}, {}):  # a net, a later version
+        assert '<section id="newcomers"' not in page(entry)
 
 
 def test_a_run_of_an_earlier_version_has_a_report(full):

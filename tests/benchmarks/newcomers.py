@@ -12,6 +12,10 @@ misnamed where 1 % or 10 % of the val distractors get a name, both by posterior.
 among people with val clips and as many training clips as possible: the column `clips` tells how
 many of the k clips they have on average. Seeds draw the newcomers and their clips; the synthetic
 dataset, too.
+
+The report of a PLDA run has a table of its own, by `vidjax.steps.newcomers`: of one run, at most a
+tenth of its people, with its settings, and without a gallery. Here the settings are fitted without
+the newcomers, too, and the search is that of a gallery on disk.
 """
 
 import argparse
@@ -37,11 +41,10 @@ from vidjax.gallery.people import People, fit_front
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors
 from vidjax.modes.arguments import load_data
+from vidjax.steps.newcomers import MOST_NEWCOMERS, SHOTS
 from vidjax.steps.training_clips import values_of_clips
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "plda.py")
-SHOTS = (1, 2, 5, 10)
-NEWCOMERS = 100
 RUN = Origin("none: vectors of frames", "0" * 64, centred=False)
 
 
@@ -100,7 +103,7 @@ def draw(data: Dataset, seed: int) -> tuple[list[str], dict[str, list[int]]]:
             clips.setdefault(label, []).append(place)
     shown = {label for label in data.val.labels if label is not None}
     people = sorted(shown & clips.keys())
-    count = min(NEWCOMERS, len(clips) // 2)
+    count = min(MOST_NEWCOMERS, len(clips) // 2)
     return [people[n] for n in rng.permutation(len(people))[:count].tolist()], clips
 
 

@@ -36,6 +36,13 @@ READ = {
     "compare": ("metrics.json", "identities.json", "analysis.npz", "config.json"),
     "evaluate": ("config.json", ".lock"),
 }  # fmt: skip
+MEASURE = {"value": 0.5, "gap": 0.0}
+NEWCOMER = {"shots": 1, "clips": 1.0, "map": MEASURE, "fnir": []}
+NEWCOMERS = {
+    **dict.fromkeys(("num_newcomers", "num_identities", "num_known", "num_strange"), 1),
+    **dict.fromkeys(("resamples", "fewest_identities"), 1),
+    "rows": [NEWCOMER], "trained": {"map": MEASURE, "fnir": []},
+}  # fmt: skip
 DEEP = b"[" * 200_000 + b"]" * 200_000
 # Runs a command after its imports, and prints its code, seconds of processor time, and memory.
 CHILD = """
@@ -284,6 +291,33 @@ def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, capsys, val
     results.save_analysis(stranger / "analysis.npz", {"runs": [], **values}, arrays)
     code, said = complaint(capsys, *words_of("report", stranger))
     assert code == 2 and "--mode=evaluate" in said
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        [1, 2],
+        {"reason": "clips"},
+        {"reason": ["labels"]},
+        {"rows": [NEWCOMER]},
+        NEWCOMERS | {"rows": [NEWCOMER | {"map": {"value": 7, "gap": 0}}]},
+        NEWCOMERS | {"rows": [NEWCOMER | {"map": {"value": 0.5}}]},
+        NEWCOMERS | {"rows": [NEWCOMER | {"shots": "<b>"}]},
+        NEWCOMERS | {"rows": [NEWCOMER] * 101},
+        NEWCOMERS | {"rows": [NEWCOMER | {"fnir": [MEASURE | {"rate": 0.1}]}]},
+        NEWCOMERS | {"trained": {"map": MEASURE, "fnir": [MEASURE]}},
+        NEWCOMERS | {"num_newcomers": -1},
+    ],
+)
+def test_newcomers_of_other_types_and_sizes_are_one_error(stranger, capsys, spoilt):
+    path, values = stranger / "analysis.npz", {"runs": [], "results": {}}
+    results.save_analysis(path, {**values, "newcomers": NEWCOMERS}, {})
+    code, said = complaint(capsys, *words_of("report", stranger))
+    assert code == 0, said
+    assert '<section id="newcomers"' in (stranger / "report.html").read_text()
+    results.save_analysis(path, {**values, "newcomers": spoilt}, {})
+    code, said = complaint(capsys, *words_of("report", stranger))
+    assert code == 2 and "--mode=evaluate" in said, said
 
 
 def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):

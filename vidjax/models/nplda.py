@@ -168,7 +168,7 @@ def _leave_out(
       settings: the settings.
     """
     ratios, known, own, others = (jnp.stack(part) for part in zip(*compared, strict=True))
-    logits = combine(ratios, known, judged, settings)
+    logits = jnp.asarray(combine(ratios, known, judged, settings))
     rows = jnp.arange(len(labels))
     at_label = add_up(own, others, judged, settings)
     is_new = ~jnp.any(others, axis=0) & (labels > 0)

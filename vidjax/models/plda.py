@@ -44,14 +44,24 @@ class Settings(NamedTuple):
 CALIBRATED = ("modalities", "clips")
 
 
-def most_clips(counts: Sequence[Array]) -> Array:
+def unit_mean(frames: Frames) -> Array:
+    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
+    return unit_vectors(fusion.mean_frame(frames).features[:, 0])
+
+
+def most_clips(counts: Sequence[Array], xp: ModuleType = jnp) -> Array:
     """Returns [K] float, clips of each class in the modality that has most, of [K] of each."""
-    return jnp.max(jnp.stack(counts), axis=0)
+    return xp.max(xp.stack(counts), axis=0)
 
 
 def combine(
-    ratios: Array, known: Array, present: Array, settings: Settings, num_clips: Array | None = None
-) -> jax.Array:
+    ratios: Array,
+    known: Array,
+    present: Array,
+    settings: Settings,
+    num_clips: Array | None = None,
+    xp: ModuleType = jnp,
+) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
     A modality that a clip lacks adds 0 to every identity.
@@ -62,17 +72,20 @@ def combine(
       present: [M, B] bool, False for clips that lack the modality.
       settings: scale, and what classes that are not known and somebody new get.
       num_clips: [K] float, enrolled clips of each class; None if they do not count.
+      xp: jax.numpy, or numpy for a result in the dtype of the ratios.
 
     Returns:
       [B, K] float, with somebody new in column 0.
     """
-    logits = add_up(ratios, known[:, None, :], present[:, :, None], settings)
+    logits = add_up(ratios, known[:, None, :], present[:, :, None], settings, xp)
     if num_clips is not None:
-        logits = logits + settings.clips * jnp.log(jnp.maximum(num_clips, 1.0))
-    return logits.at[:, 0].set(settings.stranger)
+        logits = logits + settings.clips * xp.log(xp.maximum(num_clips, 1.0))
+    return xp.where(xp.arange(logits.shape[1]) == 0, settings.stranger, logits)
 
 
-def add_up(ratios: Array, known: Array, present: Array, settings: Settings) -> jax.Array:
+def add_up(
+    ratios: Array, known: Array, present: Array, settings: Settings, xp: ModuleType = jnp
+) -> Array:
     """Adds the log-likelihood ratios of the modalities up to logits.
 
     Args:
@@ -80,17 +93,18 @@ def add_up(ratios: Array, known: Array, present: Array, settings: Settings) -> j
       known: the same shape or one that broadcasts to it, False without a clip to compare with.
       present: likewise, False for clips that lack the modality.
       settings: scale, and what is added where nothing is known.
+      xp: jax.numpy or numpy.
 
     Returns:
       [...] float.
     """
     shape = (-1,) + (1,) * (ratios.ndim - 1)
     scale, unenrolled = (
-        jnp.reshape(jnp.asarray(value, ratios.dtype), shape)
+        xp.reshape(xp.asarray(value, ratios.dtype), shape)
         for value in (settings.scale, settings.unenrolled)
     )
-    filled = jnp.where(known, scale * ratios, unenrolled)
-    return jnp.sum(jnp.where(present, filled, 0.0), axis=0)
+    filled = xp.where(known, scale * ratios, unenrolled)
+    return xp.sum(xp.where(present, filled, 0.0), axis=0)
 
 
 class PLDAIdentifier(nn.Module):
@@ -189,10 +203,7 @@ class PLDAIdentifier(nn.Module):
           ValueError: A modality is missing or has another width.
         """
         inputs.check_frames(frames, self.modalities)
-        return {
-            name: unit_vectors(fusion.mean_frame(frames[name]).features[:, 0])
-            for name in self.modalities
-        }
+        return {name: unit_mean(frames[name]) for name in self.modalities}
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
         """Returns the output for unit vectors, modality -> [B, D], by the collection `solved`."""

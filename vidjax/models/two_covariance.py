@@ -212,9 +212,13 @@ def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
       enrolled: the classes.
       vectors: [B, D] float.
     """
-    z = (vectors - space.mean) @ space.transform  # [B, D]
+    return log_ratios_at(enrolled, (vectors - space.mean) @ space.transform)
+
+
+def log_ratios_at(enrolled: Enrolled, z: Array, xp: ModuleType = jnp) -> Array:
+    """Returns `log_ratios` of vectors whose coordinates z [B, D] are known, [B, K]."""
     squares = (z * z) @ enrolled.curve.T  # [B, U]
-    return jnp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
+    return xp.take(squares, enrolled.kind, axis=1) + z @ enrolled.linear.T + enrolled.constant
 
 
 def log_ratios_of_pairs(space: Space, enrolled: Enrolled, vectors: Array) -> Array:

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from vidjax import ensemble, metrics
 from vidjax.batch import Array, Batch
+from vidjax.config import Config
 from vidjax.data.clips import Split
 from vidjax.models.base import Identifier
-from vidjax.modes import open_set, robustness
+from vidjax.modes import newcomers, open_set, robustness
 from vidjax.modes.confusions import ranked_lists, worst_identities, wrong_clips
 from vidjax.modes.strata import (
     FEWEST_IDENTITIES,
@@ -79,14 +80,15 @@ class Observer:
             self._look = jax.jit(look)
 
     def finish(
-        self, evaluation: Evaluation, train_splits: Sequence[str], *, num_steps: int = 0
+        self, evaluation: Evaluation, trained: Config, *, num_steps: int = 0
     ) -> tuple[Values, Arrays]:
         """Returns the values and the arrays of `analysis.npz`; `run.results` lists them.
 
         Args:
           evaluation: the result of `scoring.score`.
-          train_splits: splits whose ground truth says how many clips an identity was trained on.
-            Those that the data lacks are skipped.
+          trained: the group `data` of the configuration that the run was trained with. The ground
+            truth of its training splits says how many clips an identity was trained on; splits that
+            the data lacks are skipped.
           num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none.
         """
         model, results = self._model, evaluation.results
@@ -105,9 +107,12 @@ class Observer:
         values |= attention_values
         if self._single and num_steps:
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
+        if self._single:
+            left_out = newcomers.newcomers(model, evaluation, self._split_name, trained, self._rows)
+            values |= {"newcomers": left_out} if left_out else {}
         if results.get("map") is None:
             return values, arrays
-        train_clips = count_train_clips(model, train_splits)
+        train_clips = count_train_clips(model, trained.train_splits)
         columns = ranked_columns(evaluation.top, split.labels)
         arrays["ap"] = metrics.average_precision(hits(columns), evaluation.positives)
         arrays["positives"] = np.asarray(evaluation.positives, np.int64)

@@ -96,10 +96,10 @@ def blend_runs(
         **({"weights_fitted_on": fitted_on} if fitted_on else {}),
     }
     joined.write_description(workdir, models[0], datasets)
-    trained = config_lib.load_workdir(Path(spec.runs[0])).data.train_splits
+    trained = config_lib.load_workdir(Path(spec.runs[0])).data
     write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
-        observer=observer, train_splits=trained,
+        trained=trained, observer=observer,
     )  # fmt: skip
     return results
 

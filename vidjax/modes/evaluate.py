@@ -80,6 +80,6 @@ def evaluate(
     write_results(
         workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,
         split=split, own_split=trained.eval.split,
-        observer=observer, train_splits=trained.data.train_splits,
+        trained=trained.data, observer=observer,
     )  # fmt: skip
     return results

@@ -90,16 +90,17 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         return None
     rows = []
     for rate in RATES:
-        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate)}
+        row: dict[str, Any] = {"rate": rate, "fewest": fewest(rate)}
         errors = metrics.identification_errors(clips.best[pool], right, known, fpir=rate)
         if errors and num_strange >= row["fewest"]:
             passed = round(errors.fpir * num_strange)
             reach = stats.beta(passed + 1, num_strange - passed)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
             row["fpir_low"], row["fpir_high"] = (float(x) for x in reach.interval(LEVEL))
-            row["fnir_low"], row["fnir_high"] = _fnir_interval(
-                scores[~known], scores[known], right[known], people[known], rate
+            drawn = resampled_fnir(
+                scores[None, ~known], scores[None, known], right[None, known], people[known], rate
             )
+            (row["fnir_low"],), (row["fnir_high"],) = (x.tolist() for x in interval(drawn))
         rows.append(row)
     return {
         "num_identities": num_identities,
@@ -111,30 +112,43 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     }
 
 
-def _fnir_interval(
+def fewest(rate: float) -> int:
+    """Returns how many distractors a sample needs to show a rate of FPIR."""
+    return math.ceil(1 / rate)
+
+
+def resampled_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
-) -> tuple[float, float]:
-    """Returns the bounds of FNIR at the lowest threshold that keeps FPIR at or below a rate.
+) -> np.ndarray:
+    """Returns [A, RESAMPLES] FNIR of A systems on the same resamples of people and distractors.
+
+    The threshold is the lowest one that keeps FPIR at or below a rate.
 
     Args:
-      strange: [S] float64, scores of distractors.
-      known: [n] float64, scores of known clips.
-      right: [n] bool, known clips whose best identity is right.
+      strange: [A, S] float64, scores of distractors.
+      known: [A, n] float64, scores of known clips.
+      right: [A, n] bool, known clips whose best identity is right.
       people: [n] int, identities of the known clips.
       rate: the limit of FPIR.
     """
     rng = np.random.default_rng(0)
-    strange = np.sort(strange)[::-1]
+    num = strange.shape[1]
     names, person = np.unique(people, return_inverse=True)
-    shares = np.arange(1, len(strange) + 1) / len(strange)
+    shares = np.arange(1, num + 1) / num
+    place = num - 1 - int(np.searchsorted(shares, rate, side="right"))  # of the best one refused
     found = []
     for _ in range(RESAMPLES):
-        drawn = np.sort(rng.integers(0, len(strange), len(strange)))  # best first
-        refused = strange[drawn[np.searchsorted(shares, rate, side="right")]]
+        drawn = strange[:, rng.integers(0, num, num)]
+        refused = np.partition(drawn, place, axis=1)[:, place]
         weight = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[person]
-        found.append(1 - np.sum(weight[right & (known > refused)]) / weight.sum())
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+        found.append(1 - (right & (known > refused[:, None])) @ weight / weight.sum())
+    return np.stack(found, axis=1)
+
+
+def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bounds [A] of resampled values [A, n]."""
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    return low, high
 
 
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:

@@ -1,10 +1,11 @@
 """The result files of an evaluation, at the end of training, of a run, or of a blend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vidjax import files, metrics, ranking
+from vidjax.config import Config
 from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
@@ -20,8 +21,8 @@ def write_results(
     *,
     split: str,
     own_split: str,
+    trained: Config,
     observer: Observer | None = None,
-    train_splits: Sequence[str] = (),
 ) -> None:
     """Writes ranking, metrics and events; with an observer also analysis and report.
 
@@ -34,8 +35,8 @@ def write_results(
       values: content of `metrics.json`, see `run.results`.
       split: the evaluated split.
       own_split: the split that training evaluates, `config.eval.split`.
+      trained: the group `data` of the configuration that the run was trained with.
       observer: observer of the evaluation; None to write no analysis and no report.
-      train_splits: the splits that the run was trained on.
 
     Raises:
       OSError: A file cannot be written.
@@ -45,7 +46,7 @@ def write_results(
     ranking.write_ranking(paths.ranking, data.identities, data.split(split).clips, evaluation.top)
     if observer:
         steps = values.get("step", 0) if split == own_split else 0
-        analysed = observer.finish(evaluation, train_splits, num_steps=steps)
+        analysed = observer.finish(evaluation, trained, num_steps=steps)
         results.save_analysis(paths.analysis, *analysed)
     workdir_lib.write_json(paths.metrics, values)
     if observer:

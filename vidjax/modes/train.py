@@ -133,7 +133,7 @@ def train(
     split = config.eval.split
     write_results(
         workdir, data, evaluation, results, split=split, own_split=split,
-        observer=observer, train_splits=config.data.train_splits,
+        trained=config.data, observer=observer,
     )  # fmt: skip
     return results
 

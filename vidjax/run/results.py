@@ -60,6 +60,16 @@ name: `metrics_<split>.json` and so on.
                                      fnir_low, fnir_high: float}}: clips of known people, these
                                      people, distractors; of fewer than `fewest` distractors a rate
                                      has no errors
+    newcomers                        of PLDA alone, {num_newcomers, num_identities, num_known,
+                                     num_strange, resamples, fewest_identities: int, rows, trained}:
+                                     people left out of the fit, identities that clips are compared
+                                     with, clips of these people, distractors; rows: list of {shots:
+                                     int, clips: float, map, fnir}: clips that enrol a newcomer, and
+                                     how many they are on average; trained: {map, fnir} of the run;
+                                     map: {value, gap, low, high, gap_low, gap_high: float}, the gap
+                                     to `trained`, fewer than `fewest_identities` without bounds;
+                                     fnir: list of the same with `rate`, those that the distractors
+                                     can show. Or {reason: str, num_clips, most_clips: int}
     calibration_error                float: expected calibration error
     calibration_error_after          float: that of probabilities mapped as `calibration_maps` say
     calibration_maps                 list of {slope, offset: float}: of the log-odds of each half of

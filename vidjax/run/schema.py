@@ -206,6 +206,14 @@ _RATE = Object(
     },
     ("rate", "fewest"),
 )
+_BOUNDS = dict.fromkeys(("gap", "gap_low", "gap_high"), NUMBER)
+_MEASURE = {**dict.fromkeys(("value", "low", "high"), SHARE), **_BOUNDS}
+_ARM = {
+    "shots": SIZE,
+    "clips": NUMBER,
+    "map": Object(_MEASURE, ("value", "gap")),
+    "fnir": Many(Object({"rate": SHARE, **_MEASURE}, ("rate", "value", "gap")), 100),
+}
 ANALYSIS = Object(
     {
         "split": TEXT,
@@ -242,6 +250,16 @@ ANALYSIS = Object(
                 "rates": Many(_RATE, 100),
             },
             ("num_identities", "num_known", "num_people", "num_strange", "resamples", "rates"),
+        ),
+        "newcomers": Object(
+            {
+                **dict.fromkeys(("num_newcomers", "num_identities", "num_known"), COUNT),
+                **dict.fromkeys(("num_strange", "resamples", "fewest_identities"), COUNT),
+                **dict.fromkeys(("num_clips", "most_clips"), COUNT),
+                "rows": Many(Object(_ARM, ("shots", "clips", "map", "fnir")), 100),
+                "trained": Object(_ARM, ("map", "fnir")),
+                "reason": TEXT,
+            }
         ),
         **dict.fromkeys(("calibration_error", "calibration_error_after"), NUMBER),
         "calibration_maps": Many(Object({"slope": NUMBER, "offset": NUMBER}, ("slope", "offset"))),

@@ -172,7 +172,7 @@ def _hold_out(
         if not shown.any():
             return None
         centre = x[shown].mean(axis=0)
-        centred = np.where(present[:, None], _unit(x - centre), 0.0)
+        centred = unit_from(centre, x)
         sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
         parts["found"].append(two_covariance.covariances(sums))
         parts["counts"].append(sums.count)
@@ -183,8 +183,11 @@ def _hold_out(
     return _Fold(labels=answers, **parts) if answers.any() else None
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Returns unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
+    gap = x - centre
+    unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
+    return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
 
 
 class _Ratios(NamedTuple):

@@ -1,6 +1,6 @@
 """What is computed once from every training clip, before the first step or between two of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -38,16 +38,48 @@ def values_of_clips(
     Returns:
       [n, ...] values, in the order of the tables.
     """
-    parts = []
-    for split, rows in by_split(config, data):
-        only = wanted[rows]
-        values = None
-        plan = make_eval_plan(data.split(split), (modality,), only=only)
-        for batch in data.eval_batches(plan, rows=config.eval.block_size) if only.any() else ():
-            block = np.asarray(value_of(batch.frames[modality]))
-            if values is None:
-                values = np.zeros((len(only), *block.shape[1:]), block.dtype)
-            values[batch.clip_index[batch.batch_mask]] = block[batch.batch_mask]
-        if values is not None:
-            parts.append(values[only])
-    return np.concatenate(parts)
+
+    def value_of_all(frames: Mapping[str, Frames]) -> Array:
+        return value_of(frames[modality])
+
+    rows = config.eval.block_size
+    return np.concatenate(
+        [
+            values_of_split(data, split, (modality,), value_of_all, wanted[part], rows=rows)
+            for split, part in by_split(config, data)
+            if wanted[part].any()
+        ]
+    )
+
+
+def values_of_split(
+    data: ClipSource,
+    split: str,
+    modalities: Sequence[str],
+    value_of: Callable[[Mapping[str, Frames]], Array],
+    wanted: np.ndarray,
+    *,
+    rows: int,
+) -> np.ndarray:
+    """Computes a value of each wanted clip of a split from all its frames, as evaluation does.
+
+    Args:
+      data: the clips.
+      split: name of the split.
+      modalities: the modalities that are read.
+      value_of: modality -> Frames [B, T] to values [B, ...].
+      wanted: [N] bool, the n clips to read; at least one.
+      rows: clips of a block, B.
+
+    Returns:
+      [n, ...] values, in the order of the clips.
+    """
+    values = None
+    plan = make_eval_plan(data.split(split), tuple(modalities), only=wanted)
+    for batch in data.eval_batches(plan, rows=rows):
+        block, real = np.asarray(value_of(batch.frames)), np.asarray(batch.batch_mask)
+        if values is None:
+            values = np.zeros((len(wanted), *block.shape[1:]), block.dtype)
+        values[np.asarray(batch.clip_index)[real]] = block[real]
+    assert values is not None
+    return values[wanted]
