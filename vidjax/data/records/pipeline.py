@@ -18,6 +18,7 @@ from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modali
 from vidjax.data.frame_fields import STORED, NonFinite
 from vidjax.data.labels import Truth
 from vidjax.data.record_source import Origin, RecordSource
+from vidjax.data.records import padding
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.reader import ShardReader
@@ -164,10 +165,8 @@ class Dataset:
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
-        from vidjax.data.records import streaming
-
         return _counted(
-            streaming.eval_batches(self._records, plan, rows),
+            padding.eval_batches(self._records, plan, rows),
             clips,
             plan.bucket >= 0,
             self._records.splits[plan.split].shards,

@@ -71,7 +71,7 @@ class ShardReader:
         return (size // np.dtype(FRAME_FIELDS["number"].dtype).itemsize).astype(np.int32)
 
     def frames(
-        self, name: str, modality: Modality, fields: Sequence[str], rows: slice
+        self, name: str, modality: Modality, fields: Sequence[str], rows: slice | np.ndarray
     ) -> dict[str, np.ndarray]:
         """Returns field -> the frames of some records one after another, [F] or [F, D].
 
@@ -79,7 +79,7 @@ class ShardReader:
           name: the modality.
           modality: width and dtype of its features.
           fields: names of fields of one number per frame, and `features`.
-          rows: the records.
+          rows: the records, a slice or [n] int.
         """
         found = {}
         for field in fields:

@@ -1,4 +1,4 @@
-"""Records as batches that tf.data reads while others are computed.
+"""Records as endless, shuffled batches, which tf.data reads while others are computed.
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
 stored dtype: parsing clip by clip runs at a third of the rate.
@@ -7,10 +7,8 @@ stored dtype: parsing clip by clip runs at a third of the rate.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import MAX_EVAL_FRAMES, BatchPlan, EvalPlan
+from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
 
@@ -51,38 +49,6 @@ def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Bat
     return _batches(dataset, records, shards)
 
 
-def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`."""
-    _, order, clip_lengths, shards = records.splits[plan.split]
-    most = {name: int(clip_lengths[name].max()) for name in plan.modalities}
-    lengths = {name: tf.constant(padded) for name, padded in plan.padded_lengths.items()}
-
-    def decode(serialized: Any, buckets: Any) -> Any:
-        num_rows = tf.shape(serialized)[0]
-        # An empty string parses as a clip without frames.
-        padded = tf.concat([serialized, tf.fill([rows - num_rows], "")], 0)
-        clip_index, examples = parse_batch(padded, plan.modalities)
-        decoded = {}
-        for name in plan.modalities:
-            length = lengths[name][buckets[0]]  # all clips of a block are of one bucket
-            best = most[name] > MAX_EVAL_FRAMES
-            fields, modality = examples[name], records.modalities[name]
-            decoded[name] = decode_batch(fields, modality, length, best=best)
-        return decoded, clip_index, tf.range(rows) < num_rows
-
-    buckets = tf.data.Dataset.from_tensor_slices(plan.bucket[order])
-    stream = tf.data.Dataset.zip((_read_shards(shards), buckets))
-    if (plan.bucket < 0).any():  # the filter costs a third of a light modality's rate
-        stream = stream.filter(lambda record, bucket: bucket >= 0)
-    blocks = stream.group_by_window(
-        key_func=lambda record, bucket: bucket,
-        reduce_func=lambda bucket, group: group.batch(rows),
-        window_size=rows,
-    )
-    dataset = blocks.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-    return _batches(dataset, records, shards)
-
-
 def _batches(dataset: Any, records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
     """Yields the decoded clips of a tf.data dataset as batches."""
     for decoded, clip_index, batch_mask in _arrays(dataset, shards):
@@ -117,13 +83,6 @@ def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
             folder = shards[0].path.parent
             raise ValueError(f"{folder}: cannot read the records: {reason}") from error
         yield decoded
-
-
-def _read_shards(shards: Sequence[Shard]) -> Any:
-    """Returns a tf.data dataset of the serialised records, in order."""
-    paths = [str(shard.path) for shard in shards]
-    counts = np.array([shard.records for shard in shards], np.int64)
-    return tf.data.Dataset.from_tensor_slices((paths, counts)).flat_map(_read_shard)
 
 
 def _read_shard(path: Any, num_records: Any) -> Any:

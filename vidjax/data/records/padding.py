@@ -1,0 +1,86 @@
+"""Records as padded batches, every clip once; without TensorFlow, see `reader`."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax.batch import Batch, Frames
+from vidjax.data.clips import EvalPlan, Modality, best_frames
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.records.manifest import Records, check_changed
+from vidjax.data.records.reader import ShardReader
+
+BATCHED = tuple(name for name in Frames._fields if name in STORED)
+
+
+class Rows(NamedTuple):
+    """Some records of a shard.
+
+    Attributes:
+      reader: the shard.
+      rows: [n] int, the records.
+    """
+
+    reader: ShardReader
+    rows: np.ndarray
+
+
+def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
+    """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`."""
+    _, order, _, shards = records.splits[plan.split]
+    waiting: dict[int, list[Rows]] = {}  # bucket -> records of a block that is not full
+    at = 0
+    for shard in check_changed(shards):
+        reader = ShardReader(shard)
+        buckets = plan.bucket[order[at : at + shard.records]]
+        at += shard.records
+        for bucket in np.unique(buckets[buckets >= 0]).tolist():
+            chosen = np.flatnonzero(buckets == bucket)
+            parts = waiting.setdefault(bucket, [])
+            missing = rows - sum(len(part.rows) for part in parts)
+            while len(chosen) >= missing:
+                yield _batch(records, plan, bucket, [*parts, Rows(reader, chosen[:missing])], rows)
+                parts.clear()
+                chosen, missing = chosen[missing:], rows
+            if len(chosen):
+                parts.append(Rows(reader, chosen))
+    for bucket, parts in sorted(waiting.items()):
+        if parts:
+            yield _batch(records, plan, bucket, parts, rows)
+
+
+def _batch(
+    records: Records, plan: EvalPlan, bucket: int, parts: Sequence[Rows], rows: int
+) -> Batch:
+    """Returns a batch of `rows` rows, the last of which may be empty."""
+    clip_index = np.concatenate([part.reader.clip_index[part.rows] for part in parts])
+    count = len(clip_index)
+    frames = {}
+    for name in plan.modalities:
+        shape = (rows, plan.padded_lengths[name][bucket])
+        frames[name] = _frames(parts, name, records.modalities[name], shape)
+    return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
+
+
+def _frames(parts: Sequence[Rows], name: str, modality: Modality, shape: tuple[int, int]) -> Frames:
+    """Returns Frames of a shape [B, T]; of a clip of more than T frames the best by quality."""
+    lengths = np.concatenate([part.reader.lengths(name)[part.rows] for part in parts])
+    read = [part.reader.frames(name, modality, BATCHED, part.rows) for part in parts]
+    flat = {field: np.concatenate([one[field] for one in read]) for field in BATCHED}
+    size = shape[1]
+    if (lengths > size).any():
+        kept = np.ones(len(flat["quality"]), bool)
+        starts = np.cumsum(lengths) - lengths
+        for clip in np.flatnonzero(lengths > size).tolist():
+            own = slice(starts[clip], starts[clip] + lengths[clip])
+            kept[own] = False
+            kept[starts[clip] + best_frames(flat["quality"][own], size)] = True
+        flat = {field: values[kept] for field, values in flat.items()}
+    mask = np.zeros(shape, bool)
+    mask[: len(lengths)] = np.arange(size) < lengths[:, None]
+    padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
+    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
+    for field, values in flat.items():
+        padded[field][mask] = values
+    return Frames(mask=mask, **padded)
