@@ -11,9 +11,9 @@ learned, and PLDA compares vectors x + x A in place of x. A starts at 0, which i
 weight decay draws it back there. Each clip is judged as if it had not been enrolled.
 
 On the small sets MAP is that of `plda.py`: the interval of the difference holds 0 for every seed.
-On the standard set it is lower by .002 ± .001. With less decay it was lower on held-out clips, perhaps since a thousand clips say too little about so
-many weights. Learning rate, decay and both rates were chosen on held-out clips of the real training
-split.
+On the standard set it is lower by .002 ± .001. With less decay it was lower on held-out clips,
+perhaps since a thousand clips say too little about so many weights. Learning rate, decay and both
+rates were chosen on held-out clips of the real training split.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
 """

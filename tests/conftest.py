@@ -8,6 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import contextlib
+import gc
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from jax._src import compiler
 from tests.helpers import clip_files
 
 ROOT = Path(__file__).parent.parent
+gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

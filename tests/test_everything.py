@@ -69,6 +69,7 @@ def test_the_word_trains_on_all_clips_and_ranks_others(name):
     config_lib.check(config)
 
 
+@pytest.mark.slow
 def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     folder, said = trained
     results = metrics_of(folder)
@@ -97,6 +98,7 @@ def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     assert "finished before" in again and line in again
 
 
+@pytest.mark.slow
 def test_its_report_says_that_nothing_is_measured(trained):
     folder, _ = trained
     text = (folder / "report.html").read_text()
@@ -109,6 +111,7 @@ def test_its_report_says_that_nothing_is_measured(trained):
     assert "and MAP" not in section(text, "learning")
 
 
+@pytest.mark.slow
 def test_val_is_evaluated_in_sample_and_the_run_keeps_no_map(measured):
     folder, said = measured
     results = metrics_of(folder, "metrics_val.json")
@@ -122,6 +125,7 @@ def test_val_is_evaluated_in_sample_and_the_run_keeps_no_map(measured):
     assert "in_sample" in section((folder / "report.html").read_text(), "summary")
 
 
+@pytest.mark.slow
 def test_a_check_finds_nothing_wrong_and_claims_nothing(measured):
     folder, _ = measured
     said = said_by("--mode=check", f"--workdir={folder}")
@@ -145,6 +149,7 @@ def test_a_comparison_is_refused_or_names_the_run_that_knows_the_clips(
         assert "In sample: " in (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_refused_with_the_latest(trained, capsys):
     folder, _ = trained
     words = ["--mode=evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best"]

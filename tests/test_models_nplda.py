@@ -172,7 +172,7 @@ def left_out_oracle(variables, frames, labels, hidden=False):
     return logits, answers
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("hidden", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_clips_are_judged_as_if_they_were_not_enrolled(hidden):
     frames, labels = made_up()
     lonely = np.flatnonzero(labels == 3)[1:]
@@ -191,7 +191,13 @@ def test_clips_are_judged_as_if_they_were_not_enrolled(hidden):
     np.testing.assert_allclose(output.logits[:, 0], wanted, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"modality_dropout_rate": 0.5, "stranger_rate": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"modality_dropout_rate": 0.5, "stranger_rate": 0.5},
+    ],
+)
 def test_gradients_are_finite(options):
     """For clips without a modality or any, identities of one clip, distractors, padded rows."""
     frames, labels = made_up()
@@ -215,6 +221,7 @@ def test_gradients_are_finite(options):
         assert np.isfinite(slope).all() and np.any(slope != 0)
 
 
+@pytest.mark.slow
 def test_members_with_other_clips_start_when_they_are_ready():
     """As members of one program, where one has seen its clips and the other has not."""
     frames, labels = made_up()
@@ -229,6 +236,7 @@ def test_members_with_other_clips_start_when_they_are_ready():
     np.testing.assert_allclose(space.ratio, alone["start"]["start"]["spaces"]["face"].ratio, 1e-4)
 
 
+@pytest.mark.slow
 def test_bad_clips_are_sought_without_a_finished_model():
     """A step that is skipped is computed again, with labels and not as training."""
     frames, labels = made_up()

@@ -156,6 +156,7 @@ def test_logits_are_those_of_the_equations():
     np.testing.assert_allclose(output.logits[:, 0], wanted, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_members_have_sums_of_their_own():
     """Members with other numbers of clips per identity share one array of coefficients."""
     frames, labels = made_up()
@@ -273,6 +274,7 @@ def test_the_number_of_clips_counts_by_its_logarithm():
     np.testing.assert_allclose(found - plain, [[0, 0, 1.5 * np.log(2), 0, 1.5 * np.log(7)]], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_counts_the_clips_of_the_modality_that_has_most():
     frames, labels = made_up()
     plain, counting = make_model(), make_model(clips=2.0)

@@ -322,6 +322,7 @@ def test_only_plda_has_newcomers():
         assert newcomers.newcomers(model, nothing, "val", nothing, 16) is None
 
 
+@pytest.mark.slow
 def test_enrolling_everybody_gives_the_ranking_of_the_model():
     """In float64, nobody left out of the fit: enrolled at once, or newcomers after the others."""
     learned, clips = exact(made_up(0, 150, strangers=0.1)), exact(made_up(1, 60, strangers=0.4))

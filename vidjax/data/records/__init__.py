@@ -1,1 +1,10 @@
-"""Records on disk, written by TFDS and read by tf.data: the only folder with TensorFlow."""
+"""Records on disk: the only folder with TensorFlow, which is imported where it is needed.
+
+| file | does | TensorFlow |
+|---|---|---|
+| `convert.py`, `write.py`, `builder.py` | any source of frames to records, by TFDS | to write |
+| `manifest.py`, `report.py` | what was written, and whether it still is; labels | to name damage |
+| `pipeline.py` | the clips as `TrainingData` | no |
+| `reader.py`, `padding.py` | records as arrays, all clips of a split once | no |
+| `streaming.py`, `codec.py` | endless shuffled batches for training, by tf.data | yes |
+"""

@@ -1,0 +1,254 @@
+"""A gallery answers as the run that makes its vectors."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import vidjax
+from tests.helpers import made_galleries, small_runs
+from vidjax import config as config_lib
+from vidjax import metrics, predict
+from vidjax.data.load import load_dataset
+from vidjax.gallery.people import People
+from vidjax.steps import topk
+
+pytestmark = pytest.mark.slow  # trains
+
+GIVEN = {"within": 0.8, "between": 0.75, "scale": 0.3, "unenrolled": -1.0, "stranger": 3.0}
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+
+
+def trained(name, folder, data, official_dir, *words):
+    spec = f"{small_runs.ROOT}/configs/{name}.py:iqiyi_vid,face,head,audio"
+    config = config_lib.override(
+        config_lib.load_file(spec),
+        [
+            f"--config.data.dir={official_dir}",
+            "--config.batch_size=32",
+            "--config.eval.block_size=16",
+            *words,
+        ],
+    )
+    small_runs.run(config, folder, data)
+    return predict.restore(folder, num_devices=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data, official_dir):
+    folder = tmp_path_factory.mktemp("runs") / "plda"
+    words = [f"--config.model.{name}={value}" for name, value in GIVEN.items()]
+    return trained("plda", folder, data, official_dir, *words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, run, data):
+    """A gallery that no test changes."""
+    return vidjax.Gallery.create(tmp_path_factory.mktemp("galleries") / "g", run, data)
+
+
+@pytest.fixture
+def gallery(made, run, tmp_path):
+    shutil.copytree(made.people.folder, tmp_path / "g")
+    return vidjax.Gallery(tmp_path / "g", run=run)
+
+
+def map_of(ranked, data, split="val"):
+    found = data.split(split)
+    place = {name: number for number, name in enumerate(found.clips)}
+    index = np.full((len(data.identities), topk.MAX_NAMES), -1)
+    for name, clips in ranked.items():
+        row = data.identities.index(name)
+        index[row, : len(clips)] = [place[clip] for clip, _ in clips]
+    return metrics.mean_average_precision(index, found.labels, found.positives, found.num_others)
+
+
+def test_a_gallery_ranks_as_its_run(made, run, data):
+    ranked, wanted = made.rank(data, split="val"), run.rank(data, split="val")
+    assert list(ranked) == list(wanted)
+    assert map_of(ranked, data) == pytest.approx(map_of(wanted, data), abs=1e-12)
+    for name, clips in wanted.items():
+        scores = dict(ranked[name])
+        for clip, score in clips:
+            assert scores[clip] == pytest.approx(score, abs=2e-3, rel=1e-3)
+
+
+def test_a_gallery_of_a_run_holds_its_clips_and_strangers(made, data):
+    train, val = data.split("train"), data.split("val")
+    counts = {name: int((train.labels == n).sum()) for n, name in enumerate(data.identities, 1)}
+    dead = sum(counts.values()) - sum(made.identities.values())
+    assert 0 <= dead <= 3 and made.identities.keys() == counts.keys()
+    strangers = {c for c, label in zip(val.clips, val.labels, strict=True) if label == 0}
+    assert set(made.people.strangers) <= strangers and len(made.people.strangers) > 3
+
+
+def test_identify_names_and_refuses(made, data):
+    found = made.identify(data, k=3, fpir=0.2, split="val")
+    val = data.split("val")
+    labels = dict(zip(val.clips, [None, *data.identities], strict=False))
+    labels = {c: (None, *data.identities)[n] for c, n in zip(val.clips, val.labels, strict=True)}
+    alarms = [c for c in made.people.strangers if found[c].identity is not None]
+    threshold = made.threshold(0.2)
+    assert len(alarms) == threshold.num_alarms
+    known = [c for c in val.clips if labels[c] is not None]
+    assert np.mean([found[c].identity == labels[c] for c in known]) > 0.7
+    for answer in found.values():
+        assert len(answer.best) == 3 or answer.probability == 0
+        assert [p for _, p in answer.best] == sorted((p for _, p in answer.best), reverse=True)
+        assert (answer.identity is not None) == (answer.score >= threshold.score)
+    by_probability = made.identify(data, split="val")
+    for answer in by_probability.values():
+        shares = sum(p for _, p in answer.best)
+        assert answer.identity is None or answer.probability >= (1 - shares) * 0.99
+
+
+def in_memory(data, split, places):
+    """Returns clips of a dataset as a user would hold them."""
+    names, found = data.split(split).clips, {}
+    for modality in data.modalities:
+        for index, frames in data.packed(split, [modality]):
+            packed = frames[modality]
+            for n, clip in enumerate(index.tolist()):
+                rows = slice(int(packed.start[n]), int(packed.start[n] + packed.length[n]))
+                if clip in places and packed.length[n]:
+                    fields = ("features", "quality", "detection", "number")
+                    one = {field: getattr(packed, field)[rows] for field in fields}
+                    found.setdefault(names[clip], {})[modality] = one
+    return found
+
+
+def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, data):
+    every = made.embed(data, "train")
+    places = range(6)
+    clips = in_memory(data, "train", places)
+    assert len(clips) >= 4
+    for some in [*([name] for name in clips), list(clips)]:
+        found = made.embed({name: clips[name] for name in some})
+        for name, x in found.parts.items():
+            rows = [every.names.index(clip) for clip in found.names]
+            np.testing.assert_array_equal(x, every.parts[name][rows])
+
+
+def test_enrolling_again_changes_nothing(gallery, data):
+    done = gallery.enrol(data, split="train")
+    assert done.enrolled == 0 and done.unchanged == len(gallery.people.clips) - len(
+        gallery.people.strangers
+    )
+    assert gallery.people.version == 1
+
+
+def test_a_newcomer_is_found_and_forgotten(gallery, data):
+    before = made_galleries.contents(gallery.people.folder)
+    clips = in_memory(data, "val", range(len(data.split("val").clips)))
+    label = 3
+    val = data.split("val")
+    shown = [c for c, n in zip(val.clips, val.labels, strict=True) if n == label and c in clips]
+    gallery.remove(identity=data.identities[label - 1])
+    first, second = shown[:2]
+    assert gallery.identify({second: clips[second]})[second].identity is None
+    assert gallery.enrol({first: clips[first]}, "Ada Lovelace") == (1, 0, ())
+    assert gallery.identify({second: clips[second]})[second].best[0][0] == "Ada Lovelace"
+    assert gallery.rank({second: clips[second]})["Ada Lovelace"][0][0] == second
+    gallery.remove(identity="Ada Lovelace")
+    gallery.enrol(data, split="train")
+    assert made_galleries.contents(gallery.people.folder) == before
+
+
+def test_clips_without_a_usable_frame(gallery):
+    dead = {"dead": {"face": np.zeros((0, 24), np.float16)}, "gone": {"head": None}}
+    widths = gallery.run.modalities
+    clips = {"dead": {"face": np.zeros((0, widths["face"]), np.float16)}, "gone": {}}
+    with pytest.raises(ValueError, match="no clip has a usable frame, as 'dead'"):
+        gallery.enrol(clips, "nobody")
+    alive = {"alive": {"face": np.ones((1, widths["face"]), np.float16)}}
+    assert gallery.enrol(clips | alive, "Ada") == (1, 0, ("dead", "gone"))
+    assert dead.keys() == clips.keys()
+    for fpir in (None, 0.5):
+        assert gallery.identify(clips, fpir=fpir)["dead"] == (None, 0.0, -np.inf, ())
+    assert gallery.rank(clips | alive)["Ada"][0][0] == "alive"
+
+
+def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
+    gallery = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True)
+    assert gallery.identities == {} and len(gallery.people.strangers) > 3
+    clips = in_memory(data, "train", range(4))
+    for action in (gallery.identify, gallery.rank):
+        with pytest.raises(ValueError, match="nobody enrolled"):
+            action(clips)
+    gallery.enrol(clips, {name: f"the one of {name}" for name in clips})
+    assert set(gallery.identities.values()) == {1} and len(gallery.identities) == len(clips)
+    for name in clips:
+        assert gallery.identify({name: clips[name]})[name].identity == f"the one of {name}"
+
+
+def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, official_dir):
+    folds = trained(
+        "plda", tmp_path / "folds", data, official_dir, "--config.data.train_splits=train,val",
+        "--config.ensemble.folds=2", *(f"--config.model.{n}={v}" for n, v in GIVEN.items()),
+    )  # fmt: skip
+    gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
+    assert gallery.people.front.widths == dict(run.modalities)
+    assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
+
+
+@pytest.fixture(scope="module")
+def nearest(tmp_path_factory, data, official_dir):
+    """A run that is no PLDA, and has no parameters."""
+    spec = f"{small_runs.ROOT}/configs/knn.py:iqiyi_vid,face"
+    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
+    folder = tmp_path_factory.mktemp("nearest") / "run"
+    small_runs.run(config_lib.override(config_lib.load_file(spec), words), folder, data)
+    return folder
+
+
+def test_another_run_is_refused(made, nearest):
+    for run in (nearest, predict.restore(nearest)):
+        gallery = vidjax.Gallery(made.people.folder, run=run)
+        with pytest.raises(ValueError, match="is not the run that gallery"):
+            gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
+
+
+def check_net(folder, run, data, worse):
+    """Checks a gallery of the embeddings of a run."""
+    gallery = vidjax.Gallery.create(folder, run, data)
+    assert list(gallery.people.front.widths) == ["embedding"]
+    assert not gallery.people.run.centred
+    own = map_of(gallery.run.rank(data, split="val"), data)
+    assert map_of(gallery.rank(data, split="val"), data) > own - worse
+    answers = gallery.identify(data, split="val").values()
+    assert all(answer.best or not answer.probability for answer in answers)
+    gallery.refit()
+
+
+def test_a_gallery_of_embeddings(nearest, tmp_path, data):
+    check_net(tmp_path / "g", nearest, data, 0.05)
+
+
+def test_a_gallery_of_a_net(tmp_path, data, official_dir):
+    words = (small_runs.LAYER, "--config.num_epochs=20", "--config.optim.learning_rate=0.01")
+    run = trained("quality_fusion", tmp_path / "run", data, official_dir, *words)
+    check_net(tmp_path / "g", run, data, 0.05)
+
+
+def test_no_run_no_answer(made, tmp_path):
+    gallery = vidjax.Gallery(made.people.folder, run=tmp_path)
+    with pytest.raises(ValueError):
+        gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
+    assert "people" in repr(gallery) and People(made.people.folder).identities
+
+
+def test_given_settings_of_a_plda_run_are_kept(made):
+    assert made.people.front.settings._asdict() == {**GIVEN, "clips": 0.0}
+
+
+def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, data, official_dir):
+    run = trained("plda", tmp_path / "run", data, official_dir, "--config.model.within=0.5")
+    gallery = vidjax.Gallery.create(tmp_path / "g", run, data)
+    settings = dict(run.manifest["settings"]) | {"within": 0.5}
+    assert len(settings) == 5
+    assert gallery.people.front.settings._asdict() == {**settings, "clips": 0.0}
+    assert map_of(gallery.rank(data, split="val"), data) == pytest.approx(run.results["map"])
