@@ -211,7 +211,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "refit")) for name in CHANGES],
+)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Killed()])
 @pytest.mark.parametrize("function", ["write", "replace", "unlink"])
 def test_a_change_that_fails_leaves_the_old_state_or_the_new_one(

@@ -97,6 +97,7 @@ def test_without_learning_it_is_plda():
     np.testing.assert_allclose(*found, atol=1e-6)  # two programs that round the sums
 
 
+@pytest.mark.slow
 def test_the_start_is_the_closed_form_of_all_clips_and_stays():
     frames, labels = made_up()
     batches = [TWICE[:30], TWICE[30:], [5, 6, 7]]

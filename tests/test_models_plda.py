@@ -222,6 +222,7 @@ def test_settings_that_are_given_stay():
     assert free.within in plda_settings.SHARES["within"] and free.scale != 0.2
 
 
+@pytest.mark.slow
 def test_fitted_settings_favour_no_modality():
     """Half of the people were never heard: clips that show them are named as often as others."""
     rng = np.random.default_rng(1)
@@ -298,6 +299,7 @@ def test_a_modality_that_is_there_twice_counts_half():
     assert max(audio, copy) < 0.75 * face and found.clips == 0
 
 
+@pytest.mark.slow
 def test_a_fit_finds_that_people_of_many_clips_are_met_more_often():
     """Clips that say little are of people who have many; held-out clips are drawn likewise."""
     rng = np.random.default_rng(4)

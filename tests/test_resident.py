@@ -413,7 +413,17 @@ FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}
         pytest.param(FILTERS, "float16", id="filtered"),
     ],
 )
-@pytest.mark.parametrize("spec", FUSIONS, ids=lambda spec: spec["name"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(
+            spec,
+            id=spec["name"],
+            marks=[pytest.mark.slow] * (spec["name"] in ("windows", "sample", "crops")),
+        )
+        for spec in FUSIONS
+    ],
+)
 def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
     packed = pack((9, 0, 3, 1, 5, 16), dim=5)
     packed = packed._replace(features=(packed.features % 7).astype(dtype))
