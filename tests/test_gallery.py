@@ -160,7 +160,7 @@ def test_a_row_of_numbers_does_not_depend_on_the_others():
 def test_threads_change_nothing(tmp_path, monkeypatch):
     people = made_galleries.make(tmp_path / "g")
     wanted = made_galleries.answers(people)
-    monkeypatch.setattr(index_lib, "MANY", 1)
+    monkeypatch.setattr(index_lib, "MANY_BLOCKS", 1)
     monkeypatch.setattr(coordinates_lib, "MANY", 1)
     assert made_galleries.answers(people) == wanted
     assert made_galleries.answers(People(people.folder)) == wanted

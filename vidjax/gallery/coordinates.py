@@ -15,7 +15,7 @@ from vidjax.gallery import front as front_lib
 from vidjax.gallery.front import Front
 from vidjax.models import two_covariance
 
-MANY = 32  # vectors, or blocks of people, from which on threads are worth starting
+MANY = 32  # vectors from which on threads are worth starting
 
 
 class Coefficients(NamedTuple):

@@ -15,23 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.gallery.blocks import Block
-from vidjax.gallery.coordinates import MANY, Coordinates, threads
+from vidjax.gallery.coordinates import Coordinates, threads
 
+MANY_BLOCKS = 1024  # from which on threads are worth starting
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
-class _People(NamedTuple):
-    """The people of a block.
+class _Rows(NamedTuple):
+    """All people, block after block.
 
     Attributes:
-      names: P identities.
-      linear: [M] of [P, D] float32, coefficients of z.
-      constant: [M, P] float64.
-      kind: [M, P] int32, row of the curves; 0 for an identity without a clip in the part.
+      names: N identities.
+      ends: the row behind the last one of each block.
+      constant: [M, N] float64.
+      kind: [M, N] int32, row of the curves; 0 for an identity without a clip in the part.
     """
 
-    names: tuple[str, ...]
-    linear: tuple[np.ndarray, ...]
+    names: list[str]
+    ends: list[int]
     constant: np.ndarray
     kind: np.ndarray
 
@@ -42,8 +43,8 @@ class Index:
     def __init__(self, coordinates: Coordinates):
         """Starts without identities."""
         self._coordinates = coordinates
-        self._blocks: dict[str, _People] = {}
-        self._names: list[str] | None = None
+        self._blocks: dict[str, Block] = {}
+        self._joined: _Rows | None = None
         parts = coordinates.front.parts
         self._kinds: list[dict[int, int]] = [{0: 0} for _ in parts]  # count -> row of curves
         self._curves = [np.zeros((1, len(part.centre))) for part in parts]
@@ -51,20 +52,28 @@ class Index:
     @property
     def names(self) -> list[str]:
         """The identity of every row."""
-        if self._names is None:
-            self._names = [name for block in self._blocks.values() for name in block.names]
-        return self._names
+        return self._rows().names
 
     def replace(self, gone: Iterable[str], new: Mapping[str, Block]) -> None:
         """Replaces blocks, which have names of their own; `gone` before `new`."""
         for name in gone:
             self._blocks.pop(name, None)
-        for name, block in new.items():
-            if block.people:
-                linear, constant, count = block.coefficients
-                kind = np.stack([self._kind(n, row) for n, row in enumerate(count)])
-                self._blocks[name] = _People(block.people, linear, constant, kind)
-        self._names = None
+        self._blocks.update({name: block for name, block in new.items() if block.people})
+        self._joined = None
+
+    def _rows(self) -> _Rows:
+        """Returns all but the long rows of coefficients, which stay where they are."""
+        if self._joined is None:
+            found = [block.coefficients for block in self._blocks.values()]
+            names = [name for block in self._blocks.values() for name in block.people]
+            ends = np.cumsum([len(block.people) for block in self._blocks.values()], dtype=int)
+            parts = range(len(self._curves))
+            none = np.zeros((len(parts), 0))
+            constant = np.concatenate([none, *(one.constant for one in found)], axis=1)
+            count = np.concatenate([none, *(one.num_clips for one in found)], axis=1).astype(int)
+            kind = np.array([self._kind(number, count[number]) for number in parts])
+            self._joined = _Rows(names, ends.tolist(), constant, kind)
+        return self._joined
 
     def _kind(self, number: int, count: np.ndarray) -> np.ndarray:
         """Returns the rows of the curves, [P] int32, of numbers of clips in one part."""
@@ -89,46 +98,30 @@ class Index:
         present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
         if not present:
             return np.concatenate([[0.0], np.full(len(self.names), -np.inf)])
-        squares = {n: np.vecdot(self._curves[n], clip[n] * clip[n]) for n in present}
-        linear = {n: clip[n].astype(np.float32) for n in present}
-        logits = np.zeros(1 + len(self.names))
-        logits[0] = self._coordinates.front.settings.stranger
+        rows = self._rows()
         blocks = list(self._blocks.values())
-        ends = np.cumsum([1, *(len(block.names) for block in blocks)]).tolist()
+        ratios = np.empty((len(self._curves), len(rows.names)), np.float32)
+        linear = {n: clip[n].astype(np.float32) for n in present}
 
         def score(first: int, step: int) -> None:
             for number in range(first, len(blocks), step):
-                out = logits[ends[number] : ends[number + 1]]
-                self._add(blocks[number], linear, squares, out)
+                own = slice(rows.ends[number - 1] if number else 0, rows.ends[number])
+                for n, z in linear.items():
+                    np.vecdot(blocks[number].coefficients.linear[n], z, out=ratios[n, own])
 
-        if len(blocks) >= MANY:
+        if len(blocks) >= MANY_BLOCKS:
             cores = os.cpu_count() or 1
             list(threads().map(lambda first: score(first, cores), range(cores)))
         else:
             score(0, 1)
-        return log_softmax(logits)
-
-    def _add(
-        self,
-        block: _People,
-        linear: Mapping[int, np.ndarray],
-        squares: Mapping[int, np.ndarray],
-        out: np.ndarray,
-    ) -> None:
-        """Adds the logits of a block to `out` [P], part by part.
-
-        Args:
-          block: the people.
-          linear: part -> [D] float32, the clip.
-          squares: part -> [U], what z squared adds for every kind.
-          out: [P] float64.
-        """
         settings = self._coordinates.front.settings
-        for number, z in linear.items():
-            kind = block.kind[number]
-            ratios = np.vecdot(block.linear[number], z)
-            ratios = ratios + block.constant[number] + squares[number][kind]
-            out += np.where(kind > 0, settings.scale * ratios, settings.unenrolled)
+        logits = np.zeros(1 + len(rows.names))
+        logits[0] = settings.stranger
+        for n in present:
+            squares = np.vecdot(self._curves[n], clip[n] * clip[n])
+            ratio = ratios[n] + rows.constant[n] + squares[rows.kind[n]]
+            logits[1:] += np.where(rows.kind[n] > 0, settings.scale * ratio, settings.unenrolled)
+        return log_softmax(logits)
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
         """Returns the best k identities with their logarithms, best first, ties by name.
