@@ -3,7 +3,7 @@
     python -m tests.benchmarks.gallery FOLDER [--people=10000,1000000]
 
 10,000 people have a face, a head and an audio vector of 512 each; 1,000,000 people one vector of
-512, which is 2 GB on the disk and 5 GB in memory. A person has one clip. Times are the fastest, the
+512, which is 4 GB on the disk. A person has one clip. Times are the fastest, the
 median and the slowest of several tries, after the gallery is open. Brute force is a product of
 numpy's with all coefficients, whose rounding depends on the order of people: the least that a
 search needs.
