@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 from typing import Any
 
 import jax
@@ -211,13 +212,14 @@ def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
     return vectors, labels
 
 
-def test_settings_that_are_given_stay():
+def test_settings_that_are_given_stay(monkeypatch):
     vectors, labels = people(np.random.default_rng(0))
     given = {"within": 0.33, "scale": 0.2}
     found = plda_settings.fit_settings(vectors, labels, given, 0)
     assert (found.within, found.scale) == (0.33, 0.2)
-    again = plda_settings.fit_settings(vectors, labels, given, 0)
-    assert found == again
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert plda_settings.fit_settings(vectors, labels, given, 0) == found
     free = plda_settings.fit_settings(vectors, labels, {}, 0)
     assert free.within in plda_settings.SHARES["within"] and free.scale != 0.2
 
