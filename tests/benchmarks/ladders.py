@@ -172,6 +172,7 @@ MMA_OPTIONS = {
     "folds_twice": f"{HELD_OUT} --config.ensemble.seeds=2",
     "five": FIVE,
     "unit": "--config.model.unit_length=True",
+    "white": "--config.model.whitened=0.25 --config.model.unit_length=True",
     "head": "--config.model.head=cosine --config.model.logit_scale=16",
 }
 LARGER = "the standard set is synthetic"
@@ -462,6 +463,7 @@ LADDERS = (
             Rung("with learned layers there", "nplda_standard", "plda_standard"),
             Rung("the cosine net there", "cosine_standard", "mma_standard"),
             Rung("the paper's net with vectors of unit length", "mma_unit", "mma"),
+            Rung("and whitened features", "mma_white", "mma_unit"),
             Rung("the paper's net with a cosine classifier", "mma_head", "mma"),
         ),
     ),
