@@ -1,5 +1,7 @@
 """Whitening against its equations, and what may not reach the running sums."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,11 @@ def clips(seed, *shape):
     return rng.normal(size=(*shape, DIM)) @ mix + 3.0, mask
 
 
+def whitened(model, variables, x, mask) -> Any:
+    """Returns the vectors as an evaluation whitens them."""
+    return model.apply(variables, x, mask, train=False)
+
+
 def trained(model, batches):
     """Returns the variables after some batches."""
     variables = model.init(jax.random.key(0), *batches[0], train=True)
@@ -31,7 +38,7 @@ def test_it_is_that_of_the_equations(share):
     batches = [clips(seed, 40, 3) for seed in range(4)]
     with jax.enable_x64(True):
         model = Whitening(share)
-        found = model.apply(trained(model, batches), batches[1][0], batches[1][1], train=False)
+        found = whitened(model, trained(model, batches), *batches[1])
     powers = MOMENTUM ** np.arange(len(batches))[::-1]
     rows = [x[mask] for x, mask in batches]
     count = sum(p * len(x) for p, x in zip(powers, rows, strict=True))
@@ -49,7 +56,7 @@ def test_whole_covariance_becomes_round():
     x, mask = clips(0, 3000)
     with jax.enable_x64(True):
         model = Whitening(1.0)
-        found = np.asarray(model.apply(trained(model, [(x, mask)]), x, mask, train=False))[mask]
+        found = np.asarray(whitened(model, trained(model, [(x, mask)]), x, mask))[mask]
     variance = np.trace(np.cov(x[mask].T)) / DIM
     np.testing.assert_allclose(np.cov(found.T), variance * np.eye(DIM), atol=1e-3 * variance)
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-9)
@@ -80,8 +87,7 @@ def test_few_vectors_are_no_trouble(mask):
     value, slope = jax.value_and_grad(total)(x)
     assert np.isfinite(value) and np.isfinite(slope).all()
     if mask.sum() < 2:
-        untouched = model.apply(variables, x, mask, train=False)
-        np.testing.assert_allclose(untouched, x, rtol=1e-5)
+        np.testing.assert_allclose(whitened(model, variables, x, mask), x, rtol=1e-5)
 
 
 def test_no_gradient_passes_through_the_sums():
@@ -96,5 +102,5 @@ def test_no_gradient_passes_through_the_sums():
         return jnp.sum(found * weights)
 
     _, later = model.apply(variables, x, mask, train=True, mutable=["batch_stats"])
-    slope = jax.grad(lambda x: jnp.sum(model.apply(later, x, mask, train=False) * weights))(x)
+    slope = jax.grad(lambda x: jnp.sum(whitened(model, later, x, mask) * weights))(x)
     np.testing.assert_allclose(jax.grad(training)(x), slope, rtol=1e-4, atol=1e-6)
