@@ -104,9 +104,9 @@ def test_records_that_nobody_here_wrote_are_refused(tmp_path, other):
 
 
 @pytest.mark.slow
-def test_a_run_on_records_needs_no_tensorflow(vidjax_command, tmp_path, cache_dir):
+def test_a_run_on_records_needs_no_tensorflow(vidjax_command, tmp_path, official_dir):
     """Training, evaluation and report, once another run has converted the clips."""
-    words = ["--config=configs/knn.py:face", "--config.num_epochs=1"]
+    words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     done = vidjax_command(*words, f"--workdir={tmp_path / 'first'}")
     assert done.returncode == 0, done.stderr
     code = (

@@ -52,7 +52,11 @@ MAINS = {
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
-CLOSED_FORM = ("--config.num_epochs=2", NO_REPORT)
+# With settings that other tests fit.
+CLOSED_FORM = (
+    "--config.num_epochs=2", NO_REPORT, "--config.model.within=0.8", "--config.model.between=0.75",
+    "--config.model.scale=0.06", "--config.model.unenrolled=-1", "--config.model.stranger=2",
+)  # fmt: skip
 FEW = ("--config.ensemble.folds=2", "--config.ensemble.seeds=1")
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 
