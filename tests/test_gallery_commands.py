@@ -9,7 +9,6 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import config as config_lib
 from vidjax import ranking
 from vidjax.data.load import load_dataset
 from vidjax.gallery import answers as answers_lib
@@ -27,11 +26,7 @@ def data(official_dir, cache_dir):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data, official_dir):
-    spec = f"{small_runs.ROOT}/configs/knn.py:iqiyi_vid,face"
-    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
-    folder = tmp_path_factory.mktemp("runs") / "knn"
-    small_runs.run(config_lib.override(config_lib.load_file(spec), words), folder, data)
-    return folder
+    return small_runs.nearest(tmp_path_factory.mktemp("runs") / "knn", data, official_dir)
 
 
 @pytest.fixture(scope="module")

@@ -198,11 +198,7 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
 @pytest.fixture(scope="module")
 def nearest(tmp_path_factory, data, official_dir):
     """A run that is no PLDA, and has no parameters."""
-    spec = f"{small_runs.ROOT}/configs/knn.py:iqiyi_vid,face"
-    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
-    folder = tmp_path_factory.mktemp("nearest") / "run"
-    small_runs.run(config_lib.override(config_lib.load_file(spec), words), folder, data)
-    return folder
+    return small_runs.nearest(tmp_path_factory.mktemp("nearest") / "run", data, official_dir)
 
 
 def test_another_run_is_refused(made, nearest):

@@ -5,6 +5,7 @@ before it reads it. What it returns is plain data: bytes, JSON, or arrays withou
 of a reader is a ValueError, or FileNotFoundError where there is no file.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import mmap
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,6 +112,16 @@ def exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+@contextlib.contextmanager
+def _open_to_read(path: Path, limit: int) -> Iterator[tuple[io.FileIO, int]]:
+    """Opens a file of at most `limit` bytes and gives its size, too."""
+    try:
+        with open_regular(path, limit=limit) as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except PermissionError as error:
+        raise ValueError(f"cannot read '{path}': {error.strerror}") from error
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Returns the content of a file of at most `limit` bytes.
 
@@ -117,15 +129,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
       FileNotFoundError: there is no such file.
       ValueError: it is larger, no regular file, or cannot be read.
     """
-    try:
-        with open_regular(path, limit=limit) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = bytearray()
-            while len(content) <= size and (part := file.read(size + 1 - len(content))):
-                content += part
-            return bytes(content)
-    except PermissionError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror}") from error
+    with _open_to_read(path, limit) as (file, size):
+        content = bytearray()
+        while len(content) <= size and (part := file.read(size + 1 - len(content))):
+            content += part
+        return bytes(content)
 
 
 def map_bytes(path: Path, limit: int) -> memoryview:
@@ -135,13 +143,10 @@ def map_bytes(path: Path, limit: int) -> memoryview:
       FileNotFoundError: there is no such file.
       ValueError: it is larger, no regular file, or cannot be read.
     """
-    try:
-        with open_regular(path, limit=limit) as file:
-            if not os.fstat(file.fileno()).st_size:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except PermissionError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror}") from error
+    with _open_to_read(path, limit) as (file, size):
+        if not size:  # what cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_json(path: Path, kind: type[T] = dict, limit: int = JSON_BYTES) -> T:

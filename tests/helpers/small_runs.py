@@ -61,6 +61,14 @@ def run(config, folder, data, num_devices=1):
     return train.train(config, folder, data, num_devices=num_devices)
 
 
+def nearest(folder, data, official_dir):
+    """Makes a run of nearest neighbours of official files, which learns nothing; returns it."""
+    spec = f"{ROOT}/configs/knn.py:iqiyi_vid,face"
+    words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
+    run(config_lib.override(config_lib.load_file(spec), words), folder, data)
+    return folder
+
+
 def saved(workdir, step=None):
     """Returns the trees of a checkpoint, the latest one's unless told which."""
     step = step or max(checkpoint.manifests(workdir))
