@@ -36,6 +36,7 @@ LAYERS = (
     "system",
     "models",
     "losses",
+    "logit_ops",
     "optim",
     "metrics",
     "fusion",

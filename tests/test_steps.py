@@ -298,9 +298,9 @@ def test_feature_noise_has_a_tenth_of_the_norm_of_each_feature():
     assert (both["a"].features != both["b"].features)[frames.mask].all()
 
 
-@pytest.mark.parametrize("embedding", ["", "triplet"])
-def test_a_bad_clip_is_found_alone(embedding):
-    system = make(loss__embedding=embedding)
+@pytest.mark.parametrize(("embedding", "dtype"), [("", "float32"), ("triplet", "bfloat16")])
+def test_a_bad_clip_is_found_alone(embedding, dtype):
+    system = make(loss__embedding=embedding, dtype=dtype)
     batch = make_batch((7, 3, 2, 2, 1), audio=(1, 1, 1, 1, 1))
     batch.frames["audio"].features[2] = np.nan
     labels = np.array([3, 3, 4, 4, 5])  # the bad clip is the positive of another, and a negative

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import optim
+from vidjax import logit_ops, optim
 from vidjax.batch import Array, ModelOutput
 from vidjax.suggest import suggest
 
@@ -41,11 +41,11 @@ def softmax_cross_entropy(
 
     Source: label smoothing as in Szegedy et al., Rethinking the Inception Architecture, section 7.
     """
-    where = None if class_mask is None else jnp.asarray(class_mask)
-    label_logit = _at_label(logits, labels)
-    loss = jax.nn.logsumexp(logits, axis=-1, where=where) - label_logit
+    label_logit = logit_ops.at_label(logits, labels)
+    loss = logit_ops.logsumexp(logit_ops.leave_out(logits, class_mask)) - label_logit
     if not label_smoothing:
         return loss
+    where = None if class_mask is None else jnp.asarray(class_mask)
     return loss + label_smoothing * (label_logit - jnp.mean(logits, axis=-1, where=where))
 
 
@@ -77,14 +77,14 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     if margin == 0:
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    cosine = _at_label(logits, labels) / scale
+    cosine = logit_ops.at_label(logits, labels) / scale
     # Rounding may give a cosine above 1, and the derivative of a root is infinite at 0.
     squared = (1 - cosine) * (1 + cosine)
     sine = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
     shifted = cosine * np.cos(margin) - sine * np.sin(margin)
     fallback = cosine - margin * np.sin(margin)
     harder = scale * jnp.where(cosine > np.cos(np.pi - margin), shifted, fallback)
-    return _put_at_label(logits, labels, harder)
+    return logit_ops.put_at_label(logits, labels, harder)
 
 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
@@ -105,7 +105,8 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
     Source: Wang et al., CosFace, equation 4.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return _put_at_label(logits, labels, _at_label(logits, labels) - margin * scale)
+    harder = logit_ops.at_label(logits, labels) - margin * scale
+    return logit_ops.put_at_label(logits, labels, harder)
 
 
 def binary_focal(
@@ -127,12 +128,13 @@ def binary_focal(
     all columns as in quality fusion (4th place 2019). Without building a one-hot target, the
     negative term is summed over all columns and corrected in the column of the label.
     """
-    negative = _focal_negative(gamma, logits)
+    label_logit = logit_ops.at_label(logits, labels)
+    positive = logit_ops.focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
+    not_label = logit_ops.focal_negative(label_logit, gamma)
     if class_mask is not None:
-        negative = jnp.where(jnp.asarray(class_mask), negative, 0.0)
-    label_logit = _at_label(logits, labels)
-    positive = _focal_negative(gamma, -label_logit)  # 1 - sigmoid(x) is sigmoid(-x)
-    return jnp.sum(negative, axis=-1) - _at_label(negative, labels) + positive
+        not_label = jnp.where(jnp.asarray(class_mask)[labels], not_label, 0.0)
+    seen = logit_ops.leave_out(logits, class_mask)
+    return logit_ops.sum_of_focal_negatives(seen, gamma) - not_label + positive
 
 
 def multiclass_focal(
@@ -245,8 +247,13 @@ def make_objective(
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
-        columns = jnp.broadcast_to(labels[:, None], logits.shape[:2])
-        per_branch = loss_fn(logits, columns, step, output.logit_scale)
+        # One axis of examples and branches, and logits that lie in memory once, are faster.
+        rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
+        columns = jnp.repeat(labels, logits.shape[1])
+        scale = output.logit_scale
+        if scale is not None:
+            scale = jnp.tile(scale, len(logits))
+        per_branch = loss_fn(rows, columns, step, scale).reshape(logits.shape[:2])
         loss = jnp.sum(per_branch * train_weight, axis=1)
         if not name:
             return loss
@@ -366,35 +373,3 @@ def _with_options(
     """Binds the options that a loss accepts."""
     names = _parameters(function) & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})
-
-
-def _at_label(values: Array, labels: Array) -> Array:
-    return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
-
-
-def _put_at_label(logits: Array, labels: Array, values: Array) -> Array:
-    """Returns the logits [..., K] with values [...] in the columns of the labels [...]."""
-    # Row by row, so that no device needs the rows of another.
-    rows = logits.reshape(-1, logits.shape[-1])  # [N, K]
-    put = jax.vmap(lambda row, label, value: row.at[label].set(value, mode="promise_in_bounds"))
-    return put(rows, labels.reshape(-1), values.reshape(-1)).reshape(logits.shape)
-
-
-# Autodiff would keep four arrays of the shape of the logits for the backward pass. The derivative
-# below keeps one.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _focal_negative(gamma: float, logits: Array) -> Array:
-    """Returns -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
-    log_rest = jax.nn.softplus(logits)  # -log(1 - p)
-    return jnp.exp(gamma * (logits - log_rest)) * log_rest
-
-
-@_focal_negative.defjvp
-def _focal_negative_jvp(
-    gamma: float, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-    (logits,), (tangent,) = primals, tangents
-    p = jax.nn.sigmoid(logits)
-    log_rest = jax.nn.softplus(logits)
-    power = jnp.exp(gamma * (logits - log_rest))
-    return power * log_rest, power * (gamma * (1 - p) * log_rest + p) * tangent

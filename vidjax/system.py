@@ -159,7 +159,10 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         clip_transforms=_make_clip_transforms(config, task),
         transforms=_make_transforms(config),
         objective=losses.make_objective(
-            config["loss"], class_mask, steps_per_epoch, logit_scale=model.logit_scale
+            config["loss"],
+            None if knows_other else class_mask,
+            steps_per_epoch,
+            logit_scale=model.logit_scale,
         ),
         column_weight=_make_column_weight(config["noise"], layout, steps_per_epoch),
         tx=tx,

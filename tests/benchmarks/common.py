@@ -144,8 +144,17 @@ def products(jaxpr: Any) -> Iterator[Product]:
             yield from found
 
 
-def make_bare(found: Sequence[Product], rng: Array) -> Callable[[], list[Array]]:
-    """Returns the products alone, compiled as one function, on made-up operands of their own."""
+def make_bare(found: Sequence[Product], rng: Array, times: int) -> Callable[[], Array]:
+    """Returns the products alone, on made-up operands of their own, as one compiled program.
+
+    The program repeats all of them in a loop, as training repeats its steps. Otherwise it would
+    measure how the system hands out memory for new results, too.
+
+    Args:
+      found: the products.
+      rng: of the operands.
+      times: how often the program computes them.
+    """
     shapes = [x.aval for product in found for x in product.equation.invars]
     keys = jax.random.split(rng, len(shapes))
     arrays = iter(
@@ -154,11 +163,18 @@ def make_bare(found: Sequence[Product], rng: Array) -> Callable[[], list[Array]]
     operands = [[next(arrays), next(arrays)] for _ in found]  # no product stands for another
 
     @jax.jit
-    def bare(operands: Any) -> list[Array]:
-        return [
-            p.equation.primitive.bind(*pair, **p.equation.params)
-            for p, pair in zip(found, operands, strict=True)
-        ]
+    def bare(operands: Any) -> Array:
+        def body(_: Array, total: Array) -> Array:
+            # Behind the barriers nothing is moved out of the loop, and no product is cut short.
+            pairs = jax.lax.optimization_barrier((operands, total))[0]
+            results = [
+                p.equation.primitive.bind(*pair, **p.equation.params)
+                for p, pair in zip(found, pairs, strict=True)
+            ]
+            results = jax.lax.optimization_barrier(results)
+            return total + sum(jnp.ravel(x)[0].astype(jnp.float32) for x in results)
+
+        return jax.lax.fori_loop(0, times, body, jnp.float32(0))
 
     return lambda: bare(operands)
 

@@ -102,14 +102,15 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     copy, copied = common.make_copy()
     functions: dict[str, Callable[[], Any]] = {
         "step": train,
-        "bare": common.make_bare(found, jax.random.key(1)),
+        "bare": common.make_bare(found, jax.random.key(1), STEPS),
         "copy": copy,
     }
     if args.peer:
         num_classes = 1 + args.num_identities
         functions |= make_peers(name, run, num_classes, options, args.bfloat16)
     seconds = common.in_turns(functions, args.rounds)
-    seconds["step"] = [x / STEPS for x in seconds["step"]]
+    for name_of in ("step", "bare"):
+        seconds[name_of] = [x / STEPS for x in seconds[name_of]]
     step, flops = common.median(seconds["step"]), sum(product.flops for product in found)
     bandwidth = copied / common.median(seconds["copy"])
     if args.products:

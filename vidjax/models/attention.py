@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.models.linear import Linear
 
 CHANNEL_ATTENTIONS = ("channels", "danet", "features")
 
@@ -63,9 +64,7 @@ class MultimodalAttention(nn.Module):
             raise ValueError(f"unknown attention_form {self.form!r}; choose from gram, two")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
-        project = functools.partial(
-            nn.Dense, self.dim, use_bias=False, dtype=self.dtype, param_dtype=param_dtype
-        )
+        project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
         f = project(name="w_f")(x)  # [B, M, D~]
         g = project(name="w_g")(x) if self.form == "two" else f
         z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]

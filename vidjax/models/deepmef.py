@@ -15,6 +15,7 @@ from vidjax.models.attention import (
     ChannelAttention,
 )
 from vidjax.models.heads import CosineClassifier, unit_vectors
+from vidjax.models.linear import Linear
 from vidjax.models.mlp import DenseLayer, ResidualBlock
 
 _CHOICES = {
@@ -150,10 +151,9 @@ class DeepMEF(nn.Module):
         hidden = DenseLayer(
             self.hidden_dim, "prelu", True, self.dropout_rate, dtype=self.dtype, name="hidden"
         )(x, seen, train=train)
-        added = nn.Dense(
+        added = Linear(
             x.shape[-1],
             dtype=self.dtype,
-            param_dtype=x.dtype,
             kernel_init=nn.initializers.zeros,
             name="back",
         )(hidden)

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array, ClipInfo
-from vidjax.models import dense_general
+from vidjax.models.dropout import Dropout
+from vidjax.models.linear import Linear
 
 # Below every cosine, and finite, so that losses and log-softmax stay finite.
 _NO_NEIGHBOUR = -2.0
@@ -63,16 +64,13 @@ class Classifier(nn.Module):
         Returns:
           [B, 1 + C] float32.
         """
-        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-        return nn.Dense(
+        x = Dropout(self.dropout_rate)(x, deterministic=not train)
+        return Linear(
             self.num_classes,
             dtype=self.dtype,
-            param_dtype=param_dtype,
             kernel_init=self.kernel_init,
-            dot_general=dense_general.dot_general,
             name="logits",
-        )(x).astype(param_dtype)
+        )(x)
 
 
 class CosineClassifier(nn.Module):
@@ -105,7 +103,7 @@ class CosineClassifier(nn.Module):
         Returns:
           [B, 1 + C] float32, in [-scale, scale] without dropout; 0 for vectors of 0.
         """
-        unit = nn.Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
+        unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         kernel = self.param(
             "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.num_classes), unit.dtype
         )

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
-from vidjax.models import dense_general
+from vidjax.models.dropout import Dropout
+from vidjax.models.linear import Linear
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda x: x,
@@ -64,14 +65,12 @@ class DenseLayer(nn.Module):
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
             raise ValueError(f"unknown activation {self.activation!r}; choose from {known}")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        x = nn.Dense(
+        x = Linear(
             self.width,
             dtype=self.dtype,
-            param_dtype=param_dtype,
-            dot_general=dense_general.dot_general,
             kernel_init=nn.initializers.xavier_uniform(),
             name="dense",
-        )(x).astype(param_dtype)
+        )(x)
         if self.norm_first:
             x = self._normalised(x, mask, train)
         if self.activation == "prelu":
@@ -81,7 +80,7 @@ class DenseLayer(nn.Module):
             x = _ACTIVATIONS[self.activation](x)
         if not self.norm_first:
             x = self._normalised(x, mask, train)
-        return nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        return Dropout(self.dropout_rate)(x, deterministic=not train)
 
     def _normalised(self, x: Array, mask: Array, train: bool) -> Array:
         if not self.batch_norm:

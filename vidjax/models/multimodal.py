@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models import dense_general, inputs
+from vidjax.models import inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
+from vidjax.models.linear import Linear
 from vidjax.models.netvlad import NetVLAD
 from vidjax.models.whitening import Whitening
 
@@ -125,11 +126,9 @@ class MultimodalIdentifier(nn.Module):
             attention.update(shares)
             exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
-            mapped = nn.Dense(
+            mapped = Linear(
                 count * self.embed_dim,
                 dtype=self.dtype,
-                param_dtype=param_dtype,
-                dot_general=dense_general.dot_general,
                 name=f"{name}_map",
             )(video)
             mapped = mapped.reshape(-1, count, self.embed_dim)

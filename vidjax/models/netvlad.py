@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.models.linear import Linear
 
 
 class NetVLAD(nn.Module):
@@ -46,11 +47,10 @@ class NetVLAD(nn.Module):
             raise ValueError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
-        scores = nn.Dense(
+        scores = Linear(
             self.num_clusters,
             use_bias=False,
             dtype=self.dtype,
-            param_dtype=param_dtype,
             name="assignment",
         )(features)  # [B, T, K]
         # Without any real frame the mean would be 0 / 0, and the running statistics would stay NaN.

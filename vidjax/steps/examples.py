@@ -67,7 +67,8 @@ def is_best(scores: Array, column: Array) -> Array:
     Returns:
       [B] bool, True if `column` is the first one with the highest score.
     """
-    best = jnp.max(scores, axis=-1)
-    earlier = (scores == best[:, None]) & (jnp.arange(scores.shape[-1]) < column[:, None])
-    value = jnp.take_along_axis(scores, column[:, None], axis=-1)[:, 0]
-    return (value == best) & ~jnp.any(earlier, axis=-1)
+    value = jnp.take_along_axis(scores, column[:, None], axis=-1)
+    is_earlier = jnp.arange(scores.shape[-1]) < column[:, None]
+    # Of comparisons with NaN, none is true.
+    is_below = (scores < value) | ((scores == value) & ~is_earlier)
+    return jnp.all(is_below, axis=-1)

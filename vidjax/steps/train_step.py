@@ -1,7 +1,7 @@
 """The training step: one optimiser step of every member, a pure function of state and batch."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,6 @@ from vidjax.models.base import ModelState, Params
 from vidjax.steps import examples
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
-
-Tree = TypeVar("Tree")  # a tree of arrays
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
 
@@ -134,26 +132,30 @@ def _update(
     added: Mapping[str, Array],
 ) -> Learned:
     """Applies the gradients of one member if they and its loss are finite."""
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_of_all(grads))
+    learned = learned._replace(model_state=dict(learned.model_state))
 
-    def if_finite(new: object, old: Tree) -> Tree:
+    def take() -> Learned:
+        updates, opt_state = system.tx.update(grads, learned.opt_state, learned.params)
+        params: Any = optax.apply_updates(learned.params, updates)
+        sums = {name: value + added.get(name, 0) for name, value in learned.sums.items()}
+        new = Learned(params, new_model_state, opt_state, jnp.int32(0), sums)
         # In linen, running statistics start as float32 and would take the dtype of the batch.
-        return jax.tree.map(lambda x, y: jnp.where(is_finite, x.astype(y.dtype), y), new, old)
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, learned)
 
-    updates, new_opt_state = system.tx.update(grads, learned.opt_state, learned.params)
-    new_params = optax.apply_updates(learned.params, updates)
-    sums = {name: learned.sums[name] for name in added}
-    new_sums = {name: sums[name] + added[name] for name in added}
-    return Learned(
-        params=if_finite(new_params, learned.params),
-        model_state=if_finite(new_model_state, dict(learned.model_state)),
-        opt_state=if_finite(new_opt_state, learned.opt_state),
-        bad_steps=jnp.where(is_finite, 0, learned.bad_steps + 1),
-        sums={
-            **if_finite(new_sums, sums),
-            "bad_steps": learned.sums["bad_steps"] + ~is_finite,
-        },
-    )
+    def skip() -> Learned:
+        sums = {**learned.sums, "bad_steps": learned.sums["bad_steps"] + 1}
+        return learned._replace(bad_steps=learned.bad_steps + 1, sums=sums)
+
+    # A choice number by number would make XLA copy the whole state before every step.
+    return jax.lax.cond(is_finite, take, skip)
+
+
+def _sum_of_all(grads: Params) -> Array:
+    """Returns the sum of all derivatives, [], which is finite only if all of them are."""
+    rows = [jnp.sum(x, axis=-1) for x in jax.tree.leaves(grads)]
+    # Behind the barrier the second sum stays one. XLA for CPUs adds a matrix up at once in 1 s.
+    return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:

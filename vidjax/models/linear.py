@@ -1,0 +1,94 @@
+"""A linear layer that multiplies in one dtype and adds in a wider one."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from vidjax.batch import Array
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias, with parameters, sums and gradients of at least float32.
+
+    Attributes:
+      features: K, width of the output.
+      dtype: dtype of the numbers that are multiplied.
+      use_bias: True for a bias, which starts at 0.
+      kernel_init: initialiser of the kernel.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns [..., K], at least float32, for x [..., D] float."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), wide)
+        # Training has random numbers. Elsewhere somebody may want forward-mode derivatives.
+        product = trained_matmul if self.has_rng("dropout") else matmul
+        y: Array = product(x.reshape(-1, x.shape[-1]).astype(wide), kernel, self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), wide)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    """Returns x @ kernel, multiplied in a dtype and added in that of the operands.
+
+    Args:
+      x: [B, D] float32 or wider.
+      kernel: [D, K], same dtype.
+      dtype: dtype of the numbers that are multiplied, at most as wide.
+    """
+    return _product(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    """Returns `matmul`, whose backward pass multiplies in `dtype`, too.
+
+    Autodiff would multiply gradients of the wider dtype, and in slower forms on CPUs. JAX has no
+    forward-mode derivative of such a function.
+    """
+    return matmul(x, kernel, dtype)
+
+
+def _forward(x: Array, kernel: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, dtype), (x.astype(dtype), kernel.astype(dtype))
+
+
+def _backward(
+    dtype: jnp.dtype, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    wide, gradient = gradient.dtype, gradient.astype(dtype)
+    of_x = _product(gradient, kernel, 1, wide)
+    return of_x, _product(_transposed(x), gradient, 0, wide)
+
+
+trained_matmul.defvjp(_forward, _backward)
+
+
+def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
+    """Returns the products of the rows of `left` with an axis of `right`, added in a dtype."""
+    # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
+    axes = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(left, right, axes, preferred_element_type=dtype)
+
+
+def _transposed(x: Array) -> Array:
+    """Returns x.T; on CPUs, transposed in memory.
+
+    There XLA has no fast product that sums over the first axis of both operands, see
+    `tests/benchmarks/products.py`.
+    """
+    if jax.default_backend() != "cpu":
+        return x.T
+    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
