@@ -50,7 +50,7 @@ def keep_programs(folder: Path) -> None:
         processor = platform.processor()
     kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(programs / kind))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
 def be_deterministic() -> None:

@@ -55,7 +55,6 @@ def _train(args: "Arguments") -> int:
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
         from vidjax.modes import train
-        from vidjax.report import run_page
         from vidjax.run import results as results_lib
 
         results = train.finished(workdir, config)
@@ -68,6 +67,8 @@ def _train(args: "Arguments") -> int:
                 began=began,
             )  # fmt: skip
         elif config.eval.report and not (workdir / results_lib.REPORT).exists():
+            from vidjax.report import run_page
+
             run_page.write(workdir)  # an earlier process stopped just before
     seconds = None if finished_before else results["seconds"]
     _summarise(args, config, workdir, results, seconds, finished_before=finished_before)

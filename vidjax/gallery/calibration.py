@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from vidjax import metrics
 
@@ -62,6 +62,6 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 def interval(hits: int, count: int) -> tuple[float, float]:
     """Returns the Clopper-Pearson interval of a rate of which `hits` of `count` were seen."""
     tail = (1 - CONFIDENCE) / 2
-    low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
+    low = float(scipy.stats.beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
+    high = float(scipy.stats.beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
     return low, high

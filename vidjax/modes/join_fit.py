@@ -26,8 +26,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jax.sharding import Mesh
-from scipy import optimize
 
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
@@ -165,7 +165,7 @@ def fit_pooling(
 
     start = np.array([1 / num] * num + [offset or 0.0])
     bounds = [(LEAST_SLOPE, None)] * num + [(None, None)]
-    point = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    point = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
     scale = float(point[:num].sum())
     return (point[:num] / scale).tolist(), Pooling(True, scale, float(point[num]))
 

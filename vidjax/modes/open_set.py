@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+import scipy
 
 from vidjax import metrics
 from vidjax.steps.sinks import ClipScores
@@ -94,7 +94,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         errors = metrics.identification_errors(clips.best[pool], right, known, fpir=rate)
         if errors and num_strange >= row["fewest"]:
             passed = round(errors.fpir * num_strange)
-            reach = stats.beta(passed + 1, num_strange - passed)
+            reach = scipy.stats.beta(passed + 1, num_strange - passed)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
             row["fpir_low"], row["fpir_high"] = (float(x) for x in reach.interval(LEVEL))
             drawn = resampled_fnir(
@@ -229,7 +229,7 @@ def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None
         if not right[~half].any() or right[~half].all():
             return None
         slope, offset = _fit_map(odds[~half], right[~half])
-        confidence[half] = special.expit(slope * odds[half] + offset)
+        confidence[half] = scipy.special.expit(slope * odds[half] + offset)
         maps.append({"slope": slope, "offset": offset})
     return Recalibration(*reliability(confidence, right), maps)
 
@@ -253,10 +253,10 @@ def _fit_map(odds: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         logits = point[0] * odds + point[1]
         away = point - [1.0, 0.0]
-        surplus = special.expit(logits) - right
+        surplus = scipy.special.expit(logits) - right
         slope = np.array([surplus @ odds, surplus.sum()]) + away
         value = np.sum(np.logaddexp(0, logits) - right * logits) + away @ away / 2
         return float(value) / len(odds), slope / len(odds)
 
-    slope, offset = optimize.minimize(loss, [1.0, 0.0], jac=True, method="BFGS").x.tolist()
+    slope, offset = scipy.optimize.minimize(loss, [1.0, 0.0], jac=True, method="BFGS").x.tolist()
     return slope, offset

@@ -1,5 +1,7 @@
 """The result files of an evaluation, at the end of training, of a run, or of a blend."""
 
+import functools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,21 @@ from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps.scoring import Evaluation
+
+
+@functools.cache
+def import_report() -> None:
+    """Imports what writes a report in a thread: matplotlib takes half a second.
+
+    Call it while the devices train.
+    """
+
+    def load() -> None:
+        from vidjax.report import run_page
+
+        del run_page
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def write_results(
@@ -50,7 +67,7 @@ def write_results(
         results.save_analysis(paths.analysis, *analysed)
     workdir_lib.write_json(paths.metrics, values)
     if observer:
-        # Not at the top: matplotlib takes half a second, and not every run writes a report.
+        # Not at the top: not every run writes a report.
         from vidjax.report import run_page
 
         run_page.write(workdir)

@@ -11,7 +11,7 @@ from vidjax import devices, metrics
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
-from vidjax.modes.outputs import write_results
+from vidjax.modes.outputs import import_report, write_results
 from vidjax.modes.plan import make_plan, make_schedule, repeated_clips
 from vidjax.modes.training_run import TrainingRun
 from vidjax.run import checkpoint, resume, seal, signals
@@ -110,6 +110,8 @@ def train(
         while run.step < total_steps:
             num_steps, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
+            if analyse:
+                import_report()
             progress.advance(num_steps * config.batch_size, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
-from scipy import special
+import scipy
 
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings
@@ -233,9 +233,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     best = logits.argmax(axis=1)[:, None]
     top, others = np.take_along_axis(logits, best, axis=1), logits.copy()
     np.put_along_axis(others, best, -np.inf, axis=1)
-    rest = special.logsumexp(others, axis=1, keepdims=True)
+    rest = scipy.special.logsumexp(others, axis=1, keepdims=True)
     found = logits - np.logaddexp(top, rest)
-    np.put_along_axis(found, best, special.log_expit(top - rest), axis=1)
+    np.put_along_axis(found, best, scipy.special.log_expit(top - rest), axis=1)
     return found
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
+import scipy
 from threadpoolctl import threadpool_limits
 
 from vidjax import ensemble, fusion
@@ -284,7 +284,7 @@ def _fit(
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in found], axis=0)
         return float(np.mean([float(value) for value, _ in found])), np.where(free, slope, 0.0)
 
-    best = optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
+    best = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
     at = _settings_at(np.where(free, best.x, start))
     found = {name: _numbers(value) for name, value in at._asdict().items() if name in fitted}
     return Settings(**{**values, **found, **given})
