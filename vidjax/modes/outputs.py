@@ -16,10 +16,10 @@ from vidjax.steps.scoring import Evaluation
 
 
 @functools.cache
-def import_report() -> None:
-    """Imports what writes a report in a thread: matplotlib takes half a second.
+def import_report(*, wanted: bool) -> None:
+    """Imports what writes a report, if it is wanted, once and in a thread.
 
-    Call it while the devices train.
+    Matplotlib takes half a second. Call it while the devices train.
     """
 
     def load() -> None:
@@ -27,7 +27,8 @@ def import_report() -> None:
 
         del run_page
 
-    threading.Thread(target=load, daemon=True).start()
+    if wanted:
+        threading.Thread(target=load, daemon=True).start()
 
 
 def write_results(

@@ -100,8 +100,7 @@ def train(
     with contextlib.ExitStack() as stack:
         logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
-        progress = _make_progress(config, total_steps, run.step)
-        stack.callback(progress.close)
+        progress = stack.enter_context(_make_progress(config, total_steps, run.step))
         interruption = stack.enter_context(signals.catch_interruption())
 
         if is_pending:
@@ -110,8 +109,7 @@ def train(
         while run.step < total_steps:
             num_steps, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
-            if analyse:
-                import_report()
+            import_report(wanted=analyse)
             progress.advance(num_steps * config.batch_size, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)
@@ -140,11 +138,13 @@ def train(
     return results
 
 
-def _make_progress(config: Config, total_steps: int, step: int) -> Progress:
-    """Builds a progress bar over the clips of all steps."""
+def _make_progress(
+    config: Config, total_steps: int, step: int
+) -> contextlib.AbstractContextManager[Progress]:
+    """Builds a progress bar over the clips of all steps, which closes with its context."""
     size = config.batch_size
-    return Progress(
-        total_steps * size, initial=step * size, unit="clip", label="train", compiles=True
+    return contextlib.closing(
+        Progress(total_steps * size, initial=step * size, unit="clip", label="train", compiles=True)
     )
 
 
