@@ -27,27 +27,39 @@ from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 ROOT = Path(__file__).parents[2]
 
 
-def write_files(directory: Path, counts: dict[str, int], num_identities: int) -> None:
-    """Writes made-up faces of some splits as official files; a third of val are distractors."""
+def write_files(
+    directory: Path, counts: dict[str, int], num_identities: int, likeness: float = 0.0
+) -> None:
+    """Writes made-up faces of some splits as official files; a third of val are distractors.
+
+    Args:
+      directory: where to write.
+      counts: split -> number of clips.
+      num_identities: people, clip by clip in turn.
+      likeness: length of a person's own part of a face, relative to the rest of it; 0 for none.
+    """
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
+    people = 20 * likeness * rng.normal(size=(1 + num_identities, 512)).astype(np.float16)
     for split, count in counts.items():
         clips, labels = {}, {}
         for number in range(count):
             first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
             name = f"IQIYI_VID_{split.upper()}_{number:07d}"
-            clips[name] = type(frames)(*(field[first : first + length] for field in frames))
+            clip = type(frames)(*(field[first : first + length] for field in frames))
+            identity = 0
             if split == "train" or number % 3:
-                labels[name] = str(1 + number % num_identities)
+                identity = 1 + number % num_identities
+                labels[name] = str(identity)
+            clips[name] = clip._replace(features=clip.features + people[identity] * (identity > 0))
         write_pickle(directory, "face", split, clips)
         write_truth(directory, split, labels)
 
 
-def run(words: Sequence[str], env: dict[str, str]) -> tuple[float, float, str]:
-    """Returns the seconds of a process, those until its first training step, and what it wrote."""
+def run(words: Sequence[str], env: dict[str, str]) -> list[tuple[float, str]]:
+    """Returns the lines that a process wrote, with seconds from its start; "" at its end."""
     began = time.perf_counter()
-    first = float("nan")
-    output = []
+    lines = []
     with subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=ROOT,
@@ -58,12 +70,15 @@ def run(words: Sequence[str], env: dict[str, str]) -> tuple[float, float, str]:
     ) as process:
         assert process.stdout
         for line in process.stdout:
-            output.append(line)
-            if line.startswith("train: ") and first != first:
-                first = time.perf_counter() - began
+            lines.append((time.perf_counter() - began, line))
     if process.returncode:
-        raise SystemExit("".join(output[-20:]))
-    return time.perf_counter() - began, first, output[-1]
+        raise SystemExit("".join(line for _, line in lines[-20:]))
+    return [*lines, (time.perf_counter() - began, "")]
+
+
+def first_step(lines: Sequence[tuple[float, str]]) -> float:
+    """Returns the seconds until a run of ours told of its first training step."""
+    return next(seconds for seconds, line in lines if line.startswith("train: "))
 
 
 def main() -> None:
@@ -100,17 +115,18 @@ def main() -> None:
         cold = run([*ours, f"--workdir={folder / 'cold'}"], env)
         for number in range(args.rounds):
             workdir = folder / f"run{number}"
-            whole, first, _ = run([*ours, f"--workdir={workdir}"], env)
-            starts.append(first)
+            lines = run([*ours, f"--workdir={workdir}"], env)
+            whole = lines[-1][0]
+            starts.append(first_step(lines))
             metrics = json.loads((workdir / "metrics.json").read_text())
             waits.append(metrics["waited_seconds"] / whole)
             seconds["vidjax"].append(whole)
-            seconds["PyTorch"].append(run(theirs, env)[0])
+            seconds["PyTorch"].append(run(theirs, env)[-1][0])
     finally:
         shutil.rmtree(folder)
     kind = "torch.compile" if args.compile else "eager"
     rows = [
-        ["vidjax, first run (converts, compiles)", f"{cold[0]:.0f}"],
+        ["vidjax, first run (converts, compiles)", f"{cold[-1][0]:.0f}"],
         ["vidjax", f"{common.median(seconds['vidjax']):.0f}"],
         ["until its first training step", f"{common.median(starts):.1f}"],
         [f"PyTorch, {kind}", f"{common.median(seconds['PyTorch']):.0f}"],

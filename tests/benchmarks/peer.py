@@ -919,9 +919,10 @@ def fit(
     num_workers: int = 0,
     learning_rate: float = 1e-3,
     checkpoint: str | Path | None = None,
+    each_epoch: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains and evaluates once; returns the seconds taken and the MAP@100 on val.
+    """Trains and evaluates; returns the seconds taken and the MAP@100 on val.
 
     Args:
       directory: the folder of the official files.
@@ -933,6 +934,7 @@ def fit(
       compile, dtype, device, learning_rate: as in `Step`.
       num_workers: processes that make batches; 0: none beside the main one.
       checkpoint: where to save; None: a temporary file.
+      each_epoch: True to write a line with the MAP after every epoch, too.
 
     Returns:
       `seconds`, phase -> seconds (`wait`, for batches, and `first_step`, compilation included, are
@@ -959,6 +961,16 @@ def fit(
     )
     clock.lap("build")
 
+    score = make_scorer(recipe, compile=compile, dtype=dtype, device=device)
+    blocks = make_loader(val, block_size, num_workers=num_workers, pin_memory=cuda)
+
+    def evaluate() -> float:
+        recipe.net.eval()
+        best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
+        recipe.net.train()
+        lists = rows.cpu().numpy(), best.cpu().numpy()
+        return _map_on_val(*lists, val.labels, load_truth(directory, "val"), columns)
+
     number, loss = 0, torch.zeros(())
     for batch in clock.waiting(batch for _ in range(epochs) for batch in loader):
         step.set_focal(focal_share(number / num_steps))
@@ -967,23 +979,14 @@ def fit(
         if number == 0:
             clock.note("first_step")
         number += 1
+        if each_epoch and number % len(loader) == 0 and number < num_steps:
+            sys.stdout.write(f"step {number}: map {evaluate():.4f}\n")
+            sys.stdout.flush()
     clips_trained = number * min(batch_size, len(train))
     last_loss = loss.item()
     clock.lap("train")
 
-    score = make_scorer(recipe, compile=compile, dtype=dtype, device=device)
-    blocks = make_loader(val, block_size, num_workers=num_workers, pin_memory=cuda)
-    best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
-    truth = load_truth(directory, "val")
-    positives = np.zeros(len(columns), np.int64)
-    strangers = set()  # identities that training does not have: they count, with nothing found
-    for identity in truth.values():
-        if identity in columns:
-            positives[columns[identity] - 1] += 1
-        else:
-            strangers.add(identity)
-    value = mean_average_precision(rows.cpu().numpy(), best.cpu().numpy(), val.labels, positives)
-    known = int((positives > 0).sum())
+    value = evaluate()
     clock.lap("evaluate")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -995,7 +998,7 @@ def fit(
         "net": net_name,
         "compile": compile,
         "dtype": str(dtype).removeprefix("torch."),
-        "map": value * known / max(1, known + len(strangers)),
+        "map": value,
         "loss": last_loss,
         "steps": number,
         "clips_trained": clips_trained,
@@ -1004,6 +1007,26 @@ def fit(
         "eval_clips_per_second": len(val) / seconds["evaluate"],
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
     }
+
+
+def _map_on_val(
+    rows: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    truth: Mapping[str, int],
+    columns: Mapping[int, int],
+) -> float:
+    """Returns MAP over all identities of `truth`; those without a column have nothing found."""
+    positives = np.zeros(len(columns), np.int64)
+    strangers = set()
+    for identity in truth.values():
+        if identity in columns:
+            positives[columns[identity] - 1] += 1
+        else:
+            strangers.add(identity)
+    known = int((positives > 0).sum())
+    value = mean_average_precision(rows, scores, labels, positives)
+    return value * known / max(1, known + len(strangers))
 
 
 class _Clock:
@@ -1055,6 +1078,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--published", action="store_true", help="mma to the letter")
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--each_epoch", action="store_true", help="evaluate after every epoch")
     args = parser.parse_args()
     result = fit(
         args.directory,
@@ -1068,6 +1092,7 @@ def main() -> None:
         num_workers=args.num_workers,
         learning_rate=args.learning_rate,
         checkpoint=args.checkpoint,
+        each_epoch=args.each_epoch,
         width=args.width,
         published=args.published,
     )
