@@ -307,8 +307,8 @@ def test_every_pytest_command_selects_tests():
 
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
-    modules = {*MAINS, "tests.benchmarks.scores", "tests.campaigns.kills"}
-    names = ("commands", "mutations", "numbers", "same_bytes")
+    modules = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
+    names = ("commands", "kills", "mutations", "numbers", "same_bytes")
     modules |= {f"tests.campaigns.{name}" for name in names}
     for page in PAGES:
         for words in shell_commands(page):
@@ -326,7 +326,7 @@ def test_the_benchmarks_take_the_flags_that_their_page_shows():
             assert f'"{flag.strip()}"' in path.read_text(), (name, flag)
     programs = {path.stem for path in (ROOT / "tests/benchmarks").glob("*.py")}
     named = {name for name, _ in re.findall(r"`(\w+)( --\w+)?`", text)}
-    assert programs - named <= {"__init__", "common", "ladders", "peer", "scores"}
+    assert programs - named <= {"__init__", "common", "ladders", "peer", "scores", "speed"}
 
 
 def write(name):

@@ -7,6 +7,7 @@ neither TensorFlow nor a dataset.
 import ctypes
 import gc
 import math
+import os
 import resource
 import statistics
 import sys
@@ -249,9 +250,23 @@ def memory_added(function: Callable[[], Any]) -> tuple[int, int]:
     return before, read("VmHWM:") - before
 
 
+# Those that products in bfloat16 depend on.
+_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
+
+
 def describe() -> str:
-    """Returns the processor and the JAX version that the figures were measured with."""
-    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    """Returns the processor, its flags and the JAX version that the figures were measured with."""
+    kind = jax.devices()[0].device_kind
+    if kind == "cpu":
+        lines = dict(
+            map(str.strip, line.split(":", 1))
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
+        )
+        flags = [flag for flag in _FLAGS if flag in lines.get("flags", "").split()]
+        kind = f"{os.cpu_count()} cores of {lines.get('model name', 'a processor')}"
+        kind += f" with {', '.join(flags) or 'no AVX-512'}"
+    return f"{kind}, jax {jax.__version__}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -920,6 +920,7 @@ def fit(
     learning_rate: float = 1e-3,
     checkpoint: str | Path | None = None,
     each_epoch: bool = False,
+    softmax: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains and evaluates; returns the seconds taken and the MAP@100 on val.
@@ -935,6 +936,7 @@ def fit(
       num_workers: processes that make batches; 0: none beside the main one.
       checkpoint: where to save; None: a temporary file.
       each_epoch: True to write a line with the MAP after every epoch, too.
+      softmax: True for the softmax loss alone, without the focal loss.
 
     Returns:
       `seconds`, phase -> seconds (`wait`, for batches, and `first_step`, compilation included, are
@@ -973,7 +975,7 @@ def fit(
 
     number, loss = 0, torch.zeros(())
     for batch in clock.waiting(batch for _ in range(epochs) for batch in loader):
-        step.set_focal(focal_share(number / num_steps))
+        step.set_focal(0.0 if softmax else focal_share(number / num_steps))
         loss = step(_to_device(batch, device))
         schedule.step()
         if number == 0:
@@ -1079,6 +1081,7 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help="mma to the letter")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--each_epoch", action="store_true", help="evaluate after every epoch")
+    parser.add_argument("--softmax", action="store_true", help="no focal loss")
     args = parser.parse_args()
     result = fit(
         args.directory,
@@ -1093,6 +1096,7 @@ def main() -> None:
         learning_rate=args.learning_rate,
         checkpoint=args.checkpoint,
         each_epoch=args.each_epoch,
+        softmax=args.softmax,
         width=args.width,
         published=args.published,
     )

@@ -1,0 +1,87 @@
+"""Measures speed on this machine and writes it beside that of others into `README.md` here.
+
+    python -m tests.benchmarks.speed [--only=NAME,NAME] [--collect]
+
+Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `speed.json`, under
+the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
+column for each machine. A machine that measures again replaces its own column. `--collect` measures
+nothing and writes the tables. PyTorch (the extra `bench`) is needed. It takes about 20 minutes on 2
+cores; run nothing else beside it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tests.benchmarks import common
+from tests.benchmarks.scores import replace
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "speed.json"
+BENCHMARKS = {
+    "products": ["products", "--peer"],
+    "training_step": ["training_step", "--peer"],
+    "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
+    "evaluation": ["evaluation", "--peer"],
+    "end_to_end": ["end_to_end"],
+    "end_to_end_compiled": ["end_to_end", "--compile"],
+    "time_to_map": ["time_to_map"],
+}
+
+
+def read_tables(text: str) -> Iterator[tuple[str, str]]:
+    """Yields (row and column, value) of all Markdown tables in what a benchmark printed."""
+    header: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            header = []
+            continue
+        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
+        if not header:
+            header = cells
+        elif set(cells[0]) != {"-"}:
+            for name, value in zip(header[1:], cells[1:], strict=True):
+                if value:
+                    yield f"{cells[0]}: {name}", value
+
+
+def measure(words: list[str]) -> dict[str, str]:
+    """Returns what one benchmark measures."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{words[0]}", *words[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(read_tables(done.stdout))
+
+
+def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> str:
+    """Returns the table of one benchmark, with a column for each machine that ran it."""
+    machines = [machine for machine, results in found.items() if name in results]
+    labels = dict.fromkeys(label for machine in machines for label in found[machine][name])
+    rows = [[label, *(found[m][name].get(label, "") for m in machines)] for label in labels]
+    return common.markdown(["", *machines], rows)
+
+
+def main() -> None:
+    """Measures, keeps and writes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default=",".join(BENCHMARKS))
+    parser.add_argument("--collect", action="store_true")
+    args = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in [] if args.collect else args.only.split(","):
+        found.setdefault(common.describe(), {})[name] = measure(BENCHMARKS[name])
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        sys.stdout.write(f"{name}\n{render(found, name)}\n")
+        sys.stdout.flush()
+    page = FOLDER / "README.md"
+    text = page.read_text()
+    for name in BENCHMARKS:
+        if any(name in results for results in found.values()):
+            text = replace(text, f"speed {name}", render(found, name))
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What losses do with logits: values and derivatives against plain formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidjax import logit_ops
+
+LOGITS = np.random.default_rng(0).normal(0, 6, (7, 33))
+LOGITS[0, :6] = (-200.0, -90.0, -1e-6, 0.0, 90.0, 200.0)
+LABELS = np.arange(7) * 4
+
+
+def sigmoid(z):
+    small = np.exp(-np.abs(z))
+    return np.where(z >= 0, 1, small) / (1 + small)
+
+
+def focal(z, gamma):
+    """-p^gamma log(1 - p), and its derivative."""
+    p, rest = sigmoid(z), np.logaddexp(0, z)
+    value = p**gamma * rest
+    return value, gamma * p**gamma * (1 - p) * rest + p ** (gamma + 1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.0])
+def test_sum_of_focal_negatives(gamma):
+    logits = jnp.asarray(LOGITS, jnp.float32)
+    values, slopes = focal(np.asarray(logits, np.float64), gamma)
+    found = jax.jit(logit_ops.sum_of_focal_negatives, static_argnums=1)(logits, gamma)
+    np.testing.assert_allclose(found, values.sum(axis=1), rtol=3e-6)
+    weight = np.arange(1.0, 8)
+    gradient = jax.grad(lambda z: jnp.sum(weight * logit_ops.sum_of_focal_negatives(z, gamma)))
+    np.testing.assert_allclose(gradient(logits), weight[:, None] * slopes, rtol=2e-5, atol=1e-30)
+    each = logit_ops.focal_negative(logits, gamma)
+    np.testing.assert_allclose(each, values, rtol=3e-5, atol=1e-37)
+
+
+def test_log_of_one_plus_keeps_the_digits_of_small_numbers():
+    x = np.concatenate([np.linspace(0, 1, 10_001), np.logspace(-37, 0, 1000)]).astype(np.float32)
+    found = np.asarray(logit_ops._log1p(jnp.asarray(x)), np.float64)
+    np.testing.assert_allclose(found, np.log1p(x.astype(np.float64)), rtol=2e-7, atol=0)
+
+
+def test_logsumexp_and_columns_that_are_left_out():
+    mask = np.arange(33) % 5 != 0
+    logits = jnp.asarray(LOGITS, jnp.float32)
+
+    def total(logits):
+        return jnp.sum(logit_ops.logsumexp(logit_ops.leave_out(logits, mask)))
+
+    wide = np.where(mask, np.asarray(logits, np.float64), -np.inf)
+    best = wide.max(axis=1, keepdims=True)
+    sums = np.exp(wide - best).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(total(logits), (best + np.log(sums)).sum(), rtol=1e-6)
+    gradient = np.asarray(jax.grad(total)(logits))
+    np.testing.assert_allclose(gradient, np.exp(wide - best) / sums, rtol=1e-5, atol=1e-30)
+    assert not gradient[:, ~mask].any()
+    nothing = logit_ops.sum_of_focal_negatives(logit_ops.leave_out(logits, mask & False), 2.0)
+    np.testing.assert_array_equal(nothing, 0)
+
+
+def test_the_column_of_the_label():
+    logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
+    np.testing.assert_array_equal(logit_ops.at_label(logits, labels), logits[np.arange(7), LABELS])
+    gradient = jax.grad(lambda z: jnp.sum(jnp.arange(1.0, 8) * logit_ops.at_label(z, labels)))
+    expected = np.zeros((7, 33))
+    expected[np.arange(7), LABELS] = np.arange(1, 8)
+    np.testing.assert_array_equal(gradient(logits), expected)
+    # Forward mode finds the clips that make a step fail.
+    _, tangent = jax.jvp(lambda z: logit_ops.at_label(z, labels), (logits,), (logits,))
+    np.testing.assert_array_equal(tangent, logits[np.arange(7), LABELS])
+    put = np.asarray(logit_ops.put_at_label(logits, labels, jnp.full(7, 1e3)))
+    expected = np.array(logits)
+    expected[np.arange(7), LABELS] = 1e3
+    np.testing.assert_array_equal(put, expected)
