@@ -146,7 +146,10 @@ def main() -> None:
         sys.stdout.write(
             f"{common.describe()}; x [{sizes[0]}, {width}], {args.classes} classes\n\n"
         )
-        rows = [[form, *(row.get(types, "") for types in TYPES)] for form, row in found.items()]
+        rows = [
+            [f"{form}, D = {width}", *(row.get(types, "") for types in TYPES)]
+            for form, row in found.items()
+        ]
         common.write_table(["GFLOP/s", *TYPES], rows)
 
 
