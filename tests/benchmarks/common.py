@@ -258,11 +258,10 @@ def describe() -> str:
     """Returns the processor, its flags and the JAX version that the figures were measured with."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
-        lines = dict(
-            map(str.strip, line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        )
+        lines: dict[str, str] = {}
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            lines[name.strip()] = value.strip()
         flags = [flag for flag in _FLAGS if flag in lines.get("flags", "").split()]
         kind = f"{os.cpu_count()} cores of {lines.get('model name', 'a processor')}"
         kind += f" with {', '.join(flags) or 'no AVX-512'}"
