@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import vidjax
-from tests.benchmarks import scores
+from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, same_bytes
 from vidjax import command_line, fusion, main, ranking
@@ -262,6 +262,8 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
     monkeypatch.setattr(scores, "RESULTS", Path(results))
+    speed_page = shutil.copy(speed.PAGE, tmp_path / "speed.md")
+    monkeypatch.setattr(speed, "PAGE", Path(speed_page))
     # `tests/faults` runs a sample of both.
     campaigns, trial = [], mutations.Trial("ranking.txt", "cut 0.5", "check", 0, "")
     monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
@@ -278,6 +280,8 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
             [*words, "--only=--version"]
         ),
         "tests.campaigns.kills": kills.main,
+        # Writes the tables from what was measured.
+        "tests.benchmarks.speed": lambda words: speed.main([*words, "--collect"]),
         # `tests/faults/test_numbers.py` runs more cases.
         "tests.campaigns.numbers": lambda words: numbers.main(
             [*words, "--only=zero,batch-1e8", "--systems=knn"]
@@ -291,6 +295,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     before = json.loads((ROOT / "tests/benchmarks/scores.json").read_text())
     after = json.loads(Path(results).read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
+    assert Path(speed_page).read_text() == (ROOT / "tests/benchmarks/README.md").read_text()
     folder = tmp_path / "FOLDER"
     assert sorted(campaigns) == [(folder, 200, 0, None), (folder, 2000, 0, mutations.MODES)]
 

@@ -87,32 +87,43 @@ def first_step(lines: Sequence[tuple[float, str]]) -> float:
     return next(seconds for seconds, line in lines if line.startswith("train: "))
 
 
-def main() -> None:
-    """Prints the seconds by round and the ratio."""
+def make_parser(rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser of the sizes of whole runs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--val_clips", type=int, default=5_000)
     parser.add_argument("--num_identities", type=int, default=10_034)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def our_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
+    """Returns the words of a run of ours without a report, of which PyTorch has no like."""
+    words = ["vidjax.main", "--config=configs/quality_fusion.py:iqiyi_vid"]
+    words += [f"--config.data.dir={folder}", f"--config.num_epochs={epochs}"]
+    return [*words, f"--config.batch_size={batch_size}", "--config.eval.report=False"]
+
+
+def their_words(folder: Path, epochs: int, batch_size: int) -> list[str]:
+    """Returns the words of a run of PyTorch."""
+    words = ["tests.benchmarks.peer", str(folder), f"--epochs={epochs}"]
+    return [*words, f"--batch_size={batch_size}"]
+
+
+def main() -> None:
+    """Prints the seconds by round and the ratio."""
+    parser = make_parser(rounds=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     args = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
     counts = {"train": args.clips, "val": args.val_clips}
-    ours = [
-        "vidjax.main",
-        "--config=configs/quality_fusion.py:iqiyi_vid",
-        f"--config.data.dir={folder}",
-        f"--config.num_epochs={args.epochs}",
-        f"--config.batch_size={args.batch_size}",
-        "--config.eval.every_epochs=0",
-        "--config.eval.report=False",  # of which PyTorch has no like
-    ]
-    theirs = ["tests.benchmarks.peer", str(folder), f"--epochs={args.epochs}"]
-    theirs += [f"--batch_size={args.batch_size}", f"--checkpoint={folder / 'checkpoint.pt'}"]
+    sizes = (folder, args.epochs, args.batch_size)
+    ours = [*our_words(*sizes), "--config.eval.every_epochs=0"]
+    theirs = [*their_words(*sizes), f"--checkpoint={folder / 'checkpoint.pt'}"]
     theirs += ["--compile"] if args.compile else []
     try:
         write_files(folder, counts, args.num_identities)

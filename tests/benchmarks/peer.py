@@ -935,7 +935,8 @@ def fit(
       compile, dtype, device, learning_rate: as in `Step`.
       num_workers: processes that make batches; 0: none beside the main one.
       checkpoint: where to save; None: a temporary file.
-      each_epoch: True to write a line with the MAP after every epoch, too.
+      each_epoch: True to write a line with the MAP after every epoch, too; its time is part of
+        `train`.
       softmax: True for the softmax loss alone, without the focal loss.
 
     Returns:
@@ -967,9 +968,8 @@ def fit(
     blocks = make_loader(val, block_size, num_workers=num_workers, pin_memory=cuda)
 
     def evaluate() -> float:
-        recipe.net.eval()
         best, rows = rank(score, (_to_device(batch, device) for batch in blocks))
-        recipe.net.train()
+        recipe.net.train()  # scoring left it in evaluation
         lists = rows.cpu().numpy(), best.cpu().numpy()
         return _map_on_val(*lists, val.labels, load_truth(directory, "val"), columns)
 

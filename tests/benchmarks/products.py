@@ -41,7 +41,7 @@ def product(left: Any, right: Any, axes: tuple[int, int], out: Any) -> Any:
 
 def forms(out: Any) -> dict[str, tuple[str, Callable[[Any, Any], Any]]]:
     """Returns form -> (names of its operands, function of them)."""
-    turn = linear._transposed
+    turn = linear.transposed
     return {
         "x @ w *": ("xw", lambda x, w: product(x, w, (1, 0), out)),
         "gradient of w: x.T @ g": ("xg", lambda x, g: product(x, g, (0, 0), out)),

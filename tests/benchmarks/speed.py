@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.benchmarks import common
@@ -21,6 +21,7 @@ from tests.benchmarks.scores import replace
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "speed.json"
+PAGE = FOLDER / "README.md"
 BENCHMARKS = {
     "products": ["products", "--peer"],
     "training_step": ["training_step", "--peer"],
@@ -62,24 +63,23 @@ def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> s
     return common.markdown(["", *machines], rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, keeps and writes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(BENCHMARKS))
     parser.add_argument("--collect", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in [] if args.collect else args.only.split(","):
         found.setdefault(common.describe(), {})[name] = measure(BENCHMARKS[name])
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         sys.stdout.write(f"{name}\n{render(found, name)}\n")
         sys.stdout.flush()
-    page = FOLDER / "README.md"
-    text = page.read_text()
+    text = PAGE.read_text()
     for name in BENCHMARKS:
         if any(name in results for results in found.values()):
             text = replace(text, f"speed {name}", render(found, name))
-    page.write_text(text)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

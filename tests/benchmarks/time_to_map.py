@@ -10,7 +10,6 @@ take turns. Before the first round, one run of ours converts the files and compi
 compiled kind of PyTorch fills its cache.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -47,30 +46,20 @@ def time_to_map(lines: Sequence[tuple[float, str]]) -> tuple[float, float, float
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--val_clips", type=int, default=5_000)
-    parser.add_argument("--num_identities", type=int, default=10_034)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=1)
-    args = parser.parse_args()
-
+    args = end_to_end.make_parser(rounds=1).parse_args()
     folder = Path(tempfile.mkdtemp())
     env = {**os.environ, "VIDJAX_CACHE": str(folder / "cache")}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     counts = {"train": args.clips, "val": args.val_clips}
 
     def words(name: str, number: int, epochs: int) -> list[str]:
+        sizes = (folder, epochs, args.batch_size)
         if name.startswith("PyTorch"):
-            theirs = ["tests.benchmarks.peer", str(folder), "--each_epoch", f"--epochs={epochs}"]
-            theirs += ["--softmax", f"--learning_rate={RATE}"]
-            return [*theirs, f"--batch_size={args.batch_size}", *RUNS[name]]
-        ours = ["vidjax.main", "--config=configs/quality_fusion.py:iqiyi_vid"]
-        ours += [f"--config.data.dir={folder}", f"--workdir={folder / f'run{number}'}"]
-        ours += [f"--config.num_epochs={epochs}", f"--config.batch_size={args.batch_size}"]
+            theirs = [*end_to_end.their_words(*sizes), "--each_epoch", "--softmax"]
+            return [*theirs, f"--learning_rate={RATE}", *RUNS[name]]
+        ours = [*end_to_end.our_words(*sizes), f"--workdir={folder / f'run{number}'}"]
         ours += ["--config.loss.schedule=((0.0, 0.0),)", f"--config.optim.learning_rate={RATE}"]
-        return [*ours, "--config.eval.every_epochs=1", "--config.eval.report=False", *RUNS[name]]
+        return [*ours, "--config.eval.every_epochs=1", *RUNS[name]]
 
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in RUNS}
     try:

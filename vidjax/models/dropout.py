@@ -10,9 +10,9 @@ from vidjax.batch import Array
 class Dropout(nn.Module):
     """Sets numbers to 0 at random, and scales up the others.
 
-    Half of the random words of `flax.linen.Dropout` would go unused: it draws 32 bits a number. On
-    a CPU these draws take up to a tenth of a training step. Here a number takes 8 bits, or 16 if
-    its rate is no multiple of 1/256; other rates are rounded to a multiple of 2**-16.
+    `flax.linen.Dropout` draws 32 bits a number, which takes up to a tenth of a training step on a
+    CPU. Here a number takes 8 bits if the rate is a multiple of 1/256. Else it takes 16, and the
+    rate is rounded to a multiple of 2**-16.
 
     Attributes:
       rate: probability of 0, in [0, 1].
@@ -38,7 +38,7 @@ class Dropout(nn.Module):
 
 
 def _draw(rng: Array, shape: tuple[int, ...], bits: int) -> Array:
-    """Returns random whole numbers of 8 or 16 bits as int32."""
+    """Returns random whole numbers of a shape, uint8 or uint16."""
     share = 32 // bits  # numbers of a word
     words = jax.random.bits(rng, (*shape[:-1], -(-shape[-1] // share)), jnp.uint32)
     narrow = jnp.uint8 if bits == 8 else jnp.uint16

@@ -70,7 +70,7 @@ def _backward(
     x, kernel = residuals
     wide, gradient = gradient.dtype, gradient.astype(dtype)
     of_x = _product(gradient, kernel, 1, wide)
-    return of_x, _product(_transposed(x), gradient, 0, wide)
+    return of_x, _product(transposed(x), gradient, 0, wide)
 
 
 trained_matmul.defvjp(_forward, _backward)
@@ -83,7 +83,7 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
-def _transposed(x: Array) -> Array:
+def transposed(x: Array) -> Array:
     """Returns x.T; on CPUs, transposed in memory.
 
     There XLA has no fast product that sums over the first axis of both operands, see

@@ -1,5 +1,6 @@
 """The result files of an evaluation, at the end of training, of a run, or of a blend."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Mapping
@@ -23,9 +24,8 @@ def import_report(*, wanted: bool) -> None:
     """
 
     def load() -> None:
-        from vidjax.report import run_page
-
-        del run_page
+        with contextlib.suppress(ImportError):  # which `write_results` tells of
+            from vidjax.report import run_page as run_page
 
     if wanted:
         threading.Thread(target=load, daemon=True).start()

@@ -154,7 +154,7 @@ def _update(
 def _sum_of_all(grads: Params) -> Array:
     """Returns the sum of all derivatives, [], which is finite only if all of them are."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # Behind the barrier the second sum stays one. XLA for CPUs adds a matrix up at once in 1 s.
+    # The barrier keeps the two sums apart. As one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
