@@ -16,7 +16,7 @@ def items():
 
 
 def restore_latest(workdir, items):
-    found = checkpoint.restore_latest(workdir, items, everywhere())
+    found = checkpoint.restore_latest(workdir, lambda manifest: (items, everywhere()))
     assert found is not None
     return found
 
@@ -39,7 +39,7 @@ def assert_same(left, right):
 
 
 def test_what_is_saved_comes_back(tmp_path, items):
-    assert checkpoint.restore_latest(tmp_path, items, everywhere()) is None
+    assert checkpoint.restore_latest(tmp_path, lambda manifest: (items, everywhere())) is None
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
     restored, manifest = restore_latest(tmp_path, items)
     assert_same(items, restored)
@@ -127,7 +127,7 @@ def test_no_good_step_is_an_error(tmp_path, items):
         pytest.warns(UserWarning, match="checkpoint 1"),
         pytest.raises(checkpoint.CheckpointError, match="no good checkpoint"),
     ):
-        checkpoint.restore_latest(tmp_path, items, everywhere())
+        checkpoint.restore_latest(tmp_path, lambda manifest: (items, everywhere()))
 
 
 def test_another_model_is_an_error(tmp_path, items):

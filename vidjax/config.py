@@ -204,6 +204,9 @@ def default() -> Config:
     config.loss.embedding_weight = 1.0
     # share of the target that is spread over all classes in the softmax cross-entropy, 0 to 1
     config.loss.label_smoothing = 0.0
+    # share of the classes, above 0 to 1, that a training step compares its clips with: those of its
+    # clips, and others drawn at random; 1: all classes
+    config.loss.sampled_classes = 1.0
 
     config.optim = ConfigDict()  # the optimizer and its schedule
     config.optim.name = "adam"  # optimizer: `adam` or `sgd`
@@ -247,6 +250,11 @@ def default() -> Config:
     config.join.offset = 0.0
     # split to choose weights on; each clip is scored by members that were not trained on it
     config.join.split = "train"
+
+    config.mesh = ConfigDict()  # the devices
+    # devices that share the classes: each holds its part of the classifier. The others share the
+    # clips
+    config.mesh.model = 1
 
     config.resume = ConfigDict()  # a run that goes on where an earlier process stopped
     # fields or groups that may differ from the values the run began with: `optim`, `loss`, `mixup`,

@@ -1,11 +1,10 @@
-"""Values of configuration fields: converted from text, within their range, and read by something.
+"""Values of configuration fields: within their range, and read by something.
 
 A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
 optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
 other than the default in a field that the rest of the configuration leaves unread.
 """
 
-import ast
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,15 @@ from vidjax.suggest import suggest
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
 
-POSITIVE = ("batch_size", "num_epochs", "log_every_steps", "data.max_frames", "eval.block_size")
+POSITIVE = (
+    "batch_size",
+    "num_epochs",
+    "log_every_steps",
+    "data.max_frames",
+    "eval.block_size",
+    "loss.sampled_classes",
+    "mesh.model",
+)
 # Knobs of the synthetic dataset, with their largest values.
 KNOBS: Mapping[str, float] = {
     "data.wrong_clips": 1.0,
@@ -33,7 +40,6 @@ NOT_NEGATIVE = (
     "eval.top_classes",
 )
 UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
 HOLD_OUT = ("folds", "bootstraps")
 # Names that no table of the code holds.
@@ -59,52 +65,12 @@ LARGEST: Mapping[str, float] = {
     "log_every_steps": 2**31 - 1,
     "data.max_frames": 2**20,
     "eval.block_size": 2**20,
+    "loss.sampled_classes": 1.0,
+    "mesh.model": 2**16,
     "mixup": 1e6,
     "noise.relabel_every_epochs": 1e6,
     "eval.every_epochs": 1e6,
 }
-
-
-def convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the value that a command-line word gives to a field.
-
-    Args:
-      text: what follows the equals sign.
-      kind: type of the field.
-      example: value of the field so far.
-
-    Raises:
-      ValueError: the text is no value of that type; the error says what is wanted.
-    """
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError("true or false")
-        return BOOLEANS[text.lower()]
-    if kind is tuple:
-        value = _convert_tuple(text)
-        names = bool(example) and isinstance(example[0], str)
-        if names and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"names such as {','.join(example)}")
-        return value
-    try:
-        value = kind(text)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
-        raise ValueError("a whole number that 64 bits hold")
-    if math.isnan(value):
-        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
-    return value
-
-
-def _convert_tuple(text: str) -> tuple[Any, ...]:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def misfits(values: Values, defaults: Values) -> Iterator[str]:

@@ -1,16 +1,19 @@
 """A configuration as values: its type, its fields, and overrides from the command line."""
 
+import ast
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
 
-from vidjax import config_rules
+from vidjax.files import INTEGER_LIMIT
 from vidjax.suggest import closest
 
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 # What other programs call a field -> its name here.
 SYNONYMS: Mapping[str, str] = {
     "lr": "optim.learning_rate",
@@ -105,7 +108,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         group, _, leaf = name.rpartition(".")
         parent = config[group] if group else config
         try:
-            parent[leaf] = config_rules.convert(text, parent.get_type(leaf), known[name])
+            parent[leaf] = convert(text, parent.get_type(leaf), known[name])
         except ValueError as error:
             raise ValueError(f"--config.{name}={text}: wants {error}") from error
     return config
@@ -152,3 +155,45 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Sequence[st
         return exact
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{safe[: NAME_LENGTH - 9].rstrip('-')}-{digest}"
+
+
+def convert(text: str, kind: type, example: Any) -> Any:
+    """Returns the value that a command-line word gives to a field.
+
+    Args:
+      text: what follows the equals sign.
+      kind: type of the field.
+      example: value of the field so far.
+
+    Raises:
+      ValueError: the text is no value of that type; the error says what is wanted.
+    """
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError("true or false")
+        return BOOLEANS[text.lower()]
+    if kind is tuple:
+        value = _convert_tuple(text)
+        names = bool(example) and isinstance(example[0], str)
+        if names and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"names such as {','.join(example)}")
+        return value
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
+        raise ValueError("a whole number that 64 bits hold")
+    if math.isnan(value):
+        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
+    return value
+
+
+def _convert_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

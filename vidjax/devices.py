@@ -7,7 +7,7 @@ import platform
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.ownership import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
+# The layout of a tree of arrays on the devices: a sharding of all of them, or a tree of shardings.
+Layout: TypeAlias = object
 
 
 def keep_programs(folder: Path) -> None:
@@ -82,20 +84,28 @@ def _commit(checkout: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh with one axis, `data`, over the first devices.
+def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
+    """Returns a mesh of the first devices with the axes `data` and `model`.
 
-    The axis is Auto: one program runs on 1 or N devices. Random draws are bit-identical, and batch
-    statistics are taken over all devices, which pmap could not do.
+    Clips are split over `data`, and the classes of a classifier over `model`. Both axes are Auto:
+    one program runs on 1 or N devices. Random draws are bit-identical, and batch statistics are
+    taken over all devices, which pmap could not do.
 
     Args:
       num_devices: number of devices; None for all.
+      model: length of the axis `model`, `config.mesh.model`.
 
     Raises:
-      ValueError: jax cannot use the configured platform.
+      ValueError: jax cannot use the configured platform, or the devices cannot be split so.
     """
     devices = _devices()[:num_devices]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    if len(devices) % model:
+        raise ValueError(
+            f"config.mesh.model={model}: {len(devices)} devices cannot be split so\n"
+            f"choose a divisor of {len(devices)}: --config.mesh.model=1 splits no classes"
+        )
+    shape, kinds = (len(devices) // model, model), (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=kinds, devices=devices)
 
 
 def _devices() -> list[Any]:
@@ -152,7 +162,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     Raises:
       ValueError: B is not a multiple of the number of devices.
     """
-    rows, devices = np.shape(batch.clip_index)[0], mesh.size
+    rows, devices = np.shape(batch.clip_index)[0], mesh.shape["data"]
     if rows % devices:
         raise ValueError(
             f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"

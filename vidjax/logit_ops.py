@@ -64,6 +64,25 @@ def _logsumexp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array
     return total, jnp.sum(shares * tangent, axis=-1)
 
 
+def sum_of_shares(shares: Array) -> Array:
+    """Returns the sum of numbers from 0 to 1 over the last axis, which is kept with length 1.
+
+    float32 numbers are added as integers, of which the order does not matter: the sum is the same
+    to the bit if the axis lies on several devices. Each number is rounded to a multiple of 2**-34
+    or less.
+    """
+    if shares.dtype != jnp.float32:
+        return jnp.sum(shares, axis=-1, keepdims=True)
+    bits = 30 - max(shares.shape[-1] - 1, 1).bit_length()  # of a number; the sum has 31 at most
+    total, scale = jnp.zeros((*shares.shape[:-1], 1)), 1.0
+    for _ in range(-(-34 // bits)):
+        shares, scale = shares * 2.0**bits, scale / 2.0**bits
+        whole = shares.astype(jnp.int32)
+        shares = shares - whole
+        total = total + jnp.sum(whole, axis=-1, keepdims=True) * scale
+    return total
+
+
 def focal_negative(logits: Array, gamma: float) -> Array:
     """Returns -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)

@@ -205,7 +205,9 @@ class Predictor(NamedTuple):
         small = len(request.clip_index) <= SMALL_REQUEST
         k = SMALL_REQUEST if small else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
-        top = topk.rank(self._score_blocks(request), len(self.identities), k, rows=rows)
+        top = topk.rank(
+            self._score_blocks(request), len(self.identities), k, rows=rows, mesh=self.mesh
+        )
         names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
         lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
         return {

@@ -4,6 +4,7 @@ Modules above this one pass configurations as ConfigDict; here and below they ar
 """
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, ensemble, fusion, losses, optim, selection
+from vidjax import augment, ensemble, fusion, logit_ops, losses, optim, selection
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.models import identifier
@@ -21,6 +22,9 @@ from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
 
 FuseFn = Callable[[Array | None, Frames], Frames]
+
+# Padded class columns are a multiple of this, so that 1, 2, 4 and up to 128 devices can share them.
+COLUMN_MULTIPLE = 128
 
 
 class System(NamedTuple):
@@ -32,6 +36,8 @@ class System(NamedTuple):
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
+      make_model: number of class columns -> the same model with as many.
+      num_columns: number of class columns without padding, K; `model` may have more.
       fuse_train: modality -> fusion for training, called with a key.
       fuse_eval: modality -> fusion for evaluation, called without a key.
       measure: modality -> Frames [B, T] of the raw clips to [B] float32, `ClipInfo.measure`; None
@@ -43,6 +49,9 @@ class System(NamedTuple):
       clip_transforms: transforms of the clips with all their frames, before fusion.
       transforms: transforms of the clips with their fused frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
+      make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
+        take no part, and None is for none.
+      sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       tx: optimiser.
       schedule: step -> learning rate.
@@ -50,7 +59,7 @@ class System(NamedTuple):
       logs: True if scores are logarithms; their exponentials are then averaged.
       top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
-      class_mask: [K] bool, False for columns without training clips.
+      class_mask: [K] bool, False for columns without training clips, and for padding.
       num_identities: number of identities, C; columns 1..C are ranked.
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
@@ -60,6 +69,8 @@ class System(NamedTuple):
     """
 
     model: Identifier
+    make_model: Callable[[int], Identifier]
+    num_columns: int
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
     measure: Callable[[Mapping[str, Frames]], Array] | None
@@ -69,6 +80,8 @@ class System(NamedTuple):
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
     objective: losses.Objective
+    make_objective: Callable[[Array | None], losses.Objective]
+    sampled_classes: float
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation
     schedule: optax.Schedule
@@ -97,6 +110,7 @@ class TaskSpec(NamedTuple):
         `threshold_share`; None for a model without one.
       settings: name -> attribute of the model that was fitted before training, by
         `steps.plda_settings`; None for a model without such attributes.
+      padded_columns: number of class columns with padding; None without padding.
     """
 
     modalities: Mapping[str, int]
@@ -107,6 +121,38 @@ class TaskSpec(NamedTuple):
     train_other: bool
     threshold: float | None = None
     settings: Mapping[str, float | tuple[float, ...]] | None = None
+    padded_columns: int | None = None
+
+    @property
+    def layout(self) -> NoiseLayout | None:
+        """The layout of class columns with noise classes; None without noise classes."""
+        if self.num_clusters is None:
+            return None
+        return NoiseLayout(self.num_identities, self.num_clusters)
+
+    @property
+    def num_columns(self) -> int:
+        """Number of class columns without padding, K."""
+        return self.layout.num_columns if self.layout else 1 + self.num_identities
+
+    @property
+    def num_model_columns(self) -> int:
+        """Number of class columns of the model, with padding."""
+        return self.padded_columns or self.num_columns
+
+    def with_padding(self, devices: int) -> "TaskSpec":
+        """Returns the task with so many class columns that a number of devices share them evenly.
+
+        One device needs no padding.
+        """
+        padded = padded_columns(self.num_columns, devices) if devices > 1 else None
+        return self._replace(padded_columns=padded)
+
+
+def padded_columns(num_columns: int, devices: int) -> int:
+    """Returns the least number of columns with padding that a number of devices share evenly."""
+    multiple = math.lcm(COLUMN_MULTIPLE, devices)
+    return -(-num_columns // multiple) * multiple
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
@@ -122,32 +168,29 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """
     ensemble_spec = config["ensemble"]
     num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
-    layout = None
-    if task.num_clusters is not None:
-        layout = NoiseLayout(task.num_identities, task.num_clusters)
-    num_columns = layout.num_columns if layout else 1 + task.num_identities
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
-    dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
-    model = identifier.make_identifier(
-        _with_settings(_with_threshold(config["model"], task.threshold), task.settings),
-        modalities={
-            name: width - (width // num_chunks if num_chunks else 0)
-            for name, width in task.modalities.items()
-        },
-        num_classes=num_columns,
-        num_clips=task.num_clips,
-        dtype=jnp.dtype(dtype),
-    )
+    make_model = _make_model_maker(config, task, num_chunks)
+    num_columns = task.num_model_columns
+    model = make_model(num_columns)
     # PLDA has a logit for somebody new; of a net, training must have seen such clips.
     knows_other = task.train_other or isinstance(model, PLDAIdentifier)
-    class_mask = jnp.ones(num_columns, bool).at[0].set(knows_other)
+    class_mask = (jnp.arange(num_columns) < task.num_columns).at[0].set(knows_other)
+    make_objective = functools.partial(
+        losses.make_objective,
+        config["loss"],
+        steps_per_epoch=steps_per_epoch,
+        logit_scale=model.logit_scale,
+    )
+    is_whole = knows_other and num_columns == task.num_columns
     after_fusion = _choose("after_fusion", config["after_fusion"], ("pool", "examples"))
     score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
     return System(
         model=model,
+        make_model=make_model,
+        num_columns=task.num_columns,
         fuse_train=_make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=_make_fusions(config["fusion"], task.modalities, "evaluate"),
         measure=_make_measure(model),
@@ -158,13 +201,10 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         examples=after_fusion == "examples",
         clip_transforms=_make_clip_transforms(config, task),
         transforms=_make_transforms(config),
-        objective=losses.make_objective(
-            config["loss"],
-            None if knows_other else class_mask,
-            steps_per_epoch,
-            logit_scale=model.logit_scale,
-        ),
-        column_weight=_make_column_weight(config["noise"], layout, steps_per_epoch),
+        objective=make_objective(None if is_whole else class_mask),
+        make_objective=make_objective,
+        sampled_classes=config["loss"]["sampled_classes"],
+        column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
         schedule=schedule,
         score_fn=score_fn,
@@ -184,6 +224,29 @@ def _choose(field: str, value: str, known: Collection[str]) -> str:
     if value not in known:
         raise ValueError(f"config.{field}='{value}': {suggest(value, known)}")
     return value
+
+
+def _make_model_maker(
+    config: Mapping[str, Any], task: TaskSpec, num_chunks: int
+) -> Callable[[int], Identifier]:
+    """Builds `System.make_model`; members with views see features without one of their chunks."""
+    dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
+    spec = _with_settings(_with_threshold(config["model"], task.threshold), task.settings)
+    modalities = {
+        name: width - (width // num_chunks if num_chunks else 0)
+        for name, width in task.modalities.items()
+    }
+
+    def make_model(num_classes: int) -> Identifier:
+        return identifier.make_identifier(
+            spec,
+            modalities=modalities,
+            num_classes=num_classes,
+            num_clips=task.num_clips,
+            dtype=jnp.dtype(dtype),
+        )
+
+    return make_model
 
 
 def _make_fusions(
@@ -296,18 +359,22 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
     The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
     of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
     is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie.
+    Devices may share the columns: the result is the same to the bit on any number of them.
 
     Args:
       logits: [..., K] float.
       class_mask: [K] bool, the columns that training sees; other columns may exceed 0.
     """
     seen = jnp.where(class_mask, logits, -jnp.inf)
-    total = jax.nn.logsumexp(seen, axis=-1, keepdims=True)
-    best = jnp.argmax(seen, axis=-1, keepdims=True)
-    is_best = jnp.arange(logits.shape[-1]) == best
-    lead = jnp.max(seen, axis=-1, keepdims=True) - jax.nn.logsumexp(
-        jnp.where(is_best, -jnp.inf, seen), axis=-1, keepdims=True
-    )
+    best = jnp.max(seen, axis=-1, keepdims=True)
+    column = jnp.arange(logits.shape[-1])
+    first = jnp.min(jnp.where(seen == best, column, len(class_mask)), axis=-1, keepdims=True)
+    is_best = column == first
+    others = jnp.where(is_best, -jnp.inf, seen)
+    second = jnp.max(others, axis=-1, keepdims=True)
+    second = jnp.where(second == -jnp.inf, 0.0, second)
+    lead = best - second - jnp.log(logit_ops.sum_of_shares(jnp.exp(others - second)))
+    total = best + jax.nn.softplus(-lead)
     return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
 
 

@@ -15,12 +15,16 @@ class Identifier(Protocol):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
     Attributes:
+      num_classes: number of class columns in the logits, K.
       logit_scale: factor on the cosines in the logits, the s of ArcFace; 1 if the logits are not
         cosines. The margin losses need it. If it is learned, its first value; the output then
         holds the present one.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
     """
+
+    @property
+    def num_classes(self) -> int: ...
 
     @property
     def logit_scale(self) -> float: ...

@@ -58,7 +58,7 @@ def evaluate(
       CheckpointError: there is no usable checkpoint.
     """
     began = time.monotonic()
-    mesh = devices.make_mesh(num_devices)
+    mesh = devices.make_mesh(num_devices, config.mesh.model)
     step, model = restore(config, workdir, data, mesh)
     split = config.eval.split
     observer = analysis.Observer([model], split, mesh) if analyse else None

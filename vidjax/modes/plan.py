@@ -94,7 +94,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
         threshold=training_threshold(config, data),
         settings=plda_settings.training_settings(config, data, labels),
-    )
+    ).with_padding(config.mesh.model)
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
-from vidjax.steps import state as state_lib
+from vidjax.steps import columns
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.system import System, TaskSpec, make_system
 
@@ -71,7 +70,7 @@ def restore(
     """
     run = find_run(config, workdir)
     data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
-    system = make_system(config.to_dict(), run.task)
+    system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
     model = TrainedModel.from_params(
         str(workdir), system, mesh, params, model_state, run.training_sets, data
@@ -165,28 +164,30 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters and the other variables of a run's model, [E, ...], on every device.
+    """Loads the parameters and the other variables of a run's model, [E, ...].
 
+    Parameters with class columns lie on the devices that share the classes, all else on every one.
     The variables are those that evaluation reads, see `System.solve`.
 
     Raises:
       CheckpointError: the checkpoint holds another model.
     """
-    members = run.training_sets.members
-    # The shapes do not depend on the seed.
-    abstract = jax.eval_shape(
-        lambda: state_lib.init_state(
-            system,
-            run.task.modalities,
-            ensemble.make_rngs(members, 0),
-            jnp.zeros((len(members), 1), jnp.int32),
-        )
-    )
+    modalities, count = run.task.modalities, len(run.training_sets.members)
+    axes = columns.find_class_axes(system, modalities, mesh)
+    layout = axes.layout("params") if axes else devices.replicated(mesh)
+    saved = columns.abstract_state(system, modalities, run.task.num_model_columns, count)
     items = checkpoint.load(
         run.checkpoint,
-        {"params": abstract.params, "model_state": abstract.model_state},
-        devices.replicated(mesh),
+        {"params": saved.params, "model_state": saved.model_state},
+        {
+            "params": columns.fitting_layout(layout, saved.params),
+            "model_state": devices.replicated(mesh),
+        },
     )
+    if run.task.num_model_columns != system.model.num_classes:
+        here = columns.abstract_state(system, modalities, system.model.num_classes, count)
+        items = {name: columns.resize(tree, getattr(here, name)) for name, tree in items.items()}
+        items["params"] = jax.device_put(items["params"], layout)
     params = items["params"]
     return params, devices.replicate(mesh, system.solve(params, items["model_state"]))
 

@@ -62,7 +62,10 @@ class SampleScorer:
 
     def make_ranking(self) -> RunningTopK:
         """Returns an empty ranking of the sample."""
-        return RunningTopK(len(self.split.positives), rows=self.rows)
+        columns = self.scorer.columns
+        return RunningTopK(
+            columns.total, rows=self.rows, mesh=columns.mesh, identities=columns.identities
+        )
 
     def add(self, ranking: RunningTopK, block: Batch, without: int | None = None) -> None:
         """Scores a block and adds it to a ranking; the arguments are those of `score`."""
@@ -263,7 +266,7 @@ def _hide_frames(scorer: SampleScorer, modality: str, block: Batch, row: int) ->
     mask[np.arange(len(places)) + 1, places] = False  # row 0 hides nothing
     hidden = {**copies.frames, modality: frames._replace(mask=mask)}
     scores, _ = scorer.score(copies._replace(frames=hidden))
-    column = int(scorer.split.labels[copies.clip_index[0]]) - 1
+    column = int(scorer.split.labels[copies.clip_index[0]]) - 1 + scorer.scorer.columns.first
     values = np.asarray(scores[:, column], np.float64)[: len(places) + 1]
     return values[0] - values[1:]
 

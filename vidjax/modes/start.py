@@ -1,5 +1,6 @@
 """The start of a run: its files, its first or restored state, and its feed of clips."""
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -16,12 +17,14 @@ from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.modes.plan import RunPlan
-from vidjax.modes.restore import check_digests, check_entries
+from vidjax.modes.restore import check_digests, check_entries, task_of
 from vidjax.run import checkpoint, resume, seal
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
+from vidjax.steps import columns
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import state as state_lib
+from vidjax.steps.columns import ClassAxes
 from vidjax.system import System
 
 
@@ -30,7 +33,7 @@ def restore_or_init(
     config: Config,
     system: System,
     plan: RunPlan,
-    mesh: Mesh,
+    layout: devices.Layout,
     description: Mapping[str, Any],
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Restores the newest checkpoint of a run, or initialises its state.
@@ -40,7 +43,7 @@ def restore_or_init(
       config: the current configuration; changes are recorded in `changes.jsonl`.
       system: the system of the configuration.
       plan: the plan of the run.
-      mesh: the devices.
+      layout: layout of the state, see `columns.state_layout`.
       description: digests of identities and members, which must equal those in the manifest.
 
     Returns:
@@ -51,13 +54,14 @@ def restore_or_init(
       CheckpointError: The checkpoints are damaged or belong to another model.
     """
 
-    def init() -> state_lib.TrainState:
+    def init(num_columns: int) -> state_lib.TrainState:
         members = plan.training_sets.members
         labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
         rngs = ensemble.make_rngs(members, config.seed)
-        return state_lib.init_state(system, plan.task.modalities, rngs, labels)
+        resized = system._replace(model=system.make_model(num_columns))
+        return state_lib.init_state(resized, plan.task.modalities, rngs, labels)
 
-    def check(manifest: Mapping[str, Any]) -> None:
+    def describe(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], devices.Layout]:
         check_entries(workdir, manifest)
         before = config_lib.from_json(json.dumps(manifest["config"]))
         changed.update(resume.changes(workdir, before, config))
@@ -70,12 +74,15 @@ def restore_or_init(
             )
         if manifest["step"] == plan.task.total_steps:
             resume.refuse_relabelling(workdir, changed)
+        saved = abstract
+        if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
+            saved = jax.eval_shape(functools.partial(init, number))
+        return as_items(saved), as_items(columns.fitting_layout(layout, saved))
 
     changed: resume.Changes = {}
-    sharding = devices.replicated(mesh)
-    abstract = as_items(jax.eval_shape(init))
+    abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
     try:
-        restored = checkpoint.restore_latest(workdir, abstract, sharding, check)
+        restored = checkpoint.restore_latest(workdir, describe)
     except checkpoint.OtherModelError as error:
         if not changed:
             raise
@@ -84,11 +91,17 @@ def restore_or_init(
         changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     resume.record(workdir, restored[1]["step"] if restored else 0, changed)
     if restored is None:
-        return jax.jit(init, out_shardings=sharding)(), {}
+        # Padding is cut off and added, so that draws do not depend on it.
+        first = jax.jit(
+            lambda: columns.resize(init(system.num_columns), abstract), out_shardings=layout
+        )
+        return first(), {}
     items, manifest = restored
     state = state_lib.TrainState(
         params=items["params"], model_state=items["model_state"], **items["train"]
     )
+    if manifest.get("padded_columns") != plan.task.padded_columns:
+        state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
     return state, manifest
 
 
@@ -121,6 +134,7 @@ def make_feed(
     *,
     step: int,
     mode: str | None,
+    axes: ClassAxes | None,
 ) -> tuple[feed_lib.Feed, ClipSource]:
     """Builds the feed of training clips, and the source of clips to evaluate.
 
@@ -133,6 +147,7 @@ def make_feed(
       step: number of steps that are done.
       mode: `streaming` or `resident`; a run keeps its mode, since the order of clips depends on it.
         None for a new run.
+      axes: axes of the class columns, as in `train_step`.
     """
     batches = make_batch_plan(
         [data.split(name) for name in config.data.train_splits],
@@ -148,11 +163,11 @@ def make_feed(
     if mode == "streaming":
         say("clips are streamed from the records")
         stream = data.train_batches(batches, start=step * config.batch_size)
-        return feed_lib.StreamingFeed(system, mesh, stream), data
+        return feed_lib.StreamingFeed(system, mesh, stream, axes), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)
     say(
         f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
         f"read in {time.monotonic() - began:.1f} s"
     )
-    return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
+    return feed_lib.ResidentFeed(system, mesh, clips.train, batches, axes), clips

@@ -86,10 +86,10 @@ def train(
     began = time.monotonic() if began is None else began
     config = seal.absolute(config)  # the run may go on from another working directory
     check_config(config, workdir)
+    mesh = devices.make_mesh(num_devices, config.mesh.model)
     plan = make_plan(config, data)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     system = make_system(config.to_dict(), plan.task)
-    mesh = devices.make_mesh(num_devices)
     if note := repeated_clips(config, plan.task):
         say(note)
     run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)

@@ -21,7 +21,7 @@ from vidjax.modes.restore import companion_digests
 from vidjax.run import checkpoint
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
-from vidjax.steps import distractors, eval_step
+from vidjax.steps import columns, distractors, eval_step
 from vidjax.steps import state as state_lib
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.scoring import Evaluation, score
@@ -80,8 +80,10 @@ class TrainingRun:
             **companion_digests(data.identities, plan.training_sets),
             "config": config.to_dict(),
         }
+        axes = columns.find_class_axes(system, plan.task.modalities, mesh)
+        self._layout = columns.state_layout(mesh, axes)
         state, manifest = start.restore_or_init(
-            workdir, config, system, plan, mesh, self._description
+            workdir, config, system, plan, self._layout, self._description
         )
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
@@ -92,10 +94,12 @@ class TrainingRun:
 
         self._group_size = size = self.num_members if system.together else 1
         self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
-        self._states = [self._replicate(part) for part in state_lib.split_state(state, size)]
+        self._states = [
+            jax.device_put(part, self._layout) for part in state_lib.split_state(state, size)
+        ]
         del state  # frees its memory; the parts are copies
         self.feed, self._clips = start.make_feed(
-            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode")
+            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode"), axes=axes
         )
         self._description["mode"] = self.feed.mode
         self._relabeller = None

@@ -164,15 +164,14 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     return None
 
 
-def load(
-    checkpoint: Checkpoint, abstract: Mapping[str, Any], sharding: jax.sharding.Sharding
-) -> dict[str, Any]:
+def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
     """Loads the trees of a checkpoint.
 
     Args:
       checkpoint: the result of `find`.
       abstract: name -> tree of arrays or ShapeDtypeStructs; only these items are read.
-      sharding: the layout of every array; the number of devices may differ from that at saving.
+      layout: the sharding of all arrays, or a tree of shardings; the number of devices may differ
+        from that at saving.
 
     Returns:
       name -> tree of arrays, structured like `abstract`.
@@ -182,13 +181,12 @@ def load(
       DamagedError: the files hold no arrays.
     """
     _check_shapes(checkpoint, abstract)
-    wanted = {
-        name: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding), tree
-        )
-        for name, tree in abstract.items()
-        if jax.tree.leaves(tree)
-    }
+    described = jax.tree.map(
+        lambda sharding, x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding),
+        jax.tree.broadcast(layout, dict(abstract)),
+        dict(abstract),
+    )
+    wanted = {name: tree for name, tree in described.items() if jax.tree.leaves(tree)}
     try:
         restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
     except Exception as error:  # the digests agree, and Orbax cannot read what they are of
@@ -198,10 +196,7 @@ def load(
 
 
 def restore_latest(
-    workdir: Path,
-    abstract: Mapping[str, Any],
-    sharding: jax.sharding.Sharding,
-    check: Callable[[Mapping[str, Any]], None] = lambda manifest: None,
+    workdir: Path, describe: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], object]]
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Loads the newest undamaged checkpoint, from which training resumes.
 
@@ -210,8 +205,8 @@ def restore_latest(
 
     Args:
       workdir: the run's folder.
-      abstract, sharding: the arguments of `load`.
-      check: called with the manifest before anything is loaded or renamed; it may raise.
+      describe: manifest -> the arguments `abstract` and `layout` of `load`. It is called before
+        anything is loaded or renamed, and may raise.
 
     Returns:
       The trees and the manifest; None if nothing was saved.
@@ -222,8 +217,7 @@ def restore_latest(
     checkpoint = find(workdir)
     if checkpoint is None:
         return None
-    check(checkpoint.manifest)
-    items = load(checkpoint, abstract, sharding)
+    items = load(checkpoint, *describe(checkpoint.manifest))
     for step, folder in _folders(workdir).items():
         if step > checkpoint.manifest["step"]:
             set_aside(folder)

@@ -18,13 +18,15 @@ from vidjax.run import schema, seal
 from vidjax.run import workdir as workdir_lib
 
 FILE = "changes.jsonl"
-# Fields that may always change: paths and times of saving, which affect no result.
+# Fields that may always change: paths, times of saving and devices, which affect no result beyond
+# rounding.
 MOVABLE = (
     "checkpoint_every_seconds",
     "data.dir",
     "data.cache_dir",
     "eval.checkpoint",
     "eval.report",
+    "mesh.model",
 )
 # Fields and groups that `config.resume.allow` may name. They change neither the shapes of the
 # training state nor the order of the clips.

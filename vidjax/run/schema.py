@@ -160,10 +160,11 @@ MANIFEST = Object(
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
         **dict.fromkeys(("seconds", "threshold"), NUMBER),
+        "padded_columns": COUNT,
         "settings": Table(NUMBERS),
     },
     ("step", "files", "arrays"),
-    nullable=("num_clusters", "threshold", "settings"),
+    nullable=("num_clusters", "threshold", "settings", "padded_columns"),
 )
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))

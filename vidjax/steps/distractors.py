@@ -160,7 +160,7 @@ class Relabeller:
           predicted: [E, n] int32, changed in place.
         """
         plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
-        rows = self._config.eval.block_size * self._mesh.size
+        rows = self._config.eval.block_size * self._mesh.shape["data"]
         for batch in self._data.eval_batches(plan, rows=rows):
             on_device = devices.shard_batch(self._mesh, batch)
             for number, member in enumerate(self._training_sets.members):

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vidjax import devices, selection
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
 from vidjax.steps import examples, mean_scores
+from vidjax.steps.columns import ScoreColumns
 from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]
@@ -192,17 +193,17 @@ def _over_examples(
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step` for the identity columns, [B, C].
+    """Compiles `eval_step` for the columns of `ScoreColumns`, [B, C] if classes are not split.
 
     Every device runs the same program on its own rows. So for a fixed number of rows per device the
     scores are bit-equal on any number of devices.
     """
+    columns = ScoreColumns.of(system, mesh)
 
     def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
-        scores = eval_step(system, params, model_state, view, batch)
-        return scores[:, 1 : 1 + system.num_identities]
+        return columns.select(eval_step(system, params, model_state, view, batch))
 
-    return _by_rows(step, mesh)
+    return _by_rows(step, mesh, PartitionSpec("data", "model"))
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
@@ -212,7 +213,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
         scores = eval_step(system, params, model_state, view, batch)
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
-    return _by_rows(step, mesh)
+    return _by_rows(step, mesh, PartitionSpec("data"))
 
 
 def make_embed_step(system: System) -> EvalStep:
@@ -224,8 +225,8 @@ def make_embed_step(system: System) -> EvalStep:
     return jax.jit(step)
 
 
-def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Compiles a step that every device runs on its own rows."""
+def _by_rows(step: EvalStep, mesh: Mesh, out: PartitionSpec) -> EvalStep:
+    """Compiles a step that every device runs on its own rows, with a layout of its result."""
     whole = PartitionSpec()
 
     def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
@@ -234,7 +235,8 @@ def _by_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
             mesh=mesh,
             in_specs=(whole, whole, whole, devices.batch_specs(batch)),
             out_specs=PartitionSpec("data"),
+            axis_names={"data"},
             check_vma=False,
         )(params, model_state, view, batch)
 
-    return jax.jit(on_each)
+    return jax.jit(on_each, out_shardings=NamedSharding(mesh, out))

@@ -16,6 +16,7 @@ from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
+from vidjax.steps.columns import ClassAxes
 from vidjax.system import System
 
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
@@ -95,10 +96,12 @@ class StreamingFeed:
 
     mode = "streaming"
 
-    def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
+    def __init__(
+        self, system: System, mesh: Mesh, batches: Iterator[Batch], axes: ClassAxes | None = None
+    ):
         """Prepares a feed of endless batches of numpy arrays, starting with the next step."""
         self._mesh, self._batches = mesh, batches
-        self._step = train_step.make_train_step(system, mesh)
+        self._step = train_step.make_train_step(system, mesh, axes)
         self._find = _make_finder(system)
         self._last: Batch | None = None
         self._next: Batch | None = None
@@ -153,7 +156,14 @@ class ResidentFeed:
     mode = "resident"
     waited = 0.0
 
-    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
+    def __init__(
+        self,
+        system: System,
+        mesh: Mesh,
+        clips: Mapping[str, Packed],
+        plan: BatchPlan,
+        axes: ClassAxes | None = None,
+    ):
         """Prepares a feed of the training clips, in the batches of a plan."""
         self._clips = clips
         self._find = _make_finder(system)
@@ -162,7 +172,7 @@ class ResidentFeed:
             return resident.draw_batch(clips, plan, step)
 
         self._draw = jax.jit(draw)
-        self._loop = train_step.make_train_loop(system, mesh, draw)
+        self._loop = train_step.make_train_loop(system, mesh, draw, axes)
         self._compiled = False
         self._step_seconds: float | None = None
 

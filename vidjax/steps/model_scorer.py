@@ -15,6 +15,7 @@ from vidjax.data.clips import ClipSource
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import mean_scores
+from vidjax.steps.columns import ScoreColumns
 from vidjax.steps.sinks import TopKMetric
 from vidjax.system import System
 
@@ -77,6 +78,7 @@ class ModelScorer:
 
     Attributes:
       model: the trained model.
+      columns: the columns of the scores.
       use: [E, N] bool, True for members that score a clip.
       in_sample: True if members score clips that they were trained on.
     """
@@ -90,6 +92,7 @@ class ModelScorer:
           mesh: the devices.
         """
         self.model = model
+        self.columns = ScoreColumns.of(model.system, mesh)
         self.use = ensemble.held_out(model.training_sets, clips)
         self.in_sample = bool(model.training_sets.trained.all() and not self.use.all())
         if self.in_sample:
@@ -112,12 +115,15 @@ class ModelScorer:
         without: int | None = None,
         member_metrics: Sequence[TopKMetric] = (),
     ) -> list[Array]:
-        """Returns the scores [B, C] of every block, averaged over the members that may score it.
+        """Returns the scores of every block, averaged over the members that may score it.
 
         Args:
           blocks: blocks of clips, on the devices.
           without: position of a member to leave out; None to use all.
           member_metrics: one metric per member, to which its own scores are added; () for none.
+
+        Returns:
+          [B, total] of every block, with the columns of `columns`; [B, C] if classes are not split.
         """
         if self._single:
             params, model_state = self._single
@@ -143,9 +149,12 @@ class ModelScorer:
         return [self._best(_mean(total)) for total in totals if total is not None]
 
     def _best(self, scores: Array) -> Array:
-        """Returns scores [B, C] of which only those of `eval.top_classes` are kept."""
+        """Returns scores of which only those of `eval.top_classes` are kept."""
         count = self.model.system.top_classes
-        return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
+        if not 0 < count < scores.shape[1]:
+            return scores
+        # XLA sorts columns that lie on several devices wrongly on some of them.
+        return keep_best(jax.device_put(scores, devices.by_rows(self.columns.mesh)), count)
 
 
 @functools.partial(jax.jit, static_argnums=1)

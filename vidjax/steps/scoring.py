@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -98,8 +97,8 @@ def score(
         _ModelRanker(scorer, split, pool, by_itself=len(scorers) > 1, each_member=each_member)
         for scorer in scorers
     ]
-    ranking = TopKMetric(split, pool)
-    clips = ClipScoreBuffer(split, pool, devices.replicate(mesh, jnp.asarray(split.labels)))
+    ranking = TopKMetric(split, pool, scorers[0].columns)
+    clips = ClipScoreBuffer(split, pool, scorers[0].columns)
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
@@ -186,11 +185,11 @@ class _ModelRanker:
         each_member: bool,
     ):
         self.scorer = scorer
-        self.metric = TopKMetric(split, pool) if by_itself else None
+        self.metric = TopKMetric(split, pool, scorer.columns) if by_itself else None
         self.poor = PoorClips(scorer.model.system)
         self.members: list[TopKMetric] = []
         if each_member and scorer.num_members > 1:
-            self.members = [TopKMetric(split, used & pool) for used in scorer.use]
+            self.members = [TopKMetric(split, used & pool, scorer.columns) for used in scorer.use]
 
     def score(self, blocks: Sequence[Batch]) -> list[Array]:
         """Returns the scores [B, C] of every block, and adds them to the metrics."""

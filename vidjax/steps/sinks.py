@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import metrics
+from vidjax import devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
 from vidjax.steps import examples, topk
+from vidjax.steps.columns import ScoreColumns
 
 # Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
 # the parameters of a member are sliced more often.
@@ -25,17 +26,25 @@ class TopKMetric:
       positives: [C] int, number of ground-truth clips of each identity in the pool.
     """
 
-    def __init__(self, split: Split, pool: np.ndarray):
-        """Starts with an empty ranking of the clips in `pool` [N] bool."""
+    def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
+        """Starts with an empty ranking.
+
+        Args:
+          split: the clips.
+          pool: [N] bool, the clips that are ranked.
+          columns: the columns of the scores.
+        """
         self.pool = pool
         outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
         self.positives = split.positives - outside
         self._split = split
-        self._top = topk.RunningTopK(len(split.positives), rows=WINDOW_ROWS)
+        self._top = topk.RunningTopK(
+            columns.total, rows=WINDOW_ROWS, mesh=columns.mesh, identities=columns.identities
+        )
         self._pool = jnp.asarray(pool)
 
     def add(self, scores: Array, block: Batch) -> None:
-        """Adds the scores [B, C] of a block."""
+        """Adds the scores [B, total] of a block."""
         mask = in_pool(self._pool, block.clip_index, block.batch_mask)
         self._top.add((scores, block.clip_index, mask))
 
@@ -77,22 +86,24 @@ class ClipScoreBuffer:
       clips: the scores of all flushed blocks.
     """
 
-    def __init__(self, split: Split, pool: np.ndarray, labels: Array):
+    def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
         """Starts without scores.
 
         Args:
           split: the clips.
           pool: [N] bool, the clips that are ranked.
-          labels: [N] int32, class columns of the clips, on the devices.
+          columns: the columns of the scores.
         """
         best = np.full(len(pool), -np.inf, np.float32)
         self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
-        self._labels, self._known = labels, split.labels > 0
+        self._known = split.labels > 0
+        places = jnp.asarray(split.labels - 1 + columns.first)
+        self._places = devices.replicate(columns.mesh, places)
         self._waiting: collections.deque[tuple[Array, ...]] = collections.deque()
 
     def add(self, scores: Array, block: Batch) -> None:
-        """Adds the scores [B, C] of a block."""
-        best, right = _best(scores, self._labels, block.clip_index)
+        """Adds the scores [B, total] of a block."""
+        best, right = _best(scores, self._places, block.clip_index)
         self._waiting.append((best, right, block.clip_index, block.batch_mask))
 
     def flush(self, keep: int = 0) -> None:
@@ -112,6 +123,6 @@ def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
 
 
 @jax.jit
-def _best(scores: Array, labels: Array, clip_index: Array) -> tuple[Array, Array]:
-    """Returns the best score of each clip [B], and [B] True if it belongs to the clip's label."""
-    return jnp.max(scores, axis=1), examples.is_best(scores, labels[clip_index] - 1)
+def _best(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
+    """Returns the best score of each clip [B], and [B] True if it lies at the clip's place."""
+    return jnp.max(scores, axis=1), examples.is_best(scores, places[clip_index])

@@ -5,14 +5,16 @@ by descending score, then by ascending clip index, which is the order of clip na
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vidjax import devices
 from vidjax.batch import Array
 
 NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty place; sorts after every real clip
@@ -104,26 +106,38 @@ def count_ties(top: TopK) -> int:
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 
-    The first device merges all blocks; blocks on several devices are gathered there.
+    Every device keeps a top k of its own: of its rows of each block, and of its share of the
+    columns. They are joined at the end, and no score moves between devices.
     """
 
-    def __init__(self, num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048):
+    def __init__(
+        self,
+        num_columns: int,
+        k: int = MAX_NAMES,
+        *,
+        rows: int = 2048,
+        mesh: Mesh | None = None,
+        identities: slice = slice(None),
+    ):
         """Starts with an empty top k.
 
         Args:
-          num_identities: C.
+          num_columns: number of columns of the scores, C, a multiple of the devices of `model`.
           k: number of clips to keep per identity.
           rows: number of clips to collect before a merge. More rows need more memory, O(C x rows),
             and fewer merges; the result does not depend on it.
+          mesh: the devices; None for the first one.
+          identities: the columns that `finish` returns.
         """
-        self._device = jax.devices()[0]
-        self._top = jax.device_put(init_top(num_identities, k), self._device)
-        self._rows = rows
+        mesh = mesh or devices.make_mesh(1)
+        self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2
+        self._top = _make_init(mesh, num_columns, k)()
+        self._update, self._rows, self._identities = _make_update(mesh), rows, identities
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
         """Adds a block, see `update_top`; all blocks must have the same shape."""
-        self._waiting.append(jax.device_put(block, self._device))
+        self._waiting.append(jax.device_put(block, self._layout))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
 
@@ -136,20 +150,60 @@ class RunningTopK:
         missing = -(-self._rows // len(scores)) - len(self._waiting)
         empty = (scores, clip_index, batch_mask & False)
         jax.block_until_ready(self._top)  # so that the scores of pending merges do not pile up
-        self._top = _update(self._top, [*self._waiting, *[empty] * missing])
+        self._top = self._update(self._top, [*self._waiting, *[empty] * missing])
         self._waiting = []
 
     def finish(self) -> TopK:
         """Returns the sorted top k of every identity as numpy arrays."""
         self.flush()
-        return jax.device_get(_finish(self._top))
+        top = jax.device_get(_join(self._top))
+        return TopK(*(part[self._identities] for part in top))
 
 
-_update, _finish = jax.jit(update_top), jax.jit(finish_top)
+_SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of tops [devices, C, k]
+
+
+@functools.cache
+def _make_init(mesh: Mesh, num_columns: int, k: int) -> Callable[[], TopK]:
+    """Compiles empty tops [devices of data, C, k]."""
+
+    def init() -> TopK:
+        top = init_top(num_columns, k)
+        return TopK(*(jnp.tile(part, (mesh.shape["data"], 1, 1)) for part in top))
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, _SCORES))
+
+
+@functools.cache
+def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
+    """Compiles `update_top` of every device's own rows and columns."""
+
+    def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
+        blocks = list(zip(*columns, strict=True))
+        new = update_top(TopK(*(part[0] for part in top)), blocks)
+        return TopK(*(part[None] for part in new))
+
+    rows = PartitionSpec("data")
+    specs = (_SCORES, _SCORES, rows, rows)
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=_SCORES, check_vma=False)
+    return jax.jit(lambda top, blocks: mapped(top, *zip(*blocks, strict=True)))
+
+
+@jax.jit
+def _join(tops: TopK) -> TopK:
+    """Joins the tops [devices, C, k] of different clips into one, sorted."""
+    k = tops.scores.shape[2]
+    joined = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in tops)
+    return TopK(*(part[:, :k] for part in finish_top(TopK(*joined))))
 
 
 def rank(
-    blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES, *, rows: int = 2048
+    blocks: Iterable[ScoreBlock],
+    num_identities: int,
+    k: int = MAX_NAMES,
+    *,
+    rows: int = 2048,
+    mesh: Mesh | None = None,
 ) -> TopK:
     """Returns the sorted top k of a stream of blocks.
 
@@ -158,8 +212,9 @@ def rank(
       num_identities: C.
       k: number of clips to keep per identity.
       rows: number of clips per merge, see `RunningTopK`.
+      mesh: the devices; None for the first one.
     """
-    running = RunningTopK(num_identities, k, rows=rows)
+    running = RunningTopK(num_identities, k, rows=rows, mesh=mesh)
     for block in blocks:
         running.add(block)
     return running.finish()

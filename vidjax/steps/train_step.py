@@ -12,7 +12,9 @@ from vidjax import devices, ensemble, selection
 from vidjax.augment import MemberBatch
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import examples
+from vidjax.steps import columns as columns_lib
+from vidjax.steps import examples, sampled
+from vidjax.steps.columns import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
 
@@ -55,10 +57,20 @@ class MemberKeys(NamedTuple):
     dropout: Array
     modality_dropout: Array
     transforms: Array
+    classes: Array
+
+    @classmethod
+    def at(cls, rng: Array, step: Array) -> "MemberKeys":
+        """Returns the keys of the member with a key, for a step."""
+        return cls(*jax.random.split(jax.random.fold_in(rng, step), len(cls._fields)))
 
 
 def train_step(
-    system: System, state: TrainState, tables: Tables, batch: Batch
+    system: System,
+    state: TrainState,
+    tables: Tables,
+    batch: Batch,
+    axes: ClassAxes | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of every member.
 
@@ -70,13 +82,18 @@ def train_step(
       tables: weights and settings of the members.
       batch: B clips, the same for all members. Rows outside `batch_mask`, clips without frames and
         clips of weight 0 have no effect.
+      axes: axes of the class columns; None for a step that neither splits nor samples them.
 
     Returns:
       The new state, and the losses [E].
     """
 
     def step_member(learned: Learned, inputs: MemberInputs) -> tuple[Learned, jax.Array]:
-        return _step_member(system, state.step, batch, learned, inputs)
+        keys = MemberKeys.at(inputs.rng, state.step)
+        clips = _draw_training_clips(system, state.step, keys, batch, inputs)
+        if axes is None or system.sampled_classes == 1:
+            return _learn(system, state.step, keys, batch, learned, clips)
+        return _learn_sampled(system, state.step, keys, batch, learned, clips, axes)
 
     learned = Learned(*(getattr(state, name) for name in Learned._fields))
     inputs = _member_inputs(system, state, tables, batch)
@@ -84,16 +101,50 @@ def train_step(
     return state.replace(step=state.step + 1, **learned._asdict()), losses
 
 
-def _step_member(
-    system: System, step: Array, batch: Batch, learned: Learned, inputs: MemberInputs
-) -> tuple[Learned, jax.Array]:
-    """Takes one optimiser step of one member; returns its new state and its loss []."""
-    keys = MemberKeys(*jax.random.split(jax.random.fold_in(inputs.rng, step), 4))
+def _draw_training_clips(
+    system: System, step: Array, keys: MemberKeys, batch: Batch, inputs: MemberInputs
+) -> MemberBatch:
+    """Draws the clips of one member, weights them and transforms them."""
     clips = _draw_clips(system, keys.fusion, batch, inputs)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
         rng = jax.random.fold_in(keys.transforms, number) if number else keys.transforms
         clips = transform(rng, clips)
+    return clips
+
+
+def _learn_sampled(
+    system: System,
+    step: Array,
+    keys: MemberKeys,
+    batch: Batch,
+    learned: Learned,
+    clips: MemberBatch,
+    axes: ClassAxes,
+) -> tuple[Learned, jax.Array]:
+    """Takes one optimiser step of one member on some of the classes, as `_learn` does on all."""
+    labels = jnp.concatenate([labels for labels, _ in clips.targets])
+    count = sampled.num_drawn(system, len(labels), axes.mesh.shape["model"])
+    drawn = sampled.draw(keys.classes, labels, system.class_mask, count, axes.mesh)
+    class_axes = Learned(*(getattr(axes.state, name) for name in Learned._fields))
+    part = sampled.take(axes, class_axes, learned, drawn)
+    clips = clips._replace(
+        labels=sampled.place_of(drawn, clips.labels),
+        targets=tuple((sampled.place_of(drawn, labels), x) for labels, x in clips.targets),
+    )
+    part, loss = _learn(sampled.narrow(system, drawn), step, keys, batch, part, clips)
+    return sampled.put(axes, class_axes, learned, part, drawn), loss
+
+
+def _learn(
+    system: System,
+    step: Array,
+    keys: MemberKeys,
+    batch: Batch,
+    learned: Learned,
+    clips: MemberBatch,
+) -> tuple[Learned, jax.Array]:
+    """Takes one optimiser step of one member; returns its new state and its loss []."""
     frames, exists, info = _as_model_input(system, batch, clips)
     columns = info.labels
     assert columns is not None
@@ -248,7 +299,7 @@ def find_bad_clips(
 
     def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
         params, model_state, inputs = member
-        keys = MemberKeys(*jax.random.split(jax.random.fold_in(inputs.rng, step), 4))
+        keys = MemberKeys.at(inputs.rng, step)
         clips = _draw_clips(system, keys.fusion, batch, inputs)
         frames, exists, info = _as_model_input(system, batch, clips)
 
@@ -273,14 +324,14 @@ def find_bad_clips(
 
 
 def make_train_step(
-    system: System, mesh: Mesh
+    system: System, mesh: Mesh, axes: ClassAxes | None = None
 ) -> Callable[[TrainState, Tables, Batch], tuple[TrainState, jax.Array]]:
     """Compiles `train_step` of a system for a mesh; the state argument is donated."""
 
     def step(state: TrainState, tables: Tables, batch: Batch) -> tuple[TrainState, jax.Array]:
-        return train_step(system, state, tables, batch)
+        return train_step(system, state, tables, batch, axes)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=devices.replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=_out_layout(mesh, axes))
 
 
 class Outcome(NamedTuple):
@@ -296,7 +347,10 @@ class Outcome(NamedTuple):
 
 
 def make_train_loop(
-    system: System, mesh: Mesh, draw: Callable[[Mapping[str, Packed], Array], Batch]
+    system: System,
+    mesh: Mesh,
+    draw: Callable[[Mapping[str, Packed], Array], Batch],
+    axes: ClassAxes | None = None,
 ) -> Callable[[TrainState, Tables, Mapping[str, Packed], Array], tuple[TrainState, Outcome]]:
     """Compiles many training steps into one program, (state, tables, clips, count) -> outcome.
 
@@ -307,6 +361,7 @@ def make_train_loop(
       system: the system.
       mesh: the devices.
       draw: (clips, step) -> the batch of that step, on the devices.
+      axes: axes of the class columns, as in `train_step`.
     """
 
     def loop(
@@ -315,14 +370,19 @@ def make_train_loop(
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
             batch = devices.constrain_batch(mesh, draw(clips, state.step))
-            new_state, losses = train_step(system, state, tables, batch)
+            new_state, losses = train_step(system, state, tables, batch, axes)
             return new_state, watch(outcome, new_state, losses)
 
         num_members = len(state.rng)
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return jax.jit(loop, donate_argnums=0, out_shardings=devices.replicated(mesh))
+    return jax.jit(loop, donate_argnums=0, out_shardings=_out_layout(mesh, axes))
+
+
+def _out_layout(mesh: Mesh, axes: ClassAxes | None) -> tuple[Any, Any]:
+    """Returns the layout of a state and of what comes with it."""
+    return columns_lib.state_layout(mesh, axes), devices.replicated(mesh)
 
 
 def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:

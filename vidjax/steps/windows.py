@@ -41,7 +41,7 @@ def windows(
     streams = [
         data.eval_batches(
             make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
-            rows=block_size * mesh.size,
+            rows=block_size * mesh.shape["data"],
         )
         for key, data in datasets.items()
     ]

@@ -1,0 +1,103 @@
+"""Training steps of shipped experiments on made-up clips, on any mesh."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vidjax import config as config_lib
+from vidjax import devices, ensemble
+from vidjax.batch import Batch, Frames
+from vidjax.steps import columns, train_step
+from vidjax.steps import state as state_lib
+from vidjax.system import System, TaskSpec, make_system
+
+ROOT = Path(__file__).parents[2]
+WIDTH = 24  # of features
+
+
+class MadeRun(NamedTuple):
+    """A run on made-up clips: every step sees all of them."""
+
+    system: System
+    mesh: jax.sharding.Mesh
+    axes: columns.ClassAxes | None
+    state: state_lib.TrainState
+    tables: state_lib.Tables
+    batch: Batch
+
+    def compiled(self):
+        """Returns the step, compiled ahead of its first call."""
+        step: Any = train_step.make_train_step(self.system, self.mesh, self.axes)
+        return step.lower(self.state, self.tables, self.batch).compile()
+
+    def train(self, count):
+        """Returns the state after some steps, without padding and on the host, and the losses."""
+        step, state = self.compiled(), self.state
+        losses = []
+        for _ in range(count):
+            state, loss = step(state, self.tables, self.batch)
+            losses.append(loss)
+        natural = columns.abstract_state(
+            self.system, dims(self.batch), self.system.num_columns, len(state.rng)
+        )
+        state = columns.resize(
+            jax.device_get((state.params, state.opt_state)), (natural.params, natural.opt_state)
+        )
+        return state, np.asarray(jax.device_get(losses))
+
+
+def dims(batch):
+    """Returns modality -> feature width of a batch."""
+    return {name: frames.features.shape[-1] for name, frames in batch.frames.items()}
+
+
+def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=False):
+    """Prepares a run.
+
+    Args:
+      spec: stem of a shipped experiment, with its arguments behind a colon.
+      words: overrides.
+      num_identities: C.
+      shape: devices of the axes `data` and `model`.
+      batch_size: number of clips.
+      other: True if some clips show nobody known, and the model learns from them.
+    """
+    stem, _, arguments = spec.partition(":")
+    config = config_lib.load_file(f"{ROOT}/configs/{stem}.py:{arguments}")
+    config = config_lib.override(config, words)
+    rng = np.random.default_rng(0)
+    modalities = dict.fromkeys(config.modalities, WIDTH)
+    mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
+    task = TaskSpec(modalities, num_identities, None, batch_size, 100, train_other=other)
+    system = make_system(config.to_dict(), task.with_padding(shape[1]))
+    axes = columns.find_class_axes(system, modalities, mesh)
+    members = ensemble.make_members(config.ensemble.to_dict())
+    labels = rng.integers(0 if other else 1, 1 + num_identities, (len(members), batch_size))
+    people = rng.normal(size=(1 + num_identities, WIDTH))
+
+    def frames():
+        noise = rng.normal(size=(batch_size, 3, WIDTH))
+        quality = rng.uniform(30, 90, (batch_size, 3)).astype(np.float32)
+        features = (people[labels[0]][:, None] + 0.5 * noise).astype(np.float32)
+        number = np.tile(np.arange(3, dtype=np.int32), (batch_size, 1))
+        return Frames(features, quality, quality / 100, number, np.ones((batch_size, 3), bool))
+
+    batch = Batch(
+        {name: frames() for name in modalities},
+        np.arange(batch_size, dtype=np.int32),
+        np.ones(batch_size, bool),
+    )
+    natural = system._replace(model=system.make_model(system.num_columns))
+    here = columns.abstract_state(system, modalities, system.model.num_classes, len(members))
+
+    def init():
+        rngs = ensemble.make_rngs(members, 0)
+        state = state_lib.init_state(natural, modalities, rngs, labels.astype(np.int32))
+        return columns.resize(state, here.replace(labels=state.labels))
+
+    state = jax.jit(init, out_shardings=columns.state_layout(mesh, axes))()
+    tables = state_lib.make_tables(members, np.ones(labels.shape))
+    tables = devices.replicate(mesh, tables)
+    return MadeRun(system, mesh, axes, state, tables, devices.shard_batch(mesh, batch))

@@ -1,0 +1,124 @@
+"""Classes that several devices share: training, checkpoints and rankings do not depend on it."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.made_steps import make
+from tests.helpers.small_runs import run, saved, shrunk
+from vidjax.data.load import load_dataset
+from vidjax.run import checkpoint
+from vidjax.steps import sampled as sampling
+
+MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
+SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
+STEPS = "--config.num_epochs=6.6"  # 20 of them
+
+
+@pytest.fixture(scope="module")
+def data(official_dir, cache_dir):
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+def on_mesh(name, *words, spec="mma"):
+    """Returns a small configuration for a mesh, and the number of devices."""
+    num_devices, model = MESHES[name]
+    words = (*words, f"--config.mesh.model={model}")
+    return shrunk(*words, spec=f"configs/{spec}.py:iqiyi_vid"), num_devices
+
+
+def learned(workdir):
+    """Returns path -> saved parameter, without the padding of class columns."""
+    manifest = checkpoint.manifests(workdir)[max(checkpoint.manifests(workdir))]
+    padded, count = manifest["padded_columns"], 1 + manifest["num_identities"]
+    leaves = jax.tree_util.tree_leaves_with_path(saved(workdir).get("params", {}))
+    found = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+    for name, x in found.items():
+        if padded and x.shape[-1] == padded:
+            assert np.all(x[..., count:] == 0), name
+            found[name] = x[..., :count]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("mma", SGD),
+        ("cosine", SGD),
+        ("quality_fusion", SGD),
+        ("deepmef", SGD),
+        ("residual_dense", SGD),
+        ("plda", ()),
+        ("knn", ()),
+        ("mma", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=streaming")),
+    ],
+)
+def test_training_does_not_depend_on_the_mesh(data, tmp_path, spec, words):
+    found = {}
+    for name in MESHES:
+        config, num_devices = on_mesh(name, STEPS, *words, spec=spec)
+        results = run(config, tmp_path / name, data, num_devices=num_devices)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses = [row["train_loss"] for row in map(json.loads, lines) if "train_loss" in row]
+        found[name] = learned(tmp_path / name), losses, results
+    weights, losses, results = found.pop("1x1")
+    for name, (other_weights, other_losses, other) in found.items():
+        assert weights.keys() == other_weights.keys()
+        for path, x in weights.items():
+            np.testing.assert_allclose(other_weights[path], x, rtol=0, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5, err_msg=name)
+        assert other["num_identities"] == results["num_identities"]
+        assert abs(other["map"] - results["map"]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (4, 2), (1, 8)])
+def test_steps_in_float64_do_not_depend_on_the_mesh(shape):
+    words = ("--config.dtype=float64", "--config.model.embed_dim=16", *SGD)
+    with jax.enable_x64(True):
+        wanted, losses = make("mma", *words, other=True).train(20)
+        found, other = make("mma", *words, other=True, shape=shape).train(20)
+    assert losses.dtype == np.float64 and losses[-1] < losses[0]
+    np.testing.assert_allclose(other, losses, rtol=0, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), found, wanted)
+
+
+def collectives(text):
+    """Returns (operation, shape) of everything that a compiled program moves between devices."""
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for kinds, name in re.findall(rf"= (\(.*?\)|\S+) ({names})(?:-start)?\(", text):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", kinds):
+            found.append((name, tuple(int(size) for size in shape.split(",") if size)))
+    return found
+
+
+@pytest.mark.parametrize("sampled", [1.0, 0.1])
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("quality_fusion", ()),
+        ("mma", ("--config.model.embed_dim=64",)),
+        ("cosine", ("--config.model.embed_dim=64",)),
+        ("deepmef:face", ()),
+    ],
+)
+def test_no_logits_move_between_devices(spec, words, sampled):
+    words = (*words, f"--config.loss.sampled_classes={sampled}")
+    made = make(spec, *words, num_identities=4000, shape=(4, 2), batch_size=64)
+    found = collectives(made.compiled().as_text())
+    assert found
+    share = made.system.model.num_classes // 2
+    drawn = share if sampled == 1 else sampling.num_drawn(made.system, 64, 2)
+    gradients = {x.shape for x in jax.tree.leaves(made.state.params)}
+    gradients = {tuple(drawn if n == 2 * share else n for n in shape) for shape in gradients}
+    widest = max(n for shape in gradients for n in shape if n != drawn)
+    for name, shape in found:
+        is_gradient = bool({(1, *shape), (1, *shape[::-1])} & gradients)
+        assert is_gradient or np.prod(shape) <= 64 * widest, (name, shape)
+    assert not any(name != "all-reduce" and {share, drawn} & {*shape} for name, shape in found)

@@ -1,0 +1,175 @@
+"""The class columns of a state: which axes they are, padded, and split over devices.
+
+The kernel and the bias of a classifier, their moments in the optimiser and the sums of PLDA have an
+axis of class columns. Two models for different numbers of columns show which: their arrays differ
+in it. So no model says how it is split.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vidjax import devices
+from vidjax.batch import Array
+from vidjax.models.base import Params
+from vidjax.steps import state as state_lib
+from vidjax.system import System, padded_columns
+
+Tree = TypeVar("Tree")  # a tree of arrays
+
+NO_AXIS = -1
+
+
+class ClassAxes(NamedTuple):
+    """The axis of the class columns in every array of a state.
+
+    Attributes:
+      mesh: the devices. The class columns are split over its axis `model`.
+      state: a TrainState with an axis in place of every array, or NO_AXIS.
+    """
+
+    mesh: Mesh
+    state: state_lib.TrainState
+
+    def layout(self, name: str | None = None) -> devices.Layout:
+        """Returns the layout of a field of the state, or of the whole: a tree of shardings."""
+        axes = getattr(self.state, name) if name else self.state
+        return jax.tree.map(lambda axis: _along(self.mesh, axis), axes)
+
+
+def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -> ClassAxes | None:
+    """Finds the axes of class columns.
+
+    Args:
+      system: the system.
+      modalities: name -> feature width of the data.
+      mesh: the devices.
+
+    Returns:
+      The axes; None where neither the mesh nor the training needs them.
+
+    Raises:
+      ValueError: `config.loss.sampled_classes` is below 1, and no parameter has class columns.
+    """
+    is_sampled = system.sampled_classes < 1
+    if mesh.shape["model"] == 1 and not is_sampled:
+        return None
+    count = system.model.num_classes
+    shapes = [abstract_state(system, modalities, number) for number in (count, count + 1)]
+    axes = jax.tree.map(_differing_axis, *shapes)
+    if is_sampled and all(axis == NO_AXIS for axis in jax.tree.leaves(axes.params)):
+        raise ValueError(
+            f"config.loss.sampled_classes={system.sampled_classes}: the model has no classifier\n"
+            "leave it out: --config.loss.sampled_classes=1"
+        )
+    return ClassAxes(mesh, axes)
+
+
+def abstract_state(
+    system: System, modalities: Mapping[str, int], num_columns: int, num_members: int = 1
+) -> state_lib.TrainState:
+    """Returns the shapes and dtypes of a state for a number of class columns, with one clip."""
+    resized = system._replace(model=system.make_model(num_columns))
+
+    def init() -> state_lib.TrainState:
+        rngs = jax.random.split(jax.random.key(0), num_members)
+        labels = jnp.zeros((num_members, 1), jnp.int32)
+        return state_lib.init_state(resized, modalities, rngs, labels)
+
+    return jax.eval_shape(init)
+
+
+class ScoreColumns(NamedTuple):
+    """The columns of scores in evaluation, [B, total].
+
+    Without an axis `model` they are the identities alone. Devices that share the classes keep all
+    class columns, so that none moves between them: others than the identities have scores of -inf.
+
+    Attributes:
+      mesh: the devices. Rows are split over its axis `data`, and columns over `model`.
+      total: number of columns.
+      first: column of the first identity.
+      num_identities: number of identities, C.
+    """
+
+    mesh: Mesh
+    total: int
+    first: int
+    num_identities: int
+
+    @classmethod
+    def of(cls, system: System, mesh: Mesh) -> "ScoreColumns":
+        """Returns the columns of the scores of a system, whose padding fits the mesh."""
+        count = system.num_identities
+        if mesh.shape["model"] == 1:
+            return cls(mesh, count, 0, count)
+        # Noise classes have columns of their own behind the identities.
+        return cls(mesh, padded_columns(1 + count, mesh.shape["model"]), 1, count)
+
+    @property
+    def identities(self) -> slice:
+        """The columns of the identities."""
+        return slice(self.first, self.first + self.num_identities)
+
+    def select(self, scores: Array) -> Array:
+        """Returns the columns [B, total] of scores [B, K] of all class columns."""
+        if not self.first:
+            return scores[:, 1 : 1 + self.total]
+        column = jnp.arange(self.total)
+        is_identity = (column >= self.first) & (column < self.identities.stop)
+        return jnp.where(is_identity, scores[:, : self.total], -jnp.inf)
+
+
+def state_layout(mesh: Mesh, axes: ClassAxes | None) -> devices.Layout:
+    """Returns the layout of a TrainState: a sharding for all arrays, or a tree of shardings."""
+    return axes.layout() if axes else devices.replicated(mesh)
+
+
+def fitting_layout(
+    layout: devices.Layout, abstract: state_lib.TrainState | Params
+) -> devices.Layout:
+    """Returns a tree of layouts for arrays that another number of devices may have saved.
+
+    Args:
+      layout: a sharding, or a tree of them.
+      abstract: the arrays or their shapes. One whose class columns the devices cannot share evenly
+        lies whole on every device.
+    """
+
+    def fit(sharding: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        try:
+            sharding.shard_shape(x.shape)
+        except ValueError:
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        return sharding
+
+    return jax.tree.map(fit, jax.tree.broadcast(layout, abstract), abstract)
+
+
+def resize(tree: Tree, like: Tree) -> Tree:
+    """Returns arrays with the numbers of class columns of others: cut, or padded with zeros.
+
+    Padded columns are 0 and stay 0: no loss sees them.
+    """
+
+    def fit(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        if x.shape == wanted.shape:
+            return x
+        x = x[tuple(slice(0, size) for size in wanted.shape)]
+        return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, wanted.shape, strict=True)])
+
+    return jax.tree.map(fit, tree, like)
+
+
+def _differing_axis(few: jax.ShapeDtypeStruct, more: jax.ShapeDtypeStruct) -> int:
+    pairs = enumerate(zip(few.shape, more.shape, strict=True))
+    return next((axis for axis, (a, b) in pairs if a != b), NO_AXIS)
+
+
+def _along(mesh: Mesh, axis: int) -> NamedSharding:
+    if axis == NO_AXIS:
+        return devices.replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))

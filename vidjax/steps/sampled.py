@@ -1,0 +1,153 @@
+"""A training step on some of the classes: those of its clips, and others drawn at random.
+
+A sampled step is a step of a smaller classifier. `draw` chooses class columns, `take` slices them
+out of parameters and moments, `narrow` gives the system for as many columns, and `put` writes the
+slices back. Columns that are not drawn stay as they are: their moments do not fade, and weight
+decay does not reach them. The devices of the axis `model` each draw as many of their own columns,
+so no column moves between them.
+
+Source: An et al., Partial FC: Training 10 Million Identities on a Single Machine, section 3.2.
+Ours: the moments of Adam.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from vidjax.batch import Array
+from vidjax.steps.columns import NO_AXIS, ClassAxes
+from vidjax.system import System
+
+Tree = TypeVar("Tree")  # a tree of arrays
+
+
+def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
+    """Returns the number of columns that each device of the axis `model` draws.
+
+    Args:
+      system: the system.
+      num_labels: number of labels of a step. Their columns all have a place, on whichever device.
+      num_devices: length of the axis `model`.
+    """
+    own = system.model.num_classes // num_devices
+    share = math.ceil(system.sampled_classes * system.num_columns / num_devices)
+    return min(own, max(share, num_labels))
+
+
+def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -> Array:
+    """Draws class columns: all of the labels, and others with equal probabilities.
+
+    Args:
+      rng: PRNG key.
+      labels: [n] int32, class columns of the clips, n at most `count`.
+      class_mask: [K] bool, the columns that may be drawn beside the labels.
+      count: number of columns that each device draws.
+      mesh: the devices; the draw depends on the length of the axis `model`.
+
+    Returns:
+      [devices x count] int32, ascending. Where a device has fewer columns to draw than `count`,
+      some are outside of the mask.
+    """
+
+    def on_each(rng: Array, labels: Array, mask: Array) -> Array:
+        device = lax.axis_index("model")
+        size, first = len(mask), device * len(mask)
+        priority = jax.random.uniform(jax.random.fold_in(rng, device), (size,))
+        priority = jnp.where(mask, priority, -1.0)
+        is_own = (labels >= first) & (labels < first + size)
+        places = jnp.where(is_own, labels - first, size)
+        priority = priority.at[places].set(2.0, mode="drop")
+        return jnp.sort(lax.top_k(priority, count)[1]) + first
+
+    whole, split = PartitionSpec(), PartitionSpec("model")
+    return _on_each(on_each, mesh, (whole, whole, split), split)(rng, labels, class_mask)
+
+
+def take(axes: ClassAxes, state_axes: Tree, tree: Tree, columns: Array) -> Tree:
+    """Returns the drawn class columns of a member's arrays; other arrays whole.
+
+    Args:
+      axes: the devices.
+      state_axes: tree of the axes [E, ...] of class columns, with the structure of `tree`.
+      tree: the arrays of one member, without the axis E.
+      columns: result of `draw`.
+    """
+
+    def of(axis: int, x: Array) -> Array:
+        if axis == NO_AXIS:
+            return x
+
+        def on_each(x: Array, columns: Array) -> Array:
+            return jnp.take(x, _own(columns, x.shape[axis]), axis=axis, mode="clip")
+
+        split = _split(axis)
+        return _on_each(on_each, axes.mesh, (split, PartitionSpec("model")), split)(x, columns)
+
+    return jax.tree.map(of, _without_members(state_axes), tree)
+
+
+def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Array) -> Tree:
+    """Reverses `take`: writes the drawn columns of `part` into `tree`; other arrays are replaced.
+
+    Arguments are those of `take`; `part` holds what became of its result.
+    """
+
+    def of(axis: int, x: Array, new: Array) -> Array:
+        if axis == NO_AXIS:
+            return new
+
+        def on_each(x: jax.Array, new: Array, columns: Array) -> Array:
+            places = (*[slice(None)] * axis, _own(columns, x.shape[axis]))
+            return x.at[places].set(new, indices_are_sorted=True, unique_indices=True)
+
+        split = _split(axis)
+        specs = (split, split, PartitionSpec("model"))
+        return _on_each(on_each, axes.mesh, specs, split)(x, new, columns)
+
+    return jax.tree.map(of, _without_members(state_axes), tree, part)
+
+
+def narrow(system: System, columns: Array) -> System:
+    """Returns the system for the drawn columns alone."""
+    mask = system.class_mask[columns]
+    return system._replace(
+        model=system.make_model(len(columns)),
+        class_mask=mask,
+        objective=system.make_objective(mask),
+    )
+
+
+def place_of(columns: Array, labels: Array) -> Array:
+    """Returns the places of labels among the drawn columns, of the shape of the labels."""
+    return jnp.searchsorted(columns, labels).astype(jnp.int32)
+
+
+def _without_members(state_axes: Tree) -> Tree:
+    """Returns the axes in arrays without the leading axis E."""
+    return jax.tree.map(lambda axis: axis if axis == NO_AXIS else axis - 1, state_axes)
+
+
+def _own(columns: Array, size: int) -> Array:
+    """Returns the places of a device's columns in its share of `size` columns."""
+    return columns - lax.axis_index("model") * size
+
+
+def _split(axis: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * axis, "model")
+
+
+def _on_each(
+    function: Callable[..., Array],
+    mesh: Mesh,
+    in_specs: tuple[PartitionSpec, ...],
+    out: PartitionSpec,
+) -> Callable[..., Array]:
+    """Maps a function over the axis `model` of the devices; `data` stays as it is."""
+    mapped = functools.partial(jax.shard_map, axis_names={"model"}, check_vma=False)
+    return mapped(function, mesh=mesh, in_specs=in_specs, out_specs=out)
