@@ -1,5 +1,6 @@
 """Classes that several devices share: training, checkpoints and rankings do not depend on it."""
 
+import contextlib
 import json
 import re
 
@@ -9,9 +10,13 @@ import pytest
 
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
+from vidjax import config as config_lib
+from vidjax import devices
 from vidjax.data.load import load_dataset
+from vidjax.modes import evaluate
 from vidjax.run import checkpoint
 from vidjax.steps import sampled as sampling
+from vidjax.steps import topk
 
 MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
@@ -27,7 +32,8 @@ def on_mesh(name, *words, spec="mma"):
     """Returns a small configuration for a mesh, and the number of devices."""
     num_devices, model = MESHES[name]
     words = (*words, f"--config.mesh.model={model}")
-    return shrunk(*words, spec=f"configs/{spec}.py:iqiyi_vid"), num_devices
+    stem, _, arguments = spec.partition(":")
+    return shrunk(*words, spec=f"configs/{stem}.py:iqiyi_vid,{arguments}"), num_devices
 
 
 def learned(workdir):
@@ -51,7 +57,7 @@ def learned(workdir):
         ("cosine", SGD),
         ("quality_fusion", SGD),
         ("deepmef", SGD),
-        ("residual_dense", SGD),
+        ("residual_dense:face,head", SGD),
         ("plda", ()),
         ("knn", ()),
         ("mma", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=streaming")),
@@ -122,3 +128,75 @@ def test_no_logits_move_between_devices(spec, words, sampled):
         is_gradient = bool({(1, *shape), (1, *shape[::-1])} & gradients)
         assert is_gradient or np.prod(shape) <= 64 * widest, (name, shape)
     assert not any(name != "all-reduce" and {share, drawn} & {*shape} for name, shape in found)
+
+
+def evaluate_on(name, folder, data, config):
+    """Evaluates a run on a mesh; returns its results and its ranking."""
+    num_devices, model = MESHES[name]
+    config = config_lib.override(config, [f"--config.mesh.model={model}"])
+    results = evaluate.evaluate(config, folder, data, num_devices=num_devices)
+    return results, (folder / "ranking.txt").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("mma", ()),
+        ("quality_fusion", ("--config.after_fusion=examples",)),
+        ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5")),
+        ("noise_classes:face", ()),
+        ("plda", ()),
+    ],
+)
+def test_a_ranking_is_the_same_to_the_byte_on_every_mesh(data, tmp_path, spec, words):
+    config, num_devices = on_mesh("1x1", *words, "--config.num_epochs=3", spec=spec)
+    run(config, tmp_path, data, num_devices=num_devices)
+    scores = ("map", "top1", "num_ties", "members")
+    wanted, ranking = evaluate_on("1x1", tmp_path, data, config)
+    for name in MESHES:
+        found, other = evaluate_on(name, tmp_path, data, config)
+        assert other == ranking, name
+        assert [found.get(key) for key in scores] == [wanted.get(key) for key in scores]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(data, tmp_path):
+    """Four devices that share the classes, then one, then two; and all steps on one."""
+    words = (*SGD, "--config.optim.decay=constant", "--config.optim.warmup=0")
+    words = (*words, "--config.optim.total_decay=0", "--config.resume.allow=num_epochs")
+    for number, (name, epochs) in enumerate([("1x8", 2), ("1x1", 4), ("1x2", 6)]):
+        config, num_devices = on_mesh(name, f"--config.num_epochs={epochs}", *words, spec="cosine")
+        changed = pytest.warns(UserWarning, match=r"mesh\.model")
+        with changed if number else contextlib.nullcontext():
+            results = run(config, tmp_path / "moved", data, num_devices=num_devices)
+        manifest = checkpoint.manifests(tmp_path / "moved")[results["step"]]
+        assert manifest["padded_columns"] == (None if number == 1 else 128)
+    config = config_lib.override(config, ["--config.mesh.model=1"])
+    run(config, tmp_path / "still", data)
+    moved, still = learned(tmp_path / "moved"), learned(tmp_path / "still")
+    for path, x in still.items():
+        np.testing.assert_allclose(moved[path], x, rtol=0, atol=1e-5, err_msg=path)
+
+
+def test_more_shares_than_devices_are_one_error():
+    with pytest.raises(ValueError, match=r"config\.mesh\.model=1") as caught:
+        devices.make_mesh(8, 3)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_tops_of_devices_are_those_of_one():
+    rng = np.random.default_rng(0)
+    scores = rng.choice(rng.standard_normal(60).astype(np.float32), (5, 64, 16))  # with ties
+    index = rng.permutation(5 * 64).astype(np.int32).reshape(5, 64)
+    mask = rng.random((5, 64)) < 0.9
+    blocks = list(zip(scores, index, mask, strict=True))
+    wanted = topk.rank(blocks, 16, 7)
+    for num_devices, model in MESHES.values():
+        mesh = devices.make_mesh(num_devices, model)
+        top = topk.RunningTopK(16, 7, rows=128, mesh=mesh, identities=slice(3, 13))
+        for block in blocks:
+            top.add(block)
+        found = top.finish()
+        np.testing.assert_array_equal(found.index, wanted.index[3:13])
+        np.testing.assert_array_equal(found.scores, wanted.scores[3:13])
