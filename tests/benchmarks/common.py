@@ -79,6 +79,7 @@ def make_run(
     batch_size: int,
     num_identities: int,
     num_clips: int | None = None,
+    abstract: bool = False,
 ) -> Run:
     """Returns the system of a configuration on as many clips as there are in four batches.
 
@@ -88,6 +89,7 @@ def make_run(
       batch_size: B.
       num_identities: C.
       num_clips: of all made-up clips.
+      abstract: True for shapes and dtypes in place of the state.
     """
     config = config_lib.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
@@ -104,7 +106,8 @@ def make_run(
         rngs = ensemble.make_rngs(members, config.seed)
         return state_lib.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
-    state = jax.jit(init, out_shardings=devices.replicated(mesh))()
+    laid = jax.jit(init, out_shardings=devices.replicated(mesh))
+    state: Any = jax.eval_shape(init) if abstract else laid()
     tables = state_lib.make_tables(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))

@@ -21,6 +21,8 @@ from vidjax.system import System, padded_columns
 Tree = TypeVar("Tree")  # a tree of arrays
 
 NO_AXIS = -1
+BLOCK_BYTES = 256 << 20  # largest block of scores; smaller than `eval.block_size` from 262,144 on
+WAITING_BYTES = 1 << 30  # largest scores that wait for a merge of the ranking
 
 
 class ClassAxes(NamedTuple):
@@ -113,6 +115,16 @@ class ScoreColumns(NamedTuple):
     def identities(self) -> slice:
         """The columns of the identities."""
         return slice(self.first, self.first + self.num_identities)
+
+    @property
+    def most_rows(self) -> int:
+        """Largest number of rows of a block on a device; not of the mesh, so that bits do not."""
+        return max(1, BLOCK_BYTES // (4 * self.num_identities))
+
+    @property
+    def most_waiting(self) -> int:
+        """Largest number of clips whose scores wait for a merge of the ranking."""
+        return max(1, WAITING_BYTES // (4 * self.num_identities))
 
     def select(self, scores: Array) -> Array:
         """Returns the columns [B, total] of scores [B, K] of all class columns."""

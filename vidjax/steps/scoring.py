@@ -101,7 +101,9 @@ def score(
     clips = ClipScoreBuffer(split, pool, scorers[0].columns)
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
-    rows = 1 if len(scorers) == scorers[0].num_members == 1 else WINDOW_ROWS
+    columns, single = scorers[0].columns, len(scorers) == scorers[0].num_members == 1
+    rows = 1 if single else min(WINDOW_ROWS, columns.most_waiting)
+    block_size = min(block_size, columns.most_rows)
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:

@@ -39,7 +39,10 @@ class TopKMetric:
         self.positives = split.positives - outside
         self._split = split
         self._top = topk.RunningTopK(
-            columns.total, rows=WINDOW_ROWS, mesh=columns.mesh, identities=columns.identities
+            columns.total,
+            rows=min(WINDOW_ROWS, columns.most_waiting),
+            mesh=columns.mesh,
+            identities=columns.identities,
         )
         self._pool = jnp.asarray(pool)
 

@@ -1,0 +1,155 @@
+"""A classifier of a million identities on one machine: time and peak memory beside a formula.
+
+    python -m tests.benchmarks.large [--num_identities=1000000] [--batch_size=256] [--rate=0.01]
+
+An MLP whose last layer is 512 wide trains 20 sampled steps and is saved; is restored and trains 2
+steps on all classes; and ranks 2,000 clips. Each is a process of its own. With K class columns, D
+units and a batch of B clips in float32, the formulas are, in numbers of 4 bytes:
+
+    sampled   3 K D for the weights and the two moments of Adam
+    full      3 K D, K D for the gradient, and 2 B K for the logits and their gradient
+    rank      2 K D for the weights as they are saved and as one member has them, 200 K for the
+              ranking, and the scores that wait
+
+and each process needs REST besides, for the libraries and the clips.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tests.benchmarks import common
+from tests.benchmarks.evaluation import MadeUp
+from vidjax import devices, ensemble
+from vidjax.data import resident
+from vidjax.modes import start
+from vidjax.run import checkpoint
+from vidjax.steps import columns, scoring, train_step
+from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.model_scorer import TrainedModel
+
+WIDTH = 512
+CLIPS = 2_000
+REST = 800 * common.MIB
+STAGES = {"sampled": 20, "full": 2, "rank": 0}  # optimiser steps of each
+
+
+def make_run(args: argparse.Namespace) -> common.Run:
+    """Returns the system on made-up clips; its state is that of step 0."""
+    rate = args.rate if args.stage == "sampled" else 1.0
+    words = (
+        f"model.layers=(({WIDTH},'swish',False,0.0),)",
+        "loss.schedule=((0.0,0.0),)",
+        f"loss.sampled_classes={rate}",
+    )
+    return common.make_run(
+        "quality_fusion.py:iqiyi_vid",
+        words,
+        batch_size=args.batch_size,
+        num_identities=args.num_identities,
+        num_clips=CLIPS,
+        abstract=args.stage != "sampled",
+    )
+
+
+def train(run: common.Run, state: Any, count: int) -> tuple[Any, float]:
+    """Returns the state after some steps, and the seconds of a step."""
+    mesh = devices.make_mesh(1)
+    dims = dict.fromkeys(run.clips, common.DIM)
+    axes = columns.find_class_axes(run.system, dims, mesh)
+    loop: Any = train_step.make_train_loop(
+        run.system, mesh, lambda clips, step: resident.draw_batch(clips, run.plan, step), axes
+    )
+    state, outcome = loop(state, run.tables, run.clips, np.int32(1))  # compiles
+    began = time.perf_counter()
+    jax.block_until_ready(outcome)
+    state, outcome = loop(state, run.tables, run.clips, np.int32(count - 1))
+    if not np.isfinite(outcome.loss).all():
+        raise SystemExit("the loss is not finite")
+    return state, (time.perf_counter() - began) / (count - 1)
+
+
+def load(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of the checkpoint that the first stage saved."""
+    found = checkpoint.find(folder)
+    assert found is not None
+    return checkpoint.load(found, items, devices.replicated(devices.make_mesh(1)))
+
+
+def stage(args: argparse.Namespace) -> float:
+    """Runs one stage; returns the seconds of a step, or of the ranking."""
+    folder = Path(args.folder)
+    run = make_run(args)
+    if args.stage == "sampled":
+        state, seconds = train(run, run.state, STAGES["sampled"])
+        checkpoint.save(folder, STAGES["sampled"], start.as_items(state), {"evaluated": True})
+        return seconds
+    if args.stage == "full":
+        items = load(folder, start.as_items(run.state))
+        state = run.state.replace(
+            params=items["params"], model_state=items["model_state"], **items["train"]
+        )
+        del items
+        return train(run, state, STAGES["full"])[1]
+    mesh, data = devices.make_mesh(1), MadeUp(run, args.num_identities)
+    training_sets = ensemble.TrainingSets((ensemble.Member(),), ("another",), np.ones((1, 1), bool))
+    saved = load(folder, {"params": run.state.params, "model_state": run.state.model_state})
+    weights = saved["params"], saved["model_state"]
+    model = TrainedModel.from_params("", run.system, mesh, *weights, training_sets, data)
+    began = time.perf_counter()
+    scoring.score([model], "val", mesh, block_size=256)
+    return time.perf_counter() - began
+
+
+def formula(args: argparse.Namespace, name: str) -> int:
+    """Returns the bytes that a stage should need."""
+    count, size = 1 + args.num_identities, args.batch_size
+    kernel = 4 * count * WIDTH
+    waiting = ScoreColumns(devices.make_mesh(1), count, 0, count)
+    scores = 4 * count * min(waiting.most_waiting + waiting.most_rows, 2 * CLIPS)
+    return (
+        REST
+        + {
+            "sampled": 3 * kernel,
+            "full": 4 * kernel + 8 * size * count,
+            "rank": 2 * kernel + 800 * count + scores,
+        }[name]
+    )
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num_identities", type=int, default=1_000_000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--folder", default="")
+    args = parser.parse_args()
+    if args.stage:
+        seconds = stage(args)
+        sys.stdout.write(f"{seconds} {common.peak_bytes()}\n")
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in STAGES:
+            words = [f"--stage={name}", f"--folder={folder}", f"--rate={args.rate}"]
+            words += [f"--num_identities={args.num_identities}", f"--batch_size={args.batch_size}"]
+            command = [sys.executable, "-m", "tests.benchmarks.large", *words]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            seconds, peak = map(float, done.stdout.split()[-2:])
+            expected = formula(args, name)
+            sizes = (f"{x / 1e9:.2f}" for x in (peak, expected))
+            rows.append([name, f"{seconds:.2f}", *sizes, f"{peak / expected:.2f}"])
+    common.write_table(["stage", "seconds", "peak GB", "formula GB", "ratio"], rows)
+
+
+if __name__ == "__main__":
+    main()
