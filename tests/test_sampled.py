@@ -16,7 +16,6 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import devices
-from vidjax.batch import ModelOutput
 from vidjax.data.load import load_dataset
 from vidjax.run import signals
 from vidjax.steps import sampled
@@ -33,13 +32,7 @@ def draw(seed, labels, mask, count, shape=(1, 1)):
     mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
     rng, labels = jax.random.key(seed), jnp.asarray(labels, jnp.int32)
     function = jax.jit(lambda rng: sampled.draw(rng, labels, jnp.asarray(mask), count, mesh))
-    drawn = jax.device_get(function(rng))
-    others = np.setdiff1d(np.flatnonzero(mask), labels)
-    if len(others):  # what is drawn stands for all, on every device alike
-        known = np.isin(drawn.columns, labels)
-        assert np.all(drawn.weight[known] == np.asarray(mask)[drawn.columns[known]])
-        np.testing.assert_allclose(drawn.weight[~known].sum(), len(others), rtol=1e-6)
-    return drawn.columns
+    return np.asarray(function(rng))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 4)])
@@ -81,43 +74,6 @@ def test_a_step_changes_the_drawn_columns_as_a_smaller_classifier_would(name):
             assert np.all(np.delete(leaf[0], changed, axis=-1) == 0)
     others = np.delete(new["kernel"][0], changed, axis=1)
     np.testing.assert_array_equal(others, np.delete(old["kernel"][0], changed, axis=1))
-
-
-@pytest.mark.parametrize(
-    ("loss", "words"),
-    [
-        ("softmax", ()),
-        ("softmax", ("--config.loss.label_smoothing=0.1",)),
-        ("binary", ("--config.loss.schedule=((0.0,1.0),)",)),
-        ("multiclass", ("--config.loss.schedule=((0.0,1.0),)", "--config.loss.focal=multiclass")),
-    ],
-)
-def test_the_mean_over_draws_is_the_loss_of_all_classes(loss, words):
-    """In the mean over draws: of the sums over classes, hence nearly of their logarithms, too."""
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(0, 2, (40, 400)), jnp.float32)
-    labels = jnp.asarray(rng.integers(1, 400, 40), jnp.int32)
-    made = make("quality_fusion", *LINEAR, *words, num_identities=399)
-    mask, mesh = made.system.class_mask, made.mesh
-    step = jnp.int32(0)
-
-    def loss_of(logits, labels, objective):
-        output = ModelOutput(logits[:, None], embedding=logits)
-        return jnp.mean(objective(output, labels, labels > 0, step))
-
-    @jax.jit
-    @jax.vmap
-    def of_draw(rng):
-        drawn = sampled.draw(rng, labels, mask, 120, mesh)
-        places = sampled.place_of(drawn.columns, labels)
-        objective = sampled.narrow(made.system, drawn).objective
-        return loss_of(logits[:, drawn.columns], places, objective)
-
-    wanted = loss_of(logits, labels, made.system.objective)
-    found = of_draw(jax.random.split(jax.random.key(0), 300))
-    assert np.std(found) > 1e-4
-    # The mean of a logarithm is below the logarithm of the mean.
-    np.testing.assert_allclose(np.mean(found), wanted, rtol=0.002 if loss == "binary" else 0.01)
 
 
 def test_a_step_that_draws_all_classes_is_one_on_all():

@@ -41,19 +41,13 @@ def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
 
 
 def leave_out(logits: Array, class_mask: Array | None) -> Array:
-    """Returns the logits [..., K] with a very low one where `class_mask` [K] is False or 0.
+    """Returns the logits [..., K] with a very low one where `class_mask` [K] bool is False.
 
-    It is finite, as derivatives of infinite logits are not, and adds 0 to the sums below. Where the
-    mask is a number of columns that a column stands for, its logarithm is added: the exponential is
-    that of so many columns.
+    It is finite, as derivatives of infinite logits are not, and adds 0 to the sums below.
     """
     if class_mask is None:
         return logits
-    mask, lowest = jnp.asarray(class_mask), jnp.finfo(logits.dtype).min / 2
-    if mask.dtype == bool:
-        return jnp.where(mask, logits, lowest)
-    shift = jnp.log(jnp.where(mask > 0, mask, 1.0)).astype(logits.dtype)
-    return jnp.where(mask > 0, logits + shift, lowest)
+    return jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
 
 
 @jax.custom_jvp

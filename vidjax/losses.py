@@ -1,8 +1,5 @@
 """Losses of logits and of embeddings, with one value per example, and the training objective.
 
-A loss of logits takes a `class_mask`: True for class columns that take part. A step on drawn
-columns, see `vidjax.steps.sampled`, gives numbers in its place: how many columns each stands for.
-
 Logits are [..., K] with K class columns (see `vidjax.batch`) and any leading axes: clips, branches
 of a model, examples of a clip. To add a loss, write a function here and add a line to
 `CLASSIFICATION`, `MARGINS` or `EMBEDDING`.
@@ -35,7 +32,7 @@ def softmax_cross_entropy(
     Args:
       logits: [..., K] float.
       labels: [...] int32, class columns.
-      class_mask: [K] bool or float, columns that take part; None for all.
+      class_mask: [K] bool, True for columns that take part; None for all.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
         take part, including the column of the label.
 
@@ -48,12 +45,8 @@ def softmax_cross_entropy(
     loss = logit_ops.logsumexp(logit_ops.leave_out(logits, class_mask)) - label_logit
     if not label_smoothing:
         return loss
-    mask = jnp.ones(logits.shape[-1], bool) if class_mask is None else jnp.asarray(class_mask)
-    if mask.dtype == bool:
-        mean = jnp.mean(logits, axis=-1, where=mask)
-    else:
-        mean = jnp.average(logits, axis=-1, weights=mask)
-    return loss + label_smoothing * (label_logit - mean)
+    where = None if class_mask is None else jnp.asarray(class_mask)
+    return loss + label_smoothing * (label_logit - jnp.mean(logits, axis=-1, where=where))
 
 
 def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
@@ -125,7 +118,7 @@ def binary_focal(
       logits: [..., K] float.
       labels: [...] int32, class columns.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
-      class_mask: [K] bool or float, columns that take part; None for all.
+      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
@@ -138,15 +131,10 @@ def binary_focal(
     label_logit = logit_ops.at_label(logits, labels)
     positive = logit_ops.focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
     not_label = logit_ops.focal_negative(label_logit, gamma)
-    if class_mask is None:
-        return logit_ops.sum_of_focal_negatives(logits, gamma) - not_label + positive
-    mask = jnp.asarray(class_mask)
-    not_label = jnp.where(mask[labels] > 0, not_label, 0.0)
-    seen = logit_ops.leave_out(logits, mask > 0)
-    if mask.dtype == bool:
-        return logit_ops.sum_of_focal_negatives(seen, gamma) - not_label + positive
-    total = jnp.sum(mask * logit_ops.focal_negative(seen, gamma), axis=-1)
-    return total - not_label + positive
+    if class_mask is not None:
+        not_label = jnp.where(jnp.asarray(class_mask)[labels], not_label, 0.0)
+    seen = logit_ops.leave_out(logits, class_mask)
+    return logit_ops.sum_of_focal_negatives(seen, gamma) - not_label + positive
 
 
 def multiclass_focal(
@@ -158,7 +146,7 @@ def multiclass_focal(
       logits: [..., K] float.
       labels: [...] int32, class columns.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-      class_mask: [K] bool or float, columns that take part; None for all.
+      class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
       [...] float, with p the probability of the label.

@@ -1,17 +1,20 @@
 """A classifier of a million identities on one machine: time and peak memory beside a formula.
 
     python -m tests.benchmarks.large [--num_identities=1000000] [--batch_size=256] [--rate=0.01]
+    python -m tests.benchmarks.large --paper
 
 An MLP whose last layer is 512 wide trains 20 sampled steps and is saved; is restored and trains 2
 steps on all classes; and ranks 2,000 clips. Each is a process of its own. With K class columns, D
 units and a batch of B clips in float32, the formulas are, in numbers of 4 bytes:
 
-    sampled   3 K D for the weights and the two moments of Adam
+    sampled   5 K D while the weights are made, then 3 K D for them and the moments of Adam
     full      3 K D, K D for the gradient, and 2 B K for the logits and their gradient
     rank      2 K D for the weights as they are saved and as one member has them, 200 K for the
               ranking, and the scores that wait
 
-and each process needs REST besides, for the libraries and the clips.
+and each process needs REST besides, for the libraries and the clips. `--paper` measures nothing: it
+prints what other sizes need by these formulas, split over 1, 8 and 64 devices that share the
+classes.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,9 @@ from vidjax.steps.model_scorer import TrainedModel
 WIDTH = 512
 CLIPS = 2_000
 REST = 800 * common.MIB
+SIZES = (10_000, 100_000, 1_000_000)  # identities
+DEVICES = (1, 8, 64)
+CLIPS_TO_RANK = (1e5, 1e6, 1e7, 1e8)
 STAGES = {"sampled": 20, "full": 2, "rank": 0}  # optimiser steps of each
 
 
@@ -117,25 +124,60 @@ def formula(args: argparse.Namespace, name: str) -> int:
     return (
         REST
         + {
-            "sampled": 3 * kernel,
+            "sampled": 5 * kernel,
             "full": 4 * kernel + 8 * size * count,
             "rank": 2 * kernel + 800 * count + scores,
         }[name]
     )
 
 
+def paper() -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yields header and rows of what training and ranking need on paper, for each device."""
+    batch, rows = 1024, []
+    for count in SIZES:
+        for share in DEVICES:
+            state, kernel = 12 * count * WIDTH / share, 4 * count * WIDTH / share
+            logits, work = 8 * batch * count / share, 6 * batch * count * WIDTH / share
+            full, few = state + kernel + logits, state + 0.1 * (3 * kernel + kernel + logits)
+            numbers = (x / 1e9 for x in (state, full, few))
+            flops = (x / 1e12 for x in (work, 0.1 * work))
+            rows.append([f"{count:,}", str(share), *map(_short, (*numbers, *flops))])
+    header = ["identities", "devices", "state, GB", "step, GB", "sampled .1, GB"]
+    yield [*header, "step, TFLOP", "sampled .1, TFLOP"], rows
+    rows = []
+    for count in SIZES:
+        for share in DEVICES:
+            lists, weights = 800 * count / share, 4 * count * WIDTH / share
+            work = [_short(2 * clips * count * WIDTH / share / 1e15) for clips in CLIPS_TO_RANK]
+            rows.append(
+                [f"{count:,}", str(share), _short(weights / 1e9), _short(lists / 1e9), *work]
+            )
+    header = ["identities", "devices", "weights, GB", "lists, GB"]
+    yield [*header, *(f"{clips:.0e} clips, PFLOP" for clips in CLIPS_TO_RANK)], rows
+
+
+def _short(number: float) -> str:
+    """Returns a number with two digits."""
+    return f"{float(f'{number:.2g}'):,.10g}"
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num_identities", type=int, default=1_000_000)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--paper", action="store_true", help="sizes that are not measured")
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--folder", default="")
     args = parser.parse_args()
     if args.stage:
         seconds = stage(args)
         sys.stdout.write(f"{seconds} {common.peak_bytes()}\n")
+        return
+    if args.paper:
+        for header, rows in paper():
+            common.write_table(header, rows)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:

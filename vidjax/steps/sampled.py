@@ -6,14 +6,17 @@ slices back. Columns that are not drawn stay as they are: their moments do not f
 decay does not reach them. The devices of the axis `model` each draw as many of their own columns,
 so no column moves between them.
 
+The drawn columns do not stand for the others, as published: losses that count each of them several
+times came out 0.01 to 0.02 MAP lower here, as Adam evens out what is counted more.
+
 Source: An et al., Partial FC: Training 10 Million Identities on a Single Machine, section 3.2.
-Ours: the weights of columns, and the moments of Adam.
+Ours: the moments of Adam.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +43,7 @@ def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
     return min(own, max(share, num_labels))
 
 
-class Drawn(NamedTuple):
-    """The class columns of a step.
-
-    Attributes:
-      columns: [S] int32, ascending.
-      weight: [S] float32, number of columns that each stands for: 1 for those of the labels, more
-        for others; 0 for columns outside of the mask.
-    """
-
-    columns: Array
-    weight: Array
-
-
-def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -> Drawn:
+def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -> Array:
     """Draws class columns: all of the labels, and others with equal probabilities.
 
     Args:
@@ -64,11 +54,11 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
       mesh: the devices; the draw depends on the length of the axis `model`.
 
     Returns:
-      Columns, S = devices x count. Where a device has fewer columns to draw than `count`, some are
-      outside of the mask.
+      [devices x count] int32, ascending. Where a device has fewer columns to draw than `count`,
+      some are outside of the mask.
     """
 
-    def on_each(rng: Array, labels: Array, mask: Array) -> Drawn:
+    def on_each(rng: Array, labels: Array, mask: Array) -> Array:
         device = lax.axis_index("model")
         size, first = len(mask), device * len(mask)
         priority = jax.random.uniform(jax.random.fold_in(rng, device), (size,))
@@ -76,12 +66,7 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
         is_own = (labels >= first) & (labels < first + size)
         places = jnp.where(is_own, labels - first, size)
         priority = priority.at[places].set(2.0, mode="drop")
-        drawn = jnp.sort(lax.top_k(priority, count)[1])
-        is_label = priority == 2
-        is_other = mask & ~is_label
-        share = jnp.sum(is_other) / jnp.maximum(jnp.sum(is_other[drawn]), 1)
-        weight = jnp.where(is_label[drawn], 1.0, share) * mask[drawn]
-        return Drawn(drawn + first, weight.astype(jnp.float32))
+        return jnp.sort(lax.top_k(priority, count)[1]) + first
 
     whole, split = PartitionSpec(), PartitionSpec("model")
     return _on_each(on_each, mesh, (whole, whole, split), split)(rng, labels, class_mask)
@@ -131,16 +116,13 @@ def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Arra
     return jax.tree.map(of, _without_members(state_axes), tree, part)
 
 
-def narrow(system: System, drawn: Drawn) -> System:
-    """Returns the system for the drawn columns alone.
-
-    Its losses count a column for as many as it stands for, so that sums over classes are in the
-    mean those of all classes.
-    """
+def narrow(system: System, columns: Array) -> System:
+    """Returns the system for the drawn columns alone."""
+    mask = system.class_mask[columns]
     return system._replace(
-        model=system.make_model(len(drawn.columns)),
-        class_mask=drawn.weight > 0,
-        objective=system.make_objective(drawn.weight),
+        model=system.make_model(len(columns)),
+        class_mask=mask,
+        objective=system.make_objective(mask),
     )
 
 
@@ -164,11 +146,11 @@ def _split(axis: int) -> PartitionSpec:
 
 
 def _on_each(
-    function: Callable[..., Any],
+    function: Callable[..., Array],
     mesh: Mesh,
     in_specs: tuple[PartitionSpec, ...],
     out: PartitionSpec,
-) -> Callable[..., Any]:
+) -> Callable[..., Array]:
     """Maps a function over the axis `model` of the devices; `data` stays as it is."""
     mapped = functools.partial(jax.shard_map, axis_names={"model"}, check_vma=False)
     return mapped(function, mesh=mesh, in_specs=in_specs, out_specs=out)

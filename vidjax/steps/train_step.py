@@ -127,13 +127,13 @@ def _learn_sampled(
     count = sampled.num_drawn(system, len(labels), axes.mesh.shape["model"])
     drawn = sampled.draw(keys.classes, labels, system.class_mask, count, axes.mesh)
     class_axes = Learned(*(getattr(axes.state, name) for name in Learned._fields))
-    part = sampled.take(axes, class_axes, learned, drawn.columns)
+    part = sampled.take(axes, class_axes, learned, drawn)
     clips = clips._replace(
-        labels=sampled.place_of(drawn.columns, clips.labels),
-        targets=tuple((sampled.place_of(drawn.columns, labels), x) for labels, x in clips.targets),
+        labels=sampled.place_of(drawn, clips.labels),
+        targets=tuple((sampled.place_of(drawn, labels), x) for labels, x in clips.targets),
     )
     part, loss = _learn(sampled.narrow(system, drawn), step, keys, batch, part, clips)
-    return sampled.put(axes, class_axes, learned, part, drawn.columns), loss
+    return sampled.put(axes, class_axes, learned, part, drawn), loss
 
 
 def _learn(
