@@ -265,7 +265,7 @@ def _locked_folder(path: Path) -> Iterator[Path]:
 
 
 def _end_on_signals() -> None:
-    """Lets signals end this process even while a program is compiled, if it is that of a command."""
+    """Lets signals end the process of a command even while a program is compiled."""
     from vidjax.run import signals
 
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:

@@ -50,10 +50,11 @@ class Joined(NamedTuple):
 class Reader:
     """Reads the parts of a ranking of N clips and C identities, and checks what they hold."""
 
-    def __init__(self, parts: Sequence[Part], limit: int, num_clips: int, num_identities: int):
-        """Takes all parts of a ranking; no file of them may have more than `limit` bytes."""
+    def __init__(self, parts: Sequence[Part], num_clips: int, num_identities: int):
+        """Takes all parts of a ranking."""
         self.parts = parts
-        self._limit, self._num_clips, self._num_identities = limit, num_clips, num_identities
+        self._num_clips, self._num_identities = num_clips, num_identities
+        self._limit = parts_lib.most_bytes(num_identities, num_clips)
 
     def read_clips(self, pool: np.ndarray) -> Joined:
         """Returns what the parts hold of their clips, of which those of `pool` [N] bool are ranked.
@@ -179,8 +180,7 @@ def merge(
     data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
     parts = choose(workdir, shard.describe(config, run, data), overrides)
     split = data.split(config.eval.split)
-    limit = shard.most_bytes(run, data, split.name)
-    reader = Reader(parts, limit, len(split.clips), len(run.identities))
+    reader = Reader(parts, len(split.clips), len(run.identities))
     evaluation, seen = _join(config, workdir, run, split, reader)
     observer = None
     if config.eval.report and seen is None:

@@ -22,7 +22,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis
 from vidjax.modes.restore import FoundRun, find_run, fit_data, make_model
 from vidjax.run import parts as parts_lib
-from vidjax.run import resume, schema
+from vidjax.run import resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.parts import Part, Shard
 from vidjax.run.terminal import say
@@ -84,7 +84,8 @@ def evaluate_part(
     facts = describe(config, run, data)
     folder = workdir_lib.make_workdir(parts_lib.folder_of(workdir, split, shard), "--shard:")
     with workdir_lib.lock(folder, "--shard:"):
-        part = _there(folder, split, shard, facts, most_bytes(run, data, split))
+        limit = parts_lib.most_bytes(len(run.identities), len(chosen))
+        part = _there(folder, split, shard, facts, limit)
         if part and (part.manifest["observed"] or not config.eval.report):
             return Made(part, before=True)
         parts_lib.clear(folder)  # that of another evaluation is of no use any more
@@ -130,12 +131,6 @@ def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
     changed = config_lib.differences(before, now)
     changed = {name: pair for name, pair in changed.items() if name not in _FREE}
     return f"it is of another configuration, {resume.describe(changed)}" if changed else ""
-
-
-def most_bytes(run: FoundRun, data: TrainingData, split: str) -> int:
-    """Returns a size in bytes that no file of a part exceeds."""
-    numbers = 100 * len(run.identities) + 4 * len(data.split(split).clips)
-    return schema.most_bytes({"": f"float32[{numbers}]"})
 
 
 def _there(

@@ -97,6 +97,16 @@ class Part(NamedTuple):
         return Shard(self.manifest["number"], self.manifest["total"])
 
 
+def most_bytes(num_identities: int, num_clips: int) -> int:
+    """Returns a size in bytes that no file of a part exceeds.
+
+    Args:
+      num_identities: lists of at most 100 clips.
+      num_clips: clips of the part.
+    """
+    return schema.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
+
+
 def folder_of(workdir: Path, split: str, shard: Shard) -> Path:
     """Returns the folder of a part.
 
