@@ -98,7 +98,8 @@ class Reader:
         clip, attention = arrays["clip"], _attention(arrays)
         earlier = before.attention or attention
         return bool(
-            (clip >= 0).all()
+            len(part.manifest["poor"]) == 2
+            and (clip >= 0).all()
             and (clip < self._num_clips).all()
             and (np.diff(clip) > 0).all()
             and attention.keys() == earlier.keys()
@@ -246,22 +247,23 @@ def choose(workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = (
     found = parts_lib.find(workdir, split)
     faults = {one: _fault(part, facts) for one, part in found.items()}
     good = {one: part for one, part in found.items() if isinstance(part, Part) and not faults[one]}
-    missing = {
-        total: [i for i in range(1, total + 1) if (i, total) not in good]
-        for total in sorted({one.total for one in found})
-    }
-    if not missing:
+    lacking = {one.total: one.total for one in found}
+    for one in good:
+        lacking[one.total] -= 1
+    if not lacking:
         raise ValueError(
             f"no parts of {split} in '{workdir / parts_lib.FOLDER}': make all n of some n, by\n"
             f"{_command(workdir, overrides)} --shard=k/n"
         )
-    total = min(missing, key=lambda n: len(missing[n]))
-    if not missing[total]:
-        parts = [good[Shard(i, total)] for i in range(1, total + 1)]
+    total = min(sorted(lacking), key=lambda n: lacking[n])
+    every = [Shard(i, total) for i in range(1, total + 1)]
+    if not lacking[total]:
+        parts = [good[one] for one in every]
         _tell_of_versions(parts)
         return parts
-    first = Shard(missing[total][0], total)
-    numbers = ", ".join(map(str, missing[total][:8])) + (", ..." if missing[total][8:] else "")
+    first, *others = (one for one in every if one not in good)
+    numbers = ", ".join(str(one.number) for one in (first, *others[:7]))
+    numbers += ", ..." if others[7:] else ""
     fault = f"; part {first}: {faults[first]}" if faults.get(first) else ""
     raise ValueError(
         f"{split}: missing, or not to be joined, of {total} parts: {numbers}{fault}\n"
@@ -271,9 +273,13 @@ def choose(workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = (
 
 def _fault(part: Part | ValueError, facts: Mapping[str, Any]) -> str:
     """Returns why a part cannot be joined, in one line; empty where it can."""
-    if isinstance(part, ValueError):
-        return str(part).splitlines()[0]
-    return shard.disagreement(part, facts)
+    damaged = isinstance(part, ValueError)
+    return _plain(str(part).splitlines()[0] if damaged else shard.disagreement(part, facts))
+
+
+def _plain(text: str) -> str:
+    """Returns a text that a stranger may have written, short and without control characters."""
+    return "".join(filter(str.isprintable, text))[:400]
 
 
 def _command(workdir: Path, overrides: Sequence[str]) -> str:
@@ -293,7 +299,7 @@ def _tell_of_versions(parts: Sequence[Part]) -> None:
     ]
     if differ:
         warnings.warn(
-            f"parts were scored by different versions: {'; '.join(differ)[:300]}\n"
+            f"parts were scored by different versions: {_plain('; '.join(differ))}\n"
             "the last digits of their scores may differ from those of one process",
             stacklevel=3,
         )

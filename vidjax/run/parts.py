@@ -200,9 +200,9 @@ def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
     parent = _parent(workdir, split)
     for folder in sorted(parent.glob("*-of-*")):
         name = _NAME.fullmatch(folder.name)
-        if not name:
+        shard = Shard(*map(int, name.groups())) if name else None
+        if not shard or shard.number > shard.total:
             continue
-        shard = Shard(int(name[1]), int(name[2]))
         try:
             found[shard] = read(folder_of(workdir, split, shard), split, shard)
         except ValueError as error:

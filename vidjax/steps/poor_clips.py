@@ -81,12 +81,13 @@ class PoorClips:
           system: the system.
           counts: poor clips, and clips with the modality.
         """
-        self._system, self._counts = system, jnp.asarray(counts, jnp.int32)
+        self._system, self._before = system, tuple(counts)
+        self._counts = jnp.zeros(2, jnp.int32)
 
     def counts(self) -> tuple[int, int]:
         """Returns the number of poor clips, and of clips with the modality."""
-        poor, clips = np.asarray(self._counts).tolist()
-        return poor, clips
+        (poor, clips), (poor_before, clips_before) = np.asarray(self._counts).tolist(), self._before
+        return poor_before + poor, clips_before + clips
 
     def add(self, blocks: Sequence[Batch]) -> None:
         """Counts the clips of some blocks, on the devices."""
@@ -105,7 +106,7 @@ class PoorClips:
     def warn(self, split: str) -> None:
         """Warns if far more clips of a split are poor than were meant to be."""
         share, model = self.share(), self._system.model
-        if not isinstance(model, FallbackIdentifier) or int(self._counts[0]) <= FEW:
+        if not isinstance(model, FallbackIdentifier) or self.counts()[0] <= FEW:
             return
         if share > max(FAR_MORE, 5 * model.threshold_share):
             warnings.warn(
