@@ -55,7 +55,7 @@ def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
 
     The bits of positive floats have the order of the floats, those of negative ones the reverse.
     """
-    bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
+    bits = (np.ascontiguousarray(scores) + np.float32(0)).view(np.uint32)  # -0 becomes 0
     descending = np.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
     return descending.astype(np.uint64) << np.uint64(32) | index.astype(np.uint64)
 
