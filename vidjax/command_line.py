@@ -230,9 +230,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--shard=k/n] [--input=PATH --out=FILE]\n"
+        f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"
         f"{indent}[--config.FIELD=VALUE ...]\n"
-        f"{indent}[--quiet] [--json]",
+        f"{indent}[--shard=k/n] [--quiet] [--json]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,

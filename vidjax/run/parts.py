@@ -149,9 +149,9 @@ def write(
     clear(folder)
     written = {}
     for name, arrays in archives.items():
-        path = folder / f"{name}.npz"
+        path, content = folder / f"{name}.npz", dict[str, Any](arrays)
         with workdir_lib.writing(path) as file:
-            np.savez(file, **dict(arrays))  # packing would take ten times as long, and save little
+            np.savez(file, **content)  # packing would take ten times as long, and save little
         written[path.name] = digests_lib.sha256_file(path)
     manifest = json.loads(workdir_lib.to_json({**facts, "files": written}))  # as a reader sees it
     digest = digests_lib.sha256_json(manifest)

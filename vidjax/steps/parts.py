@@ -42,9 +42,8 @@ def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> 
     for top in tops:
         for at in range(0, num_identities, ROWS):
             rows = slice(at, at + ROWS)
-            keys = np.concatenate(
-                [_keys(scores[rows], index[rows]), _keys(top.scores[rows], top.index[rows])], axis=1
-            )
+            more = _keys(np.asarray(top.scores[rows]), np.asarray(top.index[rows]))
+            keys = np.concatenate([_keys(scores[rows], index[rows]), more], axis=1)
             keys.sort(axis=1)
             scores[rows], index[rows] = _unpack(keys[:, :k])
     return TopK(scores, index)
