@@ -37,16 +37,16 @@ def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> 
       num_identities: C.
       k: number of clips to keep per identity.
     """
-    scores = np.full((num_identities, k), -np.inf, np.float32)
-    index = np.full((num_identities, k), NO_CLIP, np.int32)
+    nothing = _keys(np.full((1, k), -np.inf, np.float32), np.full((1, k), NO_CLIP))
+    best = np.repeat(nothing, num_identities, axis=0)
     for top in tops:
         for at in range(0, num_identities, ROWS):
             rows = slice(at, at + ROWS)
             more = _keys(np.asarray(top.scores[rows]), np.asarray(top.index[rows]))
-            keys = np.concatenate([_keys(scores[rows], index[rows]), more], axis=1)
+            keys = np.concatenate([best[rows], more], axis=1)
             keys.sort(axis=1)
-            scores[rows], index[rows] = _unpack(keys[:, :k])
-    return TopK(scores, index)
+            best[rows] = keys[:, :k]
+    return _unpack(best)
 
 
 def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -59,8 +59,8 @@ def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
     return descending.astype(np.uint64) << np.uint64(32) | index.astype(np.uint64)
 
 
-def _unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _unpack(keys: np.ndarray) -> TopK:
     """Returns the scores and the clip indices of keys."""
     descending = (keys >> np.uint64(32)).astype(np.uint32)
     bits = np.where(descending >> 31, descending, ~descending & 0x7FFFFFFF)
-    return bits.view(np.float32), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    return TopK(bits.view(np.float32), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32))
