@@ -23,6 +23,7 @@ from vidjax.data.load import load_dataset
 from vidjax.data.records import padding
 from vidjax.main import main
 from vidjax.modes import evaluate, merge, shard
+from vidjax.run import parts as parts_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.parts import Shard
 from vidjax.steps import exact_sums, parts
@@ -397,6 +398,18 @@ def test_arrays_of_a_stranger_are_refused(run, data):
         for file, content in before.items():
             (part / file).write_bytes(content)
     merge.merge(config, folder, data)
+
+
+def test_a_full_disk_leaves_no_part(mounted):
+    place = mounted("size=1m")
+    if place is None:
+        pytest.skip("no file system may be mounted here")
+    small, large = {"x": np.zeros(1000)}, {"x": np.zeros(1_000_000)}
+    with pytest.raises(OSError, match=r"cannot write '.*/top\.npz': No space left"):
+        parts_lib.write(place, {}, {"clips": small, "top": large})
+    assert [path.name for path in place.iterdir()] == ["clips.npz"]
+    with pytest.raises(FileNotFoundError):
+        parts_lib.read(place, "val", Shard(1, 1))
 
 
 def test_a_check_reads_the_parts(run, data, capsys):
