@@ -17,7 +17,7 @@ from tests.helpers import small_runs
 from tests.test_topk import full_sort
 from vidjax import config as config_lib
 from vidjax import digests
-from vidjax.data import parts as clips_lib
+from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.load import load_dataset
 from vidjax.data.records import padding
@@ -117,7 +117,7 @@ def test_ranges_are_whole_and_about_equal():
         num_clips = int(rng.integers(1, 200))
         count = int(rng.integers(1, num_clips + 1))
         costs = rng.choice(BUCKETS, num_clips)
-        ends = clips_lib.bounds(costs, count)
+        ends = subset.bounds(costs, count)
         assert ends[0] == 0 and ends[-1] == num_clips and (np.diff(ends) > 0).all()
         if count < num_clips / 50:
             sums = np.add.reduceat(costs, ends[:-1])
@@ -131,8 +131,8 @@ def test_parts_hold_every_clip_once_as_the_split_does(data, split):
     wanted = rows_of(data.eval_batches(plan, rows=8))
     found = {}
     for number in range(1, 6):
-        chosen = clips_lib.choose(data, split, names, number, 5)
-        part = clips_lib.Part(data, split, chosen)
+        chosen = subset.choose(data, split, names, number, 5)
+        part = subset.Part(data, split, chosen)
         own = part.split(split)
         assert own.clips == tuple(whole.clips[i] for i in chosen)
         rows = rows_of(part.eval_batches(make_eval_plan(own, names), rows=8))
@@ -168,7 +168,7 @@ def test_a_part_opens_its_own_files_alone(data, monkeypatch):
     monkeypatch.setattr(padding, "ShardReader", Spy)
     read = []
     for number in range(1, 4):
-        part = clips_lib.Part(data, "train", clips_lib.choose(data, "train", ("face",), number, 3))
+        part = subset.Part(data, "train", subset.choose(data, "train", ("face",), number, 3))
         opened.clear()
         assert list(part.eval_batches(make_eval_plan(part.split("train"), ("face",)), rows=8))
         read.append(set(opened))
@@ -180,8 +180,8 @@ def test_a_part_opens_its_own_files_alone(data, monkeypatch):
 
 def test_more_parts_than_clips_are_refused(data):
     with pytest.raises(ValueError, match=r"val has 60 clips.*\n--shard=k/60"):
-        clips_lib.choose(data, "val", ("face",), 3, 61)
-    assert clips_lib.choose(data, "val", ("face",), 60, 60).tolist() == [59]
+        subset.choose(data, "val", ("face",), 3, 61)
+    assert subset.choose(data, "val", ("face",), 60, 60).tolist() == [59]
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "a/b", "1", "3/", "/3", "1/3/3", "-1/3", "1.0/3"])

@@ -17,7 +17,7 @@ from vidjax import config as config_lib
 from vidjax import devices
 from vidjax import digests as digests_lib
 from vidjax.config import Config
-from vidjax.data import parts as clips_lib
+from vidjax.data import subset
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis
 from vidjax.modes.restore import FoundRun, find_run, fit_data, make_model
@@ -80,7 +80,7 @@ def evaluate_part(
     run = find_run(config, workdir)
     data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
     split = config.eval.split
-    chosen = clips_lib.choose(data, split, tuple(run.task.modalities), *shard)
+    chosen = subset.choose(data, split, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)
     folder = workdir_lib.make_workdir(parts_lib.folder_of(workdir, split, shard), "--shard:")
     with workdir_lib.lock(folder, "--shard:"):
@@ -165,7 +165,7 @@ def _score(
     split = config.eval.split
     judge = Judge.make(str(workdir), model.system, run.training_sets, data.split(split).clips)
     pool_of([judge], split)  # of the whole split, of which a part may rank nothing
-    part = clips_lib.Part(data, split, chosen)
+    part = subset.Part(data, split, chosen)
     model = model._replace(data=part)
     observer = analysis.Observer([model], split, mesh) if config.eval.report else None
     collected = collect(
