@@ -5,17 +5,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from vidjax import config as config_lib
 from vidjax.config_values import SYNONYMS, closest_field
 from vidjax.suggest import closest, suggest
+
+if TYPE_CHECKING:
+    from vidjax.run.parts import Shard
 
 FLAGS = (
     "--config",
     "--workdir",
     "--mode",
     "--runs",
+    "--shard",
     "--input",
     "--out",
     "--quiet",
@@ -62,6 +66,7 @@ PROGRAM = "python -m vidjax.main"
 MODES = {
     "train": "trains a system, evaluates it, writes a report; needs --config",
     "evaluate": "ranks a split with a trained run, or with several joined",
+    "merge": "joins the parts that evaluate --shard=k/n has scored",
     "rank": "ranks new clips with a trained run, into a file with scores",
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
@@ -84,6 +89,8 @@ examples:
   rank another split with a trained run
     {program} --mode=evaluate --workdir=runs/mma \\
         --config.eval.split=test
+  rank a split in 3 parts, in any order or at once; then --mode=merge
+    {program} --mode=evaluate --workdir=runs/mma --shard=1/3
   rank new clips: a folder of features, or a table
     {program} --mode=rank --workdir=runs/mma \\
         --input=PATH --out=ranking.tsv
@@ -110,6 +117,7 @@ class Arguments(NamedTuple):
       config: `FILE[:ARG,...]` of `--config`, None without the flag.
       workdir: the folder of `--workdir`, None without the flag.
       runs: the text of `--runs`, None without the flag.
+      shard: the part that `--shard` names, None without the flag.
       input: the folder or table of `--input`, None without the flag.
       out: the file of `--out`, None without the flag.
       quiet: True without messages and progress; the result, warnings and errors remain.
@@ -122,6 +130,7 @@ class Arguments(NamedTuple):
     config: str | None
     workdir: str | None
     runs: str | None
+    shard: "Shard | None"
     input: str | None
     out: str | None
     quiet: bool
@@ -158,12 +167,15 @@ def parse(words: Sequence[str]) -> Arguments:
     for flag, value in {"--input": args.input, "--out": args.out}.items():
         if value is not None and args.mode != "rank":
             raise ValueError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
+    if args.shard is not None and args.mode != "evaluate":
+        raise ValueError(f"--shard goes with --mode=evaluate, not --mode={args.mode}")
     command = shlex.join([*PROGRAM.split(), *words])
     return Arguments(
         mode=args.mode,
         config=args.config,
         workdir=args.workdir,
         runs=args.runs,
+        shard=_shard(args.shard),
         input=args.input,
         out=args.out,
         quiet=args.quiet,
@@ -171,6 +183,14 @@ def parse(words: Sequence[str]) -> Arguments:
         overrides=tuple(overrides),
         command=command,
     )
+
+
+def _shard(text: str | None) -> "Shard | None":
+    if text is None:
+        return None
+    from vidjax.run.parts import Shard
+
+    return Shard.parse(text)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -212,7 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
         f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"
         f"{indent}[--config.FIELD=VALUE ...]\n"
-        f"{indent}[--quiet] [--json]",
+        f"{indent}[--shard=k/n] [--quiet] [--json]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -228,6 +248,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--workdir", metavar="W", help="the run's folder (train: runs/NAME if absent)"
     )
     parser.add_argument("--runs", metavar="A,B", help="folders of runs, to join or to compare")
+    parser.add_argument(
+        "--shard", metavar="k/n", help="scores one of n parts (evaluate); k is from 1 to n"
+    )
     parser.add_argument(
         "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"
     )

@@ -270,6 +270,22 @@ def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
     return ~training_sets.trained[:, np.maximum(rows, 0)] | (rows < 0)
 
 
+def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[np.ndarray, bool]:
+    """Returns the members that score each clip, [E, n] bool, and whether they were trained on some.
+
+    A clip is scored by the members that were not trained on it. Without folds, all members are
+    trained on all training clips; if some of the clips are such clips, all members score all clips.
+
+    Args:
+      training_sets: training sets of the members.
+      clips: [n] names.
+    """
+    use = held_out(training_sets, clips)
+    if training_sets.trained.all() and not use.all():
+        return np.ones_like(use), True
+    return use, False
+
+
 @functools.lru_cache(maxsize=8)  # single clips are scored in less time than this takes
 def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
     """Returns name of a clip -> its position."""

@@ -247,17 +247,21 @@ def read_ranking(path: Path) -> bytes:
     return content
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
     """Returns the arrays of an `.npz` file, whose sizes are summed before one is unpacked.
+
+    Args:
+      path: the file.
+      limit: the most bytes, packed and unpacked.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged or too large, or holds Python objects.
     """
-    content = io.BytesIO(read_bytes(path, ARCHIVE_BYTES))
+    content = io.BytesIO(read_bytes(path, limit))
     try:
         with zipfile.ZipFile(content) as archive:
-            _check_sizes(archive)
+            _check_sizes(archive, limit)
         content.seek(0)
         with np.load(content, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
@@ -266,11 +270,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"cannot read '{path}': {reason}") from error
 
 
-def _check_sizes(archive: zipfile.ZipFile) -> None:
+def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
     """Checks that all arrays together are small, by the directory and by their own headers."""
     entries = archive.infolist()
-    if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES or len(entries) > 1000:
-        raise ValueError(f"it unpacks to more than {ARCHIVE_BYTES:,} bytes")
+    if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
+        raise ValueError(f"it unpacks to more than {limit:,} bytes")
     for entry in entries:
         with archive.open(entry) as file:
             version = np.lib.format.read_magic(file)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vidjax.command_line import Arguments
     from vidjax.config import Config
     from vidjax.data.clips import TrainingData
+    from vidjax.run.parts import Shard
 
 
 def run() -> NoReturn:
@@ -78,6 +79,8 @@ def _train(args: "Arguments") -> int:
 def _evaluate(args: "Arguments") -> int:
     from vidjax.modes import arguments
 
+    if args.shard:
+        return _evaluate_part(args, args.shard)
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
     if args.overrides and not config.join.runs:
@@ -92,6 +95,47 @@ def _evaluate(args: "Arguments") -> int:
             evaluate.check_folder(config, workdir)
             data = arguments.load_data(config)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
+    _summarise(args, config, workdir, results, time.monotonic() - began)
+    return 0
+
+
+def _evaluate_part(args: "Arguments", which: "Shard") -> int:
+    from vidjax.modes import arguments
+
+    began = time.monotonic()
+    config, path = arguments.for_evaluation(args)
+    if args.overrides:
+        arguments.rehearse(args)
+    _end_on_signals()
+    from vidjax.modes import evaluate, shard, summary
+
+    workdir = path.absolute()
+    _set_up_devices(config)
+    evaluate.check_folder(config, workdir)
+    made = shard.evaluate_part(config, workdir, arguments.load_data(config), which)
+    rows = summary.part_rows(workdir, made.part, time.monotonic() - began)
+    heading = args.mode + (": finished before, nothing was scored now" if made.before else "")
+    text = "\n".join([heading, *(f"  {name:10}  {value}" for name, value in rows.items())])
+    content = {"workdir": str(workdir), "part": str(made.part.folder), "shard": str(which)}
+    facts = {"num_clips": made.part.manifest["num_clips"], "finished_before": made.before}
+    _tell(args, text, content | facts)
+    return 0
+
+
+def _merge(args: "Arguments") -> int:
+    from vidjax.modes import arguments
+
+    began = time.monotonic()
+    config, path = arguments.for_evaluation(args)
+    if args.overrides:
+        arguments.rehearse(args)
+    with _locked_folder(path) as workdir:
+        from vidjax.modes import evaluate, merge
+
+        _set_up_devices(config)
+        evaluate.check_folder(config, workdir)
+        data = arguments.load_data(config)
+        results = merge.merge(config, workdir, data, overrides=args.overrides)
     _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
 
@@ -194,6 +238,7 @@ def _check(args: "Arguments") -> int:
 RUNNERS = {
     "train": _train,
     "evaluate": _evaluate,
+    "merge": _merge,
     "rank": _rank,
     "compare": _compare,
     "report": _report,
@@ -205,11 +250,9 @@ RUNNERS = {
 @contextlib.contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock."""
-    from vidjax.run import signals
     from vidjax.run import workdir as workdir_lib
 
-    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
-        signals.end_on_signals()
+    _end_on_signals()
     is_new = not path.exists()
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir):
@@ -219,6 +262,14 @@ def _locked_folder(path: Path) -> Iterator[Path]:
             if is_new and len(list(workdir.iterdir())) == 1:  # nothing but the file of the lock
                 shutil.rmtree(workdir)
             raise
+
+
+def _end_on_signals() -> None:
+    """Lets signals end the process of a command even while a program is compiled."""
+    from vidjax.run import signals
+
+    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
+        signals.end_on_signals()
 
 
 def _set_up_devices(config: "Config") -> None:

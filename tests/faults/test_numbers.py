@@ -21,7 +21,7 @@ from vidjax.data.records import report as report_lib
 from vidjax.data.usable import misspelt, unusable
 from vidjax.models import identifier
 from vidjax.modes import check, plan
-from vidjax.steps import scoring
+from vidjax.steps import conclusion
 from vidjax.steps.sinks import ClipScores
 
 DIM = 4
@@ -161,14 +161,14 @@ def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last() -> None
     best = np.array([0.5, np.nan, 0.25, np.nan], np.float32)
     pool, right = np.array([True, True, True, False]), np.ones(4, bool)
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as clip1\n.*divide"):
-        scores, counts = scoring._without_nan(make_split(4), ClipScores(pool, best, right))
+        scores, counts = conclusion._without_nan(make_split(4), ClipScores(pool, best, right))
     assert counts == {"num_nan_clips": 1}
     assert scores.best[1] == -np.inf and not scores.right[1] and scores.best[0] == 0.5
     fine = ClipScores(pool, np.zeros(4, np.float32), right)
-    assert scoring._without_nan(make_split(4), fine) == (fine, {})
+    assert conclusion._without_nan(make_split(4), fine) == (fine, {})
     with pytest.raises(ValueError, match=r"2 of 2 clips .*\n.*divide"):
         nan = np.full(2, np.nan, np.float32)
-        scoring._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
+        conclusion._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
 
 
 # Fields.

@@ -153,6 +153,10 @@ class TrainingData(ClipSource, Protocol):
         """Returns the same clips, labelled for other class columns."""
         ...
 
+    def order(self, split: str) -> np.ndarray:
+        """Returns [N] int32, the clips of a split in the order in which they are stored."""
+        ...
+
     def train_batches(self, plan: BatchPlan, *, start: int = 0) -> "Iterator[Batch]":
         """Yields batches without end; every clip comes once per epoch.
 

@@ -4,9 +4,9 @@ Most of it covers the whole split, and is computed from the ranking or while the
 Scores of changed clips are measured on a sample that depends on the split alone.
 """
 
-import functools
+import collections
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from vidjax import ensemble, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.modes import newcomers, open_set, robustness
 from vidjax.modes.confusions import ranked_lists, worst_identities, wrong_clips
 from vidjax.modes.strata import (
@@ -29,12 +29,25 @@ from vidjax.modes.strata import (
     strata,
 )
 from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import exact_sums
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
-from vidjax.steps.scoring import Evaluation
 
 Values = dict[str, Any]  # JSON
 Arrays = dict[str, np.ndarray]
 MAX_RATES = 200  # learning rates that the analysis keeps
+
+
+class Seen(NamedTuple):
+    """What is seen while clips are scored; what is seen of two parts of a split can be joined.
+
+    Attributes:
+      quality: [N] float32, mean quality of each clip's frames of the primary modality.
+      attention: name -> [...] int64, sums of `attention_step` over all clips, in `exact_sums.UNIT`.
+    """
+
+    quality: np.ndarray
+    attention: dict[str, np.ndarray]
 
 
 class Observer:
@@ -50,8 +63,10 @@ class Observer:
         self._model, self._single = models[0], len(models) == 1
         self._split_name, self._mesh = split_name, mesh
         self._primary = self._model.modalities[0]
-        self._quality: list[tuple[Array, ...]] = []
-        self._attention: list[Mapping[str, Array]] = []
+        self._waiting: collections.deque[tuple[Array, Array, Array, Mapping[str, Array]]]
+        self._waiting = collections.deque()
+        num_clips = len(self._model.data.split(split_name).clips)
+        self._seen = Seen(np.zeros(num_clips, np.float32), {})
         self._look = None
         self._rows = 0
 
@@ -64,9 +79,27 @@ class Observer:
         for block in blocks:
             frames = block.frames[self._primary]
             quality = _mean_quality(frames.quality, frames.mask)
-            self._quality.append((quality, block.clip_index, block.batch_mask))
-            if self._look:
-                self._attention.append(self._look(*self._weights, self._view, block))
+            attention = self._look(*self._weights, self._view, block) if self._look else {}
+            self._waiting.append((quality, block.clip_index, block.batch_mask, attention))
+        self._flush(keep=len(blocks))  # a window behind, so that the devices never wait
+
+    def _flush(self, keep: int = 0) -> None:
+        """Copies what was seen of all blocks but the last `keep` to the host."""
+        while len(self._waiting) > keep:
+            quality, index, mask, attention = self._waiting.popleft()
+            quality, index, mask = map(np.asarray, (quality, index, mask))
+            self._seen.quality[index[mask]] = quality[mask]
+            exact_sums.add_to(self._seen.attention, attention)
+
+    @property
+    def seen(self) -> Seen:
+        """What was seen of all clips so far."""
+        self._flush()
+        return self._seen
+
+    def take(self, seen: Seen, rows: int) -> None:
+        """Takes what other processes have seen of all clips, in blocks of so many rows."""
+        self._seen, self._rows = seen, rows
 
     def _prepare(self, block: Batch) -> None:
         """Compiles the step that reads the attention, if the model has any."""
@@ -75,7 +108,13 @@ class Observer:
             return
         self._weights = ensemble.take((model.params, model.model_state), 0)
         self._view = jnp.int32(model.training_sets.members[0].view)
-        look = functools.partial(eval_step_lib.attention_step, model.system)
+
+        def look(
+            params: Params, model_state: ModelState, view: Array, block: Batch
+        ) -> Mapping[str, Array]:
+            found = eval_step_lib.attention_step(model.system, params, model_state, view, block)
+            return {name: exact_sums.add_up(x, block.batch_mask) for name, x in found.items()}
+
         if jax.eval_shape(look, *self._weights, self._view, block):
             self._look = jax.jit(look)
 
@@ -103,7 +142,7 @@ class Observer:
             "members": results.get("members", []),
             "runs": results.get("runs", []),
         }
-        attention_values, arrays = attention(jax.device_get(self._attention), model.system.model)
+        attention_values, arrays = attention(self.seen.attention, model.system.model)
         values |= attention_values
         if self._single and num_steps:
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
@@ -123,7 +162,7 @@ class Observer:
         values["wrong_clips"] = wrong_clips(evaluation, split.labels, split.clips)
         values["lists"] = ranked_lists(evaluation, split.labels, split.clips)
         values["fewest_identities"] = FEWEST_IDENTITIES
-        quality = self._quality_by_clip(len(split.clips))
+        quality = self.seen.quality.astype(np.float64)
         values["strata"] = strata(evaluation, split, model.modalities, quality, train_clips)
         arrays |= open_set.score_histograms(evaluation.clips, split.labels)
         arrays |= open_set.error_curve(evaluation.clips, split.labels)
@@ -141,16 +180,6 @@ class Observer:
         if self._single:
             values |= self._measure_sample(evaluation, split)
         return values, arrays
-
-    def _quality_by_clip(self, num_clips: int) -> np.ndarray:
-        """Returns [N] float, the mean quality of each clip's frames of the primary modality."""
-        quality, index, mask = (
-            np.concatenate([np.asarray(x) for x in part])
-            for part in zip(*self._quality, strict=True)
-        )
-        by_clip = np.zeros(num_clips)
-        by_clip[index[mask]] = quality[mask]
-        return by_clip
 
     def _measure_sample(self, evaluation: Evaluation, split: Split) -> Values:
         """Returns the parts of the analysis that need scores of changed clips."""
@@ -182,11 +211,11 @@ def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
     return np.stack([steps.astype(float), rates], axis=1)
 
 
-def attention(blocks: Sequence[Mapping[str, Array]], model: Identifier) -> tuple[Values, Arrays]:
+def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
     """Averages attention over all clips.
 
     Args:
-      blocks: the results of `eval_step.attention_step` for every block.
+      units: the results of `eval_step.attention_step`, summed over all clips, in `exact_sums.UNIT`.
       model: names the attended vectors.
 
     Returns:
@@ -194,13 +223,10 @@ def attention(blocks: Sequence[Mapping[str, Array]], model: Identifier) -> tuple
       of the attended vectors; `attention` [V, V], whose column j is the mean over the clips in
       which vector j takes from others: those that have it, or all with `fill_missing`.
     """
-    sums: Arrays = {}
-    for block in blocks:
-        for name, value in block.items():
-            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
     values: Values = {"assignment": {}}
     arrays: Arrays = {}
-    for name, total in sums.items():
+    for name, total in units.items():
+        total = total * exact_sums.UNIT
         if name == "attention":
             weight = total.sum(axis=0)  # the number of clips in which vector j takes from others
             arrays["attention"] = total / np.where(weight > 0, weight, 1.0)

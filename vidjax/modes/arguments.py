@@ -98,7 +98,7 @@ def rehearse(args: Arguments) -> None:
 
 
 def for_evaluation(args: Arguments) -> tuple[Config, Path]:
-    """Returns the configuration of a run and its folder, for `--mode=evaluate`.
+    """Returns the configuration of a run and its folder, for `--mode=evaluate` and `--mode=merge`.
 
     With `--runs` the folder is that of the joined results, and the configuration names the runs.
 
@@ -106,13 +106,19 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if not args.workdir:
-        raise ValueError(f"--mode=evaluate needs --workdir=FOLDER: {NEEDS_WORKDIR}")
+        raise ValueError(f"--mode={args.mode} needs --workdir=FOLDER: {NEEDS_WORKDIR}")
     if args.config:
         raise ValueError(
-            "--mode=evaluate takes its configuration from --workdir, not --config:\n"
+            f"--mode={args.mode} takes its configuration from --workdir, not --config:\n"
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
     workdir = Path(args.workdir).expanduser()
+    in_parts = args.mode == "merge" or args.shard is not None
+    if in_parts and (args.runs is not None or run_config(workdir).join.runs):
+        raise ValueError(
+            f"{f'--shard={args.shard}' if args.shard else '--mode=merge'} takes one trained run, "
+            "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
+        )
     if args.runs is not None:
         config = _joined_config(args, workdir)
     else:

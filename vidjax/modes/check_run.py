@@ -6,6 +6,7 @@ or has not finished writing is no fault.
 
 import fcntl
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vidjax import files, ranking
 from vidjax.config import Config
 from vidjax.modes import restore
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings
-from vidjax.run import checkpoint, resume, seal
+from vidjax.run import checkpoint, parts, resume, schema, seal
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
@@ -42,6 +43,8 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
         yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
     for path in sorted(workdir.glob("ranking*.txt")):
         yield _ranking(path)
+    for path in sorted((workdir / parts.FOLDER).glob("*")):
+        yield _parts(workdir, path.name)
 
 
 def _use(workdir: Path) -> Findings:
@@ -109,6 +112,21 @@ def _ranking(path: Path) -> Findings:
         yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
     else:
         yield OK, f"{path.name}: valid, {len(ranked)} identities"
+
+
+def _parts(workdir: Path, split: str) -> Findings:
+    """Yields the findings on the parts of an evaluation of a split."""
+    name, counts = f"{parts.FOLDER}/{split}", Counter[int]()
+    for one, part in parts.find(workdir, split).items():
+        if isinstance(part, ValueError):
+            yield FAULT, f"{name}: {part}"
+            continue
+        num_clips = part.manifest["num_clips"]
+        parts.verify(part, parts.most_bytes(schema.IDENTITIES.most, num_clips))
+        counts[one.total] += 1
+    for total, count in sorted(counts.items()):
+        state = OK if count == total else WARNING
+        yield state, f"{name}: {count} of {total} parts, sha256 agrees"
 
 
 def _log(path: Path) -> Findings:

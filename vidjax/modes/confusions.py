@@ -8,7 +8,7 @@ import numpy as np
 
 from vidjax import metrics
 from vidjax.modes.strata import hits, ranked_columns
-from vidjax.steps.scoring import Evaluation
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.topk import TopK
 
 NUM_WORST = 20  # identities

@@ -33,9 +33,10 @@ from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
 from vidjax.run.terminal import say
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.pooling import Pooling, complete, mean_logarithms
-from vidjax.steps.scoring import Evaluation, score
+from vidjax.steps.scoring import score
 
 MOST_IDENTITIES = 100  # of each clip, whose scores the fit looks at
 LEAST_SLOPE = 1e-6  # more certain of one run must never mean less certain of all

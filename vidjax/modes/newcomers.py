@@ -18,9 +18,9 @@ from vidjax.modes.strata import FEWEST_IDENTITIES, hits, ranked_columns
 from vidjax.report.significance import bootstrap
 from vidjax.steps import examples
 from vidjax.steps import newcomers as newcomers_lib
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.newcomers import Clips, Scores
-from vidjax.steps.scoring import Evaluation
 from vidjax.steps.training_clips import values_of_split
 from vidjax.system import System, log_softmax
 

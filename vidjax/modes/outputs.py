@@ -13,7 +13,7 @@ from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
 from vidjax.run import workdir as workdir_lib
-from vidjax.steps.scoring import Evaluation
+from vidjax.steps.conclusion import Evaluation
 
 
 @functools.cache

@@ -69,13 +69,31 @@ def restore(
       CheckpointError: there is no usable checkpoint.
     """
     run = find_run(config, workdir)
+    return run.manifest["step"], make_model(config, workdir, run, data, mesh)
+
+
+def make_model(
+    config: Config, workdir: Path, run: FoundRun, data: TrainingData, mesh: Mesh
+) -> TrainedModel:
+    """Returns the model of a run that was found.
+
+    Args:
+      config: the run's configuration, with the overrides of this evaluation.
+      workdir: the run's folder.
+      run: what `find_run` found there.
+      data: the clips.
+      mesh: the devices.
+
+    Raises:
+      ValueError: the data does not fit the run.
+      CheckpointError: the checkpoint holds another model.
+    """
     data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
-    model = TrainedModel.from_params(
+    return TrainedModel.from_params(
         str(workdir), system, mesh, params, model_state, run.training_sets, data
     )
-    return run.manifest["step"], model
 
 
 def find_run(config: Config, workdir: Path) -> FoundRun:

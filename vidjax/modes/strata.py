@@ -10,8 +10,8 @@ import numpy as np
 from vidjax import metrics
 from vidjax.data.clips import Split
 from vidjax.report.significance import map_interval
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
-from vidjax.steps.scoring import Evaluation
 from vidjax.steps.topk import TopK
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones

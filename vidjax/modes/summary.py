@@ -10,7 +10,9 @@ from vidjax import config as config_lib
 from vidjax import metrics
 from vidjax.config import Config
 from vidjax.modes.arguments import shown
+from vidjax.run import parts as parts_lib
 from vidjax.run import results as results_lib
+from vidjax.run.parts import Part
 
 
 def rows(
@@ -48,6 +50,25 @@ def rows(
     elif "seconds" in results:
         rows["trained in"] = f"{results['seconds']:.1f} s"
     return rows | {name: shown(Path(path)) for name, path in files(config, workdir).items()}
+
+
+def part_rows(workdir: Path, part: Part, seconds: float) -> dict[str, str]:
+    """Returns name -> text of every row about a part of an evaluation.
+
+    Args:
+      workdir: the run's folder.
+      part: the part.
+      seconds: time that the command took.
+    """
+    manifest, shard = part.manifest, part.shard
+    found = parts_lib.find(workdir, manifest["split"]).items()
+    there = sum(one.total == shard.total and isinstance(of, Part) for one, of in found)
+    rows = {"workdir": shown(workdir), "part": f"{shard} of {manifest['split']}"}
+    rows |= {"clips": f"{manifest['num_clips']:,}", "time": f"{seconds:.1f} s"}
+    rows["files"] = shown(part.folder)
+    left = shard.total - there
+    rows["next"] = f"{left} of {shard.total} parts are to come" if left else "--mode=merge"
+    return rows
 
 
 def files(config: Config, workdir: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from vidjax.run import checkpoint, resume, seal, signals
 from vidjax.run import results as results_lib
 from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
-from vidjax.steps.scoring import Evaluation
+from vidjax.steps.conclusion import Evaluation
 from vidjax.system import make_system
 
 

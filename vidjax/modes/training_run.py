@@ -23,8 +23,9 @@ from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import columns, distractors, eval_step
 from vidjax.steps import state as state_lib
+from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
-from vidjax.steps.scoring import Evaluation, score
+from vidjax.steps.scoring import score
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 

@@ -24,7 +24,8 @@ name: `metrics_<split>.json` and so on.
                                      members leave training clips out
     weights_fitted_on                str: the split that the weights of a blend were fitted on
     date, eval_date                  str, UTC: end of the training, of a later evaluation
-    eval_clips_per_second            float; eval_seconds: float
+    eval_clips_per_second            float; eval_seconds: float; of an evaluation in parts, their
+                                     rate in one process after the other, and their sum
     step                             int: optimiser steps behind the weights
     best_step, best_map              int, float: the best evaluation during training
     num_params, num_members          int: parameters per member, members

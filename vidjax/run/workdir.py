@@ -130,10 +130,25 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     Raises:
       OSError: the file cannot be written; the message names it.
     """
+    with writing(path, sync=sync) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file to write piece by piece; its path shows what was there before until the end.
+
+    Args:
+      path: the file.
+      sync: as `write_bytes` takes it.
+
+    Raises:
+      OSError: the file cannot be written; the message names it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with _create(partial) as file:
-            file.write(content)
+            yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())

@@ -84,7 +84,7 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> dict[str, Array]:
-    """Sums `ModelOutput.attention` of one member over the clips of a batch.
+    """Returns `ModelOutput.attention` of one member for every clip of a batch.
 
     Args:
       system: the system, whose model takes all frames of a clip together.
@@ -94,14 +94,14 @@ def attention_step(
       batch: B clips with all their frames.
 
     Returns:
-      `attention` -> [M, M] float32 and `assignment/MODALITY` -> [K] float32; empty for models
-      without attention.
+      `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed over
+      frames; empty for models without attention.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
         output = _apply(system, params, model_state, fused, _clip_info(system, batch))
     return {
-        name: jnp.sum(value, axis=0 if name == "attention" else (0, 1))
+        name: value if name == "attention" else jnp.sum(value, axis=1)
         for name, value in (output.attention or {}).items()
     }
 

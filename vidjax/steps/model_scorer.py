@@ -6,7 +6,6 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble
@@ -72,9 +71,7 @@ class TrainedModel(NamedTuple):
 class ModelScorer:
     """Scores blocks of clips with one trained model.
 
-    A clip is scored by the members that were not trained on it. Without folds, all members are
-    trained on all training clips; if the split contains such clips, all members score all of its
-    clips, and `in_sample` is True.
+    `ensemble.scoring_members` says which members score a clip.
 
     Attributes:
       model: the trained model.
@@ -93,10 +90,7 @@ class ModelScorer:
         """
         self.model = model
         self.columns = ScoreColumns.of(model.system, mesh)
-        self.use = ensemble.held_out(model.training_sets, clips)
-        self.in_sample = bool(model.training_sets.trained.all() and not self.use.all())
-        if self.in_sample:
-            self.use = np.ones_like(self.use)
+        self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
         self._single: tuple[Params, ModelState] | None = None

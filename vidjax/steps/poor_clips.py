@@ -74,9 +74,20 @@ def quantile(values: np.ndarray, share: float) -> float:
 class PoorClips:
     """Counts the poor clips of an evaluation, and warns if they are far too many."""
 
-    def __init__(self, system: System):
-        """Starts at 0 clips; counts nothing for a system without a threshold."""
-        self._system, self._counts = system, jnp.zeros(2, jnp.int32)
+    def __init__(self, system: System, counts: Sequence[int] = (0, 0)):
+        """Starts at `counts` of another counter; counts nothing for a system without a threshold.
+
+        Args:
+          system: the system.
+          counts: poor clips, and clips with the modality.
+        """
+        self._system, self._before = system, tuple(counts)
+        self._counts = jnp.zeros(2, jnp.int32)
+
+    def counts(self) -> tuple[int, int]:
+        """Returns the number of poor clips, and of clips with the modality."""
+        (poor, clips), (poor_before, clips_before) = np.asarray(self._counts).tolist(), self._before
+        return poor_before + poor, clips_before + clips
 
     def add(self, blocks: Sequence[Batch]) -> None:
         """Counts the clips of some blocks, on the devices."""
@@ -89,13 +100,13 @@ class PoorClips:
 
     def share(self) -> float:
         """Returns the share of the clips with the modality that are poor."""
-        poor, clips = np.asarray(self._counts)
-        return float(poor / max(clips, 1))
+        poor, clips = self.counts()
+        return poor / max(clips, 1)
 
     def warn(self, split: str) -> None:
         """Warns if far more clips of a split are poor than were meant to be."""
         share, model = self.share(), self._system.model
-        if not isinstance(model, FallbackIdentifier) or int(self._counts[0]) <= FEW:
+        if not isinstance(model, FallbackIdentifier) or self.counts()[0] <= FEW:
             return
         if share > max(FAR_MORE, 5 * model.threshold_share):
             warnings.warn(

@@ -1,22 +1,25 @@
-"""Evaluation: scores of every clip of a split by trained models, and the metrics of the ranking."""
+"""Evaluation: scores of every clip of a split by trained models, and the metrics of the ranking.
+
+`collect` scores clips and keeps what a ranking needs, `conclusion.conclude` makes the ranking of
+it, and `score` does both. In between, what several processes have collected can be joined.
+"""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, metrics
+from vidjax import devices
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
 from vidjax.run.terminal import Progress
-from vidjax.steps import topk
+from vidjax.steps.conclusion import Collected, Evaluation, Judge, conclude, pool_of
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
 from vidjax.steps.pooling import MEAN, Pooling, blend
 from vidjax.steps.poor_clips import PoorClips
-from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, ClipScores, TopKMetric
+from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, TopKMetric
 from vidjax.steps.windows import windows
 
 
@@ -31,25 +34,6 @@ class ScoreObserver(Protocol):
           scores: for each model the scores [B, C] of every block.
         """
         ...
-
-
-class Evaluation(NamedTuple):
-    """The ranking of one split and its metrics.
-
-    Attributes:
-      top: the best 100 clips of every identity, sorted.
-      model_tops: the best 100 clips by every single model of a blend; [] for one model.
-      positives: [C] int, number of ground-truth clips per identity among the ranked clips.
-      clips: the best score of every clip.
-      results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
-        truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
-    """
-
-    top: topk.TopK
-    model_tops: list[topk.TopK]
-    positives: np.ndarray
-    clips: ClipScores
-    results: dict[str, Any]
 
 
 def score(
@@ -81,34 +65,69 @@ def score(
     Raises:
       ValueError: The models differ in clips or identities, or no clip can be scored.
     """
-    if block_size < 1:
-        raise ValueError(f"config.eval.block_size={block_size}: must be 1 or more")
+    check_block_size(block_size)
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
     split = models[0].data.split(split_name)
     scorers = [ModelScorer(model, split.clips, mesh) for model in models]
+    judges = [Judge.of(scorer) for scorer in scorers]
+    pool_of(judges, split_name)  # before anything is scored
+    collected = collect(
+        scorers,
+        split,
+        mesh,
+        block_size=block_size,
+        each_member=each_member,
+        check=check,
+        observe=observe,
+        pooling=pooling,
+    )
+    return conclude(collected, split, judges)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError if a block would hold no clip."""
+    if block_size < 1:
+        raise ValueError(f"config.eval.block_size={block_size}: must be 1 or more")
+
+
+def collect(
+    scorers: Sequence[ModelScorer],
+    split: Split,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    each_member: bool,
+    check: Callable[[], None] = lambda: None,
+    observe: ScoreObserver | None = None,
+    pooling: Pooling = MEAN,
+) -> Collected:
+    """Scores all clips of a split, and keeps what a ranking of them needs.
+
+    Args:
+      scorers: one for each model, of all clips of the split.
+      split: the clips, which may be those of a part; none of them needs to be ranked.
+      mesh: the devices.
+      block_size, each_member, check, observe, pooling: as `score` takes them.
+    """
+    models = [scorer.model for scorer in scorers]
     pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
-    if not pool.any():
-        raise ValueError(
-            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
-            "choose another split with --config.eval.split"
-        )
     rankers = [
         _ModelRanker(scorer, split, pool, by_itself=len(scorers) > 1, each_member=each_member)
         for scorer in scorers
     ]
-    ranking = TopKMetric(split, pool, scorers[0].columns)
-    clips = ClipScoreBuffer(split, pool, scorers[0].columns)
+    columns, single = scorers[0].columns, len(scorers) == scorers[0].num_members == 1
+    ranking = TopKMetric(pool, columns)
+    clips = ClipScoreBuffer(split, pool, columns)
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
-    columns, single = scorers[0].columns, len(scorers) == scorers[0].num_members == 1
     rows = 1 if single else min(WINDOW_ROWS, columns.most_waiting)
     block_size = min(block_size, columns.most_rows)
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:
         progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split_name, block_size, mesh, rows):
+        for window in windows(models, split.name, block_size, mesh, rows):
             blocks = window[0]
             scores = [
                 ranker.score(model_blocks)
@@ -123,48 +142,17 @@ def score(
             progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
             check()
         progress.close()
-        top, value = ranking.finish()
+        top = ranking.finish()
     seconds = time.monotonic() - began - compiling.seconds
-
-    for ranker in rankers:
-        ranker.poor.warn(split_name)
     clips.flush()
-    scores, num_nan = _without_nan(split, clips.clips)
-    results = _summarise(split, scores, value, scorers) | num_nan
-    results["num_ties"] = topk.count_ties(top)
-    results["eval_clips_per_second"] = len(split.clips) / max(seconds, 1e-9)
-    model_tops = _summarise_models(rankers, results)
-    return Evaluation(top, model_tops, ranking.positives, scores, results)
-
-
-def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Ranks clips with a NaN among their scores last, and counts them.
-
-    Args:
-      split: the clips.
-      clips: their best scores; a NaN where any score is one.
-
-    Returns:
-      The scores with -inf for NaN, and `num_nan_clips` for `results` where there are any.
-
-    Raises:
-      ValueError: All scores are NaN.
-    """
-    nan = np.isnan(clips.best) & clips.pool
-    if not nan.any():
-        return clips, {}
-    count, total = int(nan.sum()), int(clips.pool.sum())
-    first = [split.clips[clip] for clip in np.flatnonzero(nan)[:3]]
-    message = (
-        f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
-        "their features, or those of the training clips, are too large for float32: divide them by "
-        "a constant"
+    return Collected(
+        top,
+        [ranker.metric.finish() for ranker in rankers if ranker.metric],
+        [[member.finish() for member in ranker.members] for ranker in rankers],
+        clips.clips,
+        [ranker.poor.counts() for ranker in rankers],
+        seconds,
     )
-    if count == total:
-        raise ValueError(message)
-    warnings.warn(f"{message}; they are ranked last", stacklevel=3)
-    best = np.where(nan, np.float32(-np.inf), clips.best)
-    return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 
 
 class _ModelRanker:
@@ -187,11 +175,11 @@ class _ModelRanker:
         each_member: bool,
     ):
         self.scorer = scorer
-        self.metric = TopKMetric(split, pool, scorer.columns) if by_itself else None
+        self.metric = TopKMetric(pool, scorer.columns) if by_itself else None
         self.poor = PoorClips(scorer.model.system)
         self.members: list[TopKMetric] = []
         if each_member and scorer.num_members > 1:
-            self.members = [TopKMetric(split, used & pool, scorer.columns) for used in scorer.use]
+            self.members = [TopKMetric(used & pool, scorer.columns) for used in scorer.use]
 
     def score(self, blocks: Sequence[Batch]) -> list[Array]:
         """Returns the scores [B, C] of every block, and adds them to the metrics."""
@@ -202,61 +190,6 @@ class _ModelRanker:
                 self.metric.add(block_scores, block)
             self.metric.flush()
         return scores
-
-
-def _summarise(
-    split: Split, clips: ClipScores, value: float | None, scorers: Sequence[ModelScorer]
-) -> dict[str, Any]:
-    """Returns the metrics of the whole ranking; `value` is its MAP, None without ground truth."""
-    results: dict[str, Any] = {}
-    if value is not None:
-        results["map"] = value
-        results["map_kind"] = _map_kind(split.name, scorers)
-        for name, metric in metrics.CLIP_METRICS.items():
-            results[name] = metric.fn(clips, split.labels)
-    num_distractors = int(np.sum(split.labels[clips.pool] == 0)) if split.labelled else None
-    return results | {
-        "num_clips": int(np.sum(clips.pool)),
-        "num_identities": len(split.positives),
-        "num_distractors": num_distractors,
-    }
-
-
-def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns the kind of clips that MAP is computed on.
-
-    It is `in_sample` if a model scores clips it was trained on, the name of the split if all
-    members score all clips, and `out_of_fold` otherwise.
-    """
-    if any(scorer.in_sample for scorer in scorers):
-        return "in_sample"
-    return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
-
-
-def _summarise_models(rankers: Sequence[_ModelRanker], results: dict[str, Any]) -> list[topk.TopK]:
-    """Adds the MAP of single models and members to `results`; returns the models' rankings."""
-    tops: list[topk.TopK] = []
-    for ranker in rankers:
-        model = ranker.scorer.model
-        if ranker.metric:
-            top, value = ranker.metric.finish()
-            tops.append(top)
-            row = {"name": model.name, "weight": model.weight, "map": value}
-            results.setdefault("runs", []).append(row)
-        run = {"run": model.name} if ranker.metric else {}
-        for member, metric in zip(model.training_sets.members, ranker.members, strict=False):
-            row = {**run, **_describe(member), "map": metric.finish()[1]}
-            results.setdefault("members", []).append(row)
-    return tops
-
-
-def _describe(member: ensemble.Member) -> dict[str, Any]:
-    """Returns the number of a member, and its fields that differ from their defaults."""
-    defaults = ensemble.Member._field_defaults
-    fields = member._asdict()
-    number = fields.pop("number")
-    changed = {name: value for name, value in fields.items() if value != defaults[name]}
-    return {"member": number, **changed}
 
 
 def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str) -> None:

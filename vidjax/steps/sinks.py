@@ -19,25 +19,15 @@ WINDOW_ROWS = 4096
 
 
 class TopKMetric:
-    """A running top k over a pool of clips, and its MAP.
+    """A running top k over a pool of clips; `map_of` gives its MAP."""
 
-    Attributes:
-      pool: [N] bool, the clips that are ranked.
-      positives: [C] int, number of ground-truth clips of each identity in the pool.
-    """
-
-    def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
+    def __init__(self, pool: np.ndarray, columns: ScoreColumns):
         """Starts with an empty ranking.
 
         Args:
-          split: the clips.
           pool: [N] bool, the clips that are ranked.
           columns: the columns of the scores.
         """
-        self.pool = pool
-        outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
-        self.positives = split.positives - outside
-        self._split = split
         self._top = topk.RunningTopK(
             columns.total,
             rows=min(WINDOW_ROWS, columns.most_waiting),
@@ -55,14 +45,24 @@ class TopKMetric:
         """Merges the added scores, so that their memory can be freed."""
         self._top.flush()
 
-    def finish(self) -> tuple[topk.TopK, float | None]:
-        """Returns the top k and its MAP, which is None if the pool has no positive clip."""
-        top, split = self._top.finish(), self._split
-        if not split.labelled or not self.positives.any():
-            return top, None
-        others = split.num_others if self.pool.all() else 0
-        value = metrics.mean_average_precision(top.index, split.labels, self.positives, others)
-        return top, value
+    def finish(self) -> topk.TopK:
+        """Returns the sorted top k."""
+        return self._top.finish()
+
+
+def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
+    """Returns [C] int, the ground-truth clips of every identity in a pool [N] bool."""
+    outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
+    return split.positives - outside
+
+
+def map_of(top: topk.TopK, split: Split, pool: np.ndarray) -> float | None:
+    """Returns the MAP of a top k over a pool [N] bool; None if the pool has no positive clip."""
+    positives = positives_in(split, pool)
+    if not split.labelled or not positives.any():
+        return None
+    others = split.num_others if pool.all() else 0
+    return metrics.mean_average_precision(top.index, split.labels, positives, others)
 
 
 class ClipScores(NamedTuple):

@@ -27,14 +27,17 @@ class Rows(NamedTuple):
 
 
 def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`."""
+    """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`.
+
+    Files without a clip of the plan are not opened.
+    """
     _, order, _, shards = records.splits[plan.split]
     waiting: dict[int, list[Rows]] = {}  # bucket -> records of a block that is not full
-    at = 0
-    for shard in check_changed(shards):
-        reader = ShardReader(shard)
-        buckets = plan.bucket[order[at : at + shard.records]]
-        at += shard.records
+    ends = np.cumsum([shard.records for shard in shards])
+    by_shard = np.split(plan.bucket[order], ends[:-1])
+    read = [number for number, buckets in enumerate(by_shard) if (buckets >= 0).any()]
+    for number, shard in zip(read, check_changed([shards[i] for i in read]), strict=True):
+        reader, buckets = ShardReader(shard), by_shard[number]
         for bucket in np.unique(buckets[buckets >= 0]).tolist():
             chosen = np.flatnonzero(buckets == bucket)
             parts = waiting.setdefault(bucket, [])

@@ -127,6 +127,14 @@ class Dataset:
             return self
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
+    def order(self, split: str) -> np.ndarray:
+        """Returns [N] int32, the clips of a split in the order of the records.
+
+        Raises:
+          ValueError: there are no records of that split.
+        """
+        return self._records.splits[self.split(split).name].order
+
     def train_batches(self, plan: BatchPlan, *, start: int = 0) -> Iterator[Batch]:
         """Yields batches without end; every clip comes once per epoch.
 
