@@ -172,7 +172,7 @@ def test_a_run_goes_on_on_another_mesh(data, tmp_path):
             results = run(config, tmp_path / "moved", data, num_devices=num_devices)
         manifest = checkpoint.manifests(tmp_path / "moved")[results["step"]]
         assert manifest["padded_columns"] == (None if number == 1 else 128)
-    config = config_lib.override(config, ["--config.mesh.model=1"])
+    config, _ = on_mesh("1x1", "--config.num_epochs=6", *words, spec="cosine")
     run(config, tmp_path / "still", data)
     moved, still = learned(tmp_path / "moved"), learned(tmp_path / "still")
     for path, x in still.items():

@@ -6,7 +6,7 @@ Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `
 the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
 column for each machine. A machine that measures again replaces its own column. `--collect` measures
 nothing and writes the tables. PyTorch (the extra `bench`) is needed. It takes about 20 minutes on 2
-cores; run nothing else beside it.
+cores, and 20 GB of memory; run nothing else beside it. The sizes of `large --paper` are written, too.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks import common
+from tests.benchmarks import common, large
 from tests.benchmarks.scores import replace
 
 FOLDER = Path(__file__).parent
@@ -29,6 +29,8 @@ BENCHMARKS = {
     "evaluation": ["evaluation", "--peer"],
     "end_to_end": ["end_to_end"],
     "time_to_map": ["time_to_map"],
+    "sampled": ["large", "--sampled"],
+    "large": ["large"],
 }
 
 
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in BENCHMARKS:
         if any(name in results for results in found.values()):
             text = replace(text, f"speed {name}", render(found, name))
+    for name, (header, rows) in zip(("training", "ranking"), large.paper(), strict=True):
+        text = replace(text, f"paper {name}", common.markdown(header, rows))
     PAGE.write_text(text)
 
 

@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vidjax import devices
 from vidjax.batch import Array
-from vidjax.models.base import Params
 from vidjax.steps import state as state_lib
 from vidjax.system import System, padded_columns
 
@@ -140,9 +139,7 @@ def state_layout(mesh: Mesh, axes: ClassAxes | None) -> devices.Layout:
     return axes.layout() if axes else devices.replicated(mesh)
 
 
-def fitting_layout(
-    layout: devices.Layout, abstract: state_lib.TrainState | Params
-) -> devices.Layout:
+def fitting_layout(layout: devices.Layout, abstract: Tree) -> Tree:
     """Returns a tree of layouts for arrays that another number of devices may have saved.
 
     Args:
