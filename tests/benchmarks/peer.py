@@ -956,6 +956,7 @@ def fit(
 
     torch.manual_seed(0)
     recipe = make_recipe(net_name, num_classes=1 + len(columns), dims=train.dims, **options)
+    recipe = recipe._replace(focal=recipe.focal and not softmax)
     step = Step(recipe, compile=compile, dtype=dtype, device=device, learning_rate=learning_rate)
     loader = make_loader(train, batch_size, num_workers=num_workers, pin_memory=cuda)
     num_steps = epochs * len(loader)
@@ -975,7 +976,7 @@ def fit(
 
     number, loss = 0, torch.zeros(())
     for batch in clock.waiting(batch for _ in range(epochs) for batch in loader):
-        step.set_focal(0.0 if softmax else focal_share(number / num_steps))
+        step.set_focal(focal_share(number / num_steps))
         loss = step(_to_device(batch, device))
         schedule.step()
         if number == 0:

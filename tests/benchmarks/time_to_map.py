@@ -59,6 +59,7 @@ def main() -> None:
             return [*theirs, f"--learning_rate={RATE}", *RUNS[name]]
         ours = [*end_to_end.our_words(*sizes), f"--workdir={folder / f'run{number}'}"]
         ours += ["--config.loss.schedule=((0.0, 0.0),)", f"--config.optim.learning_rate={RATE}"]
+        ours += ["--config.optim.warmup=0.1", "--config.optim.warmup_scale=0"]  # as PyTorch's
         return [*ours, "--config.eval.every_epochs=1", *RUNS[name]]
 
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in RUNS}
