@@ -5,8 +5,9 @@
 Every benchmark of BENCHMARKS is a process. What it prints as tables goes into `speed.json`, under
 the name of the processor, and from there into the tables below `<!-- table: speed NAME -->`, with a
 column for each machine. A machine that measures again replaces its own column. `--collect` measures
-nothing and writes the tables. PyTorch (the extra `bench`) is needed. It takes about 20 minutes on 2
-cores, and 20 GB of memory; run nothing else beside it. The sizes of `large --paper` are written, too.
+nothing and writes the tables. The sizes of `large --paper` are written, too. PyTorch (the extra
+`bench`) and 20 GB of memory are needed. It takes about 40 minutes on 2 cores; run nothing else
+beside it.
 """
 
 import argparse
