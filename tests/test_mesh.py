@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,8 @@ from vidjax import devices
 from vidjax.data.load import load_dataset
 from vidjax.modes import evaluate
 from vidjax.run import checkpoint
+from vidjax.steps import eval_step, topk
 from vidjax.steps import sampled as sampling
-from vidjax.steps import topk
 
 MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
@@ -128,6 +129,20 @@ def test_no_logits_move_between_devices(spec, words, sampled):
         is_gradient = bool({(1, *shape), (1, *shape[::-1])} & gradients)
         assert is_gradient or np.prod(shape) <= 64 * widest, (name, shape)
     assert not any(name != "all-reduce" and {share, drawn} & {*shape} for name, shape in found)
+
+
+@pytest.mark.parametrize("spec", ["mma", "cosine", "quality_fusion"])
+def test_no_scores_move_between_devices(spec):
+    made = make(spec, num_identities=4000, shape=(4, 2), batch_size=64)
+    state = jax.tree.map(lambda x: x[0], (made.state.params, made.state.model_state))
+    step: Any = eval_step.make_eval_step(made.system, made.mesh)
+    compiled = step.lower(*state, np.int32(-1), made.batch).compile()
+    found = collectives(compiled.as_text())
+    assert max([np.prod(shape) for _, shape in found], default=0) <= 64
+    scores = compiled(*state, np.int32(-1), made.batch)
+    assert scores.shape == (64, 4096)
+    assert {shard.data.shape for shard in scores.addressable_shards} == {(16, 2048)}
+    assert np.all(np.isneginf(scores[:, :1])) and np.all(np.isneginf(scores[:, 4001:]))
 
 
 def evaluate_on(name, folder, data, config):
