@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def write_npz(folder: Path) -> Path:
     for seed, split in enumerate(("train", "val")):
         (folder / split).mkdir(parents=True)
         for name, modalities in make_clips(seed, 40 - 9 * seed).items():
-            fields = {
+            fields: dict[str, Any] = {
                 modality if field == "features" else f"{modality}_{field}": values
                 for modality, given in modalities.items()
                 for field, values in given.items()

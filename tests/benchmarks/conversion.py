@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,9 @@ def write_npz(folder: Path, args: argparse.Namespace) -> None:
     """Writes a file per clip."""
     rng = np.random.default_rng(0)
     (folder / "train").mkdir(parents=True)
-    frames = {name: random_clip(rng, args.frames, 512).features for name in ("face", "head")}
+    frames: dict[str, Any] = {
+        name: random_clip(rng, args.frames, 512).features for name in ("face", "head")
+    }
     for number in range(args.clips):
         np.savez(folder / "train" / f"clip_{number:06d}.npz", **frames)
 

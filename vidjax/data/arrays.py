@@ -208,6 +208,9 @@ class FeatureFolder:
         """The splits that the folder has."""
         return self._files.keys()
 
+    def _clips(self, split: str) -> Iterator[Clip]:
+        return parts.read_clips(self._files[split])
+
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split."""
         return [
@@ -236,8 +239,7 @@ class FeatureFolder:
             if read is not None:
                 return read
         return {
-            split: pack(parts.read_clips(paths), scratch / split, **options)
-            for split, paths in self._files.items()
+            split: pack(self._clips(split), scratch / split, **options) for split in self._files
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

@@ -73,7 +73,8 @@ def map_frames(
       width: D.
       num_frames: F.
     """
-    columns = {"features": (dtype, (num_frames, width))}
+    columns: dict[str, tuple[np.dtype | str, tuple[int, ...]]] = {}
+    columns["features"] = (dtype, (num_frames, width))
     for name, field in FRAME_FIELDS.items():
         columns[name] = (field.dtype, field.shape(num_frames))
     return {

@@ -72,7 +72,8 @@ def read_at_once(
     def read(children: Children, number: int) -> dict[str, PackedClips]:
         folder = scratch / str(number)
         paths = b"\0".join(map(os.fsencode, parts[number][1]))
-        child = children.run(__name__, folder, *options.values(), given=paths)
+        words = (folder, options["non_finite"], options["quality"])
+        child = children.run(__name__, *words, given=paths)
         if child.returncode:
             raise _OneProcess
         summaries = json.loads(child.stdout).items()

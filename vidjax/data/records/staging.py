@@ -63,7 +63,7 @@ class ShardTask(NamedTuple):
       modalities: modality -> width and dtype of its features.
       files: modality -> its flat files; only the modalities that the split has.
       clips: the clip name of each record.
-      index: [n] int32, the clip index of each record.
+      order: [n] int32, the clip index of each record.
       starts: modality -> [n] int64, first frame of each record.
       lengths: modality -> [n] int32, number of frames of each record.
     """
@@ -72,7 +72,7 @@ class ShardTask(NamedTuple):
     modalities: dict[str, Modality]
     files: dict[str, FlatFiles]
     clips: tuple[str, ...]
-    index: np.ndarray
+    order: np.ndarray
     starts: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
 
@@ -82,7 +82,7 @@ class ShardTask(NamedTuple):
         The files are mapped anew: what was read of them leaves the memory with the shard.
         """
         frames = {name: map_frames(*files) for name, files in self.files.items()}
-        for record, (clip, index) in enumerate(zip(self.clips, self.index.tolist(), strict=True)):
+        for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
             fields = {
                 name: self._frames(frames.get(name), name, modality, record)
                 for name, modality in self.modalities.items()
@@ -115,15 +115,15 @@ class ShardTask(NamedTuple):
             },
         }
         clips = "\n".join(self.clips).encode("utf-8", "surrogateescape")
-        arrays = {f"starts/{name}": starts for name, starts in self.starts.items()}
-        arrays |= {f"lengths/{name}": lengths for name, lengths in self.lengths.items()}
-        np.savez(
-            path,
-            facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
-            clips=np.frombuffer(clips, np.uint8),
-            index=self.index,
-            **arrays,
-        )
+        arrays = {
+            "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            "clips": np.frombuffer(clips, np.uint8),
+            "order": self.order,
+        }
+        for name in self.files:
+            arrays[f"starts/{name}"] = self.starts[name]
+            arrays[f"lengths/{name}"] = self.lengths[name]
+        np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "ShardTask":
@@ -139,7 +139,7 @@ class ShardTask(NamedTuple):
                 modalities={name: Modality(*kind) for name, kind in facts["modalities"].items()},
                 files=files,
                 clips=tuple(file["clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")),
-                index=file["index"],
+                order=file["order"],
                 starts={name: file[f"starts/{name}"] for name in files},
                 lengths={name: file[f"lengths/{name}"] for name in files},
             )
@@ -203,11 +203,11 @@ def shard_tasks(
     files = {name: _flat_files(flat, scratch / name) for name, flat in split.packed.items()}
     tasks = []
     for path, (first, last) in zip(paths, shard_bounds(split, modalities), strict=True):
-        index = split.order[first:last]
-        clips = tuple(split.clips[clip] for clip in index.tolist())
-        starts = {name: starts[index] for name, starts in split.starts.items()}
-        lengths = {name: lengths[index] for name, lengths in split.lengths.items()}
-        tasks.append(ShardTask(path, dict(modalities), files, clips, index, starts, lengths))
+        order = split.order[first:last]
+        clips = tuple(split.clips[clip] for clip in order.tolist())
+        starts = {name: starts[order] for name, starts in split.starts.items()}
+        lengths = {name: lengths[order] for name, lengths in split.lengths.items()}
+        tasks.append(ShardTask(path, dict(modalities), files, clips, order, starts, lengths))
     return tasks
 
 
