@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from vidjax.data.records import engines, tfrecord, worker
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 from vidjax.data.records.convert import convert
 from vidjax.data.records.engines import ALONE, Beam, Pool
-from vidjax.data.records.staging import ShardTask
+from vidjax.data.records.staging import FlatFiles, ShardTask
 from vidjax.data.untrusted.packing import pack
 
 
@@ -217,6 +218,45 @@ def test_little_data_start_no_process() -> None:
     assert engines._num_workers(Pool(), many) == min(processes.num_cores(), 8)
     assert engines._num_workers(Pool(3), few) == 3
     assert engines._num_workers(Pool(30), few) == 8
+
+
+def peak_bytes(folder: Path) -> int:
+    """Returns the peak memory of a process that writes the tasks of a folder."""
+    # A process begins with the peak of the one that starts it: of a small one here.
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    words = [sys.executable, "-m", worker.__name__, str(folder), "0", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=True)
+    return 1024 * int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other units")
+def test_the_memory_of_a_process_that_writes_is_bounded_by_a_shard(tmp_path: Path) -> None:
+    clips, frames = 2048, 128
+    for field, width in {"features": 1024, "number": 4, "quality": 4, "detection": 4}.items():
+        with (tmp_path / f"{field}.bin").open("wb") as file:
+            file.truncate(clips * frames * width)
+    (tmp_path / "box.bin").write_bytes(bytes(clips * frames * 16))
+    files = {"face": FlatFiles(tmp_path, "float16", 512, clips * frames)}
+    modalities = {"face": Modality(512, "float16")}
+    order = np.random.default_rng(0).permutation(clips).astype(np.int32)
+    peaks = {}
+    for kind, shards in {"none": 0, "whole": 16}.items():
+        (tmp_path / kind).mkdir()
+        for number, part in enumerate(np.split(order, 16)[:shards]):
+            names = tuple(f"clip {index}" for index in part)
+            starts = {"face": part.astype(np.int64) * frames}
+            lengths = {"face": np.full(len(part), frames, np.int32)}
+            path = tmp_path / f"{number}.tfrecord"
+            task = ShardTask(path, modalities, files, names, part, starts, lengths)
+            task.save(tmp_path / kind / f"{number}.npz")
+        peaks[kind] = peak_bytes(tmp_path / kind)
+    size = clips * frames * 1024
+    sys.stdout.write(f"{size >> 20} MB in 16 shards: peaks {peaks}\n")
+    assert peaks["whole"] - peaks["none"] < size // 2
 
 
 # Reading by several processes.
