@@ -28,6 +28,7 @@ import os
 import sys
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import NonFinite, Quality, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
+from vidjax.data.processes import num_cores
 from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
@@ -189,7 +191,7 @@ class FeatureFolder:
           folder: the folder.
           labels: as in `load`.
           quality: as in `load`.
-          workers: number of processes that read; None for one per core, or one where there is
+          workers: number of processes that read; None for one per core, or fewer where there is
             little to read.
 
         Raises:
@@ -219,7 +221,7 @@ class FeatureFolder:
                 "quality": self._quality,
                 "split": split,
                 "files": len(paths),
-                "sha256": _digest_files(paths),
+                "sha256": _digest_files(paths, self._workers or num_cores()),
             }
             for split, paths in self._files.items()
         ]
@@ -290,12 +292,19 @@ def _npz_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _digest_files(paths: Sequence[Path]) -> str:
-    """Returns the sha256 of the names and contents of files."""
+def _digest_files(paths: Sequence[Path], workers: int) -> str:
+    """Returns the sha256 of the names and contents of files, some of which are read at once."""
     sha256 = hashlib.sha256()
-    for path in paths:
-        sha256.update(f"{path.name}\n{sha256_file(path)}\n".encode("utf-8", "surrogateescape"))
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(workers) as threads:
+        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
+            for path, digest in zip(group, digests, strict=True):
+                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     return sha256.hexdigest()
+
+
+def _sha256_each(paths: Sequence[Path]) -> list[str]:
+    return [sha256_file(path) for path in paths]
 
 
 def _digest(clips: Iterable[Clip]) -> str:

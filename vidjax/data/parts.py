@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -84,7 +85,8 @@ def read_at_once(
         found: dict[str, list[dict[str, PackedClips]]] = {split: [] for split in files}
         for (split, _), packed in zip(parts, read_parts, strict=True):
             found[split].append(packed)
-        return {split: _join(packed) for split, packed in found.items()}
+        with ThreadPoolExecutor(workers) as threads:
+            return {split: _join(packed, threads) for split, packed in found.items()}
     except _OneProcess:
         shutil.rmtree(scratch, ignore_errors=True)
         return None
@@ -94,16 +96,16 @@ class _OneProcess(Exception):
     """One process must read all clips."""
 
 
-def _join(parts: Sequence[Mapping[str, PackedClips]]) -> dict[str, PackedClips]:
+def _join(
+    parts: Sequence[Mapping[str, PackedClips]], threads: ThreadPoolExecutor
+) -> dict[str, PackedClips]:
     """Returns modality -> the clips of all parts of a split."""
     names = [{name for flat in part.values() for name in flat.names} for part in parts]
     if sum(map(len, names)) != len(set().union(*names)):
         raise _OneProcess
     modalities = sorted({modality for part in parts for modality in part})
-    return {
-        modality: _concatenate([part[modality] for part in parts if modality in part])
-        for modality in modalities
-    }
+    found = [[part[name] for part in parts if name in part] for name in modalities]
+    return dict(zip(modalities, threads.map(_concatenate, found), strict=True))
 
 
 def _concatenate(parts: Sequence[PackedClips]) -> PackedClips:
