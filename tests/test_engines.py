@@ -127,6 +127,23 @@ def test_beam_writes_the_files_of_one_process(kind: str, mode: str, tmp_path: Pa
     assert files_of(many.folder) == files_of(one.folder)
 
 
+@pytest.mark.slow
+def test_an_unknown_runner_is_told_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("apache_beam")
+    write_npz(tmp_path / "source")
+    words = [
+        str(tmp_path / "source"),
+        f"--cache_dir={tmp_path}",
+        "--beam_options=runner=FlinkRuner",
+    ]
+    assert arrays.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and "FlinkRuner" in err and len(err.splitlines()) <= 3
+    assert not (tmp_path / "arrays").exists()
+
+
 def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +155,7 @@ def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
             worker.write_saved(str(path))
 
     monkeypatch.setattr(engines, "_run_beam", run)
-    monkeypatch.setitem(sys.modules, "apache_beam", pytest)
+    monkeypatch.setattr(engines, "_make_pipeline", list)
     many = convert(source, tmp_path / "many", engine=Beam(""))
     assert files_of(many.folder) == files_of(one.folder)
 

@@ -7,7 +7,7 @@ import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vidjax.data import processes
 from vidjax.data.records import worker
@@ -52,13 +52,14 @@ def check_engine(engine: Engine) -> None:
         if engine.workers is not None and engine.workers < 1:
             raise ValueError(f"--workers={engine.workers}: wanted 1 or more")
         return
-    _beam_flags(engine.options)
+    flags = _beam_flags(engine.options)
     try:
-        import apache_beam  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise ValueError(
-            "--beam_options needs the package apache-beam: pip install 'vidjax[beam]'"
-        ) from None
+        _make_pipeline(flags)
+    except (ValueError, ImportError) as error:  # an unknown runner, or one with an extra of Beam
+        reason = f"--beam_options={engine.options}: {show(str(error))}"
+        if isinstance(error, ModuleNotFoundError) and error.name == "apache_beam":
+            reason = "--beam_options needs the package apache-beam: pip install 'vidjax[beam]'"
+        raise ValueError(reason) from None
 
 
 def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> None:
@@ -129,15 +130,21 @@ def _beam_flags(options: str) -> list[str]:
     return flags
 
 
+def _make_pipeline(flags: list[str]) -> Any:
+    """Returns an empty pipeline of Beam."""
+    from apache_beam import Pipeline  # pyright: ignore[reportMissingImports]
+    from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
+
+    return Pipeline(options=pipeline_options.PipelineOptions(flags))
+
+
 def _run_beam(folder: Path, engine: Beam) -> None:
     """Writes the shards of a folder of tasks by a pipeline that has one element for each."""
     import apache_beam as beam  # pyright: ignore[reportMissingImports]
-    from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
     paths = [str(path) for path in sorted(folder.glob("*.npz"))]
-    options = pipeline_options.PipelineOptions(_beam_flags(engine.options))
     try:
-        with beam.Pipeline(options=options) as pipeline:
+        with _make_pipeline(_beam_flags(engine.options)) as pipeline:
             # Reshuffled, or one worker would take all.
             _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(worker.write_saved)
     except RuntimeError as error:  # with the traceback of the worker
