@@ -22,7 +22,7 @@ from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
-from vidjax.data import iqiyi_vid, synthetic
+from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
 from vidjax.modes import arguments
@@ -46,6 +46,7 @@ MAINS = {
     "vidjax.gallery": commands_of_galleries.main,
     "vidjax.main": main.main,
     "vidjax.ranking": ranking.main,
+    "vidjax.data.arrays": arrays.main,
     "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }

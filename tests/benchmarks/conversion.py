@@ -1,20 +1,28 @@
 """Rate and peak memory of converting official pickles into records, and the cost of the cage.
 
-    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30] [--rounds=5]
+    python -m tests.benchmarks.conversion [--clips=20000] [--frames=30] [--rounds=5] [--engines]
 
 One face file. Peak memory is that of the converting process and its caged child together, sampled
 every .1 s; the bound is 2 x the pickle + 1 GB. The cage is timed against `pickle.load` of the same
 file, in turns, each in a process of its own: `sealed.load` alone, and the whole `pickles.unpack`,
 which starts a child, checks every entry and writes flat files, too.
+
+`--engines` compares one process with a pool of two, and with Beam where it is installed, in turns:
+20,000 clips with face and head as pickles, the same as `.npz` files, and the same as parquet
+tables. All must write the same files.
 """
 
 import argparse
+import hashlib
+import importlib.util
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +62,101 @@ def load(how: str, path: str) -> None:
         del held
 
 
+def write_npz(folder: Path, args: argparse.Namespace) -> None:
+    """Writes a file per clip."""
+    rng = np.random.default_rng(0)
+    (folder / "train").mkdir(parents=True)
+    frames: dict[str, Any] = {
+        name: random_clip(rng, args.frames, 512).features for name in ("face", "head")
+    }
+    for number in range(args.clips):
+        np.savez(folder / "train" / f"clip_{number:06d}.npz", **frames)
+
+
+def write_pickles(folder: Path, args: argparse.Namespace) -> None:
+    """Writes a file per modality."""
+    folder.mkdir()
+    for name in ("face", "head"):
+        clip = random_clip(np.random.default_rng(0), args.frames, 512)
+        clips = {f"clip_{number:06d}": clip for number in range(args.clips)}
+        write_pickle(folder, name, "train", clips)
+
+
+def write_parquet(folder: Path, args: argparse.Namespace) -> None:
+    """Writes a table per split, half of the clips each."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir()
+    flat = random_clip(np.random.default_rng(0), 1000, 512).features
+    rows = args.clips // 2 * args.frames
+    for split in ("train", "val"):
+        values = pyarrow.array(np.resize(flat, rows * 512))
+        columns = {
+            "clip": [f"{split}_{row // args.frames:06d}" for row in range(rows)],
+            "modality": ["face"] * rows,
+            "features": pyarrow.FixedSizeListArray.from_arrays(values, 512),
+        }
+        parquet.write_table(pyarrow.table(columns), folder / f"{split}.parquet")
+
+
+def digest(cache: Path) -> str:
+    """Returns the sha256 of all shards and of the report of the one conversion in a cache."""
+    sha256 = hashlib.sha256()
+    paths = [*cache.rglob("*.tfrecord-*"), *cache.rglob("index.npz")]
+    for path in sorted([*paths, *cache.rglob("data_report.json")], key=lambda path: path.name):
+        sha256.update(path.read_bytes())
+    return sha256.hexdigest()
+
+
+ENGINES = {
+    "one process": ["--workers=1"],
+    "a pool of 2": ["--workers=2"],
+    "Beam": [
+        "--workers=2",
+        "--beam_options=direct_num_workers=2,direct_running_mode=multi_processing",
+    ],
+}
+SOURCES = {
+    "pickles": (write_pickles, "vidjax.data.iqiyi_vid"),
+    "npz": (write_npz, "vidjax.data.arrays"),
+    "parquet": (write_parquet, "vidjax.data.arrays"),
+}
+
+
+def compare_engines(args: argparse.Namespace) -> None:
+    """Prints the seconds of every engine, and how many times it is faster than one process."""
+    engines = {
+        name: words
+        for name, words in ENGINES.items()
+        if name != "Beam" or importlib.util.find_spec("apache_beam")
+    }
+    for kind, (write, module) in SOURCES.items():
+        with tempfile.TemporaryDirectory() as place:
+            write(Path(place, "source"), args)
+            seconds: dict[str, list[float]] = {name: [] for name in engines}
+            digests = set()
+            for _ in range(args.rounds):
+                for name, words in engines.items():
+                    cache = Path(place, "cache")
+                    command = [sys.executable, "-m", module, f"{place}/source", *words]
+                    start = time.perf_counter()
+                    subprocess.run(
+                        [*command, f"--cache_dir={cache}"], check=True, capture_output=True
+                    )
+                    seconds[name].append(time.perf_counter() - start)
+                    digests.add(digest(cache))
+                    shutil.rmtree(cache)
+            for name, found in seconds.items():
+                pairs = zip(seconds["one process"], found, strict=True)
+                ratio = statistics.median(one / other for one, other in pairs)
+                sys.stdout.write(
+                    f"{kind}, {name}: {statistics.median(found):.1f} s, {ratio:.2f} x as fast\n"
+                )
+            sys.stdout.write(f"{kind}: {'the same' if len(digests) == 1 else 'OTHER'} files\n")
+            sys.stdout.flush()
+
+
 def loading_seconds(path: Path, rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each way to read a pickle, the ways in turns."""
     seconds = {how: [] for how in ("pickle", "sealed", "unpack")}
@@ -88,6 +191,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engines", action="store_true", help="one process, a pool, Beam")
     parser.add_argument("--load", nargs=2, metavar=("HOW", "PATH"), help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -96,6 +200,9 @@ def main() -> None:
         return
     if args.load:
         load(*args.load)
+        return
+    if args.engines:
+        compare_engines(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         clip = random_clip(np.random.default_rng(0), args.frames, 512)

@@ -419,6 +419,104 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     assert len(names(root)) == 2
 
 
+def kill_child(process: subprocess.Popen[bytes], module: str, place: Path) -> bool:
+    """Kills the first child of a command that runs a module and names a folder in its words."""
+    while process.poll() is None:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:  # it ended meanwhile
+                continue
+            if module.encode() in words and any(str(place).encode() in word for word in words):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                return True
+    return False
+
+
+def write_much(folder: Path) -> Path:
+    folder.mkdir()
+    clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 20, 256) for i in range(600)}
+    for modality in ("face", "head"):
+        write_pickle(folder, modality, "train", clips)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("vidjax.data.records.worker", "killed from outside: is memory short?"),
+        ("vidjax.data.untrusted.sandbox", "killed from outside: is memory short?"),
+    ],
+)
+def test_a_killed_process_of_a_pool_is_one_error_and_leaves_nothing(
+    tmp_path: Path, module: str, said: str
+) -> None:
+    source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
+    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    process = subprocess.Popen(
+        [*convert_command(source, cache), "--workers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert kill_child(process, module, cache)
+    out, err = process.communicate()
+    assert process.returncode == 2 and not out
+    lines = err.decode().splitlines()[1:]  # after what is converted
+    assert said in lines[0] and len(lines) <= 3, lines
+    assert names(cache / "iqiyi_vid") == {"lock"}
+    assert iqiyi_vid.main([str(source), f"--cache_dir={cache}", "--workers=2"]) == 0
+    assert digests(iqiyi_vid.prepare(source, cache)) == whole
+
+
+@pytest.mark.slow
+def test_a_pool_killed_at_any_moment_is_done_again_to_the_byte(
+    tmp_path: Path, campaign: bool, fault_seed: int
+) -> None:
+    rng = np.random.default_rng(fault_seed)
+    source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
+    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    words = [*convert_command(source, cache), "--workers=2"]
+    killed = []
+    for _ in range(30 if campaign else 3):
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not list(cache.glob("iqiyi_vid/*.partial")):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 5))
+        process.kill()
+        process.communicate()
+        killed.append(process.returncode == -signal.SIGKILL)
+        again = subprocess.run(words, capture_output=True)  # while orphans may still write
+        assert again.returncode == 0, again.stderr
+        found = iqiyi_vid.prepare(source, cache)
+        assert digests(found) == whole and manifest_lib.verify(found) == []
+        shutil.rmtree(found.folder)
+    assert any(killed)
+
+
+@pytest.mark.slow
+def test_a_shard_that_a_pool_cannot_write_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    for number in range(12):  # a shard holds all of them, an eighth of the clips: it is the largest
+        rng = np.random.default_rng(number)
+        clips = {f"c{i:03d}": random_clip(rng, 4, 64) for i in range(200)}
+        write_pickle(source, f"kind{number:02d}", "train", clips)
+    flat = 200 * 4 * 64 * 2
+    code = (
+        "import resource, sys; from vidjax.data import iqiyi_vid;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({flat}, {flat}));"
+        "sys.exit(iqiyi_vid.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(source), f"--cache_dir={cache}", "--workers=2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    said = result.stderr.splitlines()[1:]  # after what is converted
+    assert len(said) == 1 and os.strerror(errno.EFBIG) in said[0] and str(cache) in said[0], said
+    assert names(cache / "iqiyi_vid") == {"lock"}
+
+
 # In a child process, which may live on a small file system of its own: one conversion after another
 # with more and more room. Prints, for each, exit code, message and what was left.
 LADDER = """

@@ -16,26 +16,34 @@ L2 norm of its features; other fields that it lacks have the value `missing` of
 `vidjax.data.frame_fields`.
 
 All become the same records as official files, with the same checks and the same report.
+
+    python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
+        [--beam_options=O]
+
+converts a folder without training.
 """
 
 import hashlib
 import os
+import sys
+import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidjax.data import parts
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
-from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, Quality, check_quality
+from vidjax.data.frame_fields import NonFinite, Quality, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.parquet import read_clips
+from vidjax.data.processes import num_cores
 from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.digests import sha256_file
-from vidjax.suggest import closest
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
@@ -170,8 +178,21 @@ class FeatureFolder:
 
     kind = "arrays"
 
-    def __init__(self, folder: str | Path, labels: LabelSource = None, quality: Quality = "given"):
-        """Finds the files of each split; labels and quality as in `load`.
+    def __init__(
+        self,
+        folder: str | Path,
+        labels: LabelSource = None,
+        quality: Quality = "given",
+        workers: int | None = None,
+    ):
+        """Finds the files of each split.
+
+        Args:
+          folder: the folder.
+          labels: as in `load`.
+          quality: as in `load`.
+          workers: number of processes that read; None for one per core, or fewer where there is
+            little to read.
 
         Raises:
           FileNotFoundError: no such folder, or no features in it.
@@ -179,6 +200,7 @@ class FeatureFolder:
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         self._quality: Quality = check_quality(quality)
+        self._workers = workers
         self._files = files_by_split(self._folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
@@ -189,8 +211,7 @@ class FeatureFolder:
         return self._files.keys()
 
     def _clips(self, split: str) -> Iterator[Clip]:
-        paths = self._files[split]
-        return read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
+        return parts.read_clips(self._files[split])
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split."""
@@ -200,7 +221,7 @@ class FeatureFolder:
                 "quality": self._quality,
                 "split": split,
                 "files": len(paths),
-                "sha256": _digest_files(paths),
+                "sha256": _digest_files(paths, self._workers or num_cores()),
             }
             for split, paths in self._files.items()
         ]
@@ -213,11 +234,14 @@ class FeatureFolder:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
+        options: parts.Options = {"non_finite": non_finite, "quality": self._quality}
+        workers = self._workers or parts.num_readers(self._files)
+        if workers > 1:
+            read = parts.read_at_once(self._files, scratch / "parts", workers, options)
+            if read is not None:
+                return read
         return {
-            split: pack(
-                self._clips(split), scratch / split, non_finite=non_finite, quality=self._quality
-            )
-            for split in self._files
+            split: pack(self._clips(split), scratch / split, **options) for split in self._files
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
@@ -268,12 +292,19 @@ def _npz_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _digest_files(paths: Sequence[Path]) -> str:
-    """Returns the sha256 of the names and contents of files."""
+def _digest_files(paths: Sequence[Path], workers: int) -> str:
+    """Returns the sha256 of the names and contents of files, some of which are read at once."""
     sha256 = hashlib.sha256()
-    for path in paths:
-        sha256.update(f"{path.name}\n{sha256_file(path)}\n".encode("utf-8", "surrogateescape"))
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(workers) as threads:
+        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
+            for path, digest in zip(group, digests, strict=True):
+                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     return sha256.hexdigest()
+
+
+def _sha256_each(paths: Sequence[Path]) -> list[str]:
+    return [sha256_file(path) for path in paths]
 
 
 def _digest(clips: Iterable[Clip]) -> str:
@@ -289,47 +320,19 @@ def _digest(clips: Iterable[Clip]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files, one in memory at a time."""
-    for path in paths:
-        name = clean_name_at(f"{path}:", path.stem)
-        try:
-            # An array of Python objects would be a pickle: it is refused.
-            with path.open("rb") as raw:
-                file = np.load(raw, allow_pickle=False)
-                if isinstance(file, np.ndarray):
-                    raise ValueError("one array, as .npy files hold: use numpy.savez")
-                with file:
-                    arrays = {key: file[key] for key in file.files}
-        except OSError as error:
-            if error.errno:
-                raise
-            raise ValueError(f"{path}: damaged, or no .npz file: {error}") from None
-        except Exception as error:  # zlib, zipfile and numpy raise many types on damaged archives
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "Object arrays" in reason:
-                reason = "holds Python objects: save arrays of numbers [T, D]"
-            raise ValueError(f"{path}: {reason}") from None
-        yield Clip(name, str(path), _by_modality(arrays, str(path)), path.stem)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts a folder, prints its report and returns the exit code."""
+    from vidjax.data.records.command import convert_folder, make_parser
+
+    parser = make_parser("vidjax.data.arrays", "Convert a folder of features of your own.")
+    parser.add_argument(
+        "--quality", choices=typing.get_args(Quality), default="given", help="config.data.quality"
+    )
+    args = parser.parse_args(argv)
+    return convert_folder(
+        args, lambda: FeatureFolder(args.directory, None, args.quality, args.workers)
+    )
 
 
-def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
-    """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
-
-    Args:
-      arrays: the arrays of one clip.
-      place: the file, for messages.
-
-    Raises:
-      ValueError: a field is misspelt, such as `face_qualty`.
-    """
-    modalities: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in arrays.items():
-        name, _, field = key.rpartition("_")
-        if name in arrays and field in FRAME_FIELDS:
-            modalities.setdefault(name, {})[field] = array
-        elif name in arrays and (meant := closest(field, FRAME_FIELDS, cutoff=0.75)):
-            raise ValueError(f"{place}: no field '{show(key)}'; did you mean '{name}_{meant}'?")
-        else:
-            modalities.setdefault(key, {})["features"] = array
-    return modalities
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,8 @@ To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -61,6 +62,29 @@ FRAME_FIELDS = {
 STORED = ("features", *FRAME_FIELDS)  # the feature comes first; its modality gives dtype and width
 
 
+def map_frames(
+    folder: Path, dtype: np.dtype | str, width: int, num_frames: int
+) -> dict[str, np.ndarray]:
+    """Returns field -> frames of the flat files `FIELD.bin` of a folder, mapped into memory.
+
+    Args:
+      folder: the folder.
+      dtype: numpy dtype of the features.
+      width: D.
+      num_frames: F.
+    """
+    columns: dict[str, tuple[np.dtype | str, tuple[int, ...]]] = {}
+    columns["features"] = (dtype, (num_frames, width))
+    for name, field in FRAME_FIELDS.items():
+        columns[name] = (field.dtype, field.shape(num_frames))
+    return {
+        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape))
+        if all(shape)
+        else np.empty(shape, dtype)
+        for name, (dtype, shape) in columns.items()
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class PackedClips:
     """One modality of one split, flat: N clips, F frames of width D.
@@ -76,6 +100,7 @@ class PackedClips:
         throughout.
       warnings: number of frames with a value that was not finite and is now 0, by
         `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
+      folder: folder of the flat files that `frames` maps; None for arrays in memory.
     """
 
     names: tuple[str, ...]
@@ -85,6 +110,41 @@ class PackedClips:
     skipped: dict[str, int]
     skipped_clips: dict[str, int]
     warnings: dict[str, int]
+    folder: Path | None = None
+
+    @classmethod
+    def of_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
+        """Returns the clips of flat files that another process has written.
+
+        Args:
+          folder: the folder of the files.
+          summary: what `summary` returns, read from JSON.
+        """
+        lengths = np.array(summary["lengths"], np.int32)
+        num_frames = int(lengths.sum())
+        return cls(
+            names=tuple(summary["names"]),
+            lengths=lengths,
+            frames=map_frames(folder, summary["dtype"], summary["width"], num_frames),
+            seen=summary["seen"],
+            skipped=summary["skipped"],
+            skipped_clips=summary["skipped_clips"],
+            warnings=summary["warnings"],
+            folder=folder,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Returns all that is not in the flat files, as JSON can hold it."""
+        return {
+            "names": self.names,
+            "lengths": self.lengths.tolist(),
+            "width": self.features.shape[1],
+            "dtype": self.features.dtype.name,
+            "seen": self.seen,
+            "skipped": self.skipped,
+            "skipped_clips": self.skipped_clips,
+            "warnings": self.warnings,
+        }
 
     @property
     def features(self) -> np.ndarray:

@@ -1,13 +1,12 @@
 """The official iQIYI-VID files: feature pickles and their ground truth as a source of records.
 
-    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C]
+    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N] [--beam_options=O]
 
 converts a directory and prints its report. Records hold features alone; labels come from the
 ground-truth files at every load, so that correcting a label never means converting again.
 """
 
-import argparse
-import logging
+import itertools
 import os
 import re
 import sys
@@ -15,12 +14,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import NonFinite, PackedClips
 from vidjax.data.labels import load_official_truth
+from vidjax.data.processes import Children, map_children, memory_bytes, num_cores
 from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted import pickles
 
@@ -39,8 +37,13 @@ class OfficialFiles:
 
     kind = "iqiyi_vid"
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, workers: int | None = None):
         """Finds the feature pickles.
+
+        Args:
+          directory: the directory.
+          workers: number of pickles that are read at once; None for one per core, or fewer where
+            memory would be short.
 
         Raises:
           FileNotFoundError: no such directory, or no feature pickle in it.
@@ -54,6 +57,7 @@ class OfficialFiles:
                 "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
                 + _hint(self._directory)
             )
+        self._workers = workers
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
 
@@ -83,20 +87,33 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Unpacks all pickles in the sandbox, one after another."""
+        """Unpacks all pickles in sandboxes, some at once, the largest first."""
+        sizes = {key: path.stat().st_size for key, path in self._files.items()}
+
+        def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
+            folder = scratch / "_".join(key)
+            path, modality = self._files[key], key[0]
+            return pickles.unpack(path, modality, folder, non_finite=non_finite, children=children)
+
+        keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
+        workers = self._workers or _num_readers(sizes.values())
+        packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
         unpacked: dict[str, dict[str, PackedClips]] = {}
-        files = tqdm(
-            sorted(self._files.items()), desc="read", unit="file", leave=False, disable=None
-        )
-        for (modality, split), path in files:
-            folder = scratch / f"{modality}_{split}"
-            packed = pickles.unpack(path, modality, folder, non_finite=non_finite)
-            unpacked.setdefault(split, {})[modality] = packed
+        for modality, split in sorted(packed):
+            unpacked.setdefault(split, {})[modality] = packed[modality, split]
         return unpacked
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Reads `{split}_gt.txt`; see `load_official_truth`."""
         return load_official_truth(self._directory, clips)
+
+
+def _num_readers(sizes: Collection[int]) -> int:
+    """Returns how many pickles of some sizes can be read at once, in half of the memory."""
+    largest = sorted(sizes, reverse=True)
+    # A reader holds its pickle about twice.
+    fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
+    return max(1, min(num_cores(), len(fitting)))
 
 
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:
@@ -165,28 +182,11 @@ def prepare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a directory, prints its report and returns the exit code."""
-    from vidjax.data.records.convert import convert
-    from vidjax.data.records.report import format_report, label_records
+    from vidjax.data.records.command import convert_folder, make_parser
 
-    parser = argparse.ArgumentParser(
-        prog="python -m vidjax.data.iqiyi_vid", description="Convert a directory of official files."
-    )
-    parser.add_argument("directory", metavar="DIR", type=Path)
-    parser.add_argument(
-        "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
-    )
+    parser = make_parser("vidjax.data.iqiyi_vid", "Convert a directory of official files.")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("vidjax").setLevel(logging.INFO)
-    try:
-        source = OfficialFiles(args.directory)
-        records = convert(source, args.cache_dir)
-        _, _, report = label_records(records, source.truth(records.clips))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{format_report(report)}\n{records.folder / 'data_report.json'}\n")
-    return 0
+    return convert_folder(args, lambda: OfficialFiles(args.directory, args.workers))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vidjax.data import iqiyi_vid
-from vidjax.data.arrays import files_by_split, read_npz
+from vidjax.data.arrays import files_by_split
 from vidjax.data.frame_fields import Quality, feature_norms
 from vidjax.data.memory import MemoryClips
-from vidjax.data.parquet import read_clips
+from vidjax.data.parts import read_clips
 from vidjax.data.untrusted import pickles
 
 
@@ -46,7 +46,7 @@ def load_clips(
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix == ".parquet":
-        return MemoryClips.pack(read_clips(path), modalities, identities, quality)
+        return MemoryClips.pack(read_clips([path]), modalities, identities, quality)
     if not path.is_dir():
         problem = "neither a folder nor a table NAME.parquet" if path.exists() else "no such file"
         raise FileNotFoundError(f"{path}: {problem}")
@@ -58,8 +58,7 @@ def load_clips(
     if not paths:
         splits = files_by_split(path)
         paths = splits[_choose_split(path, splits, split)]
-    clips = read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
-    return MemoryClips.pack(clips, modalities, identities, quality)
+    return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:

@@ -1,94 +1,16 @@
 """The TFDS builder that writes flat clips as TFRecord shards."""
 
-import itertools
-import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vidjax.data.cache import disk_error
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 from vidjax.data.records.manifest import VERSION
-
-MIN_SHARDS = 8
-SHARD_BYTES = 256 << 20
-ORDER_SEED = 0
-
-
-class StagedSplit(NamedTuple):
-    """One split before it is written: clips joined by name, arrays still flat.
-
-    Attributes:
-      clips: N clip names in byte order.
-      order: [N] int32, clip index of each record.
-      packed: modality -> its flat arrays.
-      starts: modality -> [N] int64, first frame of each clip, by clip index.
-      lengths: modality -> [N] int32, number of frames of each clip, by clip index.
-    """
-
-    clips: tuple[str, ...]
-    order: np.ndarray
-    packed: dict[str, PackedClips]
-    starts: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
-
-
-def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Joins the clips of one split by name over its modalities."""
-    # Python orders str by code point, which is the byte order of UTF-8.
-    clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
-    index = {name: position for position, name in enumerate(clips)}
-    starts, lengths = {}, {}
-    for modality, flat in packed.items():
-        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
-        starts[modality] = np.zeros(len(clips), np.int64)
-        lengths[modality] = np.zeros(len(clips), np.int32)
-        starts[modality][rows] = flat.starts()
-        lengths[modality][rows] = flat.lengths
-    # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
-    # undo that; one permutation of all training clips does.
-    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
-    order = shuffled if split == "train" else np.arange(len(clips))
-    return StagedSplit(clips, order.astype(np.int32), dict(packed), starts, lengths)
-
-
-def shard_bounds(split: StagedSplit, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
-    """Returns the first and last + 1 record of each shard; no shard is empty."""
-    num_bytes = sum(
-        int(split.lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
-        for name, modality in modalities.items()
-        if name in split.lengths
-    )
-    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-num_bytes // SHARD_BYTES)))
-    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
-    return list(itertools.pairwise(bounds))
-
-
-def release_pages(split: StagedSplit) -> None:
-    """Frees the memory of pages that were read: mapped files count as memory of the process."""
-    for packed, field in itertools.product(split.packed.values(), STORED):
-        owner = packed.frames[field]
-        while isinstance(owner, np.ndarray):
-            owner = owner.base
-        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            owner.madvise(mmap.MADV_DONTNEED)
-
-
-class _SortedWriter(tfds.core.ExampleWriter):
-    """Writes the fields of every record in sorted order, so that equal data makes equal files.
-
-    Protocol buffers write a map in an order that differs from process to process.
-    """
-
-    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        """Writes one shard of (key, serialised record)."""
-        parse = tf.train.Example.FromString
-        ordered = (
-            (key, parse(record).SerializeToString(deterministic=True)) for key, record in examples
-        )
-        return super().write(path, ordered)
+from vidjax.data.records.staging import ShardTask, StagedSplit, shard_bounds, shard_tasks
 
 
 class FrameRecords(tfds.core.ShardBasedBuilder):
@@ -108,11 +30,15 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
         *,
         modalities: Mapping[str, Modality],
         staged: Mapping[str, StagedSplit],
-        data_dir: Any,
+        write_shards: Callable[[Sequence[ShardTask]], None],
+        scratch: Path,
+        data_dir: Path,
     ):
-        """Makes the builder that writes `staged` under `data_dir`."""
+        """Makes the builder that has `write_shards` write `staged` under `data_dir`."""
         self._modalities = modalities
         self._staged = staged
+        self._write_shards = write_shards
+        self._scratch = scratch
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> Any:
@@ -133,36 +59,44 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable]]:
-        return {
-            name: [
-                lambda split=split, first=first, last=last: self._examples(split, first, last)
-                for first, last in shard_bounds(split, self._modalities)
-            ]
-            for name, split in self._staged.items()
-        }
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[ShardTask]]:
+        del dl_manager
+        tasks = {}
+        for name, split in self._staged.items():
+            shards = shard_bounds(split, self._modalities)
+            paths = self._get_filename_template(name).sharded_filepaths(num_shards=len(shards))
+            scratch = self._scratch / name
+            tasks[name] = shard_tasks(split, self._modalities, [*map(Path, paths)], scratch)
+        return tasks
 
-    def _example_writer(self) -> _SortedWriter:
-        return _SortedWriter(self.info.file_format)
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        """Writes all shards of all splits by one call of `write_shards`.
 
-    def _examples(self, split: StagedSplit, first: int, last: int) -> Iterator[tuple[int, dict]]:
-        for index in split.order[first:last].tolist():
-            frames = {
-                name: _clip_frames(split, name, index, modality)
-                for name, modality in self._modalities.items()
-            }
-            yield index, {"clip": split.clips[index], "clip_index": index, "frames": frames}
-        release_pages(split)
+        TFDS would write them one after another. Its Beam pipeline has a step for each shard, which
+        the local runner takes in turn, and runs again for every split, over all splits before it.
+        """
+        del download_config
+        tasks = self._shard_iterators_per_split(dl_manager)
+        self._write_shards([task for shards in tasks.values() for task in shards])
+        splits = [
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[len(task.clips) for task in shards],
+                num_bytes=sum(task.path.stat().st_size for task in shards),
+                filename_template=self._get_filename_template(name),
+            )
+            for name, shards in tasks.items()
+        ]
+        self.info.set_splits(tfds.core.SplitDict(splits))
 
+    def download_and_prepare(self, **options: Any) -> None:
+        """Writes all shards and what TFDS needs to read them.
 
-def _clip_frames(
-    split: StagedSplit, name: str, index: int, modality: Modality
-) -> dict[str, np.ndarray]:
-    """Returns field -> frames of one clip, views of the flat arrays; of length 0 without any."""
-    if name not in split.packed or not split.lengths[name][index]:
-        features = np.zeros((0, modality.dim), modality.dtype)
-        fields = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-        return {"features": features, **fields}
-    start = int(split.starts[name][index])
-    frames = slice(start, start + int(split.lengths[name][index]))
-    return {field: split.packed[name].frames[field][frames] for field in STORED}
+        Raises:
+          OSError: the disk is full or cannot be written.
+        """
+        try:
+            super().download_and_prepare(**options)
+        except tf.errors.OpError as error:
+            full = isinstance(error, tf.errors.ResourceExhaustedError)
+            raise disk_error(self._scratch, full=full) from error

@@ -7,6 +7,7 @@ from typing import Any
 from vidjax.data.cache import building, cache_folder, exclusive
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.record_source import RecordSource
+from vidjax.data.records.engines import ALL_CORES, Engine, check_engine
 from vidjax.data.records.manifest import VERSION, Records, load_records
 
 
@@ -15,6 +16,7 @@ def convert(
     cache_dir: str | Path | None = None,
     *,
     non_finite: NonFinite = "drop",
+    engine: Engine = ALL_CORES,
 ) -> Records:
     """Returns the records of a source, converting it unless the cache has them.
 
@@ -23,14 +25,16 @@ def convert(
       cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
+      engine: what writes the shards; the records are the same.
 
     Raises:
-      ValueError: the source contradicts itself, the records are damaged, or, with
-        `non_finite='error'`, a feature is not finite.
+      ValueError: the engine cannot run here, the source contradicts itself, the records are
+        damaged, or, with `non_finite='error'`, a feature is not finite.
       OSError: the cache cannot be written.
     """
     if non_finite not in ("drop", "error"):
         raise ValueError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
+    check_engine(engine)
     fingerprint = source.fingerprint()
     folder = _folder(source.kind, fingerprint, cache_dir)
     if not (folder / "manifest.json").exists():
@@ -39,7 +43,7 @@ def convert(
                 with building(folder) as partial:
                     from vidjax.data.records.write import write_records
 
-                    write_records(source, fingerprint, partial, non_finite)
+                    write_records(source, fingerprint, partial, non_finite, engine)
                     if source.fingerprint() != fingerprint:
                         raise ValueError(
                             f"{source.place}: changed during the conversion\n"

@@ -1,27 +1,22 @@
 """From any source of frames to the records of an empty folder."""
 
 import contextlib
+import functools
 import io
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vidjax.data.cache import disk_error
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite
+from vidjax.data.processes import num_cores
 from vidjax.data.record_source import RecordSource, Unpacked
-from vidjax.data.records.builder import (
-    FrameRecords,
-    StagedSplit,
-    release_pages,
-    shard_bounds,
-    stage,
-)
-from vidjax.data.records.codec import tf
+from vidjax.data.records.engines import ALONE, Engine, write_shards
 from vidjax.data.records.manifest import (
     VERSION,
     Records,
@@ -30,57 +25,82 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.data.records.report import report_split
+from vidjax.data.records.staging import StagedSplit, release_pages, shard_bounds, stage
 
 _LOG = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def write_records(
-    source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path, non_finite: NonFinite
+    source: RecordSource,
+    fingerprint: list[dict[str, Any]],
+    folder: Path,
+    non_finite: NonFinite,
+    engine: Engine,
 ) -> None:
-    """Fills a folder with the records of a source."""
+    """Fills a folder with the records of a source; see `convert`."""
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    unpacked = source.read(staging, non_finite)
-    modalities = _common_modalities(unpacked, source)
-    _refuse_shared_clips(unpacked, source.place)
-    staged = {split: stage(split, packed) for split, packed in unpacked.items()}
-    report = {"version": VERSION, "splits": _report(source, staged)}
+    with ThreadPoolExecutor(1 if engine == ALONE else num_cores()) as threads:
 
-    builder = FrameRecords(modalities=modalities, staged=staged, data_dir=folder)
-    # TFDS announces a download on stdout.
-    with contextlib.redirect_stdout(io.StringIO()), _disk_errors(folder):
-        builder.download_and_prepare(download_dir=staging)
-    splits = {}
-    for name, split in staged.items():
-        counts = [last - first for first, last in shard_bounds(split, modalities)]
-        paths = map(Path, builder.info.splits[name].filepaths)
-        shards = tuple(map(describe_shard, paths, counts))
-        splits[name] = SplitRecords(split.clips, split.order, split.lengths, shards)
+        def start(function: Callable[..., Result], *args: Any) -> Future[Result]:
+            """Calls a function while other processes work, or now where there are none."""
+            future = threads.submit(function, *args)
+            if engine == ALONE:
+                wait([future])
+            return future
+
+        imported = start(_import_builder)
+        unpacked = source.read(staging, non_finite)
+        modalities = _common_modalities(unpacked, source)
+        _refuse_empty_splits(unpacked, source)
+        _refuse_shared_clips(unpacked, source.place)
+        staged = {split: stage(split, packed) for split, packed in unpacked.items()}
+        reports = {name: start(_report, source, name, split) for name, split in staged.items()}
+        builder = imported.result()(
+            modalities=modalities,
+            staged=staged,
+            write_shards=functools.partial(write_shards, engine, scratch=staging),
+            scratch=staging / "memory",
+            data_dir=folder,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+            builder.download_and_prepare(download_dir=staging)
+        splits = {}
+        for name, split in staged.items():
+            counts = [last - first for first, last in shard_bounds(split, modalities)]
+            paths = map(Path, builder.info.splits[name].filepaths)
+            shards = tuple(threads.map(describe_shard, paths, counts))
+            splits[name] = SplitRecords(split.clips, split.order, split.lengths, shards)
+        report = {
+            "version": VERSION,
+            "splits": {name: future.result() for name, future in reports.items()},
+        }
     shutil.rmtree(staging)
     write_manifest(Records(folder, modalities, splits, report), fingerprint)
 
 
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an error of a TensorFlow writer into an OSError."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        full = isinstance(error, tf.errors.ResourceExhaustedError)
-        raise disk_error(folder, full=full) from error
+def _import_builder() -> Any:
+    """Returns the class `FrameRecords`; imports TensorFlow, which takes seconds."""
+    from vidjax.data.records.builder import FrameRecords
+
+    return FrameRecords
 
 
-def _report(source: RecordSource, staged: Mapping[str, StagedSplit]) -> dict[str, Any]:
-    """Returns split -> report of its feature files."""
-    splits = {}
-    for name, split in staged.items():
-        paths = {modality: source.file_of(modality, name) for modality in split.packed}
-        if not split.clips:
-            place = ", ".join(map(str, paths.values())) or source.place
-            raise ValueError(f"{place}: no clip in split {name!r}")
-        splits[name] = report_split(split.packed, split.lengths, paths)
-        release_pages(split)
-    return splits
+def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, Any]:
+    """Returns the report of the feature files of a split."""
+    paths = {modality: source.file_of(modality, name) for modality in split.packed}
+    report = report_split(split.packed, split.lengths, paths)
+    release_pages(split)
+    return report
+
+
+def _refuse_empty_splits(unpacked: Unpacked, source: RecordSource) -> None:
+    """Raises ValueError when a split has no clip."""
+    for name, packed in unpacked.items():
+        if not any(flat.names for flat in packed.values()):
+            paths = ", ".join(str(source.file_of(modality, name)) for modality in packed)
+            raise ValueError(f"{paths or source.place}: no clip in split {name!r}")
 
 
 def _common_modalities(unpacked: Unpacked, source: RecordSource) -> dict[str, Modality]:

@@ -16,6 +16,7 @@ from vidjax.data.frame_fields import (
     PackedClips,
     Quality,
     feature_norms,
+    map_frames,
     skipped_clips,
     usable_rows,
 )
@@ -286,24 +287,21 @@ class _Packer:
         lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
         total = int(lengths.sum())
         dropped = int(seen.sum()) - total
-        features = self._column("features", self._dtype, (total, self._width))
-        fields = {
-            name: self._column(name, field.dtype, field.shape(total))
-            for name, field in FRAME_FIELDS.items()
-        }
         return PackedClips(
             names=tuple(self._names),
             lengths=lengths,
-            frames={"features": features, **fields},
+            frames=self._frames(total),
             seen=int(seen.sum()),
             skipped={"non_finite": dropped} if dropped else {},
             skipped_clips=skipped_clips(seen, lengths),
             warnings=dict(self._warnings),
+            folder=self._folder,
         )
 
-    def _column(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        if not self._folder:
-            return np.concatenate([np.empty((0, *shape[1:]), dtype), *self._arrays[name]])
-        if not all(shape):
-            return np.empty(shape, dtype)
-        return np.asarray(np.memmap(self._folder / f"{name}.bin", dtype, "r", shape=shape))
+    def _frames(self, total: int) -> dict[str, np.ndarray]:
+        """Returns field -> the frames of all clips."""
+        if self._folder:
+            return map_frames(self._folder, self._dtype, self._width, total)
+        none = {name: np.empty(field.shape(0), field.dtype) for name, field in FRAME_FIELDS.items()}
+        none["features"] = np.empty((0, self._width), self._dtype)
+        return {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}

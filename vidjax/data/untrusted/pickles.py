@@ -5,13 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
+from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
+from vidjax.data.processes import Children
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
 
@@ -26,6 +24,7 @@ def unpack(
     out_dir: str | os.PathLike[str],
     *,
     non_finite: NonFinite = "drop",
+    children: Children | None = None,
 ) -> PackedClips:
     """Reads one feature pickle into flat files and returns them as memory-mapped arrays.
 
@@ -39,6 +38,7 @@ def unpack(
       out_dir: a folder for this call alone, made if missing. Its files must outlive the arrays.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses the file.
+      children: the child becomes one of them, which another thread can kill.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -53,7 +53,8 @@ def unpack(
         raise ValueError(f"{path}: not a regular file")
     out_dir.mkdir(parents=True, exist_ok=True)
     with cleared_on_error(out_dir):
-        return load_flat_files(path, out_dir, _run_sandbox(path, modality, out_dir, non_finite))
+        child = _run_sandbox(path, modality, out_dir, non_finite, children or Children())
+        return load_flat_files(path, out_dir, child)
 
 
 @contextlib.contextmanager
@@ -78,57 +79,19 @@ def load_flat_files(
       out_dir: its folder.
       child: its exit status, stdout and stderr.
     """
-    summary = _summary_of(path, out_dir, child)
-    lengths = np.array(summary["lengths"], np.int32)
-    count = int(lengths.sum())
-
-    def column(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        if not all(shape):
-            return np.empty(shape, dtype)
-        return np.asarray(np.memmap(out_dir / f"{name}.bin", dtype, "r", shape=shape))
-
-    features = column("features", summary["dtype"], (count, summary["width"]))
-    fields = {
-        name: column(name, field.dtype, field.shape(count)) for name, field in FRAME_FIELDS.items()
-    }
-    return PackedClips(
-        names=tuple(summary["names"]),
-        lengths=lengths,
-        frames={"features": features, **fields},
-        seen=summary["seen"],
-        skipped=summary["skipped"],
-        skipped_clips=summary["skipped_clips"],
-        warnings=summary["warnings"],
-    )
+    return PackedClips.of_flat_files(out_dir, _summary_of(path, out_dir, child))
 
 
 def _run_sandbox(
-    path: Path, modality: str, out_dir: Path, non_finite: str
+    path: Path, modality: str, out_dir: Path, non_finite: str, children: Children
 ) -> subprocess.CompletedProcess[bytes]:
     """Runs the sandbox on a pickle and returns the ended child, whatever its exit status."""
-    size = path.stat().st_size
-    # The child imports from the same folders as this process, and not from its current directory.
-    # Every BLAS thread would reserve address space of its own.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
-    arguments = [str(path.absolute()), modality, str(out_dir.absolute()), non_finite]
+    arguments = (path.absolute(), modality, out_dir.absolute(), non_finite)
+    limit = _WALL_SECONDS + path.stat().st_size / _WALL_BYTES_PER_SECOND
     try:
-        return subprocess.run(
-            [sys.executable, "-P", "-m", sandbox.__name__, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=environment,
-            timeout=_WALL_SECONDS + size / _WALL_BYTES_PER_SECOND,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(
-            f"{path}: refused: reading it needs more than {error.timeout:.0f} s"
-        ) from None
+        return children.run(sandbox.__name__, *arguments, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
 
 
 def _summary_of(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> dict:

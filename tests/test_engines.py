@@ -1,0 +1,382 @@
+"""Conversion by several processes and by Beam: the files of one process, to the byte."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.clip_files import random_clip, write_learnable
+from vidjax.data import arrays, iqiyi_vid, processes
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.iqiyi_vid import OfficialFiles
+from vidjax.data.records import engines, tfrecord, worker
+from vidjax.data.records.codec import PackedFrames, tf, tfds
+from vidjax.data.records.convert import convert
+from vidjax.data.records.engines import ALONE, Beam, Pool
+from vidjax.data.records.staging import FlatFiles, ShardTask
+from vidjax.data.untrusted.packing import pack
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Returns file -> sha256 of records; of their manifest without source and times."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(content)
+            del manifest["manifest_sha256"], manifest["sources"]
+            for split in manifest["splits"].values():
+                for shard in split["shards"]:
+                    del shard["mtime_ns"]
+            content = json.dumps(manifest).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def make_clips(seed: int, count: int) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Returns clip -> modality -> field -> frames, with gaps and values that are not finite."""
+    rng = np.random.default_rng(seed)
+    clips: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for number in range(count):
+        fields = random_clip(rng, number % 5, 6)._asdict()
+        if number % 7 == 3:
+            fields["features"][:1] = np.nan
+        if number % 11 == 4:
+            fields["detection"][:1] = np.nan
+        if number % 6 == 2:
+            fields["quality"][-1:] = np.inf
+        clips[f"{seed}_{number:03d}"] = {"face": fields}
+        if number % 3:
+            voice = rng.normal(size=(1, 4)).astype(np.float32)
+            clips[f"{seed}_{number:03d}"]["audio"] = {"features": voice}
+    return clips
+
+
+def write_npz(folder: Path) -> Path:
+    for seed, split in enumerate(("train", "val")):
+        (folder / split).mkdir(parents=True)
+        for name, modalities in make_clips(seed, 40 - 9 * seed).items():
+            fields: dict[str, Any] = {
+                modality if field == "features" else f"{modality}_{field}": values
+                for modality, given in modalities.items()
+                for field, values in given.items()
+            }
+            np.savez(folder / split / f"{name}.npz", **fields)
+    return folder
+
+
+def write_parquet(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder.mkdir()
+    for seed, split in enumerate(("train", "val")):
+        rows = [
+            {"clip": name, "modality": modality, "features": frame.tolist()}
+            for name, modalities in make_clips(seed, 40).items()
+            for modality, given in modalities.items()
+            for frame in given["features"].astype(np.float32)
+        ]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}.parquet")
+    return folder
+
+
+def write_official(folder: Path) -> Path:
+    folder.mkdir()
+    write_learnable(folder)
+    return folder
+
+
+KINDS = {
+    "pickles": (write_official, OfficialFiles),
+    "npz": (write_npz, lambda folder, workers: arrays.FeatureFolder(folder, workers=workers)),
+    "parquet": (
+        write_parquet,
+        lambda folder, workers: arrays.FeatureFolder(folder, workers=workers),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_processes_write_the_files_of_one(kind: str, tmp_path: Path) -> None:
+    write, open_source = KINDS[kind]
+    folder = write(tmp_path / "source")
+    one = convert(open_source(folder, 1), tmp_path / "one", engine=ALONE)
+    some = convert(open_source(folder, 2), tmp_path / "some", engine=Pool(2))
+    assert files_of(some.folder) == files_of(one.folder)
+    assert len(files_of(one.folder)) > 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
+def test_beam_writes_the_files_of_one_process(kind: str, mode: str, tmp_path: Path) -> None:
+    pytest.importorskip("apache_beam")
+    write, open_source = KINDS[kind]
+    folder = write(tmp_path / "source")
+    one = convert(open_source(folder, 1), tmp_path / "one", engine=ALONE)
+    beam = Beam(f"direct_num_workers=2,direct_running_mode={mode}")
+    many = convert(open_source(folder, 2), tmp_path / "many", engine=beam)
+    assert files_of(many.folder) == files_of(one.folder)
+
+
+@pytest.mark.slow
+def test_an_unknown_runner_is_told_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("apache_beam")
+    write_npz(tmp_path / "source")
+    words = [
+        str(tmp_path / "source"),
+        f"--cache_dir={tmp_path}",
+        "--beam_options=runner=FlinkRuner",
+    ]
+    assert arrays.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and "FlinkRuner" in err and len(err.splitlines()) <= 3
+    assert not (tmp_path / "arrays").exists()
+
+
+def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = OfficialFiles(write_official(tmp_path / "source"))
+    one = convert(source, tmp_path / "one", engine=ALONE)
+
+    def run(folder: Path, engine: Beam) -> None:
+        for path in sorted(folder.glob("*.npz"), reverse=True):
+            worker.write_saved(str(path))
+
+    monkeypatch.setattr(engines, "_run_beam", run)
+    monkeypatch.setattr(engines, "_make_pipeline", list)
+    many = convert(source, tmp_path / "many", engine=Beam(""))
+    assert files_of(many.folder) == files_of(one.folder)
+
+
+def test_without_beam_one_line_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    write_official(tmp_path / "source")
+    words = [
+        str(tmp_path / "source"),
+        f"--cache_dir={tmp_path}",
+        "--beam_options=runner=FnApiRunner",
+    ]
+    assert iqiyi_vid.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and "pip install 'vidjax[beam]'" in err
+    assert not (tmp_path / "iqiyi_vid").exists(), "it is told before anything is read"
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--beam_options=runner=DirectRunner", "runner=FnApiRunner"),
+        ("--workers=0", "1 or more"),
+    ],
+)
+def test_options_that_cannot_work_are_told(
+    words: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_npz(tmp_path / "source")
+    assert arrays.main([str(tmp_path / "source"), f"--cache_dir={tmp_path}", words]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and remedy in err
+
+
+def test_the_local_runner_is_named() -> None:
+    assert engines._beam_flags("") == ["--runner=FnApiRunner"]
+    assert engines._beam_flags("runner=FlinkRunner, flink_master=H:1") == [
+        "--runner=FlinkRunner",
+        "--flink_master=H:1",
+    ]
+
+
+def test_own_features_are_converted_by_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_npz(tmp_path / "source")
+    words = [str(folder), f"--cache_dir={tmp_path}", "--workers=1"]
+    assert arrays.main(words) == 0
+    assert "train: 40 clips, no ground truth" in capsys.readouterr().out
+    assert arrays.main([*words, "--quality=norm"]) == 0
+    assert len(list(tmp_path.glob("arrays/*/manifest.json"))) == 2
+
+
+def test_arrays_in_memory_are_the_same_files(tmp_path: Path) -> None:
+    """A source may keep frames in memory; other processes get them as files."""
+    source = arrays.FeatureDict({"train": make_clips(0, 20)})
+    one = convert(source, tmp_path / "one", engine=ALONE)
+
+    class InMemory(arrays.FeatureDict):
+        def read(self, scratch, non_finite):
+            return {"train": pack(self._clips("train"), non_finite=non_finite)}
+
+    some = convert(InMemory({"train": make_clips(0, 20)}), tmp_path / "some", engine=Pool(2))
+    assert files_of(some.folder) == files_of(one.folder)
+
+
+def test_little_data_start_no_process() -> None:
+    def task(frames: int) -> ShardTask:
+        lengths = {"face": np.array([frames])}
+        modalities = {"face": Modality(512, "float16")}
+        return ShardTask(Path(), modalities, {}, ("a",), np.array([0]), {}, lengths)
+
+    few, many = [task(1000)] * 8, [task(engines.WORKER_BYTES)] * 8
+    assert engines._num_workers(Pool(), few) == 1
+    assert engines._num_workers(Pool(), many) == min(processes.num_cores(), 8)
+    assert engines._num_workers(Pool(3), few) == 3
+    assert engines._num_workers(Pool(30), few) == 8
+
+
+def peak_bytes(folder: Path) -> int:
+    """Returns the peak memory of a process that writes the tasks of a folder."""
+    # A process begins with the peak of the one that starts it: of a small one here.
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    words = [sys.executable, "-m", worker.__name__, str(folder), "0", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=True)
+    return 1024 * int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other units")
+def test_the_memory_of_a_process_that_writes_is_bounded_by_a_shard(tmp_path: Path) -> None:
+    clips, frames = 2048, 128
+    for field, width in {"features": 1024, "number": 4, "quality": 4, "detection": 4}.items():
+        with (tmp_path / f"{field}.bin").open("wb") as file:
+            file.truncate(clips * frames * width)
+    (tmp_path / "box.bin").write_bytes(bytes(clips * frames * 16))
+    files = {"face": FlatFiles(tmp_path, "float16", 512, clips * frames)}
+    modalities = {"face": Modality(512, "float16")}
+    order = np.random.default_rng(0).permutation(clips).astype(np.int32)
+    peaks = {}
+    for kind, shards in {"none": 0, "whole": 16}.items():
+        (tmp_path / kind).mkdir()
+        for number, part in enumerate(np.split(order, 16)[:shards]):
+            names = tuple(f"clip {index}" for index in part)
+            starts = {"face": part.astype(np.int64) * frames}
+            lengths = {"face": np.full(len(part), frames, np.int32)}
+            path = tmp_path / f"{number}.tfrecord"
+            task = ShardTask(path, modalities, files, names, part, starts, lengths)
+            task.save(tmp_path / kind / f"{number}.npz")
+        peaks[kind] = peak_bytes(tmp_path / kind)
+    size = clips * frames * 1024
+    sys.stdout.write(f"{size >> 20} MB in 16 shards: peaks {peaks}\n")
+    assert peaks["whole"] - peaks["none"] < size // 2
+
+
+# Reading by several processes.
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Changes the last clips of a folder of `.npz` so that one process alone can judge them."""
+    clip = folder / "val" / "1_030.npz"
+    if how == "another width":
+        np.savez(clip, face=np.zeros((2, 7), np.float16))
+    elif how == "another dtype":
+        np.savez(clip, face=np.zeros((2, 6), np.float64))
+    elif how == "twice":
+        (folder / "val" / "1_001.npz").rename(folder / "val" / "zz.npz")
+        (folder / "val" / "1_000.npz").rename(folder / "val" / "zz.mp4.npz")
+    elif how == "damaged":
+        clip.write_bytes(b"PK")
+    else:
+        np.savez(clip)
+
+
+@pytest.mark.parametrize("how", ["another width", "another dtype", "twice", "damaged"])
+def test_processes_that_read_tell_the_error_of_one(how: str, tmp_path: Path) -> None:
+    folder = write_npz(tmp_path / "source")
+    spoil(folder, how)
+    said = []
+    for workers in (1, 2):
+        with pytest.raises(ValueError) as error:
+            arrays.FeatureFolder(folder, workers=workers).read(tmp_path / str(workers), "drop")
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_a_clip_without_any_modality_counts_as_for_one_process(tmp_path: Path) -> None:
+    folder = write_npz(tmp_path / "source")
+    spoil(folder, "no array")
+    one, some = (
+        convert(arrays.FeatureFolder(folder, workers=n), tmp_path / str(n), engine=ALONE)
+        for n in (1, 2)
+    )
+    assert files_of(some.folder) == files_of(one.folder)
+
+
+def test_a_failure_ends_the_other_processes(tmp_path: Path) -> None:
+    def run(children: processes.Children, item: str) -> None:
+        if item == "fails":
+            time.sleep(0.3)
+            raise ValueError("a file is damaged")
+        children.run("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)")
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="a file is damaged"):
+        processes.map_children(run, ["waits", "fails", "begins late"], 2)
+    assert time.monotonic() - began < 10
+
+
+def test_pickles_are_read_at_once_as_far_as_memory_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iqiyi_vid, "num_cores", lambda: 8)
+    monkeypatch.setattr(iqiyi_vid, "memory_bytes", lambda: 100)
+    assert [iqiyi_vid._num_readers(sizes) for sizes in ([1] * 9, [20, 5, 1], [10] * 5, [90])] == [
+        8,
+        2,
+        2,
+        1,
+    ]
+
+
+# The TFRecord files.
+
+
+def test_checksums_are_those_of_tensorflow(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [4, 5, 8, 511, 512, 513, 1024, 5000, *rng.integers(4, 3000, 30).tolist()]
+    messages = [rng.bytes(size) for size in sizes]
+    with (tmp_path / "ours").open("wb") as file:
+        tfrecord.write(file, messages)
+    with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
+        for message in messages:
+            writer.write(message)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert tfrecord.crc32c([b"123456789"])[0] == 0xE3069283  # RFC 3720, appendix B.4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
+def test_a_record_is_what_tfds_makes_of_a_clip(dtype: str) -> None:
+    modalities = {"face": Modality(5, dtype), "a-b_c": Modality(300, dtype)}
+    features = tfds.features.FeaturesDict(
+        {
+            "clip": tfds.features.Text(),
+            "clip_index": tfds.features.Scalar(dtype=np.int64),
+            "frames": tfds.features.FeaturesDict(
+                {name: PackedFrames(dim=m.dim, dtype=m.dtype) for name, m in modalities.items()}
+            ),
+        }
+    )
+    rng = np.random.default_rng(0)
+    for index, count in ((0, 0), (1, 1), (127, 3), (128, 40), (2**31 - 1, 300)):
+        frames = {}
+        for name, modality in modalities.items():
+            clip = random_clip(rng, count, modality.dim, dtype)._asdict()
+            frames[name] = {field: clip[field] for field in STORED}
+        example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
+        theirs = tf.train.Example.FromString(features.serialize_example(example))
+        ours = worker._record(example, modalities)
+        assert ours == theirs.SerializeToString(deterministic=True)
+    assert set(STORED) == {"features", *FRAME_FIELDS}

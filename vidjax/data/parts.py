@@ -1,0 +1,170 @@
+"""Folders of own features, read by several processes: each packs some of the clips of a split.
+
+    python -m vidjax.data.parts OUT_DIR NON_FINITE QUALITY < PATHS
+
+is such a process. PATHS are separated by a zero byte.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from vidjax.data import parquet
+from vidjax.data.frame_fields import STORED, NonFinite, PackedClips, Quality, map_frames
+from vidjax.data.npz import read_npz
+from vidjax.data.processes import Children, map_children, num_cores
+from vidjax.data.untrusted.packing import Clip, pack
+
+# Less than this is read before another process has started.
+READER_BYTES = 64 << 20
+OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
+
+
+class Options(TypedDict):
+    """How clips are packed, see `pack`."""
+
+    non_finite: NonFinite
+    quality: Quality
+
+
+def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
+    """Yields the clips of a split: of one parquet table, or of `.npz` files."""
+    return parquet.read_clips(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
+
+
+def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
+    """Returns the number of processes that are worth their start for the files of all splits."""
+    paths = [path for split in files.values() for path in split]
+    size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
+    return max(1, min(num_cores(), size // READER_BYTES))
+
+
+def read_at_once(
+    files: Mapping[str, Sequence[Path]], scratch: Path, workers: int, options: Options
+) -> dict[str, dict[str, PackedClips]] | None:
+    """Returns split -> modality -> what `pack` returns for a split, read by several processes.
+
+    It is None where one process must read: where a process fails, or finds what its part alone does
+    not tell, such as a name that comes twice. Reading in one process then tells what is wrong.
+
+    Args:
+      files: split -> its files.
+      scratch: a folder for flat files, which must outlive the arrays.
+      workers: number of processes.
+      options: how to pack.
+    """
+    # Some parts take longer: twice as many as processes.
+    length = -(-sum(map(len, files.values())) // (2 * workers))
+    parts = [
+        (split, paths[first : first + length])
+        for split, paths in files.items()
+        for first in range(0, len(paths), length)
+    ]
+
+    def read(children: Children, number: int) -> dict[str, PackedClips]:
+        folder = scratch / str(number)
+        paths = b"\0".join(map(os.fsencode, parts[number][1]))
+        words = (folder, options["non_finite"], options["quality"])
+        child = children.run(__name__, *words, given=paths)
+        if child.returncode:
+            raise _OneProcess
+        summaries = json.loads(child.stdout).items()
+        return {name: PackedClips.of_flat_files(folder / name, one) for name, one in summaries}
+
+    try:
+        read_parts = map_children(read, range(len(parts)), workers)
+        found: dict[str, list[dict[str, PackedClips]]] = {split: [] for split in files}
+        for (split, _), packed in zip(parts, read_parts, strict=True):
+            found[split].append(packed)
+        with ThreadPoolExecutor(workers) as threads:
+            return {split: _join(packed, threads) for split, packed in found.items()}
+    except _OneProcess:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return None
+
+
+class _OneProcess(Exception):
+    """One process must read all clips."""
+
+
+def _join(
+    parts: Sequence[Mapping[str, PackedClips]], threads: ThreadPoolExecutor
+) -> dict[str, PackedClips]:
+    """Returns modality -> the clips of all parts of a split."""
+    names = [{name for flat in part.values() for name in flat.names} for part in parts]
+    if sum(map(len, names)) != len(set().union(*names)):
+        raise _OneProcess
+    modalities = sorted({modality for part in parts for modality in part})
+    found = [[part[name] for part in parts if name in part] for name in modalities]
+    return dict(zip(modalities, threads.map(_concatenate, found), strict=True))
+
+
+def _concatenate(parts: Sequence[PackedClips]) -> PackedClips:
+    """Returns the clips of all parts of a modality, in the flat files of the first."""
+    shapes = {(one.features.dtype, one.features.shape[1]) for one in parts if len(one.features)}
+    if len(shapes) > 1:
+        raise _OneProcess
+    dtype, width = shapes.pop() if shapes else (parts[0].features.dtype, 0)
+    folder, *others = [one.folder for one in parts if one.folder]
+    for other, field in itertools.product(others, STORED):
+        source, target = (place / f"{field}.bin" for place in (other, folder))
+        with source.open("rb") as part, target.open("ab") as file:
+            shutil.copyfileobj(part, file, 1 << 24)
+        source.unlink()
+    lengths = np.concatenate([one.lengths for one in parts])
+    return PackedClips(
+        names=tuple(name for one in parts for name in one.names),
+        lengths=lengths,
+        frames=map_frames(folder, dtype, width, int(lengths.sum())),
+        seen=sum(one.seen for one in parts),
+        skipped=_add(one.skipped for one in parts),
+        # In the order of one process, which the report keeps.
+        skipped_clips=dict(sorted(_add(one.skipped_clips for one in parts).items())),
+        warnings=_add(one.warnings for one in parts),
+        folder=folder,
+    )
+
+
+def _add(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the sums of counts, in the order in which they first appear."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Packs some clips and prints modality -> their summary as JSON; returns the exit code."""
+    folder, non_finite, quality = argv
+    paths = [Path(os.fsdecode(path)) for path in sys.stdin.buffer.read().split(b"\0")]
+
+    def clips() -> Iterator[Clip]:
+        for clip in read_clips(paths):
+            if not clip.modalities:
+                raise ValueError("which modality it counts for, the other parts decide")
+            yield clip
+
+    try:
+        packed = pack(
+            clips(),
+            Path(folder),
+            non_finite="drop" if non_finite == "drop" else "error",
+            quality="norm" if quality == "norm" else "given",
+        )
+    except (ValueError, OSError):
+        return 1
+    sys.stdout.write(json.dumps({name: flat.summary() for name, flat in packed.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Child processes of this program, several at once.
+
+The pools of Python begin by importing the user's program again in each child, which would run one
+that has no `if __name__ == "__main__"`. So a child here runs a module of this package.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Returns the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Children:
+    """Child processes that are killed together; threads may share it."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(
+        self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Runs a module of this package and returns the ended child, whatever its exit status.
+
+        Args:
+          module: the module.
+          *words: its arguments.
+          given: its input.
+          timeout: seconds after which it is killed.
+
+        Raises:
+          subprocess.TimeoutExpired: it was killed by the timeout.
+        """
+        # It imports from the same folders as this process, and not from its current directory.
+        # Every BLAS thread would reserve address space of its own.
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
+        pipe = subprocess.PIPE
+        with self._lock:
+            if self._stopped:
+                raise InterruptedError("stopped")  # nobody reads this
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, *map(str, words)],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                env=environment,
+            )
+            self._started.append(child)
+        with child:
+            try:
+                output, errors = child.communicate(given, timeout)
+            except BaseException:
+                child.kill()
+                raise
+        return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
+
+    def stop(self) -> None:
+        """Kills all of them, and lets no other start."""
+        with self._lock:
+            self._stopped = True
+            for child in self._started:
+                child.kill()
+
+
+def map_children(
+    function: Callable[[Children, Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    *,
+    progress: str = "",
+) -> list[Result]:
+    """Calls a function, which runs a child, with each item; some at once, in threads that wait.
+
+    The first error ends all children at once.
+
+    Args:
+      function: gets the children and an item.
+      items: the items; they begin in this order.
+      workers: how many at once.
+      progress: the title of a progress bar; empty for none.
+
+    Returns:
+      the result of each item.
+    """
+    children = Children()
+    with ThreadPoolExecutor(workers) as threads:
+        futures = [threads.submit(function, children, item) for item in items]
+        try:
+            for future in tqdm(
+                as_completed(futures),
+                progress,
+                len(futures),
+                leave=False,
+                disable=not progress or None,
+            ):
+                future.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
+    return [future.result() for future in futures]

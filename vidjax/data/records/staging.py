@@ -1,0 +1,231 @@
+"""What each shard will hold: clips joined by name, put in order and cut into shards; numpy only.
+
+A shard is a function of its task alone, and a task is small: it says where in the flat files the
+frames of its clips lie. So any process that sees these files can write any shard.
+"""
+
+import itertools
+import json
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips, map_frames
+
+MIN_SHARDS = 8
+SHARD_BYTES = 256 << 20
+ORDER_SEED = 0
+
+
+class FlatFiles(NamedTuple):
+    """Where the frames of one modality of a split lie; see `map_frames`.
+
+    Attributes:
+      folder: the folder of the flat files.
+      dtype: dtype of the features.
+      width: their width.
+      num_frames: number of frames of all clips.
+    """
+
+    folder: Path
+    dtype: str
+    width: int
+    num_frames: int
+
+
+class StagedSplit(NamedTuple):
+    """One split before it is written: clips joined by name, arrays still flat.
+
+    Attributes:
+      clips: N clip names in byte order.
+      order: [N] int32, clip index of each record.
+      packed: modality -> its flat arrays.
+      starts: modality -> [N] int64, first frame of each clip, by clip index.
+      lengths: modality -> [N] int32, number of frames of each clip, by clip index.
+    """
+
+    clips: tuple[str, ...]
+    order: np.ndarray
+    packed: dict[str, PackedClips]
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+
+class ShardTask(NamedTuple):
+    """All that it takes to write one shard of n records.
+
+    Attributes:
+      path: the file to write.
+      modalities: modality -> width and dtype of its features.
+      files: modality -> its flat files; only the modalities that the split has.
+      clips: the clip name of each record.
+      order: [n] int32, the clip index of each record.
+      starts: modality -> [n] int64, first frame of each record.
+      lengths: modality -> [n] int32, number of frames of each record.
+    """
+
+    path: Path
+    modalities: dict[str, Modality]
+    files: dict[str, FlatFiles]
+    clips: tuple[str, ...]
+    order: np.ndarray
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields clip index and fields of each record; its frames are views of mapped files.
+
+        The files are mapped anew: what was read of them leaves the memory with the shard.
+        """
+        frames = {name: map_frames(*files) for name, files in self.files.items()}
+        for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
+            fields = {
+                name: self._frames(frames.get(name), name, modality, record)
+                for name, modality in self.modalities.items()
+            }
+            yield index, {"clip": clip, "clip_index": index, "frames": fields}
+
+    def _frames(
+        self,
+        flat: Mapping[str, np.ndarray] | None,
+        name: str,
+        modality: Modality,
+        record: int,
+    ) -> dict[str, np.ndarray]:
+        """Returns field -> frames of a record in one modality; of length 0 without any."""
+        if flat is None or not self.lengths[name][record]:
+            features = np.zeros((0, modality.dim), modality.dtype)
+            fields = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+            return {"features": features, **fields}
+        start = int(self.starts[name][record])
+        frames = slice(start, start + int(self.lengths[name][record]))
+        return {field: flat[field][frames] for field in STORED}
+
+    def save(self, path: Path) -> None:
+        """Writes the task to an `.npz` file."""
+        facts = {
+            "path": str(self.path.absolute()),
+            "modalities": self.modalities,
+            "files": {
+                name: (str(flat.folder.absolute()), *flat[1:]) for name, flat in self.files.items()
+            },
+        }
+        clips = "\n".join(self.clips).encode("utf-8", "surrogateescape")
+        arrays = {
+            "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            "clips": np.frombuffer(clips, np.uint8),
+            "order": self.order,
+        }
+        for name in self.files:
+            arrays[f"starts/{name}"] = self.starts[name]
+            arrays[f"lengths/{name}"] = self.lengths[name]
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardTask":
+        """Reads a task that `save` has written."""
+        with np.load(path, allow_pickle=False) as file:
+            facts = json.loads(file["facts"].tobytes())
+            files = {
+                name: FlatFiles(Path(folder), *rest)
+                for name, (folder, *rest) in facts["files"].items()
+            }
+            return cls(
+                path=Path(facts["path"]),
+                modalities={name: Modality(*kind) for name, kind in facts["modalities"].items()},
+                files=files,
+                clips=tuple(file["clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")),
+                order=file["order"],
+                starts={name: file[f"starts/{name}"] for name in files},
+                lengths={name: file[f"lengths/{name}"] for name in files},
+            )
+
+
+def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
+    """Joins the clips of one split by name over its modalities."""
+    # Python orders str by code point, which is the byte order of UTF-8.
+    clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
+    index = {name: position for position, name in enumerate(clips)}
+    starts, lengths = {}, {}
+    for modality, flat in packed.items():
+        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+        starts[modality] = np.zeros(len(clips), np.int64)
+        lengths[modality] = np.zeros(len(clips), np.int32)
+        starts[modality][rows] = flat.starts()
+        lengths[modality][rows] = flat.lengths
+    # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
+    # undo that; one permutation of all training clips does.
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
+    order = shuffled if split == "train" else np.arange(len(clips))
+    return StagedSplit(clips, order.astype(np.int32), dict(packed), starts, lengths)
+
+
+def feature_bytes(lengths: Mapping[str, np.ndarray], modalities: Mapping[str, Modality]) -> int:
+    """Returns the size of the features of some clips.
+
+    Args:
+      lengths: modality -> [N] int, number of frames of each clip.
+      modalities: modality -> width and dtype of its features.
+    """
+    return sum(
+        int(lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
+        for name, modality in modalities.items()
+        if name in lengths
+    )
+
+
+def shard_bounds(split: StagedSplit, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
+    """Returns the first and last + 1 record of each shard; no shard is empty."""
+    size = feature_bytes(split.lengths, modalities)
+    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
+    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def shard_tasks(
+    split: StagedSplit,
+    modalities: Mapping[str, Modality],
+    paths: Sequence[Path],
+    scratch: Path,
+) -> list[ShardTask]:
+    """Returns the task of each shard of a split.
+
+    Args:
+      split: the split.
+      modalities: modality -> width and dtype of its features in all splits.
+      paths: the files to write, one for each of `shard_bounds`.
+      scratch: a folder for the flat files of arrays that are in memory alone.
+    """
+    files = {name: _flat_files(flat, scratch / name) for name, flat in split.packed.items()}
+    tasks = []
+    for path, (first, last) in zip(paths, shard_bounds(split, modalities), strict=True):
+        order = split.order[first:last]
+        clips = tuple(split.clips[clip] for clip in order.tolist())
+        starts = {name: starts[order] for name, starts in split.starts.items()}
+        lengths = {name: lengths[order] for name, lengths in split.lengths.items()}
+        tasks.append(ShardTask(path, dict(modalities), files, clips, order, starts, lengths))
+    return tasks
+
+
+def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
+    """Returns where some frames lie; writes those that are in memory alone."""
+    if packed.folder is None:
+        scratch.mkdir(parents=True)
+        for field, values in packed.frames.items():
+            values.tofile(scratch / f"{field}.bin")
+    num_frames, width = packed.features.shape
+    return FlatFiles(packed.folder or scratch, packed.features.dtype.name, width, num_frames)
+
+
+def release_pages(split: StagedSplit) -> None:
+    """Frees the memory of pages that were read: mapped files count as memory of the process."""
+    for packed, field in itertools.product(split.packed.values(), STORED):
+        owner = packed.frames[field]
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            owner.madvise(mmap.MADV_DONTNEED)
