@@ -204,8 +204,8 @@ def default() -> Config:
     config.loss.embedding_weight = 1.0
     # share of the target that is spread over all classes in the softmax cross-entropy, 0 to 1
     config.loss.label_smoothing = 0.0
-    # share of the classes, above 0 to 1, that a training step draws at random, to compare its clips
-    # with them beside their own classes; 1: all classes
+    # share of the classes, above 0 to 1, that a training step compares its clips with: those of its
+    # clips, and others drawn at random; 1: all classes
     config.loss.sampled_classes = 1.0
 
     config.optim = ConfigDict()  # the optimizer and its schedule

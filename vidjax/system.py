@@ -51,8 +51,7 @@ class System(NamedTuple):
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
         take no part, and None is for none.
-      sampled_classes: share of the classes that a training step draws beside those of its clips,
-        above 0; 1 for all.
+      sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       tx: optimiser.
       schedule: step -> learning rate.

@@ -35,13 +35,12 @@ def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
 
     Args:
       system: the system.
-      num_labels: number of labels of a step. Their columns have places beside those of the share
-        `sampled_classes`, on whichever device they lie.
+      num_labels: number of labels of a step. Their columns all have a place, on whichever device.
       num_devices: length of the axis `model`.
     """
     own = system.model.num_classes // num_devices
     share = math.ceil(system.sampled_classes * system.num_columns / num_devices)
-    return min(own, share + num_labels)
+    return min(own, max(share, num_labels))
 
 
 def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -> Array:
