@@ -6,8 +6,8 @@ slices back. Columns that are not drawn stay as they are: their moments do not f
 decay does not reach them. The devices of the axis `model` each draw as many of their own columns,
 so no column moves between them.
 
-The drawn columns do not stand for the others, as published: losses that count each of them several
-times came out 0.01 to 0.02 MAP lower here, as Adam evens out what is counted more.
+The drawn columns do not stand for the others, as published. Losses that count each of them several
+times led to a lower MAP here: Adam evens out what is counted more.
 
 Source: An et al., Partial FC: Training 10 Million Identities on a Single Machine, section 3.2.
 Ours: the moments of Adam.
