@@ -57,7 +57,7 @@ ENSEMBLE = ("--config.ensemble.seeds=2", "--config.data.mode=streaming")
 @pytest.mark.parametrize(
     ("spec", "words", "meshes"),
     [
-        ("mma", (*SGD, *ENSEMBLE), MESHES),
+        ("mma", (*SGD, *ENSEMBLE), ("1x1", "4x2", "1x8")),
         ("cosine", SGD, MESHES),
         ("plda", (), MESHES),
         ("quality_fusion", SGD, ("1x1", "4x2")),
