@@ -50,7 +50,7 @@ class System(NamedTuple):
       transforms: transforms of the clips with their fused frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
-        take no part, and None is for none.
+        take no part; with None, all do.
       sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       tx: optimiser.

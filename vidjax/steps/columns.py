@@ -20,8 +20,8 @@ from vidjax.system import System, padded_columns
 Tree = TypeVar("Tree")  # a tree of arrays
 
 NO_AXIS = -1
-BLOCK_BYTES = 256 << 20  # largest block of scores; smaller than `eval.block_size` from 262,144 on
-WAITING_BYTES = 1 << 30  # largest scores that wait for a merge of the ranking
+BLOCK_BYTES = 256 << 20  # of scores in a block at most; so `eval.block_size` is cut where C is large
+WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at most
 
 
 class ClassAxes(NamedTuple):
@@ -117,7 +117,10 @@ class ScoreColumns(NamedTuple):
 
     @property
     def most_rows(self) -> int:
-        """Largest number of rows of a block on a device; not of the mesh, so that bits do not."""
+        """Largest number of rows of a block on a device.
+
+        It does not depend on the mesh, since the bits of scores may depend on it.
+        """
         return max(1, BLOCK_BYTES // (4 * self.num_identities))
 
     @property
