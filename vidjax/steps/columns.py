@@ -20,7 +20,7 @@ from vidjax.system import System, padded_columns
 Tree = TypeVar("Tree")  # a tree of arrays
 
 NO_AXIS = -1
-BLOCK_BYTES = 256 << 20  # of scores in a block at most; so `eval.block_size` is cut where C is large
+BLOCK_BYTES = 256 << 20  # of scores in a block at most: it cuts `eval.block_size` where C is large
 WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at most
 
 
