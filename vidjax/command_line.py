@@ -12,6 +12,7 @@ from vidjax.config_values import SYNONYMS, closest_field
 from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
+    from vidjax.cluster.join import Place
     from vidjax.run.parts import Shard
 
 FLAGS = (
@@ -20,6 +21,9 @@ FLAGS = (
     "--mode",
     "--runs",
     "--shard",
+    "--coordinator",
+    "--num_processes",
+    "--process_id",
     "--input",
     "--out",
     "--quiet",
@@ -118,6 +122,7 @@ class Arguments(NamedTuple):
       workdir: the folder of `--workdir`, None without the flag.
       runs: the text of `--runs`, None without the flag.
       shard: the part that `--shard` names, None without the flag.
+      place: the place of this process among several, None for one process.
       input: the folder or table of `--input`, None without the flag.
       out: the file of `--out`, None without the flag.
       quiet: True without messages and progress; the result, warnings and errors remain.
@@ -131,6 +136,7 @@ class Arguments(NamedTuple):
     workdir: str | None
     runs: str | None
     shard: "Shard | None"
+    place: "Place | None"
     input: str | None
     out: str | None
     quiet: bool
@@ -176,6 +182,7 @@ def parse(words: Sequence[str]) -> Arguments:
         workdir=args.workdir,
         runs=args.runs,
         shard=_shard(args.shard),
+        place=_place(args),
         input=args.input,
         out=args.out,
         quiet=args.quiet,
@@ -191,6 +198,20 @@ def _shard(text: str | None) -> "Shard | None":
     from vidjax.run.parts import Shard
 
     return Shard.parse(text)
+
+
+def _place(args: argparse.Namespace) -> "Place | None":
+    flags = (args.coordinator, args.num_processes, args.process_id)
+    if flags == (None, None, None):
+        return None
+    if args.mode not in ("train", "evaluate") or args.shard or args.runs is not None:
+        raise ValueError(
+            "--coordinator goes with --mode=train, and with --mode=evaluate of one whole run\n"
+            "leave out --coordinator, --num_processes and --process_id"
+        )
+    from vidjax.cluster.join import Place
+
+    return Place.parse(*flags)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -230,9 +251,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=program,
         usage=f"{program} [--mode=M] [--config=FILE[:ARG,...]] [--workdir=W]\n"
-        f"{indent}[--runs=A,B] [--input=PATH --out=FILE]\n"
-        f"{indent}[--config.FIELD=VALUE ...]\n"
-        f"{indent}[--shard=k/n] [--quiet] [--json]",
+        f"{indent}[--runs=A,B] [--input=PATH --out=FILE] [--json]\n"
+        f"{indent}[--config.FIELD=VALUE ...] [--shard=k/n] [--quiet]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -251,6 +271,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard", metavar="k/n", help="scores one of n parts (evaluate); k is from 1 to n"
     )
+    parser.add_argument(
+        "--coordinator",
+        metavar="H:P",
+        help="where several processes meet, see configs/README.md",
+    )
+    for flag in ("--num_processes", "--process_id"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument(
         "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"
     )

@@ -11,9 +11,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax.batch import Array, Batch, LazyFeatures
+from vidjax.batch import WHOLE, Array, Batch, LazyFeatures, Share
+from vidjax.cluster import members
 from vidjax.ownership import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -134,7 +136,55 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Copies a tree of arrays to every device."""
-    return jax.device_put(tree, replicated(mesh))
+    return put(tree, replicated(mesh))
+
+
+def put(tree: Tree, layout: Layout) -> Tree:
+    """Lays a tree of arrays out on the devices.
+
+    Args:
+      tree: arrays on the devices, or whole arrays on the host, which are equal in all processes.
+      layout: their layout.
+    """
+    if members.count() == 1:
+        return jax.device_put(tree, layout)
+
+    def lay(sharding: NamedSharding, x: Array) -> Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x if x.sharding == sharding else jax.jit(_same, out_shardings=sharding)(x)
+        # `jax.device_put` would send all of it to the other processes, to compare it with theirs.
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(lay, jax.tree.broadcast(layout, tree), tree)
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def fetch(tree: Tree) -> Tree:
+    """Copies a tree of arrays to the host, whole, also what lies in other processes.
+
+    All processes call it together, with the same arrays.
+    """
+    return jax.tree.map(_fetch, tree)
+
+
+def _fetch(x: Array) -> np.ndarray:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def share(mesh: Mesh) -> Share:
+    """Returns the part of the rows of a batch that the devices of this process hold."""
+    rows = mesh.devices.reshape(mesh.shape["data"], -1)
+    own = [
+        row for row, row_devices in enumerate(rows)
+        if any(device.process_index == members.number() for device in row_devices)
+    ]  # fmt: skip
+    return Share(own[0] // len(own), len(rows) // len(own))
 
 
 def batch_specs(batch: Batch) -> Batch:
@@ -152,23 +202,36 @@ def batch_specs(batch: Batch) -> Batch:
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
-def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
+def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
     """Distributes a batch over the devices, B / devices clips on each.
 
     Args:
       mesh: the devices.
       batch: B clips, numpy arrays or arrays on the devices.
+      part: what part of the B clips `batch` holds: WHOLE, or on the host this process's `share`.
 
     Raises:
       ValueError: B is not a multiple of the number of devices.
     """
-    rows, devices = np.shape(batch.clip_index)[0], mesh.shape["data"]
+    rows, devices = np.shape(batch.clip_index)[0] * part.count, mesh.shape["data"]
     if rows % devices:
         raise ValueError(
             f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
-    return jax.device_put(batch, shardings)
+    if part == WHOLE:
+        return put(batch, shardings)
+
+    def lay(sharding: NamedSharding, own: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(sharding, own, (rows, *own.shape[1:]))
+
+    return jax.tree.map(lay, shardings, batch)
+
+
+def shard_block(mesh: Mesh, block: Batch) -> Batch:
+    """Distributes a block of `ClipSource.eval_batches`, which may lie on the devices already."""
+    on_host = isinstance(block.clip_index, np.ndarray)
+    return shard_batch(mesh, block, share(mesh) if on_host else WHOLE)
 
 
 def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:

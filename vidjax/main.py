@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,9 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args = command_line.parse(words)
         with messages.quietly() if args.quiet else contextlib.nullcontext():
-            return RUNNERS[args.mode](args)
+            return _together(args, words) if args.place else RUNNERS[args.mode](args)
 
     return messages.guarded(command, words)
+
+
+def _together(args: "Arguments", words: Sequence[str]) -> int:
+    """Runs a command in one of several processes; the first one speaks for all."""
+    from vidjax.cluster import join, members
+
+    def command() -> int:
+        with join.joined(args.place, debug="--debug" in words):
+            if members.is_first():
+                return RUNNERS[args.mode](args)
+            with messages.quietly(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return RUNNERS[args.mode](args)
+
+    _end_on_signals()
+    code = messages.guarded(command, words)
+    join.leave(code)
+    return code
 
 
 def _train(args: "Arguments") -> int:
@@ -51,29 +70,38 @@ def _train(args: "Arguments") -> int:
 
     began = time.monotonic()
     config, path = arguments.for_training(args)
+    arguments.check_same(args, config)
     if not (path / "config.json").exists():  # before there is a folder, or data are read
         arguments.rehearse(args)
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
+        from vidjax.cluster import members
         from vidjax.modes import train
         from vidjax.run import results as results_lib
 
-        results = train.finished(workdir, config)
+        results = members.by_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
         if results is None:
             _set_up_devices(config)
             data = arguments.load_data(config)
+            arguments.check_same_data(data)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command,
                 began=began,
             )  # fmt: skip
-        elif config.eval.report and not (workdir / results_lib.REPORT).exists():
+        elif members.is_first() and _lacks_report(config, workdir):
             from vidjax.report import run_page
 
             run_page.write(workdir)  # an earlier process stopped just before
     seconds = None if finished_before else results["seconds"]
     _summarise(args, config, workdir, results, seconds, finished_before=finished_before)
     return 0
+
+
+def _lacks_report(config: "Config", workdir: Path) -> bool:
+    from vidjax.run import results
+
+    return config.eval.report and not (workdir / results.REPORT).exists()
 
 
 def _evaluate(args: "Arguments") -> int:
@@ -83,6 +111,7 @@ def _evaluate(args: "Arguments") -> int:
         return _evaluate_part(args, args.shard)
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
+    arguments.check_same(args, config)
     if args.overrides and not config.join.runs:
         arguments.rehearse(args)
     with _locked_folder(path) as workdir:
@@ -94,6 +123,7 @@ def _evaluate(args: "Arguments") -> int:
         else:
             evaluate.check_folder(config, workdir)
             data = arguments.load_data(config)
+            arguments.check_same_data(data)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
@@ -249,14 +279,16 @@ RUNNERS = {
 
 @contextlib.contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
-    """Makes a run's folder and holds its lock."""
+    """Makes a run's folder and holds its lock, for all processes of the run."""
+    from vidjax.cluster import members
     from vidjax.run import workdir as workdir_lib
 
     _end_on_signals()
-    is_new = not path.exists()
+    is_new = members.is_first() and not path.exists()
     workdir = workdir_lib.make_workdir(path)
-    with workdir_lib.lock(workdir):
+    with workdir_lib.lock(workdir) if members.is_first() else contextlib.nullcontext():
         try:
+            workdir_lib.check_shared(workdir)
             yield workdir
         except BaseException:
             if is_new and len(list(workdir.iterdir())) == 1:  # nothing but the file of the lock
@@ -306,6 +338,11 @@ def _summarise(
 
 def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
     """Prints the result of a command: the text, or with `--json` the content as one line."""
+    if args.place:
+        from vidjax.cluster import members
+
+        if not members.is_first():
+            return
     if not args.json:
         messages.say(text)
         return

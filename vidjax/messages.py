@@ -95,7 +95,7 @@ def text_of(error: Exception) -> str:
             f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
             "installs what training, evaluation and reports need"
         )
-    if _is_memory(error):
+    if is_memory(error):
         reason = (str(error) or "no more is free").splitlines()[0][:200]
         return (
             f"the memory is exhausted: {reason}\n"
@@ -106,7 +106,7 @@ def text_of(error: Exception) -> str:
     return str(error)
 
 
-def _is_memory(error: Exception) -> bool:
+def is_memory(error: BaseException) -> bool:
     """Returns True if the host or a device has no memory left."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
@@ -117,7 +117,7 @@ def exit_code(error: Exception) -> int | None:
     """Returns the exit code of an expected error, None for a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
-    if isinstance(error, (ValueError, OSError)) or _is_memory(error):
+    if isinstance(error, (ValueError, OSError)) or is_memory(error):
         return 2  # before the imports below, which take a second
 
     from vidjax.run.checkpoint import CheckpointError

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vidjax import ensemble, metrics
+from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
@@ -87,7 +87,7 @@ class Observer:
         """Copies what was seen of all blocks but the last `keep` to the host."""
         while len(self._waiting) > keep:
             quality, index, mask, attention = self._waiting.popleft()
-            quality, index, mask = map(np.asarray, (quality, index, mask))
+            quality, index, mask = devices.fetch((quality, index, mask))
             self._seen.quality[index[mask]] = quality[mask]
             exact_sums.add_to(self._seen.attention, attention)
 

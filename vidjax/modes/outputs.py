@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import files, metrics, ranking
+from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
@@ -44,6 +45,8 @@ def write_results(
 ) -> None:
     """Writes ranking, metrics and events; with an observer also analysis and report.
 
+    Several processes measure together what the analysis needs, and the first one writes.
+
     `metrics.json` is written after ranking and analysis, so a folder with it has those, too.
 
     Args:
@@ -61,11 +64,16 @@ def write_results(
       ValueError: Another file of the folder is damaged.
     """
     paths = results.paths(workdir, split, own_split)
-    ranking.write_ranking(paths.ranking, data.identities, data.split(split).clips, evaluation.top)
+    clips = data.split(split).clips
+    if members.is_first():
+        ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
     if observer:
         steps = values.get("step", 0) if split == own_split else 0
         analysed = observer.finish(evaluation, trained, num_steps=steps)
-        results.save_analysis(paths.analysis, *analysed)
+        if members.is_first():
+            results.save_analysis(paths.analysis, *analysed)
+    if not members.is_first():
+        return
     workdir_lib.write_json(paths.metrics, values)
     if observer:
         # Not at the top: not every run writes a report.

@@ -205,7 +205,7 @@ def load_weights(
     if run.task.num_model_columns != system.model.num_classes:
         here = columns.abstract_state(system, modalities, system.model.num_classes, count)
         items = {name: columns.resize(tree, getattr(here, name)) for name, tree in items.items()}
-        items["params"] = jax.device_put(items["params"], layout)
+        items["params"] = devices.put(items["params"], layout)
     params = items["params"]
     return params, devices.replicate(mesh, system.solve(params, items["model_state"]))
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
+from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
@@ -89,7 +90,8 @@ def restore_or_init(
         raise ValueError(f"{error}\nchanged: {resume.describe(changed)}") from error
     if (workdir / "config.json").exists():
         changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
-    resume.record(workdir, restored[1]["step"] if restored else 0, changed)
+    if members.is_first():
+        resume.record(workdir, restored[1]["step"] if restored else 0, changed)
     if restored is None:
         # Padding is cut off and added, so that draws do not depend on it.
         first = jax.jit(
@@ -159,10 +161,13 @@ def make_feed(
     )
     layout = resident.make_layout(data, batches, config.eval.split)
     num_drawn = plan.task.total_steps * config.batch_size
-    mode = mode or resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    mode = mode or members.by_first(
+        lambda: resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    )
     if mode == "streaming":
         say("clips are streamed from the records")
-        stream = data.train_batches(batches, start=step * config.batch_size)
+        start, share = step * config.batch_size, devices.share(mesh)
+        stream = data.train_batches(batches, start=start, share=share)
         return feed_lib.StreamingFeed(system, mesh, stream, axes), data
     began = time.monotonic()
     clips = resident.Resident(data, layout, mesh)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble
+from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
@@ -96,7 +97,7 @@ class TrainingRun:
         self._group_size = size = self.num_members if system.together else 1
         self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
         self._states = [
-            jax.device_put(part, self._layout) for part in state_lib.split_state(state, size)
+            devices.put(part, self._layout) for part in state_lib.split_state(state, size)
         ]
         del state  # frees its memory; the parts are copies
         self.feed, self._clips = start.make_feed(
@@ -106,7 +107,8 @@ class TrainingRun:
         self._relabeller = None
         if plan.layout:
             log = workdir / distractors.FILE
-            keep_until(log, self.step)
+            if members.is_first():
+                keep_until(log, self.step)
             self._relabeller = distractors.Relabeller(
                 config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
             )

@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vidjax import digests as digests_lib
 from vidjax import files
+from vidjax.cluster import members
 from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
@@ -69,27 +70,47 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
       OSError: it cannot be written; earlier checkpoints are intact.
     """
     folder = workdir / "checkpoints" / str(step)
+    if not members.by_first(lambda: _add_info(folder, info)):
+        _save_new(folder, items, {"step": step, **info})
+    if members.is_first():
+        _drop_others(workdir)
+
+
+def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
+    """Adds entries to a manifest; returns False if there is no undamaged one."""
     try:
         _write_manifest(folder, read_manifest(folder) | dict(info))
-    except CheckpointError:  # no checkpoint has this name yet, or the folder is damaged
-        _save_new(folder, items, {"step": step, **info})
-    _drop_others(workdir)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint under a hidden name, then renames it."""
+    """Writes a checkpoint under a hidden name, then renames it.
+
+    Every process writes its part of the arrays, all of which the manifest lists.
+    """
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
-    try:
+
+    def prepare() -> None:
         workdir_lib.clear(partial.parent)  # left by a save that was cut short
         partial.mkdir(parents=True)
-        ocp.save_checkpointables(str(partial / "state"), filled)
+
+    def commit() -> None:
         contents = {"arrays": _arrays(items), "files": _digests(partial / "state")}
         _write_manifest(partial, {**contents, **info})
         set_aside(folder)
         os.rename(partial, folder)
+
+    try:
+        members.by_first(prepare)
+        ocp.save_checkpointables(str(partial / "state"), filled)
+        members.barrier()
+        members.by_first(commit)
     except Exception as error:  # Orbax reports a full disk in a dozen ways
-        shutil.rmtree(partial.parent, ignore_errors=True)  # a thread of Orbax may still write there
+        if members.is_first():  # a thread of Orbax may still write there
+            shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if len(reason) > 200:  # it begins with the path, which is named below
             reason = f"... {reason[-120:]}"
@@ -140,6 +161,15 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
       CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
       ValueError: `prefer` is neither `latest` nor `best`.
     """
+    step = members.by_first(lambda: _find_step(workdir, prefer))
+    if step is None:
+        return None
+    folder = workdir / "checkpoints" / str(step)
+    return Checkpoint(folder, read_manifest(folder))
+
+
+def _find_step(workdir: Path, prefer: str) -> int | None:
+    """Returns the step of the checkpoint that `find` finds."""
     if prefer not in ("latest", "best"):
         raise ValueError(f"config.eval.checkpoint='{prefer}': must be latest or best")
     steps = survey(workdir)
@@ -156,7 +186,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     for step in order:
         folder = workdir / "checkpoints" / str(step)
         try:
-            return Checkpoint(folder, verify(folder))
+            verify(folder)
+            return step
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
     if steps:
@@ -218,7 +249,7 @@ def restore_latest(
     if checkpoint is None:
         return None
     items = load(checkpoint, *describe(checkpoint.manifest))
-    for step, folder in _folders(workdir).items():
+    for step, folder in _folders(workdir).items() if members.is_first() else ():
         if step > checkpoint.manifest["step"]:
             set_aside(folder)
     return items, checkpoint.manifest

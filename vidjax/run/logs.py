@@ -91,5 +91,21 @@ class Logs:
             file.close()
 
 
+class NoLogs(Logs):
+    """Logs of a process that leaves all files to another one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def timing(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def _write_line(file: io.FileIO, step: int, values: Mapping[str, Any]) -> None:
     workdir_lib.append(file, (json.dumps({"step": step, **values}) + "\n").encode())

@@ -7,12 +7,15 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from vidjax.cluster import join, members
+
 
 class Interruption:
     """A request to stop.
 
     Attributes:
-      signum: the first signal that arrived, None before.
+      signum: the first signal that arrived, None before; in several processes, one that arrived in
+        any of them before they last agreed.
       at_once: set by the loop while nothing is lost if the process ends immediately. The command
         line then ends it (see `end_on_signals`).
     """
@@ -20,13 +23,33 @@ class Interruption:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.at_once = False
+        self._received: int | None = None
+        self._rounds = members.Rounds()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stores the first signal; ends the process on the second."""
         del frame
-        if self.signum is not None:
+        if self._received is not None:
             os._exit(128 + signum)
-        self.signum = signum
+        self._received = signum
+        if members.count() == 1:
+            self.signum = signum
+
+    def agree(self, step: int, *, save_due: bool) -> bool:
+        """Agrees with the other processes on what follows a step, about once a second.
+
+        Args:
+          step: the step that was done.
+          save_due: whether this process would save a checkpoint.
+
+        Returns:
+          True if the first process would.
+        """
+        rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
+        if not rows:
+            return False
+        self.signum = max(signum for signum, _ in rows) or None
+        return bool(rows[0][1])
 
     def raise_if_asked(self, step: int) -> None:
         """Raises Interrupted if a signal arrived; `step` is the last one that was saved."""
@@ -85,5 +108,6 @@ def _end_on_signals(reader: int) -> None:
             continue
         if interruption is None or interruption.at_once or stored is interruption:
             os.write(2, b"vidjax: stopped\n")
+            join.tell_of_signal(signal.Signals(signum).name)
             os._exit(128 + signum)
         stored = interruption

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Frames, NoiseLayout
+from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
 from vidjax.models.base import ModelState, Params
@@ -129,7 +130,7 @@ class Relabeller:
 
     def __call__(self, state: state_lib.TrainState) -> np.ndarray:
         """Returns the new labels, [E, N] int32, and appends the changes to `noise.jsonl`."""
-        old = np.asarray(state.labels)
+        old = devices.fetch(state.labels)
         movable = self._unclustered & self._training_sets.trained  # [E, N]
         predicted = np.zeros_like(old)
         weights = [
@@ -141,7 +142,8 @@ class Relabeller:
                 self._predict_split(weights, split, only, predicted[:, rows])
         new = relabel(old, predicted, self._layout, keep=self._config.noise.keep)
         new = np.where(movable, new, old).astype(np.int32)
-        self._write(int(state.step), old, new, predicted, movable)
+        if members.is_first():
+            self._write(int(state.step), old, new, predicted, movable)
         return new
 
     def _predict_split(
@@ -160,15 +162,16 @@ class Relabeller:
           predicted: [E, n] int32, changed in place.
         """
         plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
-        rows = self._config.eval.block_size * self._mesh.shape["data"]
-        for batch in self._data.eval_batches(plan, rows=rows):
-            on_device = devices.shard_batch(self._mesh, batch)
+        share = devices.share(self._mesh)
+        rows = self._config.eval.block_size * self._mesh.shape["data"] // share.count
+        for batch in self._data.eval_batches(plan, rows=rows, share=share):
+            on_device = devices.shard_block(self._mesh, batch)
             for number, member in enumerate(self._training_sets.members):
                 params, model_state = weights[number]
                 columns = self._predict(params, model_state, jnp.int32(member.view), on_device)
-                real = np.asarray(batch.batch_mask)
-                clips = np.asarray(batch.clip_index)[real]
-                predicted[number, clips] = np.asarray(columns)[real]
+                found = devices.fetch((columns, on_device.clip_index, on_device.batch_mask))
+                columns, clips, real = found
+                predicted[number, clips[real]] = columns[real]
 
     def _write(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from vidjax import devices
 from vidjax.batch import Array
 
 UNIT = 2.0**-20
@@ -34,6 +35,6 @@ def add_up(values: Array, mask: Array) -> Array:
 def add_to(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
     """Adds sums of a block, name -> [3, ...], to name -> [...] int64 numbers of units."""
     for name, digits in sums.items():
-        units = np.asarray(digits).astype(np.int64)
+        units = devices.fetch(digits).astype(np.int64)
         units = sum(units[i] << i * _DIGITS for i in range(_NUM_DIGITS))
         totals[name] = totals.get(name, 0) + np.asarray(units)

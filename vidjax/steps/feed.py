@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
+from vidjax.cluster import members
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
@@ -99,7 +100,10 @@ class StreamingFeed:
     def __init__(
         self, system: System, mesh: Mesh, batches: Iterator[Batch], axes: ClassAxes | None = None
     ):
-        """Prepares a feed of endless batches of numpy arrays, starting with the next step."""
+        """Prepares a feed of endless batches of numpy arrays, starting with the next step.
+
+        Of each batch this process brings its `devices.share`.
+        """
         self._mesh, self._batches = mesh, batches
         self._step = train_step.make_train_step(system, mesh, axes)
         self._find = _make_finder(system)
@@ -109,7 +113,7 @@ class StreamingFeed:
         self.waited = 0.0
 
     def _fetch(self) -> Batch:
-        return devices.shard_batch(self._mesh, next(self._batches))
+        return devices.shard_batch(self._mesh, next(self._batches), devices.share(self._mesh))
 
     def run(
         self,
@@ -188,12 +192,13 @@ class ResidentFeed:
         count = 1
         if self._step_seconds:
             count = max(1, min(most, int(DISPATCH_SECONDS / self._step_seconds)))
+        count = members.from_first(count)
         began = time.monotonic()
         results = [
             self._loop(*pair, self._clips, np.asarray(count, np.int32))
             for pair in zip(states, tables, strict=True)
         ]
-        outcomes: list[train_step.Outcome] = jax.device_get([outcome for _, outcome in results])
+        outcomes: list[train_step.Outcome] = devices.fetch([outcome for _, outcome in results])
         if self._compiled:
             self._step_seconds = (time.monotonic() - began) / count
         self._compiled = True
@@ -226,7 +231,7 @@ def _make_finder(system: System) -> Callable[..., np.ndarray]:
         step: int,
     ) -> np.ndarray:
         bad = [find(*pair, batch, np.int32(step)) for pair in zip(states, tables, strict=True)]
-        bad, clip_index = np.any(bad, axis=0), np.asarray(batch.clip_index)
+        bad, clip_index = np.any(devices.fetch(bad), axis=0), devices.fetch(batch.clip_index)
         return clip_index[bad] if bad.any() else clip_index
 
     return bad_clips

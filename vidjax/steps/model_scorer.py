@@ -148,7 +148,7 @@ class ModelScorer:
         if not 0 < count < scores.shape[1]:
             return scores
         # XLA sorts columns that lie on several devices wrongly on some of them.
-        return keep_best(jax.device_put(scores, devices.by_rows(self.columns.mesh)), count)
+        return keep_best(devices.put(scores, devices.by_rows(self.columns.mesh)), count)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import selection
+from vidjax import devices, selection
 from vidjax.batch import Array, Batch, Frames
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
@@ -86,7 +86,7 @@ class PoorClips:
 
     def counts(self) -> tuple[int, int]:
         """Returns the number of poor clips, and of clips with the modality."""
-        (poor, clips), (poor_before, clips_before) = np.asarray(self._counts).tolist(), self._before
+        (poor, clips), (poor_before, clips_before) = devices.fetch(self._counts).tolist(), self._before
         return poor_before + poor, clips_before + clips
 
     def add(self, blocks: Sequence[Batch]) -> None:

@@ -139,7 +139,7 @@ def collect(
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
-            progress.advance(sum(int(np.sum(block.batch_mask)) for block in blocks))
+            progress.advance(sum(int(np.sum(devices.fetch(block.batch_mask))) for block in blocks))
             check()
         progress.close()
         top = ranking.finish()

@@ -34,7 +34,7 @@ class TopKMetric:
             mesh=columns.mesh,
             identities=columns.identities,
         )
-        self._pool = jnp.asarray(pool)
+        self._pool = devices.replicate(columns.mesh, jnp.asarray(pool))
 
     def add(self, scores: Array, block: Batch) -> None:
         """Adds the scores [B, total] of a block."""
@@ -112,7 +112,7 @@ class ClipScoreBuffer:
     def flush(self, keep: int = 0) -> None:
         """Copies the results of all added blocks to the host, except the last `keep` blocks."""
         while len(self._waiting) > keep:
-            best, right, clip_index, mask = map(np.asarray, self._waiting.popleft())
+            best, right, clip_index, mask = devices.fetch(self._waiting.popleft())
             real = mask & self.clips.pool[clip_index]
             best, right, clip_index = best[real], right[real], clip_index[real]
             self.clips.best[clip_index] = best

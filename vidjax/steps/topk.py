@@ -137,7 +137,7 @@ class RunningTopK:
 
     def add(self, block: ScoreBlock) -> None:
         """Adds a block, see `update_top`; all blocks must have the same shape."""
-        self._waiting.append(jax.device_put(block, self._layout))
+        self._waiting.append(devices.put(block, self._layout))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
 
@@ -156,7 +156,7 @@ class RunningTopK:
     def finish(self) -> TopK:
         """Returns the sorted top k of every identity as numpy arrays."""
         self.flush()
-        top = jax.device_get(_join(self._top))
+        top = devices.fetch(_join(self._top))
         return TopK(*(part[self._identities] for part in top))
 
 

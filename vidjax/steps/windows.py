@@ -38,10 +38,12 @@ def windows(
     datasets = {id(model.data): model.data for model in models}
     splits = {key: data.split(split_name) for key, data in datasets.items()}
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
+    share = devices.share(mesh)
     streams = [
         data.eval_batches(
             make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
-            rows=block_size * mesh.shape["data"],
+            rows=block_size * mesh.shape["data"] // share.count,
+            share=share,
         )
         for key, data in datasets.items()
     ]
@@ -49,12 +51,12 @@ def windows(
     size = 0
     for host in zip(*streams, strict=True):
         for other in host[1:]:
-            if not np.array_equal(host[0].clip_index, other.clip_index):
+            if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
                 raise ValueError("--runs: the datasets of the runs have different orders of clips")
-        batches = [devices.shard_batch(mesh, batch) for batch in host]
+        batches = [devices.shard_block(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
-        size += sum(_nbytes(batch) for batch in host)
-        if size >= WINDOW_BYTES or len(window) * len(host[0].clip_index) >= rows:
+        size += sum(_nbytes(batch) for batch in batches)
+        if size >= WINDOW_BYTES or len(window) * len(batches[0].clip_index) >= rows:
             yield [[batches[id(model.data)] for batches in window] for model in models]
             window, size = [], 0
     if window:

@@ -1,0 +1,150 @@
+"""This process among the others: its number, and values that all of them agree on.
+
+Every process runs the same program on its own devices. What depends on a clock, on a file or on a
+signal differs between them, so one process decides it, or all of them together.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Value = TypeVar("Value")  # of JSON, without tuples
+
+WAIT_MS = 24 * 3600 * 1000  # `watch` ends the process long before, if another one is gone
+ROUND_SECONDS = 1.0
+_serial = itertools.count()  # every process makes the same calls in the same order
+
+
+def count() -> int:
+    """Returns the number of processes that work on the run."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def number() -> int:
+    """Returns the number of this process, from 0."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Returns True in the one process that writes the files of the run."""
+    return number() == 0
+
+
+def client() -> Any:  # noqa: ANN401
+    """Returns jax's connection to the table of keys and values that all processes share."""
+    # No public function leads there; Orbax takes the same way.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def gather(value: Value) -> list[Value]:
+    """Returns the values of all processes, in their order, in every process.
+
+    The processes may arrive hours apart: a collective on the devices would not wait so long.
+
+    Args:
+      value: a value of JSON.
+    """
+    if count() == 1:
+        return [value]
+    key = f"vidjax/gather/{next(_serial)}"
+    client().key_value_set(f"{key}/{number()}", json.dumps(value))
+    return [
+        json.loads(client().blocking_key_value_get(f"{key}/{other}", WAIT_MS))
+        for other in range(count())
+    ]
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    gather(None)
+
+
+def by_first(function: Callable[[], Value]) -> Value:
+    """Returns what a function returns in the first process; the others do not call it.
+
+    Where it raises, the first process ends, and `watch` ends the others with its message.
+
+    Args:
+      function: a function of files or of the clock, whose result is a value of JSON.
+    """
+    if count() == 1:
+        return function()
+    return gather(function() if is_first() else None)[0]
+
+
+def from_first(value: int) -> int:
+    """Returns an integer of the first process, by the devices: fast enough for every dispatch."""
+    return by_devices([value])[0][0]
+
+
+def by_devices(values: list[int]) -> list[list[int]]:
+    """Returns some integers of all processes, in their order, as `gather` does, but faster.
+
+    Args:
+      values: integers below 2**31, equally many in every process.
+    """
+    if count() == 1:
+        return [values]
+    return multihost_utils.process_allgather(np.asarray(values, np.int32)).tolist()
+
+
+class Rounds:
+    """Rounds in which all processes tell each other some integers, about one a second.
+
+    One process needs nobody: every call is a round.
+    """
+
+    def __init__(self) -> None:
+        self._next = self._step = 0
+        self._time = time.monotonic()
+
+    def exchange(self, step: int, values: list[int]) -> list[list[int]]:
+        """Returns the values of all processes, [] if this step has no round.
+
+        Args:
+          step: number of steps done; all processes call with the same steps.
+          values: integers below 2**31.
+        """
+        if step < self._next:
+            return []
+        if count() == 1:
+            return [values]
+        seconds = time.monotonic() - self._time
+        wait = max(1, int((step - self._step) * ROUND_SECONDS / max(seconds, 1e-3)))
+        rows = by_devices([wait, *values])
+        self._next, self._step, self._time = step + rows[0][0], step, time.monotonic()
+        return [row[1:] for row in rows]
+
+
+def check_same(facts: Mapping[str, Any], remedy: str) -> None:
+    """Checks that all processes were started with the same values.
+
+    Args:
+      facts: name -> value of JSON, as an error shows it.
+      remedy: last line of the error.
+
+    Raises:
+      ValueError: a value differs from that of the first process.
+    """
+    plain = json.loads(json.dumps(dict(facts)))
+    for other, theirs in enumerate(gather(plain)):
+        for name in sorted(plain.keys() | theirs.keys()):
+            here, there = plain.get(name), theirs.get(name)
+            if here != there:
+                raise ValueError(
+                    f"{name}: {_shown(here)} in process {number()}, {_shown(there)} in process "
+                    f"{other}\n{remedy}"
+                )
+
+
+def _shown(value: object) -> str:
+    text = "absent" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,124 @@
+"""Notices that another process is gone, and ends this one with a message that says which.
+
+jax would end it by an abort with a stack trace, or leave it waiting: a collective on the devices
+has no limit of time. Here every process writes to the shared table once a second that it is there,
+and reads what the others wrote. An error that ends one is told by all.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+from vidjax import messages
+from vidjax.cluster import members
+
+BEAT_SECONDS = 1.0
+SILENCE_SECONDS = 40.0  # after which a process counts as gone: more than a machine under load needs
+# The same once a collective has failed, so that it is known that some process is gone.
+FAILED_SILENCE_SECONDS = 8.0
+GONE = 4  # exit code: another process is gone
+REMEDY = "run the same command in every process: a run goes on from its last checkpoint"
+_KEY = "vidjax/alive"
+
+
+class Beat(NamedTuple):
+    """What a process writes of itself.
+
+    Attributes:
+      beat: a number that grows as long as the process is there.
+      where: its machine and process ID.
+      end: why it ends; "" while it works.
+    """
+
+    beat: int
+    where: str
+    end: str = ""
+
+
+class Watch:
+    """The threads that tell the others of this process, and notice when one of them is gone."""
+
+    def __init__(self, count: int, number: int):
+        """Starts to watch `count` processes as process `number`."""
+        self._count, self._number = count, number
+        self._where = f"{socket.gethostname()}, process ID {os.getpid()}"
+        self._heard = dict.fromkeys(set(range(count)) - {number}, time.monotonic())
+        self._last: dict[int, Beat] = {}
+        self._beats = 0
+        self._ended = self._failed = False
+        # Two threads: a call to a stopped coordinator may never return.
+        for target in (self._beat, self._look):
+            threading.Thread(target=target, daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the watch: all processes are done."""
+        self._ended = True
+
+    def tell(self, end: str) -> None:
+        """Tells the others why this process ends, and waits until they have read it.
+
+        Args:
+          end: the reason, at most three lines.
+        """
+        self._ended = True
+        writer = threading.Thread(target=self._write, args=(end,), daemon=True)
+        writer.start()
+        writer.join(BEAT_SECONDS)
+        if self._number == 0:  # the table is lost with this process
+            time.sleep(2.5 * BEAT_SECONDS)
+
+    def find_gone(self) -> None:
+        """Waits until it is known which process is gone, after a collective has failed.
+
+        It returns only if none is: then the collective failed for another reason.
+        """
+        self._failed = True
+        time.sleep(FAILED_SILENCE_SECONDS + 4 * BEAT_SECONDS)
+
+    def _write(self, end: str = "") -> None:
+        self._beats += 1
+        beat = Beat(self._beats, self._where, end)
+        members.client().key_value_set(
+            f"{_KEY}/{self._number}", json.dumps(beat), allow_overwrite=True
+        )
+
+    def _beat(self) -> None:
+        """Writes that this process is there, and reads who else is."""
+        while not self._ended:
+            try:
+                self._write()
+                found = members.client().key_value_dir_get(f"{_KEY}/")
+            except Exception:  # noqa: BLE001  the coordinator is gone: `_look` counts its silence
+                found = []
+            for key, text in found:
+                other, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
+                if beat != self._last.get(other) and other != self._number:
+                    self._last[other], self._heard[other] = beat, time.monotonic()
+            time.sleep(BEAT_SECONDS)
+
+    def _look(self) -> None:
+        """Ends this process when another one has ended or is silent."""
+        while not self._ended:
+            time.sleep(BEAT_SECONDS / 2)
+            for other, beat in sorted(self._last.items()):
+                if beat.end:
+                    self._give_up(f"process {other} ended: {beat.end}")
+            limit = FAILED_SILENCE_SECONDS if self._failed else SILENCE_SECONDS
+            silent = [n for n, heard in self._heard.items() if time.monotonic() - heard > limit]
+            if silent:
+                # Where the coordinator is gone, nothing is heard of anybody.
+                other = min(silent)
+                where = self._last[other].where if other in self._last else "never heard of"
+                self._give_up(
+                    f"process {other} of {self._count} ({where}) is gone: "
+                    f"nothing was heard of it for {limit:.0f} s\n{REMEDY}"
+                )
+
+    def _give_up(self, reason: str) -> None:
+        """Ends this process, unless the main thread does so and says why."""
+        if not self._ended:
+            messages.complain(reason)
+            os._exit(GONE)
