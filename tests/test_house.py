@@ -47,6 +47,7 @@ LAYERS = (
     "config",
     "data",
     "devices",
+    "cluster",
     "batch",
 )
 # The command `python -m vidjax.config` documents the tables of all layers.
@@ -55,7 +56,7 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 MAY_IMPORT = {
     "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
     "report": {"config", "data", "files", "metrics", "run"},  # pages from files
-    "run": {"config", "digests", "files", "ownership"},  # no maths
+    "run": {"cluster", "config", "digests", "files", "ownership"},  # no maths
     "data": {"batch", "devices", "digests", "files", "ownership", "suggest"},
     "data/records": {"batch", "data", "digests", "files"},
     "data/untrusted": set(),

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from vidjax import config as config_lib
+from vidjax.cluster import place
 from vidjax.config_values import SYNONYMS, closest_field
 from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
-    from vidjax.cluster.join import Place
     from vidjax.run.parts import Shard
 
 FLAGS = (
@@ -21,9 +21,7 @@ FLAGS = (
     "--mode",
     "--runs",
     "--shard",
-    "--coordinator",
-    "--num_processes",
-    "--process_id",
+    *place.FLAGS,
     "--input",
     "--out",
     "--quiet",
@@ -136,7 +134,7 @@ class Arguments(NamedTuple):
     workdir: str | None
     runs: str | None
     shard: "Shard | None"
-    place: "Place | None"
+    place: place.Place | None
     input: str | None
     out: str | None
     quiet: bool
@@ -175,7 +173,7 @@ def parse(words: Sequence[str]) -> Arguments:
             raise ValueError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
     if args.shard is not None and args.mode != "evaluate":
         raise ValueError(f"--shard goes with --mode=evaluate, not --mode={args.mode}")
-    command = shlex.join([*PROGRAM.split(), *words])
+    command = shlex.join([*PROGRAM.split(), *_without_place(words)])
     return Arguments(
         mode=args.mode,
         config=args.config,
@@ -200,7 +198,7 @@ def _shard(text: str | None) -> "Shard | None":
     return Shard.parse(text)
 
 
-def _place(args: argparse.Namespace) -> "Place | None":
+def _place(args: argparse.Namespace) -> place.Place | None:
     flags = (args.coordinator, args.num_processes, args.process_id)
     if flags == (None, None, None):
         return None
@@ -209,9 +207,19 @@ def _place(args: argparse.Namespace) -> "Place | None":
             "--coordinator goes with --mode=train, and with --mode=evaluate of one whole run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
-    from vidjax.cluster.join import Place
+    return place.Place.parse(*flags)
 
-    return Place.parse(*flags)
+
+def _without_place(words: Sequence[str]) -> list[str]:
+    """Returns the words that repeat a run, in one process or in several."""
+    kept, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in place.FLAGS:
+            rest[:1] = []
+        elif word.partition("=")[0] not in place.FLAGS:
+            kept.append(word)
+    return kept
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -276,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="H:P",
         help="where several processes meet, see configs/README.md",
     )
-    for flag in ("--num_processes", "--process_id"):
+    for flag in place.FLAGS[1:]:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument(
         "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"

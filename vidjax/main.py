@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,19 +49,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _together(args: "Arguments", words: Sequence[str]) -> int:
     """Runs a command in one of several processes; the first one speaks for all."""
-    from vidjax.cluster import join, members
+    from vidjax.cluster import chatter, join, members
+    from vidjax.modes import arguments
+    from vidjax.run.signals import Interrupted
+
+    group: join.Group | None = None
+
+    def tell_of_signal(signum: int) -> None:
+        if group:
+            group.tell_of_signal(signum)
+
+    def run() -> int:
+        if members.is_first():
+            return RUNNERS[args.mode](args)
+        with messages.quietly(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return RUNNERS[args.mode](args)
 
     def command() -> int:
-        with join.joined(args.place, debug="--debug" in words):
-            if members.is_first():
-                return RUNNERS[args.mode](args)
-            with messages.quietly(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return RUNNERS[args.mode](args)
+        nonlocal group
+        if "--debug" not in words:
+            chatter.divert(join.LOST)
+        assert args.place
+        group = join.join(args.place, messages.complain)
+        try:
+            code = run()
+        except Interrupted:  # in all processes, at the same step
+            group.end()
+            raise
+        except Exception as error:
+            group.fail(error, messages.text_of(error))
+            raise
+        group.end()
+        return code
 
-    _end_on_signals()
+    # A mistake in the words is told before the others are waited for.
+    (arguments.for_training if args.mode == "train" else arguments.for_evaluation)(args)
+    _end_on_signals(tell_of_signal)
     code = messages.guarded(command, words)
-    join.leave(code)
+    if code:  # jax would wait until the others end, too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -77,7 +106,6 @@ def _train(args: "Arguments") -> int:
     with _locked_folder(path) as workdir:
         from vidjax.cluster import members
         from vidjax.modes import train
-        from vidjax.run import results as results_lib
 
         results = members.by_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
@@ -296,12 +324,12 @@ def _locked_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def _end_on_signals() -> None:
+def _end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets signals end the process of a command even while a program is compiled."""
     from vidjax.run import signals
 
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
-        signals.end_on_signals()
+        signals.end_on_signals(tell)
 
 
 def _set_up_devices(config: "Config") -> None:

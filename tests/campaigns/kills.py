@@ -112,10 +112,15 @@ class Run:
         self.cache.mkdir()
         (self.cache / "programs").symlink_to(folder / "programs")
 
-    def start(self, *words: str, compiling: bool = False) -> "Process":
-        """Starts the command, or another one; `compiling` hides what was compiled before."""
+    def environment(self, num_devices: int = 1) -> dict[str, str]:
+        """Returns the environment of its command."""
         env = {**os.environ, "VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": ""}
         env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        return env | {"JAX_NUM_CPU_DEVICES": str(num_devices)}
+
+    def start(self, *words: str, compiling: bool = False) -> "Process":
+        """Starts the command, or another one; `compiling` hides what was compiled before."""
+        env = self.environment()
         if compiling:
             empty = self.cache / "no-programs"
             shutil.rmtree(empty, ignore_errors=True)
@@ -194,14 +199,22 @@ def _content(leaf: Any) -> tuple[Any, ...]:
 class Process:
     """One process of the command, and what its folder shows of it."""
 
-    def __init__(self, run: Run, words: Sequence[str], env: Mapping[str, str]):
-        """Starts it."""
+    def __init__(
+        self,
+        run: Run,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        program: Sequence[str] = ("-m", "vidjax.main"),
+        output: str = "output.txt",
+    ):
+        """Starts it; what it says goes to a file in the run's cache."""
         self._run = run
         self._resumed = max(run.manifests(), default=0)
         self._left_over = set(run.cache.glob("iqiyi_vid/*.partial"))
-        self._output = run.cache / "output.txt"
+        self._output = run.cache / output
         self._began = time.time()
-        command = [sys.executable, "-m", "vidjax.main", *words]
+        command = [sys.executable, *program, *words]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdout=output, stderr=output

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import warnings
 from pathlib import Path
 
 import jax
@@ -72,9 +71,16 @@ def nearest(folder, data, official_dir):
 def saved(workdir, step=None):
     """Returns the trees of a checkpoint, the latest one's unless told which."""
     step = step or max(checkpoint.manifests(workdir))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it would rather be told how to lay them out
-        return ocp.load_checkpointables(workdir / "checkpoints" / str(step) / "state")
+    state = workdir / "checkpoints" / str(step) / "state"
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = {
+        name: tree for name, tree in ocp.checkpointables_metadata(state).metadata.items() if tree
+    }
+
+    def abstract(x):  # which other processes and devices may have saved
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
+    return ocp.load_checkpointables(state, jax.tree.map(abstract, found))
 
 
 def weights(workdir, step=None):

@@ -10,10 +10,10 @@ import re
 import subprocess
 import sys
 
-# Lines of libraries, not of Python: of glog, of an abort, of gloo and of the coordination service.
+# Lines of libraries, not of Python: of gloo, of glog, of an abort and of the coordination service.
 NOISE = re.compile(
-    r"\[Gloo\] |[IWEF]\d{4} \d\d:|\*\*\* Check failure|    @ +0x|RPC: /|terminate called|  what\(\): "
-    r"|Additional GRPC error|:\{.*grpc|\s*$"
+    r"\[Gloo\] |[IWEF]\d{4} \d\d:|\*\*\* Check failure|    @ +0x|RPC: /|Additional GRPC error"
+    r"|:?UNKNOWN:|.*grpc_status|\s*$"
 )
 LOST = "Terminating process because the JAX distributed service detected fatal errors"
 
@@ -22,27 +22,20 @@ def divert(lost: str) -> None:
     """Lets a child read what C++ libraries print from now on; Python still prints as before.
 
     Args:
-      lost: the line that the child prints where this process is aborted, because the coordinator
-        is gone.
+      lost: what the child prints where this process is aborted, because the coordinator is gone.
     """
-    outputs = {1: sys.stdout, 2: sys.stderr}
-    for output in outputs.values():
-        output.flush()
-    kept = {number: os.dup(number) for number in outputs}
     reader, writer = os.pipe()
     # In a session of its own, so that Ctrl-C does not end it before this process has.
-    subprocess.Popen(
-        [sys.executable, "-I", __file__, lost],
-        stdin=reader, stdout=kept[2], stderr=kept[2], start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, "-I", __file__, lost]
+    subprocess.Popen(command, stdin=reader, stdout=2, stderr=2, start_new_session=True)
     os.close(reader)
-    for number, output in outputs.items():
+    for name in ("stdout", "stderr"):
+        output = getattr(sys, name)
+        output.flush()
+        number = output.fileno()
+        terminal = os.fdopen(os.dup(number), "w", 1, output.encoding, output.errors)
+        setattr(sys, name, terminal)
         os.dup2(writer, number)
-        encoding, errors = output.encoding, output.errors
-        setattr(
-            sys, output.name.strip("<>"),
-            open(kept[number], "w", encoding=encoding, errors=errors, buffering=1),
-        )  # fmt: skip
     os.close(writer)
 
 
@@ -50,9 +43,10 @@ def main() -> None:
     """Prints the lines of the standard input that are no noise."""
     for line in sys.stdin:
         if LOST in line:
-            print(sys.argv[1], flush=True)
+            sys.stdout.write(sys.argv[1] + "\n")
         elif not NOISE.match(line):
-            print(line, end="", flush=True)
+            sys.stdout.write(line)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

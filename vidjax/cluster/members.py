@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import numpy as np
@@ -36,12 +36,28 @@ def is_first() -> bool:
     return number() == 0
 
 
-def client() -> Any:  # noqa: ANN401
-    """Returns jax's connection to the table of keys and values that all processes share."""
+class Table(Protocol):
+    """The table of keys and values that all processes share, in the memory of the first one."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Writes a value."""
+        ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """Returns a value, as soon as somebody has written it."""
+        ...
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Returns the keys that begin so, with their values."""
+        ...
+
+
+def table() -> Table:
+    """Returns jax's connection to the table."""
     # No public function leads there; Orbax takes the same way.
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return cast(Table, distributed.global_state.client)
 
 
 def gather(value: Value) -> list[Value]:
@@ -55,9 +71,9 @@ def gather(value: Value) -> list[Value]:
     if count() == 1:
         return [value]
     key = f"vidjax/gather/{next(_serial)}"
-    client().key_value_set(f"{key}/{number()}", json.dumps(value))
+    table().key_value_set(f"{key}/{number()}", json.dumps(value))
     return [
-        json.loads(client().blocking_key_value_get(f"{key}/{other}", WAIT_MS))
+        json.loads(table().blocking_key_value_get(f"{key}/{other}", WAIT_MS))
         for other in range(count())
     ]
 
@@ -77,7 +93,8 @@ def by_first(function: Callable[[], Value]) -> Value:
     """
     if count() == 1:
         return function()
-    return gather(function() if is_first() else None)[0]
+    values: list[Any] = gather(function() if is_first() else None)
+    return values[0]
 
 
 def from_first(value: int) -> int:

@@ -10,9 +10,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
-from vidjax import messages
 from vidjax.cluster import members
 
 BEAT_SECONDS = 1.0
@@ -41,9 +41,15 @@ class Beat(NamedTuple):
 class Watch:
     """The threads that tell the others of this process, and notice when one of them is gone."""
 
-    def __init__(self, count: int, number: int):
-        """Starts to watch `count` processes as process `number`."""
-        self._count, self._number = count, number
+    def __init__(self, count: int, number: int, complain: Callable[[str], None]):
+        """Starts to watch.
+
+        Args:
+          count: number of processes.
+          number: number of this process.
+          complain: prints an error of at most three lines.
+        """
+        self._count, self._number, self._complain = count, number, complain
         self._where = f"{socket.gethostname()}, process ID {os.getpid()}"
         self._heard = dict.fromkeys(set(range(count)) - {number}, time.monotonic())
         self._last: dict[int, Beat] = {}
@@ -81,7 +87,7 @@ class Watch:
     def _write(self, end: str = "") -> None:
         self._beats += 1
         beat = Beat(self._beats, self._where, end)
-        members.client().key_value_set(
+        members.table().key_value_set(
             f"{_KEY}/{self._number}", json.dumps(beat), allow_overwrite=True
         )
 
@@ -90,8 +96,8 @@ class Watch:
         while not self._ended:
             try:
                 self._write()
-                found = members.client().key_value_dir_get(f"{_KEY}/")
-            except Exception:  # noqa: BLE001  the coordinator is gone: `_look` counts its silence
+                found = members.table().key_value_dir_get(f"{_KEY}/")
+            except Exception:
                 found = []
             for key, text in found:
                 other, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
@@ -120,5 +126,5 @@ class Watch:
     def _give_up(self, reason: str) -> None:
         """Ends this process, unless the main thread does so and says why."""
         if not self._ended:
-            messages.complain(reason)
+            self._complain(reason)
             os._exit(GONE)

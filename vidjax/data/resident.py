@@ -243,9 +243,7 @@ class Resident:
         """Returns one split of the dataset."""
         return self._data.split(name)
 
-    def eval_batches(
-        self, plan: EvalPlan, *, rows: int, share: Share = WHOLE
-    ) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
         Within a bucket clips come by name. A block has the rows of all processes, since every

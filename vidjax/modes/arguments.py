@@ -68,7 +68,11 @@ def check_same(args: Arguments, config: Config) -> None:
     facts = {f"config.{name}": value for name, value in config_lib.fields(config)}
     for name in ("dir", "cache_dir"):  # machines may keep the data in different places
         facts.pop(f"config.data.{name}")
-    flags = {"--mode": args.mode, "--workdir": args.workdir, "--num_processes": args.place.count}
+    flags = {
+        "--mode": args.mode,
+        "--workdir": args.workdir,
+        "--num_processes": args.place.num_processes,
+    }
     facts |= {**flags, "the version of vidjax": importlib.metadata.version("vidjax")}
     members.check_same(facts, "start all processes with the same command, but for --process_id")
 

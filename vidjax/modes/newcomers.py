@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import ensemble, metrics
+from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Frames
 from vidjax.config import Config
 from vidjax.data.clips import Split
@@ -134,7 +134,7 @@ def _reader(model: TrainedModel, plda: PLDAIdentifier, rows: int) -> Callable[..
 
     def vectors(frames: Mapping[str, Frames]) -> Array:
         parts = [vector(frames[name], name=name) for name in model.modalities]
-        return np.concatenate(jax.device_get(parts), axis=1)
+        return np.concatenate(devices.fetch(parts), axis=1)
 
     def read(*splits: Split) -> Clips:
         every = [np.ones(len(split.clips), bool) for split in splits]
@@ -155,7 +155,7 @@ def _agrees(model: TrainedModel, train: Clips, counted: np.ndarray) -> bool:
     A file of weights, for example, may leave clips out.
     """
     for name, x in zip(model.modalities, train.vectors, strict=True):
-        own = np.asarray(model.model_state["solved"][name]["count"])
+        own = devices.fetch(model.model_state["solved"][name]["count"])
         present = np.any(x != 0, axis=1) & (train.labels > 0)
         for row, chosen in zip(own, counted & present, strict=True):
             if not np.array_equal(row, np.bincount(train.labels[chosen], minlength=len(row))):

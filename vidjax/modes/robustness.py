@@ -267,7 +267,7 @@ def _hide_frames(scorer: SampleScorer, modality: str, block: Batch, row: int) ->
     hidden = {**copies.frames, modality: frames._replace(mask=mask)}
     scores, _ = scorer.score(copies._replace(frames=hidden))
     column = int(scorer.split.labels[copies.clip_index[0]]) - 1 + scorer.scorer.columns.first
-    values = devices.fetch(scores[:, column]).astype(np.float64)[: len(places) + 1]
+    values = np.asarray(devices.fetch(scores[:, column]), np.float64)[: len(places) + 1]
     return values[0] - values[1:]
 
 

@@ -4,10 +4,10 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from vidjax.cluster import join, members
+from vidjax.cluster import members
 
 
 class Interruption:
@@ -83,22 +83,25 @@ def catch_interruption() -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
-def end_on_signals() -> None:
+def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets SIGINT and SIGTERM end this process immediately, with one exception.
 
     The exception is the first signal inside `catch_interruption`, where the loop saves its state. A
     thread watches for signals, because Python runs no handler during an XLA compilation, which can
     take minutes.
+
+    Args:
+      tell: called with the signal before the process ends.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_on_signals, args=(reader,), daemon=True).start()
+    threading.Thread(target=_end_on_signals, args=(reader, tell), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe
 
 
-def _end_on_signals(reader: int) -> None:
+def _end_on_signals(reader: int, tell: Callable[[int], None]) -> None:
     """Reads signals from a pipe for ever, and ends the process on one that no loop waits for."""
     stored = None
     while True:
@@ -108,6 +111,6 @@ def _end_on_signals(reader: int) -> None:
             continue
         if interruption is None or interruption.at_once or stored is interruption:
             os.write(2, b"vidjax: stopped\n")
-            join.tell_of_signal(signal.Signals(signum).name)
+            tell(signum)
             os._exit(128 + signum)
         stored = interruption

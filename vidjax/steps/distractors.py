@@ -130,7 +130,7 @@ class Relabeller:
 
     def __call__(self, state: state_lib.TrainState) -> np.ndarray:
         """Returns the new labels, [E, N] int32, and appends the changes to `noise.jsonl`."""
-        old = devices.fetch(state.labels)
+        old = np.asarray(devices.fetch(state.labels))
         movable = self._unclustered & self._training_sets.trained  # [E, N]
         predicted = np.zeros_like(old)
         weights = [

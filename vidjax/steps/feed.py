@@ -231,7 +231,10 @@ def _make_finder(system: System) -> Callable[..., np.ndarray]:
         step: int,
     ) -> np.ndarray:
         bad = [find(*pair, batch, np.int32(step)) for pair in zip(states, tables, strict=True)]
-        bad, clip_index = np.any(devices.fetch(bad), axis=0), devices.fetch(batch.clip_index)
+        bad, clip_index = (
+            np.any(devices.fetch(bad), axis=0),
+            np.asarray(devices.fetch(batch.clip_index)),
+        )
         return clip_index[bad] if bad.any() else clip_index
 
     return bad_clips

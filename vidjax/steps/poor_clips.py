@@ -86,7 +86,8 @@ class PoorClips:
 
     def counts(self) -> tuple[int, int]:
         """Returns the number of poor clips, and of clips with the modality."""
-        (poor, clips), (poor_before, clips_before) = devices.fetch(self._counts).tolist(), self._before
+        poor, clips = devices.fetch(self._counts).tolist()
+        poor_before, clips_before = self._before
         return poor_before + poor, clips_before + clips
 
     def add(self, blocks: Sequence[Batch]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from vidjax import devices
 from vidjax.batch import Array, Frames
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, make_eval_plan
@@ -77,9 +78,10 @@ def values_of_split(
     values = None
     plan = make_eval_plan(data.split(split), tuple(modalities), only=wanted)
     for batch in data.eval_batches(plan, rows=rows):
-        block, real = np.asarray(value_of(batch.frames)), np.asarray(batch.batch_mask)
+        found = (value_of(batch.frames), batch.clip_index, batch.batch_mask)
+        block, clip_index, real = devices.fetch(found)
         if values is None:
             values = np.zeros((len(wanted), *block.shape[1:]), block.dtype)
-        values[np.asarray(batch.clip_index)[real]] = block[real]
+        values[clip_index[real]] = block[real]
     assert values is not None
     return values[wanted]
