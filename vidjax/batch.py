@@ -18,16 +18,6 @@ import numpy as np
 Array: TypeAlias = jax.Array | np.ndarray
 
 
-class Share(NamedTuple):
-    """The part of every batch that one process reads, of several: part `number` of `count`."""
-
-    number: int = 0
-    count: int = 1
-
-
-WHOLE = Share()
-
-
 class NoiseLayout(NamedTuple):
     """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
 

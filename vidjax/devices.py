@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax.batch import WHOLE, Array, Batch, LazyFeatures, Share
+from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.cluster import members
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.ownership import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -213,7 +214,7 @@ def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
     Raises:
       ValueError: B is not a multiple of the number of devices.
     """
-    rows, devices = np.shape(batch.clip_index)[0] * part.count, mesh.shape["data"]
+    rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
     if rows % devices:
         raise ValueError(
             f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"

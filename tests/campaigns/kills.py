@@ -215,10 +215,8 @@ class Process:
         self._output = run.cache / output
         self._began = time.time()
         command = [sys.executable, *program, *words]
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=output, stderr=output
-            )
+        with self._output.open("wb") as file:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
 
     @property
     def code(self) -> int | None:

@@ -109,11 +109,12 @@ class Watch:
         """Ends this process when another one has ended or is silent."""
         while not self._ended:
             time.sleep(BEAT_SECONDS / 2)
-            for other, beat in sorted(self._last.items()):
+            for other, beat in sorted(dict(self._last).items()):
                 if beat.end:
                     self._give_up(f"process {other} ended: {beat.end}")
             limit = FAILED_SILENCE_SECONDS if self._failed else SILENCE_SECONDS
-            silent = [n for n, heard in self._heard.items() if time.monotonic() - heard > limit]
+            heard = dict(self._heard)  # `_beat` changes it meanwhile
+            silent = [n for n, at in heard.items() if time.monotonic() - at > limit]
             if silent:
                 # Where the coordinator is gone, nothing is heard of anybody.
                 other = min(silent)

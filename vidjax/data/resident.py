@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices
-from vidjax.batch import WHOLE, Array, Batch, Frames, LazyFeatures, Packed, Share
+from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.data.clips import (
     BatchPlan,
     EvalPlan,
@@ -243,25 +243,23 @@ class Resident:
         """Returns one split of the dataset."""
         return self._data.split(name)
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket clips come by name. A block has the rows of all processes, since every
-        device holds all clips. Splits and modalities that are not resident are read from the
-        dataset.
+        Within a bucket clips come by name. Splits and modalities that are not resident are read
+        from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
-            yield from self._data.eval_batches(plan, rows=rows, share=share)
+            yield from self._data.eval_batches(plan, rows=rows)
             return
-        rows *= share.count
         for bucket in range(plan.bucket.max(initial=-1) + 1):
             clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
             for at in range(0, len(clips), rows):
                 chosen = clips[at : at + rows]
                 clip_index = np.pad(chosen, (0, rows - len(chosen)))
                 batch_mask = np.arange(rows) < len(chosen)
-                clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
-                batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
+                clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
+                batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
                 frames = {}
                 for name in plan.modalities:
                     packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]

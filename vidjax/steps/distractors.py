@@ -163,7 +163,7 @@ class Relabeller:
         """
         plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
         share = devices.share(self._mesh)
-        rows = self._config.eval.block_size * self._mesh.shape["data"] // share.count
+        rows = self._config.eval.block_size * self._mesh.shape["data"] // share.parts
         for batch in self._data.eval_batches(plan, rows=rows, share=share):
             on_device = devices.shard_block(self._mesh, batch)
             for number, member in enumerate(self._training_sets.members):

@@ -42,7 +42,7 @@ def windows(
     streams = [
         data.eval_batches(
             make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
-            rows=block_size * mesh.shape["data"] // share.count,
+            rows=block_size * mesh.shape["data"] // share.parts,
             share=share,
         )
         for key, data in datasets.items()
