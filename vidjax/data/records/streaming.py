@@ -2,22 +2,29 @@
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
 stored dtype: parsing clip by clip runs at a third of the rate.
+
+One process reads the shards from end to end and shuffles records. Each of several processes
+shuffles the numbers of the records in the same way, and then reads its own records alone.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import BatchPlan
+from vidjax.data.blocks import own_rows
+from vidjax.data.clips import WHOLE, BatchPlan, Share
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
+from vidjax.data.records.random_access import RecordFiles
 
 OPEN_SHARDS = 16
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
 
 
-def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Batch]:
+def train_batches(
+    records: Records, plan: BatchPlan, start: int, share: Share = WHOLE
+) -> Iterator[Batch]:
     """Yields batches without end, see `pipeline.Dataset.train_batches`."""
     shards, offsets, num_clips = [], [], 0
     for split in plan.splits:
@@ -26,14 +33,17 @@ def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Bat
         offsets += [num_clips] * len(found.shards)
         num_clips += len(found.clips)
 
-    stream = _shuffled(shards, offsets, num_clips, plan.seed, start)
+    rows = own_rows(plan.batch_size, share)
+    count = rows.stop - rows.start
+    way = _whole(shards, offsets) if share.count == 1 else _shared(shards, offsets, rows)
+    stream = _shuffled(shards, num_clips, plan.seed, start, way.read_shard)
     stream = stream.batch(plan.batch_size, drop_remainder=True)
-    positions = tf.data.Dataset.counter(start=start, step=plan.batch_size)
+    positions = tf.data.Dataset.counter(start=start + rows.start, step=plan.batch_size)
 
     def decode(position: Any, batch: tuple[Any, Any]) -> Any:
-        serialized, offset = batch
+        serialized, offset = way.fetch(*batch)
         clip_index, examples = parse_batch(serialized, plan.modalities)
-        positions = position + tf.range(plan.batch_size, dtype=tf.int64)
+        positions = position + tf.range(count, dtype=tf.int64)
         decoded = {}
         for number, (name, length) in enumerate(plan.padded_lengths.items()):
             modality, fields = records.modalities[name], examples[name]
@@ -42,7 +52,7 @@ def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Bat
                 fields = random_window(fields, modality, length, positions, seed)
             best = name in plan.longer and plan.crop == "quality"
             decoded[name] = decode_batch(fields, modality, length, best=best)
-        return decoded, clip_index + offset, tf.ones([plan.batch_size], tf.bool)
+        return decoded, clip_index + offset, tf.ones([count], tf.bool)
 
     dataset = tf.data.Dataset.zip((positions, stream))
     dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
@@ -85,32 +95,69 @@ def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
         yield decoded
 
 
-def _read_shard(path: Any, num_records: Any) -> Any:
-    """Returns the serialised records of a shard; reading fails unless there are `num_records`."""
-    # A TFRecord file that was cut between two records reads without an error.
-    return tf.data.TFRecordDataset(path, buffer_size=1 << 20).apply(
-        tf.data.experimental.assert_cardinality(num_records)
-    )
+class _Way(NamedTuple):
+    """A way to read records.
 
-
-def _shuffled(
-    shards: Sequence[Shard], offsets: Sequence[int], num_clips: int, seed: int, start: int
-) -> Any:
-    """Returns an endless tf.data dataset of (serialised record, offset of its split).
-
-    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
+    Attributes:
+      read_shard: position of a shard -> tf.data dataset of pairs, one for each record.
+      fetch: a batch of pairs, [B] and [B] -> serialised records and offsets of their splits, both
+        of the rows of this process.
     """
+
+    read_shard: Callable[[Any], Any]
+    fetch: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def _whole(shards: Sequence[Shard], offsets: Sequence[int]) -> _Way:
+    """Returns the way of a process that reads all records: pairs are what is to be fetched."""
     paths = tf.constant([str(shard.path) for shard in shards])
     counts = tf.constant([shard.records for shard in shards], tf.int64)
     offset_table = tf.constant(offsets, tf.int32)
+
+    def read_shard(number: Any) -> Any:
+        # A TFRecord file that was cut between two records reads without an error.
+        records = tf.data.TFRecordDataset(paths[number], buffer_size=1 << 20).apply(
+            tf.data.experimental.assert_cardinality(counts[number])
+        )
+        offset = tf.data.Dataset.from_tensors(offset_table[number]).repeat()
+        return tf.data.Dataset.zip((records, offset))
+
+    return _Way(read_shard, lambda serialized, offset: (serialized, offset))
+
+
+def _shared(shards: Sequence[Shard], offsets: Sequence[int], rows: slice) -> _Way:
+    """Returns the way of one of several processes: pairs are of shard and number of a record."""
+    counts = tf.constant([shard.records for shard in shards], tf.int64)
+    offset_table = tf.constant(offsets, tf.int32)
+    opened = RecordFiles(shards)
+
+    def read_shard(number: Any) -> Any:
+        shard = tf.data.Dataset.from_tensors(number).repeat()
+        return tf.data.Dataset.zip((shard, tf.data.Dataset.range(counts[number])))
+
+    def fetch(shard: Any, number: Any) -> tuple[Any, Any]:
+        shard, number = shard[rows], number[rows]
+        serialized = tf.numpy_function(opened.read, [shard, number], tf.string)
+        return tf.ensure_shape(serialized, shard.shape), tf.gather(offset_table, shard)
+
+    return _Way(read_shard, fetch)
+
+
+def _shuffled(
+    shards: Sequence[Shard],
+    num_clips: int,
+    seed: int,
+    start: int,
+    read_shard: Callable[[Any], Any],
+) -> Any:
+    """Returns an endless tf.data dataset of what `read_shard` makes of the records.
+
+    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
+    The order does not depend on what the elements are.
+    """
     mean_bytes = sum(shard.size for shard in shards) // num_clips + 1
     buffer = min(num_clips, SHUFFLE_RECORDS, max(1, SHUFFLE_BYTES // mean_bytes))
     first_epoch, skipped = divmod(start, num_clips)
-
-    def read(path: Any, count: Any, offset: Any) -> Any:
-        return tf.data.Dataset.zip(
-            (_read_shard(path, count), tf.data.Dataset.from_tensors(offset).repeat())
-        )
 
     def read_epoch(epoch: Any) -> Any:
         order = tf.random.experimental.stateless_shuffle(
@@ -119,9 +166,8 @@ def _shuffled(
         buffer_seed = tf.random.stateless_uniform(
             [], seed=tf.stack([seed, 2 * epoch + 1]), minval=None, maxval=None, dtype=tf.int64
         )
-        tables = [tf.gather(table, order) for table in (paths, counts, offset_table)]
-        records = tf.data.Dataset.from_tensor_slices(tuple(tables)).interleave(
-            read, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
+        records = tf.data.Dataset.from_tensor_slices(order).interleave(
+            read_shard, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
         )
         records = records.shuffle(buffer, seed=buffer_seed, reshuffle_each_iteration=False)
         return records.skip(tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), 0))
