@@ -4,6 +4,8 @@ import itertools
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vidjax.data.clips import ClipSource, Share, make_eval_plan
 from vidjax.data.records import manifest, padding, pipeline, random_access
 from vidjax.data.records.codec import tf
 
+ROOT = Path(__file__).parent.parent
 WIDTHS = {"face": 6, "audio": 4}
 COUNTS = {"train": 43, "val": 26}
 EVAL: dict[str, Any] = {"split": "train", "modalities": ("face", "audio")}
@@ -298,6 +301,23 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(
     with pytest.raises(ValueError, match="expected 6 records, found 0: record 1 is") as error:
         take(batches, 20)
     assert str(shard.path) in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manifest.Records) -> None:
+    code = (
+        "from tests.helpers.batches import train_batches\n"
+        "from vidjax.data.clips import Share\n"
+        "from vidjax.data.load import load_dataset\n"
+        f"cache = {str(found.folder.parents[1])!r}\n"
+        f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
+        f"batches = train_batches(data, **{TRAIN | {'batch_size': 690}!r}, share=Share(0, 2))\n"
+        "print(len(next(batches).clip_index))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "345\n"), done.stderr
+    assert "Exception" not in done.stderr, done.stderr
 
 
 # Single records.

@@ -40,7 +40,7 @@ def eval_batches(
 
 
 def _by_shard(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields each block as soon as its clips are read, so that one shard is open at a time."""
+    """Yields each block as soon as its clips are read, so that few shards are open at once."""
     _, order, _, shards = records.splits[plan.split]
     waiting: dict[int, list[Rows]] = {}  # bucket -> records of a block that is not full
     ends = np.cumsum([shard.records for shard in shards])

@@ -7,8 +7,13 @@ One process reads the shards from end to end and shuffles records. Each of sever
 shuffles the numbers of the records in the same way, and then reads its own records alone.
 """
 
+import collections
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 
 from vidjax.batch import Batch, Frames
 from vidjax.data.blocks import own_rows
@@ -20,6 +25,7 @@ from vidjax.data.records.random_access import RecordFiles
 OPEN_SHARDS = 16
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
+READERS = 2  # threads that read the records of one of several processes
 
 
 def train_batches(
@@ -34,14 +40,30 @@ def train_batches(
         num_clips += len(found.clips)
 
     rows = own_rows(plan.batch_size, share)
-    count = rows.stop - rows.start
-    way = _whole(shards, offsets) if share.count == 1 else _shared(shards, offsets, rows)
-    stream = _shuffled(shards, num_clips, plan.seed, start, way.read_shard)
-    stream = stream.batch(plan.batch_size, drop_remainder=True)
-    positions = tf.data.Dataset.counter(start=start + rows.start, step=plan.batch_size)
+    decode = _decoder(records, plan, rows.stop - rows.start)
+    whole = share.count == 1
+    read_shard = _read_records(shards, offsets) if whole else _number_records(shards)
+    pairs = _shuffled(shards, num_clips, plan.seed, start, read_shard)
+    pairs = pairs.batch(plan.batch_size, drop_remainder=True)
+    positions = range(start + rows.start, sys.maxsize, plan.batch_size)
+    if whole:
+        decoded = _decode_whole(pairs, decode, positions)
+    else:
+        own = ((shard[rows], number[rows]) for shard, number in _deterministic(pairs))
+        decoded = _decode_own(
+            own, RecordFiles(shards), np.array(offsets, np.int32), decode, positions
+        )
+    return _batches(decoded, records, shards)
 
-    def decode(position: Any, batch: tuple[Any, Any]) -> Any:
-        serialized, offset = way.fetch(*batch)
+
+def _decoder(records: Records, plan: BatchPlan, count: int) -> Callable[[Any, Any, Any], Any]:
+    """Returns the function that decodes `count` records.
+
+    Its arguments are the position of the first clip in the stream, [count] serialised records, and
+    [count] int32, what their splits add to the clip_index.
+    """
+
+    def decode(position: Any, serialized: Any, offset: Any) -> Any:
         clip_index, examples = parse_batch(serialized, plan.modalities)
         positions = position + tf.range(count, dtype=tf.int64)
         decoded = {}
@@ -54,14 +76,67 @@ def train_batches(
             decoded[name] = decode_batch(fields, modality, length, best=best)
         return decoded, clip_index + offset, tf.ones([count], tf.bool)
 
-    dataset = tf.data.Dataset.zip((positions, stream))
-    dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-    return _batches(dataset, records, shards)
+    return decode
 
 
-def _batches(dataset: Any, records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
-    """Yields the decoded clips of a tf.data dataset as batches."""
-    for decoded, clip_index, batch_mask in _arrays(dataset, shards):
+def _decode_whole(
+    stream: Any, decode: Callable[[Any, Any, Any], Any], positions: range
+) -> Iterator[Any]:
+    """Yields decoded batches of a tf.data dataset of (serialised records, offsets)."""
+    counter = tf.data.Dataset.counter(start=positions.start, step=positions.step)
+    dataset = tf.data.Dataset.zip((counter, stream)).map(
+        lambda position, batch: decode(position, *batch), num_parallel_calls=2, deterministic=True
+    )
+    yield from _deterministic(dataset.prefetch(1))
+
+
+def _decode_own(
+    numbers: Iterator[tuple[np.ndarray, np.ndarray]],
+    opened: RecordFiles,
+    offsets: np.ndarray,
+    decode: Callable[[Any, Any, Any], Any],
+    positions: range,
+) -> Iterator[Any]:
+    """Yields decoded batches of the records of one process, which threads read ahead.
+
+    The threads are those of Python: tf.data must not call Python functions, as a process that ends
+    while a batch is read ahead would wait for itself.
+
+    Args:
+      numbers: for each batch shard [n] and number [n] of its records.
+      opened: the shards.
+      offsets: [shards] int32, what the split of a shard adds to the clip_index.
+      decode: of `_decoder`.
+      positions: for each batch the position of the first clip in the stream.
+    """
+    strings = tf.TensorSpec([None], tf.string)
+    signature = [tf.TensorSpec([], tf.int64), strings, tf.TensorSpec([None], tf.int32)]
+    compiled = tf.function(decode, input_signature=signature)
+
+    def read(position: int, shard: np.ndarray, number: np.ndarray) -> Any:
+        serialized = tf.constant(opened.read(shard, number), tf.string)
+        offset = tf.constant(offsets[shard])
+        decoded = compiled(tf.constant(position, tf.int64), serialized, offset)
+        return tf.nest.map_structure(np.asarray, decoded)
+
+    waiting = collections.deque()
+    with ThreadPoolExecutor(READERS) as threads:
+        for position, (shard, number) in zip(positions, numbers, strict=False):
+            waiting.append(threads.submit(read, position, shard, number))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+
+
+def _deterministic(dataset: Any) -> Iterator[Any]:
+    """Yields the elements of a tf.data dataset as numpy arrays, without a copy."""
+    options = tf.data.Options()
+    options.deterministic = True
+    yield from dataset.with_options(options).as_numpy_iterator()
+
+
+def _batches(found: Iterator[Any], records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
+    """Yields decoded clips as batches."""
+    for decoded, clip_index, batch_mask in _checked(found, shards):
         frames = {}
         for name, fields in decoded.items():
             dim, dtype = records.modalities[name]
@@ -71,76 +146,53 @@ def _batches(dataset: Any, records: Records, shards: Sequence[Shard]) -> Iterato
         yield Batch(frames, clip_index, batch_mask)
 
 
-def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yields the elements of a tf.data dataset as numpy arrays, without a copy.
+def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
+    """Yields what is read of shards.
 
     Raises:
       ValueError: the records are damaged; names file and record.
     """
     check_changed(shards)
-    options = tf.data.Options()
-    options.deterministic = True
-    iterator = dataset.with_options(options).as_numpy_iterator()
     while True:
         try:
-            decoded = next(iterator)
+            decoded = next(found)
         except StopIteration:
             return
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, ValueError, OSError) as error:
             for shard in shards:
                 check_shard(shard)
-            reason = " ".join(str(error.message).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             folder = shards[0].path.parent
             raise ValueError(f"{folder}: cannot read the records: {reason}") from error
-        yield decoded
+        yield decoded  # outside of `try`: when the process ends, TensorFlow may be gone
 
 
-class _Way(NamedTuple):
-    """A way to read records.
-
-    Attributes:
-      read_shard: position of a shard -> tf.data dataset of pairs, one for each record.
-      fetch: a batch of pairs, [B] and [B] -> serialised records and offsets of their splits, both
-        of the rows of this process.
-    """
-
-    read_shard: Callable[[Any], Any]
-    fetch: Callable[[Any, Any], tuple[Any, Any]]
-
-
-def _whole(shards: Sequence[Shard], offsets: Sequence[int]) -> _Way:
-    """Returns the way of a process that reads all records: pairs are what is to be fetched."""
+def _read_records(shards: Sequence[Shard], offsets: Sequence[int]) -> Callable[[Any], Any]:
+    """Returns: position of a shard -> tf.data dataset of (serialised record, offset)."""
     paths = tf.constant([str(shard.path) for shard in shards])
     counts = tf.constant([shard.records for shard in shards], tf.int64)
     offset_table = tf.constant(offsets, tf.int32)
 
-    def read_shard(number: Any) -> Any:
+    def read(shard: Any) -> Any:
         # A TFRecord file that was cut between two records reads without an error.
-        records = tf.data.TFRecordDataset(paths[number], buffer_size=1 << 20).apply(
-            tf.data.experimental.assert_cardinality(counts[number])
+        records = tf.data.TFRecordDataset(paths[shard], buffer_size=1 << 20).apply(
+            tf.data.experimental.assert_cardinality(counts[shard])
         )
-        offset = tf.data.Dataset.from_tensors(offset_table[number]).repeat()
+        offset = tf.data.Dataset.from_tensors(offset_table[shard]).repeat()
         return tf.data.Dataset.zip((records, offset))
 
-    return _Way(read_shard, lambda serialized, offset: (serialized, offset))
+    return read
 
 
-def _shared(shards: Sequence[Shard], offsets: Sequence[int], rows: slice) -> _Way:
-    """Returns the way of one of several processes: pairs are of shard and number of a record."""
+def _number_records(shards: Sequence[Shard]) -> Callable[[Any], Any]:
+    """Returns: position of a shard -> tf.data dataset of (that position, number of a record)."""
     counts = tf.constant([shard.records for shard in shards], tf.int64)
-    offset_table = tf.constant(offsets, tf.int32)
-    opened = RecordFiles(shards)
 
-    def read_shard(number: Any) -> Any:
-        shard = tf.data.Dataset.from_tensors(number).repeat()
-        return tf.data.Dataset.zip((shard, tf.data.Dataset.range(counts[number])))
+    def number(shard: Any) -> Any:
+        repeated = tf.data.Dataset.from_tensors(shard).repeat()
+        return tf.data.Dataset.zip((repeated, tf.data.Dataset.range(counts[shard])))
 
-    def fetch(shard: Any, number: Any) -> tuple[Any, Any]:
-        shard, number = shard[rows], number[rows]
-        serialized = tf.numpy_function(opened.read, [shard, number], tf.string)
-        return tf.ensure_shape(serialized, shard.shape), tf.gather(offset_table, shard)
-
-    return _Way(read_shard, fetch)
+    return number
 
 
 def _shuffled(
