@@ -467,7 +467,7 @@ def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -
             train_batches(dataset, **{**TRAIN, **changed})
     with pytest.raises(ValueError, match="no split 'test'"):
         eval_batches(dataset, split="test", modalities=("face",), rows=4)
-    tables = [
+    tables: list[tuple[dict[str, Any], str]] = [
         ({"lengths": np.zeros(25, int)}, r"lengths: got \(25,\), wanted one for 26 clips"),
         ({"lengths": np.zeros(26, int)}, "lengths: clip val_001 has 700 frames, not 0"),
         ({"only": np.zeros(26, int)}, r"only: got int64 \(26,\), wanted bool for 26 clips"),

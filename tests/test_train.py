@@ -315,11 +315,11 @@ class Failing:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def eval_batches(self, plan, *, rows):
+    def eval_batches(self, plan, **options):
         self._left -= 1
         if self._left < 0:
             raise ValueError("a shard is damaged")
-        return self._data.eval_batches(plan, rows=rows)
+        return self._data.eval_batches(plan, **options)
 
 
 @pytest.mark.slow

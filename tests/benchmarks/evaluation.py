@@ -30,7 +30,8 @@ from tests.benchmarks import common, training_step
 from vidjax import devices, ensemble, selection
 from vidjax.batch import Batch
 from vidjax.data import resident
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
+from vidjax.data.blocks import own_blocks
+from vidjax.data.clips import BUCKETS, WHOLE, EvalPlan, Share, Split, make_eval_plan
 from vidjax.steps import scoring, sinks
 from vidjax.steps.model_scorer import TrainedModel
 
@@ -64,23 +65,18 @@ class MadeUp:
         del name
         return self._split
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields all clips, in blocks of one bucket."""
-        for bucket in np.unique(plan.bucket):
-            clips = np.flatnonzero(plan.bucket == bucket)
-            for at in range(0, len(clips), rows):
-                chosen = clips[at : at + rows]
-                clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
-                batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
-                frames = {}
-                for name, packed in self.run.clips.items():
-                    size = min(BUCKETS[bucket], common.PLACES[name])
-                    laid = self._lay(
-                        packed._replace(features=None), clip_index, batch_mask, size=size
-                    )
-                    rows_of = laid.features._replace(values=packed.features)
-                    frames[name] = laid._replace(features=rows_of)
-                yield Batch(frames, clip_index, batch_mask)
+        for bucket, chosen in own_blocks(plan.bucket, rows, share):
+            clip_index = jnp.asarray(np.pad(chosen, (0, rows - len(chosen))), jnp.int32)
+            batch_mask = jnp.asarray(np.arange(rows) < len(chosen))
+            frames = {}
+            for name, packed in self.run.clips.items():
+                size = min(BUCKETS[bucket], common.PLACES[name])
+                laid = self._lay(packed._replace(features=None), clip_index, batch_mask, size=size)
+                rows_of = laid.features._replace(values=packed.features)
+                frames[name] = laid._replace(features=rows_of)
+            yield Batch(frames, clip_index, batch_mask)
 
 
 def make_functions(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], common.Run]:

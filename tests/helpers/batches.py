@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.batch import Batch
-from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
+from vidjax.data.clips import (
+    WHOLE,
+    ClipSource,
+    Share,
+    TrainingData,
+    make_batch_plan,
+    make_eval_plan,
+)
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.pipeline import Dataset
@@ -17,11 +24,17 @@ def labelled(records: Records, directory: Path) -> Dataset:
 
 
 def eval_batches(
-    data: ClipSource, *, split: str, modalities: Sequence[str], rows: int, **chosen: Any
+    data: ClipSource,
+    *,
+    split: str,
+    modalities: Sequence[str],
+    rows: int,
+    share: Share = WHOLE,
+    **chosen: Any,
 ) -> Iterator[Batch]:
     """Yields the blocks of a split; `chosen` goes to `make_eval_plan`."""
     plan = make_eval_plan(data.split(split), modalities, **chosen)
-    return data.eval_batches(plan, rows=rows)
+    return data.eval_batches(plan, rows=rows, share=share)
 
 
 def train_batches(
@@ -30,8 +43,9 @@ def train_batches(
     splits: Sequence[str],
     modalities: Sequence[str],
     start: int = 0,
+    share: Share = WHOLE,
     **options: Any,
 ) -> Iterator[Batch]:
     """Yields the batches of training; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
-    return data.train_batches(plan, start=start)
+    return data.train_batches(plan, start=start, share=share)

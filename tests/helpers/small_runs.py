@@ -108,9 +108,9 @@ class Spoilt:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def train_batches(self, plan, *, start=0):
+    def train_batches(self, plan, **options):
         hidden = np.concatenate([self._hidden[split] for split in plan.splits])
-        for batch in self._data.train_batches(plan, start=start):
+        for batch in self._data.train_batches(plan, **options):
             spoilt = hidden[batch.clip_index][:, None, None]
             frames = {name: self._spoil(one, spoilt) for name, one in batch.frames.items()}
             yield batch._replace(frames=frames)
@@ -140,8 +140,8 @@ class Interrupting:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def train_batches(self, plan, *, start=0):
-        for i, batch in enumerate(self._data.train_batches(plan, start=start)):
+    def train_batches(self, plan, **options):
+        for i, batch in enumerate(self._data.train_batches(plan, **options)):
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch

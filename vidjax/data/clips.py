@@ -24,6 +24,16 @@ MAX_EVAL_FRAMES = BUCKETS[-1]
 PAD_LENGTHS = (1, 8, *BUCKETS)
 
 
+class Share(NamedTuple):
+    """The part of every batch that this process reads: part `number` of `count`."""
+
+    number: int = 0
+    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
+
+
+WHOLE = Share()
+
+
 class Modality(NamedTuple):
     """Width and dtype that all features of one modality share.
 
@@ -122,16 +132,20 @@ class ClipSource(Protocol):
         """Returns one split; ValueError for an unknown name."""
         ...
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> "Iterator[Batch]":
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
         The last block of a bucket is filled up with rows of batch_mask False. A clip of more than
         512 frames gives its best 512 by quality, in time order; where quality ties, the earlier
         frame is better. T depends on the plan alone, never on `rows`.
 
+        All processes yield as many blocks as each other, and blocks at the same position are from
+        the same bucket: together they are one block of `rows * share.count` rows.
+
         Args:
           plan: the clips, as `make_eval_plan` groups them.
-          rows: number of rows per block.
+          rows: number of rows per block of this process.
+          share: which clips of every bucket this process reads, see `blocks.own_blocks`.
         """
         ...
 
@@ -157,7 +171,9 @@ class TrainingData(ClipSource, Protocol):
         """Returns [N] int32, the clips of a split in the order in which they are stored."""
         ...
 
-    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> "Iterator[Batch]":
+    def train_batches(
+        self, plan: BatchPlan, *, start: int = 0, share: Share = WHOLE
+    ) -> "Iterator[Batch]":
         """Yields batches without end; every clip comes once per epoch.
 
         Batches run on across epochs: none is short and no clip is dropped. The order of clips
@@ -165,7 +181,10 @@ class TrainingData(ClipSource, Protocol):
 
         Args:
           plan: the batches, from `make_batch_plan`.
-          start: number of clips in the batches before; the stream continues after them.
+          start: number of clips in the batches before of all processes; the stream continues
+            after them.
+          share: which rows of every batch this process reads. The batches of all processes, one
+            after another, are the batch that one process reads whole.
         """
         ...
 

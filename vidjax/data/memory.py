@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, best_frames
+from vidjax.data.blocks import own_blocks
+from vidjax.data.clips import WHOLE, EvalPlan, Share, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack
@@ -131,18 +132,16 @@ class MemoryClips:
         del name
         return self._split
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
-        for bucket in range(len(BUCKETS)):
-            clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
-            for at in range(0, len(clips), rows):
-                chosen = clips[at : at + rows]
-                frames = {
-                    name: self._padded(name, chosen, rows, plan.padded_lengths[name][bucket])
-                    for name in plan.modalities
-                }
-                clip_index = np.pad(chosen, (0, rows - len(chosen)))
-                yield Batch(frames, clip_index, np.arange(rows) < len(chosen))
+        for bucket, places in own_blocks(plan.bucket, rows, share):
+            chosen = places.astype(np.int32)
+            frames = {
+                name: self._padded(name, chosen, rows, plan.padded_lengths[name][bucket])
+                for name in plan.modalities
+            }
+            clip_index = np.pad(chosen, (0, rows - len(chosen)))
+            yield Batch(frames, clip_index, np.arange(rows) < len(chosen))
 
     def _padded(self, modality: str, clips: np.ndarray, rows: int, size: int) -> Frames:
         """Returns Frames [rows, size] of some clips."""

@@ -18,10 +18,13 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
+from vidjax.data.blocks import own_blocks
 from vidjax.data.clips import (
+    WHOLE,
     BatchPlan,
     EvalPlan,
     Modality,
+    Share,
     Split,
     TrainingData,
     best_frames,
@@ -243,28 +246,25 @@ class Resident:
         """Returns one split of the dataset."""
         return self._data.split(name)
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket clips come by name. Splits and modalities that are not resident are read
-        from the dataset.
+        Within a bucket clips come by name. All rows of resident clips are on the devices, whatever
+        the share. Splits and modalities that are not resident are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
-            yield from self._data.eval_batches(plan, rows=rows)
+            yield from self._data.eval_batches(plan, rows=rows, share=share)
             return
-        for bucket in range(plan.bucket.max(initial=-1) + 1):
-            clips = np.flatnonzero(plan.bucket == bucket).astype(np.int32)
-            for at in range(0, len(clips), rows):
-                chosen = clips[at : at + rows]
-                clip_index = np.pad(chosen, (0, rows - len(chosen)))
-                batch_mask = np.arange(rows) < len(chosen)
-                clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
-                batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
-                frames = {}
-                for name in plan.modalities:
-                    packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]
-                    frames[name] = self._frames(packed, clip_index, batch_mask, size)
-                yield Batch(frames, clip_index, batch_mask)
+        for bucket, clips in own_blocks(plan.bucket, rows, WHOLE):
+            clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
+            batch_mask = np.arange(rows) < len(clips)
+            clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
+            batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
+            frames = {}
+            for name in plan.modalities:
+                packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]
+                frames[name] = self._frames(packed, clip_index, batch_mask, size)
+            yield Batch(frames, clip_index, batch_mask)
 
     def _frames(self, clips: Packed, clip_index: Array, batch_mask: Array, size: int) -> Frames:
         # A compiled function may copy its outputs: the features of all clips must not be one.

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
+from vidjax.data.clips import (
+    BUCKETS,
+    WHOLE,
+    ClipSource,
+    EvalPlan,
+    Share,
+    Split,
+    TrainingData,
+    make_eval_plan,
+)
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch
@@ -88,12 +97,13 @@ class Part:
             raise ValueError(f"no split {name!r} in a part of {self._split.name}")
         return self._split
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> "Iterator[Batch]":
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> "Iterator[Batch]":
         """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
         whole = make_eval_plan(self._whole, plan.modalities)
         bucket = np.full_like(whole.bucket, -1)
         bucket[self._chosen] = plan.bucket
-        for batch in self._data.eval_batches(whole._replace(bucket=bucket), rows=rows):
+        plan = whole._replace(bucket=bucket)
+        for batch in self._data.eval_batches(plan, rows=rows, share=share):
             # Rows without a clip have the index 0, which may be outside.
             place = np.searchsorted(self._chosen, np.asarray(batch.clip_index))
             yield batch._replace(clip_index=np.where(batch.batch_mask, place, 0).astype(np.int32))

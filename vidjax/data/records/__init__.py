@@ -8,5 +8,6 @@
 | `manifest.py`, `report.py` | what was written, and whether it still is; labels | to name damage |
 | `pipeline.py` | the clips as `TrainingData` | no |
 | `reader.py`, `padding.py` | records as arrays, all clips of a split once | no |
+| `random_access.py` | single records of shards by their numbers | no |
 | `streaming.py`, `codec.py` | endless shuffled batches for training, by tf.data | yes |
 """

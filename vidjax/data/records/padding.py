@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import EvalPlan, Modality, best_frames
+from vidjax.data.blocks import own_blocks, own_places
+from vidjax.data.clips import WHOLE, EvalPlan, Modality, Share, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import Records, check_changed
 from vidjax.data.records.reader import ShardReader
@@ -26,11 +27,20 @@ class Rows(NamedTuple):
     rows: np.ndarray
 
 
-def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
+def eval_batches(
+    records: Records, plan: EvalPlan, rows: int, share: Share = WHOLE
+) -> Iterator[Batch]:
     """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`.
 
-    Files without a clip of the plan are not opened.
+    Files without a clip of the plan, or of the share, are not opened.
     """
+    if share.count == 1:
+        return _by_shard(records, plan, rows)
+    return _by_bucket(records, plan, rows, share)
+
+
+def _by_shard(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
+    """Yields each block as soon as its clips are read, so that few shards are open at once."""
     _, order, _, shards = records.splits[plan.split]
     waiting: dict[int, list[Rows]] = {}  # bucket -> records of a block that is not full
     ends = np.cumsum([shard.records for shard in shards])
@@ -53,11 +63,35 @@ def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]
             yield _batch(records, plan, bucket, parts, rows)
 
 
+def _by_bucket(records: Records, plan: EvalPlan, rows: int, share: Share) -> Iterator[Batch]:
+    """Yields the blocks of a process in the order of `own_blocks`, which all processes share.
+
+    Shards stay open until the end: every bucket may have clips of each, and to open one is to
+    compute its digest.
+    """
+    _, order, _, shards = records.splits[plan.split]
+    ends = np.cumsum([shard.records for shard in shards])
+    bucket = plan.bucket[order]
+    own = np.unique(np.searchsorted(ends, own_places(bucket, rows, share), side="right")).tolist()
+    checked = dict(zip(own, check_changed([shards[number] for number in own]), strict=True))
+    readers: dict[int, ShardReader] = {}
+    for number, places in own_blocks(bucket, rows, share):
+        parts = []
+        within = np.searchsorted(ends, places, side="right")
+        for shard in np.unique(within).tolist():
+            if shard not in readers:
+                readers[shard] = ShardReader(checked[shard])
+            begin = ends[shard] - shards[shard].records
+            parts.append(Rows(readers[shard], places[within == shard] - begin))
+        yield _batch(records, plan, number, parts, rows)
+
+
 def _batch(
     records: Records, plan: EvalPlan, bucket: int, parts: Sequence[Rows], rows: int
 ) -> Batch:
-    """Returns a batch of `rows` rows, the last of which may be empty."""
-    clip_index = np.concatenate([part.reader.clip_index[part.rows] for part in parts])
+    """Returns a batch of `rows` rows, the last of which, or all, may be empty."""
+    none = np.zeros(0, np.int32)
+    clip_index = np.concatenate([none, *(part.reader.clip_index[part.rows] for part in parts)])
     count = len(clip_index)
     frames = {}
     for name in plan.modalities:
@@ -68,10 +102,29 @@ def _batch(
 
 def _frames(parts: Sequence[Rows], name: str, modality: Modality, shape: tuple[int, int]) -> Frames:
     """Returns Frames of a shape [B, T]; of a clip of more than T frames the best by quality."""
+    mask = np.zeros(shape, bool)
+    padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
+    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
+    if parts:
+        lengths, flat = _read(parts, name, modality, shape[1])
+        mask[: len(lengths)] = np.arange(shape[1]) < lengths[:, None]
+        for field, values in flat.items():
+            padded[field][mask] = values
+    return Frames(mask=mask, **padded)
+
+
+def _read(
+    parts: Sequence[Rows], name: str, modality: Modality, size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the frames of the clips of one or more parts, at most `size` of each clip.
+
+    Returns:
+      [n] int32, the number of frames of each clip in the records; and field -> the frames of all
+      clips one after another, [F] or [F, D], of a longer clip its best `size` by quality.
+    """
     lengths = np.concatenate([part.reader.lengths(name)[part.rows] for part in parts])
     read = [part.reader.frames(name, modality, BATCHED, part.rows) for part in parts]
     flat = {field: np.concatenate([one[field] for one in read]) for field in BATCHED}
-    size = shape[1]
     if (lengths > size).any():
         kept = np.ones(len(flat["quality"]), bool)
         starts = np.cumsum(lengths) - lengths
@@ -80,10 +133,4 @@ def _frames(parts: Sequence[Rows], name: str, modality: Modality, shape: tuple[i
             kept[own] = False
             kept[starts[clip] + best_frames(flat["quality"][own], size)] = True
         flat = {field: values[kept] for field, values in flat.items()}
-    mask = np.zeros(shape, bool)
-    mask[: len(lengths)] = np.arange(size) < lengths[:, None]
-    padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
-    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
-    for field, values in flat.items():
-        padded[field][mask] = values
-    return Frames(mask=mask, **padded)
+    return lengths, flat

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Packed
-from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
+from vidjax.data.blocks import own_places, own_rows
+from vidjax.data.clips import (
+    WHOLE,
+    BatchPlan,
+    EvalPlan,
+    Modality,
+    Share,
+    Split,
+    check_modalities,
+)
 from vidjax.data.frame_fields import STORED, NonFinite
 from vidjax.data.labels import Truth
 from vidjax.data.record_source import Origin, RecordSource
@@ -135,7 +144,9 @@ class Dataset:
         """
         return self._records.splits[self.split(split).name].order
 
-    def train_batches(self, plan: BatchPlan, *, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, plan: BatchPlan, *, start: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """Yields batches without end; every clip comes once per epoch.
 
         Batches run on across epochs: none is short and no clip is dropped. The order of clips
@@ -143,21 +154,24 @@ class Dataset:
 
         Args:
           plan: the batches, from `make_batch_plan`.
-          start: number of clips in the batches before; the stream continues after them.
+          start: number of clips in the batches before of all processes; the stream continues
+            after them.
+          share: which rows of every batch this process reads, see `TrainingData`.
 
         Raises:
-          ValueError: an unknown split, a split without one of the modalities, a negative `start`,
-            or, while reading, damaged records.
+          ValueError: an unknown split, a split without one of the modalities, a negative `start`, a
+            batch that cannot be split evenly, or, while reading, damaged records.
         """
         if start < 0:
             raise ValueError(f"start={start}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
+        own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
         from vidjax.data.records import streaming
 
-        return streaming.train_batches(self._records, plan, start)
+        return streaming.train_batches(self._records, plan, start, share)
 
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
 
         Within a bucket clips come in the order of the records: by name, except in 'train'. See
@@ -165,20 +179,26 @@ class Dataset:
 
         Args:
           plan: the clips, as `make_eval_plan` groups them.
-          rows: number of rows per block.
+          rows: number of rows per block of this process.
+          share: which clips of every bucket this process reads, see `ClipSource`.
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, damaged records, or
-            a clip that did not come exactly once.
+            a clip of the share that did not come exactly once.
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
-        return _counted(
-            padding.eval_batches(self._records, plan, rows),
-            clips,
-            plan.bucket >= 0,
-            self._records.splits[plan.split].shards,
-        )
+        _, order, _, shards = self._records.splits[plan.split]
+        wanted = plan.bucket >= 0
+        if share.count > 1:
+            # Processes together read every clip once, if the index names every clip once.
+            num_records = sum(shard.records for shard in shards)
+            times = np.bincount(order[:num_records], minlength=len(wanted))
+            _check_times(times, clips, np.ones_like(wanted), shards)
+            wanted = np.zeros_like(wanted)
+            wanted[order[own_places(plan.bucket[order], rows, share)]] = True
+        batches = padding.eval_batches(self._records, plan, rows, share)
+        return _counted(batches, clips, wanted, shards)
 
     def packed(
         self, split: str, modalities: Sequence[str]

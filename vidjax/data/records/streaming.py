@@ -2,22 +2,35 @@
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
 stored dtype: parsing clip by clip runs at a third of the rate.
+
+One process reads the shards from end to end and shuffles records. Each of several processes
+shuffles the numbers of the records in the same way, and then reads its own records alone.
 """
 
-from collections.abc import Iterator, Sequence
+import collections
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from vidjax.batch import Batch, Frames
-from vidjax.data.clips import BatchPlan
+from vidjax.data.blocks import own_rows
+from vidjax.data.clips import WHOLE, BatchPlan, Share
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
+from vidjax.data.records.random_access import RecordFiles
 
 OPEN_SHARDS = 16
 SHUFFLE_RECORDS = 2048
 SHUFFLE_BYTES = 128 << 20
+READERS = 2  # threads that read the records of one of several processes
 
 
-def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Batch]:
+def train_batches(
+    records: Records, plan: BatchPlan, start: int, share: Share = WHOLE
+) -> Iterator[Batch]:
     """Yields batches without end, see `pipeline.Dataset.train_batches`."""
     shards, offsets, num_clips = [], [], 0
     for split in plan.splits:
@@ -26,14 +39,33 @@ def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Bat
         offsets += [num_clips] * len(found.shards)
         num_clips += len(found.clips)
 
-    stream = _shuffled(shards, offsets, num_clips, plan.seed, start)
-    stream = stream.batch(plan.batch_size, drop_remainder=True)
-    positions = tf.data.Dataset.counter(start=start, step=plan.batch_size)
+    rows = own_rows(plan.batch_size, share)
+    decode = _decoder(records, plan, rows.stop - rows.start)
+    whole = share.count == 1
+    read_shard = _read_records(shards, offsets) if whole else _number_records(shards)
+    pairs = _shuffled(shards, num_clips, plan.seed, start, read_shard)
+    pairs = pairs.batch(plan.batch_size, drop_remainder=True)
+    positions = range(start + rows.start, sys.maxsize, plan.batch_size)
+    if whole:
+        decoded = _decode_whole(pairs, decode, positions)
+    else:
+        own = ((shard[rows], number[rows]) for shard, number in _deterministic(pairs))
+        decoded = _decode_own(
+            own, RecordFiles(shards), np.array(offsets, np.int32), decode, positions
+        )
+    return _batches(decoded, records, shards)
 
-    def decode(position: Any, batch: tuple[Any, Any]) -> Any:
-        serialized, offset = batch
+
+def _decoder(records: Records, plan: BatchPlan, count: int) -> Callable[[Any, Any, Any], Any]:
+    """Returns the function that decodes `count` records.
+
+    Its arguments are the position of the first clip in the stream, [count] serialised records, and
+    [count] int32, what their splits add to the clip_index.
+    """
+
+    def decode(position: Any, serialized: Any, offset: Any) -> Any:
         clip_index, examples = parse_batch(serialized, plan.modalities)
-        positions = position + tf.range(plan.batch_size, dtype=tf.int64)
+        positions = position + tf.range(count, dtype=tf.int64)
         decoded = {}
         for number, (name, length) in enumerate(plan.padded_lengths.items()):
             modality, fields = records.modalities[name], examples[name]
@@ -42,16 +74,69 @@ def train_batches(records: Records, plan: BatchPlan, start: int) -> Iterator[Bat
                 fields = random_window(fields, modality, length, positions, seed)
             best = name in plan.longer and plan.crop == "quality"
             decoded[name] = decode_batch(fields, modality, length, best=best)
-        return decoded, clip_index + offset, tf.ones([plan.batch_size], tf.bool)
+        return decoded, clip_index + offset, tf.ones([count], tf.bool)
 
-    dataset = tf.data.Dataset.zip((positions, stream))
-    dataset = dataset.map(decode, num_parallel_calls=2, deterministic=True).prefetch(1)
-    return _batches(dataset, records, shards)
+    return decode
 
 
-def _batches(dataset: Any, records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
-    """Yields the decoded clips of a tf.data dataset as batches."""
-    for decoded, clip_index, batch_mask in _arrays(dataset, shards):
+def _decode_whole(
+    stream: Any, decode: Callable[[Any, Any, Any], Any], positions: range
+) -> Iterator[Any]:
+    """Yields decoded batches of a tf.data dataset of (serialised records, offsets)."""
+    counter = tf.data.Dataset.counter(start=positions.start, step=positions.step)
+    dataset = tf.data.Dataset.zip((counter, stream)).map(
+        lambda position, batch: decode(position, *batch), num_parallel_calls=2, deterministic=True
+    )
+    yield from _deterministic(dataset.prefetch(1))
+
+
+def _decode_own(
+    numbers: Iterator[tuple[np.ndarray, np.ndarray]],
+    opened: RecordFiles,
+    offsets: np.ndarray,
+    decode: Callable[[Any, Any, Any], Any],
+    positions: range,
+) -> Iterator[Any]:
+    """Yields decoded batches of the records of one process, which threads read ahead.
+
+    The threads are those of Python: tf.data must not call Python functions, as a process that ends
+    while a batch is read ahead would wait for itself.
+
+    Args:
+      numbers: for each batch shard [n] and number [n] of its records.
+      opened: the shards.
+      offsets: [shards] int32, what the split of a shard adds to the clip_index.
+      decode: of `_decoder`.
+      positions: for each batch the position of the first clip in the stream.
+    """
+    strings = tf.TensorSpec([None], tf.string)
+    signature = [tf.TensorSpec([], tf.int64), strings, tf.TensorSpec([None], tf.int32)]
+    compiled = tf.function(decode, input_signature=signature)
+
+    def read(position: int, shard: np.ndarray, number: np.ndarray) -> Any:
+        serialized = tf.constant(opened.read(shard, number), tf.string)
+        offset = tf.constant(offsets[shard])
+        decoded = compiled(tf.constant(position, tf.int64), serialized, offset)
+        return tf.nest.map_structure(np.asarray, decoded)
+
+    waiting = collections.deque()
+    with ThreadPoolExecutor(READERS) as threads:
+        for position, (shard, number) in zip(positions, numbers, strict=False):
+            waiting.append(threads.submit(read, position, shard, number))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+
+
+def _deterministic(dataset: Any) -> Iterator[Any]:
+    """Yields the elements of a tf.data dataset as numpy arrays, without a copy."""
+    options = tf.data.Options()
+    options.deterministic = True
+    yield from dataset.with_options(options).as_numpy_iterator()
+
+
+def _batches(found: Iterator[Any], records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
+    """Yields decoded clips as batches."""
+    for decoded, clip_index, batch_mask in _checked(found, shards):
         frames = {}
         for name, fields in decoded.items():
             dim, dtype = records.modalities[name]
@@ -61,56 +146,70 @@ def _batches(dataset: Any, records: Records, shards: Sequence[Shard]) -> Iterato
         yield Batch(frames, clip_index, batch_mask)
 
 
-def _arrays(dataset: Any, shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yields the elements of a tf.data dataset as numpy arrays, without a copy.
+def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
+    """Yields what is read of shards.
 
     Raises:
       ValueError: the records are damaged; names file and record.
     """
     check_changed(shards)
-    options = tf.data.Options()
-    options.deterministic = True
-    iterator = dataset.with_options(options).as_numpy_iterator()
     while True:
         try:
-            decoded = next(iterator)
+            decoded = next(found)
         except StopIteration:
             return
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, ValueError, OSError) as error:
             for shard in shards:
                 check_shard(shard)
-            reason = " ".join(str(error.message).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             folder = shards[0].path.parent
             raise ValueError(f"{folder}: cannot read the records: {reason}") from error
-        yield decoded
+        yield decoded  # outside of `try`: when the process ends, TensorFlow may be gone
 
 
-def _read_shard(path: Any, num_records: Any) -> Any:
-    """Returns the serialised records of a shard; reading fails unless there are `num_records`."""
-    # A TFRecord file that was cut between two records reads without an error.
-    return tf.data.TFRecordDataset(path, buffer_size=1 << 20).apply(
-        tf.data.experimental.assert_cardinality(num_records)
-    )
-
-
-def _shuffled(
-    shards: Sequence[Shard], offsets: Sequence[int], num_clips: int, seed: int, start: int
-) -> Any:
-    """Returns an endless tf.data dataset of (serialised record, offset of its split).
-
-    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
-    """
+def _read_records(shards: Sequence[Shard], offsets: Sequence[int]) -> Callable[[Any], Any]:
+    """Returns: position of a shard -> tf.data dataset of (serialised record, offset)."""
     paths = tf.constant([str(shard.path) for shard in shards])
     counts = tf.constant([shard.records for shard in shards], tf.int64)
     offset_table = tf.constant(offsets, tf.int32)
+
+    def read(shard: Any) -> Any:
+        # A TFRecord file that was cut between two records reads without an error.
+        records = tf.data.TFRecordDataset(paths[shard], buffer_size=1 << 20).apply(
+            tf.data.experimental.assert_cardinality(counts[shard])
+        )
+        offset = tf.data.Dataset.from_tensors(offset_table[shard]).repeat()
+        return tf.data.Dataset.zip((records, offset))
+
+    return read
+
+
+def _number_records(shards: Sequence[Shard]) -> Callable[[Any], Any]:
+    """Returns: position of a shard -> tf.data dataset of (that position, number of a record)."""
+    counts = tf.constant([shard.records for shard in shards], tf.int64)
+
+    def number(shard: Any) -> Any:
+        repeated = tf.data.Dataset.from_tensors(shard).repeat()
+        return tf.data.Dataset.zip((repeated, tf.data.Dataset.range(counts[shard])))
+
+    return number
+
+
+def _shuffled(
+    shards: Sequence[Shard],
+    num_clips: int,
+    seed: int,
+    start: int,
+    read_shard: Callable[[Any], Any],
+) -> Any:
+    """Returns an endless tf.data dataset of what `read_shard` makes of the records.
+
+    Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
+    The order does not depend on what the elements are.
+    """
     mean_bytes = sum(shard.size for shard in shards) // num_clips + 1
     buffer = min(num_clips, SHUFFLE_RECORDS, max(1, SHUFFLE_BYTES // mean_bytes))
     first_epoch, skipped = divmod(start, num_clips)
-
-    def read(path: Any, count: Any, offset: Any) -> Any:
-        return tf.data.Dataset.zip(
-            (_read_shard(path, count), tf.data.Dataset.from_tensors(offset).repeat())
-        )
 
     def read_epoch(epoch: Any) -> Any:
         order = tf.random.experimental.stateless_shuffle(
@@ -119,9 +218,8 @@ def _shuffled(
         buffer_seed = tf.random.stateless_uniform(
             [], seed=tf.stack([seed, 2 * epoch + 1]), minval=None, maxval=None, dtype=tf.int64
         )
-        tables = [tf.gather(table, order) for table in (paths, counts, offset_table)]
-        records = tf.data.Dataset.from_tensor_slices(tuple(tables)).interleave(
-            read, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
+        records = tf.data.Dataset.from_tensor_slices(order).interleave(
+            read_shard, cycle_length=min(OPEN_SHARDS, len(shards)), block_length=1
         )
         records = records.shuffle(buffer, seed=buffer_seed, reshuffle_each_iteration=False)
         return records.skip(tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), 0))

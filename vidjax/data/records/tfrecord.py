@@ -24,20 +24,20 @@ BATCH_BYTES = 4 << 20
 
 def write(file: BinaryIO, examples: Iterable[bytes]) -> None:
     """Appends messages to a TFRecord file, some at once."""
-    for batch in _batches(examples):
+    for batch in batches(examples):
         sizes = [struct.pack("<Q", len(example)) for example in batch]
-        sums = [struct.pack("<I", _masked(crc)) for crc in crc32c([*sizes, *batch]).tolist()]
+        sums = [struct.pack("<I", crc) for crc in masked_sums([*sizes, *batch]).tolist()]
         of_sizes, of_examples = sums[: len(batch)], sums[len(batch) :]
         parts = zip(sizes, of_sizes, batch, of_examples, strict=True)
         file.write(b"".join([part for record in parts for part in record]))
 
 
-def _batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yields lists of messages of about BATCH_BYTES."""
+def batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yields lists of messages of about BATCH_BYTES, as `crc32c` lays them out in whole rows."""
     batch, size = [], 0
     for example in examples:
         batch.append(example)
-        size += len(example)
+        size += -(-len(example) // ROW) * ROW
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -84,9 +84,10 @@ def _varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def _masked(crc: int) -> int:
-    """Returns a checksum as TFRecord files hold it."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def masked_sums(messages: Sequence[bytes]) -> np.ndarray:
+    """Returns the checksum of each message of 4 bytes or more as TFRecord files hold it, uint32."""
+    crc = crc32c(messages)
+    return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)  # modulo 2**32
 
 
 class _Tables(NamedTuple):
