@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
     "report": {"config", "data", "files", "metrics", "run"},  # pages from files
     "run": {"cluster", "config", "digests", "files", "ownership"},  # no maths
-    "data": {"batch", "devices", "digests", "files", "ownership", "suggest"},
-    "data/records": {"batch", "data", "digests", "files"},
+    "data": {"batch", "cluster", "devices", "digests", "files", "ownership", "suggest"},
+    "data/records": {"batch", "cluster", "data", "digests", "files"},
     "data/untrusted": set(),
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}

@@ -102,11 +102,12 @@ def test_noise_of_libraries_is_left_out(monkeypatch):
         "Fatal Python error: Segmentation fault",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", printed)
     monkeypatch.setattr(sys, "argv", ["chatter", join.LOST])
     chatter.main()
     kept = ["vidjax: stopped", *join.LOST.splitlines(), "Fatal Python error: Segmentation fault"]
-    assert sys.stdout.getvalue().splitlines() == kept
+    assert printed.getvalue().splitlines() == kept
 
 
 def test_python_prints_as_before_while_libraries_are_diverted():

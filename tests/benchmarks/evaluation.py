@@ -29,9 +29,10 @@ import numpy as np
 from tests.benchmarks import common, training_step
 from vidjax import devices, ensemble, selection
 from vidjax.batch import Batch
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.data import resident
 from vidjax.data.blocks import own_blocks
-from vidjax.data.clips import BUCKETS, WHOLE, EvalPlan, Share, Split, make_eval_plan
+from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
 from vidjax.steps import scoring, sinks
 from vidjax.steps.model_scorer import TrainedModel
 

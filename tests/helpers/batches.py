@@ -5,14 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.batch import Batch
-from vidjax.data.clips import (
-    WHOLE,
-    ClipSource,
-    Share,
-    TrainingData,
-    make_batch_plan,
-    make_eval_plan,
-)
+from vidjax.cluster.share import WHOLE, Share
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.pipeline import Dataset

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vidjax.data.clips import Share
+from vidjax.cluster.share import Share
 
 
 def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[int, np.ndarray]]:
@@ -28,7 +28,7 @@ def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[in
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
-        num_blocks = -(-len(places) // (rows * share.count))
+        num_blocks = -(-len(places) // (rows * share.parts))
         first = share.number * num_blocks * rows
         for at in range(first, first + num_blocks * rows, rows):
             yield number, places[at : at + rows]
@@ -46,10 +46,10 @@ def own_rows(batch_size: int, share: Share) -> slice:
     Raises:
       ValueError: processes would have different numbers of rows.
     """
-    if batch_size % share.count:
+    if batch_size % share.parts:
         raise ValueError(
-            f"config.batch_size={batch_size} cannot be split over {share.count} processes: "
+            f"config.batch_size={batch_size} cannot be split over {share.parts} processes: "
             "use a multiple"
         )
-    count = batch_size // share.count
+    count = batch_size // share.parts
     return slice(share.number * count, (share.number + 1) * count)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
@@ -22,16 +23,6 @@ MAX_EVAL_FRAMES = BUCKETS[-1]
 # A modality is never padded beyond its longest clip of the split, rounded up to one of these:
 # audio with one vector per clip keeps T = 1, and splits of similar clips share compiled programs.
 PAD_LENGTHS = (1, 8, *BUCKETS)
-
-
-class Share(NamedTuple):
-    """The part of every batch that this process reads: part `number` of `count`."""
-
-    number: int = 0
-    count: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-
-
-WHOLE = Share()
 
 
 class Modality(NamedTuple):
@@ -140,7 +131,7 @@ class ClipSource(Protocol):
         frame is better. T depends on the plan alone, never on `rows`.
 
         All processes yield as many blocks as each other, and blocks at the same position are from
-        the same bucket: together they are one block of `rows * share.count` rows.
+        the same bucket: together they are one block of `rows * share.parts` rows.
 
         Args:
           plan: the clips, as `make_eval_plan` groups them.

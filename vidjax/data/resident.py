@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.blocks import own_blocks
 from vidjax.data.clips import (
-    WHOLE,
     BatchPlan,
     EvalPlan,
     Modality,
-    Share,
     Split,
     TrainingData,
     best_frames,
@@ -249,17 +248,18 @@ class Resident:
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket clips come by name. All rows of resident clips are on the devices, whatever
-        the share. Splits and modalities that are not resident are read from the dataset.
+        Within a bucket clips come by name. Blocks of resident clips have the rows of all processes.
+        Splits and modalities that are not resident are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows, share=share)
             return
+        rows *= share.parts
         for bucket, clips in own_blocks(plan.bucket, rows, WHOLE):
             clip_index = np.pad(clips.astype(np.int32), (0, rows - len(clips)))
             batch_mask = np.arange(rows) < len(clips)
-            clip_index = jax.device_put(clip_index, devices.by_rows(self._mesh))
-            batch_mask = jax.device_put(batch_mask, devices.by_rows(self._mesh))
+            clip_index = devices.put(clip_index, devices.by_rows(self._mesh))
+            batch_mask = devices.put(batch_mask, devices.by_rows(self._mesh))
             frames = {}
             for name in plan.modalities:
                 packed, size = self._eval[plan.split][name], plan.padded_lengths[name][bucket]

@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax.data.clips import (
-    BUCKETS,
-    WHOLE,
-    ClipSource,
-    EvalPlan,
-    Share,
-    Split,
-    TrainingData,
-    make_eval_plan,
-)
+from vidjax.cluster.share import WHOLE, Share
+from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch

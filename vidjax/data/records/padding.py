@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.batch import Batch, Frames
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.blocks import own_blocks, own_places
-from vidjax.data.clips import WHOLE, EvalPlan, Modality, Share, best_frames
+from vidjax.data.clips import EvalPlan, Modality, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import Records, check_changed
 from vidjax.data.records.reader import ShardReader
@@ -34,7 +35,7 @@ def eval_batches(
 
     Files without a clip of the plan, or of the share, are not opened.
     """
-    if share.count == 1:
+    if share.parts == 1:
         return _by_shard(records, plan, rows)
     return _by_bucket(records, plan, rows, share)
 

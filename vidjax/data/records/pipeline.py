@@ -14,16 +14,9 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Packed
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.blocks import own_places, own_rows
-from vidjax.data.clips import (
-    WHOLE,
-    BatchPlan,
-    EvalPlan,
-    Modality,
-    Share,
-    Split,
-    check_modalities,
-)
+from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import STORED, NonFinite
 from vidjax.data.labels import Truth
 from vidjax.data.record_source import Origin, RecordSource
@@ -190,7 +183,7 @@ class Dataset:
         check_modalities(clips, plan.modalities)
         _, order, _, shards = self._records.splits[plan.split]
         wanted = plan.bucket >= 0
-        if share.count > 1:
+        if share.parts > 1:
             # Processes together read every clip once, if the index names every clip once.
             num_records = sum(shard.records for shard in shards)
             times = np.bincount(order[:num_records], minlength=len(wanted))

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Frames
+from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.blocks import own_rows
-from vidjax.data.clips import WHOLE, BatchPlan, Share
+from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
 from vidjax.data.records.random_access import RecordFiles
@@ -41,7 +42,7 @@ def train_batches(
 
     rows = own_rows(plan.batch_size, share)
     decode = _decoder(records, plan, rows.stop - rows.start)
-    whole = share.count == 1
+    whole = share.parts == 1
     read_shard = _read_records(shards, offsets) if whole else _number_records(shards)
     pairs = _shuffled(shards, num_clips, plan.seed, start, read_shard)
     pairs = pairs.batch(plan.batch_size, drop_remainder=True)
