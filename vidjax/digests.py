@@ -20,3 +20,9 @@ def sha256_opened(file: io.FileIO) -> str:
 def sha256_json(value: object) -> str:
     """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def sha256_folder(folder: Path) -> dict[str, str]:
+    """Returns relative path -> sha256 of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in paths}

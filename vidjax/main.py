@@ -95,11 +95,11 @@ def _together(args: "Arguments", words: Sequence[str]) -> int:
 
 
 def _train(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.modes import arguments, together
 
     began = time.monotonic()
     config, path = arguments.for_training(args)
-    arguments.check_same(args, config)
+    together.check_command(args, config)
     if not (path / "config.json").exists():  # before there is a folder, or data are read
         arguments.rehearse(args)
         _set_up_devices(config)
@@ -112,7 +112,7 @@ def _train(args: "Arguments") -> int:
         if results is None:
             _set_up_devices(config)
             data = arguments.load_data(config)
-            arguments.check_same_data(data)
+            together.check_data(data)
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command,
                 began=began,
@@ -133,13 +133,13 @@ def _lacks_report(config: "Config", workdir: Path) -> bool:
 
 
 def _evaluate(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.modes import arguments, together
 
     if args.shard:
         return _evaluate_part(args, args.shard)
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
-    arguments.check_same(args, config)
+    together.check_command(args, config)
     if args.overrides and not config.join.runs:
         arguments.rehearse(args)
     with _locked_folder(path) as workdir:
@@ -151,7 +151,7 @@ def _evaluate(args: "Arguments") -> int:
         else:
             evaluate.check_folder(config, workdir)
             data = arguments.load_data(config)
-            arguments.check_same_data(data)
+            together.check_data(data)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
@@ -309,6 +309,7 @@ RUNNERS = {
 def _locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock, for all processes of the run."""
     from vidjax.cluster import members
+    from vidjax.modes import together
     from vidjax.run import workdir as workdir_lib
 
     _end_on_signals()
@@ -316,7 +317,7 @@ def _locked_folder(path: Path) -> Iterator[Path]:
     workdir = workdir_lib.make_workdir(path)
     with workdir_lib.lock(workdir) if members.is_first() else contextlib.nullcontext():
         try:
-            workdir_lib.check_shared(workdir)
+            together.check_folder(workdir)
             yield workdir
         except BaseException:
             if is_new and len(list(workdir.iterdir())) == 1:  # nothing but the file of the lock

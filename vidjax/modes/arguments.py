@@ -1,6 +1,5 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
-import importlib.metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -53,40 +52,6 @@ class RankingOptions(NamedTuple):
     out: Path
     split: str | None
     step: Literal["latest", "best"]
-
-
-def check_same(args: Arguments, config: Config) -> None:
-    """Checks that the processes of a run were started alike.
-
-    Raises:
-      ValueError: another process has another value of a field or a flag.
-    """
-    if not args.place:
-        return
-    from vidjax.cluster import members
-
-    facts = {f"config.{name}": value for name, value in config_lib.fields(config)}
-    for name in ("dir", "cache_dir"):  # machines may keep the data in different places
-        facts.pop(f"config.data.{name}")
-    flags = {
-        "--mode": args.mode,
-        "--workdir": args.workdir,
-        "--num_processes": args.place.num_processes,
-    }
-    facts |= {**flags, "the version of vidjax": importlib.metadata.version("vidjax")}
-    members.check_same(facts, "start all processes with the same command, but for --process_id")
-
-
-def check_same_data(data: TrainingData) -> None:
-    """Checks that the processes of a run have loaded the same clips and labels.
-
-    Raises:
-      ValueError: another process has other data.
-    """
-    from vidjax.cluster import members
-
-    facts = {"the digest of the data": data.report["data"]["digest"]}
-    members.check_same(facts, "give all processes the same files, see config.data.dir")
 
 
 def for_training(args: Arguments) -> tuple[Config, Path]:

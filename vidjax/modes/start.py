@@ -118,6 +118,9 @@ def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
     """Writes the files that describe a run: config, identities, members and data report."""
+    members.barrier()  # all processes have read what is there
+    if not members.is_first():
+        return
     seal.write_config(workdir, config)
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)

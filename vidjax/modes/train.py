@@ -8,7 +8,6 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import devices, metrics
-from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.modes import analysis, start
@@ -17,7 +16,7 @@ from vidjax.modes.plan import make_plan, make_schedule, repeated_clips
 from vidjax.modes.training_run import TrainingRun
 from vidjax.run import checkpoint, resume, seal, signals
 from vidjax.run import results as results_lib
-from vidjax.run.logs import Logs, NoLogs
+from vidjax.run.logs import Logs, open_logs
 from vidjax.run.terminal import Progress, say
 from vidjax.steps.conclusion import Evaluation
 from vidjax.system import make_system
@@ -94,16 +93,11 @@ def train(
     if note := repeated_clips(config, plan.task):
         say(note)
     run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)
-    members.barrier()  # all of them have read the folder
-    if members.is_first():
-        start.write_description(workdir, config, data, plan.training_sets)
+    start.write_description(workdir, config, data, plan.training_sets)
     # An earlier process may have stopped between a step and its evaluation.
-    is_pending = run.step in schedule.evaluate and not run.is_evaluated
-    evaluated = None
+    evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
-        logs = NoLogs()
-        if members.is_first():
-            logs = Logs(workdir, step=run.step, evaluated=not is_pending)
+        logs = open_logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
         progress = stack.enter_context(_make_progress(config, total_steps, run.step))
         interruption = stack.enter_context(signals.catch_interruption())
@@ -120,8 +114,8 @@ def train(
                 run.log(logs)
             if run.step in schedule.relabel:
                 run.relabel()
-            save_due = interruption.agree(run.step, save_due=run.is_save_due())
-            if run.step in schedule.evaluate or interruption.signum or save_due:
+            asked = interruption.agree(run.step, save_due=run.is_save_due())
+            if asked or run.step in schedule.evaluate:
                 run.save()
             if run.step in schedule.evaluate:
                 evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)

@@ -10,13 +10,12 @@ evaluates now and then, "the one before" is the last evaluated one. Other files 
 are left alone.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from vidjax import digests as digests_lib
 from vidjax import files
 from vidjax.cluster import members
-from vidjax.run import schema
+from vidjax.run import pruning, schema
 from vidjax.run import workdir as workdir_lib
 
 
@@ -98,7 +97,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        contents = {"arrays": _arrays(items), "files": _digests(partial / "state")}
+        contents = {"arrays": _arrays(items), "files": digests_lib.sha256_folder(partial / "state")}
         _write_manifest(partial, {**contents, **info})
         set_aside(folder)
         os.rename(partial, folder)
@@ -324,12 +323,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def set_aside(folder: Path) -> None:
     """Renames a checkpoint, or whatever has its name, to `<step>.damaged`."""
     if folder.exists() or folder.is_symlink():
-        os.rename(folder, _free_name(folder, "damaged"))
-
-
-def _free_name(folder: Path, word: str) -> Path:
-    names = (f"{folder.name}.{word}", *(f"{folder.name}.{word}-{i}" for i in range(2, 1000)))
-    return next(path for name in names if not (path := folder.with_name(name)).exists())
+        os.rename(folder, pruning.free_name(folder, "damaged"))
 
 
 def _is_step(folder: Path) -> bool:
@@ -394,32 +388,13 @@ def _drop_others(workdir: Path) -> None:
             os.rename(folder, dropped / folder.name)  # half a folder must not look like one
     if dropped.exists():
         for folder in dropped.iterdir():
-            _remove(folder)
+            pruning.remove(folder, _listed(folder))
         dropped.rmdir()
 
 
-def _remove(folder: Path) -> None:
-    """Removes the files that a checkpoint's manifest lists; files that a user has added stay."""
+def _listed(folder: Path) -> Collection[str]:
+    """Returns the files below `state` that a checkpoint's manifest lists, none if it is damaged."""
     try:
-        listed = read_manifest(folder)["files"]
+        return read_manifest(folder)["files"]
     except CheckpointError:
-        listed = {}
-    parts = sorted((folder / "state").rglob("*"), reverse=True)  # files before their folders
-    for path in [*parts, folder / "state"]:
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            elif str(path.relative_to(folder / "state")) in listed:
-                path.unlink()
-    for path in [*folder.glob(".manifest.json.*.partial"), folder / "manifest.json"]:
-        path.unlink(missing_ok=True)
-    try:
-        folder.rmdir()
-    except OSError:
-        os.rename(folder, _free_name(folder.parents[1] / folder.name, "kept"))
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Returns relative path -> sha256 of every file below a folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): digests_lib.sha256_file(path) for path in paths}
+        return ()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import files
+from vidjax.cluster import members
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.tensorboard import EventFile
 
@@ -89,6 +90,11 @@ class Logs:
         """Closes the files."""
         for file in (self._metrics, self._timing, self._events):
             file.close()
+
+
+def open_logs(workdir: Path, *, step: int, evaluated: bool) -> Logs:
+    """Returns the logs of a run, which the first of its processes writes; arguments of `Logs`."""
+    return Logs(workdir, step=step, evaluated=evaluated) if members.is_first() else NoLogs()
 
 
 class NoLogs(Logs):

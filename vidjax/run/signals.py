@@ -43,13 +43,13 @@ class Interruption:
           save_due: whether this process would save a checkpoint.
 
         Returns:
-          True if the first process would.
+          True to save a checkpoint now: the first process would, or some process got a signal.
         """
         rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
         if not rows:
             return False
         self.signum = max(signum for signum, _ in rows) or None
-        return bool(rows[0][1])
+        return bool(self.signum or rows[0][1])
 
     def raise_if_asked(self, step: int) -> None:
         """Raises Interrupted if a signal arrived; `step` is the last one that was saved."""

@@ -18,7 +18,6 @@ from typing import BinaryIO
 import numpy as np
 
 from vidjax import files
-from vidjax.cluster import members
 
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 
@@ -79,25 +78,6 @@ def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
                 file.seek(0)
                 file.write(owner)  # a file that is cut would be waited for, milliseconds
         yield
-
-
-def check_shared(workdir: Path) -> None:
-    """Checks that all processes of a run see the folder that the first one has locked.
-
-    Raises:
-      ValueError: another process has another folder under this name.
-    """
-    if members.count() == 1:
-        return
-    members.barrier()  # the first process has the lock
-    owner = "absent"
-    if files.exists(workdir / ".lock"):
-        with files.open_regular(workdir / ".lock") as file:
-            owner = lock_owner(file)
-    members.check_same(
-        {f"the lock of '{workdir}'": owner},
-        "all processes need the same folder, on a disk that their machines share",
-    )
 
 
 def lock_owner(file: io.FileIO) -> str:
