@@ -25,6 +25,8 @@ from vidjax.run import checkpoint
 NUM_DEVICES = 4  # of all processes together
 SILENCE = 12  # seconds; the limit of a user is longer
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+# One run has the classes of its classifier on two devices each, which two processes may hold.
+WORDS = {"mma": (), "ensemble": ("--config.mesh.model=2",)}
 MOMENTS = ("start", "compile", "step", "save", "evaluation")
 # As `python -m vidjax.main`, with shorter limits.
 PROGRAM = f"""
@@ -132,7 +134,15 @@ def _damaged(run: Run) -> list[str]:
 def lay_out(folder: Path, official: Path, case: str, mode: str, like: Run | None) -> Run:
     """Lays out a run; that without `like` is trained to its end by one process."""
     run = Run(folder, official, case, mode, like)
-    if not like:
+    run.words += WORDS[case]
+    if like:
+        return run
+    if case == "mma":
+        # More than two numbers are added up in another order between processes than in one. A
+        # process that joins no other adds them up as several do.
+        group = Group(run, 1)
+        assert group.wait(600) == [0], group.said()
+    else:
         process = Process(run, run.words, run.environment(NUM_DEVICES))
         process.wait(600)
         assert process.code == 0, process.said()
@@ -155,7 +165,7 @@ def campaign(folder: Path, faults: int, seed: int) -> int:
             file.flush()
 
         while done < faults:
-            case, mode = rng.choice(["mma", "ensemble"]), rng.choice(["streaming", "resident"])
+            case, mode = rng.choice(list(WORDS)), rng.choice(["streaming", "resident"])
             if (case, mode) not in likes:
                 likes[case, mode] = lay_out(folder, official, case, mode, None)
             run = lay_out(folder, official, case, mode, likes[case, mode])
