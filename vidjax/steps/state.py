@@ -103,13 +103,15 @@ def init_state(
         }
 
     state = jax.lax.map(init_member, rngs)
-    of_columns = jnp.zeros((len(labels), system.model.num_classes), jnp.int32)
+    updated = None
+    if system.sampled_classes < 1:
+        updated = jnp.zeros((len(labels), system.model.num_classes), jnp.int32)
     return TrainState(
         step=jnp.int32(0),
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
-        updated=of_columns if system.sampled_classes < 1 else None,
+        updated=updated,
         **state,
     )
 
