@@ -5,6 +5,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.helpers.made_steps import make
@@ -12,13 +13,15 @@ from tests.helpers.small_runs import (
     assert_equal_weights,
     interrupt_dispatch,
     run,
+    saved,
     shrunk,
     weights,
 )
 from vidjax import devices
 from vidjax.data.load import load_dataset
+from vidjax.modes import start
 from vidjax.run import signals
-from vidjax.steps import sampled
+from vidjax.steps import sampled, train_step
 
 LINEAR = (
     "--config.model.layers=()",
@@ -77,6 +80,89 @@ def test_a_step_changes_the_drawn_columns_as_a_smaller_classifier_would(name):
     np.testing.assert_array_equal(others, np.delete(old["kernel"][0], changed, axis=1))
 
 
+def drawn_at(made, step):
+    """Returns the columns [n] that a step of the only member draws."""
+    keys = train_step.MemberKeys.at(made.state.rng[0], step)
+    labels, mask = made.state.labels[0], made.system.class_mask
+    count = sampled.num_drawn(made.system, len(labels), made.mesh.shape["model"])
+    draw = jax.jit(lambda: sampled.draw(keys.classes, labels, mask, count, made.mesh))
+    return np.asarray(draw())
+
+
+def adam_oracle(weights, x, labels, draws, rate):
+    """Returns weights [D, K] and both moments after steps of softmax regression by Adam.
+
+    Second moments of all columns fade in every step; first moments and weights wait for a draw.
+    """
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for step, drawn in enumerate(draws, start=1):
+        scores = np.exp(x @ weights[:, drawn])
+        error = scores / scores.sum(axis=1, keepdims=True) - (labels[:, None] == drawn)
+        gradient = x.T @ error / len(x)
+        first[:, drawn] = 0.9 * first[:, drawn] + 0.1 * gradient
+        second *= 0.999
+        second[:, drawn] += 0.001 * gradient**2
+        mean, square = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        weights[:, drawn] -= rate * mean[:, drawn] / (np.sqrt(square[:, drawn]) + 1e-8)
+    return weights, first, second
+
+
+def classifier_of(tree, count):
+    """Returns kernel and bias of the only member as one matrix [D + 1, count]."""
+    arrays = jax.device_get(tree["classifier"]["logits"])
+    return np.concatenate([arrays["kernel"][0], arrays["bias"]])[:, :count]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_second_moments_fade_between_two_draws(shape):
+    """Twelve steps in float64 by sums in numpy, on one device, and on two of either axis."""
+    words = (*LINEAR, "--config.loss.sampled_classes=0.2", "--config.dtype=float64")
+    with jax.enable_x64(True):
+        made = make("quality_fusion", *words, num_identities=300, batch_size=24, shape=shape)
+        fuse = made.system.fuse_eval  # it draws no frames, as that of training does
+        made = made._replace(system=made.system._replace(fuse_train=fuse))
+        frames = fuse["face"](jax.random.key(0), made.batch.frames["face"])
+        x = np.pad(frames.features[:, 0], ((0, 0), (0, 1)), constant_values=1.0).astype(float)
+        draws = [drawn_at(made, step) for step in range(12)]
+        labels, rate = np.asarray(made.state.labels[0]), float(np.asarray(made.system.schedule(0)))
+        wanted = adam_oracle(classifier_of(made.state.params, 301), x, labels, draws, rate)
+        (params, opt_state), _ = made.train(12)
+    (adam,) = (part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
+    found = [classifier_of(tree, 301) for tree in (params, adam.mu, adam.nu)]
+    last = np.full(301, -1)
+    for step, drawn in enumerate(draws):
+        last[drawn] = step
+    assert len(set(last)) > 6  # some columns wait for several steps
+    found[2] *= 0.999 ** (11 - last)  # they fade when they are drawn
+    for ours, oracle in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, oracle, rtol=1e-9, atol=1e-15)
+
+
+def test_a_skipped_step_leaves_the_moments_and_their_steps_alone():
+    words = (*LINEAR, "--config.loss.sampled_classes=0.2")
+    made = make("quality_fusion", *words, num_identities=300, batch_size=24)
+    step = train_step.make_train_step(made.system, made.mesh, made.axes)
+    state, _ = step(made.state, made.tables, made.batch)
+    face = made.batch.frames["face"]
+    bad = made.batch._replace(frames={"face": face._replace(features=face.features * np.nan)})
+    names = ("params", "opt_state", "updated")
+    before = jax.device_get([getattr(state, name) for name in names])
+    after, _ = step(state, made.tables, bad)
+    assert int(after.bad_steps[0]) == 1
+    found = jax.device_get([getattr(after, name) for name in names])
+    jax.tree.map(np.testing.assert_array_equal, found, before)
+
+
+def test_steps_on_all_classes_have_no_numbers_of_steps_in_their_state():
+    all_of_them, few = (
+        start.as_items(make("quality_fusion", *LINEAR, *words).state)
+        for words in ((), ("--config.loss.sampled_classes=0.2",))
+    )
+    assert all_of_them.pop("updated") is None
+    assert few.pop("updated").shape == (1, 51)
+    assert jax.tree.structure(all_of_them) == jax.tree.structure(few)
+
+
 def test_a_step_that_draws_all_classes_is_one_on_all():
     words = ("--config.model.layers=((8,'swish',False,0.5),)", "--config.optim.warmup=0")
     few, all_of_them = (
@@ -118,3 +204,6 @@ def test_members_streaming_and_resumption_change_nothing(data, tmp_path):
             run(stopped, tmp_path / "stopped", data)
     run(stopped, tmp_path / "stopped", data)
     assert_equal_weights(tmp_path / "stopped", tmp_path / "alone")
+    found, wanted = (saved(tmp_path / name)["updated"] for name in ("stopped", "alone"))
+    np.testing.assert_array_equal(found, wanted)
+    assert 0 < len(np.unique(wanted)) < 1 + np.max(wanted)

@@ -11,6 +11,8 @@ import optax
 
 from vidjax.batch import Array
 
+SECOND_MOMENT_DECAY = 0.999  # of Adam: its paper and optax
+
 
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
@@ -149,7 +151,7 @@ def make_optimizer(
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     if spec["name"] == "adam":
-        scale = optax.scale_by_adam()
+        scale = optax.scale_by_adam(b2=SECOND_MOMENT_DECAY)
     elif spec["name"] == "sgd":
         scale = optax.trace(decay=spec["momentum"]) if spec["momentum"] else optax.identity()
     else:

@@ -99,19 +99,21 @@ def restore_or_init(
         )
         return first(), {}
     items, manifest = restored
-    state = state_lib.TrainState(
-        params=items["params"], model_state=items["model_state"], **items["train"]
-    )
+    state = state_lib.TrainState(**items.pop("train"), **items)
     if manifest.get("padded_columns") != plan.task.padded_columns:
         state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
     return state, manifest
 
 
 def as_items(state: state_lib.TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`."""
+    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
+
+    `updated` is an item of its own, so that a run on some classes can go on with all of them.
+    """
     names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
     rest = {name: getattr(state, name) for name in names}
-    return {"params": state.params, "model_state": state.model_state, "train": rest}
+    own = {name: getattr(state, name) for name in ("params", "model_state", "updated")}
+    return {**own, "train": rest}
 
 
 def write_description(

@@ -2,15 +2,20 @@
 
 A sampled step is a step of a smaller classifier. `draw` chooses class columns, `take` slices them
 out of parameters and moments, `narrow` gives the system for as many columns, and `put` writes the
-slices back. Columns that are not drawn stay as they are: their moments do not fade, and weight
-decay does not reach them. The devices of the axis `model` each draw as many of their own columns,
-so no column moves between them.
+slices back. Columns that are not drawn stay as they are, and weight decay does not reach them. The
+devices of the axis `model` each draw as many of their own columns, so no column moves between them.
+
+On all classes, a column whose clips are not in the batch has gradients of nearly 0, by which its
+second moments fade, and momentum moves it on. So the second moments of a drawn column first fade
+for the steps since it was last drawn; otherwise they would be too large, and the column would move
+too little. The first moments wait: the steps that draw the column make the moves that momentum has
+left. If they faded too, those moves would be lost.
 
 The drawn columns do not stand for the others, as published. Losses that count each of them several
 times led to a lower MAP here: Adam evens out what is counted more.
 
 Source: An et al., Partial FC: Training 10 Million Identities on a Single Machine, section 3.2.
-Ours: the moments of Adam.
+Ours: what becomes of the moments of Adam.
 """
 
 import functools
@@ -20,9 +25,12 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from vidjax import optim
+from vidjax.augment import MemberBatch
 from vidjax.batch import Array
 from vidjax.steps.columns import NO_AXIS, ClassAxes
 from vidjax.system import System
@@ -116,19 +124,66 @@ def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Arra
     return jax.tree.map(of, _without_members(state_axes), tree, part)
 
 
-def narrow(system: System, columns: Array) -> System:
-    """Returns the system for the drawn columns alone."""
+def narrow(system: System, columns: Array, state_axes: optax.OptState, gaps: Array) -> System:
+    """Returns the system for the drawn columns alone.
+
+    Args:
+      system: the system.
+      columns: [n] int32, result of `draw`.
+      state_axes: tree of the axes [E, ...] of class columns, with the structure of the optimiser's
+        state.
+      gaps: [n] int32, steps since the one that last drew a column, that one not counted.
+    """
     mask = system.class_mask[columns]
     return system._replace(
         model=system.make_model(len(columns)),
         class_mask=mask,
         objective=system.make_objective(mask),
+        tx=_fading(system.tx, _without_members(state_axes), gaps),
     )
 
 
-def place_of(columns: Array, labels: Array) -> Array:
-    """Returns the places of labels among the drawn columns, of the shape of the labels."""
-    return jnp.searchsorted(columns, labels).astype(jnp.int32)
+def relabel(clips: MemberBatch, columns: Array) -> MemberBatch:
+    """Returns clips with the places of their labels among the drawn columns."""
+
+    def place(labels: Array) -> Array:
+        return jnp.searchsorted(columns, labels).astype(jnp.int32)
+
+    targets = tuple((place(labels), share) for labels, share in clips.targets)
+    return clips._replace(labels=place(clips.labels), targets=targets)
+
+
+def _fading(
+    tx: optax.GradientTransformation, axes: optax.OptState, gaps: Array
+) -> optax.GradientTransformation:
+    """Returns an optimiser before whose steps the second moments of Adam fade over the gaps.
+
+    A gradient of 0 multiplies a second moment by its rate of decay, and those of a gap by a power.
+    """
+
+    def fade(axes: object, state: object) -> object:
+        if not (isinstance(axes, optax.ScaleByAdamState) and isinstance(state, type(axes))):
+            return state
+
+        def of(axis: int, x: Array) -> Array:
+            if axis == NO_AXIS:
+                return x
+            left = optim.SECOND_MOMENT_DECAY ** gaps.astype(x.dtype)
+            return x * left.reshape(-1, *[1] * (x.ndim - 1 - axis))
+
+        return state._replace(nu=jax.tree.map(of, axes.nu, state.nu))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        faded = jax.tree.map(fade, axes, state, is_leaf=_is_adam)
+        return tx.update(updates, faded, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _is_adam(state: object) -> bool:
+    return isinstance(state, optax.ScaleByAdamState)
 
 
 def _without_members(state_axes: Tree) -> Tree:

@@ -27,6 +27,8 @@ class TrainState(struct.PyTreeNode):
       labels: [E, N] int32, class column of every training clip; constant within a step.
       bad_steps: [E] int32, number of consecutive steps without a finite loss and gradient.
       sums: metric -> [E] float32, sum since the last line of the log.
+      updated: [E, K] int32, number of steps done after the one that last drew a class column; None
+        where every step sees all classes.
     """
 
     step: Array
@@ -37,9 +39,10 @@ class TrainState(struct.PyTreeNode):
     labels: Array
     bad_steps: Array
     sums: Mapping[str, Array]
+    updated: Array | None
 
 
-_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "bad_steps", "sums")
+_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "bad_steps", "sums", "updated")
 
 
 class Tables(NamedTuple):
@@ -100,11 +103,15 @@ def init_state(
         }
 
     state = jax.lax.map(init_member, rngs)
+    updated = None
+    if system.sampled_classes < 1:
+        updated = jnp.zeros((len(labels), system.model.num_classes), jnp.int32)
     return TrainState(
         step=jnp.int32(0),
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
+        updated=updated,
         **state,
     )
 

@@ -29,6 +29,7 @@ class Learned(NamedTuple):
     opt_state: optax.OptState
     bad_steps: Array
     sums: Mapping[str, Array]
+    updated: Array | None
 
 
 class MemberInputs(NamedTuple):
@@ -128,11 +129,11 @@ def _learn_sampled(
     drawn = sampled.draw(keys.classes, labels, system.class_mask, count, axes.mesh)
     class_axes = Learned(*(getattr(axes.state, name) for name in Learned._fields))
     part = sampled.take(axes, class_axes, learned, drawn)
-    clips = clips._replace(
-        labels=sampled.place_of(drawn, clips.labels),
-        targets=tuple((sampled.place_of(drawn, labels), x) for labels, x in clips.targets),
-    )
-    part, loss = _learn(sampled.narrow(system, drawn), step, keys, batch, part, clips)
+    before = part.updated
+    assert before is not None
+    narrow = sampled.narrow(system, drawn, class_axes.opt_state, step - before)
+    part, loss = _learn(narrow, step, keys, batch, part, sampled.relabel(clips, drawn))
+    part = part._replace(updated=jnp.where(part.bad_steps == 0, step + 1, before))
     return sampled.put(axes, class_axes, learned, part, drawn), loss
 
 
@@ -190,7 +191,7 @@ def _update(
         updates, opt_state = system.tx.update(grads, learned.opt_state, learned.params)
         params: Any = optax.apply_updates(learned.params, updates)
         sums = {name: value + added.get(name, 0) for name, value in learned.sums.items()}
-        new = Learned(params, new_model_state, opt_state, jnp.int32(0), sums)
+        new = Learned(params, new_model_state, opt_state, jnp.int32(0), sums, learned.updated)
         # In linen, running statistics start as float32 and would take the dtype of the batch.
         return jax.tree.map(lambda x, old: x.astype(old.dtype), new, learned)
 
