@@ -19,7 +19,7 @@ import pytest
 import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
-from tests.campaigns import kills, mutations, numbers, same_bytes
+from tests.campaigns import kills, mutations, numbers, processes, same_bytes
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import arrays, iqiyi_vid, synthetic
@@ -268,6 +268,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     # `tests/faults` runs a sample of both.
     campaigns, trial = [], mutations.Trial("ranking.txt", "cut 0.5", "check", 0, "")
     monkeypatch.setattr(kills, "campaign", lambda *args: campaigns.append(args) or 0)
+    monkeypatch.setattr(processes, "campaign", lambda *args: campaigns.append(args) or 0)
     monkeypatch.setattr(mutations, "trials", lambda *args: campaigns.append(args) or [trial])
     run = {
         # Trains nothing, or times the shortest command.
@@ -281,6 +282,7 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
             [*words, "--only=--version"]
         ),
         "tests.campaigns.kills": kills.main,
+        "tests.campaigns.processes": processes.main,
         # Writes the tables from what was measured.
         "tests.benchmarks.speed": lambda words: speed.main([*words, "--collect"]),
         # `tests/faults/test_numbers.py` runs more cases.
@@ -298,7 +300,8 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert Path(speed_page).read_text() == (ROOT / "tests/benchmarks/README.md").read_text()
     folder = tmp_path / "FOLDER"
-    assert sorted(campaigns) == [(folder, 200, 0, None), (folder, 2000, 0, mutations.MODES)]
+    sizes = [(50, 0), (200, 0, None), (2000, 0, mutations.MODES)]
+    assert sorted(campaigns) == [(folder, *size) for size in sizes]
 
 
 @pytest.mark.slow
@@ -314,7 +317,7 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
-    names = ("commands", "kills", "mutations", "numbers", "same_bytes")
+    names = ("commands", "kills", "mutations", "numbers", "processes", "same_bytes")
     modules |= {f"tests.campaigns.{name}" for name in names}
     for page in PAGES:
         for words in shell_commands(page):
