@@ -315,7 +315,7 @@ def _locked_folder(path: Path) -> Iterator[Path]:
     _end_on_signals()
     is_new = members.is_first() and not path.exists()
     workdir = workdir_lib.make_workdir(path)
-    with workdir_lib.lock(workdir) if members.is_first() else contextlib.nullcontext():
+    with workdir_lib.lock(workdir):
         try:
             together.check_folder(workdir)
             yield workdir

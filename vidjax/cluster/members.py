@@ -6,13 +6,12 @@ signal differs between them, so one process decides it, or all of them together.
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 Value = TypeVar("Value")  # of JSON, without tuples
 
@@ -23,12 +22,15 @@ _serial = itertools.count()  # every process makes the same calls in the same or
 
 def count() -> int:
     """Returns the number of processes that work on the run."""
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    # What never imported jax has joined nobody, and need not import it.
+    jax = sys.modules.get("jax")
+    return jax.process_count() if jax and jax.distributed.is_initialized() else 1
 
 
 def number() -> int:
     """Returns the number of this process, from 0."""
-    return jax.process_index() if jax.distributed.is_initialized() else 0
+    jax = sys.modules.get("jax")
+    return jax.process_index() if jax and jax.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:
@@ -110,6 +112,8 @@ def by_devices(values: list[int]) -> list[list[int]]:
     """
     if count() == 1:
         return [values]
+    from jax.experimental import multihost_utils
+
     return multihost_utils.process_allgather(np.asarray(values, np.int32)).tolist()
 
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vidjax import files
+from vidjax.cluster import members
 
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 
@@ -52,7 +53,8 @@ def make_workdir(path: str | os.PathLike[str], name: str = "--workdir:") -> Path
 def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
     """Locks a run's folder, or another one, for this process.
 
-    The kernel releases the lock when the process ends, however it ends.
+    The first of several processes that work on a run holds the lock for all of them. The kernel
+    releases it when that process ends, however it ends.
 
     Args:
       workdir: the folder.
@@ -61,6 +63,9 @@ def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
     Raises:
       ValueError: another process holds the lock, or `.lock` is no file of vidjax's.
     """
+    if not members.is_first():
+        yield
+        return
     path = workdir / ".lock"
     with files.open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
