@@ -1,6 +1,5 @@
 """Several processes that train one run: the same bytes as one, and no hang where one is gone."""
 
-import contextlib
 import io
 import json
 import random
@@ -314,10 +313,9 @@ def test_processes_that_do_not_fit_each_other_end_with_a_message(together):
     run = together("mma", "streaming")
     port = free_port()
     words = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", *run.words]
-    program = ("-c", processes.PROGRAM)
 
-    def start(*more, name="output.txt"):
-        env = run.environment()
+    def start(*more, name="output.txt", seconds=40):
+        env, program = run.environment(), processes.program(seconds)
         return processes.Process(run, [*words, *more], env, program=program, output=name)
 
     with socket.socket() as taken:
@@ -338,9 +336,8 @@ def test_processes_that_do_not_fit_each_other_end_with_a_message(together):
         assert "config.seed: " in process.said()
         assert len(process.said().splitlines()) <= 3
 
-    process = start("--process_id=1")  # nobody else starts
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(100)
+    process = start("--process_id=1", seconds=3)  # nobody else starts
+    process.wait(SECONDS)
     assert process.code == 2, process.said()
     assert "not all 2 processes have started" in process.said()
     assert not run.manifests()

@@ -28,13 +28,21 @@ FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM
 # One run has the classes of its classifier on two devices each, which two processes may hold.
 WORDS = {"mma": (), "ensemble": ("--config.mesh.model=2",)}
 MOMENTS = ("start", "compile", "step", "save", "evaluation")
-# As `python -m vidjax.main`, with shorter limits.
-PROGRAM = f"""
+
+
+def program(start: int = 40) -> tuple[str, str]:
+    """Returns the words that run `python -m vidjax.main` with shorter limits.
+
+    Args:
+      start: seconds within which all processes must have started.
+    """
+    code = f"""
 from vidjax.cluster import join, watch
-watch.SILENCE_SECONDS, watch.FAILED_SILENCE_SECONDS, join.START_SECONDS = {SILENCE}, 5, 40
+watch.SILENCE_SECONDS, watch.FAILED_SILENCE_SECONDS, join.START_SECONDS = {SILENCE}, 5, {start}
 from vidjax.main import run
 run()
 """
+    return "-c", code
 
 
 def free_port() -> int:
@@ -59,7 +67,7 @@ class Group:
                     run,
                     (*place, f"--process_id={number}", *(run.words + words)),
                     env,
-                    program=("-c", PROGRAM),
+                    program=program(),
                     output=f"output-{number}.txt",
                 )
             )

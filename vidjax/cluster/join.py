@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -91,18 +90,12 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
 
 
 def _arguments(place: Place) -> dict[str, Any]:
-    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them.
-
-    Raises:
-      ValueError: the port is in use.
-    """
+    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them."""
     if place.coordinator == AUTO:
         return {}
     host = place.coordinator.rpartition(":")[0]
     # By default the port is open to all machines.
     own = place.coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
-    if own and place.process_id == 0:
-        _check_free(own)
     return {
         "coordinator_address": place.coordinator,
         "num_processes": place.num_processes,
@@ -110,23 +103,6 @@ def _arguments(place: Place) -> dict[str, Any]:
         "cluster_detection_method": "deactivate",
         "coordinator_bind_address": own,
     }
-
-
-def _check_free(address: str) -> None:
-    """Raises ValueError if a port of this machine is in use."""
-    host, _, port = address.rpartition(":")
-    try:
-        family, kind, _, _, where = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-    except OSError as error:
-        raise ValueError(
-            f"--coordinator={address}: {error.strerror}\n"
-            "choose another port, the same in every process"
-        ) from error
 
 
 def _too_late(place: Place, complain: Callable[[str], None]) -> NoReturn:
