@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -90,19 +91,38 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
 
 
 def _arguments(place: Place) -> dict[str, Any]:
-    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them."""
+    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them.
+
+    Raises:
+      ValueError: the port is in use.
+    """
     if place.coordinator == AUTO:
         return {}
-    host = place.coordinator.rpartition(":")[0]
-    # By default the port is open to all machines.
-    own = place.coordinator if host in ("localhost", "127.0.0.1", "[::1]") else None
+    host, _, port = place.coordinator.rpartition(":")
+    is_local = host in ("localhost", "127.0.0.1", "[::1]")
+    if place.process_id == 0:
+        _check_free("127.0.0.1" if is_local else "", int(port))
     return {
         "coordinator_address": place.coordinator,
         "num_processes": place.num_processes,
         "process_id": place.process_id,
         "cluster_detection_method": "deactivate",
-        "coordinator_bind_address": own,
+        # By default the port is open to all machines.
+        "coordinator_bind_address": place.coordinator if is_local else None,
     }
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ValueError if a port of this machine is in use, where jax may crash."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"--coordinator: cannot listen on port {port}: {error.strerror}\n"
+                "choose another port, the same in every process"
+            ) from error
 
 
 def _too_late(place: Place, complain: Callable[[str], None]) -> NoReturn:

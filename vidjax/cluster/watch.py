@@ -5,6 +5,7 @@ has no limit of time. Here every process writes to the shared table once a secon
 and reads what the others wrote. An error that ends one is told by all.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -74,7 +75,7 @@ class Watch:
         writer.start()
         writer.join(BEAT_SECONDS)
         if self._number == 0:  # the table is lost with this process
-            time.sleep(2.5 * BEAT_SECONDS)
+            self._wait_for_silence()
 
     def find_gone(self) -> None:
         """Waits until it is known which process is gone, after a collective has failed.
@@ -83,6 +84,16 @@ class Watch:
         """
         self._failed = True
         time.sleep(FAILED_SILENCE_SECONDS + 4 * BEAT_SECONDS)
+
+    def _wait_for_silence(self) -> None:
+        """Waits until no other process writes any more, some seconds at most."""
+        for _ in range(5):
+            before = dict(self._last)
+            time.sleep(2 * BEAT_SECONDS)
+            with contextlib.suppress(Exception):
+                self._read()
+            if self._last == before:
+                return
 
     def _write(self, end: str = "") -> None:
         self._beats += 1
@@ -94,16 +105,16 @@ class Watch:
     def _beat(self) -> None:
         """Writes that this process is there, and reads who else is."""
         while not self._ended:
-            try:
+            with contextlib.suppress(Exception):  # the coordinator is gone: `_look` finds it silent
                 self._write()
-                found = members.table().key_value_dir_get(f"{_KEY}/")
-            except Exception:
-                found = []
-            for key, text in found:
-                other, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
-                if beat != self._last.get(other) and other != self._number:
-                    self._last[other], self._heard[other] = beat, time.monotonic()
+                self._read()
             time.sleep(BEAT_SECONDS)
+
+    def _read(self) -> None:
+        for key, text in members.table().key_value_dir_get(f"{_KEY}/"):
+            other, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
+            if beat != self._last.get(other) and other != self._number:
+                self._last[other], self._heard[other] = beat, time.monotonic()
 
     def _look(self) -> None:
         """Ends this process when another one has ended or is silent."""
