@@ -108,6 +108,9 @@ def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
             f"choose a divisor of {len(devices)}: --config.mesh.model=1 splits no classes"
         )
     shape, kinds = (len(devices) // model, model), (AxisType.Auto, AxisType.Auto)
+    if members.count() > 1:  # the devices of a process follow each other, see `share`
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(ordered).reshape(shape), ("data", "model"), axis_types=kinds)
     return jax.make_mesh(shape, ("data", "model"), axis_types=kinds, devices=devices)
 
 
