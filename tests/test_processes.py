@@ -142,6 +142,10 @@ class FakeTable:
             assert self.changed.wait_for(lambda: key in self.values, timeout_in_ms / 1000)
             return self.values[key]
 
+    def key_value_delete(self, key):
+        with self.changed:
+            del self.values[key]
+
     def key_value_dir_get(self, key):
         with self.changed:
             return [pair for pair in self.values.items() if pair[0].startswith(key)]
@@ -176,6 +180,8 @@ def test_processes_tell_each_other_values_and_find_what_differs(table, monkeypat
     def process(number):
         here.number, here.serial = number, iter(range(10))
         found[number] = members.gather([number]), members.by_first(lambda: f"of {number}")
+        for _ in range(5):
+            members.barrier()
         try:
             members.check_same({"config.seed": seeds[number], "same": [1]}, "start them alike")
         except ValueError as error:
@@ -187,6 +193,7 @@ def test_processes_tell_each_other_values_and_find_what_differs(table, monkeypat
     for thread in threads:
         thread.join(30)
     assert found == dict.fromkeys(range(3), ([[0], [1], [2]], "of 0"))
+    assert len(table.values) <= 6  # what all have read is removed
     assert errors == {
         0: "config.seed: 0 in process 0, 3 in process 2\nstart them alike",
         1: "config.seed: 0 in process 1, 3 in process 2\nstart them alike",

@@ -49,6 +49,10 @@ class Table(Protocol):
         """Returns a value, as soon as somebody has written it."""
         ...
 
+    def key_value_delete(self, key: str) -> None:
+        """Removes a value."""
+        ...
+
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
         """Returns the keys that begin so, with their values."""
         ...
@@ -72,12 +76,16 @@ def gather(value: Value) -> list[Value]:
     """
     if count() == 1:
         return [value]
-    key = f"vidjax/gather/{next(_serial)}"
-    table().key_value_set(f"{key}/{number()}", json.dumps(value))
-    return [
-        json.loads(table().blocking_key_value_get(f"{key}/{other}", WAIT_MS))
-        for other in range(count())
-    ]
+    serial, shared = next(_serial), table()
+    if serial > 1:  # all have read it: they have come as far as the call before this one
+        shared.key_value_delete(_key(serial - 2, number()))
+    shared.key_value_set(_key(serial, number()), json.dumps(value))
+    found = [shared.blocking_key_value_get(_key(serial, n), WAIT_MS) for n in range(count())]
+    return [json.loads(text) for text in found]
+
+
+def _key(serial: int, process: int) -> str:
+    return f"vidjax/gather/{serial}/{process}"
 
 
 def barrier() -> None:
