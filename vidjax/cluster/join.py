@@ -75,7 +75,7 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
             heartbeat_timeout_seconds=JAX_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160].rstrip(".")
         if place.coordinator == AUTO:
             raise ValueError(
                 f"--coordinator=auto: no launcher of a cluster says who the others are: {reason}\n"
