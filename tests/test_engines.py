@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -222,6 +223,29 @@ def test_arrays_in_memory_are_the_same_files(tmp_path: Path) -> None:
 
     some = convert(InMemory({"train": make_clips(0, 20)}), tmp_path / "some", engine=Pool(2))
     assert files_of(some.folder) == files_of(one.folder)
+
+
+def test_a_folder_is_read_again_for_its_digest_where_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_npz(tmp_path / "source")
+    clip = folder / "val" / "1_030.npz"
+
+    class Changing(arrays.FeatureFolder):
+        def read(self, scratch, non_finite):
+            found, stat = super().read(scratch, non_finite), clip.stat()
+            clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
+            os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            return found
+
+    read = []
+    digest_files = arrays._digest_files
+    monkeypatch.setattr(
+        arrays, "_digest_files", lambda paths, n: read.append(len(paths)) or digest_files(paths, n)
+    )
+    with pytest.raises(ValueError, match="changed during the conversion"):
+        convert(Changing(folder, workers=1), tmp_path, engine=ALONE)
+    assert read == [40, 31, 31], "the files of train are as they were"
 
 
 def test_little_data_start_no_process() -> None:

@@ -149,9 +149,11 @@ def compare_engines(args: argparse.Namespace) -> None:
                     shutil.rmtree(cache)
             for name, found in seconds.items():
                 pairs = zip(seconds["one process"], found, strict=True)
-                ratio = statistics.median(one / other for one, other in pairs)
+                ratios = [one / other for one, other in pairs]
                 sys.stdout.write(
-                    f"{kind}, {name}: {statistics.median(found):.1f} s, {ratio:.2f} x as fast\n"
+                    f"{kind}, {name}: {statistics.median(found):.1f} s, "
+                    f"{statistics.median(ratios):.2f} x as fast "
+                    f"({min(ratios):.2f}-{max(ratios):.2f})\n"
                 )
             sys.stdout.write(f"{kind}: {'the same' if len(digests) == 1 else 'OTHER'} files\n")
             sys.stdout.flush()

@@ -202,6 +202,7 @@ class FeatureFolder:
         self._quality: Quality = check_quality(quality)
         self._workers = workers
         self._files = files_by_split(self._folder)
+        self._digests: dict[str, tuple[list[tuple[int, ...]], str]] = {}
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
@@ -214,17 +215,25 @@ class FeatureFolder:
         return parts.read_clips(self._files[split])
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of the files of each split."""
+        """Returns a digest of the files of each split; reads again only what has changed since."""
         return [
             {
                 "arrays": VERSION,
                 "quality": self._quality,
                 "split": split,
                 "files": len(paths),
-                "sha256": _digest_files(paths, self._workers or num_cores()),
+                "sha256": self._digest(split),
             }
             for split, paths in self._files.items()
         ]
+
+    def _digest(self, split: str) -> str:
+        """Returns the sha256 of the files of a split; that of an earlier call if none changed."""
+        states = [_state(path) for path in self._files[split]]
+        if split not in self._digests or self._digests[split][0] != states:
+            digest = _digest_files(self._files[split], self._workers or num_cores())
+            self._digests[split] = states, digest
+        return self._digests[split][1]
 
     def file_of(self, modality: str, split: str) -> Path:
         """Returns the table of a split, or the folder of its clips."""
@@ -290,6 +299,12 @@ def _npz_files(folder: Path) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"{folder}: holds no CLIP.npz")
     return paths
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns what the file system changes with every byte that is written to a file."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _digest_files(paths: Sequence[Path], workers: int) -> str:
