@@ -95,6 +95,7 @@ def test_noise_of_libraries_is_left_out(monkeypatch):
     lines = [
         "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peers : ",
         "E1122 16:39:40.515247   19199 coordination_service_agent.cc:289] Polled an error",
+        "2 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3",
         "vidjax: stopped",
         "F1122 16:37:04.679238   18895 client.h:80] " + chatter.LOST + ". This most likely",
         "*** Check failure stack trace: ***",

@@ -506,6 +506,6 @@ def test_a_finished_run_gets_no_other_configuration(vidjax_command, official_dir
 @pytest.mark.slow
 def test_random_mutations_of_a_run_end_in_errors(fault_seed, campaign, tmp_path, monkeypatch):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    count = 2000 if campaign else 8
+    count = 2000 if campaign else 5
     wrong = [t for t in mutations.trials(tmp_path, count, fault_seed, mutations.MODES) if t.wrong]
     assert not wrong
