@@ -12,8 +12,8 @@ import sys
 
 # Lines of libraries, not of Python: of gloo, of glog, of an abort and of the coordination service.
 NOISE = re.compile(
-    r".*\[Gloo\] |.* peer ranks|[IWEF]\d{4} \d\d:|\*\*\* Check failure|    @ +0x|RPC: /|Additional GRPC error"
-    r"|:?UNKNOWN:|.*grpc_status|\s*$"
+    r".*\[Gloo\] |.* peer ranks|[IWEF]\d{4} \d\d:|\*\*\* Check failure|    @ +0x|RPC: /"
+    r"|Additional GRPC error|:?UNKNOWN:|.*grpc_status|\s*$"
 )
 LOST = "Terminating process because the JAX distributed service detected fatal errors"
 
