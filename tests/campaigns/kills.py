@@ -353,14 +353,19 @@ def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
 PLAN = {"conversion": 2, "start": 2, "compile": 3, "step": 3, "save": 4, "evaluation": 3}
 
 
+def official_files(folder: Path) -> Path:
+    """Returns a folder of official files in the folder of a campaign, which it makes if needed."""
+    official = folder / "official"
+    if not official.exists():
+        official.mkdir(parents=True)
+        clip_files.write_learnable(official)
+    return official
+
+
 def campaign(folder: Path, kills: int, seed: int, only: str | None = None) -> int:
     """Runs a campaign and returns the number of runs that were not the same."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    official = folder / "official"
-    if not official.exists():
-        official.mkdir()
-        clip_files.write_learnable(official)
+    official = official_files(folder)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     wrong, likes = 0, {}
     pairs = [(case, mode) for mode in MODES for case in CASES if only in (None, mode)]

@@ -18,8 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.campaigns.kills import SPANS, Process, Run
-from tests.helpers import clip_files
+from tests.campaigns.kills import SPANS, Process, Run, official_files
 from vidjax.run import checkpoint
 
 NUM_DEVICES = 4  # of all processes together
@@ -162,11 +161,7 @@ def lay_out(folder: Path, official: Path, case: str, mode: str, like: Run | None
 def campaign(folder: Path, faults: int, seed: int) -> int:
     """Runs a campaign and returns the number of faults and runs that were not as they should."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    official = folder / "official"
-    if not official.exists():
-        official.mkdir()
-        clip_files.write_learnable(official)
+    official = official_files(folder)
     began, wrong, done, likes = time.monotonic(), 0, 0, {}
     with open(folder / "processes.txt", "a") as file:
 

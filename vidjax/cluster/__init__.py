@@ -2,4 +2,5 @@
 
 `members` says which process this is, and lets all of them agree. `join` starts and ends them
 together, `watch` notices who is gone, `chatter` keeps what C++ libraries print off the terminal.
+`place` reads the flags, and `share` says what a process reads.
 """

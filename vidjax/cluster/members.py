@@ -161,7 +161,7 @@ def check_same(facts: Mapping[str, Any], remedy: str) -> None:
       remedy: last line of the error.
 
     Raises:
-      ValueError: a value differs from that of the first process.
+      ValueError: another process has another value; every process raises it.
     """
     plain = json.loads(json.dumps(dict(facts)))
     for other, theirs in enumerate(gather(plain)):

@@ -13,8 +13,8 @@ from vidjax.cluster.share import Share
 def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the blocks of a process, bucket by bucket.
 
-    The n clips of a bucket form ceil(n / (rows * count)) blocks in every process. A process takes
-    a range of them, so that it opens the files of its range alone: if it took every count-th block,
+    The n clips of a bucket form ceil(n / (rows * parts)) blocks in every process. A process takes
+    a range of them, so that it opens the files of its range alone: if it took every parts-th block,
     it would open nearly all files. Hence blocks at the end of the last ranges may be empty.
 
     Args:

@@ -166,12 +166,11 @@ class Relabeller:
         rows = self._config.eval.block_size * self._mesh.shape["data"] // share.parts
         for batch in self._data.eval_batches(plan, rows=rows, share=share):
             on_device = devices.shard_block(self._mesh, batch)
+            clips, real = devices.fetch((on_device.clip_index, on_device.batch_mask))
             for number, member in enumerate(self._training_sets.members):
                 params, model_state = weights[number]
                 columns = self._predict(params, model_state, jnp.int32(member.view), on_device)
-                found = devices.fetch((columns, on_device.clip_index, on_device.batch_mask))
-                columns, clips, real = found
-                predicted[number, clips[real]] = columns[real]
+                predicted[number, clips[real]] = devices.fetch(columns)[real]
 
     def _write(
         self,

@@ -104,7 +104,7 @@ class StreamingFeed:
 
         Of each batch this process brings its `devices.share`.
         """
-        self._mesh, self._batches = mesh, batches
+        self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
         self._step = train_step.make_train_step(system, mesh, axes)
         self._find = _make_finder(system)
         self._last: Batch | None = None
@@ -113,7 +113,7 @@ class StreamingFeed:
         self.waited = 0.0
 
     def _fetch(self) -> Batch:
-        return devices.shard_batch(self._mesh, next(self._batches), devices.share(self._mesh))
+        return devices.shard_batch(self._mesh, next(self._batches), self._share)
 
     def run(
         self,
