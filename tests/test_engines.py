@@ -115,6 +115,28 @@ def test_several_processes_write_the_files_of_one(kind: str, tmp_path: Path) -> 
     assert len(files_of(one.folder)) > 16
 
 
+def test_the_parts_of_a_split_may_lack_what_others_have(tmp_path: Path) -> None:
+    """Four parts of two clips: no frame of a face, no audio, no clip with a frame, and all."""
+    rng = np.random.default_rng(0)
+    widths = {"face": 6, "audio": 4}
+    frames = [(0, 2), (0, 1), (2, None), (3, None), (0, 0), (0, 0), (1, 1), (4, 2)]
+    (tmp_path / "source" / "train").mkdir(parents=True)
+    for number, counts in enumerate(frames):
+        fields: dict[str, Any] = {
+            name: rng.normal(size=(count, width)).astype(np.float32)
+            for (name, width), count in zip(widths.items(), counts, strict=True)
+            if count is not None
+        }
+        np.savez(tmp_path / "source" / "train" / f"{number}.npz", **fields)
+    folder = arrays.FeatureFolder(tmp_path / "source", workers=2)
+    assert len(folder.read(tmp_path / "parts", "drop")["train"]) == 4
+    some = convert(folder, tmp_path / "some", engine=Pool(2))
+    alone = arrays.FeatureFolder(tmp_path / "source", workers=1)
+    one = convert(alone, tmp_path / "one", engine=ALONE)
+    assert files_of(some.folder) == files_of(one.folder)
+    assert some.splits["train"].lengths["face"].tolist() == [count for count, _ in frames]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
@@ -219,7 +241,7 @@ def test_arrays_in_memory_are_the_same_files(tmp_path: Path) -> None:
 
     class InMemory(arrays.FeatureDict):
         def read(self, scratch, non_finite):
-            return {"train": pack(self._clips("train"), non_finite=non_finite)}
+            return {"train": [pack(self._clips("train"), non_finite=non_finite)]}
 
     some = convert(InMemory({"train": make_clips(0, 20)}), tmp_path / "some", engine=Pool(2))
     assert files_of(some.folder) == files_of(one.folder)
@@ -281,7 +303,7 @@ def test_the_memory_of_a_process_that_writes_is_bounded_by_a_shard(tmp_path: Pat
         with (tmp_path / f"{field}.bin").open("wb") as file:
             file.truncate(clips * frames * width)
     (tmp_path / "box.bin").write_bytes(bytes(clips * frames * 16))
-    files = {"face": FlatFiles(tmp_path, "float16", 512, clips * frames)}
+    files = {"face": [FlatFiles(tmp_path, "float16", 512, clips * frames)]}
     modalities = {"face": Modality(512, "float16")}
     order = np.random.default_rng(0).permutation(clips).astype(np.int32)
     peaks = {}

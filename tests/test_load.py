@@ -65,7 +65,7 @@ class Numbered:
                 Clip(f"{split}{i}", split, {"voice": np.full((i, 3), i, np.float32)})
                 for i in range(count)
             ]
-            unpacked[split] = pack(clips, scratch / split, non_finite=non_finite)
+            unpacked[split] = [pack(clips, scratch / split, non_finite=non_finite)]
         return unpacked
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

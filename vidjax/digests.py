@@ -3,13 +3,18 @@
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
+
+SMALL_BYTES = 1 << 20  # a file of more is read in parts, which take longer for a small one
 
 
 def sha256_file(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+            return sha256_opened(file)
+        return hashlib.sha256(file.readall()).hexdigest()
 
 
 def sha256_opened(file: io.FileIO) -> str:

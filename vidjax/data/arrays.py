@@ -156,9 +156,14 @@ class FeatureDict:
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
         return {
-            split: pack(
-                self._clips(split), scratch / split, non_finite=non_finite, quality=self._quality
-            )
+            split: [
+                pack(
+                    self._clips(split),
+                    scratch / split,
+                    non_finite=non_finite,
+                    quality=self._quality,
+                )
+            ]
             for split in self._splits
         }
 
@@ -250,7 +255,7 @@ class FeatureFolder:
             if read is not None:
                 return read
         return {
-            split: pack(self._clips(split), scratch / split, **options) for split in self._files
+            split: [pack(self._clips(split), scratch / split, **options)] for split in self._files
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
@@ -292,13 +297,16 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 def _npz_files(folder: Path) -> list[Path]:
     """Returns the files of one split, which may hold nothing else."""
-    paths = sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    others = [path for path in paths if path.suffix != ".npz" or not path.is_file()]
-    if others:
-        raise ValueError(f"{others[0]}: not a clip: {folder.name} holds CLIP.npz, nothing else")
-    if not paths:
+    with os.scandir(folder) as found:  # a split may have a hundred thousand clips
+        entries = sorted((one for one in found if one.name[0] != "."), key=lambda one: one.name)
+    for entry in entries:
+        if not entry.name.endswith(".npz") or not entry.is_file():
+            raise ValueError(
+                f"{entry.path}: not a clip: {folder.name} holds CLIP.npz, nothing else"
+            )
+    if not entries:
         raise FileNotFoundError(f"{folder}: holds no CLIP.npz")
-    return paths
+    return [folder / entry.name for entry in entries]
 
 
 def _state(path: Path) -> tuple[int, ...]:

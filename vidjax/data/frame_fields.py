@@ -163,8 +163,8 @@ def usable_rows(features: np.ndarray) -> np.ndarray:
     return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
-def feature_norms(features: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """Returns [F] float32, the L2 norms of features [F, D]; `rows` at a time, to bound memory.
+def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
+    """Returns [F] float32, the L2 norms of features [F, D]; `rows` at a time, which a cache holds.
 
     Face nets give blurred faces and side views short vectors, so the norm measures quality.
 

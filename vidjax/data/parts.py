@@ -5,21 +5,18 @@
 is such a process. PATHS are separated by a zero byte.
 """
 
-import itertools
 import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.data.frame_fields import STORED, NonFinite, PackedClips, Quality, map_frames
+from vidjax.data.frame_fields import NonFinite, PackedClips, Quality
 from vidjax.data.npz import read_npz
 from vidjax.data.processes import Children, map_children, num_cores
 from vidjax.data.untrusted.packing import Clip, pack
@@ -50,8 +47,8 @@ def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
 
 def read_at_once(
     files: Mapping[str, Sequence[Path]], scratch: Path, workers: int, options: Options
-) -> dict[str, dict[str, PackedClips]] | None:
-    """Returns split -> modality -> what `pack` returns for a split, read by several processes.
+) -> dict[str, list[dict[str, PackedClips]]] | None:
+    """Returns split -> what `pack` returns for each part of its clips, read by several processes.
 
     It is None where one process must read: where a process fails, or finds what its part alone does
     not tell, such as a name that comes twice. Reading in one process then tells what is wrong.
@@ -85,61 +82,30 @@ def read_at_once(
         found: dict[str, list[dict[str, PackedClips]]] = {split: [] for split in files}
         for (split, _), packed in zip(parts, read_parts, strict=True):
             found[split].append(packed)
-        with ThreadPoolExecutor(workers) as threads:
-            return {split: _join(packed, threads) for split, packed in found.items()}
+        for packed in found.values():
+            _check(packed)
     except _OneProcess:
         shutil.rmtree(scratch, ignore_errors=True)
         return None
+    return found
 
 
 class _OneProcess(Exception):
     """One process must read all clips."""
 
 
-def _join(
-    parts: Sequence[Mapping[str, PackedClips]], threads: ThreadPoolExecutor
-) -> dict[str, PackedClips]:
-    """Returns modality -> the clips of all parts of a split."""
+def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
+    """Raises _OneProcess where the parts of a split share a clip, or differ in width or dtype."""
     names = [{name for flat in part.values() for name in flat.names} for part in parts]
     if sum(map(len, names)) != len(set().union(*names)):
         raise _OneProcess
-    modalities = sorted({modality for part in parts for modality in part})
-    found = [[part[name] for part in parts if name in part] for name in modalities]
-    return dict(zip(modalities, threads.map(_concatenate, found), strict=True))
-
-
-def _concatenate(parts: Sequence[PackedClips]) -> PackedClips:
-    """Returns the clips of all parts of a modality, in the flat files of the first."""
-    shapes = {(one.features.dtype, one.features.shape[1]) for one in parts if len(one.features)}
-    if len(shapes) > 1:
+    kinds: dict[str, set[tuple[np.dtype, int]]] = {}
+    for part in parts:
+        for name, flat in part.items():
+            if len(flat.features):
+                kinds.setdefault(name, set()).add((flat.features.dtype, flat.features.shape[1]))
+    if any(len(found) > 1 for found in kinds.values()):
         raise _OneProcess
-    dtype, width = shapes.pop() if shapes else (parts[0].features.dtype, 0)
-    folder, *others = [one.folder for one in parts if one.folder]
-    for other, field in itertools.product(others, STORED):
-        source, target = (place / f"{field}.bin" for place in (other, folder))
-        with source.open("rb") as part, target.open("ab") as file:
-            shutil.copyfileobj(part, file, 1 << 24)
-        source.unlink()
-    lengths = np.concatenate([one.lengths for one in parts])
-    return PackedClips(
-        names=tuple(name for one in parts for name in one.names),
-        lengths=lengths,
-        frames=map_frames(folder, dtype, width, int(lengths.sum())),
-        seen=sum(one.seen for one in parts),
-        skipped=_add(one.skipped for one in parts),
-        # In the order of one process, which the report keeps.
-        skipped_clips=dict(sorted(_add(one.skipped_clips for one in parts).items())),
-        warnings=_add(one.warnings for one in parts),
-        folder=folder,
-    )
-
-
-def _add(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the sums of counts, in the order in which they first appear."""
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(total)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+LARGEST_BLOCK = 32 << 20  # bytes; what the environment can tell glibc, at most
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,12 +56,15 @@ class Children:
           subprocess.TimeoutExpired: it was killed by the timeout.
         """
         # It imports from the same folders as this process, and not from its current directory.
-        # Every BLAS thread would reserve address space of its own.
+        # Every BLAS thread would reserve address space of its own. The allocator of glibc would
+        # give the memory of each batch back, and the system would clear every page of the next.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(LARGEST_BLOCK),
+            "MALLOC_TRIM_THRESHOLD_": str(LARGEST_BLOCK),
         }
         pipe = subprocess.PIPE
         with self._lock:

@@ -1,12 +1,13 @@
 """The protocol of frames that can become records; numpy only."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vidjax.data.frame_fields import NonFinite, PackedClips
 
-Unpacked = Mapping[str, Mapping[str, PackedClips]]  # split -> modality -> clips
+# Split -> parts of its clips, each of them modality -> clips, as `pack` returns them.
+Unpacked = Mapping[str, Sequence[Mapping[str, PackedClips]]]
 
 
 class Origin(NamedTuple):
@@ -56,7 +57,7 @@ class RecordSource(Protocol):
         ...
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads all frames.
+        """Reads all frames; the parts of a split share no clip, and agree in width and dtype.
 
         Args:
           scratch: a folder for flat files, which outlives the arrays.

@@ -33,6 +33,9 @@ except ModuleNotFoundError as error:
     ) from error
 finally:
     if _collecting:
+        if not gc.get_freeze_count():
+            gc.freeze()  # and it becomes old at once: the next collections would visit all of it,
+            gc.unfreeze()  # one generation after another
         gc.enable()
 
 # TensorFlow ships no types, and the stubs of type checkers cover half of it.

@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
 def report_split(
-    packed: Mapping[str, PackedClips], lengths: Mapping[str, np.ndarray], paths: Mapping[str, Path]
+    packed: Mapping[str, Sequence[PackedClips]],
+    lengths: Mapping[str, np.ndarray],
+    paths: Mapping[str, Path],
 ) -> dict[str, Any]:
     """Returns the report of the feature files of one split.
 
     Args:
-      packed: modality -> its frames.
+      packed: modality -> the parts of its frames.
       lengths: modality -> [N] int, number of frames of each clip of the split.
       paths: modality -> its file.
 
@@ -41,22 +44,28 @@ def report_split(
     }
 
 
-def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> dict[str, Any]:
-    loaded, skipped = int(lengths.sum()), sum(packed.skipped.values())
-    if loaded + skipped != packed.seen or loaded != len(packed.features):
-        raise ValueError(f"{path}: {packed.seen} frames seen, {loaded} loaded, {skipped} skipped")
-    clips, empty = int((lengths > 0).sum()), sum(packed.skipped_clips.values())
-    if clips + empty != len(packed.names):
-        raise ValueError(f"{path}: {len(packed.names)} clips seen, {clips} loaded, {empty} skipped")
+def _report_modality(
+    parts: Sequence[PackedClips], lengths: np.ndarray, path: Path
+) -> dict[str, Any]:
+    frames_skipped = _add(part.skipped for part in parts)
+    clips_skipped = _add(part.skipped_clips for part in parts)
+    seen, stored = sum(part.seen for part in parts), sum(len(part.features) for part in parts)
+    loaded, skipped = int(lengths.sum()), sum(frames_skipped.values())
+    if loaded + skipped != seen or loaded != stored:
+        raise ValueError(f"{path}: {seen} frames seen, {loaded} loaded, {skipped} skipped")
+    names = sum(len(part.names) for part in parts)
+    clips, empty = int((lengths > 0).sum()), sum(clips_skipped.values())
+    if clips + empty != names:
+        raise ValueError(f"{path}: {names} clips seen, {clips} loaded, {empty} skipped")
     return {
         "file": path.name,
-        "clips_seen": len(packed.names),
+        "clips_seen": names,
         "clips": clips,
-        "frames_seen": packed.seen,
+        "frames_seen": seen,
         "frames": loaded,
-        "frames_skipped": dict(packed.skipped),
-        "clips_skipped": dict(packed.skipped_clips),
-        "values_replaced": dict(packed.warnings),
+        "frames_skipped": frames_skipped,
+        "clips_skipped": clips_skipped,
+        "values_replaced": _add(part.warnings for part in parts),
         "clips_without": int((lengths == 0).sum()),
         "missing_rate": float((lengths == 0).mean()),
         "frames_per_clip": {
@@ -64,9 +73,17 @@ def _report_modality(packed: PackedClips, lengths: np.ndarray, path: Path) -> di
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "quality": _histogram(packed.frames["quality"]),
-        "norm": _histogram(feature_norms(packed.features)),
+        "quality": _histogram(np.concatenate([part.frames["quality"] for part in parts])),
+        "norm": _histogram(np.concatenate([feature_norms(part.features) for part in parts])),
     }
+
+
+def _add(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the sums of counts by reason, the reasons in the order of the alphabet."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(sorted(total.items()))
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:

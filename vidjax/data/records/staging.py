@@ -4,6 +4,7 @@ A shard is a function of its task alone, and a task is small: it says where in t
 frames of its clips lie. So any process that sees these files can write any shard.
 """
 
+import bisect
 import itertools
 import json
 import mmap
@@ -43,14 +44,14 @@ class StagedSplit(NamedTuple):
     Attributes:
       clips: N clip names in byte order.
       order: [N] int32, clip index of each record.
-      packed: modality -> its flat arrays.
-      starts: modality -> [N] int64, first frame of each clip, by clip index.
+      packed: modality -> the parts of its clips, flat.
+      starts: modality -> [N] int64, first frame of each clip in all parts, by clip index.
       lengths: modality -> [N] int32, number of frames of each clip, by clip index.
     """
 
     clips: tuple[str, ...]
     order: np.ndarray
-    packed: dict[str, PackedClips]
+    packed: dict[str, list[PackedClips]]
     starts: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
 
@@ -61,16 +62,16 @@ class ShardTask(NamedTuple):
     Attributes:
       path: the file to write.
       modalities: modality -> width and dtype of its features.
-      files: modality -> its flat files; only the modalities that the split has.
+      files: modality -> its flat files, in parts; only the modalities that the split has.
       clips: the clip name of each record.
       order: [n] int32, the clip index of each record.
-      starts: modality -> [n] int64, first frame of each record.
+      starts: modality -> [n] int64, first frame of each record in all parts.
       lengths: modality -> [n] int32, number of frames of each record.
     """
 
     path: Path
     modalities: dict[str, Modality]
-    files: dict[str, FlatFiles]
+    files: dict[str, list[FlatFiles]]
     clips: tuple[str, ...]
     order: np.ndarray
     starts: dict[str, np.ndarray]
@@ -81,7 +82,7 @@ class ShardTask(NamedTuple):
 
         The files are mapped anew: what was read of them leaves the memory with the shard.
         """
-        frames = {name: map_frames(*files) for name, files in self.files.items()}
+        frames = {name: _Frames(files) for name, files in self.files.items()}
         for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
             fields = {
                 name: self._frames(frames.get(name), name, modality, record)
@@ -91,7 +92,7 @@ class ShardTask(NamedTuple):
 
     def _frames(
         self,
-        flat: Mapping[str, np.ndarray] | None,
+        flat: "_Frames | None",
         name: str,
         modality: Modality,
         record: int,
@@ -101,9 +102,7 @@ class ShardTask(NamedTuple):
             features = np.zeros((0, modality.dim), modality.dtype)
             fields = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
             return {"features": features, **fields}
-        start = int(self.starts[name][record])
-        frames = slice(start, start + int(self.lengths[name][record]))
-        return {field: flat[field][frames] for field in STORED}
+        return flat.of_clip(int(self.starts[name][record]), int(self.lengths[name][record]))
 
     def save(self, path: Path) -> None:
         """Writes the task to an `.npz` file."""
@@ -111,7 +110,8 @@ class ShardTask(NamedTuple):
             "path": str(self.path.absolute()),
             "modalities": self.modalities,
             "files": {
-                name: (str(flat.folder.absolute()), *flat[1:]) for name, flat in self.files.items()
+                name: [(str(flat.folder.absolute()), *flat[1:]) for flat in parts]
+                for name, parts in self.files.items()
             },
         }
         clips = "\n".join(self.clips).encode("utf-8", "surrogateescape")
@@ -131,8 +131,8 @@ class ShardTask(NamedTuple):
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(file["facts"].tobytes())
             files = {
-                name: FlatFiles(Path(folder), *rest)
-                for name, (folder, *rest) in facts["files"].items()
+                name: [FlatFiles(Path(folder), *rest) for folder, *rest in parts]
+                for name, parts in facts["files"].items()
             }
             return cls(
                 path=Path(facts["path"]),
@@ -145,23 +145,43 @@ class ShardTask(NamedTuple):
             )
 
 
-def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Joins the clips of one split by name over its modalities."""
+class _Frames:
+    """The flat files of a modality, mapped, as if all parts were one."""
+
+    def __init__(self, files: Sequence[FlatFiles]):
+        self._parts = [map_frames(*flat) for flat in files]
+        self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
+
+    def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
+        """Returns field -> frames of a clip, which is in one part, as views of its files."""
+        number = bisect.bisect_right(self._ends, start)
+        part = self._parts[number]
+        first = start - (self._ends[number] - len(part["features"]))
+        return {field: part[field][first : first + length] for field in STORED}
+
+
+def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
+    """Joins the clips of one split by name over its parts and modalities."""
+    modalities = sorted({name for part in parts for name in part})
+    packed = {name: [part[name] for part in parts if name in part] for name in modalities}
     # Python orders str by code point, which is the byte order of UTF-8.
-    clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
+    clips = tuple(sorted({name for part in parts for flat in part.values() for name in flat.names}))
     index = {name: position for position, name in enumerate(clips)}
     starts, lengths = {}, {}
-    for modality, flat in packed.items():
-        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+    for modality, flats in packed.items():
         starts[modality] = np.zeros(len(clips), np.int64)
         lengths[modality] = np.zeros(len(clips), np.int32)
-        starts[modality][rows] = flat.starts()
-        lengths[modality][rows] = flat.lengths
+        before = 0
+        for flat in flats:
+            rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+            starts[modality][rows] = before + flat.starts()
+            lengths[modality][rows] = flat.lengths
+            before += len(flat.features)
     # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
     # undo that; one permutation of all training clips does.
     shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
     order = shuffled if split == "train" else np.arange(len(clips))
-    return StagedSplit(clips, order.astype(np.int32), dict(packed), starts, lengths)
+    return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)
 
 
 def feature_bytes(lengths: Mapping[str, np.ndarray], modalities: Mapping[str, Modality]) -> int:
@@ -200,7 +220,10 @@ def shard_tasks(
       paths: the files to write, one for each of `shard_bounds`.
       scratch: a folder for the flat files of arrays that are in memory alone.
     """
-    files = {name: _flat_files(flat, scratch / name) for name, flat in split.packed.items()}
+    files = {
+        name: [_flat_files(flat, scratch / name / str(number)) for number, flat in enumerate(parts)]
+        for name, parts in split.packed.items()
+    }
     tasks = []
     for path, (first, last) in zip(paths, shard_bounds(split, modalities), strict=True):
         order = split.order[first:last]
@@ -223,8 +246,9 @@ def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
 
 def release_pages(split: StagedSplit) -> None:
     """Frees the memory of pages that were read: mapped files count as memory of the process."""
-    for packed, field in itertools.product(split.packed.values(), STORED):
-        owner = packed.frames[field]
+    packed = itertools.chain.from_iterable(split.packed.values())
+    for flat, field in itertools.product(packed, STORED):
+        owner = flat.frames[field]
         while isinstance(owner, np.ndarray):
             owner = owner.base
         if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):

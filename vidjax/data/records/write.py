@@ -1,11 +1,10 @@
 """From any source of frames to the records of an empty folder."""
 
 import contextlib
-import functools
 import io
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import numpy as np
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.processes import num_cores
-from vidjax.data.record_source import RecordSource, Unpacked
+from vidjax.data.record_source import RecordSource
 from vidjax.data.records.engines import ALONE, Engine, write_shards
 from vidjax.data.records.manifest import (
     VERSION,
@@ -25,7 +24,13 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.data.records.report import report_split
-from vidjax.data.records.staging import StagedSplit, release_pages, shard_bounds, stage
+from vidjax.data.records.staging import (
+    ShardTask,
+    StagedSplit,
+    release_pages,
+    shard_bounds,
+    stage,
+)
 
 _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -52,15 +57,21 @@ def write_records(
 
         imported = start(_import_builder)
         unpacked = source.read(staging, non_finite)
-        modalities = _common_modalities(unpacked, source)
-        _refuse_empty_splits(unpacked, source)
-        _refuse_shared_clips(unpacked, source.place)
-        staged = {split: stage(split, packed) for split, packed in unpacked.items()}
-        reports = {name: start(_report, source, name, split) for name, split in staged.items()}
+        staged = {split: stage(split, parts) for split, parts in unpacked.items()}
+        modalities = _common_modalities(staged, source)
+        _refuse_empty_splits(staged, source)
+        _refuse_shared_clips(staged, source.place)
+        reports: dict[str, Future[dict[str, Any]]] = {}
+
+        def write(tasks: Sequence[ShardTask]) -> None:
+            for name, split in staged.items():
+                reports[name] = start(_report, source, name, split)
+            write_shards(engine, tasks, scratch=staging)
+
         builder = imported.result()(
             modalities=modalities,
             staged=staged,
-            write_shards=functools.partial(write_shards, engine, scratch=staging),
+            write_shards=write,
             scratch=staging / "memory",
             data_dir=folder,
         )
@@ -95,15 +106,17 @@ def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, An
     return report
 
 
-def _refuse_empty_splits(unpacked: Unpacked, source: RecordSource) -> None:
+def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
     """Raises ValueError when a split has no clip."""
-    for name, packed in unpacked.items():
-        if not any(flat.names for flat in packed.values()):
-            paths = ", ".join(str(source.file_of(modality, name)) for modality in packed)
+    for name, split in staged.items():
+        if not split.clips:
+            paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
             raise ValueError(f"{paths or source.place}: no clip in split {name!r}")
 
 
-def _common_modalities(unpacked: Unpacked, source: RecordSource) -> dict[str, Modality]:
+def _common_modalities(
+    staged: Mapping[str, StagedSplit], source: RecordSource
+) -> dict[str, Modality]:
     """Returns width and dtype of each modality; the dtype holds the values of all splits exactly.
 
     Raises:
@@ -111,11 +124,12 @@ def _common_modalities(unpacked: Unpacked, source: RecordSource) -> dict[str, Mo
     """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
-    for split, packed in unpacked.items():
-        for name, clips in packed.items():
-            if not len(clips.features):  # without frames, width and dtype are unknown
+    for split, clips in staged.items():
+        for name, parts in clips.packed.items():
+            features = [part.features for part in parts if len(part.features)]
+            if not features:  # without frames, width and dtype are unknown
                 continue
-            dim, dtype = clips.features.shape[1], clips.features.dtype
+            dim, dtype = features[0].shape[1], features[0].dtype
             first = first_split.setdefault(name, split)
             if name in modalities:
                 if modalities[name].dim != dim:
@@ -127,21 +141,21 @@ def _common_modalities(unpacked: Unpacked, source: RecordSource) -> dict[str, Mo
                 dtype = np.result_type(dtype, modalities[name].dtype)
             modalities[name] = Modality(dim, dtype.name)
     if not modalities:
-        packs = [clips for packed in unpacked.values() for clips in packed.values()]
-        dropped = sum(sum(clips.skipped.values()) for clips in packs)
+        packed = [parts for split in staged.values() for parts in split.packed.values()]
+        dropped = sum(sum(part.skipped.values()) for parts in packed for part in parts)
         reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
         raise ValueError(f"{source.place}: no clip has a single frame that can be used{reason}")
     return dict(sorted(modalities.items()))
 
 
-def _refuse_shared_clips(unpacked: Unpacked, place: str) -> None:
+def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
     """Raises ValueError when a clip is in two splits: a model would be tested on training clips."""
     owners: dict[str, str] = {}
     shared = []
-    for split, packed in sorted(unpacked.items()):
-        for name in sorted({name for clips in packed.values() for name in clips.names}):
-            if owners.setdefault(name, split) != split:
-                shared.append(f"{name} ({owners[name]} and {split})")
+    for name, split in sorted(staged.items()):
+        for clip in split.clips:
+            if owners.setdefault(clip, name) != name:
+                shared.append(f"{clip} ({owners[clip]} and {name})")
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         raise ValueError(
