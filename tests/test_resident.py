@@ -467,11 +467,11 @@ class Setting:
             self.mesh, state_lib.make_tables((ensemble.Member(),), np.ones((1, len(labels))))
         )
         rngs = ensemble.make_rngs((ensemble.Member(),), 0)
-        init = jax.jit(
+        self._start = state_lib.make_state(
             lambda: state_lib.init_state(self.system, modalities, rngs, jnp.asarray(labels)[None]),
-            out_shardings=devices_lib.replicated(self.mesh),
+            self.system.tx,
+            devices_lib.replicated(self.mesh),
         )
-        self._start = init()
         self.loop: Any = train_step.make_train_loop(
             self.system, self.mesh, lambda clips, step: resident.draw_batch(clips, self.plan, step)
         )

@@ -106,8 +106,9 @@ def make_run(
         rngs = ensemble.make_rngs(members, config.seed)
         return state_lib.init_state(system, modalities, rngs, jnp.asarray(labels, jnp.int32))
 
-    laid = jax.jit(init, out_shardings=devices.replicated(mesh))
-    state: Any = jax.eval_shape(init) if abstract else laid()
+    state: Any = jax.eval_shape(init)
+    if not abstract:
+        state = state_lib.make_state(init, system.tx, devices.replicated(mesh))
     tables = state_lib.make_tables(members, np.ones((len(members), num_clips)))
     tables = devices.replicate(mesh, tables)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))

@@ -7,7 +7,7 @@ An MLP whose last layer is 512 wide trains 20 sampled steps and is saved; is res
 steps on all classes; and ranks 2,000 clips. Each is a process of its own. With K class columns, D
 units and a batch of B clips in float32, the formulas are, in numbers of 4 bytes:
 
-    sampled   5 K D while the weights are made, then 3 K D for them and the moments of Adam
+    sampled   4 K D while the weights are made, then 3 K D for them and the moments of Adam
     full      3 K D, K D for the gradient, and 2 B K for the logits and their gradient
     rank      2 K D for the weights as they are saved and as one member has them, 200 K for the
               ranking, and the scores that wait
@@ -154,7 +154,7 @@ def formula(args: argparse.Namespace, name: str) -> int:
     return (
         REST
         + {
-            "sampled": 5 * kernel,
+            "sampled": 4 * kernel,
             "full": 4 * kernel + 8 * size * count,
             "rank": 2 * kernel + 800 * count + scores,
         }[name]

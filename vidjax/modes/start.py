@@ -93,11 +93,12 @@ def restore_or_init(
     if members.is_first():
         resume.record(workdir, restored[1]["step"] if restored else 0, changed)
     if restored is None:
-        # Padding is cut off and added, so that draws do not depend on it.
-        first = jax.jit(
-            lambda: columns.resize(init(system.num_columns), abstract), out_shardings=layout
-        )
-        return first(), {}
+
+        def first() -> state_lib.TrainState:
+            # Padding is cut off and added, so that draws do not depend on it.
+            return columns.resize(init(system.num_columns), abstract)
+
+        return state_lib.make_state(first, system.tx, layout), {}
     items, manifest = restored
     state = state_lib.TrainState(**items.pop("train"), **items)
     if manifest.get("padded_columns") != plan.task.padded_columns:

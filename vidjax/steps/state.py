@@ -1,6 +1,6 @@
 """The state that training changes, the tables that it reads, and their initial values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vidjax import ensemble
+from vidjax import devices, ensemble
 from vidjax.batch import Array, Batch, ClipInfo, Frames
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import examples
@@ -94,11 +94,9 @@ def init_state(
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))
-        params = variables.pop("params", {})
         return {
-            "params": params,
+            "params": variables.pop("params", {}),
             "model_state": variables,
-            "opt_state": system.tx.init(params),
             "rng": state_rng,
         }
 
@@ -112,8 +110,37 @@ def init_state(
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
         updated=updated,
+        opt_state=_init_optimizer(system.tx, state["params"]),
         **state,
     )
+
+
+def make_state(
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: devices.Layout
+) -> TrainState:
+    """Builds the state at step 0 on the devices.
+
+    Random draws hold three times the memory of their result meanwhile. So a second program adds the
+    state of the optimiser, which is twice the size of the parameters.
+
+    Args:
+      init: builds the state, see `init_state`.
+      tx: the optimiser.
+      layout: layout of the state.
+    """
+    drawn = layout.replace(opt_state=None) if isinstance(layout, TrainState) else layout
+    state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=drawn)()
+    complete = jax.jit(
+        lambda state: state.replace(opt_state=_init_optimizer(tx, state.params)),
+        out_shardings=layout,
+        donate_argnums=0,
+    )
+    return complete(state)
+
+
+def _init_optimizer(tx: optax.GradientTransformation, params: Params) -> optax.OptState:
+    """Returns the state of the optimiser of each member."""
+    return jax.vmap(tx.init)(params)
 
 
 def _blank_batch(modalities: Mapping[str, int]) -> Batch:
