@@ -110,7 +110,7 @@ def init_state(
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
         updated=updated,
-        opt_state=_init_optimizer(system.tx, state["params"]),
+        opt_state=_init_optimizer(system.tx, state["params"], len(labels)),
         **state,
     )
 
@@ -131,16 +131,18 @@ def make_state(
     drawn = layout.replace(opt_state=None) if isinstance(layout, TrainState) else layout
     state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=drawn)()
     complete = jax.jit(
-        lambda state: state.replace(opt_state=_init_optimizer(tx, state.params)),
+        lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
         out_shardings=layout,
         donate_argnums=0,
     )
     return complete(state)
 
 
-def _init_optimizer(tx: optax.GradientTransformation, params: Params) -> optax.OptState:
-    """Returns the state of the optimiser of each member."""
-    return jax.vmap(tx.init)(params)
+def _init_optimizer(
+    tx: optax.GradientTransformation, params: Params, num_members: int
+) -> optax.OptState:
+    """Returns the state of the optimiser of each member; a model may have no parameters."""
+    return jax.vmap(tx.init, axis_size=num_members)(params)
 
 
 def _blank_batch(modalities: Mapping[str, int]) -> Batch:
