@@ -404,6 +404,7 @@ def test_newcomers_stand_beside_those_who_were_trained_with(full):
     assert "95 % interval</th>" not in text and "too few" in text
 
 
+@pytest.mark.slow
 def test_newcomers_that_are_not_measured_are_explained(full):
     def page(entry):
         text = run_page.render(full._replace(analysis=full.analysis | {"newcomers": entry}))

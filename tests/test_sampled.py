@@ -38,7 +38,9 @@ def draw(seed, labels, mask, count, shape=(1, 1)):
     return np.asarray(function(rng))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1, 1), (2, 4)])]
+)
 def test_columns_of_labels_are_drawn_and_others_at_random(shape):
     mask, labels = np.arange(64) % 64 != 0, [5, 9, 9, 40, 63, 16]
     seen = np.zeros(64)
@@ -113,7 +115,9 @@ def classifier_of(tree, count):
     return np.concatenate([arrays["kernel"][0], arrays["bias"]])[:, :count]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1, 1), (2, 1)])]
+)
 def test_second_moments_fade_between_two_draws(shape):
     """Twelve steps in float64 by sums in numpy, on one device, and on two of either axis."""
     words = (*LINEAR, "--config.loss.sampled_classes=0.2", "--config.dtype=float64")

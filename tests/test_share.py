@@ -235,7 +235,10 @@ def test_an_index_that_names_a_clip_twice_is_refused_by_every_process(
 
 
 @pytest.mark.parametrize("crop", ["window", "quality"])
-@pytest.mark.parametrize(("count", "start"), [(2, 0), (3, 36), (4, 149), (12, 12)])
+@pytest.mark.parametrize(
+    ("count", "start"),
+    [(2, 0), (3, 36), (4, 149), pytest.param(12, 12, marks=pytest.mark.slow)],
+)
 def test_rows_of_all_processes_are_the_batch_of_one(
     dataset: pipeline.Dataset, crop: str, count: int, start: int
 ) -> None:
@@ -304,6 +307,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(
     assert str(shard.path) in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manifest.Records) -> None:
     code = (
         "from tests.helpers.batches import train_batches\n"

@@ -82,7 +82,7 @@ class ShardTask(NamedTuple):
 
         The files are mapped anew: what was read of them leaves the memory with the shard.
         """
-        frames = {name: _Frames(files) for name, files in self.files.items()}
+        frames = {name: _MappedFrames(files) for name, files in self.files.items()}
         for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
             fields = {
                 name: self._frames(frames.get(name), name, modality, record)
@@ -92,7 +92,7 @@ class ShardTask(NamedTuple):
 
     def _frames(
         self,
-        flat: "_Frames | None",
+        flat: "_MappedFrames | None",
         name: str,
         modality: Modality,
         record: int,
@@ -145,7 +145,7 @@ class ShardTask(NamedTuple):
             )
 
 
-class _Frames:
+class _MappedFrames:
     """The flat files of a modality, mapped, as if all parts were one."""
 
     def __init__(self, files: Sequence[FlatFiles]):
