@@ -21,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.benchmarks import common
 from tests.helpers.clip_files import random_clip, write_pickle
 
 GIB = 1 << 30
@@ -109,8 +111,9 @@ def digest(cache: Path) -> str:
     return sha256.hexdigest()
 
 
+ONE = "one process"
 ENGINES = {
-    "one process": ["--workers=1"],
+    ONE: ["--workers=1"],
     "a pool of 2": ["--workers=2"],
     "Beam": [
         "--workers=2",
@@ -131,32 +134,38 @@ def compare_engines(args: argparse.Namespace) -> None:
         for name, words in ENGINES.items()
         if name != "Beam" or importlib.util.find_spec("apache_beam")
     }
-    for kind, (write, module) in SOURCES.items():
-        with tempfile.TemporaryDirectory() as place:
-            write(Path(place, "source"), args)
-            seconds: dict[str, list[float]] = {name: [] for name in engines}
-            digests = set()
-            for _ in range(args.rounds):
-                for name, words in engines.items():
-                    cache = Path(place, "cache")
-                    command = [sys.executable, "-m", module, f"{place}/source", *words]
-                    start = time.perf_counter()
-                    subprocess.run(
-                        [*command, f"--cache_dir={cache}"], check=True, capture_output=True
-                    )
-                    seconds[name].append(time.perf_counter() - start)
-                    digests.add(digest(cache))
-                    shutil.rmtree(cache)
-            for name, found in seconds.items():
-                pairs = zip(seconds["one process"], found, strict=True)
-                ratios = [one / other for one, other in pairs]
-                sys.stdout.write(
-                    f"{kind}, {name}: {statistics.median(found):.1f} s, "
-                    f"{statistics.median(ratios):.2f} x as fast "
-                    f"({min(ratios):.2f}-{max(ratios):.2f})\n"
-                )
-            sys.stdout.write(f"{kind}: {'the same' if len(digests) == 1 else 'OTHER'} files\n")
-            sys.stdout.flush()
+    rows: list[list[str]] = [[f"{name}, s"] for name in engines]
+    rows += [[f"{name} is faster by"] for name in engines if name != ONE]
+    for kind in SOURCES:
+        seconds = time_engines(kind, engines, args)
+        cells = [f"{common.median(found):.1f}" for found in seconds.values()]
+        cells += [common.ratio(seconds, ONE, name) for name in engines if name != ONE]
+        for row, cell in zip(rows, cells, strict=True):
+            row.append(cell)
+    common.write_table(["engine", *SOURCES], rows)
+
+
+def time_engines(
+    kind: str, engines: Mapping[str, Sequence[str]], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Returns the seconds of every engine in every round, in turns; all must write the same."""
+    write, module = SOURCES[kind]
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    digests = set()
+    with tempfile.TemporaryDirectory() as place:
+        write(Path(place, "source"), args)
+        for _ in range(args.rounds):
+            for name, words in engines.items():
+                cache = Path(place, "cache")
+                command = [sys.executable, "-m", module, f"{place}/source", *words]
+                start = time.perf_counter()
+                subprocess.run([*command, f"--cache_dir={cache}"], check=True, capture_output=True)
+                seconds[name].append(time.perf_counter() - start)
+                digests.add(digest(cache))
+                shutil.rmtree(cache)
+    if len(digests) > 1:
+        raise SystemExit(f"{kind}: the engines wrote other files")
+    return seconds
 
 
 def loading_seconds(path: Path, rounds: int) -> dict[str, list[float]]:
