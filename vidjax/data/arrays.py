@@ -155,16 +155,9 @@ class FeatureDict:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
+        options: parts.Options = {"non_finite": non_finite, "quality": self._quality}
         return {
-            split: [
-                pack(
-                    self._clips(split),
-                    scratch / split,
-                    non_finite=non_finite,
-                    quality=self._quality,
-                )
-            ]
-            for split in self._splits
+            split: [pack(self._clips(split), scratch / split, **options)] for split in self._splits
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

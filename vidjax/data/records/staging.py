@@ -38,6 +38,21 @@ class FlatFiles(NamedTuple):
     num_frames: int
 
 
+class _MappedFrames:
+    """The flat files of a modality, mapped, as if all parts were one."""
+
+    def __init__(self, files: Sequence[FlatFiles]):
+        self._parts = [map_frames(*flat) for flat in files]
+        self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
+
+    def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
+        """Returns field -> frames of a clip, which is in one part, as views of its files."""
+        number = bisect.bisect_right(self._ends, start)
+        part = self._parts[number]
+        first = start - (self._ends[number] - len(part["features"]))
+        return {field: part[field][first : first + length] for field in STORED}
+
+
 class StagedSplit(NamedTuple):
     """One split before it is written: clips joined by name, arrays still flat.
 
@@ -92,7 +107,7 @@ class ShardTask(NamedTuple):
 
     def _frames(
         self,
-        flat: "_MappedFrames | None",
+        flat: _MappedFrames | None,
         name: str,
         modality: Modality,
         record: int,
@@ -143,21 +158,6 @@ class ShardTask(NamedTuple):
                 starts={name: file[f"starts/{name}"] for name in files},
                 lengths={name: file[f"lengths/{name}"] for name in files},
             )
-
-
-class _MappedFrames:
-    """The flat files of a modality, mapped, as if all parts were one."""
-
-    def __init__(self, files: Sequence[FlatFiles]):
-        self._parts = [map_frames(*flat) for flat in files]
-        self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
-
-    def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
-        """Returns field -> frames of a clip, which is in one part, as views of its files."""
-        number = bisect.bisect_right(self._ends, start)
-        part = self._parts[number]
-        first = start - (self._ends[number] - len(part["features"]))
-        return {field: part[field][first : first + length] for field in STORED}
 
 
 def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:

@@ -64,6 +64,7 @@ def write_records(
         reports: dict[str, Future[dict[str, Any]]] = {}
 
         def write(tasks: Sequence[ShardTask]) -> None:
+            """Writes all shards; this process makes the reports while others write."""
             for name, split in staged.items():
                 reports[name] = start(_report, source, name, split)
             write_shards(engine, tasks, scratch=staging)
