@@ -44,9 +44,11 @@ def campaign(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def fault_seed(request: pytest.FixtureRequest) -> int:
-    """A seed for random faults, another one every time; a failed test shows how to repeat it."""
+    """A seed for random faults; in a campaign another one every time, which a failed test shows."""
     given = request.config.getoption("--fault-seed")
-    seed = time.time_ns() % 10**9 if given is None else given
+    if given is None:
+        given = time.time_ns() % 10**9 if request.config.getoption("--campaign") else 0
+    seed = int(given)
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
     return seed
 
@@ -107,11 +109,13 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m MODULE WORDS` as a user would, on one device."""
 
-    def run(*words: str | Path, module: str = "vidjax.main") -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str | Path, module: str = "vidjax.main", cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
         command = [sys.executable, "-m", module, *map(str, words)]
         return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600
         )
 
     return run

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
-from vidjax import metrics
+from vidjax import metrics, ranking
 from vidjax.data.load import load_dataset
-from vidjax.modes import confusions, evaluate, robustness, strata, train
+from vidjax.modes import confusions, evaluate, open_set, robustness, strata, train
+from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.steps import topk
 
@@ -108,6 +111,25 @@ def test_an_analysis_leaves_the_run_as_it_is(workdir, data, tmp_path):
     assert not (tmp_path / "analysis.npz").exists()
 
 
+@pytest.mark.parametrize("module", [open_set, run_page])
+def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypatch, module):
+    def fail(*_args, **_kwargs):
+        raise MemoryError("cannot allocate 9 GB")
+
+    folder = Path(shutil.copytree(workdir, tmp_path / "run"))
+    (folder / "ranking.txt").unlink()
+    config = config_lib.load_workdir(folder)
+    monkeypatch.setattr(module, "open_set" if module is open_set else "render", fail)
+    with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
+        results = evaluate.evaluate(config, folder, data, num_devices=1, analyse=True)
+    assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
+    assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
+    assert (folder / "analysis.npz").exists() == (module is run_page)  # none of other results
+    with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
+        trained = train.train(config, folder, data, num_devices=1, analyse=True)
+    assert trained["finished"] and train.finished(folder, config) is not None
+
+
 def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
     whole = results_lib.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
@@ -137,6 +159,13 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
     assert set(arrays) == {"attention"}
     assert facts["assignment"]
     assert "robustness" not in facts
+    rows = facts["named"]["rows"]
+    assert len(rows) == min(facts["named"]["num"], confusions.NUM_NAMED) > 0
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert {row["clip"] for row in rows} <= set(data.split("test").clips)
+    lists = dict(ranking.each_list(workdir / "ranking_test.txt", data.identities))
+    for row in rows:
+        assert f"{row['clip']}.mp4" in lists[data.identities[row["identity"]]]
 
 
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):

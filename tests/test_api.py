@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,8 +55,20 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
     assert again["map"] == results["map"]
 
     run = vidjax.restore(folder, num_devices=1)
-    ranked = run.rank({"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]})
+    public: Any = vidjax  # wrong types are meant
+    answers: Any = run
+    new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
+    ranked = run.rank(new)
     assert [name for name, _ in ranked["person_2"]] == ["new", "other"]
+    for call, message in (
+        (lambda: public.restore(folder, num_devices="1"), "num_devices wants a number"),
+        (lambda: public.load_data(clips, [1], cache_dir=cache_dir), "labels wants a dict"),
+        (lambda: answers.rank(str(folder)), "clips wants a dict .* not str"),
+        (lambda: answers.identify(new, "2"), "identify: k wants a number"),
+        (lambda: answers.identify(new, threshold="0.5"), "identify: threshold wants a score"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
 def test_training_refuses_a_folder_in_use(clips, labels, cache_dir, tmp_path):
@@ -122,3 +135,51 @@ def test_public_names():
         assert callable(getattr(vidjax, name))
     with pytest.raises(AttributeError, match="no attribute 'fly'"):
         _ = vidjax.fly
+
+
+def test_wrong_arguments_say_what_was_expected(clips, labels, official_dir, cache_dir, tmp_path):
+    public: Any = vidjax  # wrong types are meant
+    config = vidjax.load_config(KNN)
+    data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+    new = tmp_path / "new"
+    for call, message in (
+        (lambda: public.load_config("mma", {"seed": 1}), r"\{'seed': 1\}: .*--config\.FIELD=VALUE"),
+        (lambda: public.load_config("mma", "config.seed=1"), r"did you mean '--config\.seed=1'"),
+        (lambda: public.load_config(None), "load_config: spec wants a name .* not None"),
+        (lambda: public.load_data(None), "load_data: source wants a folder, a dict"),
+        (lambda: public.load_data([clips]), "not list"),
+        (
+            lambda: public.load_data(config, cache_dir=new),
+            r"set config\.data\.cache_dir instead",
+        ),
+        (
+            lambda: public.load_data(config, quality="norm"),
+            r"set config\.data\.quality instead",
+        ),
+        (lambda: public.load_data(official_dir, quality="norm"), "leave `quality` out"),
+        (lambda: public.train(str(new), config, data), "train: config wants a configuration"),
+        (lambda: public.train(config, data, new), "train: workdir wants the path of a folder"),
+        (lambda: public.train(config, new, str(new)), "train: data wants a dataset, .* not str"),
+        (lambda: public.restore(config), "restore: workdir wants the path"),
+        (lambda: public.restore(new), f"no run in '{new}'"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
+    assert not new.exists()
+
+
+def test_a_training_that_fails_leaves_no_folder(clips, labels, cache_dir, tmp_path):
+    data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+    config = vidjax.load_config(KNN)
+    config.optim.lr = 1
+    with pytest.raises(ValueError, match=r"config\.optim\.lr=1: .*config\.optim\.learning_rate"):
+        vidjax.train(config, tmp_path / "new", data)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_notebook_shows_of_a_configuration_and_of_data(clips, labels, cache_dir):
+    assert len(repr(vidjax.load_config("mma"))) < 3_000
+    assert repr(vidjax.load_data(clips, labels, cache_dir=cache_dir)) == (
+        "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
+    )

@@ -67,7 +67,7 @@ def shards(records):
     }
 
 
-LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None, "val_05": ""}
+LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
 
 
 @pytest.fixture
@@ -182,11 +182,12 @@ def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
     splits = make_splits()
     folder = write_npz(tmp_path / "own", splits)
     found = [arrays.load(splits, LABELS, cache_dir=cache)]
-    found.append(arrays.load(splits, write_csv(tmp_path / "any.csv", LABELS), cache_dir=cache))
+    listed = {name: identity for name, identity in LABELS.items() if identity}
+    found.append(arrays.load(splits, write_csv(tmp_path / "any.csv", listed), cache_dir=cache))
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in LABELS.items() if v))
     found.append(arrays.load(folder, text, cache_dir=cache))
-    write_csv(folder / "labels.csv", LABELS)
+    write_csv(folder / "labels.csv", listed)
     found.append(load_dataset("arrays", directory=folder, cache_dir=cache))
     (folder / "labels.csv").unlink()
     clip_files.write_truth(folder, "train", {k: v for k, v in LABELS.items() if "train" in k})
@@ -197,6 +198,36 @@ def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
+
+
+@pytest.mark.parametrize("empty", ["", float("nan")])
+def test_an_empty_identity_is_told(tmp_path, cache, empty):
+    splits = make_splits()
+    labels = {"train_01": 3, "train_02": empty, "val_03": 3}
+    with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
+        arrays.load(splits, labels, cache_dir=cache)
+    folder = write_npz(tmp_path / "own", splits)
+    write_csv(folder / "labels.csv", labels | {"train_02": ""})
+    with pytest.warns(UserWarning, match=r"labels.csv: line 3: clip train_02: 1 clips"):
+        arrays.load(folder, cache_dir=cache)
+
+
+def test_features_that_lie_the_other_way_round_are_told(cache):
+    clips = {f"c{number}": {"face": np.ones((64, 3)) * number} for number in range(3)}
+    with pytest.warns(UserWarning, match=r"face: every clip has 64 frames of 3 numbers.*\n.*\.T"):
+        arrays.load({"train": clips}, cache_dir=cache)
+    other = clips | {"d": {"face": np.ones((64, 5))}}
+    refused("clip d, face", "[64, 5]", "[frames, width]", source={"train": other}, cache=cache)
+
+
+def test_frames_of_pickles_go_by_time_as_own_ones_do(tmp_path, cache):
+    rng = np.random.default_rng(0)
+    clip = clip_files.random_clip(rng, 6, 4)._replace(number=np.array([9, 3, 10, 3, 0, 200]))
+    (tmp_path / "official").mkdir()
+    clip_files.write_pickle(tmp_path / "official", "face", "train", {"a": clip})
+    official = iqiyi_vid.prepare(tmp_path / "official", cache)
+    own = arrays.FeatureDict({"train": {"a": {"face": clip._asdict()}}})
+    assert shards(official) == shards(convert(own, cache))
 
 
 def test_a_split_without_labels_is_there_to_be_ranked(cache):
@@ -276,7 +307,7 @@ def test_changed_arrays_are_converted_anew_and_equal_ones_are_not(tmp_path, cach
 
 RAGGED = [[1.0, 2.0], [3.0]]
 BAD = {
-    "wrong width": ({"face": np.zeros((2, DIM + 1))}, "features are 7 wide, others 6"),
+    "wrong width": ({"face": np.zeros((2, DIM + 1))}, "features are 7 wide, others 6: "),
     "ragged": ({"face": RAGGED}, "rows of different lengths"),
     "objects": ({"face": np.array([None, "x"], object)}, "Python objects"),
     "text": ({"face": np.array(["x"])}, "wanted numbers"),
@@ -426,9 +457,13 @@ def test_a_bad_table_of_frames_is_refused(tmp_path, cache):
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(str(path), *words, source=tmp_path, cache=cache)
+    parquet.write_table(pyarrow.table(good | {"qualty": [1.0, 2.0]}), path)
+    refused(str(path), "qualty", "'quality'", source=tmp_path, cache=cache)
     del good["modality"]
     parquet.write_table(pyarrow.table(good), path)
     refused(str(path), "no column modality", source=tmp_path, cache=cache)
+    parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
+    refused(str(path), "no column modality", "a row per frame", source=tmp_path, cache=cache)
     path.write_bytes(path.read_bytes()[:-30])
     refused(str(path), "damaged", source=tmp_path, cache=cache)
 
@@ -442,7 +477,7 @@ def test_parquet_without_its_package_names_the_extra(tmp_path):
         f"list(parquet.read_clips(Path({str(tmp_path / 'train.parquet')!r})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "[parquet]" in done.stderr and "ValueError" in done.stderr
+    assert "[parquet]" in done.stderr and "UserError" in done.stderr
 
 
 def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arrays, cache_dir):

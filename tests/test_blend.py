@@ -1,5 +1,6 @@
 """Blended runs: equal to a loop over clip names, fitted out of fold, refused where they differ."""
 
+import copy
 import json
 import shlex
 import shutil
@@ -158,6 +159,38 @@ def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
     assert config_lib.load_workdir(tmp_path).join.weights == weights
 
 
+def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, capsys):
+    """By its own number of identities a clip; and by another where the command names one."""
+    one = "--config.num_epochs=1"
+    own = train("few", "knn.py:iqiyi_vid", folders["faces"], one, "--config.eval.top_classes=3",
+                "--config.eval.checkpoint=best")  # fmt: skip
+    results = blend.blend_runs(joining((runs[1], own)), tmp_path, load, num_devices=1)
+    wanted = joined_by_hand((runs[1], own), load, "val", (1.0, 1.0))
+    assert (probabilities(own, load, "val")[0].popitem()[1] > 0).sum() <= 3
+    check_ranking(tmp_path / "ranking.txt", wanted)
+    assert [row["scored_with"] for row in results["runs"]] == [
+        ["defaults"], ["top_classes=3", "checkpoint=best"]
+    ]  # fmt: skip
+    alone = json.loads((own / "metrics.json").read_text())
+    assert results["runs"][1]["map"] == pytest.approx(alone["map"], abs=1e-12)
+    assert "top_classes=3" in section((tmp_path / "report.html").read_text(), "summary")
+
+    words = ("--mode=evaluate", f"--workdir={tmp_path}")
+    assert main([*words, "--config.eval.top_classes=0"]) == 2
+    assert f"'{own}' keeps its own, 3" in capsys.readouterr().err
+    assert main([*words, "--config.eval.top_classes=2"]) == 0
+    results = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["scored_with"][0] for row in results["runs"]] == ["top_classes=2"] * 2
+
+
+def test_a_calibration_of_an_earlier_version_is_refused(runs, load, tmp_path):
+    values = joining(runs).to_dict()
+    values["join"] |= {"calibrate": False, "scale": 1.5, "offset": 0.0}
+    config = config_lib.from_json(json.dumps(values))
+    with pytest.raises(ValueError, match=r"join\.scale=1\.5: .*a538f79.*\njoin the runs anew"):
+        blend.blend_runs(config, tmp_path, load, num_devices=1)
+
+
 def test_every_score_equals_the_loop(runs, load):
     mesh = devices.make_mesh(1)
     models = []
@@ -172,7 +205,7 @@ def test_every_score_equals_the_loop(runs, load):
     np.testing.assert_allclose(scores, [wanted[clip] for clip in clips], rtol=2e-5, atol=1e-12)
 
 
-def logarithms_by_hand(runs, load, split, weights, scale=1.0):
+def logarithms_by_hand(runs, load, split, weights):
     """The weighted mean of logarithms, of nets that know of nobody new: {clip: [C]}."""
     found = [probabilities(folder, load, split, softmax=True)[0] for folder in runs]
     shares = np.array(weights) / sum(weights)
@@ -183,19 +216,17 @@ def logarithms_by_hand(runs, load, split, weights, scale=1.0):
         total = sum(w for _, w in some)
         with np.errstate(divide="ignore"):
             logs = sum(w / total * np.log(p) for p, w in some)
-        odds = np.exp(scale * logs) if some else np.zeros_like(alone[0])
+        odds = np.exp(logs) if some else np.zeros_like(alone[0])
         mean[clip] = odds / max(odds.sum(), 1e-300)
     return mean
 
 
-@pytest.mark.parametrize(
-    ("weights", "scale"), [((1.0, 1.0), 1.0), ((0.25, 0.75), 0.5)], ids=["equal", "given"]
-)
-def test_means_of_logarithms_by_clip_name(runs, load, tmp_path, weights, scale):
-    words = (f"--config.join.weights={weights}", f"--config.join.scale={scale}")
-    config = joining(runs, "--config.join.mean=logarithms", *words)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, 0.75)], ids=["equal", "given"])
+def test_means_of_logarithms_by_clip_name(runs, load, tmp_path, weights):
+    words = ("--config.join.mean=logarithms", f"--config.join.weights={weights}")
+    config = joining(runs, *words)
     results = blend.blend_runs(config, tmp_path, load, num_devices=1)
-    wanted = logarithms_by_hand(runs, load, "val", weights, scale)
+    wanted = logarithms_by_hand(runs, load, "val", weights)
     check_ranking(tmp_path / "ranking.txt", wanted)
     _, split = probabilities(runs[0], load, "val")
     assert results["map"] == pytest.approx(map_by_hand(wanted, split), abs=1e-9)
@@ -204,47 +235,18 @@ def test_means_of_logarithms_by_clip_name(runs, load, tmp_path, weights, scale):
     )
 
 
-def test_a_calibration_comes_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
-    """Slopes and scale make the right identities on train most probable, each clip out of fold."""
-    words = ("--config.join.mean=logarithms", "--config.join.calibrate=true")
-    results = blend.blend_runs(joining(runs, *words), tmp_path, load, num_devices=1)
-    kept = config_lib.load_workdir(tmp_path).join
-    assert not kept.calibrate and kept.mean == "logarithms" and kept.offset == 0
-    assert results["weights_fitted_on"] == "train"
-    _, split = probabilities(runs[0], load, "train")
-    label = dict(zip(split.clips, split.labels, strict=True))
+def test_greedy_weights_are_not_fitted_on_other_clips_than_the_runs(runs, load, tmp_path):
+    def relabelled(config):
+        data = copy.copy(load(config))
+        data.report = copy.deepcopy(data.report)
+        data.report["splits"]["train"]["sha256"]["labels"] = "others"
+        return data
 
-    def loss(weights, scale):
-        found = logarithms_by_hand(runs, load, "train", weights, scale)
-        scored = [clip for clip in found if label[clip] and found[clip].any()]
-        return -np.mean([np.log(found[clip][label[clip] - 1]) for clip in scored])
-
-    best = loss(kept.weights, kept.scale)
-    first, second = kept.weights
-    for factor in (0.8, 1.25):
-        assert loss(kept.weights, factor * kept.scale) > best
-        assert loss((first * factor + 1e-3, second), kept.scale) > best
-
-    # Another evaluation of the folder uses what was fitted, and fits nothing.
-    monkeypatch.setattr(blend.join_fit, "fit_calibration", None)
-    again = config_lib.load_workdir(tmp_path)
-    again.eval.split = "test"
-    results = blend.blend_runs(again, tmp_path, load, num_devices=1)
-    assert results["weights_fitted_on"] == "train"
-    check_ranking(
-        tmp_path / "ranking_test.txt",
-        logarithms_by_hand(runs, load, "test", kept.weights, kept.scale),
-    )
-
-
-def test_a_calibration_uses_no_clip_that_a_run_was_trained_on(runs, plain, load, tmp_path):
-    words = ("--config.join.mean=logarithms", "--config.join.calibrate=true")
-    with pytest.raises(ValueError, match=r"join\.split=train: .*without folds"):
-        blend.blend_runs(joining((runs[0], plain), *words), tmp_path, load, num_devices=1)
-    with pytest.raises(ValueError, match=r"join\.split=test: .*no ground truth"):
-        on_test = joining(runs, *words, "--config.join.split=test")
-        blend.blend_runs(on_test, tmp_path, load, num_devices=1)
+    with pytest.raises(ValueError, match="other data: now train has other labels"):
+        config = joining(runs, "--config.join.greedy=true")
+        blend.blend_runs(config, tmp_path, relabelled, num_devices=1)
     assert not (tmp_path / "config.json").exists()
+    blend.blend_runs(joining(runs), tmp_path, relabelled, num_devices=1)  # it reads val alone
 
 
 def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkeypatch):
@@ -347,11 +349,8 @@ def test_other_identities_or_clips_are_refused(
         (("--config.join.weights=(1,)",), "want 2 numbers"),
         (("--config.join.weights=(1,-1)",), "want 2 numbers"),
         (("--config.join.weights=(0,0)",), "want 2 numbers"),
-        (("--config.join.calibrate=true",), "of a mean of logarithms"),
-        (("--config.join.offset=1",), "of a mean of logarithms"),
-        (("--config.join.mean=logarithms", "--config.join.scale=0"), "the scale above 0"),
         (("--config.join.mean=logarithms", "--config.join.greedy=true"), "mean of probabilities"),
-        (("--config.join.mean=logarithms", "--config.eval.top_classes=3"), "top_classes=0"),
+        (("--config.join.mean=logarithms", "--config.eval.top_classes=3"), "mean=probabilities"),
         (("--config.join.mean=logarithm",), "did you mean 'logarithms'"),
     ],
 )
@@ -392,6 +391,7 @@ def test_the_command_line(runs, load, tmp_path, capsys):
         assert len(said.strip().splitlines()) <= 3
 
 
+@pytest.mark.filterwarnings("ignore:.*other modalities lie beside")
 def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     """Where config.data.dir is set it stands for that of every run, and scores do not change."""
     found = []

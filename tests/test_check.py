@@ -15,8 +15,8 @@ from vidjax import config as config_lib
 from vidjax import ensemble, ranking
 from vidjax.data import iqiyi_vid
 from vidjax.main import main
-from vidjax.modes import restore
-from vidjax.run import checkpoint, seal
+from vidjax.modes import arguments, restore, run_data
+from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps import topk
 
@@ -43,7 +43,7 @@ def finished(data, tmp_path_factory):
         config_lib.load_file(f"{ROOT}/{SPEC}"),
         [f"--config.data.dir={data}/official", f"--config.data.cache_dir={data}/cache"],
     )
-    seal.write_config(workdir, config)
+    resume.write_config(workdir, config)
     identities, clips = ["1", "2", "3"], ["a", "b", "c", "d"]
     workdir_lib.write_json(workdir / "identities.json", identities)
     member = (ensemble.Member(),)
@@ -54,6 +54,7 @@ def finished(data, tmp_path_factory):
         info = {
             "map": step / 100,
             **restore.companion_digests(identities, training_sets),
+            "data": run_data.digests(config, arguments.load_data(config)),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)
@@ -386,6 +387,26 @@ def test_data_alone(data, checked, capsys, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_other_data_than_the_runs_are_told(run, data, checked, tmp_path):
+    code, lines = checked(run)
+    assert code == 0 and "data: those of the run" in "\n".join(lines)
+    official = Path(shutil.copytree(data / "official", tmp_path / "official"))
+    truth = official / "train_gt.txt"
+    first, *rest = truth.read_text().splitlines(keepends=True)
+    truth.write_text("".join(rest))
+    iqiyi_vid.prepare(official, tmp_path / "cache")
+    code, lines = checked(run, f"--config.data.dir={official}")
+    assert code == 2
+    assert "train has other labels" in "".join(states(lines, "FAULT")), first
+    for step in (10, 20):
+        folder = run / "checkpoints" / str(step)
+        manifest = checkpoint.read_manifest(folder)
+        del manifest["data"]
+        checkpoint._write_manifest(folder, manifest)
+    code, lines = checked(run)
+    assert code == 0 and "earlier version" in "".join(states(lines, "warning"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -406,6 +427,51 @@ def test_data_that_are_not_there(data, capsys, tmp_path, words, message):
     assert any(message in line for line in states(lines, "FAULT")), lines
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, "labels.csv"),
+        (lambda folder: (folder / "val/clip_3.npz").write_bytes(b"not a zip"), "clip_3.npz"),
+        (lambda folder: np.savez(folder / "val/clip_3.npz", face=np.ones((2, 3))), "clip_3"),
+    ],
+)
+def test_own_features_are_opened_before_they_are_called_good(capsys, tmp_path, spoil, message):
+    folder, names = tmp_path / "own", [f"clip_{i}" for i in range(4)]
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for name in names:
+            np.savez(folder / split / f"{split}_{name}.npz", face=np.ones((2, 8), np.float32))
+    words = ["--config=mma:face", "--config.data.name=arrays", f"--config.data.dir={folder}",
+             f"--config.data.cache_dir={tmp_path}/cache", "--mode=check"]  # fmt: skip
+    if spoil:
+        rows = "".join(f"{s}_{name},{i % 2}\n" for s in ("train", "val")
+                       for i, name in enumerate(names))  # fmt: skip
+        (folder / "labels.csv").write_text(f"clip,identity\n{rows}")
+        assert main(words) == 0
+        spoil(folder)
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert main(words) == 2
+    faults = states(capsys.readouterr().out.splitlines(), "FAULT")
+    assert any(message in line for line in faults), faults
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_the_core_alone_checks_a_run(run):
+    """Without TensorFlow new clips can be ranked: to note, and no fault; training needs it."""
+    absent = ("tensorflow", "tensorflow_datasets")
+    code = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "from vidjax.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    for words, status in ((f"--workdir={run}", 0), ("--config=configs/mma.py", 2)):
+        command = [sys.executable, "-c", code, "--mode=check", words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == status, done.stdout
+        assert "pip install 'vidjax[train]'" in done.stdout
+
+
 def test_a_label_that_does_not_fit(data, capsys, tmp_path):
     shutil.copytree(data / "official", tmp_path / "official")
     cache = f"--config.data.cache_dir={tmp_path}/cache"
@@ -423,16 +489,17 @@ def test_a_joined_folder_stands_for_its_runs(run, data, capsys, tmp_path):
     both.mkdir()
     config = config_lib.default()
     config.join.runs = (str(run), str(other))
-    seal.write_config(both, config)
-    assert main(["--mode=check", f"--workdir={both}"]) == 0
+    resume.write_config(both, config)
+    words = ["--mode=check", f"--workdir={both}", f"--config.data.cache_dir={run.parent}/cache"]
+    assert main(words) == 0
     said = capsys.readouterr().out
     assert f"{other}: checkpoint 20" in said
     assert said.count("every sha256 agrees") == 1  # of data that both share
 
     flip(biggest(other, 10))
-    assert main(["--mode=check", f"--workdir={both}"]) == 3
+    assert main(words) == 3
     shutil.rmtree(other)
-    assert main(["--mode=check", f"--workdir={both}"]) == 3
+    assert main(words) == 3
     assert f"no run in '{other}'" in capsys.readouterr().out
 
 

@@ -11,10 +11,10 @@ import jax
 import pytest
 
 from tests.campaigns import commands
+from vidjax import command_line, config_values
 from vidjax import config as config_lib
-from vidjax import config_values
 from vidjax.main import main
-from vidjax.modes import rehearsal
+from vidjax.modes import arguments, rehearsal
 from vidjax.run import terminal
 
 ROOT = Path(__file__).parent.parent
@@ -126,13 +126,32 @@ def test_a_shipped_configuration_passes_the_rehearsal(name):
 def test_the_rehearsal_names_the_word_at_fault():
     config = config_lib.load_file(f"{ROOT}/configs/mma.py")
     good = ["--config.seed=3", "--config.model.num_clusters=2"]
-    rehearsal.rehearse(config, good)
+
+    def rehearse(*words):
+        rehearsal.rehearse(config_lib.override(config, words), words, lambda: config)
+
+    rehearse(*good)
     with pytest.raises(ValueError, match=r"^--config\.model\.embed_dim=0: ") as caught:
-        rehearsal.rehearse(config, [*good, "--config.model.embed_dim=0"])
+        rehearse(*good, "--config.model.embed_dim=0")
     assert "whole numbers from 1 up" in str(caught.value)
     config.model.embed_dim = 0
     with pytest.raises(ValueError, match=r"^config\.model: "):
-        rehearsal.rehearse(config, good)
+        rehearse(*good)
+
+
+def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
+    """It may draw a value: what is checked is what is trained."""
+    count = tmp_path / "count"
+    text = (ROOT / "configs" / "knn.py").read_text()
+    (tmp_path / "own.py").write_text(
+        f"{text}\n\nmake = get_config\n\n"
+        f"def get_config(args=''):\n    with open({str(count)!r}, 'a') as file:\n"
+        "        file.write('x')\n    return make(args)\n"
+    )
+    args = command_line.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
+    config, _ = arguments.for_training(args)
+    arguments.rehearse(args, config)
+    assert count.read_text() == "x"
 
 
 def suffix(*words, without=()):

@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from vidjax import ranking
 from vidjax.data.load import load_dataset
@@ -35,41 +37,67 @@ def simulate(rng, repetitions, num):
     return x ** powers[kind] - x, true
 
 
-@pytest.mark.parametrize("num", [50, 100, 400])
+@pytest.mark.parametrize("num", [50, pytest.param(400, marks=pytest.mark.slow)])
 def test_the_interval_covers_the_true_difference(num):
-    gaps, true = simulate(np.random.default_rng(num), 3000, num)
-    low, high, p = significance.bootstrap(gaps, resamples=999)
-    assert 0.93 <= np.mean((low <= true) & (true <= high)) <= 0.97
-    # The same resamples decide on both: p is below 5 % where 0 lies outside.
-    outside = (low > 0) | (high < 0)
-    assert np.mean(outside == (p < 0.05)) > 0.995
+    gaps, true = simulate(np.random.default_rng(num), 400, num)
+    low, high, p = np.transpose([significance.gap_interval(row, draws=1000) for row in gaps])
+    assert np.mean((low <= true) & (true <= high)) >= 0.93
+    assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
-def test_p_is_as_often_below_a_share_as_chance_has_it():
-    rng = np.random.default_rng(5)
-    gaps, true = simulate(rng, 3000, 100)
-    _, _, p = significance.bootstrap(gaps - true, resamples=999)
-    for share in (0.05, 0.2, 0.5):
-        assert np.mean(p <= share) == pytest.approx(share, abs=0.02)
+def t_interval(values):
+    """Returns the bounds of the t interval of a mean."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return np.mean(values) - half, np.mean(values) + half
 
 
-@pytest.mark.parametrize(
-    ("gaps", "interval", "p"),
-    [
-        (np.zeros(50), (0, 0), 1.0),
-        (np.full(50, 0.1), (0.1, 0.1), 1 / (significance.RESAMPLES + 1)),
-    ],
-)
-def test_differences_that_are_all_alike(gaps, interval, p):
-    (low,), (high,), (found,) = significance.bootstrap(gaps)
-    assert (low, high) == pytest.approx(interval)
-    assert found == pytest.approx(p)
+ONES = np.array([0.0] + [1.0] * 36)
+NEAR_ONES = np.where(np.arange(37) > 34, 0.997, ONES)
 
 
-def test_one_identity_that_differs_proves_nothing():
-    (low,), (high,), (p,) = significance.bootstrap(np.eye(60)[0])
-    assert -1 < low < 0 < high < 1
-    assert p > 0.05
+@pytest.mark.parametrize("values", [ONES, NEAR_ONES, np.where(np.arange(37) > 34, 0.97, ONES)])
+def test_where_most_precisions_are_1_the_interval_of_map_stays_sensible(values):
+    low, high = significance.map_interval(values)
+    t_low, t_high = t_interval(values)
+    assert 0.8 < low < np.mean(values) < high <= 1
+    assert high - low < 1.5 * (min(t_high, 1) - t_low)
+    assert (low, high) == pytest.approx(significance.map_interval(ONES), abs=0.002)
+
+
+def test_of_zeros_and_ones_the_interval_is_that_of_a_share():
+    for num, hits in ((37, 36), (20, 7), (300, 150)):
+        found = significance.map_interval(np.arange(num) < hits)
+        expected = stats.beta.ppf([0.025, 0.975], hits + 0.5, num - hits + 0.5)
+        assert found == pytest.approx(expected.tolist(), abs=0.006)
+    assert significance.map_interval(np.ones(40))[1] == 1.0
+    assert significance.map_interval(np.zeros(40))[0] == 0.0
+
+
+def test_one_large_difference_among_tiny_ones_keeps_the_interval_of_the_difference_narrow():
+    gaps = np.concatenate([[0.5], np.full(10, 0.001), np.full(9, -0.001), np.zeros(80)])
+    low, high, p = significance.gap_interval(gaps)
+    t_low, t_high = t_interval(gaps)
+    assert low < np.mean(gaps) < high and p > 0.05
+    assert high - low < 2.5 * (t_high - t_low)
+
+
+def test_equal_runs_do_not_differ():
+    low, high, p = significance.gap_interval(np.zeros(50))
+    assert -0.04 < low < 0 < high < 0.04 and p > 0.9
+
+
+def test_an_improvement_of_every_identity_is_seen():
+    low, high, p = significance.gap_interval(np.full(100, 0.1))
+    assert 0.05 < low < high < 0.13 and p < 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [20, 37, 100, 300])
+@pytest.mark.parametrize("name", ["1 % zeros", "5 % .997, 3 % zeros", "1 % +.5, 19 % ±.001"])
+def test_the_interval_holds_the_truth_where_few_values_lie_far_away(name, num):
+    row = intervals.measure(name, num, repetitions=300)
+    assert row.held > 0.9
 
 
 def test_holm_by_hand():
@@ -142,6 +170,61 @@ def test_a_pair_needs_no_correction(tmp_path, capsys):
     assert "Holm" not in (tmp_path / "out" / "comparison.html").read_text()
 
 
+def test_a_program_gets_the_numbers(tmp_path, capsys):
+    rng = np.random.default_rng(4)
+    found = {name: averages(rng) for name in "abc"}
+    for name, values in found.items():
+        made_runs.write(tmp_path / name, values)
+    runs = [str(tmp_path / name) for name in "abc"]
+    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={','.join(runs)}", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["split"], told["num_identities"], told["num_clips"]) == ("val", len(NAMES), 50)
+    assert [row["run"] for row in told["runs"]] == runs
+    first = told["runs"][0]
+    assert first["map"] == pytest.approx(np.mean(list(found["a"].values())))
+    for name, row in zip("bc", told["runs"][1:], strict=True):
+        gaps = np.array(list(found[name].values())) - list(found["a"].values())
+        low, high, p = significance.gap_interval(gaps)
+        assert row["difference"] == pytest.approx(gaps.mean())
+        assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, p))
+        assert row["p"] <= row["p_holm"] <= 1
+        counts = [np.sum(gaps > 1e-9), np.sum(gaps < -1e-9), np.sum(np.abs(gaps) <= 1e-9)]
+        assert [row["better"], row["worse"], row["equal"]] == counts
+
+
+def test_it_says_in_words_whether_runs_were_trained_on_the_clips(tmp_path):
+    rng = np.random.default_rng(5)
+    kinds = {"a": "val", "b": "out_of_fold", "c": "in_sample"}
+    for name, kind in kinds.items():
+        made_runs.write(tmp_path / name, averages(rng), results={"map_kind": kind})
+    made_runs.write(tmp_path / "d", averages(rng))
+    (tmp_path / "out").mkdir()
+
+    def page(*names):
+        folders = [str(tmp_path / name) for name in names]
+        compare.compare(folders, tmp_path / "out", lambda config: None)
+        return Page((tmp_path / "out" / "comparison.html").read_text()).words
+
+    assert "No run was trained on these clips." in page("a", "d")
+    mixed = page("a", "b", "c")
+    assert "No run was trained" not in mixed and "MAP:" not in mixed
+    assert f"Out of fold: {tmp_path / 'b'} scores every clip by members that" in mixed
+    assert f"In sample: {tmp_path / 'c'} was trained on these clips" in mixed
+
+
+def test_a_difference_that_rounds_to_0_has_no_minus(tmp_path, capsys):
+    values = averages(np.random.default_rng(6))
+    made_runs.write(tmp_path / "a", values)
+    made_runs.write(tmp_path / "b", {name: max(x - 1e-6, 0) for name, x in values.items()})
+    words = ["--mode=compare", f"--workdir={tmp_path}/out", f"--runs={tmp_path}/a,{tmp_path}/b"]
+    assert main(words) == 0
+    texts = [(tmp_path / "out" / f"comparison.{end}").read_text() for end in ("md", "html")]
+    for text in (capsys.readouterr().out, *texts):
+        assert "+0.0000" in text
+        assert "-0.0000" not in text and "-0.000 " not in text and "-0.000." not in text
+
+
 def test_another_split_that_both_have_ranked(tmp_path):
     rng = np.random.default_rng(2)
     for name in "ab":
@@ -149,7 +232,7 @@ def test_another_split_that_both_have_ranked(tmp_path):
         made_runs.write(tmp_path / name, averages(rng), split="test", suffix="_test")
     (tmp_path / "out").mkdir()
     folders = [str(tmp_path / name) for name in "ab"]
-    said = compare.compare(folders, tmp_path / "out", lambda config: None, split="test")
+    said, _ = compare.compare(folders, tmp_path / "out", lambda config: None, split="test")
     assert "of test" in said
     value = json.loads((tmp_path / "b" / "metrics_test.json").read_text())["map"]
     assert f"{value:.4f}" in said
@@ -179,6 +262,17 @@ def test_only_runs_on_the_same_clips_are_compared(tmp_path, capsys, change, mess
     assert message in said
     assert len(said.splitlines()) <= 3
     assert not (tmp_path / "out" / "comparison.md").exists()
+
+
+def test_no_comparison_is_written_into_a_run(tmp_path, capsys):
+    runs = [made_runs.write(tmp_path / name, {"anna": 0.5, "ben": 0.7}) for name in "ab"]
+    before = sorted(runs[0].iterdir())
+    words = ["--mode=compare", f"--workdir={runs[0]}", f"--runs={runs[0]},{runs[1]}"]
+    assert main(words) == 2
+    assert "another folder" in capsys.readouterr().err
+    assert sorted(runs[0].iterdir()) == before
+    assert main([*words[:1], f"--workdir={tmp_path}/new", f"--runs={runs[0]},absent"]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_an_analysis_the_ranking_and_the_ground_truth_say_it(

@@ -1,5 +1,6 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
+import json
 import re
 from pathlib import Path
 
@@ -23,7 +24,6 @@ ARGUMENTS = {
     "residual_dense": ["one", "single", "fused,folds", "face", "standard"],
     "deepmef": ["published", "views", "face", "face,body,audio", "standard"],
     "noise_classes": ["other", "leave_out", "head", "standard"],
-    "nplda": ["face,audio", "standard", "trainval"],
     "plda": ["face,audio", "standard", "trainval"],
 }
 SPECS = [
@@ -176,9 +176,6 @@ UNREAD = {
     "join.weights": ("1,2", []),
     "join.mean": ("logarithms", []),
     "join.greedy": ("true", []),
-    "join.calibrate": ("true", []),
-    "join.scale": ("2", []),
-    "join.offset": ("1", []),
     "join.split": ("val", []),
     "join.runs": ("a,b", []),
 }
@@ -339,7 +336,7 @@ def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     names = ("arguments", "fields", "names")
     sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
     page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
-    config_lib.main([f"--write={page}"])
+    assert config_lib.main([f"--write={page}"]) == 0
     written = page.read_text()
     assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
     assert "stale text" not in written
@@ -348,8 +345,9 @@ def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     config_lib.main([])
     assert "`optim.momentum`" in capsys.readouterr().out
     page.write_text("# A page\n")
-    with pytest.raises(ValueError, match="<!-- arguments -->"):
-        config_lib.main([f"--write={page}"])
+    capsys.readouterr()
+    assert config_lib.main([f"--write={page}"]) == 2
+    assert "<!-- arguments -->" in capsys.readouterr().err
 
 
 # Fields that nothing reads, one in each group whose fields are looked up by name.
@@ -411,9 +409,34 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
         fusion.make_fusion({"name": "mean", "invented": 1})
 
 
-@pytest.mark.parametrize("name", ["plda", "nplda"])
-def test_plda_reads_the_clips_twice(name):
-    config = config_lib.load_file(f"{ROOT}/configs/{name}.py")
+def test_options_of_earlier_versions_are_left_out_where_they_did_nothing():
+    for file, option, value in (("mma", "whitened", 0.25), ("plda", "calibrated", ["clips"])):
+        values = config_lib.load_file(f"{ROOT}/configs/{file}.py").to_dict()
+        old = {**values, "model": {**values["model"], option: type(value)()}}
+        assert config_lib.from_json(json.dumps(old)).to_dict() == values
+        old["model"][option] = value
+        spec = config_lib.from_json(json.dumps(old)).model.to_dict()
+        with pytest.raises(ValueError, match=f"'{option}'.*a538f79 has it last"):
+            identifier.make_identifier(spec, modalities={"face": 4}, num_classes=2, num_clips=3)
+    values = config_lib.default().to_dict()
+    join = values["join"] | {"calibrate": False, "scale": 1.0, "offset": 0.0}
+    assert config_lib.from_json(json.dumps(values | {"join": join})).to_dict() == values
+    with pytest.raises(ValueError, match=r"'nplda'.*\n.*train another model anew"):
+        identifier.make_identifier(
+            {"name": "nplda", "stranger_rate": 0.25}, modalities={"face": 4}, num_classes=2,
+            num_clips=3,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["knn", "noise_classes"])
+def test_a_second_modality_of_a_system_of_one_is_refused(name):
+    assert config_lib.load_file(f"{ROOT}/configs/{name}.py:head").modalities == ("head",)
+    with pytest.raises(ValueError, match="modalities face, head: this experiment has one"):
+        config_lib.load_file(f"{ROOT}/configs/{name}.py:face,head")
+
+
+def test_plda_reads_the_clips_twice():
+    config = config_lib.load_file(f"{ROOT}/configs/plda.py")
     assert not list(config_lib.problems(config))
     config.num_epochs = 1.5
     (problem,) = config_lib.problems(config)

@@ -1,8 +1,11 @@
 """`python -m vidjax.gallery`: what a user types and sees, mistakes, files of answers, Qdrant."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from vidjax import ranking
 from vidjax.data.load import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
+from vidjax.gallery.gallery import Answer
 from vidjax.gallery.people import People
+from vidjax.main import main
 from vidjax.run import workdir as workdir_lib
 
 WIDTH = 24
@@ -86,10 +91,19 @@ def test_a_person_comes_and_goes(say, folder, tmp_path):
     said = say("enrol", folder, f"--input={other}", "--identity=Ada", code=2)
     assert "clip 'Ada 0' is enrolled with another vector" in said
     said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Eve", code=2)
-    assert "clip 'Ada 0' is enrolled as 'Ada', not 'Eve'" in said and "--clip=" in said
+    assert "clip 'Ada 0' is enrolled as 'Ada', not 'Eve'" in said and "another name" in said
+    assert "remove" not in said  # it would delete Ada, to enrol somebody else
 
+    lines = say("list", folder, "--clips", "--identity=Ada").splitlines()
+    assert [line.split(None, 1)[1] for line in lines[:2]] == ["Ada 0", "Ada 1"]
+    assert json.loads(say("list", folder, "--clips", "--json"))["clips"]["Ada"] == [
+        "Ada 0",
+        "Ada 1",
+    ]
+    said = say("remove", folder, "--clip=Ada 0")
+    assert "removed     1 clip\n" in said
     said = say("remove", folder, "--identity=Ada")
-    assert "removed     2 clips" in said and "people      12" in said
+    assert "people      12" in said
     assert made_galleries.contents(folder) == before
 
 
@@ -97,7 +111,7 @@ def test_clips_without_a_usable_frame_are_named(say, folder, tmp_path):
     write_clips(tmp_path / "ada", ["Ada"])
     for name in ("dead", "gone"):
         np.savez(tmp_path / "ada" / f"{name}.npz", face=np.zeros((0, WIDTH), np.float16))
-    with pytest.warns(UserWarning, match="2 clips without a usable frame .*: dead, gone"):
+    with pytest.warns(UserWarning, match="2 clips without a usable frame: .*: dead, gone"):
         said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Ada")
     assert "enrolled    2 clips" in said
     rows = say("identify", folder, f"--input={tmp_path / 'ada'}").splitlines()
@@ -129,6 +143,8 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
         assert line["score"] == (answer.score if answer.best else None)
     with (tmp_path / "a.tsv").open(newline="") as file:
         cells = list(csv.DictReader(file, dialect="excel-tab"))
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == cells
     from pyarrow import parquet
 
     table = parquet.read_table(tmp_path / "a.parquet").to_pylist()
@@ -144,6 +160,104 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
     content = json.loads(say(*words, "--json"))
     assert content["named"] == named and content["answers"] == lines
     assert content["threshold"]["num_identities"] == 12
+    assert content["rule"]["by"] == "fpir" and not content["rule"]["default"]
+    assert content["seconds"] > 0 and content["clips_per_second"] > 0
+
+
+def test_identify_says_by_which_rule(say, folder, made):
+    content = json.loads(say("identify", folder, "--split=val", "--json"))
+    strangers = len(made.people.strangers)
+    assert content["rule"]["by"] == "new" and content["rule"]["default"]
+    assert f"with 100 clips of strangers instead of {strangers}" in content["rule"]["about"]
+    assert "--threshold=P" in say("identify", folder, "--split=val")
+    for least in (0.05, 0.9):
+        content = json.loads(
+            say("identify", folder, "--split=val", f"--threshold={least}", "--json")
+        )
+        assert content["rule"]["by"] == "threshold"
+        for one in content["answers"]:
+            assert (one["identity"] is not None) == (one["probability"] >= least)
+
+
+def test_a_mistake_is_told_before_the_run_is_restored(say, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(vidjax.Gallery, "run", property(lambda self: pytest.fail("restored")))
+    (tmp_path / "x.npy").write_bytes(b"")
+    for words, told in {
+        "--input=nosuch": "nosuch: no such file",
+        f"--input={tmp_path / 'x.npy'}": "numpy.savez('x.npz', face=numpy.load('x.npy'))",
+        "--split=val --k=0": "name 1 identity or more",
+        "--split=val --fpir=1%": "write --fpir=0.01",
+    }.items():
+        assert told in say("identify", folder, *words.split(), code=2)
+
+
+def test_a_run_that_was_moved_is_asked_for(say, run, data, tmp_path):
+    here, there = shutil.copytree(run, tmp_path / "here"), tmp_path / "there"
+    vidjax.Gallery.create(tmp_path / "g", here, data)
+    here.rename(there)
+    said = say("identify", tmp_path / "g", "--split=val", code=2)
+    assert f"no longer at '{here}'" in said and "--run=FOLDER" in said
+    assert "named" in say("identify", tmp_path / "g", "--split=val", f"--run={there}")
+
+
+def test_the_folder_of_a_run_is_no_place_for_a_gallery(say, run):
+    said = say("list", run, code=2)
+    assert f"it is a run: python -m vidjax.gallery create NEW_FOLDER --run={run}" in said
+
+
+def test_one_clip_is_a_file(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    assert "enrolled    1 clip," in say(
+        "enrol", folder, f"--input={tmp_path / 'ada' / 'Ada 0.npz'}", "--identity=Ada"
+    )
+
+
+def test_a_folder_for_each_person(say, folder, tmp_path):
+    """Both have a 1.npz, which are two clips."""
+    for person in ("Ada", "Grace"):
+        write_clips(tmp_path / "new", [person])
+        (tmp_path / "photos" / person).mkdir(parents=True)
+        for turn in range(2):
+            found = tmp_path / "new" / f"{person} {turn}.npz"
+            shutil.copy(found, tmp_path / "photos" / person / f"{turn}.npz")
+    said = say("enrol", folder, f"--input={tmp_path / 'photos'}")
+    assert "enrolled    4 clips" in said and "people      14" in said
+    listed = json.loads(say("list", folder, "--clips", "--json"))["clips"]
+    assert listed["Ada"] == ["Ada/0", "Ada/1"] and listed["Grace"] == ["Grace/0", "Grace/1"]
+    (tmp_path / "photos" / "Ada").rename(tmp_path / "photos" / "train")
+    (tmp_path / "photos" / "Grace").rename(tmp_path / "photos" / "val")
+    said = say("enrol", folder, f"--input={tmp_path / 'photos'}", code=2)
+    assert "splits of a dataset, not people" in said
+    write_clips(tmp_path / "photos", ["Eve"])
+    said = say("enrol", folder, f"--input={tmp_path / 'photos'}", code=2)
+    assert "--identity=NAME" in said and "PATH/NAME/CLIP.npz" in said
+
+
+def test_rename_and_relabel(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity=Adda")
+    said = say("rename", folder, "--identity=Adda", "--to=Ada")
+    assert "renamed     Adda is Ada, with 2 clips" in said and "people      13" in said
+    said = say("relabel", folder, "--clip=Ada 1", "--identity=Grace")
+    assert "Ada 1 showed Ada; it shows Grace, who is new" in said and "people      14" in said
+    said = say("rename", folder, "--identity=Grace", "--to=Ada", code=2)
+    assert "one person of two" in said and "--merge" in said
+    say("rename", folder, "--identity=Grace", "--to=Ada", "--merge")
+    assert json.loads(say("list", folder, "--json"))["identities"]["Ada"] == 2
+
+
+def test_a_name_with_outer_blanks_is_nobody_else(say, folder, tmp_path):
+    write_clips(tmp_path / "ada", ["Ada"])
+    said = say("enrol", folder, f"--input={tmp_path / 'ada'}", "--identity= Ada", code=2)
+    assert "identity ' Ada' has outer blanks" in said
+
+
+def test_progress_is_shown(folder):
+    """Of two passes, one line at least each, also where nobody watches."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        assert commands.main(["identify", str(folder), "--split=val"]) == 0
+    assert "vectors: " in told.getvalue() and " clips/s" in told.getvalue()
 
 
 def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
@@ -160,6 +274,22 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
         name: [clip for clip, _ in clips] for name, clips in wanted.items()
     }
     assert "exists" in say("rank", folder, "--split=val", f"--out={tmp_path / 'r.txt'}", code=2)
+
+    words = ("rank", folder, "--split=val", "--threshold=0.2", f"--out={tmp_path / 'p.txt'}")
+    content = json.loads(say(*words, "--json"))
+    assert content["rule"]["by"] == "threshold" and content["clips_per_second"] > 0
+    found = ranking.load_ranking(tmp_path / "p.txt")
+    passing = {
+        name: [clip for clip, score in clips if score >= np.log(0.2)]
+        for name, clips in wanted.items()
+    }
+    assert {name: len(clips) for name, clips in found.items()} == {
+        name: len(clips) for name, clips in passing.items()
+    }
+    assert any(passing.values()) and passing != {n: [c for c, _ in x] for n, x in wanted.items()}
+    assert made.rank(data, split="val", threshold=0.2) == {
+        name: [pair for pair in clips if pair[1] >= np.log(0.2)] for name, clips in wanted.items()
+    }
 
 
 def test_clips_of_another_dataset(say, folder, tmp_path):
@@ -200,7 +330,7 @@ def test_threshold(say, folder, made):
         assert words in said
     assert json.loads(say("threshold", folder, "--fpir=0.25", "--json")) == found._asdict()
     said = say("threshold", folder, "--fpir=0.001", code=2)
-    assert "needs 1,000 clips of strangers or more" in said and "--strangers" in said
+    assert "needs 1,000 clips of strangers or more" in said and "enrol more strangers" in said
     assert "not a number" in say("threshold", folder, "--fpir=one", code=2)
 
 
@@ -208,26 +338,49 @@ MISTAKES = {
     "": "name a command: create, enrol",
     "idenify G": "did you mean 'identify'?",
     "identify": "identify needs the folder of a gallery",
-    "identify G": "identify needs clips: --split=S",
-    "identify G --split=val --input=x": "identify needs clips",
-    "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .jsonl, .tsv, .parquet",
-    "identify G --split=val --identity=x": "identify does not read --identity; enrol, remove do",
+    "identify G": "identify needs clips: --input=PATH",
+    "identify G --split=val --input=x": "and not both",
+    "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .jsonl, .tsv, .csv",
+    "identify G --split=val --identity=x": "identify does not read --identity; enrol, list",
     "identify G --split=val --fpri=0.1": "did you mean '--fpir'?",
+    "identify G --split=val --min-probability=.5": "did you mean '--threshold'?",
+    "identify G --split=val --fpir=1%": "write --fpir=0.01",
+    "identify G --split=val --threshold=0.5 --fpir=0.1": "choose one of --fpir",
+    "identify G --split=val --threshold=-3": "a probability above 0 and at most 1",
+    "identify G --split=val --fpir=0.001": "needs 1,000 clips of strangers or more",
+    "identify G new": "stray word 'new': did you mean --input=new?",
+    "create G runs/plda": "did you mean --run=runs/plda?",
+    "remove G p1": "did you mean --identity=p1 or --clip=p1?",
+    "enrol G --input=. --name=Ada": "did you mean '--identity'?",
+    "identify G --split=val --workdir=w": "did you mean '--run'?",
+    "add G": "did you mean 'enrol'?",
+    "rename G --identity=1": "rename needs --to=NAME",
+    "relabel G --clip=x": "relabel needs --identity=NAME",
+    "merge G": "did you mean 'rename'?",
+    "delete G": "remove deletes a person, or a clip, and cannot be undone",
+    "report G": "did you mean 'list'?",
+    "remote G": "remove deletes a person, or a clip, and cannot be undone",
+    "find G": "did you mean 'identify'?",
     "identify G --split=val --config.model.name=x": "fields of config.data alone",
     "identify G --split=vla": "vla",
     "identify G --split=val --fpir=0": "above 0 and below 1",
-    "identify G --split=val --k=0": "name 1 identity or more",
+    **dict.fromkeys(
+        (f"identify G --split=val --k={k}" for k in ("0", "inf", "nan", "2.7", "1e400", "-1")),
+        "name 1 identity or more, a whole number",
+    ),
     "identify G --input=/absent": "/absent",
     "identify G --split=val --run=/absent": "/absent",
-    "enrol G --input=x": "needs --identity=NAME",
+    "enrol G --input=x": "x: no such file",
+    "enrol G --input=. --identity=Ada --strangers": "leave one out",
     "enrol G --split=test": "no clip has a label",
     "rank G --split=val": "rank needs --out=FILE",
     "remove G": "one of --identity=NAME and --clip=NAME",
     "remove G --identity=a --clip=b": "one of --identity=NAME and --clip=NAME",
     "remove G --identity=13": "no identity '13' is enrolled",
     "remove G --clip=x --config.data.dir=y": "reads no clips",
-    "list /absent": "'/absent' holds no gallery",
-    "threshold G": "threshold needs --fpir=R",
+    "list /absent": "'/absent' holds no gallery: is the path right?",
+    "threshold G": "fpir=0.01 needs 100 clips of strangers or more",
+    "list G --identity=13": "no identity '13' is enrolled",
     "create G --run=/absent": "/absent",
     "create G": "create needs --run=W",
     "export G --qdrant=:memory:": "export needs --collection=NAME",
@@ -250,7 +403,7 @@ def test_the_command_as_a_process(vidjax_command, folder):
     with workdir_lib.lock(folder, "gallery"):
         done = vidjax_command("remove", folder, "--identity=1", module="vidjax.gallery")
     assert done.returncode == 2 and "is in use by process" in done.stderr
-    victim = min(folder.glob("clips-*"))
+    victim = folder / "gallery.sqlite"
     victim.write_bytes(victim.read_bytes()[:-1])
     done = vidjax_command("list", folder, module="vidjax.gallery")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) <= 3
@@ -259,13 +412,21 @@ def test_the_command_as_a_process(vidjax_command, folder):
     assert done.returncode == 0 and all(name in done.stdout for name in commands.COMMANDS)
 
 
+def test_no_name_is_a_formula():
+    best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
+    answer = Answer(best[0][0], 0.9, -0.1, best)
+    for ending in (".tsv", ".csv"):
+        text = answers_lib.FORMATS[ending]({"+1": answer}).decode()
+        rows = list(csv.reader(io.StringIO(text), "excel-tab" if ending == ".tsv" else "excel"))
+        assert rows[1][:2] == ["'+1", "'=cmd|' /C calc'!A0"] and rows[1][6] == "''quoted"
+
+
 # ---- Qdrant
 
 
 @pytest.mark.parametrize("place", [":memory:", "folder"])
 def test_export_to_qdrant(say, tmp_path, monkeypatch, place):
     client_lib = pytest.importorskip("qdrant_client")
-    made_galleries.small_files(monkeypatch)
     people = made_galleries.make(tmp_path / "g")
     where = place if place == ":memory:" else str(tmp_path / "q")
     enrolled = {n: c for n, c in people.clips.items() if c.identity is not None}
@@ -303,6 +464,20 @@ def test_export_to_qdrant(say, tmp_path, monkeypatch, place):
         client.close()
 
 
+def test_a_place_is_plainly_an_address_or_a_folder(say, tmp_path, monkeypatch):
+    pytest.importorskip("qdrant_client")
+    people, words = made_galleries.make(tmp_path / "g"), ("--collection=c",)
+    monkeypatch.chdir(tmp_path)
+    for place in ("myserver", "myserver:6333", "ftp://myserver"):
+        said = say("export", people.folder, f"--qdrant={place}", *words, code=2)
+        assert "http://" in said and not (tmp_path / place.partition(":")[0]).exists()
+    say("export", people.folder, "--qdrant=./inner/q", *words)
+    assert stat.S_IMODE((tmp_path / "inner" / "q").stat().st_mode) == 0o700
+    monkeypatch.setenv(qdrant.KEY, "secret")
+    with pytest.warns(UserWarning, match="without encryption"):
+        say("export", people.folder, "--qdrant=http://192.0.2.1.invalid:1", *words, code=2)
+
+
 def test_a_server_that_does_not_answer(say, folder):
     pytest.importorskip("qdrant_client")
     said = say("export", folder, "--qdrant=http://127.0.0.1:1", "--collection=c", code=2)
@@ -313,3 +488,21 @@ def test_without_the_client(say, folder, monkeypatch):
     monkeypatch.setattr(qdrant.importlib.util, "find_spec", lambda name: None)
     said = say("export", folder, "--qdrant=:memory:", "--collection=c", code=2)
     assert "pip install 'vidjax[qdrant]'" in said
+
+
+def test_a_gallery_is_checked_and_listed_by_the_main_command(folder, capsys):
+    def said(*words, code=0):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == code
+        return capsys.readouterr().out
+
+    people = len(vidjax.Gallery(folder).identities)
+    assert f"gallery: {people} people by" in said("--mode=check", f"--workdir={folder}")
+    assert said("gallery", "list", folder) and "error" in said("gallery", "lst", "--json", code=2)
+    held = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(held.read_bytes())
+    content[-100] ^= 1
+    held.write_bytes(content)
+    assert "FAULT" in said("--mode=check", f"--workdir={folder}", code=2)

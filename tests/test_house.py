@@ -22,13 +22,14 @@ PACKAGES = sorted(
 
 # Files and folders of vidjax/, the highest first: each may import only what stands below it.
 LAYERS = (
+    "__main__",
     "main",
     "api",
+    "forget",
     "gallery",
     "predict",
     "modes",
     "command_line",
-    "messages",
     "report",
     "ranking",
     "steps",
@@ -54,12 +55,32 @@ LAYERS = (
 UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
-    "models": {"batch", "fusion", "suggest"},  # plain arguments, no config objects
-    "report": {"config", "data", "files", "metrics", "run"},  # pages from files
-    "run": {"cluster", "config", "digests", "files", "ownership"},  # no maths
-    "data": {"batch", "cluster", "devices", "digests", "files", "ownership", "suggest"},
-    "data/records": {"batch", "cluster", "data", "digests", "files"},
-    "data/untrusted": set(),
+    "models": {"batch", "errors", "fusion", "suggest"},  # plain arguments, no config objects
+    "report": {"config", "data", "errors", "files", "metrics", "run", "tables"},
+    "run": {"cluster", "config", "digests", "errors", "files", "ownership"},  # no maths
+    "data": {
+        "batch",
+        "cluster",
+        "devices",
+        "digests",
+        "errors",
+        "files",
+        "machine",
+        "messages",
+        "ownership",
+        "suggest",
+    },
+    "data/records": {
+        "batch",
+        "cluster",
+        "data",
+        "digests",
+        "errors",
+        "files",
+        "machine",
+        "messages",
+    },
+    "data/untrusted": {"errors"},
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

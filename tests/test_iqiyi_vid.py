@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -159,12 +160,19 @@ def test_a_second_run_reads_neither_pickle_nor_shard(
 
 
 def test_sources_never_mix(small: Path, cache: Path, tmp_path: Path) -> None:
+    path, clip = small / "face_train.pickle", random_clip(RNG, 1, 4)
+    write_pickle(small, "face", "train", {"s1": clip})
+    os.utime(path, ns=(1, 1))
     folders = [iqiyi_vid.prepare(small, cache).folder]
     shutil.copytree(small, tmp_path / "other")
-    folders.append(iqiyi_vid.prepare(tmp_path / "other", cache).folder)
-    os.utime(small / "face_train.pickle", ns=(1, 1))
+    assert iqiyi_vid.prepare(tmp_path / "other", cache).folder == folders[0]  # the same content
+    # Another box: a file of the same name, size and time, as `cp -p` leaves it.
+    before, number = path.read_bytes(), struct.pack(">d", float(clip.box[0, 0]))
+    path.write_bytes(before.replace(number, struct.pack(">d", 1.5)))
+    assert path.read_bytes() != before
+    os.utime(path, ns=(1, 1))
     folders.append(iqiyi_vid.prepare(small, cache).folder)
-    assert len(set(folders)) == 3
+    assert len(set(folders)) == 2
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
     assert iqiyi_vid.prepare(small, cache).folder == folders[-1]
 
@@ -247,13 +255,16 @@ def test_a_failed_conversion_leaves_nothing(
         patch.setattr(write, "write_manifest", full)
         iqiyi_vid.prepare(small, cache)
     assert str(cache) in short_message(error)
-    assert [path.name for path in (cache / "iqiyi_vid").iterdir()] == ["lock"]
+    assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]
 
 
 def test_what_a_killed_conversion_left_is_cleared(small: Path, cache: Path) -> None:
-    (cache / "iqiyi_vid" / "abc.partial" / "staging").mkdir(parents=True)
     folder = iqiyi_vid.prepare(small, cache).folder
-    assert {path.name for path in folder.parent.iterdir()} == {"lock", folder.name}
+    shutil.rmtree(folder)
+    (folder.with_name(f"{folder.name}.01234567.partial") / "staging").mkdir(parents=True)
+    iqiyi_vid.prepare(small, cache)
+    held = {f"{folder.name}.lock", folder.name}
+    assert {path.name for path in folder.parent.iterdir()} == held
 
 
 def test_few_clips_make_few_shards(small: Path, cache: Path) -> None:
@@ -310,7 +321,7 @@ def test_identities_that_only_test_shows_are_counted(small: Path, cache: Path) -
     write_truth(small, "train", {"elsewhere": "3"})
     write_truth(small, "test", {"s0": "3", "s1": "77"})
     found = iqiyi_vid.prepare(small, cache)
-    with pytest.warns(UserWarning, match=r"test_gt.txt: 1 clips show identities"):
+    with pytest.warns(UserWarning, match=r"the labels of test .*: 1 clips"):
         identities, labels, report = label_records(found, load_official_truth(small, found.clips))
     assert identities == ("3",)
     assert labels["test"].labels.tolist() == [1, 0, 0]
@@ -412,10 +423,11 @@ def test_kill_in_mid_conversion_leaves_nothing_that_looks_finished(
         process.send_signal(signal.SIGKILL)
         process.communicate()
     left = [path.name for path in (cache / "iqiyi_vid").iterdir()]
-    assert all(name == "lock" or name.endswith(".partial") for name in left) and len(left) == 2
+    assert all(name.endswith((".lock", ".partial")) for name in left) and len(left) == 2
     found = iqiyi_vid.prepare(tmp_path, cache)
     assert len(found.splits["train"].clips) == 2000
-    assert {path.name for path in found.folder.parent.iterdir()} == {"lock", found.folder.name}
+    held = {f"{found.folder.name}.lock", found.folder.name}
+    assert {path.name for path in found.folder.parent.iterdir()} == held
 
 
 def prepare_in_turn(source: Path, cache: Path, queue: "multiprocessing.Queue[int]") -> None:
@@ -455,4 +467,4 @@ def test_a_full_disk_is_one_error_and_leaves_no_partial_folder(source: Path, cac
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) <= 3
     assert str(cache) in result.stderr
-    assert [path.name for path in (cache / "iqiyi_vid").iterdir()] == ["lock"]
+    assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from vidjax import files
 from vidjax.data import load, synthetic
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.knobs import Knobs
@@ -99,3 +100,13 @@ def test_every_name_of_a_dataset_is_documented() -> None:
     config = (Path(__file__).parents[1] / "vidjax" / "config.py").read_text()
     for name in load.DATASETS:
         assert f"`{name}`" in config or f'"{name}"' in config, name
+
+
+def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path: Path) -> None:
+    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):
+        with pytest.raises(ValueError, match="copy what it holds, or mount it"):
+            files.local(text)
+        with pytest.raises(ValueError, match="an address"):
+            load_dataset("arrays", directory=text)
+    (tmp_path / "a").mkdir()
+    assert files.absolute(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"

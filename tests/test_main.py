@@ -1,11 +1,19 @@
 """The command line: exit codes and messages; what most people mistype is in test_terminal."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
-from vidjax import ranking
+from vidjax import config as config_lib
+from vidjax import messages, ranking
+from vidjax.errors import DiskError, NoFileError, UserError
 from vidjax.main import main
+from vidjax.run import resume
+from vidjax.run.checkpoint import CheckpointError
+from vidjax.run.signals import Interrupted
 
 SHRUNK = (
     "--config.batch_size=32",
@@ -52,6 +60,23 @@ def complaint(capsys, *words):
         (("--mode", "evaluate", "--workdir", "nowhere"), "--config=FILE --workdir=nowhere"),
         (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "--config.FIELD=VALUE"),
         (("--mode=evaluate", "--runs=a,b"), "--workdir=FOLDER"),
+        (("--mode=evaluate", "--workdir=w", "--runs=a", "b"), "--runs=a,b"),
+        (("--mode=evaluate", "--workdir=w", "--config.optim.learning_rate=0.1"), "no effect"),
+        (("--mode=merge", "--workdir=w", "--config.seed=1"), "no effect"),
+        (("--config=configs/mma.py", "--config.resume.allow=everything"), "these may: optim"),
+        (("--mode=predict",), "--mode=rank"),
+        (("--config=knn", "--workdir=w", "--config.fusion.head.train.name=all"), "--mode=config"),
+        (
+            ("--config=mma", "--config.data.name=arrays", "--config.data.dir=w", "--workdir=w"),
+            "is config.data.dir",
+        ),
+        (("--mode=test",), "--config.eval.split=test"),
+        (("--mode=identify",), "vidjax gallery identify"),
+        (("--mode=gallery",), "vidjax gallery"),
+        (("--mode=export",), "vidjax gallery export"),
+        (("mma",), "--config=mma"),
+        (("gallery",), "create, enrol"),
+        (("--config=configs/quality_fusion.py:mlp1,mlp2",), "'mlp1' and 'mlp2' exclude"),
         (("--mode=evaluate", "--workdir=nowhere", "--runs="), "--runs=A,B"),
     ],
 )
@@ -76,6 +101,8 @@ def test_mistakes_in_the_words(capsys, words, message):
             "line 5: TypeError",
         ),
         ("\0", "null bytes"),
+        ("def get_config(args=''):\n  return int('many')\n", "line 2: ValueError"),
+        ("def get_config(args=''):\n  open('/none/x')\n", "line 2: FileNotFoundError"),
     ],
 )
 def test_mistakes_in_a_configuration_file(capsys, tmp_path, content, message):
@@ -185,6 +212,82 @@ def test_runs_to_join_that_are_none(capsys, tmp_path):
         code, said = complaint(capsys, "--mode=evaluate", both, f"--runs={runs}")
         assert code == 2
         assert f"no run in '{tmp_path}/{names.split(',')[0]}'" in said
+
+
+def raising(error):
+    def command():
+        raise error
+
+    return command
+
+
+def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = config_lib.override(config_lib.load_file("knn"), ["--config.seed=7"])
+    resume.write_config(tmp_path, config)
+    assert main([f"--config={tmp_path}/config.json", "--mode=config", "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)["fields"]
+    assert fields["seed"]["value"] == 7 and fields["model.name"]["value"] == "knn"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("say which"), 2),
+        (NoFileError("'x': no such file"), 2),
+        (DiskError("cannot write 'x'"), 2),
+        (CheckpointError("none"), 3),
+        (Interrupted(15, 3), 143),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2),
+        (MemoryError(), 2),
+        (ModuleNotFoundError("no", name="pyarrow"), 2),
+        (ValueError("operands could not be broadcast together"), 1),
+        (json.JSONDecodeError("Expecting value", "", 0), 1),
+        (KeyError("face"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
+        (OSError("what a library says"), 1),
+        (ModuleNotFoundError("no", name="vidjax.nothing"), 1),
+    ],
+)
+def test_an_error_is_the_user_s_or_a_fault_of_vidjax(capsys, error, code):
+    assert messages.guarded(raising(error), ["--json"]) == code
+    captured = capsys.readouterr()
+    assert ("Traceback" in captured.err) == (code == 1)
+    assert code == 1 or 1 <= len(captured.err.splitlines()) <= 3
+    assert json.loads(captured.out)["error"].strip()
+    assert messages.guarded(raising(error), []) == code
+    assert not capsys.readouterr().out
+
+
+def test_an_error_of_the_system_names_the_path_and_a_remedy(capsys, tmp_path):
+    messages.guarded((tmp_path / "gone").read_text, [])
+    assert capsys.readouterr().err == (
+        f"vidjax: '{tmp_path}/gone': No such file or directory\nis the path right?\n"
+    )
+
+
+def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys):
+    hostile = "x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
+    messages.say(f"{hostile}\n\tAda علي")
+    messages.complain(hostile)
+    messages.guarded(raising(KeyError(hostile)), [])
+    captured = capsys.readouterr()
+    shown = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
+    assert captured.out == f"{shown}\n\tAda علي\n"
+    assert captured.err.startswith(f"vidjax: {shown}\n")
+    assert captured.err.isprintable() or not set("\x1b\x07\x9b\u202e\r") & set(captured.err)
+
+
+@pytest.mark.parametrize(
+    "words", ["vidjax.main --mode=zzz", "vidjax.main --mode=config", "vidjax.config --write=no/x"]
+)
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-", "2>&1 | head -1"])
+def test_closed_streams_end_no_command(words, closed):
+    command = f"set -o pipefail; {sys.executable} -m {words} {closed}"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if words.endswith("config") else 2)
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 @pytest.mark.slow

@@ -289,7 +289,6 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
         "residual_dense:face,one",
         "deepmef:face,audio",
         "noise_classes",
-        "nplda",
     ],
 )
 def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):

@@ -122,7 +122,7 @@ def collectives(text):
         ("quality_fusion", ()),
         ("mma", ("--config.model.embed_dim=64",)),
         ("cosine", ("--config.model.embed_dim=64",)),
-        ("deepmef:face", ()),
+        ("deepmef:face", ("--config.optim.name=adam",)),
     ],
 )
 def test_no_logits_move_between_devices(spec, words, sampled):
@@ -211,6 +211,12 @@ def test_more_shares_than_devices_are_one_error():
     assert len(str(caught.value).splitlines()) <= 3
 
 
+def test_more_devices_than_there_are_is_one_error():
+    for number in (0, 9):
+        with pytest.raises(ValueError, match=f"num_devices={number}: there are 8"):
+            devices.make_mesh(number)
+
+
 def test_tops_of_devices_are_those_of_one():
     rng = np.random.default_rng(0)
     scores = rng.choice(rng.standard_normal(60).astype(np.float32), (5, 64, 16))  # with ties
@@ -226,3 +232,19 @@ def test_tops_of_devices_are_those_of_one():
         found = top.finish()
         np.testing.assert_array_equal(found.index, wanted.index[3:13])
         np.testing.assert_array_equal(found.scores, wanted.scores[3:13])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("local", [1, 2, 3, 4, 6])
+def test_a_process_reads_the_rows_that_its_devices_hold(count, local):
+    for model in (n for n in range(1, count * local + 1) if count * local % n == 0):
+        owners = np.repeat(np.arange(count), local).reshape(-1, model)
+        shares = devices.shares(owners)
+        assert len({share.parts for share in shares.values()}) == 1
+        for process, (number, parts) in shares.items():
+            rows = len(owners) // parts
+            held = np.flatnonzero((owners == process).any(1))
+            assert len(owners) % parts == 0
+            assert set(held) <= set(range(number * rows, (number + 1) * rows))
+            if local % model == 0 or model % local == 0:  # and no other one
+                assert len(held) == rows

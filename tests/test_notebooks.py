@@ -18,6 +18,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.helpers import notebooks as notebooks_lib
+
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 COLAB = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/colab"
@@ -278,43 +280,15 @@ def test_a_hosted_image_keeps_what_it_brings(tmp_path):
 @pytest.mark.slow
 @notebooks
 def test_it_runs_from_top_to_bottom(name, cache_dir, tmp_path):
-    notebook: Any = read(name)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    where, given, done = tmp_path / "at", tmp_path / "given.ipynb", tmp_path / "done.ipynb"
-    where.mkdir()
-    shutil.copytree(ROOT / "configs", where / "configs")
-    nbformat.write(notebook, given)
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "VIDJAX_CACHE": str(cache_dir),
-        "PYTHONPATH": str(ROOT),
-        "IPYTHONDIR": str(tmp_path / "ipython"),
-        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),  # no kernel of the user's own
-    }
-    # In a process of its own, whose event loop and sockets are none of this one's.
-    code = f"""
-import nbformat
-from nbclient import NotebookClient
-notebook = nbformat.read({str(given)!r}, as_version=4)
-client = NotebookClient(notebook, kernel_name="python3", timeout=600, allow_errors=True)
-try:
-    client.execute(cwd={str(where)!r})
-finally:
-    nbformat.write(notebook, {str(done)!r})
-"""
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    executed: Any = nbformat.read(done, as_version=4)
-    assert len(executed.cells) == len(notebook.cells)
-    for cell, kept in zip(executed.cells, read(name).cells, strict=True):
+    kept: Any = read(name)
+    executed = notebooks_lib.run(PATHS[name], tmp_path, cache_dir)
+    assert len(executed.cells) == len(kept.cells)
+    for cell, before in zip(executed.cells, kept.cells, strict=True):
         if cell.cell_type != "code":
             continue
         errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
         assert not errors, f"{cell.id}: {errors}"
-        assert kinds(cell) == kinds(kept), cell.id
+        assert kinds(cell) == kinds(before), cell.id
         if "main([" in cell.source:
             assert "0" in shown(cell), "".join(shown(cell))
         assert "Warning" not in "".join(shown(cell)), "".join(shown(cell))

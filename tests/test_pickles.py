@@ -166,7 +166,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
         find_pickles(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         find_pickles(tmp_path / "gone")
-    with pytest.raises(NotADirectoryError, match="not a directory"):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
         ground_truth.find_ground_truth(tmp_path / "train_gt.txt")
 
 

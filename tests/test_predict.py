@@ -20,7 +20,7 @@ from vidjax import devices, predict
 from vidjax.data.load import load_dataset
 from vidjax.modes import restore
 from vidjax.run.checkpoint import CheckpointError
-from vidjax.steps import scoring
+from vidjax.steps import scoring, windows
 
 pytestmark = pytest.mark.slow  # all of them train first
 SYSTEMS = {
@@ -115,7 +115,8 @@ def test_clips_without_a_frame_come_last(train, clips):
         assert [clip for clip, _ in found] == [f"{name}.mp4", "bare", "empty"]
         assert found[0][1] == scores[1, column]
     nan = {"a": {"face": np.full((2, 24), np.nan, np.float16)}}
-    assert np.isneginf(run.scores(nan)).all()
+    with pytest.warns(UserWarning, match="2 of 2 frames"):
+        assert np.isneginf(run.scores(nan)).all()
 
 
 def test_a_folder_may_be_named_from_where_one_stands(train, monkeypatch):
@@ -280,6 +281,9 @@ def test_few_clips_score_as_many(name, train, clips):
     """Small blocks round in another order; among each other they agree to the bit."""
     run = predict.restore(train(name), num_devices=1)
     wanted = run.scores(clips["val"])
+    if run.config.eval.scores != "logits":
+        with pytest.raises(ValueError, match=r"\nof a probability p it is math\.log"):
+            run.identify(clips["val"], threshold=0.5)
     few = [dict([item]) for item in list(clips["val"].items())[:12]]
     alone = np.concatenate([run.scores(one) for one in few])
     np.testing.assert_allclose(alone, wanted[:12], rtol=1e-4, atol=1e-4)
@@ -289,6 +293,27 @@ def test_few_clips_score_as_many(name, train, clips):
         assert identity == run.identities[column] and len(ranked) == len(four)
         by_name = dict(zip(four, run.scores(four)[:, column].tolist(), strict=True))
         assert ranked == sorted(by_name.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def test_a_threshold_of_scores_out_of_fold_is_not_that_of_new_clips(train, clips):
+    run = predict.restore(train("ensemble"), num_devices=1)
+    assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
+    run = run._replace(results={**run.results, predict.THRESHOLD: -1.0})
+    new = {f"new {name}": frames for name, frames in list(clips["val"].items())[:5]}
+    assert run.threshold is None
+    with pytest.raises(ValueError, match=r"too strict for new clips.*\ngive a threshold"):
+        run.identify(new)
+    assert run.identify(new, threshold=-1.0).keys() == new.keys()
+    val = run._replace(results={**run.results, "map_kind": "val"})
+    assert val.threshold == -1.0 and val.identify(new) == run.identify(new, threshold=-1.0)
+
+
+def test_blocks_beyond_the_memory_are_told_before_they_are_made(train, clips, monkeypatch):
+    run = predict.restore(train("knn"), num_devices=1)
+    monkeypatch.setattr(windows, "free_bytes", lambda mesh: 1e6)
+    with pytest.raises(ValueError, match=r"block_size=1048576: .* GB .*\n--config\.eval\.block_s"):
+        run.config.eval.block_size = 2**20
+        run.rank(clips["val"])
 
 
 @pytest.mark.optimized

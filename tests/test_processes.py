@@ -1,7 +1,9 @@
 """Several processes that train one run: the same bytes as one, and no hang where one is gone."""
 
 import io
+import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -103,13 +105,14 @@ def test_noise_of_libraries_is_left_out(monkeypatch):
         "RPC: /xla.coordination.CoordinationService/RegisterTask",
         "Fatal Python error: Segmentation fault",
     ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    printed = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", printed)
+    given = "\n".join(lines).encode() + b"\nno UTF-8: \xff\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "ascii"))
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     monkeypatch.setattr(sys, "argv", ["chatter", join.LOST])
     chatter.main()
     kept = ["vidjax: stopped", *join.LOST.splitlines(), "Fatal Python error: Segmentation fault"]
-    assert printed.getvalue().splitlines() == kept
+    assert printed.getvalue().splitlines() == [*map(str.encode, kept), b"no UTF-8: \xff"]
 
 
 def test_python_prints_as_before_while_libraries_are_diverted():
@@ -168,6 +171,24 @@ def test_one_process_agrees_with_itself():
     assert [rounds.exchange(step, [step]) for step in range(3)] == [[[0]], [[1]], [[2]]]
     members.check_same({"a": 1}, "nothing")
     members.barrier()
+
+
+@pytest.mark.parametrize("resumed_at", [0, 1000, 200_000])
+def test_a_resumed_run_has_a_round_within_a_second(monkeypatch, resumed_at):
+    """Ten steps a second, after half a minute of compilation."""
+    now = [0.0]
+    monkeypatch.setattr(members, "count", lambda: 2)
+    monkeypatch.setattr(members, "by_devices", lambda values: [values, values])
+    monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
+    rounds, times = members.Rounds(), []
+    now[0] = 30.0
+    for step in range(resumed_at, resumed_at + 300):
+        if rounds.exchange(step, [5]):
+            times.append(now[0])
+        now[0] += 0.1
+    apart = [after - before for before, after in itertools.pairwise(times)]
+    assert times[0] == 30 and max(apart) < 1.2
+    assert min(apart[5:]) > 0.8
 
 
 def test_processes_tell_each_other_values_and_find_what_differs(table, monkeypatch):
@@ -263,6 +284,24 @@ def test_a_process_tells_why_it_ends(table, ended):
     assert not ended
 
 
+def test_a_heartbeat_under_way_does_not_take_the_reason_away(table, ended, monkeypatch):
+    told, write = threading.Event(), table.key_value_set
+
+    def write_late(key, value, allow_overwrite=False):
+        if not json.loads(value)[2]:
+            told.wait(0.5)
+        write(key, value, allow_overwrite)
+
+    monkeypatch.setattr(table, "key_value_set", write_late)
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 2)
+    watched = watch.Watch(2, 1, lambda text: None)
+    time.sleep(0.1)  # a heartbeat is being written
+    threading.Timer(0.1, told.set).start()
+    watched.tell("the disk is full")
+    time.sleep(0.2)
+    assert json.loads(table.values["vidjax/alive/1"])[2] == "the disk is full"
+
+
 def test_after_a_failed_collective_the_limit_is_shorter(table, ended, monkeypatch):
     monkeypatch.setattr(watch, "SILENCE_SECONDS", 60)
     said = []
@@ -302,6 +341,56 @@ def test_processes_train_and_go_on_as_any_number_of_others(together):
     assert group.wait(SECONDS) == [0, 0], group.said()
     assert not run.differences()
     assert group.processes[1].said() == ""
+
+
+ROWS = """
+import sys
+import jax, numpy as np
+from vidjax import devices
+from vidjax.batch import Batch
+from vidjax.cluster import join
+from vidjax.cluster.place import Place
+group = join.join(Place(sys.argv[1], 3, int(sys.argv[2])), print)
+mesh = devices.make_mesh(model=3)  # the devices of a process are one row and a third
+own = np.arange(12, dtype=np.int32).reshape(-1, 4 * 3 // devices.share(mesh).parts)
+own = own[devices.share(mesh).number]
+batch = devices.shard_batch(mesh, Batch({}, own, own >= 0), devices.share(mesh))
+for shard in batch.clip_index.addressable_shards:
+    assert (np.asarray(shard.data) == np.arange(12)[shard.index]).all()
+assert devices.fetch(batch.clip_index).tolist() == [*range(12)]
+print("sum", int(jax.jit(jax.numpy.sum)(batch.clip_index)))
+group.end()
+"""
+
+
+@pytest.mark.slow
+def test_a_row_of_devices_may_lie_unevenly_over_processes():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    words = [sys.executable, "-c", ROWS, f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen(
+            [*words, str(number)], env={**os.environ, **flags},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    for process in started:
+        said, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, errors
+        assert "sum 66" in said
+
+
+@pytest.mark.slow
+def test_a_closed_form_is_solved_where_its_classes_lie_on_several_processes(official_dir, tmp_path):
+    maps = []
+    for count in (2, 1):
+        run = Run(tmp_path / str(count), official_dir, "mma", "streaming", None)
+        words = (f"--config.data.dir={official_dir}", "--config.mesh.model=4")
+        run.words = (run.words[0], "--config=configs/plda.py:iqiyi_vid,face,head", *words)
+        group = Group(run, count)
+        assert group.wait(SECONDS) == [0] * count, group.said()
+        maps.append(json.loads((run.workdir / "metrics.json").read_text())["map"])
+    assert abs(maps[0] - maps[1]) < 1e-6
 
 
 @pytest.mark.slow

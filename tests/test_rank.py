@@ -25,7 +25,7 @@ from vidjax.run import results as results_lib
 
 NAMES = odd_names.make_names()
 DIM = 24
-FORMATS = (".tsv", ".jsonl", ".parquet")
+FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 def make_clips(split, seed):
@@ -64,9 +64,14 @@ def read(path):
             for place, one in enumerate(line["clips"], 1)
         ]
     with path.open(encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file, "excel-tab")
+        head, *rows = csv.reader(file, "excel-tab" if path.suffix == ".tsv" else "excel")
     assert head == ["identity", "rank", "clip", "score"]
-    return [(row[0], int(row[1]), row[2], float(row[3])) for row in rows]
+    # No name is a formula of a spreadsheet; the letter that guards against one is dropped.
+    assert not any(row[n].startswith(("=", "+", "-", "@")) for row in rows for n in (0, 2))
+    return [
+        (row[0].removeprefix("'"), int(row[1]), row[2].removeprefix("'"), float(row[3]))
+        for row in rows
+    ]
 
 
 def rows_of(ranked):
@@ -146,8 +151,8 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "nowhere")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name, remedy in {
-        "out.csv": r"\.tsv, \.jsonl, \.parquet",
-        "out": r"\.tsv, \.jsonl, \.parquet",
+        "out.xls": r"\.csv, \.tsv, \.jsonl, \.parquet",
+        "out": r"\.csv, \.tsv, \.jsonl, \.parquet",
         "link.tsv": "name another file",
         "no/out.tsv": "make it first",
         "out.parquet": r"pip install 'vidjax\[parquet\]', or end the name in",
@@ -233,7 +238,7 @@ def test_odd_names_round_trip_through_a_comparison(tmp_path):
     assert main(["--mode=compare", f"--runs={runs[0]},{runs[1]}", f"--workdir={out}"]) == 0
     with (out / "comparison.csv").open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
-    assert [row[0].removeprefix("'") for row in rows] == [name.removeprefix("'") for name in NAMES]
+    assert [row[0].removeprefix("'") for row in rows] == NAMES
     assert all(len(row) == len(head) for row in rows)
     assert not [row[0] for row in [head, *rows] if row[0].startswith(("=", "+", "-", "@"))]
     assert head[2] == "'=1+1" and head[3] == "<b>|*"
@@ -274,8 +279,11 @@ def test_the_command_writes_what_predict_ranks(run_dir, tmp_path, capsys, suffix
     before = snapshot(run_dir)
     out = tmp_path / f"out{suffix}"
     words = ["--mode=rank", f"--workdir={run_dir}", f"--input={table}", f"--out={out}"]
-    assert main(words) == 0
-    assert "ranking" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert told["num_clips"] == len(clips) and told["seconds"] > 0 < told["clips_per_second"]
+    assert f"rank: {len(clips)} of {len(clips)} clips" in said.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
     assert snapshot(run_dir) == before

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import urllib.parse
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import pytest
 import vidjax
 from tests.benchmarks import scores, speed
 from tests.campaigns import commands as command_campaign
-from tests.campaigns import kills, mutations, numbers, processes, same_bytes
+from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
 from vidjax.data import arrays, iqiyi_vid, synthetic
@@ -35,6 +36,7 @@ PAGES = {
         "README.md",
         "configs/README.md",
         "vidjax/data/README.md",
+        "vidjax/gallery/README.md",
         "vidjax/run/README.md",
         "tests/benchmarks/README.md",
         "tests/README.md",
@@ -290,6 +292,10 @@ def test_every_program_of_the_tests_runs(cache_dir, tmp_path, monkeypatch):
             [*words, "--only=zero,batch-1e8", "--systems=knn"]
         ),
         "tests.campaigns.mutations": lambda words: mutations.main([*words, "--seed=0"]),
+        # All of them in one place, and a gallery of twenty processes.
+        "tests.campaigns.surroundings": lambda words: surroundings.main(
+            [words[0] + "2", "--only=all,gallery"]
+        ),
     }
     found = [words for words in commands() if words[0].startswith("tests.")]
     assert {module for module, *_ in found} == set(run)
@@ -317,7 +323,9 @@ def test_every_pytest_command_selects_tests():
 def test_every_command_is_known():
     """What no test above runs is installed or set up by `.ci/run`."""
     modules = {*MAINS, "tests.benchmarks.scores", "tests.benchmarks.speed"}
-    names = ("commands", "kills", "mutations", "numbers", "processes", "same_bytes")
+    names = (
+        "commands", "kills", "mutations", "numbers", "processes", "same_bytes", "surroundings",
+    )  # fmt: skip
     modules |= {f"tests.campaigns.{name}" for name in names}
     for page in PAGES:
         for words in shell_commands(page):
@@ -442,7 +450,6 @@ def test_every_file_of_a_workdir_is_listed_and_no_other(official_dir, cache_dir,
     # The experiment that writes the most files.
     config = shrunk("--config.num_epochs=2", spec="configs/noise_classes.py:iqiyi_vid")
     config.eval.report = True
-    config.data.dir = str(official_dir)  # so that there is a seal
     data = vidjax.load_data(official_dir, cache_dir=cache_dir)
     vidjax.train(config, tmp_path, data, num_devices=1)
     written = {re.sub(r"tfevents\..*", "tfevents.*", p.name) for p in tmp_path.iterdir()}
@@ -455,3 +462,27 @@ def test_configurations_show_their_command(path):
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert f"python -m vidjax.main --config=configs/{path.name}" in doc
     assert f"| `{path.name}" in README.read_text()
+
+
+@pytest.mark.slow
+def test_the_first_command_gives_what_the_first_readme_says(vidjax_command, tmp_path):
+    """The score, within what processors differ by, and the files of the folder."""
+    said = " ".join(prose("README.md").split())
+    score = re.search(r"MAP@100 \(.*?\) of ([\d.]+); .*? differ by up to ([\d.]+)\.", said)
+    report = re.search(r"Its report is `([^`]+)/([^`]+)`", said)
+    assert score and report
+    words = shlex.split(example("ci: first").partition("&&")[2])
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    done = vidjax_command(*words[3:], module=words[2], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / report[1]
+    reached = json.loads((folder / "metrics.json").read_text())["map"]
+    assert abs(reached - float(score[1])) <= float(score[2])
+    rows = re.findall(r"^\| (`.*?) \|", PAGES["vidjax/run/README.md"].read_text(), re.MULTILINE)
+    told = [name.split("/")[0] for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    there = {path.name for path in folder.iterdir()}
+    assert report[2] in there
+    assert not {name for name in there if not any(map(functools.partial(fnmatch, name), told))}
+    optional = {"noise.jsonl", "parts", "changes.jsonl"}
+    missing = {name for name in told if "SPLIT" not in name and name not in optional} - there
+    assert missing <= {"events.out.tfevents.*"}

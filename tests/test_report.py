@@ -20,26 +20,26 @@ from vidjax import main as main_lib
 from vidjax import metrics
 from vidjax.data.load import load_dataset
 from vidjax.modes import compare, train
-from vidjax.report import html as html_lib
 from vidjax.report import (
-    newcomer_section,
+    figures,
     open_set_sections,
     run_files,
     run_page,
     run_sections,
     significance,
 )
+from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib
 
 SECTIONS = [
     "summary",
+    "names",
     "reading",
     "learning",
     "identities",
     "mistakes",
     "strata",
     "open_set",
-    "newcomers",
     "attention",
     "frames",
     "robustness",
@@ -55,7 +55,7 @@ EVIL = (
 TAGS = """
 html head meta link title style body header h1 nav ul li a main footer section h2 h3 p strong span
 code pre dl dt dd details summary div table caption thead tbody tr th td data br figure figcaption
-svg desc defs g path use clippath rect text"""
+bdi svg desc defs g path use clippath rect text"""
 
 
 def check_page(text):
@@ -136,6 +136,8 @@ def test_of_neighbours_and_of_an_ensemble(data, tmp_path):
     text = (tmp_path / "knn" / "report.html").read_text()
     check_page(text)
     assert '<section id="attention"' not in text
+    assert '<section id="learning"' not in text  # nothing is optimised
+    assert "schedule" not in run_files.load(tmp_path / "knn").arrays
     assert "NetVLAD" not in section(text, "frames")
     check_numbers(tmp_path / "knn", text)
     assert open_set_sections.NO_PROBABILITIES in section(text, "open_set")
@@ -220,19 +222,6 @@ def made_up(folder, *, identities=12, clips=60, name="identity {}", clip="clip {
                     "fnir_high": 0.5,
                 },
             ],
-        },
-        "newcomers": {
-            "num_newcomers": 33,
-            "num_identities": identities,
-            "num_known": clips,
-            "num_strange": 40,
-            "resamples": 1000,
-            "fewest_identities": 20,
-            "rows": [
-                {"shots": shots, "clips": 0.875 * shots, "map": measure(n), "fnir": [errors(n)]}
-                for n, shots in enumerate((1, 2, 5, 10))
-            ],
-            "trained": {"map": measure(9), "fnir": [errors(9)]},
         },
         "fewest_identities": 10,
         "wrong_clips": {"distractors": [wrong] * 5, "known": mistaken},
@@ -376,48 +365,8 @@ def test_calibration_before_and_after(full):
     errors = [analysis["calibration_error"], analysis["calibration_error_after"]]
     maps = [one[key] for one in analysis["calibration_maps"] for key in ("slope", "offset")]
     assert shown[: 2 + len(maps)] == [*errors, *maps]
-
-
-def test_newcomers_stand_beside_those_who_were_trained_with(full):
-    text = section(run_page.render(full), "newcomers")
-    found = full.analysis["newcomers"]
-    reached, gaps = re.findall(r"<table.*?</table>", text, re.DOTALL)
-    rows = [*found["rows"], found["trained"]]
-    for table, prefix, shown in ((reached, "", rows), (gaps, "gap_", rows[:-1])):
-        lines = table.split("<tbody>")[1].split("</tr>")[:-1]
-        assert len(lines) == len(shown)
-        for line, row in zip(lines, shown, strict=True):
-            name = prefix.rstrip("_") or "value"
-            measures = (row["map"], *row["fnir"])
-            numbers = [
-                one[key] for one in measures for key in (name, f"{prefix}low", f"{prefix}high")
-            ]
-            assert values(line)[-len(numbers) :] == numbers
-            assert ("shots" in row) == ("trained with them" not in line)
-    for name in ("num_newcomers", "num_identities", "num_known", "num_strange", "resamples"):
-        assert found[name] in values(text), name
-    assert "nothing is trained" in text
-
-    few = {**found, "num_newcomers": 19}  # then no row has an interval
-    changed = full._replace(analysis=full.analysis | {"newcomers": few})
-    text = section(run_page.render(changed), "newcomers")
-    assert "95 % interval</th>" not in text and "too few" in text
-
-
-@pytest.mark.slow
-def test_newcomers_that_are_not_measured_are_explained(full):
-    def page(entry):
-        text = run_page.render(full._replace(analysis=full.analysis | {"newcomers": entry}))
-        check_page(text)
-        return text
-
-    for reason, sentence in newcomer_section.REASONS.items():
-        shown = section(page({"reason": reason}), "newcomers")
-        assert sentence in shown and "<table" not in shown
-    many = {"reason": "clips", "num_clips": 54321, "most_clips": 15000}
-    assert values(section(page(many), "newcomers")) == [54321, 15000]
-    for entry in (None, {"reason": EVIL}, {}):  # a net, a later version
-        assert '<section id="newcomers"' not in page(entry)
+    words = "".join(content for content, _ in Page(text).texts)
+    assert "slope 0.75 with offset -0.50, and slope 0.80 with offset 0.25." in words
 
 
 def test_a_run_of_an_earlier_version_has_a_report(full):
@@ -441,7 +390,7 @@ def test_no_text_of_a_file_is_an_element(full):
     run = full._replace(folder=Path(EVIL), split=EVIL, analysed=(EVIL,), **evil)
     page = check_page(run_page.render(run))
     shown = [attrs["id"] for attrs in page.all("section")]
-    assert shown == SECTIONS
+    assert shown == [name for name in SECTIONS if name != "names"]  # there is a ground truth
     assert "".join(text for text, _ in page.texts).count("onerror=alert(2)") > 200
 
 
@@ -524,6 +473,57 @@ def test_what_is_absent_is_explained(tmp_path):
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json' is damaged"):
         run_page.write(tmp_path)
+
+
+def test_a_model_that_optimises_nothing_has_no_learning_curves(full):
+    """Its lines have no learning rate."""
+    lines = [{k: v for k, v in line.items() if k != "learning_rate"} for line in full.lines]
+    assert '<section id="learning"' in run_page.render(full)
+    assert '<section id="learning"' not in run_page.render(full._replace(lines=lines))
+
+
+def test_names_from_right_to_left_are_kept_apart_from_what_follows(tmp_path):
+    name = "Emmy \u0639\u0644\u064a {}"
+    folder = made_up(tmp_path / "run", name=name, clip="\u05d0 {}")
+    page = check_page(run_page.write(folder).read_text())
+    letters = re.compile("[\u0590-\u06ff]")
+    shown = [
+        (text, around)
+        for text, around in page.texts
+        if letters.search(text) and "svg" not in around
+    ]
+    outside = [text for text, around in shown if not {"bdi", "title", "h1"} & set(around)]
+    assert shown and outside == []
+    assert "bdi" not in {tag for tag, _, _ in Page(html_lib.name("Emmy (1)")).tags}
+
+
+def test_without_ground_truth_the_clips_have_the_names_that_the_run_gives(full, tmp_path):
+    rows = [{"clip": f"{n} {EVIL}", "identity": n % 3, "score": -n / 8} for n in range(5)]
+    facts = {"split": "val", "modalities": ["face"], "logs": True, "results": {}, "members": []}
+    for num in (5, 9):
+        folder = tmp_path / str(num)
+        folder.mkdir()
+        named = {"num": num, "rows": rows}
+        results_lib.save_analysis(folder / "analysis.npz", facts | {"named": named}, {})
+        (folder / "config.json").write_text("{}")
+        (folder / "metrics.json").write_text(f'{{"num_clips": {num}}}')
+        (folder / "identities.json").write_text('["Ada", "Bo", "Cy"]')
+        text = run_page.write(folder).read_text()
+        shown = [attrs["id"] for attrs in check_page(text).all("section")]
+        assert "reading" not in shown and "names" in shown  # no words about MAP and FPIR
+        part = section(text, "names")
+        assert values(part)[:5] == [row["score"] for row in rows]
+        words = " ".join(content for content, _ in Page(part).texts)
+        assert words.count("Ada") == 2 and "ranking.txt" in words
+        assert ("4  more clips" in words) == (num == 9)
+    assert '<section id="names"' not in run_page.render(full)
+
+
+def test_the_labels_of_an_axis_are_its_values():
+    plot = figures.Plot()
+    plot.axes.plot([0, 1, 2], [9.90353, 9.90353 + 1e-7, 9.90353])
+    drawn = plot.html("loss", "loss", "loss")
+    assert "9.903530" in drawn and "+" not in "".join(re.findall("<text[^>]*>([^<]*)<", drawn))
 
 
 def test_an_analysis_of_another_evaluation_is_pointed_out(tmp_path):

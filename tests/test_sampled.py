@@ -17,12 +17,16 @@ from tests.helpers.small_runs import (
     shrunk,
     weights,
 )
-from vidjax import devices
+from vidjax import config as config_lib
+from vidjax import devices, losses
+from vidjax.batch import ModelOutput
 from vidjax.data.load import load_dataset
 from vidjax.modes import start
 from vidjax.run import signals
-from vidjax.steps import sampled, train_step
+from vidjax.steps import columns, sampled, train_step
+from vidjax.system import TaskSpec, make_system
 
+MLP = "configs/quality_fusion.py:iqiyi_vid"
 LINEAR = (
     "--config.model.layers=()",
     "--config.loss.schedule=((0.0,0.0),)",
@@ -65,6 +69,7 @@ def test_a_label_outside_of_the_mask_is_drawn_too():
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_a_step_changes_the_drawn_columns_as_a_smaller_classifier_would(name):
     words = (*LINEAR, "--config.loss.sampled_classes=0.2", f"--config.optim.name={name}")
+    words += ("--config.optim.momentum=0",) if name == "sgd" else ()
     made = make("quality_fusion", *words, num_identities=300, batch_size=24)
     before = jax.device_get((made.state.params, made.state.opt_state))
     labels = np.unique(np.asarray(made.state.labels))
@@ -211,3 +216,33 @@ def test_members_streaming_and_resumption_change_nothing(data, tmp_path):
     found, wanted = (saved(tmp_path / name)["updated"] for name in ("stopped", "alone"))
     np.testing.assert_array_equal(found, wanted)
     assert 0 < len(np.unique(wanted)) < 1 + np.max(wanted)
+
+
+def test_a_loss_of_embeddings_reads_class_columns():
+    """Without distractors the first drawn column is an identity, whose clips are no distractors."""
+    drawn, labels = jnp.array([3, 7, 9]), jnp.array([3, 3, 7, 7, 9, 9])
+    embedding = jax.random.normal(jax.random.key(0), (6, 4))
+    spec = config_lib.default().loss.to_dict() | {"embedding": "triplet"}
+    output = ModelOutput(jnp.zeros((6, 1, 10)), embedding)
+    mask, step = jnp.ones(6, bool), jnp.zeros((), jnp.int32)
+    of_all = losses.make_objective(spec, None, 1.0, logit_scale=1.0)(
+        output, labels, mask, jnp.zeros(())
+    )
+    some = losses.make_objective(spec, None, 1.0, logit_scale=1.0, columns=drawn)
+    places = jnp.searchsorted(drawn, labels)
+    narrow = some(output._replace(logits=jnp.zeros((6, 1, 3))), places, mask, step)
+    np.testing.assert_allclose(narrow - np.log(3), of_all - np.log(10), atol=1e-6)
+
+
+def test_moments_that_would_not_fade_are_refused():
+    words = (*LINEAR, "--config.loss.sampled_classes=0.5", "--config.optim.name=sgd")
+    mesh = devices.make_mesh(1)
+    for momentum in (0.0, 0.9):
+        config = shrunk(*words, f"--config.optim.momentum={momentum}", spec=MLP)
+        task = TaskSpec({"face": 8}, 20, None, 40, 10, train_other=False)
+        system = make_system(config.to_dict(), task)
+        if momentum:
+            with pytest.raises(ValueError, match="only the moments of adam fade"):
+                columns.find_class_axes(system, task.modalities, mesh)
+        else:
+            columns.find_class_axes(system, task.modalities, mesh)

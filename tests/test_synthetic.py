@@ -314,14 +314,12 @@ def test_mistakes_are_short(tmp_path, capsys):
     for out_dir in (tmp_path, tmp_path / "kept"):
         assert synthetic.main([str(out_dir)]) == 2
         message = capsys.readouterr().err
-        assert str(out_dir) in message and message.count("\n") == 1
+        assert str(out_dir) in message and message.count("\n") <= 2
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
     assert synthetic.main([str(tmp_path / "new"), "--seed=-1"]) == 2
     assert "seed" in capsys.readouterr().err
     for wrong in (["--size=huge"], ["--sede=1"], []):
-        with pytest.raises(SystemExit) as error:
-            synthetic.main([str(tmp_path / "new"), *wrong] if wrong else [])
-        assert error.value.code == 2
+        assert synthetic.main([str(tmp_path / "new"), *wrong] if wrong else []) == 2
         assert capsys.readouterr().err.count("\n") <= 3
     with pytest.raises(ValueError, match="small, standard"):
         synthetic.write(tmp_path / "new", size="huge")

@@ -142,7 +142,6 @@ FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
     "cosine:iqiyi_vid,face": 5_401_602,
     "knn:iqiyi_vid": 0,  # its memory is no parameter
     "plda:iqiyi_vid": 0,  # nor are sums
-    "nplda:iqiyi_vid": 4 * 512 * 512,  # a map of each modality
 }
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
 

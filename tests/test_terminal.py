@@ -57,7 +57,7 @@ MISTAKES = {
         "--mode=report --workdir={tmp}/empty",
         "python -m vidjax.main --config=FILE",
     ),
-    "workdir of another run": (f"{MMA} --workdir={{tmp}}/a", "another --workdir"),
+    "workdir of another run": (f"{MMA} --workdir={{tmp}}/a", "another workdir"),
     "workdir is a file": (f"{MMA} --workdir={{tmp}}/file", "{tmp}/file"),
     "runs while training": (f"{MMA} --runs=a,b", "--mode=evaluate"),
     "joined into a run": (

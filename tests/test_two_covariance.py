@@ -71,14 +71,20 @@ def test_ratios_are_those_of_joint_densities(within, between):
 
 
 def test_covariances_are_those_of_their_definitions():
+    """Beside a prior that counts as 10 clips, and as 10 people."""
     vectors, labels, sums = made_up()
     found = two_covariance.covariances(sums)
+    people, clips = len(np.unique(labels)), len(vectors)
+    typical = np.mean(vectors**2) * np.eye(WIDTH) / 2
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
-    within = gaps.T @ gaps / (len(vectors) - len(np.unique(labels)))
+    within = (gaps.T @ gaps + 10 * typical) / (clips - people + 10)
     np.testing.assert_allclose(
         found.axes @ np.diag(found.within) @ found.axes.T, within, atol=1e-10
     )
-    values, axes = np.linalg.eigh(np.cov(vectors.T, bias=True) - within)
+    np.testing.assert_allclose(found.mean, people / (people + 0.5) * vectors.mean(axis=0))
+    spread = (vectors - found.mean).T @ (vectors - found.mean) / clips
+    between = ((people - 1) * (spread - within) + 10 * typical) / (people - 1 + 10)
+    values, axes = np.linalg.eigh(between)
     between = axes @ np.diag(np.maximum(values, two_covariance.SMALLEST_VARIANCE)) @ axes.T
     np.testing.assert_allclose(found.axes @ found.between @ found.axes.T, between, atol=1e-10)
 

@@ -1,14 +1,19 @@
 """Workdirs: files whole or not at all, one process at a time, signals noted once."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from vidjax.run import signals, workdir
+from vidjax import ensemble, ranking
+from vidjax.modes import rank
+from vidjax.run import results, signals, workdir
+from vidjax.run.logs import keep_until
 
 
 def test_a_file_is_no_workdir(tmp_path):
@@ -32,6 +37,24 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="no JSON form"):
         workdir.write_json(tmp_path / "x.json", object())
     assert os.listdir(tmp_path) == []
+
+
+def test_processes_of_one_number_do_not_meet(tmp_path):
+    """As in containers, where all have a small one. Threads have one, too."""
+
+    def work(number):
+        for turn in range(30):
+            workdir.make_workdir(tmp_path)
+            workdir.write_text(tmp_path / "x.txt", f"{number} " * 4000)
+            rank.write(tmp_path / f"{number}-{turn}.tsv", {f"{number}": [("a", 1.0)]})
+        return (tmp_path / "x.txt").read_text().split()
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(work, range(6)))
+    assert [len(set(words)) for words in found] == [1] * 6
+    assert all(len(words) == 4000 for words in found)
+    for path in tmp_path.glob("*.tsv"):
+        assert path.read_text().splitlines()[1].split("\t")[0] == path.name.partition("-")[0]
 
 
 def test_a_second_process_is_refused(tmp_path):
@@ -75,3 +98,48 @@ def test_the_second_signal_ends_the_process():
     )
     done = subprocess.run([sys.executable, "-c", code])
     assert done.returncode == 130
+
+
+def test_files_of_a_large_run_are_read_back(tmp_path, monkeypatch):
+    """A log of every step, and lists of thousands of people, in names as long as they may be."""
+    log, pad = tmp_path / "metrics.jsonl", "x" * 100_000
+    lines = [f'{{"step": {step}, "train_loss": 1.0, "pad": "{pad}"}}\n' for step in range(400)]
+    log.write_text("".join(lines))  # 40 MB
+    keep_until(log, 398)
+    assert log.stat().st_size == sum(map(len, lines[:-1]))
+    monkeypatch.setattr(results, "MOST_LINES", 50)
+    steps = [line["step"] for line in results.read_lines(log)]
+    assert steps == list(range(0, 399, 8))
+    ranked = tmp_path / "ranking.txt"
+    names = " ".join(f"{'clip' * 25}{place:02}.mp4" for place in range(100))
+    with ranked.open("w") as file:
+        file.writelines(f"{number} {names}\n" for number in range(13_000))  # 138 MB
+    people = ranking.read_identities(ranked)
+    assert people == tuple(map(str, range(13_000)))
+    first = next(iter(ranking.each_list(ranked, people)))
+    assert first == ("0", names.split())
+    ranked.write_text("1 a.mp4\n1 b.mp4\n")
+    with pytest.raises(ValueError, match=r"line 2.*already"):
+        list(ranking.each_list(ranked, "12"))
+
+
+def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkeypatch):
+    """The writer and the reader of a file have the same limits."""
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b", "c"), np.ones((1, 3), bool))
+    ensemble.check_size(sets)
+    ensemble.save(tmp_path, sets)
+    monkeypatch.setattr(ensemble, "MOST_CLIPS", 2)
+    for use in (lambda: ensemble.check_size(sets), lambda: ensemble.load(tmp_path)):
+        with pytest.raises(ValueError, match="2"):
+            use()
+    names = [f"{'name' * 10}{number}" for number in range(500_000)]  # 21 MB
+    results.check_identities(names)
+    workdir.write_json(tmp_path / "identities.json", names)
+    assert results.load_identities(tmp_path / "identities.json") == names
+    monkeypatch.setattr(results, "IDENTITIES_BYTES", 1000)
+    for use in (
+        lambda: results.check_identities(names),
+        lambda: results.load_identities(tmp_path / "identities.json"),
+    ):
+        with pytest.raises(ValueError, match="1,000"):
+            use()

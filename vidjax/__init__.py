@@ -11,6 +11,13 @@
 `import vidjax` is instant: the functions bring JAX or TensorFlow with them at their first use.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    # `python -m vidjax` looks for every module in the present folder first, which may be a
+    # stranger's: a `json.py` there would be run. Now it comes last.
+    sys.path.append(sys.path.pop(0))
+
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

@@ -3,12 +3,16 @@
 Each does what the command line does, and imports JAX or TensorFlow only when it is called.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ml_collections import ConfigDict
+
 from vidjax import config as config_lib
 from vidjax.config import Config
+from vidjax.errors import ArgumentError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
@@ -18,18 +22,23 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.predict import Predictor
 
 
-def load_config(spec: str, *overrides: str) -> Config:
+def load_config(spec: str | Path, *overrides: str) -> Config:
     """Returns the configuration of an experiment.
 
     Args:
       spec: the value of `--config`: a shipped configuration such as `mma` or a Python file, with
-        its arguments after a colon, as in `mma:face,audio`.
+        its arguments after a colon, as in `mma:face,audio`; or the `config.json` of a run.
       overrides: values of fields, written as on the command line: `--config.batch_size=64`.
 
     Raises:
       ValueError: no such configuration, argument or field, or a value of another type.
     """
-    return config_lib.override(config_lib.load_file(spec), overrides)
+    check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
+    if Path(spec).name != "config.json":
+        return config_lib.override(config_lib.load_file(str(spec)), overrides)
+    from vidjax.modes import arguments
+
+    return config_lib.override(arguments.experiment(str(spec)), overrides)
 
 
 def load_data(
@@ -63,6 +72,8 @@ def load_data(
       FileNotFoundError: no such folder, or no features in it.
       OSError: the cache cannot be written.
     """
+    paths = (str, os.PathLike, type(None))
+    check_argument("load_data: cache_dir", cache_dir, paths, "the path of a folder")
     from vidjax.data import arrays, iqiyi_vid
     from vidjax.data.load import load_dataset
     from vidjax.modes import arguments
@@ -73,11 +84,15 @@ def load_data(
             return arrays.load(
                 folder, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
             )
-        if labels is not None:
-            raise ValueError(
-                f"labels: {folder} holds official pickles\n"
-                "leave `labels` out: they are read from train_gt.txt and val_gt.txt"
-            )
+        for name, value, default, where in (
+            ("labels", labels, None, "train_gt.txt and val_gt.txt"),
+            ("quality", quality, "given", "the pickles"),
+        ):
+            if value != default:
+                raise UserError(
+                    f"{name}: {folder} holds official pickles\n"
+                    f"leave `{name}` out: it is read from {where}"
+                )
         return load_dataset(
             "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
         )
@@ -85,8 +100,15 @@ def load_data(
         return arrays.load(
             source, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
         )
-    if labels is not None:
-        raise ValueError("labels: a configuration finds them in the folder config.data.dir")
+    check_argument("load_data: source", source, ConfigDict, "a folder, a dict, or a configuration")
+    for name, value, default, field in (
+        ("labels", labels, None, "dir"),
+        ("cache_dir", cache_dir, None, "cache_dir"),
+        ("non_finite", non_finite, "drop", "non_finite"),
+        ("quality", quality, "given", "quality"),
+    ):
+        if value != default:
+            raise UserError(f"{name}: a configuration decides it\nset config.data.{field} instead")
     return arguments.load_data(source)
 
 
@@ -110,14 +132,21 @@ def train(
       CheckpointError: the run's checkpoints are damaged or belong to another model.
       Interrupted: SIGINT or SIGTERM arrived; the state was saved, and the same call goes on.
     """
+    check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
+    check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
+    if not hasattr(data, "train_batches"):
+        raise ArgumentError(
+            f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
+        )
     from vidjax import devices
+    from vidjax.data.cache import default_cache_dir
     from vidjax.modes import train as train_mode
     from vidjax.run import workdir as workdir_lib
 
     if config.deterministic:
         devices.be_deterministic()
-    folder = workdir_lib.make_workdir(workdir)
-    with workdir_lib.lock(folder):
+    devices.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    with workdir_lib.locked(workdir) as folder:
         return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report
         )
@@ -140,6 +169,7 @@ def restore(
       ValueError: the folder holds no run, or a run that joins others.
       CheckpointError: no checkpoint is usable.
     """
+    check_argument("restore: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
     from vidjax import predict
 
     return predict.restore(workdir, step=step, num_devices=num_devices)

@@ -5,11 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax import config as config_lib
+from vidjax import config_files
 from vidjax.cluster import place
 from vidjax.config_values import SYNONYMS, closest_field
+from vidjax.errors import UserError
+from vidjax.messages import Parser
 from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
@@ -42,6 +45,11 @@ ELSEWHERE = {
     "evaluate_only": "--mode=evaluate",
     "test": "--mode=evaluate --config.eval.split=test",
     "predict": "--mode=rank",
+    "inference": "--mode=rank",
+    "identify": "vidjax gallery identify",
+    "enrol": "vidjax gallery enrol",
+    "gallery": "vidjax gallery COMMAND, before all flags",
+    "export": "vidjax gallery export",
     "output": "--workdir",
     "output_dir": "--workdir",
     "out_dir": "--workdir",
@@ -72,15 +80,21 @@ MODES = {
     "rank": "ranks new clips with a trained run, into a file with scores",
     "compare": "says how far apart runs are, and how sure that is",
     "report": "writes report.html anew, from the files of a run",
-    "check": "reads everything and changes nothing: environment, data, results",
+    "check": "reads all, changes nothing: environment, data, run, gallery",
     "config": "prints all fields: values, defaults, and where each is from",
 }
-DESCRIPTION = """\
+DESCRIPTION = (
+    """\
 Identify people in video: train a system on frame features, rank the clips of
 every identity.
 
 modes:
-""" + "".join(f"  {mode:8}  {text}\n" for mode, text in MODES.items())
+"""
+    + "".join(f"  {mode:8}  {text}\n" for mode, text in MODES.items())
+    + """
+people: vidjax gallery --help; all places of a person: vidjax forget --help
+"""
+)
 EXAMPLES = """\
 examples:
   a result in a minute, on synthetic clips
@@ -102,10 +116,8 @@ examples:
   is the second run better than the first?
     {program} --mode=compare --workdir=runs/two \\
         --runs=runs/mma,runs/deepmef
-  is everything in order, in a run or in data to train on?
+  is everything in order in a run? (--config=... also: in data to train on)
     {program} --mode=check --workdir=runs/mma
-    {program} --mode=check --config=configs/mma.py:iqiyi_vid \\
-        --config.data.dir=PATH
 
 Configurations, their arguments and all fields: configs/README.md.
 """
@@ -163,16 +175,19 @@ def parse(words: Sequence[str]) -> Arguments:
         if "=" in own:
             flag = own[max(own.index("=") - 1, 0)]
             hint = f": no blanks around =, {flag}={strays[0]}"
-        raise ValueError(f"stray word '{strays[0]}'{hint}")
+        raise UserError(f"stray word '{strays[0]}'{hint}")
     if args.mode not in MODES:
-        raise ValueError(f"no mode '{args.mode}': {suggest(args.mode, MODES)}")
+        hint = (
+            f"use {ELSEWHERE[args.mode]}" if args.mode in ELSEWHERE else suggest(args.mode, MODES)
+        )
+        raise UserError(f"no mode '{args.mode}': {hint}")
     if args.workdir == "":
-        raise ValueError("--workdir= is empty: name a folder")
+        raise UserError("--workdir= is empty: name a folder")
     for flag, value in {"--input": args.input, "--out": args.out}.items():
         if value is not None and args.mode != "rank":
-            raise ValueError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
+            raise UserError(f"{flag} goes with --mode=rank, not --mode={args.mode}")
     if args.shard is not None and args.mode != "evaluate":
-        raise ValueError(f"--shard goes with --mode=evaluate, not --mode={args.mode}")
+        raise UserError(f"--shard goes with --mode=evaluate, not --mode={args.mode}")
     command = shlex.join([*PROGRAM.split(), *_without_place(words)])
     return Arguments(
         mode=args.mode,
@@ -203,7 +218,7 @@ def _place(args: argparse.Namespace) -> place.Place | None:
     if flags == (None, None, None):
         return None
     if args.mode not in ("train", "evaluate") or args.shard or args.runs is not None:
-        raise ValueError(
+        raise UserError(
             "--coordinator goes with --mode=train, and with --mode=evaluate of one whole run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
@@ -244,14 +259,6 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ValueError, where argparse would print the usage and exit."""
-        raise ValueError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the flags, which also prints the help."""
     program = "vidjax" if Path(sys.argv[0]).name == "vidjax" else PROGRAM
@@ -263,14 +270,14 @@ def make_parser() -> argparse.ArgumentParser:
         f"{indent}[--config.FIELD=VALUE ...] [--shard=k/n] [--quiet]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(program=program),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--mode", metavar="M", default="train", help="what to do, one of the above (default: train)"
     )
     parser.add_argument(
-        "--config", metavar="FILE[:ARG,...]", help="an experiment of configs/, or its name"
+        "--config",
+        metavar="FILE[:ARG,...]",
+        help="an experiment, its name, or a run's config.json",
     )
     parser.add_argument(
         "--workdir", metavar="W", help="the run's folder (train: runs/NAME if absent)"
@@ -289,7 +296,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"
     )
-    parser.add_argument("--out", metavar="FILE", help="the new file: .tsv, .jsonl or .parquet")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the new file: .csv, .tsv, .jsonl or .parquet"
+    )
     # For the help alone: `split_overrides` takes these words.
     parser.add_argument(
         "--config.FIELD",
@@ -316,7 +325,7 @@ def _check_flag(flag: str) -> None:
         return
     name = flag.lstrip("-").replace("-", "_")
     if name in ELSEWHERE:
-        raise ValueError(f"no flag {flag}: use {ELSEWHERE[name]}")
+        raise UserError(f"no flag {flag}: use {ELSEWHERE[name]}")
     # Every model has a name, and most have a rate of dropout.
     fields = [*dict(config_lib.fields(config_lib.default())), "model.name", "model.dropout_rate"]
     by_depth = sorted(fields, key=lambda field: -field.count("."))  # the shortest name comes last
@@ -328,14 +337,17 @@ def _check_flag(flag: str) -> None:
     else:
         match = words.get(closest(name, words) or "")
     hint = f": did you mean {match}?" if match else "; --help lists them"
-    raise ValueError(f"no flag {flag}{hint}")
+    raise UserError(f"no flag {flag}{hint}")
 
 
 def _hint_for_stray(word: str, runs: str | None) -> str:
-    if runs is not None and runs.endswith(","):
-        return f": no blank after a comma, --runs={runs}{word}"
+    if runs is not None:
+        return f": no blanks between runs, --runs={runs.rstrip(',')},{word.lstrip(',')}"
     if word in MODES:
         return f": did you mean --mode={word}?"
-    if word.partition(":")[0].endswith(".py"):
+    if word in ELSEWHERE:
+        return f": use {ELSEWHERE[word]}"
+    name = word.partition(":")[0]
+    if name.endswith(".py") or (config_files.shipped_folder() / f"{name}.py").is_file():
         return f": did you mean --config={word}?"
     return "; --help lists the flags"

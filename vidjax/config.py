@@ -4,7 +4,6 @@ python -m vidjax.config                              # prints the fields as Mark
 python -m vidjax.config --write=configs/README.md    # writes them into a page
 """
 
-import argparse
 import inspect
 import json
 import sys
@@ -14,10 +13,11 @@ from typing import Any, cast
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax import config_docs, config_files, config_rules, files
-from vidjax.config_files import SCALE_WORDS, choose_data, split_args
+from vidjax import config_docs, config_files, config_rules, files, messages
+from vidjax.config_files import SCALE_WORDS, choose_data, choose_one, one_modality, split_args
 from vidjax.config_rules import HOLD_OUT
-from vidjax.config_values import Config, fields, override
+from vidjax.config_values import Config, ShortConfig, fields, override
+from vidjax.errors import UserError
 from vidjax.suggest import suggest
 
 __all__ = [
@@ -26,12 +26,14 @@ __all__ = [
     "Config",
     "check",
     "choose_data",
+    "choose_one",
     "default",
     "differences",
     "fields",
     "from_json",
     "load_file",
     "load_workdir",
+    "one_modality",
     "override",
     "problems",
     "split_args",
@@ -52,7 +54,7 @@ def default() -> Config:
     comments as the tables of `configs/README.md`.
     """
     # whole: all fields can be read from top to bottom
-    config = cast(Config, ConfigDict())
+    config = cast(Config, ShortConfig())
     config.seed = 0  # seed of parameters, random draws and the order of clips: 0 to 2**31 - 1
     config.batch_size = 128  # clips per training step, over all devices
     config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
@@ -202,7 +204,8 @@ def default() -> Config:
     config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
     # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
     config.loss.embedding_weight = 1.0
-    # share of the target that is spread over all classes in the softmax cross-entropy, 0 to 1
+    # share of the target that is spread over all classes in the softmax cross-entropy, from 0 to
+    # below 1
     config.loss.label_smoothing = 0.0
     # share of the classes, above 0 to 1, that a training step compares its clips with: those of its
     # clips, and others drawn at random; 1: all classes
@@ -240,14 +243,6 @@ def default() -> Config:
     # that every run thinks possible
     config.join.mean = "probabilities"
     config.join.greedy = False  # choose the weights by MAP on `join.split`
-    # fit weights, `join.scale` and `join.offset` by the likelihood of the right identities on
-    # `join.split`. With `join.mean=logarithms`
-    config.join.calibrate = False
-    # factor on the mean of logarithms, above 0. With `join.mean=logarithms`
-    config.join.scale = 1.0
-    # logit that is added to somebody new, who is no identity; `join.calibrate` fits it if the split
-    # has distractors. With `join.mean=logarithms`
-    config.join.offset = 0.0
     # split to choose weights on; each clip is scored by members that were not trained on it
     config.join.split = "train"
 
@@ -274,7 +269,7 @@ def load_file(spec: str) -> Config:
     """
     config = config_files.load_file(spec)
     for problem in config_rules.misfits(dict(fields(config)), dict(fields(default()))):
-        raise ValueError(
+        raise UserError(
             f"--config: '{spec}' {problem}\n"
             "begin get_config with config = vidjax.config.default(), and change that"
         )
@@ -293,7 +288,7 @@ def check(config: Config, *, fresh: bool = True) -> None:
       ValueError: the first of the `problems`.
     """
     for problem in problems(config, fresh=fresh):
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
@@ -310,6 +305,13 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+# Options of earlier versions -> the value that was without effect.
+RETIRED = {
+    "model": {"whitened": 0.0, "calibrated": []},
+    "join": {"calibrate": False, "scale": 1.0, "offset": 0.0},
+}
+
+
 def from_json(text: str | bytes) -> Config:
     """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were.
 
@@ -318,12 +320,17 @@ def from_json(text: str | bytes) -> Config:
     """
     config, values = default(), files.parse_json(text)
     if not isinstance(values, dict):
-        raise ValueError("it is not a JSON object")
+        raise UserError("it is not a JSON object")
+    for section, options in RETIRED.items():
+        group = values.get(section)
+        for name, without in options.items():
+            if isinstance(group, dict) and group.get(name) == without:
+                del group[name]
     try:
         with config.unlocked():
             config.update(_with_tuples(values))
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+        raise UserError(" ".join(str(error).split())[:300]) from error
     return config
 
 
@@ -335,7 +342,9 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder.
+    """Returns the configuration of the run in a folder, which may be a stranger's.
+
+    It names no cache: programs of a stranger's would run in this process.
 
     Raises:
       ValueError: there is none, or it is damaged.
@@ -344,11 +353,13 @@ def load_workdir(workdir: Path) -> Config:
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"--workdir: no run in '{workdir}' (no config.json)") from None
+        raise UserError(f"no run in '{workdir}' (no config.json)") from None
     try:
-        return from_json(content)
+        config = from_json(content)
     except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    config.data.cache_dir = None
+    return config
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -365,19 +376,25 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the fields and the arguments as Markdown tables, or writes them into a page."""
-    parser = argparse.ArgumentParser(prog="python -m vidjax.config", description=main.__doc__)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
-    args = parser.parse_args(argv)
-    page = args.write.read_text() if args.write else None
-    for name, content in documentation().items():
-        if page is None:
-            sys.stdout.write(f"{content}\n")
-        else:
-            page = config_docs.replace_section(page, name, content)
-    if page is not None:
-        args.write.write_text(page)
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        parser = messages.Parser(prog="python -m vidjax.config", description=main.__doc__)
+        parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
+        path = parser.parse_args(words).write
+        page = path.read_text(encoding="utf-8") if path else None
+        for name, content in documentation().items():
+            if page is None:
+                messages.say(content)
+            else:
+                page = config_docs.replace_section(page, name, content)
+        if page is not None:
+            path.write_text(page, encoding="utf-8")
+        return 0
+
+    return messages.guarded(command, words)
 
 
 def documentation() -> Mapping[str, str]:
@@ -395,4 +412,4 @@ def documentation() -> Mapping[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    messages.run(main)

@@ -8,6 +8,8 @@ import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vidjax.errors import UserError
+
 
 def field_comments(source: str) -> dict[str, str]:
     """Reads the comments that document the fields of a function such as `config.default`.
@@ -117,7 +119,7 @@ def field_tables(
     """
     comments = field_comments(source)
     if missing := sorted({*defaults, *comments} - {name for name in comments if comments[name]}):
-        raise ValueError(f"config.default(): no comment above or beside {', '.join(missing)}")
+        raise UserError(f"config.default(): no comment above or beside {', '.join(missing)}")
     lines = _table_head()
     for name, names in known.items():
         comments[name] += f"; choose from {', '.join(f'`{item}`' for item in names)}"
@@ -178,5 +180,5 @@ def replace_section(page: str, name: str, content: str) -> str:
     pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
     if count != 1:
-        raise ValueError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
+        raise UserError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
     return page

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vidjax.errors import UserError
 from vidjax.suggest import closest, suggest
 
 # The arguments that every experiment takes: word -> meaning.
@@ -32,11 +33,11 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
       ValueError: words that contradict each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
-        raise ValueError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
+        raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
     if "few" in words and "iqiyi_vid" not in words:
-        raise ValueError("config arguments: 'few' needs 'iqiyi_vid', as in iqiyi_vid,few")
+        raise UserError("config arguments: 'few' needs 'iqiyi_vid', as in iqiyi_vid,few")
     if {"everything", "trainval"} <= set(words):
-        raise ValueError(
+        raise UserError(
             "config arguments: 'everything' and 'trainval' are two ways to train on val, name one"
         )
     if "everything" in words:
@@ -67,8 +68,35 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
     modalities = tuple(dict.fromkeys(word for word in words if word not in known))
     for word in modalities:
         if match := closest(word, known, cutoff=0.7):
-            raise ValueError(f"unknown config argument '{word}': did you mean '{match}'?")
+            raise UserError(f"unknown config argument '{word}': did you mean '{match}'?")
     return given, modalities
+
+
+def choose_one(words: Collection[str], names: Collection[str], default: str) -> str:
+    """Returns the one of `names` that is among the words, or the default.
+
+    Raises:
+      ValueError: there are several of them.
+    """
+    given = sorted({*names}.intersection(words))
+    if len(given) > 1:
+        quoted = " and ".join(f"'{name}'" for name in given)
+        raise UserError(f"config arguments: {quoted} exclude each other, name one")
+    return given[0] if given else default
+
+
+def one_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
+    """Returns the modality among the words of an experiment that has one, or its default.
+
+    Raises:
+      ValueError: there are several.
+    """
+    if len(modalities) > 1:
+        raise UserError(
+            f"--config: modalities {', '.join(modalities)}: this experiment has one\n"
+            f"name one of them, or a system of several: --config=plda:{','.join(modalities)}"
+        )
+    return (modalities or (default,))[0:1]
 
 
 def load_file(spec: str) -> Any:
@@ -89,16 +117,16 @@ def load_file(spec: str) -> Any:
     path = find_file(name)
     try:
         config = load_module(path).get_config(args)
-    except (ValueError, OSError):
+    except UserError:
         raise
     except Exception as error:  # the file is the user's own program
-        raise ValueError(f"--config: {_place(path, error)}: {_description(error)}") from error
+        raise UserError(f"--config: {_place(path, error)}: {_description(error)}") from error
     except SystemExit as error:
-        raise ValueError(
+        raise UserError(
             f"--config: '{path}' ended the program: sys.exit({error.code!r})"
         ) from error
     if not hasattr(config, "to_dict"):
-        raise ValueError(
+        raise UserError(
             f"--config: get_config of '{spec}' returns no ConfigDict\n"
             "begin it with config = vidjax.config.default(), and return config"
         )
@@ -124,7 +152,7 @@ def find_file(name: str) -> Path:
         known = {
             file.stem for folder in ("configs", installed) for file in Path(folder).glob("*.py")
         }
-        raise ValueError(f"--config: no configuration '{name}'\n{suggest(name, sorted(known))}")
+        raise UserError(f"--config: no configuration '{name}'\n{suggest(name, sorted(known))}")
     same_name = Path("configs", path.name).with_suffix(".py")
     folder = path if path.is_dir() else path.parent
     near = sorted(str(folder / file.name) for file in folder.glob("*.py"))
@@ -134,7 +162,7 @@ def find_file(name: str) -> Path:
         hint = f"did you mean '{same_name.stem}', which is installed with vidjax?"
     else:
         hint = suggest(str(path), near or sorted(file.stem for file in installed.glob("*.py")))
-    raise ValueError(f"--config: no such file '{name}'\n{hint}")
+    raise UserError(f"--config: no such file '{name}'\n{hint}")
 
 
 def shipped_folder() -> Path:
@@ -153,11 +181,11 @@ def load_module(path: Path) -> ModuleType:
     """
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--config: '{path}' is not a Python file")
+        raise UserError(f"--config: '{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config: '{path}' has no function get_config")
+        raise UserError(f"--config: '{path}' has no function get_config")
     return module
 
 
@@ -173,4 +201,6 @@ def _place(path: Path, error: Exception) -> str:
 
 def _description(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, TypeError) and text.startswith("get_config() takes 0"):
+        text += '\nit takes what follows the colon of --config=FILE:ARGS: def get_config(args="")'
     return f"{type(error).__name__}: {text}"

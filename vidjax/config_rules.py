@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from vidjax.config_values import closest_field
 from vidjax.files import INTEGER_LIMIT
-from vidjax.suggest import suggest
 
 Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
 
@@ -253,12 +253,6 @@ READ_WHEN = (
         "a training joins no runs",
         "--mode=evaluate --workdir=FOLDER --runs=A,B",
     ),
-    ReadWhen(
-        ("join.calibrate", "join.scale", "join.offset"),
-        lambda values: bool(values["join.runs"]) and values["join.mean"] == "logarithms",
-        "only joined runs with config.join.mean=logarithms are calibrated",
-        "--mode=evaluate --workdir=FOLDER --runs=A,B --config.join.mean=logarithms",
-    ),
 )
 
 
@@ -326,7 +320,7 @@ def untrainable(values: Values) -> Iterator[str]:
             "--config.ensemble.folds=5\nto train on everything and rank test: "
             "--config=FILE:everything, --config.eval.split=test"
         )
-    if values.get("model.name") in ("plda", "nplda") and values["num_epochs"] < 2:
+    if values.get("model.name") == "plda" and values["num_epochs"] < 2:
         yield (
             f"config.num_epochs={values['num_epochs']:g}: PLDA reads every clip twice, for the "
             "centre and for its sums\n--config.num_epochs=2"
@@ -346,8 +340,9 @@ def unread(values: Values, defaults: Values) -> Iterator[str]:
     """
     for name in sorted(values.keys() - defaults.keys()):
         if not name.startswith(SPECIFICATIONS):
-            close = suggest(name, defaults)
-            yield f"config.{name}={values[name]}: there is no such field; {close}"
+            close = closest_field(name, defaults.keys())
+            hint = f"did you mean config.{close}?" if close else "--mode=config lists all"
+            yield f"config.{name}={values[name]}: there is no such field; {hint}"
     for rule in READ_WHEN:
         if rule.condition(values):
             continue
@@ -358,8 +353,8 @@ def unread(values: Values, defaults: Values) -> Iterator[str]:
                     f"to give it one: {rule.remedy}\n"
                     f"or leave config.{name} at its default, {defaults[name]}"
                 )
-    if values["join.runs"]:
+    if runs := values["join.runs"]:
         yield (
-            f"config.join.runs={','.join(values['join.runs'])}: a training joins no runs\n"
+            f"config.join.runs={','.join(map(str, runs))}: a training joins no runs\n"
             "to join them: --mode=evaluate --workdir=FOLDER --runs=A,B"
         )

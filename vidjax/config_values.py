@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
 
+from vidjax.errors import UserError
 from vidjax.files import INTEGER_LIMIT
 from vidjax.suggest import closest
 
@@ -67,6 +68,12 @@ class Config(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
+class ShortConfig(ConfigDict):
+    """A ConfigDict that a notebook shows as the lines of its values."""
+
+    __repr__ = ConfigDict.__str__
+
+
 def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every leaf of a configuration."""
     for key in config:
@@ -98,19 +105,22 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
     for word in overrides:
+        if not isinstance(word, str) or not word.startswith("--config."):
+            meant = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
+            raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{meant}")
         name, equals, text = word.removeprefix("--config.").partition("=")
         if name not in known:
             match = closest_field(name, known)
             hint = f"did you mean --config.{match}?" if match else "--mode=config lists them"
-            raise ValueError(f"no field config.{name}: {hint}")
+            raise UserError(f"no field config.{name}: {hint}")
         if not equals:
-            raise ValueError(f"--config.{name} needs a value: --config.{name}=...")
+            raise UserError(f"--config.{name} needs a value: --config.{name}=...")
         group, _, leaf = name.rpartition(".")
         parent = config[group] if group else config
         try:
             parent[leaf] = convert(text, parent.get_type(leaf), known[name])
         except ValueError as error:
-            raise ValueError(f"--config.{name}={text}: wants {error}") from error
+            raise UserError(f"--config.{name}={text}: wants {error}") from error
     return config
 
 
@@ -122,16 +132,17 @@ def closest_field(name: str, known: Collection[str]) -> str | None:
       known: the fields that exist.
     """
     name = name.replace("-", "_").lower()
-    group, _, leaf = name.rpartition(".")
+    leaf = name.rpartition(".")[2]
     synonym = SYNONYMS.get(name) or SYNONYMS.get(leaf)
     if name not in known and synonym in known:
         return synonym
-    if group == "fusion":  # another modality is no misspelling of this one
-        return None
+    modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
+    if name.startswith("fusion.") and name.split(".")[1] not in modalities:
+        return None  # another modality is no misspelling of this one
     return closest(name, known, cutoff=0.55)
 
 
-def folder_suffix(config: Config, overrides: Sequence[str], without: Sequence[str] = ()) -> str:
+def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
 
     Args:
@@ -172,22 +183,22 @@ def convert(text: str, kind: type, example: Any) -> Any:
         return text
     if kind is bool:
         if text.lower() not in BOOLEANS:
-            raise ValueError("true or false")
+            raise UserError("true or false")
         return BOOLEANS[text.lower()]
     if kind is tuple:
         value = _convert_tuple(text)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"names such as {','.join(example)}")
+            raise UserError(f"names such as {','.join(example)}")
         return value
     try:
         value = kind(text)
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
-        raise ValueError("a whole number that 64 bits hold")
+        raise UserError("a whole number that 64 bits hold")
     if math.isnan(value):
-        raise ValueError(f"a{' whole' if kind is int else ''} number such as {example}")
+        raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
 
 

@@ -11,12 +11,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
+from jax._src import xla_bridge  # nothing public tells whether jax has looked for devices
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.cluster import members
 from vidjax.cluster.share import WHOLE, Share
+from vidjax.errors import UserError, check_argument
 from vidjax.ownership import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -59,9 +61,17 @@ def keep_programs(folder: Path) -> None:
 
 
 def be_deterministic() -> None:
-    """Makes runs on a GPU bit-identical. Call it before jax looks for devices."""
-    known = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{known} --xla_gpu_deterministic_ops=true".strip()
+    """Makes runs on a GPU bit-identical, if jax has not yet looked for devices; else it warns."""
+    known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
+    if flag in known.split():
+        return
+    if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
+        warnings.warn(
+            "config.deterministic=True has no effect: jax has begun to use the GPU\n"
+            f"set it before Python starts: XLA_FLAGS={flag}",
+            stacklevel=3,
+        )
+    os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
 
 
 def versions() -> dict[str, str]:
@@ -79,12 +89,18 @@ def _commit(checkout: Path) -> str | None:
     """Returns the git commit of a checkout, with `-dirty` if files differ; None outside of one."""
     if not (checkout / ".git").exists():
         return None
-    words = ("git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*")
+    # `git describe --dirty` would lock the index while the user may commit.
+    words = ("git", "--no-optional-locks", "-C", str(checkout), "status", "--untracked-files=no")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            (*words, "--porcelain=v2", "--branch"), capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    head, *lines = done.stdout.splitlines() or [""]
+    commit = head.removeprefix("# branch.oid ")[:9]
+    changed = any(not line.startswith("#") for line in lines)
+    return f"{commit}-dirty" if changed and commit else commit or None
 
 
 def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
@@ -99,11 +115,19 @@ def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
       model: length of the axis `model`, `config.mesh.model`.
 
     Raises:
-      ValueError: jax cannot use the configured platform, or the devices cannot be split so.
+      ValueError: jax cannot use the configured platform, there are fewer devices, or they cannot be
+        split so.
     """
-    devices = _devices()[:num_devices]
+    devices = _devices()
+    check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
+    if num_devices is not None and not 0 < num_devices <= len(devices):
+        raise UserError(
+            f"num_devices={num_devices}: there are {len(devices)}\n"
+            f"choose from 1 to {len(devices)}, or None for all of them"
+        )
+    devices = devices[:num_devices]
     if len(devices) % model:
-        raise ValueError(
+        raise UserError(
             f"config.mesh.model={model}: {len(devices)} devices cannot be split so\n"
             f"choose a divisor of {len(devices)}: --config.mesh.model=1 splits no classes"
         )
@@ -120,7 +144,7 @@ def _devices() -> list[Any]:
     except (RuntimeError, AssertionError) as error:  # AssertionError: no platform is left
         platform = jax.config.values["jax_platforms"] or "the default platform"
         reason = (str(error) or "no such device").splitlines()[0].partition(" (set JAX_")[0][:200]
-        raise ValueError(
+        raise UserError(
             f"jax cannot use {platform}: {reason}\n"
             "an NVIDIA GPU needs the extra [cuda], a TPU the extra [tpu]: "
             "pip install 'vidjax[cuda]'\n"
@@ -182,13 +206,32 @@ def _fetch(x: Array) -> np.ndarray:
 
 
 def share(mesh: Mesh) -> Share:
-    """Returns the part of the rows of a batch that the devices of this process hold."""
-    rows = mesh.devices.reshape(mesh.shape["data"], -1)
-    own = [
-        row for row, row_devices in enumerate(rows)
-        if any(device.process_index == members.number() for device in row_devices)
-    ]  # fmt: skip
-    return Share(own[0] // len(own), len(rows) // len(own))
+    """Returns the part of the rows of a batch that this process reads."""
+    owners = [[device.process_index for device in row] for row in mesh.devices]
+    return shares(np.array(owners))[members.number()]
+
+
+def shares(owners: np.ndarray) -> dict[int, Share]:
+    """Returns process -> the smallest part of a batch that holds all rows of its devices.
+
+    All parts are equally long. Where rows lie on several processes, each of these reads them.
+
+    Args:
+      owners: [D, model] int, the process of each device of a mesh.
+    """
+    numbers = np.arange(len(owners))[:, None]
+    ends = {
+        process: numbers[(owners == process).any(1)][[0, -1], 0]
+        for process in np.unique(owners).tolist()
+    }
+    length = next(
+        rows
+        for rows in range(1, len(owners) + 1)
+        if len(owners) % rows == 0
+        and all(first // rows == last // rows for first, last in ends.values())
+    )
+    parts = len(owners) // length
+    return {process: Share(int(first) // length, parts) for process, (first, _) in ends.items()}
 
 
 def batch_specs(batch: Batch) -> Batch:
@@ -219,7 +262,7 @@ def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
     """
     rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
     if rows % devices:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size={rows} cannot be split over {devices} devices: use a multiple"
         )
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
@@ -227,7 +270,14 @@ def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
         return put(batch, shardings)
 
     def lay(sharding: NamedSharding, own: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(sharding, own, (rows, *own.shape[1:]))
+        first = part.number * len(own)
+
+        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index  # None is for arrays without an axis
+            start, stop, _ = index[0].indices(rows)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback((rows, *own.shape[1:]), sharding, of_device)
 
     return jax.tree.map(lay, shardings, batch)
 

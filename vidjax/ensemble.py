@@ -20,6 +20,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.run import workdir
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -31,7 +32,8 @@ FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
 
 
-MAX_CLIPS = 4_000_000  # of all training splits
+MOST_CLIPS = 10_000_000  # of all training splits
+MOST_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
@@ -86,17 +88,17 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     """
     for name, least in {"folds": 0, "bootstraps": 0, "views": 0, "chunks": 2, "seeds": 1}.items():
         if spec[name] < least:
-            raise ValueError(f"config.ensemble.{name}={spec[name]}: must be {least} or more")
+            raise UserError(f"config.ensemble.{name}={spec[name]}: must be {least} or more")
     if spec["folds"] == 1:
-        raise ValueError("config.ensemble.folds=1: use 0 for none, or 2 or more")
+        raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
     if spec["folds"] and spec["bootstraps"]:
-        raise ValueError("config.ensemble: folds and bootstraps exclude each other")
+        raise UserError("config.ensemble: folds and bootstraps exclude each other")
     if spec["views"] > spec["chunks"]:
-        raise ValueError(
+        raise UserError(
             f"config.ensemble.views={spec['views']}: must be at most chunks={spec['chunks']}"
         )
     if not all(isinstance(quality, (int, float)) for quality in spec["min_quality"]):
-        raise ValueError(f"config.ensemble.min_quality={spec['min_quality']}: must be numbers")
+        raise UserError(f"config.ensemble.min_quality={spec['min_quality']}: must be numbers")
     axes = itertools.product(
         range(spec["folds"]) if spec["folds"] else (-1,),
         range(spec["bootstraps"]) if spec["bootstraps"] else (-1,),
@@ -110,7 +112,7 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     ]
     for number in spec["only"]:
         if not isinstance(number, int) or not 0 <= number < len(members):
-            raise ValueError(f"config.ensemble.only: no member {number} of {len(members)}")
+            raise UserError(f"config.ensemble.only: no member {number} of {len(members)}")
     return tuple(members[number] for number in spec["only"]) or tuple(members)
 
 
@@ -185,7 +187,7 @@ def partition(
       ValueError: There are more folds than clips.
     """
     if folds > len(labels):
-        raise ValueError(
+        raise UserError(
             f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
         )
     fold = stratified_folds(labels, folds, seed) if folds else np.zeros(len(labels), np.int32)
@@ -225,6 +227,23 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
     workdir.write_bytes(folder / FILE, content.getvalue())
 
 
+def check_size(training_sets: TrainingSets) -> None:
+    """Refuses training sets that `load` would not read back.
+
+    Raises:
+      ValueError: there are too many clips, or members of them.
+    """
+    clips = training_sets.clips
+    count, members = len(clips), len(training_sets.members)
+    size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
+    if count > MOST_CLIPS or size > MOST_BYTES - files.MB:
+        raise UserError(
+            f"{count:,} training clips of {members} members: the most are {MOST_CLIPS:,} clips, "
+            f"and {MOST_BYTES:,} bytes for their names and members, of which they take {size:,}\n"
+            "leave some clips out, or train with fewer members"
+        )
+
+
 def load(folder: Path) -> TrainingSets:
     """Reads `members.npz` from the folder of a run.
 
@@ -233,15 +252,15 @@ def load(folder: Path) -> TrainingSets:
     """
     path = folder / FILE
     try:
-        arrays = files.read_npz(path)
+        arrays = files.read_npz(path, MOST_BYTES)
     except FileNotFoundError:
-        raise ValueError(f"'{path}' is missing") from None
+        raise UserError(f"'{path}' is missing") from None
     try:
         rows: Any = files.parse_json(arrays["members"].tobytes())
         members = tuple(Member(*row) for row in rows)
         names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
+        raise UserError(f"'{path}' is damaged: {error}") from error
     numbers = all(
         all(type(value) is int and -1 <= value < 1 << 31 for value in member[:-1])
         and isinstance(member.min_quality, (int, float))
@@ -249,9 +268,9 @@ def load(folder: Path) -> TrainingSets:
     )
     shape = (len(members), names.count("\n") + 1)
     if not numbers or not members or trained.dtype != bool or trained.shape != shape:
-        raise ValueError(f"'{path}' is damaged: its arrays do not fit each other")
-    if shape[1] > MAX_CLIPS:
-        raise ValueError(f"'{path}' names more than {MAX_CLIPS:,} clips")
+        raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
+    if shape[1] > MOST_CLIPS:
+        raise UserError(f"'{path}' names more than {MOST_CLIPS:,} clips")
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 

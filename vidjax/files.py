@@ -1,56 +1,71 @@
-"""Reading of files that a stranger may have made: the files of a run's folder.
+"""Reading of files that a stranger may have made: a run's folder, a shared cache, clips to rank.
 
 Every reader opens a regular file without following a link, and refuses a file that is too large
-before it reads it. What it returns is plain data: bytes, JSON, or arrays without objects. An error
-of a reader is a ValueError, or FileNotFoundError where there is no file.
+before it reads it. With `below`, no folder from there down to the file is a link either. What it
+returns is plain data: bytes, JSON, or arrays without objects. An error of a reader is a ValueError,
+or FileNotFoundError where there is no file.
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
-import mmap
 import os
+import re
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from vidjax.errors import UserError
 
 T = TypeVar("T")
 
 MB = 1 << 20
 JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
-LOG_BYTES = 32 * MB  # of `metrics.jsonl` and other files of one JSON value per line
-LINE_BYTES = MB // 4
-RANKING_BYTES = 128 * MB
-RANKING_NAMES = 6_000_000  # identities and clips, repeated ones included
+LOG_BYTES = 32 * MB  # of `changes.jsonl`, which is read as a whole
+LINE_BYTES = MB // 4  # of a log of one JSON value per line
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
-MAX_DEPTH = 40  # of lists and objects within each other
+MAX_DEPTH = 40  # of lists and objects, or folders, within each other
+LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
+OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_ITEMS = 2_000_000  # values in one JSON file
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, limit: float = math.inf) -> io.FileIO:
+def open_regular(
+    path: Path,
+    flags: int = os.O_RDONLY,
+    limit: float = math.inf,
+    below: Path | None = None,
+) -> io.FileIO:
     """Opens a regular file, unbuffered, without following a link in its place.
 
     Args:
       path: the file. Its folder may be reached through links.
       flags: of `os.open`. The file is not truncated, whatever they are.
       limit: the largest size, in bytes.
+      below: a folder above the file, from which on no link is followed; None for its own folder.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is a link, a folder, a pipe or a device, or too large; or it has another name,
-        too, and is opened for writing.
+      ValueError: it is a link, a folder, a pipe or a device, or too large, or next to nothing but
+        holes; or it has another name, too, and is opened for writing; or a folder is a link.
       OSError: it cannot be opened.
     """
-    safe = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags & ~os.O_TRUNC | safe, 0o666)
+        if below is None:
+            descriptor = os.open(path, safe, 0o666)
+        else:
+            with open_folder(path.parent, below) as folder:
+                descriptor = os.open(path.name, safe, 0o666, dir_fd=folder)
     except OSError as error:
+        error.filename = str(path)
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise
         # ELOOP of a link, EISDIR of a folder, ENXIO of a pipe or a socket
@@ -64,20 +79,144 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, limit: float = math.inf) 
         if kind is not None:
             raise _not_regular(path, kind)
         if status.st_size > limit:
-            raise ValueError(
+            raise UserError(
                 f"'{path}' is too large: {status.st_size:,} bytes, where {limit:,} are the most\n"
-                "vidjax has not written it: put back the file of the run"
+                "put back the file of the run"
             )
-        if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
-            raise ValueError(
-                f"'{path}' is one file with several names (hard links): it is not written\n"
-                "copy the folder of the run, and use the copy"
+        if status.st_size > LARGE_BYTES and _is_hollow(descriptor, status.st_size):
+            raise UserError(
+                f"'{path}' is damaged: most of its {status.st_size:,} bytes are holes\n"
+                "put back the file that was there"
             )
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
         return open(path, mode, buffering=0, opener=lambda *_: descriptor)  # named by its path
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@contextlib.contextmanager
+def open_folder(path: Path, below: Path) -> Iterator[int]:
+    """Opens a folder and gives its descriptor, for the `dir_fd` of functions of `os`.
+
+    Args:
+      path: the folder.
+      below: itself or a folder above it, from which on no link is followed.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it, or one between `below` and it, is a link.
+      OSError: it is no folder, or cannot be opened.
+    """
+    names = path.relative_to(below).parts
+    if ".." in names:
+        raise UserError(f"'{path}' leads out of '{below}': it is not opened")
+    level, descriptor = below, os.open(below, OPEN_FOLDER)
+    try:
+        for name in names:
+            level /= name
+            inner = _open_inner(descriptor, level)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open_inner(outer: int, path: Path) -> int:
+    """Returns the descriptor of a folder within an open one."""
+    try:
+        return os.open(path.name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=outer)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and _kind(path) == "a link":
+            raise UserError(
+                f"'{path}' is a link, not a folder: it is not opened\n"
+                "put the folder that it leads to in its place"
+            ) from error
+        error.filename = str(path)
+        raise
+
+
+def walk(path: Path, below: Path) -> Iterator[tuple[str, int]]:
+    """Yields the name below `path`, and the size in bytes, of every file of a folder.
+
+    Args:
+      path: the folder.
+      below: as `open_folder` takes it.
+
+    Raises:
+      ValueError: something is neither a regular file nor a folder, or folders lie too deep.
+      OSError: a folder is missing, or cannot be opened.
+    """
+    with open_folder(path, below) as folder:
+        yield from _walk(folder, path, "")
+
+
+def _walk(folder: int, path: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    if prefix.count("/") > MAX_DEPTH:
+        raise UserError(f"'{path}' lies too deep: folders within folders, more than {MAX_DEPTH}")
+    for name in sorted(os.listdir(folder)):
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            inner = _open_inner(folder, path / name)
+            try:
+                yield from _walk(inner, path / name, f"{prefix}{name}/")
+            finally:
+                os.close(inner)
+        elif kind := _kind_of(status.st_mode):
+            raise _not_regular(path / name, kind)
+        else:
+            yield prefix + name, status.st_size
+
+
+def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> None:
+    """Removes regular files of an open folder, and the folders within it that are empty then.
+
+    Args:
+      folder: its descriptor.
+      listed: the files, by their names below the folder; everything else stays.
+      prefix: what names in `listed` begin with.
+    """
+    for name in os.listdir(folder):
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                if prefix.count("/") < MAX_DEPTH:
+                    inner = os.open(name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                    try:
+                        remove_listed(inner, listed, f"{prefix}{name}/")
+                    finally:
+                        os.close(inner)
+                os.rmdir(name, dir_fd=folder)
+            elif stat.S_ISREG(mode) and prefix + name in listed:
+                os.unlink(name, dir_fd=folder)
+
+
+def open_input(path: Path) -> io.FileIO:
+    """Opens a file of the user's own data, unbuffered, which may be a link to a regular file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is, or leads to, a folder, a pipe or a device.
+      OSError: it cannot be opened.
+    """
+    return open_regular(Path(os.path.realpath(path)))
+
+
+def _is_hollow(descriptor: int, size: int) -> bool:
+    """Returns True if nine tenths of a file or more are holes, which take no room on the disk."""
+    at = content = 0
+    try:
+        while at < size and 10 * content < size:
+            begin = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            content += at - begin
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # nothing but a hole is left; else a file system without
+            return False
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return 10 * content < size
 
 
 def _kind(path: Path) -> str | None:
@@ -102,9 +241,9 @@ def _kind_of(mode: int) -> str | None:
     return "a device"
 
 
-def _not_regular(path: Path, kind: str) -> ValueError:
+def _not_regular(path: Path, kind: str) -> UserError:
     remedy = "put a copy of the file it leads to in its place" if kind == "a link" else "remove it"
-    return ValueError(f"'{path}' is {kind}, not a file: it is not opened\n{remedy}")
+    return UserError(f"'{path}' is {kind}, not a file: it is not opened\n{remedy}")
 
 
 def exists(path: Path) -> bool:
@@ -113,61 +252,53 @@ def exists(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _open_to_read(path: Path, limit: int) -> Iterator[tuple[io.FileIO, int]]:
+def _open_to_read(
+    path: Path, limit: float, below: Path | None = None
+) -> Iterator[tuple[io.FileIO, int]]:
     """Opens a file of at most `limit` bytes and gives its size, too."""
     try:
-        with open_regular(path, limit=limit) as file:
+        with open_regular(path, limit=limit, below=below) as file:
             yield file, os.fstat(file.fileno()).st_size
     except PermissionError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror}") from error
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Returns the content of a file of at most `limit` bytes.
+def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
+    """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is larger, no regular file, or cannot be read.
     """
-    with _open_to_read(path, limit) as (file, size):
+    with _open_to_read(path, limit, below) as (file, size):
         content = bytearray()
         while len(content) <= size and (part := file.read(size + 1 - len(content))):
             content += part
         return bytes(content)
 
 
-def map_bytes(path: Path, limit: int) -> memoryview:
-    """Maps a file of at most `limit` bytes into memory; the file must not be shortened meanwhile.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is larger, no regular file, or cannot be read.
-    """
-    with _open_to_read(path, limit) as (file, size):
-        if not size:  # what cannot be mapped
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def read_json(path: Path, kind: type[T] = dict, limit: int = JSON_BYTES) -> T:
+def read_json(
+    path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
+) -> T:
     """Reads a JSON file that may be damaged.
 
     Args:
       path: the file.
       kind: the type that the file must hold: `dict`, `list`, or `object` for any.
       limit: the largest size to read, in bytes.
+      below: as `open_regular` takes it.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is not JSON, too large, or holds another type.
     """
-    content = read_bytes(path, limit)
+    content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}") from error
+        raise UserError(f"'{path}' is damaged: {error}") from error
     if not isinstance(value, kind):
-        raise ValueError(f"'{path}' is damaged: it holds no {kind.__name__}")
+        raise UserError(f"'{path}' is damaged: it holds no {kind.__name__}")
     return value
 
 
@@ -181,7 +312,7 @@ def parse_json(content: bytes | str) -> object:
     try:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
-        raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep") from None
+        raise UserError(f"lists within lists, more than {MAX_DEPTH} deep") from None
     count, level = 0, [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[object] = []
@@ -192,11 +323,11 @@ def parse_json(content: bytes | str) -> object:
                 inner += item
         count += len(inner)
         if count > MAX_ITEMS:
-            raise ValueError(f"more than {MAX_ITEMS:,} values")
+            raise UserError(f"more than {MAX_ITEMS:,} values")
         if not inner:
             return value
         level = inner
-    raise ValueError(f"lists within lists, more than {MAX_DEPTH} deep")
+    raise UserError(f"lists within lists, more than {MAX_DEPTH} deep")
 
 
 # From here on a whole number overflows where an array or a float is wanted.
@@ -206,7 +337,7 @@ INTEGER_LIMIT = 1 << 63
 def _parse_int(digits: str) -> int:
     """Returns a whole number; raises ValueError if it would overflow where a float is wanted."""
     if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
-        raise ValueError(f"a whole number beyond 64 bits: {digits[:20]}")
+        raise UserError(f"a whole number beyond 64 bits: {digits[:20]}")
     return int(digits)
 
 
@@ -227,24 +358,26 @@ def parse_line(line: bytes) -> dict[str, object]:
     """
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
-        raise ValueError("no object of JSON")
+        raise UserError("no object of JSON")
     return value
 
 
-def read_ranking(path: Path) -> bytes:
-    """Returns the content of a `ranking.txt`.
+def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
+    """Yields the lines of a file of any size, each with its end; the last may have none.
+
+    A longer line comes in pieces, of which all but the last have no end.
+
+    Args:
+      path: the file.
+      limit: the most bytes of a line, with its end.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is too large, holds too many names, or is no regular file.
+      ValueError: it is no regular file, or cannot be read.
     """
-    content = read_bytes(path, RANKING_BYTES)
-    if sum(content.count(blank) for blank in b" \t\r\n\v\f") > RANKING_NAMES:
-        raise ValueError(
-            f"'{path}' holds more than {RANKING_NAMES:,} names\n"
-            "vidjax has not written it: put back the file of the run"
-        )
-    return content
+    with _open_to_read(path, math.inf) as (file, _), io.BufferedReader(file) as lines:
+        while line := lines.readline(limit):
+            yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
@@ -258,23 +391,48 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged or too large, or holds Python objects.
     """
-    content = io.BytesIO(read_bytes(path, limit))
+    with _open_to_read(path, limit) as (file, _):
+        try:
+            return load_npz(file, limit)
+        except ValueError as error:
+            raise UserError(f"cannot read '{path}': {error}") from error
+
+
+def load_npz(file: io.FileIO, limit: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of an open `.npz` file, whose sizes are summed before one is unpacked.
+
+    Args:
+      file: the file, unbuffered.
+      limit: the most bytes, unpacked.
+
+    Raises:
+      ValueError: it is damaged or unpacks to more, or holds Python objects; does not name the file.
+    """
+    content = io.BufferedReader(file)
     try:
+        if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
+            raise UserError("one array, as .npy files hold: use numpy.savez")
         with zipfile.ZipFile(content) as archive:
             _check_sizes(archive, limit)
         content.seek(0)
         with np.load(content, allow_pickle=False) as arrays:
             return {name: np.asarray(arrays[name]) for name in arrays.files}
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
+        if isinstance(error, OSError) and error.errno:
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"cannot read '{path}': {reason}") from error
+        raise UserError(f"damaged, or no .npz file: write it again ({reason})") from error
+    finally:
+        content.detach()
 
 
 def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
     """Checks that all arrays together are small, by the directory and by their own headers."""
     entries = archive.infolist()
     if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
-        raise ValueError(f"it unpacks to more than {limit:,} bytes")
+        raise UserError(f"it unpacks to more than {limit:,} bytes")
     for entry in entries:
         with archive.open(entry) as file:
             version = np.lib.format.read_magic(file)
@@ -283,5 +441,23 @@ def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = read(file)
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise ValueError(f"its array '{entry.filename[:50]}' is not what it says")
+        if dtype.hasobject:
+            raise UserError("holds Python objects: save arrays of numbers [T, D]")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise UserError(f"its array '{entry.filename[:50]}' is not what it says")
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file or folder of this machine; refuses an address such as s3://x."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise UserError(
+            f"'{path}' is an address, not a folder of this machine\n"
+            "copy what it holds, or mount it, and name the folder"
+        )
+    return Path(path).expanduser()
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path of `local`, without `..`."""
+    found = local(path)
+    return found.resolve() if ".." in found.parts else found.absolute()

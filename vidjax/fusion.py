@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
+from vidjax.errors import UserError
 from vidjax.selection import (
     filter_frames,
     frame_weights,
@@ -72,7 +73,7 @@ def random_fusion(
     no frame of the clip has a positive, finite weight.
     """
     if num_draws < 1 or max_frames < 1:
-        raise ValueError(
+        raise UserError(
             f"random fusion needs num_draws and max_frames of 1 or more, got {num_draws} and "
             f"{max_frames}"
         )
@@ -123,7 +124,7 @@ def merged_windows(
     united with the originals. Ours: the weighting; the fixed order for evaluation.
     """
     if max_frames < 2:
-        raise ValueError(f"merged windows needs max_frames of 2 or more, got {max_frames}")
+        raise UserError(f"merged windows needs max_frames of 2 or more, got {max_frames}")
     frames = frames._replace(features=read(frames.features))  # all frames are needed
     order_rng, count_rng = (None, None) if rng is None else jax.random.split(rng)
     order = shuffle(order_rng, frames.mask)
@@ -256,19 +257,21 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     if name not in FUSIONS:
-        raise ValueError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
+        raise UserError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
     function, takes_rng = FUSIONS[name]
     parameters, filters = _options(function), _options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
     if unknown := sorted(set(options) - set(parameters)):
-        raise ValueError(
+        raise UserError(
             f"fusion {name!r} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(parameters)) or 'none'}, and for every fusion "
-            f"{', '.join(filters)}, kept_share"
+            f"{', '.join(filters)}, kept_share\n"
+            "a field of the command line keeps the options of the fusion before: "
+            "choose another one in a copy of the config file"
         )
     required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}
     if missing := sorted(required - set(options)):
-        raise ValueError(f"fusion {name!r} needs {', '.join(missing)}")
+        raise UserError(f"fusion {name!r} needs {', '.join(missing)}")
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
@@ -381,7 +384,7 @@ def _cumulative_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     """Returns the cumulative probabilities of fusing 1, 2, ... frames, [length] float32."""
     weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
-        raise ValueError(f"fusion probs must be {length} finite numbers of 0 or more, got {probs}")
+        raise UserError(f"fusion probs must be {length} finite numbers of 0 or more, got {probs}")
     return (np.cumsum(weights) / weights.sum()).astype(np.float32)
 
 

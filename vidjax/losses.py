@@ -17,6 +17,7 @@ import numpy as np
 
 from vidjax import logit_ops, optim
 from vidjax.batch import Array, ModelOutput
+from vidjax.errors import UserError
 from vidjax.suggest import suggest
 
 
@@ -71,7 +72,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale has no value here
     if not 0 <= margin <= np.pi / 2 or not fixed > 0:
-        raise ValueError(
+        raise UserError(
             f"angular margin needs 0 <= margin <= pi/2 and scale > 0, got {margin} and {scale}"
         )
     if margin == 0:
@@ -220,6 +221,7 @@ def make_objective(
     steps_per_epoch: float,
     *,
     logit_scale: float,
+    columns: Array | None = None,
 ) -> Objective:
     """Builds the training objective.
 
@@ -232,6 +234,8 @@ def make_objective(
       class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
+      columns: [K] int32, the class column of each logit, where labels are places among them; None
+        for all in order. A loss of embeddings reads class columns.
 
     Raises:
       ValueError: A name is unknown, or a value is out of range.
@@ -239,9 +243,9 @@ def make_objective(
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
     if name and name not in EMBEDDING:
-        raise ValueError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
+        raise UserError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
     if not weight >= 0:
-        raise ValueError(f"config.loss.embedding_weight={weight}: must be 0 or more")
+        raise UserError(f"config.loss.embedding_weight={weight}: must be 0 or more")
 
     def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
@@ -249,15 +253,16 @@ def make_objective(
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
         # One axis of examples and branches, and logits that lie in memory once, are faster.
         rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
-        columns = jnp.repeat(labels, logits.shape[1])
+        repeated = jnp.repeat(labels, logits.shape[1])
         scale = output.logit_scale
         if scale is not None:
             scale = jnp.tile(scale, len(logits))
-        per_branch = loss_fn(rows, columns, step, scale).reshape(logits.shape[:2])
+        per_branch = loss_fn(rows, repeated, step, scale).reshape(logits.shape[:2])
         loss = jnp.sum(per_branch * train_weight, axis=1)
         if not name:
             return loss
-        return loss + weight * EMBEDDING[name](output.embedding, labels, mask)
+        own = labels if columns is None else columns[labels]
+        return loss + weight * EMBEDDING[name](output.embedding, own, mask)
 
     return objective
 
@@ -292,13 +297,13 @@ def make_loss(
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
-        raise ValueError(
+        raise UserError(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
     smoothing = spec["label_smoothing"]
     takes_smoothing = "label_smoothing" in _parameters(CLASSIFICATION[spec["focal"]])
     if smoothing and np.all(weights == 1) and not takes_smoothing:
-        raise ValueError(
+        raise UserError(
             f"config.loss.label_smoothing={smoothing} has no effect: config.loss.schedule gives "
             "the focal loss all the weight\n"
             "set config.loss.label_smoothing=0, or a weight below 1 in config.loss.schedule"
@@ -345,19 +350,19 @@ def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
     for field, table in tables.items():
         if spec[field] not in table:
-            raise ValueError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
+            raise UserError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
     if not spec["gamma"] >= 0:
-        raise ValueError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
+        raise UserError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
     margin = spec["margin"]
     if not 0 <= margin <= np.pi / 2:
-        raise ValueError(f"config.loss.margin={margin} must lie between 0 and pi/2")
+        raise UserError(f"config.loss.margin={margin} must lie between 0 and pi/2")
     if margin and logit_scale == 1.0:
-        raise ValueError(
+        raise UserError(
             f"config.loss.margin={margin} needs a cosine classifier with a model.logit_scale other "
             "than 1"
         )
     if not 0 <= spec["label_smoothing"] < 1:
-        raise ValueError(
+        raise UserError(
             f"config.loss.label_smoothing={spec['label_smoothing']} must be at least 0 and below 1"
         )
 

@@ -6,7 +6,6 @@ take seconds, are loaded.
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vidjax import messages
+from vidjax import machine, messages
 
 if TYPE_CHECKING:
     from vidjax.command_line import Arguments
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 def run() -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
+    machine.keep_freed_memory()
     messages.run(main)
 
 
@@ -36,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after the program's name; None for those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+
+    if words[:1] == ["gallery"]:
+        from vidjax.gallery import commands
+
+        return commands.main(words[1:])
+    if words[:1] == ["forget"]:
+        from vidjax import forget
+
+        return forget.main(words[1:])
 
     def command() -> int:
         from vidjax import command_line
@@ -101,26 +110,29 @@ def _train(args: "Arguments") -> int:
     config, path = arguments.for_training(args)
     together.check_command(args, config)
     if not (path / "config.json").exists():  # before there is a folder, or data are read
-        arguments.rehearse(args)
+        arguments.rehearse(args, config)
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
         from vidjax.cluster import members
-        from vidjax.modes import train
+        from vidjax.modes import run_data, train
 
         results = members.by_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
         if results is None:
             _set_up_devices(config)
-            data = arguments.load_data(config)
-            together.check_data(data)
+        data = arguments.load_data(config)
+        together.check_data(data)
+        if results is not None:
+            run_data.check_finished(workdir, results, config, data)
+        else:
             results = train.train(
                 config, workdir, data, analyse=config.eval.report, command=args.command,
                 began=began,
             )  # fmt: skip
-        elif members.is_first() and _lacks_report(config, workdir):
-            from vidjax.report import run_page
+        if finished_before and members.is_first() and _lacks_report(config, workdir):
+            from vidjax.modes import outputs
 
-            run_page.write(workdir)  # an earlier process stopped just before
+            outputs.write_report(workdir)  # somebody deleted it
     seconds = None if finished_before else results["seconds"]
     _summarise(args, config, workdir, results, seconds, finished_before=finished_before)
     return 0
@@ -133,6 +145,7 @@ def _lacks_report(config: "Config", workdir: Path) -> bool:
 
 
 def _evaluate(args: "Arguments") -> int:
+    from vidjax.config_values import override_names
     from vidjax.modes import arguments, together
 
     if args.shard:
@@ -141,7 +154,7 @@ def _evaluate(args: "Arguments") -> int:
     config, path = arguments.for_evaluation(args)
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
-        arguments.rehearse(args)
+        arguments.rehearse(args, config)
     with _locked_folder(path) as workdir:
         from vidjax.modes import blend, evaluate
 
@@ -149,7 +162,7 @@ def _evaluate(args: "Arguments") -> int:
         if config.join.runs:
             results = blend.blend_runs(config, workdir, arguments.load_data)
         else:
-            evaluate.check_folder(config, workdir)
+            evaluate.check_folder(config, workdir, override_names(args.overrides))
             data = arguments.load_data(config)
             together.check_data(data)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
@@ -158,18 +171,19 @@ def _evaluate(args: "Arguments") -> int:
 
 
 def _evaluate_part(args: "Arguments", which: "Shard") -> int:
+    from vidjax.config_values import override_names
     from vidjax.modes import arguments
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
     if args.overrides:
-        arguments.rehearse(args)
+        arguments.rehearse(args, config)
     _end_on_signals()
     from vidjax.modes import evaluate, shard, summary
 
     workdir = path.absolute()
     _set_up_devices(config)
-    evaluate.check_folder(config, workdir)
+    evaluate.check_folder(config, workdir, override_names(args.overrides))
     made = shard.evaluate_part(config, workdir, arguments.load_data(config), which)
     rows = summary.part_rows(workdir, made.part, time.monotonic() - began)
     heading = args.mode + (": finished before, nothing was scored now" if made.before else "")
@@ -181,17 +195,18 @@ def _evaluate_part(args: "Arguments", which: "Shard") -> int:
 
 
 def _merge(args: "Arguments") -> int:
+    from vidjax.config_values import override_names
     from vidjax.modes import arguments
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
     if args.overrides:
-        arguments.rehearse(args)
+        arguments.rehearse(args, config)
     with _locked_folder(path) as workdir:
         from vidjax.modes import evaluate, merge
 
         _set_up_devices(config)
-        evaluate.check_folder(config, workdir)
+        evaluate.check_folder(config, workdir, override_names(args.overrides))
         data = arguments.load_data(config)
         results = merge.merge(config, workdir, data, overrides=args.overrides)
     _summarise(args, config, workdir, results, time.monotonic() - began)
@@ -227,6 +242,7 @@ def _rank(args: "Arguments") -> int:
     rank.check_out(options.out)  # before what takes seconds
     from vidjax import predict
     from vidjax.data.unlabelled import load_clips
+    from vidjax.run import terminal
 
     run = predict.restore(options.workdir, step=options.step)
     clips = load_clips(
@@ -236,13 +252,17 @@ def _rank(args: "Arguments") -> int:
         split=options.split,
         quality=run.config.data.quality,
     )
-    rank.write(options.out, run.rank(clips))
-    rows = {"clips": f"{len(clips.names):,}", "identities": f"{len(run.identities):,}"}
+    began, size = time.monotonic(), len(clips.names)
+    progress = terminal.Progress(size, unit="clip", label="rank", leave=False, compiles=True)
+    rank.write(options.out, run.rank(clips, advance=progress.advance))
+    progress.close()
+    timed, numbers = terminal.timing(began, size)
+    rows = {"clips": f"{size:,}", "identities": f"{len(run.identities):,}", **dict(timed)}
     rows["ranking"] = arguments.shown(options.out)
     text = "\n".join(["rank", *(f"  {name:10}  {value}" for name, value in rows.items())])
     content = {"workdir": str(run.workdir), "ranking": str(options.out.absolute())}
-    counts = {"num_clips": len(clips.names), "num_identities": len(run.identities)}
-    _tell(args, text, content | counts)
+    counts = {"num_clips": size, "num_identities": len(run.identities)}
+    _tell(args, text, content | counts | numbers)
     return 0
 
 
@@ -257,9 +277,8 @@ def _compare(args: "Arguments") -> int:
         config.data.cache_dir = comparison.cache_dir or config.data.cache_dir
         return arguments.load_data(config)
 
-    workdir = workdir_lib.make_workdir(comparison.workdir)
-    with workdir_lib.lock(workdir):
-        table = compare.compare(
+    with workdir_lib.locked(comparison.workdir) as workdir:
+        table, numbers = compare.compare(
             comparison.runs,
             workdir,
             load,
@@ -267,14 +286,16 @@ def _compare(args: "Arguments") -> int:
             directory=comparison.directory,
         )
     page = f"{arguments.shown(workdir)}/comparison.html"
-    _tell(args, f"{table}\ncomparison: {page}, .md, .csv", {"comparison": page, "table": table})
+    content = {"comparison": page, "table": table, **numbers}
+    _tell(args, f"{table}\ncomparison: {page}, .md, .csv", content)
     return 0
 
 
 def _check(args: "Arguments") -> int:
     from vidjax.modes import arguments
 
-    config, workdir = arguments.for_check(args)
+    checked = _checked_gallery(args)
+    config, workdir = (None, checked) if checked else arguments.for_check(args)
     # An accelerator may be at work on the run that is checked.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.modes import check, findings
@@ -284,13 +305,29 @@ def _check(args: "Arguments") -> int:
     if lines:
         messages.say(f"check: {subject}")
     items = []
-    for item in check.check(config, workdir):  # print each line at once: reading data takes time
+    if checked:
+        from vidjax.gallery.check import check_gallery
+
+        found = (*check.check(None, None), *check_gallery(checked))
+    else:
+        found = check.check(config, workdir)
+    for item in found:  # print each line at once: reading data takes time
         items.append(item)
         if lines or (args.quiet and not args.json and item.state != findings.OK):
             messages.say(f"  {item.state:7}  {item.text}")
     content = {"check": subject, "findings": [item._asdict() for item in items]}
     _tell(args, findings.verdict(items), {**content, "verdict": findings.verdict(items)})
     return findings.exit_code(items)
+
+
+def _checked_gallery(args: "Arguments") -> Path | None:
+    """Returns the folder to check if it is that of a gallery."""
+    if not args.workdir or args.config or args.runs is not None:
+        return None
+    from vidjax.gallery.check import is_gallery
+
+    folder = Path(args.workdir).expanduser().absolute()
+    return folder if is_gallery(folder) else None
 
 
 RUNNERS = {
@@ -308,21 +345,13 @@ RUNNERS = {
 @contextlib.contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock, for all processes of the run."""
-    from vidjax.cluster import members
     from vidjax.modes import together
     from vidjax.run import workdir as workdir_lib
 
     _end_on_signals()
-    is_new = members.is_first() and not path.exists()
-    workdir = workdir_lib.make_workdir(path)
-    with workdir_lib.lock(workdir):
-        try:
-            together.check_folder(workdir)
-            yield workdir
-        except BaseException:
-            if is_new and len(list(workdir.iterdir())) == 1:  # nothing but the file of the lock
-                shutil.rmtree(workdir)
-            raise
+    with workdir_lib.locked(path) as workdir:
+        together.check_folder(workdir)
+        yield workdir
 
 
 def _end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:

@@ -4,8 +4,10 @@ At the top are imports of the standard library alone: a mistake in the words of 
 reported before the libraries, which take seconds, are loaded.
 """
 
+import argparse
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
@@ -13,13 +15,37 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+from vidjax.errors import Expected, UserError, of_the_system, printable
 
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of whole flags, whose errors are messages as those of every command."""
+
+    def __init__(
+        self,
+        prog: str,
+        description: str | None,
+        usage: str | None = None,
+        epilog: str | None = None,
+    ):
+        """Makes the parser; arguments are those of `argparse.ArgumentParser`."""
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, where argparse would print the usage and exit."""
+        raise UserError(f"{message}\n--help lists the flags")
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs the command line of this process and ends the process with its exit code."""
+    _open_closed_streams()
     # Before the imports that take seconds; training handles signals by itself.
     signal.signal(signal.SIGINT, stop_at_once)
     signal.signal(signal.SIGTERM, stop_at_once)
@@ -27,6 +53,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     warnings.filterwarnings("default", category=UserWarning, module="vidjax")
     warnings.showwarning = show_warning
     logging.basicConfig(format="%(message)s")
+    logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors arrive as exceptions
     code = main()
@@ -37,25 +64,29 @@ def run(main: Callable[[], int]) -> NoReturn:
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command and returns its exit code; says what went wrong.
 
-    0 success, 2 a mistake of the user or in the data, 3 no usable checkpoint (in a check: a damaged
-    one), 130 and 143 stopped by SIGINT and SIGTERM.
+    0 success, 1 a fault of vidjax, 2 a mistake of the user or in the data, 3 no usable checkpoint
+    (in a check: a damaged one), 130 and 143 stopped by SIGINT and SIGTERM; see `vidjax.errors`.
 
     Args:
       command: the command, which returns its exit code.
-      words: its words; with `--debug` an error is shown with its traceback.
+      words: its words; with `--debug` an error is shown with its traceback, and with `--json` it is
+        the object `{"error": TEXT}` on standard output, too.
     """
     try:
         return command()
     except KeyboardInterrupt:
-        complain("stopped")
-        return 130
+        code, text = 130, "stopped"
+        complain(text)
     except Exception as error:
-        code = exit_code(error)
+        code, text = exit_code(error), text_of(error)
         if "--debug" in words or code is None:
-            traceback.print_exc()
+            text = f"{type(error).__name__}: {text}" if code is None else text
+            _print(traceback.format_exc(), sys.stderr)
         else:
-            complain(text_of(error))
-        return code or 1
+            complain(text)
+    if "--json" in words:
+        say(json.dumps({"error": text}))
+    return code or 1
 
 
 @contextlib.contextmanager
@@ -76,16 +107,41 @@ def quietly() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Prints the result of a command."""
-    try:
-        print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print(text, sys.stdout)
 
 
 def complain(text: str) -> None:
     """Prints at most three lines of an error or a warning."""
-    lines = [line for line in text.splitlines() if line.strip()] or ["unknown error"]
-    print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), file=sys.stderr)  # noqa: T201
+    lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
+    _print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Prints text of any origin; a stream that cannot write a letter gets its number."""
+    encoding = stream.encoding or "utf-8"
+    text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `| head -1` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _open_closed_streams() -> None:
+    """Opens the streams that the caller has closed, as `2>&-` does.
+
+    The next file that is opened would get the number of the stream, and what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def text_of(error: Exception) -> str:
@@ -103,7 +159,7 @@ def text_of(error: Exception) -> str:
             "fewer frames: --config.data.max_frames=32, or clips from disk: "
             "--config.data.mode=streaming"
         )
-    return str(error)
+    return of_the_system(error) or str(error)
 
 
 def is_memory(error: BaseException) -> bool:
@@ -114,18 +170,12 @@ def is_memory(error: BaseException) -> bool:
 
 
 def exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error, None for a fault of the program."""
+    """Returns the exit code of an expected error, None for a fault; see `vidjax.errors`."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
-    if isinstance(error, (ValueError, OSError)) or is_memory(error):
-        return 2  # before the imports below, which take a second
-
-    from vidjax.run.checkpoint import CheckpointError
-    from vidjax.run.signals import Interrupted
-
-    if isinstance(error, Interrupted):
+    if isinstance(error, Expected):
         return error.exit_code
-    return 3 if isinstance(error, CheckpointError) else None
+    return 2 if is_memory(error) or of_the_system(error) else None
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:

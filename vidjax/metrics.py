@@ -15,7 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
+
+from vidjax.errors import UserError
+
+LEVEL = 0.95  # of all intervals
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -32,7 +37,7 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
       ValueError: an identity has more hits than positives.
     """
     if (hits.sum(axis=1) > positives).any():
-        raise ValueError("an identity has more hits than positives")
+        raise UserError("an identity has more hits than positives")
     ranks = np.arange(1, hits.shape[1] + 1, dtype=np.float64)
     precisions = np.where(hits, np.cumsum(hits, axis=1) / ranks, 0.0)  # [C, k]
     # A running sum, unlike a pairwise one, gives the same bits however many misses end the list.
@@ -61,7 +66,7 @@ def mean_average_precision(
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
-        raise ValueError("no identity has a positive clip: there is nothing to average")
+        raise UserError("no identity has a positive clip: there is nothing to average")
     filled = (index >= 0) & (index < len(labels))
     if len(labels):
         listed = np.where(filled, labels[np.where(filled, index, 0)], 0)  # [C, k]
@@ -132,7 +137,7 @@ def identification_errors(
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
     if not 0 <= fpir <= 1:
-        raise ValueError(f"fpir must be within 0..1, got {fpir}")
+        raise UserError(f"fpir must be within 0..1, got {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
     distractors, num_known = scores[~known], int(known.sum())
     if not len(distractors) or not num_known:
@@ -161,6 +166,23 @@ def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
     allowed = int(np.sum(np.arange(1, len(ordered) + 1) / len(ordered) <= fpir))
     refused = ordered[allowed] if allowed < len(ordered) else np.array(-np.inf, ordered.dtype)
     return float(np.nextafter(refused, np.array(np.inf, ordered.dtype)))
+
+
+def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
+    """Returns the interval of FPIR for distractors that come later, at 95 % confidence.
+
+    The threshold lies on the best of the distractors that it refuses. The share of later ones above
+    order statistic r + 1 of S has the beta distribution of r + 1 and S - r, whatever the scores.
+
+    Args:
+      num_passing: r, how many of the distractors reach the threshold that was set on them.
+      num_distractors: S, above r.
+
+    Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
+    """
+    tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = scipy.special.betaincinv(num_passing + 1, num_distractors - num_passing, tails)
+    return float(low), float(high)
 
 
 def _without_nan(scores: ArrayLike) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from vidjax.batch import Array
+from vidjax.errors import UserError
 
 SECOND_MOMENT_DECAY = 0.999  # of Adam: its paper and optax
 
@@ -36,10 +37,10 @@ def make_piecewise(
     except (ValueError, TypeError):
         table = np.empty((0, 0), np.float32)
     if table.ndim != 2 or table.shape[1] != 2 or not np.all(np.isfinite(table)):
-        raise ValueError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
+        raise UserError(f"{name} must be finite (epoch, value) pairs in order, got {points}")
     epochs, values = table.T
     if not np.all(np.diff(epochs) >= 0):
-        raise ValueError(f"{name} must be (epoch, value) pairs in order, got {points}")
+        raise UserError(f"{name} must be (epoch, value) pairs in order, got {points}")
     return lambda epoch: jnp.interp(epoch, epochs, values)
 
 
@@ -72,11 +73,11 @@ def make_schedule(
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
     if not 0 <= learning_rate < math.inf:
-        raise ValueError(f"config.optim.learning_rate={learning_rate} must be finite and 0 or more")
+        raise UserError(f"config.optim.learning_rate={learning_rate} must be finite and 0 or more")
     if not 0 <= warmup <= 1:
-        raise ValueError(f"config.optim.warmup={warmup} must lie between 0 and 1")
+        raise UserError(f"config.optim.warmup={warmup} must lie between 0 and 1")
     if not 0 <= warmup_scale <= 1:
-        raise ValueError(f"config.optim.warmup_scale={warmup_scale} must lie between 0 and 1")
+        raise UserError(f"config.optim.warmup_scale={warmup_scale} must lie between 0 and 1")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     if decay == "cosine":
@@ -97,7 +98,7 @@ def make_schedule(
             total_steps, spec["decay_factor"], spec["decay_every_epochs"], steps_per_epoch
         )
     else:
-        raise ValueError(f"config.optim.decay='{decay}': choose from constant, cosine, steps")
+        raise UserError(f"config.optim.decay='{decay}': choose from constant, cosine, steps")
     rise = optax.constant_schedule(learning_rate)
     if warmup_steps >= 1:
         rise = optax.linear_schedule(start, learning_rate, warmup_steps)
@@ -109,9 +110,9 @@ def _make_stairs(
 ) -> optax.Schedule:
     """Builds a step function: step -> factor to the power of the number of stairs before it."""
     if steps_per_epoch is None or not steps_per_epoch > 0:
-        raise ValueError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
+        raise UserError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
     if not factor > 0 or not every_epochs > 0:
-        raise ValueError(
+        raise UserError(
             "config.optim.decay='steps' needs decay_factor and decay_every_epochs above 0, got "
             f"{factor} and {every_epochs}"
         )
@@ -155,7 +156,7 @@ def make_optimizer(
     elif spec["name"] == "sgd":
         scale = optax.trace(decay=spec["momentum"]) if spec["momentum"] else optax.identity()
     else:
-        raise ValueError(f"config.optim.name='{spec['name']}': choose from adam, sgd")
+        raise UserError(f"config.optim.name='{spec['name']}': choose from adam, sgd")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
@@ -163,7 +164,7 @@ def make_optimizer(
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"config.optim.total_decay={spec['total_decay']}: learning rates sum to {rates}\n"
                 "change config.optim.learning_rate, or --config.optim.total_decay=0"
             )

@@ -13,8 +13,11 @@ program of a small block rounds in another order: scores differ from those of a 
 the last bits (below 1e-4 in a logarithm). Small requests agree with each other to the bit.
 """
 
+import math
+import numbers
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -24,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import devices, ensemble, messages
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.cache import default_cache_dir
@@ -32,9 +35,10 @@ from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
-from vidjax.modes.restore import find_run, fit_data, load_weights, task_of
+from vidjax.errors import UserError, check_argument
+from vidjax.modes.restore import check_widths, find_run, load_weights, task_of
 from vidjax.run import results as results_lib
-from vidjax.run import seal
+from vidjax.run.terminal import uncounted
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
@@ -127,9 +131,18 @@ class Predictor(NamedTuple):
 
     @property
     def threshold(self) -> float | None:
-        """The score that 1 % of the strangers of the evaluated split reach; None if not known."""
-        value = self.results.get(THRESHOLD)
+        """The score that 1 % of the strangers of the evaluated split reach; None if not known.
+
+        It is not known where folds or bootstrap samples left out the evaluated clips: each has the
+        score of few members, a new clip the mean of all, which fewer strangers reach.
+        """
+        value = None if self._of_few_members else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
+
+    @property
+    def _of_few_members(self) -> bool:
+        """True where the clips of the results were scored by other members than new clips are."""
+        return self.results.get("map_kind") == "out_of_fold" and len(self.training_sets.members) > 1
 
     def identify(
         self,
@@ -145,14 +158,31 @@ class Predictor(NamedTuple):
           clips: N clips.
           k: number of identities per clip, at most.
           threshold: the lowest score of an answer; None for that of the run, and for no limit where
-            the run has none. `float("-inf")` always sets no limit.
+            no strangers were evaluated. `float("-inf")` always sets no limit.
           split: the split of a dataset; None for clips in memory, or for the evaluated one.
 
         Raises:
-          ValueError: clips do not fit the run, or k is below 1.
+          ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
+            the run is of scores out of fold, see `threshold`.
         """
+        check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
-            raise ValueError(f"k={k}: name 1 identity or more")
+            raise UserError(f"k={k}: name 1 identity or more")
+        if threshold is not None:
+            check_argument("identify: threshold", threshold, numbers.Real, "a score, or None")
+            if math.isnan(threshold):
+                raise UserError("threshold=nan: wants a score, or None")
+            if threshold > 0 and cast(str, self.config.eval.scores).startswith("log_"):
+                raise UserError(
+                    f"threshold={threshold:g}: the scores of this run are logarithms, 0 at most: "
+                    "no clip would get a name\nof a probability p it is math.log(p)"
+                )
+        elif self._of_few_members and self.results.get(THRESHOLD) is not None:
+            raise UserError(
+                f"{self.workdir}: {THRESHOLD} is of scores out of fold, of few members each: too "
+                "strict for new clips, which all members score\n"
+                "give a threshold of your own, or float('-inf') for none"
+            )
         request = self._request(clips, split)
         limit = self.threshold if threshold is None else threshold
         found = {}
@@ -190,13 +220,18 @@ class Predictor(NamedTuple):
         return scores[request.clip_index]
 
     def rank(
-        self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
+        self,
+        clips: Clips | TrainingData | MemoryClips,
+        *,
+        split: str | None = None,
+        advance: Callable[[int], None] = uncounted,
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
         Args:
           clips: N clips.
           split: the split of a dataset; None for clips in memory, or for the evaluated one.
+          advance: is told the number of rows of each finished block, padding included.
 
         Raises:
           ValueError: clips do not fit the run; the message names clip, modality and field.
@@ -205,9 +240,8 @@ class Predictor(NamedTuple):
         small = len(request.clip_index) <= SMALL_REQUEST
         k = SMALL_REQUEST if small else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
-        top = topk.rank(
-            self._score_blocks(request), len(self.identities), k, rows=rows, mesh=self.mesh
-        )
+        blocks = counted(self._score_blocks(request), advance)
+        top = topk.rank(blocks, len(self.identities), k, rows=rows, mesh=self.mesh)
         names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
         lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
         return {
@@ -258,12 +292,15 @@ class Predictor(NamedTuple):
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
-            data = fit_data(cast(TrainingData, clips), split, self.modalities, self.identities)
+            data = cast(TrainingData, clips)
+            check_widths(data, self.modalities)
             names = data.split(split).clips
             return _Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
-            raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
+            wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
+            check_argument("clips", clips, Mapping, wanted)
             quality = cast(Quality, self.config.data.quality)
             clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
@@ -288,7 +325,7 @@ class Predictor(NamedTuple):
         scorer = ModelScorer(self._model(request.data), clips, self.mesh)
         pool = scorer.use.any(axis=0)
         if not pool.any():
-            raise ValueError(
+            raise UserError(
                 f"{self.workdir}: all members were trained on every one of these clips\n"
                 "score clips that were not in the training"
             )
@@ -306,6 +343,15 @@ class Predictor(NamedTuple):
                 view = jnp.int32(member.view)
                 part.append(np.asarray(self.embed_fn(params, model_state, view, block)))
         return [np.concatenate(part, axis=1) for part in parts]
+
+
+def counted(
+    blocks: Iterator[topk.ScoreBlock], advance: Callable[[int], None]
+) -> Iterator[topk.ScoreBlock]:
+    """Yields blocks of scores, and tells the number of rows of each."""
+    for block in blocks:
+        yield block
+        advance(len(block[1]))  # to count the mask would wait for the device
 
 
 _take = jax.jit(ensemble.take)
@@ -331,17 +377,20 @@ def restore(
       ValueError: the folder holds no run, or a blend of other runs.
       CheckpointError: there is no usable checkpoint.
     """
+    if step not in ("latest", "best"):
+        raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
     workdir = Path(workdir).expanduser().absolute()
     config = config_lib.load_workdir(workdir)
     if config.join.runs:
-        raise ValueError(
+        raise UserError(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
-    config = seal.drop_foreign_paths(workdir, config)  # `load_data` may be given this one
     config.eval.checkpoint = step
     devices.keep_programs(default_cache_dir())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, workdir)
+    if "data" not in run.manifest:  # no digest confirms the folder, which may be a stranger's word
+        config.data.dir = None
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     state = {
@@ -377,7 +426,7 @@ def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
       num_devices: devices to use, where there are as many.
     """
     devices.keep_programs(default_cache_dir())
-    mesh = devices.make_mesh(num_devices)
+    mesh = devices.make_mesh(min(num_devices, jax.device_count()))
     task = task_of(state["manifest"])
     weights = {name: state[name] for name in ("params", "model_state")}
     return _assemble(
@@ -396,3 +445,8 @@ def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor
         embed_fn=eval_step_lib.make_embed_step(system),
         mesh=mesh,
     )
+
+
+if __name__ == "__main__":
+    messages.complain("vidjax.predict is for programs; to rank clips: vidjax --mode=rank")
+    sys.exit(2)

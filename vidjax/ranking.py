@@ -7,20 +7,24 @@ White space separates names in the official format. White space within a name is
 URL, `First%20Last`, and so is a `%` before two hexadecimal digits. No other character is escaped.
 """
 
-import argparse
 import codecs
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vidjax import files, metrics
+from vidjax import files, messages, metrics
 from vidjax.data.untrusted.names import check_name, escape, unescape
+from vidjax.errors import UserError
 from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
+
+LINE_BYTES = files.MB  # of an identity and 100 clips
+MOST = files.MAX_ITEMS  # identities
 
 
 def write_ranking(
@@ -50,7 +54,7 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
     """Returns the text of a submission; arguments and ValueErrors are those of `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
-        raise ValueError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
+        raise UserError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
     names = [clip.removesuffix(".mp4") + ".mp4" for clip in clips]
     _check_names(path, "clip", names)
     _check_names(path, "identity", identities)
@@ -68,10 +72,10 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
         try:
             check_name(name, kind)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
-        raise ValueError(f"{path}: {kind} {repeated!r} is repeated")
+        raise UserError(f"{path}: {kind} {repeated!r} is repeated")
 
 
 def load_ranking(
@@ -90,14 +94,46 @@ def load_ranking(
         most three lines, each with a line number of the file.
     """
     known = None if identities is None else {escape(name) for name in identities}
-    files.read_ranking(Path(path))  # refuses a link, and a file that is no run's
-    submission = read_submission(path, identities=known)
+    lines = _number(path, files.each_line(Path(path), LINE_BYTES))  # refuses a link
+    submission = _read_submission(path, lines, known)
     if submission.faults:
-        raise ValueError("\n".join(submission.complaints()[:3]))
+        raise UserError("\n".join(submission.complaints()[:3]))
     return {
         unescape(identity): [unescape(name) for name in names]
         for identity, names in submission.ranking.items()
     }
+
+
+def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields what `load_ranking` returns, list by list; for a file that the memory may not hold.
+
+    Raises:
+      ValueError: the file has a fault; the message names it with its line.
+    """
+    known = {escape(name): name for name in identities}
+    seen: set[str] = set()
+    for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):
+        found = _read_submission(path, [(place, line)], known)
+        if not found.faults and not seen.isdisjoint(found.ranking):
+            found.faults["second line"] = [f"{place}: its identity has a line already"]
+        if found.faults:
+            raise UserError("\n".join(found.complaints()[:3]))
+        seen |= found.ranking.keys()
+        for identity, names in found.ranking.items():
+            yield known[identity], [unescape(name) for name in names]
+
+
+def read_identities(path: str | Path) -> tuple[str, ...]:
+    """Returns the identities of a ranking, in the order of its lines.
+
+    Raises:
+      ValueError: there are too many, or the file cannot be read.
+    """
+    lines = _number(path, files.each_line(Path(path), LINE_BYTES))
+    names = tuple(unescape(line.split(" ", 1)[0]) for _, line in itertools.islice(lines, MOST + 1))
+    if len(names) > MOST:
+        raise UserError(f"'{path}' has more than {MOST:,} lines\nput back the file of the run")
+    return names
 
 
 class Submission(NamedTuple):
@@ -143,15 +179,20 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     Raises:
       OSError: the file cannot be read.
     """
+    return _read_submission(path, _read_lines(Path(path)), identities)
+
+
+def _read_submission(
+    path: str | Path, lines: Iterable[tuple[str, str]], identities: Collection[str] | None
+) -> Submission:
+    """Returns the submission in the lines of a file, see `read_submission`."""
     ranking: dict[str, list[str]] = {}
     faults: dict[str, list[str]] = {}
 
     def note(kind: str, sentence: str) -> None:
         faults.setdefault(kind, []).append(sentence)
 
-    lines = _read_lines(Path(path))
-    if not lines:
-        note("empty file", f"{path}: the file is empty")
+    place = ""
     for place, line in lines:
         fields = line.split()
         if not fields:
@@ -173,6 +214,8 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         if identities is not None and identity not in identities:
             note("unknown identity", f"{place}: identity {identity!r} is unknown")
         ranking[identity] = names[:MAX_NAMES]
+    if not place:
+        note("empty file", f"{path}: the file is empty")
     return Submission(ranking, faults)
 
 
@@ -213,27 +256,27 @@ def _read_ground_truth(path: Path) -> dict[str, list[str]]:
     """Returns identity -> the clips that show it, from either form."""
     lines = _read_lines(path)
     if not lines:
-        raise ValueError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty")
     rows = [(place, line.split()) for place, line in lines]
     for (place, fields), (_, line) in zip(rows, lines, strict=True):
         if not fields:
-            raise ValueError(f"{place}: the line is empty")
+            raise UserError(f"{place}: the line is empty")
         if not _is_text(line):
-            raise ValueError(f"{place}: not UTF-8 text")
+            raise UserError(f"{place}: not UTF-8 text")
         if len(fields) < 2:
-            raise ValueError(f"{place}: {fields[0]!r} stands alone, without a positive")
+            raise UserError(f"{place}: {fields[0]!r} stands alone, without a positive")
     direct = _names_come_first(path, [fields for _, fields in rows])
     positives: dict[str, list[str]] = {}
     seen: dict[str, str] = {}
     for place, fields in rows:
         if direct and len(fields) > 2:
-            raise ValueError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
+            raise UserError(f"{place}: {len(fields)} fields where 'NAME.mp4 ID' is expected")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         if identity in positives and not direct:
-            raise ValueError(f"{place}: identity {identity!r} has a line already")
+            raise UserError(f"{place}: identity {identity!r} has a line already")
         for clip in clips:
             if clip in seen:
-                raise ValueError(f"{place}: clip {clip!r} is already listed in {seen[clip]}")
+                raise UserError(f"{place}: clip {clip!r} is already listed in {seen[clip]}")
             seen[clip] = place
         positives.setdefault(identity, []).extend(clips)
     return positives
@@ -250,7 +293,7 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
         return False
     if len(set(others)) < len(others):
         return True
-    raise ValueError(f"{path}: clips and identities look alike; end the names of clips in .mp4")
+    raise UserError(f"{path}: clips and identities look alike; end the names of clips in .mp4")
 
 
 def _read_lines(path: Path) -> list[tuple[str, str]]:
@@ -258,13 +301,18 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
     Bytes that are not UTF-8 become lone surrogates, by which `_is_text` recognises them.
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # the end of the last line
-    return [
-        (f"{path}: line {number}", line.decode(errors="surrogateescape").rstrip(" \t\r"))
-        for number, line in enumerate(lines, 1)
-    ]
+    with open(path, "rb") as file:
+        return list(_number(path, file))
+
+
+def _number(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Yields what `_read_lines` returns, of the lines of a file."""
+    for number, line in enumerate(lines, 1):
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        yield (
+            f"{path}: line {number}",
+            text.decode(errors="surrogateescape").rstrip(" \t\r\n"),
+        )
 
 
 def _is_text(line: str) -> bool:
@@ -278,32 +326,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     The last line of stdout is the score. Faults of the submission are warnings on stderr; with
     `--strict` they are errors, and nothing is scored.
     """
-    parser = argparse.ArgumentParser(
+    words = list(sys.argv[1:] if argv is None else argv)
+    return messages.guarded(lambda: _score_files(words), words)
+
+
+def _score_files(words: Sequence[str]) -> int:
+    parser = messages.Parser(
         prog="python -m vidjax.ranking",
         description="Prints MAP@100 of a submission, last on stdout, and warns of its faults.",
     )
     parser.add_argument("gt", metavar="GT", type=Path, help="'NAME.mp4 ID' or 'ID NAME.mp4 ...'")
     parser.add_argument("ranking", metavar="RANKING", type=Path, help="'ID NAME.mp4 NAME.mp4 ...'")
     parser.add_argument("--strict", action="store_true", help="refuse a submission with faults")
-    arguments = parser.parse_args(argv)
-    try:
-        positives = _read_ground_truth(arguments.gt)
-        submission = read_submission(arguments.ranking, identities=positives)
-    except (ValueError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        sys.stderr.write(f"{text}\n")
-        return 2
+    arguments = parser.parse_args(words)
+    positives = _read_ground_truth(arguments.gt)
+    submission = read_submission(arguments.ranking, identities=positives)
     for complaint in submission.complaints():
-        sys.stderr.write(f"{'error' if arguments.strict else 'warning'}: {complaint}\n")
+        messages.complain(f"{'error' if arguments.strict else 'warning'}: {complaint}")
     if arguments.strict and submission.faults:
         return 2
     _warn_if_nothing_matches(arguments.ranking, positives, submission.ranking)
     common = len(positives.keys() & submission.ranking.keys())
-    sys.stdout.write(
+    messages.say(
         f"{arguments.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
         f"{arguments.ranking}: {common} of them ranked, {len(positives) - common} missing, "
         f"{len(submission.ranking) - common} others ignored\n"
-        f"MAP@{MAX_NAMES}\n{_score(positives, submission.ranking):.17g}\n"
+        f"MAP@{MAX_NAMES}\n{_score(positives, submission.ranking):.17g}"
     )
     return 0
 
@@ -313,15 +361,15 @@ def _warn_if_nothing_matches(
 ) -> None:
     """Warns on stderr when the score is 0 because no identity or no clip name is common."""
     if positives.keys().isdisjoint(ranking):
-        sys.stderr.write(f"warning: {path}: no identity of the ground truth is ranked\n")
+        messages.complain(f"warning: {path}: no identity of the ground truth is ranked")
     wanted = {clip for clips in positives.values() for clip in clips}
     given = {name for names in ranking.values() for name in names}
     if wanted.isdisjoint(given):
-        sys.stderr.write(
+        messages.complain(
             f"warning: {path}: no clip of the ground truth is ranked; suffix? "
-            f"{min(wanted)!r} is in the one, {min(given, default='nothing')!r} in the other\n"
+            f"{min(wanted)!r} is in the one, {min(given, default='nothing')!r} in the other"
         )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    messages.run(main)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
+from vidjax.errors import UserError
 
 
 def filter_frames(
@@ -41,7 +42,7 @@ def filter_frames(
     by quality from Residual Dense Net (2nd place 2019). Ours: no clip loses all frames.
     """
     if not 0 < top_share <= 1:
-        raise ValueError(f"top_share must be above 0 and at most 1, got {top_share}")
+        raise UserError(f"top_share must be above 0 and at most 1, got {top_share}")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -78,7 +79,7 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
     Source: iQIYI-VID paper, section 5.1. Ours: repeats in turn without a key, for evaluation.
     """
     if num_frames < 1:
-        raise ValueError(f"top frames needs num_frames of 1 or more, got {num_frames}")
+        raise UserError(f"top frames needs num_frames of 1 or more, got {num_frames}")
     return _first_frames(rng, frames, _best_first(frames.quality, frames.mask), num_frames)
 
 
@@ -108,9 +109,9 @@ def sample_frames(
     order of time; evenly spaced frames without a key, for evaluation.
     """
     if num_frames < 1:
-        raise ValueError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
+        raise UserError(f"sample frames needs num_frames of 1 or more, got {num_frames}")
     if order not in ("time", "random"):
-        raise ValueError(f"unknown order {order!r}; choose from random, time")
+        raise UserError(f"unknown order {order!r}; choose from random, time")
     slots = jnp.ones((len(frames.mask), num_frames), bool)
     if rng is not None:
         shuffle_rng, repeat_rng = jax.random.split(rng)
@@ -199,7 +200,7 @@ def as_examples(frames: Mapping[str, Frames]) -> tuple[dict[str, Frames], Array]
     """
     sizes = {modality.mask.shape[1] for modality in frames.values()}
     if len(sizes - {1}) > 1:
-        raise ValueError(
+        raise UserError(
             f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
             f"frames, got {sorted(sizes)}"
         )
@@ -251,7 +252,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     if weighting == "uniform":
         return uniform
     if weighting not in ("quality", "graded"):
-        raise ValueError(
+        raise UserError(
             f"unknown weighting {weighting!r}; choose from graded, quality, uniform, and mixup in "
             "random fusion"
         )

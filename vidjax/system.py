@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, ensemble, fusion, logit_ops, losses, optim, selection
+from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim, selection
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
+from vidjax.errors import UserError
 from vidjax.models import identifier
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.models.fallback import FallbackIdentifier
@@ -38,6 +39,7 @@ class System(NamedTuple):
       model: maps the fused frames of clips to a ModelOutput.
       make_model: number of class columns -> the same model with as many.
       num_columns: number of class columns without padding, K; `model` may have more.
+      modalities: name -> feature width, in the order of the configuration.
       fuse_train: modality -> fusion for training, called with a key.
       fuse_eval: modality -> fusion for evaluation, called without a key.
       measure: modality -> Frames [B, T] of the raw clips to [B] float32, `ClipInfo.measure`; None
@@ -71,6 +73,7 @@ class System(NamedTuple):
     model: Identifier
     make_model: Callable[[int], Identifier]
     num_columns: int
+    modalities: Mapping[str, int]
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
     measure: Callable[[Mapping[str, Frames]], Array] | None
@@ -80,7 +83,7 @@ class System(NamedTuple):
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
     objective: losses.Objective
-    make_objective: Callable[[Array | None], losses.Objective]
+    make_objective: Callable[..., losses.Objective]
     sampled_classes: float
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation
@@ -191,8 +194,9 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         model=model,
         make_model=make_model,
         num_columns=task.num_columns,
-        fuse_train=_make_fusions(config["fusion"], task.modalities, "train"),
-        fuse_eval=_make_fusions(config["fusion"], task.modalities, "evaluate"),
+        modalities=task.modalities,
+        fuse_train=make_fusions(config["fusion"], task.modalities, "train"),
+        fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
         measure=_make_measure(model),
         select_features=_make_select_features(num_chunks),
         to_examples=(
@@ -215,14 +219,21 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_identities=task.num_identities,
         together=_is_together(ensemble_spec["mapping"]),
         matmul_precision=_check_precision(config["matmul_precision"]),
-        solve=model.solve if isinstance(model, PLDAIdentifier) else lambda params, state: state,
+        solve=_make_solver(model),
     )
+
+
+def _make_solver(model: Identifier) -> Callable[[Params, ModelState], ModelState]:
+    """Builds `System.solve`; the sums of a model in closed form may lie in several processes."""
+    if not isinstance(model, PLDAIdentifier):
+        return lambda params, state: state
+    return lambda params, state: model.solve(*devices.fetch((params, state)))
 
 
 def _choose(field: str, value: str, known: Collection[str]) -> str:
     """Returns the value of a field; raises ValueError if it is unknown."""
     if value not in known:
-        raise ValueError(f"config.{field}='{value}': {suggest(value, known)}")
+        raise UserError(f"config.{field}='{value}': {suggest(value, known)}")
     return value
 
 
@@ -249,7 +260,7 @@ def _make_model_maker(
     return make_model
 
 
-def _make_fusions(
+def make_fusions(
     specs: Mapping[str, Any], modalities: Mapping[str, int], phase: str
 ) -> dict[str, FuseFn]:
     """Builds the fusions of a phase, `train` or `evaluate`; the default is all frames."""
@@ -347,7 +358,7 @@ def _check_precision(precision: str) -> str:
         with jax.default_matmul_precision(precision):
             return precision
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"config.matmul_precision='{precision}': jax knows default, high, highest, bfloat16, "
             "float32 and others"
         ) from error

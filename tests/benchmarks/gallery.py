@@ -21,14 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.gallery import front as front_lib
-from vidjax.gallery.blocks import Clip
 from vidjax.gallery.front import Front
-from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People
+from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 
 WIDTH = 512
-SETTINGS = Settings(within=0.8, between=0.75, scale=0.1, unenrolled=-2.0, stranger=5.0)
+SETTINGS = Settings(
+    within=0.8, between=0.75, scale=0.1, unenrolled=-2.0, stranger=-4.0, centred=1.0
+)
 TRIES = 20
 RUN = Origin("made-up", "0" * 64, centred=True)
 

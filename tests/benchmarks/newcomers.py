@@ -12,10 +12,6 @@ misnamed where 1 % or 10 % of the val distractors get a name, both by posterior.
 among people with val clips and as many training clips as possible: the column `clips` tells how
 many of the k clips they have on average. Seeds draw the newcomers and their clips; the synthetic
 dataset, too.
-
-The report of a PLDA run has a table of its own, by `vidjax.steps.newcomers`: of one run, at most a
-tenth of its people, with its settings, and without a gallery. Here the settings are fitted without
-the newcomers, too, and the search is that of a gallery on disk.
 """
 
 import argparse
@@ -34,17 +30,17 @@ from vidjax import config as config_lib
 from vidjax import fusion, metrics
 from vidjax.batch import Array, Frames
 from vidjax.data.clips import TrainingData
-from vidjax.gallery.blocks import Clip
 from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors
 from vidjax.modes.arguments import load_data
-from vidjax.steps.newcomers import MOST_NEWCOMERS, SHOTS
 from vidjax.steps.training_clips import values_of_clips
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "plda.py")
+MOST_NEWCOMERS = 100
+SHOTS = (1, 2, 5, 10)  # clips that newcomers are enrolled with
 RUN = Origin("none: vectors of frames", "0" * 64, centred=False)
 
 

@@ -71,10 +71,9 @@ SYSTEMS = (
     System("mma", "the iQIYI-VID paper: NetVLAD, attention between modalities", "0.8970"),
     System("cosine", "ours: unit vectors of all modalities, a cosine classifier with a margin"),
     System("plda", "ours: PLDA, likelihood ratios in closed form; nothing is trained"),
-    System("nplda", "the same, its vectors mapped by learned layers"),
 )
 # One row a configuration.
-HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma", "cosine", "plda", "nplda")
+HEADERS = ("knn", "fusion", "deepmef_scene", "dense", "noise", "mma", "cosine", "plda")
 
 
 # Runs.

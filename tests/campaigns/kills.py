@@ -105,7 +105,13 @@ class Run:
         self.like = like
         words = (f"--config.data.dir={official}", f"--config.data.mode={mode}")
         log_every = f"--config.log_every_steps={LOG_EVERY[mode]}"
-        self.words = (f"--workdir={self.workdir}", *CASES[case], *SMALL, *words, log_every)
+        self.words: tuple[str, ...] = (
+            f"--workdir={self.workdir}",
+            *CASES[case],
+            *SMALL,
+            *words,
+            log_every,
+        )
         for old in (self.workdir, self.cache):
             shutil.rmtree(old, ignore_errors=True)
         (folder / "programs").mkdir(parents=True, exist_ok=True)
@@ -134,8 +140,9 @@ class Run:
         assert process.code == 0, process.said()
 
     def finished(self) -> bool:
-        """Returns True if its results exist."""
-        return (self.workdir / "metrics.json").exists()
+        """Returns True if its results and pages exist."""
+        path = self.workdir / "metrics.json"
+        return path.exists() and json.loads(path.read_text())["finished"]
 
     def converted(self) -> bool:
         """Returns True if its records are complete."""
@@ -285,8 +292,8 @@ class Process:
         for folder in self._run.workdir.glob("checkpoints/*"):
             if not (folder / "manifest.json").exists():
                 yield folder
-        replaced = f"checkpoints/*/.manifest.json.{self._process.pid}.partial"
-        yield from self._run.workdir.glob(replaced)
+        replaced = self._run.workdir.glob("checkpoints/*/.manifest.json.*.partial")
+        yield from filter(self._is_new, replaced)
 
     def _is_new(self, path: Path) -> bool:
         try:

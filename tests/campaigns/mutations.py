@@ -113,6 +113,40 @@ def replace(path: Path, rng: random.Random) -> None:
 VICTIM = [Path("/nonexistent")]  # the file outside of the run that links lead to
 
 
+def add(path: Path, rng: random.Random) -> None:
+    """Puts a pipe, a link, an endless file, or text beside a file."""
+    beside = path.with_name(rng.choice(("_CHECKPOINT_METADATA.2", "a.npz", "x.json", ".zarray")))
+    beside.touch()
+    replace(beside, rng) if rng.random() < 0.8 else beside.write_text("{}")
+
+
+def link_folder(path: Path, rng: random.Random) -> None:
+    """Moves a folder above a file out of the run, and puts a link in its place."""
+    inside = path.parents[: len(path.parts) - len(COPY[0].parts) - 1]
+    if not inside:
+        return replace(path, rng)
+    folder, elsewhere = rng.choice(inside), VICTIM[0].with_name("elsewhere")
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.move(folder, elsewhere)
+    folder.symlink_to(elsewhere, target_is_directory=True)
+
+
+def forge(path: Path, rng: random.Random) -> None:
+    """Adds an older checkpoint that names files outside, behind a link, to be dropped."""
+    del path
+    checkpoints = COPY[0] / "checkpoints"
+    newest = checkpoints / str(max(checkpoint.manifests(COPY[0])))
+    forged = checkpoints / rng.choice(("0", ".dropped/0", "1"))
+    forged.mkdir(parents=True, exist_ok=True)
+    (forged / "state").symlink_to(VICTIM[0].parent, target_is_directory=True)
+    files = {VICTIM[0].name: hashlib.sha256(VICTIM[0].read_bytes()).hexdigest()}
+    manifest = checkpoint.read_manifest(newest) | {"step": int(forged.name), "files": files}
+    checkpoint._write_manifest(forged, manifest)
+
+
+COPY = [Path("/nonexistent")]  # the run that is mutated
+
+
 def change_value(path: Path, rng: random.Random) -> None:
     """Changes a value or a key of JSON; the digest of a manifest is made to agree."""
     try:
@@ -173,7 +207,7 @@ def change_array(path: Path, rng: random.Random) -> None:
 
 def mutations_of(name: str) -> list[Callable[[Path, random.Random], None]]:
     """Returns the mutations that make sense for a file."""
-    common = [flip, cut, insert, repeat, nest, remove, replace, replace]
+    common = [flip, cut, insert, repeat, nest, remove, replace, replace, add, link_folder, forge]
     if name.endswith((".json", ".jsonl")):
         return [*common, *[change_value] * 10]
     return [*common, *[change_array] * 10] if name.endswith(".npz") else common
@@ -310,15 +344,15 @@ def trials(folder: Path, count: int, seed: int, modes: tuple[str, ...]) -> Itera
         run_mode(words_of(mode, run, folder / "copies" / "copy", training))
     names, rng = files_of(run), random.Random(seed)
     outside = (folder / "victim", folder / "data", folder / "new", run)
-    before = digest(*outside)
     for number in range(count):
         name = names[number % len(names)]
         mutate, choice = rng.choice(mutations_of(name.name)), rng.random()
         for mode in modes:
-            copy = folder / "copies" / "copy"
+            copy = COPY[0] = folder / "copies" / "copy"
             shutil.rmtree(copy.parent, ignore_errors=True)
             shutil.copytree(run, copy)
             mutate(copy / name, random.Random(choice))
+            before = digest(*outside)
             try:
                 code, wrong = run_mode(words_of(mode, run, copy, training))
             except (Exception, TooLong) as error:

@@ -1,6 +1,7 @@
 """Official files with something wrong in them, from file to batch: counted, or one error."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_the_program_says_one_thing_about_a_bad_file(official: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     lines = [line for line in result.stderr.splitlines() if not line.startswith("converting")]
     wanted = "clip train007, face entry 0, feature has width 5, wanted 4"
-    assert lines == [f"{path}: {wanted}"]
+    assert lines == [f"vidjax: {path}: {wanted}"]
 
 
 # 7: a feature that is not finite.
@@ -449,6 +450,16 @@ def test_odd_names_come_back_and_make_no_path(tmp_path: Path, python: int) -> No
     assert not made & {"passwd", "absolute", "-rf", NAMES[0], NAMES[1]}
 
 
+def test_a_locale_of_ascii_is_told_where_names_are_not(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "\u00fc.npz", face=np.ones((1, DIM)))
+    code = "import sys; from vidjax.data import arrays; sys.exit(arrays.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, str(tmp_path), f"--cache_dir={tmp_path / 'cache'}"]
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(words, capture_output=True, env={**os.environ, **ascii_alone})
+    assert done.returncode == 2 and b"PYTHONUTF8=1" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1bb", "a\u2028b", "", ".mp4", " "])
 def test_a_control_character_in_a_name_is_refused(
     official: Path, refused: Refused, name: str
@@ -506,7 +517,7 @@ def test_identities_that_no_clip_shows_keep_their_columns(official: Path) -> Non
     split = data.split("train")
     assert data.identities == declared and split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]
     assert set(split.labels.tolist()) == {0, 1, 2, 3, 4}
-    with pytest.warns(UserWarning, match="clips show identities without a class column"):
+    with pytest.warns(UserWarning, match="the labels of .* name identities without a class column"):
         fewer = load(official).with_identities(("1", "2", "9"))
     assert set(fewer.split("train").labels.tolist()) == {0, 1, 2}
 

@@ -1,5 +1,6 @@
 """Run folders of strangers: links, pipes, bombs and paths in them end in an error and no harm."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,7 +10,6 @@ import sys
 import time
 import warnings
 import zipfile
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +17,14 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers import made_runs
+from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
-from vidjax import command_line, devices, ensemble, files, main, ownership
+from vidjax import command_line, devices, ensemble, errors, files, main, ownership
 from vidjax import config as config_lib
+from vidjax.data import arrays
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
-from vidjax.modes import arguments, check, evaluate, restore
-from vidjax.run import checkpoint, results, resume, seal
+from vidjax.modes import arguments, check, check_run, evaluate, restore
+from vidjax.run import checkpoint, parts, results, resume
 from vidjax.run import workdir as workdir_lib
 
 IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
@@ -35,13 +37,6 @@ READ = {
     "report": (*RESULTS, "config.json"),
     "compare": ("metrics.json", "identities.json", "analysis.npz", "config.json"),
     "evaluate": ("config.json", ".lock"),
-}  # fmt: skip
-MEASURE = {"value": 0.5, "gap": 0.0}
-NEWCOMER = {"shots": 1, "clips": 1.0, "map": MEASURE, "fnir": []}
-NEWCOMERS = {
-    **dict.fromkeys(("num_newcomers", "num_identities", "num_known", "num_strange"), 1),
-    **dict.fromkeys(("resamples", "fewest_identities"), 1),
-    "rows": [NEWCOMER], "trained": {"map": MEASURE, "fnir": []},
 }  # fmt: skip
 DEEP = b"[" * 200_000 + b"]" * 200_000
 # Runs a command after its imports, and prints its code, seconds of processor time, and memory.
@@ -121,14 +116,36 @@ def test_a_lock_that_is_a_link_leaves_its_target_alone(stranger, victim, capsys,
 
 
 def test_no_file_is_locked_that_vidjax_did_not_write(tmp_path, victim):
-    os.link(victim, tmp_path / ".lock")
-    with pytest.raises(ValueError, match="hard links"), workdir_lib.lock(tmp_path):
-        pass
-    (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").write_text("my notes")
     with pytest.raises(ValueError, match=r"move the file elsewhere"), workdir_lib.lock(tmp_path):
         pass
-    assert (tmp_path / ".lock").read_text() == "my notes" and victim.read_text() == "mine\n"
+    assert (tmp_path / ".lock").read_text() == "my notes"
+
+
+def test_a_file_of_several_names_keeps_its_content_under_the_others(tmp_path, victim):
+    """As a snapshot by `cp -al` makes them; or a stranger, of a file outside of the folder."""
+    empty = tmp_path / "empty"
+    empty.touch()
+    os.link(empty, tmp_path / ".lock")
+    with workdir_lib.lock(tmp_path):
+        pass
+    assert not empty.read_text()
+    os.link(victim, tmp_path / "metrics.jsonl")
+    with workdir_lib.open_log(tmp_path / "metrics.jsonl") as log:
+        workdir_lib.append(log, b"more\n")
+    assert victim.read_text() == "mine\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
+
+
+def test_a_threshold_that_is_no_number_is_refused(stranger):
+    """By it nobody would ever be named, in silence."""
+    path = stranger / "metrics.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"threshold_at_fpir_0.01": float("nan")}))
+    with pytest.raises(ValueError, match=r"threshold_at_fpir_0\.01 must be a number, not NaN"):
+        results.read_metrics(stranger)
+    path.write_text(json.dumps(values | {"threshold_at_fpir_0.01": float("inf")}))
+    results.read_metrics(stranger)
 
 
 @pytest.mark.parametrize("mode", READ)
@@ -205,21 +222,6 @@ def test_a_file_of_endless_size_is_not_read(stranger, capsys):
         path.write_bytes(content)
 
 
-def bomb(path, gigabytes=8):
-    """Writes an archive of a few megabytes that unpacks to gigabytes of zeros."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "<f8", "fortran_order": False, "shape": (gigabytes * GB // 8,)}
-    )
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("ap.npy", "w", force_zip64=True) as entry,
-    ):
-        entry.write(header.getvalue())
-        for _ in range(gigabytes * 64):
-            entry.write(bytes(GB // 64))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["check", "report", "compare"])
 def test_archives_that_unpack_to_gigabytes_are_refused_unread(stranger, mode):
@@ -293,33 +295,6 @@ def test_an_analysis_of_other_types_and_sizes_is_one_error(stranger, capsys, val
     assert code == 2 and "--mode=evaluate" in said
 
 
-@pytest.mark.parametrize(
-    "spoilt",
-    [
-        [1, 2],
-        {"reason": "clips"},
-        {"reason": ["labels"]},
-        {"rows": [NEWCOMER]},
-        NEWCOMERS | {"rows": [NEWCOMER | {"map": {"value": 7, "gap": 0}}]},
-        NEWCOMERS | {"rows": [NEWCOMER | {"map": {"value": 0.5}}]},
-        NEWCOMERS | {"rows": [NEWCOMER | {"shots": "<b>"}]},
-        NEWCOMERS | {"rows": [NEWCOMER] * 101},
-        NEWCOMERS | {"rows": [NEWCOMER | {"fnir": [MEASURE | {"rate": 0.1}]}]},
-        NEWCOMERS | {"trained": {"map": MEASURE, "fnir": [MEASURE]}},
-        NEWCOMERS | {"num_newcomers": -1},
-    ],
-)
-def test_newcomers_of_other_types_and_sizes_are_one_error(stranger, capsys, spoilt):
-    path, values = stranger / "analysis.npz", {"runs": [], "results": {}}
-    results.save_analysis(path, {**values, "newcomers": NEWCOMERS}, {})
-    code, said = complaint(capsys, *words_of("report", stranger))
-    assert code == 0, said
-    assert '<section id="newcomers"' in (stranger / "report.html").read_text()
-    results.save_analysis(path, {**values, "newcomers": spoilt}, {})
-    code, said = complaint(capsys, *words_of("report", stranger))
-    assert code == 2 and "--mode=evaluate" in said, said
-
-
 def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):
     (tmp_path / "run").mkdir()
     for name in ("metrics.jsonl", "noise.jsonl"):
@@ -327,8 +302,7 @@ def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):
         path.symlink_to(victim)
         with pytest.raises(ValueError, match="copy"):
             workdir_lib.open_log(path)
-    for name in (f".metrics.json.{os.getpid()}.partial", f".write-test-{os.getpid()}"):
-        (tmp_path / "run" / name).symlink_to(victim)
+    (tmp_path / "run" / "metrics.json").symlink_to(victim)
     workdir_lib.write_text(workdir_lib.make_workdir(tmp_path / "run") / "metrics.json", "{}")
     assert victim.read_text() == "mine\n"
     assert (tmp_path / "run" / "metrics.json").read_text() == "{}"
@@ -370,51 +344,272 @@ def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, vic
         checkpoint.verify(folder)
 
 
-def write_config(folder, *overrides, sealed):
-    """Writes a run's `config.json`, by this user's program or by a stranger's."""
+ITEMS = {"params": {"kernel": np.arange(3.0, dtype=np.float32)}}
+
+
+def save(folder, *steps):
+    """Saves small checkpoints and returns the folder of the last one."""
+    for step in steps:
+        checkpoint.save(folder, step, ITEMS, {})
+    return folder / "checkpoints" / str(steps[-1])
+
+
+def load(folder):
+    """Loads what `save` has saved, within the seconds of an alarm."""
+    everywhere = devices.replicated(devices.make_mesh(1))
+    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+        found = checkpoint.restore_latest(folder, lambda manifest: (ITEMS, everywhere))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("place", ["0", ".dropped/0"])
+@pytest.mark.parametrize("link", ["state", "state/sub", ""])
+def test_pruning_deletes_nothing_behind_a_link(tmp_path, place, link):
+    """An older step lists the files of another folder, to which a link in it leads."""
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    (outside / "sub").mkdir(parents=True)
+    for name in ("thesis.tex", "sub/photo.jpg", "manifest.json"):
+        (outside / name).write_text("mine")
+    save(folder, 0, 1)
+    theirs = folder / "checkpoints" / "0"
+    manifest = checkpoint.read_manifest(theirs)
+    manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
+    checkpoint._write_manifest(theirs, manifest)
+    shutil.rmtree(theirs / "state")
+    if link == "state/sub":
+        (theirs / "state").mkdir()
+    elif not link:
+        shutil.copy(theirs / "manifest.json", outside / "manifest.json")
+        (outside / "state").symlink_to(outside)
+        shutil.rmtree(theirs)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    (theirs / link).symlink_to(outside, target_is_directory=True)
+    if place != "0":
+        (folder / "checkpoints" / ".dropped").mkdir()
+        theirs.rename(folder / "checkpoints" / place)
+    save(folder, 2, 3, 4)
+    assert load(folder)[1]["step"] == 4
+    assert before == {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_holds_its_own_files_and_no_others(tmp_path):
+    """Orbax would wait for a pipe, or read a device without an end."""
+    state = save(tmp_path, 1, 2) / "state"
+    assert load(tmp_path)[1]["step"] == 2
+    for make in (
+        lambda path: path.write_text("{}"),
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(tmp_path, target_is_directory=True),
+    ):
+        for name in ("_CHECKPOINT_METADATA.2", "params/.zarray", "new/.zarray"):
+            path = state / name
+            path.parent.mkdir(exist_ok=True)
+            make(path)
+            with pytest.raises(checkpoint.DamagedError, match=path.name):
+                checkpoint.verify(state.parent)
+            found = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
+            with pytest.raises(checkpoint.DamagedError, match=path.name), mutations.alarm():
+                checkpoint.load(found, ITEMS, devices.replicated(devices.make_mesh(1)))
+            path.unlink()
+    checkpoint.verify(state.parent)
+
+
+def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
+    real = save(tmp_path / "other", 1)
+    save(tmp_path / "run", 0)
+    link = tmp_path / "run" / "checkpoints" / "1"
+    before = (real / "manifest.json").read_bytes()
+    for leads in (link, link / "state", link / "state" / "params"):
+        shutil.rmtree(link, ignore_errors=True)
+        if leads != link:
+            shutil.copytree(real, link)
+            shutil.rmtree(leads)
+        leads.symlink_to(real / leads.relative_to(link), target_is_directory=True)
+        with pytest.raises(checkpoint.DamagedError, match="is a link"):
+            checkpoint.verify(link)
+        assert load(tmp_path / "run")[1]["step"] == 0
+        leads.unlink(missing_ok=True)
+        shutil.rmtree(link.with_name("1.damaged"), ignore_errors=True)
+        link.with_name("1.damaged").unlink(missing_ok=True)
+    link.symlink_to(real, target_is_directory=True)
+    checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
+    assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before
+
+
+def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path):
+    """It takes no room on the disk; by its shapes, it could be as large."""
+    folder = save(tmp_path, 1)
+    manifest = checkpoint.read_manifest(folder)
+    manifest["arrays"] = {"a": f"float32[{1 << 40}]"}
+    checkpoint._write_manifest(folder, manifest)
+    os.truncate(folder / "state" / max(manifest["files"]), 500 * GB)
+    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="holes"):
+        checkpoint.verify(folder)
+    dense = tmp_path / "dense"
+    dense.write_bytes(b"\1" * (files.LARGE_BYTES + 1))
+    assert len(files.read_bytes(dense, GB)) == files.LARGE_BYTES + 1
+
+
+def test_thousands_of_wrong_parts_are_told_once(tmp_path, capsys):
+    for number in range(1, 301):
+        folder = tmp_path / "parts" / "val" / f"{number}-of-300"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}" if number % 2 else "{")
+    found = list(check_run.check_run(config_lib.default(), tmp_path))
+    told = [text for items in found for _, text in items if "parts/val" in text]
+    assert len(told) == 1 and "1-of-300" in told[0] and "299 more" in told[0]
+
+
+@pytest.mark.parametrize("level", ["parts", "parts/val", "parts/val/1-of-1"])
+def test_parts_behind_a_link_are_neither_read_nor_cleared(tmp_path, victim, level):
+    real, one = tmp_path / "real" / level, parts.Shard(1, 1)
+    folder = real / "val/1-of-1" if level == "parts" else real
+    folder = folder / "1-of-1" if level == "parts/val" else folder
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "mine.npz").write_text("mine")
+    (tmp_path / "run" / level).parent.mkdir(parents=True)
+    (tmp_path / "run" / level).symlink_to(real, target_is_directory=True)
+    place = tmp_path / "run/parts/val/1-of-1"
+    for read in (
+        lambda: parts.folder_of(tmp_path / "run", "val", one),
+        lambda: parts.clear(place),
+        lambda: parts.read(place, "val", one),
+    ):
+        with pytest.raises(ValueError, match="is a link"):
+            read()
+    assert (folder / "mine.npz").read_text() == "mine"
+    make_pipe = folder / "manifest.json"
+    make_pipe.unlink()
+    os.mkfifo(make_pipe)
+    with mutations.alarm(), pytest.raises(ValueError, match="is a pipe"):
+        parts.read(tmp_path / "real/parts/val/1-of-1", "val", one)
+
+
+@pytest.mark.parametrize("module", ["vidjax", "vidjax.main"])
+def test_modules_of_the_present_folder_are_not_run(tmp_path, module):
+    """A stranger's folder may hold a `json.py`, and the user may stand in it."""
+    for name in ("json", "numpy", "typing", "contextlib", "argparse", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"open('{name}.ran', 'w').close()")
+    command = [sys.executable, "-B", "-m", module, "--mode=check", "--config=knn", "--workdir=no"]
+    env = {name: text for name, text in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.glob("*.ran"))
+
+
+# ---- clips to rank and identify
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Clips of one's own, and a cache that holds their records."""
+    folder = tmp_path_factory.mktemp("shared")
+    rng = np.random.default_rng(0)
+    clips = {f"{split}_{i}": (split, i) for split in ("train", "val") for i in range(3)}
+    made: dict[str, dict] = {"train": {}, "val": {}}
+    for name, (split, _) in clips.items():
+        made[split][name] = {"face": rng.normal(size=(2, 4)).astype(np.float32)}
+    arrays.load(made, {name: "p" for name in clips}, cache_dir=folder)
+    return folder, made, {name: "p" for name in clips}
+
+
+def reload(folder, converted):
+    """Loads the records of a copy of the cache, all of them."""
+    _, made, names = converted
+    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+        data = arrays.load(made, names, cache_dir=folder)
+        return [len(clips) for clips, _ in data.packed("train", ("face",))]
+
+
+def test_a_shared_cache_is_opened_as_a_run_folder_is(tmp_path, converted):
+    """Another user puts pipes, links, devices and files of holes in place of its files."""
+    (records,) = (path.parent for path in converted[0].rglob("manifest.json"))
+    places = [path.relative_to(converted[0]) for path in sorted(records.rglob("*.*"))]
+    wanted = {"manifest.json", "index.npz", "data_report.json"}
+    places = [
+        place for place in places if place.name in wanted or "train.tfrecord-00000" in place.name
+    ]
+    assert len(places) == 4
+    for number, place in enumerate(places):
+        for kind in ("pipe", "device", "link", "folder", "holes", "{}", "[[["):
+            cache = tmp_path / f"{number}{kind[0]}"
+            shutil.copytree(converted[0], cache)
+            path = cache / place
+            path.unlink()
+            if kind == "pipe":
+                os.mkfifo(path)
+            elif kind == "folder":
+                path.mkdir()
+            elif kind == "holes":
+                path.touch()
+                os.truncate(path, 500 * GB)
+            elif kind in ("device", "link"):
+                path.symlink_to("/dev/zero" if kind == "device" else converted[0] / place)
+            else:
+                path.write_text(kind * 1000)
+            with pytest.raises(errors.UserError) as caught:
+                reload(cache, converted)
+            assert len(str(caught.value).splitlines()) <= 3 and "delete" in str(caught.value), kind
+    kind = records.parent.name
+    shutil.rmtree(tmp_path / "0p")
+    (tmp_path / "0p").mkdir()
+    (tmp_path / "mine" / "x.partial").mkdir(parents=True)
+    (tmp_path / "0p" / kind).symlink_to(tmp_path / "mine", target_is_directory=True)
+    with pytest.raises(errors.UserError, match="is a link"):
+        reload(tmp_path / "0p", converted)
+    assert (tmp_path / "mine" / "x.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["modalities"]["face"].update(dim=1 << 40),
+        lambda m: m["modalities"]["face"].update(dtype="O"),
+        lambda m: m["splits"]["train"].update(records=1 << 40),
+        lambda m: m["splits"]["train"]["shards"][0].update(path="../../../../secret.tfrecord"),
+        lambda m: m["splits"]["train"]["shards"][0].update(path="/etc/hostname"),
+        lambda m: m["splits"]["train"]["shards"][0].update(records=-1),
+        lambda m: m["splits"]["train"]["shards"][0].update(size=1 << 60, mtime_ns=0),
+        lambda m: m["splits"]["train"].update(shards=5),
+        lambda m: m.update(splits=[]),
+        lambda m: m.update(sha256={}),
+    ],
+)
+def test_a_manifest_of_records_that_agrees_with_itself_is_checked(tmp_path, converted, change):
+    shutil.copytree(converted[0], tmp_path / "cache")
+    (path,) = (tmp_path / "cache").rglob("manifest.json")
+    values = json.loads(path.read_text())
+    del values["manifest_sha256"]
+    change(values)
+    digest = hashlib.sha256(f"{json.dumps(values, indent=1)}\n".encode()).hexdigest()
+    path.write_text(f"{json.dumps({**values, 'manifest_sha256': digest}, indent=1)}\n")
+    with pytest.raises(errors.UserError, match="to convert again"):
+        reload(tmp_path / "cache", converted)
+
+
+def write_config(folder, *overrides):
+    """Writes a run's `config.json` as a stranger may."""
     config = config_lib.override(config_lib.default(), overrides)
     folder.mkdir(exist_ok=True)
-    if sealed:
-        seal.write_config(folder, config)
-    else:
-        (folder / "config.json").write_text(config_lib.to_json(config))
+    (folder / "config.json").write_text(config_lib.to_json(config))
     return folder
 
 
-def evaluated(folder, *overrides):
-    """Returns the configuration that an evaluation of a folder would use."""
-    words = ["--mode=evaluate", f"--workdir={folder}", *overrides]
-    return arguments.for_evaluation(command_line.parse(words))[0]
-
-
-def test_paths_of_a_stranger_need_the_users_word(tmp_path):
-    """Those that this user's vidjax wrote need none, wherever the folder of the run is moved."""
-    words = ("--config.data.name=arrays", f"--config.data.dir={tmp_path}/data")
-    theirs = write_config(tmp_path / "theirs", *words, sealed=False)
-    with pytest.raises(ValueError, match=rf"--config\.data\.dir={tmp_path}/data"):
-        evaluated(theirs)
-    assert evaluated(theirs, "--config.data.dir=other").data.dir == "other"
-    own = write_config(tmp_path / "own", *words, sealed=True)
-    assert evaluated(own).data.dir == f"{tmp_path}/data"
-    assert evaluated(Path(shutil.move(own, tmp_path / "moved"))).data.dir == f"{tmp_path}/data"
-    shutil.copy(tmp_path / "moved" / seal.FILE, theirs)  # a seal is of these paths alone
-    write_config(theirs, "--config.data.name=arrays", "--config.data.dir=/etc", sealed=False)
-    with pytest.raises(ValueError, match=r"--config\.data\.dir"):
-        evaluated(theirs)
-    joined = write_config(tmp_path / "joined", "--config.join.runs=a,b", sealed=False)
-    with pytest.raises(ValueError, match=r"--runs=a,b"):
-        evaluated(joined)
-    assert evaluated(write_config(joined, "--config.join.runs=a,b", sealed=True)).join.runs
-
-
-def test_a_foreign_cache_is_not_used(tmp_path):
+def test_no_folder_names_a_cache(tmp_path):
     """Compiled programs of a stranger would run in this process."""
-    words = (f"--config.data.cache_dir={tmp_path}/theirs/cache",)
-    theirs = write_config(tmp_path / "theirs", *words, sealed=False)
-    with pytest.warns(UserWarning, match=r"--config\.data\.cache_dir="):
-        assert evaluated(theirs).data.cache_dir is None
-    own = write_config(tmp_path / "own", *words, sealed=True)
-    assert evaluated(own).data.cache_dir == f"{tmp_path}/theirs/cache"
+    cache = f"--config.data.cache_dir={tmp_path}/theirs/cache"
+    theirs = write_config(tmp_path / "theirs", cache)
+    for mode in ("evaluate", "check"):
+        args = command_line.parse([f"--mode={mode}", f"--workdir={theirs}"])
+        config = {"evaluate": arguments.for_evaluation, "check": arguments.for_check}[mode](args)[0]
+        assert config is not None and config.data.cache_dir is None
+    given = command_line.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
+    assert arguments.for_evaluation(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    resume.write_config(theirs, config_lib.override(config_lib.default(), [cache]))
+    assert str(tmp_path) not in (theirs / "config.json").read_text()
 
 
 @pytest.mark.slow
@@ -430,7 +625,6 @@ def test_programs_in_a_strangers_cache_are_not_run(vidjax_command, tmp_path):
     (cache / "programs").mkdir(parents=True)
     done = vidjax_command("--mode=evaluate", f"--workdir={folder}")
     assert done.returncode == 0, done.stderr
-    assert "--config.data.cache_dir" in done.stderr
     assert list(cache.rglob("*")) == [cache / "programs"]
 
 
@@ -463,27 +657,17 @@ def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])
 
 
-def test_a_key_that_others_may_know_seals_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    first = ownership.seal(b"content")
-    assert first is not None and ownership.is_sealed(b"content", first)
-    assert not ownership.is_sealed(b"other", first)
-    key = next((tmp_path / "cache").iterdir())
-    assert key.stat().st_mode & 0o777 == 0o600 and key.stat().st_size == 32
-    key.chmod(0o644)
-    assert not ownership.is_sealed(b"content", first)
-    second = ownership.seal(b"content")
-    assert second not in (None, first)
-    assert next((tmp_path / "cache").iterdir()).stat().st_mode & 0o777 == 0o600
-
-
-def test_a_relative_folder_is_the_same_from_everywhere(tmp_path, monkeypatch):
+def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    words = ("--config.data.name=arrays", "--config.data.dir=features")
-    run = write_config(tmp_path / "run", *words, sealed=True)
+    words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
+    resume.write_config(tmp_path, config_lib.override(config_lib.default(), words))
     monkeypatch.chdir(tmp_path)
-    assert evaluated(run).data.dir == f"{tmp_path}/here/features"
+    data = config_lib.load_workdir(tmp_path).data
+    assert (data.dir, data.weights) == (
+        f"{tmp_path}/here/features",
+        f"{tmp_path}/here/weights.txt",
+    )
 
 
 @pytest.mark.slow
@@ -498,7 +682,7 @@ def test_a_finished_run_gets_no_other_configuration(vidjax_command, official_dir
     allow = ("--config.optim.learning_rate=0.5", "--config.resume.allow=optim.learning_rate")
     for changes in (allow, allow[:1]):
         done = vidjax_command(*words, *changes)
-        assert done.returncode == 2 and "--workdir" in done.stderr
+        assert done.returncode == 2 and "another workdir" in done.stderr
     assert "metrics.json" in {path.name for path in before}
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*[!k]")}
 

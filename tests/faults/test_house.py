@@ -116,7 +116,7 @@ def test_a_package_of_the_core_is_missing(without, tmp_path, name):
 def test_a_check_without_tensorflow(without):
     done = run("--mode=check", "--config=configs/mma.py", env=without("tensorflow"))
     assert done.returncode == 2
-    assert "FAULT    TensorFlow: no data can be read" in done.stdout
+    assert "pip install 'vidjax[train]'" in done.stdout
     assert done.stderr == ""
 
 

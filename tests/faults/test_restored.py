@@ -1,10 +1,14 @@
 """Clips that do not fit a restored run, and numbers of clips at the edges (row 40)."""
 
+import resource
+import shutil
+
 import numpy as np
 import pytest
 
 import vidjax
 from tests.helpers import small_runs
+from vidjax.run import checkpoint
 
 pytestmark = pytest.mark.slow  # it trains first
 WIDTH = 24
@@ -69,3 +73,15 @@ def test_exact_dtypes_get_the_same_scores(run, dtype):
     }
     others = {name: {"face": clip["face"].astype(dtype)} for name, clip in clips.items()}
     np.testing.assert_allclose(run.scores(others), run.scores(clips), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["num_identities", "num_clusters", "padded_columns"])
+def test_sizes_of_a_manifest_that_cannot_be_fill_no_memory(run, tmp_path, size):
+    folder = shutil.copytree(run.workdir, tmp_path / "theirs")
+    for step, manifest in checkpoint.manifests(folder).items():
+        changed = {**manifest, size: 2**31 - 1}
+        checkpoint._write_manifest(folder / "checkpoints" / str(step), changed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):
+        vidjax.restore(folder, num_devices=1).scores(faces(2))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB

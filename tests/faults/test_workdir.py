@@ -1,6 +1,7 @@
 """Faults of workdirs: nowhere to write, a folder in use, logs cut by a kill, a full disk."""
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -171,3 +173,26 @@ def test_a_lock_is_held_on_a_full_disk_too(tmp_path):
         workdir_lib.lock(tmp_path),
     ):
         pass
+
+
+def test_a_check_that_looks_at_the_lock_stops_no_training(tmp_path):
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock", "rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+        timer.start()
+        with workdir_lib.lock(tmp_path):
+            pass
+        timer.join()
+
+
+def test_a_folder_of_features_is_none_of_a_run(tmp_path, capsys):
+    data = tmp_path / "ok"
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+        np.savez(data / split / f"{split}.npz", face=np.ones((1, 4), np.float32))
+    before = sorted(data.rglob("*"))
+    words = ["--config=knn:face", "--config.data.name=arrays", f"--config.data.dir={data}"]
+    assert main.main([*words, f"--workdir={data}"]) == 2
+    assert "another folder for the run" in capsys.readouterr().err
+    assert sorted(data.rglob("*")) == before

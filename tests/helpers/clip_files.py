@@ -1,6 +1,8 @@
 """Writes feature pickles as the official ones are laid out, of any content a test wants."""
 
+import io
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -93,3 +95,18 @@ def write_learnable(
         if split != "test":
             truth = {n: str(i) for n, i in zip(names, labels, strict=True) if i}
             write_truth(directory, split, truth)
+
+
+def bomb(path: Path, gigabytes: float = 8.0) -> None:
+    """Writes an archive of a few megabytes that unpacks to gigabytes of zeros."""
+    size, header = int(gigabytes * (1 << 30)), io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (size // 8,)}
+    )
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("ap.npy", "w", force_zip64=True) as entry,
+    ):
+        entry.write(header.getvalue())
+        for _ in range(size >> 24):
+            entry.write(bytes(1 << 24))

@@ -1,23 +1,20 @@
-"""Galleries of made-up vectors: two parts, files of eight clips."""
+"""Galleries of made-up vectors: two parts."""
+
+import contextlib
+import json
+import sqlite3
 
 import numpy as np
-import pytest
 
 from vidjax.gallery import front as front_lib
 from vidjax.gallery import store
-from vidjax.gallery.blocks import Clip
-from vidjax.gallery.manifest import Origin
 from vidjax.gallery.people import People
+from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 
 WIDTHS = {"face": 8, "audio": 5}
-SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0)
+SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
 RUN = Origin("somewhere", "0" * 64, centred=False)
-
-
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes files of at most 8 clips, or of one person."""
-    monkeypatch.setattr(store, "BUCKET_BYTES", 1)
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> Clip:
@@ -47,7 +44,7 @@ def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, Clip]:
     return clips | {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
 
 
-def make_front() -> front_lib.Front:
+def make_front(settings: Settings = SETTINGS) -> front_lib.Front:
     """Returns a front that is fitted to other people."""
     rng = np.random.default_rng(99)
     labels = np.repeat(np.arange(1, 31), 3)
@@ -55,13 +52,13 @@ def make_front() -> front_lib.Front:
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
         vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    return front_lib.fit(vectors, labels, centred=False, settings=SETTINGS)
+    return front_lib.fit(vectors, labels, centred=False, settings=settings)
 
 
-def make(folder, clips=None, *, sync: bool = False) -> People:
+def make(folder, clips=None, *, sync: bool = False, settings: Settings = SETTINGS) -> People:
     """Makes a gallery, of `make_clips` unless told otherwise."""
     clips = make_clips() if clips is None else clips
-    return People.create(folder, RUN, make_front(), clips, sync=sync)
+    return People.create(folder, RUN, make_front(settings), clips, sync=sync)
 
 
 def answers(people: People, count: int = 6) -> list[list[tuple[str, float]]]:
@@ -71,10 +68,12 @@ def answers(people: People, count: int = 6) -> list[list[tuple[str, float]]]:
     return [people.index.best(logs, 10**6) for logs in people.log_probabilities(parts)]
 
 
-def contents(folder) -> dict[str, bytes]:
-    """Returns name -> bytes of all files but the lock, with 0 as the version of the manifest."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-    head, _, rest = files["manifest.json"].partition(b'"version": ')
-    rest = rest.partition(b",")[2]
-    # The manifest's own sha256 covers the version, and stands at its end.
-    return files | {"manifest.json": head + rest.rpartition(b'"sha256": ')[0]}
+def contents(folder) -> dict[str, list]:
+    """Returns the rows of all tables, but for the version, the token and the sha256 with them."""
+    with contextlib.closing(sqlite3.connect(folder / store.NAME)) as connection:
+        found = {
+            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
+            for table in store.SCHEMA
+        }
+    ((facts, _),) = found["gallery"]
+    return found | {"gallery": [json.loads(facts) | {"version": 0, "token": ""}]}

@@ -21,7 +21,6 @@ SMALL = {
     "mma": ("--config.model.embed_dim=16", "--config.model.num_clusters=2", MODALITIES),
     "cosine": ("--config.model.embed_dim=16", MODALITIES),
     "knn": (),
-    "nplda": (MODALITIES,),
     "plda": (MODALITIES,),
     "quality_fusion": (LAYER,),
     "residual_dense": ("--config.model.{main}width=8",),

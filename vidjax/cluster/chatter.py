@@ -5,6 +5,7 @@ read JSON. And where the coordinator is gone, they abort this process with a sta
 handler in Python can prevent. A child process, which outlives this one, reads what they print.
 """
 
+import io
 import os
 import re
 import subprocess
@@ -40,7 +41,10 @@ def divert(lost: str) -> None:
 
 
 def main() -> None:
-    """Prints the lines of the standard input that are no noise."""
+    """Prints the lines of the standard input that are no noise, whatever their bytes."""
+    for stream in (sys.stdin, sys.stdout):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in sys.stdin:
         if LOST in line:
             sys.stdout.write(sys.argv[1] + "\n")

@@ -11,6 +11,7 @@ import jax
 
 from vidjax.cluster import members, watch
 from vidjax.cluster.place import AUTO, Place
+from vidjax.errors import UserError
 
 START_SECONDS = 300  # within which all processes must have started
 # Far more than `watch` waits: jax ends a process by an abort, without a message.
@@ -77,11 +78,11 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160].rstrip(".")
         if place.coordinator == AUTO:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator=auto: no launcher of a cluster says who the others are: {reason}\n"
                 "name them: --coordinator=HOST:PORT --num_processes=N --process_id=I"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"--coordinator={place.coordinator}: cannot join the other processes: {reason}\n"
             "is the port free, and is each --process_id used once?"
         ) from error
@@ -119,7 +120,7 @@ def _check_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--coordinator: cannot listen on port {port}: {error.strerror}\n"
                 "choose another port, the same in every process"
             ) from error

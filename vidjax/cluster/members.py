@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
+from vidjax.errors import UserError
+
 Value = TypeVar("Value")  # of JSON, without tuples
 
 WAIT_MS = 24 * 3600 * 1000  # `watch` ends the process long before, if another one is gone
@@ -132,8 +134,8 @@ class Rounds:
     """
 
     def __init__(self) -> None:
-        self._next = self._step = 0
-        self._time = time.monotonic()
+        self._next = 0
+        self._last: tuple[int, float] | None = None  # step and time of the last round
 
     def exchange(self, step: int, values: list[int]) -> list[list[int]]:
         """Returns the values of all processes, [] if this step has no round.
@@ -146,10 +148,13 @@ class Rounds:
             return []
         if count() == 1:
             return [values]
-        seconds = time.monotonic() - self._time
-        wait = max(1, int((step - self._step) * ROUND_SECONDS / max(seconds, 1e-3)))
+        wait = 1  # a resumed run begins at any step, and its first one compiles
+        if self._last:
+            steps, seconds = step - self._last[0], time.monotonic() - self._last[1]
+            # A round after few steps, which were fast by chance, does not put off the next by many.
+            wait = min(2 * steps, max(1, int(steps * ROUND_SECONDS / max(seconds, 1e-3))))
         rows = by_devices([wait, *values])
-        self._next, self._step, self._time = step + rows[0][0], step, time.monotonic()
+        self._next, self._last = step + rows[0][0], (step, time.monotonic())
         return [row[1:] for row in rows]
 
 
@@ -168,7 +173,7 @@ def check_same(facts: Mapping[str, Any], remedy: str) -> None:
         for name in sorted(plain.keys() | theirs.keys()):
             here, there = plain.get(name), theirs.get(name)
             if here != there:
-                raise ValueError(
+                raise UserError(
                     f"{name}: {_shown(here)} in process {number()}, {_shown(there)} in process "
                     f"{other}\n{remedy}"
                 )

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from vidjax.errors import UserError
+
 AUTO = "auto"  # the address that stands for what the launcher of the cluster says
 FLAGS = ("--coordinator", "--num_processes", "--process_id")
 
@@ -36,23 +38,23 @@ class Place(NamedTuple):
             return cls(AUTO, None, None)
         missing = [flag for flag in flags if flag not in given]
         if missing or coordinator == AUTO:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(given)}: several processes need all of {', '.join(FLAGS)},\n"
                 "or --coordinator=auto alone under Slurm, Open MPI, Kubernetes or on a TPU pod"
             )
         host, colon, port = str(coordinator).rpartition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(
+            raise UserError(
                 f"--coordinator={coordinator}: not HOST:PORT\n"
                 "name the machine of process 0 and a free port: --coordinator=10.0.0.1:9876"
             )
         numbers = []
         for flag, value in (("--num_processes", count), ("--process_id", number)):
             if not str(value).isdecimal():
-                raise ValueError(f"{flag}={value}: not a number from 0 on")
+                raise UserError(f"{flag}={value}: not a number from 0 on")
             numbers.append(int(str(value)))
         if numbers[1] >= numbers[0]:
-            raise ValueError(
+            raise UserError(
                 f"--process_id={number}: must be below --num_processes={count}\n"
                 "the processes have the numbers 0, 1, ... of one each"
             )

@@ -56,6 +56,7 @@ class Watch:
         self._last: dict[int, Beat] = {}
         self._beats = 0
         self._ended = self._failed = False
+        self._writing = threading.Lock()  # a beat under way must not follow the reason of the end
         # Two threads: a call to a stopped coordinator may never return.
         for target in (self._beat, self._look):
             threading.Thread(target=target, daemon=True).start()
@@ -96,11 +97,12 @@ class Watch:
                 return
 
     def _write(self, end: str = "") -> None:
-        self._beats += 1
-        beat = Beat(self._beats, self._where, end)
-        members.table().key_value_set(
-            f"{_KEY}/{self._number}", json.dumps(beat), allow_overwrite=True
-        )
+        with self._writing:
+            if self._ended and not end:
+                return
+            self._beats += 1
+            beat = json.dumps(Beat(self._beats, self._where, end))
+            members.table().key_value_set(f"{_KEY}/{self._number}", beat, allow_overwrite=True)
 
     def _beat(self) -> None:
         """Writes that this process is there, and reads who else is."""

@@ -28,22 +28,22 @@ import os
 import sys
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidjax import messages
 from vidjax.data import parts
+from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import NonFinite, Quality, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.processes import num_cores
 from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
-from vidjax.digests import sha256_file
+from vidjax.errors import NoFileError, UserError
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset
@@ -89,7 +89,7 @@ def load(
     if isinstance(source, Mapping):
         opened, origin = FeatureDict(source, labels, quality), Origin("arrays")
     else:
-        opened = FeatureFolder(source, labels, quality)
+        opened = FeatureFolder(source, labels, quality, digests=Digests(cache_dir))
         origin = Origin.of_folder("arrays", source)
     return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
@@ -120,7 +120,7 @@ class FeatureDict:
         """
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
-                raise ValueError(
+                raise UserError(
                     f"'{show(str(split))}' is not the name of a split, or its value is not a dict\n"
                     "wanted {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
@@ -130,7 +130,7 @@ class FeatureDict:
     def _clips(self, split: str) -> Iterator[Clip]:
         for name, modalities in self._splits[split].items():
             if not isinstance(modalities, Mapping):
-                raise ValueError(
+                raise UserError(
                     f"{split}: clip '{show(str(name))}' is of type {type(modalities).__name__}, "
                     "wanted {modality: features}"
                 )
@@ -182,6 +182,7 @@ class FeatureFolder:
         labels: LabelSource = None,
         quality: Quality = "given",
         workers: int | None = None,
+        digests: Digests = IN_DEFAULT,
     ):
         """Finds the files of each split.
 
@@ -191,6 +192,7 @@ class FeatureFolder:
           quality: as in `load`.
           workers: number of processes that read; None for one per core, or fewer where there is
             little to read.
+          digests: where digests of the files are kept.
 
         Raises:
           FileNotFoundError: no such folder, or no features in it.
@@ -198,9 +200,8 @@ class FeatureFolder:
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         self._quality: Quality = check_quality(quality)
-        self._workers = workers
+        self._workers, self._kept = workers, digests
         self._files = files_by_split(self._folder)
-        self._digests: dict[str, tuple[list[tuple[int, ...]], str]] = {}
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
@@ -220,18 +221,10 @@ class FeatureFolder:
                 "quality": self._quality,
                 "split": split,
                 "files": len(paths),
-                "sha256": self._digest(split),
+                "sha256": digest_files(paths, self._kept, self._workers),
             }
             for split, paths in self._files.items()
         ]
-
-    def _digest(self, split: str) -> str:
-        """Returns the sha256 of the files of a split; that of an earlier call if none changed."""
-        states = [_state(path) for path in self._files[split]]
-        if split not in self._digests or self._digests[split][0] != states:
-            digest = _digest_files(self._files[split], self._workers or num_cores())
-            self._digests[split] = states, digest
-        return self._digests[split][1]
 
     def file_of(self, modality: str, split: str) -> Path:
         """Returns the table of a split, or the folder of its clips."""
@@ -258,21 +251,22 @@ class FeatureFolder:
         return load_label_table(self._labels, clips)
 
 
+NO_NPY = "\na clip is made by numpy.savez('CLIP.npz', face=array): an .npy file names no modality"
+
+
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
     """Returns split -> its parquet table, or the `.npz` files of its clips."""
     if not folder.is_dir():
         problem = "not a folder" if folder.exists() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {problem}")
+        raise NoFileError(f"{folder}: {problem}")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:
         table, clips = folder / f"{split}.parquet", folder / split
         check_file(table)
         if os.path.lexists(clips) and not clips.is_dir():
-            raise ValueError(
-                f"{clips}: not a folder of CLIP.npz: rename it, or put the clips there"
-            )
+            raise UserError(f"{clips}: not a folder of CLIP.npz: rename it, or put the clips there")
         if table.is_file() and clips.is_dir():
-            raise ValueError(f"{folder}: {split}.parquet and a folder {split}: keep one")
+            raise UserError(f"{folder}: {split}.parquet and a folder {split}: keep one")
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
@@ -281,9 +275,10 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
             refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
-        raise FileNotFoundError(
+        hint = NO_NPY if any(folder.glob("*.npy")) else ""
+        raise NoFileError(
             f"{folder}: no features here: looked for SPLIT/CLIP.npz and SPLIT.parquet,\n"
-            "such as train/one.npz; splits are train, val and test"
+            f"such as train/one.npz; splits are train, val and test{hint}"
         )
     return files
 
@@ -294,33 +289,13 @@ def _npz_files(folder: Path) -> list[Path]:
         entries = sorted((one for one in found if one.name[0] != "."), key=lambda one: one.name)
     for entry in entries:
         if not entry.name.endswith(".npz") or not entry.is_file():
-            raise ValueError(
-                f"{entry.path}: not a clip: {folder.name} holds CLIP.npz, nothing else"
+            hint = NO_NPY if entry.name.endswith(".npy") else ""
+            raise UserError(
+                f"{entry.path}: not a clip: {folder.name} holds CLIP.npz, nothing else{hint}"
             )
     if not entries:
-        raise FileNotFoundError(f"{folder}: holds no CLIP.npz")
+        raise NoFileError(f"{folder}: holds no CLIP.npz")
     return [folder / entry.name for entry in entries]
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Returns what the file system changes with every byte that is written to a file."""
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _digest_files(paths: Sequence[Path], workers: int) -> str:
-    """Returns the sha256 of the names and contents of files, some of which are read at once."""
-    sha256 = hashlib.sha256()
-    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
-    with ThreadPoolExecutor(workers) as threads:
-        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
-            for path, digest in zip(group, digests, strict=True):
-                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
-    return sha256.hexdigest()
-
-
-def _sha256_each(paths: Sequence[Path]) -> list[str]:
-    return [sha256_file(path) for path in paths]
 
 
 def _digest(clips: Iterable[Clip]) -> str:
@@ -338,17 +313,28 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a folder, prints its report and returns the exit code."""
-    from vidjax.data.records.command import convert_folder, make_parser
+    words = list(sys.argv[1:] if argv is None else argv)
 
-    parser = make_parser("vidjax.data.arrays", "Convert a folder of features of your own.")
-    parser.add_argument(
-        "--quality", choices=typing.get_args(Quality), default="given", help="config.data.quality"
-    )
-    args = parser.parse_args(argv)
-    return convert_folder(
-        args, lambda: FeatureFolder(args.directory, None, args.quality, args.workers)
-    )
+    def command() -> int:
+        from vidjax.data.records.command import convert_folder, make_parser
+
+        parser = make_parser("vidjax.data.arrays", "Convert a folder of features of your own.")
+        parser.add_argument(
+            "--quality",
+            choices=typing.get_args(Quality),
+            default="given",
+            help="config.data.quality",
+        )
+        args = parser.parse_args(words)
+        return convert_folder(
+            args,
+            lambda: FeatureFolder(
+                args.directory, None, args.quality, args.workers, Digests(args.cache_dir)
+            ),
+        )
+
+    return messages.guarded(command, words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    messages.run(main)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidjax.cluster.share import Share
+from vidjax.errors import UserError
 
 
 def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[int, np.ndarray]]:
@@ -47,7 +48,7 @@ def own_rows(batch_size: int, share: Share) -> slice:
       ValueError: processes would have different numbers of rows.
     """
     if batch_size % share.parts:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size={batch_size} cannot be split over {share.parts} processes: "
             "use a multiple"
         )

@@ -1,20 +1,35 @@
-"""The cache: where converted data is kept, under a lock, and named only when complete."""
+"""The cache: where converted data is kept, under a lock, and named only when complete.
+
+Features identify people: what is written here only its user may read.
+"""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from vidjax import files
-from vidjax.digests import sha256_json
+from vidjax import files, messages
+from vidjax.digests import sha256_file, sha256_json
+from vidjax.errors import UserError
+from vidjax.machine import num_cores
 from vidjax.ownership import default_cache_dir
 
 _LOG = logging.getLogger(__name__)
+DIGEST_LETTERS = 64
+RECORDS = re.compile("[0-9a-f]{20}")  # names of `cache_folder`
+LEFT = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # of `building`
+TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
@@ -28,21 +43,84 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
     return Path(cache_dir or default_cache_dir()).expanduser() / kind / sha256_json(key)[:20]
 
 
+class Digests(NamedTuple):
+    """Where digests of files are kept.
+
+    Attributes:
+      cache_dir: the cache; None for the default.
+      write: False to read what is there, and to write nothing.
+    """
+
+    cache_dir: str | Path | None = None
+    write: bool = True
+
+
+IN_DEFAULT = Digests()
+
+
+def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = None) -> str:
+    """Returns the sha256 of the names and contents of files; reads again only what has changed.
+
+    A digest is kept in the cache under the state of the files, which the system changes with every
+    byte that is written to them. Files that changed a moment ago are read each time: within one
+    tick of the clock they could change once more.
+
+    Args:
+      paths: the files.
+      kept: where digests are kept.
+      workers: number of files that are read at once; None for one per core.
+    """
+    states = [_state(path) for path in paths]
+    place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])
+    with contextlib.suppress(OSError, ValueError):
+        text = files.read_bytes(place, DIGEST_LETTERS).decode()
+        if len(text) == DIGEST_LETTERS:
+            return text
+    sha256 = hashlib.sha256()
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(workers or num_cores()) as threads:
+        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
+            for path, digest in zip(group, digests, strict=True):
+                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+    text = sha256.hexdigest()
+    newest = max(changed for _, _, *times in states for changed in times)
+    unchanged = newest < time.time_ns() - TICK_NS and states == [_state(path) for path in paths]
+    if kept.write and unchanged:
+        with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
+            make_private(place.parent)
+            partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
+            partial.write_text(text)
+            partial.replace(place)
+    return text
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns what the file system changes with every byte that is written to a file."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _sha256_each(paths: Sequence[Path]) -> list[str]:
+    return [sha256_file(path) for path in paths]
+
+
 @contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """Holds the lock of a folder, waiting for it, and clears what killed processes left there.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder of the cache, waiting for it; clears what killed processes left.
 
     Raises:
-      OSError: the folder cannot be written.
+      OSError: the cache cannot be written.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with files.open_regular(root / "lock", os.O_RDWR | os.O_CREAT) as lock:
+    root = folder.parent
+    make_private(root)
+    path = root / f"{folder.name}.lock"
+    with files.open_regular(path, os.O_RDWR | os.O_CREAT, below=root.parent) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _LOG.info("waiting for another process that fills %s", root)
+            _LOG.info("waiting for another process that fills %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in root.glob("*.partial"):
+        for left_over in root.glob(f"{folder.name}.*.partial"):
             # A child of a killed process may still write there; the next call clears it then.
             shutil.rmtree(left_over, ignore_errors=True)
         yield
@@ -58,8 +136,12 @@ def building(folder: Path) -> Iterator[Path]:
     # A fresh name each time: a child of a killed process cannot write into this one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir()
+        partial.mkdir(mode=0o700)
         yield partial
+        for path in partial.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        if folder.is_symlink():
+            folder.unlink()
         if folder.exists():  # it is incomplete: a complete one is never built again
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -70,7 +152,95 @@ def building(folder: Path) -> Iterator[Path]:
         raise
 
 
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are not there, for this user alone."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
+
+
 def disk_error(path: Path, *, full: bool) -> OSError:
     """Returns the error of a full disk, or of another failure to write under `path`."""
     number = errno.ENOSPC if full else errno.EIO
     return OSError(number, os.strerror(number), str(path))
+
+
+class Entry(NamedTuple):
+    """A folder of the cache.
+
+    Attributes:
+      folder: its path.
+      size: bytes of its files.
+      used: seconds since 1970 when it was used last.
+    """
+
+    folder: Path
+    size: int
+    used: float
+
+
+def entries(cache_dir: str | Path | None = None) -> list[Entry]:
+    """Returns the folders of records and of made-up sets, what was used last at the end."""
+    found = []
+    for path in Path(cache_dir or default_cache_dir()).expanduser().glob("*/*"):
+        is_records = RECORDS.fullmatch(path.name) and (path / "manifest.json").is_file()
+        is_made = path.parent.name == "synthetic" and any(path.glob("*.pickle"))
+        is_left = LEFT.fullmatch(path.name) and path.is_dir()  # by a process that was killed
+        if not path.is_symlink() and (is_records or is_made or is_left):
+            size = sum(one.lstat().st_size for one in path.rglob("*") if not one.is_dir())
+            found.append(Entry(path, size, path.stat().st_mtime))
+    return sorted(found, key=lambda one: one.used)
+
+
+def mark_used(folder: Path) -> None:
+    """Notes that a folder of the cache is in use now, where that can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
+def prune(cache_dir: str | Path | None, days: float) -> list[Entry]:
+    """Deletes the folders that nobody has used for some days, and returns them.
+
+    Digests that are as old go, too. Nothing else in the cache is touched.
+    """
+    oldest = time.time() - days * 86400
+    gone = [one for one in entries(cache_dir) if one.used < oldest]
+    for one in gone:
+        left = LEFT.fullmatch(one.folder.name)  # it bears the name of what it should become
+        with exclusive(one.folder.with_name(left[1]) if left else one.folder):
+            shutil.rmtree(one.folder, ignore_errors=True)
+    for path in Path(cache_dir or default_cache_dir()).expanduser().glob("digests/*"):
+        if RECORDS.fullmatch(path.name) and path.lstat().st_mtime < oldest:
+            path.unlink(missing_ok=True)
+    return gone
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Lists or prunes the cache and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        parser = messages.Parser("python -m vidjax.data.cache", "List what is in the cache.")
+        parser.add_argument("--cache_dir", metavar="C", help="$VIDJAX_CACHE or ~/.cache/vidjax")
+        parser.add_argument(
+            "--prune", metavar="DAYS", type=float, help="delete what was not used for DAYS days"
+        )
+        args = parser.parse_args(words)
+        if args.prune is not None and not args.prune >= 0:
+            raise UserError(f"--prune={args.prune:g}: a number of days, 0 or more")
+        days = args.prune
+        found = entries(args.cache_dir) if days is None else prune(args.cache_dir, days)
+        for one in found:
+            age = (time.time() - one.used) / 86400
+            place = "/".join(one.folder.parts[-2:])
+            messages.say(f"{one.size / 1e6:>10,.1f} MB  used {age:.1f} days ago  {place}")
+        total = f"{sum(one.size for one in found) / 1e6:,.1f} MB in {len(found)} folders"
+        where = Path(args.cache_dir or default_cache_dir()).expanduser()
+        messages.say(f"{total} of {where}" + ("" if days is None else " deleted"))
+        return 0
+
+    return messages.guarded(command, words)
+
+
+if __name__ == "__main__":
+    messages.run(main)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from vidjax.cluster.share import WHOLE, Share
+from vidjax.errors import UserError
 from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
@@ -201,12 +202,12 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
       ValueError: no name, a name that occurs twice, or one that the data does not have.
     """
     if not names:
-        raise ValueError("config.modalities is empty: name at least one")
+        raise UserError("config.modalities is empty: name at least one")
     if len(set(names)) < len(names):
-        raise ValueError(f"config.modalities={','.join(names)}: one is named twice")
+        raise UserError(f"config.modalities={','.join(names)}: one is named twice")
     for name in names:
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"config.modalities: the data has no modality '{name}'; {suggest(name, known)}"
             )
     return {name: known[name].dim for name in names}
@@ -219,12 +220,12 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
       ValueError: no modality is named, one is named twice, or the split lacks one.
     """
     if not modalities or len(set(modalities)) < len(modalities):
-        raise ValueError(f"config.modalities={','.join(modalities)}: name one or more, each once")
+        raise UserError(f"config.modalities={','.join(modalities)}: name one or more, each once")
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)
             hint = f"; did you mean '{close}'?" if close else ""
-            raise ValueError(
+            raise UserError(
                 f"split '{split.name}' has no features of '{name}'{hint}\n"
                 f"choose among {', '.join(split.lengths)} with config.modalities"
             )
@@ -272,14 +273,14 @@ def make_eval_plan(
     lengths = most if lengths is None else np.asarray(lengths)
     wanted = np.ones(most.shape, bool) if only is None else np.asarray(only)
     if wanted.shape != most.shape or wanted.dtype != bool:
-        raise ValueError(
+        raise UserError(
             f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(most)} clips"
         )
     if lengths.shape != most.shape:
-        raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(most)} clips")
+        raise UserError(f"lengths: got {lengths.shape}, wanted one for {len(most)} clips")
     if (lengths < most).any():
         clip = int(np.argmax(lengths < most))
-        raise ValueError(
+        raise UserError(
             f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
         )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -315,11 +316,11 @@ def make_batch_plan(
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"config.data.train_splits={','.join(names)}: name one or more, each once")
+        raise UserError(f"config.data.train_splits={','.join(names)}: name one or more, each once")
     if crop not in CROPS:
-        raise ValueError(f"config.data.crop is 'window' or 'quality', got {crop!r}")
+        raise UserError(f"config.data.crop is 'window' or 'quality', got {crop!r}")
     if batch_size < 1 or max_frames < 1:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "
             "must be 1 or more"
         )

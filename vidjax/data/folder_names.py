@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vidjax.data.clips import SPLITS
+from vidjax.errors import NoFileError, UserError
 from vidjax.suggest import closest
 
 
@@ -16,11 +17,9 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """
     directory = Path(directory)
     if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such directory; is config.data.dir right?")
+        raise NoFileError(f"{directory}: no such directory; is config.data.dir right?")
     if not directory.is_dir():
-        raise NotADirectoryError(
-            f"{directory}: not a directory; name the folder that holds the files"
-        )
+        raise NoFileError(f"{directory}: not a directory; name the folder that holds the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")
 
 
@@ -31,7 +30,7 @@ def check_file(path: Path) -> None:
     kind = "a folder" if path.is_dir() else "not a regular file"
     if not path.exists():
         kind = f"a link to '{path.readlink()}', which is not there"
-    raise ValueError(f"{path}: {kind}, where a file is wanted: put the file there, or rename it")
+    raise UserError(f"{path}: {kind}, where a file is wanted: put the file there, or rename it")
 
 
 def meant_split(word: str, present: Collection[str]) -> str | None:
@@ -60,7 +59,7 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """
     if split := meant_split(word, present):
         head, _, tail = path.name.rpartition(word)
-        raise ValueError(
+        raise UserError(
             f"{path}: '{word}' is no split and would not be read\n"
             f"rename it to {head}{split}{tail}, or move it away; splits are {', '.join(SPLITS)}"
         )

@@ -4,12 +4,14 @@ To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to
 `vidjax.batch.Frames` and `Packed`, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from vidjax.errors import UserError
 
 NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
 # Quality of own features: `given` is that of the file, and where the file has none, as `norm`
@@ -21,7 +23,7 @@ LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in whic
 def check_quality(quality: Quality) -> Quality:
     """Returns the value of `config.data.quality`; raises ValueError if it is unknown."""
     if quality not in ("given", "norm"):
-        raise ValueError(f"config.data.quality is 'given' or 'norm', got {quality!r}")
+        raise UserError(f"config.data.quality is 'given' or 'norm', got {quality!r}")
     return quality
 
 
@@ -62,27 +64,37 @@ FRAME_FIELDS = {
 STORED = ("features", *FRAME_FIELDS)  # the feature comes first; its modality gives dtype and width
 
 
-def map_frames(
-    folder: Path, dtype: np.dtype | str, width: int, num_frames: int
-) -> dict[str, np.ndarray]:
-    """Returns field -> frames of the flat files `FIELD.bin` of a folder, mapped into memory.
+class FlatFiles(Mapping[str, np.ndarray]):
+    """Field -> frames of the flat files `FIELD.bin` of a folder.
 
-    Args:
+    A file is mapped into memory when its field is asked for, as long as somebody holds the array:
+    each mapping takes one of the files that a process may open.
+
+    Attributes:
       folder: the folder.
-      dtype: numpy dtype of the features.
+      dtype: dtype of the features.
       width: D.
       num_frames: F.
     """
-    columns: dict[str, tuple[np.dtype | str, tuple[int, ...]]] = {}
-    columns["features"] = (dtype, (num_frames, width))
-    for name, field in FRAME_FIELDS.items():
-        columns[name] = (field.dtype, field.shape(num_frames))
-    return {
-        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype, "r", shape=shape))
-        if all(shape)
-        else np.empty(shape, dtype)
-        for name, (dtype, shape) in columns.items()
-    }
+
+    def __init__(self, folder: Path, dtype: np.dtype | str, width: int, num_frames: int):
+        self.folder, self.dtype = folder, np.dtype(dtype)
+        self.width, self.num_frames = width, num_frames
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        dtype, shape = self.dtype, (self.num_frames, self.width)
+        if name != "features":
+            field = FRAME_FIELDS[name]
+            dtype, shape = np.dtype(field.dtype), field.shape(self.num_frames)
+        if not all(shape):
+            return np.empty(shape, dtype)
+        return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(STORED)
+
+    def __len__(self) -> int:
+        return len(STORED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +112,6 @@ class PackedClips:
         throughout.
       warnings: number of frames with a value that was not finite and is now 0, by
         `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
-      folder: folder of the flat files that `frames` maps; None for arrays in memory.
     """
 
     names: tuple[str, ...]
@@ -110,7 +121,6 @@ class PackedClips:
     skipped: dict[str, int]
     skipped_clips: dict[str, int]
     warnings: dict[str, int]
-    folder: Path | None = None
 
     @classmethod
     def of_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
@@ -125,12 +135,11 @@ class PackedClips:
         return cls(
             names=tuple(summary["names"]),
             lengths=lengths,
-            frames=map_frames(folder, summary["dtype"], summary["width"], num_frames),
+            frames=FlatFiles(folder, summary["dtype"], summary["width"], num_frames),
             seen=summary["seen"],
             skipped=summary["skipped"],
             skipped_clips=summary["skipped_clips"],
             warnings=summary["warnings"],
-            folder=folder,
         )
 
     def summary(self) -> dict[str, Any]:

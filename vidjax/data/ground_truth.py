@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vidjax import files
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.untrusted.names import clean_name, show, unescape
+from vidjax.errors import NoFileError, UserError
 
 MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
 
@@ -63,7 +65,7 @@ def load_ground_truth(
     path = Path(path)
     lines = _lines(path)
     if not lines:
-        raise ValueError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
+        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
     split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
     known = frozenset(known_clips or ())
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
@@ -72,7 +74,7 @@ def load_ground_truth(
             try:
                 rows.append((number, _clip_of(name, known), unescape(identity)))
             except ValueError as error:
-                raise ValueError(f"{path}: line {number}: {error}") from None
+                raise UserError(f"{path}: line {number}: {error}") from None
     _check_identities(path, rows)
     return _by_clip(path, rows)
 
@@ -89,7 +91,7 @@ def _split_direct(
     """Yields line number, clip names and identity of each line `NAME ID`."""
     for number, fields in lines:
         if len(fields) != 2:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {number}: {len(fields)} fields, wanted a clip and its identity"
             )
         yield number, fields[:1], fields[1]
@@ -102,9 +104,9 @@ def _split_inverted(
     first_lines: dict[str, int] = {}
     for number, (identity, *names) in lines:
         if not names:
-            raise ValueError(f"{path}: line {number}: identity {show(identity)} has no clips")
+            raise UserError(f"{path}: line {number}: identity {show(identity)} has no clips")
         if identity in first_lines:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {number}: identity {show(identity)} is already in line "
                 f"{first_lines[identity]}: join the two lines"
             )
@@ -115,13 +117,14 @@ def _split_inverted(
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """Returns line number and fields of every line that is not blank."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    data = path.read_bytes()
+        raise NoFileError(f"{path}: no such file")
+    with files.open_input(path) as file:
+        data = file.readall()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {line}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{path}: line {line}: not UTF-8 text (byte {error.start})") from None
     numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     return [(number, line.split()) for number, line in numbered if line.strip()]
 
@@ -136,7 +139,7 @@ def _is_inverted(
     ]
     if direct and inverted:
         number = max(direct[0], inverted[0])
-        raise ValueError(f"{path}: line {number}: the clip is in another column than before")
+        raise UserError(f"{path}: line {number}: the clip is in another column than before")
     if direct or inverted:
         return bool(inverted)
     known = frozenset(known_clips or ())
@@ -150,7 +153,7 @@ def _is_inverted(
     later = sum(_is_integer(fields[1]) for _, fields in lines if len(fields) > 1)
     if first != later and max(first, later) == len(lines):
         return first > later
-    raise ValueError(
+    raise UserError(
         f"{path}: 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4 or is known;\n"
         "name the file train_gt.txt (the first form) or val_gt.txt (the second)"
     )
@@ -168,12 +171,12 @@ def _check_identities(path: Path, rows: list[tuple[int, str, str]]) -> None:
     for number, _, identity in rows:
         where = f"{path}: line {number}: label {show(identity)}"
         if not _is_integer(identity):
-            raise ValueError(f"{where} is not a whole number, as others are")
+            raise UserError(f"{where} is not a whole number, as others are")
         if int(identity) < 1:
-            raise ValueError(f"{where} is out of range: identities count from 1")
+            raise UserError(f"{where} is out of range: identities count from 1")
         other = spellings.setdefault(int(identity), identity)
         if other != identity:
-            raise ValueError(f"{where} is elsewhere written {show(other)}")
+            raise UserError(f"{where} is elsewhere written {show(other)}")
 
 
 def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
@@ -182,7 +185,7 @@ def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
     repeated = []
     for number, name, identity in rows:
         if labels.get(name, identity) != identity:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {number}: clip {show(name)} has label {show(identity)}, "
                 f"but {show(labels[name])} in line {at[name]}"
             )
@@ -192,7 +195,7 @@ def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
         at.setdefault(name, number)
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise ValueError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
+        raise UserError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
     return labels
 
 
@@ -218,20 +221,20 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     path = Path(path)
     lines = _lines(path)
     if not lines:
-        raise ValueError(f"{path}: is empty; write one line per clip, 'NAME.mp4 WEIGHT'")
+        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 WEIGHT'")
     given: dict[str, float] = {}
     known = frozenset(clips)
     at: dict[str, int] = {}
     for number, fields in lines:
         where = f"{path}: line {number}:"
         if len(fields) != 2:
-            raise ValueError(f"{where} {len(fields)} fields, wanted a clip and its weight")
+            raise UserError(f"{where} {len(fields)} fields, wanted a clip and its weight")
         try:
             name = _clip_of(fields[0], known)
         except ValueError as error:
-            raise ValueError(f"{where} {error}") from None
+            raise UserError(f"{where} {error}") from None
         if name in at:
-            raise ValueError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
+            raise UserError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
         at[name] = number
         given[name] = _weight(fields[1], where)
     check_known(path, given, clips)
@@ -242,9 +245,9 @@ def _weight(text: str, where: str) -> float:
     try:
         weight = float(text)
     except ValueError:
-        raise ValueError(f"{where} weight {show(text)} is not a number") from None
+        raise UserError(f"{where} weight {show(text)} is not a number") from None
     if not 0 <= weight <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{where} weight {show(text)} is negative or not finite")
+        raise UserError(f"{where} weight {show(text)} is negative or not finite")
     return weight
 
 
@@ -264,7 +267,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
     if not unknown:
         return
     if len(unknown) == len(named):
-        raise ValueError(
+        raise UserError(
             f"{path}: none of its {len(named)} clips is in a feature file\n"
             f"it names {show(unknown[0])}, the feature files name {show(min(known))}\n"
             "give the clips the same names in both"
@@ -274,7 +277,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
         f"{show(unknown[0])}"
     )
     if len(unknown) > MAX_UNKNOWN_RATE * len(named):
-        raise ValueError(
+        raise UserError(
             f"{message}\n"
             f"at most {MAX_UNKNOWN_RATE:.0%} may be: remove these lines, or add the features"
         )
@@ -293,7 +296,7 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     value, count = Counter(map(int, distinct)).most_common(1)[0] if distinct else (0, 1)
     if count > 1:
         spellings = ", ".join(name for name in distinct if int(name) == value)
-        raise ValueError(
+        raise UserError(
             f"identity {value} is written in {count} ways: {spellings}; use one of them"
         )
     return tuple(sorted(distinct, key=int))

@@ -14,16 +14,22 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidjax import messages
+from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
 from vidjax.data.clips import SPLITS
 from vidjax.data.folder_names import check_file, list_entries, refuse_split
 from vidjax.data.frame_fields import NonFinite, PackedClips
 from vidjax.data.labels import load_official_truth
-from vidjax.data.processes import Children, map_children, memory_bytes, num_cores
+from vidjax.data.processes import Children, map_children
 from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted import pickles
+from vidjax.errors import NoFileError, UserError
+from vidjax.machine import memory_bytes, num_cores
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.manifest import Records
+
+VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
 
 class OfficialFiles:
@@ -37,13 +43,19 @@ class OfficialFiles:
 
     kind = "iqiyi_vid"
 
-    def __init__(self, directory: str | Path, workers: int | None = None):
+    def __init__(
+        self,
+        directory: str | Path,
+        workers: int | None = None,
+        digests: Digests = IN_DEFAULT,
+    ):
         """Finds the feature pickles.
 
         Args:
           directory: the directory.
           workers: number of pickles that are read at once; None for one per core, or fewer where
             memory would be short.
+          digests: where digests of the files are kept.
 
         Raises:
           FileNotFoundError: no such directory, or no feature pickle in it.
@@ -52,12 +64,12 @@ class OfficialFiles:
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
         if not self._files:
-            raise FileNotFoundError(
+            raise NoFileError(
                 f"{self._directory}: no feature pickles here: looked for\n"
                 "MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle, such as face_train.pickle"
                 + _hint(self._directory)
             )
-        self._workers = workers
+        self._workers, self._kept = workers, digests
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
 
@@ -67,20 +79,16 @@ class OfficialFiles:
         return self._files.keys()
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns path, size and time of each pickle; does not read them."""
-        fingerprint = []
-        for (modality, split), path in sorted(self._files.items()):
-            stat = path.stat()
-            fingerprint.append(
-                {
-                    "modality": modality,
-                    "split": split,
-                    "path": str(path.resolve()),
-                    "size": stat.st_size,
-                    "mtime_ns": stat.st_mtime_ns,
-                }
-            )
-        return fingerprint
+        """Returns a digest of each pickle; reads again only what has changed since."""
+        return [
+            {
+                "official": VERSION,
+                "modality": modality,
+                "split": split,
+                "sha256": digest_files([path], self._kept, self._workers),
+            }
+            for (modality, split), path in sorted(self._files.items())
+        ]
 
     def file_of(self, modality: str, split: str) -> Path:
         """Returns the pickle of a modality in a split."""
@@ -137,7 +145,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
             continue
         check_file(path)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", match[1]):
-            raise ValueError(f"{path}: a modality is named by letters, digits, '-' and '_'")
+            raise UserError(f"{path}: a modality is named by letters, digits, '-' and '_'")
         files[match[1], match[2]] = path
     for path in entries:
         if match := re.fullmatch(r"(\w+)_([A-Za-z]+?)(_v2)?\.pickle", path.name):
@@ -177,17 +185,26 @@ def prepare(
     """
     from vidjax.data.records.convert import convert
 
-    return convert(OfficialFiles(directory), cache_dir, non_finite=non_finite)
+    return convert(
+        OfficialFiles(directory, digests=Digests(cache_dir)), cache_dir, non_finite=non_finite
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a directory, prints its report and returns the exit code."""
-    from vidjax.data.records.command import convert_folder, make_parser
+    words = list(sys.argv[1:] if argv is None else argv)
 
-    parser = make_parser("vidjax.data.iqiyi_vid", "Convert a directory of official files.")
-    args = parser.parse_args(argv)
-    return convert_folder(args, lambda: OfficialFiles(args.directory, args.workers))
+    def command() -> int:
+        from vidjax.data.records.command import convert_folder, make_parser
+
+        parser = make_parser("vidjax.data.iqiyi_vid", "Convert a directory of official files.")
+        args = parser.parse_args(words)
+        return convert_folder(
+            args, lambda: OfficialFiles(args.directory, args.workers, Digests(args.cache_dir))
+        )
+
+    return messages.guarded(command, words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    messages.run(main)

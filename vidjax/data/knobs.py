@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from vidjax.errors import UserError
+
 
 class Knobs(NamedTuple):
     """What a set holds more or less of than the calibrated one, whose values are the defaults.
@@ -42,4 +44,4 @@ def check_knobs(knobs: Knobs) -> None:
     for name, value in knobs._asdict().items():
         largest = {"blur": 4.0, "train_distractors": 0.9}.get(name, 1.0)
         if not 0 <= value <= largest:
-            raise ValueError(f"config.data.{name}={value}: must lie between 0 and {largest:g}")
+            raise UserError(f"config.data.{name}={value}: must lie between 0 and {largest:g}")

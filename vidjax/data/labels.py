@@ -1,6 +1,8 @@
 """Reads labels of clips from ground-truth files, tables or dicts; maps them to class columns."""
 
 import csv
+import io
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax import files
 from vidjax.data.folder_names import check_file, list_entries
 from vidjax.data.ground_truth import (
     check_known,
@@ -16,7 +19,8 @@ from vidjax.data.ground_truth import (
     load_ground_truth,
     sort_identities,
 )
-from vidjax.data.untrusted.names import check_name, clean_name_at, show
+from vidjax.data.untrusted.names import check_identity, clean_name_at, show
+from vidjax.errors import NoFileError, UserError, check_argument
 from vidjax.suggest import closest
 
 TABLE = "labels.csv"
@@ -81,7 +85,7 @@ def load_folder_truth(
             _refuse_near_table(folder)
         return load_official_truth(folder, clips)
     if official:
-        raise ValueError(f"{folder}: {TABLE} and {next(iter(official.values())).name}: keep one")
+        raise UserError(f"{folder}: {TABLE} and {next(iter(official.values())).name}: keep one")
     return load_label_table(table, clips)
 
 
@@ -89,7 +93,7 @@ def _refuse_near_table(folder: Path) -> None:
     """Raises ValueError for a file such as `label.csv`, which would not be read."""
     for path in list_entries(folder):
         if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
-            raise ValueError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
+            raise UserError(f"{path}: labels are read from {TABLE}: rename it to {TABLE}")
 
 
 def load_label_table(
@@ -110,6 +114,8 @@ def load_label_table(
     """
     if labels is None:
         return {}
+    wanted = "a dict {clip: identity}, or a file of them"
+    check_argument("labels", labels, (Mapping, str, os.PathLike), wanted)
     split_of = {name: split for split, names in clips.items() for name in names}
     place = Path("labels")
     if isinstance(labels, Mapping):
@@ -161,7 +167,8 @@ def label_splits(
         )
         if positives[0]:
             warnings.warn(
-                f"{split}_gt.txt: {positives[0]} clips show identities without a class column",
+                f"the labels of {split} name identities without a class column: "
+                f"{positives[0]} clips",
                 stacklevel=2,
             )
     return tuple(identities), labels
@@ -170,22 +177,24 @@ def label_splits(
 def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields place (the start of a message), clip and identity of every row of a table."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NoFileError(f"{path}: no such file")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(
+            io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
+        ) as file:
             table = csv.DictReader(file, skipinitialspace=True)
             header = tuple(table.fieldnames or ())
             if not {"clip", "identity"} <= set(header):
-                raise ValueError(
+                raise UserError(
                     f"{path}: line 1: wanted the columns clip,identity; "
                     f"got {show(','.join(header)) or 'nothing'}"
                 )
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
-                    raise ValueError(f"{path}: line {table.line_num}: fewer fields than columns")
+                    raise UserError(f"{path}: line {table.line_num}: fewer fields than columns")
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of UTF-8 text: {error}") from None
+        raise UserError(f"{path}: not a table of UTF-8 text: {error}") from None
 
 
 def _is_nan(value: object) -> bool:
@@ -194,29 +203,40 @@ def _is_nan(value: object) -> bool:
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
-    """Returns clip -> identity from rows of place (the start of a message), clip and identity."""
+    """Returns clip -> identity from rows of place (the start of a message), clip and identity.
+
+    It warns of clips whose identity is empty, which may be an oversight; None is said on purpose.
+    """
     pairs: dict[str, str] = {}
+    empty = []
     for place, clip, identity in rows:
         name = clean_name_at(place, clip)
-        if identity is None or identity == "" or _is_nan(identity):
+        if identity is None:
+            continue
+        if identity == "" or _is_nan(identity):
+            empty.append(f"{place} clip {show(name)}")
             continue
         place = f"{place} clip {show(name)}"
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
             kind = type(identity).__name__
-            raise ValueError(
+            raise UserError(
                 f"{place}: an identity is text or int, not {kind}: use str(), or None for nobody"
             )
         text = str(identity)
-        if text != text.strip():  # two identities that look alike
-            raise ValueError(f"{place}: identity '{show(text)}' has outer blanks: strip() it")
         try:
-            check_name(text, "identity")
+            check_identity(text)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise UserError(f"{place}: {error}") from None
         if re.fullmatch("-[0-9]+", text):
-            raise ValueError(
+            raise UserError(
                 f"{place}: identity {text} is negative: leave out clips of nobody on the list"
             )
         if pairs.setdefault(name, text) != text:
-            raise ValueError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
+            raise UserError(f"{place} is labelled {show(pairs[name])} and {show(text)}")
+    if empty:
+        warnings.warn(
+            f"{empty[0]}: {len(empty)} clips have an empty identity and count as nobody's\n"
+            "if that is meant, leave out these clips, or give None in Python",
+            stacklevel=3,
+        )
     return pairs

@@ -6,13 +6,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vidjax import files
 from vidjax.data import arrays, draws, pickle_writer, synthetic
-from vidjax.data.cache import building, default_cache_dir, exclusive
+from vidjax.data.cache import Digests, building, default_cache_dir, exclusive
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.knobs import DEFAULT_KNOBS, Knobs
 from vidjax.data.record_source import Origin, RecordSource
+from vidjax.errors import UserError
 from vidjax.suggest import suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
@@ -29,7 +31,7 @@ class DataOptions(NamedTuple):
       cache_dir: folder of the cache.
       size: size of a generated dataset.
       seed: seed of a generated dataset.
-      generate: False raises NotGenerated instead of generating a dataset.
+      generate: False raises NotGenerated instead of generating a dataset, and writes nothing.
       quality: the quality of own features, see `frame_fields.Quality`.
       knobs: what a generated dataset holds more or less of.
     """
@@ -42,11 +44,16 @@ class DataOptions(NamedTuple):
     quality: Quality = "given"
     knobs: Knobs = DEFAULT_KNOBS
 
+    @property
+    def digests(self) -> Digests:
+        """Where digests of files are kept; a check writes none."""
+        return Digests(self.cache_dir, self.generate)
+
     @classmethod
     def of(cls, data: Mapping[str, Any], *, generate: bool = True) -> "DataOptions":
         """Returns the options of the section `data` of a configuration."""
         return cls(
-            Path(data["dir"]).expanduser() if data["dir"] else None,
+            files.local(data["dir"]) if data["dir"] else None,
             Path(data["cache_dir"] or default_cache_dir()).expanduser(),
             data["size"],
             data["seed"],
@@ -72,7 +79,7 @@ def open_synthetic(options: DataOptions) -> RecordSource:
       ValueError: a folder is given, which would not be read.
     """
     if options.directory:
-        raise ValueError(
+        raise UserError(
             f"config.data.dir={options.directory}: config.data.name=synthetic reads no folder\n"
             "to read it: --config.data.name=arrays, or --config.data.name=iqiyi_vid for official "
             "files\nfor the synthetic dataset: --config.data.dir="
@@ -88,24 +95,25 @@ def open_synthetic(options: DataOptions) -> RecordSource:
     if not folder.exists():
         if not options.generate:
             raise NotGenerated("the synthetic dataset is not made yet: training makes it")
-        with exclusive(root):
+        with exclusive(folder):
             if not folder.exists():
                 _LOG.info("making the synthetic dataset in %s", folder)
                 with building(folder) as partial:
                     synthetic.write(
                         partial, size=options.size, seed=options.seed, knobs=options.knobs
                     )
-    return OfficialFiles(folder)
+    return OfficialFiles(folder, digests=options.digests)
 
 
 def open_iqiyi_vid(options: DataOptions) -> RecordSource:
     """Returns a directory of official files."""
-    return OfficialFiles(_directory(options, "official files"))
+    return OfficialFiles(_directory(options, "official files"), digests=options.digests)
 
 
 def open_arrays(options: DataOptions) -> RecordSource:
     """Returns a folder of own features, as `vidjax.data.arrays` describes it."""
-    return arrays.FeatureFolder(_directory(options, "features"), quality=options.quality)
+    folder = _directory(options, "features")
+    return arrays.FeatureFolder(folder, quality=options.quality, digests=options.digests)
 
 
 class Names(NamedTuple):
@@ -186,7 +194,7 @@ def names(name: str, options: DataOptions) -> Names | None:
 
 def _entry(name: str) -> DatasetEntry:
     if name not in DATASETS:
-        raise ValueError(f"config.data.name='{name}': {suggest(name, DATASETS)}")
+        raise UserError(f"config.data.name='{name}': {suggest(name, DATASETS)}")
     return DATASETS[name]
 
 
@@ -223,7 +231,7 @@ def load_dataset(
     from vidjax.data.records.pipeline import Dataset
 
     cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
-    folder = Path(directory).expanduser() if directory else None
+    folder = files.local(directory) if directory else None
     options = DataOptions(folder, cache_dir, size, seed, quality=quality, knobs=knobs)
     source = open_source(name, options)
     origin = Origin.of_folder(name, None if is_generated(name) else folder)
@@ -256,5 +264,5 @@ def _turned(knobs: Knobs) -> Mapping[str, float]:
 
 def _directory(options: DataOptions, content: str) -> Path:
     if options.directory is None:
-        raise ValueError(f"config.data.dir is not set: name the directory of the {content}")
+        raise UserError(f"config.data.dir is not set: name the directory of the {content}")
     return options.directory

@@ -12,6 +12,8 @@ from vidjax.data.clips import EvalPlan, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack
+from vidjax.errors import UserError
+from vidjax.machine import memory_bytes
 from vidjax.suggest import closest
 
 BATCHED = tuple(name for name in FRAME_FIELDS if name in Frames._fields)
@@ -45,11 +47,12 @@ class MemoryClips:
           ValueError: there is no clip, or the features of one have another width.
         """
         if not names:
-            raise ValueError("no clips: there is nothing to score")
+            raise UserError("no clips: there is nothing to score")
         self.identities, self.names = tuple(identities), tuple(names.values())
         self._packed = {name: packed[name] for name in modalities if name in packed}
         for name, flat in self._packed.items():
             _check_width(name, flat, modalities[name])
+            _tell_of_skipped(name, flat)
         ordered = tuple(sorted(names))
         index = {name: place for place, name in enumerate(ordered)}
         self.places = np.array([index[name] for name in names])
@@ -90,7 +93,7 @@ class MemoryClips:
           ValueError: a clip is malformed; names clip, modality and field.
         """
         if not isinstance(clips, Mapping):
-            raise ValueError(
+            raise UserError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
         return cls.pack(_as_clips(clips), modalities, identities, quality)
@@ -116,7 +119,8 @@ class MemoryClips:
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
-        packed = pack(_select(clips, modalities, names, unread), quality=quality)
+        clips = _within_memory(_select(clips, modalities, names, unread))
+        packed = pack(clips, quality=quality)
         missing = [name for name in modalities if name not in packed]
         if missing and unread:
             meant = [closest(name.lower(), missing) for name in sorted(unread)]
@@ -172,7 +176,7 @@ def _as_clips(clips: Clips) -> Iterator[Clip]:
         name = clean_name_at("clips:", given)
         if not isinstance(features, Mapping):
             kind = type(features).__name__
-            raise ValueError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
+            raise UserError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
         yield Clip(name, "clips", features, given)
 
 
@@ -196,7 +200,7 @@ def _select(
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
         if others and not selected:
             meant = closest(others[0].lower(), modalities)
-            raise ValueError(
+            raise UserError(
                 f"clip {show(clip.name)}: the run knows {', '.join(modalities)}, "
                 f"not {show(', '.join(others))}{f': did you mean {meant!r}?' if meant else ''}"
             )
@@ -205,11 +209,45 @@ def _select(
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
+def _within_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
+    """Yields clips; raises ValueError once they take more than a third of the memory."""
+    left = limit = memory_bytes() // 3  # to join them takes as much again
+    for clip in clips:
+        for value in clip.modalities.values():
+            for array in value.values() if isinstance(value, Mapping) else (value,):
+                left -= getattr(array, "nbytes", 0)
+        if left < 0:
+            raise UserError(
+                f"{clip.place}: clip {show(clip.name)}: with those before it, it takes more than "
+                f"{limit:,} bytes,\na third of the memory: give fewer clips at once"
+            )
+        yield clip
+
+
+def _tell_of_skipped(modality: str, flat: PackedClips) -> None:
+    """Warns of frames that are not read, and of values that are not used."""
+    if frames := flat.skipped.get("non_finite"):
+        clips = flat.skipped_clips.get("non_finite", 0)
+        without = f"; {clips:,} clips have no other" if clips else ""
+        warnings.warn(
+            f"{modality}: {frames:,} of {flat.seen:,} frames are not read: their features are not "
+            f"finite{without}",
+            stacklevel=5,
+        )
+    for name, count in flat.warnings.items():
+        field = name.removeprefix("non_finite_")
+        warnings.warn(
+            f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
+            "0 is used",
+            stacklevel=5,
+        )
+
+
 def _check_width(modality: str, flat: PackedClips, width: int) -> None:
     """Raises ValueError, with a clip, unless the features have the width."""
     actual = flat.features.shape[1]
     if len(flat.features) and actual != width:
         clip = flat.names[int(np.argmax(flat.lengths > 0))]
-        raise ValueError(
+        raise UserError(
             f"clip {show(clip)}, {modality}: features are {actual} wide, the run wants {width}"
         )

@@ -18,8 +18,10 @@ import numpy as np
 from vidjax.data import parquet
 from vidjax.data.frame_fields import NonFinite, PackedClips, Quality
 from vidjax.data.npz import read_npz
-from vidjax.data.processes import Children, map_children, num_cores
+from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.packing import Clip, pack
+from vidjax.errors import UserError
+from vidjax.machine import num_cores
 
 # Less than this is read before another process has started.
 READER_BYTES = 64 << 20
@@ -116,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     def clips() -> Iterator[Clip]:
         for clip in read_clips(paths):
             if not clip.modalities:
-                raise ValueError("which modality it counts for, the other parts decide")
+                raise UserError("which modality it counts for, the other parts decide")
             yield clip
 
     try:

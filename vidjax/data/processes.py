@@ -15,22 +15,12 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from vidjax.machine import most_files
+
 LARGEST_BLOCK = 32 << 20  # bytes; what the environment can tell glibc, at most
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def num_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def memory_bytes() -> int:
-    """Returns the memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Children:
@@ -115,7 +105,8 @@ def map_children(
       the result of each item.
     """
     children = Children()
-    with ThreadPoolExecutor(workers) as threads:
+    # A child has three pipes, and some more while it starts.
+    with ThreadPoolExecutor(max(1, int(min(workers, most_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
         try:
             for future in tqdm(

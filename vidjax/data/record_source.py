@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from vidjax import files
 from vidjax.data.frame_fields import NonFinite, PackedClips
 
 # Split -> parts of its clips, each of them modality -> clips, as `pack` returns them.
@@ -24,7 +25,7 @@ class Origin(NamedTuple):
     @classmethod
     def of_folder(cls, name: str, folder: str | Path | None) -> "Origin":
         """Returns the origin of a dataset in a folder; None for a dataset without one."""
-        return cls(name, str(Path(folder).expanduser().absolute()) if folder else None)
+        return cls(name, str(files.absolute(folder)) if folder else None)
 
 
 class RecordSource(Protocol):

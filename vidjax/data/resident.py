@@ -8,7 +8,6 @@ that resumes needs nothing but its step.
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices
+from vidjax import devices, machine
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.blocks import own_blocks
@@ -31,6 +30,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.permutation import shuffled
+from vidjax.errors import UserError
 
 MODES = ("auto", "resident", "streaming")
 PHASES = ("train", "eval")
@@ -162,10 +162,10 @@ def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
       ValueError: an unknown mode, or `resident` with more clips or frames than an int32 counts.
     """
     if mode not in MODES:
-        raise ValueError(f"config.data.mode='{mode}': choose from {', '.join(MODES)}")
+        raise UserError(f"config.data.mode='{mode}': choose from {', '.join(MODES)}")
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
-        raise ValueError(
+        raise UserError(
             f"config.data.mode='resident': {num_drawn:,} clips to draw and "
             f"{max(layout.num_frames.values()):,} frames are more than an int32 counts"
         )
@@ -185,23 +185,7 @@ def free_bytes(mesh: Mesh) -> float:
         stats = device.memory_stats() if device.platform != "cpu" else None
         if stats and "bytes_limit" in stats:
             free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    return min(free) if free else _host_bytes() / mesh.size
-
-
-def _host_bytes() -> float:
-    """Returns the free memory of the host, or of its container, in bytes."""
-    free = float("inf")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = 1024.0 * int(line.split()[1])
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
-        if limit != "max":
-            free = min(free, float(limit) - float(used))
-    except (OSError, ValueError):
-        pass  # not Linux, or a container without a limit
-    return free if free < float("inf") else 0.0
+    return min(free) if free else machine.free_bytes() / mesh.size
 
 
 class Resident:
@@ -384,7 +368,7 @@ class _Filler:
         if self._held:
             self._flush()
         if self._done != self._total:
-            raise ValueError(
+            raise UserError(
                 f"the records hold {self._done} frames, but their manifest says {self._total}\n"
                 "delete the dataset's folder in the cache: the next run converts it again"
             )

@@ -8,6 +8,7 @@ import numpy as np
 
 from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
+from vidjax.errors import UserError
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch
@@ -52,7 +53,7 @@ def choose(
     """
     num_clips = len(data.split(split).clips)
     if count > num_clips:
-        raise ValueError(
+        raise UserError(
             f"--shard={number}/{count}: {split} has {num_clips:,} clips, and a part needs one\n"
             f"--shard=k/{num_clips} is the most"
         )
@@ -86,7 +87,7 @@ class Part:
     def split(self, name: str) -> Split:
         """Returns the clips of the part; ValueError for the name of another split."""
         if name != self._split.name:
-            raise ValueError(f"no split {name!r} in a part of {self._split.name}")
+            raise UserError(f"no split {name!r} in a part of {self._split.name}")
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> "Iterator[Batch]":

@@ -18,7 +18,6 @@ Source: ours throughout. Sizes, missing rates and score distributions follow pub
 iQIYI-VID-2019; unpublished properties (programmes, strangers, boxes) are invented.
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vidjax import messages
 from vidjax.data import draws
 from vidjax.data.draws import RANK
 from vidjax.data.knobs import DEFAULT_KNOBS, Knobs, check_knobs
 from vidjax.data.pickle_writer import DictPickle, FlatFrames, pickled_items
+from vidjax.errors import UserError
 
 _POSE_RANK = 8
 _CLIPS_PER_IDENTITY = {"train": 5.76, "val": 4.55, "test": 4.55}
@@ -124,13 +125,13 @@ def write(out_dir: str | Path, *, size: str, seed: int = 0, knobs: Knobs = DEFAU
       ValueError: unknown size, negative seed, or a knob out of its range.
     """
     if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}: one of {', '.join(SIZES)}")
+        raise UserError(f"unknown size {size!r}: one of {', '.join(SIZES)}")
     if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed must not be negative, got {seed}")
     check_knobs(knobs)
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not an empty folder")
+        raise UserError(f"{out_dir} exists and is not an empty folder\nname a new one")
     # Files move out of here once all are complete: an interrupted set never looks finished.
     partial = out_dir / ".partial"
     partial.mkdir(parents=True)
@@ -352,9 +353,14 @@ class _Clips:
         return features.astype(np.float32 if modality == "scene" else np.float16)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    words = list(sys.argv[1:] if argv is None else argv)
+    return messages.guarded(lambda: _write_for(words), words)
+
+
+def _write_for(words: Sequence[str]) -> int:
+    parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",
         usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--KNOB=VALUE]",
         description="Write the synthetic dataset as official-layout files.",
@@ -364,15 +370,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     for name, value in DEFAULT_KNOBS._asdict().items():
         parser.add_argument(f"--{name}", type=float, default=value)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     knobs = Knobs(**{name: getattr(args, name) for name in Knobs._fields})
-    try:
-        write(args.out_dir, size=args.size, seed=args.seed, knobs=knobs)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    write(args.out_dir, size=args.size, seed=args.seed, knobs=knobs)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    messages.run(main)

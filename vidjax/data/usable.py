@@ -9,6 +9,7 @@ from vidjax.suggest import closest
 
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
 LONGEST, SHORTEST = 1e18, 1e-12
+NARROW = 4  # times as many frames as numbers in a frame look like an array that is turned
 EQUAL = 0.01  # relative range of norms that tell no frame from another
 
 
@@ -29,6 +30,29 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
             )
             if not together:
                 yield f"no clip has both '{name}' and '{other}': is one of the two misspelt?"
+
+
+def transposed(
+    splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
+) -> Iterator[str]:
+    """Yields a message for every modality whose clips all have the same many frames, and narrow.
+
+    Args:
+      splits: split -> modality -> [N] int, number of frames of each clip.
+      widths: modality -> width of its features.
+    """
+    for name, width in widths.items():
+        found = [lengths[name] for lengths in splits.values() if name in lengths]
+        counts = np.unique(np.concatenate([*found, [0]]))[1:]
+        if (
+            len(counts) == 1
+            and counts[0] >= NARROW * width
+            and sum(map(np.count_nonzero, found)) > 1
+        ):
+            yield (
+                f"{name}: every clip has {counts[0]} frames of {width} numbers: is it the other "
+                f"way round?\nfeatures are [frames, width]: features.T turns them"
+            )
 
 
 def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:

@@ -9,9 +9,8 @@
 | `coordinates.py` | vectors in these coordinates, and the coefficients of people |
 | `index.py` | exact search over identities |
 | `people.py` | who is enrolled by which clips: changes on disk, then in memory |
-| `contents.py`, `blocks.py`, `buckets.py` | all clips, those of one file, and which lie together |
 | `calibration.py` | thresholds from strangers |
-| `store.py`, `manifest.py` | the folder: whole or not at all, and nothing of what was removed |
+| `store.py` | the file: whole or not at all, and nothing of what was removed |
 | `answers.py` | answers as a table or a file |
 | `qdrant.py` | export to a vector database |
 """

@@ -3,20 +3,24 @@
 The ending of the file's name decides its format:
 
     .jsonl      an object per clip: {"clip", "identity", "probability", "score", "best": [...]}
-    .tsv        a line per clip: clip, identity, probability, score, best_1, probability_1, ...
+    .tsv, .csv  a line per clip: clip, identity, probability, score, best_1, probability_1, ...;
+                see `vidjax.tables`
     .parquet    the columns of .tsv; needs pyarrow
 
-Where a clip is unknown, its identity is null in .jsonl and .parquet, and empty in .tsv. The score
-is the logarithm of the probability; a clip without a usable frame has -inf, null in .jsonl.
+Where a clip is unknown, its identity is null in .jsonl and .parquet, and empty in .tsv and .csv.
+The score is the logarithm of the probability; a clip without a usable frame has -inf, null in
+.jsonl.
 """
 
-import csv
+import functools
 import io
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from vidjax.gallery.calibration import Threshold
+from vidjax import tables
+from vidjax.gallery.calibration import Rule, Threshold
 from vidjax.gallery.gallery import Answer
 
 Answers = Mapping[str, Answer]  # clip -> answer
@@ -41,12 +45,24 @@ def share(value: float) -> str:
     return f"{percent:.2g} %" if percent >= 0.01 else "< 0.01 %"
 
 
+def describe_rule(rule: Rule) -> list[tuple[str, str]]:
+    """Returns the rows (name, value) that tell when a clip gets a name."""
+    chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
+    return [("named if", rule.about + chosen), *(describe(rule.found) if rule.found else [])]
+
+
+def rule_as_json(rule: Rule) -> dict[str, object]:
+    """Returns when a clip gets a name as plain values for JSON."""
+    score = rule.score if math.isfinite(rule.score) else None
+    return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
+
+
 def describe(found: Threshold) -> list[tuple[str, str]]:
     """Returns the rows (name, value) that tell of a threshold."""
     return [
         ("threshold", f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})"),
         ("people", f"{found.num_identities:,}"),
-        ("strangers", f"{found.num_strangers:,}, of whom {found.num_alarms:,} get a name"),
+        ("strangers", f"{found.num_strangers:,}, of whom {found.num_alarms:,} reach it"),
         ("rate", f"{share(found.low)} to {share(found.high)} at 95 % confidence"),
     ]
 
@@ -67,14 +83,10 @@ def _columns(answers: Answers) -> dict[str, list[object]]:
     return columns
 
 
-def to_tsv(answers: Answers) -> bytes:
-    """Returns answers as a table of tabs, quoted as Excel does."""
+def to_table(ending: Literal[".csv", ".tsv"], answers: Answers) -> bytes:
+    """Returns answers as a table of commas or of tabs."""
     columns = _columns(answers)
-    text = io.StringIO()
-    writer = csv.writer(text, "excel-tab", lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue().encode()
+    return tables.to_text([columns, *zip(*columns.values(), strict=True)], ending).encode()
 
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
@@ -110,6 +122,7 @@ def to_parquet(answers: Answers) -> bytes:
 
 FORMATS: Mapping[str, Callable[[Answers], bytes]] = {
     ".jsonl": to_jsonl,
-    ".tsv": to_tsv,
+    ".tsv": functools.partial(to_table, ".tsv"),
+    ".csv": functools.partial(to_table, ".csv"),
     ".parquet": to_parquet,
 }

@@ -1,14 +1,14 @@
-"""The threshold of a gallery: the score that strangers reach at a rate that the user chose."""
+"""When a clip gets a name: a probability that the user chose, or a rate at which strangers pass."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import scipy
 
 from vidjax import metrics
+from vidjax.errors import UserError
 
-CONFIDENCE = 0.95
+DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can show it
 
 
 class Threshold(NamedTuple):
@@ -32,6 +32,91 @@ class Threshold(NamedTuple):
     high: float
 
 
+class Rule(NamedTuple):
+    """When a clip gets the name of its best identity.
+
+    Attributes:
+      by: `threshold`, the probability that the user chose; `fpir`, the score that a share of the
+        strangers reaches; `new`, where no stranger can tell.
+      score: logarithm of the lowest probability of a name. But with `threshold` somebody new must
+        not be more probable, either.
+      default: whether the user chose nothing.
+      found: what is known of the score; None but for `fpir`.
+      about: the rule in words.
+    """
+
+    by: Literal["threshold", "fpir", "new"]
+    score: float
+    default: bool
+    found: Threshold | None
+    about: str
+
+    def names(self, best: np.ndarray | float, new: np.ndarray | float) -> np.ndarray:
+        """Returns where an identity is named, of logarithms of its probability and of new's."""
+        best = np.asarray(best)
+        passes = (best >= self.score) & (best > -np.inf)
+        return passes if self.by == "threshold" else passes & (best >= new)
+
+
+NEW = "nobody new is more probable"
+
+
+def rule_of_probability(probability: float) -> Rule:
+    """Returns the rule of a lowest probability.
+
+    Raises:
+      ValueError: the number is no probability.
+    """
+    check_probability(probability)
+    about = f"the probability is {100 * probability:.3g} % or more"
+    return Rule("threshold", math.log(probability), False, None, about)
+
+
+def rule_of_strangers(found: Threshold, *, default: bool = False) -> Rule:
+    """Returns the rule of a threshold that strangers have set."""
+    about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
+    return Rule("fpir", found.score, default, found, about)
+
+
+def rule_of_new(num_strangers: int) -> Rule:
+    """Returns the rule of a gallery that has too few strangers for the default rate."""
+    about = (
+        f"{NEW}; with {needed(DEFAULT_FPIR)} clips of strangers instead of {num_strangers} it "
+        f"would hold {100 * DEFAULT_FPIR:g} % of them"
+    )
+    return Rule("new", -math.inf, True, None, about)
+
+
+def check_probability(probability: float) -> None:
+    """Raises ValueError unless a number is a lowest probability."""
+    if not 0 < probability <= 1:
+        raise UserError(
+            f"threshold={probability:g}: name a probability above 0 and at most 1, e.g. 0.5"
+        )
+
+
+def check_rate(fpir: float) -> None:
+    """Raises ValueError unless a number is a rate of false alarms."""
+    if not 0 < fpir < 1:
+        raise UserError(f"fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
+
+
+def needed(fpir: float) -> int:
+    """Returns how many strangers can show a rate."""
+    return math.ceil(1 / fpir - 1e-9)
+
+
+def check_strangers(count: int, fpir: float) -> None:
+    """Raises ValueError unless so many clips of strangers can show a rate."""
+    check_rate(fpir)
+    if count < needed(fpir):
+        raise UserError(
+            f"fpir={fpir:g} needs {needed(fpir):,} clips of strangers or more, the gallery has "
+            f"{count:,}\nask for a higher rate, enrol more strangers, or choose a probability: "
+            "threshold"
+        )
+
+
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Sets a threshold on the best scores of strangers.
 
@@ -43,25 +128,10 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     Raises:
       ValueError: the rate is no such number, or fewer than 1 / fpir strangers cannot show it.
 
-    Source: FPIR of ISO/IEC 19795-1; the interval of Clopper and Pearson 1934.
+    Source: FPIR of ISO/IEC 19795-1.
     """
-    if not 0 < fpir < 1:
-        raise ValueError(f"--fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
-    if len(best) * fpir < 1 - 1e-9:
-        needed = math.ceil(1 / fpir - 1e-9)
-        raise ValueError(
-            f"--fpir={fpir:g} needs {needed:,} clips of strangers or more, the gallery has "
-            f"{len(best):,}\nask for a higher rate, or add strangers: enrol G --strangers --split=S"
-        )
+    check_strangers(len(best), fpir)
     score = metrics.threshold_of(best, fpir=fpir)
     alarms = int(np.sum(best >= score))
-    low, high = interval(alarms, len(best))
+    low, high = metrics.fpir_interval(alarms, len(best))
     return Threshold(fpir, score, num_identities, len(best), alarms, low, high)
-
-
-def interval(hits: int, count: int) -> tuple[float, float]:
-    """Returns the Clopper-Pearson interval of a rate of which `hits` of `count` were seen."""
-    tail = (1 - CONFIDENCE) / 2
-    low = float(scipy.stats.beta.ppf(tail, hits, count - hits + 1)) if hits else 0.0
-    high = float(scipy.stats.beta.ppf(1 - tail, hits + 1, count - hits)) if hits < count else 1.0
-    return low, high

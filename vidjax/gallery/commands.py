@@ -1,63 +1,113 @@
 """The commands of a gallery.
 
     python -m vidjax.gallery create G --run=W [--strangers=S] [--empty]
-    python -m vidjax.gallery enrol G CLIPS [--identity=NAME] [--strangers]
-    python -m vidjax.gallery identify G CLIPS [--fpir=0.01] [--k=5] [--out=FILE]
-    python -m vidjax.gallery rank G CLIPS --out=FILE
-    python -m vidjax.gallery remove G --identity=NAME | --clip=NAME
+    python -m vidjax.gallery enrol G CLIPS [--identity=NAME | --strangers]
+    python -m vidjax.gallery identify G CLIPS [--fpir=0.01 | --threshold=0.5] [--k=5] [--out=FILE]
+    python -m vidjax.gallery rank G CLIPS --out=FILE [--fpir=0.01 | --threshold=0.5]
+    python -m vidjax.gallery list G [--clips] [--identity=NAME]
+    python -m vidjax.gallery rename G --identity=NAME --to=NAME [--merge]
+    python -m vidjax.gallery relabel G --clip=NAME --identity=NAME
+    python -m vidjax.gallery remove G --identity=NAME | --clip=NAME [--later]
+    python -m vidjax.gallery threshold G [--fpir=0.01]
     python -m vidjax.gallery refit G
-    python -m vidjax.gallery list G
-    python -m vidjax.gallery threshold G --fpir=0.01
     python -m vidjax.gallery export G --qdrant=PLACE --collection=NAME
 
-CLIPS are a split of a dataset, `--split=S` with `--config.data.name=N --config.data.dir=D`, which
-are those of the run where they are left out; or `--input=PATH`, a folder or table without labels.
-All changes wait until the disk has them.
+CLIPS are `--input=PATH`, a folder or table without labels, or one .npz; or a split of a dataset,
+`--split=S` with `--config.data.name=N --config.data.dir=D`, which are those of the run where they
+are left out. A clip shows one person. `enrol G --input=PATH` without a name takes a folder for each
+person, PATH/NAME/CLIP.npz. All changes wait until the disk has them.
+
+`identify --help` tells the flags of that command; vidjax/gallery/README.md, the whole way.
 """
 
 import argparse
 import contextlib
 import json
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax import messages
+from vidjax.errors import UserError
 
 if TYPE_CHECKING:
     from vidjax.config import Config
+    from vidjax.data.clips import ClipSource, TrainingData
+    from vidjax.data.memory import MemoryClips
     from vidjax.gallery.gallery import Gallery
     from vidjax.gallery.people import People
-    from vidjax.gallery.vectors import AnyClips
 
-COMMANDS = {
-    "create": "makes a gallery of the training clips of a run",
-    "enrol": "adds clips of people who are there, or new",
-    "identify": "says whom clips show, or unknown",
-    "rank": "ranks clips for every person, into a file",
-    "remove": "deletes a person, or a clip",
-    "refit": "fits the coordinates to the clips that are enrolled now",
-    "list": "names the people, with their numbers of clips",
-    "threshold": "says from which probability on a clip gets a name",
-    "export": "copies vectors and names to a Qdrant database",
-}
-CLIPS = ("enrol", "identify", "rank")
-# Flag -> the commands that take it, the word for its value, its help.
-FLAGS: Mapping[str, tuple[tuple[str, ...], str | None, str]] = {
-    "run": (("create", *CLIPS), "W", "the folder of the run (default: the gallery's own)"),
-    "split": (CLIPS, "S", "the split of the dataset with the clips"),
-    "input": (CLIPS, "PATH", "instead: a folder or .parquet table of clips without labels"),
-    "identity": (("enrol", "remove"), "NAME", "the person"),
-    "clip": (("remove",), "NAME", "the clip"),
-    "empty": (("create",), None, "enrols nobody: keeps coordinates and strangers alone"),
-    "fpir": (("identify", "threshold"), "R", "share of strangers who may get a name, e.g. 0.01"),
-    "k": (("identify",), "K", "names per clip in a file (default: 5)"),
-    "out": (("identify", "rank"), "FILE", "the new file: .jsonl, .tsv, .parquet; rank: also .txt"),
-    "qdrant": (("export",), "PLACE", "an address, a folder, or :memory:"),
-    "collection": (("export",), "NAME", "the new collection"),
-}
+Words = Sequence[str]  # --config.data.FIELD=VALUE
+
+CLIPS = ("run", "split", "input")
+RULE = ("fpir", "threshold")
+# Flag -> the word for its value (None: it has none), its help.
+FLAGS: Mapping[str, tuple[str | None, str]] = {
+    "run": ("W", "the folder of the run (default: the gallery's own)"),
+    "split": ("S", "the split of the dataset with the clips"),
+    "input": ("PATH", "instead: a folder, .parquet table or .npz of clips without labels"),
+    "strangers": ("S", "create: the split whose clips without a label are strangers; "
+                       "enrol: adds such clips"),
+    "identity": ("NAME", "the person"),
+    "clip": ("NAME", "the clip"),
+    "to": ("NAME", "the new name"),
+    "merge": (None, "two people are the same: makes one of them"),
+    "clips": (None, "names the clips, too"),
+    "later": (None, "leaves the back end to refit; until then the gallery holds what was removed"),
+    "empty": (None, "enrols nobody: keeps coordinates and strangers alone"),
+    "fpir": ("R", "share of strangers who may get a name, e.g. 0.01"),
+    "threshold": ("P", "instead: the lowest probability of a name, e.g. 0.5"),
+    "k": ("K", "names per clip in a file (default: 5)"),
+    "out": ("FILE", "the new file: .jsonl, .csv, .tsv, .parquet; rank: also .txt"),
+    "qdrant": ("PLACE", "an address, a folder, or :memory:"),
+    "collection": ("NAME", "the new collection"),
+    "quiet": (None, "the result alone"),
+    "json": (None, "the result as JSON"),
+    "debug": (None, "shows tracebacks"),
+}  # fmt: skip
+ALWAYS = ("quiet", "json", "debug")
+# Words of other programs -> the command that does the same.
+ELSEWHERE = {
+    **dict.fromkeys(("add", "enroll", "register", "insert", "import", "learn"), "enrol"),
+    **dict.fromkeys(("new", "init", "make", "build", "train"), "create"),
+    **dict.fromkeys(("find", "search", "who", "query", "match", "recognise", "recognize",
+                     "predict", "classify"), "identify"),
+    **dict.fromkeys(("show", "ls", "people", "info", "status", "report", "count", "clips"), "list"),
+    **dict.fromkeys(("merge", "join", "mv", "move"), "rename"),
+    **dict.fromkeys(("correct", "change", "label", "reassign"), "relabel"),
+    **dict.fromkeys(("delete", "del", "rm", "forget", "drop", "erase"), "remove"),
+    **dict.fromkeys(("calibrate",), "threshold"),
+    **dict.fromkeys(("fit", "update", "rebuild"), "refit"),
+}  # fmt: skip
+ELSEWHERE_FLAGS = {
+    **dict.fromkeys(("name", "person", "label", "who", "as"), "identity"),
+    **dict.fromkeys(("workdir", "model", "gallery"), "run"),
+    **dict.fromkeys(("folder", "dir", "data", "path", "file", "photos"), "input"),
+    **dict.fromkeys(("min_probability", "probability", "min_score", "confidence", "limit"),
+                    "threshold"),
+    **dict.fromkeys(("far", "fpr", "rate"), "fpir"),
+    **dict.fromkeys(("top", "topk", "top_k", "n"), "k"),
+    **dict.fromkeys(("output", "save"), "out"),
+}  # fmt: skip
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      about: what it does, after its name.
+      run: does it.
+      flags: those that it reads.
+      needs: those of them that must be given.
+    """
+
+    about: str
+    run: Callable[[argparse.Namespace, Words], None]
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,17 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         args, overrides = parse(words)
         with messages.quietly() if args.quiet else contextlib.nullcontext():
-            {
-                "create": _create,
-                "enrol": _enrol,
-                "identify": _identify,
-                "rank": _rank,
-                "remove": _remove,
-                "refit": _refit,
-                "list": _list,
-                "threshold": _threshold,
-                "export": _export,
-            }[args.command](args, overrides)
+            COMMANDS[args.command].run(args, overrides)
         return 0
 
     return messages.guarded(command, words)
@@ -91,80 +131,143 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags of a command, and its words `--config.data.FIELD=VALUE`.
 
     Raises:
-      ValueError: an unknown command or flag, or one that is missing.
+      ValueError: an unknown command or flag, one that is missing, or a value that cannot be.
     """
-    from vidjax.command_line import Parser, split_overrides
-    from vidjax.suggest import suggest
+    from vidjax.command_line import split_overrides
 
     own, overrides = split_overrides(words)
-    parser = Parser(
-        prog="python -m vidjax.gallery",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", nargs="?", metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
-    for flag, (_, value, text) in FLAGS.items():
-        if value is None:
-            parser.add_argument(f"--{flag}", action="store_true", help=text)
-        else:
-            parser.add_argument(f"--{flag}", metavar=value, help=text)
-    parser.add_argument(
-        "--strangers", nargs="?", const="", metavar="S",
-        help="create: the split whose clips without a label are strangers; enrol: adds such clips",
-    )  # fmt: skip
-    for flag, text in {"quiet": "the result alone", "json": "the result as JSON",
-                       "debug": "shows tracebacks"}.items():  # fmt: skip
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
-    args, strays = parser.parse_known_args(own)
-    if not args.command:
-        raise ValueError(f"name a command: {', '.join(COMMANDS)}\n--help tells what they do")
-    if args.command not in COMMANDS:
-        raise ValueError(f"no command '{args.command}': {suggest(args.command, COMMANDS)}")
+    name = next((word for word in own if not word.startswith("-")), None)
+    if name is None:
+        make_parser().parse_known_args(own)  # may print the help
+        raise UserError(f"name a command: {', '.join(COMMANDS)}\n--help tells what they do")
+    if name not in COMMANDS:
+        raise UserError(f"no command '{name}': {_meant(name)}")
+    own.remove(name)
+    args, strays = make_parser(name).parse_known_args(own)
+    args.command = name
     if strays:
-        known = [f"--{name}" for name in (*FLAGS, "strangers", "quiet", "json")]
-        raise ValueError(f"no flag '{strays[0]}': {suggest(strays[0].partition('=')[0], known)}")
+        raise UserError(_about_stray(name, strays[0]))
     if not args.gallery:
-        raise ValueError(f"{args.command} needs the folder of a gallery: {args.command} G")
+        raise UserError(f"{name} needs the folder of a gallery: {name} FOLDER")
     _check_flags(args, overrides)
+    _check_values(args)
     return args, overrides
 
 
-def _check_flags(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def make_parser(name: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of a command; None for the one that helps to choose a command."""
+    program = "vidjax gallery" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.gallery"
+    if name is None:
+        about = f"{__doc__}\ncommands:\n"
+        about += "".join(f"  {one:10} {command.about}\n" for one, command in COMMANDS.items())
+        return messages.Parser(program, about, f"{program} COMMAND G [--FLAG=VALUE ...]")
+    parser = messages.Parser(f"{program} {name}", f"{name} {COMMANDS[name].about}")
+    parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
+    for flag, (value, text) in FLAGS.items():
+        # Flags of other commands are known, so that an error can say which commands read them.
+        own = flag in (*COMMANDS[name].flags, *ALWAYS)
+        text = text if own else argparse.SUPPRESS
+        if flag == "strangers":
+            parser.add_argument("--strangers", nargs="?", const="", metavar=value, help=text)
+        elif value is None:
+            parser.add_argument(f"--{flag}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{flag}", metavar=value, help=text)
+    return parser
+
+
+def _meant(word: str) -> str:
+    """Returns which command a word means, with what that does: some commands delete."""
+    from vidjax.suggest import closest
+
+    match = ELSEWHERE.get(word.lower()) or closest(word.lower(), COMMANDS, cutoff=0.7)
+    if match is None:
+        return f"choose from {', '.join(COMMANDS)}"
+    return f"did you mean '{match}'?\n{match} {COMMANDS[match].about}"
+
+
+def _about_stray(command: str, stray: str) -> str:
+    """Returns what to say of a word that is no flag of a command."""
+    from vidjax.suggest import suggest
+
+    flags = COMMANDS[command].flags
+    if not stray.startswith("-"):
+        takes = [f"--{f}={stray}" for f in ("input", "run", "identity", "clip") if f in flags]
+        hint = " or ".join(takes[:1] if "input" in flags or "run" in flags else takes)
+        return f"stray word '{stray}'" + (f": did you mean {hint}?" if hint else "; --help tells")
+    name = stray.partition("=")[0].lstrip("-").replace("-", "_")
+    if (meant := ELSEWHERE_FLAGS.get(name.lower())) in flags:
+        return f"no flag '{stray}': did you mean '--{meant}'?"
+    known = [f"--{flag}" for flag in (*flags, *ALWAYS)]
+    return f"no flag '{stray}': {suggest(stray.partition('=')[0], known)}"
+
+
+def _check_flags(args: argparse.Namespace, overrides: Words) -> None:
     """Raises ValueError where a command lacks a flag, or has one that it does not read."""
-    command = args.command
-    for flag, (commands, _, _) in FLAGS.items():
-        if getattr(args, flag) and command not in commands:
-            raise ValueError(f"{command} does not read --{flag}; {', '.join(commands)} do")
-    if args.strangers is not None and command not in ("create", "enrol"):
-        raise ValueError(f"{command} does not read --strangers; create and enrol do")
-    if overrides and command not in ("create", *CLIPS):
-        raise ValueError(f"{command} reads no clips: leave {overrides[0].partition('=')[0]} out")
+    name, command = args.command, COMMANDS[args.command]
+    for flag in FLAGS:
+        if getattr(args, flag) not in (None, False) and flag not in (*command.flags, *ALWAYS):
+            others = ", ".join(one for one, other in COMMANDS.items() if flag in other.flags)
+            raise UserError(f"{name} does not read --{flag}; {others} do")
+    if overrides and "split" not in command.flags and name != "create":
+        raise UserError(f"{name} reads no clips: leave {overrides[0].partition('=')[0]} out")
     for word in overrides:
         if not word.startswith("--config.data."):
-            raise ValueError(f"{word}: a gallery takes fields of config.data alone")
-    needed = {"create": ["run"], "rank": ["out"], "threshold": ["fpir"],
-              "export": ["qdrant", "collection"]}.get(command, [])  # fmt: skip
-    for flag in needed:
+            raise UserError(f"{word}: a gallery takes fields of config.data alone")
+    for flag in command.needs:
         if not getattr(args, flag):
-            raise ValueError(f"{command} needs --{flag}={FLAGS[flag][1]}: {FLAGS[flag][2]}")
-    if command in CLIPS and bool(args.split) == bool(args.input):
-        raise ValueError(
-            f"{command} needs clips: --split=S of the dataset that --config.data.name and "
-            "--config.data.dir name,\nor --input=PATH, a folder or .parquet table"
+            raise UserError(f"{name} needs --{flag}={FLAGS[flag][0]}: {FLAGS[flag][1]}")
+    if "input" in command.flags and bool(args.split) == bool(args.input):
+        both = " and not both" if args.split else ""
+        raise UserError(
+            f"{name} needs clips{both}: --input=PATH, a folder, .parquet table or .npz,\n"
+            "or --split=S of the dataset that --config.data.name and --config.data.dir name"
         )
-    if command == "enrol" and args.input and not args.identity and args.strangers is None:
-        raise ValueError("enrol --input=PATH needs --identity=NAME: say who all these clips show")
-    if command == "remove" and bool(args.identity) == bool(args.clip):
-        raise ValueError("remove needs one of --identity=NAME and --clip=NAME")
+    if name == "enrol" and args.identity and args.strangers is not None:
+        raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")
+    if name == "remove" and bool(args.identity) == bool(args.clip):
+        raise UserError("remove needs one of --identity=NAME and --clip=NAME")
+    if args.fpir is not None and args.threshold is not None:
+        raise UserError(
+            "choose one of --fpir, a share of strangers, and --threshold, a probability"
+        )
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Turns numbers into numbers and looks at paths, before anything that takes seconds."""
+    from vidjax.gallery import calibration
+
+    if args.fpir is not None:
+        args.fpir = _number(args.fpir, "fpir")
+        calibration.check_rate(args.fpir)
+    if args.threshold is not None:
+        args.threshold = _number(args.threshold, "threshold")
+        calibration.check_probability(args.threshold)
+    if args.k is not None:
+        if not args.k.isdecimal() or int(args.k) < 1:
+            raise UserError(f"--k={args.k}: name 1 identity or more, a whole number")
+        args.k = int(args.k)
+    if args.input:
+        from vidjax.data.unlabelled import check_path
+
+        path = Path(args.input).expanduser()
+        check_path(path)
+        nobody = args.command == "enrol" and not args.identity and args.strangers is None
+        if nobody and (path.is_file() or any(path.glob("*.npz"))):
+            raise UserError(
+                "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
+                "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
+            )
 
 
 def _number(text: str, flag: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--{flag}={text}: not a number") from None
+        hint = ""
+        with contextlib.suppress(ValueError):
+            hint = f": write --{flag}={float(text.removesuffix('%')) / 100:g}"
+        raise UserError(f"--{flag}={text}: not a number{hint}") from None
 
 
 def _tell(args: argparse.Namespace, rows: Sequence[tuple[str, str]], content: object) -> None:
@@ -174,6 +277,11 @@ def _tell(args: argparse.Namespace, rows: Sequence[tuple[str, str]], content: ob
     else:
         lines = [args.command, *(f"  {name:10}  {value}" for name, value in rows)]
         messages.say("\n".join(lines))
+
+
+def _of(count: int, noun: str) -> str:
+    """Returns a number of things, such as `1 clip`, `2 clips`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _counts(people: "People") -> tuple[list[tuple[str, str]], dict[str, str | int]]:
@@ -186,29 +294,34 @@ def _counts(people: "People") -> tuple[list[tuple[str, str]], dict[str, str | in
         ("strangers", f"{len(people.strangers):,}"),
         ("version", f"{people.version:,}"),
     ]
+    if people.still_held:
+        held = _of(people.still_held, "removed clip")
+        rows.append(("still held", f"{held}, by the back end: refit ends it"))
     return rows, {
         "gallery": str(people.folder),
         "people": len(people.identities),
         "clips": clips,
         "strangers": len(people.strangers),
         "version": people.version,
+        "still_held": people.still_held,
     }
 
 
-def _config_of(config: "Config", overrides: Sequence[str]) -> "Config":
+def _config_of(config: "Config", overrides: Words) -> "Config":
     from vidjax import config as config_lib
 
     return config_lib.override(config, overrides)
 
 
-def _create(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _create(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax import predict
     from vidjax.gallery.gallery import Gallery
     from vidjax.modes.arguments import load_data, run_config
 
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
-    data = load_data(_config_of(run.config, overrides))
+    config = _config_of(run.config, overrides)
+    data = None if config == run.config else load_data(config)
     made = Gallery.create(
         args.gallery, run, data, strangers=args.strangers or None, empty=args.empty, sync=True
     )
@@ -221,7 +334,9 @@ def _opened(args: argparse.Namespace) -> "Gallery":
     return Gallery(args.gallery, run=args.run, sync=True)
 
 
-def _clips(args: argparse.Namespace, overrides: Sequence[str], gallery: "Gallery") -> "AnyClips":
+def _clips(
+    args: argparse.Namespace, overrides: Words, gallery: "Gallery"
+) -> "MemoryClips | TrainingData":
     """Returns the clips of a command."""
     from vidjax.data.unlabelled import load_clips
     from vidjax.modes.arguments import load_data
@@ -232,42 +347,68 @@ def _clips(args: argparse.Namespace, overrides: Sequence[str], gallery: "Gallery
     return load_data(_config_of(run.config, overrides))
 
 
-def _enrol(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    gallery = _opened(args)
-    clips = _clips(args, overrides, gallery)
-    done = gallery.enrol(
-        clips, args.identity, split=args.split, strangers=args.strangers is not None
-    )
+@contextlib.contextmanager
+def _progress(
+    label: str, clips: "ClipSource", split: str | None
+) -> Iterator[Callable[[int], None]]:
+    """Shows how many clips are done; gives the function that counts them."""
+    from vidjax.run import terminal
+
+    total = len(clips.split(split or "clips").clips)
+    bar = terminal.Progress(total, unit="clip", label=label, leave=False)
+    try:
+        yield bar.advance
+    finally:
+        bar.close()
+
+
+def _enrol(args: argparse.Namespace, overrides: Words) -> None:
+    from vidjax.data.unlabelled import load_people
+
+    gallery, strangers = _opened(args), args.strangers is not None
+    if args.input and not args.identity and not strangers:
+        quality = gallery.run.config.data.quality
+        clips, identity = load_people(args.input, gallery.run.modalities, quality=quality)
+    else:
+        clips, identity = _clips(args, overrides, gallery), args.identity
+    done = gallery.enrol(clips, identity, split=args.split, strangers=strangers)
     if done.refused:
         named = ", ".join(done.refused[:3]) + (" ..." if len(done.refused) > 3 else "")
         warnings.warn(
-            f"{len(done.refused):,} clips without a usable frame are not enrolled: {named}",
+            f"{_of(len(done.refused), 'clip')} without a usable frame: not enrolled: {named}",
             stacklevel=2,
         )
     rows, content = _counts(gallery.people)
-    rows = [("enrolled", f"{done.enrolled:,} clips, {done.unchanged:,} were there"), *rows]
+    rows = [("enrolled", f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"), *rows]
     _tell(args, rows, done._asdict() | content)
 
 
-def _identify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _identify(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax.gallery import answers as answers_lib
     from vidjax.modes import rank
+    from vidjax.run import terminal
 
     out = Path(args.out).expanduser() if args.out else None
     if out:
         rank.check_out(out, tuple(answers_lib.FORMATS))
-    fpir = None if args.fpir is None else _number(args.fpir, "fpir")
-    k = int(_number(args.k or "5", "k"))
     gallery = _opened(args)
-    threshold = None if fpir is None else gallery.threshold(fpir)  # before clips are read
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
     clips = _clips(args, overrides, gallery)
-    found = gallery.identify(clips, k, fpir=fpir, split=args.split)
+    began, found = time.monotonic(), {}
+    with _progress("vectors", clips, args.split) as advance:
+        vectors = gallery.embed(clips, args.split, advance=advance)
+    with _progress("identify", clips, args.split) as advance:
+        answers = gallery.answers(list(vectors.parts.values()), args.k or 5, rule)
+        for name, answer in zip(vectors.names, answers, strict=True):
+            found[name] = answer
+            advance(1)
+    timed = terminal.timing(began, len(found))
     named = sum(answer.identity is not None for answer in found.values())
     rows = [("clips", f"{len(found):,}"), ("named", f"{named:,}"),
             ("unknown", f"{len(found) - named:,}")]  # fmt: skip
-    rows += answers_lib.describe(threshold) if threshold else []
-    content = {"clips": len(found), "named": named}
-    content |= {"threshold": threshold._asdict() if threshold else None}
+    rows += [*answers_lib.describe_rule(rule), *timed[0]]
+    content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
+    content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
     if out:
         rank.write_new(out, answers_lib.FORMATS[out.suffix](found))
         _tell(args, [*rows, ("answers", str(out))], content | {"answers": str(out)})
@@ -279,21 +420,34 @@ def _identify(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         _tell(args, rows, content)
 
 
-def _rank(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _rank(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax import ranking
+    from vidjax.gallery import answers as answers_lib
     from vidjax.modes import rank
+    from vidjax.run import terminal
 
     out = Path(args.out).expanduser()
     rank.check_out(out, (".txt", *rank.FORMATS))
     gallery = _opened(args)
+    chosen = args.fpir is not None or args.threshold is not None
+    rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
     clips = _clips(args, overrides, gallery)
+    began = time.monotonic()
+    with _progress("vectors", clips, args.split) as advance:
+        vectors = gallery.embed(clips, args.split, advance=advance)
+    with _progress("rank", clips, args.split) as advance:
+        ranked = gallery.top(vectors, rule, advance=advance)
+    timed = terminal.timing(began, len(ranked.clips))
     if out.suffix == ".txt":
-        ranked = gallery.top(gallery.embed(clips, args.split))
         text = ranking.to_text(out, ranked.identities, ranked.clips, ranked.top)
         rank.write_new(out, text.encode())
     else:
-        rank.write(out, gallery.rank(clips, split=args.split))
-    _tell(args, [*_counts(gallery.people)[0][:2], ("ranking", str(out))], {"ranking": str(out)})
+        rank.write(out, ranked.lists())
+    rows = [*_counts(gallery.people)[0][:2], ("clips", f"{len(ranked.clips):,}")]
+    rows += [*(answers_lib.describe_rule(rule) if rule else []), *timed[0]]
+    content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}
+    content |= {"rule": answers_lib.rule_as_json(rule) if rule else None}
+    _tell(args, [*rows, ("ranking", str(out))], content)
 
 
 def _people(args: argparse.Namespace) -> "People":
@@ -302,44 +456,121 @@ def _people(args: argparse.Namespace) -> "People":
     return People(args.gallery, sync=True)
 
 
-def _remove(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _remove(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     people = _people(args)
     identities, clips = [args.identity] * bool(args.identity), [args.clip] * bool(args.clip)
-    count = people.remove(identities=identities, clips=clips)
+    count = people.remove(identities=identities, clips=clips, refit=not args.later)
     rows, content = _counts(people)
-    _tell(args, [("removed", f"{count:,} clips"), *rows], {"removed": count} | content)
+    _tell(args, [("removed", _of(count, "clip")), *rows], {"removed": count} | content)
 
 
-def _refit(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _rename(args: argparse.Namespace, overrides: Words) -> None:
+    del overrides
+    people = _people(args)
+    count = people.rename(args.identity, args.to, merge=args.merge)
+    rows, content = _counts(people)
+    told = f"{args.identity} is {args.to}, with {_of(people.identities[args.to], 'clip')}"
+    _tell(args, [("renamed", told), *rows], {"renamed": count} | content)
+
+
+def _relabel(args: argparse.Namespace, overrides: Words) -> None:
+    del overrides
+    people = _people(args)
+    new = args.identity not in people.identities
+    before = people.relabel(args.clip, args.identity)
+    gone = before is not None and before not in people.identities
+    told = f"{args.clip} showed {'a stranger' if before is None else before}"
+    told += f"{', of whom no clip is left' * gone}; it shows {args.identity}{', who is new' * new}"
+    rows, content = _counts(people)
+    _tell(args, [("relabelled", told), *rows], {"clip": args.clip, "before": before} | content)
+
+
+def _refit(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     people = _people(args)
     people.refit()
     _tell(args, *_counts(people))
 
 
-def _list(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _list(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
+    from vidjax.gallery.people import unknown
+
     people = _people(args)
     rows, content = _counts(people)
     listed = people.identities
-    if not args.json:
-        width = max(map(len, listed), default=0)
-        messages.say("\n".join(f"  {name:{width}}  {count:,}" for name, count in listed.items()))
-    _tell(args, rows, content | {"identities": listed})
+    if args.identity is not None:
+        if args.identity not in listed:
+            raise unknown("identity", args.identity, listed)
+        listed = {args.identity: listed[args.identity]}
+    content |= {"identities": listed}
+    width = max(map(len, listed), default=0)
+    lines = [f"  {name:{width}}  {count:,}" for name, count in listed.items()]
+    if args.clips:
+        shown: dict[str, list[str]] = {name: [] for name in listed}
+        for name, clip in sorted(people.clips.items()):
+            if clip.identity in shown:
+                shown[clip.identity].append(name)
+        content |= {"clips": shown}
+        lines = [f"  {name:{width}}  {clip}" for name, clips in shown.items() for clip in clips]
+    if lines and not args.json:
+        messages.say("\n".join(lines))
+    _tell(args, rows, content)
 
 
-def _threshold(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _threshold(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     from vidjax.gallery import answers as answers_lib
+    from vidjax.gallery.calibration import DEFAULT_FPIR
 
-    found = _people(args).threshold(_number(args.fpir, "fpir"))
+    found = _people(args).threshold(DEFAULT_FPIR if args.fpir is None else args.fpir)
     _tell(args, answers_lib.describe(found), found._asdict())
 
 
-def _export(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _export(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     from vidjax.gallery import qdrant
 
     count = qdrant.export(_people(args), args.qdrant, args.collection)
-    _tell(args, [("exported", f"{count:,} clips to {args.collection}")], {"exported": count})
+    rows = [("exported", f"{_of(count, 'clip')} to {args.collection}")]
+    _tell(args, rows, {"exported": count})
+
+
+COMMANDS: Mapping[str, Command] = {
+    "create": Command(
+        "makes a gallery of the training clips of a run",
+        _create, ("run", "strangers", "empty"), ("run",),
+    ),
+    "enrol": Command(
+        "adds clips of people who are there, or new", _enrol, (*CLIPS, "identity", "strangers")
+    ),
+    "identify": Command(
+        "says whom clips show, or unknown", _identify, (*CLIPS, *RULE, "k", "out")
+    ),
+    "rank": Command(
+        "ranks clips for every person, into a file", _rank, (*CLIPS, *RULE, "out"), ("out",)
+    ),
+    "list": Command(
+        "names the people, with their numbers of clips", _list, ("clips", "identity")
+    ),
+    "rename": Command(
+        "gives a person another name",
+        _rename, ("identity", "to", "merge"), ("identity", "to"),
+    ),
+    "relabel": Command(
+        "says that a clip shows somebody else",
+        _relabel, ("clip", "identity"), ("clip", "identity"),
+    ),
+    "remove": Command(
+        "deletes a person, or a clip, and cannot be undone", _remove, ("identity", "clip", "later")
+    ),
+    "threshold": Command(
+        "says from which probability on a share of strangers gets a name", _threshold, ("fpir",)
+    ),
+    "refit": Command("fits the coordinates to the clips that are enrolled now", _refit),
+    "export": Command(
+        "copies vectors and names to a Qdrant database",
+        _export, ("qdrant", "collection"), ("qdrant", "collection"),
+    ),
+}  # fmt: skip

@@ -4,7 +4,6 @@ Every coordinate is a dot product of its own: a product of matrices rounds by th
 """
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from vidjax.gallery import front as front_lib
 from vidjax.gallery.front import Front
+from vidjax.machine import num_cores
 from vidjax.models import two_covariance
 
 MANY = 32  # vectors from which on threads are worth starting
@@ -42,6 +42,7 @@ class Coordinates:
     def __init__(self, front: Front):
         """Prepares the axes."""
         self.front = front
+        self._curves: dict[tuple[int, int], np.ndarray] = {}
         self._axes = [np.ascontiguousarray(part.space.transform.T) for part in front.parts]
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
@@ -93,13 +94,15 @@ class Coordinates:
 
     def curve(self, number: int, count: int) -> np.ndarray:
         """Returns the coefficients [D] of z squared, of a person with a number of clips."""
-        space = self.front.parts[number].space
-        none = np.zeros((1, len(space.mean)))
-        enrolled = two_covariance.coefficients(space, np.array([float(count)]), none)
-        return np.asarray(enrolled.curve[0])
+        if (number, count) not in self._curves:
+            space = self.front.parts[number].space
+            none = np.zeros((1, len(space.mean)))
+            enrolled = two_covariance.coefficients(space, np.array([float(count)]), none)
+            self._curves[number, count] = np.asarray(enrolled.curve[0])
+        return self._curves[number, count]
 
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
     """Returns the threads that compute, one per core."""
-    return ThreadPoolExecutor(os.cpu_count() or 1)
+    return ThreadPoolExecutor(num_cores())

@@ -1,4 +1,4 @@
-"""The front of a gallery: coordinates in which vectors are compared, and the five settings.
+"""The front of a gallery: coordinates in which vectors are compared, and the settings.
 
 A clip is one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
 The front is fitted from the vectors of labelled clips. It holds no vector of a clip, but sums over
@@ -13,7 +13,7 @@ import numpy as np
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
 from vidjax.models.two_covariance import Space
-from vidjax.steps.plda_settings import fit_settings, some_identities
+from vidjax.steps.plda_settings import fit_settings, some_identities, tell_of_few
 
 MOST_ROWS = 1024  # clips or identities that are computed at a time
 
@@ -67,6 +67,7 @@ def fit(
       settings: given settings; None to fit them, too.
       seed: of the fit of settings.
     """
+    tell_of_few(labels)
     if settings is None:
         wanted = some_identities(labels, seed) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
@@ -79,7 +80,7 @@ def fit(
         if present.any():
             x = np.asarray(x[present], np.float64)
             if not centred:
-                blank = blank._replace(centre=x.mean(axis=0))
+                blank = blank._replace(centre=settings.centred * x.mean(axis=0))
             u = unit(blank, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
             blank = blank._replace(space=plda.fit(sums._asdict(), settings))

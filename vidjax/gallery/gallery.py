@@ -8,14 +8,20 @@
     gallery.remove(identity="Ada")
 
 A person is, in each modality, a number of clips and the sum of their vectors. Enrolling adds to
-them and removing subtracts: answers and files equal, to the bit, those of a gallery that was made
-at once of the clips that are there. `refit` fits the coordinates to these, too.
+them and removing subtracts: answers equal, to the bit, those of a gallery that was made at once of
+the clips that are there, with the same back end. `refit` fits the back end to these, too.
 
-The folder forgets who is removed; the run does not. Its weights, or the centre of a PLDA run,
-were made of its training clips, and only another training without them forgets them.
+An open gallery answers from what the folder holds at that moment, whoever changed it.
+
+The folder forgets who is removed, the back end included: where it was fitted to a clip that goes,
+`remove` fits it anew. The run does not forget. Its weights, or the centre of a PLDA run, were made
+of its training clips, as is the back end of a gallery made with `empty`, to which its training
+clips were fitted that are not in the gallery: only another training without them forgets them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import numbers
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +31,17 @@ from vidjax import predict
 from vidjax.data.clips import TrainingData
 from vidjax.data.ground_truth import sort_identities
 from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError, check_argument
+from vidjax.gallery import calibration
 from vidjax.gallery import vectors as vectors_lib
-from vidjax.gallery.blocks import Clip
-from vidjax.gallery.calibration import Threshold
+from vidjax.gallery.calibration import DEFAULT_FPIR, Rule, Threshold
 from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.store import Clip
 from vidjax.gallery.vectors import AnyClips, Vectors
+from vidjax.modes import run_data
 from vidjax.modes.arguments import load_data
 from vidjax.predict import Predictor
+from vidjax.run.terminal import uncounted
 from vidjax.steps import topk
 
 RANK_ROWS = 256  # clips of a block of scores
@@ -80,6 +90,18 @@ class Ranked(NamedTuple):
     clips: tuple[str, ...]
     top: topk.TopK
 
+    def lists(self) -> dict[str, list[tuple[str, float]]]:
+        """Returns identity -> its clips as (name, score), best first."""
+        rows = zip(self.top.index.tolist(), self.top.scores.tolist(), strict=True)
+        return {
+            identity: [
+                (self.clips[clip], score)
+                for clip, score in zip(indices, scores, strict=True)
+                if clip != topk.NO_CLIP
+            ]
+            for identity, (indices, scores) in zip(self.identities, rows, strict=True)
+        }
+
 
 class Gallery:
     """A gallery in a folder.
@@ -103,6 +125,7 @@ class Gallery:
         Raises:
           ValueError: there is no gallery, or it is damaged; the error names the file.
         """
+        check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self.people = People(folder, sync=sync)
         self._run = run
         self._checked: Predictor | None = None
@@ -136,13 +159,23 @@ class Gallery:
           OSError: the gallery cannot be written.
         """
         run = _restored(run)
-        data = load_data(run.config) if data is None else data
+        if data is None:
+            data = load_data(run.config)
+            run_data.check_training(run.workdir, run.manifest.get("data"), run.config, data)
         clips: dict[str, Clip] = {}
+        labelled = 0
         for split in run.config.data.train_splits:
             found = vectors_lib.embed(run, data, split)
-            clips |= {n: c for n, c in _clips_of(found).items() if c.identity is not None}
+            labelled += sum(label is not None for label in found.labels)
+            known = {n: c for n, c in _clips_of(found).items() if c.identity is not None}
+            clips |= {name: clip._replace(fitted=True) for name, clip in known.items()}
+        if not labelled:
+            raise UserError("no training clip has a label: there is nobody to enrol")
         if not clips:
-            raise ValueError("no training clip has a label: there is nobody to enrol")
+            raise UserError(
+                f"none of the {labelled:,} labelled training clips has a vector: nothing "
+                "tells people apart\ntrain a run on clips of more people"
+            )
         run_of = vectors_lib.origin_of(run)
         settings = vectors_lib.settings_of(run)
         widths = vectors_lib.widths_of(run, len(next(iter(clips.values())).vector))
@@ -158,15 +191,17 @@ class Gallery:
         return cls(folder, run=run, sync=sync)
 
     def __repr__(self) -> str:
-        counts = self.people.identities
+        counts, held = self.people.identities, self.people.still_held
         return (
             f"<gallery '{self.people.folder}': {len(counts)} people, {sum(counts.values())} clips, "
-            f"{len(self.people.strangers)} strangers, version {self.people.version}>"
+            f"{len(self.people.strangers)} strangers, version {self.people.version}"
+            + (f", {held} removed clips still in the back end>" if held else ">")
         )
 
     @property
     def identities(self) -> dict[str, int]:
         """Identity -> its number of clips, in the order of names."""
+        self.people.refresh()
         return self.people.identities
 
     @property
@@ -177,18 +212,30 @@ class Gallery:
           ValueError: it is not there, or not the one that the gallery was made with.
         """
         if self._checked is None:
-            run = _restored(self._run or self.people.run.workdir)
+            place = self.people.run.workdir
+            if self._run is None and not Path(place, "config.json").exists():
+                raise UserError(
+                    f"the run of gallery '{self.people.folder}' is no longer at '{place}'\n"
+                    "say where it is: run=FOLDER, by command --run=FOLDER"
+                )
+            run = _restored(place if self._run is None else self._run)
             if vectors_lib.origin_of(run).digest != self.people.run.digest:
-                raise ValueError(
+                raise UserError(
                     f"'{run.workdir}' is not the run that gallery '{self.people.folder}' was made "
-                    "with\nname that run: --run=W, or make a gallery with this one"
+                    f"with, which was at '{place}'\n"
+                    "say where that is: run=FOLDER, by command --run=FOLDER"
                 )
             self._checked = run
         return self._checked
 
-    def embed(self, clips: AnyClips, split: str | None = None) -> Vectors:
+    def embed(
+        self,
+        clips: AnyClips,
+        split: str | None = None,
+        advance: Callable[[int], None] = uncounted,
+    ) -> Vectors:
         """Returns the vectors of clips, see `vectors.embed`."""
-        return vectors_lib.embed(self.run, clips, split)
+        return vectors_lib.embed(self.run, clips, split, advance)
 
     def enrol(
         self,
@@ -210,12 +257,18 @@ class Gallery:
         Raises:
           ValueError: no clip has a label or a usable frame, clips do not fit the run, or one is
             enrolled as somebody else's or with another vector. Nothing is enrolled then.
-          OSError: the change cannot be written; nothing is enrolled then.
+          OSError: the change cannot be written. Nothing is enrolled then, unless it says so.
         """
+        if identities is not None:
+            wanted = "a name, or a dict {clip: name}"
+            check_argument("enrol: identities", identities, (str, Mapping), wanted)
         found = self.embed(clips, split)
         if isinstance(identities, str):
             labels = (identities,) * len(found.names)
         elif identities is not None:
+            for name, identity in identities.items():
+                wanted = f"the name of a person for clip {name!r}"
+                check_argument("enrol: identities", identity, (str, type(None)), wanted)
             labels = tuple(identities.get(name) for name in found.names)
         else:
             labels = found.labels
@@ -224,28 +277,47 @@ class Gallery:
                   if (label is None) == strangers]  # fmt: skip
         if not wanted:
             problem = "every clip has a label" if strangers else "no clip has a label"
-            raise ValueError(f"{problem}: there is nobody to enrol\nsay who the clips show")
+            raise UserError(f"{problem}: there is nobody to enrol\nsay who the clips show")
         usable = _clips_of(found)
         chosen = {name: usable[name] for name in wanted if name in usable}
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not chosen:
-            raise ValueError(f"no clip has a usable frame, as '{show(refused[0])}'")
+            raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
         new = self.people.add(chosen)
         return Enrolment(new, len(chosen) - new, refused)
 
-    def remove(self, *, identity: str | None = None, clip: str | None = None) -> int:
+    def remove(
+        self, *, identity: str | None = None, clip: str | None = None, refit: bool = True
+    ) -> int:
         """Removes a person with all clips, or one clip; returns the number of removed clips.
+
+        Args:
+          identity: the person.
+          clip: the clip.
+          refit: whether to fit the back end anew where it was fitted to a clip that goes, see
+            `People.remove`. Without it the gallery still holds the person until `refit`.
 
         Raises:
           ValueError: there is no such name, or both or none are given.
           OSError: the change cannot be written; nothing is removed then.
         """
         if (identity is None) == (clip is None):
-            raise ValueError("name one: remove(identity=NAME), or remove(clip=NAME)")
+            raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
+        for name, value in (("identity", identity), ("clip", clip)):
+            check_argument(f"remove: {name}", value, (str, type(None)), "a name")
         return self.people.remove(
             identities=() if identity is None else (identity,),
             clips=() if clip is None else (clip,),
+            refit=refit,
         )
+
+    def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
+        """Gives a person another name; returns the number of clips. See `People.rename`."""
+        return self.people.rename(identity, to, merge=merge)
+
+    def relabel(self, clip: str, identity: str) -> str | None:
+        """Says that a clip shows somebody else; returns who it showed. See `People.relabel`."""
+        return self.people.relabel(clip, identity)
 
     def refit(self) -> None:
         """Fits coordinates and settings to the clips that are enrolled now; see `People.refit`."""
@@ -253,7 +325,32 @@ class Gallery:
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold for a rate of false alarms; see `People.threshold`."""
+        check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         return self.people.threshold(fpir)
+
+    def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
+        """Returns when a clip gets a name; the arguments are those of `identify`.
+
+        Raises:
+          ValueError: both are given, nobody is enrolled, or the strangers cannot show the rate.
+        """
+        for name, value in (("fpir", fpir), ("threshold", threshold)):
+            if value is not None:
+                check_argument(name, value, numbers.Real, "a number, or None")
+        if fpir is not None and threshold is not None:
+            raise UserError(
+                "fpir and threshold: choose one\n"
+                "fpir is a share of strangers, threshold a probability"
+            )
+        if threshold is not None:
+            return calibration.rule_of_probability(threshold)
+        if fpir is not None:
+            return calibration.rule_of_strangers(self.threshold(fpir))
+        self.people.refresh()
+        strangers = len(self.people.strangers)
+        if strangers < calibration.needed(DEFAULT_FPIR):
+            return calibration.rule_of_new(strangers)
+        return calibration.rule_of_strangers(self.threshold(DEFAULT_FPIR), default=True)
 
     def identify(
         self,
@@ -261,6 +358,7 @@ class Gallery:
         k: int = 5,
         *,
         fpir: float | None = None,
+        threshold: float | None = None,
         split: str | None = None,
     ) -> dict[str, Answer]:
         """Returns clip -> who it shows.
@@ -270,43 +368,54 @@ class Gallery:
         Args:
           clips: a dataset, or clips in memory as `Predictor.embed` takes them.
           k: number of identities in `Answer.best`, at most.
-          fpir: the share of strangers who may get a name. None: a clip is unknown where somebody
-            new is more probable than the best identity.
+          fpir: the share of strangers who may get a name, at most. Where somebody new is more
+            probable than the best identity, a clip is unknown, too. None: 0.01 where the gallery
+            has 100 strangers; else somebody new decides alone. `rule` tells.
+          threshold: instead, the lowest probability of a name, whoever else is probable. (The
+            threshold of `Predictor.identify` is a logarithm.)
           split: the split of a dataset.
 
         Raises:
           ValueError: nobody is enrolled, the strangers cannot show the rate, or clips do not fit
             the run.
         """
+        check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
-            raise ValueError(f"k={k}: name 1 identity or more")
-        limit = None if fpir is None else self.threshold(fpir).score
+            raise UserError(f"k={k}: name 1 identity or more")
+        rule = self.rule(fpir=fpir, threshold=threshold)
         found = self.embed(clips, split)
         return dict(
-            zip(found.names, self.answers(list(found.parts.values()), k, limit), strict=True)
+            zip(found.names, self.answers(list(found.parts.values()), k, rule), strict=True)
         )
 
     def answers(
-        self, parts: Sequence[np.ndarray], k: int = 5, limit: float | None = None
+        self, parts: Sequence[np.ndarray], k: int = 5, rule: Rule | None = None
     ) -> Iterator[Answer]:
         """Yields who clips show.
 
         Args:
           parts: [M] of [Q, D] float32, the vectors of clips.
           k: number of identities in `Answer.best`, at most.
-          limit: the lowest score of a name; None to compare with somebody new.
+          rule: when a clip gets a name; None for the rule of nothing chosen.
         """
+        self.people.refresh()
         self.people.check_anybody()
-        for logs in self.people.log_probabilities(parts):
-            best = self.people.index.best(logs, k)
+        rule = self.rule() if rule is None else rule
+        index = self.people.index
+        for logs in index.search(parts):
+            best = index.best(logs, k)
             score = best[0][1] if best else -np.inf
-            least = logs[0] if limit is None else limit
-            identity = best[0][0] if best and score >= least else None
+            identity = best[0][0] if best and rule.names(score, logs[0]) else None
             shown = tuple((name, float(np.exp(log))) for name, log in best)
             yield Answer(identity, float(np.exp(score)), score, shown)
 
     def rank(
-        self, clips: AnyClips, *, split: str | None = None
+        self,
+        clips: AnyClips,
+        *,
+        fpir: float | None = None,
+        threshold: float | None = None,
+        split: str | None = None,
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
@@ -314,48 +423,59 @@ class Gallery:
 
         Args:
           clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          fpir, threshold: where one is given, lists hold only clips that pass; see `identify`.
           split: the split of a dataset.
 
         Raises:
           ValueError: nobody is enrolled, or clips do not fit the run.
         """
-        ranked = self.top(self.embed(clips, split))
-        lists = zip(ranked.top.index.tolist(), ranked.top.scores.tolist(), strict=True)
-        return {
-            identity: [
-                (ranked.clips[clip], score)
-                for clip, score in zip(indices, scores, strict=True)
-                if clip != topk.NO_CLIP
-            ]
-            for identity, (indices, scores) in zip(ranked.identities, lists, strict=True)
-        }
+        chosen = fpir is not None or threshold is not None
+        rule = self.rule(fpir=fpir, threshold=threshold) if chosen else None
+        return self.top(self.embed(clips, split), rule).lists()
 
-    def top(self, found: Vectors) -> Ranked:
+    def top(
+        self,
+        found: Vectors,
+        rule: Rule | None = None,
+        advance: Callable[[int], None] = uncounted,
+    ) -> Ranked:
         """Returns the ranking of clips for every person; see `rank`.
+
+        Args:
+          found: the vectors of clips.
+          rule: when a person is found in a clip; None to rank all clips.
+          advance: is told the number of clips of each finished block.
 
         Raises:
           ValueError: nobody is enrolled.
         """
+        self.people.refresh()
         self.people.check_anybody()
-        identities = sort_identities(self.people.index.names)
-        row = {name: number for number, name in enumerate(self.people.index.names)}
+        searched = self.people.index
+        identities = sort_identities(searched.names)
+        row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
         order = np.argsort(np.array(found.names, object), kind="stable")
         parts = [x[order] for x in found.parts.values()]
         size = min(RANK_ROWS, len(order))
+        new = np.empty(len(order))
 
         def blocks() -> Iterator[topk.ScoreBlock]:
             scores = np.empty((size, len(columns)), np.float32)
-            for place, logs in enumerate(self.people.log_probabilities(parts)):
-                scores[place % size] = logs[columns]
+            for place, logs in enumerate(searched.search(parts)):
+                scores[place % size], new[place] = logs[columns], logs[0]
                 if (place + 1) % size == 0 or place + 1 == len(order):
                     index = place // size * size + np.arange(size, dtype=np.int32)
                     yield scores.copy(), index, index <= place
+                    advance(place % size + 1)
 
         top = topk.rank(blocks(), len(columns), rows=size)
         clips = tuple(found.names[place] for place in order.tolist())
-        arrays = topk.TopK(np.asarray(top.scores), np.asarray(top.index))
-        return Ranked(identities, clips, arrays)
+        scores, index = np.asarray(top.scores), np.asarray(top.index)
+        if rule is not None:
+            listed = np.minimum(index, len(order) - 1)  # NO_CLIP is beyond the last one
+            index = np.where(rule.names(scores, new[listed]), index, topk.NO_CLIP)
+        return Ranked(identities, clips, topk.TopK(scores, index))
 
 
 def _restored(run: Predictor | str | Path) -> Predictor:

@@ -8,83 +8,130 @@ The scores are those of `models.plda.combine` and `system.log_softmax`, which ne
 one order and on the device.
 """
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.gallery.blocks import Block
-from vidjax.gallery.coordinates import Coordinates, threads
+from vidjax.gallery.coordinates import Coefficients, Coordinates, threads
+from vidjax.gallery.front import MOST_ROWS as MOST_QUERIES
+from vidjax.machine import num_cores
+from vidjax.models import plda
 
-MANY_BLOCKS = 1024  # from which on threads are worth starting
+MOST_ROWS = 4096  # people of the largest block
+FEW_ROWS = 512  # people of a block that a change joins with another one
+MANY_BLOCKS = 48  # from which on threads are worth starting
 FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 million identities
 
 
-class _Rows(NamedTuple):
-    """All people, block after block.
+class People(NamedTuple):
+    """A block of people.
 
     Attributes:
-      names: N identities.
-      ends: the row behind the last one of each block.
-      constant: [M, N] float64.
+      names: P identities.
+      coefficients: of these.
+    """
+
+    names: tuple[str, ...]
+    coefficients: Coefficients
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "People":
+        """Returns the people of some rows."""
+        linear, constant, count = self.coefficients
+        taken = Coefficients(tuple(x[rows] for x in linear), constant[:, rows], count[:, rows])
+        return People(tuple(self.names[row] for row in rows), taken)
+
+
+def join(blocks: Sequence[People]) -> People:
+    """Returns the people of one block or more as one."""
+    found = [block.coefficients for block in blocks]
+    linear = tuple(np.concatenate(parts) for parts in zip(*(x.linear for x in found), strict=True))
+    constant = np.concatenate([x.constant for x in found], axis=1)
+    count = np.concatenate([x.num_clips for x in found], axis=1)
+    names = tuple(itertools.chain.from_iterable(block.names for block in blocks))
+    return People(names, Coefficients(linear, constant, count))
+
+
+class _Curves(NamedTuple):
+    """The coefficients of squares, which depend on the number of clips alone.
+
+    Attributes:
+      curves: [M] of [U, D] float64.
       kind: [M, N] int32, row of the curves; 0 for an identity without a clip in the part.
     """
 
-    names: list[str]
-    ends: list[int]
-    constant: np.ndarray
+    curves: list[np.ndarray]
     kind: np.ndarray
 
 
 class Index:
-    """Identities as coefficients."""
+    """Identities as coefficients; an index is never changed.
 
-    def __init__(self, coordinates: Coordinates):
-        """Starts without identities."""
-        self._coordinates = coordinates
-        self._blocks: dict[str, Block] = {}
-        self._joined: _Rows | None = None
-        parts = coordinates.front.parts
-        self._kinds: list[dict[int, int]] = [{0: 0} for _ in parts]  # count -> row of curves
-        self._curves = [np.zeros((1, len(part.centre))) for part in parts]
+    Attributes:
+      coordinates: those of the coefficients.
+      blocks: the people, block after block.
+    """
 
-    @property
+    def __init__(self, coordinates: Coordinates, blocks: Iterable[People] = ()):
+        """Takes blocks of people, none of which is in two."""
+        self.coordinates = coordinates
+        self.blocks = [block for block in blocks if block.names]
+
+    @functools.cached_property
     def names(self) -> list[str]:
         """The identity of every row."""
-        return self._rows().names
+        return [name for block in self.blocks for name in block.names]
 
-    def replace(self, gone: Iterable[str], new: Mapping[str, Block]) -> None:
-        """Replaces blocks, which have names of their own; `gone` before `new`."""
-        for name in gone:
-            self._blocks.pop(name, None)
-        self._blocks.update({name: block for name, block in new.items() if block.people})
-        self._joined = None
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """[M, N] int32, number of clips that have the part."""
+        none = np.zeros((len(self.coordinates.front.parts), 0), np.int32)
+        found = [block.coefficients.num_clips for block in self.blocks]
+        return np.concatenate([none, *found], axis=1)
 
-    def _rows(self) -> _Rows:
-        """Returns all but the long rows of coefficients, which stay where they are."""
-        if self._joined is None:
-            found = [block.coefficients for block in self._blocks.values()]
-            names = [name for block in self._blocks.values() for name in block.people]
-            ends = np.cumsum([len(block.people) for block in self._blocks.values()], dtype=int)
-            parts = range(len(self._curves))
-            none = np.zeros((len(parts), 0))
-            constant = np.concatenate([none, *(one.constant for one in found)], axis=1)
-            count = np.concatenate([none, *(one.num_clips for one in found)], axis=1).astype(int)
-            kind = np.array([self._kind(number, count[number]) for number in parts])
-            self._joined = _Rows(names, ends.tolist(), constant, kind)
-        return self._joined
+    @functools.cached_property
+    def _constant(self) -> np.ndarray:
+        """[M, N] float64."""
+        none = np.zeros((len(self.coordinates.front.parts), 0))
+        return np.concatenate([none, *(x.coefficients.constant for x in self.blocks)], axis=1)
 
-    def _kind(self, number: int, count: np.ndarray) -> np.ndarray:
-        """Returns the rows of the curves, [P] int32, of numbers of clips in one part."""
-        kinds = self._kinds[number]
-        values, inverse = np.unique(count, return_inverse=True)
-        for value in values.tolist():
-            if value not in kinds:
-                kinds[value] = len(self._curves[number])
-                curve = self._coordinates.curve(number, value)
-                self._curves[number] = np.vstack([self._curves[number], curve])
-        return np.array([kinds[value] for value in values.tolist()], np.int32)[inverse]
+    @functools.cached_property
+    def _curves(self) -> _Curves:
+        curves, kinds = [], []
+        for number, part in enumerate(self.coordinates.front.parts):
+            values, inverse = np.unique(self.counts[number], return_inverse=True)
+            some = [value for value in values.tolist() if value]
+            none = np.zeros((1, len(part.centre)))
+            curves.append(np.vstack([none, *(self.coordinates.curve(number, n) for n in some)]))
+            kinds.append((inverse + (len(some) == len(values))).astype(np.int32))
+        return _Curves(curves, np.stack(kinds))
+
+    def replaced(self, gone: Collection[str], new: People) -> "Index":
+        """Returns an index without some people, if they are there, and with others."""
+        away, kept, few = set(gone), [], [new]
+        for block in self.blocks:
+            if away and not away.isdisjoint(block.names):
+                rows = [row for row, name in enumerate(block.names) if name not in away]
+                block = block.take(rows)
+            (few if len(block.names) < FEW_ROWS else kept).append(block)
+        joined = join(few)
+        rows = np.arange(len(joined.names))
+        pieces = [rows[at : at + MOST_ROWS] for at in range(0, len(rows), MOST_ROWS)]
+        kept += [joined] if len(pieces) < 2 else [joined.take(piece) for piece in pieces]
+        return Index(self.coordinates, kept)
+
+    def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields for every clip the logarithms of probabilities, see `log_probabilities`.
+
+        Args:
+          parts: [M] of [Q, D] float32, 0 for clips that lack the part.
+        """
+        for at in range(0, len(parts[0]), MOST_QUERIES):
+            block = self.coordinates.whiten([x[at : at + MOST_QUERIES] for x in parts])
+            for row in range(len(block[0])):
+                yield self.log_probabilities([z[row] for z in block])
 
     def log_probabilities(self, clip: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the logarithms of probabilities that add up to 1, [1 + N] float64.
@@ -98,29 +145,29 @@ class Index:
         present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
         if not present:
             return np.concatenate([[0.0], np.full(len(self.names), -np.inf)])
-        rows = self._rows()
-        blocks = list(self._blocks.values())
-        ratios = np.empty((len(self._curves), len(rows.names)), np.float32)
+        blocks, (curves, kind) = self.blocks, self._curves
+        ends = np.cumsum([0, *(len(block.names) for block in blocks)]).tolist()
+        ratios = np.empty((len(curves), ends[-1]), np.float32)
         linear = {n: clip[n].astype(np.float32) for n in present}
 
         def score(first: int, step: int) -> None:
             for number in range(first, len(blocks), step):
-                own = slice(rows.ends[number - 1] if number else 0, rows.ends[number])
+                own = slice(ends[number], ends[number + 1])
                 for n, z in linear.items():
                     np.vecdot(blocks[number].coefficients.linear[n], z, out=ratios[n, own])
 
         if len(blocks) >= MANY_BLOCKS:
-            cores = os.cpu_count() or 1
+            cores = num_cores()
             list(threads().map(lambda first: score(first, cores), range(cores)))
         else:
             score(0, 1)
-        settings = self._coordinates.front.settings
-        logits = np.zeros(1 + len(rows.names))
-        logits[0] = settings.stranger
+        settings = self.coordinates.front.settings
+        logits = np.zeros(1 + ends[-1])
+        logits[0] = plda.stranger_logit(settings, ends[-1])
         for n in present:
-            squares = np.vecdot(self._curves[n], clip[n] * clip[n])
-            ratio = ratios[n] + rows.constant[n] + squares[rows.kind[n]]
-            logits[1:] += np.where(rows.kind[n] > 0, settings.scale * ratio, settings.unenrolled)
+            squares = np.vecdot(curves[n], clip[n] * clip[n])
+            ratio = ratios[n] + self._constant[n] + squares[kind[n]]
+            logits[1:] += np.where(kind[n] > 0, settings.scale * ratio, settings.unenrolled)
         return log_softmax(logits)
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:

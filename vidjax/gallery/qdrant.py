@@ -3,17 +3,21 @@
 A point is a clip: the id is made of its name, the payload is clip and identity, and the vectors are
 those of its parts in the coordinates of the gallery, made unit: a dot product is a cosine.
 Strangers are not exported. A clip that is removed from the gallery stays in the database until it
-is deleted there, too, by the id `point_id`.
+is deleted there, too, by the id `point_id`. A folder is readable by its user alone.
 """
 
 import importlib.util
 import os
+import urllib.parse
 import uuid
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vidjax.data.cache import make_private
+from vidjax.errors import UserError
 from vidjax.gallery.people import People
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 BATCH = 256  # points of one request
 KEY = "QDRANT_API_KEY"  # the variable with the key of a server
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def point_id(clip: str) -> str:
@@ -33,7 +38,8 @@ def export(people: People, place: str, collection: str) -> int:
 
     Args:
       people: the gallery.
-      place: the address of a server, `http://...`; or a folder; or `:memory:` to try it.
+      place: the address of a server, `http://...`; or a folder, `./...` or `/...`; or `:memory:` to
+        try it.
       collection: the new collection.
 
     Raises:
@@ -41,28 +47,48 @@ def export(people: People, place: str, collection: str) -> int:
         collection.
     """
     if not importlib.util.find_spec("qdrant_client"):
-        raise ValueError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")
+        raise UserError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")
     from qdrant_client import QdrantClient
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
+    address = urllib.parse.urlsplit(place) if "://" in place else None
+    _check_place(place, address)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of versions, of keys without encryption
-            if place.startswith(("http://", "https://")):
+            if address:
                 client = QdrantClient(
                     url=place, api_key=os.environ.get(KEY), check_compatibility=False
                 )
             elif place == ":memory:":
                 client = QdrantClient(":memory:")
             else:
-                client = QdrantClient(path=place)
+                make_private(Path(place).expanduser().absolute())
+                client = QdrantClient(path=str(Path(place).expanduser()))
         try:
             return write(client, people, collection)
         finally:
             client.close()
     except (ResponseHandlingException, UnexpectedResponse, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"Qdrant at '{place}': {reason}") from error
+        raise UserError(f"Qdrant at '{place}': {reason}") from error
+
+
+def _check_place(place: str, address: urllib.parse.SplitResult | None) -> None:
+    """Raises ValueError unless it is plain what a place is; warns of a key that others can read."""
+    if address is None:
+        if place != ":memory:" and not place.startswith(("/", "./", "../", "~")):
+            raise UserError(
+                f"--qdrant={place}: an address begins with http:// or https://, a folder with ./ "
+                f"or /\nwrite --qdrant=http://{place} or --qdrant=./{place}"
+            )
+    elif address.scheme not in ("http", "https"):
+        raise UserError(f"--qdrant={place}: an address begins with http:// or https://")
+    elif address.scheme == "http" and KEY in os.environ and address.hostname not in LOOPBACK:
+        warnings.warn(
+            f"{KEY} goes to {address.netloc} without encryption, as do the vectors: use https://",
+            stacklevel=2,
+        )
 
 
 def write(client: "QdrantClient", people: People, collection: str) -> int:
@@ -70,7 +96,7 @@ def write(client: "QdrantClient", people: People, collection: str) -> int:
     from qdrant_client import models
 
     if client.collection_exists(collection):
-        raise ValueError(
+        raise UserError(
             f"Qdrant has a collection '{collection}', which is not overwritten\n"
             "name another one: --collection=NAME"
         )

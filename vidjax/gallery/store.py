@@ -1,71 +1,164 @@
-"""The folder of a gallery: a manifest, the front, and buckets of clips.
+"""The file of a gallery: who is enrolled by which clips, and the back end; whole or not at all.
 
-    manifest.json            version, run, settings; the sha256 of every other file
-    front-SHA.numbers        the coordinates
-    clips-BITS-SHA.numbers   some people and strangers: names, vectors, coefficients
-    .lock                    the process that changes the gallery
+    gallery.sqlite    three tables, see SCHEMA; every row with its sha256
+    .lock             the process that changes the gallery
 
-A file is named after its content. A change writes new files, then replaces the manifest, then
-deletes the files that it does not name: a process that is killed leaves the old state or the new
-one, and the next change deletes what else it left. No file holds anything of a removed clip.
+Clips that come are inserted in one transaction. Where something goes, the whole file is written
+anew and replaces the old one: SQLite moves rows between pages when it inserts and, with
+`secure_delete`, too, leaves copies of them where they were.
+
+A stranger may have made the file. It is opened as a regular file of a known schema, without views
+and triggers, and no value is longer than vidjax writes one. Files beside it that SQLite would obey
+are checked before it does: a journal may name another file, which SQLite would then delete.
 """
 
 import contextlib
+import errno
 import hashlib
+import heapq
+import itertools
+import json
+import math
 import os
 import re
-from collections.abc import Iterable
+import secrets
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from vidjax import files
-from vidjax.gallery import blocks as blocks_lib
-from vidjax.gallery import manifest as manifest_lib
-from vidjax.gallery.blocks import Block
-from vidjax.gallery.contents import Contents
-from vidjax.gallery.coordinates import threads
+from vidjax.data.untrusted.names import check_identity, check_name, show
+from vidjax.errors import UserError
+from vidjax.gallery import front as front_lib
+from vidjax.gallery.coordinates import Coefficients, Coordinates
 from vidjax.gallery.front import Front
-from vidjax.gallery.manifest import Bucket, Manifest, Origin
+from vidjax.gallery.index import MOST_ROWS, Index, People
+from vidjax.models.plda import Settings
+from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
-OURS = re.compile(r"\.?(manifest\.json|(front|clips-[01]*)-[0-9a-f]{16}\.numbers)(\.\d+\.partial)?")
-BUCKET_BYTES = 1 << 19  # vectors of the largest bucket, unless 8 clips or one person have more
-MOST_TRIES = 20  # of reading a gallery that other processes change meanwhile
+NAME = "gallery.sqlite"
+OLD_NAME = "manifest.json"  # of galleries before they were one file
+OURS = re.compile(r"\.?gallery\.sqlite(\.[0-9a-f]+\.partial)?(-journal)?")
+FORMAT = 2
+MOST_PARTS, MOST_WIDTH = 64, 16_384
+MOST_LETTERS = 1000  # of a name
+VALUE_BYTES = 1 << 17  # of the longest text or blob, and of the longest row
+PIECE = 1 << 13  # numbers of the back end in one row
+PAGE_BYTES = 1 << 16
+SCHEMA_SECONDS = 10.0  # in which a schema of four tables is read
+ROLLBACK_SECONDS = 0.3  # after which a journal is that of a change that was cut off
+WAIT_SECONDS = 60.0  # for another process that is about to end its change
+STRANGER = ""  # in place of the person, whose name is never empty
+REMEDY = "put back a copy of the gallery, or create it anew"
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file
+SCHEMA = {
+    "gallery": "CREATE TABLE gallery (facts TEXT NOT NULL, sha256 BLOB NOT NULL)",
+    "backend": "CREATE TABLE backend (place INTEGER PRIMARY KEY, numbers BLOB NOT NULL)",
+    "person": "CREATE TABLE person (name TEXT PRIMARY KEY NOT NULL, coefficients BLOB NOT NULL, "
+    "sha256 BLOB NOT NULL) WITHOUT ROWID",
+    "clip": "CREATE TABLE clip (person TEXT NOT NULL, name TEXT NOT NULL, fitted INTEGER NOT NULL, "
+    "vector BLOB NOT NULL, sha256 BLOB NOT NULL, PRIMARY KEY (person, name)) WITHOUT ROWID",
+}
+LIMITS = {
+    sqlite3.SQLITE_LIMIT_LENGTH: VALUE_BYTES,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 2000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 16,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 16,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+
+
+def _sha_kind() -> schema.Kind:
+    pattern = re.compile("[0-9a-f]{64}")
+    return schema.Kind(
+        "a sha256", lambda value: isinstance(value, str) and bool(pattern.fullmatch(value))
+    )
+
+
+_PART = schema.Object({"name": schema.TEXT, "width": schema.SIZE}, ("name", "width"))
+_FACTS = {
+    "format": schema.SIZE,
+    "token": schema.TEXT,
+    "version": schema.SIZE,
+    "run": schema.Object(
+        {"workdir": schema.TEXT, "digest": _sha_kind(), "centred": schema.FLAG},
+        ("workdir", "digest", "centred"),
+    ),
+    "parts": schema.Many(_PART, MOST_PARTS),
+    "settings": schema.Object(dict.fromkeys(Settings._fields, schema.NUMBER), Settings._fields),
+    "backend": _sha_kind(),
+    "clips": schema.COUNT,
+    "people": schema.COUNT,
+    "still_held": schema.COUNT,
+}
+FACTS = schema.Object(_FACTS, tuple(_FACTS))
+
+
+class Origin(NamedTuple):
+    """The run that makes vectors of clips.
+
+    Attributes:
+      workdir: its folder.
+      digest: sha256 that tells its weights from others.
+      centred: True if its vectors are centred.
+    """
+
+    workdir: str
+    digest: str
+    centred: bool
+
+
+class Clip(NamedTuple):
+    """An enrolled clip, or one of a stranger.
+
+    Attributes:
+      identity: the person; None for a stranger.
+      vector: [sum of D] float32, the parts one after another, 0 for those that it lacks.
+      fitted: whether the back end was fitted to this clip, among others.
+    """
+
+    identity: str | None
+    vector: np.ndarray
+    fitted: bool = False
 
 
 class State(NamedTuple):
-    """All that a gallery holds.
+    """All that a gallery holds; nothing in it is ever changed.
 
     Attributes:
       version: number of changes, creation included.
       run: the run that makes vectors.
-      front: coordinates and settings.
-      contents: the clips.
+      index: the people, in the coordinates of the back end.
+      clips: name -> clip.
+      groups: identity -> the names of its clips, in order; STRANGER for those of strangers.
+      still_held: number of clips that were removed, to which the back end is fitted still.
+      sha256: of the row that names all this, b"" before it is written.
     """
 
     version: int
     run: Origin
-    front: Front
-    contents: Contents
+    index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
+    clips: Mapping[str, Clip]
+    groups: Mapping[str, tuple[str, ...]]
+    still_held: int = 0
+    sha256: bytes = b""
 
 
-def most_clips(width: int) -> int:
-    """Returns the number of clips of the largest bucket; width: sum of D over the parts."""
-    return max(8, BUCKET_BYTES // (4 * width))
-
-
-def _front_name(sha256: str) -> str:
-    return f"front-{sha256[:16]}.numbers"
-
-
-def _bucket_name(bits: str, sha256: str) -> str:
-    return f"clips-{bits}-{sha256[:16]}.numbers"
-
-
-def _files_of(manifest: Manifest) -> set[str]:
-    """Returns the names of all files of a gallery but the lock."""
-    names = {_bucket_name(bucket.bits, bucket.sha256) for bucket in manifest.buckets}
-    return names | {_front_name(manifest.front), manifest_lib.NAME}
+def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
+    """Returns identity -> the names of its clips, both in order."""
+    pairs = sorted((clip.identity or STRANGER, name) for name, clip in clips.items())
+    return {
+        identity: tuple(name for _, name in some)
+        for identity, some in itertools.groupby(pairs, lambda pair: pair[0])
+    }
 
 
 class Store:
@@ -85,49 +178,159 @@ class Store:
         """
         self.folder = folder
         self._sync = sync
-        self._content = b""  # of the manifest
-        self._manifest: Manifest | None = None
-        self._named = {manifest_lib.NAME}  # the files of the gallery
 
     @property
     def path(self) -> Path:
-        """The manifest."""
-        return self.folder / manifest_lib.NAME
+        """The file."""
+        return self.folder / NAME
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
         """Holds the gallery for a change.
 
         Raises:
-          ValueError: another process changes it; the error names the process.
+          ValueError: another process changes it, which the error names; or nobody may.
         """
         if not self.folder.is_dir():
             raise self._no_gallery()
-        return workdir_lib.lock(self.folder, "gallery")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(workdir_lib.lock(self.folder, "gallery"))
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                raise UserError(
+                    f"gallery '{self.folder}' cannot be changed: {error.strerror}\n"
+                    "copy it to a folder in which you may write"
+                ) from error
+            yield
 
     def foreign(self) -> str | None:
         """Returns the name of something in the folder that no gallery has; None if there is not."""
         names = sorted(entry.name for entry in os.scandir(self.folder))
         return next((n for n in names if n != ".lock" and not OURS.fullmatch(n)), None)
 
-    def is_current(self) -> bool:
-        """Returns True if the folder holds what was read or written last.
-
-        Raises:
-          ValueError: the folder holds no gallery.
-        """
-        return self._read_manifest() == self._content
-
-    def _no_gallery(self) -> ValueError:
-        return ValueError(
-            f"'{self.folder}' holds no gallery\n"
-            f"make one: python -m vidjax.gallery create {self.folder} --run=W"
+    def _no_gallery(self) -> UserError:
+        if files.exists(self.folder / OLD_NAME):
+            return UserError(
+                f"'{self.folder}' is a gallery of an older version of vidjax\nmake it anew in "
+                "another folder: python -m vidjax.gallery create FOLDER --run=RUN, then enrol"
+            )
+        make = f"python -m vidjax.gallery create {self.folder} --run=RUN"
+        if files.exists(self.folder / "config.json"):
+            make = f"it is a run: python -m vidjax.gallery create NEW_FOLDER --run={self.folder}"
+        return UserError(
+            f"'{self.folder}' holds no gallery: is the path right?\n"
+            f"a gallery is made of a run: {make}"
         )
 
-    def _read_manifest(self) -> bytes:
+    # ---- opening
+
+    def _check_files(self, *, write: bool) -> None:
+        """Raises ValueError where SQLite would follow a link, wait, or obey a foreign journal."""
         try:
-            return files.read_bytes(self.path, manifest_lib.BYTES)
+            status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._no_gallery() from error
+        if not stat.S_ISREG(status.st_mode):
+            raise damaged(self.path, "it is a link, or no file")
+        if write and status.st_nlink > 1:
+            raise UserError(
+                f"'{self.path}' is one file with several names (hard links): it is not changed, "
+                "since the others would go on\ncopy the folder, and use the copy"
+            )
+        for ending in ("-wal", "-shm"):
+            if files.exists(beside := self.path.with_name(NAME + ending)):
+                raise damaged(beside, "no gallery has such a file")
+        journal = self.path.with_name(NAME + "-journal")
+        try:
+            file = files.open_regular(journal)
+        except FileNotFoundError:
+            return
+        with file:
+            end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
+            file.seek(max(end, 0))  # a journal begins with the same bytes
+            if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
+                raise damaged(journal, "it names another file")
+
+    @contextlib.contextmanager
+    def _opened(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Opens the file, read-only unless told otherwise, and checks its schema.
+
+        For writing, the caller holds the lock: who has opened a file that was replaced since would
+        take the journal of the new one for its own, play it back, and delete it.
+        """
+        began = time.monotonic()
+        while True:
+            self._check_files(write=write)
+            mode = "rw" if write else "ro"
+            with (
+                _told(self.path, write=write),
+                contextlib.closing(_connect(self.path, mode)) as connection,
+            ):
+                try:
+                    if not write:
+                        connection.execute("BEGIN")  # all that is read is of one state
+                    self._check_schema(connection)
+                except sqlite3.OperationalError as error:
+                    late = time.monotonic() > began + WAIT_SECONDS
+                    if late or _name(error) != "SQLITE_READONLY_ROLLBACK":
+                        raise
+                else:
+                    yield connection
+                    return
+            # Another process makes a change, in a file that has replaced this one; or one was cut
+            # off, which is so after a while, too.
+            time.sleep(0.02)
+            if time.monotonic() > began + ROLLBACK_SECONDS:
+                if not os.access(self.folder, os.W_OK):
+                    raise UserError(
+                        f"a change of '{self.path}' was cut off, and you may not undo it\n"
+                        "copy the folder to one in which you may write, and open the copy"
+                    )
+                with contextlib.suppress(UserError), self.lock():
+                    self.recover()
+
+    def recover(self) -> None:
+        """Undoes a change that was cut off, and deletes its files; the caller holds the lock."""
+        for entry in list(os.scandir(self.folder)):
+            if OURS.fullmatch(entry.name) and ".partial" in entry.name:
+                os.unlink(entry.path)
+        if files.exists(self.path):
+            with self._opened(write=True):  # SQLite plays the journal back
+                pass
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        """Raises ValueError unless the tables are those of a gallery.
+
+        SQLite reads all of a schema at once, before anything can be checked: pages of a stranger
+        may name each other so often that it would never end.
+        """
+        end = time.monotonic() + SCHEMA_SECONDS
+        connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
+        found = connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 9").fetchall()
+        wanted = {("table", name, sql) for name, sql in SCHEMA.items()}
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
+        encoding = connection.execute("PRAGMA encoding").fetchone()[0]
+        connection.set_progress_handler(None, 0)
+        if set(found) != wanted or len(found) > len(wanted):
+            raise damaged(self.path, "its tables are not those of a gallery of this version")
+        if (mode, encoding) != ("delete", "UTF-8"):
+            raise damaged(self.path, "its settings are not those of a gallery")
+
+    # ---- reading
+
+    def sha256(self) -> bytes:
+        """Returns what tells the state of the gallery from every other one.
+
+        Raises:
+          ValueError: the folder holds no gallery, or it is damaged.
+        """
+        with self._opened() as connection:
+            rows = connection.execute("SELECT sha256 FROM gallery LIMIT 2").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], bytes):
+            raise damaged(self.path, "it has no facts")
+        return rows[0][0]
 
     def read(self) -> State:
         """Reads a gallery and checks it.
@@ -135,106 +338,295 @@ class Store:
         Raises:
           ValueError: there is none, or it is damaged; the error names the file.
         """
-        for _ in range(MOST_TRIES):
-            content = self._read_manifest()
+        with self._opened() as connection:
+            if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise damaged(self.path, "its pages do not fit together")
             try:
-                return self._read(content)
-            except FileNotFoundError as error:
-                if self._read_manifest() == content:
-                    missing = Path(error.filename)
-                    raise manifest_lib.damaged(missing, "it is missing") from error
-        raise ValueError(f"gallery '{self.folder}' is changed all the time\ntry again later")
+                return _read(connection)
+            except UserError as error:
+                raise damaged(self.path, str(error)) from error
 
-    def _read(self, content: bytes) -> State:
-        manifest = manifest_lib.parse(self.path, content)
-        front = manifest_lib.read_front(self.folder / _front_name(manifest.front), manifest)
+    # ---- writing; the caller holds the lock
 
-        def block_of(bucket: Bucket) -> Block:
-            path = self.folder / _bucket_name(bucket.bits, bucket.sha256)
-            return manifest_lib.read_block(path, bucket, manifest.widths)
-
-        names = [bucket.bits for bucket in manifest.buckets]
-        blocks = dict(zip(names, threads().map(block_of, manifest.buckets), strict=True))
-        try:
-            contents = Contents(most_clips(sum(manifest.widths.values())), blocks)
-        except ValueError as error:
-            raise manifest_lib.damaged(self.path, str(error)) from error
-        if len(blocks) < len(names):
-            raise manifest_lib.damaged(self.path, "a file of clips is named twice")
-        self._content, self._manifest = content, manifest
-        self._named = _files_of(manifest)
-        return State(manifest.version, manifest.run, front, contents)
-
-    def write(
-        self,
-        version: int,
-        run: Origin,
-        front: Front,
-        *,
-        gone: Iterable[str],
-        new: Iterable[tuple[str, Block]],
-        refitted: bool = False,
-    ) -> None:
-        """Brings the folder to a new state; the caller holds the lock.
+    def insert(self, state: State, new: Mapping[str, Clip], people: People) -> bytes:
+        """Adds clips, and returns the `sha256` of the new state.
 
         Args:
-          version: number of changes, this one included.
-          run: the run that makes vectors.
-          front: coordinates and settings.
-          gone: prefixes of blocks that are no more, or are others.
-          new: prefix and block of those that come, one by one.
-          refitted: whether the front has changed.
+          state: the new state.
+          new: the clips that are new, or a stranger's no more.
+          people: those whom these clips show.
 
         Raises:
-          OSError: a file cannot be written; the old state is there then.
+          OSError: it cannot be written; the old state is there then.
         """
-        old = self._manifest
-        buckets = {bucket.bits: bucket for bucket in old.buckets} if old else {}
-        for bits in gone:
-            buckets.pop(bits, None)
-        written: list[Path] = []
-        content = b""
+        with self._opened(write=True) as connection:
+            connection.execute(f"PRAGMA synchronous={'EXTRA' if self._sync else 'OFF'}")
+            connection.execute("BEGIN IMMEDIATE")
+            gone = ((STRANGER, name) for name in new)
+            connection.executemany("DELETE FROM clip WHERE person = ? AND name = ?", gone)
+            _insert_clips(connection, new)
+            connection.executemany("REPLACE INTO person VALUES (?, ?, ?)", _rows(people))
+            connection.execute("DELETE FROM gallery")
+            facts, sha256 = _facts(state)
+            connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
+            connection.execute("COMMIT")
+        return sha256
+
+    def replace(self, state: State) -> bytes:
+        """Writes all of a new state into a new file, and returns its `sha256`.
+
+        Raises:
+          OSError: it cannot be written; the old state is there then, unless the message says that
+            the change is made.
+        """
+        self.recover()  # no journal is left that would be played back into the new file
+        partial = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}.partial")
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o600))
         try:
-            for bits, block in new:
-                file = blocks_lib.to_bytes(block)
-                sha256 = hashlib.sha256(file).hexdigest()
-                self._put(_bucket_name(bits, sha256), file, written)
-                buckets[bits] = Bucket(bits, len(block.people), block.num_clips, sha256)
-            front_sha = old.front if old else ""
-            if refitted or not old:
-                file = manifest_lib.front_bytes(front)
-                front_sha = hashlib.sha256(file).hexdigest()
-                self._put(_front_name(front_sha), file, written)
-            ordered = tuple(buckets[bits] for bits in sorted(buckets))
-            latest = Manifest(version, run, front.widths, front.settings, front_sha, ordered)
-            content = manifest_lib.to_bytes(latest)
-            workdir_lib.write_bytes(self.path, content, sync=self._sync)
+            with _told(self.path, write=True):
+                sha256 = _write(partial, state)
+            if self._sync:
+                _force(partial)
+            os.replace(partial, self.path)
         except BaseException:
-            if not content or not files.exists(self.path) or self._read_manifest() != content:
-                for path in written:
-                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise
-        self._manifest, self._named = latest, _files_of(latest)
-        self.sweep()
-        self._content = content  # at last: where this does not happen, the next change reads anew
-
-    def _put(self, name: str, content: bytes, written: list[Path]) -> None:
-        """Writes a file; one that the manifest names already has this content."""
-        if name not in self._named:
-            written.append(self.folder / name)
-            workdir_lib.write_bytes(written[-1], content, sync=self._sync)
-
-    def sweep(self) -> None:
-        """Deletes files of changes that were killed, and of earlier versions.
-
-        The caller holds the lock, and the folder `is_current`.
-        """
-        for entry in list(os.scandir(self.folder)):
-            if entry.name not in self._named and OURS.fullmatch(entry.name):
-                os.unlink(entry.path)
         if self._sync:
-            folder = os.open(self.folder, os.O_RDONLY)
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                _force(self.folder)
+            except OSError as error:
+                problem = f"'{self.folder}' is changed, but a power cut may undo it"
+                raise OSError(error.errno, f"{problem}: {error.strerror}") from error
+        return sha256
+
+
+def damaged(path: Path, problem: str) -> UserError:
+    """Returns the error of a file that is not what vidjax wrote."""
+    return UserError(f"'{path}' is damaged: {problem}\n{REMEDY}")
+
+
+def _force(path: Path) -> None:
+    """Waits until the disk has a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _name(error: sqlite3.Error) -> str:
+    """Returns SQLite's name of an error; those of the module `sqlite3` have none."""
+    return getattr(error, "sqlite_errorname", "")
+
+
+@contextlib.contextmanager
+def _told(path: Path, *, write: bool) -> Iterator[None]:
+    """Raises errors of SQLite as those of the system, or of a damaged file."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = _name(error)
+        if name.startswith("SQLITE_BUSY"):
+            raise UserError(f"'{path}' is changed all the time\ntry again later") from error
+        if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
+            number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
+            if write:
+                raise OSError(number, f"cannot write '{path}': {error}") from error
+            raise UserError(f"cannot read '{path}': {error}") from error
+        raise damaged(path, show(str(error))) from error
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Opens a file that is there, for a stranger's content: nothing of it runs."""
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}", uri=True, timeout=WAIT_SECONDS, isolation_level=None
+    )
+    for limit, value in LIMITS.items():
+        connection.setlimit(limit, value)
+    for setting in ("trusted_schema=OFF", "cell_size_check=ON", "secure_delete=ON",
+                    "temp_store=MEMORY", "mmap_size=0"):  # fmt: skip
+        connection.execute(f"PRAGMA {setting}")
+    return connection
+
+
+# ---- rows
+
+
+def _facts(state: State) -> tuple[str, bytes]:
+    """Returns the one row of the table `gallery`; a random token tells it from all others."""
+    front = state.index.coordinates.front
+    numbers = front_lib.to_numbers(front).tobytes()
+    facts = json.dumps(
+        {
+            "format": FORMAT,
+            "token": secrets.token_hex(16),
+            "version": state.version,
+            "run": state.run._asdict(),
+            "parts": [{"name": name, "width": width} for name, width in front.widths.items()],
+            "settings": {name: float(x) for name, x in front.settings._asdict().items()},
+            "backend": hashlib.sha256(numbers).hexdigest(),
+            "clips": len(state.clips),
+            "people": len(state.index.names),
+            "still_held": state.still_held,
+        }
+    )
+    return facts, hashlib.sha256(facts.encode()).digest()
+
+
+def _insert_clips(connection: sqlite3.Connection, clips: Mapping[str, Clip]) -> None:
+    def rows() -> Iterator[tuple[str, str, int, bytes, bytes]]:
+        for name, clip in clips.items():
+            row = (clip.identity or STRANGER, name, int(clip.fitted), clip.vector.tobytes())
+            yield *row, _clip_sha256(*row)
+
+    connection.executemany("INSERT INTO clip VALUES (?, ?, ?, ?, ?)", rows())
+
+
+def _clip_sha256(person: str, name: str, fitted: int, vector: bytes) -> bytes:
+    return hashlib.sha256(f"{person}\n{name}\n{fitted}\n".encode() + vector).digest()
+
+
+def _rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
+    """Yields the rows of people in order: name; constants, counts and coefficients; sha256."""
+    linear, constant, count = people.coefficients
+    columns = [constant.T.astype("<f8"), count.T.astype("<i4")]
+    columns += [x.astype("<f4", copy=False) for x in linear]
+    for row in sorted(range(len(people.names)), key=people.names.__getitem__):
+        content = b"".join(x[row].tobytes() for x in columns)
+        yield people.names[row], content, _person_sha256(people.names[row], content)
+
+
+def _person_sha256(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(f"{name}\n".encode() + content).digest()
+
+
+def _write(path: Path, state: State) -> bytes:
+    """Writes a state into an empty file, and returns its `sha256`."""
+    numbers = front_lib.to_numbers(state.index.coordinates.front)
+    with contextlib.closing(_connect(path, "rw")) as connection:
+        connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        connection.execute("PRAGMA journal_mode=OFF")  # the file is nobody's yet
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("BEGIN")
+        for sql in SCHEMA.values():
+            connection.execute(sql)
+        pieces = (numbers[at : at + PIECE].tobytes() for at in range(0, len(numbers), PIECE))
+        connection.executemany("INSERT INTO backend VALUES (?, ?)", enumerate(pieces))
+        order = sorted(state.groups.items())
+        _insert_clips(connection, {name: state.clips[name] for _, names in order for name in names})
+        people = heapq.merge(*map(_rows, state.index.blocks))
+        connection.executemany("INSERT INTO person VALUES (?, ?, ?)", people)
+        facts, sha256 = _facts(state)
+        connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
+        connection.execute("COMMIT")
+    return sha256
+
+
+def _read(connection: sqlite3.Connection) -> State:
+    """Reads all tables and checks every value; an error says what is wrong with them."""
+    facts, sha256 = _read_facts(connection)
+    widths = {part["name"]: part["width"] for part in facts["parts"]}
+    if not widths or sum(widths.values()) > MOST_WIDTH or len(widths) < len(facts["parts"]):
+        raise UserError("its parts are none, too wide, or named twice")
+    front = _read_front(connection, facts, widths)
+    clips = _read_clips(connection, 4 * sum(widths.values()))
+    groups = group(clips)
+    index = Index(Coordinates(front), _read_people(connection, widths))
+    sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
+    if groups.keys() - {STRANGER} != set(index.names) or (index.counts > sizes).any():
+        raise UserError("its people are others than those whom its clips show")
+    if (len(clips), len(sizes)) != (facts["clips"], facts["people"]):
+        raise UserError("it has another number of people or clips than it says")
+    run = Origin(**{name: facts["run"][name] for name in Origin._fields})
+    return State(facts["version"], run, index, clips, groups, facts["still_held"], sha256)
+
+
+def _read_facts(connection: sqlite3.Connection) -> tuple[dict, bytes]:
+    rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
+    if len(rows) != 1 or not isinstance(rows[0][0], str):
+        raise UserError("it has no facts")
+    text, sha256 = rows[0]
+    if hashlib.sha256(text.encode()).digest() != sha256:
+        raise UserError("the sha256 of its facts is another")
+    facts = files.parse_json(text)
+    if isinstance(facts, dict) and facts.get("format", FORMAT) != FORMAT:
+        raise UserError("it is of another version of vidjax: use that version for it")
+    schema.check(Path(NAME), facts, FACTS, REMEDY)
+    assert isinstance(facts, dict)
+    if facts["version"] >= 1 << 62:
+        raise UserError("its version is too large")
+    return facts, sha256
+
+
+def _read_front(connection: sqlite3.Connection, facts: dict, widths: Mapping[str, int]) -> Front:
+    size = 8 * front_lib.num_numbers(widths)
+    content = bytearray()
+    for place, (number, piece) in enumerate(
+        connection.execute("SELECT place, numbers FROM backend ORDER BY place")
+    ):
+        if number != place or not isinstance(piece, bytes) or len(content) + len(piece) > size:
+            raise UserError("its back end has another size")
+        content += piece
+    if len(content) != size or hashlib.sha256(content).hexdigest() != facts["backend"]:
+        raise UserError("its back end is not what it says")
+    numbers = np.frombuffer(bytes(content), "<f8")
+    settings = Settings(**{name: float(facts["settings"][name]) for name in Settings._fields})
+    if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
+        raise UserError("its back end holds a number that is not finite")
+    front = front_lib.from_numbers(widths, settings, numbers)
+    if any(np.any(part.space.ratio < 0) for part in front.parts):
+        raise UserError("a variance is below 0")
+    return front
+
+
+def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
+    clips: dict[str, Clip] = {}
+    for row in connection.execute("SELECT person, name, fitted, vector, sha256 FROM clip"):
+        person, name, fitted, vector, sha256 = row
+        kinds = tuple(map(type, row))
+        if kinds != (str, str, int, bytes, bytes) or len(vector) != size or fitted not in (0, 1):
+            raise UserError("a clip is not what vidjax writes")
+        if _clip_sha256(person, name, fitted, vector) != sha256:
+            raise UserError(f"the sha256 of clip '{show(name)}' is another")
+        check_name(name)
+        if person != STRANGER:
+            check_identity(person)
+        x = np.frombuffer(vector, "<f4")
+        if not np.isfinite(x).all():
+            raise UserError(f"the vector of clip '{show(name)}' holds a number that is not finite")
+        if name in clips:
+            raise UserError(f"clip '{show(name)}' is named twice")
+        clips[name] = Clip(None if person == STRANGER else person, x, bool(fitted))
+    return clips
+
+
+def _read_people(connection: sqlite3.Connection, widths: Mapping[str, int]) -> list[People]:
+    parts, width = len(widths), sum(widths.values())
+    size = 12 * parts + 4 * width
+    cursor = connection.execute("SELECT name, coefficients, sha256 FROM person")
+    found = []
+    while rows := cursor.fetchmany(MOST_ROWS):
+        for row in rows:
+            if tuple(map(type, row)) != (str, bytes, bytes) or len(row[1]) != size:
+                raise UserError("a person is not what vidjax writes")
+            if _person_sha256(row[0], row[1]) != row[2]:
+                raise UserError(f"the sha256 of person '{show(row[0])}' is another")
+        content = np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(-1, size)
+        constant, count, *linear = (
+            np.ascontiguousarray(x)
+            for x in np.split(
+                content,
+                np.cumsum([8 * parts, 4 * parts, *(4 * w for w in widths.values())])[:-1],
+                axis=1,
+            )
+        )
+        coefficients = Coefficients(
+            tuple(x.view("<f4") for x in linear), constant.view("<f8").T, count.view("<i4").T
+        )
+        if not all(np.isfinite(x).all() for x in (*coefficients.linear, coefficients.constant)):
+            raise UserError("the coefficients of a person hold a number that is not finite")
+        if (coefficients.num_clips < 0).any():
+            raise UserError("a number of clips is below 0")
+        found.append(People(tuple(row[0] for row in rows), coefficients))
+    return found

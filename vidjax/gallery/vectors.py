@@ -4,7 +4,7 @@ A clip is padded to a length that depends on it alone, and blocks have one size.
 not depend on the clips that are read with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -22,10 +22,12 @@ from vidjax.data.clips import (
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
-from vidjax.gallery.manifest import Origin
+from vidjax.errors import UserError
+from vidjax.gallery.store import Origin
 from vidjax.models.plda import PLDAIdentifier, Settings
 from vidjax.modes.restore import check_widths
 from vidjax.predict import Predictor
+from vidjax.run.terminal import uncounted
 
 ROWS = 32  # clips of a block
 EMBEDDING = "embedding"  # the one part of a run that is no PLDA
@@ -68,22 +70,24 @@ def widths_of(run: Predictor, width: int) -> dict[str, int]:
 
 
 def settings_of(run: Predictor) -> Settings | None:
-    """Returns the five settings of a PLDA run; None for a calibrated one, and any other run."""
-    given = run.config.model.to_dict()
-    if not _is_plda(run) or given.get("calibrated"):
-        return None
-    values = {name: value for name, value in given.items() if value is not None}
-    values = {**(run.manifest.get("settings") or {}), **values}
-    return Settings(**{n: float(values[n]) for n in Settings._fields if n in values})
+    """Returns the settings of a PLDA run, of its first member; None for any other run."""
+    model = run.system.model
+    return model.settings() if isinstance(model, PLDAIdentifier) else None
 
 
-def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:
+def embed(
+    run: Predictor,
+    clips: AnyClips,
+    split: str | None = None,
+    advance: Callable[[int], None] = uncounted,
+) -> Vectors:
     """Returns the vectors of clips.
 
     Args:
       run: the run. Of an ensemble of PLDA the first member makes the vectors.
       clips: a dataset, or clips in memory as `Predictor.embed` takes them.
       split: the split of a dataset; None for clips in memory.
+      advance: is told the number of clips of each finished block.
 
     Raises:
       ValueError: clips do not fit the run; the message names clip, modality and field.
@@ -102,6 +106,7 @@ def embed(run: Predictor, clips: AnyClips, split: str | None = None) -> Vectors:
                 values = np.zeros((len(lengths), block.shape[1]), np.float32)
             real = np.asarray(batch.batch_mask)
             values[np.asarray(batch.clip_index)[real]] = block[real]
+            advance(int(real.sum()))
     assert values is not None  # there is at least one clip
     found = source.split(split)
     known = (None, *source.identities) if found.labelled else (None,)
@@ -127,12 +132,12 @@ def _source(
     if hasattr(clips, "train_batches"):
         data = cast(TrainingData, clips)
         if split is None:
-            raise ValueError("name the split of the dataset: --split=S, or split=S")
+            raise UserError("name the split of the dataset: --split=S, or split=S")
         check_widths(data, run.modalities)
         names = data.split(split).clips
         return data, names, np.arange(len(names)), split
     if split is not None:
-        raise ValueError(f"split={split!r}: clips in memory have no splits: leave it out")
+        raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
     if not isinstance(clips, MemoryClips):
         quality = cast(Quality, run.config.data.quality)
         clips = MemoryClips.of(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.models.linear import Linear
 
 CHANNEL_ATTENTIONS = ("channels", "danet", "features")
@@ -61,7 +62,7 @@ class MultimodalAttention(nn.Module):
           ValueError: The form is unknown.
         """
         if self.form not in ("gram", "two"):
-            raise ValueError(f"unknown attention_form {self.form!r}; choose from gram, two")
+            raise UserError(f"unknown attention_form {self.form!r}; choose from gram, two")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
         project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
@@ -168,12 +169,12 @@ class ChannelAttention(nn.Module):
           ValueError: The form is unknown, or it is `channels` and T is not `num_frames`.
         """
         if self.form not in CHANNEL_ATTENTIONS:
-            raise ValueError(
+            raise UserError(
                 f"unknown channel attention {self.form!r}; choose from "
                 f"{', '.join(CHANNEL_ATTENTIONS)}"
             )
         if self.form == "channels" and x.shape[1] != self.num_frames:
-            raise ValueError(
+            raise UserError(
                 f"channel attention needs {self.num_frames} frames, got {x.shape[1]}: let the "
                 f"fusion sample {self.num_frames}, or use the form 'features'"
             )

@@ -60,3 +60,12 @@ class Identifier(Protocol):
             batch statistics; all collections of the model except `params` are then mutable.
         """
         ...
+
+
+def has_exact_inputs(model: type) -> bool:
+    """Returns whether training a model is adding up or storing its clips, each once as it is.
+
+    Nothing is optimised then, and clips may neither be changed nor count more than once. Such a
+    model has the class attribute `exact_inputs`.
+    """
+    return getattr(model, "exact_inputs", False)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.errors import UserError
 from vidjax.models import inputs
 from vidjax.models.attention import (
     CHANNEL_ATTENTIONS,
@@ -87,14 +88,14 @@ class DeepMEF(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.modality not in self.modalities:
-            raise ValueError(
+            raise UserError(
                 f"config.model.modality={self.modality!r} is not in config.modalities="
                 f"{','.join(self.modalities)}\n"
                 "add it, or choose one of these for config.model.modality"
             )
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
-                raise ValueError(
+                raise UserError(
                     f"unknown {field} {getattr(self, field)!r}; choose from {', '.join(known)}"
                 )
 

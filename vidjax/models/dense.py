@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.errors import UserError
 from vidjax.models import inputs
 from vidjax.models.heads import Classifier, CosineClassifier, check_head
 from vidjax.models.mlp import MLP, Layer, ResidualBlock
@@ -72,7 +73,7 @@ class DenseIdentifier(nn.Module):
         super().__post_init__()
         if self.backbone not in _OPTIONS:
             known = ", ".join(sorted(_OPTIONS))
-            raise ValueError(f"unknown backbone {self.backbone!r}; choose from {known}")
+            raise UserError(f"unknown backbone {self.backbone!r}; choose from {known}")
         check_head(self.head, self.logit_scale)
         # A changed value without effect would look like an experiment.
         others = {option for options in _OPTIONS.values() for option in options}
@@ -81,7 +82,7 @@ class DenseIdentifier(nn.Module):
             others.add("norm_first")
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
-                raise ValueError(f"backbone {self.backbone!r} has no option {field.name}")
+                raise UserError(f"backbone {self.backbone!r} has no option {field.name}")
 
     @nn.compact
     def __call__(

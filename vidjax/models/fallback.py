@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.errors import UserError
 from vidjax.models import inputs
 from vidjax.models.base import Identifier
 from vidjax.models.heads import unit_vectors
@@ -68,18 +69,18 @@ class FallbackIdentifier(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.measure not in ("norm", "quality"):
-            raise ValueError(f"unknown measure {self.measure!r}; choose from norm, quality")
+            raise UserError(f"unknown measure {self.measure!r}; choose from norm, quality")
         if not 0 <= self.threshold_share < 1:
-            raise ValueError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
+            raise UserError(f"threshold_share={self.threshold_share}: must be 0 or more, below 1")
         if self.modality not in (self.main_modalities or self.modalities):
-            raise ValueError(f"model 'fallback': main_modalities must contain {self.modality!r}")
+            raise UserError(f"model 'fallback': main_modalities must contain {self.modality!r}")
         if not self.other_modalities or self.modality in self.other_modalities:
-            raise ValueError(
+            raise UserError(
                 f"model 'fallback': other_modalities must name modalities beside "
                 f"{self.modality!r}, got {', '.join(self.other_modalities) or 'none'}"
             )
         if self.main.logit_scale != self.other.logit_scale:
-            raise ValueError(
+            raise UserError(
                 f"logit_scale of main and other must be equal, got {self.main.logit_scale} and "
                 f"{self.other.logit_scale}"
             )
@@ -120,7 +121,7 @@ class FallbackIdentifier(nn.Module):
             rows = clips.mask & sees if train else clips.mask
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
-                raise ValueError("model 'fallback': main and other must have one branch each")
+                raise UserError("model 'fallback': main and other must have one branch each")
             outputs.append(output)
 
         poor = jnp.zeros_like(main_sees)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array, ClipInfo
+from vidjax.errors import UserError
 from vidjax.models.dropout import Dropout
 from vidjax.models.linear import Linear
 
@@ -33,9 +34,9 @@ def unit_vectors(x: Array) -> Array:
 def check_head(head: str, logit_scale: float) -> None:
     """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
     if head not in ("linear", "cosine"):
-        raise ValueError(f"unknown head {head!r}; choose from cosine, linear")
+        raise UserError(f"unknown head {head!r}; choose from cosine, linear")
     if head == "linear" and logit_scale != 1.0:
-        raise ValueError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
+        raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
 
 
 class Classifier(nn.Module):
@@ -159,7 +160,7 @@ class NearestNeighbours(nn.Module):
         seen = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
-                raise ValueError("model 'knn' needs ClipInfo.labels in training")
+                raise UserError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
                 rows = jnp.where(clips.mask, clips.index, self.num_clips)
                 owner = jnp.where(seen, clips.labels, self.num_classes)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
@@ -16,7 +17,6 @@ from vidjax.models.dense import DenseIdentifier
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
-from vidjax.models.nplda import NPLDAIdentifier
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.suggest import suggest
 
@@ -28,9 +28,11 @@ MODELS: dict[str, type[nn.Module]] = {
     "fallback": FallbackIdentifier,
     "knn": NeighbourIdentifier,
     "mma": MultimodalIdentifier,
-    "nplda": NPLDAIdentifier,
     "plda": PLDAIdentifier,
 }
+# Models and options of earlier versions, and the last commit that has them.
+RETIRED = {"nplda", "whitened", "calibrated"}
+LAST_RETIRED = "a538f79"
 
 
 def make_identifier(
@@ -61,11 +63,16 @@ def make_identifier(
     try:
         product_dtype = jnp.dtype(dtype)
     except TypeError as error:
-        raise ValueError(f"unknown dtype {dtype!r}") from error
+        raise UserError(f"unknown dtype {dtype!r}") from error
     options = dict(spec)
     name = options.pop("name", None)
+    for retired in sorted({name, *options} & RETIRED):
+        raise UserError(
+            f"'{retired}' of config.model gained nothing and is gone: {LAST_RETIRED} has it last\n"
+            "go on with the vidjax of that commit, or train another model anew"
+        )
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
+        raise UserError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
     model = MODELS[name]
     fields = {field.name: field for field in dataclasses.fields(model)}
     given = {
@@ -77,20 +84,20 @@ def make_identifier(
     fixed = {key: value for key, value in given.items() if key in fields}
     known = fields.keys() - {"parent", "name", *fixed}
     if unknown := sorted(options.keys() - known):
-        raise ValueError(
+        raise UserError(
             f"model {name!r} has no option {', '.join(unknown)}; choose from "
             f"{', '.join(sorted(known))}"
         )
     _check_sizes(name, options)
     required = {key for key in known if fields[key].default is dataclasses.MISSING}
     if missing := sorted(required - options.keys()):
-        raise ValueError(f"model {name!r} needs {', '.join(missing)}")
+        raise UserError(f"model {name!r} needs {', '.join(missing)}")
     if not modalities:
-        raise ValueError(f"model {name!r} needs at least one modality")
+        raise UserError(f"model {name!r} needs at least one modality")
     for part, choice in getattr(model, "parts", {}).items():
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):
-            raise ValueError(
+            raise UserError(
                 f"{choice} of model {name!r} names {', '.join(unknown)}; configured are "
                 f"{', '.join(modalities)}"
             )
@@ -113,6 +120,6 @@ def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
         elif not re.fullmatch(r"num_\w+|width|\w+_dims?", option):
             continue
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise ValueError(
+            raise UserError(
                 f"model {name!r}: {option}={value}: widths and counts are whole numbers from 1 up"
             )

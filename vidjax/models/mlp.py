@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.models.dropout import Dropout
 from vidjax.models.linear import Linear
 
@@ -63,7 +64,7 @@ class DenseLayer(nn.Module):
         """
         if self.activation not in _ACTIVATIONS and self.activation != "prelu":
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
-            raise ValueError(f"unknown activation {self.activation!r}; choose from {known}")
+            raise UserError(f"unknown activation {self.activation!r}; choose from {known}")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = Linear(
             self.width,
@@ -176,9 +177,9 @@ class MLP(nn.Module):
 def _check_layer(layer: object) -> None:
     """Raises ValueError unless a layer has its four values, each in its range."""
     if not isinstance(layer, tuple) or len(layer) != 4:
-        raise ValueError(f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}")
+        raise UserError(f"a layer is (width, activation, batch_norm, dropout_rate), got {layer!r}")
     width, _, _, dropout_rate = layer
     if not isinstance(width, int) or width < 1:
-        raise ValueError(f"the width of a layer must be a whole number of 1 or more, got {width!r}")
+        raise UserError(f"the width of a layer must be a whole number of 1 or more, got {width!r}")
     if not isinstance(dropout_rate, (int, float)) or not 0 <= dropout_rate <= 1:
-        raise ValueError(f"the dropout rate of a layer must be 0 to 1, got {dropout_rate!r}")
+        raise UserError(f"the dropout rate of a layer must be 0 to 1, got {dropout_rate!r}")

@@ -12,7 +12,6 @@ from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
 from vidjax.models.linear import Linear
 from vidjax.models.netvlad import NetVLAD
-from vidjax.models.whitening import Whitening
 
 
 class MultimodalIdentifier(nn.Module):
@@ -43,8 +42,6 @@ class MultimodalIdentifier(nn.Module):
       feature_scale: factor on the raw features.
       unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
         the frames before NetVLAD. Then only the direction of the features counts.
-      whitened: share of the covariance over the training frames by which the features of each
-        modality are whitened, see `Whitening`; 0 for features as they are (ours).
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
       modality_dropout_rate: probability that training drops a modality from a clip; every clip
@@ -79,7 +76,6 @@ class MultimodalIdentifier(nn.Module):
     gate: bool = False
     feature_scale: float = 0.1
     unit_length: bool = False
-    whitened: float = 0.0
     map_norm: bool = False
     modality_dropout_rate: float = 0.0
     head: str = "linear"
@@ -90,8 +86,6 @@ class MultimodalIdentifier(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_head(self.head, self.logit_scale)
-        if not 0 <= self.whitened <= 1:
-            raise ValueError(f"config.model.whitened={self.whitened:g}: a share from 0 to 1")
 
     @property
     def vector_names(self) -> tuple[str, ...]:
@@ -166,11 +160,6 @@ class MultimodalIdentifier(nn.Module):
         """Returns the vector of a modality, [B, K D] or [B, D], and the assignment of NetVLAD."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         shares = {}
-        if self.whitened:
-            features = Whitening(self.whitened, name=f"{name}_whitening")(
-                real.features, real.mask, train=train
-            )
-            real = real._replace(features=jnp.where(real.mask[..., None], features, 0.0))
         if name in self.netvlad:
             features = real.features.astype(param_dtype)
             if self.unit_length:

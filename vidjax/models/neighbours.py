@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
+from vidjax.errors import UserError
 from vidjax.models import inputs
 from vidjax.models.heads import NearestNeighbours
 
@@ -28,11 +29,12 @@ class NeighbourIdentifier(nn.Module):
     modality: str = "face"
     logit_scale: float = 1.0
     vector_names: ClassVar[tuple[str, ...]] = ()
+    exact_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.modality not in self.modalities:
-            raise ValueError(
+            raise UserError(
                 f"model 'knn' needs the modality {self.modality!r}; config.modalities are "
                 f"{', '.join(self.modalities)}"
             )

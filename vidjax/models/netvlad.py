@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.models.linear import Linear
 
 
@@ -44,7 +45,7 @@ class NetVLAD(nn.Module):
           ValueError: `reduce` is unknown.
         """
         if self.reduce not in ("sum", "mean"):
-            raise ValueError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
+            raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
         scores = Linear(

@@ -1,6 +1,6 @@
 """PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
+from vidjax.errors import UserError
 from vidjax.models import inputs, two_covariance
 from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
 from vidjax.models.two_covariance import Space, Sums
-from vidjax.suggest import suggest
 
 
 class Settings(NamedTuple):
@@ -24,24 +24,18 @@ class Settings(NamedTuple):
     Attributes:
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
-      scale: factor on the log-likelihood ratios, which are too confident as they are; one for all
-        modalities, or [M].
-      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio;
-        one for all modalities, or [M].
-      stranger: logit of somebody new, column 0.
-      clips: what each identity gets, times the logarithm of its number of enrolled clips.
+      scale: factor on the log-likelihood ratios, which are too confident as they are.
+      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
+      stranger: logarithm of the odds, before a clip is looked at, that it shows somebody new.
+      centred: share of the mean of all vectors that is subtracted from each.
     """
 
     within: float | Array
     between: float | Array
-    scale: float | tuple[float, ...] | Array
-    unenrolled: float | tuple[float, ...] | Array
+    scale: float | Array
+    unenrolled: float | Array
     stranger: float | Array
-    clips: float | Array = 0.0
-
-
-# Values of PLDAIdentifier.calibrated.
-CALIBRATED = ("modalities", "clips")
+    centred: float | Array
 
 
 def unit_mean(frames: Frames) -> Array:
@@ -49,62 +43,33 @@ def unit_mean(frames: Frames) -> Array:
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
-def most_clips(counts: Sequence[Array], xp: ModuleType = jnp) -> Array:
-    """Returns [K] float, clips of each class in the modality that has most, of [K] of each."""
-    return xp.max(xp.stack(counts), axis=0)
-
-
-def combine(
-    ratios: Array,
-    known: Array,
-    present: Array,
-    settings: Settings,
-    num_clips: Array | None = None,
-    xp: ModuleType = jnp,
-) -> Array:
+def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
-    A modality that a clip lacks adds 0 to every identity.
+    A modality that a clip lacks adds 0 to every identity. Whoever is known in no modality cannot be
+    named. Somebody new is as probable beforehand as all who are known together, but for
+    `settings.stranger`: among more people a likeness by chance is likelier.
 
     Args:
       ratios: [M, B, K] float.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
       settings: scale, and what classes that are not known and somebody new get.
-      num_clips: [K] float, enrolled clips of each class; None if they do not count.
-      xp: jax.numpy, or numpy for a result in the dtype of the ratios.
 
     Returns:
-      [B, K] float, with somebody new in column 0.
+      [B, K] float, with somebody new in column 0; -inf for identities that are not known.
     """
-    logits = add_up(ratios, known[:, None, :], present[:, :, None], settings, xp)
-    if num_clips is not None:
-        logits = logits + settings.clips * xp.log(xp.maximum(num_clips, 1.0))
-    return xp.where(xp.arange(logits.shape[1]) == 0, settings.stranger, logits)
+    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
+    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    anywhere = jnp.any(known, axis=0)
+    logits = jnp.where(anywhere, logits, -jnp.inf)
+    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
+    return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
 
 
-def add_up(
-    ratios: Array, known: Array, present: Array, settings: Settings, xp: ModuleType = jnp
-) -> Array:
-    """Adds the log-likelihood ratios of the modalities up to logits.
-
-    Args:
-      ratios: [M, ...] float.
-      known: the same shape or one that broadcasts to it, False without a clip to compare with.
-      present: likewise, False for clips that lack the modality.
-      settings: scale, and what is added where nothing is known.
-      xp: jax.numpy or numpy.
-
-    Returns:
-      [...] float.
-    """
-    shape = (-1,) + (1,) * (ratios.ndim - 1)
-    scale, unenrolled = (
-        xp.reshape(xp.asarray(value, ratios.dtype), shape)
-        for value in (settings.scale, settings.unenrolled)
-    )
-    filled = xp.where(known, scale * ratios, unenrolled)
-    return xp.sum(xp.where(present, filled, 0.0), axis=0)
+def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
+    """Returns the logit of somebody new beside a number of identities that are known."""
+    return settings.stranger + xp.log(xp.maximum(num_known, 1))
 
 
 class PLDAIdentifier(nn.Module):
@@ -118,62 +83,58 @@ class PLDAIdentifier(nn.Module):
       modalities: name -> feature width.
       num_classes: number of class columns, 1 + C.
       num_clips: number of training clips, N.
-      within: see Settings; None, as of the four that follow, to fit it before training.
+      within: see Settings; None, as of the five that follow, to fit it before training; one
+        number, or one of each member.
       between: see Settings.
       scale: see Settings.
       unenrolled: see Settings.
       stranger: see Settings.
-      clips: see Settings.
-      calibrated: what else is fitted: `modalities` for a scale and an `unenrolled` of each
-        modality, `clips` for `clips`.
+      centred: see Settings.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. Ours: the sum over modalities and its scale.
+
+    What gained nothing, and is in the history up to a538f79: maps x + x A of each modality, learned
+    from the closed form on with decay towards it (NPLDA, Ramoji et al. 2020; MAP .910 on synthetic
+    and .935 on real clips, as without); a scale of each modality; a prior by number of clips.
     """
 
     modalities: Mapping[str, int]
     num_classes: int
     num_clips: int
-    within: float | None = None
-    between: float | None = None
+    within: float | tuple[float, ...] | None = None
+    between: float | tuple[float, ...] | None = None
     scale: float | tuple[float, ...] | None = None
     unenrolled: float | tuple[float, ...] | None = None
-    stranger: float | None = None
-    clips: float = 0.0
-    calibrated: tuple[str, ...] = ()
+    stranger: float | tuple[float, ...] | None = None
+    centred: float | None = None
     logit_scale: ClassVar[float] = 1.0
     vector_names: ClassVar[tuple[str, ...]] = ()
-    title: ClassVar[str] = "model 'plda'"
+    exact_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("within", "between"):
+        for name in ("within", "between", "centred"):
             share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"{self.title}: {name}={share}: must be from 0 to 1")
+            if share is not None and not 0 <= np.min(share) <= np.max(share) <= 1:
+                raise UserError(f"model 'plda': {name}={share}: must be from 0 to 1")
         if self.scale is not None and np.min(self.scale) <= 0:
-            raise ValueError(f"{self.title}: scale={self.scale}: must be above 0")
-        for name in ("scale", "unenrolled"):
-            if np.size(getattr(self, name)) not in (1, len(self.modalities)):
-                raise ValueError(
-                    f"{self.title}: {name}={getattr(self, name)}: want one number, or one for each "
-                    f"of {', '.join(self.modalities)}"
-                )
-        for name in self.calibrated:
-            if name not in CALIBRATED:
-                raise ValueError(f"{self.title}: calibrated={name}: {suggest(name, CALIBRATED)}")
+            raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
-    @property
-    def settings(self) -> Settings:
-        """The five numbers.
+    def settings(self, member: int = 0) -> Settings:
+        """Returns the numbers of a member.
 
         Raises:
           ValueError: One is neither given nor chosen.
         """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
-            raise ValueError(f"{self.title} needs {', '.join(missing)}")
-        return Settings(**values)
+            raise UserError(
+                f"model 'plda' lacks {', '.join(missing)}: an earlier version trained it, whose "
+                "settings mean something else\ntrain it anew in another folder, by the same command"
+            )
+        chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
+        return Settings(**chosen)
 
     @nn.compact
     def __call__(
@@ -190,7 +151,8 @@ class PLDAIdentifier(nn.Module):
         vectors = self.unit_means(frames)
         if not train and self.has_variable("solved", "settings"):
             return self.compare(vectors)
-        sums = RunningSums(self.modalities, self.num_classes, self.num_clips, name="sums")
+        share = 1.0 if self.centred is None else self.centred  # without it, for shapes alone
+        sums = RunningSums(self.modalities, self.num_classes, self.num_clips, share, name="sums")
         centred = sums(vectors, clips, update=train and not self.is_initializing())
         # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
         logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
@@ -220,7 +182,6 @@ class PLDAIdentifier(nn.Module):
             jnp.stack([solved[name]["enrolled"].known for name in vectors]),
             jnp.stack([jnp.any(x != 0, axis=1) for x in centred]),
             self.get_variable("solved", "settings"),
-            most_clips([solved[name]["count"] for name in vectors]),
         )
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
@@ -228,42 +189,36 @@ class PLDAIdentifier(nn.Module):
         """Computes the collection `solved` of an ensemble.
 
         Args:
-          params: parameters, arrays [E, ...]; none for PLDA.
+          params: parameters; PLDA has none.
           model_state: the collections of training, arrays [E, ...].
 
         Returns:
           modality -> centre, space and classes, and the settings, arrays [E, ...]; to replace
           `model_state`.
         """
+        del params
         sums = model_state["sums"]["sums"]
-        trees = jax.device_get((dict(params), {name: sums[name] for name in self.modalities}))
-        members = range(len(jax.tree.leaves(trees)[0]))
-        solved = [self._solve_member(*jax.tree.map(lambda x, e=e: x[e], trees)) for e in members]
+        parts = jax.device_get({name: sums[name] for name in self.modalities})
+        members = range(len(jax.tree.leaves(parts)[0]))
+        solved = [
+            self._solve_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
+            for e in members
+        ]
         return {"solved": jax.tree.map(_stack, *solved)}
 
-    def _solve_member(self, params: Params, sums: Mapping[str, Any]) -> dict[str, Any]:
+    def _solve_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         """Computes the collection `solved` of one member, from host arrays."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]
             space = blank_space(self.modalities[name])
             if np.sum(count) > 0:
-                space = fit(sums[name], self.settings)
-            space = self.adapt(space, params, name)
+                space = fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
             space, enrolled = two_covariance.as_arrays(space, enrolled, dtype)
-            centre = jnp.asarray(_mean(sums[name]), dtype)
-            solved[name] = {
-                "centre": centre, "space": space, "enrolled": enrolled,
-                "count": jnp.asarray(count, dtype),
-            }  # fmt: skip
-        settings = Settings(*(jnp.asarray(value, dtype) for value in self.settings))
-        return {**solved, "settings": settings}
-
-    def adapt(self, space: Space, params: Params, name: str) -> Space:
-        """Returns the space that learning made of the closed form; PLDA learns nothing."""
-        del params, name
-        return space
+            centre = jnp.asarray(_mean(sums[name], settings.centred), dtype)
+            solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
+        return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
 
 
 class RunningSums(nn.Module):
@@ -276,11 +231,13 @@ class RunningSums(nn.Module):
       modalities: name -> feature width.
       num_classes: number of class columns, K.
       num_clips: number of training clips, N.
+      centred: share of the mean that is subtracted.
     """
 
     modalities: Mapping[str, int]
     num_classes: int
     num_clips: int
+    centred: float
 
     @nn.compact
     def __call__(
@@ -310,13 +267,13 @@ class RunningSums(nn.Module):
                 "sums", name, lambda z=zeros, d=dtype: {key: jnp.zeros(z[key], d) for key in z}
             )
             if update:
-                part.value = _add(part.value, x, turn, clips)
-            centred.append(_centre(x, _mean(part.value)))
+                part.value = _add(part.value, x, turn, clips, self.centred)
+            centred.append(_centre(x, _mean(part.value, self.centred)))
         return centred
 
 
 def _add(
-    part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo
+    part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
     """Adds clips of unit vectors x [B, D] to the sums of one modality."""
     real = clips.mask & jnp.any(x != 0, axis=1)
@@ -329,7 +286,7 @@ def _add(
     assert clips.labels is not None
     counted = real & (turn == 1) & (clips.labels > 0)
     # A batch has all first occurrences that are left before any second one, so the centre is whole.
-    u = jnp.where(counted[:, None], _centre(x, _mean(new)), 0.0)
+    u = jnp.where(counted[:, None], _centre(x, _mean(new, share)), 0.0)
     u = u.astype(x.dtype)
     labels = jnp.where(counted, clips.labels, 0)
     return new | {
@@ -348,8 +305,8 @@ def _occurrence(index: Array, mask: Array) -> Array:
     return jnp.zeros(len(key), jnp.int32).at[order].set(place.astype(jnp.int32))
 
 
-def _mean(part: Mapping[str, Array]) -> Array:
-    return part["centre"] / jnp.maximum(part["num"], 1.0)
+def _mean(part: Mapping[str, Array], share: float | Array) -> Array:
+    return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 
 def _centre(x: Array, centre: Array) -> Array:
@@ -357,11 +314,11 @@ def _centre(x: Array, centre: Array) -> Array:
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 
-def fit(part: Mapping[str, Array], settings: Settings, xp: ModuleType = np) -> Space:
+def fit(part: Mapping[str, Array], settings: Settings) -> Space:
     """Returns the space of one modality in closed form, from its sums of at least one clip."""
     sums = Sums(part["count"], part["total"], part["scatter"])
-    found = two_covariance.covariances(sums, xp)
-    return two_covariance.make_space(found, within=settings.within, between=settings.between, xp=xp)
+    found = two_covariance.covariances(sums)
+    return two_covariance.make_space(found, within=settings.within, between=settings.between)
 
 
 def blank_space(width: int) -> Space:

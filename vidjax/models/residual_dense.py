@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.models.mlp import DenseLayer
 
 _NUM_CONNECTED = 3
@@ -56,9 +57,9 @@ class ResidualDenseNet(nn.Module):
           ValueError: The shortcut or the activation is unknown, or there is no layer.
         """
         if self.shortcut not in ("add", "concat", "none"):
-            raise ValueError(f"unknown shortcut {self.shortcut!r}; choose from add, concat, none")
+            raise UserError(f"unknown shortcut {self.shortcut!r}; choose from add, concat, none")
         if self.num_layers < 1:
-            raise ValueError(
+            raise UserError(
                 f"ResidualDenseNet needs num_layers of 1 or more, got {self.num_layers}"
             )
         seen = [x]

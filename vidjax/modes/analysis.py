@@ -18,9 +18,9 @@ from vidjax import devices, ensemble, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
-from vidjax.models.base import Identifier, ModelState, Params
-from vidjax.modes import newcomers, open_set, robustness
-from vidjax.modes.confusions import ranked_lists, worst_identities, wrong_clips
+from vidjax.models.base import Identifier, ModelState, Params, has_exact_inputs
+from vidjax.modes import open_set, robustness
+from vidjax.modes.confusions import named_clips, ranked_lists, worst_identities, wrong_clips
 from vidjax.modes.strata import (
     FEWEST_IDENTITIES,
     count_train_clips,
@@ -128,7 +128,8 @@ class Observer:
           trained: the group `data` of the configuration that the run was trained with. The ground
             truth of its training splits says how many clips an identity was trained on; splits that
             the data lacks are skipped.
-          num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none.
+          num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none. A
+            model that optimises nothing has none.
         """
         model, results = self._model, evaluation.results
         split = model.data.split(self._split_name)
@@ -144,12 +145,10 @@ class Observer:
         }
         attention_values, arrays = attention(self.seen.attention, model.system.model)
         values |= attention_values
-        if self._single and num_steps:
+        if self._single and num_steps and not has_exact_inputs(type(model.system.model)):
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
-        if self._single:
-            left_out = newcomers.newcomers(model, evaluation, self._split_name, trained, self._rows)
-            values |= {"newcomers": left_out} if left_out else {}
         if results.get("map") is None:
+            values["named"] = named_clips(evaluation, split.clips)
             return values, arrays
         train_clips = count_train_clips(model, trained.train_splits)
         columns = ranked_columns(evaluation.top, split.labels)

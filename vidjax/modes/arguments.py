@@ -1,5 +1,6 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
+import copy
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -11,10 +12,17 @@ from vidjax.config_rules import out_of_range
 from vidjax.config_values import folder_suffix, override_names
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
-from vidjax.run import resume, seal
+from vidjax.errors import DiskError, UserError
+from vidjax.run import resume
 
+RECORDED = "config.json"  # of a run's folder
 NEEDS_WORKDIR = "name the folder of a trained run"
 RANKABLE = ("eval.split", "eval.checkpoint")  # fields that a ranking of new clips reads
+# Fields and groups that training alone reads.
+TRAINED = (
+    "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
+    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "resume", "seed", "transforms",
+)  # fmt: skip
 COMPARABLE = ("eval.split", "data.dir", "data.cache_dir")  # fields that a comparison reads
 
 
@@ -61,27 +69,59 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
       ValueError: a mistake in the words, or a value that no training can use.
     """
     if args.runs is not None:
-        raise ValueError(
+        raise UserError(
             "--runs takes trained runs: use it with --mode=evaluate, which joins them,\n"
             "or with --mode=compare"
         )
     if not args.config:
-        raise ValueError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
-    config = config_lib.override(config_lib.load_file(args.config), args.overrides)
+        raise UserError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
+    config = config_lib.override(experiment(args.config), args.overrides)
     workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
+    if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
+        raise UserError(
+            f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
+        )
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
+    resume.check_allowed(config)
     return config, workdir
 
 
+def experiment(spec: str) -> Config:
+    """Returns the configuration of `--config`: that of an experiment's file, or of an earlier run.
+
+    Args:
+      spec: `FILE[:ARG,...]`, or the `config.json` of a run.
+
+    Raises:
+      ValueError: there is no such file, or a mistake in it.
+    """
+    if Path(spec).name != RECORDED:
+        return config_lib.load_file(spec)
+    return run_config(Path(spec).expanduser().absolute().parent)
+
+
 def _default_name(args: Arguments, config: Config) -> str:
-    """Returns the name of a run's folder: the file, its arguments, and the overrides."""
+    """Returns the name of a run's folder: the file, its arguments, and the overrides.
+
+    Of the folder of the data it has the last name: where two bear one, the run tells its own.
+    """
     name, _, words = (args.config or "").partition(":")
-    name = "-".join([Path(name).stem, *(word for word in words.split(",") if word)])
-    return name + folder_suffix(config, args.overrides, (*resume.MOVABLE, "resume.allow"))
+    file = Path(name)
+    stem = file.absolute().parent.name if file.name == RECORDED else file.stem
+    name = "-".join([stem, *(word for word in words.split(",") if word)])
+    config = copy.deepcopy(config)
+    if config.data.dir:
+        config.data.dir = Path(config.data.dir).expanduser().absolute().name
+    unnamed = {*resume.MOVABLE, "resume.allow"} - {"data.dir", "data.weights"}
+    return name + folder_suffix(config, args.overrides, unnamed)
 
 
-def rehearse(args: Arguments) -> None:
+def rehearse(args: Arguments, config: Config) -> None:
     """Refuses a training, or the evaluation of a run, that cannot work; reads no data.
+
+    Args:
+      args: the words of the command.
+      config: what they mean: the configuration with its overrides.
 
     Raises:
       ValueError: a name or a value that the system or the data do not have.
@@ -89,12 +129,12 @@ def rehearse(args: Arguments) -> None:
     """
     from vidjax.modes.rehearsal import rehearse
 
-    if args.mode == "train":
-        rehearse(config_lib.load_file(args.config or ""), args.overrides)
-    else:
-        workdir = Path(args.workdir or "").expanduser()
-        config = seal.drop_foreign_paths(workdir, run_config(workdir))
-        rehearse(config, args.overrides, training=False)
+    def original() -> Config:
+        if args.mode == "train":
+            return experiment(args.config or "")
+        return run_config(Path(args.workdir or "").expanduser())
+
+    rehearse(config, args.overrides, original, training=args.mode == "train")
 
 
 def for_evaluation(args: Arguments) -> tuple[Config, Path]:
@@ -106,27 +146,33 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if not args.workdir:
-        raise ValueError(f"--mode={args.mode} needs --workdir=FOLDER: {NEEDS_WORKDIR}")
+        raise UserError(f"--mode={args.mode} needs --workdir=FOLDER: {NEEDS_WORKDIR}")
     if args.config:
-        raise ValueError(
+        raise UserError(
             f"--mode={args.mode} takes its configuration from --workdir, not --config:\n"
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
+    for name in override_names(args.overrides):
+        if resume.within(name, TRAINED):
+            raise UserError(
+                f"--mode={args.mode} trains nothing: config.{name} has no effect\nleave it out"
+            )
     workdir = Path(args.workdir).expanduser()
     in_parts = args.mode == "merge" or args.shard is not None
     if in_parts and (args.runs is not None or run_config(workdir).join.runs):
-        raise ValueError(
+        raise UserError(
             f"{f'--shard={args.shard}' if args.shard else '--mode=merge'} takes one trained run, "
             "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
         )
-    if args.runs is not None:
-        config = _joined_config(args, workdir)
-    else:
-        config = seal.own_config(workdir, run_config(workdir), override_names(args.overrides))
+    config = run_config(workdir) if args.runs is None else _joined_config(args, workdir)
     config = config_lib.override(config, args.overrides)
+    if config.join.runs:
+        from vidjax.modes import joined  # it imports jax
+
+        joined.check_overrides(config, override_names(args.overrides))
     if args.overrides:  # a run of an earlier version may have what is out of range now
         for problem in out_of_range(dict(config_lib.fields(config))):
-            raise ValueError(problem)
+            raise UserError(problem)
     return config, workdir
 
 
@@ -134,12 +180,12 @@ def _joined_config(args: Arguments, workdir: Path) -> Config:
     """Returns a configuration that joins the runs of `--runs`, on the split that all evaluate."""
     runs = tuple(str(Path(name).expanduser().absolute()) for name in args.folders)
     if not runs:
-        raise ValueError("--runs= is empty: name two runs or more, --runs=A,B")
+        raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
     if (workdir / "config.json").exists():
         earlier = tuple(config_lib.load_workdir(workdir).join.runs)
         if earlier != runs:
             content = "a blend of other runs" if earlier else "a trained run"
-            raise ValueError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
+            raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
     splits = {run_config(Path(name)).eval.split for name in runs}
@@ -155,9 +201,9 @@ def for_report(args: Arguments) -> Path:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if not args.workdir:
-        raise ValueError(f"--mode=report needs --workdir=FOLDER: {NEEDS_WORKDIR}")
+        raise UserError(f"--mode=report needs --workdir=FOLDER: {NEEDS_WORKDIR}")
     if args.config or args.runs is not None or args.overrides:
-        raise ValueError("--mode=report takes --workdir alone: it shows the files of that folder")
+        raise UserError("--mode=report takes --workdir alone: it shows the files of that folder")
     workdir = Path(args.workdir).expanduser().absolute()
     run_config(workdir)
     return workdir
@@ -170,17 +216,17 @@ def for_ranking(args: Arguments) -> RankingOptions:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if not args.workdir or not args.input or not args.out:
-        raise ValueError(
+        raise UserError(
             f"--mode=rank needs --workdir=FOLDER: {NEEDS_WORKDIR},\n"
             "--input=PATH: a folder of features or a .parquet table, and\n"
-            "--out=FILE: the new file, .tsv, .jsonl or .parquet"
+            "--out=FILE: the new file, .csv, .tsv, .jsonl or .parquet"
         )
     if args.config or args.runs is not None:
         flag = "--config" if args.config else "--runs"
-        raise ValueError(f"--mode=rank takes one trained run, --workdir=FOLDER, not {flag}")
+        raise UserError(f"--mode=rank takes one trained run, --workdir=FOLDER, not {flag}")
     clips = Path(args.input).expanduser()
     if not clips.exists():
-        raise ValueError(f"--input={args.input}: no such file or folder: name one with clips")
+        raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     workdir = Path(args.workdir).expanduser()
     given = _given(args, RANKABLE)
     config = config_lib.override(run_config(workdir), args.overrides)
@@ -193,7 +239,7 @@ def _given(args: Arguments, readable: tuple[str, ...]) -> set[str]:
     """Returns the overridden fields; ValueError for one that the mode does not read."""
     given = set(override_names(args.overrides))
     if unread := sorted(given - set(readable)):
-        raise ValueError(
+        raise UserError(
             f"--mode={args.mode} does not read config.{unread[0]}\n"
             f"choose from {', '.join(f'--config.{name}' for name in readable)}"
         )
@@ -207,13 +253,21 @@ def for_comparison(args: Arguments) -> Comparison:
       ValueError: a mistake in the words.
     """
     if not args.workdir:
-        raise ValueError("--mode=compare needs --workdir=FOLDER, where the comparison is written")
+        raise UserError("--mode=compare needs --workdir=FOLDER, where the comparison is written")
     if args.config:
-        raise ValueError("--mode=compare reads trained runs: --runs=A,B, not --config")
+        raise UserError("--mode=compare reads trained runs: --runs=A,B, not --config")
     if len(args.folders) < 2:
-        raise ValueError(
+        raise UserError(
             "--mode=compare needs --runs=A,B: folders of two runs or more, split by commas\n"
             "all others are compared with the first"
+        )
+    if files.exists(Path(args.workdir).expanduser() / RECORDED):
+        raise UserError(
+            f"--workdir={args.workdir} holds a run: name another folder for the comparison"
+        )
+    if (Path(args.workdir).expanduser() / RECORDED).exists():
+        raise UserError(
+            f"--workdir: '{args.workdir}' holds a run: name another folder to compare in"
         )
     config = config_lib.override(config_lib.default(), args.overrides)
     given = _given(args, COMPARABLE)
@@ -232,22 +286,21 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if args.runs is not None:
-        raise ValueError(
-            "--mode=check takes one --workdir=FOLDER; --runs goes with --mode=evaluate"
-        )
+        raise UserError("--mode=check takes one --workdir=FOLDER; --runs goes with --mode=evaluate")
     if args.workdir and args.config:
-        raise ValueError(
+        raise UserError(
             "--mode=check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
         )
     if args.config:
-        return config_lib.override(config_lib.load_file(args.config), args.overrides), None
+        config = experiment(args.config)
+        return config_lib.override(config, args.overrides), None
     if not args.workdir:
         if args.overrides:
-            raise ValueError("--mode=check with fields needs --workdir=FOLDER or --config=FILE")
+            raise UserError("--mode=check with fields needs --workdir=FOLDER or --config=FILE")
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = seal.drop_foreign_paths(workdir, run_config(workdir))
+        config = run_config(workdir)
     except ValueError:
         if not files.exists(workdir / "config.json"):
             raise
@@ -264,11 +317,11 @@ def for_display(args: Arguments) -> tuple[Config, str]:
       ValueError: a mistake in the words, or no run in the folder.
     """
     if args.runs is not None:
-        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER, not --runs")
+        raise UserError("--mode=config takes --config=FILE or --workdir=FOLDER, not --runs")
     if args.workdir and args.config:
-        raise ValueError("--mode=config takes --config=FILE or --workdir=FOLDER: not both")
+        raise UserError("--mode=config takes --config=FILE or --workdir=FOLDER: not both")
     if args.config:
-        return config_lib.load_file(args.config), args.config
+        return experiment(args.config), args.config
     if args.workdir:
         workdir = Path(args.workdir).expanduser()
         return run_config(workdir), shown(workdir / "config.json")
@@ -290,7 +343,7 @@ def run_config(workdir: Path) -> Config:
         hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"
         if runs:
             hint = f"it contains runs, name one: {', '.join(shown(path) for path in runs[:3])}"
-        raise ValueError(f"{error}\n{hint}") from error
+        raise UserError(f"{error}\n{hint}") from error
 
 
 def load_data(config: Config) -> TrainingData:
@@ -318,7 +371,7 @@ def load_data(config: Config) -> TrainingData:
         place = Path(error.filename).absolute() if error.filename else None
         if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
             raise
-        raise OSError(
+        raise DiskError(
             f"cannot write the cache '{cache}': {error.strerror}\n"
             "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
         ) from error

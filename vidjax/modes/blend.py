@@ -15,15 +15,15 @@ from vidjax import config_rules, devices, metrics
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.modes import analysis, join_fit, joined
+from vidjax.errors import UserError
+from vidjax.modes import analysis, joined, run_data
 from vidjax.modes.outputs import write_results
-from vidjax.modes.restore import restore
+from vidjax.modes.restore import find_run, fit_data, make_model
 from vidjax.run import results as results_lib
-from vidjax.run import seal
+from vidjax.run import resume
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import TrainedModel
-from vidjax.steps.pooling import Pooling
 from vidjax.steps.scoring import score
 
 ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser
@@ -39,13 +39,13 @@ def blend_runs(
     """Ranks a split by the blended scores of several trained runs, and writes the results.
 
     The score of a clip is the weighted mean of the probabilities that the runs give it, or of their
-    logarithms. Greedy weights, and a calibration, are fitted on `config.join.split`, by members
-    that were not trained on its clips. They are written into the folder's `config.json`; later
-    evaluations of it use them.
+    logarithms. Greedy weights are fitted on `config.join.split`, by members that were not trained
+    on its clips. They are written into the folder's `config.json`; later evaluations of it use
+    them.
 
     Args:
-      config: with `join.runs`. Where `data.dir` and `data.cache_dir` are set, they replace those of
-        every run.
+      config: with `join.runs`. Where `data.dir`, `data.cache_dir` and `joined.OWN_FIELDS` differ
+        from their defaults, they replace those of every run.
       workdir: the folder of the blended results.
       load: configuration -> dataset.
       num_devices: devices to use; None for all.
@@ -61,19 +61,12 @@ def blend_runs(
     mesh = devices.make_mesh(num_devices)
     spec, split = config.join, config.eval.split
     weights = _given_weights(config)
-    pooling = _given_pooling(config)
+    logarithms = _takes_logarithms(config)
     datasets: dict[str, TrainingData] = {}
+    models = _restore_all(config, load, datasets, mesh)
     if spec.greedy:
-        weights = fit_weights(_restore_all(config, spec.split, load, datasets, mesh), config, mesh)
-    if spec.calibrate:
-        models = _restore_all(config, spec.split, load, datasets, mesh)
-        weights, pooling = join_fit.fit_calibration(models, config, mesh)
-    models = [
-        model._replace(weight=weight)
-        for model, weight in zip(
-            _restore_all(config, split, load, datasets, mesh), weights, strict=True
-        )
-    ]
+        weights = fit_weights(models, config, mesh)
+    models = [model._replace(weight=weight) for model, weight in zip(models, weights, strict=True)]
     observer = analysis.Observer(models, split, mesh) if config.eval.report else None
     evaluation = score(
         models,
@@ -82,12 +75,15 @@ def blend_runs(
         block_size=config.eval.block_size,
         each_member=config.eval.members,
         observe=observer,
-        pooling=pooling,
+        logarithms=logarithms,
     )
     fitted_on = joined.fitted_on(config, workdir)
-    kept = _keep_config(config, workdir, weights, pooling)
+    kept = _keep_config(config, workdir, weights)
     results = evaluation.results | {
-        "runs": [row | joined.describe_run(row["name"]) for row in evaluation.results["runs"]],
+        "runs": [
+            row | joined.describe_run(row["name"], _run_config(config, row["name"]))
+            for row in evaluation.results["runs"]
+        ],
         "command": joined.command(kept, workdir, split),
         "data": joined.describe_data([data.report["data"] for data in datasets.values()]),
         "eval_seconds": time.monotonic() - began,
@@ -108,76 +104,76 @@ def _given_weights(config: Config) -> list[float]:
     """Returns one weight per run, equal ones where none are configured."""
     runs, weights = config.join.runs, config.join.weights
     if len(runs) < 2:
-        raise ValueError(f"--runs={','.join(runs)}: name two runs or more")
+        raise UserError(f"--runs={','.join(runs)}: name two runs or more")
     if not weights:
         return [1.0] * len(runs)
     if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(
+        raise UserError(
             f"config.join.weights={weights}: want {len(runs)} numbers of 0 or more, not all 0"
         )
     return [float(weight) for weight in weights]
 
 
-def _given_pooling(config: Config) -> Pooling:
-    """Returns the mean that is configured, before anything is fitted."""
+def _takes_logarithms(config: Config) -> bool:
+    """Returns True where runs are joined by a mean of logarithms; refuses what that cannot have."""
     spec = config.join
+    for field in sorted(set(config_lib.RETIRED["join"]) & set(spec)):
+        raise UserError(
+            f"config.join.{field}={spec[field]}: no join is calibrated any more, last in a538f79\n"
+            "join the runs anew, in another folder"
+        )
     if spec.mean not in config_rules.CHOICES["join.mean"]:
         known = config_rules.CHOICES["join.mean"]
-        raise ValueError(f"config.join.mean='{spec.mean}': {config_lib.suggest(spec.mean, known)}")
+        raise UserError(f"config.join.mean='{spec.mean}': {config_lib.suggest(spec.mean, known)}")
     logarithms = spec.mean == "logarithms"
-    if not logarithms and (spec.calibrate or spec.scale != 1 or spec.offset):
-        raise ValueError(
-            "config.join.calibrate, scale and offset are of a mean of logarithms\n"
-            "--config.join.mean=logarithms"
-        )
     if logarithms and spec.greedy:
-        raise ValueError(
+        raise UserError(
             "config.join.greedy=True: it chooses the weights of a mean of probabilities\n"
-            "--config.join.calibrate=True fits those of a mean of logarithms"
+            "--config.join.mean=probabilities, or give --config.join.weights"
         )
-    if logarithms and config.eval.top_classes:
-        raise ValueError(
-            f"config.eval.top_classes={config.eval.top_classes}: an identity that one run leaves "
-            "out has no mean of logarithms\n--config.eval.top_classes=0"
-        )
-    if not (spec.scale > 0 and np.isfinite([spec.scale, spec.offset]).all()):
-        raise ValueError(
-            f"config.join.scale={spec.scale}, config.join.offset={spec.offset}: want finite "
-            "numbers, the scale above 0"
-        )
-    return Pooling(logarithms, float(spec.scale), float(spec.offset))
+    for name in spec.runs if logarithms else ():
+        count = _run_config(config, name).eval.top_classes
+        if count:
+            raise UserError(
+                f"'{name}' scores {count} identities of a clip (config.eval.top_classes): one that "
+                "it leaves out has no mean of logarithms\n--config.join.mean=probabilities"
+            )
+    return logarithms
 
 
 def _restore_all(
     config: Config,
-    split: str,
     load: Callable[[Config], TrainingData],
     datasets: dict[str, TrainingData],
     mesh: Mesh,
 ) -> list[TrainedModel]:
-    """Restores all runs for a split; `datasets` keeps what was loaded, by configuration."""
+    """Restores all runs; `datasets` keeps what was loaded, by configuration."""
     models = []
     for name in config.join.runs:
-        run_config = _run_config(config, name, split)
+        run_config = _run_config(config, name)
         key = repr(run_config.data)
+        run = find_run(run_config, Path(name))
+        run_data.check_named(Path(name), run.manifest, run_config, by_user=bool(config.data.dir))
         if key not in datasets:
             datasets[key] = load(run_config)
-        _, model = restore(run_config, Path(name), datasets[key], mesh)
-        models.append(model)
+        models.append(make_model(run_config, Path(name), run, datasets[key], mesh))
+        if config.join.greedy:  # the clips that weights are fitted on are those of the run, too
+            run_config.eval.split = config.join.split
+            fit_data(datasets[key], run_config, Path(name), run)
     return models
 
 
-def _run_config(config: Config, name: str, split: str) -> Config:
-    """Returns the configuration of a run with the evaluation and the data of the blend."""
+def _run_config(config: Config, name: str) -> Config:
+    """Returns the configuration of a run, evaluated in its own way on the split of the blend."""
     run_config = config_lib.load_workdir(Path(name))
     if run_config.join.runs:
-        raise ValueError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
-    given = [f"data.{field}" for field in ("dir", "cache_dir") if config.data[field] is not None]
-    run_config = seal.own_config(Path(name), run_config, given)
-    scores = run_config.eval.scores
+        raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
+    scores, defaults = run_config.eval.scores, config_lib.default().eval
+    kept = [field for field in joined.OWN_FIELDS if config.eval[field] == defaults[field]]
+    own = {field: run_config.eval[field] for field in kept}
     with run_config.unlocked():
-        run_config.eval.update(config.eval)
-        run_config.eval.split = split
+        run_config.eval.update(config.eval.to_dict())  # of its own: fields are shared otherwise
+        run_config.eval.update(own)
         # Cosines of one run and probabilities of another cannot be added, and logarithms need
         # probabilities that sum to at most 1.
         softmax = scores == "logits" or config.join.mean == "logarithms"
@@ -188,10 +184,8 @@ def _run_config(config: Config, name: str, split: str) -> Config:
     return run_config
 
 
-def _keep_config(
-    config: Config, workdir: Path, weights: Sequence[float], pooling: Pooling
-) -> Config:
-    """Writes the configuration of the blend with weights and pooling in use, and returns it.
+def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
+    """Writes the configuration of the blend with the weights in use, and returns it.
 
     The split that the folder was first evaluated on stays its own.
     """
@@ -200,9 +194,8 @@ def _keep_config(
     if path.exists():
         config.eval.split = config_lib.load_workdir(workdir).eval.split
     config.join.weights = tuple(float(weight) for weight in weights)
-    config.join.greedy = config.join.calibrate = False
-    config.join.scale, config.join.offset = pooling.scale, pooling.offset
-    seal.write_config(workdir, config)
+    config.join.greedy = False
+    resume.write_config(workdir, config)
     return config
 
 
@@ -221,9 +214,18 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
       ValueError: the split has no ground truth, or a run was trained on it without folds.
     """
     split_name = config.join.split
-    split, block_size = join_fit.labelled_split(models, config), config.eval.block_size
+    split, block_size = models[0].data.split(split_name), config.eval.block_size
+    if not split.labelled or not split.positives.any():
+        raise UserError(
+            f"config.join.split={split_name}: it has no ground truth to fit weights on\n"
+            "choose a labelled split with --config.join.split"
+        )
     first = score(models, split_name, mesh, block_size=block_size, each_member=False)
-    join_fit.check_held_out(first, split_name)
+    if first.results["map_kind"] == "in_sample":
+        raise UserError(
+            f"config.join.split={split_name}: a run was trained on it without folds\n"
+            "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
+        )
     clips = candidates(first.model_tops)
     scores = gather_scores(models, split_name, mesh, block_size, clips)
 
@@ -260,6 +262,9 @@ def gather_scores(
     clips: np.ndarray,
 ) -> np.ndarray:
     """Scores a split once more and keeps the scores of the candidates, [R, C, n] float64.
+
+    Which clips are candidates is known after a first pass; to keep all of its scores would take
+    four bytes for each clip, identity and run.
 
     Args:
       models: the R runs.

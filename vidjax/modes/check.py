@@ -1,29 +1,32 @@
 """`--mode=check`: environment, configuration, data and run, each found good or damaged.
 
-A check reads and reports. It deletes, converts and repairs nothing.
+A check reads and reports. It deletes and repairs nothing; data that no training has converted yet
+are converted into a folder that goes again, so that every file is opened.
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import devices, messages
 from vidjax.config import Config
 from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
 from vidjax.data.usable import misspelt, unusable
-from vidjax.modes import rehearsal
+from vidjax.modes import plan, rehearsal, run_data
 from vidjax.modes.check_run import check_checkpoints, check_run, wrong_sums
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line, size_text
-from vidjax.run import checkpoint, seal
+from vidjax.run import checkpoint
 
 if TYPE_CHECKING:
     from vidjax.data.records.manifest import Records
@@ -44,38 +47,37 @@ def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
         try:
             yield from (Item(state, subject, one_line(text)) for state, text in findings)
         except Exception as error:  # damaged files raise whatever their readers raise
-            expected = isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
-            kind = "" if expected else f"{type(error).__name__}: "
-            yield Item(FAULT, subject, one_line(f"{kind}{error}"))
+            kind = "" if messages.exit_code(error) else f"{type(error).__name__}: "
+            yield Item(FAULT, subject, one_line(f"{kind}{messages.text_of(error)}"))
 
 
 def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, Findings]]:
     """Yields (subject, findings), so that a part that raises does not end the check."""
     yield "environment", _packages()
-    yield "environment", _tensorflow()
+    yield "environment", _tensorflow(needed=config is not None and not workdir)
     yield "environment", _devices()
     if config is not None:
         yield "environment", _cache(config)
     if config is not None and not workdir:
         yield "config", _values(config)
-    foreign: dict[str, Any] = {}  # paths in config.json that may be a stranger's
     joined: dict[str, Config | None] = {}  # configurations of the joined runs, by folder
     if workdir:
         yield "run", _folder("workdir", workdir)
         yield from (("run", findings) for findings in check_run(config, workdir))
         if config is not None:
             joined = {name: _config_of(name, config) for name in config.join.runs}
-        foreign = seal.foreign_paths(workdir, config_lib.load_workdir(workdir)) if config else {}
-        if not joined and "join.runs" not in foreign:
+        if not joined:
             yield "checkpoints", check_checkpoints(config, workdir)
         for name, run_config in joined.items():
             yield "checkpoints", check_checkpoints(run_config, Path(name), f"{name}: ")
-    if "join.runs" in foreign or ("data.dir" in foreign and config and not config.data.dir):
-        return  # `check_run` tells which flag names the folder
-    configs = joined.values() if joined else [config]
-    different = {repr(config.data): config for config in configs if config is not None}
-    for data_config in different.values():
-        yield "data", _data(data_config)
+    configs = joined or {str(workdir or ""): config}
+    runs_of: dict[str, list[str]] = {}
+    for name, own in configs.items():
+        if own is not None:
+            runs_of.setdefault(repr(own.data), []).append(name)
+    for names in runs_of.values():
+        if (own := configs[names[0]]) is not None:
+            yield "data", _data(own, [name for name in names if name])
 
 
 def _values(config: Config) -> Findings:
@@ -92,7 +94,6 @@ def _config_of(run: str, config: Config) -> Config | None:
     """Returns the configuration of a joined run, with the data folders of the blend."""
     try:
         run_config = config_lib.load_workdir(Path(run))
-        run_config = seal.drop_foreign_paths(Path(run), run_config)
     except ValueError:
         return None  # `check_checkpoints` reports it
     for field in ("dir", "cache_dir"):
@@ -114,9 +115,15 @@ def _packages() -> Findings:
         yield FAULT, f"packages: {', '.join(absent)} not installed"
 
 
-def _tensorflow() -> Findings:
+def _tensorflow(*, needed: bool) -> Findings:
     try:
         from vidjax.data.records.codec import tf, tfds
+    except ModuleNotFoundError as error:
+        yield (
+            FAULT if needed else WARNING,
+            f"'{error.name}' is not installed: new clips can be ranked and identified; to train "
+            "and to evaluate: pip install 'vidjax[train]'",
+        )
     except Exception as error:  # a broken installation raises whatever its libraries raise
         yield FAULT, f"TensorFlow: no data can be read: {type(error).__name__}: {error}"
     else:
@@ -154,8 +161,8 @@ def _folder(name: str, folder: Path) -> Findings:
         yield state, f"{name}: '{folder}'{absent}: can be written, {size_text(free)} free"
 
 
-def _data(config: Config) -> Findings:
-    """Yields the state of the data, its records and labels."""
+def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
+    """Yields the state of the data, its records and labels, and whether they are those of runs."""
     options = load.DataOptions.of(config.data, generate=False)
     try:
         source = load.open_source(config.data.name, options)
@@ -163,22 +170,29 @@ def _data(config: Config) -> Findings:
         yield WARNING, f"data: {error}"
         return
     yield OK, f"data: {source.title}"
-    yield from _records(config, source, options.cache_dir)
+    from vidjax.data.records.convert import convert, records_folder
+
+    folder = records_folder(source, options.cache_dir)
+    if (folder / "manifest.json").exists():
+        yield from _records(config, source, folder, runs)
+        return
+    yield WARNING, "records: not converted yet, or the files have changed: training converts them"
+    if importlib.util.find_spec("tensorflow") is None:
+        yield WARNING, "data: not read: without TensorFlow only converted records are"
+        return
+    cache = options.cache_dir  # where a training would need the space, too
+    writable = cache.is_dir() and os.access(cache, os.W_OK | os.X_OK)
+    with tempfile.TemporaryDirectory(dir=cache if writable else None) as scratch:
+        with messages.quietly():
+            records = convert(source, scratch, non_finite=config.data.non_finite)
+        yield from _records(config, source, records.folder, runs)
 
 
-def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
-    """Yields the state of the records of a source, and of their labels."""
+def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[str]) -> Findings:
+    """Yields the state of the records of a source, and of their labels; see `_data`."""
     from vidjax.data.records import manifest as manifest_lib
-    from vidjax.data.records.convert import records_folder
     from vidjax.data.records.report import label_records
 
-    folder = records_folder(source, cache)
-    if not (folder / "manifest.json").exists():
-        yield (
-            WARNING,
-            "records: not converted yet, or the files have changed: training converts them",
-        )
-        return
     records = manifest_lib.load_index(folder)
     problems = [*manifest_lib.verify(records), *wrong_sums(records.report), *_counts(records)]
     for problem in problems:
@@ -203,6 +217,25 @@ def _records(config: Config, source: RecordSource, cache: Path) -> Findings:
     splits = [name for name in config.data.train_splits if name in report["splits"]]
     for problem in unusable(report, splits, tuple(modalities)):
         yield FAULT, problem
+    if splits and not any(report["splits"][name].get("labelled_clips") for name in splits):
+        yield FAULT, plan.nobody_is_named(config)
+    for run in runs:
+        yield from _own_data(run, report)
+
+
+def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
+    """Yields the finding on whether data are those that a run was trained and measured on."""
+    manifests = checkpoint.manifests(Path(run))
+    if not manifests:
+        return
+    own = manifests[max(manifests)].get("data")
+    if own is None:
+        text = "it is of an earlier version, which did not record them"
+        yield WARNING, f"data: whether they are those of '{run}' cannot be told: {text}"
+    elif different := run_data.differences(own, report):
+        yield FAULT, f"data: not those of '{run}', which was trained on others: now {different}"
+    else:
+        yield OK, "data: those of the run"
 
 
 def _counts_text(split_report: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from vidjax import files, ranking
 from vidjax.config import Config
 from vidjax.modes import restore
 from vidjax.modes.findings import FAULT, OK, WARNING, Findings
-from vidjax.run import checkpoint, parts, resume, schema, seal
+from vidjax.run import checkpoint, parts, resume, schema
 from vidjax.run import results as results_lib
 from vidjax.run import workdir as workdir_lib
 
@@ -29,7 +29,6 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
       workdir: the run's folder.
     """
     yield _use(workdir)
-    yield foreign_paths(workdir)
     if config is None:
         yield _damaged_config(workdir)
     for path in sorted(workdir.glob("*.json")):
@@ -54,22 +53,6 @@ def _use(workdir: Path) -> Findings:
         return
     for path in sorted([*workdir.glob(".*.partial"), *workdir.glob(".write-test-*")]):
         yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
-
-
-def foreign_paths(workdir: Path) -> Findings:
-    """Yields a warning for each path of `config.json` that this user did not write."""
-    try:
-        config = config_lib.load_workdir(workdir)
-    except ValueError:
-        return  # `_damaged_config` reports it
-    for name, value in seal.foreign_paths(workdir, config).items():
-        flag = "--runs" if name == "join.runs" else f"--config.{name}"
-        shown = ",".join(value) if isinstance(value, tuple) else value
-        yield (
-            WARNING,
-            f"config.json: config.{name}='{shown}' is not used: this user's vidjax did not write "
-            f"it; name it by {flag}",
-        )
 
 
 def _damaged_config(workdir: Path) -> Findings:
@@ -107,23 +90,30 @@ def _analysis(path: Path) -> Findings:
 def _ranking(path: Path) -> Findings:
     known = path.with_name("identities.json")
     identities = results_lib.load_identities(known) if files.exists(known) else None
-    ranked = ranking.load_ranking(path, identities=identities)
-    if identities is not None and len(ranked) != len(identities):
-        yield FAULT, f"{path.name}: {len(ranked)} lines for {len(identities)} identities"
+    if identities is None:  # of a blend; a run has the names of its identities
+        identities = ranking.read_identities(path)
+    count = sum(1 for _ in ranking.each_list(path, identities))
+    if count != len(identities):
+        yield FAULT, f"{path.name}: {count} lines for {len(identities)} identities"
     else:
-        yield OK, f"{path.name}: valid, {len(ranked)} identities"
+        yield OK, f"{path.name}: valid, {count} identities"
 
 
 def _parts(workdir: Path, split: str) -> Findings:
     """Yields the findings on the parts of an evaluation of a split."""
-    name, counts = f"{parts.FOLDER}/{split}", Counter[int]()
+    name, counts, faults = f"{parts.FOLDER}/{split}", Counter[int](), list[ValueError]()
     for one, part in parts.find(workdir, split).items():
-        if isinstance(part, ValueError):
-            yield FAULT, f"{name}: {part}"
-            continue
-        num_clips = part.manifest["num_clips"]
-        parts.verify(part, parts.most_bytes(schema.IDENTITIES.most, num_clips))
-        counts[one.total] += 1
+        try:
+            if isinstance(part, ValueError):
+                raise part
+            limit = parts.most_bytes(schema.IDENTITIES.most, part.manifest["num_clips"])
+            parts.verify(part, limit)
+            counts[one.total] += 1
+        except ValueError as error:
+            faults.append(error)
+    if faults:
+        more = f"\n{len(faults) - 1} more cannot be used" if faults[1:] else ""
+        yield FAULT, f"{name}: {faults[0]}{more}"
     for total, count in sorted(counts.items()):
         state = OK if count == total else WARNING
         yield state, f"{name}: {count} of {total} parts, sha256 agrees"
@@ -131,9 +121,10 @@ def _parts(workdir: Path, split: str) -> Findings:
 
 def _log(path: Path) -> Findings:
     """Yields one finding on a log: its first damaged, repeated or out-of-order line, or OK."""
-    *lines, rest = files.read_bytes(path, files.LOG_BYTES).split(b"\n")
-    before = (-1, False, 0)
-    for number, line in enumerate(lines, 1):
+    before, number, line = (-1, False, 0), 0, b"\n"
+    for number, line in enumerate(files.each_line(path), 1):
+        if not line.endswith(b"\n") and len(line) < files.LINE_BYTES:
+            break
         try:
             value: Any = files.parse_line(line)
             place = (int(value["step"]), "split" in value, value.get("member", 0))
@@ -144,10 +135,10 @@ def _log(path: Path) -> Findings:
             yield FAULT, f"{path.name}: line {number}: step {place[0]} after step {before[0]}"
             return
         before = place
-    if rest:
+    if not line.endswith(b"\n"):
         yield WARNING, f"{path.name}: the last line is not finished; a resumed run cuts it off"
     else:
-        yield OK, f"{path.name}: {len(lines)} lines to step {max(before[0], 0)}"
+        yield OK, f"{path.name}: {number} lines to step {max(before[0], 0)}"
 
 
 def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> Findings:

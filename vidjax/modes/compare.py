@@ -4,6 +4,7 @@ No model is run. The average precisions come from `analysis.npz`, or else from `
 ground truth.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ from vidjax import files
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.load import describe, is_generated
-from vidjax.data.untrusted.names import unescape
+from vidjax.errors import UserError
 from vidjax.report import comparison_page, html, significance
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
-from vidjax.run import seal, workdir
+from vidjax.run import workdir
 
 # Average precisions [C], positives [C], number of identities of the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
@@ -35,7 +36,7 @@ def compare(
     *,
     split: str | None = None,
     directory: str | None = None,
-) -> str:
+) -> tuple[str, dict[str, Any]]:
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
     Args:
@@ -46,15 +47,15 @@ def compare(
       directory: where the data lies now; None for `data.dir` of the runs.
 
     Returns:
-      A table for the terminal.
+      A table for the terminal, and the numbers for a program, see `comparison_page.as_json`.
 
     Raises:
       ValueError: a run has no results on the split, or the runs ranked other clips or identities.
     """
     if len(folders) < 2:
-        raise ValueError(f"--runs={','.join(folders)}: a comparison needs two runs or more")
+        raise UserError(f"--runs={','.join(folders)}: a comparison needs two runs or more")
     if len({Path(name).resolve() for name in folders}) < len(folders):
-        raise ValueError(f"--runs={','.join(folders)}: a run is named twice")
+        raise UserError(f"--runs={','.join(folders)}: a run is named twice")
     runs = [read(name, load, split=split, directory=directory) for name in folders]
     runs = [runs[0], *(align(runs[0], run) for run in runs[1:])]
     differences = significance.differences([run.ap for run in runs])
@@ -64,7 +65,8 @@ def compare(
         "comparison.html": comparison_page.page(runs, differences),
     }.items():
         workdir.write_text(out / name, html.plain(content))
-    return comparison_page.printed(runs, differences)
+    numbers = comparison_page.as_json(runs, differences)
+    return comparison_page.printed(runs, differences), numbers
 
 
 def read(
@@ -86,7 +88,7 @@ def read(
     """
     folder = Path(name).expanduser().absolute()
     if not files.exists(folder / "config.json"):
-        raise ValueError(
+        raise UserError(
             f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
         )
     config = config_lib.load_workdir(folder)
@@ -98,11 +100,13 @@ def read(
     averages = _read_analysis(paths.analysis)
     source = paths.analysis if averages else paths.ranking
     if not averages:
-        data = load(_data_config(folder, config, directory))
+        data_config = _data_config(config, directory)
+        data = load(data_config)
+        _check_data(name, metrics, data_config, data, by_user=directory is not None)
         averages = _score_ranking(paths.ranking, identities, data, split, metrics)
     ap, positives, num_others = averages
     if len(identities) != len(ap):
-        raise ValueError(
+        raise UserError(
             f"'{name}': identities.json lists {len(identities)} identities, {source.name} "
             f"{len(ap)}\n"
             f"{_evaluate_command(name, split)}"
@@ -110,7 +114,7 @@ def read(
     known = positives > 0
     value = ap[known].sum() / (known.sum() + num_others)
     if abs(value - metrics["map"]) > MAX_MISMATCH:
-        raise ValueError(
+        raise UserError(
             f"'{name}': MAP is {value:.4f} in {source.name} and {metrics['map']:.4f} in "
             f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
         )
@@ -123,7 +127,7 @@ def read(
         num_others=num_others,
         map_kind=metrics["map_kind"],
         num_clips=metrics["num_clips"],
-        generated=_generated(folder, config),
+        generated=_generated(config),
         metrics=metrics,
         config=config.to_dict(),
     )
@@ -134,19 +138,19 @@ def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str
         metrics = results_lib.load_metrics(path)
     except FileNotFoundError:
         command = _evaluate_command(name, split)
-        raise ValueError(
+        raise UserError(
             f"'{name}' has no results on split '{split}' ({path.name})\n{command}"
         ) from None
     if metrics.get("map") is None:
         report = results_lib.read_data_report(path.parent)
         reason = results_lib.unmeasured(config.to_dict(), metrics, report)
-        raise ValueError(
+        raise UserError(
             f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
             f"{reason or 'compare on another: --config.eval.split=val'}"
         )
     for key in ("map_kind", "num_clips"):
         if metrics.get(key) is None:
-            raise ValueError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
+            raise UserError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
     return metrics
 
 
@@ -157,27 +161,39 @@ def _evaluate_command(name: str, split: str) -> str:
     )
 
 
-def _generated(folder: Path, config: Config) -> str:
-    """Returns the description of a generated dataset, "" for files, UNKNOWN for foreign blends."""
-    own = seal.drop_foreign_paths(folder, config)
+def _generated(config: Config) -> str:
+    """Returns the description of a generated dataset, "" for files, UNKNOWN where runs are gone."""
+    own = config
     if config.join.runs:
-        if not own.join.runs:
+        try:
+            own = config_lib.load_workdir(Path(config.join.runs[0]))
+        except ValueError:
             return UNKNOWN
-        own = config_lib.load_workdir(Path(own.join.runs[0]))
     return describe(own.data.to_dict()) if is_generated(own.data.name) else ""
 
 
-def _data_config(folder: Path, config: Config, directory: str | None) -> Config:
+def _data_config(config: Config, directory: str | None) -> Config:
     """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
-    given = ["data.dir"] if directory is not None else []
-    own = seal.own_config(folder, config, given)
-    if own.join.runs:
-        first = Path(own.join.runs[0])
-        blend, own = own, seal.own_config(first, config_lib.load_workdir(first), given)
-        own.data.dir = blend.data.dir or own.data.dir
+    own = copy.deepcopy(config)
+    if config.join.runs:
+        own = config_lib.load_workdir(Path(config.join.runs[0]))
+        own.data.dir = config.data.dir or own.data.dir
     if directory is not None:
         own.data.dir = directory
     return own
+
+
+def _check_data(
+    name: str, metrics: Mapping[str, Any], config: Config, data: TrainingData, *, by_user: bool
+) -> None:
+    """Refuses data that only the files of a run name, unless they are those it was evaluated on."""
+    if by_user or not config.data.dir:
+        return
+    if metrics.get("data", {}).get("digest") != data.report["data"]["digest"]:
+        raise UserError(
+            f"'{name}' was evaluated on other data than '{config.data.dir}' holds now\n"
+            "say where they are: --config.data.dir=FOLDER"
+        )
 
 
 def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
@@ -185,8 +201,9 @@ def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
     path = folder / "identities.json"
     if files.exists(path):
         return tuple(results_lib.load_identities(path))
-    lines = files.read_ranking(ranking).decode(errors="surrogateescape").split("\n")[:-1]
-    return tuple(unescape(line.split(" ", 1)[0]) for line in lines)
+    from vidjax.ranking import read_identities
+
+    return read_identities(ranking)
 
 
 def _read_analysis(path: Path) -> Averages | None:
@@ -208,21 +225,22 @@ def _score_ranking(
 ) -> Averages:
     """Returns the average precisions of a `ranking.txt`, computed from the ground truth."""
     if metrics["map_kind"] == "out_of_fold":
-        raise ValueError(
+        raise UserError(
             f"'{path.parent}': an out-of-fold MAP does not follow from '{path.name}' alone\n"
             "--mode=evaluate of that folder writes the analysis.npz that is needed"
         )
     from vidjax import metrics as metrics_lib
     from vidjax import ranking
 
-    lists = ranking.load_ranking(path, identities=names)
     split = data.with_identities(names).split(split_name)
     rows = {clip.removesuffix(".mp4") + ".mp4": i for i, clip in enumerate(split.clips)}
     hits = np.zeros((len(names), ranking.MAX_NAMES), bool)
-    for column, name in enumerate(names):
-        for place, clip in enumerate(lists.get(name, ())):
+    columns = {name: column for column, name in enumerate(names)}
+    for name, ranked in ranking.each_list(path, names):
+        column = columns[name]
+        for place, clip in enumerate(ranked):
             if clip not in rows:
-                raise ValueError(
+                raise UserError(
                     f"'{path}': clip {clip!r} is not in the data\n"
                     "name the folder that was evaluated: --config.data.dir=FOLDER"
                 )
@@ -239,13 +257,13 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     """
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
-        raise ValueError(
+        raise UserError(
             f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
             "compare on one that both have ranked: --config.eval.split=val"
         )
     if run.generated != first.generated and UNKNOWN not in (run.generated, first.generated):
         names = [run.generated or "files" for run in (first, run)]
-        raise ValueError(
+        raise UserError(
             f"{both} ranked different data: {' and '.join(names)}\n"
             "compare runs that were evaluated on the same clips"
         )
@@ -254,7 +272,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     extra = sorted(places.keys() - set(first.identities))
     if missing or extra:
         example = (missing or extra)[0]
-        raise ValueError(
+        raise UserError(
             f"{both} ranked different identities: {len(first.identities)} and "
             f"{len(run.identities)}\n{len(missing) + len(extra)} are in one run only, such as "
             f"'{example}', which is missing in '{run.name if missing else first.name}'"
@@ -267,7 +285,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
         if len(different):
             i = different[0]
             text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
-        raise ValueError(
+        raise UserError(
             f"{both} ranked different clips: {text}\n"
             "compare runs that were evaluated on the same clips"
         )

@@ -1,4 +1,4 @@
-"""Mistakes of a ranking: the worst identities, the clips with the highest wrong scores, lists."""
+"""Names that a ranking gives, and its mistakes: the worst identities, wrong clips, lists."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from vidjax.steps.topk import TopK
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
 NUM_LISTED = 10  # clips of a list
+NUM_NAMED = 60  # clips of a split without ground truth
 
 
 def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -86,6 +87,26 @@ def wrong_clips(
             for i in places
         ]
     return rows
+
+
+def named_clips(evaluation: Evaluation, clips: Sequence[str]) -> dict[str, Any]:
+    """Returns the best identity of the clips with the highest scores, best score first.
+
+    Args:
+      evaluation: the ranking.
+      clips: [N] names.
+
+    Returns:
+      `rows`, up to `NUM_NAMED` of {clip: str, identity: int, score: float}, and `num`, the number
+      of clips that are in a list.
+    """
+    identity, score = best_lists(evaluation.top, len(clips))
+    listed = np.flatnonzero(identity >= 0)
+    places = listed[np.lexsort((listed, -score[listed]))][:NUM_NAMED]
+    rows = [
+        {"clip": clips[i], "identity": int(identity[i]), "score": float(score[i])} for i in places
+    ]
+    return {"num": len(listed), "rows": rows}
 
 
 def ranked_lists(

@@ -1,6 +1,7 @@
 """`--mode=evaluate`: ranks a split with the weights of a trained run."""
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,27 @@ from vidjax import config as config_lib
 from vidjax import devices
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.modes import analysis
+from vidjax.modes import analysis, run_data
 from vidjax.modes.outputs import write_results
 from vidjax.modes.restore import find_run, restore
 from vidjax.run import results as results_lib
 from vidjax.steps.scoring import score
 
 
-def check_folder(config: Config, workdir: Path) -> None:
+def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
     """Reads the files that an evaluation needs and does not write, before the data is loaded.
 
     Args:
       config: the run's configuration, with the overrides of this evaluation.
       workdir: the run's folder.
+      given: the fields that the user sets.
 
     Raises:
-      ValueError: a file is damaged.
+      ValueError: a file is damaged, or the user has to name the folder of the data.
       CheckpointError: there is no usable checkpoint.
     """
-    find_run(config, workdir)
+    run = find_run(config, workdir)
+    run_data.check_named(workdir, run.manifest, config, by_user="data.dir" in given)
     results_lib.read_metrics(workdir)
     results_lib.read_data_report(workdir)
     if config.eval.report:

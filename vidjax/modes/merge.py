@@ -19,6 +19,7 @@ from vidjax import devices
 from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
+from vidjax.errors import UserError
 from vidjax.modes import analysis, shard
 from vidjax.modes.arguments import shown
 from vidjax.modes.outputs import write_results
@@ -78,7 +79,7 @@ class Reader:
                 for name, units in _attention(arrays).items():
                     seen.attention[name] = seen.attention.get(name, 0) + units
         if (owner < 0).any():
-            raise ValueError(
+            raise UserError(
                 f"{int((owner < 0).sum()):,} clips are in none of the parts in "
                 f"'{self.parts[0].folder.parent}'\n{self.parts[0].shard.remedy}, then all others"
             )
@@ -142,7 +143,7 @@ class Reader:
     def _check(part: Part, name: str, fits: bool) -> None:
         if not fits:
             path = part.folder / f"{name}.npz"
-            raise ValueError(
+            raise UserError(
                 f"'{path}' is damaged: its arrays do not fit each other\n{part.shard.remedy}"
             )
 
@@ -179,7 +180,7 @@ def merge(
     """
     began = time.monotonic()
     run = find_run(config, workdir)
-    data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
+    data = fit_data(data, config, workdir, run)
     parts = choose(workdir, shard.describe(config, run, data), overrides)
     split = data.split(config.eval.split)
     reader = Reader(parts, len(split.clips), len(run.identities))
@@ -253,7 +254,7 @@ def choose(workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = (
     for one in good:
         lacking[one.total] -= 1
     if not lacking:
-        raise ValueError(
+        raise UserError(
             f"no parts of {split} in '{workdir / parts_lib.FOLDER}': make all n of some n, by\n"
             f"{_command(workdir, overrides)} --shard=k/n"
         )
@@ -267,7 +268,7 @@ def choose(workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = (
     numbers = ", ".join(str(one.number) for one in (first, *others[:7]))
     numbers += ", ..." if others[7:] else ""
     fault = f"; part {first}: {faults[first]}" if faults.get(first) else ""
-    raise ValueError(
+    raise UserError(
         f"{split}: missing, or not to be joined, of {total} parts: {numbers}{fault}\n"
         f"make them: {_command(workdir, overrides)} --shard={first}"
     )

@@ -12,7 +12,6 @@ from vidjax.steps.sinks import ClipScores
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
 RATES = (0.01, 0.1)  # FPIR of the thresholds that are shown
 RESAMPLES = 1000  # of the bootstrap
-LEVEL = 0.95  # of all intervals
 MOST_ODDS = 100.0  # a probability of 1 in float32 counts as these log-odds
 
 
@@ -67,8 +66,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     The interval of FNIR is a bootstrap: people are drawn with all their clips, and distractors, and
     the threshold is set anew on those that were drawn. In simulation it holds the truth in 94 to
     95 % of samples where the rate lets four distractors or more pass, in 87 % where it lets one or
-    two. The interval of FPIR is for distractors that come later: the share of them above the order
-    statistic r + 1 of S has the beta distribution of r + 1 and S - r, whatever the scores.
+    two. The interval of FPIR is that of `metrics.fpir_interval`.
 
     Args:
       clips: the best score of every clip.
@@ -78,9 +76,6 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     Returns:
       The entry that `run.results` describes. A rate below 1 / S has no errors. None without a
       distractor or without a known clip.
-
-    Source: the beta distribution, Wilks 1941, Determination of sample sizes for setting tolerance
-    limits.
     """
     pool = clips.pool
     scores, right, people = clips.best[pool].astype(np.float64), clips.right[pool], labels[pool]
@@ -94,13 +89,11 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         errors = metrics.identification_errors(clips.best[pool], right, known, fpir=rate)
         if errors and num_strange >= row["fewest"]:
             passed = round(errors.fpir * num_strange)
-            reach = scipy.stats.beta(passed + 1, num_strange - passed)
             row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
-            row["fpir_low"], row["fpir_high"] = (float(x) for x in reach.interval(LEVEL))
-            drawn = resampled_fnir(
-                scores[None, ~known], scores[None, known], right[None, known], people[known], rate
-            )
-            (row["fnir_low"],), (row["fnir_high"],) = (x.tolist() for x in interval(drawn))
+            row["fpir_low"], row["fpir_high"] = metrics.fpir_interval(passed, num_strange)
+            drawn = resampled_fnir(scores[~known], scores[known], right[known], people[known], rate)
+            bounds = [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2]
+            row["fnir_low"], row["fnir_high"] = np.quantile(drawn, bounds).tolist()
         rows.append(row)
     return {
         "num_identities": num_identities,
@@ -120,35 +113,28 @@ def fewest(rate: float) -> int:
 def resampled_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Returns [A, RESAMPLES] FNIR of A systems on the same resamples of people and distractors.
+    """Returns [RESAMPLES] FNIR on resamples of people and of distractors.
 
     The threshold is the lowest one that keeps FPIR at or below a rate.
 
     Args:
-      strange: [A, S] float64, scores of distractors.
-      known: [A, n] float64, scores of known clips.
-      right: [A, n] bool, known clips whose best identity is right.
+      strange: [S] float64, scores of distractors.
+      known: [n] float64, scores of known clips.
+      right: [n] bool, known clips whose best identity is right.
       people: [n] int, identities of the known clips.
       rate: the limit of FPIR.
     """
     rng = np.random.default_rng(0)
-    num = strange.shape[1]
+    num = len(strange)
     names, person = np.unique(people, return_inverse=True)
     shares = np.arange(1, num + 1) / num
     place = num - 1 - int(np.searchsorted(shares, rate, side="right"))  # of the best one refused
     found = []
     for _ in range(RESAMPLES):
-        drawn = strange[:, rng.integers(0, num, num)]
-        refused = np.partition(drawn, place, axis=1)[:, place]
+        refused = np.partition(strange[rng.integers(0, num, num)], place)[place]
         weight = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))[person]
-        found.append(1 - (right & (known > refused[:, None])) @ weight / weight.sum())
-    return np.stack(found, axis=1)
-
-
-def interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bounds [A] of resampled values [A, n]."""
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    return low, high
+        found.append(1 - (right & (known > refused)) @ weight / weight.sum())
+    return np.array(found)
 
 
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vidjax.data.clips import ClipSource
 from vidjax.modes.analysis import Observer
 from vidjax.run import results, tensorboard
 from vidjax.run import workdir as workdir_lib
+from vidjax.run.signals import Interrupted
 from vidjax.steps.conclusion import Evaluation
 
 
@@ -42,12 +44,14 @@ def write_results(
     own_split: str,
     trained: Config,
     observer: Observer | None = None,
+    ends_training: bool = False,
 ) -> None:
-    """Writes ranking, metrics and events; with an observer also analysis and report.
+    """Writes ranking and metrics; with an observer also analysis and report; at last the events.
 
     Several processes measure together what the analysis needs, and the first one writes.
 
-    `metrics.json` is written after ranking and analysis, so a folder with it has those, too.
+    The results come first: a fault of analysis or report costs these alone. A training is
+    `finished` once it has them, so that the same command writes what a killed one did not.
 
     Args:
       workdir: the folder of the run.
@@ -58,29 +62,66 @@ def write_results(
       own_split: the split that training evaluates, `config.eval.split`.
       trained: the group `data` of the configuration that the run was trained with.
       observer: observer of the evaluation; None to write no analysis and no report.
+      ends_training: whether `values` are those of a training that ends here.
 
     Raises:
       OSError: A file cannot be written.
-      ValueError: Another file of the folder is damaged.
     """
     paths = results.paths(workdir, split, own_split)
     clips = data.split(split).clips
     if members.is_first():
         ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
+        pending = {"finished": False} if ends_training else {}
+        workdir_lib.write_json(paths.metrics, {**values, **pending})
     if observer:
         steps = values.get("step", 0) if split == own_split else 0
-        analysed = observer.finish(evaluation, trained, num_steps=steps)
-        if members.is_first():
-            results.save_analysis(paths.analysis, *analysed)
+        with costing_pages(workdir, paths.analysis):
+            analysed = observer.finish(evaluation, trained, num_steps=steps)
+            if members.is_first():
+                results.save_analysis(paths.analysis, *analysed)
     if not members.is_first():
         return
-    workdir_lib.write_json(paths.metrics, values)
     if observer:
-        # Not at the top: not every run writes a report.
-        from vidjax.report import run_page
+        write_report(workdir)
+    if ends_training:
+        workdir_lib.write_json(paths.metrics, values)
+    with costing_pages(workdir):
+        log_results(workdir, values, split)
 
+
+def write_report(workdir: Path) -> None:
+    """Writes the report of a run; warns if a fault prevents it."""
+    # Not at the top: not every run writes a report.
+    from vidjax.report import run_page
+
+    with costing_pages(workdir, workdir / results.REPORT):
         run_page.write(workdir)
-    log_results(workdir, values, split)
+
+
+@contextlib.contextmanager
+def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
+    """Makes a fault in what follows a warning: the results of the run are written already.
+
+    A full disk, a signal, and a fault of one of several processes, for which the others wait, stay
+    errors.
+
+    Args:
+      workdir: the folder of the run.
+      outdated: files of an earlier evaluation, which a fault would leave beside the new results.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, Interrupted)) or members.count() > 1:
+            raise
+        for path in outdated:
+            path.unlink(missing_ok=True)
+        reason = (str(error) or "no reason given").splitlines()[0][:200]
+        warnings.warn(
+            f"a page or a part of it is not written: {type(error).__name__}: {reason}\n"
+            f"the results are in '{workdir}'; to try again: --mode=evaluate, with --debug for more",
+            stacklevel=3,
+        )
 
 
 def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:

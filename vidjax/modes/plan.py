@@ -4,16 +4,23 @@ import bisect
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax import config as config_lib
 from vidjax import ensemble
 from vidjax.batch import NoiseLayout
+from vidjax.cluster import members as processes
 from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.usable import unusable
+from vidjax.errors import UserError
+from vidjax.models.base import has_exact_inputs
+from vidjax.models.identifier import MODELS
+from vidjax.run import results
 from vidjax.steps import plda_settings
 from vidjax.steps import state as state_lib
 from vidjax.steps.distractors import label_distractors
@@ -22,6 +29,10 @@ from vidjax.system import TaskSpec
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
+# Fields beside those of loss and optimiser that a model with exact inputs cannot take.
+UNREAD_BY_EXACT = (
+    "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
+)  # fmt: skip
 MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
 
 
@@ -43,6 +54,20 @@ class RunPlan(NamedTuple):
     layout: NoiseLayout | None
 
 
+def nobody_is_named(config: Config) -> str:
+    """Returns the message of training clips that show nobody of interest."""
+    if config.data.name != "arrays":
+        names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
+    else:
+        names = "labels.csv"
+        if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
+            return (
+                f"no training clip has an identity: there is no '{config.data.dir}/{names}'\n"
+                "write it, with the columns clip and identity"
+            )
+    return f"no training clip has an identity: check {names} and config.data.train_splits"
+
+
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
     """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA.
 
@@ -53,6 +78,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     Raises:
       ValueError: A field is out of range or does not fit the data.
     """
+    _check_exact(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
@@ -61,30 +87,28 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
-        names = "labels.csv"
-        if config.data.name != "arrays":
-            names = ", ".join(f"{split.name}_gt.txt" for split in splits)
-        raise ValueError(
-            f"no training clip has an identity: check {names} and config.data.train_splits"
-        )
+        raise UserError(nobody_is_named(config))
 
     seen = ensemble.partition(
         members, labels, spec["folds"], config.seed, spec["resample"]
     )  # [E, N]
     weight = seen * _clip_weights(config, labels, clips)
-    layout = None
-    if config.data.distractors == "noise":
-        labels, layout = label_distractors(config, data, labels)
-    elif config.data.distractors == "leave_out":
+    if config.data.distractors == "leave_out":
         weight = weight * (labels > 0)
     for member, row in zip(members, weight, strict=True):
         if not row.any():
-            raise ValueError(
+            raise UserError(
                 f"member {member.number} has no training clip: change config.ensemble, "
                 "config.data.distractors or config.data.weights"
             )
+    training_sets = ensemble.TrainingSets(members, clips, seen > 0)
+    ensemble.check_size(training_sets)  # what is written now has to be read when the run is over
+    results.check_identities(data.identities)
     _check_features(config, data)
     _check_batch(config.batch_size, len(labels))
+    layout = None
+    if config.data.distractors == "noise":  # after all that takes no time
+        labels, layout = label_distractors(config, data, labels)
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
@@ -92,17 +116,54 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_clips=len(labels),
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
-        threshold=training_threshold(config, data),
-        settings=plda_settings.training_settings(config, data, labels),
+        **_fitted(config, data, labels, weight > 0),
     ).with_padding(config.mesh.model)
-    training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def _fitted(
+    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
+) -> dict[str, Any]:
+    """Returns what is fitted before the first step: entries of `TaskSpec`, by the first process.
+
+    They are constants of compiled programs, and unlike machines would round them differently.
+    """
+    found: list[Any] = processes.by_first(
+        lambda: [
+            training_threshold(config, data),
+            plda_settings.training_settings(config, data, labels, used),
+        ]
+    )
+    threshold, settings = found
+    if settings:  # JSON has made lists of tuples
+        settings = {n: tuple(x) if isinstance(x, list) else x for n, x in settings.items()}
+    return {"threshold": threshold, "settings": settings}
+
+
+def _check_exact(config: Config) -> None:
+    """Refuses what a model that adds up or stores its clips would not read, or would be spoilt by.
+
+    Raises:
+      ValueError: a field of the loss, the optimiser or the augmentation has another value than its
+        default, or clips count differently.
+    """
+    name = config.model.get("name")
+    if not has_exact_inputs(MODELS.get(name, object)):
+        return
+    defaults = dict(config_lib.fields(config_lib.default()))
+    for field, value in config_lib.fields(config):
+        changed = field in defaults and value != defaults[field]
+        if changed and (field in UNREAD_BY_EXACT or field.startswith(("loss.", "optim."))):
+            raise UserError(
+                f"config.{field}={value}: model '{name}' optimises nothing and takes each clip "
+                f"once, as it is\nleave it out: --config.{field}={defaults[field]}"
+            )
 
 
 def _check_features(config: Config, data: TrainingData) -> None:
     """Raises ValueError for training features that teach nothing; warns of such a split to rank."""
     for problem in unusable(data.report, config.data.train_splits, config.modalities):
-        raise ValueError(problem)
+        raise UserError(problem)
     for problem in unusable(data.report, [config.eval.split], config.modalities):
         warnings.warn(problem, stacklevel=2)
 
@@ -110,7 +171,7 @@ def _check_features(config: Config, data: TrainingData) -> None:
 def _check_batch(batch_size: int, num_clips: int) -> None:
     """Raises ValueError for a batch that fits no memory."""
     if batch_size > max(MOST_ROWS, num_clips):
-        raise ValueError(
+        raise UserError(
             f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
             f"--config.batch_size={num_clips} or less"
         )
@@ -133,7 +194,13 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
     if config.data.weights:
-        weight = weight * ground_truth.load_clip_weights(config.data.weights, clips)
+        given = ground_truth.load_clip_weights(config.data.weights, clips)
+        if has_exact_inputs(MODELS[config.model.name]) and not np.all((given == 0) | (given == 1)):
+            raise UserError(
+                f"config.data.weights: model '{config.model.name}' takes a clip or leaves it out: "
+                "weights are 0 or 1"
+            )
+        weight = weight * given
     return weight
 
 
@@ -144,16 +211,17 @@ class Schedule(NamedTuple):
       log: steps after which a line of metrics is logged.
       evaluate: steps after which the run is evaluated, including the last step.
       relabel: steps after which unclustered distractors are relabelled.
+      stops: all of these, in ascending order.
     """
 
     log: frozenset[int]
     evaluate: frozenset[int]
     relabel: frozenset[int]
+    stops: tuple[int, ...]
 
     def next_stop(self, step: int) -> int:
         """Returns the first step after `step` at which something is due."""
-        stops = sorted(self.log | self.evaluate | self.relabel)
-        return stops[bisect.bisect(stops, step)]
+        return self.stops[bisect.bisect(self.stops, step)]
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
@@ -162,14 +230,15 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
     def every(epochs: float) -> frozenset[int]:
         # All such steps before the last one; none for 0 epochs.
-        steps = round(epochs * plan.task.num_clips / config.batch_size)
-        return frozenset(range(steps, total, steps)) if steps else frozenset()
+        if not epochs:
+            return frozenset()
+        steps = max(1, round(epochs * plan.task.num_clips / config.batch_size))
+        return frozenset(range(steps, total, steps))
 
-    return Schedule(
-        log=frozenset(
-            {*range(0, total, config.log_every_steps), total}
-            | {step for step in FIRST_STEPS if step < total}
-        ),
-        evaluate=every(config.eval.every_epochs) | {total},
-        relabel=every(config.noise.relabel_every_epochs) if plan.layout else frozenset(),
+    log = frozenset(
+        {*range(0, total, config.log_every_steps), total}
+        | {step for step in FIRST_STEPS if step < total}
     )
+    evaluate = every(config.eval.every_epochs) | {total}
+    relabel = every(config.noise.relabel_every_epochs) if plan.layout else frozenset()
+    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))

@@ -2,25 +2,29 @@
 
 The ending of the file's name decides its format:
 
-    .tsv        a line per clip of a list: identity, rank, clip, score; quoted as Excel does
+    .tsv, .csv  a line per clip of a list: identity, rank, clip, score; see `vidjax.tables`
     .jsonl      an object per identity: {"identity": ..., "clips": [{"clip": ..., "score": ...}]}
     .parquet    the columns of .tsv; needs pyarrow
 
-Names are written as they were given. Scores have all digits of float32. A clip without a usable
-frame has the score -inf, which is null in .jsonl.
+Names are as they were given, but for the `'` before some in .tsv and .csv. Scores have all digits
+of float32. A clip without a usable frame has the score -inf, which is null in .jsonl.
 """
 
-import csv
+import functools
 import importlib.util
 import io
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from vidjax import tables
+from vidjax.errors import UserError
 from vidjax.run import workdir
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), best first
@@ -39,13 +43,13 @@ def check_out(path: Path, endings: Sequence[str] = ()) -> None:
       ValueError: another ending, a file that exists, no folder, or no pyarrow for a parquet table.
     """
     if path.suffix not in (endings or FORMATS):
-        raise ValueError(f"--out={path}: end the name in {', '.join(endings or FORMATS)}")
+        raise UserError(f"--out={path}: end the name in {', '.join(endings or FORMATS)}")
     if os.path.lexists(path):
-        raise ValueError(_exists(path))
+        raise UserError(_exists(path))
     if not path.parent.is_dir():
-        raise ValueError(f"--out={path}: there is no folder '{path.parent}': make it first")
+        raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
     if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise ValueError(
+        raise UserError(
             f"--out={path}: the package pyarrow writes parquet, and is not installed\n"
             "pip install 'vidjax[parquet]', or end the name in .tsv or .jsonl"
         )
@@ -67,7 +71,7 @@ def write(path: Path, ranking: Ranking) -> None:
 
 def write_new(path: Path, content: bytes) -> None:
     """Writes a new file, whole or not at all; never replaces one. Errors are those of `write`."""
-    partial = path.with_name(f".vidjax-{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
     workdir.write_bytes(partial, content)
     try:
         try:
@@ -78,7 +82,7 @@ def write_new(path: Path, content: bytes) -> None:
             path.touch(exist_ok=False)
             os.replace(partial, path)
     except FileExistsError:
-        raise ValueError(_exists(path)) from None
+        raise UserError(_exists(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -93,12 +97,9 @@ def _rows(ranking: Ranking) -> Iterator[tuple[str, int, str, np.float32]]:
             yield identity, rank, clip, np.float32(score)
 
 
-def to_tsv(ranking: Ranking) -> bytes:
-    """Returns a ranking as a table of tabs."""
-    text = io.StringIO()
-    writer = csv.writer(text, "excel-tab", lineterminator="\n")
-    writer.writerows([COLUMNS, *_rows(ranking)])
-    return text.getvalue().encode()
+def to_table(ending: Literal[".csv", ".tsv"], ranking: Ranking) -> bytes:
+    """Returns a ranking as a table of commas or of tabs."""
+    return tables.to_text([COLUMNS, *_rows(ranking)], ending).encode()
 
 
 def to_jsonl(ranking: Ranking) -> bytes:
@@ -127,7 +128,8 @@ def to_parquet(ranking: Ranking) -> bytes:
 
 
 FORMATS: Mapping[str, Callable[[Ranking], bytes]] = {
-    ".tsv": to_tsv,
+    ".csv": functools.partial(to_table, ".csv"),
+    ".tsv": functools.partial(to_table, ".tsv"),
     ".jsonl": to_jsonl,
     ".parquet": to_parquet,
 }

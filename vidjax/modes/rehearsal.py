@@ -5,7 +5,7 @@ devices, and a tenth of a second.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from vidjax import ensemble
 from vidjax.config import Config
 from vidjax.data import load
 from vidjax.data.clips import Modality, select_modalities
+from vidjax.errors import UserError
 from vidjax.steps import state as state_lib
 from vidjax.suggest import suggest
 from vidjax.system import TaskSpec, make_system
@@ -24,30 +25,36 @@ CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
 MOST_PARAMS = 10**10  # parameters of one member; more fit no device
 
 
-def rehearse(config: Config, overrides: Sequence[str] = (), *, training: bool = True) -> None:
-    """Refuses a configuration with `overrides` that no training, or evaluation, could use.
+def rehearse(
+    config: Config,
+    overrides: Sequence[str] = (),
+    original: Callable[[], Config] | None = None,
+    *,
+    training: bool = True,
+) -> None:
+    """Refuses a configuration that no training, or evaluation, could use.
 
     Args:
-      config: the configuration without the overrides.
-      overrides: command-line words, as `config.override` takes them.
+      config: the configuration.
+      overrides: the command-line words in it, of which an error names the one to blame.
+      original: returns the configuration without them.
       training: False for an evaluation, which needs no training split.
 
     Raises:
       ValueError: a value that cannot work; the error names its field, or the override.
       OSError: the folder of the data is absent, or has no features.
     """
-    changed = config_lib.override(config, overrides)
-    widths = check_names(changed, training=training)
+    widths = check_names(config, training=training)
     try:
-        build(changed, widths)
+        build(config, widths)
     except ValueError as error:
         if "config." in str(error):
             raise
-        for word in overrides:
+        for word in overrides if original else ():
             rest = [other for other in overrides if other != word]
-            if _can_be_built(config_lib.override(config, rest), widths):
-                raise ValueError(f"{word}: {error}") from error
-        raise ValueError(f"config.model: {error}") from error
+            if original and _can_be_built(config_lib.override(original(), rest), widths):
+                raise UserError(f"{word}: {error}") from error
+        raise UserError(f"config.model: {error}") from error
 
 
 def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
@@ -73,7 +80,7 @@ def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
     missing = [name for name in config.modalities if name not in known]
     there = [name for name in config.modalities if name in known]
     if there and missing and suggest(missing[0], known).startswith("choose"):
-        raise ValueError(
+        raise UserError(
             f"config.modalities: the data has no modality '{missing[0]}'\n"
             f"there: {', '.join(known)}; to use these: --config.modalities={','.join(there)}"
         )
@@ -96,7 +103,7 @@ def _check_splits(config: Config, splits: Collection[str], *, training: bool) ->
                     f"to score clips of '{only}' by members that were not trained on them:\n"
                     f"--config.eval.split={only} --config.ensemble.folds=5"
                 )
-            raise ValueError(f"config.{field}: the data has no split '{name}': {hint}")
+            raise UserError(f"config.{field}: the data has no split '{name}': {hint}")
 
 
 def build(config: Config, widths: Mapping[str, int]) -> None:
@@ -129,13 +136,13 @@ def build(config: Config, widths: Mapping[str, int]) -> None:
         raise
     except Exception as error:  # a model of the user's own raises what it likes
         reason = (str(error) or "no reason given").splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"the model '{spec['model'].get('name')}' cannot be built: "
             f"{type(error).__name__}: {reason}\n--debug shows where"
         ) from error
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     if count > MOST_PARAMS:
-        raise ValueError(f"the model '{spec['model'].get('name')}' has {count:,} parameters")
+        raise UserError(f"the model '{spec['model'].get('name')}' has {count:,} parameters")
 
 
 def _can_be_built(config: Config, widths: Mapping[str, int]) -> bool:

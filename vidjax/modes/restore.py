@@ -16,6 +16,8 @@ from vidjax import devices, ensemble, files
 from vidjax import digests as digests_lib
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.errors import UserError
+from vidjax.modes import run_data
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
@@ -24,6 +26,7 @@ from vidjax.steps.model_scorer import TrainedModel
 from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
+MOST_DEVICES = 1 << 16  # that share the class columns: padding is less than one for each
 REMEDY = "delete it and metrics.json: the command that trained the run then rewrites both"
 REWRITE = "delete metrics.json: the command that trained the run then rewrites both"
 
@@ -87,7 +90,7 @@ def make_model(
       ValueError: the data does not fit the run.
       CheckpointError: the checkpoint holds another model.
     """
-    data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
+    data = fit_data(data, config, workdir, run)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
     return TrainedModel.from_params(
@@ -110,18 +113,30 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     """
     found = checkpoint.find(workdir, config.eval.checkpoint)
     if found is None:
-        raise CheckpointError(f"no checkpoint in '{workdir}'; train first, without --mode")
+        raise CheckpointError(f"no checkpoint in '{workdir}'; train first")
     manifest = found.manifest
     check_entries(workdir, manifest)
     check_config(workdir, manifest)
     task = task_of(manifest)
     if tuple(config.modalities) != tuple(task.modalities):
-        raise ValueError(
+        raise UserError(
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
     identities = load_identities(workdir, manifest)
-    return FoundRun(found, task, identities, load_training_sets(workdir, manifest))
+    if task.num_identities != len(identities):
+        raise CheckpointError(
+            f"'{workdir}': the manifest of the checkpoint counts {task.num_identities:,} people, "
+            f"identities.json {len(identities):,}\nthe run was changed: take another copy of it"
+        )
+    training_sets = load_training_sets(workdir, manifest)
+    columns, clips = max(task.num_model_columns, task.num_columns), len(training_sets.clips)
+    if columns > 1 + len(identities) + clips + MOST_DEVICES:  # made before weights are compared
+        raise CheckpointError(
+            f"'{workdir}': the manifest of the checkpoint counts {columns:,} class columns\n"
+            f"of {len(identities):,} people and {clips:,} clips: take another copy of the run"
+        )
+    return FoundRun(found, task, identities, training_sets)
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
@@ -145,25 +160,25 @@ def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
     return task._replace(settings=task.settings and settings)
 
 
-def fit_data(
-    data: TrainingData, split: str, modalities: Mapping[str, int], identities: Sequence[str]
-) -> TrainingData:
-    """Labels a dataset with the class columns of a run.
+def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -> TrainingData:
+    """Labels the data of an evaluation with the class columns of a run.
 
     Args:
       data: the clips.
-      split: the split to evaluate.
-      modalities: name -> feature width, of the run.
-      identities: [C] names, of the run.
+      config: the run's configuration, with the overrides of this evaluation.
+      workdir: the run's folder.
+      run: what `find_run` found there.
 
     Raises:
-      ValueError: the data lacks a modality, or a width differs, or the ground truth of the split
-        names no identity of the run.
+      ValueError: the data lacks a modality, a width differs, the split is not as the run knows it,
+        or its ground truth names no identity of the run.
     """
-    check_widths(data, modalities)
-    data = data.with_identities(identities)
+    split = config.eval.split
+    check_widths(data, run.task.modalities)
+    run_data.check_evaluation(workdir, run.manifest, config, data)
+    data = data.with_identities(run.identities)
     if data.split(split).labelled and not np.any(data.split(split).positives):
-        raise ValueError(
+        raise UserError(
             f"config.eval.split={split}: its ground truth names no identity that the run knows\n"
             "check that --config.data.dir is the dataset of the run"
         )
@@ -175,7 +190,7 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:
-            raise ValueError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
+            raise UserError(f"modality '{name}': the run wants width {width}, got {widths[name]}")
 
 
 def load_weights(
@@ -236,7 +251,7 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
     }.items():
         if manifest[name] != digests[name]:
             raise CheckpointError(
-                f"'{workdir}' was trained on {noun}\nuse another --workdir, or the data of that run"
+                f"'{workdir}' was trained on {noun}\nuse another workdir, or the data of that run"
             )
 
 

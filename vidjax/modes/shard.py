@@ -78,7 +78,7 @@ def evaluate_part(
     began = time.monotonic()
     check_block_size(config.eval.block_size)
     run = find_run(config, workdir)
-    data = fit_data(data, config.eval.split, run.task.modalities, run.identities)
+    data = fit_data(data, config, workdir, run)
     split = config.eval.split
     chosen = subset.choose(data, split, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)

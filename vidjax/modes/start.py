@@ -17,9 +17,11 @@ from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
+from vidjax.errors import UserError
+from vidjax.modes import run_data
 from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import check_digests, check_entries, task_of
-from vidjax.run import checkpoint, resume, seal
+from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
 from vidjax.steps import columns
@@ -32,6 +34,7 @@ from vidjax.system import System
 def restore_or_init(
     workdir: Path,
     config: Config,
+    data: TrainingData,
     system: System,
     plan: RunPlan,
     layout: devices.Layout,
@@ -42,6 +45,7 @@ def restore_or_init(
     Args:
       workdir: the folder of the run.
       config: the current configuration; changes are recorded in `changes.jsonl`.
+      data: the clips, which must be those of the run.
       system: the system of the configuration.
       plan: the plan of the run.
       layout: layout of the state, see `columns.state_layout`.
@@ -51,7 +55,7 @@ def restore_or_init(
       The state, and the manifest of its checkpoint, {} for a new state.
 
     Raises:
-      ValueError: The folder contains a run of another configuration.
+      ValueError: The folder contains a run of another configuration, or on other data.
       CheckpointError: The checkpoints are damaged or belong to another model.
     """
 
@@ -66,12 +70,13 @@ def restore_or_init(
         check_entries(workdir, manifest)
         before = config_lib.from_json(json.dumps(manifest["config"]))
         changed.update(resume.changes(workdir, before, config))
+        run_data.check_training(workdir, manifest.get("data"), config, data)
         check_digests(workdir, manifest, description)
         if manifest["step"] > plan.task.total_steps:
-            raise ValueError(
+            raise UserError(
                 f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
                 f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}\n"
-                "raise --config.num_epochs, or train in another --workdir"
+                "raise --config.num_epochs, or train in another workdir"
             )
         if manifest["step"] == plan.task.total_steps:
             resume.refuse_relabelling(workdir, changed)
@@ -87,7 +92,7 @@ def restore_or_init(
     except checkpoint.OtherModelError as error:
         if not changed:
             raise
-        raise ValueError(f"{error}\nchanged: {resume.describe(changed)}") from error
+        raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
     if (workdir / "config.json").exists():
         changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
     if members.is_first():
@@ -124,7 +129,7 @@ def write_description(
     members.barrier()  # all processes have read what is there
     if not members.is_first():
         return
-    seal.write_config(workdir, config)
+    resume.write_config(workdir, config)
     workdir_lib.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]

@@ -9,14 +9,13 @@ import numpy as np
 
 from vidjax import metrics
 from vidjax.data.clips import Split
-from vidjax.report.significance import map_interval
+from vidjax.report.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.steps.conclusion import Evaluation
 from vidjax.steps.model_scorer import TrainedModel
 from vidjax.steps.topk import TopK
 
 MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
-FEWEST_IDENTITIES = 20  # a group of fewer identities has no interval
-RESAMPLES = 1000  # of the interval of a group
+DRAWS = 1000  # of the interval of a group, which has one from FEWEST_IDENTITIES on
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
 
@@ -89,7 +88,7 @@ def _row(label: str, averages: np.ndarray, clips: int) -> dict[str, Any]:
     """Returns the row of a group, given the average precisions of its identities."""
     low = high = None
     if len(averages) >= FEWEST_IDENTITIES:
-        low, high = map_interval(averages, resamples=RESAMPLES)
+        low, high = map_interval(averages, draws=DRAWS)
     return {
         "label": label,
         "map": float(averages.mean()),

@@ -1,7 +1,11 @@
 """What several processes of a run must have alike: command, folder and data."""
 
+import hashlib
 import importlib.metadata
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import files
@@ -9,6 +13,7 @@ from vidjax.cluster import members
 from vidjax.command_line import Arguments
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.modes.plan import RunPlan
 from vidjax.run import workdir as workdir_lib
 
 
@@ -55,3 +60,20 @@ def check_data(data: TrainingData) -> None:
     """
     facts = {"the digest of the data": data.report["data"]["digest"]}
     members.check_same(facts, "give all processes the same files, see config.data.dir")
+
+
+def check_plan(plan: RunPlan) -> None:
+    """Checks that all processes have planned the same run: clusters and draws of unlike machines.
+
+    Raises:
+      ValueError: another process has another plan.
+    """
+    if members.count() == 1:
+        return
+    sha256 = hashlib.sha256(repr(plan.task).encode())
+    for array in jax.tree.leaves((plan.labels, plan.training_sets.trained, plan.tables)):
+        sha256.update(np.ascontiguousarray(array).data)
+    members.check_same(
+        {"the digest of folds, clusters and weights": sha256.hexdigest()},
+        "give all processes the same versions of vidjax, numpy and jax, on processors of one kind",
+    )

@@ -10,11 +10,11 @@ from vidjax import config as config_lib
 from vidjax import devices, metrics
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.modes import analysis, start
+from vidjax.modes import analysis, start, together
 from vidjax.modes.outputs import import_report, write_results
 from vidjax.modes.plan import make_plan, make_schedule, repeated_clips
 from vidjax.modes.training_run import TrainingRun
-from vidjax.run import checkpoint, resume, seal, signals
+from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
 from vidjax.run.logs import Logs, open_logs
 from vidjax.run.terminal import Progress, say
@@ -30,6 +30,7 @@ def check_config(config: Config, workdir: Path) -> None:
         effect, since an earlier version may have started it.
     """
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
+    resume.check_allowed(config)
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
@@ -84,10 +85,11 @@ def train(
       Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
     """
     began = time.monotonic() if began is None else began
-    config = seal.absolute(config)  # the run may go on from another working directory
+    config = resume.absolute(config)  # the run may go on from another working directory
     check_config(config, workdir)
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     plan = make_plan(config, data)
+    together.check_plan(plan)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     system = make_system(config.to_dict(), plan.task)
     if note := repeated_clips(config, plan.task):
@@ -133,7 +135,7 @@ def train(
     split = config.eval.split
     write_results(
         workdir, data, evaluation, results, split=split, own_split=split,
-        trained=config.data, observer=observer,
+        trained=config.data, observer=observer, ends_training=True,
     )  # fmt: skip
     return results
 
@@ -194,5 +196,6 @@ def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[s
         "seed": config.seed,
         "step": run.step,
         "finished": True,
+        "trained_on": run.data_digests,
         "versions": devices.versions(),
     }

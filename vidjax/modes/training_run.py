@@ -16,10 +16,13 @@ from vidjax import devices, ensemble
 from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.modes import analysis, start
+from vidjax.errors import UserError
+from vidjax.models.base import has_exact_inputs
+from vidjax.modes import analysis, run_data, start
 from vidjax.modes.plan import RunPlan
 from vidjax.modes.restore import companion_digests
 from vidjax.run import checkpoint
+from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
 from vidjax.steps import columns, distractors, eval_step
@@ -80,12 +83,13 @@ class TrainingRun:
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
             **companion_digests(data.identities, plan.training_sets),
+            "data": run_data.digests(config, data),
             "config": config.to_dict(),
         }
         axes = columns.find_class_axes(system, plan.task.modalities, mesh)
         self._layout = columns.state_layout(mesh, axes)
         state, manifest = start.restore_or_init(
-            workdir, config, system, plan, self._layout, self._description
+            workdir, config, data, system, plan, self._layout, self._description
         )
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
@@ -118,6 +122,11 @@ class TrainingRun:
 
     def _replicate(self, tree: Tree) -> Tree:
         return devices.replicate(self._mesh, tree)
+
+    @property
+    def data_digests(self) -> run_data.Digests:
+        """What the checkpoints say of the data."""
+        return self._description["data"]
 
     @property
     def split(self) -> str:
@@ -169,7 +178,7 @@ class TrainingRun:
         self.train_seconds += seconds
         self.rates.append(done.num_steps * self._config.batch_size / seconds)
         if done.bad_step is not None:
-            raise ValueError(self._bad_step_message(done.bad_step))
+            raise UserError(self._bad_step_message(done.bad_step))
         return done.num_steps, done.loss
 
     def _bad_step_message(self, bad_step: int) -> str:
@@ -212,9 +221,12 @@ class TrainingRun:
                 stacklevel=2,
             )
         weight = max(sums["weight"], 1e-6)
+        rate = {}
+        if not has_exact_inputs(type(self._system.model)):
+            rate["learning_rate"] = float(jnp.asarray(self._system.schedule(self.step - 1)))
         return {
             "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
-            "learning_rate": float(jnp.asarray(self._system.schedule(self.step - 1))),
+            **rate,
             "train_loss": sums["loss"] / weight,
             "train_accuracy": sums["correct"] / weight,
             "bad_steps": sums["bad_steps"],
@@ -239,6 +251,7 @@ class TrainingRun:
         Args:
           more: entries to add to the manifest, also to that of a checkpoint already saved.
         """
+        members.by_first(lambda: workdir_lib.check_there(self._workdir))
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, start.as_items(self.state), info)
         self._last_save = time.monotonic()

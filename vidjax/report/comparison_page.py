@@ -1,7 +1,5 @@
 """A comparison of runs as text for the terminal, Markdown, CSV and a page of HTML."""
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import metrics
+from vidjax import metrics, tables
 from vidjax.report import figures, html, settings, significance
 from vidjax.report.html import Html
 from vidjax.report.significance import Difference
@@ -58,7 +56,6 @@ COSTS = (
     ("train_clips_per_second", "training, clips per second", 0),
     ("eval_clips_per_second", "evaluation, clips per second", 0),
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes such a cell for a formula
 
 
 def difference_table(
@@ -76,8 +73,8 @@ def difference_table(
             [
                 run.name,
                 f"{run.ap.mean():.4f}",
-                f"{gap.mean:+.4f}",
-                f"{gap.low:+.4f} to {gap.high:+.4f}",
+                f"{gap.mean:+z.4f}",
+                f"{gap.low:+z.4f} to {gap.high:+z.4f}",
                 *("< 0.001" if p < 0.001 else f"{p:.3f}" for p in ps),
                 f"{gap.better:,}",
                 f"{gap.worse:,}",
@@ -110,7 +107,7 @@ def _value_table(
     rows = []
     for run in runs:
         values = [(run.metrics.get(name), digits) for name, _, digits in known]
-        cells = ["none" if value is None else f"{value:,.{digits}f}" for value, digits in values]
+        cells = ["none" if value is None else f"{value:z,.{digits}f}" for value, digits in values]
         rows.append([run.name, *cells])
     return ["run", *(label for _, label, _ in known)], rows
 
@@ -134,10 +131,9 @@ def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences on the data and the method of a comparison, as plain text."""
     first = runs[0]
-    kinds = sorted({run.map_kind.replace("_", " ") for run in runs})
     text = [
-        f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split} "
-        f"(MAP: {', '.join(kinds)}). Every run is compared with {first.name}.",
+        f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split}. "
+        f"Every run is compared with {first.name}.",
         f"Interval and p: {significance.METHOD}, paired. "
         "Better, worse, equal: the number of identities by average precision.",
     ]
@@ -145,15 +141,32 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
         text.append(
             f"{HOLM} is corrected for the number of comparisons. The intervals are not corrected."
         )
-    if len(first.identities) < significance.FEW_IDENTITIES:
+    if len(first.identities) < significance.FEWEST_IDENTITIES:
         text.append(
-            f"With fewer than {significance.FEW_IDENTITIES} identities the interval is too narrow."
+            f"With fewer than {significance.FEWEST_IDENTITIES} identities nothing is known of how "
+            "often the interval holds the true difference."
         )
     if first.num_others:
         text.append(
             f"{first.num_others:,} identities of the ground truth that no run knows are left out."
         )
-    if "in sample" in kinds:
+    return text + trained_on(runs)
+
+
+def trained_on(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns sentences on whether the runs were trained on the clips that they are compared on."""
+    kinds = {run.map_kind for run in runs}
+    text = []
+    if not kinds & {"out_of_fold", "in_sample"}:
+        text.append("No run was trained on these clips.")
+    folds = [run.name for run in runs if run.map_kind == "out_of_fold"]
+    if folds:
+        scores = "scores" if len(folds) == 1 else "score"
+        text.append(
+            f"Out of fold: {', '.join(folds)} {scores} every clip by members that were not trained "
+            "on it."
+        )
+    if "in_sample" in kinds:
         text.append(in_sample(runs))
     return text
 
@@ -187,6 +200,29 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
+def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
+    """Returns the numbers of a comparison for a program; `runs` begins with the first run.
+
+    Every other run has its difference to the first: `low` and `high` are the bounds of the interval
+    of that `level`, the other keys those of `significance.Difference`.
+    """
+    first = runs[0]
+    rows: list[dict[str, Any]] = [
+        {"run": run.name, "map": float(run.ap.mean()), "map_kind": run.map_kind} for run in runs
+    ]
+    for row, gap in zip(rows[1:], differences, strict=True):
+        numbers = gap._asdict()
+        row |= {"difference": numbers.pop("mean"), **numbers}
+    return {
+        "split": first.split,
+        "num_identities": len(first.identities),
+        "num_clips": first.num_clips,
+        "level": significance.LEVEL,
+        "method": significance.METHOD,
+        "runs": rows,
+    }
+
+
 def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as Markdown."""
     parts = ["# Comparison", "", *_markdown_table(*difference_table(runs, differences))]
@@ -209,24 +245,16 @@ def _markdown_table(head: Sequence[str], rows: Rows) -> list[str]:
 
 def csv_text(runs: Sequence[RankedRun]) -> str:
     """Returns a CSV file with a row per identity: clips, average precisions, differences."""
-    content = io.StringIO()
-    writer = csv.writer(content, lineterminator="\n")
     names = short_names(runs)
-    gaps = [f"{name} - {names[0]}" for name in names[1:]]
-    writer.writerow(map(csv_cell, ["identity", "clips", *names, *gaps]))
+    rows: list[list[object]] = [
+        ["identity", "clips", *names, *(f"{name} - {names[0]}" for name in names[1:])]
+    ]
     for i, (identity, clips) in enumerate(
         zip(runs[0].identities, runs[0].positives.tolist(), strict=True)
     ):
         values = [float(run.ap[i]) for run in runs]
-        writer.writerow(
-            [csv_cell(identity), clips, *values, *(value - values[0] for value in values[1:])]
-        )
-    return content.getvalue()
-
-
-def csv_cell(text: str) -> str:
-    """Returns a text as a cell that no spreadsheet takes for a formula: `'` precedes such a one."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+        rows.append([identity, clips, *values, *(value - values[0] for value in values[1:])])
+    return tables.to_text(rows, ".csv")
 
 
 def short_names(runs: Sequence[RankedRun]) -> list[str]:
@@ -302,7 +330,7 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Html:
     plot.axes.set_yticks(places, [figures.short(name) for name in names[1:]])
     plot.axes.set_ylim(len(differences) - 0.5, -0.5)
     description = " ".join(
-        f"{name}: {gap.mean:+.4f}, from {gap.low:+.4f} to {gap.high:+.4f}."
+        f"{name}: {gap.mean:+z.4f}, from {gap.low:+z.4f} to {gap.high:+z.4f}."
         for name, gap in zip(names[1:], differences, strict=True)
     )
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
@@ -341,7 +369,7 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Html:
     description = (
         f"{100 * better:.1f} % of the identities are better with {name}, "
         f"{100 * worse:.1f} % are worse. "
-        f"The differences go from {gaps[0]:+.3f} to {gaps[-1]:+.3f}."
+        f"The differences go from {gaps[0]:+z.3f} to {gaps[-1]:+z.3f}."
     )
     return plot.html(key, f"{name} minus {first}, identities in descending order", description)
 

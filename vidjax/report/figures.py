@@ -49,6 +49,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": LINE,
     "grid.linewidth": 0.6,
 }

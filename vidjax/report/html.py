@@ -10,6 +10,7 @@ escapes what has not. A name from a file can therefore not become an element of 
 import html
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import LiteralString
 
@@ -17,6 +18,10 @@ from vidjax.report.style import CSS
 
 LONGEST_WORD = 16  # letters of a word in a table; only longer words may break within
 STACKED = 5  # columns from which a phone shows a row's cells below each other
+# Bidirectional classes of letters, digits and marks that order a text from right to left.
+REORDERING = frozenset(
+    ["R", "AL", "AN", "RLE", "RLO", "LRE", "LRO", "PDF", "RLI", "LRI", "FSI", "PDI"]
+)
 NONE = "none"  # a number that is not known
 
 
@@ -116,13 +121,19 @@ def plain(value: object) -> str:
 
 
 def name(value: object) -> Html:
-    """Returns a name as HTML for a table, in which words over `LONGEST_WORD` may break."""
+    """Returns a name as HTML for a table, in which words over `LONGEST_WORD` may break.
+
+    A name in a script from right to left does not reorder what stands beside it.
+    """
     if isinstance(value, Html):
         return value
-    return join(
+    content = plain(value)
+    parts = join(
         fill('<span class="long">{}</span>', part) if len(part) > LONGEST_WORD else part
-        for part in re.split(r"(\s+)", plain(value))
+        for part in re.split(r"(\s+)", content)
     )
+    isolated = any(unicodedata.bidirectional(letter) in REORDERING for letter in content)
+    return fill("<bdi>{}</bdi>", parts) if isolated else parts
 
 
 def block(content: str) -> Html:
@@ -149,19 +160,19 @@ def number(value: object, digits: int = 4) -> Html:
     """Returns a number as HTML: rounded for a reader, with all digits for a program."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         whole = isinstance(value, int)
-        shown = f"{value:,}" if whole else f"{value:,.{digits}f}"
+        shown = f"{value:,}" if whole else f"{value:z,.{digits}f}"
         return _number(value, f"{value:.{digits}g}" if len(shown) > LONGEST_WORD else shown)
     return Number(NONE) if value is None else text(value)
 
 
 def signed(value: float, digits: int = 4) -> Html:
     """Returns a number as HTML with its sign, such as a difference."""
-    return _number(value, f"{value:+.{digits}f}")
+    return _number(value, f"{value:+z.{digits}f}")
 
 
 def percent(share: float, digits: int = 0) -> Html:
     """Returns a share in 0..1 as HTML, such as `95 %`."""
-    return _number(share, f"{100 * share:.{digits}f} %")
+    return _number(share, f"{100 * share:z.{digits}f} %")
 
 
 def _number(value: float, shown: str) -> Number:
@@ -196,7 +207,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -
             fill('<td{} data-label="{}">{}</td>', kind, attribute(title), cell)
             for kind, title, cell in zip(kinds[1:], head[1:], rest, strict=True)
         )
-        short = fill(' class="short"') if len(plain(first)) <= LONGEST_WORD else ""
+        short = fill(' class="short"') if len(attribute(first)) <= LONGEST_WORD else ""
         lines.append(fill('<tr><th scope="row"{}>{}</th>{}</tr>\n', short, first, cells))
     return fill(
         '<div class="wide" role="region" aria-label="{}" tabindex="0"><table{}>'

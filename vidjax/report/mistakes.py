@@ -1,10 +1,11 @@
-"""Sections of the report on single clips: false alarms, mistaken identities, lists with scores."""
+"""Sections of the report on single clips: their names, false alarms, mistaken identities, lists."""
 
 from collections.abc import Iterator
 
 from vidjax.report import html
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles
+from vidjax.run import results
 
 SCORES = "Scores are natural logarithms of probabilities: 0 is certain. "
 LISTED = (
@@ -13,6 +14,38 @@ LISTED = (
 )
 DISTRACTOR = "a distractor"
 RIGHT = "this identity"
+NAMED = (
+    "The clips with the highest scores, each with the identity that suits it best. Nothing here "
+    "says whether a clip shows anybody known: a gallery of this run (<code>vidjax gallery "
+    "create</code>) answers unknown where it does not."
+)
+NAMES_IN = "<code>{}</code> has the 100 best clips of every identity."
+
+
+def names(run: RunFiles) -> Iterator[Html]:
+    """Yields the clips of a split without ground truth with the names that the run gives them."""
+    if not run.metrics or run.metrics.get("map") is not None:
+        return
+    named = run.analysis.get("named") or {"num": 0, "rows": []}
+    rows = [
+        (html.name(row["clip"]), html.name(run.identity(row["identity"])),
+         html.number(row["score"]))
+        for row in named["rows"]
+    ]  # fmt: skip
+    if rows:
+        yield html.p(html.fill(NAMED))
+        if run.analysis.get("logs"):
+            yield html.note(SCORES)
+        half = (len(rows) + 1) // 2
+        head, caption = ("clip", "best identity", "score"), "Clips and their best identities"
+        halves = [part for part in (rows[:half], rows[half:]) if part]
+        yield html.tables(*(html.table(caption, head, part) for part in halves))
+    if named["num"] > len(rows):
+        more = html.number(named["num"] - len(rows))
+        yield html.note(html.fill("{} more clips are ranked.", more))
+    own_split = run.config.get("eval", {}).get("split", run.split)
+    ranking = results.paths(run.folder, run.split, own_split).ranking
+    yield html.note(html.fill(NAMES_IN, ranking.name))
 
 
 def mistakes(run: RunFiles) -> Iterator[Html]:

@@ -93,5 +93,6 @@ def _frame_drops(key: str, identity: str, clip: Mapping[str, Any]) -> Html:
         f"Frame {most + 1} of {len(drops)} contributes most: hiding it lowers the score by "
         f"{drops[most]:.3g}."
     )
-    caption = f"{clip['clip']}, identity {identity}, {state}."
+    words = "{}, identity {}, {}."
+    caption = html.fill(words, html.name(clip["clip"]), html.name(identity), state)
     return plot.html(key, f"Frames of clip {clip['clip']}", description, caption)

@@ -13,9 +13,9 @@ NO_DISTRACTORS = "There are no errors by threshold: the split has no distractor.
 NO_PROBABILITIES = "There is no calibration: the scores of this run are not probabilities."
 SAMPLE = (
     "{} clips of {} known people and {} distractors, each compared with {} identities. A gallery "
-    "of this run names a clip whose best score reaches the threshold, and answers unknown below "
-    "it. The best score of a stranger depends on the number of identities, so a gallery of another "
-    "size needs a threshold of its own."
+    "of this run sets a threshold of its own on the strangers that it holds, since the best score "
+    "of a stranger depends on the number of identities: by default one that 1 % of them reach. A "
+    "clip that does not reach it is unknown, and so is one that shows somebody new more probably."
 )
 INTERVALS = (
     "FPIR is the share of these distractors that pass; its interval is where the share of other "
@@ -27,13 +27,22 @@ INTERVALS = (
 TOO_FEW = (
     "{} distractors cannot show a rate of {}, which takes {} or more: there is no threshold for it."
 )
-BOTH = (
-    "Calibration: the expected calibration error is {}, and {} after a slope and an offset of the "
-    "log-odds. Each half of the people is measured with the pair that was fitted on the other "
-    "half: {}. A slope below 1 says that the run is too sure, one above 1 that it is not sure "
-    "enough. A distractor is never right."
+OUT_OF_FOLD = (
+    "These thresholds are of scores out of fold, of few members each. They are too strict for a "
+    "new clip, which has the mean of all members."
 )
-BEFORE = "Calibration: the expected calibration error is {}. A distractor is never right."
+BOTH = (
+    "Calibration: on average a probability is {} away from the share of clips that are right (the "
+    "expected calibration error), and {} after a correction, which multiplies the log-odds by a "
+    "slope and adds an offset. Two corrections were fitted, each on a half of the people and "
+    "measured on the other: {}. A slope below 1 says that the run is too sure, one above 1 that it "
+    "is not sure enough. A distractor is never right."
+)
+BEFORE = (
+    "Calibration: on average a probability is {} away from the share of clips that are right (the "
+    "expected calibration error). A distractor is never right."
+)
+CORRECTION = "slope {} with offset {}"
 
 
 def open_set(run: RunFiles) -> Iterator[Html]:
@@ -151,6 +160,8 @@ def _thresholds(run: RunFiles) -> Iterator[Html]:
         return
     head = ("FPIR wanted", "threshold", "FPIR", "95 % interval", "FNIR", "95 % interval")
     yield html.table("Thresholds from which a clip is named", head, rows)
+    if run.metrics.get("map_kind") == "out_of_fold" and run.metrics.get("num_members") != 1:
+        yield html.note(OUT_OF_FOLD)
     yield html.note(html.fill(INTERVALS, html.number(found["resamples"])))
 
 
@@ -174,10 +185,10 @@ def _calibration(run: RunFiles) -> Html:
         better = run.analysis["calibration_error_after"]
         maps = html.join(
             (
-                html.fill("{} and {}", html.number(row["slope"], 2), html.number(row["offset"], 2))
+                html.fill(CORRECTION, html.number(row["slope"], 2), html.number(row["offset"], 2))
                 for row in run.analysis["calibration_maps"]
             ),
-            "; ",
+            ", and ",
         )
         description = f"The expected calibration error is {error:.3f}, and {better:.3f} after."
         caption = html.fill(BOTH, html.number(error), html.number(better), maps)

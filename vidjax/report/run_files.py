@@ -8,6 +8,7 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import files
+from vidjax.errors import UserError
 from vidjax.run import results
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def fitting(render: Callable[[RunFiles], T], run: RunFiles) -> T:
         ValueError,
     ) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(
+        raise UserError(
             f"'{run.folder}': its results do not fit each other ({reason})\n"
             "--mode=evaluate of this folder writes them again"
         ) from error

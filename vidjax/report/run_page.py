@@ -11,7 +11,6 @@ from vidjax.report import (
     html,
     mistakes,
     model_sections,
-    newcomer_section,
     open_set_sections,
     run_sections,
     settings,
@@ -24,13 +23,13 @@ from vidjax.run import workdir as workdir_lib
 # (identifier, heading, function that yields the section as parts of HTML, none to leave it out)
 SECTIONS = (
     ("summary", "Summary", run_sections.summary),
+    ("names", "Clips and names", mistakes.names),
     ("reading", "How to read it", settings.reading),
     ("learning", "Learning curves", run_sections.learning_curves),
     ("identities", "Identities", analysis_sections.identities),
     ("mistakes", "Mistakes and lists", mistakes.mistakes),
     ("strata", "Kinds of clips", analysis_sections.strata),
     ("open_set", "Distractors and calibration", open_set_sections.open_set),
-    ("newcomers", "Newcomers", newcomer_section.newcomers),
     ("attention", "Attention between modalities", model_sections.attention),
     ("frames", "Frames", model_sections.frames),
     ("robustness", "Robustness", analysis_sections.robustness),

@@ -122,8 +122,11 @@ def result_rows(values: Mapping[str, Any]) -> Rows:
 
 
 def learning_curves(run: RunFiles) -> Iterator[Html]:
-    """Yields curves of loss, accuracy, MAP and learning rate over the epochs."""
-    train = [line for line in run.lines if "train_loss" in line]
+    """Yields curves of loss, accuracy, MAP and learning rate over the epochs.
+
+    A model that optimises nothing has no learning rate, and no curves.
+    """
+    train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return
     schedule = run.arrays.get("schedule")

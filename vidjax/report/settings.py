@@ -134,6 +134,7 @@ def run_rows(run: RunFiles) -> Rows:
         ("trained on", _trained_on(run)),
         ("evaluated on", [run.split]),
         ("modalities", _of_runs(run, "modalities", run.config.get("modalities", ()))),
+        ("scored with", _of_runs(run, "scored_with", ())),
         ("weights fitted on", [str(run.metrics.get("weights_fitted_on", ""))]),
         ("finished", [str(run.metrics.get("date", ""))]),
         ("evaluated", [str(run.metrics.get("eval_date", ""))]),
@@ -207,8 +208,8 @@ def rows(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> R
 
 
 def reading(run: RunFiles) -> Iterator[Html]:
-    """Yields the words of the page, explained."""
-    if run.metrics:
+    """Yields the words of the page, explained; they are about a split with a ground truth."""
+    if run.metrics.get("map") is not None:
         yield html.fill(
             "<dl>{}</dl>\n",
             html.join(html.fill("<div><dt>{}</dt><dd>{}</dd></div>\n", *pair) for pair in WORDS),

@@ -3,19 +3,20 @@
 A checkpoint is a folder `checkpoints/<step>/` with Orbax's folder `state` and a `manifest.json`.
 The manifest holds the sha256 of every file in `state`, and of its own other entries. The folder
 gets its name once all of it is written. A checkpoint that does not match its manifest is never
-used.
+used: nor is one whose `state` holds another file than those, or that is reached through a link.
 
 Three checkpoints are kept: the latest, the one before it, and the best by MAP. Where training
 evaluates now and then, "the one before" is the last evaluated one. Other files in `checkpoints/`
 are left alone.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +27,15 @@ from orbax.checkpoint import v1 as ocp
 from vidjax import digests as digests_lib
 from vidjax import files
 from vidjax.cluster import members
+from vidjax.errors import DiskError, Expected, UserError
 from vidjax.run import pruning, schema
 from vidjax.run import workdir as workdir_lib
 
 
-class CheckpointError(Exception):
+class CheckpointError(Expected):
     """There is no usable checkpoint, or it belongs to another model."""
+
+    exit_code = 3
 
 
 class DamagedError(CheckpointError):
@@ -91,6 +95,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     """
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
+    _refuse_link(folder.parent)
 
     def prepare() -> None:
         workdir_lib.clear(partial.parent)  # left by a save that was cut short
@@ -113,7 +118,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if len(reason) > 200:  # it begins with the path, which is named below
             reason = f"... {reason[-120:]}"
-        raise OSError(
+        raise DiskError(
             f"cannot save a checkpoint in '{folder}': {reason}\n"
             "earlier checkpoints are intact; is the disk full?"
         ) from error
@@ -170,7 +175,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def _find_step(workdir: Path, prefer: str) -> int | None:
     """Returns the step of the checkpoint that `find` finds."""
     if prefer not in ("latest", "best"):
-        raise ValueError(f"config.eval.checkpoint='{prefer}': must be latest or best")
+        raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
     steps = survey(workdir)
     scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
@@ -190,7 +195,10 @@ def _find_step(workdir: Path, prefer: str) -> int | None:
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
     if steps:
-        raise CheckpointError(f"no good checkpoint in '{workdir / 'checkpoints'}'")
+        raise CheckpointError(
+            f"no good checkpoint in '{workdir / 'checkpoints'}': put back a copy of one,\n"
+            "or train anew with another workdir"
+        )
     return None
 
 
@@ -217,6 +225,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
         dict(abstract),
     )
     wanted = {name: tree for name, tree in described.items() if jax.tree.leaves(tree)}
+    _check_listing(checkpoint.folder, checkpoint.manifest)  # Orbax opens what it finds
     try:
         restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
     except Exception as error:  # the digests agree, and Orbax cannot read what they are of
@@ -268,21 +277,49 @@ def verify(folder: Path) -> dict[str, Any]:
       DamagedError: a file is missing or does not match.
     """
     manifest = read_manifest(folder)
-    limit = schema.most_bytes(manifest["arrays"])
+    _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
-        try:
-            with files.open_regular(file, limit=limit) as opened:
-                same = digests_lib.sha256_opened(opened) == digest
-        except FileNotFoundError as error:
-            raise DamagedError(f"file missing: '{file}'") from error
-        except OSError as error:
-            raise DamagedError(f"cannot read '{file}': {error.strerror}") from error
-        except ValueError as error:
-            raise DamagedError(str(error)) from error
-        if not same:
-            raise DamagedError(f"file damaged (sha256 differs): '{file}'")
+        with _damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
+            if digests_lib.sha256_opened(opened) != digest:
+                raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turns the errors of a file or folder that cannot be read into DamagedError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"file missing: '{path}'") from error
+    except OSError as error:
+        raise DamagedError(f"cannot read '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+
+
+def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Checks that `state` holds the listed files and no other, as large as the arrays at most.
+
+    Raises:
+      DamagedError: it does not.
+    """
+    state, left = folder / "state", set(manifest["files"])
+    room = limit = schema.most_bytes(manifest["arrays"])
+    with _damaged(state):
+        for name, size in files.walk(state, below=folder.parents[1]):
+            room -= size
+            if name not in left:
+                raise UserError(f"'{state / name}' is not of this checkpoint: move it elsewhere")
+            if room < 0:
+                raise UserError(
+                    f"'{state}' is too large: its arrays take {limit:,} bytes at most\n"
+                    "put back a copy of it"
+                )
+            left.remove(name)
+    if left:
+        raise DamagedError(f"file missing: '{state / min(left)}'")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -298,23 +335,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _is_step(folder):
         raise CheckpointError(f"no checkpoint at '{folder}'")
     path = folder / "manifest.json"
-    try:
-        manifest = files.read_json(path)
-        digest = manifest.pop("sha256")
-    except FileNotFoundError as error:
-        raise DamagedError(f"file missing: '{path}'") from error
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
-    except (OSError, KeyError) as error:
-        raise DamagedError(f"'{path}' is damaged") from error
-    if digest != digests_lib.sha256_json(manifest):
+    with _damaged(path):
+        manifest = files.read_json(path, below=folder.parents[1])
+    if manifest.pop("sha256", None) != digests_lib.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
     if str(manifest.get("step")) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
-    try:
+    with _damaged(path):
         schema.check(path, manifest, schema.MANIFEST, "this checkpoint is not used")
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
         raise DamagedError(f"'{path}' is damaged: it names a file outside of its folder")
     return manifest
@@ -338,12 +366,19 @@ def _folders(workdir: Path) -> dict[int, Path]:
     Raises:
       CheckpointError: the folder of the checkpoints is a link, where something else may lie.
     """
-    if (workdir / "checkpoints").is_symlink():
-        raise CheckpointError(
-            f"'{workdir / 'checkpoints'}' is a link, not a folder: it is not opened\n"
-            "put the folder that it leads to in its place"
-        )
-    return {int(f.name): f for f in (workdir / "checkpoints").glob("*") if _is_step(f)}
+    folder = workdir / "checkpoints"
+    _refuse_link(folder)
+    return {int(inner.name): inner for inner in folder.glob("*") if _is_step(inner)}
+
+
+def _refuse_link(folder: Path) -> None:
+    try:
+        with files.open_folder(folder, folder.parent):
+            pass
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError:
+        pass  # it is not there, or cannot be opened: who reads or writes it says so
 
 
 def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

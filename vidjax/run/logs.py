@@ -26,25 +26,31 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """
     if not files.exists(path):
         return
-    kept, damaged = [], []
-    before = files.read_bytes(path, files.LOG_BYTES)
-    lines = before.splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            value: Any = files.parse_line(line)
-            repeated = value["step"] == step and "split" in value and not evaluated
-            keep = value["step"] <= step and not repeated
-        except (ValueError, TypeError, KeyError):
+    number, damaged, changed = 0, [], False
+    for number, line in enumerate(files.each_line(path), start=1):
+        kept = _is_kept(line, step, evaluated)
+        changed |= not (kept and line.endswith(b"\n"))
+        if kept is None:
             damaged.append(number)
-            continue
-        if keep:
-            kept.append(line)
-    damaged = [number for number in damaged if number < len(lines)]
+    if not changed:
+        return
+    damaged = [place for place in damaged if place < number]
     if damaged:
         warnings.warn(f"'{path}': damaged lines are left out: {damaged[:5]}", stacklevel=2)
-    content = b"".join(line + b"\n" for line in kept)
-    if content != before:
-        workdir_lib.write_bytes(path, content)
+    with workdir_lib.writing(path) as file:
+        for line in files.each_line(path):
+            if _is_kept(line, step, evaluated):
+                file.write(line.rstrip(b"\r\n") + b"\n")
+
+
+def _is_kept(line: bytes, step: int, evaluated: bool) -> bool | None:
+    """Returns whether a line of a log is kept, see `keep_until`; None where it is damaged."""
+    try:
+        value: Any = files.parse_line(line)
+        repeated = value["step"] == step and "split" in value and not evaluated
+        return bool(value["step"] <= step and not repeated)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Logs:

@@ -6,7 +6,9 @@ says what the part was made of: parts are joined only if they agree on it.
 """
 
 import contextlib
+import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +18,12 @@ import numpy as np
 
 from vidjax import digests as digests_lib
 from vidjax import files
+from vidjax.errors import UserError
 from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
 FOLDER, MANIFEST = "parts", "manifest.json"
+MANIFEST_BYTES = 4 * files.MB  # there may be thousands
 _NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})")
 _FACTS = schema.Object(
     {
@@ -65,7 +69,7 @@ class Shard(NamedTuple):
         if not 1 <= number <= total:
             first = f"--shard=1/{total}" if total else "--shard=1/7"
             last = f"--shard={total}/{total}" if total else "--shard=7/7"
-            raise ValueError(
+            raise UserError(
                 f"--shard={text[:40]}: want k/n, where k counts the parts from 1 to n:\n"
                 f"{first} is the first, {last} the last"
             )
@@ -113,24 +117,10 @@ def folder_of(workdir: Path, split: str, shard: Shard) -> Path:
     Raises:
       ValueError: it, or a folder above it, is a link: something else may lie there.
     """
-    folder = _parent(workdir, split) / f"{shard.number}-of-{shard.total}"
-    _refuse_link(folder)
+    folder = workdir / FOLDER / split / f"{shard.number}-of-{shard.total}"
+    with contextlib.suppress(OSError), files.open_folder(folder, workdir):
+        pass
     return folder
-
-
-def _parent(workdir: Path, split: str) -> Path:
-    parent = workdir / FOLDER / split
-    _refuse_link(parent.parent)
-    _refuse_link(parent)
-    return parent
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
-        raise ValueError(
-            f"'{path}' is a link, not a folder: it is not opened\n"
-            "put the folder that it leads to in its place"
-        )
 
 
 def write(
@@ -161,9 +151,15 @@ def write(
 
 def clear(folder: Path) -> None:
     """Removes a part, and what a killed process left of one; the folder and its lock stay."""
-    (folder / MANIFEST).unlink(missing_ok=True)  # first: without it there is no part
-    for path in [*folder.glob("*.npz"), *folder.glob(".*.partial")]:
-        path.unlink()
+    with files.open_folder(folder, _workdir(folder)) as opened:
+        own = [name for name in os.listdir(opened) if re.fullmatch(r".+\.npz|\..+\.partial", name)]
+        for name in (MANIFEST, *own):  # without the first there is no part
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=opened)
+
+
+def _workdir(folder: Path) -> Path:
+    return folder.parents[2]
 
 
 def read(folder: Path, split: str, shard: Shard) -> Part:
@@ -180,31 +176,34 @@ def read(folder: Path, split: str, shard: Shard) -> Part:
     """
     path = folder / MANIFEST
     try:
-        manifest = files.read_json(path)
+        manifest = files.read_json(path, limit=MANIFEST_BYTES, below=_workdir(folder))
         digest = manifest.pop("sha256", None)
         if digest != digests_lib.sha256_json(manifest):
-            raise ValueError(f"'{path}' is damaged (its own sha256 differs)")
+            raise UserError(f"'{path}' is damaged (its own sha256 differs)")
     except ValueError as error:
-        raise ValueError(f"{_first_line(error)}\n{shard.remedy}") from error
+        raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
     schema.check(path, manifest, _FACTS, shard.remedy)
     own = (manifest["split"], manifest["number"], manifest["total"])
     if own != (split, *shard):
         name = f"{own[1]}/{own[2]} of {own[0][:40]}"
-        raise ValueError(f"'{path}' is that of part {name}\n{shard.remedy}")
+        raise UserError(f"'{path}' is that of part {name}\n{shard.remedy}")
     return Part(folder, manifest)
 
 
 def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
     """Returns the parts of a split, or the errors that reading their manifests raised."""
     found: dict[Shard, Part | ValueError] = {}
-    parent = _parent(workdir, split)
-    for folder in sorted(parent.glob("*-of-*")):
-        name = _NAME.fullmatch(folder.name)
+    parent = workdir / FOLDER / split
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError), files.open_folder(parent, workdir) as opened:
+        names = sorted(os.listdir(opened))
+    for text in names:
+        name = _NAME.fullmatch(text)
         shard = Shard(*map(int, name.groups())) if name else None
         if not shard or shard.number > shard.total:
             continue
         try:
-            found[shard] = read(folder_of(workdir, split, shard), split, shard)
+            found[shard] = read(parent / text, split, shard)
         except ValueError as error:
             found[shard] = error
         except (FileNotFoundError, NotADirectoryError):
@@ -223,7 +222,8 @@ def verify(part: Part, limit: int) -> None:
       ValueError: a file is missing, damaged or too large.
     """
     for name in part.manifest["files"]:
-        _check(part, name, limit)
+        with _open(part, name, limit):
+            pass
 
 
 def load(part: Part, name: str, limit: int) -> dict[str, np.ndarray]:
@@ -237,19 +237,25 @@ def load(part: Part, name: str, limit: int) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the file is missing, damaged or too large.
     """
-    _check(part, f"{name}.npz", limit)
-    with _with_remedy(part.shard):
-        return files.read_npz(part.folder / f"{name}.npz", limit)
+    with _open(part, f"{name}.npz", limit) as file:
+        return files.load_npz(file, limit)
 
 
-def _check(part: Part, name: str, limit: int) -> None:
+@contextlib.contextmanager
+def _open(part: Part, name: str, limit: int) -> Iterator[io.FileIO]:
+    """Opens a file of a part whose sha256 is that of the manifest."""
     path = part.folder / name
     if Path(name).name != name:
         manifest = part.folder / MANIFEST
-        raise ValueError(f"'{manifest}' names a file outside of its folder\n{part.shard.remedy}")
-    with _with_remedy(part.shard), files.open_regular(path, limit=limit) as file:
+        raise UserError(f"'{manifest}' names a file outside of its folder\n{part.shard.remedy}")
+    with (
+        _with_remedy(part.shard),
+        files.open_regular(path, limit=limit, below=_workdir(part.folder)) as file,
+    ):
         if digests_lib.sha256_opened(file) != part.manifest["files"].get(name):
-            raise ValueError(f"'{path}' is damaged (sha256 differs)")
+            raise UserError(f"'{path}' is damaged (sha256 differs)")
+        file.seek(0)
+        yield file
 
 
 @contextlib.contextmanager
@@ -258,9 +264,9 @@ def _with_remedy(shard: Shard) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"'{error.filename}' is missing\n{shard.remedy}") from error
+        raise UserError(f"'{error.filename}' is missing\n{shard.remedy}") from error
     except ValueError as error:
-        raise ValueError(f"{_first_line(error)}\n{shard.remedy}") from error
+        raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,33 +2,34 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
+from vidjax import files
+from vidjax.errors import UserError
+
+OWN = re.compile(r"manifest\.json|\.manifest\.json\..*\.partial")
+
 
 def remove(folder: Path, listed: Collection[str]) -> None:
-    """Removes the files of a checkpoint; files that a user has added stay.
+    """Removes the files of a checkpoint; files that a user has added stay, and all behind a link.
 
     Args:
       folder: `checkpoints/.dropped/<step>`.
       listed: the files below `state` that are its own.
     """
-    parts = sorted((folder / "state").rglob("*"), reverse=True)  # files before their folders
-    for path in [*parts, folder / "state"]:
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
-            if path.is_dir() and not path.is_symlink():
-                path.rmdir()
-            elif str(path.relative_to(folder / "state")) in listed:
-                path.unlink()
-    for path in [*folder.glob(".manifest.json.*.partial"), folder / "manifest.json"]:
-        path.unlink(missing_ok=True)
+    checkpoints = folder.parents[1]
+    with contextlib.suppress(OSError, UserError), files.open_folder(folder, checkpoints) as opened:
+        own = [name for name in os.listdir(opened) if OWN.fullmatch(name)]
+        files.remove_listed(opened, {*own, *(f"state/{name}" for name in listed)})
     try:
         folder.rmdir()
     except OSError:
-        os.rename(folder, free_name(folder.parents[1] / folder.name, "kept"))
+        os.rename(folder, free_name(checkpoints / folder.name, "kept"))
 
 
 def free_name(folder: Path, word: str) -> Path:
     """Returns `<step>.<word>`, or `<step>.<word>-<number>` where that exists."""
     names = (f"{folder.name}.{word}", *(f"{folder.name}.{word}-{i}" for i in range(2, 1000)))
-    return next(path for name in names if not (path := folder.with_name(name)).exists())
+    return next(path for name in names if not files.exists(path := folder.with_name(name)))

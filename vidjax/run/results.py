@@ -21,7 +21,8 @@ name: `metrics_<split>.json` and so on.
     runs                             list of {name: str, weight: float, map: float}: blended runs;
                                      with model, data, train_splits, held_out, modalities, seed,
                                      step, num_params, num_members of each run; held_out: bool,
-                                     members leave training clips out
+                                     members leave training clips out; scored_with: fields of
+                                     `config.eval` that differ from their defaults
     weights_fitted_on                str: the split that the weights of a blend were fitted on
     date, eval_date                  str, UTC: end of the training, of a later evaluation
     eval_clips_per_second            float; eval_seconds: float; of an evaluation in parts, their
@@ -34,6 +35,7 @@ name: `metrics_<split>.json` and so on.
     seconds                          float: all processes of the run, from start to last evaluation
     mode                             `resident` or `streaming`
     seed, finished, command          int, bool, str
+    trained_on                       digests of the run's data, see `modes.run_data`
     versions                         {package: version}
 
 `analysis.npz` is a NumPy archive. Its entry `facts` holds UTF-8 JSON with these keys:
@@ -55,22 +57,14 @@ name: `metrics_<split>.json` and so on.
                                      identity: int, score: float}}
     lists                            list of {identity: int, ap: float, clips: int, rows: list of
                                      {clip: str, score: float, shows: int or -1}}
+    named                            of a split without ground truth: {num: int, rows: list of
+                                     {clip: str, identity: int, score: float}}, best score first
     open_set                         null without distractors, or {num_identities, num_known,
                                      num_people, num_strange, resamples: int, rates: list of {rate:
                                      float, fewest: int, threshold, fpir, fnir, fpir_low, fpir_high,
                                      fnir_low, fnir_high: float}}: clips of known people, these
                                      people, distractors; of fewer than `fewest` distractors a rate
                                      has no errors
-    newcomers                        of PLDA alone, {num_newcomers, num_identities, num_known,
-                                     num_strange, resamples, fewest_identities: int, rows, trained}:
-                                     people left out of the fit, identities that clips are compared
-                                     with, clips of these people, distractors; rows: list of {shots:
-                                     int, clips: float, map, fnir}: clips that enrol a newcomer, and
-                                     how many they are on average; trained: {map, fnir} of the run;
-                                     map: {value, gap, low, high, gap_low, gap_high: float}, the gap
-                                     to `trained`, fewer than `fewest_identities` without bounds;
-                                     fnir: list of the same with `rate`, those that the distractors
-                                     can show. Or {reason: str, num_clips, most_clips: int}
     calibration_error                float: expected calibration error
     calibration_error_after          float: that of probabilities mapped as `calibration_maps` say
     calibration_maps                 list of {slope, offset: float}: of the log-odds of each half of
@@ -97,7 +91,7 @@ import contextlib
 import datetime
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -105,11 +99,14 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import files
+from vidjax.errors import UserError
 from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
 T = TypeVar("T")
 
+MOST_LINES = 20_000  # of a log, in memory
+IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 REPORT = "report.html"
 REMEDY = "delete it: --mode=evaluate of the run's folder writes its results again"
 # Keys of `metrics.json` that describe the training. A later evaluation keeps them.
@@ -125,6 +122,7 @@ TRAINING_KEYS = (
     "seed",
     "command",
     "finished",
+    "trained_on",
     "versions",
 )
 
@@ -187,7 +185,21 @@ def load_identities(path: Path) -> list[str]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged.
     """
-    return _read(path, list, schema.IDENTITIES)
+    return _read(path, list, schema.IDENTITIES, IDENTITIES_BYTES)
+
+
+def check_identities(identities: Sequence[str]) -> None:
+    """Refuses identities that `load_identities` would not read back.
+
+    Raises:
+      ValueError: there are too many, or their names are too long.
+    """
+    most, size = schema.IDENTITIES.most, len(workdir_lib.to_json(list(identities)))
+    if len(identities) > most or size > IDENTITIES_BYTES:
+        raise UserError(
+            f"{len(identities):,} identities, with names of {size:,} bytes: the most are {most:,}, "
+            f"and {IDENTITIES_BYTES:,} bytes\nleave some out of the ground truth"
+        )
 
 
 def load_data_report(path: Path) -> dict[str, Any]:
@@ -210,13 +222,13 @@ def read_data_report(workdir: Path) -> dict[str, Any]:
     return load_data_report(path) if files.exists(path) else {}
 
 
-def _read(path: Path, kind: type[T], wanted: schema.Schema) -> T:
+def _read(path: Path, kind: type[T], wanted: schema.Schema, limit: int = files.JSON_BYTES) -> T:
     try:
-        value = files.read_json(path, kind)
+        value = files.read_json(path, kind, limit)
         schema.check(path, value, wanted, REMEDY)
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if "\n" in text else f"{text}\n{REMEDY}") from error
+        raise UserError(text if "\n" in text else f"{text}\n{REMEDY}") from error
     return value
 
 
@@ -295,18 +307,38 @@ def held_out(config: Mapping[str, Any]) -> bool:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
 
-    Damaged lines are skipped: a run may be writing the last one.
+    Damaged lines are skipped: a run may be writing the last one. Of very many lines some are left
+    out, evenly: MOST_LINES or more of training, and of evaluation, stay.
 
     Raises:
-      ValueError: the file is too large, or no regular file.
+      ValueError: a line has values of other types, or the file is no regular file.
     """
-    lines = []
-    for line in files.read_lines(path):
+    if not files.exists(path):
+        return []
+    kinds = (_Thinned(), _Thinned())  # lines of training, lines of evaluations
+    for number, line in enumerate(files.each_line(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
             schema.check(path, value, schema.LINE, REMEDY)
-            lines.append(value)
-    return lines
+            kinds["split" in value].add(number, value)
+    return [value for _, value in sorted((kinds[0].lines | kinds[1].lines).items())]
+
+
+class _Thinned:
+    """Some of many lines, evenly spaced: at least MOST_LINES, less than twice as many."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, dict[str, Any]] = {}
+        self._seen, self._step = 0, 1
+
+    def add(self, number: int, value: dict[str, Any]) -> None:
+        """Takes the next line, or leaves it out."""
+        if self._seen % self._step == 0:
+            self.lines[number] = value
+        self._seen += 1
+        if len(self.lines) == 2 * MOST_LINES:
+            self.lines = dict(list(self.lines.items())[::2])
+            self._step *= 2
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -337,12 +369,12 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
         if len(text) > files.JSON_BYTES:
-            raise ValueError(f"more than {files.JSON_BYTES:,} bytes of text")
+            raise UserError(f"more than {files.JSON_BYTES:,} bytes of text")
         values: Any = files.parse_json(text)
     except ValueError as error:
-        raise ValueError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
+        raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     schema.check(path, values, schema.ANALYSIS, REMEDY)
     schema.check_arrays(path, arrays, REMEDY)
     if "attention" in arrays and len(values.get("vectors") or ()) != len(arrays["attention"]):
-        raise ValueError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
+        raise UserError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
     return values, arrays

@@ -1,9 +1,10 @@
-"""Configuration changes when a run resumes: which are allowed, and their record.
+"""The configuration of a run: its file, and its changes at resumption: which are allowed, and kept.
 
 `changes.jsonl` records every change, one JSON line per resumption: {step: int, changes: {field:
 [old value, new value]}}.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -13,17 +14,19 @@ from typing import Any
 from vidjax import config as config_lib
 from vidjax import files
 from vidjax.config import Config
+from vidjax.errors import UserError
 from vidjax.run import results as results_lib
-from vidjax.run import schema, seal
+from vidjax.run import schema
 from vidjax.run import workdir as workdir_lib
 
 FILE = "changes.jsonl"
 # Fields that may always change: paths, times of saving and devices, which affect no result beyond
-# rounding.
+# rounding. What lies at the paths is compared by its digest.
 MOVABLE = (
     "checkpoint_every_seconds",
     "data.dir",
     "data.cache_dir",
+    "data.weights",
     "eval.checkpoint",
     "eval.report",
     "mesh.model",
@@ -37,6 +40,43 @@ AFTERWARDS = (*MOVABLE, "eval")
 Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
 
+def write_config(workdir: Path, config: Config) -> None:
+    """Writes `config.json`, with its folders and files as absolute paths, and without a cache.
+
+    A cache holds compiled programs, so that no folder of a run may name one: a stranger may have
+    made it. `config.load_workdir` reads none either.
+
+    Args:
+      workdir: the run's folder.
+      config: the configuration.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    config = absolute(config)
+    config.data.cache_dir = None
+    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+
+
+def absolute(config: Config) -> Config:
+    """Returns a copy of a configuration whose data, cache and weights are absolute paths."""
+    config = copy.deepcopy(config)
+    for field in ("dir", "cache_dir", "weights"):
+        if config.data[field]:
+            config.data[field] = str(files.absolute(config.data[field]))
+    return config
+
+
+def check_allowed(config: Config) -> None:
+    """Raises ValueError for a name in `config.resume.allow` that no resumption may change."""
+    for name in config.resume.allow:
+        if not within(name, CHANGEABLE):
+            raise UserError(
+                f"config.resume.allow: '{name}' may not change when a run resumes\n"
+                f"these may: {', '.join(CHANGEABLE)}"
+            )
+
+
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
     """Returns the fields that differ between a run's configuration and that of its resumption.
 
@@ -48,29 +88,24 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
     Raises:
       ValueError: a field differs that may not change, or that `new.resume.allow` does not name.
     """
+    check_allowed(new)
     allowed = tuple(new.resume.allow)
-    for name in allowed:
-        if not _within(name, CHANGEABLE):
-            raise ValueError(
-                f"config.resume.allow: '{name}' may not change when a run resumes\n"
-                f"these may: {', '.join(CHANGEABLE)}"
-            )
-    changed = config_lib.differences(seal.absolute(old), seal.absolute(new))
-    changed.pop("resume.allow", None)
+    changed = config_lib.differences(absolute(old), absolute(new))
+    for name in ("resume.allow", "data.cache_dir"):  # no run keeps them
+        changed.pop(name, None)
     refused = {
         name: pair
         for name, pair in _without_recorded(workdir, changed).items()
-        if not _within(name, (*MOVABLE, *allowed))
+        if not within(name, (*MOVABLE, *allowed))
     }
     if refused:
-        hint = "use another --workdir, or the configuration of that run"
-        if all(_within(name, CHANGEABLE) for name in refused) and not _is_over(workdir, refused):
+        hint = "use another workdir, or the configuration of that run"
+        if all(within(name, CHANGEABLE) for name in refused) and not _is_over(workdir, refused):
             hint = (
                 f"to resume with the change: --config.resume.allow={','.join((*allowed, *refused))}"
             )
-        raise ValueError(
-            f"--workdir: '{workdir}' holds a run with another configuration\n"
-            f"{describe(refused)}\n{hint}"
+        raise UserError(
+            f"'{workdir}' holds a run with another configuration\n{describe(refused)}\n{hint}"
         )
     return changed
 
@@ -87,18 +122,18 @@ def refuse_relabelling(workdir: Path, changed: Changes) -> None:
     Raises:
       ValueError: a field of the training differs.
     """
-    trained = {name: pair for name, pair in changed.items() if not _within(name, AFTERWARDS)}
+    trained = {name: pair for name, pair in changed.items() if not within(name, AFTERWARDS)}
     if trained:
-        raise ValueError(
+        raise UserError(
             f"'{workdir}' is trained to its last step: nothing can change any more\n"
-            f"{describe(trained)}\nuse another --workdir, or train on: --config.num_epochs=N"
+            f"{describe(trained)}\nuse another workdir, or train on: --config.num_epochs=N"
         )
 
 
 def _is_over(workdir: Path, changed: Changes) -> bool:
     """Returns True if a run is finished, no more epochs are asked for, and its training changes."""
     finished = results_lib.read_metrics(workdir).get("finished")
-    trained = any(not _within(name, AFTERWARDS) for name in changed)
+    trained = any(not within(name, AFTERWARDS) for name in changed)
     return bool(finished) and trained and "num_epochs" not in changed
 
 
@@ -115,7 +150,7 @@ def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
     changed = config_lib.differences(old, config_lib.load_workdir(workdir))
     changed = _without_recorded(workdir, changed)
     ignored = (*MOVABLE, "resume.allow")
-    return {name: pair for name, pair in changed.items() if not _within(name, ignored)}
+    return {name: pair for name, pair in changed.items() if not within(name, ignored)}
 
 
 def record(workdir: Path, step: int, changed: Changes) -> None:
@@ -136,7 +171,7 @@ def describe(changed: Changes) -> str:
     return text[:300]
 
 
-def _within(name: str, groups: tuple[str, ...]) -> bool:
+def within(name: str, groups: tuple[str, ...]) -> bool:
     """Returns True if `groups` has the field itself or a group that contains it."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
@@ -149,7 +184,7 @@ def _without_recorded(workdir: Path, changed: Changes) -> Changes:
         try:
             value: Any = files.parse_line(line)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"'{path}' is damaged: line {number}: {error}\ndelete that line"
             ) from error
         schema.check(path, value, schema.CHANGES, f"delete line {number}")

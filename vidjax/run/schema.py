@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax import files
+from vidjax.errors import UserError
 
 
 class Kind(NamedTuple):
@@ -69,7 +70,7 @@ class Numbers(NamedTuple):
     """
 
     shape: tuple[int | str, ...]
-    most: int = 2_000_000
+    most: int = files.MAX_ITEMS
 
 
 def _is_whole(value: object) -> bool:
@@ -88,8 +89,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or _is_whole(value)
 
 
-def _is_number_or_list(value: object) -> bool:
-    return all(map(_is_number, value)) if isinstance(value, list) else _is_number(value)
+def _is_known(value: object) -> bool:
+    return _is_number(value) and not (isinstance(value, float) and math.isnan(value))
+
+
+def _is_known_or_list(value: object) -> bool:
+    return all(map(_is_known, value)) if isinstance(value, list) else _is_known(value)
 
 
 def _is_share(value: object) -> bool:
@@ -111,7 +116,8 @@ WHOLE = Kind("a whole number", _is_whole)
 COUNT = Kind("a whole number from 0 to 2,147,483,647", _is_count)
 SIZE = Kind("a whole number from 1 to 2,147,483,647", _is_size)
 NUMBER = Kind("a number", _is_number)
-NUMBERS = Kind("a number, or a list of numbers", _is_number_or_list)
+KNOWN = Kind("a number, not NaN", _is_known)  # what answers depend on
+NUMBERS = Kind("a number, or a list of numbers, not NaN", _is_known_or_list)
 SHARE = Kind("a number from 0 to 1", _is_share)
 COLUMN = Kind("the place of an identity, or -1", _is_column)
 TEXT = Kind("a text", _is_text)
@@ -121,14 +127,30 @@ _DATA = Object(dict.fromkeys(("name", "dir", "digest", "title"), TEXT))
 _RUNS = Many(
     Object(
         {
-            "name": TEXT, "weight": NUMBER, "map": SHARE, "model": TEXT, "train_splits": Many(TEXT),
-            "modalities": Many(TEXT), "seed": WHOLE, "step": WHOLE, "num_params": WHOLE,
-            "num_members": WHOLE, "data": _DATA, "held_out": FLAG,
+            "name": TEXT, "weight": KNOWN, "map": SHARE, "model": TEXT, "train_splits": Many(TEXT),
+            "modalities": Many(TEXT), "scored_with": Many(TEXT), "seed": WHOLE, "step": WHOLE,
+            "num_params": WHOLE, "num_members": WHOLE, "data": _DATA, "held_out": FLAG,
         },
         ("name",),
     ),
     1000,
 )  # fmt: skip
+_DIGESTS = Object(  # of a run's data, see `modes.run_data`
+    {
+        "splits": Table(
+            Object(
+                {
+                    "clips": COUNT,
+                    "modalities": Many(TEXT, 1000),
+                    **dict.fromkeys(("names", "features", "labels"), TEXT),
+                },
+                ("clips", "names", "features"),
+            )
+        ),
+        "weights": TEXT,
+    },
+    ("splits",),
+)
 METRICS = Object(
     {
         **dict.fromkeys(("num_clips", "num_identities", "num_distractors", "step"), WHOLE),
@@ -143,11 +165,13 @@ METRICS = Object(
         "runs": _RUNS,
         "versions": Table(TEXT, 100),
         "data": _DATA,
+        "trained_on": _DIGESTS,
     },
-    prefixed={"fnir_at_fpir_": SHARE, "threshold_at_fpir_": NUMBER},
+    prefixed={"fnir_at_fpir_": SHARE, "threshold_at_fpir_": KNOWN},
 )
 MANIFEST = Object(
     {
+        "data": _DIGESTS,
         "step": WHOLE,
         "map": SHARE,
         "files": Table(TEXT, 100_000),
@@ -159,7 +183,8 @@ MANIFEST = Object(
         "train_other": FLAG,
         **dict.fromkeys(("identities_sha256", "members_sha256", "mode"), TEXT),
         "evaluated": FLAG,
-        **dict.fromkeys(("seconds", "threshold"), NUMBER),
+        "seconds": NUMBER,
+        "threshold": KNOWN,
         "padded_columns": COUNT,
         "settings": Table(NUMBERS),
     },
@@ -168,7 +193,7 @@ MANIFEST = Object(
 )
 CHANGES = Object({"step": WHOLE, "changes": Table(Many(ANY, 2), 10_000)}, ("step", "changes"))
 LINE = Object({"step": WHOLE, **dict.fromkeys(("epoch", "map"), NUMBER)}, ("step",))
-IDENTITIES = Many(TEXT, 1_000_000)
+IDENTITIES = Many(TEXT, files.MAX_ITEMS)
 
 _COUNTS = Object(
     {
@@ -202,7 +227,7 @@ _RATE = Object(
     {
         **dict.fromkeys(("rate", "fpir", "fnir"), SHARE),
         **dict.fromkeys(("fpir_low", "fpir_high", "fnir_low", "fnir_high"), SHARE),
-        "threshold": NUMBER,
+        "threshold": KNOWN,
         "fewest": COUNT,
     },
     ("rate", "fewest"),
@@ -243,6 +268,7 @@ ANALYSIS = Object(
         ),
         **dict.fromkeys(("num_others", "num_sampled", "fewest_identities"), WHOLE),
         "wrong_clips": Object({"distractors": _CLIPS, "known": _CLIPS}),
+        "named": Object({"num": COUNT, "rows": _CLIPS}, ("num", "rows")),
         "lists": Many(Object({"identity": COLUMN, "ap": SHARE, "rows": _CLIPS}, ("rows",)), 100),
         "open_set": Object(
             {
@@ -251,16 +277,6 @@ ANALYSIS = Object(
                 "rates": Many(_RATE, 100),
             },
             ("num_identities", "num_known", "num_people", "num_strange", "resamples", "rates"),
-        ),
-        "newcomers": Object(
-            {
-                **dict.fromkeys(("num_newcomers", "num_identities", "num_known"), COUNT),
-                **dict.fromkeys(("num_strange", "resamples", "fewest_identities"), COUNT),
-                **dict.fromkeys(("num_clips", "most_clips"), COUNT),
-                "rows": Many(Object(_ARM, ("shots", "clips", "map", "fnir")), 100),
-                "trained": Object(_ARM, ("map", "fnir")),
-                "reason": TEXT,
-            }
         ),
         **dict.fromkeys(("calibration_error", "calibration_error_after"), NUMBER),
         "calibration_maps": Many(Object({"slope": NUMBER, "offset": NUMBER}, ("slope", "offset"))),
@@ -319,7 +335,7 @@ def check(path: Path, value: object, schema: Schema, remedy: str) -> None:
     """
     problem = _problem(value, schema, "")
     if problem:
-        raise ValueError(f"'{path}' is damaged: {problem}\n{remedy}")
+        raise UserError(f"'{path}' is damaged: {problem}\n{remedy}")
 
 
 def _problem(value: object, schema: Schema, place: str) -> str | None:
@@ -379,7 +395,7 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
     """
     for names in TOGETHER:
         if 0 < sum(name in arrays for name in names) < len(names):
-            raise ValueError(
+            raise UserError(
                 f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
             )
     lengths: dict[str, int] = {}
@@ -396,4 +412,4 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
                 fits = fits and length == axis
         if not fits:
             shape = f"{array.dtype}{list(array.shape)}"
-            raise ValueError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")
+            raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")

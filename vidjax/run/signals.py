@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from vidjax.cluster import members
+from vidjax.errors import Expected
 
 
 class Interruption:
@@ -57,7 +58,7 @@ class Interruption:
             raise Interrupted(self.signum, step)
 
 
-class Interrupted(Exception):
+class Interrupted(Expected):
     """A signal stopped a run after its state was saved; `exit_code` is 128 plus the signal."""
 
     def __init__(self, signum: int, step: int):

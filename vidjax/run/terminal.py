@@ -25,6 +25,23 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
+def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    """Returns seconds and clips per second, as rows for a reader and for JSON.
+
+    Args:
+      began: `time.monotonic()` at the start.
+      clips: the number of clips that are done.
+    """
+    seconds = time.monotonic() - began
+    rate = clips / max(seconds, 1e-9)
+    rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
+    return rows, {"seconds": seconds, "clips_per_second": rate}
+
+
+def uncounted(count: int) -> None:
+    """Takes a number of finished units of which nobody is told; see `Progress.advance`."""
+
+
 class Progress:
     """A progress bar on a terminal; plain lines, some seconds apart, in a file."""
 

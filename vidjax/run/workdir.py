@@ -9,8 +9,10 @@ import fcntl
 import io
 import json
 import os
+import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +21,16 @@ import numpy as np
 
 from vidjax import files
 from vidjax.cluster import members
+from vidjax.errors import DiskError, UserError
 
 LOCK_BYTES = 1000  # the longest text of a `.lock`
+LOCK_SECONDS = 0.2
+# What lies in a folder of features, and in no folder of a run.
+DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz", "test/*.npz",
+        "*.parquet")  # fmt: skip
 
 
-def make_workdir(path: str | os.PathLike[str], name: str = "--workdir:") -> Path:
+def make_workdir(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes the folder of a run, or another one, if needed, and checks that it can be written.
 
     Args:
@@ -39,18 +46,18 @@ def make_workdir(path: str | os.PathLike[str], name: str = "--workdir:") -> Path
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
-            raise ValueError(f"{name} '{workdir}' is a file, not a folder")
+            raise UserError(f"{name} '{workdir}' is a file, not a folder")
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{os.getpid()}"
+        probe = workdir / f".write-test-{secrets.token_hex(4)}"
         _create(probe).close()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
+        raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
     return workdir
 
 
 @contextlib.contextmanager
-def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
+def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a run's folder, or another one, for this process.
 
     The first of several processes that work on a run holds the lock for all of them. The kernel
@@ -69,20 +76,80 @@ def lock(workdir: Path, name: str = "--workdir:") -> Iterator[None]:
     path = workdir / ".lock"
     with files.open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{name} '{workdir}' is in use by {lock_owner(file)}") from None
+            if not _lock(file):
+                raise UserError(f"{name} '{workdir}' is in use by {lock_owner(file)}")
         except OSError as error:
-            raise ValueError(f"cannot lock '{path}': {error.strerror}") from error
+            raise UserError(f"cannot lock '{path}': {error.strerror}") from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
-            raise ValueError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
+            raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
         owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
-        if owner != content:
+        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # else it is others', too
             with contextlib.suppress(OSError):  # the lock holds on a full disk, too
                 file.seek(0)
                 file.write(owner)  # a file that is cut would be waited for, milliseconds
         yield
+
+
+def _lock(file: io.FileIO) -> bool:
+    """Locks an open file; returns False if another process keeps it locked.
+
+    A check of the folder holds the lock for a moment (`check_run`): it is tried again that long.
+    """
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOCK_SECONDS / 20)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a run's folder and holds its lock; a new one that an error left empty is removed.
+
+    Raises:
+      ValueError: as `make_workdir` and `lock` do, or the folder is one of features.
+    """
+    refuse_data(Path(path).expanduser())
+    is_new = members.is_first() and not Path(path).expanduser().exists()
+    workdir = make_workdir(path)
+    with lock(workdir):
+        try:
+            yield workdir
+        except BaseException:
+            if is_new and [file.name for file in workdir.glob("*")] == [".lock"]:
+                shutil.rmtree(workdir)
+            raise
+
+
+def refuse_data(folder: Path) -> None:
+    """Refuses a folder of features as that of a run, whose files would lie among the clips."""
+    if files.exists(folder / "config.json"):
+        return
+    found = next((path for pattern in DATA for path in folder.glob(pattern)), None)
+    if found:
+        raise UserError(
+            f"workdir '{folder}' is a folder of data: it holds {found.relative_to(folder)}\n"
+            "name another one for the run: --workdir=FOLDER"
+        )
+
+
+def check_there(workdir: Path) -> None:
+    """Refuses to go on where the folder of a run is no longer where it was, as if it were new.
+
+    Raises:
+      ValueError: it has been moved or removed while the run trains.
+    """
+    if not files.exists(workdir / "config.json"):
+        raise UserError(
+            f"'{workdir}' is not there any more: was it moved while it trained?\n"
+            "run the same command with --workdir=FOLDER, where it is now, to go on from its last "
+            "checkpoint"
+        )
 
 
 def lock_owner(file: io.FileIO) -> str:
@@ -93,21 +160,26 @@ def lock_owner(file: io.FileIO) -> str:
 
 
 def _create(path: Path) -> BinaryIO:
-    """Creates a file under a name that only this process uses, and opens it for writing.
-
-    What has the name is removed: a killed process of the same number left it, or a stranger did.
-    """
+    """Creates a file under a name that nothing has, and opens it for writing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    path.unlink(missing_ok=True)
     return open(os.open(path, flags, 0o666), "wb")
 
 
 def open_log(path: Path) -> io.FileIO:
     """Opens a log to append to, unbuffered; it need not exist yet.
 
+    A log of several names (hard links), as a snapshot of the folder makes them, is copied first:
+    the other names keep what they have.
+
     Raises:
       ValueError: it is a link, or no regular file.
     """
+    if files.exists(path):
+        with files.open_regular(path) as file:
+            several = os.fstat(file.fileno()).st_nlink > 1
+            if several:
+                with writing(path) as copy:
+                    shutil.copyfileobj(file, copy)
     return files.open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
@@ -150,7 +222,8 @@ def writing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     Raises:
       OSError: the file cannot be written; the message names it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the number of the process: those of containers on a shared disk are often the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with _create(partial) as file:
             yield file
@@ -181,8 +254,8 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise _cannot_write(file.name, error) from error
 
 
-def _cannot_write(path: object, error: OSError) -> OSError:
-    named = OSError(f"cannot write '{path}': {error.strerror}")
+def _cannot_write(path: object, error: OSError) -> DiskError:
+    named = DiskError(f"cannot write '{path}': {error.strerror}")
     named.errno = error.errno
     return named
 

@@ -10,10 +10,12 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vidjax import devices
 from vidjax.batch import Array
+from vidjax.errors import UserError
 from vidjax.steps import state as state_lib
 from vidjax.system import System, padded_columns
 
@@ -53,7 +55,8 @@ def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -
       The axes; None where neither the mesh nor the training needs them.
 
     Raises:
-      ValueError: `config.loss.sampled_classes` is below 1, and no parameter has class columns.
+      ValueError: `config.loss.sampled_classes` is below 1, and no parameter has class columns, or
+        the optimiser keeps something of them that would not fade.
     """
     is_sampled = system.sampled_classes < 1
     if mesh.shape["model"] == 1 and not is_sampled:
@@ -62,11 +65,24 @@ def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -
     shapes = [abstract_state(system, modalities, number) for number in (count, count + 1)]
     axes = jax.tree.map(_differing_axis, *shapes)
     if is_sampled and all(axis == NO_AXIS for axis in jax.tree.leaves(axes.params)):
-        raise ValueError(
+        raise UserError(
             f"config.loss.sampled_classes={system.sampled_classes}: the model has no classifier\n"
             "leave it out: --config.loss.sampled_classes=1"
         )
+    states = jax.tree.leaves(axes.opt_state, is_leaf=is_adam)
+    rest = [state for state in states if not is_adam(state)]
+    if is_sampled and any(axis != NO_AXIS for axis in jax.tree.leaves(rest)):
+        raise UserError(
+            f"config.loss.sampled_classes={system.sampled_classes}: of classes that are not "
+            "drawn only the moments of adam fade\n"
+            "--config.optim.name=adam, or sgd with --config.optim.momentum=0"
+        )
     return ClassAxes(mesh, axes)
+
+
+def is_adam(state: object) -> bool:
+    """Returns whether a part of an optimiser's state is Adam's."""
+    return isinstance(state, optax.ScaleByAdamState)
 
 
 def abstract_state(

@@ -12,6 +12,7 @@ import numpy as np
 
 from vidjax import ensemble, metrics
 from vidjax.data.clips import Split
+from vidjax.errors import UserError
 from vidjax.steps import topk
 from vidjax.steps.model_scorer import ModelScorer
 from vidjax.steps.poor_clips import PoorClips
@@ -72,7 +73,7 @@ def pool_of(judges: Sequence[Judge], split_name: str) -> np.ndarray:
     """
     pool = np.all([judge.use.any(axis=0) for judge in judges], axis=0)
     if not pool.any():
-        raise ValueError(
+        raise UserError(
             f"config.eval.split={split_name}: all members were trained on all of its clips\n"
             "choose another split with --config.eval.split"
         )
@@ -164,7 +165,7 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
         "a constant"
     )
     if count == total:
-        raise ValueError(message)
+        raise UserError(message)
     warnings.warn(f"{message}; they are ranked last", stacklevel=3)
     best = np.where(nan, np.float32(-np.inf), clips.best)
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}

@@ -26,6 +26,7 @@ from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.cluster import members
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
+from vidjax.errors import UserError
 from vidjax.models.base import ModelState, Params
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
@@ -55,7 +56,7 @@ def label_distractors(
     """
     is_noise = labels == 0
     if not is_noise.any():
-        raise ValueError(
+        raise UserError(
             f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
             "distractor\nwithout distractors: the argument 'other', as in "
             "--config=configs/noise_classes.py:other,\nor another system, such as "
@@ -88,7 +89,7 @@ def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.nd
     """Returns the quality-weighted mean frames of the n wanted training clips, [n, D] float32."""
     modality = config.noise.modality
     if modality not in data.modalities:
-        raise ValueError(
+        raise UserError(
             f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
         )
     return values_of_clips(config, data, modality, _mean_face, wanted)
@@ -243,16 +244,16 @@ def cluster(
     Source: Ester et al. 1996 (DBSCAN), Campello et al. 2013 (HDBSCAN), both of scikit-learn.
     """
     if method not in ("dbscan", "hdbscan"):
-        raise ValueError(f"config.noise.method='{method}': choose from dbscan, hdbscan")
+        raise UserError(f"config.noise.method='{method}': choose from dbscan, hdbscan")
     if min_samples < 1 or not (0 < eps <= 2 or (method == "hdbscan" and eps == 0)):
-        raise ValueError(
+        raise UserError(
             f"config.noise.eps={eps} must be above 0 and at most 2 (0 for hdbscan only), and "
             f"config.noise.min_samples={min_samples} 1 or more"
         )
     vectors = np.asarray(vectors, np.float64)  # [n, D]
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise ValueError(
+        raise UserError(
             f"cannot cluster the distractors: the mean frame of distractor {row} is not finite"
         )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -297,7 +298,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
       ValueError: A cluster has no column.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
-        raise ValueError(
+        raise UserError(
             f"clusters {clusters.min()} to {clusters.max()} must lie below {layout.num_clusters}"
         )
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))

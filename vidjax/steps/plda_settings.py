@@ -1,22 +1,22 @@
 """The settings of PLDA, fitted on training clips: those that do best on clips held out.
 
-A part of the clips is held out, and the others are enrolled. In each modality some identities are
-hidden, and half of them are strangers altogether. Without them no clip with a modality would ever
+A part of the clips is held out, and the others are enrolled. Some identities are strangers
+altogether, and of several modalities each hides some more: else no clip with a modality would ever
 belong to an identity that lacks it, and no clip to somebody new.
 
-`calibrated` fits more: a scale and an offset of each modality, and how much the number of clips of
-an identity counts. The docstring of `configs/plda.py` says what that gained.
-
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
-settings are those under which the right answers are most probable: probabilities then mean what
-they say, on clips like these. They are part of `TaskSpec`, and every checkpoint keeps them.
+settings are those under which the right answers are most probable, where half of the clips show
+somebody new: probabilities then mean what they say, on clips like these. They have a prior, which
+counts as much as one clip. Of few people it answers alone, and the user is told so.
+
+Every member has settings of its own, fitted on the clips that it is trained on: what it scores out
+of fold, they have not seen. They are part of `TaskSpec`, and every checkpoint keeps them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -27,32 +27,40 @@ import numpy as np
 import scipy
 from threadpoolctl import threadpool_limits
 
-from vidjax import ensemble, fusion
+from vidjax import ensemble, selection
 from vidjax.batch import Array, Frames
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.machine import num_cores
 from vidjax.models import two_covariance
-from vidjax.models.heads import unit_vectors
 from vidjax.models.identifier import make_identifier
-from vidjax.models.plda import Settings, combine, most_clips
+from vidjax.models.plda import Settings, combine, unit_mean
+from vidjax.run.terminal import say
 from vidjax.steps.training_clips import values_of_clips
-from vidjax.system import log_softmax
+from vidjax.system import FuseFn, log_softmax, make_fusions
 
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {
     "within": (0.8, 0.7, 0.9),
     "between": (0.75, 0.5),
 }
-# The settings that are optimised: their values while the shares are chosen, and at the start.
-START = {"scale": 1 / 16, "unenrolled": -1.0, "stranger": 2.0}
+# The settings that are optimised have a prior: `log(scale)` a mean of log(DIRECTIONS / width), the
+# others these means, and all of them these deviations. The means are typical of embeddings: the
+# cosines of different people spread as in 46 directions for dlib's 128 numbers, and in 109, 78 and
+# 29 for the 512 of faces, heads and voices of the small real dataset. There `unenrolled` is about
+# -0.7 and `stranger` -2; made-up people exactly of the model have -1 to -4.
+DIRECTIONS = 32
+PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
+DEVIATIONS = np.array([2.0, 1.0, 1.0])
+FEWEST_PEOPLE = 10  # with two clips or more; of fewer, the prior answers alone
 FOLDS = 4
-HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality
-STRANGERS = 0.5  # share of the identities that no enrolled clip shows at all
+HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality, of several
+STRANGERS = 0.2  # share of the identities that no enrolled clip shows at all
 MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are drawn
 
 
 def training_settings(
-    config: Config, data: TrainingData, labels: np.ndarray
+    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> dict[str, float | tuple[float, ...]] | None:
     """Returns the settings that the configuration leaves open, fitted on the training clips.
 
@@ -60,32 +68,66 @@ def training_settings(
       config: the configuration of the run.
       data: the clips.
       labels: [N] int, class columns of the training clips; 0 for distractors.
+      used: [E, N] bool, the clips that each member is trained on.
 
     Returns:
-      name -> value; None for a model without such settings.
+      name -> value, or one of each member where they are trained on different clips; None for a
+      model without such settings.
     """
     spec = config.model.to_dict()
-    if spec.get("name") not in ("plda", "nplda"):
+    if spec.get("name") != "plda":
         return None
     given = {name: spec[name] for name in Settings._fields if spec.get(name) is not None}
-    calibrated = tuple(spec.get("calibrated", ()))
-    fitted = {*SHARES, *START, *({"clips"} & {*calibrated})} - given.keys()
+    fitted = {*Settings._fields} - given.keys()
     if not fitted:
         return {}
     widths = dict.fromkeys(config.modalities, 1)
     make_identifier(spec, modalities=widths, num_classes=1, num_clips=1)  # refuses what is no value
-    wanted = some_identities(labels, config.seed)
-    vectors = {
-        name: values_of_clips(config, data, name, _unit_mean, wanted) for name in config.modalities
+    shown = labels[used.any(axis=0)]
+    tell_of_few(shown)
+    people = len(np.unique(shown[shown > 0]))
+    given = {"centred": two_covariance.centre_share(people), **given}
+    if fitted == {"centred"}:
+        return {"centred": given["centred"]}
+    rows, member = np.unique(used, axis=0, return_inverse=True)
+    wanted = [some_identities(np.where(row, labels, 0), config.seed) for row in rows]
+    read = np.any(wanted, axis=0)
+    fusions = make_fusions(config.fusion.to_dict(), config.modalities, "evaluate")
+    vectors = {}
+    for name, fuse in fusions.items():
+
+        def value_of(frames: Frames, fuse: FuseFn = fuse) -> Array:
+            fused = fuse(None, frames)
+            return unit_mean(fused._replace(features=selection.read(fused.features)))
+
+        vectors[name] = values_of_clips(config, data, name, jax.jit(value_of), read)
+    found = [
+        fit_settings(
+            {name: x[some[read]] for name, x in vectors.items()}, labels[some], given, config.seed
+        )
+        for some in wanted
+    ]
+    values = {name: [getattr(one, name) for one in found] for name in fitted}
+    return {
+        name: x[0] if len({*x}) == 1 else tuple(x[number] for number in member.ravel())
+        for name, x in values.items()
     }
-    settings = fit_settings(vectors, labels[wanted], given, config.seed, calibrated)
-    return {name: value for name, value in settings._asdict().items() if name in fitted}
 
 
-@jax.jit
-def _unit_mean(frames: Frames) -> Array:
-    """Returns the mean frame of every clip, weighted by quality, of length 1, [B, D]."""
-    return unit_vectors(fusion.mean_frame(frames, weighting="quality").features[:, 0])
+def tell_of_few(labels: np.ndarray) -> None:
+    """Tells the user if too few people have two clips, to fit settings; labels [N], 0 for none."""
+    count = _num_repeated(labels)
+    if count < FEWEST_PEOPLE:
+        say(
+            f"{count:,} people have two clips or more, too few to fit how sure an answer is: what "
+            f"is typical of faces stands in\nprobabilities are rough until {FEWEST_PEOPLE} people "
+            "have; the order of answers is not concerned"
+        )
+
+
+def _num_repeated(labels: np.ndarray) -> int:
+    """Returns the number of identities, labels above 0, of two clips or more."""
+    return int(np.sum(np.unique(labels[labels > 0], return_counts=True)[1] > 1))
 
 
 def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -93,16 +135,12 @@ def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
     counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]
-    enough = max(int(np.searchsorted(np.cumsum(counts), MOST_CLIPS)), 2)
+    enough = max(int(np.searchsorted(np.cumsum(counts), MOST_CLIPS, side="right")), 2)
     return np.isin(labels, order[:enough])
 
 
 def fit_settings(
-    vectors: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    given: Mapping[str, float],
-    seed: int,
-    calibrated: Sequence[str] = (),
+    vectors: Mapping[str, np.ndarray], labels: np.ndarray, given: Mapping[str, float], seed: int
 ) -> Settings:
     """Fits settings on held-out clips.
 
@@ -111,16 +149,20 @@ def fit_settings(
       labels: [N] int, class columns from 1; those without a clip do not matter.
       given: settings that are not fitted.
       seed: seed of the folds, and of the identities that are hidden.
-      calibrated: what else is fitted, see `models.plda.PLDAIdentifier`.
 
     Returns:
-      The settings; the first values where no held-out clip shows an enrolled identity.
+      The settings; those of the prior where fewer than FEWEST_PEOPLE have two clips.
     """
+    width = float(np.mean([x.shape[1] for x in vectors.values()]))
+    values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
+    values |= {"scale": min(1.0, DIRECTIONS / width)}
+    values |= {"centred": two_covariance.centre_share(len(np.unique(labels)))} | dict(given)
+    if _num_repeated(labels) < FEWEST_PEOPLE:
+        return Settings(**values)
     columns = 1 + np.unique(labels, return_inverse=True)[1]  # 1 to the number of identities
-    values = {name: shares[0] for name, shares in SHARES.items()} | START | dict(given)
     # Matrices of 512 rows gain less from two threads of BLAS than from two folds at a time, and
     # their last digits do not depend on the number of cores then.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
         found = pool.map(lambda number: _hold_out(vectors, columns, number, seed), range(FOLDS))
         folds = [fold for fold in found if fold is not None]
         if not folds:
@@ -137,7 +179,7 @@ def fit_settings(
                     tries, key=lambda one: _quality(compare(one["within"], one["between"]), one)
                 )
         parts = compare(values["within"], values["between"])
-        return _fit(parts, values, given, calibrated)
+        return _fit(parts, values, given)
 
 
 class _Fold(NamedTuple):
@@ -170,11 +212,12 @@ def _hold_out(
     parts: dict[str, list[Any]] = {name: [] for name in ("found", "counts", "totals", "queries")}
     for x in vectors.values():
         present = np.any(x != 0, axis=1)
-        hidden = rng.random(1 + num_identities) < HIDDEN
+        hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
         shown = enrolled & present & ~hidden[labels]
         if not shown.any():
             return None
-        centre = x[shown].mean(axis=0)
+        share = two_covariance.centre_share(len(np.unique(labels[shown])))
+        centre = share * x[shown].mean(axis=0)
         centred = unit_from(centre, x)
         sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
         parts["found"].append(two_covariance.covariances(sums))
@@ -183,7 +226,7 @@ def _hold_out(
         parts["queries"].append(centred[held])
     known = np.any(np.stack(parts["counts"]) > 0, axis=0)
     answers = np.where(known[labels[held]], labels[held], 0).astype(np.int32)
-    return _Fold(labels=answers, **parts) if answers.any() else None
+    return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
 
 
 def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -201,14 +244,12 @@ class _Ratios(NamedTuple):
       known: [M, K] bool, False for classes without an enrolled clip.
       present: [M, Q] bool, False for clips that lack the modality.
       labels: [Q] int32, right columns; 0 for strangers.
-      num_clips: [K] float, enrolled clips of each class.
     """
 
     ratios: Array
     known: Array
     present: Array
     labels: Array
-    num_clips: Array
 
 
 def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
@@ -220,13 +261,13 @@ def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
         space = two_covariance.make_space(found, within=within, between=between)
         enrolled = two_covariance.enrol(space, count, total)
         arrays = two_covariance.as_arrays(space, enrolled, jnp.dtype("float32"))
-        ratios.append(two_covariance.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
+        with jax.default_matmul_precision("highest"):  # as in evaluation
+            ratios.append(two_covariance.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
     return _Ratios(
         jnp.stack(ratios),
         jnp.asarray(np.stack(fold.counts) > 0),
         jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
         jnp.asarray(fold.labels),
-        most_clips([jnp.asarray(count, jnp.float32) for count in fold.counts]),
     )
 
 
@@ -239,8 +280,8 @@ def _quality(parts: Sequence[_Ratios], values: Mapping[str, float]) -> float:
 @jax.jit
 def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
     """Returns [2], MAP of the identities that clips show, and AUROC of the clips' best scores."""
-    logits = combine(part.ratios, part.known, part.present, settings, part.num_clips)
-    scores = log_softmax(logits, _in_question(part))  # [Q, K]
+    logits = combine(part.ratios, part.known, part.present, settings)
+    scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
     column = scores.T[part.labels]  # [Q, Q]
     above = column >= jnp.diagonal(column)[:, None]
@@ -257,62 +298,33 @@ def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
 
 
 def _fit(
-    parts: Sequence[_Ratios],
-    values: Mapping[str, float],
-    given: Mapping[str, float],
-    calibrated: Sequence[str],
+    parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits the settings of START, and `clips`, by the likelihood of the answers.
-
-    Those that are given stay, and `clips` too unless `calibrated` names it.
-    """
-    num = len(parts[0].ratios) if "modalities" in calibrated else 1
-    num = max(num, np.size(values["scale"]), np.size(values["unenrolled"]))
-    begin = {
-        "scale": np.full(num, np.log(values["scale"])),
-        "unenrolled": np.full(num, values["unenrolled"]),
-        "stranger": np.full(1, values["stranger"]),
-        "clips": np.full(1, values.get("clips", 0.0)),
-    }
-    fitted = {*START, *({"clips"} & {*calibrated})} - given.keys()
-    start = np.concatenate([*begin.values()])
-    free = np.concatenate([np.full(len(part), name in fitted) for name, part in begin.items()])
+    """Fits the settings of PRIOR by the likelihood of the answers; those that are given stay."""
+    start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
+    free = np.array([name not in given for name in PRIOR])
+    num_clips = sum(len(part.labels) for part in parts)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         at = jnp.asarray(np.where(free, point, start), jnp.float32)
         found = [_loss(at, part) for part in parts]
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in found], axis=0)
-        return float(np.mean([float(value) for value, _ in found])), np.where(free, slope, 0.0)
+        gap = (point - start) / DEVIATIONS**2 / num_clips
+        value = np.mean([float(value) for value, _ in found]) + gap @ (point - start) / 2
+        return float(value), np.where(free, slope + gap, 0.0)
 
     best = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
-    at = _settings_at(np.where(free, best.x, start))
-    found = {name: _numbers(value) for name, value in at._asdict().items() if name in fitted}
-    return Settings(**{**values, **found, **given})
-
-
-def _settings_at(point: Array) -> Settings:
-    """Returns the settings at n logarithms of scales, n `unenrolled`, `stranger` and `clips`."""
-    num = len(point) // 2 - 1
-    xp = np if isinstance(point, np.ndarray) else jnp
-    return Settings(0.0, 0.0, xp.exp(point[:num]), point[num:-2], point[-2], point[-1])
-
-
-def _numbers(value: Array) -> float | tuple[float, ...]:
-    """Returns one number, or those of all modalities, as checkpoints keep them."""
-    numbers = np.atleast_1d(np.asarray(value, np.float64)).tolist()
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)
-
-
-def _in_question(part: _Ratios) -> Array:
-    """Returns [K] bool, True for somebody new and for identities enrolled in any modality."""
-    return jnp.any(part.known, axis=0).at[0].set(True)
+    scale, unenrolled, stranger = np.where(free, best.x, start).tolist()
+    fitted = {"scale": float(np.exp(scale)), "unenrolled": unenrolled, "stranger": stranger}
+    return Settings(**{**values, **fitted, **given})
 
 
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Returns the mean cross-entropy at a point of `_settings_at`."""
-    settings = _settings_at(point)
-    logits = combine(part.ratios, part.known, part.present, settings, part.num_clips)
-    logs = jax.nn.log_softmax(jnp.where(_in_question(part), logits, -jnp.inf))
-    return -jnp.mean(jnp.take_along_axis(logs, part.labels[:, None], axis=1))
+    """Returns the mean cross-entropy at the logarithm of a scale, `unenrolled` and `stranger`."""
+    settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
+    logs = jax.nn.log_softmax(combine(part.ratios, part.known, part.present, settings))
+    right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]
+    known = part.labels > 0
+    return -(jnp.mean(right, where=known) + jnp.mean(right, where=~known)) / 2

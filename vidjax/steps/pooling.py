@@ -1,7 +1,6 @@
 """Scores of several runs as one: a mean of probabilities, or of their logarithms."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +10,8 @@ from vidjax.steps import mean_scores
 from vidjax.system import log_softmax
 
 
-class Pooling(NamedTuple):
-    """How the scores of several runs become one.
-
-    Attributes:
-      logarithms: True for a mean of logarithms of probabilities, False for one of probabilities.
-      scale: factor on that mean of logarithms.
-      offset: what is added to it for somebody new, who is no identity.
-    """
-
-    logarithms: bool = False
-    scale: float = 1.0
-    offset: float = 0.0
-
-
-MEAN = Pooling()
-
-
 def blend(
-    scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], pooling: Pooling
+    scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], *, logarithms: bool
 ) -> list[Array]:
     """Joins the scores of several models.
 
@@ -38,7 +20,7 @@ def blend(
         models.
       voices: for each model its weight, 0 or more, and whether it has a probability of somebody
         new.
-      pooling: the kind of mean.
+      logarithms: True for a mean of logarithms of probabilities, False for one of probabilities.
 
     Returns:
       The scores of every block, [B, C]. Those of a single model are returned unchanged.
@@ -46,15 +28,13 @@ def blend(
     if len(voices) == 1:
         return list(scores[0])
     blocks = zip(*scores, strict=True)
-    if not pooling.logarithms:
+    if not logarithms:
         weights = [weight for weight, _ in voices]
         return [_mean_probabilities(list(block), weights) for block in blocks]
     used = [number for number, (weight, _) in enumerate(voices) if weight > 0]
     at = jnp.asarray([voices[number][0] for number in used])
     known = jnp.asarray([voices[number][1] for number in used])
-    return [
-        pool(jnp.stack([block[number] for number in used]), at, known, pooling) for block in blocks
-    ]
+    return [pool(jnp.stack([block[number] for number in used]), at, known) for block in blocks]
 
 
 @jax.jit
@@ -78,9 +58,10 @@ def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
 
     Returns:
       [R, B, 1 + C] logarithms, -inf in column 0 if no model that scores the clip knows of somebody
-      new; and [R, B] bool, True where a model scores a clip. One that cannot has scores of -inf.
+      new; and [R, B] bool, True where a model scores a clip. One that cannot has scores of -inf;
+      NaN is a score, which the mean shows.
     """
-    scored = jnp.any(scores > -jnp.inf, axis=2)  # [R, B]
+    scored = jnp.any(scores != -jnp.inf, axis=2)  # [R, B]
     knowing = scored & knows[:, None]
     rest = jnp.where(knowing, jax.vmap(log_rest)(scores), 0.0)
     count = jnp.sum(knowing, axis=0)
@@ -126,17 +107,15 @@ def log_rest(scores: Array) -> Array:
 
 
 @jax.jit
-def pool(scores: Array, weights: Array, knows: Array, pooling: Pooling) -> Array:
+def pool(scores: Array, weights: Array, knows: Array) -> Array:
     """Returns the scores [B, C] of a mean of logarithms, normalised with somebody new.
 
     Args:
       scores: [R, B, C] logarithms of the probabilities of the identities.
       weights: [R] above 0.
       knows: [R] bool.
-      pooling: scale, and offset of somebody new.
     """
-    logits = jnp.asarray(mean_logarithms(*complete(scores, knows), weights)) * pooling.scale
-    logits = logits.at[:, 0].add(pooling.offset)
-    some = jnp.any(logits > -jnp.inf, axis=1, keepdims=True)
+    logits = mean_logarithms(*complete(scores, knows), weights)
+    some = jnp.any(logits != -jnp.inf, axis=1, keepdims=True)
     found = log_softmax(jnp.where(some, logits, 0.0), jnp.ones(logits.shape[1], bool))
     return jnp.where(some, found, -jnp.inf)[:, 1:]

@@ -17,6 +17,7 @@ from vidjax import devices, selection
 from vidjax.batch import Array, Batch, Frames
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.errors import UserError
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.steps.training_clips import values_of_clips
 from vidjax.system import System
@@ -47,7 +48,7 @@ def training_threshold(config: Config, data: TrainingData) -> float | None:
     if not share or modality not in config.modalities:  # the model refuses the latter
         return None
     if spec.get("threshold"):
-        raise ValueError(
+        raise UserError(
             f"config.model.threshold={spec['threshold']} and config.model.threshold_share={share} "
             "exclude each other\nset one of them to 0"
         )

@@ -32,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 from vidjax import optim
 from vidjax.augment import MemberBatch
 from vidjax.batch import Array
-from vidjax.steps.columns import NO_AXIS, ClassAxes
+from vidjax.steps.columns import NO_AXIS, ClassAxes, is_adam
 from vidjax.system import System
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -138,7 +138,7 @@ def narrow(system: System, columns: Array, state_axes: optax.OptState, gaps: Arr
     return system._replace(
         model=system.make_model(len(columns)),
         class_mask=mask,
-        objective=system.make_objective(mask),
+        objective=system.make_objective(mask, columns=columns),
         tx=_fading(system.tx, _without_members(state_axes), gaps),
     )
 
@@ -176,14 +176,10 @@ def _fading(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        faded = jax.tree.map(fade, axes, state, is_leaf=_is_adam)
+        faded = jax.tree.map(fade, axes, state, is_leaf=is_adam)
         return tx.update(updates, faded, params)
 
     return optax.GradientTransformation(tx.init, update)
-
-
-def _is_adam(state: object) -> bool:
-    return isinstance(state, optax.ScaleByAdamState)
 
 
 def _without_members(state_axes: Tree) -> Tree:

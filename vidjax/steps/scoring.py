@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from vidjax import devices
 from vidjax.batch import Array, Batch
 from vidjax.data.clips import Split
+from vidjax.errors import UserError
 from vidjax.run.terminal import Progress
 from vidjax.steps.conclusion import Collected, Evaluation, Judge, conclude, pool_of
 from vidjax.steps.model_scorer import ModelScorer, TrainedModel
-from vidjax.steps.pooling import MEAN, Pooling, blend
+from vidjax.steps.pooling import blend
 from vidjax.steps.poor_clips import PoorClips
 from vidjax.steps.sinks import WINDOW_ROWS, ClipScoreBuffer, TopKMetric
 from vidjax.steps.windows import windows
@@ -45,7 +46,7 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
     observe: ScoreObserver | None = None,
-    pooling: Pooling = MEAN,
+    logarithms: bool = False,
 ) -> Evaluation:
     """Ranks all clips of a split by the scores of one model, or by a blend of several.
 
@@ -60,7 +61,7 @@ def score(
       each_member: True to also rank by every single member of an ensemble.
       check: function to call after every window; its exceptions end the evaluation.
       observe: function to call with the scores of every window; None for none.
-      pooling: how the scores of several models become one.
+      logarithms: True to join several models by the mean of their logarithms.
 
     Raises:
       ValueError: The models differ in clips or identities, or no clip can be scored.
@@ -80,7 +81,7 @@ def score(
         each_member=each_member,
         check=check,
         observe=observe,
-        pooling=pooling,
+        logarithms=logarithms,
     )
     return conclude(collected, split, judges)
 
@@ -88,7 +89,7 @@ def score(
 def check_block_size(block_size: int) -> None:
     """Raises ValueError if a block would hold no clip."""
     if block_size < 1:
-        raise ValueError(f"config.eval.block_size={block_size}: must be 1 or more")
+        raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
 
 
 def collect(
@@ -100,7 +101,7 @@ def collect(
     each_member: bool,
     check: Callable[[], None] = lambda: None,
     observe: ScoreObserver | None = None,
-    pooling: Pooling = MEAN,
+    logarithms: bool = False,
 ) -> Collected:
     """Scores all clips of a split, and keeps what a ranking of them needs.
 
@@ -108,7 +109,7 @@ def collect(
       scorers: one for each model, of all clips of the split.
       split: the clips, which may be those of a part; none of them needs to be ranked.
       mesh: the devices.
-      block_size, each_member, check, observe, pooling: as `score` takes them.
+      block_size, each_member, check, observe, logarithms: as `score` takes them.
     """
     models = [scorer.model for scorer in scorers]
     pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
@@ -135,7 +136,9 @@ def collect(
             ]
             if observe:
                 observe(blocks, scores)
-            for block, block_scores in zip(blocks, blend(scores, voices, pooling), strict=True):
+            for block, block_scores in zip(
+                blocks, blend(scores, voices, logarithms=logarithms), strict=True
+            ):
                 for sink in (ranking, clips):
                     sink.add(block_scores, block)
             clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
@@ -197,18 +200,18 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
     clips, other_clips = (model.data.split(split_name).clips for model in (first, other))
     if clips != other_clips:
         examples = sorted({*clips} ^ {*other_clips})[:3]
-        raise ValueError(
+        raise UserError(
             f"--runs: {first.name} and {other.name} have different clips in {split_name}\n"
             f"such as {', '.join(examples)}"
         )
     if tuple(first.data.identities) != tuple(other.data.identities):
-        raise ValueError(
+        raise UserError(
             f"--runs: {first.name} and {other.name} were trained on different lists of identities\n"
             "blend runs that were trained on the same ground truth"
         )
     for model in (first, other):
         if not model.system.logs:
-            raise ValueError(
+            raise UserError(
                 f"--runs: {model.name} ranks by raw logits, which cannot be blended with others\n"
                 "use --config.eval.scores=log_softmax"
             )

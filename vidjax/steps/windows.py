@@ -8,8 +8,11 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Batch, LazyFeatures
-from vidjax.data.clips import longest, make_eval_plan
+from vidjax.data.clips import EvalPlan, longest, make_eval_plan
+from vidjax.data.resident import free_bytes
+from vidjax.errors import UserError
 from vidjax.steps.model_scorer import TrainedModel
+from vidjax.system import System
 
 WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
 
@@ -39,9 +42,15 @@ def windows(
     splits = {key: data.split(split_name) for key, data in datasets.items()}
     lengths = np.max([longest(splits[key], tuple(modalities[key])) for key in datasets], axis=0)
     share = devices.share(mesh)
+    plans = {
+        key: make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths)
+        for key in datasets
+    }
+    for model in models:
+        _check_memory(model.system, plans[id(model.data)], block_size, mesh)
     streams = [
         data.eval_batches(
-            make_eval_plan(splits[key], tuple(modalities[key]), lengths=lengths),
+            plans[key],
             rows=block_size * mesh.shape["data"] // share.parts,
             share=share,
         )
@@ -52,7 +61,7 @@ def windows(
     for host in zip(*streams, strict=True):
         for other in host[1:]:
             if not np.array_equal(*map(devices.fetch, (host[0].clip_index, other.clip_index))):
-                raise ValueError("--runs: the datasets of the runs have different orders of clips")
+                raise UserError("--runs: the datasets of the runs have different orders of clips")
         batches = [devices.shard_block(mesh, batch) for batch in host]
         window.append(dict(zip(datasets, batches, strict=True)))
         size += sum(_nbytes(batch) for batch in batches)
@@ -61,6 +70,23 @@ def windows(
             window, size = [], 0
     if window:
         yield [[batches[id(model.data)] for batches in window] for model in models]
+
+
+def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
+    """Refuses blocks that exceed the free memory of a device by their features and scores alone."""
+    frames, widths = plan.padded_lengths, system.modalities
+    numbers = [
+        sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)
+        for bucket in set(plan.bucket[plan.bucket >= 0].tolist())
+    ]
+    size = 4 * block_size * (max(numbers, default=0) + system.num_columns)
+    free = free_bytes(mesh)
+    if 0 < free < size:
+        raise UserError(
+            f"config.eval.block_size={block_size}: a block of clips takes {size / 1e9:,.1f} GB of "
+            f"memory, and {free / 1e9:,.1f} GB are free\n"
+            f"--config.eval.block_size={max(1, int(block_size * free / size) // 4)}"
+        )
 
 
 def _nbytes(batch: Batch) -> int:

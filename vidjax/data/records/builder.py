@@ -48,7 +48,7 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Frame features of video clips, converted from official pickles.",
+            description="Frame features of video clips.",
             features=tfds.features.FeaturesDict(
                 {
                     "clip": tfds.features.Text(),

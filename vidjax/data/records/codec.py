@@ -15,12 +15,16 @@ import numpy as np
 from vidjax.batch import Frames
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.errors import UserError
 
 # TensorFlow reads both variables when it is imported. It only moves records here, without need of
 # oneDNN, which would announce itself on stderr. Errors arrive as exceptions, not in the log.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+# Its Keras, which nothing here uses, would write a file into the home folder.
+_keras_home = os.environ.get("KERAS_HOME")
+os.environ["KERAS_HOME"] = os.devnull
 _collecting = gc.isenabled()
 gc.disable()  # what is imported stays, and collecting meanwhile takes a third of the seconds
 try:
@@ -32,6 +36,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 finally:
+    del os.environ["KERAS_HOME"]
+    if _keras_home is not None:
+        os.environ["KERAS_HOME"] = _keras_home
     if _collecting:
         if not gc.get_freeze_count():
             gc.freeze()  # and it becomes old at once: the next collections would visit all of it,
@@ -94,10 +101,10 @@ class PackedFrames(tfds.features.FeatureConnector):
             array = np.asarray(example_data[field])
             wanted = (num_frames, *info.shape[1:])
             if array.shape != wanted:
-                raise ValueError(f"{field}: got shape {array.shape}, wanted {wanted}")
+                raise UserError(f"{field}: got shape {array.shape}, wanted {wanted}")
             dtype = np.dtype(info.np_dtype)
             if not np.can_cast(array.dtype, dtype, "safe"):
-                raise ValueError(f"{field}: {array.dtype} does not fit {dtype} exactly")
+                raise UserError(f"{field}: {array.dtype} does not fit {dtype} exactly")
             encoded[field] = array.astype(dtype.newbyteorder("<"), copy=False).tobytes()
         return encoded
 

@@ -1,21 +1,19 @@
 """The commands that convert a folder without training: their arguments and their report."""
 
 import argparse
-import gc
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vidjax import messages
 from vidjax.data.record_source import RecordSource
 from vidjax.data.records.convert import convert
 from vidjax.data.records.engines import Beam, Pool
 from vidjax.data.records.report import format_report, label_records
 
 
-def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+def make_parser(module: str, description: str) -> messages.Parser:
     """Returns the parser of `python -m MODULE DIR`."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
         "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
@@ -39,16 +37,9 @@ def convert_folder(args: argparse.Namespace, open_source: Callable[[], RecordSou
       args: what a parser of `make_parser` has parsed.
       open_source: returns the frames of the folder.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("vidjax").setLevel(logging.INFO)
     engine = Pool(args.workers) if args.beam_options is None else Beam(args.beam_options)
-    try:
-        source = open_source()
-        records = convert(source, args.cache_dir, engine=engine)
-        _, _, report = label_records(records, source.truth(records.clips))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{format_report(report)}\n{records.folder / 'data_report.json'}\n")
-    gc.freeze()  # leaves out the last garbage collection, which takes over a second
+    source = open_source()
+    records = convert(source, args.cache_dir, engine=engine)
+    _, _, report = label_records(records, source.truth(records.clips))
+    messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
     return 0

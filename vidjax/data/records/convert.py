@@ -4,11 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vidjax.data.cache import building, cache_folder, exclusive
+from vidjax.data.cache import building, cache_folder, exclusive, mark_used
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.record_source import RecordSource
 from vidjax.data.records.engines import ALL_CORES, Engine, check_engine
 from vidjax.data.records.manifest import VERSION, Records, load_records
+from vidjax.errors import UserError
 
 
 def convert(
@@ -33,23 +34,24 @@ def convert(
       OSError: the cache cannot be written.
     """
     if non_finite not in ("drop", "error"):
-        raise ValueError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
+        raise UserError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
     check_engine(engine)
     fingerprint = source.fingerprint()
     folder = _folder(source.kind, fingerprint, cache_dir)
     if not (folder / "manifest.json").exists():
-        with exclusive(folder.parent):
+        with exclusive(folder):
             if not (folder / "manifest.json").exists():
                 with building(folder) as partial:
                     from vidjax.data.records.write import write_records
 
                     write_records(source, fingerprint, partial, non_finite, engine)
                     if source.fingerprint() != fingerprint:
-                        raise ValueError(
+                        raise UserError(
                             f"{source.place}: changed during the conversion\n"
                             "run the command again once no program writes to it"
                         )
     records = load_records(folder)
+    mark_used(folder)
     if non_finite == "error":  # the records may be those of an earlier conversion with 'drop'
         _refuse_dropped(records, source)
     return records

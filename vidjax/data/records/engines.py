@@ -13,10 +13,14 @@ from vidjax.data import processes
 from vidjax.data.records import worker
 from vidjax.data.records.staging import ShardTask, feature_bytes
 from vidjax.data.untrusted.names import show
+from vidjax.errors import DiskError, UserError
+from vidjax.machine import num_cores
 
 # Less than this is written before another process has started.
 WORKER_BYTES = 64 << 20
 LOCAL_RUNNER = "FnApiRunner"
+# With or without the end of their names.
+DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirectrunner"}
 
 
 class Pool(NamedTuple):
@@ -50,7 +54,7 @@ def check_engine(engine: Engine) -> None:
     """Raises ValueError when an engine cannot run here."""
     if isinstance(engine, Pool):
         if engine.workers is not None and engine.workers < 1:
-            raise ValueError(f"--workers={engine.workers}: wanted 1 or more")
+            raise UserError(f"--workers={engine.workers}: wanted 1 or more")
         return
     flags = _beam_flags(engine.options)
     try:
@@ -59,7 +63,7 @@ def check_engine(engine: Engine) -> None:
         reason = f"--beam_options={engine.options}: {show(str(error))}"
         if isinstance(error, ModuleNotFoundError) and error.name == "apache_beam":
             reason = "--beam_options needs the package apache-beam: pip install 'vidjax[beam]'"
-        raise ValueError(reason) from None
+        raise UserError(reason) from None
 
 
 def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> None:
@@ -92,7 +96,7 @@ def _num_workers(pool: Pool, tasks: Sequence[ShardTask]) -> int:
     """Returns the number of processes that are worth their start, from 1 to one per shard."""
     if pool.workers is None:
         size = sum(feature_bytes(task.lengths, task.modalities) for task in tasks)
-        wanted = min(processes.num_cores(), size // WORKER_BYTES)
+        wanted = min(num_cores(), size // WORKER_BYTES)
     else:
         wanted = pool.workers
     return max(1, min(wanted, len(tasks)))
@@ -106,14 +110,14 @@ def _run_pool(folder: Path, workers: int) -> None:
         if child.returncode == worker.EXIT_DISK:
             raise OSError(*json.loads(child.stdout))
         if child.returncode == -signal.SIGKILL:
-            raise OSError(
+            raise DiskError(
                 f"{folder}: a process that wrote records was killed from outside: is memory short?"
                 "\nto convert in one process: python -m vidjax.data.iqiyi_vid DIR --workers=1"
                 "\n(own features: python -m vidjax.data.arrays DIR --workers=1)"
             )
         if child.returncode:
             last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            raise OSError(f"{folder}: a process that wrote records failed: {show(last)}")
+            raise RuntimeError(f"{folder}: a process that wrote records failed: {show(last)}")
 
     processes.map_children(run, range(workers), workers)
 
@@ -121,10 +125,13 @@ def _run_pool(folder: Path, workers: int) -> None:
 def _beam_flags(options: str) -> list[str]:
     """Returns the options of Beam as flags, with a runner."""
     flags = [f"--{option.strip()}" for option in options.split(",") if option.strip()]
-    if "--runner=DirectRunner" in flags:  # it looks for a program on the internet first
-        raise ValueError(
-            f"--beam_options={options}: DirectRunner downloads a program; use runner={LOCAL_RUNNER}"
-        )
+    for flag in flags:  # Beam ignores the case of these names, and what stands before a dot
+        runner = flag.partition("=")[2].rpartition(".")[2].lower()
+        if flag.startswith("--runner=") and runner in DOWNLOADING:
+            raise UserError(
+                f"--beam_options={options}: {flag[2:]} looks for a program on the internet\n"
+                f"on this machine: runner={LOCAL_RUNNER}"
+            )
     if not any(flag.startswith("--runner=") for flag in flags):
         flags.append(f"--runner={LOCAL_RUNNER}")
     return flags
@@ -149,4 +156,4 @@ def _run_beam(folder: Path, engine: Beam) -> None:
             _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(worker.write_saved)
     except RuntimeError as error:  # with the traceback of the worker
         last = str(error).strip().rpartition("\n")[2]
-        raise OSError(f"{folder}: Apache Beam stopped: {show(last)}") from error
+        raise DiskError(f"{folder}: Apache Beam stopped: {show(last)}") from error

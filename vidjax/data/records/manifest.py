@@ -7,19 +7,27 @@ itself. TFRecord files need that: a file that is cut between two records reads w
 
 import contextlib
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax import files
 from vidjax.data.clips import Modality
-from vidjax.digests import sha256_file
+from vidjax.digests import sha256_file, sha256_opened
+from vidjax.errors import UserError
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.2.0"
+DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
+MANIFEST_BYTES = 64 * files.MB
+CLIP_BYTES = 4096  # the most that the index holds of a clip
+DTYPES = ("float16", "float32", "float64", "int8")
 
 
 class Shard(NamedTuple):
@@ -137,49 +145,85 @@ def load_index(folder: Path) -> Records:
     """
     try:
         manifest = _read_manifest(folder / "manifest.json")
-        for name, digest in manifest["sha256"].items():
-            if sha256_file(folder / name) != digest:
-                raise ValueError(f"{name} does not match its sha256")
-        report = json.loads((folder / "data_report.json").read_text())
-        with np.load(folder / "index.npz", allow_pickle=False) as index:
-            splits = {
-                name: _load_split(folder, name, split, index)
-                for name, split in manifest["splits"].items()
-            }
-        modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{folder}: damaged records: {error}\ndelete this folder to convert again"
+        modalities = {name: _modality(**kind) for name, kind in manifest["modalities"].items()}
+        clips = sum(split["records"] for split in manifest["splits"].values())
+        with _open(folder / "data_report.json", manifest) as file:
+            report: Any = files.parse_json(file.readall())
+        with _open(folder / "index.npz", manifest) as file:
+            index = files.load_npz(file, files.LARGE_BYTES + CLIP_BYTES * clips)
+        splits = {
+            name: _load_split(folder, name, split, index)
+            for name, split in manifest["splits"].items()
+        }
+        if not all(isinstance(report["splits"][name]["modalities"], dict) for name in splits):
+            raise UserError("data_report.json is that of other records")
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        told = isinstance(error, (FileNotFoundError, UserError))
+        reason = str(error).splitlines()[0] if told else "entries of another layout"
+        raise UserError(
+            f"{folder}: damaged records: {reason}\ndelete this folder to convert again"
         ) from error
     return Records(folder, modalities, splits, report)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    try:
-        manifest = json.loads(content)
+    content = files.read_bytes(path, MANIFEST_BYTES, below=path.parents[2])
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        manifest: Any = files.parse_json(content)
         digest = manifest.pop("manifest_sha256")
         same = _json({**manifest, "manifest_sha256": digest}) == content
         if same and hashlib.sha256(_json(manifest)).hexdigest() == digest:
             return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{path.name} does not match its sha256")
+    raise UserError(f"{path.name} does not match its sha256")
+
+
+@contextlib.contextmanager
+def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
+    """Opens a file beside the manifest, which holds its sha256."""
+    with files.open_regular(path, below=path.parents[2]) as file:
+        if sha256_opened(file) != manifest["sha256"][path.name]:
+            raise UserError(f"{path.name} does not match its sha256")
+        file.seek(0)
+        yield file
+
+
+def _modality(dim: int, dtype: str) -> Modality:
+    if not 1 <= dim <= 1 << 24 or dtype not in DTYPES:
+        raise UserError(f"features of width {dim!r} and type {dtype!r}")
+    return Modality(dim, dtype)
 
 
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
+    """Returns a split; ValueError where manifest and index do not fit each other."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
-    return SplitRecords(
+    split = SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
         lengths={key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)},
-        shards=tuple(
-            Shard(**{**shard, "path": folder / shard["path"]}) for shard in manifest["shards"]
-        ),
+        shards=tuple(_shard(folder, **shard) for shard in manifest["shards"]),
     )
+    count = len(split.clips)
+    whole = [array.dtype.kind == "i" for array in (split.order, *split.lengths.values())]
+    if not (
+        all(whole)
+        and all(of.shape == (count,) and of.min() >= 0 for of in split.lengths.values())
+        and np.array_equal(np.sort(split.order), np.arange(count))
+        and manifest["records"] == count == sum(shard.records for shard in split.shards)
+    ):
+        raise UserError(f"index.npz: split {name} has other clips than its shards")
+    return split
+
+
+def _shard(folder: Path, path: str, records: int, size: int, mtime_ns: int, sha256: str) -> Shard:
+    inside = Path(path)
+    if inside.is_absolute() or ".." in inside.parts or len(inside.parts) != DEPTH:
+        raise UserError("a shard lies outside of the folder")
+    if not all(isinstance(number, int) and number >= 0 for number in (records, size, mtime_ns)):
+        raise UserError(f"{path}: sizes that are no whole numbers")
+    return Shard(folder / inside, records, size, mtime_ns, sha256)
 
 
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
@@ -206,8 +250,9 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
     checked = []
     for shard in shards:
         # The time changes when a file is replaced; a copied folder is read once more.
-        stat = shard.path.stat() if shard.path.exists() else None
-        if not stat or (stat.st_size, stat.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        stat = os.lstat(shard.path) if files.exists(shard.path) else None
+        is_same = stat and (stat.st_size, stat.st_mtime_ns) == (shard.size, shard.mtime_ns)
+        if not stat or not is_same or not S_ISREG(stat.st_mode):
             check_shard(shard)
         checked.append(shard._replace(mtime_ns=stat.st_mtime_ns) if stat else shard)
     return tuple(checked)
@@ -220,13 +265,19 @@ def check_shard(shard: Shard) -> None:
       ValueError: it is missing, damaged, or holds another number of records than were written;
         names the file and the first damaged record.
     """
-    hint = f"delete {shard.path.parents[2]} to convert again"
+    hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     wanted = f"{shard.path}: expected {shard.records} records, found"
-    if not shard.path.exists():
-        raise ValueError(f"{wanted} no such file\n{hint}")
-    with contextlib.suppress(OSError):  # the reader below reports how far it can be read
-        if sha256_file(shard.path) == shard.sha256:
-            return
+    if not files.exists(shard.path):
+        raise UserError(f"{wanted} no such file\n{hint}")
+    try:
+        with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
+            same_size = os.fstat(file.fileno()).st_size == shard.size
+            if same_size and sha256_opened(file) == shard.sha256:
+                return
+    except UserError as error:  # a link, a pipe: the reader below would wait for it
+        raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
+    except OSError:
+        pass  # the reader below reports how far it can be read
     from vidjax.data.records.codec import tf
 
     count = size = 0
@@ -238,13 +289,13 @@ def check_shard(shard: Shard) -> None:
         if size != shard.path.stat().st_size:  # the reader ignores a few bytes at the end
             raise tf.errors.DataLossError(None, None, "truncated")
     except tf.errors.DataLossError as error:
-        raise ValueError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}") from error
+        raise UserError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}") from error
     except tf.errors.OpError as error:
         reason = " ".join(str(error.message).split())[:200]
-        raise ValueError(f"{wanted} {count}: {reason}\n{hint}") from error
+        raise UserError(f"{wanted} {count}: {reason}\n{hint}") from error
     if count != shard.records:
-        raise ValueError(f"{wanted} {count}\n{hint}")
-    raise ValueError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+        raise UserError(f"{wanted} {count}\n{hint}")
+    raise UserError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
 
 
 def verify(records: Records) -> list[str]:

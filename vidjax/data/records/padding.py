@@ -41,7 +41,7 @@ def eval_batches(
 
 
 def _by_shard(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields each block as soon as its clips are read, so that few shards are open at once."""
+    """Yields each block as soon as its clips are read, before other shards are."""
     _, order, _, shards = records.splits[plan.split]
     waiting: dict[int, list[Rows]] = {}  # bucket -> records of a block that is not full
     ends = np.cumsum([shard.records for shard in shards])
@@ -67,8 +67,8 @@ def _by_shard(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
 def _by_bucket(records: Records, plan: EvalPlan, rows: int, share: Share) -> Iterator[Batch]:
     """Yields the blocks of a process in the order of `own_blocks`, which all processes share.
 
-    Shards stay open until the end: every bucket may have clips of each, and to open one is to
-    compute its digest.
+    Readers are kept until the end: every bucket may have clips of each shard, and to make one is to
+    compute a digest.
     """
     _, order, _, shards = records.splits[plan.split]
     ends = np.cumsum([shard.records for shard in shards])

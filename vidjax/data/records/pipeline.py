@@ -4,8 +4,6 @@ TensorFlow is imported where batches are streamed or records are made, and not w
 as a whole.
 """
 
-import contextlib
-import ctypes
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,25 +23,11 @@ from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.reader import ShardReader
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.data.usable import equal_quality, misspelt
+from vidjax.data.usable import equal_quality, misspelt, transposed
+from vidjax.errors import UserError
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most
 PACKED_FIELDS = tuple(name for name in Packed._fields if name in STORED)
-
-
-def _keep_freed_memory() -> None:
-    """Lets each batch reuse the memory of the one before, if the C library is glibc.
-
-    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
-    every thread trims a heap of its own: that halves the rate of batches.
-    """
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, 1)):
-            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-
-
-_keep_freed_memory()
 
 
 class Dataset:
@@ -84,8 +68,19 @@ class Dataset:
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
             self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
         lengths = {name: split.lengths for name, split in records.splits.items()}
-        for problem in (*misspelt(lengths), *equal_quality(self.report, list(self.modalities))):
+        widths = {name: modality.dim for name, modality in self.modalities.items()}
+        for problem in (
+            *misspelt(lengths),
+            *transposed(lengths, widths),
+            *equal_quality(self.report, list(self.modalities)),
+        ):
             warnings.warn(problem, stacklevel=2)
+
+    def __repr__(self) -> str:
+        clips = ", ".join(f"{name} {len(one.clips):,} clips" for name, one in self._splits.items())
+        widths = ", ".join(f"{name} {one.dim}" for name, one in self.modalities.items())
+        place = self._origin.dir or self._origin.name
+        return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
 
     @classmethod
     def from_source(
@@ -120,7 +115,7 @@ class Dataset:
           ValueError: there are no records of that split.
         """
         if name not in self._splits:
-            raise ValueError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
+            raise UserError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
@@ -156,7 +151,7 @@ class Dataset:
             batch that cannot be split evenly, or, while reading, damaged records.
         """
         if start < 0:
-            raise ValueError(f"start={start}: must be 0 or more")
+            raise UserError(f"start={start}: must be 0 or more")
         for split in plan.splits:
             check_modalities(self.split(split), plan.modalities)
         own_rows(plan.batch_size, share)  # refuses what cannot be split, before anything is read
@@ -275,7 +270,7 @@ def _check_times(
     wrong = np.flatnonzero(times != wanted)
     if wrong.size:
         _check_all(shards)
-        raise ValueError(
+        raise UserError(
             f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come exactly "
             f"once, such as {split.clips[wrong[0]]}"
         )

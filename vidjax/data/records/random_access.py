@@ -15,6 +15,7 @@ import numpy as np
 from vidjax import files
 from vidjax.data.records import tfrecord
 from vidjax.data.records.manifest import Shard
+from vidjax.errors import UserError
 
 HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
 SUM = 4  # bytes behind it: its checksum
@@ -67,7 +68,7 @@ class RecordFiles:
         wrong = _first_wrong(content.tolist(), sums)
         if wrong is not None:
             path = self._shards[shards[wrong]].path
-            raise ValueError(f"{path}: record {numbers[wrong] + 1} is damaged")
+            raise UserError(f"{path}: record {numbers[wrong] + 1} is damaged")
         return content
 
 
@@ -89,10 +90,10 @@ def find_records(shard: Shard) -> Places:
         actual = os.fstat(file.fileno()).st_size
     wrong = _first_wrong(lengths, sums)
     if wrong is not None:
-        raise ValueError(f"{shard.path}: record {wrong + 1} is damaged")
+        raise UserError(f"{shard.path}: record {wrong + 1} is damaged")
     # A file that was cut between two records has no damaged one.
     if not (len(starts) == shard.records and at == shard.size == actual):
-        raise ValueError(f"{shard.path}: {actual} bytes, expected {shard.size}")
+        raise UserError(f"{shard.path}: {actual} bytes, expected {shard.size}")
     size = np.frombuffer(b"".join(lengths), "<u8").astype(np.int64)
     return Places(np.array(starts, np.int64), size)
 
@@ -109,7 +110,7 @@ def _read(file: io.FileIO, start: int, size: int) -> bytes:
     """Returns `size` bytes of a file; ValueError if it ends before."""
     content = os.pread(file.fileno(), size, start)
     if len(content) < size:
-        raise ValueError(f"{file.name}: ends before byte {start + size}")
+        raise UserError(f"{file.name}: ends before byte {start + size}")
     return content
 
 

@@ -1,13 +1,16 @@
 """The records of a shard without TensorFlow, whose import takes longer than reading most datasets.
 
-The file is mapped into memory, and its sha256 is compared with the manifest. All records have the
+The sha256 of the file is compared with the manifest. All records have the
 same keys in the same order (`builder` sorts them), so each key is found in all of them at once.
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
 """
 
+import contextlib
 import hashlib
+import io
+import os
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from vidjax import files
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import Shard, check_shard
+from vidjax.errors import UserError
 
 FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
 # Tags of the messages: (number of the field << 3) + 2, which is a length and as many bytes.
@@ -38,28 +42,31 @@ class Values(NamedTuple):
 
 
 class ShardReader:
-    """The records of a shard.
+    """The records of a shard, of which it keeps where their values lie.
+
+    No file stays open, as there may be more shards than files that a process may open; and none is
+    mapped, as a process ends when a file is cut that it has mapped.
 
     Attributes:
       clip_index: [N] int32, the clip of each record.
     """
 
     def __init__(self, shard: Shard):
-        """Maps the file and finds all values.
+        """Reads the file and finds all values.
 
         Raises:
           ValueError: the file is not the one that was written; names file and record.
         """
-        content = _map(shard)
-        self._bytes = np.frombuffer(content, np.uint8)
+        self._shard = shard
+        content, self._state = _read(shard)
         starts, sizes = _records(content, shard.records)
         try:
-            self._values = _find(self._bytes, starts, sizes)
+            self._values = _find(content, starts, sizes)
             first, size = self._values["clip_index"]
-            index, end = _varint(self._bytes, first)
+            index, end = _varint(content, first)
             _expect(bool((end == first + size).all()))
         except (IndexError, KeyError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{shard.path}: records of another layout\n"
                 f"delete {shard.path.parents[2]} to convert again"
             ) from error
@@ -81,33 +88,66 @@ class ShardReader:
           fields: names of fields of one number per frame, and `features`.
           rows: the records, a slice or [n] int.
         """
+        values = [self._values[f"frames/{name}/{field}"] for field in fields]
+        starts = np.array([one.start[rows] for one in values])  # [fields, records]
+        sizes = np.array([one.size[rows] for one in values])
+        first, end = starts.min(0), (starts + sizes).max(0)
+        flat, place = self._spans(first, end - first)
         found = {}
-        for field in fields:
-            start, size = self._values[f"frames/{name}/{field}"]
-            pairs = zip(start[rows].tolist(), size[rows].tolist(), strict=True)
-            flat = np.concatenate([self._bytes[first : first + count] for first, count in pairs])
+        for field, start, size in zip(fields, starts - first + place, sizes, strict=True):
+            pairs = zip(start.tolist(), size.tolist(), strict=True)
+            one = np.concatenate([flat[at : at + count] for at, count in pairs])
             if field == "features":
-                found[field] = flat.view(modality.dtype).reshape(-1, modality.dim)
+                found[field] = one.view(modality.dtype).reshape(-1, modality.dim)
             else:
-                found[field] = flat.view(FRAME_FIELDS[field].dtype)
+                found[field] = one.view(FRAME_FIELDS[field].dtype)
         return found
 
+    def _spans(self, first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns some bytes of the file, one span after another, and where each span begins."""
+        ends = np.cumsum(size)
+        flat = np.empty(int(ends[-1]), np.uint8)
+        place = ends - size
+        with files.open_regular(self._shard.path) as file:
+            spans = zip(first.tolist(), place.tolist(), ends.tolist(), strict=True)
+            whole = all(
+                os.preadv(file.fileno(), [flat.data[start:end]], at) == end - start
+                for at, start, end in spans
+            )
+            if not whole or _state(file) != self._state:
+                raise UserError(f"{self._shard.path}: changed while it was read")
+        return flat, place
 
-def _map(shard: Shard) -> memoryview:
-    """Returns the bytes of a shard; ValueError unless they are those that were written."""
-    if shard.path.exists():
-        content = files.map_bytes(shard.path, max(shard.size, shard.path.stat().st_size))
-        if hashlib.sha256(content).hexdigest() == shard.sha256:
-            return content
+
+def _read(shard: Shard) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Returns the bytes of a shard, [n] uint8, and the state of its file.
+
+    Raises:
+      ValueError: they are not those that were written.
+    """
+    with contextlib.suppress(FileNotFoundError), files.open_regular(shard.path) as file:
+        state, size = _state(file), 0
+        content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        while size < len(content) and (count := file.readinto(content.data[size:])):
+            size += count
+        is_whole = size == shard.size and not file.read(1)
+        if is_whole and hashlib.sha256(content.data).hexdigest() == shard.sha256:
+            return content, state
     check_shard(shard)  # names the record
-    raise ValueError(f"{shard.path}: changed while it was read")
+    raise UserError(f"{shard.path}: changed while it was read")
 
 
-def _records(content: memoryview, num_records: int) -> tuple[np.ndarray, np.ndarray]:
+def _state(file: io.FileIO) -> tuple[int, ...]:
+    """Returns what changes with every byte that is written to a file, and where it is replaced."""
+    stat = os.fstat(file.fileno())
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns first byte and number of bytes of every record, [N] int64 each."""
     starts, sizes, at = [], [], 0
     for _ in range(num_records):
-        (size,) = struct.unpack_from("<Q", content, at)
+        (size,) = struct.unpack_from("<Q", content.data, at)
         starts.append(at + 12)  # behind the length and its checksum
         sizes.append(size)
         at += size + FRAMING
@@ -160,4 +200,4 @@ def _varint(content: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _expect(condition: bool) -> None:
     if not condition:
-        raise ValueError("not what `builder` writes")
+        raise UserError("not what `builder` writes")

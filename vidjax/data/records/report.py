@@ -13,6 +13,7 @@ from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
 from vidjax.digests import sha256_json
+from vidjax.errors import UserError
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
@@ -52,11 +53,11 @@ def _report_modality(
     seen, stored = sum(part.seen for part in parts), sum(len(part.features) for part in parts)
     loaded, skipped = int(lengths.sum()), sum(frames_skipped.values())
     if loaded + skipped != seen or loaded != stored:
-        raise ValueError(f"{path}: {seen} frames seen, {loaded} loaded, {skipped} skipped")
+        raise UserError(f"{path}: {seen} frames seen, {loaded} loaded, {skipped} skipped")
     names = sum(len(part.names) for part in parts)
     clips, empty = int((lengths > 0).sum()), sum(clips_skipped.values())
     if clips + empty != names:
-        raise ValueError(f"{path}: {names} clips seen, {clips} loaded, {empty} skipped")
+        raise UserError(f"{path}: {names} clips seen, {clips} loaded, {empty} skipped")
     return {
         "file": path.name,
         "clips_seen": names,
@@ -73,7 +74,8 @@ def _report_modality(
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "quality": _histogram(np.concatenate([part.frames["quality"] for part in parts])),
+        # Copies: what is mapped counts among the open files.
+        "quality": _histogram(np.concatenate([part.frames["quality"].copy() for part in parts])),
         "norm": _histogram(np.concatenate([feature_norms(part.features) for part in parts])),
     }
 
@@ -124,7 +126,24 @@ def label_records(
     report["identities"] = len(identities)
     for split, clips in records.clips.items():
         report["splits"][split] |= _report_labels(truth.get(split), clips, identities)
+        report["splits"][split]["sha256"] = _digest_split(records, truth, split)
     return identities, labels, report
+
+
+def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
+    """Returns the clips and modalities of a split, and the sha256 of names, features and labels.
+
+    Records hold all modalities of a clip, so that the sha256 of features is that of all of them.
+    """
+    found = records.splits[split]
+    shards = [sorted(records.modalities.items()), [shard.sha256 for shard in found.shards]]
+    return {
+        "clips": len(found.clips),
+        "names": sha256_json(found.clips),
+        "modalities": sorted(records.modalities),
+        "features": sha256_json(shards),
+        "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
+    }
 
 
 def digest_data(records: Records, truth: Truth) -> str:

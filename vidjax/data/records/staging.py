@@ -5,9 +5,9 @@ frames of its clips lie. So any process that sees these files can write any shar
 """
 
 import bisect
+import functools
 import itertools
 import json
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,40 +15,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips, map_frames
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, FlatFiles, PackedClips
+from vidjax.machine import most_files
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
 
 
-class FlatFiles(NamedTuple):
-    """Where the frames of one modality of a split lie; see `map_frames`.
-
-    Attributes:
-      folder: the folder of the flat files.
-      dtype: dtype of the features.
-      width: their width.
-      num_frames: number of frames of all clips.
-    """
-
-    folder: Path
-    dtype: str
-    width: int
-    num_frames: int
-
-
 class _MappedFrames:
-    """The flat files of a modality, mapped, as if all parts were one."""
+    """The flat files of a modality as if all parts were one, at most `most` of them mapped."""
 
-    def __init__(self, files: Sequence[FlatFiles]):
-        self._parts = [map_frames(*flat) for flat in files]
+    def __init__(self, files: Sequence[FlatFiles], most: int):
+        self._part = functools.lru_cache(most)(lambda number: dict(files[number]))
         self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
 
     def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
         """Returns field -> frames of a clip, which is in one part, as views of its files."""
         number = bisect.bisect_right(self._ends, start)
-        part = self._parts[number]
+        part = self._part(number)
         first = start - (self._ends[number] - len(part["features"]))
         return {field: part[field][first : first + length] for field in STORED}
 
@@ -97,7 +82,10 @@ class ShardTask(NamedTuple):
 
         The files are mapped anew: what was read of them leaves the memory with the shard.
         """
-        frames = {name: _MappedFrames(files) for name, files in self.files.items()}
+        parts = max((len(files) for files in self.files.values()), default=1)
+        fitting = most_files() // 2 // (len(STORED) * max(1, len(self.files)))
+        most = max(1, int(min(parts, fitting)))
+        frames = {name: _MappedFrames(files, most) for name, files in self.files.items()}
         for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
             fields = {
                 name: self._frames(frames.get(name), name, modality, record)
@@ -125,7 +113,10 @@ class ShardTask(NamedTuple):
             "path": str(self.path.absolute()),
             "modalities": self.modalities,
             "files": {
-                name: [(str(flat.folder.absolute()), *flat[1:]) for flat in parts]
+                name: [
+                    (str(flat.folder.absolute()), flat.dtype.name, flat.width, flat.num_frames)
+                    for flat in parts
+                ]
                 for name, parts in self.files.items()
             },
         }
@@ -236,20 +227,10 @@ def shard_tasks(
 
 def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
     """Returns where some frames lie; writes those that are in memory alone."""
-    if packed.folder is None:
-        scratch.mkdir(parents=True)
-        for field, values in packed.frames.items():
-            values.tofile(scratch / f"{field}.bin")
+    if isinstance(packed.frames, FlatFiles):
+        return packed.frames
+    scratch.mkdir(parents=True)
+    for field, values in packed.frames.items():
+        values.tofile(scratch / f"{field}.bin")
     num_frames, width = packed.features.shape
-    return FlatFiles(packed.folder or scratch, packed.features.dtype.name, width, num_frames)
-
-
-def release_pages(split: StagedSplit) -> None:
-    """Frees the memory of pages that were read: mapped files count as memory of the process."""
-    packed = itertools.chain.from_iterable(split.packed.values())
-    for flat, field in itertools.product(packed, STORED):
-        owner = flat.frames[field]
-        while isinstance(owner, np.ndarray):
-            owner = owner.base
-        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            owner.madvise(mmap.MADV_DONTNEED)
+    return FlatFiles(scratch, packed.features.dtype, width, num_frames)

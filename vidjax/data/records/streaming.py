@@ -22,6 +22,7 @@ from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
 from vidjax.data.records.random_access import RecordFiles
+from vidjax.errors import UserError
 
 OPEN_SHARDS = 16
 SHUFFLE_RECORDS = 2048
@@ -164,7 +165,7 @@ def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
                 check_shard(shard)
             reason = " ".join(str(error).split())[:200]
             folder = shards[0].path.parent
-            raise ValueError(f"{folder}: cannot read the records: {reason}") from error
+            raise UserError(f"{folder}: cannot read the records: {reason}") from error
         yield decoded  # outside of `try`: when the process ends, TensorFlow may be gone
 
 

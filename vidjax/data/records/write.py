@@ -13,7 +13,6 @@ import numpy as np
 
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite
-from vidjax.data.processes import num_cores
 from vidjax.data.record_source import RecordSource
 from vidjax.data.records.engines import ALONE, Engine, write_shards
 from vidjax.data.records.manifest import (
@@ -27,10 +26,11 @@ from vidjax.data.records.report import report_split
 from vidjax.data.records.staging import (
     ShardTask,
     StagedSplit,
-    release_pages,
     shard_bounds,
     stage,
 )
+from vidjax.errors import UserError
+from vidjax.machine import num_cores
 
 _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -102,9 +102,7 @@ def _import_builder() -> Any:
 def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, Any]:
     """Returns the report of the feature files of a split."""
     paths = {modality: source.file_of(modality, name) for modality in split.packed}
-    report = report_split(split.packed, split.lengths, paths)
-    release_pages(split)
-    return report
+    return report_split(split.packed, split.lengths, paths)
 
 
 def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
@@ -112,7 +110,7 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
     for name, split in staged.items():
         if not split.clips:
             paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
-            raise ValueError(f"{paths or source.place}: no clip in split {name!r}")
+            raise UserError(f"{paths or source.place}: no clip in split {name!r}")
 
 
 def _common_modalities(
@@ -127,14 +125,14 @@ def _common_modalities(
     first_split: dict[str, str] = {}
     for split, clips in staged.items():
         for name, parts in clips.packed.items():
-            features = [part.features for part in parts if len(part.features)]
-            if not features:  # without frames, width and dtype are unknown
+            features = next((part.features for part in parts if len(part.features)), None)
+            if features is None:  # without frames, width and dtype are unknown
                 continue
-            dim, dtype = features[0].shape[1], features[0].dtype
+            dim, dtype = features.shape[1], features.dtype
             first = first_split.setdefault(name, split)
             if name in modalities:
                 if modalities[name].dim != dim:
-                    raise ValueError(
+                    raise UserError(
                         f"{name}: features are {modalities[name].dim} wide in "
                         f"{source.file_of(name, first)}\n"
                         f"but {dim} wide in {source.file_of(name, split)}"
@@ -145,7 +143,7 @@ def _common_modalities(
         packed = [parts for split in staged.values() for parts in split.packed.values()]
         dropped = sum(sum(part.skipped.values()) for parts in packed for part in parts)
         reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
-        raise ValueError(f"{source.place}: no clip has a single frame that can be used{reason}")
+        raise UserError(f"{source.place}: no clip has a single frame that can be used{reason}")
     return dict(sorted(modalities.items()))
 
 
@@ -159,6 +157,6 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
                 shared.append(f"{clip} ({owners[clip]} and {name})")
     if shared:
         more = ", ..." if len(shared) > 5 else ""
-        raise ValueError(
+        raise UserError(
             f"{place}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
         )

@@ -4,6 +4,7 @@ Every field of every entry is checked for type, shape and length before it is wr
 depth: a file can surprise neither this code nor the code that reads the flat files.
 """
 
+import operator
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,7 @@ class ClipWriter:
           UnpickleError: the value is something else; names clip, entry and field.
         """
         if type(value) in (list, tuple):
+            value = self._by_time(value)
             for start in range(0, len(value), self.block_frames):
                 self._add_entries(clip, value, start)
         elif type(value) is Array and self.fields == _BARE:
@@ -208,6 +210,19 @@ class ClipWriter:
         else:
             wanted = "array" if self.fields == _BARE else f"list of [{', '.join(self.fields)}]"
             raise UnpickleError(f"{self._clip(clip)} is of type {_kind(value)}, wanted {wanted}")
+
+    def _by_time(self, entries: Sequence[Any]) -> Sequence[Any]:
+        """Returns entries in the order of their frame numbers; as they are if one has none."""
+        if self.fields[0] != "frame":
+            return entries
+        try:
+            numbers = [_frame_number(entry[0]) for entry in entries]
+        except (TypeError, LookupError, ValueError):
+            return entries  # what is wrong is told with its place
+        if all(map(operator.le, numbers, numbers[1:])):
+            return entries
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        return [entries[number] for number in order]
 
     def _clip(self, clip: int) -> str:
         return f"clip {show(self.names[clip])}, {self.modality}"

@@ -1,8 +1,11 @@
 """Names of clips and identities, and text of unknown origin in messages."""
 
 import re
+import sys
 import unicodedata
 import urllib.parse
+
+from vidjax.errors import UserError
 
 # Control characters, line and paragraph separators: they would break the lines of a file.
 _BREAKS = ("Cc", "Zl", "Zp")
@@ -31,18 +34,32 @@ def check_name(name: str, kind: str = "clip name") -> str:
         control character.
     """
     if not name.strip():
-        raise ValueError(f"{kind} '{show(name)}' is empty")
+        raise UserError(f"{kind} '{show(name)}' is empty")
     if not name.isprintable():  # a fast test, which few names fail
         broken = [letter for letter in name if unicodedata.category(letter) in _BREAKS]
         if broken:
-            raise ValueError(
+            raise UserError(
                 f"{kind} '{show(name)}' holds the control character {broken[0]!a}: rename it"
             )
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{kind} '{show(name)}' is not valid unicode: rename it") from None
+        remedy = "rename it"
+        if sys.getfilesystemencoding() != "utf-8":  # and nothing may be wrong with the name
+            remedy = "set PYTHONUTF8=1, as the locale lets names of files be ASCII alone"
+        raise UserError(f"{kind} '{show(name)}' is not valid unicode: {remedy}") from None
     return name
+
+
+def check_identity(name: str) -> str:
+    """Returns the name of a person as it is, see `check_name`; it has no blanks at its ends.
+
+    Raises:
+      ValueError: see `check_name`; or outer blanks, which would make two people of one.
+    """
+    if name != name.strip() and name.strip():
+        raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
+    return check_name(name, "identity")
 
 
 def clean_name(name: str) -> str:
@@ -55,7 +72,7 @@ def clean_name(name: str) -> str:
     while name.endswith(".mp4", 0, end):  # no copy: a name may be nothing but suffixes
         end -= 4
     if not name[:end].strip():
-        raise ValueError(f"clip name '{show(name)}' is empty")
+        raise UserError(f"clip name '{show(name)}' is empty")
     return check_name(name[:end])
 
 
@@ -70,11 +87,11 @@ def clean_name_at(place: str, name: object) -> str:
       ValueError: the name is no text, or malformed.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{place} a clip name is text, not {type(name).__name__}: {name!r:.40}")
+        raise UserError(f"{place} a clip name is text, not {type(name).__name__}: {name!r:.40}")
     try:
         return clean_name(name)
     except ValueError as error:
-        raise ValueError(f"{place} {error}") from None
+        raise UserError(f"{place} {error}") from None
 
 
 def escape(name: str) -> str:

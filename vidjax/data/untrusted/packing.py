@@ -11,16 +11,17 @@ import numpy as np
 from vidjax.data.frame_fields import (
     FRAME_FIELDS,
     STORED,
+    FlatFiles,
     FrameField,
     NonFinite,
     PackedClips,
     Quality,
     feature_norms,
-    map_frames,
     skipped_clips,
     usable_rows,
 )
 from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError
 
 Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
 
@@ -66,19 +67,22 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
-        raise ValueError(f"{place}: no field '{show(unknown[0])}'; choose from {', '.join(STORED)}")
+        raise UserError(f"{place}: no field '{show(unknown[0])}'; choose from {', '.join(STORED)}")
     features = _numbers(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
         for name, column in given.items():
             if column is not None and np.size(column):
-                raise ValueError(f"{place}: {name} of frames, but no features")
+                raise UserError(f"{place}: {name} of frames, but no features")
         return {}
     features = features[None] if features.ndim == 1 else features
     if features.ndim != 2 or not features.shape[1]:
-        raise ValueError(f"{place}: features have shape {list(features.shape)}, wanted [T, D]")
+        raise UserError(f"{place}: features have shape {list(features.shape)}, wanted [T, D]")
     if features.dtype not in DTYPES:
         kinds = "float16, float32, float64 and int8"
-        raise ValueError(f"{place}: features are {features.dtype}, but only {kinds} are read")
+        raise UserError(
+            f"{place}: features are {features.dtype}, but only {kinds} are read: "
+            "use features.astype('float32')"
+        )
     frames = {"features": features}
     for name, field in FRAME_FIELDS.items():
         column = given.get(name)
@@ -102,11 +106,11 @@ def _read_column(
     if column.size == 1 and shape == (1,):
         column = column.reshape(1)  # the one frame of a clip that is given as [D]
     if column.shape != shape:
-        raise ValueError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
+        raise UserError(f"{place} has shape {list(column.shape)}, wanted {list(shape)}")
     if name == "number":
         whole = np.isfinite(column) & (column >= 0) & (column < 2**31) & (column % 1 == 0)
         if not whole.all():
-            raise ValueError(f"{place} {column[~whole][0]} is no whole number from 0 up")
+            raise UserError(f"{place} {column[~whole][0]} is no whole number from 0 up")
     with np.errstate(over="ignore"):
         return column.astype(field.dtype)
 
@@ -119,11 +123,11 @@ def _numbers(values: Any, place: str) -> np.ndarray:
         reason = str(error).splitlines()[0]
         if "inhomogeneous" in reason:
             reason = "rows of different lengths"
-        raise ValueError(f"{place}: not an array: {reason[:200]}") from None
+        raise UserError(f"{place}: not an array: {reason[:200]}") from None
     if array.dtype == object:
-        raise ValueError(f"{place}: an array of Python objects, wanted one array of numbers")
+        raise UserError(f"{place}: an array of Python objects, wanted one array of numbers")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
-        raise ValueError(f"{place}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
+        raise UserError(f"{place}: {array.dtype} {list(array.shape)}, wanted numbers [T, D]")
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -173,14 +177,14 @@ def _fill(
     for clip in clips:
         if clip.name in seen:
             places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
-            raise ValueError(f"{places}: clip {show(clip.name)} comes twice")
+            raise UserError(f"{places}: clip {show(clip.name)} comes twice")
         seen[clip.name] = clip.place
         if not clip.modalities:
             bare.append(clip)
         for modality, value in clip.modalities.items():
             if modality not in packers:
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", str(modality)):
-                    raise ValueError(
+                    raise UserError(
                         f"{clip.place}: clip {show(clip.name)}: modality "
                         f"'{show(str(modality))}': a name of letters, digits, '-' and '_' is wanted"
                     )
@@ -244,11 +248,13 @@ class _Packer:
             return
         features, place = frames["features"], place_of(clip, self._modality)
         if features.shape[1] != self._width:
-            raise ValueError(
-                f"{place}: features are {features.shape[1]} wide, others {self._width}"
+            shape = list(features.shape)
+            raise UserError(
+                f"{place}: features are {shape[1]} wide, others {self._width}: an array is "
+                f"[frames, width], here {shape}"
             )
         if features.dtype != self._dtype:
-            raise ValueError(
+            raise UserError(
                 f"{place}: features are {features.dtype}, others {self._dtype}: "
                 f"use features.astype('{self._dtype}')"
             )
@@ -256,7 +262,7 @@ class _Packer:
         if not keep.all():
             if not self._drop:
                 frame = int(np.argmin(keep))
-                raise ValueError(f"{place}: the feature of frame {frame} is not finite")
+                raise UserError(f"{place}: the feature of frame {frame} is not finite")
             frames = {name: column[keep] for name, column in frames.items()}
             self._kept[-1] = int(keep.sum())
         for name, column in frames.items():
@@ -295,13 +301,12 @@ class _Packer:
             skipped={"non_finite": dropped} if dropped else {},
             skipped_clips=skipped_clips(seen, lengths),
             warnings=dict(self._warnings),
-            folder=self._folder,
         )
 
-    def _frames(self, total: int) -> dict[str, np.ndarray]:
+    def _frames(self, total: int) -> Mapping[str, np.ndarray]:
         """Returns field -> the frames of all clips."""
         if self._folder:
-            return map_frames(self._folder, self._dtype, self._width, total)
+            return FlatFiles(self._folder, self._dtype, self._width, total)
         none = {name: np.empty(field.shape(0), field.dtype) for name, field in FRAME_FIELDS.items()}
         none["features"] = np.empty((0, self._width), self._dtype)
         return {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}

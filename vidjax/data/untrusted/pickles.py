@@ -12,6 +12,7 @@ from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
 from vidjax.data.processes import Children
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import show
+from vidjax.errors import DiskError, NoFileError, UserError
 
 # Wall-clock limit of the child: long enough for a slow disk, and an end for a hung one.
 _WALL_SECONDS = 60
@@ -48,9 +49,9 @@ def unpack(
     """
     path, out_dir = Path(path), Path(out_dir)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise NoFileError(f"{path}: no such file")
     if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
+        raise UserError(f"{path}: not a regular file")
     out_dir.mkdir(parents=True, exist_ok=True)
     with cleared_on_error(out_dir):
         child = _run_sandbox(path, modality, out_dir, non_finite, children or Children())
@@ -91,25 +92,27 @@ def _run_sandbox(
     try:
         return children.run(sandbox.__name__, *arguments, timeout=limit)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
+        raise UserError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
 
 
 def _summary_of(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> dict:
     """Returns the child's summary, or raises its error with the name of the file."""
     if child.returncode == -signal.SIGXCPU:
         seconds = sandbox.cpu_limit(path.stat().st_size)
-        raise ValueError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")
+        raise UserError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")
     if child.returncode == -signal.SIGKILL:
-        raise ValueError(f"{path}: its reader was killed from outside: is memory short?")
+        raise UserError(f"{path}: its reader was killed from outside: is memory short?")
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
-        raise ValueError(f"{path}: damaged or hostile: its reader ended with {name}")
+        raise UserError(f"{path}: damaged or hostile: its reader ended with {name}")
     if child.returncode not in (0, sandbox.EXIT_REFUSED):
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise ValueError(f"{path}: its reader failed: {show(last)}")
+        raise UserError(f"{path}: its reader failed: {show(last)}")
     answer = json.loads(child.stdout)
     if "os_error" in answer:
-        raise OSError(f"{path}: cannot be read, or not written to {out_dir}: {answer['os_error']}")
+        raise DiskError(
+            f"{path}: cannot be read, or not written to {out_dir}: {answer['os_error']}"
+        )
     if "error" in answer:
-        raise ValueError(f"{path}: {answer['error']}")
+        raise UserError(f"{path}: {answer['error']}")
     return answer

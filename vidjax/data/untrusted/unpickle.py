@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError
 
 _STRUCT_CODES = {
     "f2": "e", "f4": "f", "f8": "d", "b1": "?",
@@ -35,7 +36,7 @@ _OTHER_FILES = {
 }
 
 
-class UnpickleError(ValueError):
+class UnpickleError(UserError):
     """A pickle is damaged or refused; the message is one line."""
 
 

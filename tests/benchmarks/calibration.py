@@ -1,0 +1,110 @@
+"""How far the probabilities of PLDA hold, for made-up people exactly of its model.
+
+    python -m tests.benchmarks.calibration
+
+Half of the clips show strangers. The columns: mean probability of somebody new (.5 is right), the
+expected calibration error of the best name, the share of other strangers named at the threshold
+that 2,000 of them set for 1 %, known clips that are right, and the settings that were fitted.
+"""
+
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.helpers import embeddings
+from vidjax import metrics
+from vidjax.gallery import front as front_lib
+from vidjax.models import plda, two_covariance
+from vidjax.models.plda import Settings
+
+CASES = [  # people, clips of each, width, share of the variance that is not the person's
+    (50, 4, 64, 0.5), (50, 4, 128, 0.6), (300, 4, 64, 0.5), (300, 4, 64, 0.7), (1000, 4, 128, 0.65),
+    (5000, 3, 128, 0.65),
+]  # fmt: skip
+MOST = 2000  # clips of known people that are searched, and of strangers that set a threshold
+OTHERS = 10_000  # clips of strangers that it is measured on
+
+
+class Found(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      new: mean probability of somebody new.
+      error: expected calibration error of the best name, in ten bins.
+      alarms: share of further strangers at the threshold for 1 %.
+      right: share of known clips whose best name is right.
+      settings: those that were fitted.
+    """
+
+    new: float
+    error: float
+    alarms: float
+    right: float
+    settings: Settings
+
+
+def measure(
+    num_people: int, *, clips: int, width: int, within: float, seed: int, others: int = 0
+) -> Found:
+    """Enrols people, and searches clips of them and as many of strangers."""
+    rng = np.random.default_rng(seed)
+    x = embeddings.exact(rng, num_people, clips + 2, width, within)
+    labels = np.repeat(np.arange(1, num_people + 1), clips)
+    enrolled = x[:, :clips].reshape(-1, width)
+    front = front_lib.fit({"face": enrolled}, labels, centred=False)
+    part, settings = front.parts[0], front.settings
+    sums = two_covariance.make_sums(front_lib.unit(part, enrolled), labels, num_people + 1)
+    space, people = two_covariance.as_arrays(
+        part.space, two_covariance.enrol(part.space, sums.count, sums.total), jnp.dtype("float32")
+    )
+
+    def logs_of(queries: np.ndarray) -> np.ndarray:
+        some = jnp.asarray(front_lib.unit(part, queries), jnp.float32)
+        ratios = two_covariance.log_ratios(space, people, some)[None]
+        every = jnp.ones((1, len(some)), bool)
+        return np.asarray(
+            jax.nn.log_softmax(plda.combine(ratios, people.known[None], every, settings))
+        )
+
+    places = rng.permutation(2 * num_people)[:MOST]
+    known = logs_of(x[:, clips:].reshape(-1, width)[places])
+    answers = 1 + places // 2
+    strange = logs_of(embeddings.exact(rng, len(places), 1, width, within)[:, 0])
+    logs = np.concatenate([known, strange])
+    best = np.exp(logs[:, 1:].max(axis=1))
+    right = 1 + logs[:, 1:].argmax(axis=1) == np.concatenate([answers, 0 * answers])
+    bins = np.minimum((10 * best).astype(int), 9)
+    gaps = [abs(np.sum((best - right)[bins == number])) for number in range(10)]
+    alarms = np.nan
+    if others:
+        score = metrics.threshold_of(
+            logs_of(embeddings.exact(rng, MOST, 1, width, within)[:, 0])[:, 1:].max(axis=1),
+            fpir=0.01,
+        )
+        some = [embeddings.exact(rng, MOST, 1, width, within)[:, 0] for _ in range(others // MOST)]
+        alarms = float(np.mean([logs_of(one)[:, 1:].max(axis=1) >= score for one in some]))
+    return Found(
+        float(np.mean(np.exp(logs[:, 0]))), sum(gaps) / len(logs), alarms,
+        float(np.mean(right[: len(known)])), settings,
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Prints the table."""
+    sys.stdout.write("people clips width within   P(new)    ECE  named at 1 %  right   settings\n")
+    for people, clips, width, within in CASES:
+        found = measure(people, clips=clips, width=width, within=within, seed=0, others=OTHERS)
+        shown = " ".join(f"{value:.2f}" for value in found.settings)
+        sys.stdout.write(
+            f"{people:6} {clips:5} {width:5} {within:6.2f}   {found.new:6.3f} {found.error:6.3f}  "
+            f"{100 * found.alarms:10.2f} %  {found.right:5.3f}   {shown}\n"
+        )
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Conversion and training where few files may be open and memory is small."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers import limits
+from vidjax.data import arrays
+from vidjax.data.records.convert import convert
+
+CHILD = "import time; held = bytearray(60 << 20); time.sleep(9)"
+PARENT = f"""
+import subprocess, sys
+children = [subprocess.Popen([sys.executable, "-c", {CHILD!r}]) for _ in range(3)]
+[child.wait() for child in children]
+"""
+
+
+def test_a_command_is_ended_where_all_its_processes_hold_too_much():
+    ended = limits.run([sys.executable, "-c", PARENT], memory=150 << 20)
+    assert ended.returncode == -9
+    assert ended.peak > 150 << 20
+
+
+def test_a_command_cannot_open_more_files_than_it_may():
+    ended = limits.run([sys.executable, "-c", "[open('/dev/null') for _ in range(30)]"], files=20)
+    assert ended.returncode == 1
+    assert "Too many open files" in ended.stderr
+
+
+def write_npz(folder, splits, widths, dtype=np.float16):
+    """Writes own features, split -> number of clips, and their labels: 20 people."""
+    rng = np.random.default_rng(0)
+    people = {name: rng.standard_normal((20, width)) for name, width in widths.items()}
+    rows = ["clip,identity"]
+    for split, count in splits.items():
+        (folder / split).mkdir(parents=True)
+        for number in range(count):
+            one = {
+                name: (mean[number % 20] + rng.standard_normal((4, mean.shape[1]))).astype(dtype)
+                for name, mean in people.items()
+            }
+            np.savez(folder / split / f"{split}{number}.npz", **one)
+            rows.append(f"{split}{number},p{number % 20}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
+@pytest.mark.slow
+def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
+    """Forty parts of four modalities have 800 files, which those that write look at."""
+    widths = dict.fromkeys(("face", "head", "body", "audio"), 4)
+    write_npz(tmp_path / "data", {"train": 80, "val": 20}, widths)
+    words = [sys.executable, "-m", "vidjax.data.arrays", tmp_path / "data"]
+    ended = limits.run([*words, "--workers=20", f"--cache_dir={tmp_path / 'some'}"], files=256)
+    assert ended.returncode == 0, ended.stderr
+    one = convert(arrays.FeatureFolder(tmp_path / "data", workers=1), tmp_path / "one")
+    (some,) = tmp_path.glob("some/arrays/*/manifest.json")
+    shards = {path.name: path.read_bytes() for path in one.folder.rglob("*.tfrecord*")}
+    assert shards == {path.name: path.read_bytes() for path in some.parent.rglob("*.tfrecord*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_conversion_and_training_fit_a_small_machine(tmp_path, mode):
+    """As under `ulimit -n 256` and a memory cgroup of 4 GB; .5 GB of features, in many shards."""
+    write_npz(tmp_path / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
+    ended = limits.run(
+        [
+            sys.executable, "-m", "vidjax.main", "--config=mma:face,body", "--config.num_epochs=2",
+            "--config.data.name=arrays", f"--config.data.dir={tmp_path / 'data'}",
+            f"--config.data.mode={mode}", f"--workdir={tmp_path / 'run'}",
+        ],
+        files=256, memory=4 * limits.GB, env={"VIDJAX_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert ended.returncode == 0, (ended.stderr[-1000:], ended.peak)
+    assert (tmp_path / "run" / "report.html").exists()

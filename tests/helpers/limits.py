@@ -1,0 +1,108 @@
+"""Commands on a small machine: few open files, little memory."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+GB = 1 << 30
+SAMPLE_SECONDS = 0.02
+
+
+class Ended(NamedTuple):
+    """A command that has ended.
+
+    Attributes:
+      returncode: its exit code, negative where a signal ended it: SIGKILL where memory was short.
+      stdout, stderr: what it printed.
+      peak: the most memory that it and its children held at once, in bytes; without pages of files,
+        which the system takes back where memory is short.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    peak: int
+
+
+def run(
+    words: Sequence[str | Path],
+    *,
+    files: int | None = None,
+    memory: int | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600,
+) -> Ended:
+    """Runs a command under limits, as `ulimit -n` and a memory cgroup set them.
+
+    No rights are needed: the memory of the command and its children is read some fifty times a
+    second, and all of them are killed when it is beyond the limit.
+
+    Args:
+      words: the command; it runs in the root of the repository.
+      files: how many files a process may open, a limit that it cannot raise; None for no limit.
+      memory: bytes that all its processes may hold together; None for no limit.
+      env: variables of the environment beside those of this process.
+      timeout: seconds after which it is killed.
+
+    Raises:
+      subprocess.TimeoutExpired: it was killed by the timeout.
+    """
+    command = [str(word) for word in words]
+    if files:
+        command = ["sh", "-c", 'ulimit -n "$0" && exec "$@"', str(files), *command]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        peak, done = [0], threading.Event()
+        watch = threading.Thread(target=_watch, args=(child, memory, peak, done))
+        watch.start()
+        try:
+            stdout, stderr = child.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        finally:
+            done.set()
+            watch.join()
+    return Ended(child.returncode, stdout, stderr, peak[0])
+
+
+def _watch(
+    child: subprocess.Popen[str], limit: int | None, peak: list[int], done: threading.Event
+) -> None:
+    """Keeps the most memory of a session of processes, and kills it where that is too much."""
+    while not done.is_set():
+        peak[0] = max(peak[0], _held(child.pid))
+        if limit and peak[0] > limit:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            return
+        time.sleep(SAMPLE_SECONDS)
+
+
+def _held(session: int) -> int:
+    """Returns the bytes that the processes of a session hold and no file could give back."""
+    total = 0
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdecimal() and os.getsid(int(folder.name)) == session:
+                lines = (folder / "status").read_text().splitlines()
+                held = [line.split() for line in lines if line.startswith(("RssAnon", "RssShmem"))]
+                total += sum(int(words[1]) << 10 for words in held)
+        except (ProcessLookupError, FileNotFoundError):
+            continue  # it has ended
+    return total

@@ -1,0 +1,182 @@
+"""Every place of a person is named, and what vidjax may delete is deleted: then no byte is left."""
+
+import contextlib
+import io
+import json
+import os
+import stat
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vidjax
+from tests.helpers import made_galleries, small_runs
+from vidjax import config as config_lib
+from vidjax import forget
+from vidjax.data import cache
+from vidjax.modes import rank
+from vidjax.run import workdir
+
+GONE = "Ada Lovelace"
+
+
+def run(*words, code=0):
+    """Runs the command and returns what it printed."""
+    told, wrong = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(wrong):
+        assert forget.main([str(word) for word in words]) == code, wrong.getvalue()
+    return (wrong if code else told).getvalue()
+
+
+def places(*words):
+    """Returns path -> kind and remedy, of what the command names."""
+    found = json.loads(run(*words, "--json"))["places"]
+    return {one["path"]: (one["kind"], one["remedy"]) for one in found}
+
+
+def converted(folder, *clips):
+    """Writes a conversion into a cache, as far as its names go."""
+    with cache.exclusive(folder), cache.building(folder) as partial:
+        (partial / "manifest.json").write_text("{}")
+        names = np.frombuffer("\n".join(clips).encode(), np.uint8)
+        arrays: Any = {"train/clips": names}
+        np.savez(partial / "index.npz", **arrays)
+
+
+def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path):
+    clips = made_galleries.make_clips()
+    shown = {"ada 1": made_galleries.make_clip(9001, GONE)._replace(fitted=True)}
+    people = made_galleries.make(tmp_path / "g", clips | shown)
+    others = made_galleries.make(tmp_path / "others")
+    for name, some in {"with": ("ada 1", "x"), "without": ("ada 11", "x")}.items():
+        converted(tmp_path / "cache" / "arrays" / name, *some)
+    trained = tmp_path / "runs" / "r"
+    trained.mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    (trained / "identities.json").write_text(json.dumps(["x", GONE]))
+    np.savez_compressed(trained / "members.npz", clips=np.frombuffer(b"x\nada 1\ny", np.uint8))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"clip": "x", "identity": GONE}))
+    (tmp_path / "ranking.txt").write_text("Ada%20Lovelace x y\n")
+    (tmp_path / "other.txt").write_text("ada 10 Ada Lovelaces\n")
+    (tmp_path / "ada 1.npz").write_bytes(b"")
+    names = {"g": "gallery", "cache/arrays/with": "records", "runs/r": "run",
+             "answers.jsonl": "file", "ranking.txt": "file", "ada 1.npz": "file"}  # fmt: skip
+    before = made_galleries.contents(others.folder)
+
+    found = places(f"--identity={GONE}", tmp_path)
+    assert {str(tmp_path / name): kind for name, kind in names.items()} == {
+        path: kind for path, (kind, _) in found.items()
+    }
+    assert GONE in people.identities  # nothing is deleted yet
+    found = places(f"--identity={GONE}", "--delete", tmp_path)
+    deleted = {path for path, (_, remedy) in found.items() if remedy.startswith("deleted")}
+    assert deleted == {str(tmp_path / "g"), str(tmp_path / "cache/arrays/with")}
+    assert (trained / "identities.json").exists()  # what is the user's stays
+    people.refresh()
+    assert GONE not in people.identities and people.still_held == 0
+    assert made_galleries.contents(others.folder) == before
+    assert (tmp_path / "cache" / "arrays" / "without").exists()
+    said = run(f"--identity={GONE}", "--clip=ada 1", "--delete", tmp_path)
+    assert "places      4, 0 of them deleted" in said and "train without them" in said
+
+
+def test_a_clip_removed_later_is_still_a_place(tmp_path):
+    clip = made_galleries.make_clip(1, GONE)._replace(fitted=True)
+    people = made_galleries.make(tmp_path / "g", made_galleries.make_clips() | {"ada 1": clip})
+    people.remove(identities=[GONE], refit=False)
+    assert list(places("--clip=ada 1", tmp_path).values()) == [("gallery", "--delete")]
+    run("--clip=ada 1", "--delete", tmp_path)
+    assert places("--clip=ada 1", tmp_path) == {}
+
+
+def test_what_cannot_be_searched_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "gallery.sqlite").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("/")
+    found = places("--clip=some clip", tmp_path)
+    assert {path: kind for path, (kind, _) in found.items()} == {
+        str(tmp_path / "pipe"): "unread", str(tmp_path / "g"): "unread",
+        str(tmp_path / "link"): "unread",
+    }  # fmt: skip
+    assert "--identity=NAME" in run(tmp_path, code=2)
+    assert "no such file" in run("--clip=x", tmp_path / "absent", code=2)
+
+
+def test_conversions_are_for_their_user_alone(tmp_path):
+    folder = tmp_path / "cache" / "arrays" / "0123"
+    converted(folder, "x")
+    for path in (tmp_path / "cache", folder):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "index.npz").stat().st_mode) == 0o600
+
+
+def everything(folder):
+    """Yields path and content of all files, those of archives unpacked."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path, path.read_bytes()
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    yield from ((path, archive.read(entry)) for entry in archive.infolist())
+
+
+@pytest.mark.slow
+def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
+    """Features, conversion, run, gallery, ranking, answers: what is named is dealt with."""
+    rng = np.random.default_rng(0)
+    features, labels = tmp_path / "features", ["clip,identity"]
+    centres = {name: rng.normal(size=16) for name in (GONE, "p1", "p2", "p3")}
+    gone = []
+    for split, count in {"train": 4, "val": 2}.items():
+        (features / split).mkdir(parents=True)
+        for name, centre in centres.items():
+            for turn in range(count):
+                clip = f"{name} {split} {turn}"
+                face = (3 * (centre + 0.5 * rng.normal(size=(3, 16)))).astype(np.float32)
+                np.savez(features / split / f"{clip}.npz", face=face)
+                labels.append(f"{clip},{name}")
+                gone += [clip] if name == GONE else []
+    (features / "labels.csv").write_text("\n".join(labels) + "\n")
+    vectors = [np.load(path)["face"] for path in features.rglob(f"{GONE}*")]
+    pieces = [row[:4].tobytes() for face in vectors for row in face]
+
+    def trained(folder):
+        words = ["--config.data.name=arrays", f"--config.data.dir={features}",
+                 f"--config.data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+        spec = f"{small_runs.ROOT}/configs/knn.py:face"
+        config = config_lib.override(config_lib.load_file(spec), words)
+        data = vidjax.load_data(config)
+        folder.mkdir(parents=True)
+        with workdir.lock(folder):
+            small_runs.run(config, folder, data)
+        return vidjax.restore(folder), data
+
+    first, data = trained(tmp_path / "runs" / "one")
+    gallery = vidjax.Gallery.create(tmp_path / "g", first, data)
+    shown = [clip.vector for clip in gallery.people.clips.values() if clip.identity == GONE]
+    pieces += [vector[:4].tobytes() for vector in shown]
+    rank.write(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
+    held = {path.relative_to(tmp_path).parts[0] for path, content in everything(tmp_path)
+            if any(piece in content for piece in pieces)}  # fmt: skip
+    assert held >= {"features", "cache", "g"}
+    clips = [f"--clip={name}" for name in gone]
+    run(f"--identity={GONE}", *clips, "--delete", tmp_path)
+    left = places(f"--identity={GONE}", *clips, tmp_path)
+    assert {kind for kind, _ in left.values()} == {"file", "run", "gallery"}
+    for name, (kind, _) in left.items():  # what the command says that the user has to do
+        path = tmp_path / name
+        if path == features / "labels.csv":
+            path.write_text("\n".join(row for row in labels if GONE not in row) + "\n")
+        elif kind == "file":
+            path.unlink()
+        else:
+            workdir.clear(path)
+    second, data = trained(tmp_path / "runs" / "two")
+    vidjax.Gallery.create(tmp_path / "g", second, data)
+    for path, content in everything(tmp_path):
+        assert not [piece for piece in pieces if piece in content], path
+        assert GONE.encode() not in content and GONE not in path.name, path
+    assert places(f"--identity={GONE}", *clips, tmp_path) == {}

@@ -1,0 +1,139 @@
+"""Clips to rank or to find: pipes, bombs and damaged files are named with a remedy."""
+
+import os
+import resource
+import warnings
+
+import numpy as np
+import pytest
+
+from tests.campaigns import mutations
+from tests.helpers.clip_files import bomb
+from vidjax import errors, files
+from vidjax.data import labels, unlabelled
+
+GB = 1 << 30
+
+
+def read_input(path):
+    """Reads the clips of `--input`, within seconds."""
+    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+        return unlabelled.load_clips(path, {"face": 4}, ("anna",))
+
+
+def refused_input(path, *words):
+    """Asserts that clips are refused in at most three lines that name the file and say words."""
+    with pytest.raises(errors.UserError) as caught:
+        read_input(path)
+    said = str(caught.value)
+    assert 1 <= len(said.splitlines()) <= 3 and "pickle" not in said
+    for word in words:
+        assert word in said, said
+
+
+def test_only_regular_files_are_read_as_clips(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    np.savez(tmp_path / "real.npz", face=np.ones((1, 4), np.float32))
+    path = folder / "x.npz"
+    for make, words in (
+        (os.mkfifo, "is a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+        (lambda path: path.mkdir(), "is a folder"),
+    ):
+        make(path)
+        refused_input(folder, words)
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.symlink_to(tmp_path / "real.npz")  # their own folders may be made of links
+    (folder / "._x.npz").write_text("what other systems leave beside a file")
+    assert read_input(folder).names == ("x",)
+    for name in ("labels.csv", "val_gt.txt"):
+        os.mkfifo(tmp_path / name)
+        with mutations.alarm(), pytest.raises(ValueError, match="is a pipe"):
+            labels.load_label_table(tmp_path / name, {"val": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"no archive", "damaged, or no .npz file: write it again"),
+        (b"", "damaged, or no .npz file: write it again"),
+        (b"\x80\x04K\x01.", "damaged, or no .npz file: write it again"),
+        ({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)"),
+        ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
+        ({"face": np.array([{}], object)}, "holds Python objects"),
+        ({"face": np.broadcast_to(np.float32(0), (files.MB, 1024))}, "unpacks to more than"),
+    ],
+)
+def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch, content, words):
+    monkeypatch.setattr("vidjax.data.npz.CLIP_BYTES", 64 * files.MB)
+    path = tmp_path / "a.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif "unpacks" in words:
+        bomb(path, gigabytes=0.125)
+    else:
+        np.savez(path, **content)
+    refused_input(tmp_path, "a.npz", words)
+    path.rename(tmp_path / "a.npy")
+    refused_input(tmp_path, "numpy.savez('CLIP.npz', face=array)")
+    refused_input(tmp_path / "a.npy", "numpy.savez(")
+
+
+def test_clips_that_fill_the_memory_together_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 16_000)
+    for number in range(11):
+        np.savez(tmp_path / f"{number:02}.npz", face=np.ones((100, 4), np.float32))
+    refused_input(tmp_path, "clip 10", "fewer clips at once")
+    (tmp_path / "10.npz").unlink()
+    assert len(read_input(tmp_path).names) == 10
+
+
+def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "clips.parquet"
+    good = {"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]}
+    twice = pyarrow.Table.from_arrays(
+        [pyarrow.array(column) for column in (*good.values(), ["b"])], [*good, "clip"]
+    )
+    long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
+    many = pyarrow.table({**dict.fromkeys(("clip", "modality"), long), "features": [[1.0]] * 4000})
+    parquet.write_table(pyarrow.table(good), path)
+    assert read_input(path).names == ("a",)
+    content = path.read_bytes()
+    for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
+        path.write_bytes(damaged)
+        refused_input(path, "clips.parquet: damaged, or no parquet table: write it again")
+    parquet.write_table(twice, path)
+    refused_input(path, "clips.parquet: two columns are named clip: keep one")
+    parquet.write_table(many, path)  # of 4 GB, were each name a text of its own
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused_input(path, "the run knows face")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GB // 1024
+    monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
+    flat = pyarrow.array(np.zeros(files.MB, np.float32))
+    features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
+    parquet.write_table(pyarrow.table({**good, "features": features}), path)
+    assert path.stat().st_size < 64 << 10
+    refused_input(path, "clips.parquet: its columns take 4,", "a third of the memory")
+
+
+def test_frames_that_are_not_finite_are_counted(tmp_path):
+    face = np.ones((3, 4), np.float32)
+    face[1, 2] = np.nan
+    quality = np.array([1, 1, np.inf], np.float32)
+    np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
+    np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        unlabelled.load_clips(tmp_path, {"face": 4}, ())
+    said = [str(one.message) for one in caught]
+    assert said == [
+        "face: 2 of 4 frames are not read: their features are not finite; 1 clips have no other",
+        "face: 1 of 4 frames have a quality that is not finite: 0 is used",
+    ]
+
+
+# ---- a cache that others write, too

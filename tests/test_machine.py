@@ -1,0 +1,102 @@
+"""What a process may use of its container, for every form that containers have."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vidjax import machine
+
+GB = 1 << 30
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"}
+V2 = {"proc/self/cgroup": "0::/pod/one\n"}
+MEMORY, CPU = "sys/fs/cgroup/memory", "sys/fs/cgroup/cpu"
+ALL = f"{1 << 63}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "most", "free", "cores"),
+    [
+        ({}, None, None, None),  # no Linux
+        (V2 | {"sys/fs/cgroup/pod/one/memory.max": "max\n"}, None, None, None),
+        (
+            V2
+            | {
+                "sys/fs/cgroup/pod/one/memory.max": f"{GB >> 6}\n",
+                "sys/fs/cgroup/pod/one/memory.current": f"{GB >> 7}\n",
+                "sys/fs/cgroup/pod/one/memory.stat": f"anon 5\ninactive_file {GB >> 8}\n",
+                "sys/fs/cgroup/pod/one/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/pod/cpu.max": "80000 100000\n",
+            },
+            GB >> 6,
+            (GB >> 7) + (GB >> 8),
+            1,
+        ),
+        (V2 | {"sys/fs/cgroup/memory.max": f"{GB >> 6}\n"}, GB >> 6, GB >> 6, None),  # seen as top
+        (
+            V1
+            | {
+                f"{MEMORY}/pod/one/memory.limit_in_bytes": ALL,
+                f"{MEMORY}/pod/memory.limit_in_bytes": f"{GB >> 6}\n",
+                f"{MEMORY}/pod/memory.usage_in_bytes": f"{GB >> 7}\n",
+                f"{CPU}/pod/one/cpu.cfs_quota_us": "50000\n",
+                f"{CPU}/pod/one/cpu.cfs_period_us": "100000\n",
+            },
+            GB >> 6,
+            GB >> 7,
+            1,
+        ),
+        (
+            V1
+            | {
+                f"{MEMORY}/memory.limit_in_bytes": f"{GB >> 6}\n",
+                f"{CPU}/cpu.cfs_quota_us": "-1\n",
+                f"{CPU}/cpu.cfs_period_us": "100000\n",
+            },
+            GB >> 6,
+            GB >> 6,
+            None,
+        ),
+    ],
+)
+def test_the_limits_of_a_container_are_those_of_its_groups(tmp_path, files, most, free, cores):
+    write(tmp_path, files)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert machine.memory_bytes(tmp_path) == (most or physical)
+    assert machine.free_bytes(tmp_path) == (free or 0)
+    assert machine.num_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_this_machine_has_cores_memory_and_files():
+    assert machine.num_cores() >= 1
+    assert 0 < machine.free_bytes() < machine.memory_bytes() < 1 << 50
+    assert 64 < machine.most_files() < math.inf
+
+
+IMPORT = """
+import re
+from pathlib import Path
+import numpy as np
+import vidjax.data.records.pipeline
+held = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+before = held()
+array = np.ones(200 << 20, np.uint8)
+del array
+print(held() - before)
+"""
+
+
+def test_an_import_leaves_the_memory_of_its_host_alone():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert int(done.stdout) < 50, done.stderr  # MB of an array that is gone

@@ -1,0 +1,243 @@
+"""Results belong to their data: a run meets its own data, or says in what they differ."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import vidjax
+from vidjax.main import main
+from vidjax.modes import plan, run_data
+from vidjax.run import checkpoint
+from vidjax.steps import feed
+
+CLIPS = 6  # of each split
+CONFIG = ("--config=knn:face", "--config.eval.report=False")
+
+
+def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
+    """Writes a dataset of own features; returns its flags."""
+    rng, lines = np.random.default_rng(seed), ["clip,identity"]
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for i in range(num_clips):
+            face = rng.normal(size=(2, 4)).astype(np.float32)
+            np.savez(folder / split / f"{split}{i}.npz", face=face, face_quality=np.ones(2))
+            lines.append(f"{split}{i},person {(i + shift * (split == 'train')) % 3}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return ["--config.data.name=arrays", f"--config.data.dir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run, the flags of its data, and a file of weights that it was trained with."""
+    folder = tmp_path_factory.mktemp("own")
+    weights = folder / "weights.txt"
+    weights.write_text("train0.mp4 0\n")
+    words = [*CONFIG, *write(folder / "data"), f"--config.data.weights={weights}"]
+    assert main([*words, f"--workdir={folder}/run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """A copy of all that `trained` has."""
+    return shutil.copytree(trained, tmp_path / "own")
+
+
+def command(own, words, *more):
+    weights = f"--config.data.weights={own}/weights.txt"
+    return main([*CONFIG, *words, weights, f"--workdir={own}/run", *more])
+
+
+def forget_digests(own):
+    """Makes a run one of an earlier version."""
+    folder = next((own / "run" / "checkpoints").iterdir())
+    manifest = checkpoint.read_manifest(folder)
+    del manifest["data"]
+    checkpoint._write_manifest(folder, manifest)
+    path = own / "run" / "metrics.json"
+    results = json.loads(path.read_text())
+    del results["trained_on"]
+    path.write_text(json.dumps(results))
+
+
+OTHERS = {
+    "other features": {"seed": 1},
+    "train has other labels": {"shift": 1},
+    "2 clips more": {"num_clips": CLIPS + 2},
+    "1 clips fewer": {"num_clips": CLIPS - 1},
+}
+
+
+@pytest.mark.parametrize("different", OTHERS)
+def test_a_command_never_shows_results_of_other_data(own, tmp_path, capsys, different):
+    """Not where the run is finished, not where it is resumed, and not where it is evaluated."""
+    words = write(tmp_path / "other", **OTHERS[different])
+    before = (own / "run" / "metrics.json").read_bytes()
+    assert command(own, words) == 2
+    said = capsys.readouterr()
+    assert different in said.err and "--workdir=" in said.err and "MAP" not in said.out
+    assert len(said.err.strip().splitlines()) - said.err.count("converting") <= 3
+    if different != "train has other labels":  # the evaluated split is val
+        assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 2
+        assert "--mode=rank" in capsys.readouterr().err
+    assert (own / "run" / "metrics.json").read_bytes() == before
+    (own / "run" / "metrics.json").unlink()  # as if it was stopped
+    assert command(own, words) == 2
+    assert different in capsys.readouterr().err
+
+
+def test_a_call_trains_in_no_folder_of_other_data(tmp_path):
+    """As when a cell of a notebook runs again, after the features were extracted again."""
+    config = vidjax.load_config("knn:face", "--config.eval.report=False")
+    rng = np.random.default_rng(0)
+
+    def load():
+        clips = {
+            split: {f"{split}{i}": {"face": rng.normal(size=(1, 4))} for i in range(6)}
+            for split in ("train", "val")
+        }
+        labels = {name: f"person {name[-1]}"[:8] for part in clips.values() for name in part}
+        return vidjax.load_data(clips, labels, cache_dir=tmp_path / "cache")
+
+    vidjax.train(config, tmp_path / "run", load())
+    with pytest.raises(ValueError, match="train has other features, val has other features"):
+        vidjax.train(config, tmp_path / "run", load())
+
+
+def test_the_data_of_a_run_may_move(own, capsys):
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/moved"]
+    shutil.move(own / "data", own / "moved")
+    assert command(own, words) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert main(["--mode=evaluate", f"--workdir={own}/run", words[1]]) == 0
+
+
+def test_a_command_completes_what_was_killed_between_results_and_pages(own, capsys):
+    path = own / "run" / "metrics.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps(results | {"finished": False}))
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
+    with pytest.warns(UserWarning, match=r"values changed.*data\.dir"):
+        assert command(own, words) == 0
+    assert "finished before" not in capsys.readouterr().out
+    again = json.loads(path.read_text())
+    assert again["finished"] and again["map"] == results["map"]
+
+
+def test_weights_of_clips_are_data_by_their_content(own, capsys):
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
+    assert command(own, words) == 0  # copied: another path, the same bytes
+    (own / "weights.txt").write_text("train1.mp4 0\n")
+    assert command(own, words) == 2
+    assert "config.data.weights" in capsys.readouterr().err
+
+
+def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsys):
+    evaluate = ["--mode=evaluate", f"--workdir={own}/run", "--config.eval.split=test"]
+    words = write(tmp_path / "other", seed=1)
+    shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
+    assert main([*evaluate, words[1]]) == 0
+    assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
+    # What config.json names, maybe a stranger's word, counts while a split of it is the run's.
+    (own / "data" / "test").mkdir()
+    shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
+    folder = next((own / "run" / "checkpoints").iterdir())
+    manifest = checkpoint.read_manifest(folder)
+    for place, code in ((own / "data", 0), (tmp_path / "other", 2)):
+        manifest["config"]["data"]["dir"] = str(place)
+        checkpoint._write_manifest(folder, manifest)
+        (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
+        assert main(evaluate) == code
+    assert "--config.data.dir=" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(own, tmp_path, capsys):
+    forget_digests(own)
+    run = f"--workdir={own}/run"
+    assert main(["--mode=evaluate", run]) == 2
+    said = capsys.readouterr().err
+    assert "earlier version" in said and "--config.data.dir=" in said
+    with pytest.warns(UserWarning, match="earlier version"):
+        assert main(["--mode=evaluate", run, f"--config.data.dir={own}/data"]) == 0
+    other = write(tmp_path / "other", seed=1)
+    assert command(own, other) == 2  # results of these versions name the digest of all splits
+    assert "other data" in capsys.readouterr().err
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data"]
+    assert command(own, words) == 0
+
+
+def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
+    from vidjax import command_line
+    from vidjax.modes import arguments
+
+    def folder(*words):
+        return str(arguments.for_training(command_line.parse(words))[1])
+
+    assert folder("--config=mma") == "runs/mma"
+    own = ("--config=knn:face", "--config.data.name=arrays")
+    assert folder(*own, "--config.data.dir=/a/new/") != folder(*own, "--config.data.dir=/a/old")
+    assert "data.dir=new" in folder(*own, "--config.data.dir=/a/new/")
+
+
+def test_digests_tell_features_and_labels_apart(tmp_path):
+    one, two = (
+        vidjax.load_data(
+            vidjax.load_config("knn:face", *write(tmp_path / name, shift=shift))
+        ).report
+        for name, shift in (("one", 0), ("two", 1))
+    )
+    splits = {name: one["splits"][name]["sha256"] for name in ("train", "val")}
+    assert run_data.differences({"splits": splits}, one) == ""
+    assert run_data.differences({"splits": splits}, two) == "train has other labels"
+    assert run_data.differences({"splits": splits}, two, ("val",)) == ""
+
+
+def test_a_folder_that_is_moved_while_it_trains_is_told_and_not_made_again(tmp_path, monkeypatch):
+    config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
+    data, run = vidjax.load_data(config), feed.ResidentFeed.run
+
+    def moved(self, *args):
+        shutil.move(tmp_path / "run", tmp_path / "moved")
+        return run(self, *args)
+
+    monkeypatch.setattr(feed.ResidentFeed, "run", moved)
+    with pytest.raises(ValueError, match="moved while it trained"):
+        vidjax.train(config, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    assert vidjax.train(config, tmp_path / "moved", data)["finished"]
+
+
+def test_labelled_clips_of_new_people_are_embedded_and_scored(own, tmp_path):
+    """Whom they show does not matter where nothing is measured."""
+    words = write(tmp_path / "other")
+    labels = tmp_path / "other" / "labels.csv"
+    labels.write_text(labels.read_text().replace("person", "stranger"))
+    data = vidjax.load_data(vidjax.load_config("knn:face", *words))
+    run = vidjax.restore(own / "run")
+    assert run.embed(data, split="val").shape == (CLIPS, 4)
+    assert run.scores(data, split="val").shape == (CLIPS, 3)
+    assert len(run.identify(data, split="val")) == CLIPS
+
+
+def test_what_is_cheap_is_refused_before_clips_are_clustered(tmp_path, monkeypatch):
+    config = vidjax.load_config("knn:face", *write(tmp_path / "data"))
+    config.data.distractors, config.batch_size = "noise", 10**6
+    monkeypatch.setattr(plan, "label_distractors", lambda *_: pytest.fail("clustered"))
+    with pytest.raises(ValueError, match=r"config\.batch_size=1000000"):
+        plan.make_plan(config, vidjax.load_data(config))
+
+
+def test_data_with_more_modalities_are_told_by_clips_and_labels(tmp_path):
+    """The digest of features is of all modalities: with others beside them it says nothing."""
+    report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
+    digests = {"val": report["splits"]["val"]["sha256"]}
+    more = {"val": {"sha256": digests["val"] | {"modalities": ["face", "head"], "features": "x"}}}
+    with pytest.warns(UserWarning, match="other modalities"):
+        assert run_data.differences({"splits": digests}, {"splits": more}) == ""
+    more["val"]["sha256"]["labels"] = "y"
+    with pytest.warns(UserWarning, match="other modalities"):
+        assert run_data.differences({"splits": digests}, {"splits": more}) == "val has other labels"

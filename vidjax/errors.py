@@ -1,0 +1,124 @@
+"""Whose an error is: the user's, the system's, or vidjax's own.
+
+| exception | a command prints | exit code |
+|---|---|---|
+| UserError and its subclasses: the words, the data, a file | its message | 2 |
+| CheckpointError: no usable checkpoint | its message | 3 |
+| Interrupted: SIGINT, SIGTERM | its message | 130, 143 |
+| an OSError of REMEDIES: of a path, a disk, a limit | path, reason, remedy | 2 |
+| no memory is left; a package is not installed | what to do | 2 |
+| every other, also a ValueError of numpy or of vidjax itself | its traceback | 1 |
+
+A text that a library wrote for programmers is never the message of a UserError by itself: who calls
+the library on behalf of a user catches its error, and says which file, clip or field is wrong.
+"""
+
+import errno
+import os
+import re
+import sys
+
+
+class Expected(Exception):
+    """What vidjax raises on purpose: its message is all that a user needs.
+
+    Attributes:
+      exit_code: the exit code of a command that ends with it.
+    """
+
+    exit_code = 2
+
+
+class UserError(Expected, ValueError):
+    """A mistake that a user can mend: its message names the place and the remedy in three lines."""
+
+
+class ArgumentError(UserError, TypeError):
+    """An argument of a function is of another type than it takes."""
+
+
+class NoFileError(UserError, FileNotFoundError):
+    """A file or folder that a user named is not there, or is no folder; the message says which."""
+
+
+class DiskError(UserError, OSError):
+    """A file could not be written, by this process or by one that it started."""
+
+
+def check_argument(
+    argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
+) -> None:
+    """Refuses an argument of a public function that is of a wrong type, or in a wrong place.
+
+    Args:
+      argument: the function and its argument, such as `train: workdir`.
+      value: what was given.
+      kinds: the types that fit.
+      wanted: what fits, in words.
+
+    Raises:
+      ArgumentError: the value is of none of them.
+    """
+    if not isinstance(value, kinds):
+        shown = f" {value!r}" if isinstance(value, str | int | float | None) else ""
+        kind = "" if value is None else f" {type(value).__name__}"
+        raise ArgumentError(f"{argument} wants {wanted}, not{kind}{shown[:100]}")
+
+
+_DISK = "free some space on that disk, or choose a folder on another one"
+_RIGHTS = "choose a folder that you may read and write, or change its permissions"
+_PATH = "is the path right?"
+_FILES = "allow more open files: ulimit -n 4096"
+_BROKEN = "the disk, or the network to it, fails: try again, or use another one"
+# Number of an error of the system that a user can mend -> how.
+REMEDIES = {
+    errno.ENOSPC: _DISK,
+    errno.EDQUOT: _DISK,
+    errno.EFBIG: _DISK,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOENT: _PATH,
+    errno.ENOTDIR: _PATH,
+    errno.EISDIR: _PATH,
+    errno.EEXIST: "choose another name: something is there",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "name the folder itself: its links lead in a circle",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EIO: _BROKEN,
+    errno.ESTALE: _BROKEN,
+}
+# Of these, writing to an open file reports no path.
+_WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
+
+
+def of_the_system(error: BaseException) -> str | None:
+    """Returns the message of an error of the system that a user can mend, None for another one."""
+    if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
+        return (
+            f"the locale of this process has no letter '{printable(error.object)[:100]}'\n"
+            "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+    if not isinstance(error, OSError) or isinstance(error, Expected):
+        return None
+    remedy = REMEDIES.get(error.errno or 0)
+    if remedy is None or not (error.filename or error.errno in _WITHOUT_PATH):
+        return None
+    place = f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
+    return f"{place}{error.strerror}\n{remedy}"
+
+
+def printable(text: str) -> str:
+    """Returns text for a terminal: control characters, and those that turn text around, escaped.
+
+    Line ends and tabs stay. Names in a file may be a stranger's.
+    """
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+# C0 and C1 but for tab and line end, delete, separators of lines, marks of direction that reorder
+# what follows, and halves of characters.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)

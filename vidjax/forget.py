@@ -1,0 +1,299 @@
+"""Every place of a person or a clip, and the deletion of what vidjax may delete.
+
+    python -m vidjax.forget --identity=NAME [--clip=NAME]... [PLACE...] [--delete]
+
+A PLACE is a folder, or a file, that is searched with all below it; without one, the current folder
+and the cache. Without `--delete` nothing is changed. With it, clips go from galleries, whose back
+ends are fitted anew, and records go from the cache, which the next run converts from what is left.
+Runs, rankings, answers, exports and your own files are named with what is to be done: the weights
+of a run remember its training clips, and what is yours is not vidjax's to delete.
+
+This is no command of a gallery: a person is in runs and caches as well, and one command that knows
+all places is one page to read. A name of a few letters or of digits alone is found by chance, too.
+"""
+
+import contextlib
+import html
+import json
+import os
+import re
+import shutil
+import sys
+import urllib.parse
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from vidjax import files, messages
+from vidjax.data import cache
+from vidjax.data.untrusted.names import show
+from vidjax.errors import UserError
+from vidjax.ownership import default_cache_dir
+
+PIECE = 16 * files.MB  # of a file that is searched
+INDEX_BYTES = 1024 * files.MB  # of the names of a conversion
+UNPACKED_BYTES = 8192 * files.MB  # of an archive that is searched
+PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
+
+
+class Found(NamedTuple):
+    """A place of a person.
+
+    Attributes:
+      kind: `gallery`, `records`, `run`, `file`, or `unread` for what could not be searched.
+      path: the folder or file.
+      about: what it holds.
+      remedy: what is to be done; `deleted` where that is done.
+    """
+
+    kind: str
+    path: Path
+    about: str
+    remedy: str
+
+
+def forget(
+    identities: Collection[str],
+    clips: Collection[str],
+    places: Iterable[Path],
+    *,
+    delete: bool = False,
+) -> list[Found]:
+    """Finds all places of people and clips, and deletes what vidjax may.
+
+    Args:
+      identities: the people; the clips that galleries have of them are looked for, too.
+      clips: names of clips.
+      places: folders and files.
+      delete: whether to delete; else the places are only named.
+
+    Raises:
+      ValueError: a place is not there.
+    """
+    roots = [place.expanduser().absolute() for place in places]
+    for root in roots:
+        if not root.exists():
+            raise UserError(f"'{root}': no such file or folder")
+    folders, others = _survey(roots)
+    found, names = [], set(clips)
+    galleries = [folder for folder, kind in folders.items() if kind == "gallery"]
+    for folder in galleries:
+        some, shown = _from_gallery(folder, identities, clips, delete=delete)
+        found += some
+        names |= shown
+    for folder in (folder for folder, kind in folders.items() if kind == "records"):
+        found += _from_records(folder, names, delete=delete)
+    named = list(_from_files(others, {*identities, *names}, folders))
+    return found + named + list(_of_runs(galleries, {one.path for one in named}))
+
+
+def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
+    """Returns folder -> `gallery`, `records` or `run`, and the files that lie in no such folder.
+
+    The files of runs are among them: each is searched for itself. No link is followed.
+    """
+    from vidjax.gallery.store import NAME
+
+    folders: dict[Path, str] = {}
+    others = [root for root in roots if root.is_file()]
+    for root in roots:
+        for at, inner, names in os.walk(root):
+            folder, there = Path(at), {*names, *inner}
+            if NAME in there:
+                folders[folder] = "gallery"
+            elif {"index.npz", "manifest.json"} <= there:
+                folders[folder] = "records"
+                inner.clear()  # shards hold the clips that index.npz names
+                continue
+            elif "config.json" in there and there & {"checkpoints", "identities.json"}:
+                folders[folder] = "run"
+            others += [folder / name for name in inner if (folder / name).is_symlink()]
+            others += [folder / name for name in names if not name.startswith(NAME)]
+    return folders, sorted(set(others))
+
+
+def _from_gallery(
+    folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
+) -> tuple[list[Found], set[str]]:
+    """Returns what a gallery holds of people and clips, and the names of all these clips."""
+    from vidjax.gallery.people import People
+
+    try:
+        people = People(folder, sync=True)
+        known = [name for name in identities if name in people.identities]
+        shown = {n for n, clip in people.clips.items() if clip.identity in known or n in clips}
+        held = people.still_held
+        if not shown and not held:
+            return [], shown
+        about = (
+            f"{len(shown):,} of its clips" if shown else f"{held:,} removed clips, by its centre"
+        )
+        if delete and shown:
+            people.remove(clips=shown)
+        elif delete:
+            people.refit()
+        return [Found("gallery", folder, about, "deleted" if delete else "--delete")], shown
+    except UserError as error:
+        return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")], set()
+
+
+def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
+    """Returns which clips a conversion holds; with `delete` all of it goes."""
+    try:
+        index = files.read_npz(folder / "index.npz", INDEX_BYTES)
+        lists = [x.tobytes().decode("utf-8", "replace") for n, x in index.items()
+                 if n.endswith("/clips")]  # fmt: skip
+    except (UserError, OSError) as error:
+        return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")]
+    held = set(clips).intersection(name for text in lists for name in text.split("\n"))
+    if not held:
+        return []
+    if delete:
+        with cache.exclusive(folder):
+            shutil.rmtree(folder)
+    about = f"features of {len(held):,} clips"
+    remedy = "deleted: the next run converts your files anew" if delete else "--delete"
+    return [Found("records", folder, about, remedy)]
+
+
+def _from_files(
+    paths: Iterable[Path], names: Collection[str], folders: dict[Path, str]
+) -> Iterator[Found]:
+    """Yields the runs, and the files outside of runs, that hold a name, or are named so."""
+    pattern = _pattern(names)
+    runs: dict[Path, list[str]] = {}
+    for path in paths:
+        own = path.stem in names or path.name in names
+        try:
+            held = own or (path.suffix.lower() not in PICTURES and _holds(path, pattern))
+        except (UserError, OSError, zipfile.BadZipFile) as error:
+            yield Found("unread", path, str(error).splitlines()[0], "search it yourself")
+            continue
+        if not held:
+            continue
+        run = next((one for one in path.parents if folders.get(one) == "run"), None)
+        if run is None:
+            about = "a clip of this name" if own else "the name"
+            yield Found("file", path, about, "delete it, or make it anew without the name")
+        else:
+            runs.setdefault(run, []).append(str(path.relative_to(run)))
+    for run, held in runs.items():
+        some = ", ".join(held[:4]) + (" ..." if len(held) > 4 else "")
+        remedy = "its weights remember its training clips: delete it, train without them"
+        yield Found("run", run, f"the name, in {some}", remedy)
+
+
+def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
+    """Yields galleries whose vectors, and maybe back ends, come from runs that know the person."""
+    from vidjax.gallery.people import People
+
+    for folder in galleries:
+        with contextlib.suppress(UserError):
+            run = Path(People(folder).run.workdir)
+            if run in runs:
+                about = f"vectors by '{run}', which knows the name"
+                yield Found("gallery", folder, about, "make it anew with the new run")
+
+
+def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
+    """Returns what finds names as vidjax writes them: as they are, in JSON, HTML and rankings."""
+    written = {
+        form
+        for name in names
+        for form in (
+            name,
+            json.dumps(name)[1:-1],
+            html.escape(name),
+            urllib.parse.quote(name),
+            re.sub(r"\s", lambda blank: urllib.parse.quote(blank[0]), name),
+        )
+    }
+    longest = sorted((re.escape(form.encode()) for form in written), key=len, reverse=True)
+    return re.compile(rb"(?<![\w-])(?:" + b"|".join(longest) + rb")(?![\w-])")
+
+
+def _holds(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    """Returns whether a file holds a name; an archive is unpacked, a table of parquet is read."""
+    if path.suffix == ".parquet":
+        return _in_table(path, pattern)
+    with files.open_regular(path) as file:
+        if file.read(4) != b"PK\3\4":
+            file.seek(0)
+            return _in_stream(file, pattern)
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > UNPACKED_BYTES:
+                raise UserError(f"'{path}' unpacks to more than {UNPACKED_BYTES:,} bytes")
+            for entry in archive.infolist():
+                with archive.open(entry) as unpacked:
+                    if _in_stream(unpacked, pattern):
+                        return True
+    return False
+
+
+def _in_stream(file: IO[bytes], pattern: re.Pattern[bytes]) -> bool:
+    """Searches piece by piece; a name may lie across the end of one."""
+    kept, across = b"", len(pattern.pattern)
+    while piece := file.read(PIECE):
+        if pattern.search(kept + piece):
+            return True
+        kept = piece[-across:]
+    return False
+
+
+def _in_table(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"'{path}' needs pyarrow to be read") from None
+    files.open_regular(path).close()
+    try:
+        with parquet.ParquetFile(path) as table:
+            columns = [f.name for f in table.schema_arrow if pyarrow.types.is_string(f.type)]
+            for batch in table.iter_batches(columns=columns):
+                for column in batch.columns:
+                    text = "\n".join(filter(None, column.to_pylist()))
+                    if pattern.search(text.encode()):
+                        return True
+    except pyarrow.ArrowException as error:
+        raise UserError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from error
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code, see `messages.guarded`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return messages.guarded(lambda: _main(words), words)
+
+
+def _main(words: Sequence[str]) -> int:
+    program = "vidjax forget" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.forget"
+    parser = messages.Parser(program, __doc__)
+    parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder or a file")
+    for flag in ("identity", "clip"):
+        parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[])
+    parser.add_argument("--delete", action="store_true", help="delete what vidjax may")
+    parser.add_argument("--json", action="store_true", help="the places as JSON")
+    parser.add_argument("--debug", action="store_true", help="shows tracebacks")
+    args = parser.parse_args(words)
+    if not args.identity and not args.clip:
+        raise UserError("name somebody: --identity=NAME, or --clip=NAME")
+    cached = default_cache_dir()
+    usual = [Path(), *([cached] if cached.exists() else [])]
+    found = forget(args.identity, args.clip, map(Path, args.places or usual), delete=args.delete)
+    if args.json:
+        rows = [one._asdict() | {"path": str(one.path)} for one in found]
+        messages.say(json.dumps({"places": rows}, ensure_ascii=False))
+        return 0
+    for one in found:
+        messages.say(f"  {one.kind:8} {show(str(one.path))}: {one.about}\n           {one.remedy}")
+    left = sum(not one.remedy.startswith("deleted") for one in found)
+    done = f", {len(found) - left:,} of them deleted" if args.delete else ""
+    messages.say(f"forget\n  places      {len(found):,}{done}")
+    return 0
+
+
+if __name__ == "__main__":
+    messages.run(main)

@@ -1,0 +1,116 @@
+"""What this process may use of its machine, or of its container: cores, memory and open files.
+
+A container is a control group of Linux, of version 1 or 2. Its limits hold for all processes in it,
+and so do those of the groups around it.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import math
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def num_cores(root: Path = ROOT) -> int:
+    """Returns the number of cores that this process may use.
+
+    Args:
+      root: the root of the file system, with `proc` and `sys`.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    for group in _groups("cpu", root):
+        quota, period = _numbers(group / "cpu.max") or (
+            *_numbers(group / "cpu.cfs_quota_us"),
+            *_numbers(group / "cpu.cfs_period_us"),
+        ) or (math.inf, 1)  # fmt: skip
+        if 0 < quota < math.inf:
+            cores = min(cores, math.ceil(quota / period))
+    return max(1, cores)
+
+
+def memory_bytes(root: Path = ROOT) -> int:
+    """Returns the memory that this process may use, with what is in use."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min([physical, *(limit for limit, _ in _memory(root))]))
+
+
+def free_bytes(root: Path = ROOT) -> float:
+    """Returns the memory that this process may still use; 0 where that is not known."""
+    free = [limit - used for limit, used in _memory(root)]
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+        free += [1024.0 * int(kilobytes) for kilobytes in found]
+    except (OSError, ValueError, IndexError):
+        pass  # not Linux
+    return max(0.0, min(free, default=0.0))
+
+
+def most_files() -> float:
+    """Returns how many files this process may open at once; `ulimit -n` sets it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
+def keep_freed_memory() -> None:
+    """Lets each batch reuse the memory of the one before, if the C library is glibc.
+
+    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
+    every thread trims a heap of its own: that halves the rate of batches. It is for a process that
+    is vidjax's own: a library leaves the memory of its host alone.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, 1)):
+            mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+
+
+def _memory(root: Path) -> Iterator[tuple[float, float]]:
+    """Yields limit and use of every control group that has a limit, in bytes."""
+    for group in _groups("memory", root):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, now = _numbers(group / limit), _numbers(group / used)
+            if most and most[0] < 1 << 60:  # version 1 writes no limit as a large number
+                yield most[0], (now or [0.0])[0] - _statistic(group / "memory.stat", cached)
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """Yields the folders of the control groups that this process is in, the inner ones first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if not names or controller in names.split(","):
+            top = root / "sys/fs/cgroup" / (names and controller)
+            own = top / path.strip("/")
+            # A container may see its own group as the uppermost one.
+            yield from itertools.takewhile(lambda group, top=top: group != top, (own, *own.parents))
+            yield top
+
+
+def _numbers(path: Path) -> list[float]:
+    """Returns the numbers of a file, `max` as infinity; none without the file."""
+    try:
+        return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _statistic(path: Path, name: str) -> float:
+    try:
+        pairs = [line.split() for line in path.read_text().splitlines()]
+        return next((float(value) for key, value in pairs if key == name), 0.0)
+    except (OSError, ValueError):
+        return 0.0
