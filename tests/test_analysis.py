@@ -11,11 +11,13 @@ import pytest
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config as config_lib
 from vidjax import metrics, ranking
+from vidjax.analysis import open_set, robustness, strata
+from vidjax.commands import evaluate
 from vidjax.data.load import load_dataset
-from vidjax.modes import confusions, evaluate, open_set, robustness, strata, train
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.steps import topk
+from vidjax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +162,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
     assert facts["assignment"]
     assert "robustness" not in facts
     rows = facts["named"]["rows"]
-    assert len(rows) == min(facts["named"]["num"], confusions.NUM_NAMED) > 0
+    assert len(rows) == min(facts["named"]["num"], strata.NUM_NAMED) > 0
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert {row["clip"] for row in rows} <= set(data.split("test").clips)
     lists = dict(ranking.each_list(workdir / "ranking_test.txt", data.identities))
@@ -205,7 +207,7 @@ def test_map_among_some_clips_by_hand():
 def test_the_best_list_of_a_clip_has_its_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    best, highest = confusions.best_lists(topk.TopK(scores, index), 4)
+    best, highest = strata.best_lists(topk.TopK(scores, index), 4)
     np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
     assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
 

@@ -13,10 +13,11 @@ from tests.helpers.pages import Page, check_numbers, section
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import devices
+from vidjax.commands import blend
 from vidjax.data.load import load_dataset
+from vidjax.evaluation import restore, scoring
 from vidjax.main import main
-from vidjax.modes import blend, restore
-from vidjax.steps import scoring, topk
+from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow  # several trainings
 

@@ -13,9 +13,10 @@ import pytest
 from tests.helpers import clip_files
 from vidjax import config as config_lib
 from vidjax import ensemble, ranking
+from vidjax.commands import arguments
 from vidjax.data import iqiyi_vid
+from vidjax.evaluation import restore, run_data
 from vidjax.main import main
-from vidjax.modes import arguments, restore, run_data
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.steps import topk

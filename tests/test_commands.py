@@ -13,9 +13,10 @@ import pytest
 from tests.campaigns import commands
 from vidjax import command_line, config_values
 from vidjax import config as config_lib
+from vidjax.commands import arguments
 from vidjax.main import main
-from vidjax.modes import arguments, rehearsal
 from vidjax.run import terminal
+from vidjax.training import rehearsal
 
 ROOT = Path(__file__).parent.parent
 QUICK = [*commands.WORDS, *commands.FIELDS[::5]]
@@ -89,7 +90,7 @@ def test_exhausted_memory_is_no_traceback(monkeypatch, capsys, error):
     def exhaust(*args):
         raise error
 
-    monkeypatch.setattr("vidjax.modes.arguments.for_display", exhaust)
+    monkeypatch.setattr("vidjax.commands.arguments.for_display", exhaust)
     assert main(["--mode=config"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) <= 3
@@ -101,7 +102,7 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
     def fail(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: nobody knows")
 
-    monkeypatch.setattr("vidjax.modes.arguments.for_display", fail)
+    monkeypatch.setattr("vidjax.commands.arguments.for_display", fail)
     assert main(["--mode=config"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

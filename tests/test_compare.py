@@ -10,11 +10,10 @@ from scipy import stats
 
 from tests.benchmarks import intervals
 from tests.helpers import made_runs
-from vidjax import ranking
+from vidjax import ranking, significance
+from vidjax.commands import compare
 from vidjax.data.load import load_dataset
 from vidjax.main import main
-from vidjax.modes import compare
-from vidjax.report import significance
 from vidjax.steps import topk
 
 NAMES = [f"person {i}".replace(" ", "_") for i in range(40)]

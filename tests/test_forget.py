@@ -15,8 +15,8 @@ import vidjax
 from tests.helpers import made_galleries, small_runs
 from vidjax import config as config_lib
 from vidjax import forget
+from vidjax.commands import rank
 from vidjax.data import cache
-from vidjax.modes import rank
 from vidjax.run import workdir
 
 GONE = "Ada Lovelace"

@@ -27,10 +27,14 @@ LAYERS = (
     "api",
     "forget",
     "gallery",
+    "commands",
     "predict",
-    "modes",
+    "training",
+    "analysis",
+    "evaluation",
     "command_line",
     "report",
+    "significance",
     "ranking",
     "steps",
     "config_docs",
@@ -56,7 +60,7 @@ UPWARD = {("vidjax.config", "vidjax.config_docs")}
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
     "models": {"batch", "errors", "fusion", "suggest"},  # plain arguments, no config objects
-    "report": {"config", "data", "errors", "files", "metrics", "run", "tables"},
+    "report": {"config", "data", "errors", "files", "metrics", "run", "significance", "tables"},
     "run": {"cluster", "config", "digests", "errors", "files", "ownership"},  # no maths
     "data": {
         "batch",

@@ -11,10 +11,10 @@ from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config as config_lib
 from vidjax import devices, ensemble
 from vidjax.data.load import load_dataset
-from vidjax.modes import plan as plan_lib
-from vidjax.modes import restore
-from vidjax.steps import mean_scores, scoring
+from vidjax.evaluation import restore, scoring
+from vidjax.steps import mean_scores
 from vidjax.system import make_system
+from vidjax.training import plan as plan_lib
 
 SPEC = {
     "folds": 0,

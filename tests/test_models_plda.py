@@ -20,9 +20,8 @@ from vidjax.gallery import front as front_lib
 from vidjax.models import two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine
-from vidjax.modes import plan
-from vidjax.steps import plda_settings
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import plan, plda_fit
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
@@ -216,13 +215,13 @@ def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
 def test_settings_that_are_given_stay(monkeypatch):
     vectors, labels = people(np.random.default_rng(0))
     given = {"within": 0.33, "scale": 0.2}
-    found = plda_settings.fit_settings(vectors, labels, given, 0)
+    found = plda_fit.fit_settings(vectors, labels, given, 0)
     assert (found.within, found.scale) == (0.33, 0.2)
     for cores in (1, 5):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        assert plda_settings.fit_settings(vectors, labels, given, 0) == found
-    free = plda_settings.fit_settings(vectors, labels, {}, 0)
-    assert free.within in plda_settings.SHARES["within"] and free.scale != 0.2
+        assert plda_fit.fit_settings(vectors, labels, given, 0) == found
+    free = plda_fit.fit_settings(vectors, labels, {}, 0)
+    assert free.within in plda_fit.SHARES["within"] and free.scale != 0.2
 
 
 @pytest.mark.slow
@@ -233,7 +232,7 @@ def test_fitted_settings_favour_no_modality():
     unheard = labels > 30
     training = np.arange(len(labels)) % 2 == 0
     vectors["audio"][training & unheard] = 0.0
-    settings = plda_settings.fit_settings(
+    settings = plda_fit.fit_settings(
         {name: x[training] for name, x in vectors.items()}, labels[training], {}, 0
     )
     parts = []
@@ -267,7 +266,7 @@ def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
 
 def test_few_clips_leave_the_first_settings():
     vectors, labels = {"face": np.eye(3)}, np.array([1, 2, 3])
-    found = plda_settings.fit_settings(vectors, labels, {}, 0)
+    found = plda_fit.fit_settings(vectors, labels, {}, 0)
     assert found == Settings(0.8, 0.75, 1.0, -1.0, -2.0, 3 / 3.5)
 
 
@@ -348,13 +347,13 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(
     data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     config = config_lib.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
-    monkeypatch.setattr(plda_settings, "FEWEST_PEOPLE", 2)
+    monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     labels = data.split("train").labels
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
-    found: Any = plda_settings.training_settings(config, data, labels, used)
+    found: Any = plda_fit.training_settings(config, data, labels, used)
     assert len(set(found["scale"])) == 3
     changed = np.where(used[1], labels, 0)
-    again: Any = plda_settings.training_settings(config, data, changed, used)
+    again: Any = plda_fit.training_settings(config, data, changed, used)
     for field in ("scale", "stranger"):
         assert found[field][1] == again[field][1] and found[field][0] != again[field][0], field
 
@@ -362,15 +361,15 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(
 def test_the_fit_looks_at_whole_identities():
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.zeros(50, int), rng.integers(1, 3001, 9000)])
-    some = plda_settings.some_identities(labels, 0)
-    assert not some[labels == 0].any() and some.sum() <= plda_settings.MOST_CLIPS
-    assert some.sum() > 0.95 * plda_settings.MOST_CLIPS
+    some = plda_fit.some_identities(labels, 0)
+    assert not some[labels == 0].any() and some.sum() <= plda_fit.MOST_CLIPS
+    assert some.sum() > 0.95 * plda_fit.MOST_CLIPS
     for identity, group in itertools.groupby(
         np.argsort(labels, kind="stable"), lambda i: labels[i]
     ):
         assert len({bool(some[i]) for i in group}) == 1, identity
     few = np.array([0, 1, 1, 2])
-    np.testing.assert_array_equal(plda_settings.some_identities(few, 0), few > 0)
+    np.testing.assert_array_equal(plda_fit.some_identities(few, 0), few > 0)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from vidjax.batch import NoiseLayout
-from vidjax.steps import distractors
+from vidjax.training import noise_classes
 
 LAYOUT = NoiseLayout(num_identities=3, num_clusters=2)
 COLUMNS = np.arange(9)  # 0 other, 1-3 identities, 4-5 clusters, 6-8 mirrors
@@ -61,7 +61,7 @@ def strangers(rng: np.random.Generator, count: int, spread: float) -> tuple[np.n
 def test_dbscan_is_what_its_definition_says(eps: float, min_samples: int) -> None:
     vectors, _ = strangers(np.random.default_rng(0), 8, 0.4)
     vectors[[3, 11]] = 0
-    found = distractors.cluster(vectors, eps=eps, min_samples=min_samples)
+    found = noise_classes.cluster(vectors, eps=eps, min_samples=min_samples)
     assert found.dtype == np.int32 and found.shape == (32,)
     expected = np.array(slow_dbscan(vectors, eps, min_samples))
     if min_samples <= 2:  # no border may belong to two clusters then
@@ -79,7 +79,7 @@ def test_clear_clusters_are_found_whatever_the_lengths(method, dtype) -> None:
     vectors, whose = strangers(rng, 6, 0.05)
     vectors = np.concatenate([vectors, rng.normal(size=(5, 16))]).astype(dtype)
     vectors[-1] = 0
-    found = distractors.cluster(vectors, method=method, eps=0.3, min_samples=2)
+    found = noise_classes.cluster(vectors, method=method, eps=0.3, min_samples=2)
     assert found[:24].tolist() == by_first_member(whose.tolist())
     assert found[-1] == -1
     if method == "dbscan":  # the other may count whom nothing is near to the nearest cluster
@@ -93,8 +93,8 @@ def test_clusters_move_with_their_members(seed: int) -> None:
     rng = np.random.default_rng(seed)
     vectors, _ = strangers(rng, 5, 0.3)
     order = rng.permutation(len(vectors))
-    found = distractors.cluster(vectors, eps=0.6, min_samples=2)
-    moved = distractors.cluster(vectors[order], eps=0.6, min_samples=2)
+    found = noise_classes.cluster(vectors, eps=0.6, min_samples=2)
+    moved = noise_classes.cluster(vectors[order], eps=0.6, min_samples=2)
     assert adjusted_rand_score(found[order], moved) == 1.0
     assert ((found[order] == -1) == (moved == -1)).all()
     assert moved.tolist() == by_first_member(moved.tolist())
@@ -105,9 +105,9 @@ def test_clusters_move_with_their_members(seed: int) -> None:
 def test_a_handful_of_vectors_are_no_mistake(method, count) -> None:
     apart = np.eye(4)[:count]
     for vectors in (apart, 0 * apart):
-        found = distractors.cluster(vectors, method=method, eps=0.5, min_samples=2)
+        found = noise_classes.cluster(vectors, method=method, eps=0.5, min_samples=2)
         assert found.tolist() == [-1] * count and found.dtype == np.int32
-        found = distractors.cluster(vectors, method=method, eps=0.5, min_samples=5)
+        found = noise_classes.cluster(vectors, method=method, eps=0.5, min_samples=5)
         assert found.tolist() == [-1] * count
 
 
@@ -125,9 +125,9 @@ def test_mistakes_in_clustering_are_named() -> None:
     ]
     for arguments, message in mistakes:
         with pytest.raises(ValueError, match=message):
-            distractors.cluster(vectors, **arguments)
+            noise_classes.cluster(vectors, **arguments)
     with pytest.raises(ValueError, match="not finite"):
-        distractors.cluster(np.array([[1.0, np.nan]]), eps=0.5, min_samples=2)
+        noise_classes.cluster(np.array([[1.0, np.nan]]), eps=0.5, min_samples=2)
 
 
 @pytest.mark.parametrize("module", [np, jnp])
@@ -147,7 +147,7 @@ def test_published_arithmetic() -> None:
     assert published.num_columns == 1 + 2 * 4934 + 3691
     everything = np.arange(1, published.num_columns)
     start = published.num_columns - 1  # the last mirror class
-    ours = distractors.relabel(np.full(len(everything), start), everything, published)
+    ours = noise_classes.relabel(np.full(len(everything), start), everything, published)
     for column, new in zip(everything.tolist(), ours.tolist(), strict=True):
         l = column - 1  # noqa: E741  the paper counts its columns from 0 and has none for "other"
         theirs = l + 4934 + 3691 if l < 4934 else start - 1
@@ -158,20 +158,20 @@ def test_published_arithmetic() -> None:
 
 def test_clustered_clips_start_in_their_cluster_and_others_anywhere() -> None:
     clusters = np.array([0, -1, 1, -1, 0] * 200, np.int32)
-    labels = distractors.initial_labels(clusters, LAYOUT, seed=3)
+    labels = noise_classes.initial_labels(clusters, LAYOUT, seed=3)
     assert labels.dtype == np.int32
     assert (labels[clusters == 0] == 4).all() and (labels[clusters == 1] == 5).all()
     drawn = labels[clusters == -1]
     assert set(drawn.tolist()) == {6, 7, 8}
     assert np.bincount(drawn).max() < 0.45 * len(drawn)
-    np.testing.assert_array_equal(labels, distractors.initial_labels(clusters, LAYOUT, seed=3))
-    assert (drawn != distractors.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
-    fewer = distractors.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
+    np.testing.assert_array_equal(labels, noise_classes.initial_labels(clusters, LAYOUT, seed=3))
+    assert (drawn != noise_classes.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
+    fewer = noise_classes.initial_labels(np.full(1000, -1), LAYOUT, seed=3)
     np.testing.assert_array_equal(drawn, fewer[clusters == -1])
-    assert distractors.initial_labels(clusters[:0], LAYOUT, seed=0).shape == (0,)
+    assert noise_classes.initial_labels(clusters[:0], LAYOUT, seed=0).shape == (0,)
     for wrong in ([2], [-2]):
         with pytest.raises(ValueError, match="must lie below 2"):
-            distractors.initial_labels(np.array(wrong), LAYOUT, seed=0)
+            noise_classes.initial_labels(np.array(wrong), LAYOUT, seed=0)
 
 
 def slow_relabel(label: int, predicted: int) -> int:
@@ -184,12 +184,12 @@ def slow_relabel(label: int, predicted: int) -> int:
 def test_only_unclustered_clips_taken_for_somebody_move(make) -> None:
     labels, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")  # [9, 9]
     expected = [[slow_relabel(old, p) for p in range(9)] for old in range(9)]
-    new = distractors.relabel(make(labels.astype(np.int32)), make(predicted), LAYOUT)
+    new = noise_classes.relabel(make(labels.astype(np.int32)), make(predicted), LAYOUT)
     assert isinstance(new, type(make(0))) and new.dtype == np.int32
     np.testing.assert_array_equal(new, expected)
-    again = distractors.relabel(new, make(predicted), LAYOUT)
+    again = noise_classes.relabel(new, make(predicted), LAYOUT)
     np.testing.assert_array_equal(again, new)
-    traced = jax.jit(lambda a, b: distractors.relabel(a, b, LAYOUT))
+    traced = jax.jit(lambda a, b: noise_classes.relabel(a, b, LAYOUT))
     np.testing.assert_array_equal(traced(labels.astype(np.int32), predicted), expected)
 
 
@@ -198,23 +198,25 @@ def test_the_code_takes_every_prediction() -> None:
     published = NoiseLayout(num_identities=4934, num_clusters=3691)
     everything = np.arange(1, published.num_columns)
     start = np.full(len(everything), published.num_columns - 1)
-    ours = distractors.relabel(start, everything, published, keep="prediction")
+    ours = noise_classes.relabel(start, everything, published, keep="prediction")
     for column, new in zip(everything.tolist(), ours.tolist(), strict=True):
         l = column - 1  # noqa: E741  the code counts its columns from 0
         assert new == (l + 8625 if l < 4934 else l) + 1
     start, nobody = start[:1], np.zeros(1, int)  # "other", a column that the code does not have
     np.testing.assert_array_equal(
-        distractors.relabel(start, nobody, published, keep="prediction"), start
+        noise_classes.relabel(start, nobody, published, keep="prediction"), start
     )
-    moved = distractors.relabel(np.array([6, 6, 6]), np.array([1, 4, 8]), LAYOUT, keep="prediction")
-    log = distractors.audit(np.array([6, 6, 6]), moved, np.array([1, 4, 8]), LAYOUT)
+    moved = noise_classes.relabel(
+        np.array([6, 6, 6]), np.array([1, 4, 8]), LAYOUT, keep="prediction"
+    )
+    log = noise_classes.audit(np.array([6, 6, 6]), moved, np.array([1, 4, 8]), LAYOUT)
     assert (log["unclustered"], log["moved"], log["kept"], log["kept_identity"]) == (3, 2, 1, 1)
 
 
 def test_the_log_accounts_for_every_unclustered_clip() -> None:
     old, predicted = np.meshgrid(COLUMNS, COLUMNS, indexing="ij")
-    new = distractors.relabel(old, predicted, LAYOUT)
-    log = distractors.audit(old, new, predicted, LAYOUT)
+    new = noise_classes.relabel(old, predicted, LAYOUT)
+    log = noise_classes.audit(old, new, predicted, LAYOUT)
     assert log == {
         "clustered": 18,
         "unclustered": 27,
@@ -226,14 +228,14 @@ def test_the_log_accounts_for_every_unclustered_clip() -> None:
         "kept_mirror": 9,
     }
     assert all(type(count) is int for count in log.values())
-    assert log == distractors.audit(
+    assert log == noise_classes.audit(
         jnp.asarray(old), jnp.asarray(new), jnp.asarray(predicted), LAYOUT
     )
     reasons = [count for name, count in log.items() if name.startswith("kept_")]
     assert log["kept"] == sum(reasons) and log["unclustered"] == log["moved"] + log["kept"]
     # In a fixed point nothing moves any more.
     assert (
-        distractors.audit(new, distractors.relabel(new, predicted, LAYOUT), predicted, LAYOUT)[
+        noise_classes.audit(new, noise_classes.relabel(new, predicted, LAYOUT), predicted, LAYOUT)[
             "moved"
         ]
         == 0

@@ -5,8 +5,8 @@ import pytest
 from scipy import special, stats
 
 from vidjax import metrics
-from vidjax.modes import open_set
-from vidjax.steps.sinks import ClipScores
+from vidjax.analysis import open_set
+from vidjax.evaluation.model_scorer import ClipScores
 
 
 def some(function):

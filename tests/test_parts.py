@@ -17,12 +17,12 @@ from tests.helpers import small_runs
 from tests.test_topk import full_sort
 from vidjax import config as config_lib
 from vidjax import digests
+from vidjax.commands import evaluate, merge, shard
 from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.load import load_dataset
 from vidjax.data.records import padding
 from vidjax.main import main
-from vidjax.modes import evaluate, merge, shard
 from vidjax.run import parts as parts_lib
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.parts import Shard

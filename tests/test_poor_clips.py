@@ -12,11 +12,11 @@ from vidjax import selection
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
 from vidjax.data.load import load_dataset
-from vidjax.modes import plan as plan_lib
-from vidjax.modes import restore as restore_lib
+from vidjax.evaluation import poor_clips
+from vidjax.evaluation import restore as restore_lib
 from vidjax.run import checkpoint
-from vidjax.steps import poor_clips
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import plan as plan_lib
 
 SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
 SHARE = "--config.model.threshold_share=0.2"

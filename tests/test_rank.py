@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
 from vidjax import command_line, ranking
+from vidjax.commands import rank
 from vidjax.data.unlabelled import load_clips
 from vidjax.main import main
-from vidjax.modes import rank
 from vidjax.run import results as results_lib
 
 NAMES = odd_names.make_names()

@@ -23,10 +23,10 @@ from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
+from vidjax.commands import arguments
 from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
-from vidjax.modes import arguments
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -20,7 +20,8 @@ from tests.helpers.small_runs import (
 from vidjax import ensemble
 from vidjax.data.load import load_dataset
 from vidjax.run import checkpoint, signals
-from vidjax.steps import distractors, feed
+from vidjax.steps import feed
+from vidjax.training import noise_classes
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -48,7 +49,7 @@ def training_labels(data):
 def starting(data, config=None):
     """The labels that training starts from, and the class columns."""
     config = config or shrunk(*WORDS, spec=SPEC)
-    return distractors.label_distractors(config, data, training_labels(data))
+    return noise_classes.label_distractors(config, data, training_labels(data))
 
 
 def step_of(folder):
@@ -56,7 +57,7 @@ def step_of(folder):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / distractors.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / noise_classes.FILE).read_text().splitlines()]
 
 
 def test_only_unclustered_distractors_of_a_members_own_folds_move(data, whole):
@@ -129,7 +130,7 @@ def test_interrupted_and_resumed_equals_never_stopped(data, whole, tmp_path, mod
             patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a step each
             interrupt_dispatch(patch, number - 1 - step_of(parts), signal.SIGINT)
             run(config, parts, Interrupting(data, number - step_of(parts), signal.SIGINT))
-        with open(parts / distractors.FILE, "a") as file:
+        with open(parts / noise_classes.FILE, "a") as file:
             file.write('{"step": 999, "memb')  # a line that a kill would leave
     run(config, parts, data)
     for name in ("noise.jsonl", "metrics.jsonl", "ranking.txt"):
@@ -146,7 +147,7 @@ def test_what_distractors_are_changes_what_is_learned(data, whole, tmp_path):
         if word != "noise":
             folder = tmp_path / word
             run(shrunk(*WORDS, spec=f"{SPEC},{word}"), folder, data)
-            assert not (folder / distractors.FILE).exists()
+            assert not (folder / noise_classes.FILE).exists()
         found = weights(folder)
         assert found["['params']['classifier']['kernel']"].shape[-1] == wanted
         first[word] = found["['params']['backbone']['layer_0']['dense']['kernel']"]
@@ -187,14 +188,14 @@ def test_clusters_do_not_depend_on_labels(data):
     """Nor on the seed of the run, which draws the mirror classes alone."""
     config = shrunk(*WORDS, spec=SPEC)
     truth = training_labels(data)
-    start, layout = distractors.label_distractors(config, data, truth)
+    start, layout = noise_classes.label_distractors(config, data, truth)
     other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
-    again, same = distractors.label_distractors(config, data, other)
+    again, same = noise_classes.label_distractors(config, data, other)
     assert same == layout
     np.testing.assert_array_equal(again[truth == 0], start[truth == 0])
     np.testing.assert_array_equal(again[truth > 0], other[truth > 0])
     config.seed = 1
-    third, same = distractors.label_distractors(config, data, truth)
+    third, same = noise_classes.label_distractors(config, data, truth)
     clustered = layout.is_cluster(start)
     assert same == layout
     np.testing.assert_array_equal(third[clustered], start[clustered])
@@ -216,7 +217,7 @@ def test_clusters_are_those_of_the_quality_weighted_mean_faces(data):
                     weight = weight if weight.sum() else one.mask[row]
                     mean = weight @ one.features[row].astype(np.float64) / weight.sum()
                     vectors[offset + batch.clip_index[row]] = mean
-    wanted = distractors.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
+    wanted = noise_classes.cluster(vectors[labels == 0], eps=config.noise.eps, min_samples=2)
     found = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(found < layout.num_clusters, found, -1), wanted)
 

@@ -17,19 +17,13 @@ from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import main as main_lib
-from vidjax import metrics
+from vidjax import metrics, significance
+from vidjax.commands import compare
 from vidjax.data.load import load_dataset
-from vidjax.modes import compare, train
-from vidjax.report import (
-    figures,
-    open_set_sections,
-    run_files,
-    run_page,
-    run_sections,
-    significance,
-)
+from vidjax.report import figures, open_set_sections, run_files, run_page, run_sections
 from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib
+from vidjax.training import train
 
 SECTIONS = [
     "summary",

@@ -27,10 +27,10 @@ from tests.helpers.small_runs import (
 from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine, selection
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
+from vidjax.commands import evaluate
 from vidjax.data import permutation, resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.data.load import load_dataset
-from vidjax.modes import evaluate
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import vidjax
+from vidjax.evaluation import run_data
 from vidjax.main import main
-from vidjax.modes import plan, run_data
 from vidjax.run import checkpoint
 from vidjax.steps import feed
+from vidjax.training import plan
 
 CLIPS = 6  # of each split
 CONFIG = ("--config=knn:face", "--config.eval.report=False")
@@ -171,7 +172,7 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(own, tmp_path, cap
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
     from vidjax import command_line
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     def folder(*words):
         return str(arguments.for_training(command_line.parse(words))[1])

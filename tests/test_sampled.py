@@ -21,10 +21,10 @@ from vidjax import config as config_lib
 from vidjax import devices, losses
 from vidjax.batch import ModelOutput
 from vidjax.data.load import load_dataset
-from vidjax.modes import start
 from vidjax.run import signals
 from vidjax.steps import columns, sampled, train_step
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import training_run
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 LINEAR = (
@@ -164,7 +164,7 @@ def test_a_skipped_step_leaves_the_moments_and_their_steps_alone():
 
 def test_steps_on_all_classes_have_no_numbers_of_steps_in_their_state():
     all_of_them, few = (
-        start.as_items(make("quality_fusion", *LINEAR, *words).state)
+        training_run.as_items(make("quality_fusion", *LINEAR, *words).state)
         for words in ((), ("--config.loss.sampled_classes=0.2",))
     )
     assert all_of_them.pop("updated") is None

@@ -14,8 +14,9 @@ from vidjax import augment, ensemble
 from vidjax import config as config_lib
 from vidjax import system as system_lib
 from vidjax.batch import Batch, ModelOutput
+from vidjax.evaluation import model_scorer
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import examples, model_scorer, train_step
+from vidjax.steps import examples, train_step
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 

@@ -22,13 +22,14 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import devices as devices_lib
 from vidjax import ensemble
+from vidjax.commands import evaluate
 from vidjax.data.load import load_dataset
-from vidjax.modes import evaluate, restore, train
-from vidjax.modes.plan import make_schedule
+from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
-from vidjax.steps import scoring
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
+from vidjax.training import train
+from vidjax.training.plan import make_schedule
 
 
 @pytest.fixture(scope="module")

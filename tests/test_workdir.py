@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vidjax import ensemble, ranking
-from vidjax.modes import rank
+from vidjax.commands import rank
 from vidjax.run import results, signals, workdir
 from vidjax.run.logs import keep_until
 

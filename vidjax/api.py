@@ -36,7 +36,7 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":
         return config_lib.override(config_lib.load_file(str(spec)), overrides)
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     return config_lib.override(arguments.experiment(str(spec)), overrides)
 
@@ -74,9 +74,9 @@ def load_data(
     """
     paths = (str, os.PathLike, type(None))
     check_argument("load_data: cache_dir", cache_dir, paths, "the path of a folder")
+    from vidjax.commands import arguments
     from vidjax.data import arrays, iqiyi_vid
     from vidjax.data.load import load_dataset
-    from vidjax.modes import arguments
 
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
@@ -140,8 +140,8 @@ def train(
         )
     from vidjax import devices
     from vidjax.data.cache import default_cache_dir
-    from vidjax.modes import train as train_mode
     from vidjax.run import workdir as workdir_lib
+    from vidjax.training import train as train_mode
 
     if config.deterministic:
         devices.be_deterministic()

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _together(args: "Arguments", words: Sequence[str]) -> int:
     """Runs a command in one of several processes; the first one speaks for all."""
     from vidjax.cluster import chatter, join, members
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
     from vidjax.run.signals import Interrupted
 
     group: join.Group | None = None
@@ -104,7 +104,8 @@ def _together(args: "Arguments", words: Sequence[str]) -> int:
 
 
 def _train(args: "Arguments") -> int:
-    from vidjax.modes import arguments, together
+    from vidjax.commands import arguments
+    from vidjax.training import together
 
     began = time.monotonic()
     config, path = arguments.for_training(args)
@@ -114,7 +115,8 @@ def _train(args: "Arguments") -> int:
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
         from vidjax.cluster import members
-        from vidjax.modes import run_data, train
+        from vidjax.evaluation import run_data
+        from vidjax.training import train
 
         results = members.by_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
@@ -130,7 +132,7 @@ def _train(args: "Arguments") -> int:
                 began=began,
             )  # fmt: skip
         if finished_before and members.is_first() and _lacks_report(config, workdir):
-            from vidjax.modes import outputs
+            from vidjax.analysis import outputs
 
             outputs.write_report(workdir)  # somebody deleted it
     seconds = None if finished_before else results["seconds"]
@@ -145,8 +147,9 @@ def _lacks_report(config: "Config", workdir: Path) -> bool:
 
 
 def _evaluate(args: "Arguments") -> int:
+    from vidjax.commands import arguments
     from vidjax.config_values import override_names
-    from vidjax.modes import arguments, together
+    from vidjax.training import together
 
     if args.shard:
         return _evaluate_part(args, args.shard)
@@ -156,7 +159,7 @@ def _evaluate(args: "Arguments") -> int:
     if args.overrides and not config.join.runs:
         arguments.rehearse(args, config)
     with _locked_folder(path) as workdir:
-        from vidjax.modes import blend, evaluate
+        from vidjax.commands import blend, evaluate
 
         _set_up_devices(config)
         if config.join.runs:
@@ -171,15 +174,15 @@ def _evaluate(args: "Arguments") -> int:
 
 
 def _evaluate_part(args: "Arguments", which: "Shard") -> int:
+    from vidjax.commands import arguments
     from vidjax.config_values import override_names
-    from vidjax.modes import arguments
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
     if args.overrides:
         arguments.rehearse(args, config)
     _end_on_signals()
-    from vidjax.modes import evaluate, shard, summary
+    from vidjax.commands import evaluate, shard, summary
 
     workdir = path.absolute()
     _set_up_devices(config)
@@ -195,15 +198,15 @@ def _evaluate_part(args: "Arguments", which: "Shard") -> int:
 
 
 def _merge(args: "Arguments") -> int:
+    from vidjax.commands import arguments
     from vidjax.config_values import override_names
-    from vidjax.modes import arguments
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
     if args.overrides:
         arguments.rehearse(args, config)
     with _locked_folder(path) as workdir:
-        from vidjax.modes import evaluate, merge
+        from vidjax.commands import evaluate, merge
 
         _set_up_devices(config)
         evaluate.check_folder(config, workdir, override_names(args.overrides))
@@ -214,7 +217,7 @@ def _merge(args: "Arguments") -> int:
 
 
 def _report(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     workdir = arguments.for_report(args)
     from vidjax.report import run_page
@@ -225,7 +228,7 @@ def _report(args: "Arguments") -> int:
 
 
 def _config(args: "Arguments") -> int:
-    from vidjax.modes import arguments, show_config
+    from vidjax.commands import arguments, show_config
 
     config, file = arguments.for_display(args)
     rows = list(show_config.rows(config, args.overrides, file))
@@ -234,10 +237,10 @@ def _config(args: "Arguments") -> int:
 
 
 def _rank(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     options = arguments.for_ranking(args)
-    from vidjax.modes import rank
+    from vidjax.commands import rank
 
     rank.check_out(options.out)  # before what takes seconds
     from vidjax import predict
@@ -267,10 +270,10 @@ def _rank(args: "Arguments") -> int:
 
 
 def _compare(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     comparison = arguments.for_comparison(args)
-    from vidjax.modes import compare
+    from vidjax.commands import compare
     from vidjax.run import workdir as workdir_lib
 
     def load(config: "Config") -> "TrainingData":
@@ -292,13 +295,13 @@ def _compare(args: "Arguments") -> int:
 
 
 def _check(args: "Arguments") -> int:
-    from vidjax.modes import arguments
+    from vidjax.commands import arguments
 
     checked = _checked_gallery(args)
     config, workdir = (None, checked) if checked else arguments.for_check(args)
     # An accelerator may be at work on the run that is checked.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.modes import check, findings
+    from vidjax.commands import check
 
     subject = str(workdir or args.config or "the environment")
     lines = not (args.quiet or args.json)
@@ -313,11 +316,11 @@ def _check(args: "Arguments") -> int:
         found = check.check(config, workdir)
     for item in found:  # print each line at once: reading data takes time
         items.append(item)
-        if lines or (args.quiet and not args.json and item.state != findings.OK):
+        if lines or (args.quiet and not args.json and item.state != check.OK):
             messages.say(f"  {item.state:7}  {item.text}")
     content = {"check": subject, "findings": [item._asdict() for item in items]}
-    _tell(args, findings.verdict(items), {**content, "verdict": findings.verdict(items)})
-    return findings.exit_code(items)
+    _tell(args, check.verdict(items), {**content, "verdict": check.verdict(items)})
+    return check.exit_code(items)
 
 
 def _checked_gallery(args: "Arguments") -> Path | None:
@@ -345,8 +348,8 @@ RUNNERS = {
 @contextlib.contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
     """Makes a run's folder and holds its lock, for all processes of the run."""
-    from vidjax.modes import together
     from vidjax.run import workdir as workdir_lib
+    from vidjax.training import together
 
     _end_on_signals()
     with workdir_lib.locked(path) as workdir:
@@ -382,7 +385,7 @@ def _summarise(
     finished_before: bool = False,
 ) -> None:
     """Prints the scores of a run and the files to look at."""
-    from vidjax.modes import summary
+    from vidjax.commands import summary
 
     rows = summary.rows(config, workdir, results, seconds)
     heading = args.mode
@@ -404,7 +407,7 @@ def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
     if not args.json:
         messages.say(text)
         return
-    from vidjax.modes import summary
+    from vidjax.commands import summary
 
     messages.say(summary.to_json({"mode": args.mode, **content}))
 

@@ -36,14 +36,12 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.errors import UserError, check_argument
-from vidjax.modes.restore import check_widths, find_run, load_weights, task_of
+from vidjax.evaluation.model_scorer import WINDOW_ROWS, ModelScorer, TrainedModel, in_pool, windows
+from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
 from vidjax.run import results as results_lib
 from vidjax.run.terminal import uncounted
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import topk
-from vidjax.steps.model_scorer import ModelScorer, TrainedModel
-from vidjax.steps.sinks import WINDOW_ROWS, in_pool
-from vidjax.steps.windows import windows
 from vidjax.system import System, make_system
 
 SMALL_REQUEST = 4  # clips, and rows of the block that scores them

@@ -112,7 +112,7 @@ class TaskSpec(NamedTuple):
       threshold: measure below which clips are poor, from the training clips and the model's
         `threshold_share`; None for a model without one.
       settings: name -> attribute of the model that was fitted before training, by
-        `steps.plda_settings`; None for a model without such attributes.
+        `training.plda_fit`; None for a model without such attributes.
       padded_columns: number of class columns with padding; None without padding.
     """
 

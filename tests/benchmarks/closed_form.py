@@ -4,8 +4,8 @@
 
 Clips of 30 made-up faces on average are resident. The fit has three parts: the settings, on
 held-out clips; two passes over all clips for the sums; and the solution on the host. A ranking of
-all clips is all of `vidjax.steps.scoring.score`. The memory of the fit is that of the clips, of its
-sums and of what the solution holds of them at once:
+all clips is all of `vidjax.evaluation.scoring.score`. The memory of the fit is that of the clips,
+of its sums and of what the solution holds of them at once:
 
     frames x D x 2 + K x (D + 1) x 4 + K x D x 8 x 4 bytes
 
@@ -25,9 +25,10 @@ from tests.benchmarks import common
 from tests.benchmarks.evaluation import MadeUp
 from vidjax import devices, ensemble
 from vidjax.data import resident
-from vidjax.steps import plda_settings, scoring
-from vidjax.steps.model_scorer import TrainedModel
+from vidjax.evaluation import scoring
+from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.steps.train_step import make_train_loop
+from vidjax.training import plda_fit
 
 SETTINGS = ("within=0.8", "between=0.75", "scale=0.06", "unenrolled=-2.0", "stranger=2.0")
 
@@ -36,10 +37,10 @@ def fit_settings(num_clips: int, num_identities: int) -> None:
     """Fits the settings on as many made-up vectors as a fit looks at."""
     rng = np.random.default_rng(0)
     labels = 1 + np.arange(num_clips) % num_identities
-    wanted = plda_settings.some_identities(labels, 0)
+    wanted = plda_fit.some_identities(labels, 0)
     vectors = rng.normal(size=(int(wanted.sum()), common.DIM))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    plda_settings.fit_settings({"face": vectors}, labels[wanted], {}, 0)
+    plda_fit.fit_settings({"face": vectors}, labels[wanted], {}, 0)
 
 
 def benchmark(args: argparse.Namespace) -> None:

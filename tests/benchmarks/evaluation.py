@@ -3,8 +3,8 @@
     python -m tests.benchmarks.evaluation [--net=mlp] [--clips=60000] [--num_identities=10034]
         [--peer] [--rounds=3] [--growth]
 
-Clips are made up and resident. The whole is `vidjax.steps.scoring.score`, with MAP and the open-set
-figures; the forward pass is the same blocks without a ranking. With `--peer` the same net in
+Clips are made up and resident. The whole is `vidjax.evaluation.scoring.score`, with MAP and the
+open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net in
 PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
 blocks that lie in memory. All take turns in one process. `--growth` shows time and memory for other
 numbers of clips and identities, each in a process of its own, beside the memory that is expected:
@@ -33,8 +33,8 @@ from vidjax.cluster.share import WHOLE, Share
 from vidjax.data import resident
 from vidjax.data.blocks import own_blocks
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
-from vidjax.steps import scoring, sinks
-from vidjax.steps.model_scorer import TrainedModel
+from vidjax.evaluation import model_scorer, scoring
+from vidjax.evaluation.model_scorer import TrainedModel
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -179,7 +179,7 @@ def grow(args: argparse.Namespace) -> None:
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         seconds, before, added = map(float, done.stdout.split()[-3:])
-        expected = REST + HELD * sinks.WINDOW_ROWS * 4 * identities
+        expected = REST + HELD * model_scorer.WINDOW_ROWS * 4 * identities
         sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
         rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
     header = ["clips", "identities", "microseconds a clip"]

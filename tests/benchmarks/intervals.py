@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from vidjax.report import significance
+from vidjax import significance
 
 DRAWS = 1000  # of each bootstrap, in place of the 10,000 of a report
 IDENTITIES = (20, 37, 100, 300, 1000)

@@ -35,11 +35,12 @@ from tests.benchmarks import common, training_step
 from tests.benchmarks.evaluation import MadeUp
 from vidjax import devices, ensemble
 from vidjax.data import resident
-from vidjax.modes import start
+from vidjax.evaluation import scoring
+from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.run import checkpoint
-from vidjax.steps import columns, scoring, train_step
+from vidjax.steps import columns, train_step
 from vidjax.steps.columns import ScoreColumns
-from vidjax.steps.model_scorer import TrainedModel
+from vidjax.training import training_run
 
 WIDTH = 512
 CLIPS = 2_000
@@ -126,10 +127,12 @@ def stage(args: argparse.Namespace) -> float:
     run = make_run(args)
     if args.stage == "sampled":
         state, seconds = train(run, run.state, STAGES["sampled"])
-        checkpoint.save(folder, STAGES["sampled"], start.as_items(state), {"evaluated": True})
+        checkpoint.save(
+            folder, STAGES["sampled"], training_run.as_items(state), {"evaluated": True}
+        )
         return seconds
     if args.stage == "full":
-        items = load(folder, start.as_items(run.state))
+        items = load(folder, training_run.as_items(run.state))
         state = run.state.replace(
             params=items["params"], model_state=items["model_state"], **items["train"]
         )

@@ -29,14 +29,14 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax import fusion, metrics
 from vidjax.batch import Array, Frames
+from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
 from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.people import People, fit_front
 from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors
-from vidjax.modes.arguments import load_data
-from vidjax.steps.training_clips import values_of_clips
+from vidjax.steps.clip_values import values_of_clips
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "plda.py")
 MOST_NEWCOMERS = 100

@@ -32,7 +32,7 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
-from vidjax.modes import compare
+from vidjax.commands import compare
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)
-    from vidjax.modes.arguments import load_data
+    from vidjax.commands.arguments import load_data
 
     datasets: dict[str, Any] = {}
 

@@ -20,9 +20,9 @@ import numpy as np
 from scipy import stats
 
 from vidjax import metrics, predict
+from vidjax.commands.arguments import load_data
 from vidjax.gallery import calibration
 from vidjax.gallery.gallery import Gallery
-from vidjax.modes.arguments import load_data
 
 HALVINGS = 200
 RATES = (0.01, 0.02, 0.05, 0.1)

@@ -16,8 +16,8 @@ from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_
 from vidjax import config as config_lib
 from vidjax import devices, main, messages
 from vidjax.data.load import load_dataset
-from vidjax.modes import train
 from vidjax.run import checkpoint, signals
+from vidjax.training import train
 
 # Where a save fails, threads of Orbax complain after it to an event loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -21,9 +21,10 @@ from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
 from vidjax import command_line, devices, ensemble, errors, files, main, ownership
 from vidjax import config as config_lib
+from vidjax.commands import arguments, check, evaluate
 from vidjax.data import arrays
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
-from vidjax.modes import arguments, check, check_run, evaluate, restore
+from vidjax.evaluation import restore
 from vidjax.run import checkpoint, parts, results, resume
 from vidjax.run import workdir as workdir_lib
 
@@ -44,7 +45,8 @@ CHILD = """
 import resource, sys, time
 from vidjax import main
 import jax, numpy, matplotlib.pyplot
-from vidjax.modes import check, compare, evaluate, restore
+from vidjax.commands import check, compare, evaluate
+from vidjax.evaluation import restore
 from vidjax.report import run_page
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -457,7 +459,7 @@ def test_thousands_of_wrong_parts_are_told_once(tmp_path, capsys):
         folder = tmp_path / "parts" / "val" / f"{number}-of-300"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}" if number % 2 else "{")
-    found = list(check_run.check_run(config_lib.default(), tmp_path))
+    found = list(check.check_run(config_lib.default(), tmp_path))
     told = [text for items in found for _, text in items if "parts/val" in text]
     assert len(told) == 1 and "1-of-300" in told[0] and "299 more" in told[0]
 

@@ -14,15 +14,16 @@ from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax import config as config_lib
 from vidjax import optim
+from vidjax.commands import check
 from vidjax.data import arrays, ground_truth, iqiyi_vid, load
 from vidjax.data.clips import Split
 from vidjax.data.frame_fields import feature_norms
 from vidjax.data.records import report as report_lib
 from vidjax.data.usable import misspelt, unusable
+from vidjax.evaluation import scoring
+from vidjax.evaluation.model_scorer import ClipScores
 from vidjax.models import identifier
-from vidjax.modes import check, plan
-from vidjax.steps import conclusion
-from vidjax.steps.sinks import ClipScores
+from vidjax.training import plan
 
 DIM = 4
 
@@ -161,14 +162,14 @@ def test_clips_with_a_nan_among_their_scores_are_counted_and_come_last() -> None
     best = np.array([0.5, np.nan, 0.25, np.nan], np.float32)
     pool, right = np.array([True, True, True, False]), np.ones(4, bool)
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as clip1\n.*divide"):
-        scores, counts = conclusion._without_nan(make_split(4), ClipScores(pool, best, right))
+        scores, counts = scoring._without_nan(make_split(4), ClipScores(pool, best, right))
     assert counts == {"num_nan_clips": 1}
     assert scores.best[1] == -np.inf and not scores.right[1] and scores.best[0] == 0.5
     fine = ClipScores(pool, np.zeros(4, np.float32), right)
-    assert conclusion._without_nan(make_split(4), fine) == (fine, {})
+    assert scoring._without_nan(make_split(4), fine) == (fine, {})
     with pytest.raises(ValueError, match=r"2 of 2 clips .*\n.*divide"):
         nan = np.full(2, np.nan, np.float32)
-        conclusion._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
+        scoring._without_nan(make_split(2), ClipScores(pool[:2], nan, right[:2]))
 
 
 # Fields.

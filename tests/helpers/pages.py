@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import metrics
-from vidjax.report import significance
+from vidjax import metrics, significance
 from vidjax.run import results as results_lib
 
 REPORT = Path(__file__).parents[2] / "vidjax" / "report"

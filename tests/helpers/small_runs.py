@@ -9,9 +9,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vidjax import config as config_lib
-from vidjax.modes import train
 from vidjax.run import checkpoint
 from vidjax.steps import feed
+from vidjax.training import train
 
 ROOT = Path(__file__).parents[2]
 MODALITIES = "--config.modalities=face,head,audio"

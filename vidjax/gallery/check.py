@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from vidjax import messages
+from vidjax.commands.check import FAULT, OK, WARNING, Findings, Item, one_line
 from vidjax.gallery import store
 from vidjax.gallery.gallery import Gallery
-from vidjax.modes.findings import FAULT, OK, WARNING, Findings, Item, one_line
 
 
 def is_gallery(folder: Path) -> bool:

@@ -315,8 +315,8 @@ def _config_of(config: "Config", overrides: Words) -> "Config":
 
 def _create(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax import predict
+    from vidjax.commands.arguments import load_data, run_config
     from vidjax.gallery.gallery import Gallery
-    from vidjax.modes.arguments import load_data, run_config
 
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
@@ -338,8 +338,8 @@ def _clips(
     args: argparse.Namespace, overrides: Words, gallery: "Gallery"
 ) -> "MemoryClips | TrainingData":
     """Returns the clips of a command."""
+    from vidjax.commands.arguments import load_data
     from vidjax.data.unlabelled import load_clips
-    from vidjax.modes.arguments import load_data
 
     run = gallery.run
     if args.input:
@@ -384,8 +384,8 @@ def _enrol(args: argparse.Namespace, overrides: Words) -> None:
 
 
 def _identify(args: argparse.Namespace, overrides: Words) -> None:
+    from vidjax.commands import rank
     from vidjax.gallery import answers as answers_lib
-    from vidjax.modes import rank
     from vidjax.run import terminal
 
     out = Path(args.out).expanduser() if args.out else None
@@ -422,8 +422,8 @@ def _identify(args: argparse.Namespace, overrides: Words) -> None:
 
 def _rank(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax import ranking
+    from vidjax.commands import rank
     from vidjax.gallery import answers as answers_lib
-    from vidjax.modes import rank
     from vidjax.run import terminal
 
     out = Path(args.out).expanduser()

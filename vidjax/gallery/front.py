@@ -13,7 +13,7 @@ import numpy as np
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
 from vidjax.models.two_covariance import Space
-from vidjax.steps.plda_settings import fit_settings, some_identities, tell_of_few
+from vidjax.training.plda_fit import fit_settings, some_identities, tell_of_few
 
 MOST_ROWS = 1024  # clips or identities that are computed at a time
 

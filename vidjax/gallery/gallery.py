@@ -28,18 +28,18 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax import predict
+from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
 from vidjax.data.ground_truth import sort_identities
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError, check_argument
+from vidjax.evaluation import run_data
 from vidjax.gallery import calibration
 from vidjax.gallery import vectors as vectors_lib
 from vidjax.gallery.calibration import DEFAULT_FPIR, Rule, Threshold
 from vidjax.gallery.people import People, fit_front
 from vidjax.gallery.store import Clip
 from vidjax.gallery.vectors import AnyClips, Vectors
-from vidjax.modes import run_data
-from vidjax.modes.arguments import load_data
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 from vidjax.steps import topk

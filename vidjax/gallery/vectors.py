@@ -23,9 +23,9 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.errors import UserError
+from vidjax.evaluation.restore import check_widths
 from vidjax.gallery.store import Origin
 from vidjax.models.plda import PLDAIdentifier, Settings
-from vidjax.modes.restore import check_widths
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 

@@ -37,7 +37,7 @@ class FallbackIdentifier(nn.Module):
         frames of the clip count, before fusion, and with all their features.
       threshold: measure below which both models judge a clip; 0 for never.
       threshold_share: share of the training clips with `modality` that lie below the threshold,
-        from 0 to 1. `vidjax.steps.poor_clips` then computes the threshold before training, and
+        from 0 to 1. `vidjax.evaluation.poor_clips` then computes the threshold before training, and
         every checkpoint keeps it. 0 for `threshold` as it is given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import metrics, tables
-from vidjax.report import figures, html, settings, significance
+from vidjax import metrics, significance, tables
+from vidjax.report import figures, html, settings
 from vidjax.report.html import Html
-from vidjax.report.significance import Difference
+from vidjax.significance import Difference
 
 MAX_IDENTITIES = 20  # identities in a table of the page
 HOLM = "p (Holm)"

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from vidjax import metrics
-from vidjax.report import figures, html, settings, significance
+from vidjax import metrics, significance
+from vidjax.report import figures, html, settings
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles
 from vidjax.run import results as results_lib

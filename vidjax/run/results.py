@@ -35,7 +35,7 @@ name: `metrics_<split>.json` and so on.
     seconds                          float: all processes of the run, from start to last evaluation
     mode                             `resident` or `streaming`
     seed, finished, command          int, bool, str
-    trained_on                       digests of the run's data, see `modes.run_data`
+    trained_on                       digests of the run's data, see `evaluation.run_data`
     versions                         {package: version}
 
 `analysis.npz` is a NumPy archive. Its entry `facts` holds UTF-8 JSON with these keys:

@@ -135,7 +135,7 @@ _RUNS = Many(
     ),
     1000,
 )  # fmt: skip
-_DIGESTS = Object(  # of a run's data, see `modes.run_data`
+_DIGESTS = Object(  # of a run's data, see `evaluation.run_data`
     {
         "splits": Table(
             Object(

@@ -1,0 +1,1 @@
+"""What an evaluation tells beyond MAP: the content of `analysis.npz`, and the result files."""

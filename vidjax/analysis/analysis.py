@@ -1,0 +1,248 @@
+"""The analysis of an evaluation beyond MAP, as numbers: the content of `analysis.npz`.
+
+Most of it covers the whole split, and is computed from the ranking or while the clips are scored.
+Scores of changed clips are measured on a sample that depends on the split alone.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vidjax import devices, ensemble, metrics
+from vidjax.analysis import open_set, robustness
+from vidjax.analysis.strata import (
+    FEWEST_IDENTITIES,
+    count_train_clips,
+    hits,
+    named_clips,
+    ranked_columns,
+    ranked_lists,
+    strata,
+    worst_identities,
+    wrong_clips,
+)
+from vidjax.batch import Array, Batch
+from vidjax.config import Config
+from vidjax.data.clips import Split
+from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.scoring import Evaluation
+from vidjax.models.base import Identifier, ModelState, Params, has_exact_inputs
+from vidjax.steps import eval_step as eval_step_lib
+from vidjax.steps import exact_sums
+
+Values = dict[str, Any]  # JSON
+Arrays = dict[str, np.ndarray]
+MAX_RATES = 200  # learning rates that the analysis keeps
+
+
+class Seen(NamedTuple):
+    """What is seen while clips are scored; what is seen of two parts of a split can be joined.
+
+    Attributes:
+      quality: [N] float32, mean quality of each clip's frames of the primary modality.
+      attention: name -> [...] int64, sums of `attention_step` over all clips, in `exact_sums.UNIT`.
+    """
+
+    quality: np.ndarray
+    attention: dict[str, np.ndarray]
+
+
+class Observer:
+    """Watches an evaluation as its `observe`, then measures what else the analysis needs.
+
+    While clips are scored it keeps the quality of their frames and the attention of the first
+    member. Of several blended models it analyses the ranking only; the folders of the runs have
+    their own analyses.
+    """
+
+    def __init__(self, models: Sequence[TrainedModel], split_name: str, mesh: Mesh):
+        """Starts with nothing seen; the arguments are those of `scoring.score`."""
+        self._model, self._single = models[0], len(models) == 1
+        self._split_name, self._mesh = split_name, mesh
+        self._primary = self._model.modalities[0]
+        self._waiting: collections.deque[tuple[Array, Array, Array, Mapping[str, Array]]]
+        self._waiting = collections.deque()
+        num_clips = len(self._model.data.split(split_name).clips)
+        self._seen = Seen(np.zeros(num_clips, np.float32), {})
+        self._look = None
+        self._rows = 0
+
+    def __call__(self, blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
+        """Keeps the mean quality of every clip, and sums of attention over every block."""
+        del scores
+        if not self._rows:
+            self._rows = len(blocks[0].clip_index)
+            self._prepare(blocks[0])
+        for block in blocks:
+            frames = block.frames[self._primary]
+            quality = _mean_quality(frames.quality, frames.mask)
+            attention = self._look(*self._weights, self._view, block) if self._look else {}
+            self._waiting.append((quality, block.clip_index, block.batch_mask, attention))
+        self._flush(keep=len(blocks))  # a window behind, so that the devices never wait
+
+    def _flush(self, keep: int = 0) -> None:
+        """Copies what was seen of all blocks but the last `keep` to the host."""
+        while len(self._waiting) > keep:
+            quality, index, mask, attention = self._waiting.popleft()
+            quality, index, mask = devices.fetch((quality, index, mask))
+            self._seen.quality[index[mask]] = quality[mask]
+            exact_sums.add_to(self._seen.attention, attention)
+
+    @property
+    def seen(self) -> Seen:
+        """What was seen of all clips so far."""
+        self._flush()
+        return self._seen
+
+    def take(self, seen: Seen, rows: int) -> None:
+        """Takes what other processes have seen of all clips, in blocks of so many rows."""
+        self._seen, self._rows = seen, rows
+
+    def _prepare(self, block: Batch) -> None:
+        """Compiles the step that reads the attention, if the model has any."""
+        model = self._model
+        if not self._single or model.system.examples:
+            return
+        self._weights = ensemble.take((model.params, model.model_state), 0)
+        self._view = jnp.int32(model.training_sets.members[0].view)
+
+        def look(
+            params: Params, model_state: ModelState, view: Array, block: Batch
+        ) -> Mapping[str, Array]:
+            found = eval_step_lib.attention_step(model.system, params, model_state, view, block)
+            return {name: exact_sums.add_up(x, block.batch_mask) for name, x in found.items()}
+
+        if jax.eval_shape(look, *self._weights, self._view, block):
+            self._look = jax.jit(look)
+
+    def finish(
+        self, evaluation: Evaluation, trained: Config, *, num_steps: int = 0
+    ) -> tuple[Values, Arrays]:
+        """Returns the values and the arrays of `analysis.npz`; `run.results` lists them.
+
+        Args:
+          evaluation: the result of `scoring.score`.
+          trained: the group `data` of the configuration that the run was trained with. The ground
+            truth of its training splits says how many clips an identity was trained on; splits that
+            the data lacks are skipped.
+          num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none. A
+            model that optimises nothing has none.
+        """
+        model, results = self._model, evaluation.results
+        split = model.data.split(self._split_name)
+        names = ("map", "map_kind", "num_clips", "num_distractors")
+        values: Values = {
+            "split": self._split_name,
+            "lead": self._primary,
+            "modalities": list(model.modalities),
+            "logs": model.system.logs,
+            "results": {name: results.get(name) for name in names},
+            "members": results.get("members", []),
+            "runs": results.get("runs", []),
+        }
+        attention_values, arrays = attention(self.seen.attention, model.system.model)
+        values |= attention_values
+        if self._single and num_steps and not has_exact_inputs(type(model.system.model)):
+            arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
+        if results.get("map") is None:
+            values["named"] = named_clips(evaluation, split.clips)
+            return values, arrays
+        train_clips = count_train_clips(model, trained.train_splits)
+        columns = ranked_columns(evaluation.top, split.labels)
+        arrays["ap"] = metrics.average_precision(hits(columns), evaluation.positives)
+        arrays["positives"] = np.asarray(evaluation.positives, np.int64)
+        if train_clips is not None:
+            arrays["train_clips"] = train_clips
+        values["num_others"] = split.num_others if evaluation.clips.pool.all() else 0
+        values["worst"] = worst_identities(evaluation, split.labels)
+        values["wrong_clips"] = wrong_clips(evaluation, split.labels, split.clips)
+        values["lists"] = ranked_lists(evaluation, split.labels, split.clips)
+        values["fewest_identities"] = FEWEST_IDENTITIES
+        quality = self.seen.quality.astype(np.float64)
+        values["strata"] = strata(evaluation, split, model.modalities, quality, train_clips)
+        arrays |= open_set.score_histograms(evaluation.clips, split.labels)
+        arrays |= open_set.error_curve(evaluation.clips, split.labels)
+        values["open_set"] = open_set.open_set(
+            evaluation.clips, split.labels, len(model.data.identities)
+        )
+        calibrated = open_set.calibration(evaluation.clips) if model.system.logs else None
+        if calibrated:
+            arrays["calibration"], values["calibration_error"] = calibrated
+            after = open_set.recalibration(evaluation.clips, split.labels)
+            if after:
+                arrays["calibration_after"] = after.bins
+                values["calibration_error_after"] = after.error
+                values["calibration_maps"] = after.maps
+        if self._single:
+            values |= self._measure_sample(evaluation, split)
+        return values, arrays
+
+    def _measure_sample(self, evaluation: Evaluation, split: Split) -> Values:
+        """Returns the parts of the analysis that need scores of changed clips."""
+        scorer = robustness.SampleScorer(self._model, split, self._mesh, self._rows)
+        rng = np.random.default_rng(0)
+        num_members = scorer.scorer.num_members
+        sample = robustness.choose_sample(evaluation.clips.pool, num_members, rng)
+        values: Values = {"num_sampled": int(sample.sum())}
+        if not robustness.count_positives(split, sample).any():
+            return values
+        modality, chosen = robustness.choose_clips(scorer, evaluation.clips, sample, rng)
+        values["robustness"] = robustness.robustness(scorer, sample)
+        gains = robustness.member_gains(scorer, sample, plain=values["robustness"][0]["map"])
+        if gains:
+            values["gains"] = gains
+        values["frames"] = robustness.occlusion(scorer, evaluation.clips, modality, chosen)
+        return values
+
+
+def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
+    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced.
+
+    Args:
+      schedule: step -> learning rate.
+      num_steps: the number of steps, 1 or more.
+    """
+    steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
+    rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
+    return np.stack([steps.astype(float), rates], axis=1)
+
+
+def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
+    """Averages attention over all clips.
+
+    Args:
+      units: the results of `eval_step.attention_step`, summed over all clips, in `exact_sums.UNIT`.
+      model: names the attended vectors.
+
+    Returns:
+      `assignment`: modality -> [K] shares of the frames per NetVLAD cluster, and `vectors`: names
+      of the attended vectors; `attention` [V, V], whose column j is the mean over the clips in
+      which vector j takes from others: those that have it, or all with `fill_missing`.
+    """
+    values: Values = {"assignment": {}}
+    arrays: Arrays = {}
+    for name, total in units.items():
+        total = total * exact_sums.UNIT
+        if name == "attention":
+            weight = total.sum(axis=0)  # the number of clips in which vector j takes from others
+            arrays["attention"] = total / np.where(weight > 0, weight, 1.0)
+            names = model.vector_names
+            numbers = [str(i + 1) for i in range(len(total))]
+            values["vectors"] = list(names) if len(names) == len(total) else numbers
+        else:
+            share = total / max(total.sum(), 1e-12)
+            values["assignment"][name.removeprefix("assignment/")] = share.tolist()
+    return values, arrays
+
+
+@jax.jit
+def _mean_quality(quality: Array, mask: Array) -> Array:
+    """Returns [B], the mean quality of each clip's frames; 0 for a clip without frames."""
+    finite = jnp.where(jnp.isfinite(quality), quality, 0.0)
+    return jnp.sum(finite, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)

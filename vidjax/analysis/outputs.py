@@ -1,0 +1,159 @@
+"""The result files of an evaluation, at the end of training, of a run, or of a blend."""
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vidjax import files, metrics, ranking
+from vidjax.analysis.analysis import Observer
+from vidjax.cluster import members
+from vidjax.config import Config
+from vidjax.data.clips import ClipSource
+from vidjax.evaluation.scoring import Evaluation
+from vidjax.run import results, tensorboard
+from vidjax.run import workdir as workdir_lib
+from vidjax.run.signals import Interrupted
+
+
+@functools.cache
+def import_report(*, wanted: bool) -> None:
+    """Imports what writes a report, if it is wanted, once and in a thread.
+
+    Matplotlib takes half a second. Call it while the devices train.
+    """
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # which `write_results` tells of
+            from vidjax.report import run_page as run_page
+
+    if wanted:
+        threading.Thread(target=load, daemon=True).start()
+
+
+def write_results(
+    workdir: Path,
+    data: ClipSource,
+    evaluation: Evaluation,
+    values: Mapping[str, Any],
+    *,
+    split: str,
+    own_split: str,
+    trained: Config,
+    observer: Observer | None = None,
+    ends_training: bool = False,
+) -> None:
+    """Writes ranking and metrics; with an observer also analysis and report; at last the events.
+
+    Several processes measure together what the analysis needs, and the first one writes.
+
+    The results come first: a fault of analysis or report costs these alone. A training is
+    `finished` once it has them, so that the same command writes what a killed one did not.
+
+    Args:
+      workdir: the folder of the run.
+      data: the clips that were evaluated.
+      evaluation: the result of `scoring.score`.
+      values: content of `metrics.json`, see `run.results`.
+      split: the evaluated split.
+      own_split: the split that training evaluates, `config.eval.split`.
+      trained: the group `data` of the configuration that the run was trained with.
+      observer: observer of the evaluation; None to write no analysis and no report.
+      ends_training: whether `values` are those of a training that ends here.
+
+    Raises:
+      OSError: A file cannot be written.
+    """
+    paths = results.paths(workdir, split, own_split)
+    clips = data.split(split).clips
+    if members.is_first():
+        ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
+        pending = {"finished": False} if ends_training else {}
+        workdir_lib.write_json(paths.metrics, {**values, **pending})
+    if observer:
+        steps = values.get("step", 0) if split == own_split else 0
+        with costing_pages(workdir, paths.analysis):
+            analysed = observer.finish(evaluation, trained, num_steps=steps)
+            if members.is_first():
+                results.save_analysis(paths.analysis, *analysed)
+    if not members.is_first():
+        return
+    if observer:
+        write_report(workdir)
+    if ends_training:
+        workdir_lib.write_json(paths.metrics, values)
+    with costing_pages(workdir):
+        log_results(workdir, values, split)
+
+
+def write_report(workdir: Path) -> None:
+    """Writes the report of a run; warns if a fault prevents it."""
+    # Not at the top: not every run writes a report.
+    from vidjax.report import run_page
+
+    with costing_pages(workdir, workdir / results.REPORT):
+        run_page.write(workdir)
+
+
+@contextlib.contextmanager
+def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
+    """Makes a fault in what follows a warning: the results of the run are written already.
+
+    A full disk, a signal, and a fault of one of several processes, for which the others wait, stay
+    errors.
+
+    Args:
+      workdir: the folder of the run.
+      outdated: files of an earlier evaluation, which a fault would leave beside the new results.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (OSError, Interrupted)) or members.count() > 1:
+            raise
+        for path in outdated:
+            path.unlink(missing_ok=True)
+        reason = (str(error) or "no reason given").splitlines()[0][:200]
+        warnings.warn(
+            f"a page or a part of it is not written: {type(error).__name__}: {reason}\n"
+            f"the results are in '{workdir}'; to try again: --mode=evaluate, with --debug for more",
+            stacklevel=3,
+        )
+
+
+def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
+    """Writes TensorBoard events of an evaluation: the end of the session, the attention matrix.
+
+    Args:
+      workdir: the folder of the run or of the blend.
+      values: content of `metrics.json` or `metrics_<split>.json`.
+      split: the evaluated split.
+
+    Raises:
+      ValueError: `config.json` or `analysis.npz` is damaged.
+      OSError: The events cannot be written.
+    """
+    config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
+    own_split = config["eval"]["split"]
+    own = split == own_split
+    blend = own and bool(config["join"]["runs"])  # a blend has no training that logs its scores
+    path = results.paths(workdir, split, own_split).analysis
+    images = []
+    if path.exists():
+        analysis, arrays = results.load_analysis(path)
+        if "attention" in arrays:
+            from vidjax.report import figures
+
+            picture = figures.heat_map_png(arrays["attention"], analysis["vectors"])
+            images.append(tensorboard.Image(f"attention on {split}", *picture))
+    tensorboard.write_results(
+        workdir,
+        values.get("step", 0),
+        scalars=metrics.logged(values) if blend else {},
+        images=images,
+        start=blend,
+        end=own,
+    )

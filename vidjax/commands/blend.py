@@ -1,0 +1,456 @@
+"""`--runs`: several runs as one ranking, a weighted mean of their (log-)probabilities."""
+
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import config as config_lib
+from vidjax import config_rules, devices, digests, metrics
+from vidjax.analysis import analysis
+from vidjax.analysis.outputs import write_results
+from vidjax.batch import Array, Batch
+from vidjax.command_line import PROGRAM
+from vidjax.config import Config
+from vidjax.data.clips import Split, TrainingData
+from vidjax.errors import UserError
+from vidjax.evaluation import run_data
+from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.restore import find_run, fit_data, make_model
+from vidjax.evaluation.scoring import score
+from vidjax.run import results as results_lib
+from vidjax.run import resume
+from vidjax.run import workdir as workdir_lib
+from vidjax.run.terminal import say
+from vidjax.steps import topk
+
+# Fields of `config.eval` in which each run keeps its own value, but where the blend changes it.
+OWN_FIELDS = ("reduce", "top_classes", "checkpoint")
+
+
+def check_overrides(config: Config, given: Sequence[str]) -> None:
+    """Refuses an override that no run would be scored with.
+
+    Args:
+      config: the configuration of the blend.
+      given: names of the overridden fields.
+
+    Raises:
+      UserError: a field is set to its default, and a run has another value, which it keeps.
+    """
+    for field in OWN_FIELDS:
+        name, value = f"eval.{field}", config.eval[field]
+        if name not in given or value != config_lib.default().eval[field]:
+            continue
+        for run in config.join.runs:
+            own = config_lib.load_workdir(Path(run)).eval[field]
+            if own != value:
+                raise UserError(
+                    f"--config.{name}={value} is the default: '{run}' keeps its own, {own}\n"
+                    f"leave it out in a new --workdir, or join runs with --config.{name}={value}"
+                )
+
+
+def describe_run(name: str, scored: Config) -> dict[str, Any]:
+    """Returns what a run is, for the metrics and the report of the blend.
+
+    Args:
+      name: its folder.
+      scored: its configuration, as the blend scores it.
+    """
+    config = config_lib.load_workdir(Path(name))
+    default = config_lib.default().eval
+    special = [f"{field}={scored.eval[field]}" for field in OWN_FIELDS
+               if scored.eval[field] != default[field]]  # fmt: skip
+    metrics = results_lib.read_metrics(Path(name))
+    data = {field: config.data[field] for field in ("name", "dir", "size", "seed")}
+    return {
+        "model": config.model.get("name"),
+        "data": data | metrics.get("data", {}),
+        "train_splits": list(config.data.train_splits),
+        "held_out": results_lib.held_out(config.to_dict()),
+        "modalities": list(config.modalities),
+        "seed": config.seed,
+        "scored_with": special or ["defaults"],
+        **{key: metrics[key] for key in ("step", "num_params", "num_members") if key in metrics},
+    }
+
+
+def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the entry `data` of `metrics.json`, of one dataset or of all that the runs read."""
+    different = list({entry["digest"]: entry for entry in entries}.values())
+    if len(different) == 1:
+        return different[0]
+    return {
+        "name": ", ".join(entry["name"] for entry in different),
+        "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
+        "digest": digests.sha256_json([entry["digest"] for entry in different]),
+    }
+
+
+def fitted_splits(config: Config, workdir: Path) -> str | None:
+    """Returns the split that the weights are fitted on, now or by an earlier blend; else None."""
+    if config.join.greedy:
+        return config.join.split
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    before = config_lib.load_workdir(workdir).join
+    same = all(before[name] == config.join[name] for name in ("weights", "mean"))
+    return results_lib.read_metrics(workdir).get("weights_fitted_on") if same else None
+
+
+def command(config: Config, workdir: Path, split: str) -> str:
+    """Returns the command that ranks a split by the same blend in a fresh folder."""
+    words = ["--mode=evaluate", f"--workdir={workdir}", f"--runs={','.join(config.join.runs)}"]
+    changed = config_lib.differences(config_lib.default(), config)
+    values = {name: value for name, (_, value) in changed.items()} | {"eval.split": split}
+    for name, value in values.items():
+        if name != "join.runs" and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--config.{name}={text}")
+    return shlex.join([*PROGRAM.split(), *words])
+
+
+def write_description(
+    workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
+) -> None:
+    """Writes the identities of the runs, and their data report where they share it."""
+    workdir_lib.write_json(workdir / "identities.json", list(model.data.identities))
+    first, *others = [dict(data.report) for data in datasets.values()]
+    if all(report == first for report in others):
+        workdir_lib.write_json(workdir / "data_report.json", first)
+
+
+ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser
+
+
+def blend_runs(
+    config: Config,
+    workdir: Path,
+    load: Callable[[Config], TrainingData],
+    *,
+    num_devices: int | None = None,
+) -> dict[str, Any]:
+    """Ranks a split by the blended scores of several trained runs, and writes the results.
+
+    The score of a clip is the weighted mean of the probabilities that the runs give it, or of their
+    logarithms. Greedy weights are fitted on `config.join.split`, by members that were not trained
+    on its clips. They are written into the folder's `config.json`; later evaluations of it use
+    them.
+
+    Args:
+      config: with `join.runs`. Where `data.dir`, `data.cache_dir` and `joined.OWN_FIELDS` differ
+        from their defaults, they replace those of every run.
+      workdir: the folder of the blended results.
+      load: configuration -> dataset.
+      num_devices: devices to use; None for all.
+
+    Returns:
+      The metrics.
+
+    Raises:
+      ValueError: runs of different clips or identities, or weights that do not fit them.
+      CheckpointError: a run has no usable checkpoint.
+    """
+    began = time.monotonic()
+    mesh = devices.make_mesh(num_devices)
+    spec, split = config.join, config.eval.split
+    weights = _given_weights(config)
+    logarithms = _takes_logarithms(config)
+    datasets: dict[str, TrainingData] = {}
+    models = _restore_all(config, load, datasets, mesh)
+    if spec.greedy:
+        weights = fit_weights(models, config, mesh)
+    models = [model._replace(weight=weight) for model, weight in zip(models, weights, strict=True)]
+    observer = analysis.Observer(models, split, mesh) if config.eval.report else None
+    evaluation = score(
+        models,
+        split,
+        mesh,
+        block_size=config.eval.block_size,
+        each_member=config.eval.members,
+        observe=observer,
+        logarithms=logarithms,
+    )
+    fitted_on = fitted_splits(config, workdir)
+    kept = _keep_config(config, workdir, weights)
+    results = evaluation.results | {
+        "runs": [
+            row | describe_run(row["name"], _run_config(config, row["name"]))
+            for row in evaluation.results["runs"]
+        ],
+        "command": command(kept, workdir, split),
+        "data": describe_data([data.report["data"] for data in datasets.values()]),
+        "eval_seconds": time.monotonic() - began,
+        "date": results_lib.now(),
+        "versions": devices.versions(),
+        **({"weights_fitted_on": fitted_on} if fitted_on else {}),
+    }
+    write_description(workdir, models[0], datasets)
+    trained = config_lib.load_workdir(Path(spec.runs[0])).data
+    write_results(
+        workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
+        trained=trained, observer=observer,
+    )  # fmt: skip
+    return results
+
+
+def _given_weights(config: Config) -> list[float]:
+    """Returns one weight per run, equal ones where none are configured."""
+    runs, weights = config.join.runs, config.join.weights
+    if len(runs) < 2:
+        raise UserError(f"--runs={','.join(runs)}: name two runs or more")
+    if not weights:
+        return [1.0] * len(runs)
+    if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
+        raise UserError(
+            f"config.join.weights={weights}: want {len(runs)} numbers of 0 or more, not all 0"
+        )
+    return [float(weight) for weight in weights]
+
+
+def _takes_logarithms(config: Config) -> bool:
+    """Returns True where runs are joined by a mean of logarithms; refuses what that cannot have."""
+    spec = config.join
+    for field in sorted(set(config_lib.RETIRED["join"]) & set(spec)):
+        raise UserError(
+            f"config.join.{field}={spec[field]}: no join is calibrated any more, last in a538f79\n"
+            "join the runs anew, in another folder"
+        )
+    if spec.mean not in config_rules.CHOICES["join.mean"]:
+        known = config_rules.CHOICES["join.mean"]
+        raise UserError(f"config.join.mean='{spec.mean}': {config_lib.suggest(spec.mean, known)}")
+    logarithms = spec.mean == "logarithms"
+    if logarithms and spec.greedy:
+        raise UserError(
+            "config.join.greedy=True: it chooses the weights of a mean of probabilities\n"
+            "--config.join.mean=probabilities, or give --config.join.weights"
+        )
+    for name in spec.runs if logarithms else ():
+        count = _run_config(config, name).eval.top_classes
+        if count:
+            raise UserError(
+                f"'{name}' scores {count} identities of a clip (config.eval.top_classes): one that "
+                "it leaves out has no mean of logarithms\n--config.join.mean=probabilities"
+            )
+    return logarithms
+
+
+def _restore_all(
+    config: Config,
+    load: Callable[[Config], TrainingData],
+    datasets: dict[str, TrainingData],
+    mesh: Mesh,
+) -> list[TrainedModel]:
+    """Restores all runs; `datasets` keeps what was loaded, by configuration."""
+    models = []
+    for name in config.join.runs:
+        run_config = _run_config(config, name)
+        key = repr(run_config.data)
+        run = find_run(run_config, Path(name))
+        run_data.check_named(Path(name), run.manifest, run_config, by_user=bool(config.data.dir))
+        if key not in datasets:
+            datasets[key] = load(run_config)
+        models.append(make_model(run_config, Path(name), run, datasets[key], mesh))
+        if config.join.greedy:  # the clips that weights are fitted on are those of the run, too
+            run_config.eval.split = config.join.split
+            fit_data(datasets[key], run_config, Path(name), run)
+    return models
+
+
+def _run_config(config: Config, name: str) -> Config:
+    """Returns the configuration of a run, evaluated in its own way on the split of the blend."""
+    run_config = config_lib.load_workdir(Path(name))
+    if run_config.join.runs:
+        raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
+    scores, defaults = run_config.eval.scores, config_lib.default().eval
+    kept = [field for field in OWN_FIELDS if config.eval[field] == defaults[field]]
+    own = {field: run_config.eval[field] for field in kept}
+    with run_config.unlocked():
+        run_config.eval.update(config.eval.to_dict())  # of its own: fields are shared otherwise
+        run_config.eval.update(own)
+        # Cosines of one run and probabilities of another cannot be added, and logarithms need
+        # probabilities that sum to at most 1.
+        softmax = scores == "logits" or config.join.mean == "logarithms"
+        run_config.eval.scores = "log_softmax" if softmax else scores
+        for field in ("dir", "cache_dir"):
+            if config.data[field] is not None:
+                run_config.data[field] = config.data[field]
+    return run_config
+
+
+def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
+    """Writes the configuration of the blend with the weights in use, and returns it.
+
+    The split that the folder was first evaluated on stays its own.
+    """
+    config = config_lib.from_json(config_lib.to_json(config))
+    path = workdir / "config.json"
+    if path.exists():
+        config.eval.split = config_lib.load_workdir(workdir).eval.split
+    config.join.weights = tuple(float(weight) for weight in weights)
+    config.join.greedy = False
+    resume.write_config(workdir, config)
+    return config
+
+
+def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> list[float]:
+    """Chooses weights by the MAP on `config.join.split`, on clips that no scoring member knows.
+
+    Args:
+      models: the runs.
+      config: the configuration of the blend.
+      mesh: the devices.
+
+    Returns:
+      One weight per run; they sum to 1.
+
+    Raises:
+      ValueError: the split has no ground truth, or a run was trained on it without folds.
+    """
+    split_name = config.join.split
+    split, block_size = models[0].data.split(split_name), config.eval.block_size
+    if not split.labelled or not split.positives.any():
+        raise UserError(
+            f"config.join.split={split_name}: it has no ground truth to fit weights on\n"
+            "choose a labelled split with --config.join.split"
+        )
+    first = score(models, split_name, mesh, block_size=block_size, each_member=False)
+    if first.results["map_kind"] == "in_sample":
+        raise UserError(
+            f"config.join.split={split_name}: a run was trained on it without folds\n"
+            "train with --config.ensemble.folds=5, or choose a split that no run was trained on"
+        )
+    clips = candidates(first.model_tops)
+    scores = gather_scores(models, split_name, mesh, block_size, clips)
+
+    def value_of(weights: np.ndarray) -> float:
+        return blended_map(scores, clips, split, first.positives, weights)
+
+    weights, value = greedy_weights(value_of, len(models), ROUNDS)
+    shown = ", ".join(
+        f"{weight:.2f} {model.name}" for weight, model in zip(weights, models, strict=True)
+    )
+    say(f"weights on {split_name} ({first.results['map_kind']} MAP {value:.4f}): {shown}")
+    return weights.tolist()
+
+
+def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
+    """Returns the clips that any run lists for an identity, [C, R k] int32 in ascending order.
+
+    NO_CLIP stands for repeated clips. Weights are fitted on these clips only: a clip that no run
+    ranks among its best 100 rarely enters those of the blend. The final ranking has all clips.
+
+    Args:
+      tops: the ranking of each of R runs.
+    """
+    clips = np.sort(np.concatenate([top.index for top in tops], axis=1), axis=1)
+    clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
+    return clips
+
+
+def gather_scores(
+    models: Sequence[TrainedModel],
+    split_name: str,
+    mesh: Mesh,
+    block_size: int,
+    clips: np.ndarray,
+) -> np.ndarray:
+    """Scores a split once more and keeps the scores of the candidates, [R, C, n] float64.
+
+    Which clips are candidates is known after a first pass; to keep all of its scores would take
+    four bytes for each clip, identity and run.
+
+    Args:
+      models: the R runs.
+      split_name: the split.
+      mesh: the devices.
+      block_size: clips that a device scores at a time.
+      clips: [C, n] int32, from `candidates`.
+
+    Returns:
+      The logarithmic scores; -inf where there is no clip.
+    """
+    wanted = jnp.asarray(clips)
+    gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
+
+    def observe(blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
+        for number, model_scores in enumerate(scores):
+            for block, block_scores in zip(blocks, model_scores, strict=True):
+                gathered[number] = _gather(
+                    gathered[number], wanted, block_scores, block.clip_index, block.batch_mask
+                )
+
+    score(models, split_name, mesh, block_size=block_size, each_member=False, observe=observe)
+    return np.stack([np.asarray(scores, np.float64) for scores in gathered])
+
+
+@jax.jit
+def _gather(
+    gathered: Array, clips: Array, scores: Array, clip_index: Array, batch_mask: Array
+) -> Array:
+    """Fills in the scores [C, n] of those `clips` [C, n] that are in a block of scores [B, C]."""
+    clip = jnp.where(batch_mask, clip_index, -1)
+    order = jnp.argsort(clip)
+    place = jnp.clip(jnp.searchsorted(clip[order], clips), 0, len(clip) - 1)
+    row = order[place]
+    values = scores[row, jnp.arange(len(clips))[:, None]]
+    return jnp.where(clip[row] == clips, values, gathered)
+
+
+def greedy_weights(
+    value_of: Callable[[np.ndarray], float], num_runs: int, rounds: int
+) -> tuple[np.ndarray, float]:
+    """Adds one run after another, with repetition, always the one that makes the value largest.
+
+    Args:
+      value_of: counts [R] of the added runs -> the value of that blend.
+      num_runs: R.
+      rounds: runs that are added.
+
+    Returns:
+      The weights [R] of the best blend of all rounds, which sum to 1, and its value.
+
+    Source: selection with replacement of Caruana et al. 2004, Ensemble Selection from Libraries of
+    Models. Ours: without their sorted initialisation and without bagging.
+    """
+    counts = best = np.zeros(num_runs)
+    best_value = -np.inf
+    for _ in range(rounds):
+        choices = counts + np.eye(num_runs)
+        values = [value_of(choice) for choice in choices]
+        counts = choices[int(np.argmax(values))]
+        if max(values) > best_value:
+            best, best_value = counts, max(values)
+    return best / best.sum(), best_value
+
+
+def blended_map(
+    scores: np.ndarray,
+    clips: np.ndarray,
+    split: Split,
+    positives: np.ndarray,
+    weights: np.ndarray,
+) -> float:
+    """Returns the MAP of a blend, ranked among the candidates.
+
+    Args:
+      scores: [R, C, n] float64, logarithms, from `gather_scores`.
+      clips: [C, n] int32, from `candidates`.
+      split: the clips.
+      positives: [C] int, ground-truth clips per identity.
+      weights: [R], 0 or more; only their proportions matter.
+    """
+    used = weights > 0
+    logs = scores[used] + np.log(weights[used])[:, None, None]
+    total = np.where(clips < len(split.labels), np.logaddexp.reduce(logs, axis=0), -np.inf)
+    order = np.lexsort((clips, -total), axis=1)[:, : topk.MAX_NAMES]
+    index = np.take_along_axis(clips, order, axis=1)
+    return metrics.mean_average_precision(index, split.labels, positives)

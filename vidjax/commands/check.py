@@ -1,0 +1,514 @@
+"""`--mode=check`: environment, configuration, data and run, each found good or damaged.
+
+A check reads and reports. It deletes and repairs nothing, and takes no lock: a run may go on
+meanwhile, and a file that the run deletes or has not finished writing is no fault. Data that no
+training has converted yet are converted into a folder that goes again, to open every file.
+"""
+
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vidjax import config as config_lib
+from vidjax import devices, files, messages, ranking
+from vidjax.config import Config
+from vidjax.data import load, resident
+from vidjax.data.cache import default_cache_dir
+from vidjax.data.clips import select_modalities
+from vidjax.data.record_source import RecordSource
+from vidjax.data.usable import misspelt, unusable
+from vidjax.evaluation import restore, run_data
+from vidjax.run import checkpoint, parts, resume, schema
+from vidjax.run import results as results_lib
+from vidjax.run import workdir as workdir_lib
+from vidjax.training import plan, rehearsal
+
+OK, WARNING, FAULT = "ok", "warning", "FAULT"
+Findings = Iterator[tuple[str, str]]  # (state, text)
+
+
+class Item(NamedTuple):
+    """One line of a check.
+
+    Attributes:
+      state: OK, WARNING or FAULT.
+      subject: `environment`, `config`, `data`, `checkpoints` or `run`.
+      text: the finding, in one line.
+    """
+
+    state: str
+    subject: str
+    text: str
+
+
+def exit_code(items: Iterable[Item]) -> int:
+    """Returns 3 if a checkpoint is faulty, else 2 if anything is, else 0."""
+    subjects = {item.subject for item in items if item.state == FAULT}
+    return 3 if "checkpoints" in subjects else 2 if subjects else 0
+
+
+def verdict(items: Sequence[Item]) -> str:
+    """Returns the last line of a check: the numbers of faults and warnings."""
+    faults, warned = (sum(item.state == state for item in items) for state in (FAULT, WARNING))
+    if not faults:
+        return f"all good, {warned} to note" if warned else "all good"
+    subjects = dict.fromkeys(item.subject for item in items if item.state == FAULT)
+    return f"{faults} FAULT{'S' if faults > 1 else ''}: {', '.join(subjects)}"
+
+
+def one_line(text: str) -> str:
+    """Returns a text with its lines joined by semicolons."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def size_text(count: float) -> str:
+    """Returns a number of bytes in MB or GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
+    """Yields the findings on each file beside the checkpoints.
+
+    Args:
+      config: the run's configuration, None where it is damaged.
+      workdir: the run's folder.
+    """
+    yield _use(workdir)
+    if config is None:
+        yield _damaged_config(workdir)
+    for path in sorted(workdir.glob("*.json")):
+        if path.name not in ("config.json", "identities.json"):  # see `check_companions`
+            yield _results(path)
+    for path in sorted(workdir.glob("analysis*.npz")):
+        yield _analysis(path)
+    for path in sorted(workdir.glob("*.jsonl")):
+        yield _log(path)
+    if files.exists(workdir / "metrics.json") and not files.exists(workdir / "ranking.txt"):
+        yield iter([(FAULT, "ranking.txt: missing, but metrics.json exists")])
+    for path in sorted(workdir.glob("ranking*.txt")):
+        yield _ranking(path)
+    for path in sorted((workdir / parts.FOLDER).glob("*")):
+        yield _part_folders(workdir, path.name)
+
+
+def _use(workdir: Path) -> Findings:
+    holder = _holder(workdir)
+    if holder:
+        yield WARNING, f"workdir: in use by {holder}: its newest files may be unfinished"
+        return
+    for path in sorted([*workdir.glob(".*.partial"), *workdir.glob(".write-test-*")]):
+        yield WARNING, f"workdir: '{path}': left over from a write that was cut short"
+
+
+def _damaged_config(workdir: Path) -> Findings:
+    config_lib.load_workdir(workdir)  # raises the error that describes the damage
+    yield OK, "config.json: written while this was checked"
+
+
+def _results(path: Path) -> Findings:
+    """Yields the finding on a file of results, in JSON."""
+    if path.name == "data_report.json":
+        content = results_lib.load_data_report(path)
+        problems = list(wrong_sums(content))
+        yield from ((FAULT, problem) for problem in problems)
+        if not problems:
+            yield OK, "data_report.json: loaded + skipped = seen throughout"
+        return
+    content: dict[str, Any] = {}
+    if path.name.startswith("metrics"):
+        content = results_lib.load_metrics(path)
+    else:
+        files.read_json(path, object)
+    if content.get("map") is not None:
+        yield OK, f"{path.name}: MAP@100 {content['map']:.4f} ({content.get('map_kind')})"
+    elif content.get("num_clips") is not None:
+        yield OK, f"{path.name}: {content['num_clips']:,} clips ranked, no MAP"
+    else:
+        yield OK, f"{path.name}: can be read"
+
+
+def _analysis(path: Path) -> Findings:
+    _, arrays = results_lib.load_analysis(path)
+    yield OK, f"{path.name}: {len(arrays)} arrays can be read"
+
+
+def _ranking(path: Path) -> Findings:
+    known = path.with_name("identities.json")
+    identities = results_lib.load_identities(known) if files.exists(known) else None
+    if identities is None:  # of a blend; a run has the names of its identities
+        identities = ranking.read_identities(path)
+    count = sum(1 for _ in ranking.each_list(path, identities))
+    if count != len(identities):
+        yield FAULT, f"{path.name}: {count} lines for {len(identities)} identities"
+    else:
+        yield OK, f"{path.name}: valid, {count} identities"
+
+
+def _part_folders(workdir: Path, split: str) -> Findings:
+    """Yields the findings on the parts of an evaluation of a split."""
+    name, counts, faults = f"{parts.FOLDER}/{split}", Counter[int](), list[ValueError]()
+    for one, part in parts.find(workdir, split).items():
+        try:
+            if isinstance(part, ValueError):
+                raise part
+            limit = parts.most_bytes(schema.IDENTITIES.most, part.manifest["num_clips"])
+            parts.verify(part, limit)
+            counts[one.total] += 1
+        except ValueError as error:
+            faults.append(error)
+    if faults:
+        more = f"\n{len(faults) - 1} more cannot be used" if faults[1:] else ""
+        yield FAULT, f"{name}: {faults[0]}{more}"
+    for total, count in sorted(counts.items()):
+        state = OK if count == total else WARNING
+        yield state, f"{name}: {count} of {total} parts, sha256 agrees"
+
+
+def _log(path: Path) -> Findings:
+    """Yields one finding on a log: its first damaged, repeated or out-of-order line, or OK."""
+    before, number, line = (-1, False, 0), 0, b"\n"
+    for number, line in enumerate(files.each_line(path), 1):
+        if not line.endswith(b"\n") and len(line) < files.LINE_BYTES:
+            break
+        try:
+            value: Any = files.parse_line(line)
+            place = (int(value["step"]), "split" in value, value.get("member", 0))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            yield FAULT, f"{path.name}: line {number} is damaged"
+            return
+        if place <= before and path.name != resume.FILE:
+            yield FAULT, f"{path.name}: line {number}: step {place[0]} after step {before[0]}"
+            return
+        before = place
+    if not line.endswith(b"\n"):
+        yield WARNING, f"{path.name}: the last line is not finished; a resumed run cuts it off"
+    else:
+        yield OK, f"{path.name}: {number} lines to step {max(before[0], 0)}"
+
+
+def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> Findings:
+    """Yields the findings on every saved step, and the step that evaluation would use.
+
+    Args:
+      config: the run's configuration, None where it is damaged.
+      workdir: the run's folder.
+      name: prefix of every text.
+    """
+    if name and config is None:
+        config_lib.load_workdir(workdir)  # raises the error that describes the damage
+    holder = _holder(workdir)
+    for step in (steps := checkpoint.survey(workdir)):
+        folder = workdir / "checkpoints" / str(step)
+        try:
+            manifest = checkpoint.verify(folder)
+        except checkpoint.CheckpointError as error:
+            if files.exists(folder):  # unless the run has deleted it meanwhile
+                yield FAULT, f"{name}checkpoint {step}: {error}"
+        else:
+            scored = f", MAP {manifest['map']:.4f}" if "map" in manifest else ""
+            count = len(manifest["files"])
+            yield OK, f"{name}checkpoint {step}: {count} files, sha256 agrees{scored}"
+    for path in sorted((workdir / "checkpoints").glob("*")):
+        if path.name not in map(str, steps):
+            kind = "no checkpoint"
+            if path.name.startswith("."):
+                kind = "being saved or dropped" if holder else "left over from a save cut short"
+            yield WARNING, f"{name}'{path}': {kind}; never used"
+    prefer = config.eval.checkpoint if config is not None else "latest"
+    with warnings.catch_warnings():  # about damage that was reported above
+        warnings.simplefilter("ignore")
+        newest = checkpoint.find(workdir, prefer)
+    if newest is None:
+        trained = files.exists(workdir / "metrics.json")
+        text = "but metrics.json exists" if trained else "training would begin at step 0"
+        yield FAULT if trained else WARNING, f"{name}no checkpoint, {text}"
+        return
+    step = newest.manifest["step"]
+    state = WARNING if prefer == "latest" and step < max(steps) else OK
+    yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
+    for companion in restore.check_companions(workdir, newest.manifest):
+        if companion.file == restore.CONFIG and config is None:
+            continue  # its damage was reported before
+        state = FAULT if companion.fault else OK
+        yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
+
+
+def _holder(workdir: Path) -> str | None:
+    """Returns a description of the process that holds a run's lock, None if none does."""
+    try:
+        with files.open_regular(workdir / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
+            except BlockingIOError:
+                return workdir_lib.lock_owner(file)
+    except (FileNotFoundError, PermissionError):
+        pass
+    return None
+
+
+def wrong_sums(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a text for every count of a data report that is not the sum of its parts."""
+    for split, modalities in ((s, part["modalities"]) for s, part in report["splits"].items()):
+        for name, counts in modalities.items():
+            for unit in ("frames", "clips"):
+                seen, loaded = counts.get(f"{unit}_seen"), counts.get(unit)
+                skipped = sum(counts[f"{unit}_skipped"].values())
+                if seen is not None and loaded + skipped != seen:
+                    yield (
+                        f"data_report.json: {name}_{split}: {seen} {unit} seen, "
+                        f"but {loaded} loaded + {skipped} skipped"
+                    )
+
+
+if TYPE_CHECKING:
+    from vidjax.data.records.manifest import Records
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
+
+
+def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
+    """Yields the findings, one after another.
+
+    Args:
+      config: the configuration of the run, or one to train with; None if there is none, or if it is
+        damaged.
+      workdir: the run's folder; None for none.
+    """
+    for subject, findings in _parts(config, workdir):
+        try:
+            yield from (Item(state, subject, one_line(text)) for state, text in findings)
+        except Exception as error:  # damaged files raise whatever their readers raise
+            kind = "" if messages.exit_code(error) else f"{type(error).__name__}: "
+            yield Item(FAULT, subject, one_line(f"{kind}{messages.text_of(error)}"))
+
+
+def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, Findings]]:
+    """Yields (subject, findings), so that a part that raises does not end the check."""
+    yield "environment", _packages()
+    yield "environment", _tensorflow(needed=config is not None and not workdir)
+    yield "environment", _devices()
+    if config is not None:
+        yield "environment", _cache(config)
+    if config is not None and not workdir:
+        yield "config", _values(config)
+    joined: dict[str, Config | None] = {}  # configurations of the joined runs, by folder
+    if workdir:
+        yield "run", _folder("workdir", workdir)
+        yield from (("run", findings) for findings in check_run(config, workdir))
+        if config is not None:
+            joined = {name: _config_of(name, config) for name in config.join.runs}
+        if not joined:
+            yield "checkpoints", check_checkpoints(config, workdir)
+        for name, run_config in joined.items():
+            yield "checkpoints", check_checkpoints(run_config, Path(name), f"{name}: ")
+    configs = joined or {str(workdir or ""): config}
+    runs_of: dict[str, list[str]] = {}
+    for name, own in configs.items():
+        if own is not None:
+            runs_of.setdefault(repr(own.data), []).append(name)
+    for names in runs_of.values():
+        if (own := configs[names[0]]) is not None:
+            yield "data", _data(own, [name for name in names if name])
+
+
+def _values(config: Config) -> Findings:
+    """Yields a fault for every invalid value."""
+    problems = list(config_lib.problems(config))
+    if not problems:
+        rehearsal.build(config, dict.fromkeys(config.modalities, rehearsal.WIDTH))
+    yield from ((FAULT, problem) for problem in problems)
+    if not problems:
+        yield OK, "config: every value is in its range and has an effect"
+
+
+def _config_of(run: str, config: Config) -> Config | None:
+    """Returns the configuration of a joined run, with the data folders of the blend."""
+    try:
+        run_config = config_lib.load_workdir(Path(run))
+    except ValueError:
+        return None  # `check_checkpoints` reports it
+    for field in ("dir", "cache_dir"):
+        if config.data[field] is not None:
+            run_config.data[field] = config.data[field]
+    return run_config
+
+
+def _packages() -> Findings:
+    yield OK, f"python {platform.python_version()} on {platform.platform()}"
+    installed, absent = [], []
+    for name in PACKAGES:
+        try:
+            installed.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+    yield OK, f"packages: {', '.join(installed)}"
+    if absent:
+        yield FAULT, f"packages: {', '.join(absent)} not installed"
+
+
+def _tensorflow(*, needed: bool) -> Findings:
+    try:
+        from vidjax.data.records.codec import tf, tfds
+    except ModuleNotFoundError as error:
+        yield (
+            FAULT if needed else WARNING,
+            f"'{error.name}' is not installed: new clips can be ranked and identified; to train "
+            "and to evaluate: pip install 'vidjax[train]'",
+        )
+    except Exception as error:  # a broken installation raises whatever its libraries raise
+        yield FAULT, f"TensorFlow: no data can be read: {type(error).__name__}: {error}"
+    else:
+        yield OK, f"TensorFlow {tf.__version__} and TFDS {tfds.__version__} can be imported"
+
+
+def _devices() -> Findings:
+    mesh = devices.make_mesh()
+    kind = mesh.devices.flat[0].device_kind
+    yield (
+        OK,
+        f"devices: {mesh.size} x {kind}, {size_text(resident.free_bytes(mesh))} free on each",
+    )
+
+
+def _cache(config: Config) -> Findings:
+    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+    yield from _folder("cache", cache)
+    for partial in sorted(cache.glob("*/*.partial")):
+        text = "conversion cut short or under way; the next conversion deletes it"
+        yield WARNING, f"cache: '{partial}': {text}"
+
+
+def _folder(name: str, folder: Path) -> Findings:
+    """Yields the finding on a folder, which need not exist yet: writable, and with free space."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield FAULT, f"{name}: '{existing}' is a file, not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield FAULT, f"{name}: cannot write in '{existing}'"
+    else:
+        free = shutil.disk_usage(existing).free
+        state = WARNING if free < LITTLE_SPACE else OK
+        absent = "" if existing == folder else ", does not exist yet"
+        yield state, f"{name}: '{folder}'{absent}: can be written, {size_text(free)} free"
+
+
+def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
+    """Yields the state of the data, its records and labels, and whether they are those of runs."""
+    options = load.DataOptions.of(config.data, generate=False)
+    try:
+        source = load.open_source(config.data.name, options)
+    except load.NotGenerated as error:
+        yield WARNING, f"data: {error}"
+        return
+    yield OK, f"data: {source.title}"
+    from vidjax.data.records.convert import convert, records_folder
+
+    folder = records_folder(source, options.cache_dir)
+    if (folder / "manifest.json").exists():
+        yield from _records(config, source, folder, runs)
+        return
+    yield WARNING, "records: not converted yet, or the files have changed: training converts them"
+    if importlib.util.find_spec("tensorflow") is None:
+        yield WARNING, "data: not read: without TensorFlow only converted records are"
+        return
+    cache = options.cache_dir  # where a training would need the space, too
+    writable = cache.is_dir() and os.access(cache, os.W_OK | os.X_OK)
+    with tempfile.TemporaryDirectory(dir=cache if writable else None) as scratch:
+        with messages.quietly():
+            records = convert(source, scratch, non_finite=config.data.non_finite)
+        yield from _records(config, source, records.folder, runs)
+
+
+def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[str]) -> Findings:
+    """Yields the state of the records of a source, and of their labels; see `_data`."""
+    from vidjax.data.records import manifest as manifest_lib
+    from vidjax.data.records.report import label_records
+
+    records = manifest_lib.load_index(folder)
+    problems = [*manifest_lib.verify(records), *wrong_sums(records.report), *_counts(records)]
+    for problem in problems:
+        yield FAULT, f"records: {problem}"
+    shards = [shard for split in records.splits.values() for shard in split.shards]
+    if not problems:
+        size = sum(shard.size for shard in shards)
+        yield (
+            OK,
+            f"records: '{folder}': {len(shards)} shards, {size_text(size)}, every sha256 agrees",
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, _, report = label_records(records, source.truth(records.clips))
+    for warning in caught:
+        yield WARNING, f"ground truth: {warning.message}"
+    for split, report_of_split in report["splits"].items():
+        yield OK, f"{split}: {_counts_text(report_of_split)}"
+    modalities = select_modalities(config.modalities, records.modalities)
+    for problem in misspelt({name: split.lengths for name, split in records.splits.items()}):
+        yield WARNING, problem
+    splits = [name for name in config.data.train_splits if name in report["splits"]]
+    for problem in unusable(report, splits, tuple(modalities)):
+        yield FAULT, problem
+    if splits and not any(report["splits"][name].get("labelled_clips") for name in splits):
+        yield FAULT, plan.nobody_is_named(config)
+    for run in runs:
+        yield from _own_data(run, report)
+
+
+def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
+    """Yields the finding on whether data are those that a run was trained and measured on."""
+    manifests = checkpoint.manifests(Path(run))
+    if not manifests:
+        return
+    own = manifests[max(manifests)].get("data")
+    if own is None:
+        text = "it is of an earlier version, which did not record them"
+        yield WARNING, f"data: whether they are those of '{run}' cannot be told: {text}"
+    elif different := run_data.differences(own, report):
+        yield FAULT, f"data: not those of '{run}', which was trained on others: now {different}"
+    else:
+        yield OK, "data: those of the run"
+
+
+def _counts_text(split_report: Mapping[str, Any]) -> str:
+    """Returns the numbers of clips, labels and frames of a split, in one line."""
+    labels = "no ground truth"
+    if split_report["labelled"]:
+        labels = (
+            f"{split_report['labelled_clips']} labelled, {split_report['identities']} identities"
+        )
+    modalities = split_report["modalities"].values()
+    seen = sum(modality["frames_seen"] for modality in modalities)
+    skipped = sum(sum(modality["frames_skipped"].values()) for modality in modalities)
+    return (
+        f"{split_report['clips']} clips ({labels}); {seen} frames seen = "
+        f"{seen - skipped} loaded + {skipped} skipped"
+    )
+
+
+def _counts(records: "Records") -> Iterator[str]:
+    """Yields a problem for each number on which index, manifest and report disagree."""
+    for name, split in records.splits.items():
+        report = records.report["splits"][name]
+        counts = {
+            "the index": len(split.clips),
+            "the shards": sum(shard.records for shard in split.shards),
+            "data_report.json": report["clips"],
+        }
+        if len(set(counts.values())) > 1:
+            numbers = ", ".join(f"{count} in {file}" for file, count in counts.items())
+            yield f"{name}: clips: {numbers}"
+        for modality, lengths in split.lengths.items():
+            loaded = report["modalities"][modality]["frames"]
+            if loaded != lengths.sum():
+                kept = lengths.sum()
+                yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} in the index"

@@ -1,0 +1,292 @@
+"""`--mode=compare`: runs on the same clips, with intervals for the differences of their MAP.
+
+No model is run. The average precisions come from `analysis.npz`, or else from `ranking.txt` and the
+ground truth.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidjax import config as config_lib
+from vidjax import files, significance
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.data.load import describe, is_generated
+from vidjax.errors import UserError
+from vidjax.report import comparison_page, html
+from vidjax.report.comparison_page import RankedRun
+from vidjax.run import results as results_lib
+from vidjax.run import workdir
+
+# Average precisions [C], positives [C], number of identities of the ground truth without a column.
+Averages = tuple[np.ndarray, np.ndarray, int]
+UNKNOWN = "unknown data"
+MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
+
+
+def compare(
+    folders: Sequence[str],
+    out: Path,
+    load: Callable[[Config], Any],
+    *,
+    split: str | None = None,
+    directory: str | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
+
+    Args:
+      folders: the folders of two runs or more.
+      out: an existing folder for the files.
+      load: configuration -> `Dataset`, for a run without `analysis.npz`.
+      split: the split to compare on; None for the split that the runs' training evaluates.
+      directory: where the data lies now; None for `data.dir` of the runs.
+
+    Returns:
+      A table for the terminal, and the numbers for a program, see `comparison_page.as_json`.
+
+    Raises:
+      ValueError: a run has no results on the split, or the runs ranked other clips or identities.
+    """
+    if len(folders) < 2:
+        raise UserError(f"--runs={','.join(folders)}: a comparison needs two runs or more")
+    if len({Path(name).resolve() for name in folders}) < len(folders):
+        raise UserError(f"--runs={','.join(folders)}: a run is named twice")
+    runs = [read(name, load, split=split, directory=directory) for name in folders]
+    runs = [runs[0], *(align(runs[0], run) for run in runs[1:])]
+    differences = significance.differences([run.ap for run in runs])
+    for name, content in {
+        "comparison.md": comparison_page.markdown(runs, differences),
+        "comparison.csv": comparison_page.csv_text(runs),
+        "comparison.html": comparison_page.page(runs, differences),
+    }.items():
+        workdir.write_text(out / name, html.plain(content))
+    numbers = comparison_page.as_json(runs, differences)
+    return comparison_page.printed(runs, differences), numbers
+
+
+def read(
+    name: str,
+    load: Callable[[Config], Any],
+    *,
+    split: str | None = None,
+    directory: str | None = None,
+) -> RankedRun:
+    """Reads the results of the run in a folder.
+
+    Args:
+      name: the folder, as the user gave it.
+      load, split, directory: see `compare`.
+
+    Raises:
+      ValueError: the run has no results on the split, or the split has no ground truth, or the
+        files come from different evaluations.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not files.exists(folder / "config.json"):
+        raise UserError(
+            f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
+        )
+    config = config_lib.load_workdir(folder)
+    own_split: str = config.eval.split
+    split = split or own_split
+    paths = results_lib.paths(folder, split, own_split)
+    metrics = _read_metrics(name, config, paths.metrics, split)
+    identities = _read_identities(folder, paths.ranking)
+    averages = _read_analysis(paths.analysis)
+    source = paths.analysis if averages else paths.ranking
+    if not averages:
+        data_config = _data_config(config, directory)
+        data = load(data_config)
+        _check_data(name, metrics, data_config, data, by_user=directory is not None)
+        averages = _score_ranking(paths.ranking, identities, data, split, metrics)
+    ap, positives, num_others = averages
+    if len(identities) != len(ap):
+        raise UserError(
+            f"'{name}': identities.json lists {len(identities)} identities, {source.name} "
+            f"{len(ap)}\n"
+            f"{_evaluate_command(name, split)}"
+        )
+    known = positives > 0
+    value = ap[known].sum() / (known.sum() + num_others)
+    if abs(value - metrics["map"]) > MAX_MISMATCH:
+        raise UserError(
+            f"'{name}': MAP is {value:.4f} in {source.name} and {metrics['map']:.4f} in "
+            f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
+        )
+    return RankedRun(
+        name=name,
+        split=split,
+        identities=tuple(itertools.compress(identities, known)),
+        ap=np.asarray(ap[known], np.float64),
+        positives=np.asarray(positives[known], np.int64),
+        num_others=num_others,
+        map_kind=metrics["map_kind"],
+        num_clips=metrics["num_clips"],
+        generated=_generated(config),
+        metrics=metrics,
+        config=config.to_dict(),
+    )
+
+
+def _read_metrics(name: str, config: Config, path: Path, split: str) -> dict[str, Any]:
+    try:
+        metrics = results_lib.load_metrics(path)
+    except FileNotFoundError:
+        command = _evaluate_command(name, split)
+        raise UserError(
+            f"'{name}' has no results on split '{split}' ({path.name})\n{command}"
+        ) from None
+    if metrics.get("map") is None:
+        report = results_lib.read_data_report(path.parent)
+        reason = results_lib.unmeasured(config.to_dict(), metrics, report)
+        raise UserError(
+            f"'{name}' has no MAP on split '{split}', which has no ground truth\n"
+            f"{reason or 'compare on another: --config.eval.split=val'}"
+        )
+    for key in ("map_kind", "num_clips"):
+        if metrics.get(key) is None:
+            raise UserError(f"'{path}' is damaged: no {key}\n{_evaluate_command(name, split)}")
+    return metrics
+
+
+def _evaluate_command(name: str, split: str) -> str:
+    return (
+        "to evaluate it: python -m vidjax.main --mode=evaluate "
+        f"--workdir={name} --config.eval.split={split}"
+    )
+
+
+def _generated(config: Config) -> str:
+    """Returns the description of a generated dataset, "" for files, UNKNOWN where runs are gone."""
+    own = config
+    if config.join.runs:
+        try:
+            own = config_lib.load_workdir(Path(config.join.runs[0]))
+        except ValueError:
+            return UNKNOWN
+    return describe(own.data.to_dict()) if is_generated(own.data.name) else ""
+
+
+def _data_config(config: Config, directory: str | None) -> Config:
+    """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
+    own = copy.deepcopy(config)
+    if config.join.runs:
+        own = config_lib.load_workdir(Path(config.join.runs[0]))
+        own.data.dir = config.data.dir or own.data.dir
+    if directory is not None:
+        own.data.dir = directory
+    return own
+
+
+def _check_data(
+    name: str, metrics: Mapping[str, Any], config: Config, data: TrainingData, *, by_user: bool
+) -> None:
+    """Refuses data that only the files of a run name, unless they are those it was evaluated on."""
+    if by_user or not config.data.dir:
+        return
+    if metrics.get("data", {}).get("digest") != data.report["data"]["digest"]:
+        raise UserError(
+            f"'{name}' was evaluated on other data than '{config.data.dir}' holds now\n"
+            "say where they are: --config.data.dir=FOLDER"
+        )
+
+
+def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
+    """Returns the names of the class columns; a blend has them in its ranking alone."""
+    path = folder / "identities.json"
+    if files.exists(path):
+        return tuple(results_lib.load_identities(path))
+    from vidjax.ranking import read_identities
+
+    return read_identities(ranking)
+
+
+def _read_analysis(path: Path) -> Averages | None:
+    """Returns the average precisions in an `analysis.npz`, None where it has none."""
+    if not files.exists(path):
+        return None
+    analysis, arrays = results_lib.load_analysis(path)
+    if "ap" not in arrays:
+        return None
+    return arrays["ap"], arrays["positives"], analysis.get("num_others", 0)
+
+
+def _score_ranking(
+    path: Path,
+    names: Sequence[str],
+    data: TrainingData,
+    split_name: str,
+    metrics: Mapping[str, Any],
+) -> Averages:
+    """Returns the average precisions of a `ranking.txt`, computed from the ground truth."""
+    if metrics["map_kind"] == "out_of_fold":
+        raise UserError(
+            f"'{path.parent}': an out-of-fold MAP does not follow from '{path.name}' alone\n"
+            "--mode=evaluate of that folder writes the analysis.npz that is needed"
+        )
+    from vidjax import metrics as metrics_lib
+    from vidjax import ranking
+
+    split = data.with_identities(names).split(split_name)
+    rows = {clip.removesuffix(".mp4") + ".mp4": i for i, clip in enumerate(split.clips)}
+    hits = np.zeros((len(names), ranking.MAX_NAMES), bool)
+    columns = {name: column for column, name in enumerate(names)}
+    for name, ranked in ranking.each_list(path, names):
+        column = columns[name]
+        for place, clip in enumerate(ranked):
+            if clip not in rows:
+                raise UserError(
+                    f"'{path}': clip {clip!r} is not in the data\n"
+                    "name the folder that was evaluated: --config.data.dir=FOLDER"
+                )
+            hits[column, place] = split.labels[rows[clip]] == column + 1
+    averages = metrics_lib.average_precision(hits, split.positives)
+    return averages, np.asarray(split.positives), split.num_others
+
+
+def align(first: RankedRun, run: RankedRun) -> RankedRun:
+    """Returns a run with its identities in the order of the first run.
+
+    Raises:
+      ValueError: the two runs ranked other clips, or ranked them for other identities.
+    """
+    both = f"'{first.name}' and '{run.name}'"
+    if run.split != first.split:
+        raise UserError(
+            f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
+            "compare on one that both have ranked: --config.eval.split=val"
+        )
+    if run.generated != first.generated and UNKNOWN not in (run.generated, first.generated):
+        names = [run.generated or "files" for run in (first, run)]
+        raise UserError(
+            f"{both} ranked different data: {' and '.join(names)}\n"
+            "compare runs that were evaluated on the same clips"
+        )
+    places = {name: i for i, name in enumerate(run.identities)}
+    missing = [name for name in first.identities if name not in places]
+    extra = sorted(places.keys() - set(first.identities))
+    if missing or extra:
+        example = (missing or extra)[0]
+        raise UserError(
+            f"{both} ranked different identities: {len(first.identities)} and "
+            f"{len(run.identities)}\n{len(missing) + len(extra)} are in one run only, such as "
+            f"'{example}', which is missing in '{run.name if missing else first.name}'"
+        )
+    order = np.array([places[name] for name in first.identities], int)
+    positives = run.positives[order]
+    different = np.flatnonzero(positives != first.positives)
+    if len(different) or run.num_clips != first.num_clips:
+        text = f"{first.num_clips} and {run.num_clips} clips"
+        if len(different):
+            i = different[0]
+            text += f"; {first.positives[i]} and {positives[i]} of '{first.identities[i]}'"
+        raise UserError(
+            f"{both} ranked different clips: {text}\n"
+            "compare runs that were evaluated on the same clips"
+        )
+    return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)

@@ -1,0 +1,244 @@
+"""The plan of a run: sizes, members, tables and schedule, from configuration and data."""
+
+import bisect
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vidjax import config as config_lib
+from vidjax import ensemble
+from vidjax.batch import NoiseLayout
+from vidjax.cluster import members as processes
+from vidjax.config import Config
+from vidjax.data import ground_truth
+from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.data.usable import unusable
+from vidjax.errors import UserError
+from vidjax.evaluation.poor_clips import training_threshold
+from vidjax.models.base import has_exact_inputs
+from vidjax.models.identifier import MODELS
+from vidjax.run import results
+from vidjax.steps import state as state_lib
+from vidjax.system import TaskSpec
+from vidjax.training import plda_fit
+from vidjax.training.noise_classes import label_distractors
+
+# Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
+FIRST_STEPS = (1, 2, 5, 10)
+# Fields beside those of loss and optimiser that a model with exact inputs cannot take.
+UNREAD_BY_EXACT = (
+    "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
+)  # fmt: skip
+MOST_ROWS = 65_536  # clips of a batch; more than that and than the data is a slip
+
+
+class RunPlan(NamedTuple):
+    """The plan of a run.
+
+    Attributes:
+      task: sizes of the training data.
+      training_sets: the E members and the clips that each is trained on.
+      labels: [N] int32, class columns of the training clips at step 0.
+      tables: weights and settings of the members.
+      layout: layout of the class columns with noise classes; None without noise classes.
+    """
+
+    task: TaskSpec
+    training_sets: ensemble.TrainingSets
+    labels: np.ndarray
+    tables: state_lib.Tables
+    layout: NoiseLayout | None
+
+
+def nobody_is_named(config: Config) -> str:
+    """Returns the message of training clips that show nobody of interest."""
+    if config.data.name != "arrays":
+        names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
+    else:
+        names = "labels.csv"
+        if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
+            return (
+                f"no training clip has an identity: there is no '{config.data.dir}/{names}'\n"
+                "write it, with the columns clip and identity"
+            )
+    return f"no training clip has an identity: check {names} and config.data.train_splits"
+
+
+def make_plan(config: Config, data: TrainingData) -> RunPlan:
+    """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA.
+
+    Args:
+      config: the configuration of the run.
+      data: the clips.
+
+    Raises:
+      ValueError: A field is out of range or does not fit the data.
+    """
+    _check_exact(config)
+    modalities = select_modalities(config.modalities, data.modalities)
+    spec = config.ensemble.to_dict()
+    members = ensemble.make_members(spec)
+    data.split(config.eval.split)  # raises now rather than after an hour of training
+    splits = [data.split(name) for name in config.data.train_splits]
+    labels = np.concatenate([split.labels for split in splits])
+    clips = tuple(clip for split in splits for clip in split.clips)
+    if not np.any(labels > 0):
+        raise UserError(nobody_is_named(config))
+
+    seen = ensemble.partition(
+        members, labels, spec["folds"], config.seed, spec["resample"]
+    )  # [E, N]
+    weight = seen * _clip_weights(config, labels, clips)
+    if config.data.distractors == "leave_out":
+        weight = weight * (labels > 0)
+    for member, row in zip(members, weight, strict=True):
+        if not row.any():
+            raise UserError(
+                f"member {member.number} has no training clip: change config.ensemble, "
+                "config.data.distractors or config.data.weights"
+            )
+    training_sets = ensemble.TrainingSets(members, clips, seen > 0)
+    ensemble.check_size(training_sets)  # what is written now has to be read when the run is over
+    results.check_identities(data.identities)
+    _check_features(config, data)
+    _check_batch(config.batch_size, len(labels))
+    layout = None
+    if config.data.distractors == "noise":  # after all that takes no time
+        labels, layout = label_distractors(config, data, labels)
+    task = TaskSpec(
+        modalities=modalities,
+        num_identities=len(data.identities),
+        num_clusters=layout.num_clusters if layout else None,
+        num_clips=len(labels),
+        total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
+        train_other=bool(np.any(weight[:, labels == 0])),
+        **_fitted(config, data, labels, weight > 0),
+    ).with_padding(config.mesh.model)
+    return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def _fitted(
+    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
+) -> dict[str, Any]:
+    """Returns what is fitted before the first step: entries of `TaskSpec`, by the first process.
+
+    They are constants of compiled programs, and unlike machines would round them differently.
+    """
+    found: list[Any] = processes.by_first(
+        lambda: [
+            training_threshold(config, data),
+            plda_fit.training_settings(config, data, labels, used),
+        ]
+    )
+    threshold, settings = found
+    if settings:  # JSON has made lists of tuples
+        settings = {n: tuple(x) if isinstance(x, list) else x for n, x in settings.items()}
+    return {"threshold": threshold, "settings": settings}
+
+
+def _check_exact(config: Config) -> None:
+    """Refuses what a model that adds up or stores its clips would not read, or would be spoilt by.
+
+    Raises:
+      ValueError: a field of the loss, the optimiser or the augmentation has another value than its
+        default, or clips count differently.
+    """
+    name = config.model.get("name")
+    if not has_exact_inputs(MODELS.get(name, object)):
+        return
+    defaults = dict(config_lib.fields(config_lib.default()))
+    for field, value in config_lib.fields(config):
+        changed = field in defaults and value != defaults[field]
+        if changed and (field in UNREAD_BY_EXACT or field.startswith(("loss.", "optim."))):
+            raise UserError(
+                f"config.{field}={value}: model '{name}' optimises nothing and takes each clip "
+                f"once, as it is\nleave it out: --config.{field}={defaults[field]}"
+            )
+
+
+def _check_features(config: Config, data: TrainingData) -> None:
+    """Raises ValueError for training features that teach nothing; warns of such a split to rank."""
+    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+        raise UserError(problem)
+    for problem in unusable(data.report, [config.eval.split], config.modalities):
+        warnings.warn(problem, stacklevel=2)
+
+
+def _check_batch(batch_size: int, num_clips: int) -> None:
+    """Raises ValueError for a batch that fits no memory."""
+    if batch_size > max(MOST_ROWS, num_clips):
+        raise UserError(
+            f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
+            f"--config.batch_size={num_clips} or less"
+        )
+
+
+def repeated_clips(config: Config, task: TaskSpec) -> str | None:
+    """Returns a line for a batch that has the same clip twice; None for a smaller batch."""
+    if config.batch_size <= task.num_clips:
+        return None
+    return (
+        f"config.batch_size={config.batch_size} is more than the {task.num_clips} training clips: "
+        f"a step repeats clips, and {config.num_epochs:g} epochs are {task.total_steps} steps; "
+        f"--config.batch_size={task.num_clips} or less gives more"
+    )
+
+
+def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
+    """Returns the weight of every training clip, [N] float, by its class and `data.weights`."""
+    _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weight = counts[column] ** -float(config.data.balance)
+    weight = weight / weight.mean()
+    if config.data.weights:
+        given = ground_truth.load_clip_weights(config.data.weights, clips)
+        if has_exact_inputs(MODELS[config.model.name]) and not np.all((given == 0) | (given == 1)):
+            raise UserError(
+                f"config.data.weights: model '{config.model.name}' takes a clip or leaves it out: "
+                "weights are 0 or 1"
+            )
+        weight = weight * given
+    return weight
+
+
+class Schedule(NamedTuple):
+    """The steps after which training is interrupted.
+
+    Attributes:
+      log: steps after which a line of metrics is logged.
+      evaluate: steps after which the run is evaluated, including the last step.
+      relabel: steps after which unclustered distractors are relabelled.
+      stops: all of these, in ascending order.
+    """
+
+    log: frozenset[int]
+    evaluate: frozenset[int]
+    relabel: frozenset[int]
+    stops: tuple[int, ...]
+
+    def next_stop(self, step: int) -> int:
+        """Returns the first step after `step` at which something is due."""
+        return self.stops[bisect.bisect(self.stops, step)]
+
+
+def make_schedule(config: Config, plan: RunPlan) -> Schedule:
+    """Builds the schedule of a run."""
+    total = plan.task.total_steps
+
+    def every(epochs: float) -> frozenset[int]:
+        # All such steps before the last one; none for 0 epochs.
+        if not epochs:
+            return frozenset()
+        steps = max(1, round(epochs * plan.task.num_clips / config.batch_size))
+        return frozenset(range(steps, total, steps))
+
+    log = frozenset(
+        {*range(0, total, config.log_every_steps), total}
+        | {step for step in FIRST_STEPS if step < total}
+    )
+    evaluate = every(config.eval.every_epochs) | {total}
+    relabel = every(config.noise.relabel_every_epochs) if plan.layout else frozenset()
+    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))

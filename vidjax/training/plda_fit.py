@@ -1,0 +1,330 @@
+"""The settings of PLDA, fitted on training clips: those that do best on clips held out.
+
+A part of the clips is held out, and the others are enrolled. Some identities are strangers
+altogether, and of several modalities each hides some more: else no clip with a modality would ever
+belong to an identity that lacks it, and no clip to somebody new.
+
+The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
+settings are those under which the right answers are most probable, where half of the clips show
+somebody new: probabilities then mean what they say, on clips like these. They have a prior, which
+counts as much as one clip. Of few people it answers alone, and the user is told so.
+
+Every member has settings of its own, fitted on the clips that it is trained on: what it scores out
+of fold, they have not seen. They are part of `TaskSpec`, and every checkpoint keeps them.
+
+Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
+evaluation of speaker detection; here over all identities and somebody new at once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+from threadpoolctl import threadpool_limits
+
+from vidjax import ensemble, selection
+from vidjax.batch import Array, Frames
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.machine import num_cores
+from vidjax.models import two_covariance
+from vidjax.models.identifier import make_identifier
+from vidjax.models.plda import Settings, combine, unit_mean
+from vidjax.run.terminal import say
+from vidjax.steps.clip_values import values_of_clips
+from vidjax.system import FuseFn, log_softmax, make_fusions
+
+# Shares of shrinkage that are tried, the first value of each while the other share is chosen.
+SHARES: Mapping[str, tuple[float, ...]] = {
+    "within": (0.8, 0.7, 0.9),
+    "between": (0.75, 0.5),
+}
+# The settings that are optimised have a prior: `log(scale)` a mean of log(DIRECTIONS / width), the
+# others these means, and all of them these deviations. The means are typical of embeddings: the
+# cosines of different people spread as in 46 directions for dlib's 128 numbers, and in 109, 78 and
+# 29 for the 512 of faces, heads and voices of the small real dataset. There `unenrolled` is about
+# -0.7 and `stranger` -2; made-up people exactly of the model have -1 to -4.
+DIRECTIONS = 32
+PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
+DEVIATIONS = np.array([2.0, 1.0, 1.0])
+FEWEST_PEOPLE = 10  # with two clips or more; of fewer, the prior answers alone
+FOLDS = 4
+HIDDEN = 0.2  # share of the identities that no enrolled clip shows in a modality, of several
+STRANGERS = 0.2  # share of the identities that no enrolled clip shows at all
+MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are drawn
+
+
+def training_settings(
+    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
+) -> dict[str, float | tuple[float, ...]] | None:
+    """Returns the settings that the configuration leaves open, fitted on the training clips.
+
+    Args:
+      config: the configuration of the run.
+      data: the clips.
+      labels: [N] int, class columns of the training clips; 0 for distractors.
+      used: [E, N] bool, the clips that each member is trained on.
+
+    Returns:
+      name -> value, or one of each member where they are trained on different clips; None for a
+      model without such settings.
+    """
+    spec = config.model.to_dict()
+    if spec.get("name") != "plda":
+        return None
+    given = {name: spec[name] for name in Settings._fields if spec.get(name) is not None}
+    fitted = {*Settings._fields} - given.keys()
+    if not fitted:
+        return {}
+    widths = dict.fromkeys(config.modalities, 1)
+    make_identifier(spec, modalities=widths, num_classes=1, num_clips=1)  # refuses what is no value
+    shown = labels[used.any(axis=0)]
+    tell_of_few(shown)
+    people = len(np.unique(shown[shown > 0]))
+    given = {"centred": two_covariance.centre_share(people), **given}
+    if fitted == {"centred"}:
+        return {"centred": given["centred"]}
+    rows, member = np.unique(used, axis=0, return_inverse=True)
+    wanted = [some_identities(np.where(row, labels, 0), config.seed) for row in rows]
+    read = np.any(wanted, axis=0)
+    fusions = make_fusions(config.fusion.to_dict(), config.modalities, "evaluate")
+    vectors = {}
+    for name, fuse in fusions.items():
+
+        def value_of(frames: Frames, fuse: FuseFn = fuse) -> Array:
+            fused = fuse(None, frames)
+            return unit_mean(fused._replace(features=selection.read(fused.features)))
+
+        vectors[name] = values_of_clips(config, data, name, jax.jit(value_of), read)
+    found = [
+        fit_settings(
+            {name: x[some[read]] for name, x in vectors.items()}, labels[some], given, config.seed
+        )
+        for some in wanted
+    ]
+    values = {name: [getattr(one, name) for one in found] for name in fitted}
+    return {
+        name: x[0] if len({*x}) == 1 else tuple(x[number] for number in member.ravel())
+        for name, x in values.items()
+    }
+
+
+def tell_of_few(labels: np.ndarray) -> None:
+    """Tells the user if too few people have two clips, to fit settings; labels [N], 0 for none."""
+    count = _num_repeated(labels)
+    if count < FEWEST_PEOPLE:
+        say(
+            f"{count:,} people have two clips or more, too few to fit how sure an answer is: what "
+            f"is typical of faces stands in\nprobabilities are rough until {FEWEST_PEOPLE} people "
+            "have; the order of answers is not concerned"
+        )
+
+
+def _num_repeated(labels: np.ndarray) -> int:
+    """Returns the number of identities, labels above 0, of two clips or more."""
+    return int(np.sum(np.unique(labels[labels > 0], return_counts=True)[1] > 1))
+
+
+def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Returns [N] bool: all labelled clips, or those of random identities if there are too many."""
+    known = np.unique(labels[labels > 0])
+    order = np.random.default_rng(seed).permutation(known)
+    counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]
+    enough = max(int(np.searchsorted(np.cumsum(counts), MOST_CLIPS, side="right")), 2)
+    return np.isin(labels, order[:enough])
+
+
+def fit_settings(
+    vectors: Mapping[str, np.ndarray], labels: np.ndarray, given: Mapping[str, float], seed: int
+) -> Settings:
+    """Fits settings on held-out clips.
+
+    Args:
+      vectors: modality -> [N, D] float, unit vectors; 0 for clips that lack the modality.
+      labels: [N] int, class columns from 1; those without a clip do not matter.
+      given: settings that are not fitted.
+      seed: seed of the folds, and of the identities that are hidden.
+
+    Returns:
+      The settings; those of the prior where fewer than FEWEST_PEOPLE have two clips.
+    """
+    width = float(np.mean([x.shape[1] for x in vectors.values()]))
+    values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
+    values |= {"scale": min(1.0, DIRECTIONS / width)}
+    values |= {"centred": two_covariance.centre_share(len(np.unique(labels)))} | dict(given)
+    if _num_repeated(labels) < FEWEST_PEOPLE:
+        return Settings(**values)
+    columns = 1 + np.unique(labels, return_inverse=True)[1]  # 1 to the number of identities
+    # Matrices of 512 rows gain less from two threads of BLAS than from two folds at a time, and
+    # their last digits do not depend on the number of cores then.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
+        found = pool.map(lambda number: _hold_out(vectors, columns, number, seed), range(FOLDS))
+        folds = [fold for fold in found if fold is not None]
+        if not folds:
+            return Settings(**values)
+
+        @functools.cache
+        def compare(within: float, between: float) -> list[_Ratios]:
+            return list(pool.map(lambda fold: _ratios(fold, within, between), folds))
+
+        for name, shares in SHARES.items():
+            if name not in given:
+                tries = [{**values, name: share} for share in shares]
+                values = max(
+                    tries, key=lambda one: _quality(compare(one["within"], one["between"]), one)
+                )
+        parts = compare(values["within"], values["between"])
+        return _fit(parts, values, given)
+
+
+class _Fold(NamedTuple):
+    """Enrolled and held-out clips.
+
+    Attributes:
+      found: covariances of each of the M modalities, of the enrolled clips.
+      counts: [M] of [K], number of enrolled clips.
+      totals: [M] of [K, D], their sums.
+      queries: [M] of [Q, D], centred unit vectors of the held-out clips.
+      labels: [Q] int32, classes of the held-out clips; 0 for strangers.
+    """
+
+    found: Sequence[two_covariance.Covariances]
+    counts: Sequence[np.ndarray]
+    totals: Sequence[np.ndarray]
+    queries: Sequence[np.ndarray]
+    labels: np.ndarray
+
+
+def _hold_out(
+    vectors: Mapping[str, np.ndarray], labels: np.ndarray, number: int, seed: int
+) -> _Fold | None:
+    """Holds a fold out and hides identities; None where nothing is left to compare."""
+    rng = np.random.default_rng((seed, number))
+    num_identities = int(labels.max())
+    held = ensemble.stratified_folds(labels, FOLDS, seed) == number
+    stranger = rng.random(1 + num_identities) < STRANGERS
+    enrolled = ~held & ~stranger[labels]
+    parts: dict[str, list[Any]] = {name: [] for name in ("found", "counts", "totals", "queries")}
+    for x in vectors.values():
+        present = np.any(x != 0, axis=1)
+        hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
+        shown = enrolled & present & ~hidden[labels]
+        if not shown.any():
+            return None
+        share = two_covariance.centre_share(len(np.unique(labels[shown])))
+        centre = share * x[shown].mean(axis=0)
+        centred = unit_from(centre, x)
+        sums = two_covariance.make_sums(centred[shown], labels[shown], 1 + num_identities)
+        parts["found"].append(two_covariance.covariances(sums))
+        parts["counts"].append(sums.count)
+        parts["totals"].append(sums.total)
+        parts["queries"].append(centred[held])
+    known = np.any(np.stack(parts["counts"]) > 0, axis=0)
+    answers = np.where(known[labels[held]], labels[held], 0).astype(np.int32)
+    return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
+
+
+def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Returns unit vectors [N, D] from the centre [D] to x; 0 where x is 0."""
+    gap = x - centre
+    unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
+    return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
+
+
+class _Ratios(NamedTuple):
+    """The held-out clips of a fold, as `models.plda.combine` takes them, and their answers.
+
+    Attributes:
+      ratios: [M, Q, K] float32, log-likelihood ratios.
+      known: [M, K] bool, False for classes without an enrolled clip.
+      present: [M, Q] bool, False for clips that lack the modality.
+      labels: [Q] int32, right columns; 0 for strangers.
+    """
+
+    ratios: Array
+    known: Array
+    present: Array
+    labels: Array
+
+
+def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:
+    """Returns the log-likelihood ratios of the held-out clips, for given shares of shrinkage."""
+    ratios = []
+    for found, count, total, queries in zip(
+        fold.found, fold.counts, fold.totals, fold.queries, strict=True
+    ):
+        space = two_covariance.make_space(found, within=within, between=between)
+        enrolled = two_covariance.enrol(space, count, total)
+        arrays = two_covariance.as_arrays(space, enrolled, jnp.dtype("float32"))
+        with jax.default_matmul_precision("highest"):  # as in evaluation
+            ratios.append(two_covariance.log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
+    return _Ratios(
+        jnp.stack(ratios),
+        jnp.asarray(np.stack(fold.counts) > 0),
+        jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
+        jnp.asarray(fold.labels),
+    )
+
+
+def _quality(parts: Sequence[_Ratios], values: Mapping[str, float]) -> float:
+    """Returns the mean of MAP and AUROC of the held-out clips, averaged over the folds."""
+    settings = Settings(**values)
+    return float(np.mean([_quality_of_fold(part, settings) for part in parts]))
+
+
+@jax.jit
+def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
+    """Returns [2], MAP of the identities that clips show, and AUROC of the clips' best scores."""
+    logits = combine(part.ratios, part.known, part.present, settings)
+    scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
+    # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
+    column = scores.T[part.labels]  # [Q, Q]
+    above = column >= jnp.diagonal(column)[:, None]
+    same = part.labels[:, None] == part.labels
+    precision = jnp.sum(above & same, axis=1) / jnp.sum(above, axis=1)
+    total = jax.ops.segment_sum(precision, part.labels, logits.shape[1])
+    count = jax.ops.segment_sum(jnp.ones_like(precision), part.labels, logits.shape[1])
+    shown = (count > 0).at[0].set(False)
+    mean_ap = jnp.mean(total / jnp.maximum(count, 1), where=shown)
+    best, known = jnp.max(scores[:, 1:], axis=1), part.labels > 0
+    wins = (best[:, None] > best) + 0.5 * (best[:, None] == best)
+    pairs = known[:, None] & ~known
+    return jnp.stack([mean_ap, jnp.sum(wins * pairs) / jnp.maximum(jnp.sum(pairs), 1)])
+
+
+def _fit(
+    parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
+) -> Settings:
+    """Fits the settings of PRIOR by the likelihood of the answers; those that are given stay."""
+    start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
+    free = np.array([name not in given for name in PRIOR])
+    num_clips = sum(len(part.labels) for part in parts)
+
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        at = jnp.asarray(np.where(free, point, start), jnp.float32)
+        found = [_loss(at, part) for part in parts]
+        slope = np.mean([np.asarray(slope, np.float64) for _, slope in found], axis=0)
+        gap = (point - start) / DEVIATIONS**2 / num_clips
+        value = np.mean([float(value) for value, _ in found]) + gap @ (point - start) / 2
+        return float(value), np.where(free, slope + gap, 0.0)
+
+    best = scipy.optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-3})
+    scale, unenrolled, stranger = np.where(free, best.x, start).tolist()
+    fitted = {"scale": float(np.exp(scale)), "unenrolled": unenrolled, "stranger": stranger}
+    return Settings(**{**values, **fitted, **given})
+
+
+@jax.jit
+@jax.value_and_grad
+def _loss(point: Array, part: _Ratios) -> Array:
+    """Returns the mean cross-entropy at the logarithm of a scale, `unenrolled` and `stranger`."""
+    settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
+    logs = jax.nn.log_softmax(combine(part.ratios, part.known, part.present, settings))
+    right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]
+    known = part.labels > 0
+    return -(jnp.mean(right, where=known) + jnp.mean(right, where=~known)) / 2

@@ -1,0 +1,202 @@
+"""`--mode=train`: trains a system from its configuration and data."""
+
+import contextlib
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from vidjax import config as config_lib
+from vidjax import devices, metrics
+from vidjax.analysis import analysis
+from vidjax.analysis.outputs import import_report, write_results
+from vidjax.config import Config
+from vidjax.data.clips import TrainingData
+from vidjax.evaluation.scoring import Evaluation
+from vidjax.run import checkpoint, resume, signals
+from vidjax.run import results as results_lib
+from vidjax.run.logs import Logs, open_logs
+from vidjax.run.terminal import Progress, say
+from vidjax.system import make_system
+from vidjax.training import together, training_run
+from vidjax.training.plan import make_plan, make_schedule, repeated_clips
+from vidjax.training.training_run import TrainingRun
+
+
+def check_config(config: Config, workdir: Path) -> None:
+    """Checks the values of a configuration without data.
+
+    Raises:
+      ValueError: A value is out of range or has no effect. A resumed run may have values without
+        effect, since an earlier version may have started it.
+    """
+    config_lib.check(config, fresh=not (workdir / "config.json").exists())
+    resume.check_allowed(config)
+
+
+def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """Returns the metrics of the run in a folder, or None if it is not finished.
+
+    Raises:
+      ValueError: The folder contains a run of another configuration, or a finished run whose
+        `config.json` would no longer say how it was trained.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    results = results_lib.read_metrics(workdir)
+    # Evaluation also writes the file; what lacks a result is evaluated again.
+    wanted = ["num_clips", "num_identities"]
+    wanted += ["map", "map_kind"] if "map" in results else []
+    wanted += ["best_map", "best_step"] if "best_map" in results else []
+    if not results.get("finished") or any(results.get(name) is None for name in wanted):
+        return None
+    if "num_epochs" not in changed:
+        resume.refuse_relabelling(workdir, changed)
+    return None if changed.keys() - set(resume.MOVABLE) else results
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    data: TrainingData,
+    *,
+    num_devices: int | None = None,
+    analyse: bool = False,
+    command: str | None = None,
+    began: float | None = None,
+) -> dict[str, Any]:
+    """Trains a system, or resumes a run.
+
+    Args:
+      config: the configuration, see `config.default`.
+      workdir: the folder of the run, locked by `workdir.lock`.
+      data: clips to train on and to evaluate.
+      num_devices: number of devices to use; None for all.
+      analyse: True to write `analysis.npz` and `report.html` at the end.
+      command: command line that repeats the run, for `metrics.json` and the report.
+      began: value of `time.monotonic()` when this process started; None for now.
+
+    Returns:
+      The content of `metrics.json`.
+
+    Raises:
+      ValueError: The configuration does not fit the data or the run in the folder.
+      CheckpointError: The checkpoints are damaged or belong to another model.
+      Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the last step was saved.
+    """
+    began = time.monotonic() if began is None else began
+    config = resume.absolute(config)  # the run may go on from another working directory
+    check_config(config, workdir)
+    mesh = devices.make_mesh(num_devices, config.mesh.model)
+    plan = make_plan(config, data)
+    together.check_plan(plan)
+    schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
+    system = make_system(config.to_dict(), plan.task)
+    if note := repeated_clips(config, plan.task):
+        say(note)
+    run = TrainingRun(config, workdir, data, plan, system, mesh, began=began)
+    training_run.write_description(workdir, config, data, plan.training_sets)
+    # An earlier process may have stopped between a step and its evaluation.
+    evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
+    with contextlib.ExitStack() as stack:
+        logs = open_logs(workdir, step=run.step, evaluated=not is_pending)
+        stack.callback(logs.close)
+        progress = stack.enter_context(_make_progress(config, total_steps, run.step))
+        interruption = stack.enter_context(signals.catch_interruption())
+
+        if is_pending:
+            evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)
+        interruption.at_once = True  # before the first step there is nothing to save
+        while run.step < total_steps:
+            num_steps, loss = run.advance(schedule.next_stop(run.step))
+            interruption.at_once = False
+            import_report(wanted=analyse)
+            progress.advance(num_steps * config.batch_size, f"loss {loss:.3f}")
+            if run.step in schedule.log:
+                run.log(logs)
+            if run.step in schedule.relabel:
+                run.relabel()
+            asked = interruption.agree(run.step, save_due=run.is_save_due())
+            if asked or run.step in schedule.evaluate:
+                run.save()
+            if run.step in schedule.evaluate:
+                evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)
+            if run.step < total_steps:
+                interruption.raise_if_asked(run.step)
+    # An earlier process may have stopped between the last evaluation and its results.
+    evaluation, observer = evaluated or run.evaluate(analyse=analyse)
+    results = {
+        "data": data.report["data"],
+        **evaluation.results,
+        **_training_results(workdir, config, run),
+    }
+    if command:
+        results["command"] = command
+    split = config.eval.split
+    write_results(
+        workdir, data, evaluation, results, split=split, own_split=split,
+        trained=config.data, observer=observer, ends_training=True,
+    )  # fmt: skip
+    return results
+
+
+def _make_progress(
+    config: Config, total_steps: int, step: int
+) -> contextlib.AbstractContextManager[Progress]:
+    """Builds a progress bar over the clips of all steps, which closes with its context."""
+    size = config.batch_size
+    return contextlib.closing(
+        Progress(total_steps * size, initial=step * size, unit="clip", label="train", compiles=True)
+    )
+
+
+def _evaluate(
+    run: TrainingRun,
+    logs: Logs,
+    progress: Progress,
+    interruption: signals.Interruption,
+    *,
+    analyse: bool,
+) -> tuple[Evaluation, analysis.Observer | None]:
+    """Evaluates the run, and adds the scores to the log and to the checkpoint of this step."""
+    interruption.raise_if_asked(run.step)
+    interruption.at_once = True
+    evaluation, observer = run.evaluate(
+        analyse=analyse, check=lambda: interruption.raise_if_asked(run.step)
+    )
+    scores = metrics.logged(evaluation.results)
+    logs.metrics(run.step, {"split": run.split, **scores})
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    say(f"step {run.step} of {run.total_steps}: {shown or 'ranked'}")
+    if "map" in scores:
+        progress.keep(f"MAP {scores['map']:.4f}")
+    run.save(**scores, evaluated=True)
+    interruption.at_once = False
+    return evaluation, observer
+
+
+def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
+    """Returns the entries of `metrics.json` that describe the training."""
+    best_step = checkpoint.best_step(workdir)
+    best: dict[str, Any] = {}
+    if best_step is not None:
+        best_map = checkpoint.manifests(workdir)[best_step]["map"]
+        best = {"best_step": best_step, "best_map": best_map}
+    rates = run.rates[1:] or run.rates  # the first dispatch compiles
+    return {
+        **best,
+        "num_params": run.num_params,
+        "num_members": run.num_members,
+        "train_clips_per_second": statistics.median(rates) if rates else None,
+        "mode": run.feed.mode,
+        "waited_seconds": run.feed.waited,
+        "train_seconds": run.train_seconds,
+        "seconds": run.seconds,
+        "date": results_lib.now(),
+        "seed": config.seed,
+        "step": run.step,
+        "finished": True,
+        "trained_on": run.data_digests,
+        "versions": devices.versions(),
+    }

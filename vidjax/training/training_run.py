@@ -1,0 +1,463 @@
+"""A run in training: its first or restored state, the feed of clips, checkpoints, evaluations."""
+
+import functools
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax import config as config_lib
+from vidjax import devices, ensemble
+from vidjax.analysis import analysis
+from vidjax.cluster import members
+from vidjax.config import Config
+from vidjax.data import resident
+from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
+from vidjax.errors import UserError
+from vidjax.evaluation import run_data
+from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.restore import check_digests, check_entries, companion_digests, task_of
+from vidjax.evaluation.scoring import Evaluation, score
+from vidjax.models.base import has_exact_inputs
+from vidjax.run import checkpoint, resume
+from vidjax.run import workdir as workdir_lib
+from vidjax.run.logs import Logs, keep_until
+from vidjax.run.terminal import say
+from vidjax.steps import columns, eval_step
+from vidjax.steps import feed as feed_lib
+from vidjax.steps import state as state_lib
+from vidjax.steps.columns import ClassAxes
+from vidjax.steps.train_step import MAX_BAD_STEPS
+from vidjax.system import System
+from vidjax.training import noise_classes
+from vidjax.training.plan import RunPlan
+
+
+def restore_or_init(
+    workdir: Path,
+    config: Config,
+    data: TrainingData,
+    system: System,
+    plan: RunPlan,
+    layout: devices.Layout,
+    description: Mapping[str, Any],
+) -> tuple[state_lib.TrainState, dict[str, Any]]:
+    """Restores the newest checkpoint of a run, or initialises its state.
+
+    Args:
+      workdir: the folder of the run.
+      config: the current configuration; changes are recorded in `changes.jsonl`.
+      data: the clips, which must be those of the run.
+      system: the system of the configuration.
+      plan: the plan of the run.
+      layout: layout of the state, see `columns.state_layout`.
+      description: digests of identities and members, which must equal those in the manifest.
+
+    Returns:
+      The state, and the manifest of its checkpoint, {} for a new state.
+
+    Raises:
+      ValueError: The folder contains a run of another configuration, or on other data.
+      CheckpointError: The checkpoints are damaged or belong to another model.
+    """
+
+    def init(num_columns: int) -> state_lib.TrainState:
+        members = plan.training_sets.members
+        labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
+        rngs = ensemble.make_rngs(members, config.seed)
+        resized = system._replace(model=system.make_model(num_columns))
+        return state_lib.init_state(resized, plan.task.modalities, rngs, labels)
+
+    def describe(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], devices.Layout]:
+        check_entries(workdir, manifest)
+        before = config_lib.from_json(json.dumps(manifest["config"]))
+        changed.update(resume.changes(workdir, before, config))
+        run_data.check_training(workdir, manifest.get("data"), config, data)
+        check_digests(workdir, manifest, description)
+        if manifest["step"] > plan.task.total_steps:
+            raise UserError(
+                f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
+                f"{plan.task.total_steps} of config.num_epochs={config.num_epochs}\n"
+                "raise --config.num_epochs, or train in another workdir"
+            )
+        if manifest["step"] == plan.task.total_steps:
+            resume.refuse_relabelling(workdir, changed)
+        saved = abstract
+        if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
+            saved = jax.eval_shape(functools.partial(init, number))
+        return as_items(saved), as_items(columns.fitting_layout(layout, saved))
+
+    changed: resume.Changes = {}
+    abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
+    try:
+        restored = checkpoint.restore_latest(workdir, describe)
+    except checkpoint.OtherModelError as error:
+        if not changed:
+            raise
+        raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
+    if (workdir / "config.json").exists():
+        changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    if members.is_first():
+        resume.record(workdir, restored[1]["step"] if restored else 0, changed)
+    if restored is None:
+
+        def first() -> state_lib.TrainState:
+            # Padding is cut off and added, so that draws do not depend on it.
+            return columns.resize(init(system.num_columns), abstract)
+
+        return state_lib.make_state(first, system.tx, layout), {}
+    items, manifest = restored
+    state = state_lib.TrainState(**items.pop("train"), **items)
+    if manifest.get("padded_columns") != plan.task.padded_columns:
+        state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
+    return state, manifest
+
+
+def as_items(state: state_lib.TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
+
+    `updated` is an item of its own, so that a run on some classes can go on with all of them.
+    """
+    names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
+    rest = {name: getattr(state, name) for name in names}
+    own = {name: getattr(state, name) for name in ("params", "model_state", "updated")}
+    return {**own, "train": rest}
+
+
+def write_description(
+    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
+) -> None:
+    """Writes the files that describe a run: config, identities, members and data report."""
+    members.barrier()  # all processes have read what is there
+    if not members.is_first():
+        return
+    resume.write_config(workdir, config)
+    workdir_lib.write_json(workdir / "identities.json", list(data.identities))
+    ensemble.save(workdir, training_sets)
+    splits = [data.split(name) for name in config.data.train_splits]
+    cropped = num_cropped(splits, config.modalities, config.data.max_frames)
+    report = {**data.report, "cropped_in_an_epoch": cropped}
+    workdir_lib.write_json(workdir / "data_report.json", report)
+
+
+def make_feed(
+    config: Config,
+    data: TrainingData,
+    plan: RunPlan,
+    system: System,
+    mesh: Mesh,
+    *,
+    step: int,
+    mode: str | None,
+    axes: ClassAxes | None,
+) -> tuple[feed_lib.Feed, ClipSource]:
+    """Builds the feed of training clips, and the source of clips to evaluate.
+
+    Args:
+      config: the configuration.
+      data: clips to train on and to evaluate.
+      plan: the plan of the run.
+      system: the system of the configuration.
+      mesh: the devices.
+      step: number of steps that are done.
+      mode: `streaming` or `resident`; a run keeps its mode, since the order of clips depends on it.
+        None for a new run.
+      axes: axes of the class columns, as in `train_step`.
+    """
+    batches = make_batch_plan(
+        [data.split(name) for name in config.data.train_splits],
+        tuple(plan.task.modalities),
+        batch_size=config.batch_size,
+        max_frames=config.data.max_frames,
+        crop=config.data.crop,
+        seed=config.seed,
+    )
+    layout = resident.make_layout(data, batches, config.eval.split)
+    num_drawn = plan.task.total_steps * config.batch_size
+    mode = mode or members.by_first(
+        lambda: resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
+    )
+    if mode == "streaming":
+        say("clips are streamed from the records")
+        start, share = step * config.batch_size, devices.share(mesh)
+        stream = data.train_batches(batches, start=start, share=share)
+        return feed_lib.StreamingFeed(system, mesh, stream, axes), data
+    began = time.monotonic()
+    clips = resident.Resident(data, layout, mesh)
+    say(
+        f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
+        f"read in {time.monotonic() - began:.1f} s"
+    )
+    return feed_lib.ResidentFeed(system, mesh, clips.train, batches, axes), clips
+
+
+Tree = TypeVar("Tree")  # a tree of arrays
+
+
+class TrainingRun:
+    """A run in training: its step, its states, and the operations on them.
+
+    Members that are trained by one program form a group with one TrainState. Such a program shares
+    large matrix products between members. Otherwise every member is a group of its own: members
+    then need less memory, and each is bit-equal to a run of its own.
+
+    Attributes:
+      step: optimiser steps done.
+      is_evaluated: True if the restored checkpoint has been evaluated.
+      feed: brings clips to the training step.
+      rates: clips per second of every dispatch of steps so far.
+      train_seconds: seconds of these dispatches, with compilation.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        data: TrainingData,
+        plan: RunPlan,
+        system: System,
+        mesh: Mesh,
+        *,
+        began: float,
+    ):
+        """Restores the newest checkpoint in the folder, or starts at step 0.
+
+        Args:
+          config: the configuration of the run.
+          workdir: the folder of the run, locked by `workdir.lock`.
+          data: clips to train on and to evaluate.
+          plan: the plan of the run.
+          system: the system of the configuration.
+          mesh: the devices.
+          began: value of `time.monotonic()` when this process started to work on the run.
+
+        Raises:
+          ValueError: The folder contains a run of another configuration.
+          CheckpointError: The checkpoints are damaged or belong to another model.
+        """
+        self._config, self._workdir, self._plan = config, workdir, plan
+        self._system, self._mesh = system, mesh
+        self._eval_step = eval_step.make_eval_step(system, mesh)
+        self._description: dict[str, Any] = {
+            **plan.task._asdict(),
+            **companion_digests(data.identities, plan.training_sets),
+            "data": run_data.digests(config, data),
+            "config": config.to_dict(),
+        }
+        axes = columns.find_class_axes(system, plan.task.modalities, mesh)
+        self._layout = columns.state_layout(mesh, axes)
+        state, manifest = restore_or_init(
+            workdir, config, data, system, plan, self._layout, self._description
+        )
+        self.step = int(state.step)
+        self.is_evaluated = bool(manifest.get("evaluated"))
+        self._seconds_before, self._began = manifest.get("seconds", 0.0), began
+        self._last_save = time.monotonic()
+        if self.step:
+            say(f"resuming at step {self.step} of {plan.task.total_steps}")
+
+        self._group_size = size = self.num_members if system.together else 1
+        self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
+        self._states = [
+            devices.put(part, self._layout) for part in state_lib.split_state(state, size)
+        ]
+        del state  # frees its memory; the parts are copies
+        self.feed, self._clips = make_feed(
+            config, data, plan, system, mesh, step=self.step, mode=manifest.get("mode"), axes=axes
+        )
+        self._description["mode"] = self.feed.mode
+        self._relabeller = None
+        if plan.layout:
+            log = workdir / noise_classes.FILE
+            if members.is_first():
+                keep_until(log, self.step)
+            self._relabeller = noise_classes.Relabeller(
+                config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
+            )
+        self.rates: list[float] = []
+        self.train_seconds = 0.0
+        self._num_logged = 0  # number of rates in the log
+
+    def _replicate(self, tree: Tree) -> Tree:
+        return devices.replicate(self._mesh, tree)
+
+    @property
+    def data_digests(self) -> run_data.Digests:
+        """What the checkpoints say of the data."""
+        return self._description["data"]
+
+    @property
+    def split(self) -> str:
+        """Name of the split to evaluate."""
+        return self._config.eval.split
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self._plan.task.total_steps
+
+    @property
+    def num_members(self) -> int:
+        """Number of trained members, E."""
+        return len(self._plan.training_sets.members)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run by all processes so far."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of one member."""
+        return sum(x[0].size for x in jax.tree.leaves(self._states[0].params))
+
+    @property
+    def state(self) -> state_lib.TrainState:
+        """The state of all members together."""
+        return state_lib.merge_states(self._states)
+
+    def advance(self, stop: int) -> tuple[int, float]:
+        """Trains for one dispatch of the feed.
+
+        Args:
+          stop: last step of the dispatch, at most.
+
+        Returns:
+          The number of steps, and the last loss, averaged over members.
+
+        Raises:
+          ValueError: A member had MAX_BAD_STEPS consecutive steps without a finite loss.
+        """
+        dispatched = time.monotonic()
+        done = self.feed.run(self._states, self._tables, self.step, stop - self.step)
+        self._states = done.states
+        self.step += done.num_steps
+        seconds = time.monotonic() - dispatched
+        self.train_seconds += seconds
+        self.rates.append(done.num_steps * self._config.batch_size / seconds)
+        if done.bad_step is not None:
+            raise UserError(self._bad_step_message(done.bad_step))
+        return done.num_steps, done.loss
+
+    def _bad_step_message(self, bad_step: int) -> str:
+        index = self.feed.bad_clips(self._states, self._tables, bad_step)
+        clips = [self._plan.training_sets.clips[i] for i in index]
+        more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
+        rate = float(jnp.asarray(self._system.schedule(bad_step)))
+        steps = checkpoint.manifests(self._workdir)
+        saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
+        return (
+            f"loss or gradient is not finite at step {bad_step + 1} and "
+            f"{MAX_BAD_STEPS - 1} steps before it, with learning rate {rate:g}\n"
+            f"clips: {', '.join(clips[:5])}{more}\n"
+            f"{saved}lower config.optim.learning_rate or check these clips"
+        )
+
+    def log(self, logs: Logs) -> None:
+        """Logs the means since the last line of the log, and starts new sums."""
+        logs.metrics(self.step, self._mean_metrics())
+        # New arrays for every state, since the next step donates them.
+        self._states = [
+            state.replace(sums=self._replicate(state_lib.zero_sums(self._group_size)))
+            for state in self._states
+        ]
+        rate = statistics.median(self.rates[self._num_logged :])
+        self._num_logged = len(self.rates)
+        timing = {"clips_per_second": rate, "waited_seconds": self.feed.waited}
+        logs.timing(self.step, timing)
+
+    def _mean_metrics(self) -> dict[str, float]:
+        """Returns the metrics that depend on config, data and step alone."""
+        sums = {
+            name: sum(float(np.sum(state.sums[name])) for state in self._states)
+            for name in self._states[0].sums
+        }
+        if sums["bad_steps"]:
+            warnings.warn(
+                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped: "
+                "loss or gradient is not finite",
+                stacklevel=2,
+            )
+        weight = max(sums["weight"], 1e-6)
+        rate = {}
+        if not has_exact_inputs(type(self._system.model)):
+            rate["learning_rate"] = float(jnp.asarray(self._system.schedule(self.step - 1)))
+        return {
+            "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
+            **rate,
+            "train_loss": sums["loss"] / weight,
+            "train_accuracy": sums["correct"] / weight,
+            "bad_steps": sums["bad_steps"],
+        }
+
+    def relabel(self) -> None:
+        """Relabels the distractors in no cluster by the predictions of the model."""
+        assert self._relabeller is not None
+        labels = ensemble.split(self._relabeller(self.state), self._group_size)
+        self._states = [
+            state.replace(labels=self._replicate(part))
+            for state, part in zip(self._states, labels, strict=True)
+        ]
+
+    def is_save_due(self) -> bool:
+        """Returns True if the last checkpoint is `checkpoint_every_seconds` old."""
+        return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
+
+    def save(self, **more: float) -> None:
+        """Saves a checkpoint of this step.
+
+        Args:
+          more: entries to add to the manifest, also to that of a checkpoint already saved.
+        """
+        members.by_first(lambda: workdir_lib.check_there(self._workdir))
+        info = {**self._description, **more, "seconds": self.seconds}
+        checkpoint.save(self._workdir, self.step, as_items(self.state), info)
+        self._last_save = time.monotonic()
+
+    def evaluate(
+        self, *, analyse: bool, check: Callable[[], None] = lambda: None
+    ) -> tuple[Evaluation, analysis.Observer | None]:
+        """Ranks `config.eval.split` with the weights of this step.
+
+        Args:
+          analyse: True to observe the evaluation of the last step for `analysis.npz`.
+          check: function to call after every few blocks; its exceptions end the evaluation.
+
+        Returns:
+          The evaluation, and its observer, None if the evaluation was not observed.
+        """
+        model = self.trained_model()
+        observer = None
+        if analyse and self.step == self.total_steps:
+            observer = analysis.Observer([model], self.split, self._mesh)
+        evaluation = score(
+            [model],
+            self.split,
+            self._mesh,
+            block_size=self._config.eval.block_size,
+            each_member=self._config.eval.members,
+            observe=observer,
+            check=check,
+        )
+        return evaluation, observer
+
+    def trained_model(self) -> TrainedModel:
+        """Returns the model with the weights of this step."""
+        state = self.state
+        return TrainedModel(
+            str(self._workdir),
+            self._system,
+            self._eval_step,
+            state.params,
+            self._replicate(self._system.solve(state.params, state.model_state)),
+            self._plan.training_sets,
+            self._clips,
+        )
