@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
-from vidjax import config as config_lib
-from vidjax import metrics, ranking
+from vidjax import config_io, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.commands import evaluate
 from vidjax.data.load import load_dataset
@@ -36,7 +35,7 @@ def workdir(data, tmp_path_factory):
 
 def analysed(workdir, data, *overrides):
     """Evaluates a run with overrides and an analysis; returns metrics, values and arrays."""
-    config = config_lib.override(config_lib.load_workdir(workdir), overrides)
+    config = config_io.override(config_io.load_workdir(workdir), overrides)
     results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
@@ -120,7 +119,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
 
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
     (folder / "ranking.txt").unlink()
-    config = config_lib.load_workdir(folder)
+    config = config_io.load_workdir(folder)
     monkeypatch.setattr(module, "open_set" if module is open_set else "render", fail)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         results = evaluate.evaluate(config, folder, data, num_devices=1, analyse=True)

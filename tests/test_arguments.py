@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from vidjax import config as config_lib
-from vidjax import config_files, ensemble
+from vidjax import config_io, ensemble
 from vidjax.batch import Frames
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
@@ -124,7 +124,7 @@ CASES = [(name, words) for name, table in CHANGES.items() for words in table]
 
 
 def load(name, words=""):
-    return config_lib.load_file(f"{ROOT}/configs/{name}.py:{words}")
+    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def _shapes(tree):
 def test_an_argument_changes_what_its_description_names(name, words):
     wanted = CHANGES[name][words]
     plain, changed = load(name), load(name, words)
-    same_file = config_lib.to_json(plain) == config_lib.to_json(changed)
+    same_file = config_io.to_json(plain) == config_io.to_json(changed)
     assert same_file == (not wanted), "config.json does not show the argument"
     left, right = facts(name), facts(name, words)
     differs = {key for key in left if left[key] != right[key]}
@@ -210,7 +210,7 @@ def test_no_argument_goes_untested_or_undocumented(name, monkeypatch):
     load(name)
     tested = {word for words in CHANGES[name] for word in words.split(",")}
     assert set(known) == tested - set(WIDTHS)
-    words = config_files.load_module(ROOT / "configs" / f"{name}.py").WORDS
+    words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     assert set(known) == set(words)
     assert all(meaning for meaning in words.values())
 

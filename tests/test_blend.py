@@ -12,7 +12,7 @@ from tests.helpers import clip_files
 from tests.helpers.pages import Page, check_numbers, section
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import config_io, devices
 from vidjax.commands import blend
 from vidjax.data.load import load_dataset
 from vidjax.evaluation import restore, scoring
@@ -90,13 +90,13 @@ def plain(train, folders):
 def joining(runs, *overrides):
     config = config_lib.default()
     config.join.runs = tuple(map(str, runs))
-    return config_lib.override(config, ["--config.eval.block_size=32", *overrides])
+    return config_io.override(config, ["--config.eval.block_size=32", *overrides])
 
 
 def probabilities(folder, load, split, *, softmax=False):
     """Returns clip -> [C] float64, and the split, of a run that is evaluated by itself."""
     words = [f"--config.eval.split={split}"]
-    config = config_lib.override(config_lib.load_workdir(folder), words)
+    config = config_io.override(config_io.load_workdir(folder), words)
     if softmax or config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     mesh = devices.make_mesh(1)
@@ -157,7 +157,7 @@ def test_scores_are_weighted_means_by_clip_name(runs, load, tmp_path, weights):
         assert (facts["name"], facts["weight"]) == (str(folder), weight)
         alone = json.loads((folder / "metrics.json").read_text())
         assert facts["map"] == pytest.approx(alone["map"], abs=1e-12)
-    assert config_lib.load_workdir(tmp_path).join.weights == weights
+    assert config_io.load_workdir(tmp_path).join.weights == weights
 
 
 def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_each_run_is_scored_in_its_own_way(runs, train, load, folders, tmp_path,
 def test_a_calibration_of_an_earlier_version_is_refused(runs, load, tmp_path):
     values = joining(runs).to_dict()
     values["join"] |= {"calibrate": False, "scale": 1.5, "offset": 0.0}
-    config = config_lib.from_json(json.dumps(values))
+    config = config_io.from_json(json.dumps(values))
     with pytest.raises(ValueError, match=r"join\.scale=1\.5: .*a538f79.*\njoin the runs anew"):
         blend.blend_runs(config, tmp_path, load, num_devices=1)
 
@@ -196,7 +196,7 @@ def test_every_score_equals_the_loop(runs, load):
     mesh = devices.make_mesh(1)
     models = []
     for folder, weight in zip(runs, (0.3, 0.9), strict=True):
-        config = config_lib.load_workdir(folder)
+        config = config_io.load_workdir(folder)
         _, one = restore.restore(config, folder, load(config), mesh)
         models.append(one._replace(weight=weight))
     found = scoring.score(models, "val", mesh, block_size=32, each_member=False)
@@ -254,7 +254,7 @@ def test_greedy_weights_come_from_clips_out_of_fold(runs, load, tmp_path, monkey
     monkeypatch.setattr(blend, "ROUNDS", 6)
     config = joining(runs, "--config.join.greedy=true")
     results = blend.blend_runs(config, tmp_path, load, num_devices=1)
-    kept = config_lib.load_workdir(tmp_path).join
+    kept = config_io.load_workdir(tmp_path).join
     assert not kept.greedy and kept.weights == tuple(one["weight"] for one in results["runs"])
 
     # By hand: the best of all steps of a greedy choice, on train, each clip by its own folds.
@@ -334,7 +334,7 @@ def test_other_identities_or_clips_are_refused(
     for name in ("head", "audio"):
         clip = clip_files.random_clip(rng, 3, clip_files.WIDTHS[name])
         clip_files.write_pickle(moved, name, "test", {"IQIYI_VID_TEST_9999999": clip})
-    config = config_lib.load_workdir(runs[1])
+    config = config_io.load_workdir(runs[1])
     config.data.dir = str(moved)
     monkeypatch.setitem(loaded, str(folders["others"]), load(config))
     with pytest.raises(ValueError, match="have different clips in test") as caught:
@@ -376,7 +376,7 @@ def test_the_command_line(runs, load, tmp_path, capsys):
     check_ranking(out / "ranking_test.txt", wanted)
     assert "map" not in json.loads((out / "metrics_test.json").read_text())
     assert json.loads((out / "metrics.json").read_text()) == results
-    assert config_lib.load_workdir(out).eval.split == "val"
+    assert config_io.load_workdir(out).eval.split == "val"
 
     capsys.readouterr()
     for bad, message in [
@@ -397,7 +397,7 @@ def test_one_folder_of_data_for_all_runs(runs, load, official_dir, tmp_path):
     """Where config.data.dir is set it stands for that of every run, and scores do not change."""
     found = []
     for words in ((), (f"--config.data.dir={official_dir}",)):
-        config = config_lib.override(joining(runs), words)
+        config = config_io.override(joining(runs), words)
         blend.blend_runs(config, tmp_path, load, num_devices=1)
         found.append((tmp_path / "ranking.txt").read_bytes())
     assert found[0] == found[1]
@@ -414,7 +414,7 @@ def test_the_report_is_of_the_runs_that_are_joined(runs, load, tmp_path, capsys)
     assert not Page(text).open
     summary = section(text, "summary")
     for row, folder in zip(results["runs"], runs, strict=True):
-        trained = config_lib.load_workdir(folder)
+        trained = config_io.load_workdir(folder)
         assert row["modalities"] == list(trained.modalities)
         assert ", ".join(row["modalities"]) in summary
         assert row["data"]["digest"][:16] in text

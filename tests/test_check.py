@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import clip_files
 from vidjax import config as config_lib
-from vidjax import ensemble, ranking
+from vidjax import config_io, ensemble, ranking
 from vidjax.commands import arguments
 from vidjax.data import iqiyi_vid
 from vidjax.evaluation import restore, run_data
@@ -40,8 +40,8 @@ def finished(data, tmp_path_factory):
     """A folder as a finished run leaves it, of two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "a run"
     workdir.mkdir()
-    config = config_lib.override(
-        config_lib.load_file(f"{ROOT}/{SPEC}"),
+    config = config_io.override(
+        config_io.load_file(f"{ROOT}/{SPEC}"),
         [f"--config.data.dir={data}/official", f"--config.data.cache_dir={data}/cache"],
     )
     resume.write_config(workdir, config)

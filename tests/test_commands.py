@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from tests.campaigns import commands
-from vidjax import command_line, config_values
+from vidjax import command_line, config_io
 from vidjax import config as config_lib
 from vidjax.commands import arguments
 from vidjax.main import main
@@ -121,15 +121,15 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
     ],
 )
 def test_a_shipped_configuration_passes_the_rehearsal(name):
-    rehearsal.rehearse(config_lib.load_file(f"{ROOT}/configs/{name}.py"))
+    rehearsal.rehearse(config_io.load_file(f"{ROOT}/configs/{name}.py"))
 
 
 def test_the_rehearsal_names_the_word_at_fault():
-    config = config_lib.load_file(f"{ROOT}/configs/mma.py")
+    config = config_io.load_file(f"{ROOT}/configs/mma.py")
     good = ["--config.seed=3", "--config.model.num_clusters=2"]
 
     def rehearse(*words):
-        rehearsal.rehearse(config_lib.override(config, words), words, lambda: config)
+        rehearsal.rehearse(config_io.override(config, words), words, lambda: config)
 
     rehearse(*good)
     with pytest.raises(ValueError, match=r"^--config\.model\.embed_dim=0: ") as caught:
@@ -157,8 +157,8 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
 
 def suffix(*words, without=()):
     overrides = [f"--config.{word}" for word in words]
-    config = config_lib.override(config_lib.default(), overrides)
-    return config_values.folder_suffix(config, overrides, without)
+    config = config_io.override(config_lib.default(), overrides)
+    return config_io.folder_suffix(config, overrides, without)
 
 
 def test_a_folder_is_named_after_its_overrides():
@@ -183,7 +183,7 @@ def test_the_name_of_a_folder_is_safe_and_bounded():
     names = [suffix(word) for word in odd]
     assert len({*names}) == len(odd)
     for name in names:
-        assert len(name) <= config_values.NAME_LENGTH
+        assert len(name) <= config_io.NAME_LENGTH
         assert name.replace("_", "").replace("=", "").replace(".", "").replace("-", "").isalnum()
         assert "/" not in name and "," not in name
 

@@ -8,8 +8,10 @@ import pytest
 
 from tests.helpers import recorded_config
 from vidjax import config as config_lib
-from vidjax import config_docs, config_rules, fusion
+from vidjax import config_io, fusion
+from vidjax.commands import docs
 from vidjax.data.knobs import DEFAULT_KNOBS, check_knobs
+from vidjax.errors import suggest
 from vidjax.main import main
 from vidjax.models import identifier
 
@@ -39,19 +41,19 @@ def test_no_shipped_configuration_is_left_out():
 
 def load(spec="configs/mma.py"):
     name, _, words = spec.partition(":")
-    return config_lib.load_file(f"{ROOT / name}:{words}")
+    return config_io.load_file(f"{ROOT / name}:{words}")
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_json_brings_back_types_and_values(spec):
     config = load(spec)
-    again = config_lib.from_json(config_lib.to_json(config))
+    again = config_io.from_json(config_io.to_json(config))
     assert config_lib.differences(config, again) == {}
     assert dict(config_lib.fields(config)) == dict(config_lib.fields(again))
     types = {name: type(value) for name, value in config_lib.fields(config)}
     assert types == {name: type(value) for name, value in config_lib.fields(again)}
     # An unset field is still one that can be set after the round trip.
-    moved = config_lib.override(again, ["--config.data.dir=/data", "--config.modalities=face,head"])
+    moved = config_io.override(again, ["--config.data.dir=/data", "--config.modalities=face,head"])
     assert moved.data.dir == "/data"
     assert moved.modalities == ("face", "head")
 
@@ -79,14 +81,14 @@ def test_json_brings_back_types_and_values(spec):
     ],
 )
 def test_override_converts_by_the_type_of_the_field(word, value):
-    config = config_lib.override(load(), [f"--config.{word}"])
+    config = config_io.override(load(), [f"--config.{word}"])
     changed = dict(config_lib.fields(config))[word.partition("=")[0]]
     assert changed == value
     assert type(changed) is type(value)
 
 
 def test_the_last_of_two_overrides_counts():
-    config = config_lib.override(
+    config = config_io.override(
         load(),
         [
             "--config.modalities=face",
@@ -101,7 +103,7 @@ def test_the_last_of_two_overrides_counts():
 
 def test_override_leaves_the_original_alone():
     config = load()
-    config_lib.override(config, ["--config.seed=7"])
+    config_io.override(config, ["--config.seed=7"])
     assert config.seed == 0
 
 
@@ -123,7 +125,7 @@ def test_override_leaves_the_original_alone():
 )
 def test_override_mistakes(word, message):
     with pytest.raises(ValueError, match=message) as caught:
-        config_lib.override(load(), [word])
+        config_io.override(load(), [word])
     assert len(str(caught.value).splitlines()) <= 3
 
 
@@ -133,16 +135,16 @@ def test_a_misspelt_argument_is_no_modality():
 
 
 def test_differences_names_the_fields():
-    other = config_lib.override(load(), ["--config.seed=1", "--config.data.max_frames=5"])
+    other = config_io.override(load(), ["--config.seed=1", "--config.data.max_frames=5"])
     assert set(config_lib.differences(load(), other)) == {"seed", "data.max_frames"}
 
 
 def test_differences_leave_out_what_neither_reads():
     """A run that a version with more fields in its files has begun can go on."""
     plain = load("configs/noise_classes.py:other")
-    other = config_lib.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
+    other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
     assert config_lib.differences(plain, other) == {}
-    read = config_lib.override(other, ["--config.optim.name=sgd"])
+    read = config_io.override(other, ["--config.optim.name=sgd"])
     assert set(config_lib.differences(plain, read)) == {"optim.name", "optim.momentum"}
 
 
@@ -189,12 +191,12 @@ READ = {
     "noise.join": ("true", ["data.distractors=leave_out"]),
     "data.size": ("standard", ["data.name=arrays"]),
     "data.seed": ("1", ["data.name=iqiyi_vid"]),
-    **{knob: ("0.5", ["data.name=arrays"]) for knob in config_rules.KNOBS},
+    **{knob: ("0.5", ["data.name=arrays"]) for knob in config_lib.KNOBS},
 }
 
 
 def problems(*words, fresh=True):
-    config = config_lib.override(config_lib.default(), [f"--config.{word}" for word in words])
+    config = config_io.override(config_lib.default(), [f"--config.{word}" for word in words])
     return list(config_lib.problems(config, fresh=fresh))
 
 
@@ -232,7 +234,7 @@ def test_gamma_belongs_to_every_loss_but_softmax():
 
 
 def test_every_rule_names_fields_that_exist_and_is_tested():
-    names = {name for rule in config_rules.READ_WHEN for name in rule.fields}
+    names = {name for rule in config_lib.READ_WHEN for name in rule.fields}
     assert names <= {name for name, _ in config_lib.fields(config_lib.default())}
     assert names <= UNREAD.keys() | READ.keys()
 
@@ -272,7 +274,7 @@ def test_values_out_of_range_are_refused_in_any_run(word):
         (problem,) = problems(word, fresh=fresh)
         assert f"config.{word.partition('=')[0]}" in problem
         assert len(problem.splitlines()) <= 3
-    config = config_lib.override(config_lib.default(), [f"--config.{word}"])
+    config = config_io.override(config_lib.default(), [f"--config.{word}"])
     with pytest.raises(ValueError, match=re.escape(problem)):
         config_lib.check(config)
 
@@ -292,43 +294,43 @@ def test_a_split_may_be_trained_and_evaluated_with_members_that_leave_clips_out(
     ],
 )
 def test_suggestions(word, known, match):
-    assert config_lib.suggest(word, known) == match
+    assert suggest(word, known) == match
 
 
 def test_a_configuration_is_found_by_name_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert config_lib.load_file("mma:face").modalities == ("face",)
+    assert config_io.load_file("mma:face").modalities == ("face",)
     for name, remedy in {"mmaa": "'mma'", "configs/mma.py": "'mma'", "mma.py": "'mma'"}.items():
         with pytest.raises(ValueError, match=remedy):
-            config_lib.load_file(name)
+            config_io.load_file(name)
     (tmp_path / "configs").mkdir()
     own = "from vidjax import config\n\n\ndef get_config(args):\n    c = config.default()\n"
     (tmp_path / "configs" / "mma.py").write_text(f"{own}    c.seed = 7\n    return c\n")
-    assert config_lib.load_file("mma").seed == 7  # the file of the working directory comes first
+    assert config_io.load_file("mma").seed == 7  # the file of the working directory comes first
 
 
 def test_the_documentation_is_that_of_the_fields():
     page = README.read_text()
-    for name, content in config_lib.documentation().items():
-        assert config_docs.replace_section(page, name, content) == page, (
-            f"{name}: python -m vidjax.config --write=configs/README.md"
+    for name, content in docs.documentation().items():
+        assert docs.replace_section(page, name, content) == page, (
+            f"{name}: python -m vidjax.commands.docs --write=configs/README.md"
         )
 
 
 def test_every_field_is_documented():
-    tables = config_lib.documentation()["fields"]
+    tables = docs.documentation()["fields"]
     for name, _ in config_lib.fields(config_lib.default()):
         (meaning,) = re.findall(rf"^\| `{re.escape(name)}` \| .+ \| (.+) \|$", tables, re.MULTILINE)
         assert len(meaning.split()) >= 3, name
     for path in SHIPPED:
-        assert f"| `{path.name}` |" in config_lib.documentation()["arguments"] or path.stem == "knn"
+        assert f"| `{path.name}` |" in docs.documentation()["arguments"] or path.stem == "knn"
 
 
 def test_a_field_without_a_comment_is_an_error():
     source = "def default():\n    # the seed\n    config.seed = 0\n    config.data.size = 1\n"
-    assert config_docs.field_comments(source) == {"seed": "the seed", "data.size": ""}
+    assert docs.field_comments(source) == {"seed": "the seed", "data.size": ""}
     with pytest.raises(ValueError, match=r"data\.size"):
-        config_docs.field_tables(source, {"seed": 0, "data.size": 1}, {})
+        docs.field_tables(source, {"seed": 0, "data.size": 1}, {})
 
 
 def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
@@ -336,17 +338,17 @@ def test_the_command_writes_the_documentation_into_a_page(tmp_path, capsys):
     names = ("arguments", "fields", "names")
     sections = [f"<!-- {name} -->\nstale text\n<!-- /{name} -->\n" for name in names]
     page.write_text("\n".join(["# A page\n", *sections, "The end.\n"]))
-    assert config_lib.main([f"--write={page}"]) == 0
+    assert docs.main([f"--write={page}"]) == 0
     written = page.read_text()
     assert written.startswith("# A page\n") and written.endswith("\nThe end.\n")
     assert "stale text" not in written
     assert "`optim.momentum`" in written and "`published`" in written
     assert "| `mma` |" in written
-    config_lib.main([])
+    docs.main([])
     assert "`optim.momentum`" in capsys.readouterr().out
     page.write_text("# A page\n")
     capsys.readouterr()
-    assert config_lib.main([f"--write={page}"]) == 2
+    assert docs.main([f"--write={page}"]) == 2
     assert "<!-- arguments -->" in capsys.readouterr().err
 
 
@@ -358,7 +360,7 @@ INVENTED = ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold"
 @pytest.mark.slow
 def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, capsys):
     """A field that nothing reads is a promise that nobody keeps: invented ones are found."""
-    reads, make, override = set(), config_lib.default, config_lib.override
+    reads, make, override = set(), config_lib.default, config_io.override
 
     def with_invented_fields():
         config = make()
@@ -396,7 +398,7 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
     joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={runs['a']},{runs['b']}"]
     assert main([*joined, "--config.join.greedy=true", "--config.eval.report=false"]) == 0
 
-    names = {name for name, _ in config_lib.fields(config_lib.load_file("knn"))}
+    names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
     assert names - reads == set(INVENTED)
     # Specifications that are spread into a function refuse what it does not take.
@@ -411,16 +413,16 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
 
 def test_options_of_earlier_versions_are_left_out_where_they_did_nothing():
     for file, option, value in (("mma", "whitened", 0.25), ("plda", "calibrated", ["clips"])):
-        values = config_lib.load_file(f"{ROOT}/configs/{file}.py").to_dict()
+        values = config_io.load_file(f"{ROOT}/configs/{file}.py").to_dict()
         old = {**values, "model": {**values["model"], option: type(value)()}}
-        assert config_lib.from_json(json.dumps(old)).to_dict() == values
+        assert config_io.from_json(json.dumps(old)).to_dict() == values
         old["model"][option] = value
-        spec = config_lib.from_json(json.dumps(old)).model.to_dict()
+        spec = config_io.from_json(json.dumps(old)).model.to_dict()
         with pytest.raises(ValueError, match=f"'{option}'.*a538f79 has it last"):
             identifier.make_identifier(spec, modalities={"face": 4}, num_classes=2, num_clips=3)
     values = config_lib.default().to_dict()
     join = values["join"] | {"calibrate": False, "scale": 1.0, "offset": 0.0}
-    assert config_lib.from_json(json.dumps(values | {"join": join})).to_dict() == values
+    assert config_io.from_json(json.dumps(values | {"join": join})).to_dict() == values
     with pytest.raises(ValueError, match=r"'nplda'.*\n.*train another model anew"):
         identifier.make_identifier(
             {"name": "nplda", "stranger_rate": 0.25}, modalities={"face": 4}, num_classes=2,
@@ -430,13 +432,13 @@ def test_options_of_earlier_versions_are_left_out_where_they_did_nothing():
 
 @pytest.mark.parametrize("name", ["knn", "noise_classes"])
 def test_a_second_modality_of_a_system_of_one_is_refused(name):
-    assert config_lib.load_file(f"{ROOT}/configs/{name}.py:head").modalities == ("head",)
+    assert config_io.load_file(f"{ROOT}/configs/{name}.py:head").modalities == ("head",)
     with pytest.raises(ValueError, match="modalities face, head: this experiment has one"):
-        config_lib.load_file(f"{ROOT}/configs/{name}.py:face,head")
+        config_io.load_file(f"{ROOT}/configs/{name}.py:face,head")
 
 
 def test_plda_reads_the_clips_twice():
-    config = config_lib.load_file(f"{ROOT}/configs/plda.py")
+    config = config_io.load_file(f"{ROOT}/configs/plda.py")
     assert not list(config_lib.problems(config))
     config.num_epochs = 1.5
     (problem,) = config_lib.problems(config)
@@ -451,9 +453,9 @@ def test_the_quality_of_own_features_is_given_or_their_norm():
 def test_the_knobs_of_the_synthetic_dataset_are_fields():
     defaults = dict(config_lib.fields(config_lib.default()))
     assert {f"data.{name}": value for name, value in DEFAULT_KNOBS._asdict().items()} == {
-        name: defaults[name] for name in config_rules.KNOBS
+        name: defaults[name] for name in config_lib.KNOBS
     }
-    for name, largest in config_rules.KNOBS.items():
+    for name, largest in config_lib.KNOBS.items():
         knob = name.removeprefix("data.")
         check_knobs(DEFAULT_KNOBS._replace(**{knob: largest}))
         with pytest.raises(ValueError, match=name):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.pages import Page, check_numbers, section
 from vidjax import config as config_lib
-from vidjax import ensemble, ranking
+from vidjax import config_io, ensemble, ranking
 from vidjax.main import main
 from vidjax.report import run_sections
 from vidjax.run import checkpoint
@@ -62,7 +62,7 @@ def on_train(official_dir, tmp_path_factory, cache_dir):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_word_trains_on_all_clips_and_ranks_others(name):
-    config = config_lib.load_file(f"{ROOT}/configs/{name}.py:everything")
+    config = config_io.load_file(f"{ROOT}/configs/{name}.py:everything")
     assert config.data.train_splits == ("train", "val")
     assert config.eval.split == "test"
     assert not results_lib.held_out(config.to_dict())
@@ -167,15 +167,15 @@ def test_a_slip_is_refused_with_both_ways_out(tmp_path, official_dir, capsys):
         assert "everything" in said and "--config.eval.split=test" in said
         assert len(said.splitlines()) <= 3
         assert not (tmp_path / "w").exists()
-    config = config_lib.load_file(KNN.removeprefix("--config="))
+    config = config_io.load_file(KNN.removeprefix("--config="))
     for remedy in (FOLDS, "--config.eval.split=test"):
-        config_lib.check(config_lib.override(config, [slip, remedy]))
+        config_lib.check(config_io.override(config, [slip, remedy]))
 
 
 @pytest.mark.parametrize("name", ["deepmef", "quality_fusion", "residual_dense"])
 def test_two_ways_to_train_on_val_exclude_each_other(name):
     with pytest.raises(ValueError, match="'everything' and 'trainval'"):
-        config_lib.load_file(f"{ROOT}/configs/{name}.py:trainval,everything")
+        config_io.load_file(f"{ROOT}/configs/{name}.py:trainval,everything")
 
 
 @pytest.mark.slow

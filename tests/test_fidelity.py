@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from vidjax import config as config_lib
-from vidjax import config_files
+from vidjax import config_io
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "configs" / "fidelity.md"
@@ -91,7 +91,7 @@ def has_field(name):
 @functools.cache
 def configuration(file):
     """Returns the module of a configuration."""
-    return config_files.load_module(ROOT / "configs" / file)
+    return config_io.load_module(ROOT / "configs" / file)
 
 
 def is_command(file, words):

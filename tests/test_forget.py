@@ -13,8 +13,7 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import config as config_lib
-from vidjax import forget
+from vidjax import config_io, forget
 from vidjax.commands import rank
 from vidjax.data import cache
 from vidjax.run import workdir
@@ -147,7 +146,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
         words = ["--config.data.name=arrays", f"--config.data.dir={features}",
                  f"--config.data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
         spec = f"{small_runs.ROOT}/configs/knn.py:face"
-        config = config_lib.override(config_lib.load_file(spec), words)
+        config = config_io.override(config_io.load_file(spec), words)
         data = vidjax.load_data(config)
         folder.mkdir(parents=True)
         with workdir.lock(folder):

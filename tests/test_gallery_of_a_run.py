@@ -7,8 +7,7 @@ import pytest
 
 import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
-from vidjax import config as config_lib
-from vidjax import metrics, predict
+from vidjax import config_io, metrics, predict
 from vidjax.data.load import load_dataset
 from vidjax.gallery.people import People
 from vidjax.steps import topk
@@ -25,8 +24,8 @@ def data(official_dir, cache_dir):
 
 def trained(name, folder, data, official_dir, *words):
     spec = f"{small_runs.ROOT}/configs/{name}.py:iqiyi_vid,face,head,audio"
-    config = config_lib.override(
-        config_lib.load_file(spec),
+    config = config_io.override(
+        config_io.load_file(spec),
         [
             f"--config.data.dir={official_dir}",
             "--config.batch_size=32",

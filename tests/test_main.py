@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from vidjax import config as config_lib
-from vidjax import messages, ranking
+from vidjax import config_io, messages, ranking
 from vidjax.errors import DiskError, NoFileError, UserError
 from vidjax.main import main
 from vidjax.run import resume
@@ -223,7 +222,7 @@ def raising(error):
 
 def test_a_recorded_configuration_starts_another_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = config_lib.override(config_lib.load_file("knn"), ["--config.seed=7"])
+    config = config_io.override(config_io.load_file("knn"), ["--config.seed=7"])
     resume.write_config(tmp_path, config)
     assert main([f"--config={tmp_path}/config.json", "--mode=config", "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)["fields"]
@@ -280,7 +279,8 @@ def test_control_characters_are_shown_and_never_sent_to_the_terminal(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", ["vidjax.main --mode=zzz", "vidjax.main --mode=config", "vidjax.config --write=no/x"]
+    "words",
+    ["vidjax.main --mode=zzz", "vidjax.main --mode=config", "vidjax.commands.docs --write=no/x"],
 )
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&-", "2>&1 | head -1"])
 def test_closed_streams_end_no_command(words, closed):

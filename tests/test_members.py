@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
-from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.data.load import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.steps import mean_scores
@@ -100,7 +99,7 @@ def test_samples_of_all_clips_lose_identities_of_one_or_two_clips():
 
 
 def plan_of(name, data, *words):
-    config = config_lib.override(config_lib.load_file(f"{ROOT}/configs/{name}"), [*words])
+    config = config_io.override(config_io.load_file(f"{ROOT}/configs/{name}"), [*words])
     return config, plan_lib.make_plan(config, data)
 
 
@@ -251,7 +250,7 @@ def test_a_member_equals_its_own_run_to_the_bit(data, everyone, tmp_path):
 def test_scores_of_all_members_never_exist_at_once(data, everyone):
     folder, _ = everyone
     mesh = devices.make_mesh(1)
-    _, one = restore.restore(config_lib.load_workdir(folder), folder, data, mesh)
+    _, one = restore.restore(config_io.load_workdir(folder), folder, data, mesh)
     twice = one._replace(
         params=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.params),
         model_state=jax.tree.map(lambda x: jnp.concatenate([x, x]), one.model_state),
@@ -296,7 +295,7 @@ def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
     config = shrunk(*FOLDS, spec=f"configs/{name}.py:iqiyi_vid,{words}")
     run(config, tmp_path / "all", data)
     for number in (0, 2):
-        own = config_lib.override(config, [f"--config.ensemble.only={number}"])
+        own = config_io.override(config, [f"--config.ensemble.only={number}"])
         run(own, tmp_path / str(number), data)
         assert_member(tmp_path / "all", tmp_path / str(number), number)
 
@@ -376,7 +375,7 @@ def test_min_quality_and_views_run(data, tmp_path):
     results = run(config, tmp_path, data)
     assert len(results["members"]) == 4
     assert {member.get("view") for member in results["members"]} == {0, 1}
-    whole = config_lib.load_workdir(tmp_path)
+    whole = config_io.load_workdir(tmp_path)
     assert whole.ensemble.chunks == 4
     kernel = weights(tmp_path)["['params']['backbone']['layer_0']['dense']['kernel']"]
     assert kernel.shape == (4, 18, 8)  # of 24, a quarter is left out

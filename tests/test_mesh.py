@@ -11,8 +11,7 @@ import pytest
 
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
-from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import config_io, devices
 from vidjax.commands import evaluate
 from vidjax.data.load import load_dataset
 from vidjax.run import checkpoint
@@ -159,7 +158,7 @@ def test_no_scores_move_between_devices(spec):
 def evaluate_on(name, folder, data, config):
     """Evaluates a run on a mesh; returns its results and its ranking."""
     num_devices, model = MESHES[name]
-    config = config_lib.override(config, [f"--config.mesh.model={model}"])
+    config = config_io.override(config, [f"--config.mesh.model={model}"])
     results = evaluate.evaluate(config, folder, data, num_devices=num_devices)
     return results, (folder / "ranking.txt").read_bytes()
 

@@ -18,7 +18,7 @@ from tests.test_models import (
     randomised,
 )
 from vidjax import config as config_lib
-from vidjax import fusion
+from vidjax import config_io, fusion
 from vidjax.batch import ClipInfo
 from vidjax.models import identifier
 from vidjax.models.attention import MultimodalAttention
@@ -95,7 +95,7 @@ def test_gradients_are_finite_where_vectors_or_all_are_missing():
 
 def published(words, widths, num_classes, **sizes):
     """Returns the model and the fusions of `mma.py:published`, and its configuration."""
-    config = config_lib.load_file(f"{ROOT}/configs/mma.py:{words}").to_dict()
+    config = config_io.load_file(f"{ROOT}/configs/mma.py:{words}").to_dict()
     model = identifier.make_identifier(
         {**config["model"], **sizes},
         modalities={name: widths[name] for name in config["modalities"]},
@@ -244,7 +244,7 @@ def test_rungs_of_table_3_differ_by_one_part():
 
     @functools.cache
     def fields(words):
-        return dict(config_lib.fields(config_lib.load_file(f"{ROOT}/configs/mma.py:{words}")))
+        return dict(config_lib.fields(config_io.load_file(f"{ROOT}/configs/mma.py:{words}")))
 
     def changed(one, other):
         first, second = fields(one), fields(other)
@@ -266,7 +266,7 @@ def test_the_shipped_scale_lets_attention_mix_what_the_papers_scale_does_not():
     x = rng.standard_normal((512, 6))
     x *= np.sqrt(512) / np.linalg.norm(x, axis=0)
     w_f = rng.normal(0, 512**-0.5, (64, 512))
-    scale = config_lib.load_file(f"{ROOT}/configs/mma.py").model.gram_scale
+    scale = config_io.load_file(f"{ROOT}/configs/mma.py").model.gram_scale
     assert scale == 1 / 64
     for factor, least, most in ((1.0, 0.99, 1.0), (scale, 0.2, 0.5)):
         _, y = attention_oracle(x, np.ones(6, bool), w_f, w_f, 0.05, fill=True, scale=factor)

@@ -12,8 +12,7 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
-from vidjax import config as config_lib
-from vidjax import ensemble
+from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.data.load import load_dataset
 from vidjax.gallery import front as front_lib
@@ -255,7 +254,7 @@ def test_fitted_settings_favour_no_modality():
 
 
 def test_a_setting_that_an_evaluation_gives_replaces_the_fitted_one():
-    config = config_lib.load_file(f"{small_runs.ROOT}/configs/plda.py:face,audio")
+    config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:face,audio")
     task = TaskSpec(DIMS, 4, None, 9, 2, train_other=False, settings=SETTINGS._asdict())
     model: Any = make_system(config.to_dict(), task).model
     assert model.settings() == SETTINGS
@@ -345,7 +344,7 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(
 ):
     """Without the labels of the clips that a fold leaves out its settings are the same."""
     data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
-    config = config_lib.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
+    config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     labels = data.split("train").labels

@@ -15,8 +15,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers import small_runs
 from tests.test_topk import full_sort
-from vidjax import config as config_lib
-from vidjax import digests
+from vidjax import config_io, digests
 from vidjax.commands import evaluate, merge, shard
 from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
@@ -65,7 +64,7 @@ def whole(nearest, data, tmp_path_factory):
 
 
 def of(folder, *overrides):
-    return config_lib.override(config_lib.load_workdir(folder), overrides)
+    return config_io.override(config_io.load_workdir(folder), overrides)
 
 
 def make(run, data, shard_text, **options):
@@ -318,7 +317,7 @@ def test_parts_of_another_number_are_not_joined(run, data):
 def test_parts_of_another_evaluation_are_not_joined(run, data):
     folder, config = run
     make_all(run, data, 2)
-    other = config_lib.override(config, ["--config.eval.block_size=8"])
+    other = config_io.override(config, ["--config.eval.block_size=8"])
     words = ["--config.eval.block_size=8"]
     with pytest.raises(ValueError, match=r"eval.block_size: 16 -> 8\n.*=8 --shard=1/2"):
         merge.merge(other, folder, data, overrides=words)
@@ -550,7 +549,7 @@ def test_an_ensemble_with_its_members(train, data, tmp_path):
 @pytest.mark.slow
 def test_frames_as_examples(train, data, tmp_path):
     folder = train(spec="configs/residual_dense.py:iqiyi_vid,face")
-    assert config_lib.load_workdir(folder).after_fusion == "examples"
+    assert config_io.load_workdir(folder).after_fusion == "examples"
     check_parts(folder, tmp_path, data)
 
 

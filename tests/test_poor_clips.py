@@ -7,8 +7,7 @@ import pytest
 from tests.helpers.batches import eval_batches
 from tests.helpers.small_runs import run, shrunk
 from tests.test_fusion import make_frames, pad
-from vidjax import config as config_lib
-from vidjax import selection
+from vidjax import config_io, selection
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
 from vidjax.data.load import load_dataset
@@ -103,7 +102,7 @@ def test_earlier_manifests_have_none():
 
 
 def make_poor(threshold, **options):
-    config = config_lib.load_file("configs/deepmef.py:face,head")
+    config = config_io.load_file("configs/deepmef.py:face,head")
     config.model.update(options)
     task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, threshold)
     return poor_clips.PoorClips(make_system(config.to_dict(), task))

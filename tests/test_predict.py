@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
-from vidjax import devices, predict
+from vidjax import config_io, devices, predict
 from vidjax.data.load import load_dataset
 from vidjax.evaluation import model_scorer, restore, scoring
 from vidjax.run.checkpoint import CheckpointError
@@ -128,7 +128,7 @@ def test_what_cannot_be_restored_says_so(train, tmp_path):
         predict.restore(tmp_path)
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
-    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    (tmp_path / "config.json").write_text(config_io.to_json(config))
     with pytest.raises(ValueError, match="joins other runs"):
         predict.restore(tmp_path)
     best = predict.restore(train("knn"), step="best", num_devices=1)
@@ -141,7 +141,7 @@ def test_what_cannot_be_restored_says_so(train, tmp_path):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_scores_are_those_of_evaluation(name, data, train, clips):
     folder = train(name)
-    config = config_lib.load_workdir(folder)
+    config = config_io.load_workdir(folder)
     mesh = devices.make_mesh(1)
     step, model = restore.restore(config, folder, data, mesh)
     top = scoring.score([model], "val", mesh, block_size=config.eval.block_size).top

@@ -16,8 +16,8 @@ from tests.helpers.browser import CHROMIUM, browse
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
+from vidjax import config_io, metrics, significance
 from vidjax import main as main_lib
-from vidjax import metrics, significance
 from vidjax.commands import compare
 from vidjax.data.load import load_dataset
 from vidjax.report import figures, open_set_sections, run_files, run_page, run_sections
@@ -330,7 +330,7 @@ def full(tmp_path_factory):
         "members": [{"member": 0, "map": 0.5, "fold": "first"}],
         "weights_fitted_on": "val",
     }
-    config = json.loads(config_lib.to_json(config_lib.default()))
+    config = json.loads(config_io.to_json(config_lib.default()))
     for name, value in {
         "metrics.json": results, "data_report.json": data, "config.json": config,
     }.items():  # fmt: skip
@@ -418,7 +418,7 @@ def test_an_array_of_texts_is_no_page_or_a_safe_page(full):
 @pytest.mark.slow
 def test_another_split_has_its_page(tmp_path):
     folder = made_up(tmp_path / "run", frames=1)
-    config = config_lib.to_json(config_lib.default())
+    config = config_io.to_json(config_lib.default())
     (folder / "config.json").write_text(config)
     shutil.copy(folder / "analysis.npz", folder / "analysis_test.npz")
     results = json.loads((folder / "metrics.json").read_text())
@@ -569,7 +569,7 @@ def test_a_new_metric_shows_up_by_itself(tmp_path, monkeypatch):
     monkeypatch.setitem(metrics.CLIP_METRICS, "median_score", new)
     folders = [made_up(tmp_path / name, frames=1) for name in "ab"]
     for folder in folders:
-        (folder / "config.json").write_text(config_lib.to_json(config_lib.default()))
+        (folder / "config.json").write_text(config_io.to_json(config_lib.default()))
         results = json.loads((folder / "metrics.json").read_text()) | {"median_score": 0.123}
         (folder / "metrics.json").write_text(json.dumps(results))
         text = section(run_page.write(folder).read_text(), "summary")

@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks import scores
 from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Rung
 from tests.helpers import made_runs
-from vidjax import config as config_lib
+from vidjax import config_io
 
 
 def test_readmes_show_what_was_collected():
@@ -58,7 +58,7 @@ def test_every_run_is_a_command():
     known = set(names)
     for _, _, (first, *words) in scores.runs("real"):
         if first.startswith("--config="):
-            config_lib.override(config_lib.load_file(first.removeprefix("--config=")), words)
+            config_io.override(config_io.load_file(first.removeprefix("--config=")), words)
         else:
             (joined,) = words
             folders = joined.removeprefix("--runs=").split(",")

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.devices import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
@@ -161,8 +160,8 @@ def made_up_batch(rng, widths, config, rows, num_classes):
 def full_size(name):
     """Returns a configuration and its system at published size, for one member."""
     file, _, words = name.partition(":")
-    config = config_lib.load_file(f"{ROOT}/configs/{file}.py:{words}")
-    config = config_lib.override(config, ["--config.batch_size=8"])
+    config = config_io.load_file(f"{ROOT}/configs/{file}.py:{words}")
+    config = config_io.override(config, ["--config.batch_size=8"])
     widths = {name: 2048 if name == "scene" else 512 for name in config.modalities}
     clusters = NUM_CLUSTERS if config.data.distractors == "noise" else None
     sizes = TaskSpec(widths, 10_034, clusters, 57_820, 1000, train_other=False)
@@ -325,8 +324,8 @@ from vidjax.devices import CompileClock
 from vidjax.steps import state as state_lib, train_step
 from vidjax.system import TaskSpec, make_system
 
-config = config_lib.override(
-    config_lib.load_file(f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"),
+config = config_io.override(
+    config_io.load_file(f"{ROOT}/configs/mma.py:iqiyi_vid,face,head,audio"),
     ["--config.dtype=float64", "--config.data.max_frames=8", "--config.model.embed_dim=32"],
 )
 widths = {name: 512 for name in config.modalities}

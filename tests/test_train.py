@@ -20,8 +20,8 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import config as config_lib
+from vidjax import config_io, ensemble
 from vidjax import devices as devices_lib
-from vidjax import ensemble
 from vidjax.commands import evaluate
 from vidjax.data.load import load_dataset
 from vidjax.evaluation import restore, scoring
@@ -96,7 +96,7 @@ def test_a_finished_step_without_results_is_completed(data, tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     config = shrunk("--config.num_epochs=1")
-    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    (tmp_path / "config.json").write_text(config_io.to_json(config))
     assert train.finished(tmp_path, config) is None
     results = {"map": 0.5, "map_kind": "val", "num_clips": 3, "num_identities": 2, "finished": True}
     (tmp_path / "metrics.json").write_text(json.dumps(results))
@@ -197,7 +197,7 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, tmp_path):
     run(config, tmp_path, data)
     wanted = None
     for devices, batch_size in [(1, 1), (1, 1024), (8, 7), (8, 64)]:
-        other = config_lib.override(config, [f"--config.batch_size={batch_size}"])
+        other = config_io.override(config, [f"--config.batch_size={batch_size}"])
         found = scores(tmp_path, data, other, devices)
         wanted = found if wanted is None else wanted
         assert found.shape == (60, 12)
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_eight_devices_evaluates_on_one(data, tmp_path):
     assert (tmp_path / "ranking.txt").read_bytes() == ranking
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["train_clips_per_second"] == first["train_clips_per_second"]
-    on_train = config_lib.override(config, ["--config.eval.split=train"])
+    on_train = config_io.override(config, ["--config.eval.split=train"])
     assert evaluate.evaluate(on_train, tmp_path, data)["map_kind"] == "in_sample"
 
 
@@ -324,7 +324,7 @@ def test_evaluating_a_stopped_run_does_not_finish_it(data, tmp_path):
         run(config, tmp_path, Interrupting(data, 4, signal.SIGINT))
     evaluate.evaluate(config, tmp_path, data, num_devices=1)
     assert train.finished(tmp_path, config) is None
-    other = config_lib.override(config, ["--config.modalities=face"])
+    other = config_io.override(config, ["--config.modalities=face"])
     with pytest.raises(ValueError, match="trained on face,head,audio"):
         evaluate.evaluate(other, tmp_path, data, num_devices=1)
 

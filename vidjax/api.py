@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ml_collections import ConfigDict
 
-from vidjax import config as config_lib
+from vidjax import config_io
 from vidjax.config import Config
 from vidjax.errors import ArgumentError, UserError, check_argument
 
@@ -35,10 +35,10 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     """
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":
-        return config_lib.override(config_lib.load_file(str(spec)), overrides)
+        return config_io.override(config_io.load_file(str(spec)), overrides)
     from vidjax.commands import arguments
 
-    return config_lib.override(arguments.experiment(str(spec)), overrides)
+    return config_io.override(arguments.experiment(str(spec)), overrides)
 
 
 def load_data(

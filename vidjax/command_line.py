@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax import config as config_lib
-from vidjax import config_files
+from vidjax import config_io
 from vidjax.cluster import place
-from vidjax.config_values import SYNONYMS, closest_field
-from vidjax.errors import UserError
+from vidjax.config import SYNONYMS, closest_field
+from vidjax.errors import UserError, closest, suggest
 from vidjax.messages import Parser
-from vidjax.suggest import closest, suggest
 
 if TYPE_CHECKING:
     from vidjax.run.parts import Shard
@@ -348,6 +347,6 @@ def _hint_for_stray(word: str, runs: str | None) -> str:
     if word in ELSEWHERE:
         return f": use {ELSEWHERE[word]}"
     name = word.partition(":")[0]
-    if name.endswith(".py") or (config_files.shipped_folder() / f"{name}.py").is_file():
+    if name.endswith(".py") or (config_io.shipped_folder() / f"{name}.py").is_file():
         return f": did you mean --config={word}?"
     return "; --help lists the flags"

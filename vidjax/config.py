@@ -1,45 +1,50 @@
-"""Every configuration field with its default; how configurations are read, overridden, kept.
+"""Every field of a configuration: its default, its range, and what reads it.
 
-python -m vidjax.config                              # prints the fields as Markdown tables
-python -m vidjax.config --write=configs/README.md    # writes them into a page
+A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
+optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
+other than the default in a field that the rest of the configuration leaves unread.
 """
 
-import inspect
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, cast
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax import config_docs, config_files, config_rules, files, messages
-from vidjax.config_files import SCALE_WORDS, choose_data, choose_one, one_modality, split_args
-from vidjax.config_rules import HOLD_OUT
-from vidjax.config_values import Config, ShortConfig, fields, override
-from vidjax.errors import UserError
-from vidjax.suggest import suggest
+from vidjax.errors import UserError, closest
+from vidjax.files import INTEGER_LIMIT
 
-__all__ = [
-    "HOLD_OUT",
-    "SCALE_WORDS",
-    "Config",
-    "check",
-    "choose_data",
-    "choose_one",
-    "default",
-    "differences",
-    "fields",
-    "from_json",
-    "load_file",
-    "load_workdir",
-    "one_modality",
-    "override",
-    "problems",
-    "split_args",
-    "suggest",
-    "to_json",
-]
+
+class Config(Protocol):
+    """A ConfigDict as a type checker sees it: any attribute, of any type."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+
+    def __getitem__(self, name: str) -> Any: ...
+
+    def __setitem__(self, name: str, value: Any) -> None: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+class ShortConfig(ConfigDict):
+    """A ConfigDict that a notebook shows as the lines of its values."""
+
+    __repr__ = ConfigDict.__str__
+
+
+def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf of a configuration."""
+    for key in config:
+        # A reference shows the value of a field that may be unset; None itself has no reference.
+        plain = config.get_type(key) in (ConfigDict, type(None))
+        value = config[key] if plain else config.get_ref(key).get()
+        if isinstance(value, ConfigDict):
+            yield from fields(cast(Config, value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def default() -> Config:
@@ -258,24 +263,6 @@ def default() -> Config:
     return config
 
 
-def load_file(spec: str) -> Config:
-    """Returns the configuration that an experiment's file describes.
-
-    Args:
-      spec: `FILE[:ARG,...]`, see `config_files.load_file`.
-
-    Raises:
-      ValueError: there is no such file, or a mistake in it.
-    """
-    config = config_files.load_file(spec)
-    for problem in config_rules.misfits(dict(fields(config)), dict(fields(default()))):
-        raise UserError(
-            f"--config: '{spec}' {problem}\n"
-            "begin get_config with config = vidjax.config.default(), and change that"
-        )
-    return config
-
-
 def check(config: Config, *, fresh: bool = True) -> None:
     """Refuses values that no training can use, before there are data.
 
@@ -294,72 +281,10 @@ def check(config: Config, *, fresh: bool = True) -> None:
 def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
     """Yields an error message for every value that `check` refuses, with the same arguments."""
     values = dict(fields(config))
-    yield from config_rules.out_of_range(values)
-    yield from config_rules.untrainable(values)
+    yield from out_of_range(values)
+    yield from untrainable(values)
     if fresh:
-        yield from config_rules.unread(values, dict(fields(default())))
-
-
-def to_json(config: Config) -> str:
-    """Returns a configuration as JSON text."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-
-
-# Options of earlier versions -> the value that was without effect.
-RETIRED = {
-    "model": {"whitened": 0.0, "calibrated": []},
-    "join": {"calibrate": False, "scale": 1.0, "offset": 0.0},
-}
-
-
-def from_json(text: str | bytes) -> Config:
-    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were.
-
-    Raises:
-      ValueError: it is no JSON, or a value has another type than its field.
-    """
-    config, values = default(), files.parse_json(text)
-    if not isinstance(values, dict):
-        raise UserError("it is not a JSON object")
-    for section, options in RETIRED.items():
-        group = values.get(section)
-        for name, without in options.items():
-            if isinstance(group, dict) and group.get(name) == without:
-                del group[name]
-    try:
-        with config.unlocked():
-            config.update(_with_tuples(values))
-    except (TypeError, AttributeError, KeyError) as error:
-        raise UserError(" ".join(str(error).split())[:300]) from error
-    return config
-
-
-def _with_tuples(value: Any) -> Any:
-    """Returns a value of JSON with its lists as tuples."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder, which may be a stranger's.
-
-    It names no cache: programs of a stranger's would run in this process.
-
-    Raises:
-      ValueError: there is none, or it is damaged.
-    """
-    path = workdir / "config.json"
-    try:
-        content = files.read_bytes(path, files.CONFIG_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in '{workdir}' (no config.json)") from None
-    try:
-        config = from_json(content)
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
-    config.data.cache_dir = None
-    return config
+        yield from unread(values, dict(fields(default())))
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -371,45 +296,481 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-        and (config_rules.is_read(name, before) or config_rules.is_read(name, after))
+        if before.get(name) != after.get(name) and (is_read(name, before) or is_read(name, after))
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the fields and the arguments as Markdown tables, or writes them into a page."""
-    words = list(sys.argv[1:] if argv is None else argv)
+Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
+POSITIVE = (
+    "batch_size",
+    "num_epochs",
+    "log_every_steps",
+    "data.max_frames",
+    "eval.block_size",
+    "loss.sampled_classes",
+    "mesh.model",
+)
+# Knobs of the synthetic dataset, with their largest values.
+KNOBS: Mapping[str, float] = {
+    "data.wrong_clips": 1.0,
+    "data.blur": 4.0,
+    "data.label_noise": 1.0,
+    "data.train_distractors": 0.9,
+    "data.missing_rate": 1.0,
+}
+NOT_NEGATIVE = (
+    *KNOBS,
+    "mixup",
+    "checkpoint_every_seconds",
+    "noise.relabel_every_epochs",
+    "eval.every_epochs",
+    "eval.top_classes",
+)
+UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
+# Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
+HOLD_OUT = ("folds", "bootstraps")
+# Names that no table of the code holds.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.distractors": ("other", "leave_out", "noise"),
+    "data.size": ("small", "standard"),
+    "data.non_finite": ("drop", "error"),
+    "data.quality": ("given", "norm"),
+    "data.mode": ("auto", "resident", "streaming"),
+    "data.crop": ("window", "quality"),
+    "ensemble.resample": ("identity", "all"),
+    "ensemble.poor_clips": ("keep", "drop"),
+    "noise.method": ("dbscan", "hdbscan"),
+    "noise.keep": ("label", "prediction"),
+    "eval.checkpoint": ("latest", "best"),
+    "join.mean": ("probabilities", "logarithms"),
+}
+# Largest values. Beyond them a training would end in exhausted memory, or never.
+LARGEST: Mapping[str, float] = {
+    **KNOBS,
+    "batch_size": 2**20,
+    "num_epochs": 1e6,
+    "log_every_steps": 2**31 - 1,
+    "data.max_frames": 2**20,
+    "eval.block_size": 2**20,
+    "loss.sampled_classes": 1.0,
+    "mesh.model": 2**16,
+    "mixup": 1e6,
+    "noise.relabel_every_epochs": 1e6,
+    "eval.every_epochs": 1e6,
+}
 
-    def command() -> int:
-        parser = messages.Parser(prog="python -m vidjax.config", description=main.__doc__)
-        parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
-        path = parser.parse_args(words).write
-        page = path.read_text(encoding="utf-8") if path else None
-        for name, content in documentation().items():
-            if page is None:
-                messages.say(content)
-            else:
-                page = config_docs.replace_section(page, name, content)
-        if page is not None:
-            path.write_text(page, encoding="utf-8")
-        return 0
 
-    return messages.guarded(command, words)
+class ReadWhen(NamedTuple):
+    """A condition under which some fields are read.
+
+    Attributes:
+      fields: dotted names.
+      condition: True for values that make a training read the fields.
+      otherwise: why the fields are unread, where the condition does not hold.
+      remedy: command-line words under which the fields are read.
+    """
+
+    fields: tuple[str, ...]
+    condition: Callable[[Values], bool]
+    otherwise: str
+    remedy: str
 
 
-def documentation() -> Mapping[str, str]:
-    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
-    known = config_docs.known_names()
-    files = sorted(config_files.shipped_folder().glob("*.py"))
-    words = {file.name: getattr(config_files.load_module(file), "WORDS", {}) for file in files}
-    return {
-        "arguments": config_docs.argument_table(SCALE_WORDS, words),
-        "fields": config_docs.field_tables(
-            inspect.getsource(default), dict(fields(default())), known
+def _schedule_weights(values: Values) -> tuple[float, ...]:
+    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
+    try:
+        return tuple(float(weight) for _, weight in values["loss.schedule"])
+    except (TypeError, ValueError):
+        return (0.5,)
+
+
+def _logit_losses(values: Values) -> set[str]:
+    """Returns the names of the losses of logits that have a weight at some epoch.
+
+    The rules below exclude the losses that leave a field unread. A loss that they do not name
+    counts as one that reads it.
+    """
+    weights = _schedule_weights(values)
+    focal = {values["loss.focal"]} if any(weights) else set()
+    rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
+    return focal | rest
+
+
+READ_WHEN = (
+    ReadWhen(
+        ("data.dir",),
+        lambda values: values["data.name"] != "synthetic",
+        "config.data.name=synthetic reads no folder",
+        "--config.data.name=arrays, or --config.data.name=iqiyi_vid for official files",
+    ),
+    ReadWhen(
+        ("data.quality",),
+        lambda values: values["data.name"] == "arrays",
+        "official files say what their quality is",
+        "--config.data.name=arrays",
+    ),
+    ReadWhen(
+        ("data.size", "data.seed", *KNOBS),
+        lambda values: values["data.name"] == "synthetic",
+        "only config.data.name=synthetic generates clips",
+        "--config.data.name=synthetic",
+    ),
+    ReadWhen(
+        ("loss.focal",),
+        lambda values: any(_schedule_weights(values)),
+        "it has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,1),)'",
+    ),
+    ReadWhen(
+        ("loss.classification",),
+        lambda values: any(weight != 1 for weight in _schedule_weights(values)),
+        "config.loss.focal has all the weight throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.gamma",),
+        lambda values: bool(_logit_losses(values) - {"softmax"}),
+        "the focal loss has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,1),)'",
+    ),
+    ReadWhen(
+        ("loss.label_smoothing",),
+        lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}),
+        "the softmax cross-entropy has weight 0 throughout config.loss.schedule",
+        "'--config.loss.schedule=((0,0),)'",
+    ),
+    ReadWhen(
+        ("loss.margin_type",),
+        lambda values: values["loss.margin"] > 0,
+        "config.loss.margin=0 adds no margin",
+        "--config.loss.margin=0.5",
+    ),
+    ReadWhen(
+        ("loss.embedding_weight",),
+        lambda values: bool(values["loss.embedding"]),
+        "config.loss.embedding names no loss",
+        "--config.loss.embedding=NAME",
+    ),
+    ReadWhen(
+        ("optim.momentum",),
+        lambda values: values["optim.name"] == "sgd",
+        "only config.optim.name=sgd has a momentum",
+        "--config.optim.name=sgd",
+    ),
+    ReadWhen(
+        ("optim.warmup_scale",),
+        lambda values: values["optim.warmup"] > 0,
+        "config.optim.warmup=0 leaves the warm-up out",
+        "--config.optim.warmup=0.1",
+    ),
+    ReadWhen(
+        ("optim.final_scale",),
+        lambda values: values["optim.decay"] == "cosine",
+        "only config.optim.decay=cosine has a final scale",
+        "--config.optim.decay=cosine",
+    ),
+    ReadWhen(
+        ("optim.decay_factor", "optim.decay_every_epochs"),
+        lambda values: values["optim.decay"] == "steps",
+        "only config.optim.decay=steps decays by a factor",
+        "--config.optim.decay=steps",
+    ),
+    ReadWhen(
+        ("ensemble.resample",),
+        lambda values: values["ensemble.bootstraps"] > 0,
+        "config.ensemble.bootstraps=0 draws no sample",
+        "--config.ensemble.bootstraps=11",
+    ),
+    ReadWhen(
+        ("ensemble.poor_clips",),
+        lambda values: bool(values["ensemble.min_quality"]),
+        "config.ensemble.min_quality is empty: no frame is too poor",
+        "--config.ensemble.min_quality=0,20,40",
+    ),
+    ReadWhen(
+        ("ensemble.chunks",),
+        lambda values: values["ensemble.views"] > 0,
+        "config.ensemble.views=0 leaves no chunk of the features out",
+        "--config.ensemble.views=2",
+    ),
+    ReadWhen(
+        (
+            "noise.method",
+            "noise.eps",
+            "noise.min_samples",
+            "noise.modality",
+            "noise.relabel_every_epochs",
+            "noise.keep",
+            "noise.mirror_weight",
         ),
-        "names": config_docs.name_tables(known),
-    }
+        lambda values: values["data.distractors"] == "noise",
+        "only config.data.distractors=noise has noise classes",
+        "--config.data.distractors=noise",
+    ),
+    ReadWhen(
+        ("noise.join",),
+        lambda values: values["data.distractors"] != "leave_out",
+        "config.data.distractors=leave_out trains on no distractor",
+        "--config.data.distractors=noise",
+    ),
+    ReadWhen(
+        ("eval.reduce",),
+        lambda values: values["after_fusion"] == "examples",
+        "with config.after_fusion=pool a clip has one example",
+        "--config.after_fusion=examples",
+    ),
+    ReadWhen(
+        ("join.weights", "join.mean", "join.greedy", "join.split"),
+        lambda values: bool(values["join.runs"]),
+        "a training joins no runs",
+        "--mode=evaluate --workdir=FOLDER --runs=A,B",
+    ),
+)
 
 
-if __name__ == "__main__":
-    messages.run(main)
+def is_read(name: str, values: Values) -> bool:
+    """Returns False for a field that the other values leave unread.
+
+    Args:
+      name: dotted name of the field.
+      values: those of the whole configuration.
+    """
+    return all(rule.condition(values) for rule in READ_WHEN if name in rule.fields)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields a value, or all parts of a tuple of tuples."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def out_of_range(values: Values) -> Iterator[str]:
+    """Yields an error message for every value that no training can use, whatever its data."""
+    for name, value in values.items():
+        numbers = list(_parts(value))
+        infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
+        if infinite and name not in (*LARGEST, *UNLIMITED):
+            yield f"config.{name}={value}: must be finite"
+        if any(isinstance(part, int) and abs(part) >= INTEGER_LIMIT for part in numbers):
+            yield f"config.{name}: holds a whole number beyond 64 bits"
+    for name in POSITIVE:
+        if not values[name] > 0:
+            yield f"config.{name}={values[name]}: must be positive"
+    for name in NOT_NEGATIVE:
+        if not values[name] >= 0:
+            yield f"config.{name}={values[name]}: must be 0 or more"
+    if not 0 <= values["seed"] < 2**31:
+        yield f"config.seed={values['seed']}: must be 0 or more, below 2**31"
+    for name, largest in LARGEST.items():
+        if values[name] > largest:
+            yield f"config.{name}={values[name]}: must be at most {largest:,.12g}"
+    for name, known in CHOICES.items():
+        if values[name] not in known:
+            yield f"config.{name}='{values[name]}': choose from {', '.join(known)}"
+    for name, value in values.items():
+        if name.endswith("dropout_rate") and not _is_share(value):
+            yield f"config.{name}={value}: must lie between 0 and 1"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def untrainable(values: Values) -> Iterator[str]:
+    """Yields an error message for values that no training can use together."""
+    if not values["data.train_splits"]:
+        yield "config.data.train_splits is empty: name at least one"
+    split = values["eval.split"]
+    held_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT)
+    if split in values["data.train_splits"] and not held_out:
+        yield (
+            f"config.eval.split='{split}' is among config.data.train_splits: a score on clips\n"
+            "that were trained on means nothing; to measure out of fold: "
+            "--config.ensemble.folds=5\nto train on everything and rank test: "
+            "--config=FILE:everything, --config.eval.split=test"
+        )
+    if values.get("model.name") == "plda" and values["num_epochs"] < 2:
+        yield (
+            f"config.num_epochs={values['num_epochs']:g}: PLDA reads every clip twice, for the "
+            "centre and for its sums\n--config.num_epochs=2"
+        )
+
+
+# Groups whose fields depend on the model or fusion that they name.
+SPECIFICATIONS = ("model.", "fusion.")
+
+
+def unread(values: Values, defaults: Values) -> Iterator[str]:
+    """Yields an error message for every value that was chosen and that nothing reads.
+
+    Args:
+      values: those of the configuration.
+      defaults: the default of every field; a field that has its default is never refused.
+    """
+    for name in sorted(values.keys() - defaults.keys()):
+        if not name.startswith(SPECIFICATIONS):
+            close = closest_field(name, defaults.keys())
+            hint = f"did you mean config.{close}?" if close else "--mode=config lists all"
+            yield f"config.{name}={values[name]}: there is no such field; {hint}"
+    for rule in READ_WHEN:
+        if rule.condition(values):
+            continue
+        for name in rule.fields:
+            if values[name] != defaults[name]:
+                yield (
+                    f"config.{name}={values[name]} has no effect: {rule.otherwise}\n"
+                    f"to give it one: {rule.remedy}\n"
+                    f"or leave config.{name} at its default, {defaults[name]}"
+                )
+    if runs := values["join.runs"]:
+        yield (
+            f"config.join.runs={','.join(map(str, runs))}: a training joins no runs\n"
+            "to join them: --mode=evaluate --workdir=FOLDER --runs=A,B"
+        )
+
+
+# What other programs call a field -> its name here.
+SYNONYMS: Mapping[str, str] = {
+    "lr": "optim.learning_rate",
+    "base_lr": "optim.learning_rate",
+    "wd": "optim.weight_decay",
+    "optimizer": "optim.name",
+    "scheduler": "optim.decay",
+    "warmup_steps": "optim.warmup",
+    "grad_clip": "optim.clip_norm",
+    "epochs": "num_epochs",
+    "max_epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "steps": "num_epochs",
+    "max_steps": "num_epochs",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "precision": "dtype",
+    "data": "data.dir",
+    "data_dir": "data.dir",
+    "data_path": "data.dir",
+    "dataset": "data.name",
+    "root": "data.dir",
+    "input": "data.dir",
+    "cache": "data.cache_dir",
+    "split": "eval.split",
+    "arch": "model.name",
+    "model": "model.name",
+    "dropout": "model.dropout_rate",
+    "criterion": "loss.classification",
+    "folds": "ensemble.folds",
+    "seeds": "ensemble.seeds",
+    "save_every": "checkpoint_every_seconds",
+    "log_every": "log_every_steps",
+    "eval_every": "eval.every_epochs",
+    "frames": "data.max_frames",
+}
+
+
+def closest_field(name: str, known: Collection[str]) -> str | None:
+    """Returns the field that a wrong name was meant to be, None if there is no such field.
+
+    Args:
+      name: a dotted name; `-` counts as `_`.
+      known: the fields that exist.
+    """
+    name = name.replace("-", "_").lower()
+    leaf = name.rpartition(".")[2]
+    synonym = SYNONYMS.get(name) or SYNONYMS.get(leaf)
+    if name not in known and synonym in known:
+        return synonym
+    modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
+    if name.startswith("fusion.") and name.split(".")[1] not in modalities:
+        return None  # another modality is no misspelling of this one
+    return closest(name, known, cutoff=0.55)
+
+
+# The arguments that every experiment takes: word -> meaning.
+SCALE_WORDS: Mapping[str, str] = {
+    "iqiyi_vid": "official files, and values for their full size",
+    "few": "with `iqiyi_vid`: values for some thousand clips",
+    "standard": "the synthetic dataset with 1,000 identities instead of 100",
+    "everything": "trains on all clips of train and val, and ranks test; no MAP where test has no "
+    "ground truth",
+}
+
+
+def choose_data(config: Any, words: Collection[str]) -> bool:
+    """Sets the dataset that words ask for; returns whether values of the published size apply.
+
+    Args:
+      config: a ConfigDict, changed in place.
+      words: `iqiyi_vid` for official files, with `few` for some thousand clips of them; `standard`
+        for the larger synthetic dataset; `everything` to train on train and val, and to rank test.
+
+    Raises:
+      ValueError: words that contradict each other.
+    """
+    if {"iqiyi_vid", "standard"} <= set(words):
+        raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
+    if "few" in words and "iqiyi_vid" not in words:
+        raise UserError("config arguments: 'few' needs 'iqiyi_vid', as in iqiyi_vid,few")
+    if {"everything", "trainval"} <= set(words):
+        raise UserError(
+            "config arguments: 'everything' and 'trainval' are two ways to train on val, name one"
+        )
+    if "everything" in words:
+        config.data.train_splits = ("train", "val")
+        config.eval.split = "test"
+    if "iqiyi_vid" in words:
+        config.data.name = "iqiyi_vid"
+    if "standard" in words:
+        config.data.size = "standard"
+    return "iqiyi_vid" in words and "few" not in words
+
+
+def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
+    """Splits what follows the colon of `--config=FILE:ARG,ARG` into known words and modalities.
+
+    Args:
+      args: the text after the colon, e.g. `iqiyi_vid,face,head`.
+      known: the words that the configuration understands.
+
+    Returns:
+      The known words that were given, and the others, in order: names of modalities.
+
+    Raises:
+      ValueError: a word that is spelled almost like a known one.
+    """
+    words = [word.strip() for word in args.split(",") if word.strip()]
+    given = {word for word in words if word in known}
+    modalities = tuple(dict.fromkeys(word for word in words if word not in known))
+    for word in modalities:
+        if match := closest(word, known, cutoff=0.7):
+            raise UserError(f"unknown config argument '{word}': did you mean '{match}'?")
+    return given, modalities
+
+
+def choose_one(words: Collection[str], names: Collection[str], default: str) -> str:
+    """Returns the one of `names` that is among the words, or the default.
+
+    Raises:
+      ValueError: there are several of them.
+    """
+    given = sorted({*names}.intersection(words))
+    if len(given) > 1:
+        quoted = " and ".join(f"'{name}'" for name in given)
+        raise UserError(f"config arguments: {quoted} exclude each other, name one")
+    return given[0] if given else default
+
+
+def one_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
+    """Returns the modality among the words of an experiment that has one, or its default.
+
+    Raises:
+      ValueError: there are several.
+    """
+    if len(modalities) > 1:
+        raise UserError(
+            f"--config: modalities {', '.join(modalities)}: this experiment has one\n"
+            f"name one of them, or a system of several: --config=plda:{','.join(modalities)}"
+        )
+    return (modalities or (default,))[0:1]

@@ -13,10 +13,12 @@ A text that a library wrote for programmers is never the message of a UserError 
 the library on behalf of a user catches its error, and says which file, clip or field is wrong.
 """
 
+import difflib
 import errno
 import os
 import re
 import sys
+from collections.abc import Iterable
 
 
 class Expected(Exception):
@@ -122,3 +124,35 @@ def printable(text: str) -> str:
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Finds the known word that is spelled most like another one.
+
+    Args:
+      word: the word as it was typed.
+      known: the words that exist. Of a dotted name such as `optim.decay` the last part is enough.
+      cutoff: least similarity of the spellings, from 0 (anything) to 1 (equal).
+
+    Returns:
+      The known word, or None if none is close enough.
+    """
+    known = list(known)
+    last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
+    candidates = difflib.get_close_matches(word, last or known, n=1, cutoff=cutoff)
+    return (candidates or last or [None])[0]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown word.
+
+    Args:
+      word: the word as it was typed.
+      known: the words that exist.
+
+    Returns:
+      `did you mean 'optim.decay'?`, or a list of the known words if none is close.
+    """
+    known = list(known)
+    match = closest(word, known)
+    return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

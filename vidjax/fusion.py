@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.batch import Array, Frames, LazyFeatures
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 from vidjax.selection import (
     filter_frames,
     frame_weights,
@@ -25,7 +25,6 @@ from vidjax.selection import (
     take,
     top_frames,
 )
-from vidjax.suggest import suggest
 
 # Sampling weights are multiples of 1 / _LEVELS of the largest of a clip. Up to 4096 add up exactly
 # in float32, in any order: draws depend neither on padding nor on the number of devices.

@@ -17,8 +17,7 @@ import numpy as np
 
 from vidjax import logit_ops, optim
 from vidjax.batch import Array, ModelOutput
-from vidjax.errors import UserError
-from vidjax.suggest import suggest
+from vidjax.errors import UserError, suggest
 
 
 def softmax_cross_entropy(

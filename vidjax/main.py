@@ -148,7 +148,7 @@ def _lacks_report(config: "Config", workdir: Path) -> bool:
 
 def _evaluate(args: "Arguments") -> int:
     from vidjax.commands import arguments
-    from vidjax.config_values import override_names
+    from vidjax.config_io import override_names
     from vidjax.training import together
 
     if args.shard:
@@ -175,7 +175,7 @@ def _evaluate(args: "Arguments") -> int:
 
 def _evaluate_part(args: "Arguments", which: "Shard") -> int:
     from vidjax.commands import arguments
-    from vidjax.config_values import override_names
+    from vidjax.config_io import override_names
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)
@@ -199,7 +199,7 @@ def _evaluate_part(args: "Arguments", which: "Shard") -> int:
 
 def _merge(args: "Arguments") -> int:
     from vidjax.commands import arguments
-    from vidjax.config_values import override_names
+    from vidjax.config_io import override_names
 
     began = time.monotonic()
     config, path = arguments.for_evaluation(args)

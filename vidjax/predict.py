@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble, messages
+from vidjax import config_io, devices, ensemble, messages
 from vidjax.batch import Batch
 from vidjax.config import Config
 from vidjax.data.cache import default_cache_dir
@@ -378,7 +377,7 @@ def restore(
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
     workdir = Path(workdir).expanduser().absolute()
-    config = config_lib.load_workdir(workdir)
+    config = config_io.load_workdir(workdir)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"

@@ -15,12 +15,11 @@ import optax
 from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim, selection
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 from vidjax.models import identifier
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.plda import PLDAIdentifier
-from vidjax.suggest import suggest
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.batch import Array, Packed
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
@@ -91,9 +90,9 @@ def make_run(
       num_clips: of all made-up clips.
       abstract: True for shapes and dtypes in place of the state.
     """
-    config = config_lib.load_file(f"{CONFIGS / spec}")
+    config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
-    config = config_lib.override(config, [f"--config.{word}" for word in words])
+    config = config_io.override(config, [f"--config.{word}" for word in words])
     num_clips = num_clips or 4 * batch_size
     modalities = dict.fromkeys(config.modalities, DIM)
     sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)

@@ -4,8 +4,8 @@
         [--peer] [--rounds=3] [--growth]
 
 Clips are made up and resident. The whole is `vidjax.evaluation.scoring.score`, with MAP and the
-open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net in
-PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
+open-set figures; the forward pass is the same blocks without a ranking. With `--peer` the same net
+in PyTorch (the extra `bench`), eager and by torch.compile, with a running `torch.topk`, on padded
 blocks that lie in memory. All take turns in one process. `--growth` shows time and memory for other
 numbers of clips and identities, each in a process of its own, beside the memory that is expected:
 that of the scores of HELD windows and REST. What glibc keeps besides, as it breaks up its heap, is

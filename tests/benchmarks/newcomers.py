@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import fusion, metrics
+from vidjax import config_io, fusion, metrics
 from vidjax.batch import Array, Frames
 from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
@@ -64,7 +64,7 @@ def load(kind: str, seed: int, real: str | None) -> Dataset:
         spec, words = f"{CONFIG}:iqiyi_vid,face,head,audio", [f"--config.data.dir={real}"]
     else:
         words.append(f"--config.data.size={kind}")
-    config = config_lib.override(config_lib.load_file(spec), words)
+    config = config_io.override(config_io.load_file(spec), words)
     data = load_data(config)
     return Dataset(*(_vectors(config, data, split) for split in ("train", "val")))
 
@@ -76,7 +76,7 @@ def _mean(frames: Frames) -> Array:
 
 def _vectors(config: config_lib.Config, data: TrainingData, split: str) -> Vectors:
     """Returns the vectors of all clips of a split."""
-    config = config_lib.override(config, [f"--config.data.train_splits={split}"])
+    config = config_io.override(config, [f"--config.data.train_splits={split}"])
     found = data.split(split)
     every = np.ones(len(found.clips), bool)
     parts = {

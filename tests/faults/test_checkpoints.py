@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
-from vidjax import config as config_lib
-from vidjax import devices, main, messages
+from vidjax import config_io, devices, main, messages
 from vidjax.data.load import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.training import train
@@ -180,7 +179,7 @@ def words(official_dir, cache_dir):
 
 @pytest.fixture(scope="module")
 def config(words):
-    return config_lib.override(config_lib.load_file(words[0].partition("=")[2]), words[1:])
+    return config_io.override(config_io.load_file(words[0].partition("=")[2]), words[1:])
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +394,7 @@ def test_what_is_allowed_to_change_goes_on_and_is_recorded(capsys, config, words
         "--config.checkpoint_every_seconds=77",
         "--config.resume.allow=optim.final_scale,num_epochs",
     ]
-    other = config_lib.override(config, allow)
+    other = config_io.override(config, allow)
     assert train.finished(parts, other) is None
     with pytest.warns(UserWarning, match=rf"from step {step} on.*final_scale: 0.01 -> 0.5"):
         run(other, parts, data)
@@ -405,7 +404,7 @@ def test_what_is_allowed_to_change_goes_on_and_is_recorded(capsys, config, words
     assert changed["optim.final_scale"] == [0.01, 0.5]
     assert changed["num_epochs"] == [8.0, 6.0]
     assert changed["checkpoint_every_seconds"] == [300.0, 77.0]
-    assert config_lib.load_workdir(parts).optim.final_scale == 0.5
+    assert config_io.load_workdir(parts).optim.final_scale == 0.5
 
     # A step from before the change is as good as any: the change is on record.
     (parts / "metrics.json").unlink()
@@ -414,7 +413,7 @@ def test_what_is_allowed_to_change_goes_on_and_is_recorded(capsys, config, words
     with pytest.warns(UserWarning, match="is not used"):
         assert command(capsys, "--mode=evaluate", f"--workdir={parts}")[0] == 0
     with pytest.warns(UserWarning, match="is not used"):
-        run(config_lib.override(other, ["--config.resume.allow=()"]), parts, data)
+        run(config_io.override(other, ["--config.resume.allow=()"]), parts, data)
     assert max(checkpoint.manifests(parts)) == 18
 
 

@@ -19,7 +19,7 @@ from tests.campaigns import mutations
 from tests.helpers import made_runs
 from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
-from vidjax import command_line, devices, ensemble, errors, files, main, ownership
+from vidjax import command_line, config_io, devices, ensemble, errors, files, main, ownership
 from vidjax import config as config_lib
 from vidjax.commands import arguments, check, evaluate
 from vidjax.data import arrays
@@ -594,9 +594,9 @@ def test_a_manifest_of_records_that_agrees_with_itself_is_checked(tmp_path, conv
 
 def write_config(folder, *overrides):
     """Writes a run's `config.json` as a stranger may."""
-    config = config_lib.override(config_lib.default(), overrides)
+    config = config_io.override(config_lib.default(), overrides)
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(config_lib.to_json(config))
+    (folder / "config.json").write_text(config_io.to_json(config))
     return folder
 
 
@@ -610,7 +610,7 @@ def test_no_folder_names_a_cache(tmp_path):
         assert config is not None and config.data.cache_dir is None
     given = command_line.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
     assert arguments.for_evaluation(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
-    resume.write_config(theirs, config_lib.override(config_lib.default(), [cache]))
+    resume.write_config(theirs, config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
 
@@ -663,9 +663,9 @@ def test_relative_paths_are_the_same_from_everywhere(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     words = ("--config.data.dir=features", "--config.data.weights=weights.txt")
-    resume.write_config(tmp_path, config_lib.override(config_lib.default(), words))
+    resume.write_config(tmp_path, config_io.override(config_lib.default(), words))
     monkeypatch.chdir(tmp_path)
-    data = config_lib.load_workdir(tmp_path).data
+    data = config_io.load_workdir(tmp_path).data
     assert (data.dir, data.weights) == (
         f"{tmp_path}/here/features",
         f"{tmp_path}/here/weights.txt",

@@ -13,7 +13,7 @@ import pytest
 from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax import config as config_lib
-from vidjax import optim
+from vidjax import config_io, optim
 from vidjax.commands import check
 from vidjax.data import arrays, ground_truth, iqiyi_vid, load
 from vidjax.data.clips import Split
@@ -48,7 +48,7 @@ LABELS = {f"{split}{i}": f"p{i % 3}" for split in ("train", "val") for i in rang
 
 
 def make_config(*words: str) -> config_lib.Config:
-    return config_lib.override(config_lib.default(), [f"--config.{word}" for word in words])
+    return config_io.override(config_lib.default(), [f"--config.{word}" for word in words])
 
 
 # What training features teach nothing.
@@ -243,8 +243,8 @@ def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path: P
         plan.make_plan(make_config(*words), data)
     assert len(str(caught.value).splitlines()) <= 3
     root = Path(__file__).parents[2]
-    config = config_lib.load_file(f"{root}/configs/noise_classes.py:other")
-    plan.make_plan(config_lib.override(config, ["--config.ensemble.folds=2"]), data)
+    config = config_io.load_file(f"{root}/configs/noise_classes.py:other")
+    plan.make_plan(config_io.override(config, ["--config.ensemble.folds=2"]), data)
 
 
 # Data that would silently be something else.

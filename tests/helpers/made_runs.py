@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vidjax import config as config_lib
+from vidjax import config_io
 from vidjax.run import results as results_lib
 
 
@@ -40,8 +41,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
     if not suffix or not (folder / "config.json").exists():
-        config = config_lib.override(config_lib.default(), [*own, *overrides])
-        (folder / "config.json").write_text(config_lib.to_json(config))
+        config = config_io.override(config_lib.default(), [*own, *overrides])
+        (folder / "config.json").write_text(config_io.to_json(config))
     (folder / "identities.json").write_text(json.dumps(list(averages)))
     ap = np.array(list(averages.values()))
     facts: dict[str, Any] = {"num_clips": num_clips, "num_identities": len(ap), "step": 7}

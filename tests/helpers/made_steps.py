@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.steps import columns, train_step
 from vidjax.steps import state as state_lib
@@ -65,8 +64,8 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
       other: True if some clips show nobody known, and the model learns from them.
     """
     stem, _, arguments = spec.partition(":")
-    config = config_lib.load_file(f"{ROOT}/configs/{stem}.py:{arguments}")
-    config = config_lib.override(config, words)
+    config = config_io.load_file(f"{ROOT}/configs/{stem}.py:{arguments}")
+    config = config_io.override(config, words)
     rng = np.random.default_rng(0)
     modalities = dict.fromkeys(config.modalities, WIDTH)
     mesh = devices.make_mesh(shape[0] * shape[1], shape[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import metrics, significance
+from vidjax import config_io, metrics, significance
 from vidjax.run import results as results_lib
 
 REPORT = Path(__file__).parents[2] / "vidjax" / "report"
@@ -159,7 +159,7 @@ def collect(value, found):
 def derived(folder, split):
     """Returns what a report computes from the files: intervals, shares, differences, defaults."""
     found = set()
-    collect(json.loads(config_lib.to_json(config_lib.default())), found)  # the column of defaults
+    collect(json.loads(config_io.to_json(config_lib.default())), found)  # the column of defaults
     config = json.loads((folder / "config.json").read_text())
     own = config.get("eval", {}).get("split", "")
     path = results_lib.paths(folder, split or own, own).analysis

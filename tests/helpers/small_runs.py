@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vidjax import config as config_lib
+from vidjax import config_io
 from vidjax.run import checkpoint
 from vidjax.steps import feed
 from vidjax.training import train
@@ -32,7 +32,7 @@ SMALL = {
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     """Returns a shipped configuration for a run of seconds, with overrides on top."""
     name, _, words = spec.partition(":")
-    config = config_lib.load_file(f"{ROOT / name}:{words}")
+    config = config_io.load_file(f"{ROOT / name}:{words}")
     stem = Path(name).stem
     small = [
         "--config.batch_size=32",
@@ -50,7 +50,7 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     small = [word.replace("{main}", main) for word in small]
     if main and "layers" in config.model.other:
         small.append("--config.model.other.layers=((6,'prelu',True,0.5),)")
-    return config_lib.override(config, [*small, *overrides])
+    return config_io.override(config, [*small, *overrides])
 
 
 def run(config, folder, data, num_devices=1):
@@ -63,7 +63,7 @@ def nearest(folder, data, official_dir):
     """Makes a run of nearest neighbours of official files, which learns nothing; returns it."""
     spec = f"{ROOT}/configs/knn.py:iqiyi_vid,face"
     words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
-    run(config_lib.override(config_lib.load_file(spec), words), folder, data)
+    run(config_io.override(config_io.load_file(spec), words), folder, data)
     return folder
 
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from vidjax import config as config_lib
-from vidjax import files
+from vidjax import config_io, files
 from vidjax.command_line import PROGRAM, Arguments
-from vidjax.config import Config
-from vidjax.config_rules import out_of_range
-from vidjax.config_values import folder_suffix, override_names
+from vidjax.config import Config, out_of_range
+from vidjax.config_io import folder_suffix, override_names
 from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
 from vidjax.errors import DiskError, UserError
@@ -75,7 +74,7 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
         )
     if not args.config:
         raise UserError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
-    config = config_lib.override(experiment(args.config), args.overrides)
+    config = config_io.override(experiment(args.config), args.overrides)
     workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
@@ -96,7 +95,7 @@ def experiment(spec: str) -> Config:
       ValueError: there is no such file, or a mistake in it.
     """
     if Path(spec).name != RECORDED:
-        return config_lib.load_file(spec)
+        return config_io.load_file(spec)
     return run_config(Path(spec).expanduser().absolute().parent)
 
 
@@ -165,7 +164,7 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
         )
     config = run_config(workdir) if args.runs is None else _joined_config(args, workdir)
-    config = config_lib.override(config, args.overrides)
+    config = config_io.override(config, args.overrides)
     if config.join.runs:
         from vidjax.commands import blend  # it imports jax
 
@@ -182,7 +181,7 @@ def _joined_config(args: Arguments, workdir: Path) -> Config:
     if not runs:
         raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
     if (workdir / "config.json").exists():
-        earlier = tuple(config_lib.load_workdir(workdir).join.runs)
+        earlier = tuple(config_io.load_workdir(workdir).join.runs)
         if earlier != runs:
             content = "a blend of other runs" if earlier else "a trained run"
             raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
@@ -229,7 +228,7 @@ def for_ranking(args: Arguments) -> RankingOptions:
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     workdir = Path(args.workdir).expanduser()
     given = _given(args, RANKABLE)
-    config = config_lib.override(run_config(workdir), args.overrides)
+    config = config_io.override(run_config(workdir), args.overrides)
     split = config.eval.split if "eval.split" in given else None
     step = cast(Literal["latest", "best"], config.eval.checkpoint)
     return RankingOptions(workdir, clips, Path(args.out).expanduser(), split, step)
@@ -269,7 +268,7 @@ def for_comparison(args: Arguments) -> Comparison:
         raise UserError(
             f"--workdir: '{args.workdir}' holds a run: name another folder to compare in"
         )
-    config = config_lib.override(config_lib.default(), args.overrides)
+    config = config_io.override(config_lib.default(), args.overrides)
     given = _given(args, COMPARABLE)
     split = config.eval.split if "eval.split" in given else None
     return Comparison(args.workdir, args.folders, split, config.data.dir, config.data.cache_dir)
@@ -293,7 +292,7 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         )
     if args.config:
         config = experiment(args.config)
-        return config_lib.override(config, args.overrides), None
+        return config_io.override(config, args.overrides), None
     if not args.workdir:
         if args.overrides:
             raise UserError("--mode=check with fields needs --workdir=FOLDER or --config=FILE")
@@ -305,7 +304,7 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         if not files.exists(workdir / "config.json"):
             raise
         return None, workdir
-    return config_lib.override(config, args.overrides), workdir
+    return config_io.override(config, args.overrides), workdir
 
 
 def for_display(args: Arguments) -> tuple[Config, str]:
@@ -335,7 +334,7 @@ def run_config(workdir: Path) -> Config:
       ValueError: no run there, or a damaged one; the error says how to make one.
     """
     try:
-        return config_lib.load_workdir(workdir)
+        return config_io.load_workdir(workdir)
     except ValueError as error:
         if files.exists(workdir / "config.json"):
             raise

@@ -12,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import config_rules, devices, digests, metrics
+from vidjax import config_io, devices, digests, metrics
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.batch import Array, Batch
 from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 from vidjax.evaluation import run_data
 from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.evaluation.restore import find_run, fit_data, make_model
@@ -49,7 +49,7 @@ def check_overrides(config: Config, given: Sequence[str]) -> None:
         if name not in given or value != config_lib.default().eval[field]:
             continue
         for run in config.join.runs:
-            own = config_lib.load_workdir(Path(run)).eval[field]
+            own = config_io.load_workdir(Path(run)).eval[field]
             if own != value:
                 raise UserError(
                     f"--config.{name}={value} is the default: '{run}' keeps its own, {own}\n"
@@ -64,7 +64,7 @@ def describe_run(name: str, scored: Config) -> dict[str, Any]:
       name: its folder.
       scored: its configuration, as the blend scores it.
     """
-    config = config_lib.load_workdir(Path(name))
+    config = config_io.load_workdir(Path(name))
     default = config_lib.default().eval
     special = [f"{field}={scored.eval[field]}" for field in OWN_FIELDS
                if scored.eval[field] != default[field]]  # fmt: skip
@@ -101,7 +101,7 @@ def fitted_splits(config: Config, workdir: Path) -> str | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
-    before = config_lib.load_workdir(workdir).join
+    before = config_io.load_workdir(workdir).join
     same = all(before[name] == config.join[name] for name in ("weights", "mean"))
     return results_lib.read_metrics(workdir).get("weights_fitted_on") if same else None
 
@@ -194,7 +194,7 @@ def blend_runs(
         **({"weights_fitted_on": fitted_on} if fitted_on else {}),
     }
     write_description(workdir, models[0], datasets)
-    trained = config_lib.load_workdir(Path(spec.runs[0])).data
+    trained = config_io.load_workdir(Path(spec.runs[0])).data
     write_results(
         workdir, models[0].data, evaluation, results, split=split, own_split=kept.eval.split,
         trained=trained, observer=observer,
@@ -219,14 +219,14 @@ def _given_weights(config: Config) -> list[float]:
 def _takes_logarithms(config: Config) -> bool:
     """Returns True where runs are joined by a mean of logarithms; refuses what that cannot have."""
     spec = config.join
-    for field in sorted(set(config_lib.RETIRED["join"]) & set(spec)):
+    for field in sorted(set(config_io.RETIRED["join"]) & set(spec)):
         raise UserError(
             f"config.join.{field}={spec[field]}: no join is calibrated any more, last in a538f79\n"
             "join the runs anew, in another folder"
         )
-    if spec.mean not in config_rules.CHOICES["join.mean"]:
-        known = config_rules.CHOICES["join.mean"]
-        raise UserError(f"config.join.mean='{spec.mean}': {config_lib.suggest(spec.mean, known)}")
+    if spec.mean not in config_lib.CHOICES["join.mean"]:
+        known = config_lib.CHOICES["join.mean"]
+        raise UserError(f"config.join.mean='{spec.mean}': {suggest(spec.mean, known)}")
     logarithms = spec.mean == "logarithms"
     if logarithms and spec.greedy:
         raise UserError(
@@ -267,7 +267,7 @@ def _restore_all(
 
 def _run_config(config: Config, name: str) -> Config:
     """Returns the configuration of a run, evaluated in its own way on the split of the blend."""
-    run_config = config_lib.load_workdir(Path(name))
+    run_config = config_io.load_workdir(Path(name))
     if run_config.join.runs:
         raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
     scores, defaults = run_config.eval.scores, config_lib.default().eval
@@ -291,10 +291,10 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
 
     The split that the folder was first evaluated on stays its own.
     """
-    config = config_lib.from_json(config_lib.to_json(config))
+    config = config_io.from_json(config_io.to_json(config))
     path = workdir / "config.json"
     if path.exists():
-        config.eval.split = config_lib.load_workdir(workdir).eval.split
+        config.eval.split = config_io.load_workdir(workdir).eval.split
     config.join.weights = tuple(float(weight) for weight in weights)
     config.join.greedy = False
     resume.write_config(workdir, config)

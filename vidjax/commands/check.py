@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax import config as config_lib
-from vidjax import devices, files, messages, ranking
+from vidjax import config_io, devices, files, messages, ranking
 from vidjax.config import Config
 from vidjax.data import load, resident
 from vidjax.data.cache import default_cache_dir
@@ -110,7 +110,7 @@ def _use(workdir: Path) -> Findings:
 
 
 def _damaged_config(workdir: Path) -> Findings:
-    config_lib.load_workdir(workdir)  # raises the error that describes the damage
+    config_io.load_workdir(workdir)  # raises the error that describes the damage
     yield OK, "config.json: written while this was checked"
 
 
@@ -204,7 +204,7 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
       name: prefix of every text.
     """
     if name and config is None:
-        config_lib.load_workdir(workdir)  # raises the error that describes the damage
+        config_io.load_workdir(workdir)  # raises the error that describes the damage
     holder = _holder(workdir)
     for step in (steps := checkpoint.survey(workdir)):
         folder = workdir / "checkpoints" / str(step)
@@ -334,7 +334,7 @@ def _values(config: Config) -> Findings:
 def _config_of(run: str, config: Config) -> Config | None:
     """Returns the configuration of a joined run, with the data folders of the blend."""
     try:
-        run_config = config_lib.load_workdir(Path(run))
+        run_config = config_io.load_workdir(Path(run))
     except ValueError:
         return None  # `check_checkpoints` reports it
     for field in ("dir", "cache_dir"):

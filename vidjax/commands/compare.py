@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import files, significance
+from vidjax import config_io, files, significance
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.data.load import describe, is_generated
@@ -91,7 +90,7 @@ def read(
         raise UserError(
             f"--runs: no run in '{name}' (no config.json)\nname folders of trained runs"
         )
-    config = config_lib.load_workdir(folder)
+    config = config_io.load_workdir(folder)
     own_split: str = config.eval.split
     split = split or own_split
     paths = results_lib.paths(folder, split, own_split)
@@ -166,7 +165,7 @@ def _generated(config: Config) -> str:
     own = config
     if config.join.runs:
         try:
-            own = config_lib.load_workdir(Path(config.join.runs[0]))
+            own = config_io.load_workdir(Path(config.join.runs[0]))
         except ValueError:
             return UNKNOWN
     return describe(own.data.to_dict()) if is_generated(own.data.name) else ""
@@ -176,7 +175,7 @@ def _data_config(config: Config, directory: str | None) -> Config:
     """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
     own = copy.deepcopy(config)
     if config.join.runs:
-        own = config_lib.load_workdir(Path(config.join.runs[0]))
+        own = config_io.load_workdir(Path(config.join.runs[0]))
         own.data.dir = config.data.dir or own.data.dir
     if directory is not None:
         own.data.dir = directory

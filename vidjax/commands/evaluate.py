@@ -5,8 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import config_io, devices
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.config import Config
@@ -80,7 +79,7 @@ def evaluate(
         "eval_seconds": time.monotonic() - began,
         "eval_date": results_lib.now(),
     }
-    trained = config_lib.load_workdir(workdir)
+    trained = config_io.load_workdir(workdir)
     write_results(
         workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,
         split=split, own_split=trained.eval.split,

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import config_io, devices
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.command_line import PROGRAM
@@ -204,7 +203,7 @@ def merge(
         "eval_seconds": before + time.monotonic() - began,
         "eval_date": results_lib.now(),
     }
-    trained = config_lib.load_workdir(workdir)
+    trained = config_io.load_workdir(workdir)
     write_results(
         workdir, data, evaluation, results_lib.training_metrics(workdir) | results,
         split=split.name, own_split=trained.eval.split,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import devices
+from vidjax import config_io, devices
 from vidjax import digests as digests_lib
 from vidjax.analysis import analysis
 from vidjax.config import Config
@@ -123,7 +123,7 @@ def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
         return f"it is of other data, sha256 {own['data']['digest'][:12]}"
     try:
         before, now = (
-            config_lib.from_json(workdir_lib.to_json(one["config"])) for one in (own, facts)
+            config_io.from_json(workdir_lib.to_json(one["config"])) for one in (own, facts)
         )
     except ValueError as error:
         return f"its configuration is that of another version: {error}"

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vidjax import config as config_lib
+from vidjax import config_io
 from vidjax.config import Config
-from vidjax.config_docs import value_text
-from vidjax.config_values import override_names
+from vidjax.config_io import override_names, value_text
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 
@@ -36,7 +36,7 @@ def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
       file: name of the file that the configuration comes from.
     """
     defaults = dict(config_lib.fields(config_lib.default()))
-    values = dict(config_lib.fields(config_lib.override(config, overrides)))
+    values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed = set(override_names(overrides))
     for name in [*defaults, *sorted(values.keys() - defaults.keys())]:
         origin = DEFAULT

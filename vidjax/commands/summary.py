@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import config as config_lib
-from vidjax import metrics
+from vidjax import config_io, metrics
 from vidjax.commands.arguments import shown
 from vidjax.config import Config
 from vidjax.run import parts as parts_lib
@@ -73,7 +72,7 @@ def part_rows(workdir: Path, part: Part, seconds: float) -> dict[str, str]:
 
 def files(config: Config, workdir: Path) -> dict[str, str]:
     """Returns `ranking` and, if it exists, `report` -> path."""
-    own_split = config_lib.load_workdir(workdir).eval.split
+    own_split = config_io.load_workdir(workdir).eval.split
     paths = results_lib.paths(workdir, config.eval.split, own_split)
     report = {"report": str(paths.report)} if paths.report.exists() else {}
     return {"ranking": str(paths.ranking), **report}

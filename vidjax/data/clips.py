@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from vidjax.cluster.share import WHOLE, Share
-from vidjax.errors import UserError
-from vidjax.suggest import closest, suggest
+from vidjax.errors import UserError, closest, suggest
 
 if TYPE_CHECKING:
     from vidjax.batch import Batch, Packed

@@ -5,8 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vidjax.data.clips import SPLITS
-from vidjax.errors import NoFileError, UserError
-from vidjax.suggest import closest
+from vidjax.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:

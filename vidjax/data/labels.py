@@ -20,8 +20,7 @@ from vidjax.data.ground_truth import (
     sort_identities,
 )
 from vidjax.data.untrusted.names import check_identity, clean_name_at, show
-from vidjax.errors import NoFileError, UserError, check_argument
-from vidjax.suggest import closest
+from vidjax.errors import NoFileError, UserError, check_argument, closest
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity

@@ -14,8 +14,7 @@ from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.knobs import DEFAULT_KNOBS, Knobs
 from vidjax.data.record_source import Origin, RecordSource
-from vidjax.errors import UserError
-from vidjax.suggest import suggest
+from vidjax.errors import UserError, suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
     from vidjax.data.records.pipeline import Dataset

@@ -12,9 +12,8 @@ from vidjax.data.clips import EvalPlan, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack
-from vidjax.errors import UserError
+from vidjax.errors import UserError, closest
 from vidjax.machine import memory_bytes
-from vidjax.suggest import closest
 
 BATCHED = tuple(name for name in FRAME_FIELDS if name in Frames._fields)
 

@@ -10,9 +10,8 @@ from vidjax import files
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip
-from vidjax.errors import UserError
+from vidjax.errors import UserError, closest
 from vidjax.machine import memory_bytes
-from vidjax.suggest import closest
 
 CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them kept
 

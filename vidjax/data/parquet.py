@@ -11,9 +11,8 @@ from vidjax import files
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip
-from vidjax.errors import UserError
+from vidjax.errors import UserError, closest
 from vidjax.machine import memory_bytes
-from vidjax.suggest import closest
 
 COLUMNS = ("clip", "modality", "features")
 OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)

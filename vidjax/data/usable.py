@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.suggest import closest
+from vidjax.errors import closest
 
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
 LONGEST, SHORTEST = 1e18, 1e-12

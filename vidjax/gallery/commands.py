@@ -178,7 +178,7 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
 
 def _meant(word: str) -> str:
     """Returns which command a word means, with what that does: some commands delete."""
-    from vidjax.suggest import closest
+    from vidjax.errors import closest
 
     match = ELSEWHERE.get(word.lower()) or closest(word.lower(), COMMANDS, cutoff=0.7)
     if match is None:
@@ -188,7 +188,7 @@ def _meant(word: str) -> str:
 
 def _about_stray(command: str, stray: str) -> str:
     """Returns what to say of a word that is no flag of a command."""
-    from vidjax.suggest import suggest
+    from vidjax.errors import suggest
 
     flags = COMMANDS[command].flags
     if not stray.startswith("-"):
@@ -308,9 +308,9 @@ def _counts(people: "People") -> tuple[list[tuple[str, str]], dict[str, str | in
 
 
 def _config_of(config: "Config", overrides: Words) -> "Config":
-    from vidjax import config as config_lib
+    from vidjax import config_io
 
-    return config_lib.override(config, overrides)
+    return config_io.override(config, overrides)
 
 
 def _create(args: argparse.Namespace, overrides: Words) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
-from vidjax.errors import UserError
+from vidjax.errors import UserError, closest
 from vidjax.gallery import calibration
 from vidjax.gallery import front as front_lib
 from vidjax.gallery import index as index_lib
@@ -37,7 +37,6 @@ from vidjax.gallery.store import (
 )
 from vidjax.models.plda import Settings
 from vidjax.run import workdir as workdir_lib
-from vidjax.suggest import closest
 
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 

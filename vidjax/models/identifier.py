@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 from vidjax.models.base import Identifier
 from vidjax.models.cosine import CosineIdentifier
 from vidjax.models.deepmef import DeepMEF
@@ -18,7 +18,6 @@ from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.neighbours import NeighbourIdentifier
 from vidjax.models.plda import PLDAIdentifier
-from vidjax.suggest import suggest
 
 # name -> model. To add one, write a file in this folder and add a line here.
 MODELS: dict[str, type[nn.Module]] = {

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vidjax import config as config_lib
-from vidjax import files
+from vidjax import config_io, files
 from vidjax.errors import UserError
 from vidjax.run import results
 
@@ -86,7 +85,7 @@ def load(workdir: Path) -> RunFiles:
     Raises:
       ValueError: there is no run, or one of its files is damaged.
     """
-    split = str(config_lib.load_workdir(workdir).eval.split)  # refuses values of other types
+    split = str(config_io.load_workdir(workdir).eval.split)  # refuses values of other types
     analysis_path = results.paths(workdir, split, split).analysis
     identities = workdir / "identities.json"
     others = results.read_other_metrics(workdir)

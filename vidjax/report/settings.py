@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
+from vidjax import config_io
 from vidjax.data import load
 from vidjax.report import html
 from vidjax.report.html import Html
@@ -221,7 +222,7 @@ def configuration(run: RunFiles) -> Iterator[Html]:
     values = own_fields(run.config)
     if not values:
         return
-    defaults = own_fields(json.loads(config_lib.to_json(config_lib.default())))
+    defaults = own_fields(json.loads(config_io.to_json(config_lib.default())))
     changed = [
         (html.name(name), html.name(value), html.name(defaults.get(name, "")))
         for name, value in values.items()

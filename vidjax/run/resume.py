@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import files
+from vidjax import config_io, files
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.run import results as results_lib
@@ -55,7 +55,7 @@ def write_config(workdir: Path, config: Config) -> None:
     """
     config = absolute(config)
     config.data.cache_dir = None
-    workdir_lib.write_text(workdir / "config.json", config_lib.to_json(config))
+    workdir_lib.write_text(workdir / "config.json", config_io.to_json(config))
 
 
 def absolute(config: Config) -> Config:
@@ -146,8 +146,8 @@ def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
       workdir: the run's folder.
       saved: the configuration in the checkpoint's manifest.
     """
-    old = config_lib.from_json(json.dumps(saved))
-    changed = config_lib.differences(old, config_lib.load_workdir(workdir))
+    old = config_io.from_json(json.dumps(saved))
+    changed = config_lib.differences(old, config_io.load_workdir(workdir))
     changed = _without_recorded(workdir, changed)
     ignored = (*MOVABLE, "resume.allow")
     return {name: pair for name, pair in changed.items() if not within(name, ignored)}

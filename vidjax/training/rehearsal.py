@@ -10,14 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from vidjax import config as config_lib
-from vidjax import ensemble
+from vidjax import config_io, ensemble
 from vidjax.config import Config
 from vidjax.data import load
 from vidjax.data.clips import Modality, select_modalities
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 from vidjax.steps import state as state_lib
-from vidjax.suggest import suggest
 from vidjax.system import TaskSpec, make_system
 
 WIDTH = 512  # feature width of a modality whose files have not been read
@@ -52,7 +50,7 @@ def rehearse(
             raise
         for word in overrides if original else ():
             rest = [other for other in overrides if other != word]
-            if original and _can_be_built(config_lib.override(original(), rest), widths):
+            if original and _can_be_built(config_io.override(original(), rest), widths):
                 raise UserError(f"{word}: {error}") from error
         raise UserError(f"config.model: {error}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import config as config_lib
-from vidjax import devices, metrics
+from vidjax import config_io, devices, metrics
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import import_report, write_results
 from vidjax.config import Config
@@ -43,7 +43,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """
     if not (workdir / "config.json").exists():
         return None
-    changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+    changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
     results = results_lib.read_metrics(workdir)
     # Evaluation also writes the file; what lacks a result is evaluated again.
     wanted = ["num_clips", "num_identities"]

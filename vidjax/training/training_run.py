@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config as config_lib
-from vidjax import devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.analysis import analysis
 from vidjax.cluster import members
 from vidjax.config import Config
@@ -78,7 +77,7 @@ def restore_or_init(
 
     def describe(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], devices.Layout]:
         check_entries(workdir, manifest)
-        before = config_lib.from_json(json.dumps(manifest["config"]))
+        before = config_io.from_json(json.dumps(manifest["config"]))
         changed.update(resume.changes(workdir, before, config))
         run_data.check_training(workdir, manifest.get("data"), config, data)
         check_digests(workdir, manifest, description)
@@ -104,7 +103,7 @@ def restore_or_init(
             raise
         raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
     if (workdir / "config.json").exists():
-        changed = resume.changes(workdir, config_lib.load_workdir(workdir), config)
+        changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
     if members.is_first():
         resume.record(workdir, restored[1]["step"] if restored else 0, changed)
     if restored is None:

@@ -1,14 +1,27 @@
-"""Markdown tables of fields, names and arguments, made from the comments and tables of the code."""
+"""The Markdown tables of configs/README.md: fields, names and arguments.
+
+python -m vidjax.commands.docs                              # prints them
+python -m vidjax.commands.docs --write=configs/README.md    # writes them into the page
+"""
 
 import ast
+import inspect
 import io
 import re
+import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from vidjax import augment, config_io, fusion, losses, messages, system
+from vidjax.config import SCALE_WORDS, default, fields
+from vidjax.config_io import value_text
+from vidjax.data import load
 from vidjax.errors import UserError
+from vidjax.metrics import CLIP_METRICS
+from vidjax.models import identifier
 
 
 def field_comments(source: str) -> dict[str, str]:
@@ -50,10 +63,6 @@ def _is_comment(source: str, line: int) -> bool:
 
 def known_names() -> Mapping[str, Mapping[str, str]]:
     """Reads the tables of the code: field or group -> name that it may take -> summary."""
-    from vidjax import augment, fusion, losses, system  # takes a second: jax
-    from vidjax.data import load
-    from vidjax.models import identifier
-
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
         "fusion": {name: function for name, (function, _) in fusion.FUSIONS.items()},
@@ -88,8 +97,6 @@ def name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
     Args:
       known: field or group -> name -> summary, as `known_names` returns it.
     """
-    from vidjax.metrics import CLIP_METRICS
-
     shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for field, names in known.items():
         shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
@@ -137,17 +144,6 @@ def _table_head() -> list[str]:
     return ["| field | default | meaning |", "|---|---|---|"]
 
 
-def value_text(value: object) -> str:
-    """Returns a value as the command line would take it; `unset` and `empty` for none."""
-    if value is None:
-        return "unset"
-    if value in ((), ""):
-        return "empty"
-    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-        return ",".join(value)
-    return str(value)
-
-
 def _cell(value: object) -> str:
     return value_text(value) if value in (None, (), "") else f"`{value_text(value)}`"
 
@@ -182,3 +178,40 @@ def replace_section(page: str, name: str, content: str) -> str:
     if count != 1:
         raise UserError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
     return page
+
+
+def documentation() -> Mapping[str, str]:
+    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
+    known = known_names()
+    files = sorted(config_io.shipped_folder().glob("*.py"))
+    words = {file.name: getattr(config_io.load_module(file), "WORDS", {}) for file in files}
+    return {
+        "arguments": argument_table(SCALE_WORDS, words),
+        "fields": field_tables(inspect.getsource(default), dict(fields(default())), known),
+        "names": name_tables(known),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the fields and the arguments as Markdown tables, or writes them into a page."""
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def command() -> int:
+        parser = messages.Parser(prog="python -m vidjax.commands.docs", description=main.__doc__)
+        parser.add_argument("--write", type=Path, metavar="PAGE", help="e.g. configs/README.md")
+        path = parser.parse_args(words).write
+        page = path.read_text(encoding="utf-8") if path else None
+        for name, content in documentation().items():
+            if page is None:
+                messages.say(content)
+            else:
+                page = replace_section(page, name, content)
+        if page is not None:
+            path.write_text(page, encoding="utf-8")
+        return 0
+
+    return messages.guarded(command, words)
+
+
+if __name__ == "__main__":
+    messages.run(main)

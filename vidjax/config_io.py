@@ -1,0 +1,342 @@
+"""Configurations read and written: files of experiments, overrides, JSON."""
+
+import ast
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vidjax import config as config_lib
+from vidjax import files
+from vidjax.config import Config, closest_field, fields
+from vidjax.errors import UserError, suggest
+from vidjax.files import INTEGER_LIMIT
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+NAME_LENGTH = 100  # characters of `folder_suffix`, at most
+
+
+def load_file(spec: str) -> Config:
+    """Returns the configuration that an experiment's file describes.
+
+    Args:
+      spec: `FILE[:ARG,...]`.
+
+    Raises:
+      ValueError: there is no such file, or a mistake in it.
+    """
+    config = _load_file(spec)
+    for problem in misfits(dict(fields(config)), dict(fields(config_lib.default()))):
+        raise UserError(
+            f"--config: '{spec}' {problem}\n"
+            "begin get_config with config = vidjax.config.default(), and change that"
+        )
+    return config
+
+
+def misfits(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the end of an error message for every field that is absent or of another type."""
+    for name, default in defaults.items():
+        if name not in values:
+            yield f"has no field config.{name}"
+            continue
+        value, kind = values[name], type(default)
+        if default is None:
+            fits = value is None or isinstance(value, str)
+        else:
+            fits = isinstance(value, kind) or (kind is float and type(value) is int)
+        if not fits:
+            yield f"has config.{name}={value!r}, wanted a value such as {default!r}"
+
+
+def _load_file(spec: str) -> Any:
+    """Returns the configuration that an experiment's file describes.
+
+    Args:
+      spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
+        or the name of one: `mma` is `configs/mma.py` in the working directory, else the file that
+        is installed with vidjax.
+
+    Returns:
+      A ConfigDict.
+
+    Raises:
+      ValueError: there is no such file, or a mistake in it.
+    """
+    name, _, args = spec.partition(":")
+    path = find_file(name)
+    try:
+        config = load_module(path).get_config(args)
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's own program
+        raise UserError(f"--config: {_place(path, error)}: {_description(error)}") from error
+    except SystemExit as error:
+        raise UserError(
+            f"--config: '{path}' ended the program: sys.exit({error.code!r})"
+        ) from error
+    if not hasattr(config, "to_dict"):
+        raise UserError(
+            f"--config: get_config of '{spec}' returns no ConfigDict\n"
+            "begin it with config = vidjax.config.default(), and return config"
+        )
+    return config
+
+
+def find_file(name: str) -> Path:
+    """Returns the path of an experiment's file.
+
+    Args:
+      name: a path such as `configs/mma.py`, or a name such as `mma`.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path, installed = Path(name), shipped_folder()
+    if path.is_file():
+        return path
+    if re.fullmatch(r"\w+", name) and not path.is_dir():
+        for folder in (Path("configs"), installed):
+            if (folder / f"{name}.py").is_file():
+                return folder / f"{name}.py"
+        known = {
+            file.stem for folder in ("configs", installed) for file in Path(folder).glob("*.py")
+        }
+        raise UserError(f"--config: no configuration '{name}'\n{suggest(name, sorted(known))}")
+    same_name = Path("configs", path.name).with_suffix(".py")
+    folder = path if path.is_dir() else path.parent
+    near = sorted(str(folder / file.name) for file in folder.glob("*.py"))
+    if same_name.is_file():
+        hint = f"did you mean '{same_name}'?"
+    elif not near and (installed / same_name.name).is_file():
+        hint = f"did you mean '{same_name.stem}', which is installed with vidjax?"
+    else:
+        hint = suggest(str(path), near or sorted(file.stem for file in installed.glob("*.py")))
+    raise UserError(f"--config: no such file '{name}'\n{hint}")
+
+
+def shipped_folder() -> Path:
+    """Returns the folder of the experiments that come with vidjax, installed or in a checkout."""
+    spec = importlib.util.find_spec("vidjax.configs")
+    if spec and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).parents[1] / "configs"
+
+
+def load_module(path: Path) -> ModuleType:
+    """Executes an experiment's file and returns it as a module.
+
+    Raises:
+      ValueError: it is not a Python file, or has no function `get_config`.
+    """
+    spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: '{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: '{path}' has no function get_config")
+    return module
+
+
+def _place(path: Path, error: Exception) -> str:
+    """Returns the file and the line of an error that an experiment's file raised."""
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [None, *(f.lineno for f in frames if f.filename == str(path.absolute()))][-1]
+    return f"'{path}' line {line}" if line else f"'{path}'"
+
+
+def _description(error: Exception) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, TypeError) and text.startswith("get_config() takes 0"):
+        text += '\nit takes what follows the colon of --config=FILE:ARGS: def get_config(args="")'
+    return f"{type(error).__name__}: {text}"
+
+
+def override_names(overrides: Sequence[str]) -> list[str]:
+    """Returns the dotted names of the fields that command-line words override."""
+    return [word.removeprefix("--config.").partition("=")[0] for word in overrides]
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns a copy of a configuration with `--config.a.b=value` applied to it.
+
+    Args:
+      config: the configuration; its values fix the types.
+      overrides: command-line words, each beginning with `--config.`; a tuple may be written
+        `face,head` or as a Python tuple. Of two words for one field the last one counts.
+
+    Raises:
+      ValueError: a field that does not exist, or a value of another type.
+    """
+    config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
+    known = dict(fields(config))
+    for word in overrides:
+        if not isinstance(word, str) or not word.startswith("--config."):
+            meant = f": did you mean '--{word}'?" if str(word).startswith("config.") else ""
+            raise UserError(f"{word!r}: a field is set by '--config.FIELD=VALUE'{meant}")
+        name, equals, text = word.removeprefix("--config.").partition("=")
+        if name not in known:
+            match = closest_field(name, known)
+            hint = f"did you mean --config.{match}?" if match else "--mode=config lists them"
+            raise UserError(f"no field config.{name}: {hint}")
+        if not equals:
+            raise UserError(f"--config.{name} needs a value: --config.{name}=...")
+        group, _, leaf = name.rpartition(".")
+        parent = config[group] if group else config
+        try:
+            parent[leaf] = convert(text, parent.get_type(leaf), known[name])
+        except ValueError as error:
+            raise UserError(f"--config.{name}={text}: wants {error}") from error
+    return config
+
+
+def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
+    """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
+
+    Args:
+      config: the configuration with the overrides.
+      overrides: command-line words.
+      without: fields that are left out.
+
+    Returns:
+      `_FIELD=VALUE` for every field, sorted; empty without any. It has letters, digits and `._=+-`
+      alone. A digest ends it where characters had to be replaced, or where it would be too long.
+    """
+    values = dict(fields(config))
+    parts = []
+    for name in sorted({*override_names(overrides)} - {*without}):
+        value = values[name]
+        is_names = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        parts.append(f"_{name}={'+'.join(value) if is_names else value}")
+    exact = "".join(parts)
+    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "-", exact)
+    if safe == exact and len(exact) <= NAME_LENGTH:
+        return exact
+    digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
+    return f"{safe[: NAME_LENGTH - 9].rstrip('-')}-{digest}"
+
+
+def convert(text: str, kind: type, example: Any) -> Any:
+    """Returns the value that a command-line word gives to a field.
+
+    Args:
+      text: what follows the equals sign.
+      kind: type of the field.
+      example: value of the field so far.
+
+    Raises:
+      ValueError: the text is no value of that type; the error says what is wanted.
+    """
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise UserError("true or false")
+        return BOOLEANS[text.lower()]
+    if kind is tuple:
+        value = _convert_tuple(text)
+        names = bool(example) and isinstance(example[0], str)
+        if names and not all(isinstance(item, str) for item in value):
+            raise UserError(f"names such as {','.join(example)}")
+        return value
+    try:
+        value = kind(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
+        raise UserError("a whole number that 64 bits hold")
+    if math.isnan(value):
+        raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
+    return value
+
+
+def _convert_tuple(text: str) -> tuple[Any, ...]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def value_text(value: object) -> str:
+    """Returns a value as the command line would take it; `unset` and `empty` for none."""
+    if value is None:
+        return "unset"
+    if value in ((), ""):
+        return "empty"
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return str(value)
+
+
+def to_json(config: Config) -> str:
+    """Returns a configuration as JSON text."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+# Options of earlier versions -> the value that was without effect.
+RETIRED = {
+    "model": {"whitened": 0.0, "calibrated": []},
+    "join": {"calibrate": False, "scale": 1.0, "offset": 0.0},
+}
+
+
+def from_json(text: str | bytes) -> Config:
+    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were.
+
+    Raises:
+      ValueError: it is no JSON, or a value has another type than its field.
+    """
+    config, values = config_lib.default(), files.parse_json(text)
+    if not isinstance(values, dict):
+        raise UserError("it is not a JSON object")
+    for section, options in RETIRED.items():
+        group = values.get(section)
+        for name, without in options.items():
+            if isinstance(group, dict) and group.get(name) == without:
+                del group[name]
+    try:
+        with config.unlocked():
+            config.update(_with_tuples(values))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise UserError(" ".join(str(error).split())[:300]) from error
+    return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value of JSON with its lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def load_workdir(workdir: Path) -> Config:
+    """Returns the configuration of the run in a folder, which may be a stranger's.
+
+    It names no cache: programs of a stranger's would run in this process.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        content = files.read_bytes(path, files.CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run in '{workdir}' (no config.json)") from None
+    try:
+        config = from_json(content)
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    config.data.cache_dir = None
+    return config
