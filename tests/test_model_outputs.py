@@ -9,7 +9,8 @@ import pytest
 from flax import linen as nn
 
 from tests.test_models import DIMS, SMALL, eval_output, init_identifier, make_batch, make_model
-from vidjax.models.heads import Classifier, CosineClassifier, NearestNeighbours
+from vidjax.models.heads import Classifier, CosineClassifier
+from vidjax.models.neighbours import NearestNeighbours
 
 MMA_WIDTH = 5 * 8  # three vectors of the face, one of the head, one of the voice
 DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.5),)}

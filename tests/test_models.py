@@ -14,7 +14,7 @@ from tests.test_fusion import make_frames, pad
 from vidjax.batch import ClipInfo
 from vidjax.models import identifier, inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
-from vidjax.models.heads import NearestNeighbours
+from vidjax.models.neighbours import NearestNeighbours
 from vidjax.models.netvlad import NetVLAD
 
 DIMS = {"face": 6, "head": 5, "audio": 4}

@@ -22,8 +22,7 @@ from tests.test_models import (
 )
 from vidjax.models import identifier
 from vidjax.models.heads import CosineClassifier
-from vidjax.models.mlp import MLP
-from vidjax.models.residual_dense import ResidualDenseNet
+from vidjax.models.mlp import MLP, ResidualDenseNet
 
 FLOAT64 = jnp.dtype("float64")
 ACTIVATIONS = {

@@ -14,7 +14,7 @@ from tests.test_models import (
     train_logits,
     train_output,
 )
-from vidjax import selection
+from vidjax import fusion
 from vidjax.models import identifier
 
 MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
@@ -55,7 +55,7 @@ def weights_oracle(frames, batch_mask, *, measure, threshold, scale=0.95, shares
 )
 def test_weights_match_a_loop(options, kinds):
     frames, clips = make_batch()
-    clips = clips._replace(measure=selection.mean_measure(frames["face"], options["measure"]))
+    clips = clips._replace(measure=fusion.mean_measure(frames["face"], options["measure"]))
     model = make_model(SPEC, main=BARE, other=BARE, **options)
     out = eval_output(model, init_identifier(model, frames, clips), frames, clips)
     assert out.logits.shape == (8, 2, 5)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.test_fusion import make_frames
 from vidjax import config as config_lib
-from vidjax import fusion, losses, metrics, selection
+from vidjax import fusion, losses, metrics
 from vidjax.models import identifier
 
 torch = pytest.importorskip("torch")
@@ -89,7 +89,7 @@ def make_clips(name):
     if not name.startswith("mma"):
         return {"face": jax.tree.map(np.array, fusion.mean_frame(face, weighting="graded"))}
     return {
-        "face": selection.top_frames(None, face._replace(mask=face.mask & True), num_frames=4),
+        "face": fusion.top_frames(None, face._replace(mask=face.mask & True), num_frames=4),
         "head": make_frames([1, 0, 4, 2, 0, 4], max_frames=4, dim=DIM, seed=1),
         "audio": make_frames([1, 1, 0, 1, 0, 1], max_frames=1, dim=DIM, seed=2),
     }
@@ -161,7 +161,7 @@ def uneven_frames():
 def test_means_and_weights_are_those_of_vidjax(weighting):
     frames = uneven_frames()
     theirs = to_torch(frames)
-    expected = selection.frame_weights(frames, weighting)
+    expected = fusion.frame_weights(frames, weighting)
     np.testing.assert_allclose(peer.frame_weights(theirs, weighting), expected, rtol=1e-6)
     mean, mask = peer.mean_frame(theirs, weighting)
     wanted = fusion.mean_frame(frames, weighting=weighting)
@@ -173,10 +173,10 @@ def test_filter_and_best_frames_are_those_of_vidjax():
     frames = uneven_frames()
     options = {"min_quality": 25.0, "min_detection": 0.7}
     kept = peer.filter_frames(to_torch(frames), **options)
-    np.testing.assert_array_equal(kept.mask, selection.filter_frames(frames, **options).mask)
+    np.testing.assert_array_equal(kept.mask, fusion.filter_frames(frames, **options).mask)
     for count in (3, 12):
         best = peer.top_frames(to_torch(frames), num_frames=count, at_random=False)
-        wanted = selection.top_frames(None, frames, num_frames=count)
+        wanted = fusion.top_frames(None, frames, num_frames=count)
         np.testing.assert_array_equal(best.mask, wanted.mask)
         real = np.array(wanted.mask)
         np.testing.assert_array_equal(best.features[real], np.array(wanted.features)[real])

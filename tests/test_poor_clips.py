@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.batches import eval_batches
 from tests.helpers.small_runs import run, shrunk
 from tests.test_fusion import make_frames, pad
-from vidjax import config_io, selection
+from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
 from vidjax.data.load import load_dataset
@@ -19,7 +19,7 @@ from vidjax.training import plan as plan_lib
 
 SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
 SHARE = "--config.model.threshold_share=0.2"
-mean_measure = jax.jit(selection.mean_measure, static_argnums=1)
+mean_measure = jax.jit(fusion.mean_measure, static_argnums=1)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.models import linear
-from vidjax.models.dropout import Dropout
-from vidjax.models.linear import Linear
+from vidjax.models import layers
+from vidjax.models.layers import Dropout, Linear
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def apply(module, params, x, **kwargs) -> Any:
 
 
 def matmul(x, kernel, dtype) -> Any:
-    return linear.trained_matmul(x, kernel, jnp.dtype(dtype))
+    return layers.trained_matmul(x, kernel, jnp.dtype(dtype))
 
 
 def wide(x):

@@ -25,7 +25,7 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import devices as devices_lib
-from vidjax import ensemble, fusion, machine, selection
+from vidjax import ensemble, fusion, machine
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.commands import evaluate
 from vidjax.data import permutation, resident
@@ -131,7 +131,7 @@ def drawer(clips, plan):
     def draw(step):
         batch = resident.draw_batch(clips, plan, step)
         frames = {
-            name: one._replace(features=selection.read(one.features))
+            name: one._replace(features=fusion.read(one.features))
             for name, one in batch.frames.items()
         }
         return batch._replace(frames=frames)
@@ -267,8 +267,7 @@ def shown(batches):
     found = {}
     for batch in batches:
         frames = {
-            name: Frames(selection.read(one.features), *one[1:])
-            for name, one in batch.frames.items()
+            name: Frames(fusion.read(one.features), *one[1:]) for name, one in batch.frames.items()
         }
         frames, mask = jax.device_get((frames, batch.batch_mask))
         for row, clip in enumerate(np.asarray(batch.clip_index).tolist()):
@@ -430,9 +429,9 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
     packed = jax.device_put(packed)
     lazy = resident.frames_of(packed, np.arange(6), np.arange(6) < 5, 12)
     assert isinstance(lazy.features, LazyFeatures) and lazy.features.shape == (6, 12, 5)
-    plain = lazy._replace(features=selection.read(lazy.features))
+    plain = lazy._replace(features=fusion.read(lazy.features))
     fuse = jax.jit(
-        lambda one: (lambda fused: fused._replace(features=selection.read(fused.features)))(
+        lambda one: (lambda fused: fused._replace(features=fusion.read(fused.features)))(
             fusion.make_fusion({**spec, **filters})(jax.random.key(4), one)
         )
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vidjax import selection
+from vidjax import fusion
 from vidjax.batch import Array, Frames
 
 NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
@@ -54,19 +54,19 @@ def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") ->
     """
     del rng
     frames = {
-        name: selection.filter_frames(frames, min_quality=clips.min_quality)
+        name: fusion.filter_frames(frames, min_quality=clips.min_quality)
         for name, frames in clips.frames.items()
     }
     weight = clips.weight
     if poor_clips == "drop":
         first = next(iter(clips.frames.values()))
-        good = first.mask & (selection.ordered_quality(first.quality) >= clips.min_quality)
+        good = first.mask & (fusion.ordered_quality(first.quality) >= clips.min_quality)
         weight = weight * (good.any(axis=1) | ~first.mask.any(axis=1))
     return clips._replace(frames=frames, weight=weight)
 
 
 def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> MemberBatch:
-    """Concatenates short distractor clips and cuts long ones, see `selection.concat_clips`.
+    """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
     Args:
       rng: PRNG key.
@@ -81,7 +81,7 @@ def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> Memb
     counts = jnp.sum(next(iter(clips.frames.values())).mask, axis=1)
     short = (counts > 0) & (counts < NOISE_FRAMES)
     frames = {
-        name: selection.concat_clips(rng, frames, is_noise, short, max_frames=NOISE_FRAMES)
+        name: concat_clips(rng, frames, is_noise, short, max_frames=NOISE_FRAMES)
         for name, frames in clips.frames.items()
     }
     return clips._replace(frames=frames)
@@ -144,3 +144,51 @@ def feature_noise(rng: Array, clips: MemberBatch) -> MemberBatch:
 TRANSFORMS: dict[str, BatchTransform] = {
     "feature_noise": feature_noise,
 }
+
+
+def concat_clips(
+    rng: Array, frames: Frames, chosen: Array, short: Array, *, max_frames: int = 50
+) -> Frames:
+    """Concatenates short clips with other short clips of the batch, and cuts long ones.
+
+    A chosen short clip is extended with probability 0.5 by the frames of another chosen short clip,
+    with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
+    frames, or all if the modality has fewer. All other clips stay unchanged.
+
+    Call it with the same `rng`, `chosen` and `short` for all modalities: then all are extended by
+    the same other clip, and cut at the same relative position.
+
+    Args:
+      rng: PRNG key.
+      frames: Frames [B, T] of one modality.
+      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the modality that the
+        caller compares.
+      max_frames: number of frames that a long clip is cut to.
+
+    Returns:
+      Frames [B, 2 T] in the stored dtype.
+
+    Source: noise augmentation of the 5th-place system of 2018. Ours: the probability, and the
+    length of the pieces.
+    """
+    partner_rng, join_rng, cut_rng = jax.random.split(rng, 3)
+    num_clips = len(chosen)
+    pool = chosen & short
+    size = jnp.sum(pool, dtype=jnp.int32)
+    # Partners are neighbours in one random cyclic order, so no clip is its own partner.
+    ring = jnp.argsort(jnp.where(pool, jax.random.uniform(partner_rng, (num_clips,)), jnp.inf))
+    partner = ring[(jnp.argsort(ring) + 1) % jnp.maximum(size, 1)]
+    joined = pool & (size > 1) & (jax.random.uniform(join_rng, (num_clips,)) < 0.5)
+    second = fusion.map_fields(lambda x: jnp.take(x, partner, axis=0, mode="clip"), frames)
+
+    rank = jnp.cumsum(frames.mask, axis=1) - 1
+    spare = jnp.maximum(rank[:, -1:] + 1 - max_frames, 0)
+    start = jax.random.uniform(cut_rng, (num_clips,))[:, None] * (spare + 1)
+    start = start.astype(jnp.int32)
+    piece = (rank >= start) & (rank < start + max_frames)
+    cut = (chosen & ~short)[:, None]
+    last = jnp.max(jnp.where(frames.mask, frames.number, -1), axis=1, keepdims=True)
+    first = frames._replace(mask=frames.mask & (piece | ~cut))
+    second = second._replace(number=second.number + last + 1, mask=second.mask & joined[:, None])
+    return fusion.map_fields(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)

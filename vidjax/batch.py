@@ -59,7 +59,7 @@ class LazyFeatures(NamedTuple):
     """Features [B, T, D] that have not been gathered yet.
 
     They hold the features of all F frames of a dataset, and the indices of the frames in a batch.
-    Selecting frames changes only the indices; `vidjax.selection.read` gathers the features.
+    Selecting frames changes only the indices; `vidjax.fusion.read` gathers the features.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
@@ -80,7 +80,7 @@ class Frames(NamedTuple):
 
     Attributes:
       features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
-        LazyFeatures in spite of its type; `vidjax.selection.read` gathers them.
+        LazyFeatures in spite of its type; `vidjax.fusion.read` gathers them.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
         negative; 0 for modalities without it.
       detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.

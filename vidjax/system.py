@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim, selection
+from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.errors import UserError, suggest
@@ -32,7 +32,7 @@ class System(NamedTuple):
 
     Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `top_classes`,
     `reduce`, `matmul_precision` and `solve`. Evaluation reads these, and `model`,
-    `select_features`, `to_examples`, `examples`, `class_mask` and `num_identities`.
+    `select_features`, `examples`, `class_mask` and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
@@ -44,8 +44,6 @@ class System(NamedTuple):
       measure: modality -> Frames [B, T] of the raw clips to [B] float32, `ClipInfo.measure`; None
         for a model that treats poor clips like all others.
       select_features: (features [..., D], view) -> features for a member with that view.
-      to_examples: modality -> Frames [B, T'] to the input of the model and the mask of examples,
-        either `selection.as_one_example` or `selection.as_examples`.
       examples: True if each fused frame of a clip is an example of its own.
       clip_transforms: transforms of the clips with all their frames, before fusion.
       transforms: transforms of the clips with their fused frames.
@@ -77,7 +75,6 @@ class System(NamedTuple):
     fuse_eval: Mapping[str, FuseFn]
     measure: Callable[[Mapping[str, Frames]], Array] | None
     select_features: Callable[[Array, Array], Array]
-    to_examples: Callable[[Mapping[str, Frames]], tuple[dict[str, Frames], Array]]
     examples: bool
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
@@ -198,9 +195,6 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
         measure=_make_measure(model),
         select_features=_make_select_features(num_chunks),
-        to_examples=(
-            selection.as_examples if after_fusion == "examples" else selection.as_one_example
-        ),
         examples=after_fusion == "examples",
         clip_transforms=_make_clip_transforms(config, task),
         transforms=_make_transforms(config),
@@ -295,7 +289,7 @@ def _make_measure(model: Identifier) -> Callable[[Mapping[str, Frames]], Array] 
         return None
 
     def measure(frames: Mapping[str, Frames]) -> Array:
-        return selection.mean_measure(frames[model.modality], model.measure)
+        return fusion.mean_measure(frames[model.modality], model.measure)
 
     return measure
 

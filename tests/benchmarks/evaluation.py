@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks import common, training_step
-from vidjax import devices, ensemble, selection
+from vidjax import devices, ensemble, fusion
 from vidjax.batch import Batch
 from vidjax.cluster.share import WHOLE, Share
 from vidjax.data import resident
@@ -125,7 +125,7 @@ def make_peers(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[
         frames = {}
         for name, packed in run.clips.items():
             one = resident.frames_of(packed, clip_index, mask, common.PLACES[name])
-            fields = (selection.read(one.features), one.quality, one.detection, one.mask)
+            fields = (fusion.read(one.features), one.quality, one.detection, one.mask)
             frames[name] = tuple(np.array(x) for x in fields)
         blocks.append(peer.make_batch(frames, np.zeros(1024, np.int64), device))
     recipe = peer.make_recipe(args.net, num_classes=1 + args.num_identities, **options)

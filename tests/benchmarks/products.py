@@ -8,7 +8,7 @@ gradient of x. Each is measured with float32 operands; with bfloat16 operands an
 bfloat16 results; and in the layouts that it can be written in. *transposed* means that the operand
 is copied into another layout first, which is part of what is timed. `vmap` and `map` have as many
 members. With `--peer`, PyTorch's (the extra `bench`). Forms with a star are those of
-`vidjax.models.linear`. All take turns; medians of rounds.
+`vidjax.models.layers`. All take turns; medians of rounds.
 """
 
 # pyright: reportMissingImports=false
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tests.benchmarks import common
-from vidjax.models import linear
+from vidjax.models import layers
 
 REPEATS = 4  # in one program, so that no product waits for memory
 TYPES = {
@@ -41,7 +41,7 @@ def product(left: Any, right: Any, axes: tuple[int, int], out: Any) -> Any:
 
 def forms(out: Any) -> dict[str, tuple[str, Callable[[Any, Any], Any]]]:
     """Returns form -> (names of its operands, function of them)."""
-    turn = linear.transposed
+    turn = layers.transposed
     return {
         "x @ w *": ("xw", lambda x, w: product(x, w, (1, 0), out)),
         "gradient of w: x.T @ g": ("xg", lambda x, g: product(x, g, (0, 0), out)),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.benchmarks import common
-from vidjax import selection
+from vidjax import fusion
 from vidjax.data import resident
 
 BATCHES = 16  # a call
@@ -42,7 +42,7 @@ def main() -> None:
                 batch = resident.draw_batch(clips, run.plan, step)
                 for name, fn in fuse.items():
                     one = fn(jax.random.fold_in(jax.random.key(1), step), batch.frames[name])
-                    total += jnp.sum(selection.read(one.features).astype(jnp.float32))
+                    total += jnp.sum(fusion.read(one.features).astype(jnp.float32))
                 return total
 
             return jax.lax.fori_loop(0, BATCHES, add, jnp.float32(0))

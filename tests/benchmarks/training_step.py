@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from tests.benchmarks import common
-from vidjax import devices, selection
+from vidjax import devices, fusion
 from vidjax.data import resident
 from vidjax.steps import train_step
 
@@ -50,8 +50,7 @@ def make_peers(
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
     frames = {
         modality: tuple(
-            np.array(x)
-            for x in (selection.read(one.features), one.quality, one.detection, one.mask)
+            np.array(x) for x in (fusion.read(one.features), one.quality, one.detection, one.mask)
         )
         for modality, one in batch.frames.items()
     }

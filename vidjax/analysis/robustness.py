@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, metrics, selection
+from vidjax import devices, fusion, metrics
 from vidjax.batch import Array, Batch, Frames, LazyFeatures
 from vidjax.data.clips import Split, make_eval_plan
 from vidjax.evaluation.model_scorer import ClipScores, ModelScorer, TrainedModel
@@ -281,4 +281,4 @@ def _to_host(block: Batch) -> Batch:
     return devices.fetch(block._replace(frames=frames))
 
 
-_read: Callable[[LazyFeatures], Array] = jax.jit(selection.read)
+_read: Callable[[LazyFeatures], Array] = jax.jit(fusion.read)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import devices, selection
+from vidjax import devices, fusion
 from vidjax.batch import Array, Batch, Frames
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
@@ -57,7 +57,7 @@ def training_threshold(config: Config, data: TrainingData) -> float | None:
     exists = np.concatenate([split.lengths[modality] > 0 for split in splits])
     if not exists.any():
         return 0.0
-    mean = jax.jit(functools.partial(selection.mean_measure, measure=measure))
+    mean = jax.jit(functools.partial(fusion.mean_measure, measure=measure))
     return quantile(values_of_clips(config, data, modality, mean, exists), share)
 
 

@@ -16,7 +16,7 @@ from vidjax.models.attention import (
     ChannelAttention,
 )
 from vidjax.models.heads import CosineClassifier, unit_vectors
-from vidjax.models.linear import Linear
+from vidjax.models.layers import Linear
 from vidjax.models.mlp import DenseLayer, ResidualBlock
 
 _CHOICES = {

@@ -12,8 +12,7 @@ from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models import inputs
 from vidjax.models.heads import Classifier, CosineClassifier, check_head
-from vidjax.models.mlp import MLP, Layer, ResidualBlock
-from vidjax.models.residual_dense import ResidualDenseNet
+from vidjax.models.mlp import MLP, Layer, ResidualBlock, ResidualDenseNet
 
 # Backbone -> the attributes that it alone reads.
 _OPTIONS = {

@@ -10,7 +10,7 @@ from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
-from vidjax.models.linear import Linear
+from vidjax.models.layers import Linear
 from vidjax.models.netvlad import NetVLAD
 
 

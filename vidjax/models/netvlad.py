@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from vidjax.batch import Array
 from vidjax.errors import UserError
-from vidjax.models.linear import Linear
+from vidjax.models.layers import Linear
 
 
 class NetVLAD(nn.Module):

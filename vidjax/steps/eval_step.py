@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vidjax import devices, selection
+from vidjax import devices, fusion
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.heads import unit_vectors
@@ -132,7 +132,7 @@ def _eval_weight(output: ModelOutput) -> Array:
 
 def _is_usable(system: System, batch: Batch) -> Array:
     """Returns [B] bool, True for clips with a frame of a configured modality."""
-    return selection.has_frames({name: batch.frames[name] for name in system.fuse_eval})
+    return fusion.has_frames({name: batch.frames[name] for name in system.fuse_eval})
 
 
 def _over_examples(
@@ -163,7 +163,7 @@ def _over_examples(
     with jax.default_matmul_precision(system.matmul_precision):
         if not system.examples:
             return values_of(fused, batch.batch_mask)
-        _, exists = system.to_examples(fused)
+        _, exists = examples.to_examples(fused, apart=system.examples)
         weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
 
         def example(t: Array) -> dict[str, Frames]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from vidjax import selection
+from vidjax import fusion
 from vidjax.batch import Array, Frames
+from vidjax.errors import UserError
 from vidjax.system import FuseFn, System
 
 
@@ -33,9 +34,48 @@ def fuse(
     for i, (modality, fuse_fn) in enumerate(fuse_fns.items()):
         key = None if rng is None else jax.random.fold_in(rng, i)
         result = fuse_fn(key, frames[modality])
-        features = system.select_features(selection.read(result.features), view)
+        features = system.select_features(fusion.read(result.features), view)
         fused[modality] = result._replace(features=features)
     return fused
+
+
+def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str, Frames], Array]:
+    """Turns the T' fused frames of B clips into examples: one of each clip, or one of each frame.
+
+    Apart, a modality with a single frame is repeated for every example of the clip, and a clip that
+    has only such modalities is one example.
+
+    Args:
+      frames: modality -> Frames [B, T']; apart, T' is 1 or the same number for all modalities.
+      apart: True for an example of each frame, see `System.examples`.
+
+    Returns:
+      The frames and [B, 1] bool, all True; apart, modality -> Frames [B T', 1] and [B, T'] bool,
+      True for examples that exist.
+
+    Raises:
+      ValueError: Apart, two modalities have different T', and neither is 1.
+    """
+    if not apart:
+        num_clips = len(next(iter(frames.values())).mask)
+        return dict(frames), jnp.ones((num_clips, 1), bool)
+    sizes = {modality.mask.shape[1] for modality in frames.values()}
+    if len(sizes - {1}) > 1:
+        raise UserError(
+            f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
+            f"frames, got {sorted(sizes)}"
+        )
+    num_examples = max(sizes)
+    masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
+    exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
+    alone = fusion.has_frames(frames) & ~exists.any(axis=1)
+    exists = exists.at[:, 0].set(exists[:, 0] | alone)
+
+    def reshape(x: Array) -> Array:
+        x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
+        return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
+
+    return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
 def spread(values: Array, exists: Array) -> Array:

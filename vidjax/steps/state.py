@@ -90,7 +90,7 @@ def init_state(
     def init_member(rng: Array) -> dict[str, Any]:
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
         fused = examples.fuse(system, system.fuse_train, fuse_rng, batch.frames, view)
-        fused, exists = system.to_examples(fused)
+        fused, exists = examples.to_examples(fused, apart=system.examples)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, selection
+from vidjax import devices, ensemble, fusion
 from vidjax.augment import MemberBatch
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.models.base import ModelState, Params
@@ -213,7 +213,7 @@ def _sum_of_all(grads: Params) -> Array:
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
     """Gathers the inputs of a step for every member, with a leading axis E."""
     frames = {name: batch.frames[name] for name in system.fuse_train}
-    usable = batch.batch_mask & selection.has_frames(frames)
+    usable = batch.batch_mask & fusion.has_frames(frames)
     return MemberInputs(
         rng=state.rng,
         labels=state.labels[:, batch.clip_index],  # [E, B]
@@ -246,7 +246,7 @@ def _as_model_input(
     system: System, batch: Batch, clips: MemberBatch
 ) -> tuple[dict[str, Frames], Array, ClipInfo]:
     """Returns the input of the model: its frames, the mask of examples [B, T'], and its clips."""
-    frames, exists = system.to_examples(clips.frames)
+    frames, exists = examples.to_examples(clips.frames, apart=system.examples)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
         index=examples.spread(batch.clip_index, exists),

@@ -27,7 +27,7 @@ import numpy as np
 import scipy
 from threadpoolctl import threadpool_limits
 
-from vidjax import ensemble, selection
+from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
@@ -98,7 +98,7 @@ def training_settings(
 
         def value_of(frames: Frames, fuse: FuseFn = fuse) -> Array:
             fused = fuse(None, frames)
-            return unit_mean(fused._replace(features=selection.read(fused.features)))
+            return unit_mean(fused._replace(features=fusion.read(fused.features)))
 
         vectors[name] = values_of_clips(config, data, name, jax.jit(value_of), read)
     found = [
