@@ -2,8 +2,12 @@
 
 import os
 
-# Before jax or TensorFlow is imported anywhere.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Before jax or TensorFlow is imported anywhere. Eight devices on two cores, beside other processes,
+# may wait for each other longer than the 40 seconds after which XLA aborts the process.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -23,6 +27,8 @@ from jax._src import compiler
 from tests.helpers import clip_files
 
 ROOT = Path(__file__).parent.parent
+LINUX = sys.platform == "linux"
+MOST_RESIDENT = 2 << 30  # bytes of a process of tests
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees
 
 
@@ -58,6 +64,16 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs that several tests compile are compiled once."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of many modules fill several GiB of memory, which other tests need."""
+    yield
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1]) if LINUX else 0
+    if resident_pages * os.sysconf("SC_PAGE_SIZE") > MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
