@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from vidjax.run import workdir as workdir_lib
+from vidjax import files
 
 ROOT = Path(__file__).parent.parent
 KNN = str(ROOT / "configs" / "knn.py")
@@ -49,7 +49,7 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
 
     assert results["map"] == pytest.approx(1.0)
     assert results == json.loads((folder / "metrics.json").read_text())
-    with workdir_lib.lock(folder):  # it was released
+    with files.lock(folder):  # it was released
         pass
     again = vidjax.train(config, folder, data, num_devices=1)
     assert again["map"] == results["map"]
@@ -74,7 +74,7 @@ def test_from_arrays_to_a_ranking(clips, labels, cache_dir, tmp_path):
 def test_training_refuses_a_folder_in_use(clips, labels, cache_dir, tmp_path):
     data = vidjax.load_data(clips, labels, cache_dir=cache_dir)
     config = vidjax.load_config(KNN, "--config.data.name=arrays")
-    with workdir_lib.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
+    with files.lock(tmp_path), pytest.raises(ValueError, match=str(tmp_path)):
         vidjax.train(config, tmp_path, data)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

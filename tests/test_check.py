@@ -12,13 +12,12 @@ import pytest
 
 from tests.helpers import clip_files
 from vidjax import config as config_lib
-from vidjax import config_io, ensemble, ranking
+from vidjax import config_io, ensemble, files, ranking
 from vidjax.commands import arguments
 from vidjax.data import iqiyi_vid
 from vidjax.evaluation import restore, run_data
 from vidjax.main import main
 from vidjax.run import checkpoint, resume
-from vidjax.run import workdir as workdir_lib
 from vidjax.steps import topk
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +45,7 @@ def finished(data, tmp_path_factory):
     )
     resume.write_config(workdir, config)
     identities, clips = ["1", "2", "3"], ["a", "b", "c", "d"]
-    workdir_lib.write_json(workdir / "identities.json", identities)
+    files.write_json(workdir / "identities.json", identities)
     member = (ensemble.Member(),)
     training_sets = ensemble.TrainingSets(member, tuple(clips), np.ones((1, 4), bool))
     ensemble.save(workdir, training_sets)
@@ -64,11 +63,11 @@ def finished(data, tmp_path_factory):
     (workdir / "metrics.jsonl").write_text(text)
     top = topk.TopK(np.zeros((3, 2), np.float32), np.array([[0, 1], [1, 2], [3, 0]]))
     ranking.write_ranking(workdir / "ranking.txt", identities, clips, top)
-    workdir_lib.write_json(workdir / "metrics.json", {"map": 0.2, "map_kind": "val"})
+    files.write_json(workdir / "metrics.json", {"map": 0.2, "map_kind": "val"})
     report = {"frames_seen": 9, "frames": 7, "frames_skipped": {"non_finite": 2}}
     report |= {"clips_seen": 5, "clips": 4, "clips_skipped": {"no_frames": 1}}
     splits = {"train": {"modalities": {"face": report}}}
-    workdir_lib.write_json(workdir / "data_report.json", {"splits": splits})
+    files.write_json(workdir / "data_report.json", {"splits": splits})
     return workdir
 
 
@@ -347,9 +346,9 @@ def test_left_overs_are_named(run, checked):
 
 def test_a_run_in_use_is_read_and_left_alone(run, checked):
     code = (
-        "import pathlib, sys\nfrom vidjax.run import workdir\n"
-        "with workdir.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n input()\n"
-        "with workdir.lock(pathlib.Path(sys.argv[1])): pass\n"
+        "import pathlib, sys\nfrom vidjax import files\n"
+        "with files.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n input()\n"
+        "with files.lock(pathlib.Path(sys.argv[1])): pass\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(run)],

@@ -13,10 +13,9 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import config_io, forget
+from vidjax import config_io, files, forget
 from vidjax.commands import rank
 from vidjax.data import cache
-from vidjax.run import workdir
 
 GONE = "Ada Lovelace"
 
@@ -37,7 +36,7 @@ def places(*words):
 
 def converted(folder, *clips):
     """Writes a conversion into a cache, as far as its names go."""
-    with cache.exclusive(folder), cache.building(folder) as partial:
+    with cache.exclusive(folder), files.atomic_folder(folder) as partial:
         (partial / "manifest.json").write_text("{}")
         names = np.frombuffer("\n".join(clips).encode(), np.uint8)
         arrays: Any = {"train/clips": names}
@@ -149,7 +148,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
         config = config_io.override(config_io.load_file(spec), words)
         data = vidjax.load_data(config)
         folder.mkdir(parents=True)
-        with workdir.lock(folder):
+        with files.lock(folder):
             small_runs.run(config, folder, data)
         return vidjax.restore(folder), data
 
@@ -172,7 +171,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
         elif kind == "file":
             path.unlink()
         else:
-            workdir.clear(path)
+            files.remove_tree(path)
     second, data = trained(tmp_path / "runs" / "two")
     vidjax.Gallery.create(tmp_path / "g", second, data)
     for path, content in everything(tmp_path):

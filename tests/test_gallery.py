@@ -5,15 +5,13 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import made_galleries
+from vidjax.gallery import backend as front_lib
 from vidjax.gallery import calibration
-from vidjax.gallery import coordinates as coordinates_lib
-from vidjax.gallery import front as front_lib
+from vidjax.gallery import gallery as people_lib
+from vidjax.gallery import index as coordinates_lib
 from vidjax.gallery import index as index_lib
-from vidjax.gallery import people as people_lib
-from vidjax.gallery.coordinates import Coordinates
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.index import Index
-from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.gallery import Gallery, People, fit_front
+from vidjax.gallery.index import Coordinates, Index
 from vidjax.gallery.store import Clip
 from vidjax.models import plda
 from vidjax.system import log_softmax

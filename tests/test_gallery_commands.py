@@ -12,14 +12,12 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import ranking
+from vidjax import files, ranking
 from vidjax.data.load import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
-from vidjax.gallery.gallery import Answer
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import Answer, People
 from vidjax.main import main
-from vidjax.run import workdir as workdir_lib
 
 WIDTH = 24
 
@@ -400,7 +398,7 @@ def test_a_mistake_is_told_in_three_lines(say, folder, words):
 def test_the_command_as_a_process(vidjax_command, folder):
     done = vidjax_command("list", folder, module="vidjax.gallery")
     assert done.returncode == 0 and "people      12" in done.stdout and not done.stderr
-    with workdir_lib.lock(folder, "gallery"):
+    with files.lock(folder, "gallery"):
         done = vidjax_command("remove", folder, "--identity=1", module="vidjax.gallery")
     assert done.returncode == 2 and "is in use by process" in done.stderr
     victim = folder / "gallery.sqlite"

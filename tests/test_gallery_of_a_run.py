@@ -9,7 +9,7 @@ import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
 from vidjax import config_io, metrics, predict
 from vidjax.data.load import load_dataset
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow  # trains

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
-from vidjax.gallery import people as people_lib
+from vidjax.gallery import gallery as people_lib
 from vidjax.gallery import store as store_lib
-from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.gallery import People, fit_front
 from vidjax.gallery.store import Clip
 from vidjax.models import plda, two_covariance
 
@@ -324,8 +324,8 @@ def test_two_processes_change_in_turn(gallery):
 
 def test_the_second_process_is_told_who_changes_the_gallery(gallery):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom vidjax.run import workdir\n"
-        f"with workdir.lock(Path({str(gallery.folder)!r}), 'gallery'):\n"
+        "import sys, time\nfrom pathlib import Path\nfrom vidjax import files\n"
+        f"with files.lock(Path({str(gallery.folder)!r}), 'gallery'):\n"
         "    print('locked', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -427,9 +427,9 @@ def test_200_000_clips_with_few_open_files_and_little_memory(tmp_path):
 import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 from vidjax.gallery.store import Clip
-from vidjax.gallery import front as front_lib
+from vidjax.gallery import backend as front_lib
 
 width, rng = 256, np.random.default_rng(0)
 x = rng.standard_normal((200_000, width), np.float32)

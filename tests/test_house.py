@@ -68,31 +68,20 @@ MAY_IMPORT = {
         "significance",
         "tables",
     },
-    "run": {
-        "cluster",
-        "config",
-        "config_io",
-        "digests",
-        "errors",
-        "files",
-        "ownership",
-    },  # no maths
+    "run": {"cluster", "config", "config_io", "errors", "files"},  # no maths
     "data": {
         "batch",
         "cluster",
         "devices",
-        "digests",
         "errors",
         "files",
         "machine",
         "messages",
-        "ownership",
     },
     "data/records": {
         "batch",
         "cluster",
         "data",
-        "digests",
         "errors",
         "files",
         "machine",

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers import small_runs
 from tests.test_topk import full_sort
-from vidjax import config_io, digests
+from vidjax import config_io, files
 from vidjax.commands import evaluate, merge, shard
 from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
@@ -23,7 +23,6 @@ from vidjax.data.load import load_dataset
 from vidjax.data.records import padding
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
-from vidjax.run import workdir as workdir_lib
 from vidjax.run.parts import Shard
 from vidjax.steps import exact_sums, parts
 
@@ -289,11 +288,11 @@ def test_what_a_killed_process_leaves_is_no_part(run, data):
 
 def test_two_processes_do_not_make_one_part(run, data):
     folder, _ = run
-    part = workdir_lib.make_workdir(folder / "parts" / "val" / "1-of-3")
-    with workdir_lib.lock(part):
+    part = files.make_folder(folder / "parts" / "val" / "1-of-3")
+    with files.lock(part):
         with pytest.raises(ValueError, match=r"--shard: .*1-of-3' is in use by process \d+"):
             make(run, data, "1/3")
-        with workdir_lib.lock(folder):  # nobody else's business
+        with files.lock(folder):  # nobody else's business
             make(run, data, "2/3")
     assert not make(run, data, "1/3").before
 
@@ -343,7 +342,7 @@ def rewrite(path, **entries):
     """Changes entries of a manifest, and its sha256."""
     manifest = json.loads(path.read_text()) | entries
     del manifest["sha256"]
-    path.write_text(json.dumps(manifest | {"sha256": digests.sha256_json(manifest)}))
+    path.write_text(json.dumps(manifest | {"sha256": files.sha256_json(manifest)}))
 
 
 @pytest.mark.parametrize("name", ["top.npz", "clips.npz", "manifest.json"])
@@ -389,9 +388,9 @@ def test_arrays_of_a_stranger_are_refused(run, data):
     ]
     for name, arrays in strange:
         np.savez(part / name, **arrays)
-        digest = digests.sha256_file(part / name)
-        files = json.loads(before["manifest.json"])["files"] | {name: digest}
-        rewrite(part / "manifest.json", files=files)
+        digest = files.sha256_file(part / name)
+        listed = json.loads(before["manifest.json"])["files"] | {name: digest}
+        rewrite(part / "manifest.json", files=listed)
         with pytest.raises(
             ValueError, match=r"do not fit each other|not what it says|holds Python objects"
         ):

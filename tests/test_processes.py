@@ -15,11 +15,11 @@ import time
 
 import pytest
 
-from tests.campaigns import processes
+from tests.campaigns import processes as campaign
 from tests.campaigns.kills import Run
 from tests.campaigns.processes import Group, free_port, lay_out
 from vidjax import command_line
-from vidjax.cluster import chatter, join, members, place, watch
+from vidjax.cluster import chatter, join, processes, share, watch
 
 SECONDS = 300
 
@@ -58,8 +58,8 @@ def place_of(*words):
 def test_the_place_of_a_process_is_three_flags_or_one_word():
     assert place_of() is None
     words = ("--coordinator=10.0.0.1:99", "--num_processes=4", "--process_id=3")
-    assert place_of(*words) == place.Place("10.0.0.1:99", 4, 3)
-    assert place_of("--coordinator=auto") == place.Place("auto", None, None)
+    assert place_of(*words) == share.Place("10.0.0.1:99", 4, 3)
+    assert place_of("--coordinator=auto") == share.Place("auto", None, None)
 
 
 @pytest.mark.parametrize(
@@ -158,29 +158,30 @@ class FakeTable:
 @pytest.fixture
 def table(monkeypatch):
     found = FakeTable()
-    monkeypatch.setattr(members, "table", lambda: found)
+    monkeypatch.setattr(processes, "key_value_store", lambda: found)
     return found
 
 
 def test_one_process_agrees_with_itself():
-    assert (members.count(), members.number(), members.is_first()) == (1, 0, True)
-    assert members.gather({"a": 1}) == [{"a": 1}]
-    assert members.by_first(lambda: 5) == 5
-    assert members.from_first(7) == 7
-    rounds = members.Rounds()
+    assert (processes.process_count(), processes.process_index()) == (1, 0)
+    assert processes.is_first()
+    assert processes.allgather_json({"a": 1}) == [{"a": 1}]
+    assert processes.run_on_first(lambda: 5) == 5
+    assert processes.broadcast_int(7) == 7
+    rounds = processes.Rounds()
     assert [rounds.exchange(step, [step]) for step in range(3)] == [[[0]], [[1]], [[2]]]
-    members.check_same({"a": 1}, "nothing")
-    members.barrier()
+    processes.check_same({"a": 1}, "nothing")
+    processes.barrier()
 
 
 @pytest.mark.parametrize("resumed_at", [0, 1000, 200_000])
 def test_a_resumed_run_has_a_round_within_a_second(monkeypatch, resumed_at):
     """Ten steps a second, after half a minute of compilation."""
     now = [0.0]
-    monkeypatch.setattr(members, "count", lambda: 2)
-    monkeypatch.setattr(members, "by_devices", lambda values: [values, values])
-    monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
-    rounds, times = members.Rounds(), []
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "allgather_ints", lambda values: [values, values])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    rounds, times = processes.Rounds(), []
     now[0] = 30.0
     for step in range(resumed_at, resumed_at + 300):
         if rounds.exchange(step, [5]):
@@ -194,18 +195,21 @@ def test_a_resumed_run_has_a_round_within_a_second(monkeypatch, resumed_at):
 def test_processes_tell_each_other_values_and_find_what_differs(table, monkeypatch):
     seeds = [0, 0, 3]
     here = threading.local()
-    monkeypatch.setattr(members, "count", lambda: 3)
-    monkeypatch.setattr(members, "number", lambda: here.number)
-    monkeypatch.setattr(members, "next", lambda serial: next(here.serial), raising=False)
+    monkeypatch.setattr(processes, "process_count", lambda: 3)
+    monkeypatch.setattr(processes, "process_index", lambda: here.number)
+    monkeypatch.setattr(processes, "next", lambda serial: next(here.serial), raising=False)
     found, errors = {}, {}
 
     def process(number):
         here.number, here.serial = number, iter(range(10))
-        found[number] = members.gather([number]), members.by_first(lambda: f"of {number}")
+        found[number] = (
+            processes.allgather_json([number]),
+            processes.run_on_first(lambda: f"of {number}"),
+        )
         for _ in range(5):
-            members.barrier()
+            processes.barrier()
         try:
-            members.check_same({"config.seed": seeds[number], "same": [1]}, "start them alike")
+            processes.check_same({"config.seed": seeds[number], "same": [1]}, "start them alike")
         except ValueError as error:
             errors[number] = str(error)
 
@@ -349,7 +353,7 @@ import jax, numpy as np
 from vidjax import devices
 from vidjax.batch import Batch
 from vidjax.cluster import join
-from vidjax.cluster.place import Place
+from vidjax.cluster.share import Place
 group = join.join(Place(sys.argv[1], 3, int(sys.argv[2])), print)
 mesh = devices.make_mesh(model=3)  # the devices of a process are one row and a third
 own = np.arange(12, dtype=np.int32).reshape(-1, 4 * 3 // devices.share(mesh).parts)
@@ -413,8 +417,8 @@ def test_processes_that_do_not_fit_each_other_end_with_a_message(official_dir, t
     words = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", *run.words]
 
     def start(*more, name="output.txt", seconds=40):
-        env, program = run.environment(), processes.program(seconds)
-        return processes.Process(run, [*words, *more], env, program=program, output=name)
+        env, program = run.environment(), campaign.program(seconds)
+        return campaign.Process(run, [*words, *more], env, program=program, output=name)
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
@@ -445,6 +449,6 @@ def test_processes_that_do_not_fit_each_other_end_with_a_message(official_dir, t
 def test_a_campaign_of_faults(campaign, fault_seed, tmp_path):
     if not campaign:
         pytest.skip("an hour: with --campaign")
-    assert processes.campaign(tmp_path, 50, fault_seed) == 0, (
+    assert campaign.campaign(tmp_path, 50, fault_seed) == 0, (
         tmp_path / "processes.txt"
     ).read_text()

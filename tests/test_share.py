@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.batch import Batch
-from vidjax.cluster.share import Share
+from vidjax.cluster.share import Share, own_blocks, own_places
 from vidjax.data import iqiyi_vid, memory, subset
-from vidjax.data.blocks import own_blocks, own_places
 from vidjax.data.clips import ClipSource, make_eval_plan
 from vidjax.data.records import manifest, padding, pipeline, random_access
 from vidjax.data.records.codec import tf

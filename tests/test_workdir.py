@@ -10,32 +10,32 @@ import time
 import numpy as np
 import pytest
 
-from vidjax import ensemble, ranking
+from vidjax import ensemble, files, ranking
 from vidjax.commands import rank
-from vidjax.run import results, signals, workdir
+from vidjax.run import results, signals
 from vidjax.run.logs import keep_until
 
 
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "w").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        workdir.make_workdir(tmp_path / "w")
-    assert workdir.make_workdir(tmp_path / "a" / "b").is_dir()
+        files.make_folder(tmp_path / "w")
+    assert files.make_folder(tmp_path / "a" / "b").is_dir()
 
 
 def test_write_text_replaces_whole(tmp_path):
     path = tmp_path / "x.txt"
-    workdir.write_text(path, "old")
-    workdir.write_text(path, "new")
+    files.write_text(path, "old")
+    files.write_text(path, "new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["x.txt"]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
-        workdir.write_text(tmp_path / "absent" / "x.txt", "text")
+        files.write_text(tmp_path / "absent" / "x.txt", "text")
     with pytest.raises(TypeError, match="no JSON form"):
-        workdir.write_json(tmp_path / "x.json", object())
+        files.write_json(tmp_path / "x.json", object())
     assert os.listdir(tmp_path) == []
 
 
@@ -44,8 +44,8 @@ def test_processes_of_one_number_do_not_meet(tmp_path):
 
     def work(number):
         for turn in range(30):
-            workdir.make_workdir(tmp_path)
-            workdir.write_text(tmp_path / "x.txt", f"{number} " * 4000)
+            files.make_folder(tmp_path)
+            files.write_text(tmp_path / "x.txt", f"{number} " * 4000)
             rank.write(tmp_path / f"{number}-{turn}.tsv", {f"{number}": [("a", 1.0)]})
         return (tmp_path / "x.txt").read_text().split()
 
@@ -59,8 +59,8 @@ def test_processes_of_one_number_do_not_meet(tmp_path):
 
 def test_a_second_process_is_refused(tmp_path):
     code = (
-        "import pathlib, sys, time\nfrom vidjax.run import workdir\n"
-        "with workdir.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
+        "import pathlib, sys, time\nfrom vidjax import files\n"
+        "with files.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -70,13 +70,13 @@ def test_a_second_process_is_refused(tmp_path):
         assert child.stdout.readline() == "held\n"
         with (
             pytest.raises(ValueError, match=f"in use by process {child.pid} on"),
-            workdir.lock(tmp_path),
+            files.lock(tmp_path),
         ):
             pass
     finally:
         child.kill()
         child.communicate()
-    with workdir.lock(tmp_path):  # the kernel let go of it
+    with files.lock(tmp_path):  # the kernel let go of it
         pass
 
 
@@ -134,7 +134,7 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
             use()
     names = [f"{'name' * 10}{number}" for number in range(500_000)]  # 21 MB
     results.check_identities(names)
-    workdir.write_json(tmp_path / "identities.json", names)
+    files.write_json(tmp_path / "identities.json", names)
     assert results.load_identities(tmp_path / "identities.json") == names
     monkeypatch.setattr(results, "IDENTITIES_BYTES", 1000)
     for use in (

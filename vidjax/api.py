@@ -138,14 +138,13 @@ def train(
         raise ArgumentError(
             f"train: data wants a dataset, from vidjax.load_data, not {type(data).__name__}"
         )
-    from vidjax import devices
-    from vidjax.data.cache import default_cache_dir
+    from vidjax import devices, files
     from vidjax.run import workdir as workdir_lib
     from vidjax.training import train as train_mode
 
     if config.deterministic:
         devices.be_deterministic()
-    devices.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    devices.keep_programs(Path(config.data.cache_dir or files.default_cache_dir()).expanduser())
     with workdir_lib.locked(workdir) as folder:
         return train_mode.train(
             config, folder, data, num_devices=num_devices, analyse=config.eval.report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import config_io
-from vidjax.cluster import place
+from vidjax.cluster import share
 from vidjax.config import SYNONYMS, closest_field
 from vidjax.errors import UserError, closest, suggest
 from vidjax.messages import Parser
@@ -23,7 +23,7 @@ FLAGS = (
     "--mode",
     "--runs",
     "--shard",
-    *place.FLAGS,
+    *share.FLAGS,
     "--input",
     "--out",
     "--quiet",
@@ -145,7 +145,7 @@ class Arguments(NamedTuple):
     workdir: str | None
     runs: str | None
     shard: "Shard | None"
-    place: place.Place | None
+    place: share.Place | None
     input: str | None
     out: str | None
     quiet: bool
@@ -212,7 +212,7 @@ def _shard(text: str | None) -> "Shard | None":
     return Shard.parse(text)
 
 
-def _place(args: argparse.Namespace) -> place.Place | None:
+def _place(args: argparse.Namespace) -> share.Place | None:
     flags = (args.coordinator, args.num_processes, args.process_id)
     if flags == (None, None, None):
         return None
@@ -221,7 +221,7 @@ def _place(args: argparse.Namespace) -> place.Place | None:
             "--coordinator goes with --mode=train, and with --mode=evaluate of one whole run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
-    return place.Place.parse(*flags)
+    return share.Place.parse(*flags)
 
 
 def _without_place(words: Sequence[str]) -> list[str]:
@@ -229,9 +229,9 @@ def _without_place(words: Sequence[str]) -> list[str]:
     kept, rest = [], list(words)
     while rest:
         word = rest.pop(0)
-        if word in place.FLAGS:
+        if word in share.FLAGS:
             rest[:1] = []
-        elif word.partition("=")[0] not in place.FLAGS:
+        elif word.partition("=")[0] not in share.FLAGS:
             kept.append(word)
     return kept
 
@@ -290,7 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="H:P",
         help="where several processes meet, see configs/README.md",
     )
-    for flag in place.FLAGS[1:]:
+    for flag in share.FLAGS[1:]:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.add_argument(
         "--input", metavar="PATH", help="the clips to rank: a folder, or a .parquet table"

@@ -16,10 +16,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjax.batch import Array, Batch, LazyFeatures
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.cluster.share import WHOLE, Share
 from vidjax.errors import UserError, check_argument
-from vidjax.ownership import foreign_part
+from vidjax.files import foreign_part
 
 Tree = TypeVar("Tree")  # a tree of arrays
 # The layout of a tree of arrays on the devices: a sharding of all of them, or a tree of shardings.
@@ -132,7 +132,7 @@ def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
             f"choose a divisor of {len(devices)}: --config.mesh.model=1 splits no classes"
         )
     shape, kinds = (len(devices) // model, model), (AxisType.Auto, AxisType.Auto)
-    if members.count() > 1:  # the devices of a process follow each other, see `share`
+    if processes.process_count() > 1:  # the devices of a process follow each other, see `share`
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
         return Mesh(np.array(ordered).reshape(shape), ("data", "model"), axis_types=kinds)
     return jax.make_mesh(shape, ("data", "model"), axis_types=kinds, devices=devices)
@@ -174,7 +174,7 @@ def put(tree: Tree, layout: Layout) -> Tree:
       tree: arrays on the devices, or whole arrays on the host, which are equal in all processes.
       layout: their layout.
     """
-    if members.count() == 1:
+    if processes.process_count() == 1:
         return jax.device_put(tree, layout)
 
     def lay(sharding: NamedSharding, x: Array) -> Array:
@@ -208,7 +208,7 @@ def _fetch(x: Array) -> np.ndarray:
 def share(mesh: Mesh) -> Share:
     """Returns the part of the rows of a batch that this process reads."""
     owners = [[device.process_index for device in row] for row in mesh.devices]
-    return shares(np.array(owners))[members.number()]
+    return shares(np.array(owners))[processes.process_index()]
 
 
 def shares(owners: np.ndarray) -> dict[int, Share]:

@@ -21,7 +21,6 @@ import numpy as np
 from vidjax import files
 from vidjax.batch import Array
 from vidjax.errors import UserError
-from vidjax.run import workdir
 
 Tree = TypeVar("Tree")  # a tree of arrays
 State = TypeVar("State")
@@ -224,7 +223,7 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
         clips=np.frombuffer("\n".join(training_sets.clips).encode(), np.uint8),
         trained=training_sets.trained,
     )
-    workdir.write_bytes(folder / FILE, content.getvalue())
+    files.write_bytes(folder / FILE, content.getvalue())
 
 
 def check_size(training_sets: TrainingSets) -> None:

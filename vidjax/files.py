@@ -8,20 +8,28 @@ or FileNotFoundError where there is no file.
 
 import contextlib
 import errno
+import fcntl
+import grp
+import hashlib
 import io
 import json
 import math
 import os
+import pwd
 import re
+import secrets
+import shutil
+import socket
 import stat
+import time
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from vidjax.errors import UserError
+from vidjax.errors import DiskError, UserError
 
 T = TypeVar("T")
 
@@ -34,6 +42,8 @@ ARCHIVE_BYTES = 128 * MB  # of an `.npz`, packed and unpacked
 MAX_DEPTH = 40  # of lists and objects, or folders, within each other
 LARGE_BYTES = 64 * MB  # a file of more must take up room on the disk
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+LOCK_BYTES = 1000  # the longest text of a `.lock`
+LOCK_SECONDS = 0.2
 MAX_ITEMS = 2_000_000  # values in one JSON file
 
 
@@ -461,3 +471,314 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     """Returns the absolute path of `local`, without `..`."""
     found = local(path)
     return found.resolve() if ".." in found.parts else found.absolute()
+
+
+SMALL_BYTES = 1 << 20  # a file of more is read in parts, which take longer for a small one
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+            return sha256_opened(file)
+        return hashlib.sha256(file.readall()).hexdigest()
+
+
+def sha256_opened(file: io.FileIO) -> str:
+    """Returns the sha256 of an open file's bytes, in hexadecimal."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Returns the sha256 of a value's compact JSON text, in hexadecimal; dicts keep their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def sha256_folder(folder: Path) -> dict[str, str]:
+    """Returns relative path -> sha256 of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
+
+
+def default_cache_dir() -> Path:
+    """Returns the cache folder of a run that names none: `$VIDJAX_CACHE` or `~/.cache/vidjax`."""
+    given = os.environ.get("VIDJAX_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "vidjax"
+
+
+def foreign_part(folder: Path) -> Path | None:
+    """Returns the first folder on the way to `folder` that another user may change, or None.
+
+    Folders that do not exist yet are left out. A link is followed, and its target looked at.
+
+    Args:
+      folder: any path.
+    """
+    try:
+        real = folder.absolute().resolve()
+        for path in (*reversed(real.parents), real):
+            if not path.exists():
+                break
+            if _may_be_changed(path.stat(), last=path == real):
+                return path
+    except OSError:
+        return folder
+    return None
+
+
+def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
+    """Returns True if someone beside root and this user may put files in the place of others."""
+    user = os.geteuid()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
+        return True
+    sticky = status.st_mode & stat.S_ISVTX and not last  # others cannot rename what is not theirs
+    others = status.st_mode & stat.S_IWOTH
+    group = status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)
+    return bool((others or group) and not sticky)
+
+
+def _is_private(group: int) -> bool:
+    """Returns True for root's group, and for one that bears the user's name and no other member."""
+    if group == 0:
+        return True
+    try:
+        name, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return entry.gr_name == name and set(entry.gr_mem) <= {name}
+
+
+def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
+    """Makes the folder of a run, or another one, if needed, and checks that it can be written.
+
+    Args:
+      path: the folder.
+      name: what an error calls it.
+
+    Returns:
+      The absolute path of the folder.
+
+    Raises:
+      ValueError: the path is a file, or the folder cannot be written.
+    """
+    workdir = Path(path).expanduser().absolute()
+    try:
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{name} '{workdir}' is a file, not a folder")
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{secrets.token_hex(4)}"
+        _create(probe).close()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{name} cannot write in '{workdir}': {error.strerror}") from error
+    return workdir
+
+
+@contextlib.contextmanager
+def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
+    """Locks a run's folder, or another one, for this process.
+
+    The kernel releases it when the process ends, however it ends.
+
+    Args:
+      workdir: the folder.
+      name: what an error calls it.
+
+    Raises:
+      ValueError: another process holds the lock, or `.lock` is no file of vidjax's.
+    """
+    path = workdir / ".lock"
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+        try:
+            if not _lock(file):
+                raise UserError(f"{name} '{workdir}' is in use by {lock_owner(file)}")
+        except OSError as error:
+            raise UserError(f"cannot lock '{path}': {error.strerror}") from error
+        content = file.read(LOCK_BYTES)
+        if content and not content.startswith(b"process "):
+            raise UserError(f"'{path}' is not a lock that vidjax wrote\nmove the file elsewhere")
+        owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
+        if owner != content and os.fstat(file.fileno()).st_nlink == 1:  # else it is others', too
+            with contextlib.suppress(OSError):  # the lock holds on a full disk, too
+                file.seek(0)
+                file.write(owner)  # a file that is cut would be waited for, milliseconds
+        yield
+
+
+def _lock(file: io.FileIO) -> bool:
+    """Locks an open file; returns False if another process keeps it locked.
+
+    A check of the folder holds the lock for a moment (`check_run`): it is tried again that long.
+    """
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOCK_SECONDS / 20)
+
+
+def lock_owner(file: io.FileIO) -> str:
+    """Returns the process that an open `.lock` names, in one line of printable letters."""
+    file.seek(0)
+    text = file.read(LOCK_BYTES).decode(errors="replace")
+    return "".join(filter(str.isprintable, text)).strip() or "another process"
+
+
+def _create(path: Path) -> BinaryIO:
+    """Creates a file under a name that nothing has, and opens it for writing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "wb")
+
+
+def open_log(path: Path) -> io.FileIO:
+    """Opens a log to append to, unbuffered; it need not exist yet.
+
+    A log of several names (hard links), as a snapshot of the folder makes them, is copied first:
+    the other names keep what they have.
+
+    Raises:
+      ValueError: it is a link, or no regular file.
+    """
+    if exists(path):
+        with open_regular(path) as file:
+            several = os.fstat(file.fileno()).st_nlink > 1
+            if several:
+                with atomic_file(path) as copy:
+                    shutil.copyfileobj(file, copy)
+    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it; of a link in its place only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file: its path shows either the old content or all of the new."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Writes a file: its path shows either the old content or all of the new.
+
+    Args:
+      path: the file.
+      content: all of it.
+      sync: whether to wait until the disk has it: this then holds after a power cut, too.
+
+    Raises:
+      OSError: the file cannot be written; the message names it.
+    """
+    with atomic_file(path, sync=sync) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file to write piece by piece; its path shows what was there before until the end.
+
+    Args:
+      path: the file.
+      sync: as `write_bytes` takes it.
+
+    Raises:
+      OSError: the file cannot be written; the message names it.
+    """
+    # Not the number of the process: those of containers on a shared disk are often the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with _create(partial) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full.
+
+    Raises:
+      OSError: the file cannot be written; the message names it.
+    """
+    before = file.seek(0, os.SEEK_END)
+    left = content
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(before)
+        raise _cannot_write(file.name, error) from error
+
+
+def _cannot_write(path: object, error: OSError) -> DiskError:
+    named = DiskError(f"cannot write '{path}': {error.strerror}")
+    named.errno = error.errno
+    return named
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file, whole or not at all; the value may hold numpy scalars and arrays."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: object) -> str:
+    """Returns a value as JSON text; it may hold numpy scalars and arrays."""
+    return json.dumps(value, indent=2, default=_plain) + "\n"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"no JSON form of {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which takes its final name only if no error is raised.
+
+    Raises:
+      OSError: the disk is full or cannot be written; the partial folder is removed.
+    """
+    # A fresh name each time: a child of a killed process cannot write into this one.
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(mode=0o700)
+        yield partial
+        for path in partial.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        if folder.is_symlink():
+            folder.unlink()
+        if folder.exists():  # it is incomplete: a complete one is never built again
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(partial)) from error
+        raise
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are not there, for this user alone."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
+
+
+def disk_error(path: Path, *, full: bool) -> OSError:
+    """Returns the error of a full disk, or of another failure to write under `path`."""
+    number = errno.ENOSPC if full else errno.EIO
+    return OSError(number, os.strerror(number), str(path))

@@ -29,7 +29,7 @@ from vidjax import files, messages
 from vidjax.data import cache
 from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
-from vidjax.ownership import default_cache_dir
+from vidjax.files import default_cache_dir
 
 PIECE = 16 * files.MB  # of a file that is searched
 INDEX_BYTES = 1024 * files.MB  # of the names of a conversion
@@ -117,7 +117,7 @@ def _from_gallery(
     folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
 ) -> tuple[list[Found], set[str]]:
     """Returns what a gallery holds of people and clips, and the names of all these clips."""
-    from vidjax.gallery.people import People
+    from vidjax.gallery.gallery import People
 
     try:
         people = People(folder, sync=True)
@@ -186,7 +186,7 @@ def _from_files(
 
 def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
     """Yields galleries whose vectors, and maybe back ends, come from runs that know the person."""
-    from vidjax.gallery.people import People
+    from vidjax.gallery.gallery import People
 
     for folder in galleries:
         with contextlib.suppress(UserError):

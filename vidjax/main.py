@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _together(args: "Arguments", words: Sequence[str]) -> int:
     """Runs a command in one of several processes; the first one speaks for all."""
-    from vidjax.cluster import chatter, join, members
+    from vidjax.cluster import chatter, join, processes
     from vidjax.commands import arguments
     from vidjax.run.signals import Interrupted
 
@@ -69,7 +69,7 @@ def _together(args: "Arguments", words: Sequence[str]) -> int:
             group.tell_of_signal(signum)
 
     def run() -> int:
-        if members.is_first():
+        if processes.is_first():
             return RUNNERS[args.mode](args)
         with messages.quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,11 +114,11 @@ def _train(args: "Arguments") -> int:
         arguments.rehearse(args, config)
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
-        from vidjax.cluster import members
+        from vidjax.cluster import processes
         from vidjax.evaluation import run_data
         from vidjax.training import train
 
-        results = members.by_first(lambda: train.finished(workdir, config))
+        results = processes.run_on_first(lambda: train.finished(workdir, config))
         finished_before = results is not None
         if results is None:
             _set_up_devices(config)
@@ -131,7 +131,7 @@ def _train(args: "Arguments") -> int:
                 config, workdir, data, analyse=config.eval.report, command=args.command,
                 began=began,
             )  # fmt: skip
-        if finished_before and members.is_first() and _lacks_report(config, workdir):
+        if finished_before and processes.is_first() and _lacks_report(config, workdir):
             from vidjax.analysis import outputs
 
             outputs.write_report(workdir)  # somebody deleted it
@@ -366,12 +366,11 @@ def _end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
 
 
 def _set_up_devices(config: "Config") -> None:
-    from vidjax import devices
-    from vidjax.data.cache import default_cache_dir
+    from vidjax import devices, files
 
     if config.deterministic:
         devices.be_deterministic()
-    devices.keep_programs(Path(config.data.cache_dir or default_cache_dir()).expanduser())
+    devices.keep_programs(Path(config.data.cache_dir or files.default_cache_dir()).expanduser())
     devices.make_mesh()  # an absent device is told before data are read
 
 
@@ -400,9 +399,9 @@ def _summarise(
 def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
     """Prints the result of a command: the text, or with `--json` the content as one line."""
     if args.place:
-        from vidjax.cluster import members
+        from vidjax.cluster import processes
 
-        if not members.is_first():
+        if not processes.is_first():
             return
     if not args.json:
         messages.say(text)

@@ -26,10 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble, messages
+from vidjax import config_io, devices, ensemble, files, messages
 from vidjax.batch import Batch
 from vidjax.config import Config
-from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
@@ -383,7 +382,7 @@ def restore(
             f"'{workdir}' joins other runs; restore one of them:\n{', '.join(config.join.runs)}"
         )
     config.eval.checkpoint = step
-    devices.keep_programs(default_cache_dir())
+    devices.keep_programs(files.default_cache_dir())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, workdir)
     if "data" not in run.manifest:  # no digest confirms the folder, which may be a stranger's word
@@ -422,7 +421,7 @@ def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
       state: its attributes but those of _REMADE; the weights as numpy arrays.
       num_devices: devices to use, where there are as many.
     """
-    devices.keep_programs(default_cache_dir())
+    devices.keep_programs(files.default_cache_dir())
     mesh = devices.make_mesh(min(num_devices, jax.device_count()))
     task = task_of(state["manifest"])
     weights = {name: state[name] for name in ("params", "model_state")}

@@ -20,7 +20,6 @@ import numpy as np
 from vidjax import files, messages, metrics
 from vidjax.data.untrusted.names import check_name, escape, unescape
 from vidjax.errors import UserError
-from vidjax.run import workdir
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 
 LINE_BYTES = files.MB  # of an identity and 100 clips
@@ -47,7 +46,7 @@ def write_ranking(
       OSError: the file cannot be written; what was at `path` before is intact.
     """
     path = Path(path)
-    workdir.write_text(path, to_text(path, identities, clips, top))
+    files.write_text(path, to_text(path, identities, clips, top))
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:

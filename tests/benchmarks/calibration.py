@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.helpers import embeddings
 from vidjax import metrics
-from vidjax.gallery import front as front_lib
+from vidjax.gallery import backend as front_lib
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings
 

@@ -29,9 +29,8 @@ import numpy as np
 from tests.benchmarks import common, training_step
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Batch
-from vidjax.cluster.share import WHOLE, Share
+from vidjax.cluster.share import WHOLE, Share, own_blocks
 from vidjax.data import resident
-from vidjax.data.blocks import own_blocks
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
 from vidjax.evaluation import model_scorer, scoring
 from vidjax.evaluation.model_scorer import TrainedModel

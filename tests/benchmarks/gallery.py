@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.gallery import front as front_lib
-from vidjax.gallery.front import Front
-from vidjax.gallery.people import People
+from vidjax.gallery import backend as front_lib
+from vidjax.gallery.backend import Front
+from vidjax.gallery.gallery import People
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 

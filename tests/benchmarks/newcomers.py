@@ -31,8 +31,7 @@ from vidjax import config_io, fusion, metrics
 from vidjax.batch import Array, Frames
 from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
-from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.people import People, fit_front
+from vidjax.gallery.gallery import Gallery, People, fit_front
 from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors

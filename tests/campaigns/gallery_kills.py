@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.helpers import made_galleries
 from vidjax.gallery import store
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 from vidjax.gallery.store import Clip
 
 PEOPLE = 300

@@ -26,7 +26,7 @@ import numpy as np
 
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files, made_galleries
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (

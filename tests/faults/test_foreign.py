@@ -19,14 +19,13 @@ from tests.campaigns import mutations
 from tests.helpers import made_runs
 from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
-from vidjax import command_line, config_io, devices, ensemble, errors, files, main, ownership
+from vidjax import command_line, config_io, devices, ensemble, errors, files, main
 from vidjax import config as config_lib
 from vidjax.commands import arguments, check, evaluate
 from vidjax.data import arrays
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, parts, results, resume
-from vidjax.run import workdir as workdir_lib
 
 IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
@@ -119,7 +118,7 @@ def test_a_lock_that_is_a_link_leaves_its_target_alone(stranger, victim, capsys,
 
 def test_no_file_is_locked_that_vidjax_did_not_write(tmp_path, victim):
     (tmp_path / ".lock").write_text("my notes")
-    with pytest.raises(ValueError, match=r"move the file elsewhere"), workdir_lib.lock(tmp_path):
+    with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text() == "my notes"
 
@@ -129,12 +128,12 @@ def test_a_file_of_several_names_keeps_its_content_under_the_others(tmp_path, vi
     empty = tmp_path / "empty"
     empty.touch()
     os.link(empty, tmp_path / ".lock")
-    with workdir_lib.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
     assert not empty.read_text()
     os.link(victim, tmp_path / "metrics.jsonl")
-    with workdir_lib.open_log(tmp_path / "metrics.jsonl") as log:
-        workdir_lib.append(log, b"more\n")
+    with files.open_log(tmp_path / "metrics.jsonl") as log:
+        files.append(log, b"more\n")
     assert victim.read_text() == "mine\n"
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
 
@@ -303,9 +302,9 @@ def test_logs_and_partial_files_are_not_written_through_links(tmp_path, victim):
         path = tmp_path / "run" / name
         path.symlink_to(victim)
         with pytest.raises(ValueError, match="copy"):
-            workdir_lib.open_log(path)
+            files.open_log(path)
     (tmp_path / "run" / "metrics.json").symlink_to(victim)
-    workdir_lib.write_text(workdir_lib.make_workdir(tmp_path / "run") / "metrics.json", "{}")
+    files.write_text(files.make_folder(tmp_path / "run") / "metrics.json", "{}")
     assert victim.read_text() == "mine\n"
     assert (tmp_path / "run" / "metrics.json").read_text() == "{}"
 
@@ -653,7 +652,7 @@ def test_programs_are_kept_where_nobody_else_may_write(tmp_path, no_programs):
     (cache / "programs").chmod(0o755)
     if os.geteuid() == 0:
         os.chown(cache, 12345, 12345)
-        assert ownership.foreign_part(cache / "programs") == cache
+        assert files.foreign_part(cache / "programs") == cache
         os.chown(cache, 0, 0)
     devices.keep_programs(cache)
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT
-from vidjax import main
-from vidjax.run import workdir as workdir_lib
+from vidjax import files, main
 from vidjax.run.logs import Logs, keep_until
 
 
@@ -55,8 +54,8 @@ def test_a_folder_that_cannot_be_written_ends_it_at_once(tmp_path, read_only, pa
 
 HOLD = """
 import pathlib, sys, time
-from vidjax.run import workdir
-with workdir.lock(pathlib.Path(sys.argv[1])):
+from vidjax import files
+with files.lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -85,7 +84,7 @@ def test_a_folder_in_use_is_refused_and_a_stale_lock_taken_over(capsys, tmp_path
     assert str(child.pid) in (tmp_path / ".lock").read_text()  # of the dead, and nobody's
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):  # shorter, and longer
         (tmp_path / ".lock").write_text(dead)
-        with workdir_lib.lock(tmp_path):
+        with files.lock(tmp_path):
             owner = (tmp_path / ".lock").read_text()
             assert owner.rstrip() == f"process {os.getpid()} on {socket.gethostname()}"
 
@@ -158,9 +157,9 @@ def test_a_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, name):
 
 def test_a_file_that_cannot_be_written_keeps_what_it_was(tmp_path):
     path = tmp_path / "metrics.json"
-    workdir_lib.write_text(path, "old")
+    files.write_text(path, "old")
     with file_limit(10), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
-        workdir_lib.write_text(path, 100 * "new")
+        files.write_text(path, 100 * "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["metrics.json"]
 
@@ -168,9 +167,9 @@ def test_a_file_that_cannot_be_written_keeps_what_it_was(tmp_path):
 def test_a_lock_is_held_on_a_full_disk_too(tmp_path):
     with (
         file_limit(0),
-        workdir_lib.lock(tmp_path),
+        files.lock(tmp_path),
         pytest.raises(ValueError, match="in use by another process"),
-        workdir_lib.lock(tmp_path),
+        files.lock(tmp_path),
     ):
         pass
 
@@ -181,7 +180,7 @@ def test_a_check_that_looks_at_the_lock_stops_no_training(tmp_path):
         fcntl.flock(looking, fcntl.LOCK_SH)
         timer = threading.Timer(0.05, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
         timer.start()
-        with workdir_lib.lock(tmp_path):
+        with files.lock(tmp_path):
             pass
         timer.join()
 

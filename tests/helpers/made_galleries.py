@@ -6,9 +6,9 @@ import sqlite3
 
 import numpy as np
 
-from vidjax.gallery import front as front_lib
+from vidjax.gallery import backend as front_lib
 from vidjax.gallery import store
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from vidjax import files, metrics, ranking
 from vidjax.analysis.analysis import Observer
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource
 from vidjax.evaluation.scoring import Evaluation
 from vidjax.run import results, tensorboard
-from vidjax.run import workdir as workdir_lib
 from vidjax.run.signals import Interrupted
 
 
@@ -69,22 +68,22 @@ def write_results(
     """
     paths = results.paths(workdir, split, own_split)
     clips = data.split(split).clips
-    if members.is_first():
+    if processes.is_first():
         ranking.write_ranking(paths.ranking, data.identities, clips, evaluation.top)
         pending = {"finished": False} if ends_training else {}
-        workdir_lib.write_json(paths.metrics, {**values, **pending})
+        files.write_json(paths.metrics, {**values, **pending})
     if observer:
         steps = values.get("step", 0) if split == own_split else 0
         with costing_pages(workdir, paths.analysis):
             analysed = observer.finish(evaluation, trained, num_steps=steps)
-            if members.is_first():
+            if processes.is_first():
                 results.save_analysis(paths.analysis, *analysed)
-    if not members.is_first():
+    if not processes.is_first():
         return
     if observer:
         write_report(workdir)
     if ends_training:
-        workdir_lib.write_json(paths.metrics, values)
+        files.write_json(paths.metrics, values)
     with costing_pages(workdir):
         log_results(workdir, values, split)
 
@@ -112,7 +111,7 @@ def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (OSError, Interrupted)) or members.count() > 1:
+        if isinstance(error, (OSError, Interrupted)) or processes.process_count() > 1:
             raise
         for path in outdated:
             path.unlink(missing_ok=True)

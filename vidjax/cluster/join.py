@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from vidjax.cluster import members, watch
-from vidjax.cluster.place import AUTO, Place
+from vidjax.cluster import processes, watch
+from vidjax.cluster.share import AUTO, Place
 from vidjax.errors import UserError
 
 START_SECONDS = 300  # within which all processes must have started
@@ -29,7 +29,7 @@ class Group:
 
     def end(self) -> None:
         """Waits until all processes are done, and leaves them."""
-        members.barrier()
+        processes.barrier()
         self._watch.stop()
         jax.distributed.shutdown()
 

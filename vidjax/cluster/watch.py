@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vidjax.cluster import members
+from vidjax.cluster import processes
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 40.0  # after which a process counts as gone: more than a machine under load needs
@@ -102,7 +102,9 @@ class Watch:
                 return
             self._beats += 1
             beat = json.dumps(Beat(self._beats, self._where, end))
-            members.table().key_value_set(f"{_KEY}/{self._number}", beat, allow_overwrite=True)
+            processes.key_value_store().key_value_set(
+                f"{_KEY}/{self._number}", beat, allow_overwrite=True
+            )
 
     def _beat(self) -> None:
         """Writes that this process is there, and reads who else is."""
@@ -113,7 +115,7 @@ class Watch:
             time.sleep(BEAT_SECONDS)
 
     def _read(self) -> None:
-        for key, text in members.table().key_value_dir_get(f"{_KEY}/"):
+        for key, text in processes.key_value_store().key_value_dir_get(f"{_KEY}/"):
             other, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
             if beat != self._last.get(other) and other != self._number:
                 self._last[other], self._heard[other] = beat, time.monotonic()

@@ -9,7 +9,6 @@ from vidjax import config_io, files
 from vidjax.command_line import PROGRAM, Arguments
 from vidjax.config import Config, out_of_range
 from vidjax.config_io import folder_suffix, override_names
-from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import TrainingData
 from vidjax.errors import DiskError, UserError
 from vidjax.run import resume
@@ -354,7 +353,7 @@ def load_data(config: Config) -> TrainingData:
     """
     from vidjax.data.load import knobs_of, load_dataset
 
-    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser().absolute()
+    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser().absolute()
     try:
         return load_dataset(
             config.data.name,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices, digests, metrics
+from vidjax import config_io, devices, files, metrics
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.batch import Array, Batch
@@ -26,7 +26,6 @@ from vidjax.evaluation.restore import find_run, fit_data, make_model
 from vidjax.evaluation.scoring import score
 from vidjax.run import results as results_lib
 from vidjax.run import resume
-from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 
@@ -90,7 +89,7 @@ def describe_data(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": ", ".join(entry["name"] for entry in different),
         "dir": ", ".join(entry["dir"] or entry["name"] for entry in different),
-        "digest": digests.sha256_json([entry["digest"] for entry in different]),
+        "digest": files.sha256_json([entry["digest"] for entry in different]),
     }
 
 
@@ -122,10 +121,10 @@ def write_description(
     workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
 ) -> None:
     """Writes the identities of the runs, and their data report where they share it."""
-    workdir_lib.write_json(workdir / "identities.json", list(model.data.identities))
+    files.write_json(workdir / "identities.json", list(model.data.identities))
     first, *others = [dict(data.report) for data in datasets.values()]
     if all(report == first for report in others):
-        workdir_lib.write_json(workdir / "data_report.json", first)
+        files.write_json(workdir / "data_report.json", first)
 
 
 ROUNDS = 30  # of the greedy search; weights are multiples of 1 / 30 or coarser

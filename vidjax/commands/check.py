@@ -22,14 +22,12 @@ from vidjax import config as config_lib
 from vidjax import config_io, devices, files, messages, ranking
 from vidjax.config import Config
 from vidjax.data import load, resident
-from vidjax.data.cache import default_cache_dir
 from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
 from vidjax.data.usable import misspelt, unusable
 from vidjax.evaluation import restore, run_data
 from vidjax.run import checkpoint, parts, resume, schema
 from vidjax.run import results as results_lib
-from vidjax.run import workdir as workdir_lib
 from vidjax.training import plan, rehearsal
 
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
@@ -249,7 +247,7 @@ def _holder(workdir: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
             except BlockingIOError:
-                return workdir_lib.lock_owner(file)
+                return files.lock_owner(file)
     except (FileNotFoundError, PermissionError):
         pass
     return None
@@ -381,7 +379,7 @@ def _devices() -> Findings:
 
 
 def _cache(config: Config) -> Findings:
-    cache = Path(config.data.cache_dir or default_cache_dir()).expanduser()
+    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser()
     yield from _folder("cache", cache)
     for partial in sorted(cache.glob("*/*.partial")):
         text = "conversion cut short or under way; the next conversion deletes it"

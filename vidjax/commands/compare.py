@@ -20,7 +20,6 @@ from vidjax.errors import UserError
 from vidjax.report import comparison_page, html
 from vidjax.report.comparison_page import RankedRun
 from vidjax.run import results as results_lib
-from vidjax.run import workdir
 
 # Average precisions [C], positives [C], number of identities of the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
@@ -63,7 +62,7 @@ def compare(
         "comparison.csv": comparison_page.csv_text(runs),
         "comparison.html": comparison_page.page(runs, differences),
     }.items():
-        workdir.write_text(out / name, html.plain(content))
+        files.write_text(out / name, html.plain(content))
     numbers = comparison_page.as_json(runs, differences)
     return comparison_page.printed(runs, differences), numbers
 

@@ -23,9 +23,8 @@ from typing import Literal
 
 import numpy as np
 
-from vidjax import tables
+from vidjax import files, tables
 from vidjax.errors import UserError
-from vidjax.run import workdir
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), best first
 
@@ -72,7 +71,7 @@ def write(path: Path, ranking: Ranking) -> None:
 def write_new(path: Path, content: bytes) -> None:
     """Writes a new file, whole or not at all; never replaces one. Errors are those of `write`."""
     partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
-    workdir.write_bytes(partial, content)
+    files.write_bytes(partial, content)
     try:
         try:
             os.link(partial, path)  # a renaming would replace what is there

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices
-from vidjax import digests as digests_lib
+from vidjax import config_io, devices, files
 from vidjax.analysis import analysis
 from vidjax.config import Config
 from vidjax.data import subset
@@ -25,7 +24,6 @@ from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
 from vidjax.evaluation.scoring import Collected, Judge, check_block_size, collect, pool_of
 from vidjax.run import parts as parts_lib
 from vidjax.run import resume
-from vidjax.run import workdir as workdir_lib
 from vidjax.run.parts import Part, Shard
 from vidjax.run.terminal import say
 from vidjax.steps import parts as tops_lib
@@ -81,8 +79,8 @@ def evaluate_part(
     split = config.eval.split
     chosen = subset.choose(data, split, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)
-    folder = workdir_lib.make_workdir(parts_lib.folder_of(workdir, split, shard), "--shard:")
-    with workdir_lib.lock(folder, "--shard:"):
+    folder = files.make_folder(parts_lib.folder_of(workdir, split, shard), "--shard:")
+    with files.lock(folder, "--shard:"):
         limit = parts_lib.most_bytes(len(run.identities), len(chosen))
         part = _there(folder, split, shard, facts, limit)
         if part and (part.manifest["observed"] or not config.eval.report):
@@ -108,7 +106,7 @@ def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any
     return {
         "split": config.eval.split,
         "step": manifest["step"],
-        "checkpoint": digests_lib.sha256_json(scored_by),
+        "checkpoint": files.sha256_json(scored_by),
         "config": config.to_dict(),
         "data": data.report["data"],
     }
@@ -122,9 +120,7 @@ def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
     if own["data"]["digest"] != facts["data"]["digest"]:
         return f"it is of other data, sha256 {own['data']['digest'][:12]}"
     try:
-        before, now = (
-            config_io.from_json(workdir_lib.to_json(one["config"])) for one in (own, facts)
-        )
+        before, now = (config_io.from_json(files.to_json(one["config"])) for one in (own, facts))
     except ValueError as error:
         return f"its configuration is that of another version: {error}"
     changed = config_lib.differences(before, now)

@@ -4,7 +4,6 @@ Features identify people: what is written here only its user may read.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
@@ -20,10 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidjax import files, messages
-from vidjax.digests import sha256_file, sha256_json
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
-from vidjax.ownership import default_cache_dir
 
 _LOG = logging.getLogger(__name__)
 DIGEST_LETTERS = 64
@@ -40,7 +37,11 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
       kind: the subfolder.
       key: JSON value that differs wherever the content does.
     """
-    return Path(cache_dir or default_cache_dir()).expanduser() / kind / sha256_json(key)[:20]
+    return (
+        Path(cache_dir or files.default_cache_dir()).expanduser()
+        / kind
+        / files.sha256_json(key)[:20]
+    )
 
 
 class Digests(NamedTuple):
@@ -87,7 +88,7 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
     unchanged = newest < time.time_ns() - TICK_NS and states == [_state(path) for path in paths]
     if kept.write and unchanged:
         with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
-            make_private(place.parent)
+            files.make_private(place.parent)
             partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
             partial.write_text(text)
             partial.replace(place)
@@ -101,7 +102,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _sha256_each(paths: Sequence[Path]) -> list[str]:
-    return [sha256_file(path) for path in paths]
+    return [files.sha256_file(path) for path in paths]
 
 
 @contextlib.contextmanager
@@ -112,7 +113,7 @@ def exclusive(folder: Path) -> Iterator[None]:
       OSError: the cache cannot be written.
     """
     root = folder.parent
-    make_private(root)
+    files.make_private(root)
     path = root / f"{folder.name}.lock"
     with files.open_regular(path, os.O_RDWR | os.O_CREAT, below=root.parent) as lock:
         try:
@@ -124,45 +125,6 @@ def exclusive(folder: Path) -> Iterator[None]:
             # A child of a killed process may still write there; the next call clears it then.
             shutil.rmtree(left_over, ignore_errors=True)
         yield
-
-
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes its final name only if no error is raised.
-
-    Raises:
-      OSError: the disk is full or cannot be written; the partial folder is removed.
-    """
-    # A fresh name each time: a child of a killed process cannot write into this one.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(mode=0o700)
-        yield partial
-        for path in partial.rglob("*"):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-        if folder.is_symlink():
-            folder.unlink()
-        if folder.exists():  # it is incomplete: a complete one is never built again
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(partial)) from error
-        raise
-
-
-def make_private(folder: Path) -> None:
-    """Makes a folder, and those above it that are not there, for this user alone."""
-    for path in (*reversed(folder.parents), folder):
-        if not path.is_dir():
-            path.mkdir(mode=0o700, exist_ok=True)
-
-
-def disk_error(path: Path, *, full: bool) -> OSError:
-    """Returns the error of a full disk, or of another failure to write under `path`."""
-    number = errno.ENOSPC if full else errno.EIO
-    return OSError(number, os.strerror(number), str(path))
 
 
 class Entry(NamedTuple):
@@ -182,7 +144,7 @@ class Entry(NamedTuple):
 def entries(cache_dir: str | Path | None = None) -> list[Entry]:
     """Returns the folders of records and of made-up sets, what was used last at the end."""
     found = []
-    for path in Path(cache_dir or default_cache_dir()).expanduser().glob("*/*"):
+    for path in Path(cache_dir or files.default_cache_dir()).expanduser().glob("*/*"):
         is_records = RECORDS.fullmatch(path.name) and (path / "manifest.json").is_file()
         is_made = path.parent.name == "synthetic" and any(path.glob("*.pickle"))
         is_left = LEFT.fullmatch(path.name) and path.is_dir()  # by a process that was killed
@@ -209,7 +171,7 @@ def prune(cache_dir: str | Path | None, days: float) -> list[Entry]:
         left = LEFT.fullmatch(one.folder.name)  # it bears the name of what it should become
         with exclusive(one.folder.with_name(left[1]) if left else one.folder):
             shutil.rmtree(one.folder, ignore_errors=True)
-    for path in Path(cache_dir or default_cache_dir()).expanduser().glob("digests/*"):
+    for path in Path(cache_dir or files.default_cache_dir()).expanduser().glob("digests/*"):
         if RECORDS.fullmatch(path.name) and path.lstat().st_mtime < oldest:
             path.unlink(missing_ok=True)
     return gone
@@ -235,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             place = "/".join(one.folder.parts[-2:])
             messages.say(f"{one.size / 1e6:>10,.1f} MB  used {age:.1f} days ago  {place}")
         total = f"{sum(one.size for one in found) / 1e6:,.1f} MB in {len(found)} folders"
-        where = Path(args.cache_dir or default_cache_dir()).expanduser()
+        where = Path(args.cache_dir or files.default_cache_dir()).expanduser()
         messages.say(f"{total} of {where}" + ("" if days is None else " deleted"))
         return 0
 

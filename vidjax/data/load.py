@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax import files
 from vidjax.data import arrays, draws, pickle_writer, synthetic
-from vidjax.data.cache import Digests, building, default_cache_dir, exclusive
+from vidjax.data.cache import Digests, exclusive
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
@@ -53,7 +53,7 @@ class DataOptions(NamedTuple):
         """Returns the options of the section `data` of a configuration."""
         return cls(
             files.local(data["dir"]) if data["dir"] else None,
-            Path(data["cache_dir"] or default_cache_dir()).expanduser(),
+            Path(data["cache_dir"] or files.default_cache_dir()).expanduser(),
             data["size"],
             data["seed"],
             generate,
@@ -97,7 +97,7 @@ def open_synthetic(options: DataOptions) -> RecordSource:
         with exclusive(folder):
             if not folder.exists():
                 _LOG.info("making the synthetic dataset in %s", folder)
-                with building(folder) as partial:
+                with files.atomic_folder(folder) as partial:
                     synthetic.write(
                         partial, size=options.size, seed=options.seed, knobs=options.knobs
                     )
@@ -229,7 +229,7 @@ def load_dataset(
     """
     from vidjax.data.records.pipeline import Dataset
 
-    cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+    cache_dir = Path(cache_dir or files.default_cache_dir()).expanduser()
     folder = files.local(directory) if directory else None
     options = DataOptions(folder, cache_dir, size, seed, quality=quality, knobs=knobs)
     source = open_source(name, options)

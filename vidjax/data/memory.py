@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.cluster.share import WHOLE, Share
-from vidjax.data.blocks import own_blocks
+from vidjax.cluster.share import WHOLE, Share, own_blocks
 from vidjax.data.clips import EvalPlan, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality
 from vidjax.data.untrusted.names import clean_name_at, show

@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, machine
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
-from vidjax.cluster.share import WHOLE, Share
-from vidjax.data.blocks import own_blocks
+from vidjax.cluster.share import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
     BatchPlan,
     EvalPlan,

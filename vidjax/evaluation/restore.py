@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, files
-from vidjax import digests as digests_lib
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError
@@ -347,7 +346,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _digest(identities: Sequence[str]) -> str:
-    return digests_lib.sha256_json(list(identities))
+    return files.sha256_json(list(identities))
 
 
 def _summarise(training_sets: ensemble.TrainingSets) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.digests import sha256_file
 from vidjax.errors import UserError
+from vidjax.files import sha256_file
 
 Digests = Mapping[str, Any]  # as above
 ELSEWHERE = (

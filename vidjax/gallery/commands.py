@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from vidjax.config import Config
     from vidjax.data.clips import ClipSource, TrainingData
     from vidjax.data.memory import MemoryClips
-    from vidjax.gallery.gallery import Gallery
-    from vidjax.gallery.people import People
+    from vidjax.gallery.gallery import Gallery, People
 
 Words = Sequence[str]  # --config.data.FIELD=VALUE
 
@@ -451,7 +450,7 @@ def _rank(args: argparse.Namespace, overrides: Words) -> None:
 
 
 def _people(args: argparse.Namespace) -> "People":
-    from vidjax.gallery.people import People
+    from vidjax.gallery.gallery import People
 
     return People(args.gallery, sync=True)
 
@@ -495,7 +494,7 @@ def _refit(args: argparse.Namespace, overrides: Words) -> None:
 
 def _list(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
-    from vidjax.gallery.people import unknown
+    from vidjax.gallery.gallery import unknown
 
     people = _people(args)
     rows, content = _counts(people)

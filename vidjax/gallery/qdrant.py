@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidjax.data.cache import make_private
+from vidjax import files
 from vidjax.errors import UserError
-from vidjax.gallery.people import People
+from vidjax.gallery.gallery import People
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -63,7 +63,7 @@ def export(people: People, place: str, collection: str) -> int:
             elif place == ":memory:":
                 client = QdrantClient(":memory:")
             else:
-                make_private(Path(place).expanduser().absolute())
+                files.make_private(Path(place).expanduser().absolute())
                 client = QdrantClient(path=str(Path(place).expanduser()))
         try:
             return write(client, people, collection)

@@ -34,13 +34,11 @@ import numpy as np
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError
-from vidjax.gallery import front as front_lib
-from vidjax.gallery.coordinates import Coefficients, Coordinates
-from vidjax.gallery.front import Front
-from vidjax.gallery.index import MOST_ROWS, Index, People
+from vidjax.gallery import backend as front_lib
+from vidjax.gallery.backend import Front
+from vidjax.gallery.index import MOST_ROWS, Coefficients, Coordinates, Index, People
 from vidjax.models.plda import Settings
 from vidjax.run import schema
-from vidjax.run import workdir as workdir_lib
 
 NAME = "gallery.sqlite"
 OLD_NAME = "manifest.json"  # of galleries before they were one file
@@ -195,7 +193,7 @@ class Store:
             raise self._no_gallery()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(workdir_lib.lock(self.folder, "gallery"))
+                stack.enter_context(files.lock(self.folder, "gallery"))
             except OSError as error:
                 if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                     raise

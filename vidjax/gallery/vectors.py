@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from vidjax import digests
+from vidjax import files
 from vidjax.data.clips import (
     BUCKETS,
     MAX_EVAL_FRAMES,
@@ -56,7 +56,7 @@ class Vectors(NamedTuple):
 
 def origin_of(run: Predictor) -> Origin:
     """Returns what a gallery keeps of its run."""
-    digest = digests.sha256_json(sorted(run.manifest["files"].items()))
+    digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return Origin(str(run.workdir), digest, _is_plda(run))
 
 

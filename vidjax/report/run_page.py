@@ -6,6 +6,7 @@ written; no data is read, and no model is run.
 
 from pathlib import Path
 
+from vidjax import files
 from vidjax.report import (
     analysis_sections,
     html,
@@ -18,7 +19,6 @@ from vidjax.report import (
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles, fitting, load, of_split
 from vidjax.run import results
-from vidjax.run import workdir as workdir_lib
 
 # (identifier, heading, function that yields the section as parts of HTML, none to leave it out)
 SECTIONS = (
@@ -53,9 +53,9 @@ def write(workdir: Path) -> Path:
     run = load(workdir)
     for split in run.analysed:
         page = fitting(render, of_split(run, split))
-        workdir_lib.write_text(results.paths(workdir, split, run.split).report, page)
+        files.write_text(results.paths(workdir, split, run.split).report, page)
     path = workdir / results.REPORT
-    workdir_lib.write_text(path, fitting(render, run))
+    files.write_text(path, fitting(render, run))
     return path
 
 

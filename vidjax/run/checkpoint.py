@@ -24,12 +24,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from vidjax import digests as digests_lib
 from vidjax import files
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.errors import DiskError, Expected, UserError
-from vidjax.run import pruning, schema
-from vidjax.run import workdir as workdir_lib
+from vidjax.run import schema
 
 
 class CheckpointError(Expected):
@@ -73,9 +71,9 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
       OSError: it cannot be written; earlier checkpoints are intact.
     """
     folder = workdir / "checkpoints" / str(step)
-    if not members.by_first(lambda: _add_info(folder, info)):
+    if not processes.run_on_first(lambda: _add_info(folder, info)):
         _save_new(folder, items, {"step": step, **info})
-    if members.is_first():
+    if processes.is_first():
         _drop_others(workdir)
 
 
@@ -98,22 +96,22 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
     _refuse_link(folder.parent)
 
     def prepare() -> None:
-        workdir_lib.clear(partial.parent)  # left by a save that was cut short
+        files.remove_tree(partial.parent)  # left by a save that was cut short
         partial.mkdir(parents=True)
 
     def commit() -> None:
-        contents = {"arrays": _arrays(items), "files": digests_lib.sha256_folder(partial / "state")}
+        contents = {"arrays": _arrays(items), "files": files.sha256_folder(partial / "state")}
         _write_manifest(partial, {**contents, **info})
         set_aside(folder)
         os.rename(partial, folder)
 
     try:
-        members.by_first(prepare)
+        processes.run_on_first(prepare)
         ocp.save_checkpointables(str(partial / "state"), filled)
-        members.barrier()
-        members.by_first(commit)
+        processes.barrier()
+        processes.run_on_first(commit)
     except Exception as error:  # Orbax reports a full disk in a dozen ways
-        if members.is_first():  # a thread of Orbax may still write there
+        if processes.is_first():  # a thread of Orbax may still write there
             shutil.rmtree(partial.parent, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if len(reason) > 200:  # it begins with the path, which is named below
@@ -165,7 +163,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
       CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
       ValueError: `prefer` is neither `latest` nor `best`.
     """
-    step = members.by_first(lambda: _find_step(workdir, prefer))
+    step = processes.run_on_first(lambda: _find_step(workdir, prefer))
     if step is None:
         return None
     folder = workdir / "checkpoints" / str(step)
@@ -257,7 +255,7 @@ def restore_latest(
     if checkpoint is None:
         return None
     items = load(checkpoint, *describe(checkpoint.manifest))
-    for step, folder in _folders(workdir).items() if members.is_first() else ():
+    for step, folder in _folders(workdir).items() if processes.is_first() else ():
         if step > checkpoint.manifest["step"]:
             set_aside(folder)
     return items, checkpoint.manifest
@@ -281,7 +279,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
         with _damaged(file), files.open_regular(file, below=folder.parents[1]) as opened:
-            if digests_lib.sha256_opened(opened) != digest:
+            if files.sha256_opened(opened) != digest:
                 raise DamagedError(f"file damaged (sha256 differs): '{file}'")
     return manifest
 
@@ -337,7 +335,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     with _damaged(path):
         manifest = files.read_json(path, below=folder.parents[1])
-    if manifest.pop("sha256", None) != digests_lib.sha256_json(manifest):
+    if manifest.pop("sha256", None) != files.sha256_json(manifest):
         raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
     if str(manifest.get("step")) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
@@ -351,7 +349,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def set_aside(folder: Path) -> None:
     """Renames a checkpoint, or whatever has its name, to `<step>.damaged`."""
     if folder.exists() or folder.is_symlink():
-        os.rename(folder, pruning.free_name(folder, "damaged"))
+        os.rename(folder, _free_name(folder, "damaged"))
 
 
 def _is_step(folder: Path) -> bool:
@@ -383,9 +381,9 @@ def _refuse_link(folder: Path) -> None:
 
 def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Writes `manifest.json` with the sha256 of its entries."""
-    plain = json.loads(workdir_lib.to_json(dict(entries)))  # as a reader will see them
-    plain["sha256"] = digests_lib.sha256_json(plain)
-    workdir_lib.write_json(folder / "manifest.json", plain)
+    plain = json.loads(files.to_json(dict(entries)))  # as a reader will see them
+    plain["sha256"] = files.sha256_json(plain)
+    files.write_json(folder / "manifest.json", plain)
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
@@ -408,7 +406,7 @@ def _arrays(items: Mapping[str, Any]) -> dict[str, str]:
 def _drop_others(workdir: Path) -> None:
     """Removes all checkpoints but the latest, the one before it and the best."""
     partial, dropped = (workdir / "checkpoints" / name for name in (".partial", ".dropped"))
-    workdir_lib.clear(partial)
+    files.remove_tree(partial)
     if dropped.is_symlink():
         dropped.unlink()
     steps = manifests(workdir)
@@ -423,7 +421,7 @@ def _drop_others(workdir: Path) -> None:
             os.rename(folder, dropped / folder.name)  # half a folder must not look like one
     if dropped.exists():
         for folder in dropped.iterdir():
-            pruning.remove(folder, _listed(folder))
+            _remove_own(folder, _listed(folder))
         dropped.rmdir()
 
 
@@ -433,3 +431,29 @@ def _listed(folder: Path) -> Collection[str]:
         return read_manifest(folder)["files"]
     except CheckpointError:
         return ()
+
+
+OWN = re.compile(r"manifest\.json|\.manifest\.json\..*\.partial")
+
+
+def _remove_own(folder: Path, listed: Collection[str]) -> None:
+    """Removes the files of a checkpoint; files that a user has added stay, and all behind a link.
+
+    Args:
+      folder: `checkpoints/.dropped/<step>`.
+      listed: the files below `state` that are its own.
+    """
+    checkpoints = folder.parents[1]
+    with contextlib.suppress(OSError, UserError), files.open_folder(folder, checkpoints) as opened:
+        own = [name for name in os.listdir(opened) if OWN.fullmatch(name)]
+        files.remove_listed(opened, {*own, *(f"state/{name}" for name in listed)})
+    try:
+        folder.rmdir()
+    except OSError:
+        os.rename(folder, _free_name(checkpoints / folder.name, "kept"))
+
+
+def _free_name(folder: Path, word: str) -> Path:
+    """Returns `<step>.<word>`, or `<step>.<word>-<number>` where that exists."""
+    names = (f"{folder.name}.{word}", *(f"{folder.name}.{word}-{i}" for i in range(2, 1000)))
+    return next(path for name in names if not files.exists(path := folder.with_name(name)))

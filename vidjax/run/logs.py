@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import files
-from vidjax.cluster import members
-from vidjax.run import workdir as workdir_lib
+from vidjax.cluster import processes
 from vidjax.run.tensorboard import EventFile
 
 
@@ -37,7 +36,7 @@ def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     damaged = [place for place in damaged if place < number]
     if damaged:
         warnings.warn(f"'{path}': damaged lines are left out: {damaged[:5]}", stacklevel=2)
-    with workdir_lib.writing(path) as file:
+    with files.atomic_file(path) as file:
         for line in files.each_line(path):
             if _is_kept(line, step, evaluated):
                 file.write(line.rstrip(b"\r\n") + b"\n")
@@ -71,7 +70,7 @@ class Logs:
         for name in ("metrics.jsonl", "timing.jsonl"):
             keep_until(workdir / name, step, evaluated=evaluated)
         self._metrics, self._timing = (
-            workdir_lib.open_log(workdir / name) for name in ("metrics.jsonl", "timing.jsonl")
+            files.open_log(workdir / name) for name in ("metrics.jsonl", "timing.jsonl")
         )
         self._events = EventFile(workdir, step=step)
 
@@ -100,7 +99,7 @@ class Logs:
 
 def open_logs(workdir: Path, *, step: int, evaluated: bool) -> Logs:
     """Returns the logs of a run, which the first of its processes writes; arguments of `Logs`."""
-    return Logs(workdir, step=step, evaluated=evaluated) if members.is_first() else NoLogs()
+    return Logs(workdir, step=step, evaluated=evaluated) if processes.is_first() else NoLogs()
 
 
 class NoLogs(Logs):
@@ -120,4 +119,4 @@ class NoLogs(Logs):
 
 
 def _write_line(file: io.FileIO, step: int, values: Mapping[str, Any]) -> None:
-    workdir_lib.append(file, (json.dumps({"step": step, **values}) + "\n").encode())
+    files.append(file, (json.dumps({"step": step, **values}) + "\n").encode())

@@ -16,11 +16,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from vidjax import digests as digests_lib
 from vidjax import files
 from vidjax.errors import UserError
 from vidjax.run import schema
-from vidjax.run import workdir as workdir_lib
 
 FOLDER, MANIFEST = "parts", "manifest.json"
 MANIFEST_BYTES = 4 * files.MB  # there may be thousands
@@ -140,12 +138,12 @@ def write(
     written = {}
     for name, arrays in archives.items():
         path, content = folder / f"{name}.npz", dict[str, Any](arrays)
-        with workdir_lib.writing(path) as file:
+        with files.atomic_file(path) as file:
             np.savez(file, **content)  # packing would take ten times as long, and save little
-        written[path.name] = digests_lib.sha256_file(path)
-    manifest = json.loads(workdir_lib.to_json({**facts, "files": written}))  # as a reader sees it
-    digest = digests_lib.sha256_json(manifest)
-    workdir_lib.write_json(folder / MANIFEST, {**manifest, "sha256": digest})
+        written[path.name] = files.sha256_file(path)
+    manifest = json.loads(files.to_json({**facts, "files": written}))  # as a reader sees it
+    digest = files.sha256_json(manifest)
+    files.write_json(folder / MANIFEST, {**manifest, "sha256": digest})
     return Part(folder, manifest)
 
 
@@ -178,7 +176,7 @@ def read(folder: Path, split: str, shard: Shard) -> Part:
     try:
         manifest = files.read_json(path, limit=MANIFEST_BYTES, below=_workdir(folder))
         digest = manifest.pop("sha256", None)
-        if digest != digests_lib.sha256_json(manifest):
+        if digest != files.sha256_json(manifest):
             raise UserError(f"'{path}' is damaged (its own sha256 differs)")
     except ValueError as error:
         raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
@@ -252,7 +250,7 @@ def _open(part: Part, name: str, limit: int) -> Iterator[io.FileIO]:
         _with_remedy(part.shard),
         files.open_regular(path, limit=limit, below=_workdir(part.folder)) as file,
     ):
-        if digests_lib.sha256_opened(file) != part.manifest["files"].get(name):
+        if files.sha256_opened(file) != part.manifest["files"].get(name):
             raise UserError(f"'{path}' is damaged (sha256 differs)")
         file.seek(0)
         yield file

@@ -101,7 +101,6 @@ from vidjax import config as config_lib
 from vidjax import files
 from vidjax.errors import UserError
 from vidjax.run import schema
-from vidjax.run import workdir as workdir_lib
 
 T = TypeVar("T")
 
@@ -194,7 +193,7 @@ def check_identities(identities: Sequence[str]) -> None:
     Raises:
       ValueError: there are too many, or their names are too long.
     """
-    most, size = schema.IDENTITIES.most, len(workdir_lib.to_json(list(identities)))
+    most, size = schema.IDENTITIES.most, len(files.to_json(list(identities)))
     if len(identities) > most or size > IDENTITIES_BYTES:
         raise UserError(
             f"{len(identities):,} identities, with names of {size:,} bytes: the most are {most:,}, "
@@ -356,7 +355,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
     np.savez_compressed(content, **parts)
-    workdir_lib.write_bytes(path, content.getvalue())
+    files.write_bytes(path, content.getvalue())
 
 
 def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

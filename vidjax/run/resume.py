@@ -17,7 +17,6 @@ from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.run import results as results_lib
 from vidjax.run import schema
-from vidjax.run import workdir as workdir_lib
 
 FILE = "changes.jsonl"
 # Fields that may always change: paths, times of saving and devices, which affect no result beyond
@@ -55,7 +54,7 @@ def write_config(workdir: Path, config: Config) -> None:
     """
     config = absolute(config)
     config.data.cache_dir = None
-    workdir_lib.write_text(workdir / "config.json", config_io.to_json(config))
+    files.write_text(workdir / "config.json", config_io.to_json(config))
 
 
 def absolute(config: Config) -> Config:
@@ -162,7 +161,7 @@ def record(workdir: Path, step: int, changed: Changes) -> None:
     path = workdir / FILE
     before = files.read_bytes(path, files.LOG_BYTES).decode() if files.exists(path) else ""
     if not before.endswith(line):  # else a process recorded it and stopped before its first step
-        workdir_lib.write_text(path, before + line)
+        files.write_text(path, before + line)
 
 
 def describe(changed: Changes) -> str:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.errors import Expected
 
 
@@ -25,7 +25,7 @@ class Interruption:
         self.signum: int | None = None
         self.at_once = False
         self._received: int | None = None
-        self._rounds = members.Rounds()
+        self._rounds = processes.Rounds()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Stores the first signal; ends the process on the second."""
@@ -33,7 +33,7 @@ class Interruption:
         if self._received is not None:
             os._exit(128 + signum)
         self._received = signum
-        if members.count() == 1:
+        if processes.process_count() == 1:
             self.signum = signum
 
     def agree(self, step: int, *, save_due: bool) -> bool:

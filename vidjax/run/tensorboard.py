@@ -19,7 +19,6 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vidjax import files
-from vidjax.run import workdir as workdir_lib
 
 # Protocol buffers make their classes at run time: type checkers do not see them.
 Event: Any = event_pb2.Event  # type: ignore[attr-defined]
@@ -53,7 +52,7 @@ class EventFile:
           OSError: the file cannot be written.
           ValueError: `config.json` is damaged.
         """
-        self._file = workdir_lib.open_log(workdir / _file_name())
+        self._file = files.open_log(workdir / _file_name())
         self._write(Event(file_version=VERSION))
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         if (workdir / "config.json").exists():
@@ -68,7 +67,7 @@ class EventFile:
         self._write(Event(step=step, summary=Summary(value=_scalars(values))))
 
     def _write(self, event: Any) -> None:
-        workdir_lib.append(self._file, _record(event))
+        files.append(self._file, _record(event))
 
     def close(self) -> None:
         """Closes the file."""
@@ -112,7 +111,7 @@ def write_results(
         values.append(Summary.Value(tag=image.tag, image=picture))
     if values:
         events = [Event(file_version=VERSION), Event(step=step, summary=Summary(value=values))]
-        workdir_lib.write_bytes(workdir / _file_name(), b"".join(map(_record, events)))
+        files.write_bytes(workdir / _file_name(), b"".join(map(_record, events)))
 
 
 def _file_name() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from vidjax.cluster import members
+from vidjax.cluster import processes
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 LINE_SECONDS = 10  # between two lines of progress where standard error is no terminal
@@ -15,7 +15,7 @@ LINE_SECONDS = 10  # between two lines of progress where standard error is no te
 
 def is_quiet() -> bool:
     """Returns True where the user wants no progress, and where the first process shows it."""
-    return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not members.is_first()
+    return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not processes.is_first()
 
 
 def say(text: str) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices
 from vidjax.batch import Array, Batch, Packed
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import state as state_lib
@@ -192,7 +192,7 @@ class ResidentFeed:
         count = 1
         if self._step_seconds:
             count = max(1, min(most, int(DISPATCH_SECONDS / self._step_seconds)))
-        count = members.from_first(count)
+        count = processes.broadcast_int(count)
         began = time.monotonic()
         results = [
             self._loop(*pair, self._clips, np.asarray(count, np.int32))

@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, fusion
+from vidjax import devices, ensemble, files, fusion
 from vidjax.batch import Array, Frames, NoiseLayout
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
 from vidjax.errors import UserError
 from vidjax.models.base import ModelState, Params
-from vidjax.run import workdir as workdir_lib
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
@@ -143,7 +142,7 @@ class Relabeller:
                 self._predict_split(weights, split, only, predicted[:, rows])
         new = relabel(old, predicted, self._layout, keep=self._config.noise.keep)
         new = np.where(movable, new, old).astype(np.int32)
-        if members.is_first():
+        if processes.is_first():
             self._write(int(state.step), old, new, predicted, movable)
         return new
 
@@ -182,7 +181,7 @@ class Relabeller:
         movable: np.ndarray,
     ) -> None:
         """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
-        with workdir_lib.open_log(self._path) as file:
+        with files.open_log(self._path) as file:
             for number, rows in enumerate(movable):
                 counts = audit(
                     old[number, rows], new[number, rows], predicted[number, rows], self._layout
@@ -196,7 +195,7 @@ class Relabeller:
                 }
                 if self._config.noise.keep == "prediction":
                     line["now_in_cluster"] = self._numbers(moved)
-                workdir_lib.append(file, (json.dumps(line) + "\n").encode())
+                files.append(file, (json.dumps(line) + "\n").encode())
 
     def _names(self, moved: np.ndarray) -> dict[str, str]:
         """Returns clip -> identity of its mirror, for new columns [N], 0 for clips that stay."""

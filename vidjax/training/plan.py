@@ -12,7 +12,7 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax import ensemble
 from vidjax.batch import NoiseLayout
-from vidjax.cluster import members as processes
+from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data import ground_truth
 from vidjax.data.clips import TrainingData, select_modalities
@@ -128,7 +128,7 @@ def _fitted(
 
     They are constants of compiled programs, and unlike machines would round them differently.
     """
-    found: list[Any] = processes.by_first(
+    found: list[Any] = processes.run_on_first(
         lambda: [
             training_threshold(config, data),
             plda_fit.training_settings(config, data, labels, used),

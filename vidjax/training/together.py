@@ -9,11 +9,10 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import files
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.command_line import Arguments
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.run import workdir as workdir_lib
 from vidjax.training.plan import RunPlan
 
 
@@ -30,7 +29,7 @@ def check_command(args: Arguments, config: Config) -> None:
         facts.pop(f"config.data.{name}")
     flags = {"--mode": args.mode, "--num_processes": args.place.num_processes}
     facts |= {**flags, "the version of vidjax": importlib.metadata.version("vidjax")}
-    members.check_same(facts, "start all processes with the same command, but for --process_id")
+    processes.check_same(facts, "start all processes with the same command, but for --process_id")
 
 
 def check_folder(workdir: Path) -> None:
@@ -39,14 +38,14 @@ def check_folder(workdir: Path) -> None:
     Raises:
       ValueError: another process has another folder.
     """
-    if members.count() == 1:
+    if processes.process_count() == 1:
         return
-    members.barrier()  # the first process has the lock
+    processes.barrier()  # the first process has the lock
     owner = "absent"
     if files.exists(workdir / ".lock"):
         with files.open_regular(workdir / ".lock") as file:
-            owner = workdir_lib.lock_owner(file)
-    members.check_same(
+            owner = files.lock_owner(file)
+    processes.check_same(
         {f"--workdir: the lock of '{workdir}'": owner},
         "name the same folder in every process, on a disk that their machines share",
     )
@@ -59,7 +58,7 @@ def check_data(data: TrainingData) -> None:
       ValueError: another process has other data.
     """
     facts = {"the digest of the data": data.report["data"]["digest"]}
-    members.check_same(facts, "give all processes the same files, see config.data.dir")
+    processes.check_same(facts, "give all processes the same files, see config.data.dir")
 
 
 def check_plan(plan: RunPlan) -> None:
@@ -68,12 +67,12 @@ def check_plan(plan: RunPlan) -> None:
     Raises:
       ValueError: another process has another plan.
     """
-    if members.count() == 1:
+    if processes.process_count() == 1:
         return
     sha256 = hashlib.sha256(repr(plan.task).encode())
     for array in jax.tree.leaves((plan.labels, plan.training_sets.trained, plan.tables)):
         sha256.update(np.ascontiguousarray(array).data)
-    members.check_same(
+    processes.check_same(
         {"the digest of folds, clusters and weights": sha256.hexdigest()},
         "give all processes the same versions of vidjax, numpy and jax, on processors of one kind",
     )

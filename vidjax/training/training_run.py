@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax import config_io, devices, ensemble
+from vidjax import config_io, devices, ensemble, files
 from vidjax.analysis import analysis
-from vidjax.cluster import members
+from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
@@ -104,7 +104,7 @@ def restore_or_init(
         raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
     if (workdir / "config.json").exists():
         changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
-    if members.is_first():
+    if processes.is_first():
         resume.record(workdir, restored[1]["step"] if restored else 0, changed)
     if restored is None:
 
@@ -135,16 +135,16 @@ def write_description(
     workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
 ) -> None:
     """Writes the files that describe a run: config, identities, members and data report."""
-    members.barrier()  # all processes have read what is there
-    if not members.is_first():
+    processes.barrier()  # all processes have read what is there
+    if not processes.is_first():
         return
     resume.write_config(workdir, config)
-    workdir_lib.write_json(workdir / "identities.json", list(data.identities))
+    files.write_json(workdir / "identities.json", list(data.identities))
     ensemble.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
     cropped = num_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
-    workdir_lib.write_json(workdir / "data_report.json", report)
+    files.write_json(workdir / "data_report.json", report)
 
 
 def make_feed(
@@ -181,7 +181,7 @@ def make_feed(
     )
     layout = resident.make_layout(data, batches, config.eval.split)
     num_drawn = plan.task.total_steps * config.batch_size
-    mode = mode or members.by_first(
+    mode = mode or processes.run_on_first(
         lambda: resident.choose_mode(config.data.mode, layout, mesh, num_drawn)
     )
     if mode == "streaming":
@@ -276,7 +276,7 @@ class TrainingRun:
         self._relabeller = None
         if plan.layout:
             log = workdir / noise_classes.FILE
-            if members.is_first():
+            if processes.is_first():
                 keep_until(log, self.step)
             self._relabeller = noise_classes.Relabeller(
                 config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
@@ -416,7 +416,7 @@ class TrainingRun:
         Args:
           more: entries to add to the manifest, also to that of a checkpoint already saved.
         """
-        members.by_first(lambda: workdir_lib.check_there(self._workdir))
+        processes.run_on_first(lambda: workdir_lib.check_there(self._workdir))
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, as_items(self.state), info)
         self._last_save = time.monotonic()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.cache import disk_error
+from vidjax import files
 from vidjax.data.clips import Modality
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 from vidjax.data.records.manifest import VERSION
@@ -99,4 +99,4 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
             super().download_and_prepare(**options)
         except tf.errors.OpError as error:
             full = isinstance(error, tf.errors.ResourceExhaustedError)
-            raise disk_error(self._scratch, full=full) from error
+            raise files.disk_error(self._scratch, full=full) from error

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vidjax.data.cache import building, cache_folder, exclusive, mark_used
+from vidjax import files
+from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.frame_fields import NonFinite
 from vidjax.data.record_source import RecordSource
 from vidjax.data.records.engines import ALL_CORES, Engine, check_engine
@@ -41,7 +42,7 @@ def convert(
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
-                with building(folder) as partial:
+                with files.atomic_folder(folder) as partial:
                     from vidjax.data.records.write import write_records
 
                     write_records(source, fingerprint, partial, non_finite, engine)

@@ -19,8 +19,8 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data.clips import Modality
-from vidjax.digests import sha256_file, sha256_opened
 from vidjax.errors import UserError
+from vidjax.files import sha256_file, sha256_opened
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.2.0"

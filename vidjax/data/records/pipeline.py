@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Packed
-from vidjax.cluster.share import WHOLE, Share
-from vidjax.data.blocks import own_places, own_rows
+from vidjax.cluster.share import WHOLE, Share, own_places, own_rows
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import STORED, NonFinite
 from vidjax.data.labels import Truth

@@ -12,8 +12,8 @@ import numpy as np
 from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import SplitLabels, Truth, label_splits
 from vidjax.data.records.manifest import Records
-from vidjax.digests import sha256_json
 from vidjax.errors import UserError
+from vidjax.files import sha256_json
 
 HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)

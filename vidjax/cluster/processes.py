@@ -22,14 +22,14 @@ ROUND_SECONDS = 1.0
 _serial = itertools.count()  # every process makes the same calls in the same order
 
 
-def count() -> int:
+def process_count() -> int:
     """Returns the number of processes that work on the run."""
     # What never imported jax has joined nobody, and need not import it.
     jax = sys.modules.get("jax")
     return jax.process_count() if jax and jax.distributed.is_initialized() else 1
 
 
-def number() -> int:
+def process_index() -> int:
     """Returns the number of this process, from 0."""
     jax = sys.modules.get("jax")
     return jax.process_index() if jax and jax.distributed.is_initialized() else 0
@@ -37,10 +37,10 @@ def number() -> int:
 
 def is_first() -> bool:
     """Returns True in the one process that writes the files of the run."""
-    return number() == 0
+    return process_index() == 0
 
 
-class Table(Protocol):
+class KeyValueStore(Protocol):
     """The table of keys and values that all processes share, in the memory of the first one."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
@@ -60,15 +60,15 @@ class Table(Protocol):
         ...
 
 
-def table() -> Table:
+def key_value_store() -> KeyValueStore:
     """Returns jax's connection to the table."""
     # No public function leads there; Orbax takes the same way.
     from jax._src import distributed
 
-    return cast(Table, distributed.global_state.client)
+    return cast(KeyValueStore, distributed.global_state.client)
 
 
-def gather(value: Value) -> list[Value]:
+def allgather_json(value: Value) -> list[Value]:
     """Returns the values of all processes, in their order, in every process.
 
     The processes may arrive hours apart: a collective on the devices would not wait so long.
@@ -76,13 +76,15 @@ def gather(value: Value) -> list[Value]:
     Args:
       value: a value of JSON.
     """
-    if count() == 1:
+    if process_count() == 1:
         return [value]
-    serial, shared = next(_serial), table()
+    serial, shared = next(_serial), key_value_store()
     if serial > 1:  # all have read it: they have come as far as the call before this one
-        shared.key_value_delete(_key(serial - 2, number()))
-    shared.key_value_set(_key(serial, number()), json.dumps(value))
-    found = [shared.blocking_key_value_get(_key(serial, n), WAIT_MS) for n in range(count())]
+        shared.key_value_delete(_key(serial - 2, process_index()))
+    shared.key_value_set(_key(serial, process_index()), json.dumps(value))
+    found = [
+        shared.blocking_key_value_get(_key(serial, n), WAIT_MS) for n in range(process_count())
+    ]
     return [json.loads(text) for text in found]
 
 
@@ -92,10 +94,10 @@ def _key(serial: int, process: int) -> str:
 
 def barrier() -> None:
     """Waits until all processes are here."""
-    gather(None)
+    allgather_json(None)
 
 
-def by_first(function: Callable[[], Value]) -> Value:
+def run_on_first(function: Callable[[], Value]) -> Value:
     """Returns what a function returns in the first process; the others do not call it.
 
     Where it raises, the first process ends, and `watch` ends the others with its message.
@@ -103,24 +105,24 @@ def by_first(function: Callable[[], Value]) -> Value:
     Args:
       function: a function of files or of the clock, whose result is a value of JSON.
     """
-    if count() == 1:
+    if process_count() == 1:
         return function()
-    values: list[Any] = gather(function() if is_first() else None)
+    values: list[Any] = allgather_json(function() if is_first() else None)
     return values[0]
 
 
-def from_first(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """Returns an integer of the first process, by the devices: fast enough for every dispatch."""
-    return by_devices([value])[0][0]
+    return allgather_ints([value])[0][0]
 
 
-def by_devices(values: list[int]) -> list[list[int]]:
+def allgather_ints(values: list[int]) -> list[list[int]]:
     """Returns some integers of all processes, in their order, as `gather` does, but faster.
 
     Args:
       values: integers below 2**31, equally many in every process.
     """
-    if count() == 1:
+    if process_count() == 1:
         return [values]
     from jax.experimental import multihost_utils
 
@@ -146,14 +148,14 @@ class Rounds:
         """
         if step < self._next:
             return []
-        if count() == 1:
+        if process_count() == 1:
             return [values]
         wait = 1  # a resumed run begins at any step, and its first one compiles
         if self._last:
             steps, seconds = step - self._last[0], time.monotonic() - self._last[1]
             # A round after few steps, which were fast by chance, does not put off the next by many.
             wait = min(2 * steps, max(1, int(steps * ROUND_SECONDS / max(seconds, 1e-3))))
-        rows = by_devices([wait, *values])
+        rows = allgather_ints([wait, *values])
         self._next, self._last = step + rows[0][0], (step, time.monotonic())
         return [row[1:] for row in rows]
 
@@ -169,13 +171,13 @@ def check_same(facts: Mapping[str, Any], remedy: str) -> None:
       ValueError: another process has another value; every process raises it.
     """
     plain = json.loads(json.dumps(dict(facts)))
-    for other, theirs in enumerate(gather(plain)):
+    for other, theirs in enumerate(allgather_json(plain)):
         for name in sorted(plain.keys() | theirs.keys()):
             here, there = plain.get(name), theirs.get(name)
             if here != there:
                 raise UserError(
-                    f"{name}: {_shown(here)} in process {number()}, {_shown(there)} in process "
-                    f"{other}\n{remedy}"
+                    f"{name}: {_shown(here)} in process {process_index()}, {_shown(there)} in "
+                    f"process {other}\n{remedy}"
                 )
 
 
