@@ -13,7 +13,7 @@ from vidjax import config as config_lib
 from vidjax import config_io, ensemble, ranking
 from vidjax.main import main
 from vidjax.report import run_sections
-from vidjax.run import checkpoint
+from vidjax.run import checkpoint, formats
 from vidjax.run import results as results_lib
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +221,8 @@ LABELLED = {"train": True, "val": True, "test": False}
     ],
 )
 def test_what_is_left_to_measure(train_splits, folds, labelled, wanted):
-    report = {"splits": {name: {"labelled": flag} for name, flag in labelled.items()}}
+    splits = {n: formats.SplitCounts(modalities={}, labelled=x) for n, x in labelled.items()}
+    report = formats.DataReport(splits=splits)
     config = {"data": {"train_splits": train_splits}, "ensemble": {"folds": folds}}
     found = results_lib.unmeasured(config, {}, report)
     assert found.startswith(wanted) and bool(found) == bool(wanted)

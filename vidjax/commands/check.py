@@ -26,7 +26,7 @@ from vidjax.data.clips import select_modalities
 from vidjax.data.record_source import RecordSource
 from vidjax.data.usable import misspelt, unusable
 from vidjax.evaluation import restore, run_data
-from vidjax.run import checkpoint, parts, resume, schema
+from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
 from vidjax.training import plan, rehearsal
 
@@ -115,8 +115,7 @@ def _damaged_config(workdir: Path) -> Findings:
 def _results(path: Path) -> Findings:
     """Yields the finding on a file of results, in JSON."""
     if path.name == "data_report.json":
-        content = results_lib.load_data_report(path)
-        problems = list(wrong_sums(content))
+        problems = list(wrong_sums(results_lib.load_data_report(path)))
         yield from ((FAULT, problem) for problem in problems)
         if not problems:
             yield OK, "data_report.json: loaded + skipped = seen throughout"
@@ -158,7 +157,7 @@ def _part_folders(workdir: Path, split: str) -> Findings:
         try:
             if isinstance(part, ValueError):
                 raise part
-            limit = parts.most_bytes(schema.IDENTITIES.most, part.manifest["num_clips"])
+            limit = parts.most_bytes(files.MAX_ITEMS, part.manifest["num_clips"])
             parts.verify(part, limit)
             counts[one.total] += 1
         except ValueError as error:
@@ -253,13 +252,15 @@ def _holder(workdir: Path) -> str | None:
     return None
 
 
-def wrong_sums(report: Mapping[str, Any]) -> Iterator[str]:
+def wrong_sums(report: formats.DataReport) -> Iterator[str]:
     """Yields a text for every count of a data report that is not the sum of its parts."""
-    for split, modalities in ((s, part["modalities"]) for s, part in report["splits"].items()):
-        for name, counts in modalities.items():
-            for unit in ("frames", "clips"):
-                seen, loaded = counts.get(f"{unit}_seen"), counts.get(unit)
-                skipped = sum(counts[f"{unit}_skipped"].values())
+    for split, part in (report.splits or {}).items():
+        for name, counts in part.modalities.items():
+            for unit, seen, loaded, reasons in (
+                ("frames", counts.frames_seen, counts.frames, counts.frames_skipped),
+                ("clips", counts.clips_seen, counts.clips, counts.clips_skipped),
+            ):
+                skipped = sum(reasons.values())
                 if seen is not None and loaded + skipped != seen:
                     yield (
                         f"data_report.json: {name}_{split}: {seen} {unit} seen, "
@@ -433,7 +434,8 @@ def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[
     from vidjax.data.records.report import label_records
 
     records = manifest_lib.load_index(folder)
-    problems = [*manifest_lib.verify(records), *wrong_sums(records.report), *_counts(records)]
+    report = formats.parse(folder / "data_report.json", records.report, formats.DataReport, "")
+    problems = [*manifest_lib.verify(records), *wrong_sums(report), *_counts(records)]
     for problem in problems:
         yield FAULT, f"records: {problem}"
     shards = [shard for split in records.splits.values() for shard in split.shards]

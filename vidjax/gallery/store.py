@@ -27,9 +27,10 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
@@ -38,7 +39,7 @@ from vidjax.gallery import backend as front_lib
 from vidjax.gallery.backend import Front
 from vidjax.gallery.index import MOST_ROWS, Coefficients, Coordinates, Index, People
 from vidjax.models.plda import Settings
-from vidjax.run import schema
+from vidjax.run import formats
 
 NAME = "gallery.sqlite"
 OLD_NAME = "manifest.json"  # of galleries before they were one file
@@ -74,30 +75,30 @@ LIMITS = {
 }
 
 
-def _sha_kind() -> schema.Kind:
-    pattern = re.compile("[0-9a-f]{64}")
-    return schema.Kind(
-        "a sha256", lambda value: isinstance(value, str) and bool(pattern.fullmatch(value))
-    )
+class _Part(Struct):
+    name: formats.Text
+    width: formats.Size
 
 
-_PART = schema.Object({"name": schema.TEXT, "width": schema.SIZE}, ("name", "width"))
-_FACTS = {
-    "format": schema.SIZE,
-    "token": schema.TEXT,
-    "version": schema.SIZE,
-    "run": schema.Object(
-        {"workdir": schema.TEXT, "digest": _sha_kind(), "centred": schema.FLAG},
-        ("workdir", "digest", "centred"),
-    ),
-    "parts": schema.Many(_PART, MOST_PARTS),
-    "settings": schema.Object(dict.fromkeys(Settings._fields, schema.NUMBER), Settings._fields),
-    "backend": _sha_kind(),
-    "clips": schema.COUNT,
-    "people": schema.COUNT,
-    "still_held": schema.COUNT,
-}
-FACTS = schema.Object(_FACTS, tuple(_FACTS))
+class _Run(Struct):
+    workdir: formats.Text
+    digest: formats.Sha256
+    centred: bool
+
+
+class _Facts(Struct):
+    """The facts of a gallery."""
+
+    format: formats.Size
+    token: formats.Text
+    version: formats.Size
+    run: _Run
+    parts: Annotated[list[_Part], Meta(max_length=MOST_PARTS)]
+    settings: dict[str, float]
+    backend: formats.Sha256
+    clips: formats.Count
+    people: formats.Count
+    still_held: formats.Count
 
 
 class Origin(NamedTuple):
@@ -550,8 +551,10 @@ def _read_facts(connection: sqlite3.Connection) -> tuple[dict, bytes]:
     facts = files.parse_json(text)
     if isinstance(facts, dict) and facts.get("format", FORMAT) != FORMAT:
         raise UserError("it is of another version of vidjax: use that version for it")
-    schema.check(Path(NAME), facts, FACTS, REMEDY)
+    formats.parse(Path(NAME), facts, _Facts, REMEDY)
     assert isinstance(facts, dict)
+    if missing := set(Settings._fields) - facts["settings"].keys():
+        raise UserError(f"its settings lack {min(missing)}")
     if facts["version"] >= 1 << 62:
         raise UserError("its version is too large")
     return facts, sha256

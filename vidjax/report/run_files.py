@@ -100,13 +100,19 @@ def load(workdir: Path) -> RunFiles:
         identities=results.load_identities(identities) if files.exists(identities) else [],
         analysis=analysis,
         arrays=arrays,
-        data=results.read_data_report(workdir),
+        data=_data_report(workdir),
         other_metrics=others,
         split=split,
         analysed=tuple(
             other for other in others if files.exists(results.paths(workdir, other, split).analysis)
         ),
     )
+
+
+def _data_report(workdir: Path) -> dict[str, Any]:
+    path = workdir / "data_report.json"
+    results.read_data_report(workdir)
+    return files.read_json(path) if files.exists(path) else {}
 
 
 def of_split(run: RunFiles, split: str) -> RunFiles:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import numpy as np
 
 from vidjax import metrics, significance
 from vidjax.report import figures, html, settings
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles
+from vidjax.run import formats
 from vidjax.run import results as results_lib
 
 MAX_MEMBERS = 60  # rows in the table of members
@@ -85,7 +87,9 @@ def _headline(run: RunFiles) -> Html:
         return html.p(NO_RESULTS)
     value = run.metrics.get("map")
     if value is None:
-        reason = results_lib.unmeasured(run.config, run.metrics, run.data)
+        reason = results_lib.unmeasured(
+            run.config, run.metrics, msgspec.convert(run.data, formats.DataReport)
+        )
         nothing = [html.p(f"Nothing is measured: {reason}.")] if reason else []
         return html.join([html.p(NO_MAP), *nothing])
     interval = html.text("")

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from vidjax import files
 from vidjax.cluster import processes
 from vidjax.errors import DiskError, Expected, UserError
-from vidjax.run import schema
+from vidjax.run import formats
 
 
 class CheckpointError(Expected):
@@ -304,7 +304,7 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
       DamagedError: it does not.
     """
     state, left = folder / "state", set(manifest["files"])
-    room = limit = schema.most_bytes(manifest["arrays"])
+    room = limit = formats.most_bytes(manifest["arrays"])
     with _damaged(state):
         for name, size in files.walk(state, below=folder.parents[1]):
             room -= size
@@ -340,7 +340,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if str(manifest.get("step")) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
     with _damaged(path):
-        schema.check(path, manifest, schema.MANIFEST, "this checkpoint is not used")
+        formats.parse(path, manifest, formats.Manifest, "this checkpoint is not used")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
         raise DamagedError(f"'{path}' is damaged: it names a file outside of its folder")
     return manifest

@@ -12,36 +12,41 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from vidjax import files
 from vidjax.errors import UserError
-from vidjax.run import schema
+from vidjax.run import formats
 
 FOLDER, MANIFEST = "parts", "manifest.json"
 MANIFEST_BYTES = 4 * files.MB  # there may be thousands
 _NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})")
-_FACTS = schema.Object(
-    {
-        **dict.fromkeys(("number", "total", "num_clips"), schema.SIZE),
-        "split": schema.TEXT,
-        "step": schema.COUNT,
-        "checkpoint": schema.TEXT,
-        "config": schema.Table(schema.ANY),
-        "data": schema.Object({"digest": schema.TEXT}, ("digest",)),
-        "observed": schema.FLAG,
-        "poor": schema.Many(schema.COUNT, 2),
-        **dict.fromkeys(("seconds", "eval_seconds"), schema.NUMBER),
-        "versions": schema.Table(schema.TEXT, 100),
-        "files": schema.Table(schema.TEXT, 10_000),
-    },
-    (
-        "number", "total", "num_clips", "split", "step", "checkpoint", "config", "data",
-        "observed", "poor", "seconds", "eval_seconds", "versions", "files",
-    ),
-)  # fmt: skip
+
+
+class _Data(Struct):
+    digest: formats.Text
+
+
+class _Facts(Struct):
+    """The manifest of a part."""
+
+    number: formats.Size
+    total: formats.Size
+    num_clips: formats.Size
+    split: formats.Text
+    step: formats.Count
+    checkpoint: formats.Text
+    config: Annotated[dict[str, Any], formats.TABLE]
+    data: _Data
+    observed: bool
+    poor: Annotated[list[formats.Count], Meta(max_length=2)]
+    seconds: float
+    eval_seconds: float
+    versions: Annotated[dict[str, formats.Text], formats.FEW]
+    files: Annotated[dict[str, formats.Text], formats.MANY]
 
 
 class Shard(NamedTuple):
@@ -106,7 +111,7 @@ def most_bytes(num_identities: int, num_clips: int) -> int:
       num_identities: lists of at most 100 clips.
       num_clips: clips of the part.
     """
-    return schema.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
+    return formats.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
 
 
 def folder_of(workdir: Path, split: str, shard: Shard) -> Path:
@@ -180,7 +185,7 @@ def read(folder: Path, split: str, shard: Shard) -> Part:
             raise UserError(f"'{path}' is damaged (its own sha256 differs)")
     except ValueError as error:
         raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
-    schema.check(path, manifest, _FACTS, shard.remedy)
+    formats.parse(path, manifest, _Facts, shard.remedy)
     own = (manifest["split"], manifest["number"], manifest["total"])
     if own != (split, *shard):
         name = f"{own[1]}/{own[2]} of {own[0][:40]}"

@@ -15,8 +15,8 @@ from vidjax import config as config_lib
 from vidjax import config_io, files
 from vidjax.config import Config
 from vidjax.errors import UserError
+from vidjax.run import formats
 from vidjax.run import results as results_lib
-from vidjax.run import schema
 
 FILE = "changes.jsonl"
 # Fields that may always change: paths, times of saving and devices, which affect no result beyond
@@ -186,7 +186,7 @@ def _without_recorded(workdir: Path, changed: Changes) -> Changes:
             raise UserError(
                 f"'{path}' is damaged: line {number}: {error}\ndelete that line"
             ) from error
-        schema.check(path, value, schema.CHANGES, f"delete line {number}")
+        formats.parse(path, value, formats.Changes, f"delete line {number}")
         recorded |= value["changes"]
     now = {name: json.loads(json.dumps(pair[1])) for name, pair in changed.items()}
     return {

@@ -1,0 +1,438 @@
+"""The formats of the files in a run's folder: what each key means, its type and its range.
+
+A file's content is a `Struct` here, made of plain JSON by `parse`. A key without a default is
+required, every other one may be absent or null unless its type says otherwise, and keys that are
+not listed are free, for later versions.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct, field
+
+from vidjax import files
+from vidjax.errors import UserError
+
+T = TypeVar("T")
+
+_LOWEST = -sys.float_info.max  # NaN is not above it
+MANY, TABLE, FEW = (Meta(max_length=most) for most in (10_000, 1000, 100))
+Text = Annotated[str, Meta(max_length=10_000)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Plain = Text | bool | int | float | None
+Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # place of an identity; -1 for none
+Share = Annotated[float, Meta(ge=0, le=1)]
+Known = Annotated[float, Meta(ge=_LOWEST)]  # not NaN: what answers depend on
+Texts = Annotated[list[Text], MANY]
+Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
+
+
+class Data(Struct, kw_only=True):
+    """What was evaluated."""
+
+    name: Text | None = None
+    dir: Text | None = None
+    digest: Text | None = None
+    title: Text | None = None
+    size: Plain = None  # of a generated dataset, as `seed`
+    seed: Plain = None
+
+
+class JoinedRun(Struct, kw_only=True):
+    """A run of a blend."""
+
+    name: Text
+    weight: Known | None = None
+    map: Share | None = None  # alone
+    model: Text | None = None
+    data: Data | None = None
+    train_splits: Texts | None = None
+    held_out: bool | None = None  # members leave training clips out
+    modalities: Texts | None = None
+    scored_with: Texts | None = None  # fields of `config.eval` that differ from their defaults
+    seed: Whole | None = None
+    step: Whole | None = None
+    num_params: Whole | None = None
+    num_members: Whole | None = None
+
+
+class SplitDigests(Struct, kw_only=True):
+    """What a split is told from others by."""
+
+    clips: Count
+    names: Text
+    features: Text
+    labels: Text | None = None
+    modalities: Annotated[list[Text], TABLE] | None = None
+
+
+class DataDigests(Struct, kw_only=True):
+    """Digests of a run's data, see `evaluation.run_data`."""
+
+    splits: Annotated[dict[str, SplitDigests], TABLE]
+    weights: Text | None = None
+
+
+class _WithMembers(Struct, kw_only=True):
+    """Rows {member, map, what sets it apart}, and the runs of a blend."""
+
+    members: Annotated[list[dict[str, Plain]], MANY] | None = None
+    runs: Annotated[list[JoinedRun], TABLE] | None = None
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.members or ()):
+            value = row.get("map", 0)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise ValueError(f"members[{i}].map must be a number from 0 to 1")
+
+
+class Metrics(_WithMembers, kw_only=True):
+    """`metrics.json`, and `metrics_<split>.json` of a split that training does not evaluate."""
+
+    data: Data | None = None  # absent in runs of earlier versions
+    num_clips: Whole | None = None  # ranked
+    num_identities: Whole | None = None  # that have a list
+    num_distractors: Whole | None = None  # ranked clips that show no identity
+    num_ties: Whole | None = None  # places of equal score, whose order names decide
+    num_nan_clips: Whole | None = None  # with a score of NaN, ranked last
+    map: Share | None = None  # none without ground truth, as the metrics that follow
+    map_kind: Text | None = None  # the split's name, `out_of_fold` or `in_sample`
+    top1: Share | None = None  # as every row of `metrics.CLIP_METRICS`
+    auroc: Share | None = None
+    fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
+    fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
+    threshold_1: Known | None = field(default=None, name="threshold_at_fpir_0.01")
+    threshold_10: Known | None = field(default=None, name="threshold_at_fpir_0.1")
+    weights_fitted_on: Text | None = None  # the split that the weights of a blend were fitted on
+    date: Text | None = None  # UTC: end of the training
+    eval_date: Text | None = None  # of a later evaluation
+    eval_clips_per_second: float | None = None
+    eval_seconds: float | None = None  # of an evaluation in parts, their sum
+    step: Whole | None = None  # optimiser steps behind the weights
+    best_step: Whole | None = None  # of the best evaluation during training
+    best_map: Share | None = None
+    num_params: Whole | None = None  # of a member
+    num_members: Whole | None = None
+    train_clips_per_second: float | None = None  # median of the training steps
+    waited_seconds: float | None = None
+    train_seconds: float | None = None  # in training steps, by the process that ended the run
+    seconds: float | None = None  # all processes of the run, from start to last evaluation
+    mode: Text | None = None  # `resident` or `streaming`
+    seed: Whole | None = None
+    finished: bool | None = None
+    command: Text | None = None
+    trained_on: DataDigests | None = None
+    versions: Annotated[dict[str, Text], FEW] | None = None  # of packages
+
+
+class Manifest(Struct, kw_only=True):
+    """`manifest.json` of a checkpoint; only what may be none may be null."""
+
+    step: Whole
+    files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
+    arrays: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> dtype[shape]
+    data: DataDigests = field(default_factory=lambda: DataDigests(splits={}))
+    map: Share = 0.0
+    config: Annotated[dict[str, Any], TABLE] = {}
+    modalities: Annotated[dict[str, Size], TABLE] = {}  # name -> width
+    num_identities: Size = 1
+    num_clips: Size = 1
+    total_steps: Size = 1
+    num_clusters: Count | None = None
+    train_other: bool = False
+    identities_sha256: Text = ""
+    members_sha256: Text = ""
+    mode: Text = ""
+    evaluated: bool = False
+    seconds: float = 0.0
+    threshold: Known | None = None
+    padded_columns: Count | None = None
+    settings: Annotated[dict[str, Known | Annotated[list[Known], MANY]], TABLE] | None = None
+
+
+class Changes(Struct, kw_only=True):
+    """A line of `changes.jsonl`: field -> [before, after]."""
+
+    step: Whole
+    changes: Annotated[dict[str, Annotated[list[Any], Meta(max_length=2)]], MANY]
+
+
+class Line(Struct, kw_only=True):
+    """A line of `metrics.jsonl` or `timing.jsonl`, of training or, with a split, an evaluation."""
+
+    step: Whole
+    epoch: float | None = None
+    map: float | None = None
+
+
+class FramesPerClip(Struct, kw_only=True):
+    """Of a modality in a split."""
+
+    mean: float
+
+
+class ModalityCounts(Struct, kw_only=True):
+    """What was loaded and skipped of a modality in a split; the skipped by their reason."""
+
+    clips: Whole
+    frames: Whole
+    clips_skipped: Annotated[dict[str, Whole], TABLE]
+    frames_skipped: Annotated[dict[str, Whole], TABLE]
+    values_replaced: Annotated[dict[str, Whole], TABLE] | None = None
+    frames_seen: Whole | None = None
+    clips_seen: Whole | None = None
+    clips_without: Whole | None = None
+    missing_rate: Share | None = None
+    frames_per_clip: FramesPerClip | None = None
+
+
+class SplitCounts(Struct, kw_only=True):
+    """What was loaded of a split."""
+
+    modalities: Annotated[dict[str, ModalityCounts], TABLE]
+    clips: Whole | None = None
+    labelled: bool | None = None
+    identities: Whole | None = None
+    distractors: Whole | None = None
+    unknown_clips: Whole | None = None  # of the ground truth, without a clip
+
+
+class Cropped(Struct, kw_only=True):
+    """Frames of a modality that training leaves out in an epoch."""
+
+    frames: float | None = None
+
+
+class DataReport(Struct, kw_only=True):
+    """`data_report.json`."""
+
+    splits: Annotated[dict[str, SplitCounts], TABLE] | None = None
+    cropped_in_an_epoch: Annotated[dict[str, Cropped], TABLE] | None = None
+    data: Data | None = None
+
+
+class Clip(Struct, kw_only=True):
+    """A clip in a table of mistakes, of names, or of a list."""
+
+    clip: Text
+    score: float
+    shows: Column = -1  # -1 for a distractor
+    identity: Column = -1  # in whose list it scores highest
+
+
+Clips = Annotated[list[Clip], TABLE]
+Pair = tuple[Column, Column]  # an identity or -1, and a count
+
+
+class WorstIdentity(Struct, kw_only=True):
+    """An identity of low average precision; see `analysis.strata.worst_identities`."""
+
+    identity: Column
+    ap: Share
+    clips: Whole
+    lost_to: Annotated[list[Pair], FEW]
+    mixed_with: Annotated[list[Pair], FEW]
+
+
+class Stratum(Struct, kw_only=True):
+    """A group of identities or clips; one of fewer than `fewest_identities` has no interval."""
+
+    label: Text
+    map: Share
+    low: float | None = None
+    high: float | None = None
+    identities: Whole | None = None
+    clips: Whole | None = None
+
+
+class Strata(Struct, kw_only=True):
+    """One way to divide identities or clips into groups."""
+
+    by: Text
+    rows: Annotated[list[Stratum], TABLE]
+
+
+class WrongClips(Struct, kw_only=True):
+    """Mistakes with the highest scores."""
+
+    distractors: Clips | None = None
+    known: Clips | None = None
+
+
+class RankedList(Struct, kw_only=True):
+    """The first clips in the list of an identity."""
+
+    rows: Clips
+    identity: Column
+    ap: Share
+    clips: Whole
+
+
+class NamedClips(Struct, kw_only=True):
+    """Of a split without ground truth: clips in a list, and those of the highest scores."""
+
+    num: Count
+    rows: Clips
+
+
+class Rate(Struct, kw_only=True):
+    """A threshold and its errors; none with fewer than `fewest` distractors."""
+
+    rate: Share
+    fewest: Count
+    threshold: Known | None = None
+    fpir: Share | None = None
+    fpir_low: Share | None = None
+    fpir_high: Share | None = None
+    fnir: Share | None = None
+    fnir_low: Share | None = None
+    fnir_high: Share | None = None
+
+
+class OpenSet(Struct, kw_only=True):
+    """Known people against distractors."""
+
+    num_identities: Whole  # that a clip is compared with
+    num_known: Whole  # clips of known people
+    num_people: Whole
+    num_strange: Whole  # distractors
+    resamples: Whole
+    rates: Annotated[list[Rate], FEW]
+
+
+class OddsMap(Struct, kw_only=True):
+    """A map of log-odds, fitted on the other half of the people."""
+
+    slope: float
+    offset: float
+
+
+class Change(Struct, kw_only=True):
+    """MAP of the sample after a change of its clips."""
+
+    change: Text
+    map: Share
+
+
+class FrameDrops(Struct, kw_only=True):
+    """How far the score of a clip's identity falls without each of its T frames."""
+
+    clip: Text
+    identity: Column
+    right: bool
+    modality: Text
+    quality: Annotated[list[float], Meta(max_length=1_000_000)]
+    falls: Annotated[list[float], Meta(max_length=1_000_000)]
+    numbers: Annotated[list[float], Meta(max_length=1_000_000)] | None = None
+
+
+class AnalysedResults(Struct, kw_only=True):
+    """The results in `metrics.json` that an analysis belongs to."""
+
+    map: Share | None = None
+    map_kind: Text | None = None
+
+
+class Analysis(_WithMembers, kw_only=True):
+    """The entry `facts` of `analysis.npz`, UTF-8 JSON; `ARRAYS` are its other entries."""
+
+    split: Text | None = None
+    modalities: Annotated[list[Text], TABLE] | None = None
+    lead: Text | None = None  # the modality whose quality and length make the strata
+    logs: bool | None = None  # scores are logarithms of probabilities
+    results: AnalysedResults | None = None
+    assignment: Annotated[dict[str, Annotated[list[float], TABLE]], FEW] | None = None  # NetVLAD
+    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
+    num_others: Whole | None = None  # identities of the ground truth that the run cannot name
+    worst: Annotated[list[WorstIdentity], TABLE] | None = None
+    strata: Annotated[list[Strata], FEW] | None = None
+    fewest_identities: Whole | None = None
+    wrong_clips: WrongClips | None = None
+    lists: Annotated[list[RankedList], FEW] | None = None
+    named: NamedClips | None = None
+    open_set: OpenSet | None = None  # none without distractors
+    calibration_error: float | None = None  # expected calibration error
+    calibration_error_after: float | None = None  # of probabilities mapped by the next
+    calibration_maps: Annotated[list[OddsMap], MANY] | None = None
+    num_sampled: Whole | None = None  # clips of the sample behind the next three
+    robustness: Annotated[list[Change], TABLE] | None = None  # the first changes nothing
+    gains: Annotated[list[float], MANY] | None = None  # MAP that is lost without each member
+    frames: Annotated[list[FrameDrops], FEW] | None = None
+
+
+# Array of `analysis.npz` -> its shape, and the largest length of an axis. A letter stands for one
+# length in the whole file, `B+1` is one more than `B`.
+ARRAYS: dict[str, tuple[tuple[int | str, ...], int]] = {
+    "ap": (("C",), files.MAX_ITEMS),  # average precision
+    "positives": (("C",), files.MAX_ITEMS),  # clips of the evaluated split
+    "train_clips": (("C",), files.MAX_ITEMS),  # clips of the training splits
+    "schedule": (("n", 2), files.MAX_ITEMS),  # steps and their learning rates
+    "attention": (("V", "V"), 64),  # row i, column j: what vector j takes from i
+    "score_edges": (("B+1",), 1000),  # of the two histograms that follow
+    "score_known": (("B",), 1000),  # best scores of known clips
+    "score_strange": (("B",), 1000),  # of distractors
+    "fpir": (("F",), 10_000),  # errors of identification, threshold by threshold
+    "fnir": (("F",), 10_000),
+    "calibration": (("bins", 3), 1000),  # clips, mean confidence, share that is right
+    "calibration_after": (("bins", 3), 1000),
+}
+# Arrays that come together, or not at all.
+TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange"), ("fpir", "fnir"))
+
+
+def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
+    """Returns the JSON value of a file as a format of this module.
+
+    Raises:
+      UserError: a value is missing, wrong or too large; the error names the file and the place,
+        such as `$.members[2].map`.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        text = str(error).replace(f"`float` >= {_LOWEST}", "a number, not NaN")
+        raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
+
+
+def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
+    """Refuses arrays of an `analysis.npz` that are no numbers, or whose shapes do not fit."""
+    for names in TOGETHER:
+        if 0 < sum(name in arrays for name in names) < len(names):
+            raise UserError(
+                f"'{path}' is damaged: it has some, but not all, of {', '.join(names)}\n{remedy}"
+            )
+    lengths: dict[str, int] = {}
+    for name, (wanted, most) in ARRAYS.items():
+        if name in arrays and not _fits(arrays[name], wanted, most, lengths):
+            shape = f"{arrays[name].dtype}{list(arrays[name].shape)}"
+            raise UserError(f"'{path}' is damaged: array '{name}' is {shape[:60]}\n{remedy}")
+
+
+def _fits(
+    array: np.ndarray, wanted: Sequence[int | str], most: int, lengths: dict[str, int]
+) -> bool:
+    if array.dtype.kind not in "iuf" or array.ndim != len(wanted) or max(array.shape) > most:
+        return False
+    for axis, length in zip(wanted, array.shape, strict=True):
+        if isinstance(axis, str):
+            letter, plus, _ = axis.partition("+")
+            axis = lengths.setdefault(letter, length - len(plus)) + len(plus)
+        if axis != length:
+            return False
+    return True
+
+
+def most_bytes(arrays: Mapping[str, str]) -> int:
+    """Returns a size in bytes that no file of a checkpoint with arrays `dtype[shape]` exceeds."""
+    shapes = (kind.partition("[")[2] for kind in arrays.values())
+    numbers = sum(math.prod(map(int, re.findall(r"\d{1,15}", shape))) for shape in shapes)
+    return 64 * files.MB + 32 * numbers
