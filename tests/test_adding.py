@@ -108,7 +108,7 @@ ADDITIONS = (
     ("losses.py", "EMBEDDING", CONTRASTIVE, '    "contrastive": supervised_contrastive,\n'),
     ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
     (
-        "data/load.py",
+        "data/sources.py",
         "DATASETS",
         DATASET,
         '    "blobs": DatasetEntry(open_blobs, generated=True),\n',
@@ -128,7 +128,7 @@ IMPORTS = {
         "from vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
         "from vidjax.models import inputs\nfrom vidjax.models.heads import CosineClassifier\n"
     ),
-    "data/load.py": "import numpy as np\n",
+    "data/sources.py": "import numpy as np\n",
 }
 # field -> its value in the experiment
 FIELDS = {

@@ -12,7 +12,7 @@ from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.commands import evaluate
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.steps import topk

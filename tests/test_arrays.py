@@ -13,9 +13,9 @@ from tests.helpers import clip_files, small_runs
 from tests.helpers.batches import eval_batches, labelled
 from vidjax import predict
 from vidjax.data import arrays, iqiyi_vid, memory
-from vidjax.data.ground_truth import load_ground_truth
-from vidjax.data.load import load_dataset
+from vidjax.data.labels import load_ground_truth
 from vidjax.data.records.convert import convert
+from vidjax.data.sources import load_dataset
 from vidjax.data.untrusted import pickles
 
 DIM = 6

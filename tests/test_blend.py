@@ -14,7 +14,7 @@ from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, devices
 from vidjax.commands import blend
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
 from vidjax.steps import topk

@@ -12,7 +12,7 @@ from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from vidjax import ranking, significance
 from vidjax.commands import compare
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.main import main
 from vidjax.steps import topk
 

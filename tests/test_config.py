@@ -10,7 +10,7 @@ from tests.helpers import recorded_config
 from vidjax import config as config_lib
 from vidjax import config_io, fusion
 from vidjax.commands import docs
-from vidjax.data.knobs import DEFAULT_KNOBS, check_knobs
+from vidjax.data.synthetic import CALIBRATED, LARGEST
 from vidjax.errors import suggest
 from vidjax.main import main
 from vidjax.models import identifier
@@ -450,13 +450,8 @@ def test_the_quality_of_own_features_is_given_or_their_norm():
     assert "config.data.quality" in problem and "given, norm" in problem
 
 
-def test_the_knobs_of_the_synthetic_dataset_are_fields():
+def test_the_options_of_the_synthetic_dataset_are_fields():
     defaults = dict(config_lib.fields(config_lib.default()))
-    assert {f"data.{name}": value for name, value in DEFAULT_KNOBS._asdict().items()} == {
-        name: defaults[name] for name in config_lib.KNOBS
-    }
-    for name, largest in config_lib.KNOBS.items():
-        knob = name.removeprefix("data.")
-        check_knobs(DEFAULT_KNOBS._replace(**{knob: largest}))
-        with pytest.raises(ValueError, match=name):
-            check_knobs(DEFAULT_KNOBS._replace(**{knob: largest + 0.01}))
+    for name, value in CALIBRATED._asdict().items():
+        assert defaults[f"data.{name}"] == value
+        assert config_lib.KNOBS[f"data.{name}"] == getattr(LARGEST, name)

@@ -13,7 +13,7 @@ import pytest
 import vidjax
 from tests.helpers import made_galleries, small_runs
 from vidjax import files, ranking
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
 from vidjax.gallery.gallery import Answer, People

@@ -8,7 +8,7 @@ import pytest
 import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
 from vidjax import config_io, metrics, predict
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.gallery.gallery import People
 from vidjax.steps import topk
 

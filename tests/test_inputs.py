@@ -10,7 +10,7 @@ import pytest
 from tests.campaigns import mutations
 from tests.helpers.clip_files import bomb
 from vidjax import errors, files
-from vidjax.data import labels, unlabelled
+from vidjax.data import labels, memory
 
 GB = 1 << 30
 
@@ -18,7 +18,7 @@ GB = 1 << 30
 def read_input(path):
     """Reads the clips of `--input`, within seconds."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        return unlabelled.load_clips(path, {"face": 4}, ("anna",))
+        return memory.load_clips(path, {"face": 4}, ("anna",))
 
 
 def refused_input(path, *words):
@@ -66,7 +66,7 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     ],
 )
 def test_a_clip_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatch, content, words):
-    monkeypatch.setattr("vidjax.data.npz.CLIP_BYTES", 64 * files.MB)
+    monkeypatch.setattr("vidjax.data.clip_files.CLIP_BYTES", 64 * files.MB)
     path = tmp_path / "a.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -112,7 +112,7 @@ def test_a_table_that_cannot_be_read_is_named_with_a_remedy(tmp_path, monkeypatc
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused_input(path, "the run knows face")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GB // 1024
-    monkeypatch.setattr("vidjax.data.parquet.memory_bytes", lambda: 3 * files.MB)
+    monkeypatch.setattr("vidjax.data.clip_files.memory_bytes", lambda: 3 * files.MB)
     flat = pyarrow.array(np.zeros(files.MB, np.float32))
     features = pyarrow.FixedSizeListArray.from_arrays(flat, files.MB)
     parquet.write_table(pyarrow.table({**good, "features": features}), path)
@@ -128,7 +128,7 @@ def test_frames_that_are_not_finite_are_counted(tmp_path):
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        unlabelled.load_clips(tmp_path, {"face": 4}, ())
+        memory.load_clips(tmp_path, {"face": 4}, ())
     said = [str(one.message) for one in caught]
     assert said == [
         "face: 2 of 4 frames are not read: their features are not finite; 1 clips have no other",

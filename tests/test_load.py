@@ -9,11 +9,10 @@ import pytest
 
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax import files
-from vidjax.data import load, synthetic
-from vidjax.data.frame_fields import NonFinite
-from vidjax.data.knobs import Knobs
-from vidjax.data.load import DataOptions, DatasetEntry, load_dataset
-from vidjax.data.record_source import Unpacked
+from vidjax.data import sources, synthetic
+from vidjax.data.frame_fields import NonFinite, Unpacked
+from vidjax.data.sources import DataOptions, DatasetEntry, load_dataset
+from vidjax.data.synthetic import SyntheticOptions
 from vidjax.data.untrusted.packing import Clip, pack
 from vidjax.main import main
 
@@ -30,21 +29,21 @@ def test_load_names_what_it_lacks(tmp_path: Path) -> None:
 def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def write(out_dir: Path, *, size: str, seed: int, knobs: Knobs) -> None:
-        written.append((size, seed, knobs.blur))
+    def write(out_dir: Path, *, size: str, seed: int, options: SyntheticOptions) -> None:
+        written.append((size, seed, options.blur))
         write_pickle(out_dir, "face", "train", {"a": random_clip(np.random.default_rng(), 2, 4)})
         write_truth(out_dir, "train", {"a": "1"})
 
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
     for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
-        knobs = Knobs(blur=blur)
-        dataset = load_dataset("synthetic", cache_dir=None, seed=seed, knobs=knobs)
+        options = SyntheticOptions(blur=blur)
+        dataset = load_dataset("synthetic", cache_dir=None, seed=seed, knobs=options)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
     assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
     data = {"name": "synthetic", "size": "small", "seed": 6}  # as an earlier version wrote it
-    assert load.describe(data) == "synthetic, size small, seed 6"
-    assert load.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
+    assert sources.describe(data) == "synthetic, size small, seed 6"
+    assert sources.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
     assert {path.name for path in tmp_path.iterdir()} == {"synthetic", "iqiyi_vid"}
 
 
@@ -80,8 +79,8 @@ def test_a_dataset_is_a_function_and_a_line(
         assert options.cache_dir == tmp_path
         return Numbered()
 
-    entries = {**load.DATASETS, "numbered": DatasetEntry(open_numbered)}
-    monkeypatch.setattr(load, "DATASETS", entries)
+    entries = {**sources.DATASETS, "numbered": DatasetEntry(open_numbered)}
+    monkeypatch.setattr(sources, "DATASETS", entries)
     check = ["--mode=check", "--config=configs/knn.py", "--config.data.name=numbered"]
     check += [f"--config.data.cache_dir={tmp_path}", "--config.modalities=voice"]
     check += ["--config.model.modality=voice"]
@@ -98,7 +97,7 @@ def test_a_dataset_is_a_function_and_a_line(
 
 def test_every_name_of_a_dataset_is_documented() -> None:
     config = (Path(__file__).parents[1] / "vidjax" / "config.py").read_text()
-    for name in load.DATASETS:
+    for name in sources.DATASETS:
         assert f"`{name}`" in config or f'"{name}"' in config, name
 
 

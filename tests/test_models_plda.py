@@ -14,7 +14,7 @@ from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.gallery import backend as front_lib
 from vidjax.models import two_covariance
 from vidjax.models.identifier import make_identifier

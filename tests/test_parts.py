@@ -19,8 +19,8 @@ from vidjax import config_io, files
 from vidjax.commands import evaluate, merge, shard
 from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
-from vidjax.data.load import load_dataset
 from vidjax.data.records import padding
+from vidjax.data.sources import load_dataset
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard

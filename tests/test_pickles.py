@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.campaigns import hostile
 from tests.helpers import python2
-from vidjax.data import ground_truth
+from vidjax.data import labels as labels_lib
 from vidjax.data.iqiyi_vid import find_pickles
 from vidjax.data.untrusted import pickles, sandbox
 
@@ -156,7 +156,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
         ("my-scene_2", "test"): tmp_path / "my-scene_2_test_v2.pickle",
     }
     assert list(find_pickles(tmp_path)) == sorted(find_pickles(tmp_path))
-    truths = ground_truth.find_ground_truth(tmp_path)
+    truths = labels_lib.find_ground_truth(tmp_path)
     assert list(truths.items()) == [
         ("train", tmp_path / "train_gt.txt"),
         ("test", tmp_path / "test_gt.txt"),
@@ -167,7 +167,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         find_pickles(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="not a directory"):
-        ground_truth.find_ground_truth(tmp_path / "train_gt.txt")
+        labels_lib.find_ground_truth(tmp_path / "train_gt.txt")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path)
 
 def truth(folder: Path, text: str | bytes, name: str = "gt.txt", **kwargs: Any) -> dict[str, str]:
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return ground_truth.load_ground_truth(folder / name, **kwargs)
+    return labels_lib.load_ground_truth(folder / name, **kwargs)
 
 
 LABELS = {"V_3": "10", "V_1": "10", "V_2": "9", "V_9": "195"}
@@ -265,7 +265,7 @@ def test_at_most_five_duplicates_are_listed(tmp_path: Path) -> None:
 
 def test_a_missing_ground_truth_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"val_gt\.txt: no such file"):
-        ground_truth.load_ground_truth(tmp_path / "val_gt.txt")
+        labels_lib.load_ground_truth(tmp_path / "val_gt.txt")
 
 
 @given(
@@ -289,11 +289,11 @@ def test_both_forms_of_any_labels_are_equal(
 
 
 def test_identities_sort_by_number_or_else_by_name() -> None:
-    assert ground_truth.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
-    assert ground_truth.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
-    assert ground_truth.sort_identities([]) == ()
+    assert labels_lib.sort_identities(["10", "9", "100", "9"]) == ("9", "10", "100")
+    assert labels_lib.sort_identities(["10", "9", "x"]) == ("10", "9", "x")
+    assert labels_lib.sort_identities([]) == ()
     with pytest.raises(ValueError, match="identity 7 is written in 2 ways: 007, 7; use one"):
-        ground_truth.sort_identities(["7", "1", "007"])
+        labels_lib.sort_identities(["7", "1", "007"])
 
 
 WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
@@ -302,7 +302,7 @@ WEIGHTED = "a.mp4 0.5\nb.mp4 2\nd.mp4 1e-3\ne.mp4 0\n"
 def weights(folder: Path, text: str | bytes, clips: Sequence[str] = "abcde") -> list[float]:
     path = folder / "weights.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    got = ground_truth.load_clip_weights(path, clips)
+    got = labels_lib.load_clip_weights(path, clips)
     assert got.dtype == np.float32 and got.shape == (len(clips),)
     return got.tolist()
 
@@ -370,7 +370,7 @@ def test_a_few_unknown_clips_in_the_weights_are_a_slip(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3 of 202 clips .*, for example x\nat most 1%"):
         weights(tmp_path, text + "x 3\ny 3\nz 3\n", clips)
     with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file"):
-        ground_truth.load_clip_weights(tmp_path / "none.txt", clips)
+        labels_lib.load_clip_weights(tmp_path / "none.txt", clips)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -400,10 +400,10 @@ def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
             assert packed.features.dtype == np.float16
             assert packed.skipped == packed.warnings == {}
         assert np.isclose(np.mean(face.frames["quality"]), 80, atol=2)
-    truths = ground_truth.find_ground_truth(folder)
-    train, val = (ground_truth.load_ground_truth(truths[split]) for split in ("train", "val"))
+    truths = labels_lib.find_ground_truth(folder)
+    train, val = (labels_lib.load_ground_truth(truths[split]) for split in ("train", "val"))
     assert len(train) == 1580 and len(val) == 1232 - 373
-    assert ground_truth.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
+    assert labels_lib.sort_identities(train.values()) == tuple(str(i) for i in range(1, 414))
     assert len(set(val.values())) == 413 and max(Counter(val.values()).values()) == 5
 
 

@@ -20,8 +20,8 @@ from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_trut
 from vidjax.batch import Batch
 from vidjax.data import clips as clips_lib
 from vidjax.data import iqiyi_vid
-from vidjax.data.load import load_dataset
 from vidjax.data.records import manifest, pipeline
+from vidjax.data.sources import load_dataset
 
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
 MAX_FRAMES = 7

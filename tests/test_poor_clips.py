@@ -10,7 +10,7 @@ from tests.test_fusion import make_frames, pad
 from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.evaluation import poor_clips
 from vidjax.evaluation import restore as restore_lib
 from vidjax.run import checkpoint

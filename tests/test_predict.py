@@ -17,7 +17,7 @@ from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import config_io, devices, predict
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.evaluation import model_scorer, restore, scoring
 from vidjax.run.checkpoint import CheckpointError
 

@@ -10,7 +10,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches
 from vidjax import predict
-from vidjax.data import arrays, memory, unlabelled
+from vidjax.data import arrays, memory
 from vidjax.data.records.convert import records_folder
 
 DIM = 5
@@ -65,11 +65,11 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
         arrays.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
         vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
         memory.MemoryClips.of(clips, widths, (), quality),
-        unlabelled.load_clips(folder, widths, (), quality=quality),
-        unlabelled.load_clips(folder / "val", widths, (), quality=quality),
+        memory.load_clips(folder, widths, (), quality=quality),
+        memory.load_clips(folder / "val", widths, (), quality=quality),
     ]
     if importlib.util.find_spec("pyarrow"):
-        readers.append(unlabelled.load_clips(write_table(tmp_path, clips), widths, ()))
+        readers.append(memory.load_clips(write_table(tmp_path, clips), widths, ()))
     for reader in readers:
         found = qualities(reader)
         if reader is readers[-1] and len(readers) == 6:  # a table has no column, for all clips

@@ -19,7 +19,7 @@ import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
 from vidjax import command_line, ranking
 from vidjax.commands import rank
-from vidjax.data.unlabelled import load_clips
+from vidjax.data.memory import load_clips
 from vidjax.main import main
 from vidjax.run import results as results_lib
 

@@ -18,7 +18,7 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import ensemble
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.steps import feed
 from vidjax.training import noise_classes

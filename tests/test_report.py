@@ -19,7 +19,7 @@ from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
 from vidjax import main as main_lib
 from vidjax.commands import compare
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.report import figures, open_set_sections, run_files, run_page, run_sections
 from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib

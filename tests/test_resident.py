@@ -30,7 +30,7 @@ from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.commands import evaluate
 from vidjax.data import permutation, resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step

@@ -20,7 +20,7 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import devices, losses
 from vidjax.batch import ModelOutput
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.run import signals
 from vidjax.steps import columns, sampled, train_step
 from vidjax.system import TaskSpec, make_system

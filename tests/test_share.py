@@ -311,7 +311,7 @@ def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manife
     code = (
         "from tests.helpers.batches import train_batches\n"
         "from vidjax.data.clips import Share\n"
-        "from vidjax.data.load import load_dataset\n"
+        "from vidjax.data.sources import load_dataset\n"
         f"cache = {str(found.folder.parents[1])!r}\n"
         f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
         f"batches = train_batches(data, **{TRAIN | {'batch_size': 690}!r}, share=Share(0, 2))\n"

@@ -23,7 +23,7 @@ from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax import devices as devices_lib
 from vidjax.commands import evaluate
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
 from vidjax.steps import state as state_lib

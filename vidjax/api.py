@@ -76,7 +76,7 @@ def load_data(
     check_argument("load_data: cache_dir", cache_dir, paths, "the path of a folder")
     from vidjax.commands import arguments
     from vidjax.data import arrays, iqiyi_vid
-    from vidjax.data.load import load_dataset
+    from vidjax.data.sources import load_dataset
 
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()

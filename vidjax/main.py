@@ -244,7 +244,7 @@ def _rank(args: "Arguments") -> int:
 
     rank.check_out(options.out)  # before what takes seconds
     from vidjax import predict
-    from vidjax.data.unlabelled import load_clips
+    from vidjax.data.memory import load_clips
     from vidjax.run import terminal
 
     run = predict.restore(options.workdir, step=options.step)

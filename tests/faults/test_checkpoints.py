@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
 from vidjax import config_io, devices, main, messages
-from vidjax.data.load import load_dataset
+from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.training import train
 

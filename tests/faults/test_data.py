@@ -20,8 +20,8 @@ from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_p
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped, select_modalities
-from vidjax.data.load import load_dataset
 from vidjax.data.records import pipeline
+from vidjax.data.sources import load_dataset
 
 DIM = 4
 

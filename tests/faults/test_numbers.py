@@ -15,11 +15,12 @@ from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax import config as config_lib
 from vidjax import config_io, optim
 from vidjax.commands import check
-from vidjax.data import arrays, ground_truth, iqiyi_vid, load
+from vidjax.data import arrays, iqiyi_vid, sources
+from vidjax.data import labels as labels_lib
+from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import Split
 from vidjax.data.frame_fields import feature_norms
 from vidjax.data.records import report as report_lib
-from vidjax.data.usable import misspelt, unusable
 from vidjax.evaluation import scoring
 from vidjax.evaluation.model_scorer import ClipScores
 from vidjax.models import identifier
@@ -254,7 +255,7 @@ def test_a_folder_beside_the_synthetic_set_is_refused(tmp_path: Path) -> None:
     (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
     assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
     with pytest.raises(ValueError, match=r"--config\.data\.name=arrays") as caught:
-        load.load_dataset("synthetic", directory=tmp_path, cache_dir=tmp_path)
+        sources.load_dataset("synthetic", directory=tmp_path, cache_dir=tmp_path)
     assert len(str(caught.value).splitlines()) <= 3
 
 
@@ -282,7 +283,7 @@ def test_what_bears_the_name_of_a_file_and_is_none_is_refused(
         "pipe": os.mkfifo,
     }
     make[kind](tmp_path / name)
-    reader = iqiyi_vid.find_pickles if "pickle" in name else ground_truth.find_ground_truth
+    reader = iqiyi_vid.find_pickles if "pickle" in name else labels_lib.find_ground_truth
     with pytest.raises(ValueError, match=f"{name}: (a folder|a link|not a regular file)"):
         reader(tmp_path)
 
@@ -318,7 +319,7 @@ def test_misspelt_splits_of_official_files_are_refused(tmp_path: Path, name: str
         (tmp_path / present).touch()
     assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
     (tmp_path / name).touch()
-    reader = iqiyi_vid.find_pickles if "pickle" in name else ground_truth.find_ground_truth
+    reader = iqiyi_vid.find_pickles if "pickle" in name else labels_lib.find_ground_truth
     with pytest.raises(ValueError, match=f"{name}.*\nrename it to (face_)?(val|train)"):
         reader(tmp_path)
 

@@ -351,7 +351,7 @@ def load_data(config: Config) -> TrainingData:
       ValueError: an unknown name, no directory, or bad data.
       OSError: no data in the directory, or the cache cannot be written.
     """
-    from vidjax.data.load import knobs_of, load_dataset
+    from vidjax.data.sources import load_dataset, synthetic_options
 
     cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser().absolute()
     try:
@@ -363,7 +363,7 @@ def load_data(config: Config) -> TrainingData:
             seed=config.data.seed,
             non_finite=config.data.non_finite,
             quality=config.data.quality,
-            knobs=knobs_of(config.data),
+            knobs=synthetic_options(config.data),
         )
     except OSError as error:
         place = Path(error.filename).absolute() if error.filename else None

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vidjax import config as config_lib
 from vidjax import config_io, devices, files, messages, ranking
 from vidjax.config import Config
-from vidjax.data import load, resident
+from vidjax.data import resident, sources
+from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import select_modalities
-from vidjax.data.record_source import RecordSource
-from vidjax.data.usable import misspelt, unusable
+from vidjax.data.frame_fields import RecordSource
 from vidjax.evaluation import restore, run_data
 from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
@@ -403,10 +403,10 @@ def _folder(name: str, folder: Path) -> Findings:
 
 def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
     """Yields the state of the data, its records and labels, and whether they are those of runs."""
-    options = load.DataOptions.of(config.data, generate=False)
+    options = sources.DataOptions.of(config.data, generate=False)
     try:
-        source = load.open_source(config.data.name, options)
-    except load.NotGenerated as error:
+        source = sources.open_source(config.data.name, options)
+    except sources.NotGenerated as error:
         yield WARNING, f"data: {error}"
         return
     yield OK, f"data: {source.title}"

@@ -15,7 +15,7 @@ import numpy as np
 from vidjax import config_io, files, significance
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
-from vidjax.data.load import describe, is_generated
+from vidjax.data.sources import describe, is_generated
 from vidjax.errors import UserError
 from vidjax.report import comparison_page, html
 from vidjax.report.comparison_page import RankedRun

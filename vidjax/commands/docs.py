@@ -18,7 +18,7 @@ from typing import Any
 from vidjax import augment, config_io, fusion, losses, messages, system
 from vidjax.config import SCALE_WORDS, default, fields
 from vidjax.config_io import value_text
-from vidjax.data import load
+from vidjax.data import sources
 from vidjax.errors import UserError
 from vidjax.metrics import CLIP_METRICS
 from vidjax.models import identifier
@@ -72,7 +72,7 @@ def known_names() -> Mapping[str, Mapping[str, str]]:
         "loss.margin_type": losses.MARGINS,
         "loss.embedding": losses.EMBEDDING,
         "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
-        "data.name": {name: dataset.open for name, dataset in load.DATASETS.items()},
+        "data.name": {name: dataset.open for name, dataset in sources.DATASETS.items()},
     }
     return {
         field: {name: _summary(function) for name, function in table.items()}

@@ -34,13 +34,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidjax import messages
-from vidjax.data import parts
+from vidjax.data import clip_files
 from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
+from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.folder_names import check_file, list_entries, refuse_split
-from vidjax.data.frame_fields import NonFinite, Quality, check_quality
+from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.record_source import Origin, Unpacked
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.errors import NoFileError, UserError
@@ -155,7 +154,7 @@ class FeatureDict:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
-        options: parts.Options = {"non_finite": non_finite, "quality": self._quality}
+        options: clip_files.Options = {"non_finite": non_finite, "quality": self._quality}
         return {
             split: [pack(self._clips(split), scratch / split, **options)] for split in self._splits
         }
@@ -211,7 +210,7 @@ class FeatureFolder:
         return self._files.keys()
 
     def _clips(self, split: str) -> Iterator[Clip]:
-        return parts.read_clips(self._files[split])
+        return clip_files.read_clips(self._files[split])
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split; reads again only what has changed since."""
@@ -234,10 +233,10 @@ class FeatureFolder:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
-        options: parts.Options = {"non_finite": non_finite, "quality": self._quality}
-        workers = self._workers or parts.num_readers(self._files)
+        options: clip_files.Options = {"non_finite": non_finite, "quality": self._quality}
+        workers = self._workers or clip_files.num_readers(self._files)
         if workers > 1:
-            read = parts.read_at_once(self._files, scratch / "parts", workers, options)
+            read = clip_files.read_at_once(self._files, scratch / "parts", workers, options)
             if read is not None:
                 return read
         return {

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from vidjax import messages
 from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
+from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.folder_names import check_file, list_entries, refuse_split
-from vidjax.data.frame_fields import NonFinite, PackedClips
+from vidjax.data.frame_fields import NonFinite, PackedClips, Unpacked
 from vidjax.data.labels import load_official_truth
 from vidjax.data.processes import Children, map_children
-from vidjax.data.record_source import Unpacked
 from vidjax.data.untrusted import pickles
 from vidjax.errors import NoFileError, UserError
 from vidjax.machine import memory_bytes, num_cores

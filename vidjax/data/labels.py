@@ -1,10 +1,11 @@
-"""Reads labels of clips from ground-truth files, tables or dicts; maps them to class columns."""
+"""Labels and weights of clips, from ground-truth files, tables or dicts; and class columns."""
 
 import csv
 import io
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax import files
-from vidjax.data.folder_names import check_file, list_entries
-from vidjax.data.ground_truth import (
-    check_known,
-    find_ground_truth,
-    load_ground_truth,
-    sort_identities,
-)
-from vidjax.data.untrusted.names import check_identity, clean_name_at, show
+from vidjax.data.checks import check_file, list_entries, refuse_split
+from vidjax.data.clips import SPLITS
+from vidjax.data.untrusted.names import check_identity, clean_name, clean_name_at, show, unescape
 from vidjax.errors import NoFileError, UserError, check_argument, closest
 
 TABLE = "labels.csv"
@@ -239,3 +235,290 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
             stacklevel=3,
         )
     return pairs
+
+
+MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature file
+
+
+def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test.
+
+    Raises:
+      OSError: there is no such directory.
+      ValueError: one of them is no file, or is named after a misspelt split.
+    """
+    words = {
+        path.name.removesuffix("_gt.txt"): path
+        for path in list_entries(directory)
+        if path.name.endswith("_gt.txt")
+    }
+    found = {split: words.pop(split) for split in SPLITS if split in words}
+    for path in found.values():
+        check_file(path)
+    for word, path in words.items():
+        refuse_split(path, word, found)
+    return found
+
+
+def load_ground_truth(
+    path: str | os.PathLike[str], *, known_clips: Collection[str] | None = None
+) -> dict[str, str]:
+    """Reads a ground-truth file in either official form.
+
+    The direct form is `NAME.mp4 ID`, one clip per line; the inverted form `ID NAME.mp4 NAME.mp4
+    ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it,
+    `known_clips` decides, then the file name (train_gt is direct, val_gt and test_gt are inverted),
+    then the column that holds whole numbers. A byte order mark, CRLF, tabs, blank lines and
+    additional spaces are ignored. White space within a name is written as in a URL, `First%20Last`.
+
+    Args:
+      path: the text file.
+      known_clips: names of clips without `.mp4`.
+
+    Returns:
+      clip name (without `.mp4`) -> identity (as written), in the order of the file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not UTF-8, an ambiguous form, a line of the other form, a clip twice, an identity
+        twice or without clips (inverted), or a label that is no whole number from 1 up where most
+        are; names the line.
+    """
+    path = Path(path)
+    lines = _lines(path)
+    if not lines:
+        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
+    split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
+    known = frozenset(known_clips or ())
+    rows: list[tuple[int, str, str]] = []  # line, clip, identity
+    for number, names, identity in split_lines(path, lines):
+        for name in names:
+            try:
+                rows.append((number, _clip_of(name, known), unescape(identity)))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number}: {error}") from None
+    _check_identities(path, rows)
+    return _by_clip(path, rows)
+
+
+def _clip_of(text: str, known: Collection[str]) -> str:
+    """Returns the name of a clip, with its blanks unless the clips at hand have the text itself."""
+    clean = clean_name(text)
+    return clean if clean in known else clean_name(unescape(text))
+
+
+def _split_direct(
+    path: Path, lines: list[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str], str]]:
+    """Yields line number, clip names and identity of each line `NAME ID`."""
+    for number, fields in lines:
+        if len(fields) != 2:
+            raise UserError(
+                f"{path}: line {number}: {len(fields)} fields, wanted a clip and its identity"
+            )
+        yield number, fields[:1], fields[1]
+
+
+def _split_inverted(
+    path: Path, lines: list[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str], str]]:
+    """Yields line number, clip names and identity of each line `ID NAME NAME ...`."""
+    first_lines: dict[str, int] = {}
+    for number, (identity, *names) in lines:
+        if not names:
+            raise UserError(f"{path}: line {number}: identity {show(identity)} has no clips")
+        if identity in first_lines:
+            raise UserError(
+                f"{path}: line {number}: identity {show(identity)} is already in line "
+                f"{first_lines[identity]}: join the two lines"
+            )
+        first_lines[identity] = number
+        yield number, names, identity
+
+
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
+    """Returns line number and fields of every line that is not blank."""
+    if not path.exists():
+        raise NoFileError(f"{path}: no such file")
+    with files.open_input(path) as file:
+        data = file.readall()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: line {line}: not UTF-8 text (byte {error.start})") from None
+    numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    return [(number, line.split()) for number, line in numbered if line.strip()]
+
+
+def _is_inverted(
+    path: Path, lines: list[tuple[int, list[str]]], known_clips: Collection[str] | None
+) -> bool:
+    """Returns True if identities come first, by the first sign that is unambiguous."""
+    direct = [number for number, fields in lines if fields[0].endswith(".mp4")]
+    inverted = [
+        number for number, fields in lines if any(name.endswith(".mp4") for name in fields[1:])
+    ]
+    if direct and inverted:
+        number = max(direct[0], inverted[0])
+        raise UserError(f"{path}: line {number}: the clip is in another column than before")
+    if direct or inverted:
+        return bool(inverted)
+    known = frozenset(known_clips or ())
+    first = sum(fields[0] in known for _, fields in lines)
+    later = sum(fields[1] in known for _, fields in lines if len(fields) > 1)
+    if first != later:
+        return later > first
+    if path.name in [f"{split}_gt.txt" for split in SPLITS]:
+        return path.name != "train_gt.txt"
+    first = sum(_is_integer(fields[0]) for _, fields in lines)
+    later = sum(_is_integer(fields[1]) for _, fields in lines if len(fields) > 1)
+    if first != later and max(first, later) == len(lines):
+        return first > later
+    raise UserError(
+        f"{path}: 'CLIP ID' or 'ID CLIP CLIP ...'? No name ends in .mp4 or is known;\n"
+        "name the file train_gt.txt (the first form) or val_gt.txt (the second)"
+    )
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
+
+
+def _check_identities(path: Path, rows: list[tuple[int, str, str]]) -> None:
+    whole = sum(_is_integer(identity) for _, _, identity in rows)
+    if 2 * whole <= len(rows):
+        return
+    spellings: dict[int, str] = {}
+    for number, _, identity in rows:
+        where = f"{path}: line {number}: label {show(identity)}"
+        if not _is_integer(identity):
+            raise UserError(f"{where} is not a whole number, as others are")
+        if int(identity) < 1:
+            raise UserError(f"{where} is out of range: identities count from 1")
+        other = spellings.setdefault(int(identity), identity)
+        if other != identity:
+            raise UserError(f"{where} is elsewhere written {show(other)}")
+
+
+def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    at: dict[str, int] = {}
+    repeated = []
+    for number, name, identity in rows:
+        if labels.get(name, identity) != identity:
+            raise UserError(
+                f"{path}: line {number}: clip {show(name)} has label {show(identity)}, "
+                f"but {show(labels[name])} in line {at[name]}"
+            )
+        if name in labels:
+            repeated.append(f"{show(name)} (lines {at[name]} and {number})")
+        labels[name] = identity
+        at.setdefault(name, number)
+    if repeated:
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        raise UserError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
+    return labels
+
+
+def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
+    """Reads weights of clips from a text file of `NAME.mp4 WEIGHT` lines.
+
+    As in the ground truth, a byte order mark, CRLF, tabs, blank lines, additional spaces and a
+    missing `.mp4` are ignored.
+
+    Args:
+      path: the text file.
+      clips: names without `.mp4`, in the order of the weights.
+
+    Returns:
+      [N] float32, not negative; 1 for a clip that the file does not name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not UTF-8, not two fields, a weight that is no number, negative or not finite, or
+        a clip twice, with the line number; or no line at all, or more than 1 % of the named clips
+        unknown (fewer are a warning).
+    """
+    path = Path(path)
+    lines = _lines(path)
+    if not lines:
+        raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 WEIGHT'")
+    given: dict[str, float] = {}
+    known = frozenset(clips)
+    at: dict[str, int] = {}
+    for number, fields in lines:
+        where = f"{path}: line {number}:"
+        if len(fields) != 2:
+            raise UserError(f"{where} {len(fields)} fields, wanted a clip and its weight")
+        try:
+            name = _clip_of(fields[0], known)
+        except ValueError as error:
+            raise UserError(f"{where} {error}") from None
+        if name in at:
+            raise UserError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
+        at[name] = number
+        given[name] = _weight(fields[1], where)
+    check_known(path, given, clips)
+    return np.array([given.get(name, 1.0) for name in clips], np.float32)
+
+
+def _weight(text: str, where: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        raise UserError(f"{where} weight {show(text)} is not a number") from None
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
+        raise UserError(f"{where} weight {show(text)} is negative or not finite")
+    return weight
+
+
+def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
+    """Warns of clips that a text file names and no feature file holds.
+
+    Args:
+      path: the text file.
+      named: the clips that it names.
+      clips: the clips of the feature files.
+
+    Raises:
+      ValueError: more than 1 % of the named clips are unknown, or all are.
+    """
+    known = frozenset(clips)
+    unknown = [name for name in named if name not in known]
+    if not unknown:
+        return
+    if len(unknown) == len(named):
+        raise UserError(
+            f"{path}: none of its {len(named)} clips is in a feature file\n"
+            f"it names {show(unknown[0])}, the feature files name {show(min(known))}\n"
+            "give the clips the same names in both"
+        )
+    message = (
+        f"{path}: {len(unknown)} of {len(named)} clips are in no feature file, for example "
+        f"{show(unknown[0])}"
+    )
+    if len(unknown) > MAX_UNKNOWN_RATE * len(named):
+        raise UserError(
+            f"{message}\n"
+            f"at most {MAX_UNKNOWN_RATE:.0%} may be: remove these lines, or add the features"
+        )
+    warnings.warn(message, stacklevel=3)
+
+
+def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the distinct identities, ordered by number if all are whole numbers, else by name.
+
+    Raises:
+      ValueError: one number is written in two ways, such as 7 and 007.
+    """
+    distinct = sorted(set(names))
+    if not all(map(_is_integer, distinct)):
+        return tuple(distinct)
+    value, count = Counter(map(int, distinct)).most_common(1)[0] if distinct else (0, 1)
+    if count > 1:
+        spellings = ", ".join(name for name in distinct if int(name) == value)
+        raise UserError(
+            f"identity {value} is written in {count} ways: {spellings}; use one of them"
+        )
+    return tuple(sorted(distinct, key=int))

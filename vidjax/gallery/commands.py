@@ -247,7 +247,7 @@ def _check_values(args: argparse.Namespace) -> None:
             raise UserError(f"--k={args.k}: name 1 identity or more, a whole number")
         args.k = int(args.k)
     if args.input:
-        from vidjax.data.unlabelled import check_path
+        from vidjax.data.memory import check_path
 
         path = Path(args.input).expanduser()
         check_path(path)
@@ -338,7 +338,7 @@ def _clips(
 ) -> "MemoryClips | TrainingData":
     """Returns the clips of a command."""
     from vidjax.commands.arguments import load_data
-    from vidjax.data.unlabelled import load_clips
+    from vidjax.data.memory import load_clips
 
     run = gallery.run
     if args.input:
@@ -362,7 +362,7 @@ def _progress(
 
 
 def _enrol(args: argparse.Namespace, overrides: Words) -> None:
-    from vidjax.data.unlabelled import load_people
+    from vidjax.data.memory import load_people
 
     gallery, strangers = _opened(args), args.strangers is not None
     if args.input and not args.identity and not strangers:

@@ -20,7 +20,7 @@ import numpy as np
 from vidjax import files, predict
 from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
-from vidjax.data.ground_truth import sort_identities
+from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError, check_argument, closest
 from vidjax.evaluation import run_data

@@ -10,7 +10,7 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import config_io
-from vidjax.data import load
+from vidjax.data import sources
 from vidjax.report import html
 from vidjax.report.html import Html
 from vidjax.report.run_files import RunFiles
@@ -124,7 +124,7 @@ def describe_data(data: Mapping[str, Any]) -> str:
     if data.get("title"):
         return str(data["title"])
     folder = Path(str(data["dir"])).name if data.get("dir") else ""
-    return " ".join(word for word in (load.describe(data), folder) if word)
+    return " ".join(word for word in (sources.describe(data), folder) if word)
 
 
 def run_rows(run: RunFiles) -> Rows:

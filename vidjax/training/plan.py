@@ -14,9 +14,9 @@ from vidjax import ensemble
 from vidjax.batch import NoiseLayout
 from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data import ground_truth
+from vidjax.data.checks import unusable
 from vidjax.data.clips import TrainingData, select_modalities
-from vidjax.data.usable import unusable
+from vidjax.data.labels import load_clip_weights
 from vidjax.errors import UserError
 from vidjax.evaluation.poor_clips import training_threshold
 from vidjax.models.base import has_exact_inputs
@@ -194,7 +194,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
     if config.data.weights:
-        given = ground_truth.load_clip_weights(config.data.weights, clips)
+        given = load_clip_weights(config.data.weights, clips)
         if has_exact_inputs(MODELS[config.model.name]) and not np.all((given == 0) | (given == 1)):
             raise UserError(
                 f"config.data.weights: model '{config.model.name}' takes a clip or leaves it out: "

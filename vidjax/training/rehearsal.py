@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vidjax import config_io, ensemble
 from vidjax.config import Config
-from vidjax.data import load
+from vidjax.data import sources
 from vidjax.data.clips import Modality, select_modalities
 from vidjax.errors import UserError, suggest
 from vidjax.steps import state as state_lib
@@ -69,8 +69,8 @@ def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
       ValueError: a split or a modality that the data does not have.
       OSError: the folder of the data is absent, or has no features.
     """
-    options = load.DataOptions.of(config.data, generate=False)
-    names = load.names(config.data.name, options)
+    options = sources.DataOptions.of(config.data, generate=False)
+    names = sources.names(config.data.name, options)
     if names:
         _check_splits(config, names.splits, training=training)
     dims = names.modalities if names and names.modalities else dict.fromkeys(config.modalities, 0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vidjax import messages
-from vidjax.data.record_source import RecordSource
+from vidjax.data.frame_fields import RecordSource
 from vidjax.data.records.convert import convert
 from vidjax.data.records.engines import Beam, Pool
 from vidjax.data.records.report import format_report, label_records

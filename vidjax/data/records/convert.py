@@ -6,8 +6,7 @@ from typing import Any
 
 from vidjax import files
 from vidjax.data.cache import cache_folder, exclusive, mark_used
-from vidjax.data.frame_fields import NonFinite
-from vidjax.data.record_source import RecordSource
+from vidjax.data.frame_fields import NonFinite, RecordSource
 from vidjax.data.records.engines import ALL_CORES, Engine, check_engine
 from vidjax.data.records.manifest import VERSION, Records, load_records
 from vidjax.errors import UserError

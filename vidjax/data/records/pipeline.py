@@ -13,16 +13,15 @@ import numpy as np
 
 from vidjax.batch import Batch, Packed
 from vidjax.cluster.share import WHOLE, Share, own_places, own_rows
+from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import STORED, NonFinite
+from vidjax.data.frame_fields import STORED, NonFinite, Origin, RecordSource
 from vidjax.data.labels import Truth
-from vidjax.data.record_source import Origin, RecordSource
 from vidjax.data.records import padding
 from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
 from vidjax.data.records.reader import ShardReader
 from vidjax.data.records.report import digest_data, label_records
-from vidjax.data.usable import equal_quality, misspelt, transposed
 from vidjax.errors import UserError
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import NonFinite
-from vidjax.data.record_source import RecordSource
+from vidjax.data.frame_fields import NonFinite, RecordSource
 from vidjax.data.records.engines import ALONE, Engine, write_shards
 from vidjax.data.records.manifest import (
     VERSION,

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax import files
-from vidjax.data import arrays, draws, pickle_writer, synthetic
+from vidjax.data import arrays, synthetic
 from vidjax.data.cache import Digests, exclusive
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Quality
+from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.knobs import DEFAULT_KNOBS, Knobs
-from vidjax.data.record_source import Origin, RecordSource
+from vidjax.data.synthetic import CALIBRATED, SyntheticOptions
 from vidjax.errors import UserError, suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
@@ -41,7 +40,7 @@ class DataOptions(NamedTuple):
     seed: int = 0
     generate: bool = True
     quality: Quality = "given"
-    knobs: Knobs = DEFAULT_KNOBS
+    knobs: SyntheticOptions = CALIBRATED
 
     @property
     def digests(self) -> Digests:
@@ -58,13 +57,15 @@ class DataOptions(NamedTuple):
             data["seed"],
             generate,
             data["quality"],
-            knobs_of(data),
+            synthetic_options(data),
         )
 
 
-def knobs_of(data: Mapping[str, Any]) -> Knobs:
+def synthetic_options(data: Mapping[str, Any]) -> SyntheticOptions:
     """Returns the knobs in the section `data` of a configuration, possibly of another version."""
-    return Knobs(**{name: data[name] for name in Knobs._fields if name in data})
+    return SyntheticOptions(
+        **{name: data[name] for name in SyntheticOptions._fields if name in data}
+    )
 
 
 class NotGenerated(FileNotFoundError):
@@ -84,12 +85,9 @@ def open_synthetic(options: DataOptions) -> RecordSource:
             "files\nfor the synthetic dataset: --config.data.dir="
         )
     # The source code of the generator is its version: a change cannot be forgotten.
-    source = b"".join(
-        Path(str(module.__file__)).read_bytes() for module in (synthetic, draws, pickle_writer)
-    )
-    version = hashlib.sha256(source).hexdigest()[:12]
+    version = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:12]
     root = options.cache_dir / "synthetic"
-    turned = "".join(f"-{name}={value:g}" for name, value in _turned(options.knobs).items())
+    turned = "".join(f"-{name}={value:g}" for name, value in options.knobs.changed().items())
     folder = root / f"{options.size}-{options.seed}{turned}-{version}"
     if not folder.exists():
         if not options.generate:
@@ -99,7 +97,7 @@ def open_synthetic(options: DataOptions) -> RecordSource:
                 _LOG.info("making the synthetic dataset in %s", folder)
                 with files.atomic_folder(folder) as partial:
                     synthetic.write(
-                        partial, size=options.size, seed=options.seed, knobs=options.knobs
+                        partial, size=options.size, seed=options.seed, options=options.knobs
                     )
     return OfficialFiles(folder, digests=options.digests)
 
@@ -206,7 +204,7 @@ def load_dataset(
     seed: int = 0,
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
-    knobs: Knobs = DEFAULT_KNOBS,
+    knobs: SyntheticOptions = CALIBRATED,
 ) -> "Dataset":
     """Returns a dataset by name, generated and converted unless the cache has it.
 
@@ -250,15 +248,11 @@ def describe(data: Mapping[str, Any]) -> str:
     """
     name = data.get("name", "")
     if is_generated(name):
-        turned = "".join(f", {knob} {value:g}" for knob, value in _turned(knobs_of(data)).items())
+        turned = "".join(
+            f", {name} {value:g}" for name, value in synthetic_options(data).changed().items()
+        )
         return f"{name}, size {data.get('size')}, seed {data.get('seed')}{turned}"
     return name
-
-
-def _turned(knobs: Knobs) -> Mapping[str, float]:
-    """Returns the knobs that are not at their default."""
-    defaults = DEFAULT_KNOBS._asdict()
-    return {name: value for name, value in knobs._asdict().items() if value != defaults[name]}
 
 
 def _directory(options: DataOptions, content: str) -> Path:
