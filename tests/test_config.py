@@ -10,7 +10,7 @@ from tests.helpers import recorded_config
 from vidjax import config as config_lib
 from vidjax import config_io, fusion
 from vidjax.commands import docs
-from vidjax.data.synthetic import CALIBRATED, LARGEST
+from vidjax.data.synthetic import CALIBRATED
 from vidjax.errors import suggest
 from vidjax.main import main
 from vidjax.models import identifier
@@ -454,4 +454,3 @@ def test_the_options_of_the_synthetic_dataset_are_fields():
     defaults = dict(config_lib.fields(config_lib.default()))
     for name, value in CALIBRATED._asdict().items():
         assert defaults[f"data.{name}"] == value
-        assert config_lib.KNOBS[f"data.{name}"] == getattr(LARGEST, name)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from ml_collections import ConfigDict, config_dict
 
+from vidjax.data import synthetic
 from vidjax.errors import UserError, closest
 from vidjax.files import INTEGER_LIMIT
 
@@ -310,13 +311,8 @@ POSITIVE = (
     "loss.sampled_classes",
     "mesh.model",
 )
-# Knobs of the synthetic dataset, with their largest values.
-KNOBS: Mapping[str, float] = {
-    "data.wrong_clips": 1.0,
-    "data.blur": 4.0,
-    "data.label_noise": 1.0,
-    "data.train_distractors": 0.9,
-    "data.missing_rate": 1.0,
+KNOBS: Mapping[str, float] = {  # options of the synthetic dataset, with their largest values
+    f"data.{name}": largest for name, largest in synthetic.LARGEST._asdict().items()
 }
 NOT_NEGATIVE = (
     *KNOBS,
