@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
+from vidjax import api, config_io, ensemble, files, ranking
 from vidjax import config as config_lib
-from vidjax import config_io, ensemble, files, ranking
-from vidjax.commands import arguments
 from vidjax.data import iqiyi_vid
 from vidjax.evaluation import restore, run_data
 from vidjax.main import main
@@ -54,7 +53,7 @@ def finished(data, tmp_path_factory):
         info = {
             "map": step / 100,
             **restore.companion_digests(identities, training_sets),
-            "data": run_data.digests(config, arguments.load_data(config)),
+            "data": run_data.digests(config, api.load_data(config)),
             "config": config.to_dict(),
         }
         checkpoint.save(workdir, step, items, info)

@@ -13,7 +13,7 @@ import pytest
 from tests.campaigns import commands
 from vidjax import command_line, config_io
 from vidjax import config as config_lib
-from vidjax.commands import arguments
+from vidjax.commands import common
 from vidjax.main import main
 from vidjax.run import terminal
 from vidjax.training import rehearsal
@@ -90,7 +90,7 @@ def test_exhausted_memory_is_no_traceback(monkeypatch, capsys, error):
     def exhaust(*args):
         raise error
 
-    monkeypatch.setattr("vidjax.commands.arguments.for_display", exhaust)
+    monkeypatch.setattr("vidjax.commands.common.for_display", exhaust)
     assert main(["--mode=config"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) <= 3
@@ -102,7 +102,7 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
     def fail(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: nobody knows")
 
-    monkeypatch.setattr("vidjax.commands.arguments.for_display", fail)
+    monkeypatch.setattr("vidjax.commands.common.for_display", fail)
     assert main(["--mode=config"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -150,8 +150,8 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
         "        file.write('x')\n    return make(args)\n"
     )
     args = command_line.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = arguments.for_training(args)
-    arguments.rehearse(args, config)
+    config, _ = common.for_training(args)
+    common.rehearse(args, config)
     assert count.read_text() == "x"
 
 

@@ -13,8 +13,7 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import config_io, files, forget
-from vidjax.commands import rank
+from vidjax import config_io, files, forget, tables
 from vidjax.data import cache
 
 GONE = "Ada Lovelace"
@@ -156,7 +155,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
     gallery = vidjax.Gallery.create(tmp_path / "g", first, data)
     shown = [clip.vector for clip in gallery.people.clips.values() if clip.identity == GONE]
     pieces += [vector[:4].tobytes() for vector in shown]
-    rank.write(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
+    tables.write_ranking(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
     held = {path.relative_to(tmp_path).parts[0] for path, content in everything(tmp_path)
             if any(piece in content for piece in pieces)}  # fmt: skip
     assert held >= {"features", "cache", "g"}

@@ -12,7 +12,7 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries, small_runs
-from vidjax import files, ranking
+from vidjax import files, ranking, tables
 from vidjax.data.sources import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
@@ -131,7 +131,7 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
     assert "95 % confidence" in summary
 
     words = ("identify", folder, "--split=val", "--fpir=0.1", "--k=3")
-    for ending in answers_lib.FORMATS:
+    for ending in tables.ENDINGS:
         say(*words, f"--out={tmp_path / 'a'}{ending}")
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["clip"] for line in lines] == list(wanted)
@@ -338,7 +338,7 @@ MISTAKES = {
     "identify": "identify needs the folder of a gallery",
     "identify G": "identify needs clips: --input=PATH",
     "identify G --split=val --input=x": "and not both",
-    "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .jsonl, .tsv, .csv",
+    "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --identity=x": "identify does not read --identity; enrol, list",
     "identify G --split=val --fpri=0.1": "did you mean '--fpir'?",
     "identify G --split=val --min-probability=.5": "did you mean '--threshold'?",
@@ -410,11 +410,12 @@ def test_the_command_as_a_process(vidjax_command, folder):
     assert done.returncode == 0 and all(name in done.stdout for name in commands.COMMANDS)
 
 
-def test_no_name_is_a_formula():
+def test_no_name_is_a_formula(tmp_path):
     best = (("=cmd|' /C calc'!A0", 0.9), ("'quoted", 0.1))
     answer = Answer(best[0][0], 0.9, -0.1, best)
     for ending in (".tsv", ".csv"):
-        text = answers_lib.FORMATS[ending]({"+1": answer}).decode()
+        answers_lib.write(tmp_path / f"a{ending}", {"+1": answer})
+        text = (tmp_path / f"a{ending}").read_text()
         rows = list(csv.reader(io.StringIO(text), "excel-tab" if ending == ".tsv" else "excel"))
         assert rows[1][:2] == ["'+1", "'=cmd|' /C calc'!A0"] and rows[1][6] == "''quoted"
 

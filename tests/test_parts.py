@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.helpers import small_runs
 from tests.test_topk import full_sort
 from vidjax import config_io, files
-from vidjax.commands import evaluate, merge, shard
+from vidjax.commands import evaluate, parts
 from vidjax.data import subset
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.records import padding
@@ -24,7 +24,8 @@ from vidjax.data.sources import load_dataset
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard
-from vidjax.steps import exact_sums, parts
+from vidjax.steps import exact_sums
+from vidjax.steps import parts as tops_lib
 
 COUNTS = (1, 3, 7)
 TIMES = ("eval_seconds", "eval_date", "eval_clips_per_second")
@@ -68,7 +69,7 @@ def of(folder, *overrides):
 
 def make(run, data, shard_text, **options):
     folder, config = run
-    return shard.evaluate_part(config, folder, data, Shard.parse(shard_text), **options)
+    return parts.evaluate_part(config, folder, data, Shard.parse(shard_text), **options)
 
 
 def make_all(run, data, total, **options):
@@ -100,7 +101,7 @@ def check_parts(folder, tmp_path, data, *overrides, analyse=True, split="val"):
         for path in [*copy.glob("ranking*"), *copy.glob("analysis*")]:
             path.unlink()
         make_all((copy, config), data, total, num_devices=1)
-        merge.merge(config, copy, data, num_devices=1)
+        parts.merge(config, copy, data, num_devices=1)
         assert results_of(copy, split) == wanted, total
     assert (f"analysis{'' if split == 'val' else f'_{split}'}.npz" in wanted) == analyse
     return json.loads((whole / f"metrics{'' if split == 'val' else f'_{split}'}.json").read_text())
@@ -216,9 +217,9 @@ def test_lists_of_parts_join_to_those_of_all_clips():
             chosen = np.flatnonzero(owner == part)
             ranked = np.flatnonzero(np.isin(chosen, pool))  # by the part's own numbers
             top = full_sort(scores[chosen[ranked]], ranked, k)
-            tops.append(parts.renumber(top, chosen))
+            tops.append(tops_lib.renumber(top, chosen))
             assert tops[-1].index.shape == (num_identities, min(k, len(chosen)))
-        found = parts.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
+        found = tops_lib.join_tops([tops[i] for i in rng.permutation(len(tops))], num_identities, k)
         np.testing.assert_array_equal(found.index, wanted.index)
         assert found.scores.tobytes() == wanted.scores.tobytes()
         assert found.index.dtype == wanted.index.dtype
@@ -252,7 +253,7 @@ def test_parts_merge_to_the_bytes_of_the_whole(run, whole, data, total):
     folder, config = run
     for made in make_all(run, data, total):  # on eight devices
         assert not made.before
-    found = merge.merge(config, folder, data)
+    found = parts.merge(config, folder, data)
     assert results_of(folder) == whole
     assert found["eval_seconds"] > 0 and found["eval_clips_per_second"] > 0
 
@@ -278,12 +279,12 @@ def test_what_a_killed_process_leaves_is_no_part(run, data):
     (part / ".top.npz.123.partial").write_bytes(b"half")
     (part / "top.npz").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"of 3 parts: 2\n.*--mode=evaluate .*--shard=2/3"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     assert not make(run, data, "2/3").before
     assert {path.name for path in part.iterdir()} == {
         ".lock", "clips.npz", "top.npz", "manifest.json"
     }  # fmt: skip
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def test_two_processes_do_not_make_one_part(run, data):
@@ -300,17 +301,17 @@ def test_two_processes_do_not_make_one_part(run, data):
 def test_parts_of_another_number_are_not_joined(run, data):
     folder, config = run
     with pytest.raises(ValueError, match=r"no parts of val .*\n.*--shard=k/n"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     for text in ("1/3", "2/3", "3/4"):
         make(run, data, text)
     with pytest.raises(ValueError, match=r"of 3 parts: 3\n.*--shard=3/3"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     (folder / "parts" / "val" / "3-of-4").rename(folder / "parts" / "val" / "3-of-3")
     with pytest.raises(ValueError, match=r"part 3/3: .* is that of part 3/4 of val"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     with pytest.warns(UserWarning, match="made again: .*part 3/4 of val"):
         make(run, data, "3/3")
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def test_parts_of_another_evaluation_are_not_joined(run, data):
@@ -319,10 +320,10 @@ def test_parts_of_another_evaluation_are_not_joined(run, data):
     other = config_io.override(config, ["--config.eval.block_size=8"])
     words = ["--config.eval.block_size=8"]
     with pytest.raises(ValueError, match=r"eval.block_size: 16 -> 8\n.*=8 --shard=1/2"):
-        merge.merge(other, folder, data, overrides=words)
+        parts.merge(other, folder, data, overrides=words)
     assert not make((folder, other), data, "1/2").before
     with pytest.raises(ValueError, match=r"of 2 parts: 1; part 1/2: .*block_size"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     make(run, data, "1/2")
     manifest = folder / "parts" / "val" / "2-of-2" / "manifest.json"
     original = manifest.read_text()
@@ -333,9 +334,9 @@ def test_parts_of_another_evaluation_are_not_joined(run, data):
     ):
         rewrite(manifest, **{key: value})
         with pytest.raises(ValueError, match=f"part 2/2: .*{reason}"):
-            merge.merge(config, folder, data)
+            parts.merge(config, folder, data)
         manifest.write_text(original)
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def rewrite(path, **entries):
@@ -356,14 +357,14 @@ def test_damage_is_named_and_the_part_is_made_again(run, data, name):
         if bad is not None:
             path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"--shard=2/2") as caught:
-            merge.merge(config, folder, data)
+            parts.merge(config, folder, data)
         assert name == "manifest.json" or str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) <= 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make(run, data, "2/2")
     assert path.read_bytes() == good or name == "manifest.json"
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def test_arrays_of_a_stranger_are_refused(run, data):
@@ -394,10 +395,10 @@ def test_arrays_of_a_stranger_are_refused(run, data):
         with pytest.raises(
             ValueError, match=r"do not fit each other|not what it says|holds Python objects"
         ):
-            merge.merge(config, folder, data)
+            parts.merge(config, folder, data)
         for file, content in before.items():
             (part / file).write_bytes(content)
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def test_a_full_disk_leaves_no_part(mounted):
@@ -430,7 +431,7 @@ def test_links_are_not_followed(run, data, tmp_path):
     for path in (part, part.parent, part.parent.parent):
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
-        for act in (lambda: make(run, data, "1/1"), lambda: merge.merge(config, folder, data)):
+        for act in (lambda: make(run, data, "1/1"), lambda: parts.merge(config, folder, data)):
             with pytest.raises(ValueError, match="is a link, not a folder"):
                 act()
         path.unlink()
@@ -438,19 +439,19 @@ def test_links_are_not_followed(run, data, tmp_path):
     (part / "top.npz").rename(tmp_path / "top.npz")
     (part / "top.npz").symlink_to(tmp_path / "top.npz")
     with pytest.raises(ValueError, match=r"top\.npz' is a link"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
 
 
 def test_parts_without_what_a_report_shows_merge_without_one(run, data):
     folder, config = run
     make_all(run, data, 2)
     with pytest.warns(UserWarning, match=r"no report: .*eval.report=False"):
-        merge.merge(of(folder), folder, data)
+        parts.merge(of(folder), folder, data)
     assert not (folder / "analysis.npz").exists()
     made = make((folder, of(folder)), data, "1/2")
     assert not made.before and made.part.manifest["observed"]
     assert make(run, data, "1/2").before  # more than a ranking needs
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 def test_parts_of_other_versions_are_told(run, data):
@@ -460,9 +461,9 @@ def test_parts_of_other_versions_are_told(run, data):
     versions = json.loads(manifest.read_text())["versions"]
     rewrite(manifest, versions=versions | {"jax": "0.0.1"})
     with pytest.warns(UserWarning, match=r"different versions: jax .*0\.0\.1"):
-        merge.merge(config, folder, data)
+        parts.merge(config, folder, data)
     rewrite(manifest, versions=versions | {"device": "3 x cpu"})
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
 
 
 @pytest.mark.parametrize(
@@ -607,5 +608,5 @@ def test_processes_at_the_same_time_and_one_that_is_killed(run, whole, data, cac
     assert codes[:2] == [0, 0] and sorted(codes[2:]) in ([0, 0], [0, 2]), said
     if 2 in codes:
         assert "is in use by process" in said[codes.index(2)]
-    merge.merge(config, folder, data)
+    parts.merge(config, folder, data)
     assert results_of(folder) == whole

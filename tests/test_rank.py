@@ -17,8 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
-from vidjax import command_line, ranking
-from vidjax.commands import rank
+from vidjax import command_line, ranking, tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
 from vidjax.run import results as results_lib
@@ -119,13 +118,13 @@ def test_odd_names_and_scores_round_trip_through_every_format(tmp_path, suffix):
     }
     assert len(NAMES) > 200 and len(set(NAMES)) == len(NAMES)
     path = tmp_path / f"out{suffix}"
-    rank.write(path, ranked)
+    tables.write_ranking(path, ranked)
     found = read(path)
     assert [row[:3] for row in found] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in found] == scores * len(NAMES)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     before = path.read_bytes()
-    for write in (lambda: rank.check_out(path), lambda: rank.write(path, {})):
+    for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         with pytest.raises(ValueError, match="name another file, or delete it"):
             write()
     assert path.read_bytes() == before
@@ -138,11 +137,11 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "out.tsv"
-    rank.write(path, {"Ada": [("a", 1.0)]})
+    tables.write_ranking(path, {"Ada": [("a", 1.0)]})
     before = path.read_bytes()
     assert read(path) == [("Ada", 1, "a", 1.0)]
     with pytest.raises(ValueError, match="name another file, or delete it"):
-        rank.write(path, {})
+        tables.write_ranking(path, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -158,7 +157,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         "out.parquet": r"pip install 'vidjax\[parquet\]', or end the name in",
     }.items():
         with pytest.raises(ValueError, match=remedy):
-            rank.check_out(tmp_path / name)
+            tables.check_new(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +301,7 @@ def test_ten_thousand_clips_take_seconds(run_dir, tmp_path):
     run = vidjax.restore(run_dir, num_devices=1)
     began = time.process_time()
     found = run.rank(load_clips(table, run.modalities, run.identities))
-    rank.write(tmp_path / "out.tsv", found)
+    tables.write_ranking(tmp_path / "out.tsv", found)
     assert time.process_time() - began < 8.0
     assert found == run.rank(clips)
 

@@ -23,7 +23,7 @@ from tests.campaigns import commands as command_campaign
 from tests.campaigns import kills, mutations, numbers, processes, same_bytes, surroundings
 from vidjax import command_line, fusion, main, ranking
 from vidjax import config as config_lib
-from vidjax.commands import arguments
+from vidjax.commands import common
 from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.gallery import commands as commands_of_galleries
 from vidjax.models import identifier
@@ -241,7 +241,7 @@ def test_every_command_runs(cache_dir, tmp_path, monkeypatch, capsys):
         if words == ["--config=configs/mine.py"]:
             continue  # above
         if "--mode=" not in " ".join(words) and module == "vidjax.main":
-            _, workdir = arguments.for_training(command_line.parse(words))
+            _, workdir = common.for_training(command_line.parse(words))
             words.append(f"--workdir={workdir}")  # what follows would change the default
             words += CLOSED_FORM if "plda" in words[0] else SHORT
             words += SMALL if "mma.py:iqiyi_vid" in words[0] else ()

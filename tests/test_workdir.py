@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from vidjax import ensemble, files, ranking
-from vidjax.commands import rank
+from vidjax import ensemble, files, ranking, tables
 from vidjax.run import results, signals
 from vidjax.run.logs import keep_until
 
@@ -46,7 +45,7 @@ def test_processes_of_one_number_do_not_meet(tmp_path):
         for turn in range(30):
             files.make_folder(tmp_path)
             files.write_text(tmp_path / "x.txt", f"{number} " * 4000)
-            rank.write(tmp_path / f"{number}-{turn}.tsv", {f"{number}": [("a", 1.0)]})
+            tables.write_ranking(tmp_path / f"{number}-{turn}.tsv", {f"{number}": [("a", 1.0)]})
         return (tmp_path / "x.txt").read_text().split()
 
     with concurrent.futures.ThreadPoolExecutor(6) as threads:

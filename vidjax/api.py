@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ml_collections import ConfigDict
 
-from vidjax import config_io
+from vidjax import config_io, files, messages
 from vidjax.config import Config
-from vidjax.errors import ArgumentError, UserError, check_argument
+from vidjax.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
@@ -35,10 +35,28 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     """
     check_argument("load_config: spec", spec, (str, Path), "a name such as 'mma', or a file")
     if Path(spec).name != "config.json":
-        return config_io.override(config_io.load_file(str(spec)), overrides)
-    from vidjax.commands import arguments
+        config = config_io.load_file(str(spec))
+    else:
+        config = run_config(Path(spec).expanduser().absolute().parent)
+    return config_io.override(config, overrides)
 
-    return config_io.override(arguments.experiment(str(spec)), overrides)
+
+def run_config(workdir: Path) -> Config:
+    """Returns the configuration of the run in a folder.
+
+    Raises:
+      ValueError: no run there, or a damaged one; the error says how to make one.
+    """
+    try:
+        return config_io.load_workdir(workdir)
+    except ValueError as error:
+        if files.exists(workdir / "config.json"):
+            raise
+        runs = [messages.shown(path.parent) for path in sorted(workdir.glob("*/config.json"))]
+        hint = f"train one: {messages.PROGRAM} --config=FILE --workdir={messages.shown(workdir)}"
+        if runs:
+            hint = f"it contains runs, name one: {', '.join(runs[:3])}"
+        raise UserError(f"{error}\n{hint}") from error
 
 
 def load_data(
@@ -74,9 +92,8 @@ def load_data(
     """
     paths = (str, os.PathLike, type(None))
     check_argument("load_data: cache_dir", cache_dir, paths, "the path of a folder")
-    from vidjax.commands import arguments
     from vidjax.data import arrays, iqiyi_vid
-    from vidjax.data.sources import load_dataset
+    from vidjax.data.sources import load_dataset, synthetic_options
 
     if isinstance(source, str | Path):
         folder = Path(source).expanduser()
@@ -109,7 +126,26 @@ def load_data(
     ):
         if value != default:
             raise UserError(f"{name}: a configuration decides it\nset config.data.{field} instead")
-    return arguments.load_data(source)
+    cache = Path(source.data.cache_dir or files.default_cache_dir()).expanduser().absolute()
+    try:
+        return load_dataset(
+            source.data.name,
+            directory=source.data.dir,
+            cache_dir=cache,
+            size=source.data.size,
+            seed=source.data.seed,
+            non_finite=source.data.non_finite,
+            quality=source.data.quality,
+            knobs=synthetic_options(source.data),
+        )
+    except OSError as error:
+        place = Path(error.filename).absolute() if error.filename else None
+        if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
+            raise
+        raise DiskError(
+            f"cannot write the cache '{cache}': {error.strerror}\n"
+            "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
+        ) from error
 
 
 def train(

@@ -12,7 +12,7 @@ from vidjax import config_io
 from vidjax.cluster import share
 from vidjax.config import SYNONYMS, closest_field
 from vidjax.errors import UserError, closest, suggest
-from vidjax.messages import Parser
+from vidjax.messages import PROGRAM, Parser
 
 if TYPE_CHECKING:
     from vidjax.run.parts import Shard
@@ -70,7 +70,6 @@ ELSEWHERE = {
     "force": "another --workdir: a run is never overwritten",
     "overwrite": "another --workdir: a run is never overwritten",
 }
-PROGRAM = "python -m vidjax.main"
 
 MODES = {
     "train": "trains a system, evaluates it, writes a report; needs --config",

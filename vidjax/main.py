@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vidjax import machine, messages
+from vidjax import api, machine, messages, tables
 
 if TYPE_CHECKING:
     from vidjax.command_line import Arguments
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _together(args: "Arguments", words: Sequence[str]) -> int:
     """Runs a command in one of several processes; the first one speaks for all."""
     from vidjax.cluster import chatter, join, processes
-    from vidjax.commands import arguments
+    from vidjax.commands import common
     from vidjax.run.signals import Interrupted
 
     group: join.Group | None = None
@@ -93,7 +93,7 @@ def _together(args: "Arguments", words: Sequence[str]) -> int:
         return code
 
     # A mistake in the words is told before the others are waited for.
-    (arguments.for_training if args.mode == "train" else arguments.for_evaluation)(args)
+    (common.for_training if args.mode == "train" else common.for_evaluation)(args)
     _end_on_signals(tell_of_signal)
     code = messages.guarded(command, words)
     if code:  # jax would wait until the others end, too
@@ -104,14 +104,14 @@ def _together(args: "Arguments", words: Sequence[str]) -> int:
 
 
 def _train(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
     from vidjax.training import together
 
     began = time.monotonic()
-    config, path = arguments.for_training(args)
+    config, path = common.for_training(args)
     together.check_command(args, config)
     if not (path / "config.json").exists():  # before there is a folder, or data are read
-        arguments.rehearse(args, config)
+        common.rehearse(args, config)
         _set_up_devices(config)
     with _locked_folder(path) as workdir:
         from vidjax.cluster import processes
@@ -122,7 +122,7 @@ def _train(args: "Arguments") -> int:
         finished_before = results is not None
         if results is None:
             _set_up_devices(config)
-        data = arguments.load_data(config)
+        data = api.load_data(config)
         together.check_data(data)
         if results is not None:
             run_data.check_finished(workdir, results, config, data)
@@ -147,26 +147,26 @@ def _lacks_report(config: "Config", workdir: Path) -> bool:
 
 
 def _evaluate(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
     from vidjax.config_io import override_names
     from vidjax.training import together
 
     if args.shard:
         return _evaluate_part(args, args.shard)
     began = time.monotonic()
-    config, path = arguments.for_evaluation(args)
+    config, path = common.for_evaluation(args)
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
-        arguments.rehearse(args, config)
+        common.rehearse(args, config)
     with _locked_folder(path) as workdir:
         from vidjax.commands import blend, evaluate
 
         _set_up_devices(config)
         if config.join.runs:
-            results = blend.blend_runs(config, workdir, arguments.load_data)
+            results = blend.blend_runs(config, workdir, api.load_data)
         else:
             evaluate.check_folder(config, workdir, override_names(args.overrides))
-            data = arguments.load_data(config)
+            data = api.load_data(config)
             together.check_data(data)
             results = evaluate.evaluate(config, workdir, data, analyse=config.eval.report)
     _summarise(args, config, workdir, results, time.monotonic() - began)
@@ -174,21 +174,21 @@ def _evaluate(args: "Arguments") -> int:
 
 
 def _evaluate_part(args: "Arguments", which: "Shard") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
     from vidjax.config_io import override_names
 
     began = time.monotonic()
-    config, path = arguments.for_evaluation(args)
+    config, path = common.for_evaluation(args)
     if args.overrides:
-        arguments.rehearse(args, config)
+        common.rehearse(args, config)
     _end_on_signals()
-    from vidjax.commands import evaluate, shard, summary
+    from vidjax.commands import common, evaluate, parts
 
     workdir = path.absolute()
     _set_up_devices(config)
     evaluate.check_folder(config, workdir, override_names(args.overrides))
-    made = shard.evaluate_part(config, workdir, arguments.load_data(config), which)
-    rows = summary.part_rows(workdir, made.part, time.monotonic() - began)
+    made = parts.evaluate_part(config, workdir, api.load_data(config), which)
+    rows = common.part_rows(workdir, made.part, time.monotonic() - began)
     heading = args.mode + (": finished before, nothing was scored now" if made.before else "")
     text = "\n".join([heading, *(f"  {name:10}  {value}" for name, value in rows.items())])
     content = {"workdir": str(workdir), "part": str(made.part.folder), "shard": str(which)}
@@ -198,28 +198,28 @@ def _evaluate_part(args: "Arguments", which: "Shard") -> int:
 
 
 def _merge(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
     from vidjax.config_io import override_names
 
     began = time.monotonic()
-    config, path = arguments.for_evaluation(args)
+    config, path = common.for_evaluation(args)
     if args.overrides:
-        arguments.rehearse(args, config)
+        common.rehearse(args, config)
     with _locked_folder(path) as workdir:
-        from vidjax.commands import evaluate, merge
+        from vidjax.commands import evaluate, parts
 
         _set_up_devices(config)
         evaluate.check_folder(config, workdir, override_names(args.overrides))
-        data = arguments.load_data(config)
-        results = merge.merge(config, workdir, data, overrides=args.overrides)
+        data = api.load_data(config)
+        results = parts.merge(config, workdir, data, overrides=args.overrides)
     _summarise(args, config, workdir, results, time.monotonic() - began)
     return 0
 
 
 def _report(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
 
-    workdir = arguments.for_report(args)
+    workdir = common.for_report(args)
     from vidjax.report import run_page
 
     page = run_page.write(workdir)
@@ -228,21 +228,20 @@ def _report(args: "Arguments") -> int:
 
 
 def _config(args: "Arguments") -> int:
-    from vidjax.commands import arguments, show_config
+    from vidjax.commands import common
+    from vidjax.commands import config as config_command
 
-    config, file = arguments.for_display(args)
-    rows = list(show_config.rows(config, args.overrides, file))
-    _tell(args, show_config.text(rows), {"fields": show_config.as_json(rows)})
+    config, file = common.for_display(args)
+    rows = list(config_command.rows(config, args.overrides, file))
+    _tell(args, config_command.text(rows), {"fields": config_command.as_json(rows)})
     return 0
 
 
 def _rank(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
 
-    options = arguments.for_ranking(args)
-    from vidjax.commands import rank
-
-    rank.check_out(options.out)  # before what takes seconds
+    options = common.for_ranking(args)
+    tables.check_new(options.out)  # before what takes seconds
     from vidjax import predict
     from vidjax.data.memory import load_clips
     from vidjax.run import terminal
@@ -257,11 +256,11 @@ def _rank(args: "Arguments") -> int:
     )
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label="rank", leave=False, compiles=True)
-    rank.write(options.out, run.rank(clips, advance=progress.advance))
+    tables.write_ranking(options.out, run.rank(clips, advance=progress.advance))
     progress.close()
     timed, numbers = terminal.timing(began, size)
     rows = {"clips": f"{size:,}", "identities": f"{len(run.identities):,}", **dict(timed)}
-    rows["ranking"] = arguments.shown(options.out)
+    rows["ranking"] = messages.shown(options.out)
     text = "\n".join(["rank", *(f"  {name:10}  {value}" for name, value in rows.items())])
     content = {"workdir": str(run.workdir), "ranking": str(options.out.absolute())}
     counts = {"num_clips": size, "num_identities": len(run.identities)}
@@ -270,15 +269,15 @@ def _rank(args: "Arguments") -> int:
 
 
 def _compare(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
 
-    comparison = arguments.for_comparison(args)
+    comparison = common.for_comparison(args)
     from vidjax.commands import compare
     from vidjax.run import workdir as workdir_lib
 
     def load(config: "Config") -> "TrainingData":
         config.data.cache_dir = comparison.cache_dir or config.data.cache_dir
-        return arguments.load_data(config)
+        return api.load_data(config)
 
     with workdir_lib.locked(comparison.workdir) as workdir:
         table, numbers = compare.compare(
@@ -288,20 +287,20 @@ def _compare(args: "Arguments") -> int:
             split=comparison.split,
             directory=comparison.directory,
         )
-    page = f"{arguments.shown(workdir)}/comparison.html"
+    page = f"{messages.shown(workdir)}/comparison.html"
     content = {"comparison": page, "table": table, **numbers}
     _tell(args, f"{table}\ncomparison: {page}, .md, .csv", content)
     return 0
 
 
 def _check(args: "Arguments") -> int:
-    from vidjax.commands import arguments
+    from vidjax.commands import common
 
     checked = _checked_gallery(args)
-    config, workdir = (None, checked) if checked else arguments.for_check(args)
+    config, workdir = (None, checked) if checked else common.for_check(args)
     # An accelerator may be at work on the run that is checked.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.commands import check
+    from vidjax.commands import findings
 
     subject = str(workdir or args.config or "the environment")
     lines = not (args.quiet or args.json)
@@ -309,25 +308,25 @@ def _check(args: "Arguments") -> int:
         messages.say(f"check: {subject}")
     items = []
     if checked:
-        from vidjax.gallery.check import check_gallery
+        from vidjax.commands.findings import check_gallery
 
-        found = (*check.check(None, None), *check_gallery(checked))
+        found = (*findings.check(None, None), *check_gallery(checked))
     else:
-        found = check.check(config, workdir)
+        found = findings.check(config, workdir)
     for item in found:  # print each line at once: reading data takes time
         items.append(item)
-        if lines or (args.quiet and not args.json and item.state != check.OK):
+        if lines or (args.quiet and not args.json and item.state != findings.OK):
             messages.say(f"  {item.state:7}  {item.text}")
     content = {"check": subject, "findings": [item._asdict() for item in items]}
-    _tell(args, check.verdict(items), {**content, "verdict": check.verdict(items)})
-    return check.exit_code(items)
+    _tell(args, findings.verdict(items), {**content, "verdict": findings.verdict(items)})
+    return findings.exit_code(items)
 
 
 def _checked_gallery(args: "Arguments") -> Path | None:
     """Returns the folder to check if it is that of a gallery."""
     if not args.workdir or args.config or args.runs is not None:
         return None
-    from vidjax.gallery.check import is_gallery
+    from vidjax.commands.findings import is_gallery
 
     folder = Path(args.workdir).expanduser().absolute()
     return folder if is_gallery(folder) else None
@@ -384,14 +383,14 @@ def _summarise(
     finished_before: bool = False,
 ) -> None:
     """Prints the scores of a run and the files to look at."""
-    from vidjax.commands import summary
+    from vidjax.commands import common
 
-    rows = summary.rows(config, workdir, results, seconds)
+    rows = common.rows(config, workdir, results, seconds)
     heading = args.mode
     if finished_before:
         heading += ": finished before, nothing was trained now"
     text = "\n".join([heading, *(f"  {name:10}  {value}" for name, value in rows.items())])
-    content = {"workdir": str(workdir), **summary.files(config, workdir)}
+    content = {"workdir": str(workdir), **common.result_files(config, workdir)}
     content |= {"finished_before": finished_before, "metrics": dict(results)}
     _tell(args, text, content)
 
@@ -406,9 +405,9 @@ def _tell(args: "Arguments", text: str, content: Mapping[str, Any]) -> None:
     if not args.json:
         messages.say(text)
         return
-    from vidjax.commands import summary
+    from vidjax.commands import common
 
-    messages.say(summary.to_json({"mode": args.mode, **content}))
+    messages.say(common.to_json({"mode": args.mode, **content}))
 
 
 if __name__ == "__main__":

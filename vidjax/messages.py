@@ -15,10 +15,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from vidjax.errors import Expected, UserError, of_the_system, printable
 
+PROGRAM = "python -m vidjax.main"
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
 
@@ -114,6 +116,12 @@ def complain(text: str) -> None:
     """Prints at most three lines of an error or a warning."""
     lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
     _print("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
+
+
+def shown(path: Path) -> str:
+    """Returns a path as short as it can be written from the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _print(text: str, stream: TextIO) -> None:

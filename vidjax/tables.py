@@ -1,25 +1,108 @@
-"""Tables as text: the one writer of .csv and .tsv.
+"""Files of tables that a user names: a new one each, whole or not at all.
 
-A text that a spreadsheet would take for a formula has a `'` before it, and so has one that begins
-with `'`: who reads a table in a program drops one `'` at the beginning of a text.
+The ending of the name decides the format:
+
+    .tsv, .csv  a line per row, below the names of the columns
+    .jsonl      an object per line, as who writes it says
+    .parquet    the columns of .tsv; needs pyarrow
+
+In .tsv and .csv a text that a spreadsheet would take for a formula has a `'` before it, and so has
+one that begins with `'`: who reads a table in a program drops one `'` at the beginning of a text.
 """
 
 import csv
+import importlib.util
 import io
-from collections.abc import Iterable
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from vidjax import files
+from vidjax.errors import UserError
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")  # a spreadsheet runs what begins so, but for '
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -> str:
-    """Returns rows as text, quoted as Excel does.
+def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
+    """Checks that a table can be written to a new file, before anything that takes seconds.
+
+    Raises:
+      ValueError: another ending, a file that exists, no folder, or no pyarrow for a parquet table.
+    """
+    if path.suffix not in endings:
+        raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
+    if os.path.lexists(path):
+        raise UserError(_exists(path))
+    if not path.parent.is_dir():
+        raise UserError(f"--out={path}: there is no folder '{path.parent}': make it first")
+    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(
+            f"--out={path}: the package pyarrow writes parquet, and is not installed\n"
+            "pip install 'vidjax[parquet]', or end the name in .tsv or .jsonl"
+        )
+
+
+def write(
+    path: Path,
+    columns: Mapping[str, str],
+    rows: Iterable[Sequence[object]],
+    objects: Iterable[Mapping[str, object]],
+) -> None:
+    """Writes a new file in the format that its ending names.
 
     Args:
-      rows: the head and the lines; None is an empty cell.
-      ending: `.csv`, separated by commas, or `.tsv`, by tabs.
+      path: the file.
+      columns: name -> type in Apache Arrow, such as `float32`.
+      rows: a cell per column each; None is an empty cell.
+      objects: what .jsonl holds in place of the rows.
+
+    Raises:
+      ValueError: the file exists by now.
+      OSError: the file cannot be written.
     """
+    if path.suffix == ".jsonl":
+        lines = (json.dumps(one, ensure_ascii=False) for one in objects)
+        content = "".join(f"{line}\n" for line in lines).encode()
+    elif path.suffix == ".parquet":
+        content = _to_parquet(columns, list(rows))
+    else:
+        content = to_text([columns, *rows], ".tsv" if path.suffix == ".tsv" else ".csv").encode()
+    write_new(path, content)
+
+
+def write_ranking(path: Path, ranking: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+    """Writes a ranking, identity -> (clip, score), best first, to a new file.
+
+    A row is a clip of a list; an object, {"identity": ..., "clips": [{"clip": ..., "score": ...}]}.
+    Scores have all digits of float32; that of a clip without a usable frame is -inf, or null.
+    """
+    columns = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
+    rows = (
+        (identity, rank, clip, np.float32(score))
+        for identity, clips in ranking.items()
+        for rank, (clip, score) in enumerate(clips, 1)
+    )
+    objects = (
+        {"identity": identity, "clips": [{"clip": c, "score": _digits(x)} for c, x in clips]}
+        for identity, clips in ranking.items()
+    )
+    write(path, columns, rows, objects)
+
+
+def _digits(score: float) -> float | None:
+    return float(str(np.float32(score))) if math.isfinite(score) else None
+
+
+def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -> str:
+    """Returns rows as text, quoted as Excel does; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=SEPARATORS[ending], lineterminator="\n")
     writer.writerows([_guarded(cell) for cell in row] for row in rows)
@@ -27,5 +110,39 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
 
 
 def _guarded(cell: object) -> object:
-    """Returns a cell; a text that begins like a formula with `'` before it."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(GUARDED) else cell
+
+
+def _to_parquet(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    arrays = [
+        pyarrow.array([row[i] for row in rows], getattr(pyarrow, kind)())
+        for i, kind in enumerate(columns.values())
+    ]
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(arrays, list(columns)), content)
+    return content.getvalue()
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a new file, whole or not at all; never replaces one. Errors are those of `write`."""
+    partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
+    files.write_bytes(partial, content)
+    try:
+        try:
+            os.link(partial, path)  # a renaming would replace what is there
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links, as mounted cloud drives are
+            path.touch(exist_ok=False)
+            os.replace(partial, path)
+    except FileExistsError:
+        raise UserError(_exists(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> str:
+    return f"--out={path}: exists and is not overwritten: name another file, or delete it"

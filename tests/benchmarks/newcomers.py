@@ -28,8 +28,8 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import config_io, fusion, metrics
+from vidjax.api import load_data
 from vidjax.batch import Array, Frames
-from vidjax.commands.arguments import load_data
 from vidjax.data.clips import TrainingData
 from vidjax.gallery.gallery import Gallery, People, fit_front
 from vidjax.gallery.store import Clip, Origin

@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.collect or args.time):
         args.folder.mkdir(parents=True, exist_ok=True)
         train(args.folder.absolute(), args.real, only)
-    from vidjax.commands.arguments import load_data
+    from vidjax.api import load_data
 
     datasets: dict[str, Any] = {}
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from vidjax import metrics, predict
-from vidjax.commands.arguments import load_data
+from vidjax.api import load_data
 from vidjax.gallery import calibration
 from vidjax.gallery.gallery import Gallery
 

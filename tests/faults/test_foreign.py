@@ -21,13 +21,13 @@ from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
 from vidjax import command_line, config_io, devices, ensemble, errors, files, main
 from vidjax import config as config_lib
-from vidjax.commands import arguments, check, evaluate
+from vidjax.commands import common, evaluate, findings
 from vidjax.data import arrays
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, parts, results, resume
 
-IMPORTED = (codec, check, evaluate)  # so that a test measures the reading alone
+IMPORTED = (codec, findings, evaluate)  # so that a test measures the reading alone
 GB = 1 << 30
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "data_report.json", "analysis.npz")
 # The files that a mode reads of a folder without checkpoints.
@@ -458,7 +458,7 @@ def test_thousands_of_wrong_parts_are_told_once(tmp_path, capsys):
         folder = tmp_path / "parts" / "val" / f"{number}-of-300"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}" if number % 2 else "{")
-    found = list(check.check_run(config_lib.default(), tmp_path))
+    found = list(findings.check_run(config_lib.default(), tmp_path))
     told = [text for items in found for _, text in items if "parts/val" in text]
     assert len(told) == 1 and "1-of-300" in told[0] and "299 more" in told[0]
 
@@ -605,10 +605,10 @@ def test_no_folder_names_a_cache(tmp_path):
     theirs = write_config(tmp_path / "theirs", cache)
     for mode in ("evaluate", "check"):
         args = command_line.parse([f"--mode={mode}", f"--workdir={theirs}"])
-        config = {"evaluate": arguments.for_evaluation, "check": arguments.for_check}[mode](args)[0]
+        config = {"evaluate": common.for_evaluation, "check": common.for_check}[mode](args)[0]
         assert config is not None and config.data.cache_dir is None
     given = command_line.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
-    assert arguments.for_evaluation(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    assert common.for_evaluation(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
     resume.write_config(theirs, config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 

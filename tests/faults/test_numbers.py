@@ -14,7 +14,7 @@ from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax import config as config_lib
 from vidjax import config_io, optim
-from vidjax.commands import check
+from vidjax.commands import findings
 from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data import labels as labels_lib
 from vidjax.data.checks import misspelt, unusable
@@ -107,7 +107,7 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(
         plan.make_plan(config, data)
     config_lib.check(config)
     assert plan.make_plan(make_config(), data).task.modalities == {"face": DIM}
-    faults = [text for state, text in check._data(config) if state == "FAULT"]
+    faults = [text for state, text in findings._data(config) if state == "FAULT"]
     assert len(faults) == 1 and f"head: {message}" in faults[0]
     assert "config.modalities" in faults[0]
 

@@ -16,7 +16,6 @@ from vidjax import config_io, devices, files, metrics
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.batch import Array, Batch
-from vidjax.command_line import PROGRAM
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
 from vidjax.errors import UserError, suggest
@@ -24,6 +23,7 @@ from vidjax.evaluation import run_data
 from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.evaluation.restore import find_run, fit_data, make_model
 from vidjax.evaluation.scoring import score
+from vidjax.messages import PROGRAM
 from vidjax.run import results as results_lib
 from vidjax.run import resume
 from vidjax.run.terminal import say

@@ -1,23 +1,15 @@
-"""Answers of a gallery as a table for the eye, or as a file.
+"""Answers of a gallery as a table for the eye, or as a file, see `vidjax.tables`.
 
-The ending of the file's name decides its format:
-
-    .jsonl      an object per clip: {"clip", "identity", "probability", "score", "best": [...]}
-    .tsv, .csv  a line per clip: clip, identity, probability, score, best_1, probability_1, ...;
-                see `vidjax.tables`
-    .parquet    the columns of .tsv; needs pyarrow
-
-Where a clip is unknown, its identity is null in .jsonl and .parquet, and empty in .tsv and .csv.
-The score is the logarithm of the probability; a clip without a usable frame has -inf, null in
-.jsonl.
+A line of .tsv or .csv is a clip: clip, identity, probability, score, best_1, probability_1, ... A
+line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. The identity of an
+unknown clip is null, an empty cell. The score is the logarithm of the probability; that of a
+clip without a usable frame is -inf, null in .jsonl.
 """
 
-import functools
-import io
-import json
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from vidjax import tables
 from vidjax.gallery.calibration import Rule, Threshold
@@ -67,26 +59,20 @@ def describe(found: Threshold) -> list[tuple[str, str]]:
     ]
 
 
-def _columns(answers: Answers) -> dict[str, list[object]]:
-    """Returns column -> a value for every clip."""
+def write(path: Path, answers: Answers) -> None:
+    """Writes answers to a new file, see `vidjax.tables.write`."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
-    columns: dict[str, list[object]] = {
-        "clip": list(answers),
-        "identity": [answer.identity for answer in answers.values()],
-        "probability": [answer.probability for answer in answers.values()],
-        "score": [answer.score for answer in answers.values()],
-    }
-    for place in range(most):
-        bests = [one.best[place] if place < len(one.best) else None for one in answers.values()]
-        columns[f"best_{place + 1}"] = [best and best[0] for best in bests]
-        columns[f"probability_{place + 1}"] = [best and best[1] for best in bests]
-    return columns
+    columns = {"clip": "string", "identity": "string", "probability": "float64", "score": "float64"}
+    for place in range(1, most + 1):
+        columns |= {f"best_{place}": "string", f"probability_{place}": "float64"}
+    tables.write(path, columns, _rows(answers, most), itertools.starmap(as_json, answers.items()))
 
 
-def to_table(ending: Literal[".csv", ".tsv"], answers: Answers) -> bytes:
-    """Returns answers as a table of commas or of tabs."""
-    columns = _columns(answers)
-    return tables.to_text([columns, *zip(*columns.values(), strict=True)], ending).encode()
+def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
+    for clip, answer in answers.items():
+        best = [cell for pair in answer.best for cell in pair]
+        empty = [None] * (2 * most - len(best))
+        yield clip, answer.identity, answer.probability, answer.score, *best, *empty
 
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
@@ -98,31 +84,3 @@ def as_json(clip: str, answer: Answer) -> dict[str, object]:
         "score": answer.score if math.isfinite(answer.score) else None,
         "best": [{"identity": name, "probability": p} for name, p in answer.best],
     }
-
-
-def to_jsonl(answers: Answers) -> bytes:
-    """Returns answers as lines of JSON, one per clip."""
-    lines = (json.dumps(as_json(*pair), ensure_ascii=False) for pair in answers.items())
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def to_parquet(answers: Answers) -> bytes:
-    """Returns answers as a parquet table."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = _columns(answers)
-    named = ("clip", "identity", "best")
-    kinds = [pyarrow.string() if n.startswith(named) else pyarrow.float64() for n in columns]
-    arrays = [pyarrow.array(x, kind) for x, kind in zip(columns.values(), kinds, strict=True)]
-    content = io.BytesIO()
-    parquet.write_table(pyarrow.table(arrays, list(columns)), content)
-    return content.getvalue()
-
-
-FORMATS: Mapping[str, Callable[[Answers], bytes]] = {
-    ".jsonl": to_jsonl,
-    ".tsv": functools.partial(to_table, ".tsv"),
-    ".csv": functools.partial(to_table, ".csv"),
-    ".parquet": to_parquet,
-}

@@ -314,7 +314,7 @@ def _config_of(config: "Config", overrides: Words) -> "Config":
 
 def _create(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax import predict
-    from vidjax.commands.arguments import load_data, run_config
+    from vidjax.api import load_data, run_config
     from vidjax.gallery.gallery import Gallery
 
     run_config(Path(args.run).expanduser())  # says where there is none
@@ -337,7 +337,7 @@ def _clips(
     args: argparse.Namespace, overrides: Words, gallery: "Gallery"
 ) -> "MemoryClips | TrainingData":
     """Returns the clips of a command."""
-    from vidjax.commands.arguments import load_data
+    from vidjax.api import load_data
     from vidjax.data.memory import load_clips
 
     run = gallery.run
@@ -383,13 +383,13 @@ def _enrol(args: argparse.Namespace, overrides: Words) -> None:
 
 
 def _identify(args: argparse.Namespace, overrides: Words) -> None:
-    from vidjax.commands import rank
+    from vidjax import tables
     from vidjax.gallery import answers as answers_lib
     from vidjax.run import terminal
 
     out = Path(args.out).expanduser() if args.out else None
     if out:
-        rank.check_out(out, tuple(answers_lib.FORMATS))
+        tables.check_new(out)
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
     clips = _clips(args, overrides, gallery)
@@ -409,7 +409,7 @@ def _identify(args: argparse.Namespace, overrides: Words) -> None:
     content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
     content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
     if out:
-        rank.write_new(out, answers_lib.FORMATS[out.suffix](found))
+        answers_lib.write(out, found)
         _tell(args, [*rows, ("answers", str(out))], content | {"answers": str(out)})
     elif args.json:
         listed = [answers_lib.as_json(*pair) for pair in found.items()]
@@ -420,13 +420,12 @@ def _identify(args: argparse.Namespace, overrides: Words) -> None:
 
 
 def _rank(args: argparse.Namespace, overrides: Words) -> None:
-    from vidjax import ranking
-    from vidjax.commands import rank
+    from vidjax import ranking, tables
     from vidjax.gallery import answers as answers_lib
     from vidjax.run import terminal
 
     out = Path(args.out).expanduser()
-    rank.check_out(out, (".txt", *rank.FORMATS))
+    tables.check_new(out, (".txt", *tables.ENDINGS))
     gallery = _opened(args)
     chosen = args.fpir is not None or args.threshold is not None
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
@@ -439,9 +438,9 @@ def _rank(args: argparse.Namespace, overrides: Words) -> None:
     timed = terminal.timing(began, len(ranked.clips))
     if out.suffix == ".txt":
         text = ranking.to_text(out, ranked.identities, ranked.clips, ranked.top)
-        rank.write_new(out, text.encode())
+        tables.write_new(out, text.encode())
     else:
-        rank.write(out, ranked.lists())
+        tables.write_ranking(out, ranked.lists())
     rows = [*_counts(gallery.people)[0][:2], ("clips", f"{len(ranked.clips):,}")]
     rows += [*(answers_lib.describe_rule(rule) if rule else []), *timed[0]]
     content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from vidjax import files, predict
-from vidjax.commands.arguments import load_data
+from vidjax.api import load_data
 from vidjax.data.clips import TrainingData
 from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import check_identity, check_name, show

@@ -1,17 +1,22 @@
 """What the words of a command mean to each mode: its configuration, its folders, its data."""
 
 import copy
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
+from vidjax import api, config_io, files, messages, metrics
 from vidjax import config as config_lib
-from vidjax import config_io, files
-from vidjax.command_line import PROGRAM, Arguments
+from vidjax.command_line import Arguments
 from vidjax.config import Config, out_of_range
 from vidjax.config_io import folder_suffix, override_names
-from vidjax.data.clips import TrainingData
-from vidjax.errors import DiskError, UserError
+from vidjax.errors import UserError
+from vidjax.run import parts as parts_lib
+from vidjax.run import results as results_lib
 from vidjax.run import resume
+from vidjax.run.parts import Part
 
 RECORDED = "config.json"  # of a run's folder
 NEEDS_WORKDIR = "name the folder of a trained run"
@@ -73,7 +78,7 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
         )
     if not args.config:
         raise UserError("--mode=train needs --config=FILE, e.g. --config=configs/mma.py")
-    config = config_io.override(experiment(args.config), args.overrides)
+    config = config_io.override(api.load_config(args.config), args.overrides)
     workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
@@ -82,20 +87,6 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
     resume.check_allowed(config)
     return config, workdir
-
-
-def experiment(spec: str) -> Config:
-    """Returns the configuration of `--config`: that of an experiment's file, or of an earlier run.
-
-    Args:
-      spec: `FILE[:ARG,...]`, or the `config.json` of a run.
-
-    Raises:
-      ValueError: there is no such file, or a mistake in it.
-    """
-    if Path(spec).name != RECORDED:
-        return config_io.load_file(spec)
-    return run_config(Path(spec).expanduser().absolute().parent)
 
 
 def _default_name(args: Arguments, config: Config) -> str:
@@ -129,8 +120,8 @@ def rehearse(args: Arguments, config: Config) -> None:
 
     def original() -> Config:
         if args.mode == "train":
-            return experiment(args.config or "")
-        return run_config(Path(args.workdir or "").expanduser())
+            return api.load_config(args.config or "")
+        return api.run_config(Path(args.workdir or "").expanduser())
 
     rehearse(config, args.overrides, original, training=args.mode == "train")
 
@@ -157,12 +148,12 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             )
     workdir = Path(args.workdir).expanduser()
     in_parts = args.mode == "merge" or args.shard is not None
-    if in_parts and (args.runs is not None or run_config(workdir).join.runs):
+    if in_parts and (args.runs is not None or api.run_config(workdir).join.runs):
         raise UserError(
             f"{f'--shard={args.shard}' if args.shard else '--mode=merge'} takes one trained run, "
             "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
         )
-    config = run_config(workdir) if args.runs is None else _joined_config(args, workdir)
+    config = api.run_config(workdir) if args.runs is None else _joined_config(args, workdir)
     config = config_io.override(config, args.overrides)
     if config.join.runs:
         from vidjax.commands import blend  # it imports jax
@@ -186,7 +177,7 @@ def _joined_config(args: Arguments, workdir: Path) -> Config:
             raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
-    splits = {run_config(Path(name)).eval.split for name in runs}
+    splits = {api.run_config(Path(name)).eval.split for name in runs}
     if len(splits) == 1:
         (config.eval.split,) = splits
     return config
@@ -203,7 +194,7 @@ def for_report(args: Arguments) -> Path:
     if args.config or args.runs is not None or args.overrides:
         raise UserError("--mode=report takes --workdir alone: it shows the files of that folder")
     workdir = Path(args.workdir).expanduser().absolute()
-    run_config(workdir)
+    api.run_config(workdir)
     return workdir
 
 
@@ -227,7 +218,7 @@ def for_ranking(args: Arguments) -> RankingOptions:
         raise UserError(f"--input={args.input}: no such file or folder: name one with clips")
     workdir = Path(args.workdir).expanduser()
     given = _given(args, RANKABLE)
-    config = config_io.override(run_config(workdir), args.overrides)
+    config = config_io.override(api.run_config(workdir), args.overrides)
     split = config.eval.split if "eval.split" in given else None
     step = cast(Literal["latest", "best"], config.eval.checkpoint)
     return RankingOptions(workdir, clips, Path(args.out).expanduser(), split, step)
@@ -290,7 +281,7 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
             "--mode=check takes --workdir=FOLDER, or --config=FILE for its data alone: not both"
         )
     if args.config:
-        config = experiment(args.config)
+        config = api.load_config(args.config)
         return config_io.override(config, args.overrides), None
     if not args.workdir:
         if args.overrides:
@@ -298,7 +289,7 @@ def for_check(args: Arguments) -> tuple[Config | None, Path | None]:
         return None, None
     workdir = Path(args.workdir).expanduser().absolute()
     try:
-        config = run_config(workdir)
+        config = api.run_config(workdir)
     except ValueError:
         if not files.exists(workdir / "config.json"):
             raise
@@ -319,63 +310,87 @@ def for_display(args: Arguments) -> tuple[Config, str]:
     if args.workdir and args.config:
         raise UserError("--mode=config takes --config=FILE or --workdir=FOLDER: not both")
     if args.config:
-        return experiment(args.config), args.config
+        return api.load_config(args.config), args.config
     if args.workdir:
         workdir = Path(args.workdir).expanduser()
-        return run_config(workdir), shown(workdir / "config.json")
+        return api.run_config(workdir), messages.shown(workdir / "config.json")
     return config_lib.default(), "default"
 
 
-def run_config(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder.
+def rows(
+    config: Config, workdir: Path, results: Mapping[str, Any], seconds: float | None
+) -> dict[str, str]:
+    """Returns name -> text of every row.
 
-    Raises:
-      ValueError: no run there, or a damaged one; the error says how to make one.
+    Args:
+      config: the configuration of the command.
+      workdir: the run's folder.
+      results: the content of `metrics.json`.
+      seconds: time that the command took; None for a run that was finished before.
     """
-    try:
-        return config_io.load_workdir(workdir)
-    except ValueError as error:
-        if files.exists(workdir / "config.json"):
-            raise
-        runs = sorted(path.parent for path in workdir.glob("*/config.json"))
-        hint = f"train one: {PROGRAM} --config=FILE --workdir={shown(workdir)}"
-        if runs:
-            hint = f"it contains runs, name one: {', '.join(shown(path) for path in runs[:3])}"
-        raise UserError(f"{error}\n{hint}") from error
+    split = config.eval.split
+    rows = {"workdir": messages.shown(workdir)}
+    if "map" in results:
+        kind = results["map_kind"].replace("_", " ")
+        kind = split if kind in ("val", split) else f"{split}, {kind}"
+        if results["map_kind"] == "in_sample":
+            kind += ": the run was trained on these clips, and MAP is too high"
+        rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
+    else:
+        rows["MAP@100"] = f"none: {split} has no ground truth and is ranked, not scored"
+        report = results_lib.read_data_report(workdir)
+        if reason := results_lib.unmeasured(config.to_dict(), results, report):
+            rows["measured"] = f"nothing: {reason}"
+    if "best_map" in results:
+        rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
+    if data := results_lib.describe_data(results):
+        rows["data"] = data
+    rows["clips"] = f"{results['num_clips']:,}"
+    rows["identities"] = f"{results['num_identities']:,}"
+    if seconds is not None:
+        rows["time"] = f"{seconds:.1f} s"
+    elif "seconds" in results:
+        rows["trained in"] = f"{results['seconds']:.1f} s"
+    return rows | {
+        name: messages.shown(Path(path)) for name, path in result_files(config, workdir).items()
+    }
 
 
-def load_data(config: Config) -> TrainingData:
-    """Returns the dataset of a configuration, converted into records where it is not yet.
+def part_rows(workdir: Path, part: Part, seconds: float) -> dict[str, str]:
+    """Returns name -> text of every row about a part of an evaluation.
 
-    Raises:
-      ValueError: an unknown name, no directory, or bad data.
-      OSError: no data in the directory, or the cache cannot be written.
+    Args:
+      workdir: the run's folder.
+      part: the part.
+      seconds: time that the command took.
     """
-    from vidjax.data.sources import load_dataset, synthetic_options
-
-    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser().absolute()
-    try:
-        return load_dataset(
-            config.data.name,
-            directory=config.data.dir,
-            cache_dir=cache,
-            size=config.data.size,
-            seed=config.data.seed,
-            non_finite=config.data.non_finite,
-            quality=config.data.quality,
-            knobs=synthetic_options(config.data),
-        )
-    except OSError as error:
-        place = Path(error.filename).absolute() if error.filename else None
-        if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):
-            raise
-        raise DiskError(
-            f"cannot write the cache '{cache}': {error.strerror}\n"
-            "name another folder: --config.data.cache_dir=FOLDER, or the variable VIDJAX_CACHE"
-        ) from error
+    manifest, shard = part.manifest, part.shard
+    found = parts_lib.find(workdir, manifest["split"]).items()
+    there = sum(one.total == shard.total and isinstance(of, Part) for one, of in found)
+    rows = {"workdir": messages.shown(workdir), "part": f"{shard} of {manifest['split']}"}
+    rows |= {"clips": f"{manifest['num_clips']:,}", "time": f"{seconds:.1f} s"}
+    rows["files"] = messages.shown(part.folder)
+    left = shard.total - there
+    rows["next"] = f"{left} of {shard.total} parts are to come" if left else "--mode=merge"
+    return rows
 
 
-def shown(path: Path) -> str:
-    """Returns a path as short as it can be written from the working directory."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+def result_files(config: Config, workdir: Path) -> dict[str, str]:
+    """Returns `ranking` and, if it exists, `report` -> path."""
+    own_split = config_io.load_workdir(workdir).eval.split
+    paths = results_lib.paths(workdir, config.eval.split, own_split)
+    report = {"report": str(paths.report)} if paths.report.exists() else {}
+    return {"ranking": str(paths.ranking), **report}
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Returns a summary as one line of JSON; numbers that JSON lacks become `inf` and `nan`."""
+    return json.dumps(_plain(content), allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,6 +26,8 @@ from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import select_modalities
 from vidjax.data.frame_fields import RecordSource
 from vidjax.evaluation import restore, run_data
+from vidjax.gallery import store
+from vidjax.gallery.gallery import Gallery
 from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
 from vidjax.training import plan, rehearsal
@@ -512,3 +514,37 @@ def _counts(records: "Records") -> Iterator[str]:
             if loaded != lengths.sum():
                 kept = lengths.sum()
                 yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} in the index"
+
+
+def is_gallery(folder: Path) -> bool:
+    """Returns True for the folder of a gallery, which may be damaged."""
+    return any((folder / name).exists() for name in (store.NAME, store.OLD_NAME))
+
+
+def check_gallery(folder: Path) -> list[Item]:
+    """Returns the findings on a gallery; a part that raises does not end the check."""
+    items = []
+    for part in (_gallery_people, _gallery_run):
+        try:
+            items += [Item(state, "gallery", one_line(text)) for state, text in part(folder)]
+        except Exception as error:  # a damaged file raises whatever its reader raises
+            kind = "" if messages.exit_code(error) else f"{type(error).__name__}: "
+            items.append(Item(FAULT, "gallery", one_line(f"{kind}{messages.text_of(error)}")))
+    return items
+
+
+def _gallery_people(folder: Path) -> Findings:
+    people = Gallery(folder).people  # every row matches its sha256
+    clips = sum(people.identities.values())
+    yield (
+        OK if people.identities else WARNING,
+        f"gallery: {len(people.identities):,} people by {clips:,} clips, "
+        f"{len(people.strangers):,} strangers, every sha256 agrees",
+    )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        yield WARNING, f"gallery: nobody can be enrolled or removed: cannot write in '{folder}'"
+
+
+def _gallery_run(folder: Path) -> Findings:
+    run = Gallery(folder).run
+    yield OK, f"gallery: '{run.workdir}', step {run.step}, is the run that it was made with"
