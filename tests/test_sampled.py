@@ -23,8 +23,8 @@ from vidjax.batch import ModelOutput
 from vidjax.data.sources import load_dataset
 from vidjax.run import signals
 from vidjax.steps import columns, sampled, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
-from vidjax.training import training_run
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 LINEAR = (
@@ -89,10 +89,10 @@ def test_a_step_changes_the_drawn_columns_as_a_smaller_classifier_would(name):
 
 def drawn_at(made, step):
     """Returns the columns [n] that a step of the only member draws."""
-    keys = train_step.MemberKeys.at(made.state.rng[0], step)
+    *_, rng = train_step.member_keys(made.state.rng[0], step)
     labels, mask = made.state.labels[0], made.system.class_mask
     count = sampled.num_drawn(made.system, len(labels), made.mesh.shape["model"])
-    draw = jax.jit(lambda: sampled.draw(keys.classes, labels, mask, count, made.mesh))
+    draw = jax.jit(lambda: sampled.draw(rng, labels, mask, count, made.mesh))
     return np.asarray(draw())
 
 
@@ -164,7 +164,7 @@ def test_a_skipped_step_leaves_the_moments_and_their_steps_alone():
 
 def test_steps_on_all_classes_have_no_numbers_of_steps_in_their_state():
     all_of_them, few = (
-        training_run.as_items(make("quality_fusion", *LINEAR, *words).state)
+        state_lib.as_items(make("quality_fusion", *LINEAR, *words).state)
         for words in ((), ("--config.loss.sampled_classes=0.2",))
     )
     assert all_of_them.pop("updated") is None

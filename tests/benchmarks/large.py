@@ -39,8 +39,8 @@ from vidjax.evaluation import scoring
 from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.run import checkpoint
 from vidjax.steps import columns, train_step
+from vidjax.steps import state as state_lib
 from vidjax.steps.columns import ScoreColumns
-from vidjax.training import training_run
 
 WIDTH = 512
 CLIPS = 2_000
@@ -127,12 +127,10 @@ def stage(args: argparse.Namespace) -> float:
     run = make_run(args)
     if args.stage == "sampled":
         state, seconds = train(run, run.state, STAGES["sampled"])
-        checkpoint.save(
-            folder, STAGES["sampled"], training_run.as_items(state), {"evaluated": True}
-        )
+        checkpoint.save(folder, STAGES["sampled"], state_lib.as_items(state), {"evaluated": True})
         return seconds
     if args.stage == "full":
-        items = load(folder, training_run.as_items(run.state))
+        items = load(folder, state_lib.as_items(run.state))
         state = run.state.replace(
             params=items["params"], model_state=items["model_state"], **items["train"]
         )

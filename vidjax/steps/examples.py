@@ -78,11 +78,6 @@ def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str,
     return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
-def spread(values: Array, exists: Array) -> Array:
-    """Repeats the values [B] of clips for their examples `exists` [B, T']; returns [B T']."""
-    return jnp.repeat(values, exists.shape[1])
-
-
 def mean_over_examples(values: Array, exists: Array) -> Array:
     """Averages the values of the examples of each clip.
 

@@ -1,9 +1,9 @@
 """A training step on some of the classes: those of its clips, and others drawn at random.
 
 A sampled step is a step of a smaller classifier. `draw` chooses class columns, `take` slices them
-out of parameters and moments, `narrow` gives the system for as many columns, and `put` writes the
-slices back. Columns that are not drawn stay as they are, and weight decay does not reach them. The
-devices of the axis `model` each draw as many of their own columns, so no column moves between them.
+out of parameters and moments, `system_for_columns` gives the system for as many, and `put` writes
+the slices back. Columns that are not drawn stay as they are, and weight decay does not reach them.
+The devices of the axis `model` each draw as many of their own columns, so none moves between them.
 
 On all classes, a column whose clips are not in the batch has gradients of nearly 0, by which its
 second moments fade, and momentum moves it on. So the second moments of a drawn column first fade
@@ -124,7 +124,9 @@ def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Arra
     return jax.tree.map(of, _without_members(state_axes), tree, part)
 
 
-def narrow(system: System, columns: Array, state_axes: optax.OptState, gaps: Array) -> System:
+def system_for_columns(
+    system: System, columns: Array, state_axes: optax.OptState, missed: Array
+) -> System:
     """Returns the system for the drawn columns alone.
 
     Args:
@@ -132,14 +134,14 @@ def narrow(system: System, columns: Array, state_axes: optax.OptState, gaps: Arr
       columns: [n] int32, result of `draw`.
       state_axes: tree of the axes [E, ...] of class columns, with the structure of the optimiser's
         state.
-      gaps: [n] int32, steps since the one that last drew a column, that one not counted.
+      missed: [n] int32, steps since the one that last drew a column, that one not counted.
     """
     mask = system.class_mask[columns]
     return system._replace(
         model=system.make_model(len(columns)),
         class_mask=mask,
         objective=system.make_objective(mask, columns=columns),
-        tx=_fading(system.tx, _without_members(state_axes), gaps),
+        tx=_decay_moments(system.tx, _without_members(state_axes), missed),
     )
 
 
@@ -153,10 +155,10 @@ def relabel(clips: MemberBatch, columns: Array) -> MemberBatch:
     return clips._replace(labels=place(clips.labels), targets=targets)
 
 
-def _fading(
-    tx: optax.GradientTransformation, axes: optax.OptState, gaps: Array
+def _decay_moments(
+    tx: optax.GradientTransformation, axes: optax.OptState, missed: Array
 ) -> optax.GradientTransformation:
-    """Returns an optimiser before whose steps the second moments of Adam fade over the gaps.
+    """Returns an optimiser before whose steps the second moments of Adam fade over the missed.
 
     A gradient of 0 multiplies a second moment by its rate of decay, and those of a gap by a power.
     """
@@ -168,7 +170,7 @@ def _fading(
         def of(axis: int, x: Array) -> Array:
             if axis == NO_AXIS:
                 return x
-            left = optim.SECOND_MOMENT_DECAY ** gaps.astype(x.dtype)
+            left = optim.SECOND_MOMENT_DECAY ** missed.astype(x.dtype)
             return x * left.reshape(-1, *[1] * (x.ndim - 1 - axis))
 
         return state._replace(nu=jax.tree.map(of, axes.nu, state.nu))

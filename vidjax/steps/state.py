@@ -1,5 +1,6 @@
 """The state that training changes, the tables that it reads, and their initial values."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from flax import struct
 
 from vidjax import devices, ensemble
-from vidjax.batch import Array, Batch, ClipInfo, Frames
+from vidjax.batch import Array, ClipInfo, Frames
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import examples
 from vidjax.system import System
@@ -42,9 +43,6 @@ class TrainState(struct.PyTreeNode):
     updated: Array | None
 
 
-_BY_MEMBER = ("params", "model_state", "opt_state", "rng", "labels", "bad_steps", "sums", "updated")
-
-
 class Tables(NamedTuple):
     """Weights and settings of the members; constant in training.
 
@@ -60,12 +58,7 @@ class Tables(NamedTuple):
 
 
 def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
-    """Builds the tables of E members.
-
-    Args:
-      members: [E] members.
-      weight: [E, N] float, weight of every training clip for every member.
-    """
+    """Builds the tables of E members, with the weight [E, N] of every training clip."""
     return Tables(
         weight=jnp.asarray(weight, jnp.float32),
         min_quality=jnp.asarray([member.min_quality for member in members], jnp.float32),
@@ -84,34 +77,35 @@ def init_state(
       rngs: [E] typed keys. The parameters and all random draws of a member depend on its key.
       labels: [E, N] int32, class columns of the training clips.
     """
-    batch = _blank_batch(modalities)
-    view = jnp.int32(0)
 
-    def init_member(rng: Array) -> dict[str, Any]:
+    def frames(dim: int) -> Frames:  # one clip of one frame: shapes depend on widths alone
+        row = jnp.zeros((1, 1))
+        return Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
+
+    def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
-        fused = examples.fuse(system, system.fuse_train, fuse_rng, batch.frames, view)
+        blank = {name: frames(dim) for name, dim in modalities.items()}
+        fused = examples.fuse(system, system.fuse_train, fuse_rng, blank, jnp.int32(0))
         fused, exists = examples.to_examples(fused, apart=system.examples)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))
-        return {
-            "params": variables.pop("params", {}),
-            "model_state": variables,
-            "rng": state_rng,
-        }
+        return variables.pop("params", {}), variables, state_rng
 
-    state = jax.lax.map(init_member, rngs)
+    params, model_state, rngs = jax.lax.map(init_member, rngs)
     updated = None
     if system.sampled_classes < 1:
         updated = jnp.zeros((len(labels), system.model.num_classes), jnp.int32)
     return TrainState(
         step=jnp.int32(0),
+        params=params,
+        model_state=model_state,
+        opt_state=_init_optimizer(system.tx, params, len(labels)),
+        rng=rngs,
         labels=labels,
         bad_steps=jnp.zeros(len(labels), jnp.int32),
         sums=zero_sums(len(labels)),
         updated=updated,
-        opt_state=_init_optimizer(system.tx, state["params"], len(labels)),
-        **state,
     )
 
 
@@ -145,20 +139,6 @@ def _init_optimizer(
     return jax.vmap(tx.init, axis_size=num_members)(params)
 
 
-def _blank_batch(modalities: Mapping[str, int]) -> Batch:
-    """Returns one clip of one frame; shapes of parameters depend on feature widths alone."""
-
-    def frames(dim: int) -> Frames:
-        row = jnp.zeros((1, 1))
-        return Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
-
-    return Batch(
-        {name: frames(dim) for name, dim in modalities.items()},
-        clip_index=jnp.zeros(1, jnp.int32),
-        batch_mask=jnp.ones(1, bool),
-    )
-
-
 def zero_sums(num_members: int) -> dict[str, Array]:
     """Returns sums of 0, metric -> [E] float32."""
     names = ("loss", "correct", "weight", "bad_steps")
@@ -167,15 +147,28 @@ def zero_sums(num_members: int) -> dict[str, Array]:
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
     """Splits the state of E members into states of `size` members each."""
-    parts = ensemble.split({name: getattr(state, name) for name in _BY_MEMBER}, size)
-    return tuple(
-        TrainState(step=state.step + 0, **part) for part in parts
-    )  # a copy for each: steps donate it
+    parts = ensemble.split(state.replace(step=None), size)
+    # A copy of the step for each: steps donate it.
+    return tuple(part.replace(step=state.step + 0) for part in parts)
 
 
 def merge_states(states: Sequence[TrainState]) -> TrainState:
     """Reverses `split_state`."""
-    if len(states) == 1:
-        return states[0]
-    parts = [{name: getattr(state, name) for name in _BY_MEMBER} for state in states]
-    return TrainState(step=states[0].step, **ensemble.merge(parts))
+    parts = [state.replace(step=None) for state in states]
+    return ensemble.merge(parts).replace(step=states[0].step)
+
+
+def as_items(state: TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
+
+    `updated` is an item of its own, so that a run on some classes can go on with all of them.
+    """
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    own = {name: rest.pop(name) for name in ("params", "model_state", "updated")}
+    return {**own, "train": rest}
+
+
+def of_items(items: Mapping[str, Any]) -> TrainState:
+    """Reverses `as_items`."""
+    own = {name: item for name, item in items.items() if name != "train"}
+    return TrainState(**own, **items["train"])

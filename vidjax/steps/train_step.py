@@ -20,50 +20,8 @@ from vidjax.system import System
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
 
-
-class Learned(NamedTuple):
-    """The part of a member's state that a step changes; for the fields see `TrainState`."""
-
-    params: Params
-    model_state: ModelState
-    opt_state: optax.OptState
-    bad_steps: Array
-    sums: Mapping[str, Array]
-    updated: Array | None
-
-
-class MemberInputs(NamedTuple):
-    """Constant inputs of a step for one member.
-
-    Attributes:
-      rng: [] typed key of the member.
-      labels: [B] int32, class columns of the clips.
-      weight: [B] float32, weight of the clips; 0 for padded rows, for clips without frames, and for
-        clips that the member is not trained on.
-      min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
-    """
-
-    rng: Array
-    labels: Array
-    weight: Array
-    min_quality: Array
-    view: Array
-
-
-class MemberKeys(NamedTuple):
-    """Random keys of one member for one step, one for each purpose."""
-
-    fusion: Array
-    dropout: Array
-    modality_dropout: Array
-    transforms: Array
-    classes: Array
-
-    @classmethod
-    def at(cls, rng: Array, step: Array) -> "MemberKeys":
-        """Returns the keys of the member with a key, for a step."""
-        return cls(*jax.random.split(jax.random.fold_in(rng, step), len(cls._fields)))
+# key [], labels [B] and weight [B] of the clips, least quality [] and view [] of a member
+MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
@@ -89,74 +47,66 @@ def train_step(
       The new state, and the losses [E].
     """
 
-    def step_member(learned: Learned, inputs: MemberInputs) -> tuple[Learned, jax.Array]:
-        keys = MemberKeys.at(inputs.rng, state.step)
-        clips = _draw_training_clips(system, state.step, keys, batch, inputs)
-        if axes is None or system.sampled_classes == 1:
-            return _learn(system, state.step, keys, batch, learned, clips)
-        return _learn_sampled(system, state.step, keys, batch, learned, clips, axes)
+    def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
+        return member_step(system, state.step, learned, batch, inputs, axes)
 
-    learned = Learned(*(getattr(state, name) for name in Learned._fields))
     inputs = _member_inputs(system, state, tables, batch)
-    learned, losses = ensemble.apply_each(step_member, learned, inputs)
-    return state.replace(step=state.step + 1, **learned._asdict()), losses
+    learned, losses = ensemble.apply_each(step, _learned(state), inputs)
+    new = learned.replace(step=state.step + 1, rng=state.rng, labels=state.labels)
+    return new, losses
 
 
-def _draw_training_clips(
-    system: System, step: Array, keys: MemberKeys, batch: Batch, inputs: MemberInputs
-) -> MemberBatch:
-    """Draws the clips of one member, weights them and transforms them."""
-    clips = _draw_clips(system, keys.fusion, batch, inputs)
+def member_step(
+    system: System,
+    step: Array,
+    learned: TrainState,
+    batch: Batch,
+    inputs: MemberInputs,
+    axes: ClassAxes | None,
+) -> tuple[TrainState, jax.Array]:
+    """Takes one optimiser step of one member, whose state has no axis E.
+
+    Args:
+      system: the system.
+      step: [] int32, number of the step.
+      learned: what the step changes, see `_learned`.
+      batch: B clips with all their frames.
+      inputs: what the member makes of these clips.
+      axes: as `train_step` takes them.
+
+    Returns:
+      The new state, and the loss [].
+    """
+    rng, labels, weight, *settings = inputs
+    fuse_rng, dropout_rng, modality_rng, transform_rng, class_rng = member_keys(rng, step)
+    clips = _draw_clips(system, fuse_rng, batch, labels, weight, *settings)
     clips = clips._replace(weight=clips.weight * system.column_weight(clips.labels, step))
     for number, transform in enumerate(system.transforms):
-        rng = jax.random.fold_in(keys.transforms, number) if number else keys.transforms
-        clips = transform(rng, clips)
-    return clips
+        key = jax.random.fold_in(transform_rng, number) if number else transform_rng
+        clips = transform(key, clips)
 
+    whole, columns = learned, None
+    class_axes = _learned(axes.state) if axes else learned
+    if axes and system.sampled_classes < 1:  # go on with some of the classes
+        targets = jnp.concatenate([labels for labels, _ in clips.targets])
+        count = sampled.num_drawn(system, len(targets), axes.mesh.shape["model"])
+        columns = sampled.draw(class_rng, targets, system.class_mask, count, axes.mesh)
+        learned = sampled.take(axes, class_axes, whole, columns)
+        assert learned.updated is not None
+        missed = step - learned.updated
+        system = sampled.system_for_columns(system, columns, class_axes.opt_state, missed)
+        clips = sampled.relabel(clips, columns)
 
-def _learn_sampled(
-    system: System,
-    step: Array,
-    keys: MemberKeys,
-    batch: Batch,
-    learned: Learned,
-    clips: MemberBatch,
-    axes: ClassAxes,
-) -> tuple[Learned, jax.Array]:
-    """Takes one optimiser step of one member on some of the classes, as `_learn` does on all."""
-    labels = jnp.concatenate([labels for labels, _ in clips.targets])
-    count = sampled.num_drawn(system, len(labels), axes.mesh.shape["model"])
-    drawn = sampled.draw(keys.classes, labels, system.class_mask, count, axes.mesh)
-    class_axes = Learned(*(getattr(axes.state, name) for name in Learned._fields))
-    part = sampled.take(axes, class_axes, learned, drawn)
-    before = part.updated
-    assert before is not None
-    narrow = sampled.narrow(system, drawn, class_axes.opt_state, step - before)
-    part, loss = _learn(narrow, step, keys, batch, part, sampled.relabel(clips, drawn))
-    part = part._replace(updated=jnp.where(part.bad_steps == 0, step + 1, before))
-    return sampled.put(axes, class_axes, learned, part, drawn), loss
-
-
-def _learn(
-    system: System,
-    step: Array,
-    keys: MemberKeys,
-    batch: Batch,
-    learned: Learned,
-    clips: MemberBatch,
-) -> tuple[Learned, jax.Array]:
-    """Takes one optimiser step of one member; returns its new state and its loss []."""
-    frames, exists, info = _as_model_input(system, batch, clips)
-    columns = info.labels
-    assert columns is not None
+    frames, exists, info = _model_input(system, batch, clips)
+    assert info.labels is not None
 
     def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
-        output, new_model_state = system.model.apply(
+        output, model_state = system.model.apply(
             {"params": params, **learned.model_state},
             frames,
             info,
             train=True,
-            rngs={"dropout": keys.dropout, "modality_dropout": keys.modality_dropout},
+            rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
             mutable=list(learned.model_state),
         )
         per_clip = sum(
@@ -164,73 +114,85 @@ def _learn(
             for labels, share in clips.targets
         )
         loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(clips.weight), 1e-6)
-        return loss, (output.logits[:, 0], new_model_state)
+        return loss, (output.logits[:, 0], model_state)
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
-    (loss, (logits, new_model_state)), grads = gradient(learned.params)
-    is_right = examples.is_best(jnp.where(system.class_mask, logits, -jnp.inf), columns)
+    (loss, (logits, model_state)), grads = gradient(learned.params)
+    is_right = examples.is_best(jnp.where(system.class_mask, logits, -jnp.inf), info.labels)
     correct = examples.mean_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
-    return _update(system, learned, loss, grads, new_model_state, added), loss
 
-
-def _update(
-    system: System,
-    learned: Learned,
-    loss: Array,
-    grads: Params,
-    new_model_state: ModelState,
-    added: Mapping[str, Array],
-) -> Learned:
-    """Applies the gradients of one member if they and its loss are finite."""
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_of_all(grads))
-    learned = learned._replace(model_state=dict(learned.model_state))
+    old = learned.replace(model_state=dict(learned.model_state))
 
-    def take() -> Learned:
-        updates, opt_state = system.tx.update(grads, learned.opt_state, learned.params)
-        params: Any = optax.apply_updates(learned.params, updates)
-        sums = {name: value + added.get(name, 0) for name, value in learned.sums.items()}
-        new = Learned(params, new_model_state, opt_state, jnp.int32(0), sums, learned.updated)
+    def update() -> TrainState:
+        updates, opt_state = system.tx.update(grads, old.opt_state, old.params)
+        new = old.replace(
+            params=optax.apply_updates(old.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+            bad_steps=jnp.int32(0),
+            sums={name: value + added.get(name, 0) for name, value in old.sums.items()},
+        )
         # In linen, running statistics start as float32 and would take the dtype of the batch.
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, learned)
+        return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
 
-    def skip() -> Learned:
-        sums = {**learned.sums, "bad_steps": learned.sums["bad_steps"] + 1}
-        return learned._replace(bad_steps=learned.bad_steps + 1, sums=sums)
+    def skip() -> TrainState:
+        sums = {**old.sums, "bad_steps": old.sums["bad_steps"] + 1}
+        return old.replace(bad_steps=old.bad_steps + 1, sums=sums)
 
     # A choice number by number would make XLA copy the whole state before every step.
-    return jax.lax.cond(is_finite, take, skip)
+    new = jax.lax.cond(is_finite, update, skip)
+    if axes and columns is not None:
+        updated = jnp.where(new.bad_steps == 0, step + 1, jnp.asarray(learned.updated))
+        new = new.replace(updated=updated)
+        new = sampled.put(axes, class_axes, whole, new, columns)
+    return new, loss
 
 
-def _sum_of_all(grads: Params) -> Array:
-    """Returns the sum of all derivatives, [], which is finite only if all of them are."""
-    rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
-    # The barrier keeps the two sums apart. As one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
-    return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
+def _learned(state: TrainState) -> TrainState:
+    """Returns the part of a state that a step changes and that has an axis E."""
+    return state.replace(step=None, rng=None, labels=None)
+
+
+def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
+    """Returns the five keys of a member for a step.
+
+    They are for fusion, dropout, dropout of modalities, transforms, and the sample of classes.
+    """
+    return tuple(jax.random.split(jax.random.fold_in(rng, step), 5))
 
 
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
-    """Gathers the inputs of a step for every member, with a leading axis E."""
+    """Gathers the inputs of a step for every member, with a leading axis E.
+
+    The weight is 0 for padded rows, for clips without frames, and for those that a member is not
+    trained on.
+    """
     frames = {name: batch.frames[name] for name in system.fuse_train}
     usable = batch.batch_mask & fusion.has_frames(frames)
-    return MemberInputs(
-        rng=state.rng,
-        labels=state.labels[:, batch.clip_index],  # [E, B]
-        weight=tables.weight[:, batch.clip_index] * usable,
-        min_quality=tables.min_quality,
-        view=tables.view,
-    )
+    labels = state.labels[:, batch.clip_index]  # [E, B]
+    weight = tables.weight[:, batch.clip_index] * usable
+    return state.rng, labels, weight, tables.min_quality, tables.view
 
 
-def _draw_clips(system: System, rng: Array, batch: Batch, inputs: MemberInputs) -> MemberBatch:
+def _draw_clips(
+    system: System,
+    rng: Array,
+    batch: Batch,
+    labels: Array,
+    weight: Array,
+    min_quality: Array,
+    view: Array,
+) -> MemberBatch:
     """Draws the fused frames on which one member trains in one step."""
     clips = MemberBatch(
         frames={name: batch.frames[name] for name in system.fuse_train},
-        labels=inputs.labels,
-        weight=inputs.weight,
-        min_quality=inputs.min_quality,
-        targets=((inputs.labels, jnp.ones_like(inputs.weight)),),
+        labels=labels,
+        weight=weight,
+        min_quality=min_quality,
+        targets=((labels, jnp.ones_like(weight)),),
     )
     # Fusion folds the numbers 0 to M - 1 into the key. The transforms get the numbers from M on,
     # counted from the last one, so that adding `keep_quality` in front leaves their draws as is.
@@ -238,20 +200,20 @@ def _draw_clips(system: System, rng: Array, batch: Batch, inputs: MemberInputs) 
     for transform in system.clip_transforms:
         number -= 1
         clips = transform(jax.random.fold_in(rng, number), clips)
-    fused = examples.fuse(system, system.fuse_train, rng, clips.frames, inputs.view)
+    fused = examples.fuse(system, system.fuse_train, rng, clips.frames, view)
     return clips._replace(frames=fused)
 
 
-def _as_model_input(
+def _model_input(
     system: System, batch: Batch, clips: MemberBatch
 ) -> tuple[dict[str, Frames], Array, ClipInfo]:
     """Returns the input of the model: its frames, the mask of examples [B, T'], and its clips."""
     frames, exists = examples.to_examples(clips.frames, apart=system.examples)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
-        index=examples.spread(batch.clip_index, exists),
+        index=jnp.repeat(batch.clip_index, exists.shape[1]),
         mask=exists.reshape(-1),
-        labels=examples.spread(clips.labels, exists),
+        labels=jnp.repeat(clips.labels, exists.shape[1]),
     )
     return frames, exists, info
 
@@ -275,14 +237,22 @@ def _loss_by_clip(
       exists: [B, T'] bool, the examples that count.
       compared: [B, T'] bool, the examples that a loss of embeddings compares with each other.
     """
-    losses = system.objective(output, examples.spread(labels, exists), compared.reshape(-1), step)
+    labels = jnp.repeat(labels, exists.shape[1])
+    losses = system.objective(output, labels, compared.reshape(-1), step)
     return examples.mean_over_examples(losses, exists)
+
+
+def _sum_of_all(grads: Params) -> Array:
+    """Returns the sum of all derivatives, [], which is finite only if all of them are."""
+    rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
+    # The barrier keeps the two sums apart. As one sum, a matrix of 160 MB takes XLA for CPUs 1 s.
+    return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 def find_bad_clips(
     system: System, state: TrainState, tables: Tables, batch: Batch, step: Array
 ) -> Array:
-    """Finds the clips of a skipped step whose loss or its derivative is not finite.
+    """Returns [B] bool, the clips of a skipped step whose loss or its derivative is not finite.
 
     The losses are computed without dropout, without the transforms after fusion, and without the
     loss of the embeddings.
@@ -293,16 +263,12 @@ def find_bad_clips(
       tables: weights and settings of the members.
       batch: the B clips of the step.
       step: [] int32, number of the step.
-
-    Returns:
-      [B] bool.
     """
 
     def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
-        params, model_state, inputs = member
-        keys = MemberKeys.at(inputs.rng, step)
-        clips = _draw_clips(system, keys.fusion, batch, inputs)
-        frames, exists, info = _as_model_input(system, batch, clips)
+        params, model_state, (rng, *inputs) = member
+        clips = _draw_clips(system, member_keys(rng, step)[0], batch, *inputs)
+        frames, exists, info = _model_input(system, batch, clips)
 
         def losses_of(features: Mapping[str, Array]) -> Array:
             output = system.model.apply(
@@ -382,18 +348,11 @@ def make_train_loop(
 
 
 def _out_layout(mesh: Mesh, axes: ClassAxes | None) -> tuple[Any, Any]:
-    """Returns the layout of a state and of what comes with it."""
     return columns_lib.state_layout(mesh, axes), devices.replicated(mesh)
 
 
 def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
-    """Adds one step to an outcome.
-
-    Args:
-      outcome: outcome of the steps before it.
-      state: state after the step.
-      losses: [E] float, losses of the step.
-    """
+    """Adds a step to the outcome of those before it, with the state after it and its losses [E]."""
     is_first = (outcome.bad_step < 0) & jnp.any(state.bad_steps >= MAX_BAD_STEPS)
     bad_step = jnp.where(is_first, state.step - 1, outcome.bad_step)
     return Outcome(losses.astype(jnp.float32), bad_step)

@@ -92,7 +92,8 @@ def restore_or_init(
         saved = abstract
         if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
             saved = jax.eval_shape(functools.partial(init, number))
-        return as_items(saved), as_items(columns.fitting_layout(layout, saved))
+        saved = state_lib.as_items(saved), state_lib.as_items(columns.fitting_layout(layout, saved))
+        return saved
 
     changed: resume.Changes = {}
     abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
@@ -114,21 +115,10 @@ def restore_or_init(
 
         return state_lib.make_state(first, system.tx, layout), {}
     items, manifest = restored
-    state = state_lib.TrainState(**items.pop("train"), **items)
+    state = state_lib.of_items(items)
     if manifest.get("padded_columns") != plan.task.padded_columns:
         state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
     return state, manifest
-
-
-def as_items(state: state_lib.TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
-
-    `updated` is an item of its own, so that a run on some classes can go on with all of them.
-    """
-    names = ("step", "opt_state", "rng", "labels", "bad_steps", "sums")
-    rest = {name: getattr(state, name) for name in names}
-    own = {name: getattr(state, name) for name in ("params", "model_state", "updated")}
-    return {**own, "train": rest}
 
 
 def write_description(
@@ -418,7 +408,7 @@ class TrainingRun:
         """
         processes.run_on_first(lambda: workdir_lib.check_there(self._workdir))
         info = {**self._description, **more, "seconds": self.seconds}
-        checkpoint.save(self._workdir, self.step, as_items(self.state), info)
+        checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
         self._last_save = time.monotonic()
 
     def evaluate(
