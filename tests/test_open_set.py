@@ -6,7 +6,7 @@ from scipy import special, stats
 
 from vidjax import metrics
 from vidjax.analysis import open_set
-from vidjax.evaluation.model_scorer import ClipScores
+from vidjax.evaluation.scoring import ClipScores
 
 
 def some(function):

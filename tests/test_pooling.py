@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from vidjax.evaluation.pooling import blend, log_rest
+from vidjax.steps.mean_scores import blend, log_rest
 from vidjax.system import log_softmax
 
 

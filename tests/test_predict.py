@@ -18,7 +18,7 @@ from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import config_io, devices, predict
 from vidjax.data.sources import load_dataset
-from vidjax.evaluation import model_scorer, restore, scoring
+from vidjax.evaluation import restore, scoring
 from vidjax.run.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.slow  # all of them train first
@@ -309,7 +309,7 @@ def test_a_threshold_of_scores_out_of_fold_is_not_that_of_new_clips(train, clips
 
 def test_blocks_beyond_the_memory_are_told_before_they_are_made(train, clips, monkeypatch):
     run = predict.restore(train("knn"), num_devices=1)
-    monkeypatch.setattr(model_scorer, "free_bytes", lambda mesh: 1e6)
+    monkeypatch.setattr(scoring, "free_bytes", lambda mesh: 1e6)
     with pytest.raises(ValueError, match=r"block_size=1048576: .* GB .*\n--config\.eval\.block_s"):
         run.config.eval.block_size = 2**20
         run.rank(clips["val"])

@@ -14,7 +14,7 @@ from vidjax import augment, ensemble
 from vidjax import config as config_lib
 from vidjax import system as system_lib
 from vidjax.batch import Batch, ModelOutput
-from vidjax.evaluation import model_scorer
+from vidjax.evaluation import scoring
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples, train_step
 from vidjax.steps import state as state_lib
@@ -270,7 +270,7 @@ def test_clips_without_a_good_frame_are_kept_or_dropped():
 def test_only_the_best_classes_of_a_clip_keep_their_scores():
     scores = jnp.array([[3.0, 1.0, 2.0, -jnp.inf], [0.0, 0.0, 5.0, -1.0]])
     inf = jnp.inf
-    best = model_scorer.keep_best(scores, 2)
+    best = scoring.keep_best(scores, 2)
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])
 
 

@@ -34,8 +34,8 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.packing import Clips
 from vidjax.errors import UserError, check_argument
-from vidjax.evaluation.model_scorer import WINDOW_ROWS, ModelScorer, TrainedModel, in_pool, windows
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
+from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, in_pool, windows
 from vidjax.run import results as results_lib
 from vidjax.run.terminal import uncounted
 from vidjax.steps import eval_step as eval_step_lib

@@ -26,7 +26,7 @@ from tests.benchmarks.evaluation import MadeUp
 from vidjax import devices, ensemble
 from vidjax.data import resident
 from vidjax.evaluation import scoring
-from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.scoring import TrainedModel
 from vidjax.steps.train_step import make_train_loop
 from vidjax.training import plda_fit
 

@@ -32,8 +32,8 @@ from vidjax.batch import Batch
 from vidjax.cluster.share import WHOLE, Share, own_blocks
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
-from vidjax.evaluation import model_scorer, scoring
-from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation import scoring
+from vidjax.evaluation.scoring import TrainedModel
 
 HELD = 1.35  # windows whose scores lie in memory: one is merged while the next is computed
 REST = 32 * common.MIB
@@ -178,7 +178,7 @@ def grow(args: argparse.Namespace) -> None:
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(4 * common.MIB)}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         seconds, before, added = map(float, done.stdout.split()[-3:])
-        expected = REST + HELD * model_scorer.WINDOW_ROWS * 4 * identities
+        expected = REST + HELD * scoring.WINDOW_ROWS * 4 * identities
         sizes_of = (f"{x / common.MIB:,.0f}" for x in (before, added, expected))
         rows.append([f"{clips:,}", f"{identities:,}", f"{1e6 * seconds / clips:.0f}", *sizes_of])
     header = ["clips", "identities", "microseconds a clip"]

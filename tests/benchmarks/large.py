@@ -36,7 +36,7 @@ from tests.benchmarks.evaluation import MadeUp
 from vidjax import devices, ensemble
 from vidjax.data import resident
 from vidjax.evaluation import scoring
-from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint
 from vidjax.steps import columns, train_step
 from vidjax.steps import state as state_lib

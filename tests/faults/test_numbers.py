@@ -22,7 +22,7 @@ from vidjax.data.clips import Split
 from vidjax.data.frame_fields import feature_norms
 from vidjax.data.records import report as report_lib
 from vidjax.evaluation import scoring
-from vidjax.evaluation.model_scorer import ClipScores
+from vidjax.evaluation.scoring import ClipScores
 from vidjax.models import identifier
 from vidjax.training import plan
 

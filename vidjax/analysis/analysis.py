@@ -30,8 +30,7 @@ from vidjax.analysis.strata import (
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
-from vidjax.evaluation.model_scorer import TrainedModel
-from vidjax.evaluation.scoring import Evaluation
+from vidjax.evaluation.scoring import Evaluation, TrainedModel
 from vidjax.models.base import Identifier, ModelState, Params, has_exact_inputs
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import exact_sums

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vidjax import devices, fusion, metrics
 from vidjax.batch import Array, Batch, Frames, LazyFeatures
 from vidjax.data.clips import Split, make_eval_plan
-from vidjax.evaluation.model_scorer import ClipScores, ModelScorer, TrainedModel
+from vidjax.evaluation.scoring import ClipScores, ModelScorer, TrainedModel
 from vidjax.steps.topk import RunningTopK
 
 SAMPLE = 2000  # clips, divided by the number of members

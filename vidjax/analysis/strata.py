@@ -9,8 +9,7 @@ import numpy as np
 
 from vidjax import metrics
 from vidjax.data.clips import Split
-from vidjax.evaluation.model_scorer import TrainedModel
-from vidjax.evaluation.scoring import Evaluation
+from vidjax.evaluation.scoring import Evaluation, TrainedModel
 from vidjax.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.steps.topk import TopK
 

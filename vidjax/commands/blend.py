@@ -20,9 +20,8 @@ from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
 from vidjax.errors import UserError, suggest
 from vidjax.evaluation import run_data
-from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.evaluation.restore import find_run, fit_data, make_model
-from vidjax.evaluation.scoring import score
+from vidjax.evaluation.scoring import TrainedModel, score
 from vidjax.messages import PROGRAM
 from vidjax.run import results as results_lib
 from vidjax.run import resume

@@ -22,12 +22,13 @@ from vidjax.config import Config
 from vidjax.data import subset
 from vidjax.data.clips import Split, TrainingData
 from vidjax.errors import UserError
-from vidjax.evaluation.model_scorer import ClipScores, ModelScorer
 from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
 from vidjax.evaluation.scoring import (
+    ClipScores,
     Collected,
     Evaluation,
     Judge,
+    ModelScorer,
     check_block_size,
     collect,
     conclude,

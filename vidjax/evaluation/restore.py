@@ -17,7 +17,7 @@ from vidjax.config import Config
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.errors import UserError
 from vidjax.evaluation import run_data
-from vidjax.evaluation.model_scorer import TrainedModel
+from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError

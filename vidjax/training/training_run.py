@@ -22,9 +22,8 @@ from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, num_cropped
 from vidjax.errors import UserError
 from vidjax.evaluation import run_data
-from vidjax.evaluation.model_scorer import TrainedModel
 from vidjax.evaluation.restore import check_digests, check_entries, companion_digests, task_of
-from vidjax.evaluation.scoring import Evaluation, score
+from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
 from vidjax.models.base import has_exact_inputs
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
