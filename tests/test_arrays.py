@@ -16,7 +16,7 @@ from vidjax.data import arrays, iqiyi_vid, memory
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.records.convert import convert
 from vidjax.data.sources import load_dataset
-from vidjax.data.untrusted import pickles
+from vidjax.data.untrusted import sandbox
 
 DIM = 6
 FIELDS = ("quality", "detection", "number", "box")
@@ -91,7 +91,7 @@ def official_arrays(official_dir, tmp_path_factory):
     """Official files as arrays: split -> clip -> modality -> fields."""
     splits, scratch = {}, tmp_path_factory.mktemp("flat")
     for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
-        flat = pickles.unpack(path, modality, scratch / path.stem)
+        flat = sandbox.unpack(path, modality, scratch / path.stem)
         stops = np.cumsum(flat.lengths)
         for name, length, stop in zip(flat.names, flat.lengths, stops, strict=True):
             frames = slice(stop - length, stop)

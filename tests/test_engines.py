@@ -17,12 +17,12 @@ from vidjax.data import arrays, cache, iqiyi_vid, processes
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, FlatFiles
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.records import engines, tfrecord, worker
+from vidjax.data.packing import pack
+from vidjax.data.records import shard_files, writers
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 from vidjax.data.records.convert import convert
-from vidjax.data.records.engines import ALONE, Beam, Pool
 from vidjax.data.records.staging import ShardTask
-from vidjax.data.untrusted.packing import pack
+from vidjax.data.records.writers import ALONE, Beam, Pool
 from vidjax.machine import num_cores
 
 
@@ -176,10 +176,10 @@ def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
 
     def run(folder: Path, engine: Beam) -> None:
         for path in sorted(folder.glob("*.npz"), reverse=True):
-            worker.write_saved(str(path))
+            writers.write_saved(str(path))
 
-    monkeypatch.setattr(engines, "_run_beam", run)
-    monkeypatch.setattr(engines, "_make_pipeline", list)
+    monkeypatch.setattr(writers, "_run_beam", run)
+    monkeypatch.setattr(writers, "_make_pipeline", list)
     many = convert(source, tmp_path / "many", engine=Beam(""))
     assert files_of(many.folder) == files_of(one.folder)
 
@@ -220,8 +220,8 @@ def test_options_that_cannot_work_are_told(
 
 
 def test_the_local_runner_is_named() -> None:
-    assert engines._beam_flags("") == ["--runner=FnApiRunner"]
-    assert engines._beam_flags("runner=FlinkRunner, flink_master=H:1") == [
+    assert writers._beam_flags("") == ["--runner=FnApiRunner"]
+    assert writers._beam_flags("runner=FlinkRunner, flink_master=H:1") == [
         "--runner=FlinkRunner",
         "--flink_master=H:1",
     ]
@@ -280,11 +280,11 @@ def test_little_data_start_no_process() -> None:
         modalities = {"face": Modality(512, "float16")}
         return ShardTask(Path(), modalities, {}, ("a",), np.array([0]), {}, lengths)
 
-    few, many = [task(1000)] * 8, [task(engines.WORKER_BYTES)] * 8
-    assert engines._num_workers(Pool(), few) == 1
-    assert engines._num_workers(Pool(), many) == min(num_cores(), 8)
-    assert engines._num_workers(Pool(3), few) == 3
-    assert engines._num_workers(Pool(30), few) == 8
+    few, many = [task(1000)] * 8, [task(writers.WORKER_BYTES)] * 8
+    assert writers._num_workers(Pool(), few) == 1
+    assert writers._num_workers(Pool(), many) == min(num_cores(), 8)
+    assert writers._num_workers(Pool(3), few) == 3
+    assert writers._num_workers(Pool(30), few) == 8
 
 
 def peak_bytes(folder: Path) -> int:
@@ -294,7 +294,7 @@ def peak_bytes(folder: Path) -> int:
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    words = [sys.executable, "-m", worker.__name__, str(folder), "0", "1"]
+    words = [sys.executable, "-m", writers.__name__, str(folder), "0", "1"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=True)
     return 1024 * int(done.stdout)
 
@@ -399,12 +399,12 @@ def test_checksums_are_those_of_tensorflow(tmp_path: Path) -> None:
     sizes = [4, 5, 8, 511, 512, 513, 1024, 5000, *rng.integers(4, 3000, 30).tolist()]
     messages = [rng.bytes(size) for size in sizes]
     with (tmp_path / "ours").open("wb") as file:
-        tfrecord.write(file, messages)
+        shard_files.write(file, messages)
     with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
         for message in messages:
             writer.write(message)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert tfrecord.crc32c([b"123456789"])[0] == 0xE3069283  # RFC 3720, appendix B.4
+    assert shard_files.crc32c([b"123456789"])[0] == 0xE3069283  # RFC 3720, appendix B.4
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
@@ -427,6 +427,6 @@ def test_a_record_is_what_tfds_makes_of_a_clip(dtype: str) -> None:
             frames[name] = {field: clip[field] for field in STORED}
         example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
         theirs = tf.train.Example.FromString(features.serialize_example(example))
-        ours = worker._record(example, modalities)
+        ours = writers._record(example, modalities)
         assert ours == theirs.SerializeToString(deterministic=True)
     assert set(STORED) == {"features", *FRAME_FIELDS}

@@ -20,11 +20,11 @@ import pytest
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
+from vidjax.data.records import convert
 from vidjax.data.records import manifest as manifest_lib
-from vidjax.data.records import write
 from vidjax.data.records.codec import tfds
 from vidjax.data.records.report import label_records
-from vidjax.data.untrusted import pickles
+from vidjax.data.untrusted import sandbox
 
 WIDTHS = {"face": 6, "body": 3, "audio": 4}
 RNG = np.random.default_rng(1)
@@ -106,7 +106,7 @@ def test_records_hold_every_frame_of_the_pickles(
                 assert modality not in facts.lengths
                 assert all(not len(e["frames"]["body"]["features"]) for e in examples)
                 continue
-            packed = pickles.unpack(
+            packed = sandbox.unpack(
                 source / f"{modality}_{split}.pickle", modality, tmp_path / f"{modality}_{split}"
             )
             stops = dict(zip(packed.names, np.cumsum(packed.lengths), strict=True))
@@ -149,7 +149,7 @@ def test_a_second_run_reads_neither_pickle_nor_shard(
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(pickles, "unpack", refuse)
+    monkeypatch.setattr(sandbox, "unpack", refuse)
     monkeypatch.setattr(manifest_lib, "check_shard", refuse)
     again = iqiyi_vid.prepare(source, found.folder.parent.parent)
     assert again.folder == found.folder and again.report == found.report
@@ -252,7 +252,7 @@ def test_a_failed_conversion_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
-        patch.setattr(write, "write_manifest", full)
+        patch.setattr(convert, "write_manifest", full)
         iqiyi_vid.prepare(small, cache)
     assert str(cache) in short_message(error)
     assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]
@@ -433,8 +433,8 @@ def test_kill_in_mid_conversion_leaves_nothing_that_looks_finished(
 def prepare_in_turn(source: Path, cache: Path, queue: "multiprocessing.Queue[int]") -> None:
     """Counts the pickles that this process unpacked."""
     unpacked = []
-    unpack = pickles.unpack
-    pickles.unpack = lambda *args, **kwargs: unpacked.append(args) or unpack(*args, **kwargs)  # type: ignore[assignment]
+    unpack = sandbox.unpack
+    sandbox.unpack = lambda *args, **kwargs: unpacked.append(args) or unpack(*args, **kwargs)  # type: ignore[assignment]
     with warnings.catch_warnings():
         iqiyi_vid.prepare(source, cache)
     queue.put(len(unpacked))

@@ -11,9 +11,9 @@ from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax import files
 from vidjax.data import sources, synthetic
 from vidjax.data.frame_fields import NonFinite, Unpacked
+from vidjax.data.packing import Clip, pack
 from vidjax.data.sources import DataOptions, DatasetEntry, load_dataset
 from vidjax.data.synthetic import SyntheticOptions
-from vidjax.data.untrusted.packing import Clip, pack
 from vidjax.main import main
 
 

@@ -88,7 +88,7 @@ IMPORT = """
 import re
 from pathlib import Path
 import numpy as np
-import vidjax.data.records.pipeline
+import vidjax.data.records.dataset
 held = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 before = held()
 array = np.ones(200 << 20, np.uint8)

@@ -19,7 +19,7 @@ from tests.campaigns import hostile
 from tests.helpers import python2
 from vidjax.data import labels as labels_lib
 from vidjax.data.iqiyi_vid import find_pickles
-from vidjax.data.untrusted import pickles, sandbox
+from vidjax.data.untrusted import sandbox
 
 
 def clips(rng: np.random.Generator, lengths: list[int], width: int = 8) -> dict[bytes, Any]:
@@ -44,7 +44,7 @@ def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path: Path
     value[b"c2"][1][4][5] = np.nan
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
         (tmp_path / f"face_train_{name}.pickle").write_bytes(data)
-        got = pickles.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
+        got = sandbox.unpack(tmp_path / f"face_train_{name}.pickle", "face", tmp_path / name)
         frames = [frame for entries in value.values() for frame in entries]
         kept = [frame for frame in frames if np.isfinite(frame[4]).all()]
         assert got.names == ("c0", "c1", "c2", "c3")
@@ -60,18 +60,18 @@ def test_unpack_gives_back_what_was_pickled_and_maps_it_from_disk(tmp_path: Path
             np.testing.assert_array_equal(array, expected.astype(array.dtype))
         assert isinstance(got.features.base, np.memmap)
     with pytest.raises(ValueError, match="clip c2, face has a feature that is not finite"):
-        pickles.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
+        sandbox.unpack(tmp_path / "face_train_2.pickle", "face", tmp_path / "x", non_finite="error")
     assert not list((tmp_path / "x").iterdir())
 
 
 def test_a_file_without_frames_is_an_empty_modality(tmp_path: Path) -> None:
     path = tmp_path / "body_val.pickle"
     path.write_bytes(python2.dumps({b"a": []}))
-    got = pickles.unpack(path, "body", tmp_path / "out")
+    got = sandbox.unpack(path, "body", tmp_path / "out")
     assert got.names == ("a",) and got.lengths.tolist() == [0]
     assert got.features.shape == (0, 0) and got.frames["box"].shape == (0, 4) and got.seen == 0
     path.write_bytes(hostile.wide(0, 10**36))  # a shape that no array can have
-    got = pickles.unpack(path, "audio", tmp_path / "out")
+    got = sandbox.unpack(path, "audio", tmp_path / "out")
     assert got.names == ("a",) and got.features.shape == (0, 0) and got.seen == 0
 
 
@@ -88,7 +88,7 @@ def test_several_at_once_and_from_anywhere_do_not_mix(
         (folder / f"{seed}.pickle").write_bytes(python2.dumps(value))
     with ThreadPoolExecutor(3) as pool:
         several = pool.map(
-            lambda seed: pickles.unpack(folder / f"{seed}.pickle", "face", folder / str(seed)),
+            lambda seed: sandbox.unpack(folder / f"{seed}.pickle", "face", folder / str(seed)),
             range(3),
         )
         for seed, got in enumerate(several):
@@ -109,7 +109,7 @@ def test_a_refused_file_leaves_nothing_behind_and_is_named(tmp_path: Path) -> No
     for data, told in cases.items():
         path.write_bytes(data)
         with pytest.raises(ValueError) as caught:
-            pickles.unpack(path, "face", tmp_path / "out")
+            sandbox.unpack(path, "face", tmp_path / "out")
         message = str(caught.value)
         assert message.startswith(f"{path}: ") and told in message
         assert message.count("\n") < 3
@@ -118,19 +118,19 @@ def test_a_refused_file_leaves_nothing_behind_and_is_named(tmp_path: Path) -> No
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.pickle: no such file"):
-        pickles.unpack(tmp_path / "gone.pickle", "face", tmp_path / "out")
+        sandbox.unpack(tmp_path / "gone.pickle", "face", tmp_path / "out")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: not a regular file"):
-        pickles.unpack(tmp_path / "pipe", "face", tmp_path / "out")
+        sandbox.unpack(tmp_path / "pipe", "face", tmp_path / "out")
     path = tmp_path / "face_val.pickle"
     path.write_bytes(python2.dumps(clips(np.random.default_rng(0), [2])))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "features.bin").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"face_val\.pickle: .* written to .*out: No space left"):
-        pickles.unpack(path, "face", tmp_path / "out")
+        sandbox.unpack(path, "face", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(OSError, match="face_val"):
-        pickles.unpack(path, "face", path)
+        sandbox.unpack(path, "face", path)
 
 
 def test_a_modality_is_found_by_name_and_its_second_version_wins(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
     }
     for split, (count, faces, heads, no_face, no_head, no_audio) in card.items():
         face, head, audio = (
-            pickles.unpack(found[modality, split], modality, tmp_path / f"{modality}_{split}")
+            sandbox.unpack(found[modality, split], modality, tmp_path / f"{modality}_{split}")
             for modality in ("face", "head", "audio")
         )
         assert len(face.names) == count and face.skipped_clips == {"empty": no_face}
@@ -409,7 +409,7 @@ def test_the_real_set_has_the_counts_of_its_card(tmp_path: Path) -> None:
 
 def unpack_measured(path: Path, out: Path) -> tuple[int, tuple[int, ...], np.ndarray, float, int]:
     """Returns faces seen, shape, the last one, CPU seconds, and the most bytes of the cage."""
-    got = pickles.unpack(path, "face", out)
+    got = sandbox.unpack(path, "face", out)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
     return got.seen, got.features.shape, np.array(got.features[-1]), cpu, used.ru_maxrss * 1024

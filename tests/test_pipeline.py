@@ -20,7 +20,8 @@ from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_trut
 from vidjax.batch import Batch
 from vidjax.data import clips as clips_lib
 from vidjax.data import iqiyi_vid
-from vidjax.data.records import manifest, pipeline
+from vidjax.data.records import manifest
+from vidjax.data.records.dataset import Dataset
 from vidjax.data.sources import load_dataset
 
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
@@ -74,7 +75,7 @@ def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest.Re
 
 
 @pytest.fixture(scope="module")
-def dataset(source: Path, found: manifest.Records) -> pipeline.Dataset:
+def dataset(source: Path, found: manifest.Records) -> Dataset:
     with pytest.warns(UserWarning, match="val: no file of body"):
         return labelled(found, source)
 
@@ -93,7 +94,7 @@ def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
         jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
-def source_clip(dataset: pipeline.Dataset, split: str, modality: str, index: int) -> Clip:
+def source_clip(dataset: Dataset, split: str, modality: str, index: int) -> Clip:
     """Returns the frames that were written for a clip, as a batch shows them."""
     empty = random_clip(np.random.default_rng(0), 0, WIDTHS[modality])
     name = dataset.split(split).clips[index]
@@ -126,9 +127,7 @@ def best_frames(clip: Clip, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
-def test_every_clip_comes_once_an_epoch_across_batches(
-    dataset: pipeline.Dataset, batch_size: int
-) -> None:
+def test_every_clip_comes_once_an_epoch_across_batches(dataset: Dataset, batch_size: int) -> None:
     batches = take(
         train_batches(dataset, **{**TRAIN, "batch_size": batch_size}), 3 * 45 // batch_size + 1
     )
@@ -141,7 +140,7 @@ def test_every_clip_comes_once_an_epoch_across_batches(
     assert epochs[0] != epochs[1]
 
 
-def test_order_depends_on_seed_and_epoch_alone(dataset: pipeline.Dataset) -> None:
+def test_order_depends_on_seed_and_epoch_alone(dataset: Dataset) -> None:
     order = order_of(take(train_batches(dataset, **TRAIN), 12))
     other_crop = {**TRAIN, "modalities": ("body",), "crop": "quality", "max_frames": 2}
     assert order_of(take(train_batches(dataset, **other_crop), 12)) == order
@@ -153,7 +152,7 @@ def test_order_depends_on_seed_and_epoch_alone(dataset: pipeline.Dataset) -> Non
 @pytest.mark.parametrize("crop", ["window", "quality"])
 @pytest.mark.parametrize("start_batch", [1, 6, 23])
 def test_a_resumed_stream_is_the_uninterrupted_one(
-    dataset: pipeline.Dataset, crop: str, start_batch: int
+    dataset: Dataset, crop: str, start_batch: int
 ) -> None:
     arguments = {**TRAIN, "crop": crop, "splits": ("train", "val"), "batch_size": 9}
     whole = take(train_batches(dataset, **arguments), start_batch + 9)
@@ -161,12 +160,12 @@ def test_a_resumed_stream_is_the_uninterrupted_one(
     assert_equal(whole[start_batch:], resumed)
 
 
-def test_a_resume_need_not_stand_at_a_batch(dataset: pipeline.Dataset) -> None:
+def test_a_resume_need_not_stand_at_a_batch(dataset: Dataset) -> None:
     order = order_of(take(train_batches(dataset, **TRAIN), 12))
     assert order_of(take(train_batches(dataset, **TRAIN, start=50), 5)) == order[50:90]
 
 
-def test_clip_index_counts_through_the_splits(dataset: pipeline.Dataset) -> None:
+def test_clip_index_counts_through_the_splits(dataset: Dataset) -> None:
     arguments = {**TRAIN, "splits": ("val", "train"), "batch_size": 71, "max_frames": 800}
     (batch,) = take(train_batches(dataset, **arguments), 1)
     assert sorted(batch.clip_index.tolist()) == list(range(71))
@@ -177,7 +176,7 @@ def test_clip_index_counts_through_the_splits(dataset: pipeline.Dataset) -> None
         np.testing.assert_array_equal(fields["features"], wanted.features)
 
 
-def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset: pipeline.Dataset) -> None:
+def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset: Dataset) -> None:
     batches = take(train_batches(dataset, **TRAIN), 60)
     starts = set()
     for batch in batches:
@@ -205,7 +204,7 @@ def test_short_clips_keep_all_frames_and_long_ones_a_window(dataset: pipeline.Da
     assert starts == {0, 1, 2, 3}  # every place of a window of 7 frames out of 10
 
 
-def test_quality_crop_keeps_the_best_frames_in_time_order(dataset: pipeline.Dataset) -> None:
+def test_quality_crop_keeps_the_best_frames_in_time_order(dataset: Dataset) -> None:
     (batch,) = take(train_batches(dataset, **{**TRAIN, "crop": "quality", "batch_size": 45}), 1)
     for row, index in enumerate(batch.clip_index.tolist()):
         clip = source_clip(dataset, "train", "face", index)
@@ -215,7 +214,7 @@ def test_quality_crop_keeps_the_best_frames_in_time_order(dataset: pipeline.Data
             np.testing.assert_array_equal(values, wanted)
 
 
-def test_cropped_clips_are_counted(dataset: pipeline.Dataset) -> None:
+def test_cropped_clips_are_counted(dataset: Dataset) -> None:
     splits = [dataset.split(name) for name in ("train", "val")]
     counts = clips_lib.num_cropped(splits, ("face", "audio"), MAX_FRAMES)
     lengths = [len(clip.features) for split in CLIPS for clip in CLIPS[split]["face"].values()]
@@ -229,7 +228,7 @@ def test_cropped_clips_are_counted(dataset: pipeline.Dataset) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_evaluation_shows_every_frame_of_every_clip_once(
-    dataset: pipeline.Dataset, split: str, rows: int
+    dataset: Dataset, split: str, rows: int
 ) -> None:
     seen = []
     shapes: dict[int, int] = {}
@@ -261,7 +260,7 @@ def test_evaluation_shows_every_frame_of_every_clip_once(
             assert within == sorted(within)
 
 
-def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: pipeline.Dataset) -> None:
+def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: Dataset) -> None:
     shown = []
     for rows in (3, 50):
         by_clip: dict[int, Any] = {}
@@ -273,13 +272,13 @@ def test_evaluation_pads_a_clip_alike_whatever_the_rows(dataset: pipeline.Datase
     jax.tree.map(np.testing.assert_array_equal, *shown)
 
 
-def test_one_modality_sets_the_length_of_its_own_blocks(dataset: pipeline.Dataset) -> None:
+def test_one_modality_sets_the_length_of_its_own_blocks(dataset: Dataset) -> None:
     (batch,) = eval_batches(dataset, split="val", modalities=("audio",), rows=26)
     assert batch.frames["audio"].features.shape == (26, 1, 4)
 
 
 def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
-    dataset: pipeline.Dataset,
+    dataset: Dataset,
 ) -> None:
     def stream(modalities: tuple[str, ...], lengths: np.ndarray | None = None) -> list[Batch]:
         arguments = {"split": "train", "modalities": modalities, "rows": 4, "lengths": lengths}
@@ -302,7 +301,7 @@ def test_lengths_choose_the_blocks_of_two_datasets_with_the_same_clips(
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_evaluation_of_chosen_clips_alone(dataset: pipeline.Dataset, split: str) -> None:
+def test_evaluation_of_chosen_clips_alone(dataset: Dataset, split: str) -> None:
     arguments = {"split": split, "modalities": ("face", "audio"), "rows": 4}
 
     def shown(**chosen: Any) -> dict[int, Any]:
@@ -325,13 +324,13 @@ def test_evaluation_of_chosen_clips_alone(dataset: pipeline.Dataset, split: str)
     [("train", ("face", "audio", "body"), 256), ("train", ("body",), 4), ("val", ("face",), 1)],
 )
 def test_packed_clips_come_once_with_just_their_frames(
-    dataset: pipeline.Dataset,
+    dataset: Dataset,
     split: str,
     modalities: tuple[str, ...],
     packed_clips: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "PACKED_CLIPS", packed_clips)
+    monkeypatch.setattr("vidjax.data.records.dataset.PACKED_CLIPS", packed_clips)
     seen = []
     for clip_index, frames in dataset.packed(split=split, modalities=modalities):
         assert clip_index.dtype == np.int32 and 0 < len(clip_index) <= packed_clips
@@ -350,7 +349,7 @@ def test_packed_clips_come_once_with_just_their_frames(
 
 
 def test_packing_names_mistakes_and_clips_that_do_not_come(
-    dataset: pipeline.Dataset, found: manifest.Records, source: Path
+    dataset: Dataset, found: manifest.Records, source: Path
 ) -> None:
     for split, modalities, message in (
         ("test", ("face",), "no split 'test'"),
@@ -410,7 +409,7 @@ def test_unusual_dtypes_reach_the_batch(tmp_path: Path, dtype: str) -> None:
         np.testing.assert_array_equal(fields["features"], clip.features[best_frames(clip, 5)])
 
 
-def copy_of(found: manifest.Records, source: Path, folder: Path) -> pipeline.Dataset:
+def copy_of(found: manifest.Records, source: Path, folder: Path) -> Dataset:
     """Returns a dataset over a copy of the records, to be damaged."""
     shutil.copytree(found.folder, folder)
     with pytest.warns(UserWarning, match="no file of body"):
@@ -450,7 +449,7 @@ def test_damage_after_loading_shows_while_reading(
     assert str(path) in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
-def test_mistakes_are_named_before_anything_is_read(dataset: pipeline.Dataset) -> None:
+def test_mistakes_are_named_before_anything_is_read(dataset: Dataset) -> None:
     mistakes = [
         ({"splits": ("test",)}, "no split 'test' in the data, only train, val"),
         ({"modalities": ("scene",)}, "no features of 'scene'\n.*config.modalities"),

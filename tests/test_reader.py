@@ -11,8 +11,7 @@ from tests.helpers.clip_files import random_clip, write_pickle
 from vidjax.data import iqiyi_vid
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.codec import tf
-from vidjax.data.records.manifest import describe_shard
-from vidjax.data.records.reader import ShardReader
+from vidjax.data.records.shard_files import ShardReader, describe_shard
 
 ROOT = Path(__file__).parent.parent
 SCALARS = ("quality", "detection", "number")

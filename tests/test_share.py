@@ -22,8 +22,9 @@ from vidjax.batch import Batch
 from vidjax.cluster.share import Share, own_blocks, own_places
 from vidjax.data import iqiyi_vid, memory, subset
 from vidjax.data.clips import ClipSource, make_eval_plan
-from vidjax.data.records import manifest, padding, pipeline, random_access
+from vidjax.data.records import manifest, padding, shard_files
 from vidjax.data.records.codec import tf
+from vidjax.data.records.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"face": 6, "audio": 4}
@@ -66,12 +67,12 @@ def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest.Re
 
 
 @pytest.fixture(scope="module")
-def dataset(source: Path, found: manifest.Records) -> pipeline.Dataset:
+def dataset(source: Path, found: manifest.Records) -> Dataset:
     return labelled(found, source)
 
 
 @pytest.fixture
-def copied(source: Path, found: manifest.Records, tmp_path: Path) -> pipeline.Dataset:
+def copied(source: Path, found: manifest.Records, tmp_path: Path) -> Dataset:
     """A dataset over a copy of the records, to be damaged."""
     shutil.copytree(found.folder, tmp_path / "copy")
     return labelled(manifest.load_records(tmp_path / "copy"), source)
@@ -142,7 +143,7 @@ def test_processes_have_every_clip_once_in_blocks_of_one_bucket(
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("count", "rows"), [(1, 4), (2, 1), (2, 5), (3, 4), (4, 3), (7, 8)])
 def test_blocks_of_all_processes_have_every_clip_once(
-    dataset: pipeline.Dataset, split: str, count: int, rows: int
+    dataset: Dataset, split: str, count: int, rows: int
 ) -> None:
     arguments = {**EVAL, "split": split}
     whole = rows_of(list(eval_batches(dataset, **arguments, rows=rows)))
@@ -156,7 +157,7 @@ def test_blocks_of_all_processes_have_every_clip_once(
     assert_equal(found, {clip: whole[clip] for clip in found})
 
 
-def test_which_clips_a_process_has_follows_from_the_plan(dataset: pipeline.Dataset) -> None:
+def test_which_clips_a_process_has_follows_from_the_plan(dataset: Dataset) -> None:
     plan, order = make_eval_plan(dataset.split("train"), ("face",)), dataset.order("train")
     for share in shares(3):
         batches = list(dataset.eval_batches(plan, rows=4, share=share))
@@ -166,7 +167,7 @@ def test_which_clips_a_process_has_follows_from_the_plan(dataset: pipeline.Datas
             assert batch.batch_mask.tolist() == [row < len(places) for row in range(4)]
 
 
-def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: pipeline.Dataset) -> None:
+def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: Dataset) -> None:
     only = np.arange(43) % 3 == 0
     chosen = subset.choose(dataset, "train", ("face",), 2, 3)
     clips = {f"c{i}": {"face": np.full((i, 5), i, np.float16)} for i in range(1, 60, 4)}
@@ -190,12 +191,12 @@ def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: pipeline.D
 
 
 def test_a_process_opens_the_files_of_its_ranges_alone(
-    copied: pipeline.Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    copied: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened = []
 
     class Spy(padding.ShardReader):
-        def __init__(self, shard: manifest.Shard):
+        def __init__(self, shard: shard_files.Shard):
             opened.append(shard.path)
             super().__init__(shard)
 
@@ -239,7 +240,7 @@ def test_an_index_that_names_a_clip_twice_is_refused_by_every_process(
     [(2, 0), (3, 36), (4, 149), pytest.param(12, 12, marks=pytest.mark.slow)],
 )
 def test_rows_of_all_processes_are_the_batch_of_one(
-    dataset: pipeline.Dataset, crop: str, count: int, start: int
+    dataset: Dataset, crop: str, count: int, start: int
 ) -> None:
     arguments = {**TRAIN, "crop": crop, "start": start}
     num_batches = 3 * sum(COUNTS.values()) // 12
@@ -253,13 +254,13 @@ def test_rows_of_all_processes_are_the_batch_of_one(
         assert_equal(joined(tuple(together)), batch)
 
 
-def test_a_batch_that_cannot_be_split_is_refused(dataset: pipeline.Dataset) -> None:
+def test_a_batch_that_cannot_be_split_is_refused(dataset: Dataset) -> None:
     message = "^config.batch_size=12 cannot be split over 5 processes: use a multiple$"
     with pytest.raises(ValueError, match=message):
         train_batches(dataset, **TRAIN, share=Share(4, 5))
 
 
-def location(data: pipeline.Dataset, records: manifest.SplitRecords, clip: int) -> tuple[int, int]:
+def location(data: Dataset, records: manifest.SplitRecords, clip: int) -> tuple[int, int]:
     """Returns the shard of a clip of 'train', and the number of its record there."""
     place = int(np.flatnonzero(data.order("train") == clip)[0])
     ends = np.cumsum([shard.records for shard in records.shards])
@@ -267,7 +268,7 @@ def location(data: pipeline.Dataset, records: manifest.SplitRecords, clip: int) 
     return shard, place - int(ends[shard]) + records.shards[shard].records
 
 
-def damage(shard: manifest.Shard, at: int) -> None:
+def damage(shard: shard_files.Shard, at: int) -> None:
     """Changes a byte of a file, and neither its size nor its time."""
     stat = shard.path.stat()
     content = bytearray(shard.path.read_bytes())
@@ -277,14 +278,14 @@ def damage(shard: manifest.Shard, at: int) -> None:
 
 
 def test_a_damaged_record_is_refused_by_the_process_that_reads_it(
-    copied: pipeline.Dataset, tmp_path: Path
+    copied: Dataset, tmp_path: Path
 ) -> None:
     records = manifest.load_index(tmp_path / "copy").splits["train"]
     arguments = {**TRAIN, "splits": ("train",), "batch_size": 42}
     read = [take(train_batches(copied, **arguments, share=share), 1)[0] for share in shares(2)]
     assert not set(read[0].clip_index) & set(read[1].clip_index)
     shard, number = location(copied, records, int(read[1].clip_index[3]))
-    places = random_access.find_records(records.shards[shard])
+    places = shard_files.find_records(records.shards[shard])
     damage(records.shards[shard], int(places.start[number] + places.size[number] // 2))
     (again,) = take(train_batches(copied, **arguments, share=Share(0, 2)), 1)
     assert_equal(again, read[0])
@@ -294,9 +295,7 @@ def test_a_damaged_record_is_refused_by_the_process_that_reads_it(
     assert len(str(error.value).splitlines()) <= 3
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_named(
-    copied: pipeline.Dataset, tmp_path: Path
-) -> None:
+def test_a_file_that_is_cut_while_it_is_read_is_named(copied: Dataset, tmp_path: Path) -> None:
     shard = manifest.load_index(tmp_path / "copy").splits["train"].shards[2]
     batches = train_batches(copied, **TRAIN, share=Share(1, 2))
     next(batches)
@@ -330,15 +329,15 @@ def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manife
 def test_nothing_but_the_lengths_is_read_of_other_records(
     found: manifest.Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, original = [], random_access._read
+    read, original = [], shard_files._read
 
     def spy(file: Any, start: int, size: int) -> bytes:
         read.append((Path(file.name), start, size))
         return original(file, start, size)
 
-    monkeypatch.setattr(random_access, "_read", spy)
+    monkeypatch.setattr(shard_files, "_read", spy)
     shards = found.splits["train"].shards
-    files = random_access.RecordFiles(shards)
+    files = shard_files.RecordFiles(shards)
     assert not read
     content = files.read(np.array([3, 0, 3]), np.array([2, 1, 0]))
     assert {path for path, _, size in read if size == 12} == {shards[0].path, shards[3].path}
@@ -361,9 +360,9 @@ def test_any_damaged_byte_of_a_record_is_found(found: manifest.Records, tmp_path
         shard for shard in found.splits["train"].shards if shard.path.name.count("00003-of")
     ]
     shard = shard._replace(path=Path(shutil.copy(shard.path, tmp_path / "shard")))
-    start, size = random_access.find_records(shard)
-    first, last = int(start[2]), int(start[2] + size[2]) + random_access.SUM
-    files = random_access.RecordFiles([shard])
+    start, size = shard_files.find_records(shard)
+    first, last = int(start[2]), int(start[2] + size[2]) + shard_files.SUM
+    files = shard_files.RecordFiles([shard])
     rng = np.random.default_rng(0)
     assert len(files.read(np.zeros(5, int), np.arange(5))) == 5
     for at in {first, last - 1, *rng.integers(first, last, 30).tolist()}:
@@ -372,10 +371,10 @@ def test_any_damaged_byte_of_a_record_is_found(found: manifest.Records, tmp_path
             files.read(np.zeros(5, int), np.arange(5))
         files.read(np.zeros(4, int), np.array([0, 1, 3, 4]))
         damage(shard, at)
-    for at in range(first - random_access.HEADER, first):
+    for at in range(first - shard_files.HEADER, first):
         damage(shard, at)
         with pytest.raises(ValueError, match=r"shard: (record 3 is damaged|ends before byte)"):
-            random_access.find_records(shard)
+            shard_files.find_records(shard)
         damage(shard, at)
 
 
@@ -387,4 +386,4 @@ def test_a_file_of_another_length_is_refused(found: manifest.Records, tmp_path: 
     for changed in (b"", content[: size + 16], content[:-1], content + b"x", content[: size + 20]):
         shard.path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"shard: (\d+ bytes, expected|ends before byte)"):
-            random_access.RecordFiles([shard]).read(np.array([0]), np.array([0]))
+            shard_files.RecordFiles([shard]).read(np.array([0]), np.array([0]))

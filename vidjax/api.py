@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
     from vidjax.data.frame_fields import NonFinite, Quality
     from vidjax.data.labels import LabelSource
-    from vidjax.data.untrusted.packing import Clips
+    from vidjax.data.packing import Clips
     from vidjax.predict import Predictor
 
 

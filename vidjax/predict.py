@@ -32,7 +32,7 @@ from vidjax.config import Config
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
-from vidjax.data.untrusted.packing import Clips
+from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, in_pool, windows

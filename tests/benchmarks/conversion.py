@@ -47,12 +47,12 @@ def load(how: str, path: str) -> None:
     import gc
     import pickle
 
-    from vidjax.data.untrusted import pickles, sandbox, unpickle
+    from vidjax.data.untrusted import sandbox, unpickle
 
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         if how == "unpack":
-            held = pickles.unpack(path, "face", scratch)
+            held = sandbox.unpack(path, "face", scratch)
         elif how == "sealed":
             gc.disable()  # as in the cage
             with open(path, "rb", buffering=sandbox.READ_BYTES) as file:

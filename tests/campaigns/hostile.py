@@ -33,7 +33,7 @@ import numpy as np
 
 from tests.helpers import python2
 from vidjax.data.frame_fields import PackedClips
-from vidjax.data.untrusted import pickles, sandbox
+from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
 # ----------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def attacks(mark: Path) -> dict[str, Attack]:
         "_codecs lookup": [text("zlib")],
         "torch._utils _rebuild_tensor_v2": [],
         "vidjax.data.untrusted.unpickle Array": [],
-        "vidjax.data.untrusted.pickles unpack": [path, text("face"), path],
+        "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
         "__main__ Array": [],
     }.items():
         told = words.replace(" ", ".")
@@ -674,10 +674,10 @@ def _read(path: Path, out_dir: Path, *, quick: bool) -> str:
     """Returns the error of a pickle, or an empty text where it loads to sound arrays."""
     try:
         if quick:
-            with pickles.cleared_on_error(out_dir):
-                packed = pickles.load_flat_files(path, out_dir, _fork(path, out_dir))
+            with sandbox.cleared_on_error(out_dir):
+                packed = sandbox.load_flat_files(path, out_dir, _fork(path, out_dir))
         else:
-            packed = pickles.unpack(path, "face", out_dir)
+            packed = sandbox.unpack(path, "face", out_dir)
         check(packed, out_dir)
     except ValueError as error:
         assert not list(out_dir.iterdir()), "files are left"

@@ -20,7 +20,7 @@ from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_p
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped, select_modalities
-from vidjax.data.records import pipeline
+from vidjax.data.records.dataset import Dataset
 from vidjax.data.sources import load_dataset
 
 DIM = 4
@@ -43,14 +43,12 @@ def official(tmp_path: Path) -> Path:
     return folder
 
 
-def load(folder: Path, **options: Any) -> pipeline.Dataset:
+def load(folder: Path, **options: Any) -> Dataset:
     cache = folder.parent / "cache"
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=cache, **options)
 
 
-def features_of(
-    data: pipeline.Dataset, split: str, modality: str = "face"
-) -> dict[str, np.ndarray]:
+def features_of(data: Dataset, split: str, modality: str = "face") -> dict[str, np.ndarray]:
     """Returns clip name -> features [T, D] as the model gets them."""
     found = {}
     for batch in eval_batches(data, split=split, modalities=(modality,), rows=8):

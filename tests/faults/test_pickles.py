@@ -13,7 +13,7 @@ import pytest
 
 from tests.campaigns import hostile
 from tests.helpers import python2
-from vidjax.data.untrusted import pickles
+from vidjax.data.untrusted import sandbox
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,7 +157,7 @@ def test_real_files_of_every_python_and_numpy_load_to_equal_arrays(
     written: str, tmp_path: Path
 ) -> None:
     (tmp_path / "face_train.pickle").write_bytes(python2.real()[written])
-    got = pickles.unpack(tmp_path / "face_train.pickle", "face", tmp_path / "out")
+    got = sandbox.unpack(tmp_path / "face_train.pickle", "face", tmp_path / "out")
     hostile.check(got, tmp_path / "out")
     lengths = dict(zip(got.names, got.lengths.tolist(), strict=True))
     assert lengths == {"clip_1": 2, "clip_2": 0, "clip_3": 1}

@@ -22,7 +22,8 @@ from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.data import cache as cache_lib
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
-from vidjax.data.records import pipeline
+from vidjax.data.records.dataset import Dataset
+from vidjax.data.records.shard_files import Shard
 
 NUM_CLIPS = 240  # 30 in each of 8 shards
 STREAM: dict[str, Any] = {
@@ -68,7 +69,7 @@ def copied(converted: manifest_lib.Records, tmp_path: Path) -> manifest_lib.Reco
     return manifest_lib.load_records(tmp_path / "copy")
 
 
-def shards_of(found: manifest_lib.Records) -> tuple[manifest_lib.Shard, ...]:
+def shards_of(found: manifest_lib.Records) -> tuple[Shard, ...]:
     return found.splits["train"].shards
 
 
@@ -95,23 +96,23 @@ def as_if_unchanged(found: manifest_lib.Records) -> manifest_lib.Records:
     return found._replace(splits={"train": split})
 
 
-def read_packed(data: pipeline.Dataset) -> None:
+def read_packed(data: Dataset) -> None:
     for _ in data.packed(split="train", modalities=("face",)):
         pass
 
 
-def read_epoch(data: pipeline.Dataset) -> None:
+def read_epoch(data: Dataset) -> None:
     """Reads until every clip came once; the batch after that begins the next epoch."""
     for _ in itertools.islice(train_batches(data, **STREAM), 2):
         pass
 
 
-def read_blocks(data: pipeline.Dataset) -> None:
+def read_blocks(data: Dataset) -> None:
     for _ in eval_batches(data, split="train", modalities=("face",), rows=64):
         pass
 
 
-Reader = Callable[[pipeline.Dataset], None]
+Reader = Callable[[Dataset], None]
 READERS: tuple[Reader, ...] = (read_packed, read_epoch, read_blocks)
 
 
@@ -449,7 +450,7 @@ def write_much(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ("vidjax.data.records.worker", "killed from outside: is memory short?"),
+        ("vidjax.data.records.writers", "killed from outside: is memory short?"),
         ("vidjax.data.untrusted.sandbox", "killed from outside: is memory short?"),
     ],
 )

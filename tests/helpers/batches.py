@@ -8,8 +8,8 @@ from vidjax.batch import Batch
 from vidjax.cluster.share import WHOLE, Share
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
+from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.manifest import Records
-from vidjax.data.records.pipeline import Dataset
 
 
 def labelled(records: Records, directory: Path) -> Dataset:

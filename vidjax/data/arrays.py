@@ -40,12 +40,12 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
+from vidjax.data.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.data.untrusted.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.errors import NoFileError, UserError
 
 if TYPE_CHECKING:  # it imports TensorFlow
-    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.records.dataset import Dataset
 
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
@@ -83,7 +83,7 @@ def load(
       FileNotFoundError: no such folder, or no features in it.
       OSError: the cache cannot be written.
     """
-    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.records.dataset import Dataset
 
     if isinstance(source, Mapping):
         opened, origin = FeatureDict(source, labels, quality), Origin("arrays")
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        from vidjax.data.records.command import convert_folder, make_parser
+        from vidjax.data.records.convert import convert_folder, make_parser
 
         parser = make_parser("vidjax.data.arrays", "Convert a folder of features of your own.")
         parser.add_argument(

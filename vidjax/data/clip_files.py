@@ -19,9 +19,9 @@ import numpy as np
 
 from vidjax import files
 from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, PackedClips, Quality
+from vidjax.data.packing import Clip, pack
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.data.untrusted.packing import Clip, pack
 from vidjax.errors import UserError, closest
 from vidjax.machine import memory_bytes, num_cores
 

@@ -21,7 +21,7 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, PackedClips, Unpacked
 from vidjax.data.labels import load_official_truth
 from vidjax.data.processes import Children, map_children
-from vidjax.data.untrusted import pickles
+from vidjax.data.untrusted import sandbox
 from vidjax.errors import NoFileError, UserError
 from vidjax.machine import memory_bytes, num_cores
 
@@ -100,7 +100,7 @@ class OfficialFiles:
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
             folder = scratch / "_".join(key)
             path, modality = self._files[key], key[0]
-            return pickles.unpack(path, modality, folder, non_finite=non_finite, children=children)
+            return sandbox.unpack(path, modality, folder, non_finite=non_finite, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
         workers = self._workers or _num_readers(sizes.values())
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
-        from vidjax.data.records.command import convert_folder, make_parser
+        from vidjax.data.records.convert import convert_folder, make_parser
 
         parser = make_parser("vidjax.data.iqiyi_vid", "Convert a directory of official files.")
         args = parser.parse_args(words)

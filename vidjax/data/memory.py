@@ -22,9 +22,9 @@ from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, EvalPlan, Split, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality, feature_norms
-from vidjax.data.untrusted import pickles
+from vidjax.data.packing import Clip, Clips, pack
+from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.data.untrusted.packing import Clip, Clips, pack
 from vidjax.errors import NoFileError, UserError, closest
 from vidjax.machine import memory_bytes
 
@@ -389,7 +389,7 @@ def _load_pickles(
         )
     with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
         packed = {
-            name: pickles.unpack(file, name, Path(scratch, name)) for name, file in wanted.items()
+            name: sandbox.unpack(file, name, Path(scratch, name)) for name, file in wanted.items()
         }
         for name, flat in packed.items():
             frames = dict(flat.frames)

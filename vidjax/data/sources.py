@@ -16,7 +16,7 @@ from vidjax.data.synthetic import CALIBRATED, SyntheticOptions
 from vidjax.errors import UserError, suggest
 
 if TYPE_CHECKING:  # it imports TensorFlow
-    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.records.dataset import Dataset
 
 _LOG = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ def load_dataset(
       FileNotFoundError: no data in the directory.
       OSError: the cache cannot be written.
     """
-    from vidjax.data.records.pipeline import Dataset
+    from vidjax.data.records.dataset import Dataset
 
     cache_dir = Path(cache_dir or files.default_cache_dir()).expanduser()
     folder = files.local(directory) if directory else None

@@ -21,7 +21,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
-from vidjax.data.untrusted.packing import Clips
+from vidjax.data.packing import Clips
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import check_widths
 from vidjax.gallery.store import Origin

@@ -2,12 +2,12 @@
 
 | file | does | TensorFlow |
 |---|---|---|
-| `convert.py`, `write.py`, `builder.py` | any source of frames to records, by TFDS | to write |
-| `staging.py`, `engines.py`, `worker.py` | what each shard holds, and who writes it | to write |
-| `command.py` | conversion without training | to write |
-| `manifest.py`, `report.py` | what was written, and whether it still is; labels | to name damage |
-| `pipeline.py` | the clips as `TrainingData` | no |
-| `reader.py`, `padding.py` | records as arrays, all clips of a split once | no |
-| `random_access.py` | single records of shards by their numbers | no |
-| `streaming.py`, `codec.py` | endless shuffled batches for training, by tf.data | yes |
+| `convert.py` | any source of frames to records in the cache, also by a command | to write |
+| `staging.py`, `writers.py` | what each shard holds, and who writes it | no |
+| `codec.py` | what TFDS is told of the records; sets TensorFlow up | yes |
+| `shard_files.py` | the bytes of a shard, written and read | no |
+| `manifest.py`, `report.py` | what was written, and whether it still is; labels | no |
+| `dataset.py` | the clips as `TrainingData` | no |
+| `padding.py` | records as padded batches, all clips of a split once | no |
+| `streaming.py` | endless shuffled batches for training, in the order of tf.data | yes |
 """

@@ -1,15 +1,48 @@
 """From any source of frames to records in the cache: converted once, checked at every load."""
 
+import argparse
+import contextlib
+import io
+import logging
+import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from vidjax import files
+import numpy as np
+
+from vidjax import files, messages
 from vidjax.data.cache import cache_folder, exclusive, mark_used
+from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import NonFinite, RecordSource
-from vidjax.data.records.engines import ALL_CORES, Engine, check_engine
-from vidjax.data.records.manifest import VERSION, Records, load_records
+from vidjax.data.records.manifest import (
+    VERSION,
+    Records,
+    SplitRecords,
+    load_records,
+    write_manifest,
+)
+from vidjax.data.records.report import format_report, label_records, report_split
+from vidjax.data.records.shard_files import describe_shard
+from vidjax.data.records.staging import (
+    ShardTask,
+    StagedSplit,
+    shard_bounds,
+    stage,
+)
+from vidjax.data.records.writers import (
+    ALL_CORES,
+    ALONE,
+    Beam,
+    Engine,
+    Pool,
+    check_engine,
+    write_shards,
+)
 from vidjax.errors import UserError
+from vidjax.machine import num_cores
 
 
 def convert(
@@ -42,8 +75,6 @@ def convert(
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
                 with files.atomic_folder(folder) as partial:
-                    from vidjax.data.records.write import write_records
-
                     write_records(source, fingerprint, partial, non_finite, engine)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
@@ -77,3 +108,167 @@ def _refuse_dropped(records: Records, source: RecordSource) -> None:
             if counts["frames_skipped"].get("non_finite"):
                 with tempfile.TemporaryDirectory() as scratch:  # reading again names the clip
                     source.read(Path(scratch), "error")
+
+
+_LOG = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def write_records(
+    source: RecordSource,
+    fingerprint: list[dict[str, Any]],
+    folder: Path,
+    non_finite: NonFinite,
+    engine: Engine,
+) -> None:
+    """Fills a folder with the records of a source; see `convert`."""
+    staging = folder / "staging"
+    _LOG.info("converting %s", source.title)
+    with ThreadPoolExecutor(1 if engine == ALONE else num_cores()) as threads:
+
+        def start(function: Callable[..., Result], *args: Any) -> Future[Result]:
+            """Calls a function while other processes work, or now where there are none."""
+            future = threads.submit(function, *args)
+            if engine == ALONE:
+                wait([future])
+            return future
+
+        imported = start(_import_builder)
+        unpacked = source.read(staging, non_finite)
+        staged = {split: stage(split, parts) for split, parts in unpacked.items()}
+        modalities = _common_modalities(staged, source)
+        _refuse_empty_splits(staged, source)
+        _refuse_shared_clips(staged, source.place)
+        reports: dict[str, Future[dict[str, Any]]] = {}
+
+        def write(tasks: Sequence[ShardTask]) -> None:
+            """Writes all shards; this process makes the reports while others write."""
+            for name, split in staged.items():
+                reports[name] = start(_report, source, name, split)
+            write_shards(engine, tasks, scratch=staging)
+
+        builder = imported.result()(
+            modalities=modalities,
+            staged=staged,
+            write_shards=write,
+            scratch=staging / "memory",
+            data_dir=folder,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+            builder.download_and_prepare(download_dir=staging)
+        splits = {}
+        for name, split in staged.items():
+            counts = [last - first for first, last in shard_bounds(split, modalities)]
+            paths = map(Path, builder.info.splits[name].filepaths)
+            shards = tuple(threads.map(describe_shard, paths, counts))
+            splits[name] = SplitRecords(split.clips, split.order, split.lengths, shards)
+        report = {
+            "version": VERSION,
+            "splits": {name: future.result() for name, future in reports.items()},
+        }
+    shutil.rmtree(staging)
+    write_manifest(Records(folder, modalities, splits, report), fingerprint)
+
+
+def _import_builder() -> Any:
+    """Returns the class `FrameRecords`; imports TensorFlow, which takes seconds."""
+    from vidjax.data.records.codec import FrameRecords
+
+    return FrameRecords
+
+
+def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, Any]:
+    """Returns the report of the feature files of a split."""
+    paths = {modality: source.file_of(modality, name) for modality in split.packed}
+    return report_split(split.packed, split.lengths, paths)
+
+
+def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
+    """Raises ValueError when a split has no clip."""
+    for name, split in staged.items():
+        if not split.clips:
+            paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
+            raise UserError(f"{paths or source.place}: no clip in split {name!r}")
+
+
+def _common_modalities(
+    staged: Mapping[str, StagedSplit], source: RecordSource
+) -> dict[str, Modality]:
+    """Returns width and dtype of each modality; the dtype holds the values of all splits exactly.
+
+    Raises:
+      ValueError: two splits differ in the width, or no clip has a frame.
+    """
+    modalities: dict[str, Modality] = {}
+    first_split: dict[str, str] = {}
+    for split, clips in staged.items():
+        for name, parts in clips.packed.items():
+            features = next((part.features for part in parts if len(part.features)), None)
+            if features is None:  # without frames, width and dtype are unknown
+                continue
+            dim, dtype = features.shape[1], features.dtype
+            first = first_split.setdefault(name, split)
+            if name in modalities:
+                if modalities[name].dim != dim:
+                    raise UserError(
+                        f"{name}: features are {modalities[name].dim} wide in "
+                        f"{source.file_of(name, first)}\n"
+                        f"but {dim} wide in {source.file_of(name, split)}"
+                    )
+                dtype = np.result_type(dtype, modalities[name].dtype)
+            modalities[name] = Modality(dim, dtype.name)
+    if not modalities:
+        packed = [parts for split in staged.values() for parts in split.packed.values()]
+        dropped = sum(sum(part.skipped.values()) for parts in packed for part in parts)
+        reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
+        raise UserError(f"{source.place}: no clip has a single frame that can be used{reason}")
+    return dict(sorted(modalities.items()))
+
+
+def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
+    """Raises ValueError when a clip is in two splits: a model would be tested on training clips."""
+    owners: dict[str, str] = {}
+    shared = []
+    for name, split in sorted(staged.items()):
+        for clip in split.clips:
+            if owners.setdefault(clip, name) != name:
+                shared.append(f"{clip} ({owners[clip]} and {name})")
+    if shared:
+        more = ", ..." if len(shared) > 5 else ""
+        raise UserError(
+            f"{place}: {len(shared)} clips are in two splits\n{', '.join(shared[:5])}{more}"
+        )
+
+
+def make_parser(module: str, description: str) -> messages.Parser:
+    """Returns the parser of `python -m MODULE DIR`."""
+    parser = messages.Parser(prog=f"python -m {module}", description=description)
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument(
+        "--cache_dir", metavar="C", type=Path, help="$VIDJAX_CACHE or ~/.cache/vidjax by default"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=int, help="processes; one per core by default"
+    )
+    parser.add_argument(
+        "--beam_options",
+        metavar="O",
+        help="write by Apache Beam, such as runner=FnApiRunner,direct_num_workers=0,"
+        "direct_running_mode=multi_processing",
+    )
+    return parser
+
+
+def convert_folder(args: argparse.Namespace, open_source: Callable[[], RecordSource]) -> int:
+    """Converts a folder, prints its report and returns the exit code.
+
+    Args:
+      args: what a parser of `make_parser` has parsed.
+      open_source: returns the frames of the folder.
+    """
+    engine = Pool(args.workers) if args.beam_options is None else Beam(args.beam_options)
+    source = open_source()
+    records = convert(source, args.cache_dir, engine=engine)
+    _, _, report = label_records(records, source.truth(records.clips))
+    messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+    return 0

@@ -10,42 +10,23 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidjax import files
 from vidjax.data.clips import Modality
+from vidjax.data.records.shard_files import DEPTH, Shard, check_changed, check_shard
 from vidjax.errors import UserError
 from vidjax.files import sha256_file, sha256_opened
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.2.0"
-DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
 MANIFEST_BYTES = 64 * files.MB
 CLIP_BYTES = 4096  # the most that the index holds of a clip
 DTYPES = ("float16", "float32", "float64", "int8")
-
-
-class Shard(NamedTuple):
-    """One TFRecord file.
-
-    Attributes:
-      path: the file.
-      records: number of records.
-      size: number of bytes.
-      mtime_ns: time of the last change, in ns since 1970.
-      sha256: digest of the content.
-    """
-
-    path: Path
-    records: int
-    size: int
-    mtime_ns: int
-    sha256: str
 
 
 class SplitRecords(NamedTuple):
@@ -84,12 +65,6 @@ class Records(NamedTuple):
     def clips(self) -> dict[str, tuple[str, ...]]:
         """Split -> names of its clips, by clip index."""
         return {name: split.clips for name, split in self.splits.items()}
-
-
-def describe_shard(path: Path, num_records: int) -> Shard:
-    """Returns the entry of the manifest for a file that was just written."""
-    stat = path.stat()
-    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
@@ -236,66 +211,6 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
         for modality, lengths in split.lengths.items():
             arrays[f"{name}/lengths/{modality}"] = lengths
     np.savez(path, **arrays)
-
-
-def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Reads every shard whose size or time differs from the manifest from end to end.
-
-    Returns:
-      the shards with their present times.
-
-    Raises:
-      ValueError: a shard is missing or damaged.
-    """
-    checked = []
-    for shard in shards:
-        # The time changes when a file is replaced; a copied folder is read once more.
-        stat = os.lstat(shard.path) if files.exists(shard.path) else None
-        is_same = stat and (stat.st_size, stat.st_mtime_ns) == (shard.size, shard.mtime_ns)
-        if not stat or not is_same or not S_ISREG(stat.st_mode):
-            check_shard(shard)
-        checked.append(shard._replace(mtime_ns=stat.st_mtime_ns) if stat else shard)
-    return tuple(checked)
-
-
-def check_shard(shard: Shard) -> None:
-    """Reads one shard from end to end.
-
-    Raises:
-      ValueError: it is missing, damaged, or holds another number of records than were written;
-        names the file and the first damaged record.
-    """
-    hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
-    wanted = f"{shard.path}: expected {shard.records} records, found"
-    if not files.exists(shard.path):
-        raise UserError(f"{wanted} no such file\n{hint}")
-    try:
-        with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
-            same_size = os.fstat(file.fileno()).st_size == shard.size
-            if same_size and sha256_opened(file) == shard.sha256:
-                return
-    except UserError as error:  # a link, a pipe: the reader below would wait for it
-        raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
-    except OSError:
-        pass  # the reader below reports how far it can be read
-    from vidjax.data.records.codec import tf
-
-    count = size = 0
-    dataset = tf.data.TFRecordDataset(str(shard.path), buffer_size=1 << 20)
-    try:
-        for record in dataset.as_numpy_iterator():
-            count += 1
-            size += 8 + 4 + len(record) + 4  # length and checksum, record and checksum
-        if size != shard.path.stat().st_size:  # the reader ignores a few bytes at the end
-            raise tf.errors.DataLossError(None, None, "truncated")
-    except tf.errors.DataLossError as error:
-        raise UserError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}") from error
-    except tf.errors.OpError as error:
-        reason = " ".join(str(error.message).split())[:200]
-        raise UserError(f"{wanted} {count}: {reason}\n{hint}") from error
-    if count != shard.records:
-        raise UserError(f"{wanted} {count}\n{hint}")
-    raise UserError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
 
 
 def verify(records: Records) -> list[str]:

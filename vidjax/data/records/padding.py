@@ -9,8 +9,8 @@ from vidjax.batch import Batch, Frames
 from vidjax.cluster.share import WHOLE, Share, own_blocks, own_places
 from vidjax.data.clips import EvalPlan, Modality, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.records.manifest import Records, check_changed
-from vidjax.data.records.reader import ShardReader
+from vidjax.data.records.manifest import Records
+from vidjax.data.records.shard_files import ShardReader, check_changed
 
 BATCHED = tuple(name for name in Frames._fields if name in STORED)
 

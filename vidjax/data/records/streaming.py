@@ -19,8 +19,8 @@ from vidjax.batch import Batch, Frames
 from vidjax.cluster.share import WHOLE, Share, own_rows
 from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
-from vidjax.data.records.manifest import Records, Shard, check_changed, check_shard
-from vidjax.data.records.random_access import RecordFiles
+from vidjax.data.records.manifest import Records
+from vidjax.data.records.shard_files import RecordFiles, Shard, check_changed, check_shard
 from vidjax.errors import UserError
 
 OPEN_SHARDS = 16

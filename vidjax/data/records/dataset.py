@@ -19,9 +19,9 @@ from vidjax.data.frame_fields import STORED, NonFinite, Origin, RecordSource
 from vidjax.data.labels import Truth
 from vidjax.data.records import padding
 from vidjax.data.records.convert import convert
-from vidjax.data.records.manifest import Records, Shard, SplitRecords, check_changed, check_shard
-from vidjax.data.records.reader import ShardReader
+from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.report import digest_data, label_records
+from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, check_shard
 from vidjax.errors import UserError
 
 PACKED_CLIPS = 256  # clips that `Dataset.packed` yields at once, at most

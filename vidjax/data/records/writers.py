@@ -1,16 +1,26 @@
-"""Engines that write the shards of a conversion: this process, a pool of them, or Apache Beam.
+"""Who writes the shards of a conversion: this process, a pool of them, or Apache Beam.
 
-Each calls `worker.write_shard`, a pure function of a shard's task, so all write the same bytes.
+Each calls `write_shard`, a pure function of a shard's task, so all write the same bytes.
+
+    python -m vidjax.data.records.writers FOLDER FIRST STEP
+
+is a process of the pool, which writes every STEP-th task of FOLDER.
 """
 
 import json
+import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vidjax.data import processes
-from vidjax.data.records import worker
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.records import shard_files
 from vidjax.data.records.staging import ShardTask, feature_bytes
 from vidjax.data.untrusted.names import show
 from vidjax.errors import DiskError, UserError
@@ -80,7 +90,7 @@ def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> N
     workers = _num_workers(engine, tasks) if isinstance(engine, Pool) else 0
     if workers == 1:
         for task in tasks:
-            worker.write_shard(task)
+            write_shard(task)
         return
     folder = scratch / "tasks"
     folder.mkdir(parents=True)
@@ -106,8 +116,8 @@ def _run_pool(folder: Path, workers: int) -> None:
     """Writes the shards of a folder of tasks by child processes, every n-th by one of them."""
 
     def run(children: processes.Children, first: int) -> None:
-        child = children.run(worker.__name__, folder, str(first), str(workers))
-        if child.returncode == worker.EXIT_DISK:
+        child = children.run(__name__, folder, str(first), str(workers))
+        if child.returncode == EXIT_DISK:
             raise OSError(*json.loads(child.stdout))
         if child.returncode == -signal.SIGKILL:
             raise DiskError(
@@ -153,7 +163,58 @@ def _run_beam(folder: Path, engine: Beam) -> None:
     try:
         with _make_pipeline(_beam_flags(engine.options)) as pipeline:
             # Reshuffled, or one worker would take all.
-            _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(worker.write_saved)
+            _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(write_saved)
     except RuntimeError as error:  # with the traceback of the worker
         last = str(error).strip().rpartition("\n")[2]
         raise DiskError(f"{folder}: Apache Beam stopped: {show(last)}") from error
+
+
+EXIT_DISK = 2
+
+
+def write_shard(task: ShardTask) -> None:
+    """Writes one shard: the same bytes for the same task, in whichever process and order.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    with task.path.open("wb") as file:
+        shard_files.write(file, (_record(clip, task.modalities) for _, clip in task()))
+
+
+def _record(clip: Mapping[str, Any], modalities: Mapping[str, Modality]) -> bytes:
+    """Returns the record of a clip; `FrameRecords` tells TFDS what it holds."""
+    values: dict[str, bytes | int] = {
+        "clip": clip["clip"].encode(),
+        "clip_index": clip["clip_index"],
+    }
+    for name, frames in clip["frames"].items():
+        for field, array in frames.items():
+            wanted = FRAME_FIELDS[field] if field in FRAME_FIELDS else modalities[name]
+            dtype = np.dtype(wanted.dtype).newbyteorder("<")
+            values[f"frames/{name}/{field}"] = array.astype(dtype, copy=False).tobytes()
+    return shard_files.encode(values)
+
+
+def write_saved(path: str) -> None:
+    """Writes the shard of a task that was saved to a file."""
+    write_shard(ShardTask.load(Path(path)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes shards and returns the exit code; prints the arguments of an OSError as JSON."""
+    folder, first, step = argv
+    parent = os.getppid()
+    try:
+        for path in sorted(Path(folder).glob("*.npz"))[int(first) :: int(step)]:
+            if os.getppid() != parent:  # it was killed, and nobody waits
+                break
+            write_saved(str(path))
+    except OSError as error:
+        sys.stdout.write(json.dumps([error.errno, error.strerror, error.filename]))
+        return EXIT_DISK
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,544 @@
+"""The records of a shard without TensorFlow, whose import takes longer than reading most datasets.
+
+The sha256 of the file is compared with the manifest. All records have the
+same keys in the same order (`builder` sorts them), so each key is found in all of them at once.
+
+Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
+wire format of protocol buffers.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from vidjax import files
+from vidjax.data.clips import Modality
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.errors import UserError
+from vidjax.files import sha256_file, sha256_opened
+
+FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
+# Tags of the messages: (number of the field << 3) + 2, which is a length and as many bytes.
+FIRST, SECOND, THIRD = 0x0A, 0x12, 0x1A
+BYTES_LIST, INT64_LIST = FIRST, THIRD
+
+
+DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
+
+
+class Shard(NamedTuple):
+    """One TFRecord file.
+
+    Attributes:
+      path: the file.
+      records: number of records.
+      size: number of bytes.
+      mtime_ns: time of the last change, in ns since 1970.
+      sha256: digest of the content.
+    """
+
+    path: Path
+    records: int
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def describe_shard(path: Path, num_records: int) -> Shard:
+    """Returns the entry of the manifest for a file that was just written."""
+    stat = path.stat()
+    return Shard(path, num_records, stat.st_size, stat.st_mtime_ns, sha256_file(path))
+
+
+def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Reads every shard whose size or time differs from the manifest from end to end.
+
+    Returns:
+      the shards with their present times.
+
+    Raises:
+      ValueError: a shard is missing or damaged.
+    """
+    checked = []
+    for shard in shards:
+        # The time changes when a file is replaced; a copied folder is read once more.
+        stat = os.lstat(shard.path) if files.exists(shard.path) else None
+        is_same = stat and (stat.st_size, stat.st_mtime_ns) == (shard.size, shard.mtime_ns)
+        if not stat or not is_same or not S_ISREG(stat.st_mode):
+            check_shard(shard)
+        checked.append(shard._replace(mtime_ns=stat.st_mtime_ns) if stat else shard)
+    return tuple(checked)
+
+
+def check_shard(shard: Shard) -> None:
+    """Reads one shard from end to end.
+
+    Raises:
+      ValueError: it is missing, damaged, or holds another number of records than were written;
+        names the file and the first damaged record.
+    """
+    hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
+    wanted = f"{shard.path}: expected {shard.records} records, found"
+    if not files.exists(shard.path):
+        raise UserError(f"{wanted} no such file\n{hint}")
+    try:
+        with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
+            same_size = os.fstat(file.fileno()).st_size == shard.size
+            if same_size and sha256_opened(file) == shard.sha256:
+                return
+    except UserError as error:  # a link, a pipe: the reader below would wait for it
+        raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
+    except OSError:
+        pass  # the reader below reports how far it can be read
+    try:
+        count, whole = _count_intact(shard.path)
+    except OSError as error:
+        raise UserError(f"{shard.path}: {error.strerror}\n{hint}") from error
+    if not whole:
+        raise UserError(f"{wanted} {count}: record {count + 1} is damaged\n{hint}")
+    if count != shard.records:
+        raise UserError(f"{wanted} {count}\n{hint}")
+    raise UserError(f"{shard.path}: not the file that was written (sha256)\n{hint}")
+
+
+def _count_intact(path: Path) -> tuple[int, bool]:
+    """Returns the records before the first damaged one, and True if there is none."""
+    with files.open_regular(path) as file:
+        left, count = os.fstat(file.fileno()).st_size, 0
+        while left:
+            header = file.read(HEADER)
+            size = int.from_bytes(header[:8], "little")
+            left -= FRAMING + size
+            if len(header) < HEADER or left < 0 or size < SUM:
+                return count, False
+            record = file.read(size + SUM)
+            if _first_wrong([header[:8], record[:size]], [header[8:], record[size:]]) is not None:
+                return count, False
+            count += 1
+    return count, True
+
+
+class Values(NamedTuple):
+    """Where the values of a key lie in the file.
+
+    Attributes:
+      start: [N] int64, first byte of each record's value.
+      size: [N] int64, number of bytes.
+    """
+
+    start: np.ndarray
+    size: np.ndarray
+
+
+class ShardReader:
+    """The records of a shard, of which it keeps where their values lie.
+
+    No file stays open, as there may be more shards than files that a process may open; and none is
+    mapped, as a process ends when a file is cut that it has mapped.
+
+    Attributes:
+      clip_index: [N] int32, the clip of each record.
+    """
+
+    def __init__(self, shard: Shard):
+        """Reads the file and finds all values.
+
+        Raises:
+          ValueError: the file is not the one that was written; names file and record.
+        """
+        self._shard = shard
+        content, self._state = _read_whole(shard)
+        starts, sizes = _records(content, shard.records)
+        try:
+            self._values = _find(content, starts, sizes)
+            first, size = self._values["clip_index"]
+            index, end = _read_varints(content, first)
+            _expect(bool((end == first + size).all()))
+        except (IndexError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{shard.path}: records of another layout\n"
+                f"delete {shard.path.parents[2]} to convert again"
+            ) from error
+        self.clip_index = index.astype(np.int32)
+
+    def lengths(self, modality: str) -> np.ndarray:
+        """Returns the number of frames of each record, [N] int32."""
+        size = self._values[f"frames/{modality}/number"].size
+        return (size // np.dtype(FRAME_FIELDS["number"].dtype).itemsize).astype(np.int32)
+
+    def frames(
+        self, name: str, modality: Modality, fields: Sequence[str], rows: slice | np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Returns field -> the frames of some records one after another, [F] or [F, D].
+
+        Args:
+          name: the modality.
+          modality: width and dtype of its features.
+          fields: names of fields of one number per frame, and `features`.
+          rows: the records, a slice or [n] int.
+        """
+        values = [self._values[f"frames/{name}/{field}"] for field in fields]
+        starts = np.array([one.start[rows] for one in values])  # [fields, records]
+        sizes = np.array([one.size[rows] for one in values])
+        first, end = starts.min(0), (starts + sizes).max(0)
+        flat, place = self._spans(first, end - first)
+        found = {}
+        for field, start, size in zip(fields, starts - first + place, sizes, strict=True):
+            pairs = zip(start.tolist(), size.tolist(), strict=True)
+            one = np.concatenate([flat[at : at + count] for at, count in pairs])
+            if field == "features":
+                found[field] = one.view(modality.dtype).reshape(-1, modality.dim)
+            else:
+                found[field] = one.view(FRAME_FIELDS[field].dtype)
+        return found
+
+    def _spans(self, first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns some bytes of the file, one span after another, and where each span begins."""
+        ends = np.cumsum(size)
+        flat = np.empty(int(ends[-1]), np.uint8)
+        place = ends - size
+        with files.open_regular(self._shard.path) as file:
+            spans = zip(first.tolist(), place.tolist(), ends.tolist(), strict=True)
+            whole = all(
+                os.preadv(file.fileno(), [flat.data[start:end]], at) == end - start
+                for at, start, end in spans
+            )
+            if not whole or _state(file) != self._state:
+                raise UserError(f"{self._shard.path}: changed while it was read")
+        return flat, place
+
+
+def _read_whole(shard: Shard) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Returns the bytes of a shard, [n] uint8, and the state of its file.
+
+    Raises:
+      ValueError: they are not those that were written.
+    """
+    with contextlib.suppress(FileNotFoundError), files.open_regular(shard.path) as file:
+        state, size = _state(file), 0
+        content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        while size < len(content) and (count := file.readinto(content.data[size:])):
+            size += count
+        is_whole = size == shard.size and not file.read(1)
+        if is_whole and hashlib.sha256(content.data).hexdigest() == shard.sha256:
+            return content, state
+    check_shard(shard)  # names the record
+    raise UserError(f"{shard.path}: changed while it was read")
+
+
+def _state(file: io.FileIO) -> tuple[int, ...]:
+    """Returns what changes with every byte that is written to a file, and where it is replaced."""
+    stat = os.fstat(file.fileno())
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns first byte and number of bytes of every record, [N] int64 each."""
+    starts, sizes, at = [], [], 0
+    for _ in range(num_records):
+        (size,) = struct.unpack_from("<Q", content.data, at)
+        starts.append(at + 12)  # behind the length and its checksum
+        sizes.append(size)
+        at += size + FRAMING
+    return np.array(starts, np.int64), np.array(sizes, np.int64)
+
+
+def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Values]:
+    """Returns key -> its values in N messages `Example`.
+
+    Args:
+      content: [bytes] uint8, the file.
+      starts, sizes: [N] int64, the messages.
+    """
+    values: dict[str, Values] = {}
+    at, end = _message(content, starts, FIRST)  # Features
+    _expect(bool((end == starts + sizes).all()))
+    while (at < end).any():
+        entry, after = _message(content, at, FIRST)  # an entry of the map
+        key_at, value_at = _message(content, entry, FIRST)
+        letters = content[key_at[:, None] + np.arange(int(value_at[0] - key_at[0]))]
+        _expect(bool((value_at - key_at == letters.shape[1]).all()))
+        _expect(bool((letters == letters[0]).all()))
+        feature, feature_end = _message(content, value_at, SECOND)
+        kind = int(content[feature[0]])
+        _expect(kind in (BYTES_LIST, INT64_LIST) and bool((feature_end == after).all()))
+        one, one_end = _message(content, feature, kind)  # a list of one value
+        start, stop = _message(content, one, FIRST)
+        _expect(bool((one_end == after).all() and (stop == after).all()))
+        values[letters[0].tobytes().decode()] = Values(start, stop - start)
+        at = after
+    return values
+
+
+def _message(content: np.ndarray, at: np.ndarray, tag: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns first and last + 1 byte of N fields of a message, which begin at `at` [N]."""
+    _expect(bool((content[at] == tag).all()))
+    size, first = _read_varints(content, at + 1)
+    return first, first + size
+
+
+def _read_varints(content: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns N whole numbers of variable length that begin at `at` [N], and what follows them."""
+    value, shift, more = np.zeros_like(at), 0, np.ones(len(at), bool)
+    while more.any():
+        byte = np.where(more, content[at], 0).astype(np.int64)
+        value |= (byte & 0x7F) << shift
+        at, more, shift = at + more, more & (byte > 0x7F), shift + 7
+    return value, at
+
+
+def _expect(condition: bool) -> None:
+    if not condition:
+        raise UserError("not what `builder` writes")
+
+
+HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
+SUM = 4  # bytes behind it: its checksum
+
+
+class Places(NamedTuple):
+    """Where the records of a shard lie.
+
+    Attributes:
+      start: [N] int64, first byte of each record.
+      size: [N] int64, number of bytes.
+    """
+
+    start: np.ndarray
+    size: np.ndarray
+
+
+class RecordFiles:
+    """Shards of which single records are read.
+
+    No file stays open, as there may be more shards than files that a process may open; and none is
+    mapped, as a process ends when a file is cut that it has mapped.
+    """
+
+    def __init__(self, shards: Sequence[Shard]):
+        """Takes the shards, which `read` names by their positions; reads none of them."""
+        self._shards = tuple(shards)
+        self._places = functools.cache(lambda number: find_records(self._shards[number]))
+
+    def read(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Returns the content of some records, [n] of bytes; threads may call it at once.
+
+        Args:
+          shards: [n] int, the shard of each record.
+          numbers: [n] int, the number of each record in its shard, from 0.
+
+        Raises:
+          ValueError: a record is damaged or cut.
+          OSError: a file cannot be read.
+        """
+        content = np.empty(len(shards), object)
+        sums = [b""] * len(shards)
+        for shard in np.unique(shards).tolist():
+            start, size = self._places(shard)
+            with _open(self._shards[shard]) as file:
+                for row in np.flatnonzero(shards == shard).tolist():
+                    number = numbers[row]
+                    read = _read(file, int(start[number]), int(size[number]) + SUM)
+                    content[row], sums[row] = read[:-SUM], read[-SUM:]
+        wrong = _first_wrong(content.tolist(), sums)
+        if wrong is not None:
+            path = self._shards[shards[wrong]].path
+            raise UserError(f"{path}: record {numbers[wrong] + 1} is damaged")
+        return content
+
+
+def find_records(shard: Shard) -> Places:
+    """Returns where the records of a shard lie; reads nothing of the file but their lengths.
+
+    Raises:
+      ValueError: a length is damaged, or the file is shorter or longer than its records.
+      OSError: the file cannot be read.
+    """
+    starts, lengths, sums, at = [], [], [], 0
+    with _open(shard) as file:
+        while len(starts) < shard.records and at < shard.size:
+            header = _read(file, at, HEADER)
+            lengths.append(header[:8])
+            sums.append(header[8:])
+            starts.append(at + HEADER)
+            at += HEADER + struct.unpack("<Q", header[:8])[0] + SUM
+        actual = os.fstat(file.fileno()).st_size
+    wrong = _first_wrong(lengths, sums)
+    if wrong is not None:
+        raise UserError(f"{shard.path}: record {wrong + 1} is damaged")
+    # A file that was cut between two records has no damaged one.
+    if not (len(starts) == shard.records and at == shard.size == actual):
+        raise UserError(f"{shard.path}: {actual} bytes, expected {shard.size}")
+    size = np.frombuffer(b"".join(lengths), "<u8").astype(np.int64)
+    return Places(np.array(starts, np.int64), size)
+
+
+def _open(shard: Shard) -> io.FileIO:
+    """Opens a shard to read parts of it."""
+    file = files.open_regular(shard.path)
+    if hasattr(os, "posix_fadvise"):  # the system would read on behind each part
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def _read(file: io.FileIO, start: int, size: int) -> bytes:
+    """Returns `size` bytes of a file; ValueError if it ends before."""
+    content = os.pread(file.fileno(), size, start)
+    if len(content) < size:
+        raise UserError(f"{file.name}: ends before byte {start + size}")
+    return content
+
+
+def _first_wrong(messages: Sequence[bytes], sums: Sequence[bytes]) -> int | None:
+    """Returns the position of the first message that lacks its checksum, None without one."""
+    first = 0
+    for batch in batches(messages):  # the sums of all at once take a copy of all
+        wanted = np.frombuffer(b"".join(sums[first : first + len(batch)]), "<u4")
+        wrong = np.flatnonzero(masked_sums(batch) != wanted)
+        if wrong.size:
+            return first + int(wrong[0])
+        first += len(batch)
+    return None
+
+
+# Tags of the messages: (number of the field << 3) + 2, which is a length and as many bytes.
+FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
+POLYNOMIAL = 0x82F63B78  # of CRC-32C, its bits reversed
+ROW = 512  # bytes of a row in `crc32c`; many rows are summed at once
+BATCH_BYTES = 4 << 20
+
+
+def write(file: BinaryIO, examples: Iterable[bytes]) -> None:
+    """Appends messages to a TFRecord file, some at once."""
+    for batch in batches(examples):
+        sizes = [struct.pack("<Q", len(example)) for example in batch]
+        sums = [struct.pack("<I", crc) for crc in masked_sums([*sizes, *batch]).tolist()]
+        of_sizes, of_examples = sums[: len(batch)], sums[len(batch) :]
+        parts = zip(sizes, of_sizes, batch, of_examples, strict=True)
+        file.write(b"".join([part for record in parts for part in record]))
+
+
+def batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yields lists of messages of about BATCH_BYTES, as `crc32c` lays them out in whole rows."""
+    batch, size = [], 0
+    for example in examples:
+        batch.append(example)
+        size += -(-len(example) // ROW) * ROW
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode(values: Mapping[str, bytes | int]) -> bytes:
+    """Returns a message `Example` of one value for each key, in the order of protocol buffers.
+
+    Their library sorts keys where asked to write the same bytes always, and among two of which one
+    begins with the other, the longer comes first.
+
+    Args:
+      values: key -> value; whole numbers are not negative.
+    """
+    parts = []
+    for key in sorted(values, key=lambda key: f"{key}\U0010ffff"):
+        value = values[key]
+        kind, content = (
+            (FIRST_TAG, value) if isinstance(value, bytes) else (THIRD_TAG, _varint(value))
+        )
+        parts += (_entry(key, kind, len(content)), content)
+    features = b"".join(parts)
+    return FIRST_TAG + _varint(len(features)) + features
+
+
+@functools.lru_cache(1 << 14)  # most clips have as many frames as others
+def _entry(key: str, kind: bytes, size: int) -> bytes:
+    """Returns an entry of the map of features up to its value of `size` bytes."""
+    message, rest = b"", size
+    for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, the list that it is in, its feature
+        message = tag + _varint(rest) + message
+        rest = len(message) + size
+    name = key.encode()
+    message = FIRST_TAG + _varint(len(name)) + name + message
+    return FIRST_TAG + _varint(len(message) + size) + message
+
+
+def _varint(number: int) -> bytes:
+    """Returns a whole number, 0 or more, in 7 bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def masked_sums(messages: Sequence[bytes]) -> np.ndarray:
+    """Returns the checksum of each message of 4 bytes or more as TFRecord files hold it, uint32."""
+    crc = crc32c(messages)
+    return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)  # modulo 2**32
+
+
+class _Tables(NamedTuple):
+    """What a checksum, a whole number of 32 bits, becomes after bytes of zero.
+
+    A checksum is linear: that of its upper and of its lower half, by exclusive or, make it up.
+
+    Attributes:
+      word: [65536] uint32, after two bytes, by its lower half; the upper one is shifted.
+      low, high: [65536] uint32, after a row, by its lower and its upper half.
+    """
+
+    word: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@functools.cache
+def _tables() -> _Tables:
+    word = np.arange(1 << 16, dtype=np.uint32)
+    for _ in range(16):
+        word = word >> 1 ^ np.where(word & 1, np.uint32(POLYNOMIAL), np.uint32(0))
+    low = np.arange(1 << 16, dtype=np.uint32)
+    high = low << 16
+    for _ in range(ROW // 2):
+        low, high = (word[half & 0xFFFF] ^ half >> 16 for half in (low, high))
+    return _Tables(word, low, high)
+
+
+def crc32c(messages: Sequence[bytes]) -> np.ndarray:
+    """Returns the CRC-32C of each message of 4 bytes or more, [N] uint32.
+
+    Zeros before a message do not change a checksum that begins with 0. So messages are filled up
+    to whole rows, the sums of all rows are computed at once, and then joined. To begin with
+    0xFFFFFFFF instead is to invert the first four bytes.
+    """
+    tables = _tables()
+    sizes = np.array([len(message) for message in messages])
+    rows = -(-sizes // ROW)
+    ends = np.cumsum(rows) * ROW
+    content = np.zeros(int(ends[-1]), np.uint8)
+    for message, size, end in zip(messages, sizes.tolist(), ends.tolist(), strict=True):
+        content[end - size : end] = np.frombuffer(message, np.uint8)
+    content[(ends - sizes)[:, None] + np.arange(4)] ^= 0xFF
+    columns = np.ascontiguousarray(content.view("<u8").reshape(-1, ROW // 8).T)
+    sums = np.zeros(columns.shape[1], np.uint32)
+    for column in columns:
+        for word in column.view("<u2").reshape(-1, 4).T:
+            sums = tables.word[sums.astype(np.uint16) ^ word] ^ sums >> 16
+    # The last rows of all messages stand in one column; before its first row, a message has zeros.
+    place = np.arange(len(sums)) - np.repeat(np.cumsum(rows), rows) + rows.max()
+    joined = np.zeros((int(rows.max()), len(messages)), np.uint32)
+    joined[place, np.repeat(np.arange(len(messages)), rows)] = sums
+    total = np.zeros(len(messages), np.uint32)
+    for row in joined:
+        total = tables.low[total & 0xFFFF] ^ tables.high[total >> 16] ^ row
+    return ~total
