@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import small_runs
 from tests.test_readme import example
 
 
@@ -34,22 +33,3 @@ def test_a_title_is_one_frame_of_a_clip(folder, tmp_path):
     assert data.modalities["title"] == (64, "float32")
     assert set(lengths["title"].tolist()) == {0, 1}  # some clips have none
     assert lengths["face"].min() >= 1
-
-
-@pytest.mark.slow
-def test_titles_help_a_small_net_where_faces_are_blurred(folder, tmp_path):
-    data = vidjax.load_data(folder, cache_dir=tmp_path)
-
-    def score(*modalities):
-        words = ("--config.data.name=arrays", f"--config.modalities={','.join(modalities)}")
-        words += ("--config.num_epochs=30", "--config.optim.learning_rate=0.01")
-        config = small_runs.shrunk(*words, spec=f"configs/mma.py:{','.join(modalities)}")
-        return small_runs.run(config, tmp_path / "-".join(modalities), data)["map"]
-
-    assert score("face", "title") > score("face") + 0.05
-    run = vidjax.restore(tmp_path / "face-title", num_devices=1)
-    assert run.params["title_map"]["kernel"].shape[-2] == 64
-    with np.load(folder / "val" / "val_1.npz") as file:
-        clip = {key: file[key] for key in file.files}
-    whole, bare = run.scores({"whole": clip, "bare": {"face": clip["face"]}})
-    assert np.isfinite(bare).all() and np.abs(whole - bare).max() > 0.01
