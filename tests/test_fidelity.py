@@ -73,10 +73,9 @@ def fields():
     for path in (ROOT / "vidjax" / "models").glob("*.py"):
         attributes = {name.split(".")[1] for name in members(path) if "." in name}
         known |= {f"config.model.{name}" for name in attributes}
-    for name in ("fusion", "selection"):
-        for node in ast.parse((ROOT / "vidjax" / f"{name}.py").read_text()).body:
-            if isinstance(node, ast.FunctionDef):
-                known |= {f"config.fusion.{option.arg}" for option in node.args.kwonlyargs}
+    for node in ast.parse((ROOT / "vidjax" / "fusion.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            known |= {f"config.fusion.{option.arg}" for option in node.args.kwonlyargs}
     return frozenset(known)
 
 
