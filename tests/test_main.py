@@ -62,7 +62,7 @@ def complaint(capsys, *words):
         (("--mode=evaluate", "--workdir=w", "--runs=a", "b"), "--runs=a,b"),
         (("--mode=evaluate", "--workdir=w", "--config.optim.learning_rate=0.1"), "no effect"),
         (("--mode=merge", "--workdir=w", "--config.seed=1"), "no effect"),
-        (("--config=configs/mma.py", "--config.resume.allow=everything"), "these may: optim"),
+        (("--config=configs/mma.py", "--config.resume.allow=everything"), "these may: num_epochs"),
         (("--mode=predict",), "--mode=rank"),
         (("--config=knn", "--workdir=w", "--config.fusion.head.train.name=all"), "--mode=config"),
         (

@@ -49,7 +49,6 @@ def test_members_are_the_product_of_what_varies():
     ("change", "message"),
     [
         ({"folds": 1}, "folds=1"),
-        ({"seeds": 0}, "seeds=0"),
         ({"views": 17}, "at most chunks=16"),
         ({"folds": 2, "bootstraps": 2}, "exclude"),
         ({"only": (1,)}, "no member 1 of 1"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vidjax import config as config_lib
 from vidjax import config_io
 from vidjax.cluster import share
-from vidjax.config import SYNONYMS, closest_field
+from vidjax.config import ABBREVIATIONS, closest_field
 from vidjax.errors import UserError, closest, suggest
 from vidjax.messages import PROGRAM, Parser
 
@@ -325,11 +325,11 @@ def _check_flag(flag: str) -> None:
     if name in ELSEWHERE:
         raise UserError(f"no flag {flag}: use {ELSEWHERE[name]}")
     # Every model has a name, and most have a rate of dropout.
-    fields = [*dict(config_lib.fields(config_lib.default())), "model.name", "model.dropout_rate"]
+    fields = [*config_lib.DEFAULTS, "model.name", "model.dropout_rate"]
     by_depth = sorted(fields, key=lambda field: -field.count("."))  # the shortest name comes last
     words = {field.rpartition(".")[2]: f"--config.{field}" for field in by_depth}
     words |= {own.lstrip("-"): own for own in FLAGS}
-    if "." in name or name in SYNONYMS:
+    if "." in name or name in ABBREVIATIONS:
         field = closest_field(name.removeprefix("config."), fields)
         match = f"--config.{field}" if field else None
     else:

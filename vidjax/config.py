@@ -1,4 +1,4 @@
-"""Every field of a configuration: its default, its range, and what reads it.
+"""Every field of a configuration, one row of TABLE each: default, meaning, range, and reader.
 
 A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
 optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
@@ -6,46 +6,356 @@ other than the default in a field that the rest of the configuration leaves unre
 """
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax.data import synthetic
+from vidjax.data.synthetic import LARGEST
 from vidjax.errors import UserError, closest
 from vidjax.files import INTEGER_LIMIT
 
-
-class Config(Protocol):
-    """A ConfigDict as a type checker sees it: any attribute, of any type."""
-
-    def __getattr__(self, name: str) -> Any: ...
-
-    def __setattr__(self, name: str, value: Any, /) -> None: ...
-
-    def __getitem__(self, name: str) -> Any: ...
-
-    def __setitem__(self, name: str, value: Any) -> None: ...
-
-    def __iter__(self) -> Iterator[str]: ...
+Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `default()`
 
 
-class ShortConfig(ConfigDict):
-    """A ConfigDict that a notebook shows as the lines of its values."""
+class ReadWhen(NamedTuple):
+    """A condition under which a field is read.
+
+    Attributes:
+      field: the other field that decides it, named in the error.
+      condition: True for values that make a training read the field.
+      remedy: command-line words that make it true.
+    """
+
+    field: str
+    condition: Callable[[Values], bool]
+    remedy: str
+
+
+class Field(NamedTuple):
+    """A field of the configuration.
+
+    Attributes:
+      name: its dotted name.
+      default: its value, which fixes the type; None for a text that may be unset.
+      doc: its meaning in `configs/README.md`.
+      low, high, above, below: the range of its values: at least, at most, above and below these. A
+        value without `high` and `below` must be finite.
+      choices: the values that it may have, where no table of the code holds them.
+      read_when: the condition under which it is read; None for always.
+      changeable: whether `resume.allow` may name it: it changes neither the shapes of the training
+        state nor the order of the clips.
+      movable: whether it may always change: a path, a time of saving, a number of devices, which
+        affect no result beyond rounding. What lies at a path is compared by its digest.
+    """
+
+    name: str
+    default: Any
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    read_when: ReadWhen | None = None
+    changeable: bool = False
+    movable: bool = False
+
+
+class Group(NamedTuple):
+    """A group of fields; `changeable` holds for all of them, see Field."""
+
+    name: str
+    doc: str
+    changeable: bool = False
+
+
+def _focal_weights(values: Values) -> tuple[float, ...]:
+    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
+    try:
+        return tuple(float(weight) for _, weight in values["loss.schedule"])
+    except (TypeError, ValueError):
+        return (0.5,)
+
+
+def _logit_losses(values: Values) -> set[str]:
+    """Returns the names of the losses of logits that have a weight at some epoch.
+
+    The conditions below exclude the losses that leave a field unread. A loss that they do not name
+    counts as one that reads it.
+    """
+    weights = _focal_weights(values)
+    focal = {values["loss.focal"]} if any(weights) else set()
+    rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
+    return focal | rest
+
+
+def _is(field: str, value: str) -> ReadWhen:
+    return ReadWhen(field, lambda values: values[field] == value, f"--config.{field}={value}")
+
+
+def _is_not(field: str, value: Any, example: Any) -> ReadWhen:
+    return ReadWhen(field, lambda values: values[field] != value, f"--config.{field}={example}")
+
+
+def _by_schedule(condition: Callable[[Values], bool], focal_weight: int) -> ReadWhen:
+    remedy = f"'--config.loss.schedule=((0,{focal_weight}),)'"
+    return ReadWhen("loss.schedule", condition, remedy)
+
+
+SYNTHETIC, OWN_FEATURES = _is("data.name", "synthetic"), _is("data.name", "arrays")
+FOLDER = _is_not("data.name", "synthetic", "arrays")
+EXAMPLES = _is("after_fusion", "examples")
+BOOTSTRAPS = _is_not("ensemble.bootstraps", 0, 11)
+VIEWS = _is_not("ensemble.views", 0, 2)
+MIN_QUALITY = _is_not("ensemble.min_quality", (), "0,20,40")
+NOISE_CLASSES = _is("data.distractors", "noise")
+DISTRACTORS = _is_not("data.distractors", "leave_out", "noise")
+CLASSIFICATION = _by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
+FOCAL = _by_schedule(lambda values: any(_focal_weights(values)), 1)
+GAMMA = _by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
+SMOOTHING = _by_schedule(lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}), 0)
+MARGIN = _is_not("loss.margin", 0, 0.5)
+EMBEDDING = _is_not("loss.embedding", "", "triplet")
+SGD = _is("optim.name", "sgd")
+WARMUP = _is_not("optim.warmup", 0, 0.1)
+COSINE, STEPS = _is("optim.decay", "cosine"), _is("optim.decay", "steps")
+JOINED = ReadWhen(
+    "join.runs",
+    lambda values: bool(values["join.runs"]),
+    "--mode=evaluate --workdir=FOLDER --runs=A,B",
+)
+
+# A row of two or three lines is easier to read than one line for each argument.
+# fmt: off
+TABLE: tuple[Field | Group, ...] = (
+    Field("seed", 0, "seed of parameters, random draws and the order of clips: 0 to 2**31 - 1",
+          low=0, high=2**31 - 1),
+    Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
+    Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed", above=0,
+          high=1e6, changeable=True),
+    Field("modalities", ("face",), "modalities to use, in order, e.g. `face,head`"),
+    Field("dtype", "float32", "dtype of the computation: `float32`, `bfloat16`, or `float64` with "
+          "`JAX_ENABLE_X64=1`. Parameters are at least float32.",
+          choices=("float32", "bfloat16", "float64")),
+    Field("matmul_precision", "highest", "precision of matrix products in evaluation, on every "
+          "backend: `highest` (float32) or another value of `jax.default_matmul_precision`"),
+    Field("deterministic", False, "give bit-identical runs on a GPU, too, at some cost in speed; "
+          "runs on a CPU always are"),
+    Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
+          "the model takes one fused frame at a time, and evaluation combines the scores by "
+          "`eval.reduce`", choices=("pool", "examples")),
+    Field("transforms", (), "names of further transforms of a training batch, in order; empty: "
+          "none"),
+    Field("mixup", 0.0, "alpha of the Beta distribution that draws the shares of two mixed clips; "
+          "0: no mixup", low=0, high=1e6, changeable=True),
+    Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
+          "5 and 10 have a line, too", low=1, high=2**31 - 1, changeable=True),
+    Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints, beside the "
+          "checkpoint of every evaluation", low=0, high=math.inf, movable=True),
+
+    Group("data", "the clips, and how training reads them"),
+    Field("data.name", "synthetic", "dataset: made on the spot (`synthetic`), official files "
+          "(`iqiyi_vid`) or features of your own (`arrays`)"),
+    Field("data.dir", None, "folder of official files, or of your features", read_when=FOLDER,
+          movable=True),
+    Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
+          "unset: `$VIDJAX_CACHE`, else `~/.cache/vidjax`", movable=True),
+    Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
+          "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
+    Field("data.seed", 0, "seed of the synthetic dataset: another seed is another dataset",
+          read_when=SYNTHETIC),
+    Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
+          "somebody else", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
+    Field("data.blur", 1.0, "how strongly blur depends on the quality of synthetic frames, 0 to 4; "
+          "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC),
+    Field("data.label_noise", 0.0, "share of synthetic train clips labelled as somebody else",
+          low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
+    Field("data.train_distractors", 0.0, "share of synthetic train clips that show nobody on the "
+          "list, 0 to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
+          read_when=SYNTHETIC),
+    Field("data.missing_rate", 0.0, "share of synthetic clips that lack face, head, body or audio, "
+          "beyond what all sets lack", low=0, high=LARGEST.missing_rate, read_when=SYNTHETIC),
+    Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
+    Field("data.non_finite", "drop", "frames whose feature holds a NaN or an infinity: `drop` "
+          "leaves them out and counts them, `error` refuses the file", choices=("drop", "error")),
+    Field("data.quality", "given", "quality of the frames of your own features: `given`: the value "
+          "in the file, or the L2 norm of the feature for clips without one; `norm`: always the L2 "
+          "norm of the feature", choices=("given", "norm"), read_when=OWN_FEATURES),
+    Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
+          "are read from the records; `auto`: resident if the clips take at most half of the free "
+          "memory", choices=("auto", "resident", "streaming")),
+    Field("data.max_frames", 64, "maximum number of frames that training reads from a clip", low=1,
+          high=2**20),
+    Field("data.crop", "window", "frames of a longer clip in training: a random `window`, or the "
+          "best by `quality`", choices=("window", "quality")),
+    Field("data.distractors", "other", "clips without an identity in training: `other` (class "
+          "column 0), `leave_out`, or `noise` (classes of their own, see the group `noise`)",
+          choices=("other", "leave_out", "noise")),
+    Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
+          "is not named has weight 1", movable=True),
+    Field("data.balance", 0.0, "exponent of class balancing: the loss of a clip is weighted by n "
+          "** -balance, where its class has n clips, relative to the mean weight; 0: all clips are "
+          "weighted alike"),
+
+    Group("ensemble", "the members of an ensemble: the product of all that varies"),
+    Field("ensemble.folds", 0, "number of stratified folds, each left out by one member; 0: no "
+          "folds, else 2 or more", low=0),
+    Field("ensemble.bootstraps", 0, "number of bootstrap samples of every identity's clips, one "
+          "per member; 0: none", low=0),
+    Field("ensemble.resample", "identity", "what a bootstrap sample draws from: each `identity` by "
+          "itself, or `all` clips together, which loses identities of few clips. With "
+          "`ensemble.bootstraps`", choices=("identity", "all"), read_when=BOOTSTRAPS),
+    Field("ensemble.views", 0, "number of members that each leave out another chunk of the "
+          "features; 0: none", low=0),
+    Field("ensemble.chunks", 16, "number of equal chunks that a feature vector is cut into for "
+          "`ensemble.views`, 2 or more", low=2, read_when=VIEWS),
+    Field("ensemble.min_quality", (), "least quality of the frames that a member is trained on, "
+          "one value per member, e.g. `0,20,40`"),
+    Field("ensemble.poor_clips", "keep", "clips without a frame of that quality: `keep` trains on "
+          "all their frames, `drop` leaves them out. With `ensemble.min_quality`",
+          choices=("keep", "drop"), read_when=MIN_QUALITY),
+    Field("ensemble.seeds", 1, "number of members that differ in their random draws alone", low=1),
+    Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
+          "all"),
+    Field("ensemble.mapping", "auto", "`map`: members are trained one after another; `vmap`: "
+          "together in one program; `auto`: `map` on CPU, `vmap` elsewhere",
+          choices=("auto", "map", "vmap")),
+
+    Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
+          "for distractors in no cluster. With `data.distractors=noise`"),
+    Field("noise.method", "dbscan", "clustering of unit vectors: `dbscan` or `hdbscan`",
+          choices=("dbscan", "hdbscan"), read_when=NOISE_CLASSES),
+    Field("noise.eps", 0.9, "Euclidean distance between unit vectors, 0 to 2, up to which two are "
+          "neighbours", low=0, high=2, read_when=NOISE_CLASSES),
+    Field("noise.min_samples", 2, "vectors in a neighbourhood, itself included, that make a "
+          "cluster", low=1, read_when=NOISE_CLASSES),
+    Field("noise.modality", "face", "modality whose mean frames are clustered",
+          read_when=NOISE_CLASSES),
+    Field("noise.relabel_every_epochs", 1.0, "epochs between two relabellings of the distractors "
+          "in no cluster; 0: labels stay", low=0, high=1e6, read_when=NOISE_CLASSES),
+    Field("noise.keep", "label", "class of a distractor in no cluster for which the model predicts "
+          "no identity: its own `label`, or the `prediction` (a cluster or a mirror class)",
+          choices=("label", "prediction"), read_when=NOISE_CLASSES),
+    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
+          "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
+    Field("noise.join", False, "join short distractor clips and cut long ones in training. With "
+          "`data.distractors` `noise` or `other`", read_when=DISTRACTORS),
+
+    Group("eval", "evaluation and ranking", changeable=True),
+    Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
+          "folds or bootstrap samples"),
+    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: one, after training",
+          low=0, high=1e6),
+    Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
+    Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
+    Field("eval.top_classes", 0, "rank each clip only for this many identities, those with its "
+          "highest scores; 0: for all", low=0),
+    Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
+          "`after_fusion=examples`", choices=("mean", "max"), read_when=EXAMPLES),
+    Field("eval.members", True, "rank every member of an ensemble by itself, too"),
+    Field("eval.report", True, "write `analysis.npz` and `report.html` at the end", movable=True),
+    Field("eval.checkpoint", "latest", "checkpoint that `--mode=evaluate` restores: `latest`, or "
+          "`best` by MAP", choices=("latest", "best"), movable=True),
+
+    Group("model", "the network: `name` and the arguments of a model of "
+          "`vidjax/models/identifier.py`"),
+
+    Group("fusion", "modality -> `train` and `evaluate`: `name` and the arguments of a fusion of "
+          "`vidjax/fusion.py`. A modality that is not named keeps all its frames"),
+
+    Group("loss", "the loss of the logits, and of the embeddings", changeable=True),
+    Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus that "
+          "of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
+    Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
+          "`binary`: the focal loss of each class against the rest, summed over classes; "
+          "`multiclass`: the focal loss of the softmax", read_when=FOCAL),
+    Field("loss.gamma", 2.0, "focusing exponent of the focal loss, 0 or more; 0: cross-entropy",
+          low=0, read_when=GAMMA),
+    Field("loss.schedule", ((0.0, 0.0),), "weight of the loss `loss.focal`, 0 to 1: pairs (epoch, "
+          "weight), linear between them"),
+    Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
+          "for `angular`; 0: none", low=0, high=math.pi / 2),
+    Field("loss.margin_type", "angular", "kind of margin, used with losses that define none "
+          "themselves. With `loss.margin` above 0", read_when=MARGIN),
+    Field("loss.embedding", "", "loss of the embeddings, beside that of the logits; empty: none"),
+    Field("loss.embedding_weight", 1.0, "factor of the loss of the embeddings, 0 or more. With "
+          "`loss.embedding`", low=0, read_when=EMBEDDING),
+    Field("loss.label_smoothing", 0.0, "share of the target that is spread over all classes in the "
+          "softmax cross-entropy, from 0 to below 1", low=0, below=1, read_when=SMOOTHING),
+    Field("loss.sampled_classes", 1.0, "share of the classes, above 0 to 1, that a training step "
+          "compares its clips with: those of its clips, and others drawn at random; 1: all "
+          "classes", above=0, high=1),
+
+    Group("optim", "the optimizer and its schedule", changeable=True),
+    Field("optim.name", "adam", "optimizer: `adam` or `sgd`"),
+    Field("optim.learning_rate", 1e-3, "learning rate at its peak", low=0),
+    Field("optim.warmup", 0.1, "share of all training steps, 0 to 1, in which the learning rate "
+          "rises to its peak", low=0, high=1),
+    Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
+          "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
+          read_when=WARMUP),
+    Field("optim.decay", "cosine", "learning rate after the warm-up: `cosine`, `steps`, "
+          "`constant`"),
+    Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak. With "
+          "`optim.decay=cosine`", read_when=COSINE),
+    Field("optim.decay_factor", 0.7, "factor of the learning rate at every step of the stairs. "
+          "With `optim.decay=steps`", above=0, read_when=STEPS),
+    Field("optim.decay_every_epochs", 1.0, "epochs between two steps of the stairs; a fraction is "
+          "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
+    Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
+          "its gradient"),
+    Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
+          "a weight matrix would shrink by exp(-total_decay)"),
+    Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
+          read_when=SGD),
+    Field("optim.clip_norm", 0.0, "global norm that gradients are clipped to; 0: gradients are not "
+          "clipped"),
+
+    Group("join", "several runs as one ranking, by `--mode=evaluate --runs=A,B`"),
+    Field("join.runs", (), "folders of the runs; set by `--runs`"),
+    Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
+          read_when=JOINED),
+    Field("join.mean", "probabilities", "mean of the `probabilities` of the runs, or of their "
+          "`logarithms`, which favours identities that every run thinks possible",
+          choices=("probabilities", "logarithms"), read_when=JOINED),
+    Field("join.greedy", False, "choose the weights by MAP on `join.split`", read_when=JOINED),
+    Field("join.split", "train", "split to choose weights on; each clip is scored by members that "
+          "were not trained on it", read_when=JOINED),
+
+    Group("mesh", "the devices"),
+    Field("mesh.model", 1, "devices that share the classes: each holds its part of the classifier. "
+          "The others share the clips", low=1, high=2**16, movable=True),
+
+    Group("resume", "a run that goes on where an earlier process stopped"),
+    Field("resume.allow", (), "fields or groups that may differ from the values the run began "
+          "with: `optim`, `loss`, `mixup`, `num_epochs`, `log_every_steps` and `eval`, and the "
+          "fields in them"),
+)
+# fmt: on
+FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
+DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
+CHANGEABLE = tuple(row.name for row in TABLE if row.changeable)
+MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
+# Groups whose fields depend on the model or fusion that they name.
+SPECIFICATIONS = ("model.", "fusion.")
+# Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
+HOLD_OUT = ("folds", "bootstraps")
+
+
+class Config(ConfigDict):
+    """A configuration: a ConfigDict whose fields have any type for a type checker.
+
+    A notebook shows it as the lines of its values.
+    """
 
     __repr__ = ConfigDict.__str__
+    if TYPE_CHECKING:
 
+        def __getattr__(self, name: str) -> Any: ...
 
-def fields(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every leaf of a configuration."""
-    for key in config:
-        # A reference shows the value of a field that may be unset; None itself has no reference.
-        plain = config.get_type(key) in (ConfigDict, type(None))
-        value = config[key] if plain else config.get_ref(key).get()
-        if isinstance(value, ConfigDict):
-            yield from fields(cast(Config, value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        def __getitem__(self, key: str) -> Any: ...
 
 
 def default() -> Config:
@@ -55,213 +365,48 @@ def default() -> Config:
     `model`, `fusion`, `loss` and `optim` are specifications, read by
     `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
     `optim.make_optimizer`.
-
-    The comment above or beside a field is its documentation: `python -m vidjax.config` prints the
-    comments as the tables of `configs/README.md`.
     """
-    # whole: all fields can be read from top to bottom
-    config = cast(Config, ShortConfig())
-    config.seed = 0  # seed of parameters, random draws and the order of clips: 0 to 2**31 - 1
-    config.batch_size = 128  # clips per training step, over all devices
-    config.num_epochs = 1.0  # passes over the training clips; a fraction is allowed
-    config.modalities = ("face",)  # modalities to use, in order, e.g. `face,head`
-    # dtype of the computation: `float32`, `bfloat16`, or `float64` with `JAX_ENABLE_X64=1`.
-    # Parameters are at least float32.
-    config.dtype = "float32"
-    # precision of matrix products in evaluation, on every backend: `highest` (float32) or another
-    # value of `jax.default_matmul_precision`
-    config.matmul_precision = "highest"
-    # give bit-identical runs on a GPU, too, at some cost in speed; runs on a CPU always are
-    config.deterministic = False
-    # `pool`: the model takes all fused frames of a clip; `examples`: the model takes one fused
-    # frame at a time, and evaluation combines the scores by `eval.reduce`
-    config.after_fusion = "pool"
-    # names of further transforms of a training batch, in order; empty: none
-    config.transforms = ()
-    # alpha of the Beta distribution that draws the shares of two mixed clips; 0: no mixup
-    config.mixup = 0.0
-    # training steps between two lines of `metrics.jsonl`; steps 1, 2, 5 and 10 have a line, too
-    config.log_every_steps = 20
-    # seconds between two checkpoints, beside the checkpoint of every evaluation
-    config.checkpoint_every_seconds = 300.0
-
-    config.data = ConfigDict()  # the clips, and how training reads them
-    # dataset: made on the spot (`synthetic`), official files (`iqiyi_vid`) or features of your own
-    # (`arrays`)
-    config.data.name = "synthetic"
-    config.data.dir = config_dict.placeholder(str)  # folder of official files, or of your features
-    # folder of the converted records and of compiled programs; unset: `$VIDJAX_CACHE`, else
-    # `~/.cache/vidjax`
-    config.data.cache_dir = config_dict.placeholder(str)
-    # size of the synthetic dataset: `small` (100 identities) or `standard` (1,000)
-    config.data.size = "small"
-    config.data.seed = 0  # seed of the synthetic dataset: another seed is another dataset
-    # share of synthetic clips in which a third of the frames shows somebody else
-    config.data.wrong_clips = 0.15
-    # how strongly blur depends on the quality of synthetic frames, 0 to 4; 0: all frames are
-    # blurred alike
-    config.data.blur = 1.0
-    config.data.label_noise = 0.0  # share of synthetic train clips labelled as somebody else
-    # share of synthetic train clips that show nobody on the list, 0 to 0.9; in val it is 0.375
-    config.data.train_distractors = 0.0
-    # share of synthetic clips that lack face, head, body or audio, beyond what all sets lack
-    config.data.missing_rate = 0.0
-    config.data.train_splits = ("train",)  # splits to train on, e.g. `train,val`
-    # frames whose feature holds a NaN or an infinity: `drop` leaves them out and counts them,
-    # `error` refuses the file
-    config.data.non_finite = "drop"
-    # quality of the frames of your own features: `given`: the value in the file, or the L2 norm of
-    # the feature for clips without one; `norm`: always the L2 norm of the feature
-    config.data.quality = "given"
-    # `resident`: all clips stay in device memory; `streaming`: clips are read from the records;
-    # `auto`: resident if the clips take at most half of the free memory
-    config.data.mode = "auto"
-    config.data.max_frames = 64  # maximum number of frames that training reads from a clip
-    # frames of a longer clip in training: a random `window`, or the best by `quality`
-    config.data.crop = "window"
-    # clips without an identity in training: `other` (class column 0), `leave_out`, or `noise`
-    # (classes of their own, see the group `noise`)
-    config.data.distractors = "other"
-    # file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that is not named has weight 1
-    config.data.weights = config_dict.placeholder(str)
-    # exponent of class balancing: the loss of a clip is weighted by n ** -balance, where its class
-    # has n clips, relative to the mean weight; 0: all clips are weighted alike
-    config.data.balance = 0.0
-
-    # the members of an ensemble: the product of all that varies
-    config.ensemble = ConfigDict()
-    # number of stratified folds, each left out by one member; 0: no folds, else 2 or more
-    config.ensemble.folds = 0
-    # number of bootstrap samples of every identity's clips, one per member; 0: none
-    config.ensemble.bootstraps = 0
-    # what a bootstrap sample draws from: each `identity` by itself, or `all` clips together, which
-    # loses identities of few clips. With `ensemble.bootstraps`
-    config.ensemble.resample = "identity"
-    # number of members that each leave out another chunk of the features; 0: none
-    config.ensemble.views = 0
-    # number of equal chunks that a feature vector is cut into for `ensemble.views`, 2 or more
-    config.ensemble.chunks = 16
-    # least quality of the frames that a member is trained on, one value per member, e.g. `0,20,40`
-    config.ensemble.min_quality = ()
-    # clips without a frame of that quality: `keep` trains on all their frames, `drop` leaves them
-    # out. With `ensemble.min_quality`
-    config.ensemble.poor_clips = "keep"
-    config.ensemble.seeds = 1  # number of members that differ in their random draws alone
-    # numbers of the members to train here, from 0, e.g. `0,2`; empty: all
-    config.ensemble.only = ()
-    # `map`: members are trained one after another; `vmap`: together in one program; `auto`: `map`
-    # on CPU, `vmap` elsewhere
-    config.ensemble.mapping = "auto"
-
-    # noise classes: clusters of distractors, and a mirror class of every identity for distractors
-    # in no cluster. With `data.distractors=noise`
-    config.noise = ConfigDict()
-    config.noise.method = "dbscan"  # clustering of unit vectors: `dbscan` or `hdbscan`
-    # Euclidean distance between unit vectors, 0 to 2, up to which two are neighbours
-    config.noise.eps = 0.9
-    config.noise.min_samples = 2  # vectors in a neighbourhood, itself included, that make a cluster
-    config.noise.modality = "face"  # modality whose mean frames are clustered
-    # epochs between two relabellings of the distractors in no cluster; 0: labels stay
-    config.noise.relabel_every_epochs = 1.0
-    # class of a distractor in no cluster for which the model predicts no identity: its own `label`,
-    # or the `prediction` (a cluster or a mirror class)
-    config.noise.keep = "label"
-    # loss weight of distractors in no cluster: pairs (epoch, weight), linear between them
-    config.noise.mirror_weight = ((0.0, 1.0),)
-    # join short distractor clips and cut long ones in training. With `data.distractors` `noise` or
-    # `other`
-    config.noise.join = False
-
-    config.eval = ConfigDict()  # evaluation and ranking
-    # split to evaluate; it may be among `data.train_splits` only with folds or bootstrap samples
-    config.eval.split = "val"
-    config.eval.every_epochs = 0.0  # epochs between two evaluations; 0: one, after training
-    config.eval.block_size = 256  # clips that a device scores at a time
-    config.eval.scores = "log_softmax"  # scores that clips are ranked by
-    # rank each clip only for this many identities, those with its highest scores; 0: for all
-    config.eval.top_classes = 0
-    # `mean` or `max` of the scores of a clip's examples. With `after_fusion=examples`
-    config.eval.reduce = "mean"
-    config.eval.members = True  # rank every member of an ensemble by itself, too
-    config.eval.report = True  # write `analysis.npz` and `report.html` at the end
-    # checkpoint that `--mode=evaluate` restores: `latest`, or `best` by MAP
-    config.eval.checkpoint = "latest"
-
-    # the network: `name` and the arguments of a model of `vidjax/models/identifier.py`
-    config.model = ConfigDict()
-    # modality -> `train` and `evaluate`: `name` and the arguments of a fusion of
-    # `vidjax/fusion.py`. A modality that is not named keeps all its frames
-    config.fusion = ConfigDict()
-
-    config.loss = ConfigDict()  # the loss of the logits, and of the embeddings
-    # first loss of the logits; its weight is 1 minus that of `loss.focal`, see `loss.schedule`
-    config.loss.classification = "softmax"
-    # second loss of the logits, weighted by `loss.schedule`: `binary`: the focal loss of each class
-    # against the rest, summed over classes; `multiclass`: the focal loss of the softmax
-    config.loss.focal = "binary"
-    # focusing exponent of the focal loss, 0 or more; 0: cross-entropy
-    config.loss.gamma = 2.0
-    # weight of the loss `loss.focal`, 0 to 1: pairs (epoch, weight), linear between them
-    config.loss.schedule = ((0.0, 0.0),)
-    # margin of a cosine classifier in training, 0 to pi/2, in radians for `angular`; 0: none
-    config.loss.margin = 0.0
-    # kind of margin, used with losses that define none themselves. With `loss.margin` above 0
-    config.loss.margin_type = "angular"
-    config.loss.embedding = ""  # loss of the embeddings, beside that of the logits; empty: none
-    # factor of the loss of the embeddings, 0 or more. With `loss.embedding`
-    config.loss.embedding_weight = 1.0
-    # share of the target that is spread over all classes in the softmax cross-entropy, from 0 to
-    # below 1
-    config.loss.label_smoothing = 0.0
-    # share of the classes, above 0 to 1, that a training step compares its clips with: those of its
-    # clips, and others drawn at random; 1: all classes
-    config.loss.sampled_classes = 1.0
-
-    config.optim = ConfigDict()  # the optimizer and its schedule
-    config.optim.name = "adam"  # optimizer: `adam` or `sgd`
-    config.optim.learning_rate = 1e-3  # learning rate at its peak
-    # share of all training steps, 0 to 1, in which the learning rate rises to its peak
-    config.optim.warmup = 0.1
-    # learning rate at the start of the warm-up, relative to the peak, 0 to 1; 0: the peak divided
-    # by the number of warm-up steps
-    config.optim.warmup_scale = 0.0
-    config.optim.decay = "cosine"  # learning rate after the warm-up: `cosine`, `steps`, `constant`
-    # learning rate at the end, relative to the peak. With `optim.decay=cosine`
-    config.optim.final_scale = 0.01
-    # factor of the learning rate at every step of the stairs. With `optim.decay=steps`
-    config.optim.decay_factor = 0.7
-    # epochs between two steps of the stairs; a fraction is allowed. With `optim.decay=steps`
-    config.optim.decay_every_epochs = 1.0
-    # L2 penalty: this share of every weight matrix is added to its gradient
-    config.optim.weight_decay = 0.0
-    # decoupled weight decay over the whole run: without gradients a weight matrix would shrink by
-    # exp(-total_decay)
-    config.optim.total_decay = 0.0
-    config.optim.momentum = 0.9  # momentum, 0 to 1. With `optim.name=sgd`
-    # global norm that gradients are clipped to; 0: gradients are not clipped
-    config.optim.clip_norm = 0.0
-
-    # several runs as one ranking, by `--mode=evaluate --runs=A,B`
-    config.join = ConfigDict()
-    config.join.runs = ()  # folders of the runs; set by `--runs`
-    config.join.weights = ()  # weight of each run, 0 or more, e.g. `2,1`; empty: equal weights
-    # mean of the `probabilities` of the runs, or of their `logarithms`, which favours identities
-    # that every run thinks possible
-    config.join.mean = "probabilities"
-    config.join.greedy = False  # choose the weights by MAP on `join.split`
-    # split to choose weights on; each clip is scored by members that were not trained on it
-    config.join.split = "train"
-
-    config.mesh = ConfigDict()  # the devices
-    # devices that share the classes: each holds its part of the classifier. The others share the
-    # clips
-    config.mesh.model = 1
-
-    config.resume = ConfigDict()  # a run that goes on where an earlier process stopped
-    # fields or groups that may differ from the values the run began with: `optim`, `loss`, `mixup`,
-    # `num_epochs`, `log_every_steps` and `eval`, and the fields in them
-    config.resume.allow = ()
+    config = Config()
+    for row in TABLE:
+        group, _, leaf = row.name.rpartition(".")
+        value = ConfigDict() if isinstance(row, Group) else row.default
+        parent = config[group] if group else config
+        parent[leaf] = config_dict.placeholder(str) if value is None else value
     return config
+
+
+def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf of a configuration, or of its `to_dict()`."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", leaf) for name, leaf in fields(value))
+        else:
+            yield key, value
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns field -> (old value, new value) for every field that differs and is read.
+
+    A field that neither of the two configurations reads makes no difference.
+    """
+    before, after = dict(fields(old)), dict(fields(new))
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and (is_read(name, before) or is_read(name, after))
+    }
+
+
+def is_read(name: str, values: Values) -> bool:
+    """Returns False for a field that the values of the whole configuration leave unread."""
+    field = FIELDS.get(name)
+    return not field or not field.read_when or field.read_when.condition(values)
+
+
+def within(name: str, groups: Collection[str]) -> bool:
+    """Returns True if `groups` has the field itself or a group that contains it."""
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def check(config: Config, *, fresh: bool = True) -> None:
@@ -282,301 +427,75 @@ def check(config: Config, *, fresh: bool = True) -> None:
 def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
     """Yields an error message for every value that `check` refuses, with the same arguments."""
     values = dict(fields(config))
-    yield from out_of_range(values)
-    yield from untrainable(values)
+    yield from _out_of_range(values)
+    yield from _untrainable(values)
     if fresh:
-        yield from unread(values, dict(fields(default())))
+        yield from _unread(values)
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old value, new value) for every field that differs and is read.
-
-    A field that neither of the two configurations reads makes no difference.
-    """
-    before, after = dict(fields(old)), dict(fields(new))
-    return {
-        name: (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and (is_read(name, before) or is_read(name, after))
-    }
-
-
-Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `config.default()`
-POSITIVE = (
-    "batch_size",
-    "num_epochs",
-    "log_every_steps",
-    "data.max_frames",
-    "eval.block_size",
-    "loss.sampled_classes",
-    "mesh.model",
-)
-KNOBS: Mapping[str, float] = {  # options of the synthetic dataset, with their largest values
-    f"data.{name}": largest for name, largest in synthetic.LARGEST._asdict().items()
-}
-NOT_NEGATIVE = (
-    *KNOBS,
-    "mixup",
-    "checkpoint_every_seconds",
-    "noise.relabel_every_epochs",
-    "eval.every_epochs",
-    "eval.top_classes",
-)
-UNLIMITED = ("checkpoint_every_seconds",)  # fields that may be infinite
-# Fields of `ensemble` by which a member is not trained on some clips, which it may then score.
-HOLD_OUT = ("folds", "bootstraps")
-# Names that no table of the code holds.
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "data.distractors": ("other", "leave_out", "noise"),
-    "data.size": ("small", "standard"),
-    "data.non_finite": ("drop", "error"),
-    "data.quality": ("given", "norm"),
-    "data.mode": ("auto", "resident", "streaming"),
-    "data.crop": ("window", "quality"),
-    "ensemble.resample": ("identity", "all"),
-    "ensemble.poor_clips": ("keep", "drop"),
-    "noise.method": ("dbscan", "hdbscan"),
-    "noise.keep": ("label", "prediction"),
-    "eval.checkpoint": ("latest", "best"),
-    "join.mean": ("probabilities", "logarithms"),
-}
-# Largest values. Beyond them a training would end in exhausted memory, or never.
-LARGEST: Mapping[str, float] = {
-    **KNOBS,
-    "batch_size": 2**20,
-    "num_epochs": 1e6,
-    "log_every_steps": 2**31 - 1,
-    "data.max_frames": 2**20,
-    "eval.block_size": 2**20,
-    "loss.sampled_classes": 1.0,
-    "mesh.model": 2**16,
-    "mixup": 1e6,
-    "noise.relabel_every_epochs": 1e6,
-    "eval.every_epochs": 1e6,
-}
-
-
-class ReadWhen(NamedTuple):
-    """A condition under which some fields are read.
-
-    Attributes:
-      fields: dotted names.
-      condition: True for values that make a training read the fields.
-      otherwise: why the fields are unread, where the condition does not hold.
-      remedy: command-line words under which the fields are read.
-    """
-
-    fields: tuple[str, ...]
-    condition: Callable[[Values], bool]
-    otherwise: str
-    remedy: str
-
-
-def _schedule_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of `loss.focal`; (0.5,) for a schedule that `make_loss` refuses."""
-    try:
-        return tuple(float(weight) for _, weight in values["loss.schedule"])
-    except (TypeError, ValueError):
-        return (0.5,)
-
-
-def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses of logits that have a weight at some epoch.
-
-    The rules below exclude the losses that leave a field unread. A loss that they do not name
-    counts as one that reads it.
-    """
-    weights = _schedule_weights(values)
-    focal = {values["loss.focal"]} if any(weights) else set()
-    rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
-    return focal | rest
-
-
-READ_WHEN = (
-    ReadWhen(
-        ("data.dir",),
-        lambda values: values["data.name"] != "synthetic",
-        "config.data.name=synthetic reads no folder",
-        "--config.data.name=arrays, or --config.data.name=iqiyi_vid for official files",
-    ),
-    ReadWhen(
-        ("data.quality",),
-        lambda values: values["data.name"] == "arrays",
-        "official files say what their quality is",
-        "--config.data.name=arrays",
-    ),
-    ReadWhen(
-        ("data.size", "data.seed", *KNOBS),
-        lambda values: values["data.name"] == "synthetic",
-        "only config.data.name=synthetic generates clips",
-        "--config.data.name=synthetic",
-    ),
-    ReadWhen(
-        ("loss.focal",),
-        lambda values: any(_schedule_weights(values)),
-        "it has weight 0 throughout config.loss.schedule",
-        "'--config.loss.schedule=((0,1),)'",
-    ),
-    ReadWhen(
-        ("loss.classification",),
-        lambda values: any(weight != 1 for weight in _schedule_weights(values)),
-        "config.loss.focal has all the weight throughout config.loss.schedule",
-        "'--config.loss.schedule=((0,0),)'",
-    ),
-    ReadWhen(
-        ("loss.gamma",),
-        lambda values: bool(_logit_losses(values) - {"softmax"}),
-        "the focal loss has weight 0 throughout config.loss.schedule",
-        "'--config.loss.schedule=((0,1),)'",
-    ),
-    ReadWhen(
-        ("loss.label_smoothing",),
-        lambda values: bool(_logit_losses(values) - {"binary", "multiclass"}),
-        "the softmax cross-entropy has weight 0 throughout config.loss.schedule",
-        "'--config.loss.schedule=((0,0),)'",
-    ),
-    ReadWhen(
-        ("loss.margin_type",),
-        lambda values: values["loss.margin"] > 0,
-        "config.loss.margin=0 adds no margin",
-        "--config.loss.margin=0.5",
-    ),
-    ReadWhen(
-        ("loss.embedding_weight",),
-        lambda values: bool(values["loss.embedding"]),
-        "config.loss.embedding names no loss",
-        "--config.loss.embedding=NAME",
-    ),
-    ReadWhen(
-        ("optim.momentum",),
-        lambda values: values["optim.name"] == "sgd",
-        "only config.optim.name=sgd has a momentum",
-        "--config.optim.name=sgd",
-    ),
-    ReadWhen(
-        ("optim.warmup_scale",),
-        lambda values: values["optim.warmup"] > 0,
-        "config.optim.warmup=0 leaves the warm-up out",
-        "--config.optim.warmup=0.1",
-    ),
-    ReadWhen(
-        ("optim.final_scale",),
-        lambda values: values["optim.decay"] == "cosine",
-        "only config.optim.decay=cosine has a final scale",
-        "--config.optim.decay=cosine",
-    ),
-    ReadWhen(
-        ("optim.decay_factor", "optim.decay_every_epochs"),
-        lambda values: values["optim.decay"] == "steps",
-        "only config.optim.decay=steps decays by a factor",
-        "--config.optim.decay=steps",
-    ),
-    ReadWhen(
-        ("ensemble.resample",),
-        lambda values: values["ensemble.bootstraps"] > 0,
-        "config.ensemble.bootstraps=0 draws no sample",
-        "--config.ensemble.bootstraps=11",
-    ),
-    ReadWhen(
-        ("ensemble.poor_clips",),
-        lambda values: bool(values["ensemble.min_quality"]),
-        "config.ensemble.min_quality is empty: no frame is too poor",
-        "--config.ensemble.min_quality=0,20,40",
-    ),
-    ReadWhen(
-        ("ensemble.chunks",),
-        lambda values: values["ensemble.views"] > 0,
-        "config.ensemble.views=0 leaves no chunk of the features out",
-        "--config.ensemble.views=2",
-    ),
-    ReadWhen(
-        (
-            "noise.method",
-            "noise.eps",
-            "noise.min_samples",
-            "noise.modality",
-            "noise.relabel_every_epochs",
-            "noise.keep",
-            "noise.mirror_weight",
-        ),
-        lambda values: values["data.distractors"] == "noise",
-        "only config.data.distractors=noise has noise classes",
-        "--config.data.distractors=noise",
-    ),
-    ReadWhen(
-        ("noise.join",),
-        lambda values: values["data.distractors"] != "leave_out",
-        "config.data.distractors=leave_out trains on no distractor",
-        "--config.data.distractors=noise",
-    ),
-    ReadWhen(
-        ("eval.reduce",),
-        lambda values: values["after_fusion"] == "examples",
-        "with config.after_fusion=pool a clip has one example",
-        "--config.after_fusion=examples",
-    ),
-    ReadWhen(
-        ("join.weights", "join.mean", "join.greedy", "join.split"),
-        lambda values: bool(values["join.runs"]),
-        "a training joins no runs",
-        "--mode=evaluate --workdir=FOLDER --runs=A,B",
-    ),
-)
-
-
-def is_read(name: str, values: Values) -> bool:
-    """Returns False for a field that the other values leave unread.
+def check_ranges(config: Config | Mapping[str, Any], groups: Collection[str] = ()) -> None:
+    """Refuses values out of range, in any run.
 
     Args:
-      name: dotted name of the field.
-      values: those of the whole configuration.
+      config: the configuration, or its `to_dict()`.
+      groups: names of the fields and groups to check; empty for all.
+
+    Raises:
+      ValueError: the first value out of range.
     """
-    return all(rule.condition(values) for rule in READ_WHEN if name in rule.fields)
+    values = {name: x for name, x in fields(config) if not groups or within(name, groups)}
+    for problem in _out_of_range(values):
+        raise UserError(problem)
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """Yields a value, or all parts of a tuple of tuples."""
+def _out_of_range(values: Values) -> Iterator[str]:
+    """Yields an error message for every value that no training can use, whatever its data."""
+    for name, value in values.items():
+        field, text = FIELDS.get(name), f"config.{name}={value}"
+        numbers = list(_numbers(value))
+        if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
+            yield f"config.{name}: holds a whole number beyond 64 bits"
+        elif field and (wanted := _violated(field, value)):
+            yield f"{text}: must be {wanted}"
+        elif field and field.choices and value not in field.choices:
+            yield f"config.{name}='{value}': choose from {', '.join(field.choices)}"
+        elif not (field and field.high) and not all(map(math.isfinite, numbers)):
+            yield f"{text}: must be finite"
+        elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
+            yield f"{text}: must lie between 0 and 1"
+
+
+def _violated(field: Field, value: float) -> str:
+    """Returns the range of a field in words if a value lies outside of it, else an empty text."""
+    bounds = [
+        ("at least", field.low, operator.ge),
+        ("above", field.above, operator.gt),
+        ("at most", field.high, operator.le),
+        ("below", field.below, operator.lt),
+    ]
+    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    if all(holds(value, bound) for _, bound, holds in given):
+        return ""
+    return " and ".join(f"{words} {bound:,.12g}" for words, bound, _ in given if bound < math.inf)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Yields a number, or all numbers in a tuple of tuples."""
     if isinstance(value, tuple):
         for part in value:
-            yield from _parts(part)
-    else:
+            yield from _numbers(part)
+    elif isinstance(value, int | float):
         yield value
 
 
-def out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that no training can use, whatever its data."""
-    for name, value in values.items():
-        numbers = list(_parts(value))
-        infinite = any(isinstance(part, float) and not math.isfinite(part) for part in numbers)
-        if infinite and name not in (*LARGEST, *UNLIMITED):
-            yield f"config.{name}={value}: must be finite"
-        if any(isinstance(part, int) and abs(part) >= INTEGER_LIMIT for part in numbers):
-            yield f"config.{name}: holds a whole number beyond 64 bits"
-    for name in POSITIVE:
-        if not values[name] > 0:
-            yield f"config.{name}={values[name]}: must be positive"
-    for name in NOT_NEGATIVE:
-        if not values[name] >= 0:
-            yield f"config.{name}={values[name]}: must be 0 or more"
-    if not 0 <= values["seed"] < 2**31:
-        yield f"config.seed={values['seed']}: must be 0 or more, below 2**31"
-    for name, largest in LARGEST.items():
-        if values[name] > largest:
-            yield f"config.{name}={values[name]}: must be at most {largest:,.12g}"
-    for name, known in CHOICES.items():
-        if values[name] not in known:
-            yield f"config.{name}='{values[name]}': choose from {', '.join(known)}"
-    for name, value in values.items():
-        if name.endswith("dropout_rate") and not _is_share(value):
-            yield f"config.{name}={value}: must lie between 0 and 1"
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def untrainable(values: Values) -> Iterator[str]:
+def _untrainable(values: Values) -> Iterator[str]:
     """Yields an error message for values that no training can use together."""
+    for name in values["resume.allow"]:
+        if not within(str(name), CHANGEABLE):
+            yield (
+                f"config.resume.allow: '{name}' may not change when a run resumes\n"
+                f"these may: {', '.join(CHANGEABLE)}"
+            )
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: name at least one"
     split = values["eval.split"]
@@ -595,32 +514,21 @@ def untrainable(values: Values) -> Iterator[str]:
         )
 
 
-# Groups whose fields depend on the model or fusion that they name.
-SPECIFICATIONS = ("model.", "fusion.")
-
-
-def unread(values: Values, defaults: Values) -> Iterator[str]:
-    """Yields an error message for every value that was chosen and that nothing reads.
-
-    Args:
-      values: those of the configuration.
-      defaults: the default of every field; a field that has its default is never refused.
-    """
-    for name in sorted(values.keys() - defaults.keys()):
-        if not name.startswith(SPECIFICATIONS):
-            close = closest_field(name, defaults.keys())
+def _unread(values: Values) -> Iterator[str]:
+    """Yields an error message for every value that was chosen and that nothing reads."""
+    for name, value in values.items():
+        if name not in FIELDS and not name.startswith(SPECIFICATIONS):
+            close = closest_field(name, FIELDS)
             hint = f"did you mean config.{close}?" if close else "--mode=config lists all"
-            yield f"config.{name}={values[name]}: there is no such field; {hint}"
-    for rule in READ_WHEN:
-        if rule.condition(values):
-            continue
-        for name in rule.fields:
-            if values[name] != defaults[name]:
-                yield (
-                    f"config.{name}={values[name]} has no effect: {rule.otherwise}\n"
-                    f"to give it one: {rule.remedy}\n"
-                    f"or leave config.{name} at its default, {defaults[name]}"
-                )
+            yield f"config.{name}={value}: there is no such field; {hint}"
+    for name, field in FIELDS.items():
+        when = field.read_when
+        if when and values[name] != field.default and not when.condition(values):
+            yield (
+                f"config.{name}={values[name]} has no effect with config.{when.field}="
+                f"{values[when.field]}\nto give it one: {when.remedy}\n"
+                f"or leave config.{name} at its default, {field.default}"
+            )
     if runs := values["join.runs"]:
         yield (
             f"config.join.runs={','.join(map(str, runs))}: a training joins no runs\n"
@@ -628,42 +536,8 @@ def unread(values: Values, defaults: Values) -> Iterator[str]:
         )
 
 
-# What other programs call a field -> its name here.
-SYNONYMS: Mapping[str, str] = {
-    "lr": "optim.learning_rate",
-    "base_lr": "optim.learning_rate",
-    "wd": "optim.weight_decay",
-    "optimizer": "optim.name",
-    "scheduler": "optim.decay",
-    "warmup_steps": "optim.warmup",
-    "grad_clip": "optim.clip_norm",
-    "epochs": "num_epochs",
-    "max_epochs": "num_epochs",
-    "num_train_epochs": "num_epochs",
-    "steps": "num_epochs",
-    "max_steps": "num_epochs",
-    "bs": "batch_size",
-    "batch": "batch_size",
-    "precision": "dtype",
-    "data": "data.dir",
-    "data_dir": "data.dir",
-    "data_path": "data.dir",
-    "dataset": "data.name",
-    "root": "data.dir",
-    "input": "data.dir",
-    "cache": "data.cache_dir",
-    "split": "eval.split",
-    "arch": "model.name",
-    "model": "model.name",
-    "dropout": "model.dropout_rate",
-    "criterion": "loss.classification",
-    "folds": "ensemble.folds",
-    "seeds": "ensemble.seeds",
-    "save_every": "checkpoint_every_seconds",
-    "log_every": "log_every_steps",
-    "eval_every": "eval.every_epochs",
-    "frames": "data.max_frames",
-}
+# What is spelled too differently for a comparison of spellings.
+ABBREVIATIONS = {"lr": "optim.learning_rate", "wd": "optim.weight_decay", "bs": "batch_size"}
 
 
 def closest_field(name: str, known: Collection[str]) -> str | None:
@@ -674,10 +548,8 @@ def closest_field(name: str, known: Collection[str]) -> str | None:
       known: the fields that exist.
     """
     name = name.replace("-", "_").lower()
-    leaf = name.rpartition(".")[2]
-    synonym = SYNONYMS.get(name) or SYNONYMS.get(leaf)
-    if name not in known and synonym in known:
-        return synonym
+    if name not in known and (meant := ABBREVIATIONS.get(name.rpartition(".")[2])):
+        return meant
     modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
     if name.startswith("fusion.") and name.split(".")[1] not in modalities:
         return None  # another modality is no misspelling of this one

@@ -8,14 +8,14 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import files
-from vidjax.config import Config, closest_field, fields
+from vidjax.config import DEFAULTS, Config, closest_field, fields
 from vidjax.errors import UserError, suggest
 from vidjax.files import INTEGER_LIMIT
 
@@ -27,48 +27,12 @@ def load_file(spec: str) -> Config:
     """Returns the configuration that an experiment's file describes.
 
     Args:
-      spec: `FILE[:ARG,...]`.
-
-    Raises:
-      ValueError: there is no such file, or a mistake in it.
-    """
-    config = _load_file(spec)
-    for problem in misfits(dict(fields(config)), dict(fields(config_lib.default()))):
-        raise UserError(
-            f"--config: '{spec}' {problem}\n"
-            "begin get_config with config = vidjax.config.default(), and change that"
-        )
-    return config
-
-
-def misfits(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the end of an error message for every field that is absent or of another type."""
-    for name, default in defaults.items():
-        if name not in values:
-            yield f"has no field config.{name}"
-            continue
-        value, kind = values[name], type(default)
-        if default is None:
-            fits = value is None or isinstance(value, str)
-        else:
-            fits = isinstance(value, kind) or (kind is float and type(value) is int)
-        if not fits:
-            yield f"has config.{name}={value!r}, wanted a value such as {default!r}"
-
-
-def _load_file(spec: str) -> Any:
-    """Returns the configuration that an experiment's file describes.
-
-    Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
         or the name of one: `mma` is `configs/mma.py` in the working directory, else the file that
         is installed with vidjax.
 
-    Returns:
-      A ConfigDict.
-
     Raises:
-      ValueError: there is no such file, or a mistake in it.
+      ValueError: there is no such file, or a mistake in it; the error names the line.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -86,6 +50,23 @@ def _load_file(spec: str) -> Any:
         raise UserError(
             f"--config: get_config of '{spec}' returns no ConfigDict\n"
             "begin it with config = vidjax.config.default(), and return config"
+        )
+    values = dict(fields(config))
+    for name, default in DEFAULTS.items():
+        value, kind = values.get(name), str if default is None else type(default)
+        if name not in values:
+            wrong = f"has no field config.{name}"
+        elif (
+            isinstance(value, kind)
+            or (kind is float and type(value) is int)
+            or (value is None and default is None)
+        ):
+            continue
+        else:
+            wrong = f"has config.{name}={value!r}, wanted a value such as {default!r}"
+        raise UserError(
+            f"--config: '{spec}' {wrong}\n"
+            "begin get_config with config = vidjax.config.default(), and change that"
         )
     return config
 

@@ -83,11 +83,8 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
       Members in the order of their numbers. Seeds vary fastest, then qualities, views, and folds.
 
     Raises:
-      ValueError: A number is out of range.
+      ValueError: Options exclude each other, or `only` names no member.
     """
-    for name, least in {"folds": 0, "bootstraps": 0, "views": 0, "chunks": 2, "seeds": 1}.items():
-        if spec[name] < least:
-            raise UserError(f"config.ensemble.{name}={spec[name]}: must be {least} or more")
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
     if spec["folds"] and spec["bootstraps"]:

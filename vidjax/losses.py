@@ -237,14 +237,12 @@ def make_objective(
         for all in order. A loss of embeddings reads class columns.
 
     Raises:
-      ValueError: A name is unknown, or a value is out of range.
+      ValueError: A name is unknown, or a value fits no other, see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
     if name and name not in EMBEDDING:
         raise UserError(f"config.loss.embedding='{name}': {suggest(name, EMBEDDING)}")
-    if not weight >= 0:
-        raise UserError(f"config.loss.embedding_weight={weight}: must be 0 or more")
 
     def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
@@ -289,30 +287,30 @@ def make_loss(
       a shape that fits the labels, or is None.
 
     Raises:
-      ValueError: A name is unknown, a value is out of range, the schedule is not ordered, a margin
-        is set without a cosine classifier, or label smoothing without a loss that takes it.
+      ValueError: A name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
+        set without a cosine classifier.
     """
-    _check_values(spec, logit_scale)
+    tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
+    for field, table in tables.items():
+        if spec[field] not in table:
+            raise UserError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
+    if spec["margin"] and logit_scale == 1.0:
+        raise UserError(
+            f"config.loss.margin={spec['margin']} needs a cosine classifier with a "
+            "model.logit_scale other than 1"
+        )
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if not np.all((weights >= 0) & (weights <= 1)):
         raise UserError(
             f"config.loss.schedule: weights must lie between 0 and 1, got {weights.tolist()}"
         )
-    smoothing = spec["label_smoothing"]
-    takes_smoothing = "label_smoothing" in _parameters(CLASSIFICATION[spec["focal"]])
-    if smoothing and np.all(weights == 1) and not takes_smoothing:
-        raise UserError(
-            f"config.loss.label_smoothing={smoothing} has no effect: config.loss.schedule gives "
-            "the focal loss all the weight\n"
-            "set config.loss.label_smoothing=0, or a weight below 1 in config.loss.schedule"
-        )
     margin_fn, margin = MARGINS[spec["margin_type"]], float(spec["margin"])
     values = {
         "class_mask": class_mask,
         "logit_scale": logit_scale,
         "gamma": float(spec["gamma"]),
-        "label_smoothing": float(smoothing),
+        "label_smoothing": float(spec["label_smoothing"]),
         "margin": margin,
     }
     # Not copied: a field is read where a loss takes it, and nowhere else.
@@ -342,28 +340,6 @@ def make_loss(
         return weight * focal(logits, labels, scale) + rest
 
     return loss_fn
-
-
-def _check_values(spec: Mapping[str, Any], logit_scale: float) -> None:
-    """Raises ValueError for unknown names and for values out of range."""
-    tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}
-    for field, table in tables.items():
-        if spec[field] not in table:
-            raise UserError(f"config.loss.{field}='{spec[field]}': {suggest(spec[field], table)}")
-    if not spec["gamma"] >= 0:
-        raise UserError(f"config.loss.gamma={spec['gamma']}: must be 0 or more")
-    margin = spec["margin"]
-    if not 0 <= margin <= np.pi / 2:
-        raise UserError(f"config.loss.margin={margin} must lie between 0 and pi/2")
-    if margin and logit_scale == 1.0:
-        raise UserError(
-            f"config.loss.margin={margin} needs a cosine classifier with a model.logit_scale other "
-            "than 1"
-        )
-    if not 0 <= spec["label_smoothing"] < 1:
-        raise UserError(
-            f"config.loss.label_smoothing={spec['label_smoothing']} must be at least 0 and below 1"
-        )
 
 
 def _parameters(function: Callable[..., Array]) -> Set[str]:

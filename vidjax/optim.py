@@ -68,16 +68,10 @@ def make_schedule(
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
 
     Raises:
-      ValueError: The decay is unknown, or a value is out of range.
+      ValueError: The decay is unknown.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
-    if not 0 <= learning_rate < math.inf:
-        raise UserError(f"config.optim.learning_rate={learning_rate} must be finite and 0 or more")
-    if not 0 <= warmup <= 1:
-        raise UserError(f"config.optim.warmup={warmup} must lie between 0 and 1")
-    if not 0 <= warmup_scale <= 1:
-        raise UserError(f"config.optim.warmup_scale={warmup_scale} must lie between 0 and 1")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     if decay == "cosine":
@@ -111,11 +105,6 @@ def _make_stairs(
     """Builds a step function: step -> factor to the power of the number of stairs before it."""
     if steps_per_epoch is None or not steps_per_epoch > 0:
         raise UserError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
-    if not factor > 0 or not every_epochs > 0:
-        raise UserError(
-            "config.optim.decay='steps' needs decay_factor and decay_every_epochs above 0, got "
-            f"{factor} and {every_epochs}"
-        )
     width = every_epochs * steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(total_steps / width) + 1
     # Tables computed on the host, where rounding cannot move an edge by a step as in float32.
@@ -146,7 +135,7 @@ def make_optimizer(
         `steps` only.
 
     Raises:
-      ValueError: The name or the decay is unknown, or a value is out of range.
+      ValueError: The name or the decay is unknown, or no learning rate is above 0.
 
     Ours: no decay of biases and normalisation parameters.
     """

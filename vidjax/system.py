@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim
+from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.errors import UserError, suggest
@@ -165,6 +166,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     Raises:
       ValueError: A field has an unknown name or a value out of range.
     """
+    groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
+    config_lib.check_ranges(config, groups)  # those that are read here
     ensemble_spec = config["ensemble"]
     num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
     steps_per_epoch = task.num_clips / config["batch_size"]
@@ -184,7 +187,6 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         logit_scale=model.logit_scale,
     )
     is_whole = knows_other and num_columns == task.num_columns
-    after_fusion = _choose("after_fusion", config["after_fusion"], ("pool", "examples"))
     score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
     return System(
         model=model,
@@ -195,7 +197,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
         measure=_make_measure(model),
         select_features=_make_select_features(num_chunks),
-        examples=after_fusion == "examples",
+        examples=config["after_fusion"] == "examples",
         clip_transforms=_make_clip_transforms(config, task),
         transforms=_make_transforms(config),
         objective=make_objective(None if is_whole else class_mask),
@@ -207,7 +209,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         score_fn=score_fn,
         logs=logs,
         top_classes=config["eval"]["top_classes"],
-        reduce=_choose("eval.reduce", config["eval"]["reduce"], ("mean", "max")),
+        reduce=config["eval"]["reduce"],
         class_mask=class_mask,
         num_identities=task.num_identities,
         together=_is_together(ensemble_spec["mapping"]),
@@ -234,7 +236,6 @@ def _make_model_maker(
     config: Mapping[str, Any], task: TaskSpec, num_chunks: int
 ) -> Callable[[int], Identifier]:
     """Builds `System.make_model`; members with views see features without one of their chunks."""
-    dtype = _choose("dtype", config["dtype"], ("float32", "bfloat16", "float64"))
     spec = _with_settings(_with_threshold(config["model"], task.threshold), task.settings)
     modalities = {
         name: width - (width // num_chunks if num_chunks else 0)
@@ -247,7 +248,7 @@ def _make_model_maker(
             modalities=modalities,
             num_classes=num_classes,
             num_clips=task.num_clips,
-            dtype=jnp.dtype(dtype),
+            dtype=jnp.dtype(config["dtype"]),
         )
 
     return make_model
@@ -341,7 +342,6 @@ def _make_column_weight(
 
 def _is_together(mapping: str) -> bool:
     """Returns True for vmap; `auto` is vmap on accelerators and map on CPUs."""
-    _choose("ensemble.mapping", mapping, ("auto", "map", "vmap"))
     return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
 

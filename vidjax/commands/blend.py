@@ -18,7 +18,7 @@ from vidjax.analysis.outputs import write_results
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split, TrainingData
-from vidjax.errors import UserError, suggest
+from vidjax.errors import UserError
 from vidjax.evaluation import run_data
 from vidjax.evaluation.restore import find_run, fit_data, make_model
 from vidjax.evaluation.scoring import TrainedModel, score
@@ -222,9 +222,7 @@ def _takes_logarithms(config: Config) -> bool:
             f"config.join.{field}={spec[field]}: no join is calibrated any more, last in a538f79\n"
             "join the runs anew, in another folder"
         )
-    if spec.mean not in config_lib.CHOICES["join.mean"]:
-        known = config_lib.CHOICES["join.mean"]
-        raise UserError(f"config.join.mean='{spec.mean}': {suggest(spec.mean, known)}")
+    config_lib.check_ranges(config, ["join"])
     logarithms = spec.mean == "logarithms"
     if logarithms and spec.greedy:
         raise UserError(

@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple, cast
 from vidjax import api, config_io, files, messages, metrics
 from vidjax import config as config_lib
 from vidjax.command_line import Arguments
-from vidjax.config import Config, out_of_range
+from vidjax.config import Config
 from vidjax.config_io import folder_suffix, override_names
 from vidjax.errors import UserError
 from vidjax.run import parts as parts_lib
 from vidjax.run import results as results_lib
-from vidjax.run import resume
 from vidjax.run.parts import Part
 
 RECORDED = "config.json"  # of a run's folder
@@ -85,7 +84,6 @@ def for_training(args: Arguments) -> tuple[Config, Path]:
             f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
         )
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
-    resume.check_allowed(config)
     return config, workdir
 
 
@@ -101,7 +99,7 @@ def _default_name(args: Arguments, config: Config) -> str:
     config = copy.deepcopy(config)
     if config.data.dir:
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
-    unnamed = {*resume.MOVABLE, "resume.allow"} - {"data.dir", "data.weights"}
+    unnamed = {*config_lib.MOVABLE, "resume.allow"} - {"data.dir", "data.weights"}
     return name + folder_suffix(config, args.overrides, unnamed)
 
 
@@ -142,7 +140,7 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
             "leave --config out, and change fields by --config.FIELD=VALUE"
         )
     for name in override_names(args.overrides):
-        if resume.within(name, TRAINED):
+        if config_lib.within(name, TRAINED):
             raise UserError(
                 f"--mode={args.mode} trains nothing: config.{name} has no effect\nleave it out"
             )
@@ -160,8 +158,7 @@ def for_evaluation(args: Arguments) -> tuple[Config, Path]:
 
         blend.check_overrides(config, override_names(args.overrides))
     if args.overrides:  # a run of an earlier version may have what is out of range now
-        for problem in out_of_range(dict(config_lib.fields(config))):
-            raise UserError(problem)
+        config_lib.check_ranges(config)
     return config, workdir
 
 

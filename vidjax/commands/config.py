@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from vidjax import config as config_lib
 from vidjax import config_io
-from vidjax.config import Config
+from vidjax.config import DEFAULTS, Config
 from vidjax.config_io import override_names, value_text
 
 DEFAULT, COMMAND_LINE = "default", "command line"
@@ -35,24 +35,22 @@ def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
       overrides: command-line words, as `config.override` takes them.
       file: name of the file that the configuration comes from.
     """
-    defaults = dict(config_lib.fields(config_lib.default()))
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed = set(override_names(overrides))
-    for name in [*defaults, *sorted(values.keys() - defaults.keys())]:
+    for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
         origin = DEFAULT
         if name in typed:
             origin = COMMAND_LINE
-        elif name not in defaults or values[name] != defaults[name]:
+        elif name not in DEFAULTS or values[name] != DEFAULTS[name]:
             origin = file
-        yield Row(name, values[name], defaults.get(name), origin)
+        yield Row(name, values[name], DEFAULTS.get(name), origin)
 
 
 def text(rows: Iterable[Row]) -> str:
     """Returns the fields as an aligned table, one line for each."""
     table = [("field", "value", "default", "from")]
-    known = dict(config_lib.fields(config_lib.default()))
     for row in rows:
-        default = value_text(row.default) if row.field in known else ""
+        default = value_text(row.default) if row.field in DEFAULTS else ""
         table.append((row.field, value_text(row.value), default, row.origin))
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     return "\n".join(

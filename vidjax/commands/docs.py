@@ -4,61 +4,19 @@ python -m vidjax.commands.docs                              # prints them
 python -m vidjax.commands.docs --write=configs/README.md    # writes them into the page
 """
 
-import ast
-import inspect
-import io
 import re
 import sys
-import textwrap
-import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidjax import augment, config_io, fusion, losses, messages, system
-from vidjax.config import SCALE_WORDS, default, fields
+from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Group, within
 from vidjax.config_io import value_text
 from vidjax.data import sources
 from vidjax.errors import UserError
 from vidjax.metrics import CLIP_METRICS
 from vidjax.models import identifier
-
-
-def field_comments(source: str) -> dict[str, str]:
-    """Reads the comments that document the fields of a function such as `config.default`.
-
-    A comment belongs to the assignment on its own line, or to the assignment below it.
-
-    Args:
-      source: the function's source code, with assignments such as `config.data.name = "synthetic"`.
-
-    Returns:
-      Dotted name of a field or group -> its comment in one line, in the order of the source.
-    """
-    source = textwrap.dedent(source)
-    comments = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    field_comments = {}
-    for statement in ast.walk(ast.parse(source)):
-        match statement:
-            case ast.Assign(targets=[ast.Attribute() as target]):
-                line = statement.lineno
-                first = line
-                while first - 1 in comments and _is_comment(source, first - 1):
-                    first -= 1
-                parts = [
-                    comments[number] for number in range(first, line + 1) if number in comments
-                ]
-                name = ast.unparse(target).partition(".")[2]
-                field_comments[line] = (name, " ".join(parts))
-    return dict(field_comments[line] for line in sorted(field_comments))
-
-
-def _is_comment(source: str, line: int) -> bool:
-    return source.splitlines()[line - 1].lstrip().startswith("#")
 
 
 def known_names() -> Mapping[str, Mapping[str, str]]:
@@ -111,37 +69,23 @@ def name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
-def field_tables(
-    source: str, defaults: Mapping[str, Any], known: Mapping[str, Iterable[str]]
-) -> str:
+def field_tables(known: Mapping[str, Iterable[str]]) -> str:
     """Returns one Markdown table of fields for each group of a configuration.
 
     Args:
-      source: source code of `config.default`.
-      defaults: dotted name -> default of every field.
       known: field or group -> the names that it may take, as far as these are listed.
-
-    Raises:
-      ValueError: a field or a group has no comment.
     """
-    comments = field_comments(source)
-    if missing := sorted({*defaults, *comments} - {name for name in comments if comments[name]}):
-        raise UserError(f"config.default(): no comment above or beside {', '.join(missing)}")
-    lines = _table_head()
-    for name, names in known.items():
-        comments[name] += f"; choose from {', '.join(f'`{item}`' for item in names)}"
-    for name, comment in comments.items():
-        if name in defaults:
-            lines.append(f"| `{name}` | {_cell(defaults[name])} | {comment} |")
-            continue
-        lines += ["", f"**`{name}`**: {comment}.", ""]
-        if any(field.startswith(f"{name}.") for field in defaults):
-            lines += _table_head()
+    head = ["| field | default | meaning |", "|---|---|---|"]
+    lines = head.copy()
+    for row in TABLE:
+        names = ", ".join(f"`{name}`" for name in known.get(row.name, ()))
+        meaning = f"{row.doc}; choose from {names}" if names else row.doc
+        if isinstance(row, Group):
+            has_fields = any(within(name, (row.name,)) for name in FIELDS)
+            lines += ["", f"**`{row.name}`**: {meaning}.", "", *(head if has_fields else ())]
+        else:
+            lines.append(f"| `{row.name}` | {_cell(row.default)} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _table_head() -> list[str]:
-    return ["| field | default | meaning |", "|---|---|---|"]
 
 
 def _cell(value: object) -> str:
@@ -187,7 +131,7 @@ def documentation() -> Mapping[str, str]:
     words = {file.name: getattr(config_io.load_module(file), "WORDS", {}) for file in files}
     return {
         "arguments": argument_table(SCALE_WORDS, words),
-        "fields": field_tables(inspect.getsource(default), dict(fields(default())), known),
+        "fields": field_tables(known),
         "names": name_tables(known),
     }
 

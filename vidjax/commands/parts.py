@@ -46,7 +46,7 @@ from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.system import make_system
 
 # Fields that change no score. Data in another folder has to have the same digest.
-_FREE = (*resume.MOVABLE, "resume.allow")
+_FREE = (*config_lib.MOVABLE, "resume.allow")
 CLIPS, TOP, ATTENTION = "clips", "top", "attention/"
 
 

@@ -13,26 +13,12 @@ from typing import Any
 
 from vidjax import config as config_lib
 from vidjax import config_io, files
-from vidjax.config import Config
+from vidjax.config import CHANGEABLE, MOVABLE, Config, within
 from vidjax.errors import UserError
 from vidjax.run import formats
 from vidjax.run import results as results_lib
 
 FILE = "changes.jsonl"
-# Fields that may always change: paths, times of saving and devices, which affect no result beyond
-# rounding. What lies at the paths is compared by its digest.
-MOVABLE = (
-    "checkpoint_every_seconds",
-    "data.dir",
-    "data.cache_dir",
-    "data.weights",
-    "eval.checkpoint",
-    "eval.report",
-    "mesh.model",
-)
-# Fields and groups that `config.resume.allow` may name. They change neither the shapes of the
-# training state nor the order of the clips.
-CHANGEABLE = ("optim", "loss", "mixup", "num_epochs", "log_every_steps", "eval")
 # Fields and groups that may change after the last step: the run is evaluated again.
 AFTERWARDS = (*MOVABLE, "eval")
 
@@ -43,14 +29,7 @@ def write_config(workdir: Path, config: Config) -> None:
     """Writes `config.json`, with its folders and files as absolute paths, and without a cache.
 
     A cache holds compiled programs, so that no folder of a run may name one: a stranger may have
-    made it. `config.load_workdir` reads none either.
-
-    Args:
-      workdir: the run's folder.
-      config: the configuration.
-
-    Raises:
-      OSError: the file cannot be written.
+    made it. `config_io.load_workdir` reads none either.
     """
     config = absolute(config)
     config.data.cache_dir = None
@@ -66,28 +45,12 @@ def absolute(config: Config) -> Config:
     return config
 
 
-def check_allowed(config: Config) -> None:
-    """Raises ValueError for a name in `config.resume.allow` that no resumption may change."""
-    for name in config.resume.allow:
-        if not within(name, CHANGEABLE):
-            raise UserError(
-                f"config.resume.allow: '{name}' may not change when a run resumes\n"
-                f"these may: {', '.join(CHANGEABLE)}"
-            )
-
-
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
     """Returns the fields that differ between a run's configuration and that of its resumption.
-
-    Args:
-      workdir: the run's folder.
-      old: the configuration of the run so far.
-      new: the configuration to resume with.
 
     Raises:
       ValueError: a field differs that may not change, or that `new.resume.allow` does not name.
     """
-    check_allowed(new)
     allowed = tuple(new.resume.allow)
     changed = config_lib.differences(absolute(old), absolute(new))
     for name in ("resume.allow", "data.cache_dir"):  # no run keeps them
@@ -113,13 +76,6 @@ def refuse_relabelling(workdir: Path, changed: Changes) -> None:
     """Refuses changes of fields that shape a training after its last step.
 
     The weights would stay what they are, and the run's files would say that other values made them.
-
-    Args:
-      workdir: the folder of a run without a step left to train.
-      changed: the result of `changes`.
-
-    Raises:
-      ValueError: a field of the training differs.
     """
     trained = {name: pair for name, pair in changed.items() if not within(name, AFTERWARDS)}
     if trained:
@@ -140,10 +96,6 @@ def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
     """Returns the fields of `config.json` that were edited since a checkpoint was saved.
 
     Changes that `changes.jsonl` records, and fields that may always change, are left out.
-
-    Args:
-      workdir: the run's folder.
-      saved: the configuration in the checkpoint's manifest.
     """
     old = config_io.from_json(json.dumps(saved))
     changed = config_lib.differences(old, config_io.load_workdir(workdir))
@@ -168,11 +120,6 @@ def describe(changed: Changes) -> str:
     """Returns changes as one line of at most 300 characters."""
     text = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
     return text[:300]
-
-
-def within(name: str, groups: tuple[str, ...]) -> bool:
-    """Returns True if `groups` has the field itself or a group that contains it."""
-    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def _without_recorded(workdir: Path, changed: Changes) -> Changes:

@@ -150,7 +150,7 @@ def _check_exact(config: Config) -> None:
     name = config.model.get("name")
     if not has_exact_inputs(MODELS.get(name, object)):
         return
-    defaults = dict(config_lib.fields(config_lib.default()))
+    defaults = config_lib.DEFAULTS
     for field, value in config_lib.fields(config):
         changed = field in defaults and value != defaults[field]
         if changed and (field in UNREAD_BY_EXACT or field.startswith(("loss.", "optim."))):

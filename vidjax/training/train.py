@@ -31,7 +31,6 @@ def check_config(config: Config, workdir: Path) -> None:
         effect, since an earlier version may have started it.
     """
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
-    resume.check_allowed(config)
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
@@ -53,7 +52,7 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
         return None
     if "num_epochs" not in changed:
         resume.refuse_relabelling(workdir, changed)
-    return None if changed.keys() - set(resume.MOVABLE) else results
+    return None if changed.keys() - set(config_lib.MOVABLE) else results
 
 
 def train(
