@@ -20,7 +20,8 @@ from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from vidjax.batch import Batch
 from vidjax.cluster.share import Share, own_blocks, own_places
-from vidjax.data import iqiyi_vid, memory, subset
+from vidjax.commands import parts as parts_lib
+from vidjax.data import iqiyi_vid, memory
 from vidjax.data.clips import ClipSource, make_eval_plan
 from vidjax.data.records import manifest, padding, shard_files
 from vidjax.data.records.codec import tf
@@ -169,12 +170,12 @@ def test_which_clips_a_process_has_follows_from_the_plan(dataset: Dataset) -> No
 
 def test_chosen_clips_a_part_and_clips_in_memory_have_shares(dataset: Dataset) -> None:
     only = np.arange(43) % 3 == 0
-    chosen = subset.choose(dataset, "train", ("face",), 2, 3)
+    chosen = parts_lib.choose_clips(dataset, "train", ("face",), 2, 3)
     clips = {f"c{i}": {"face": np.full((i, 5), i, np.float16)} for i in range(1, 60, 4)}
     sources: list[tuple[ClipSource, dict[str, Any]]] = [
         (dataset, {"only": only}),
         (dataset, {"only": np.zeros(43, bool)}),
-        (subset.Part(dataset, "train", chosen), {}),
+        (parts_lib.ClipSubset(dataset, "train", chosen), {}),
         (memory.MemoryClips.of(clips, {"face": 5}, ()), {}),
     ]
     for data, options in sources:

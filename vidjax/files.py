@@ -408,12 +408,13 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
             raise UserError(f"cannot read '{path}': {error}") from error
 
 
-def load_npz(file: io.FileIO, limit: int) -> dict[str, np.ndarray]:
+def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
     """Returns the arrays of an open `.npz` file, whose sizes are summed before one is unpacked.
 
     Args:
       file: the file, unbuffered.
       limit: the most bytes, unpacked.
+      group: what arrays to read of a file whose arrays are named GROUP/NAME; None for all.
 
     Raises:
       ValueError: it is damaged or unpacks to more, or holds Python objects; does not name the file.
@@ -422,11 +423,13 @@ def load_npz(file: io.FileIO, limit: int) -> dict[str, np.ndarray]:
     try:
         if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
             raise UserError("one array, as .npy files hold: use numpy.savez")
+        start = "" if group is None else f"{group}/"
         with zipfile.ZipFile(content) as archive:
-            _check_sizes(archive, limit)
+            _check_sizes(archive, limit, start)
         content.seek(0)
         with np.load(content, allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in arrays.files}
+            names = [name for name in arrays.files if name.startswith(start)]
+            return {name.removeprefix(start): np.asarray(arrays[name]) for name in names}
     except UserError:
         raise
     except Exception as error:  # a damaged archive raises whatever zlib, zipfile or numpy raise
@@ -438,9 +441,9 @@ def load_npz(file: io.FileIO, limit: int) -> dict[str, np.ndarray]:
         content.detach()
 
 
-def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
-    """Checks that all arrays together are small, by the directory and by their own headers."""
-    entries = archive.infolist()
+def _check_sizes(archive: zipfile.ZipFile, limit: int, start: str) -> None:
+    """Checks that arrays whose names begin so are small, by the directory and their own headers."""
+    entries = [entry for entry in archive.infolist() if entry.filename.startswith(start)]
     if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
         raise UserError(f"it unpacks to more than {limit:,} bytes")
     for entry in entries:

@@ -191,8 +191,8 @@ def _evaluate_part(args: "Arguments", which: "Shard") -> int:
     rows = common.part_rows(workdir, made.part, time.monotonic() - began)
     heading = args.mode + (": finished before, nothing was scored now" if made.before else "")
     text = "\n".join([heading, *(f"  {name:10}  {value}" for name, value in rows.items())])
-    content = {"workdir": str(workdir), "part": str(made.part.folder), "shard": str(which)}
-    facts = {"num_clips": made.part.manifest["num_clips"], "finished_before": made.before}
+    content = {"workdir": str(workdir), "part": str(made.part.path), "shard": str(which)}
+    facts = {"num_clips": made.part.facts.num_clips, "finished_before": made.before}
     _tell(args, text, content | facts)
     return 0
 

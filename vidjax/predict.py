@@ -35,7 +35,7 @@ from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError, check_argument
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, task_of
-from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, in_pool, windows
+from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, windows
 from vidjax.run import results as results_lib
 from vidjax.run.terminal import uncounted
 from vidjax.steps import eval_step as eval_step_lib
@@ -328,7 +328,11 @@ class Predictor(NamedTuple):
         pool = jnp.asarray(pool)
         for blocks in self._windows(request):
             for block, scores in zip(blocks, scorer.score(blocks), strict=True):
-                yield scores, block.clip_index, in_pool(pool, block.clip_index, block.batch_mask)
+                yield (
+                    scores,
+                    block.clip_index,
+                    topk.in_pool(pool, block.clip_index, block.batch_mask),
+                )
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
         """Returns for every block of clips the embeddings of all members side by side, [B, D]."""

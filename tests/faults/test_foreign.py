@@ -454,39 +454,33 @@ def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path):
 
 
 def test_thousands_of_wrong_parts_are_told_once(tmp_path, capsys):
+    folder = tmp_path / "parts" / "val"
+    folder.mkdir(parents=True)
     for number in range(1, 301):
-        folder = tmp_path / "parts" / "val" / f"{number}-of-300"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}" if number % 2 else "{")
+        (folder / f"{number}-of-300.npz").write_text("{}" if number % 2 else "")
     found = list(findings.check_run(config_lib.default(), tmp_path))
     told = [text for items in found for _, text in items if "parts/val" in text]
     assert len(told) == 1 and "1-of-300" in told[0] and "299 more" in told[0]
 
 
-@pytest.mark.parametrize("level", ["parts", "parts/val", "parts/val/1-of-1"])
-def test_parts_behind_a_link_are_neither_read_nor_cleared(tmp_path, victim, level):
-    real, one = tmp_path / "real" / level, parts.Shard(1, 1)
-    folder = real / "val/1-of-1" if level == "parts" else real
-    folder = folder / "1-of-1" if level == "parts/val" else folder
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
-    (folder / "mine.npz").write_text("mine")
+@pytest.mark.parametrize("level", ["parts", "parts/val"])
+def test_parts_behind_a_link_are_not_read(tmp_path, level):
+    real = tmp_path / "real" / level
+    real.mkdir(parents=True)
     (tmp_path / "run" / level).parent.mkdir(parents=True)
     (tmp_path / "run" / level).symlink_to(real, target_is_directory=True)
-    place = tmp_path / "run/parts/val/1-of-1"
+    (real if level == "parts/val" else real / "val").mkdir(exist_ok=True)
     for read in (
-        lambda: parts.folder_of(tmp_path / "run", "val", one),
-        lambda: parts.clear(place),
-        lambda: parts.read(place, "val", one),
+        lambda: parts.make_folder(tmp_path / "run", "val"),
+        lambda: parts.find(tmp_path / "run", "val"),
+        lambda: parts.read(tmp_path / "run", "val", parts.Shard(1, 1)),
     ):
         with pytest.raises(ValueError, match="is a link"):
             read()
-    assert (folder / "mine.npz").read_text() == "mine"
-    make_pipe = folder / "manifest.json"
-    make_pipe.unlink()
-    os.mkfifo(make_pipe)
+    (tmp_path / "real/parts/val").mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / "real/parts/val/1-of-1.npz")
     with mutations.alarm(), pytest.raises(ValueError, match="is a pipe"):
-        parts.read(tmp_path / "real/parts/val/1-of-1", "val", one)
+        parts.read(tmp_path / "real", "val", parts.Shard(1, 1))
 
 
 @pytest.mark.parametrize("module", ["vidjax", "vidjax.main"])

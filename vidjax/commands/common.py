@@ -354,19 +354,13 @@ def rows(
 
 
 def part_rows(workdir: Path, part: Part, seconds: float) -> dict[str, str]:
-    """Returns name -> text of every row about a part of an evaluation.
-
-    Args:
-      workdir: the run's folder.
-      part: the part.
-      seconds: time that the command took.
-    """
-    manifest, shard = part.manifest, part.shard
-    found = parts_lib.find(workdir, manifest["split"]).items()
+    """Returns name -> text of every row about a part, which the command took `seconds` to make."""
+    facts, shard = part.facts, part.shard
+    found = parts_lib.find(workdir, facts.split).items()
     there = sum(one.total == shard.total and isinstance(of, Part) for one, of in found)
-    rows = {"workdir": messages.shown(workdir), "part": f"{shard} of {manifest['split']}"}
-    rows |= {"clips": f"{manifest['num_clips']:,}", "time": f"{seconds:.1f} s"}
-    rows["files"] = messages.shown(part.folder)
+    rows = {"workdir": messages.shown(workdir), "part": f"{shard} of {facts.split}"}
+    rows |= {"clips": f"{facts.num_clips:,}", "time": f"{seconds:.1f} s"}
+    rows["file"] = messages.shown(part.path)
     left = shard.total - there
     rows["next"] = f"{left} of {shard.total} parts are to come" if left else "--mode=merge"
     return rows

@@ -1,7 +1,7 @@
 """`--mode=evaluate`: ranks a split with the weights of a trained run."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from vidjax import config_io, devices
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_results
 from vidjax.config import Config
-from vidjax.data.clips import TrainingData
+from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.evaluation import run_data
 from vidjax.evaluation.restore import find_run, restore
-from vidjax.evaluation.scoring import score
+from vidjax.evaluation.scoring import Evaluation, score
 from vidjax.run import results as results_lib
 
 
@@ -73,15 +73,33 @@ def evaluate(
         each_member=config.eval.members,
         observe=observer,
     )
+    return write_evaluation(
+        workdir, model.data, split, evaluation, observer,
+        described=data.report["data"], step=step, seconds=time.monotonic() - began,
+    )  # fmt: skip
+
+
+def write_evaluation(
+    workdir: Path,
+    data: ClipSource,
+    split: str,
+    evaluation: Evaluation,
+    observer: analysis.Observer | None,
+    *,
+    described: Mapping[str, Any],
+    step: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes an evaluation of the clips `described` into the run's folder; returns its metrics."""
     results = evaluation.results | {
-        "data": data.report["data"],
+        "data": described,
         "step": step,
-        "eval_seconds": time.monotonic() - began,
+        "eval_seconds": seconds,
         "eval_date": results_lib.now(),
     }
     trained = config_io.load_workdir(workdir)
     write_results(
-        workdir, model.data, evaluation, results_lib.training_metrics(workdir) | results,
+        workdir, data, evaluation, results_lib.training_metrics(workdir) | results,
         split=split, own_split=trained.eval.split,
         trained=trained.data, observer=observer,
     )  # fmt: skip

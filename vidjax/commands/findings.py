@@ -159,7 +159,7 @@ def _part_folders(workdir: Path, split: str) -> Findings:
         try:
             if isinstance(part, ValueError):
                 raise part
-            limit = parts.most_bytes(files.MAX_ITEMS, part.manifest["num_clips"])
+            limit = parts.most_bytes(files.MAX_ITEMS, part.facts.num_clips)
             parts.verify(part, limit)
             counts[one.total] += 1
         except ValueError as error:
@@ -169,7 +169,7 @@ def _part_folders(workdir: Path, split: str) -> Findings:
         yield FAULT, f"{name}: {faults[0]}{more}"
     for total, count in sorted(counts.items()):
         state = OK if count == total else WARNING
-        yield state, f"{name}: {count} of {total} parts, sha256 agrees"
+        yield state, f"{name}: {count} of {total} parts, all of them whole"
 
 
 def _log(path: Path) -> Findings:

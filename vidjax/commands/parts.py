@@ -1,58 +1,48 @@
-"""`--mode=evaluate --shard=k/n`: scores a part of a split, for `--mode=merge` to join.
+"""An evaluation in parts: `--mode=evaluate --shard=k/n` scores a part, `--mode=merge` joins all n.
 
 Processes may score parts at the same time, on machines that share the folder of the run or on
 others: they only read what is not theirs. What starts them, and again where one was stopped, is
-whatever batch system there is.
+whatever batch system there is. Two that make the same part write the same bytes.
+
+Joined are a ranking, its metrics and those of the members: neither features nor weights are read
+for them. The report shows scores of changed clips, too: they are measured on a sample of 2,000
+clips, here as at the end of any evaluation, and by the weights.
 """
 
+import dataclasses
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import config_io, devices, files, messages
+from vidjax import config_io, devices, ensemble, files, messages
 from vidjax.analysis import analysis
-from vidjax.analysis.outputs import write_results
+from vidjax.batch import Batch
+from vidjax.cluster.share import WHOLE, Share
+from vidjax.commands.evaluate import write_evaluation
 from vidjax.config import Config
-from vidjax.data import subset
-from vidjax.data.clips import Split, TrainingData
+from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import FoundRun, find_run, fit_data, make_model
-from vidjax.evaluation.scoring import (
-    ClipScores,
-    Collected,
-    Evaluation,
-    Judge,
-    ModelScorer,
-    check_block_size,
-    collect,
-    conclude,
-    pool_of,
-)
+from vidjax.evaluation.scoring import ClipScores, ModelScores, Scored, collect, conclude, pool_of
 from vidjax.messages import PROGRAM
 from vidjax.run import parts as parts_lib
-from vidjax.run import results as results_lib
 from vidjax.run import resume
-from vidjax.run.parts import Part, Shard
+from vidjax.run.parts import ATTENTION, CLIPS, TOP, Part, Shard, member_group
 from vidjax.run.terminal import say
-from vidjax.steps import parts as tops_lib
 from vidjax.steps.columns import ScoreColumns
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.system import make_system
 
 # Fields that change no score. Data in another folder has to have the same digest.
 _FREE = (*config_lib.MOVABLE, "resume.allow")
-CLIPS, TOP, ATTENTION = "clips", "top", "attention/"
-
-
-def member_file(number: int) -> str:
-    """Returns the name of the file with the ranking by the member at a position."""
-    return f"member-{number}"
+ROWS = 4096  # identities whose lists are sorted at a time
 
 
 class Made(NamedTuple):
@@ -79,42 +69,72 @@ def evaluate_part(
 
     Args:
       config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder; only the folder of the part is written, and locked.
+      workdir: the run's folder; only the file of the part is written.
       data: the clips.
       shard: which part.
       num_devices: devices to use; None for all. Scores do not depend on it.
 
     Raises:
-      ValueError: the data does not fit the run, or another process makes the part.
+      ValueError: the data does not fit the run.
       CheckpointError: there is no usable checkpoint.
     """
     began = time.monotonic()
-    check_block_size(config.eval.block_size)
     run = find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
-    split = config.eval.split
-    chosen = subset.choose(data, split, tuple(run.task.modalities), *shard)
+    name = config.eval.split
+    split = data.split(name)
+    chosen = choose_clips(data, name, tuple(run.task.modalities), *shard)
     facts = describe(config, run, data)
-    folder = files.make_folder(parts_lib.folder_of(workdir, split, shard), "--shard:")
-    with files.lock(folder, "--shard:"):
-        limit = parts_lib.most_bytes(len(run.identities), len(chosen))
-        part = _there(folder, split, shard, facts, limit)
-        if part and (part.manifest["observed"] or not config.eval.report):
-            return Made(part, before=True)
-        parts_lib.clear(folder)  # that of another evaluation is of no use any more
-        archives, found = _score(config, workdir, run, data, chosen, num_devices)
-        facts |= found | {
-            "number": shard.number,
-            "total": shard.total,
-            "num_clips": len(chosen),
-            "eval_seconds": time.monotonic() - began,
-            "versions": devices.versions(),
-        }
-        return Made(parts_lib.write(folder, facts, archives), before=False)
+    parts_lib.make_folder(workdir, name)
+    part = _there(
+        workdir, name, shard, facts, parts_lib.most_bytes(len(run.identities), len(chosen))
+    )
+    if part and (part.facts.observed or not config.eval.report):
+        return Made(part, before=True)
+
+    mesh = devices.make_mesh(num_devices, config.mesh.model)
+    model = make_model(config, workdir, run, data, mesh)
+    # Of the whole split: a part may rank nothing.
+    pool_of([ensemble.scoring_members(run.training_sets, split.clips)[0]], name)
+    model = model._replace(data=ClipSubset(data, name, chosen))
+    observer = analysis.Observer([model], name, mesh) if config.eval.report else None
+    scored = collect(
+        [model],
+        name,
+        mesh,
+        block_size=config.eval.block_size,
+        each_member=config.eval.members,
+        observe=observer,
+    )
+    clips = {
+        "clip": chosen.astype(np.int32),
+        "best": scored.clips.best,
+        "right": scored.clips.right,
+    }
+    if observer:
+        clips |= {"quality": observer.seen.quality}
+        clips |= {ATTENTION + name: units for name, units in observer.seen.attention.items()}
+    (scores,) = scored.models
+    tops = {TOP: scored.top}
+    tops |= {member_group(i): top for i, top in enumerate(scores.member_tops)}
+    groups = {name: renumber(top, chosen)._asdict() for name, top in tops.items()}
+    made = facts | {
+        "number": shard.number,
+        "total": shard.total,
+        "num_clips": len(chosen),
+        "num_members": len(tops) - 1,
+        "observed": observer is not None,
+        "poor": scores.poor,
+        "seconds": scored.seconds,
+        "eval_seconds": time.monotonic() - began,
+        "versions": devices.versions(),
+    }
+    made = msgspec.convert(made, parts_lib.Facts)
+    return Made(parts_lib.write(workdir, made, {CLIPS: clips, **groups}), before=False)
 
 
 def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any]:
-    """Returns the entries of a part's manifest in which all parts of a ranking agree."""
+    """Returns the facts in which all parts of a ranking agree."""
     manifest = run.manifest
     scored_by = {
         name: manifest[name] for name in ("files", "identities_sha256", "members_sha256")
@@ -123,20 +143,20 @@ def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any
         "split": config.eval.split,
         "step": manifest["step"],
         "checkpoint": files.sha256_json(scored_by),
-        "config": config.to_dict(),
-        "data": data.report["data"],
+        "config": msgspec.json.decode(files.to_json(config.to_dict())),  # as a reader sees it
+        "data": {"digest": data.report["data"]["digest"]},
     }
 
 
 def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
     """Returns in what a part differs from `facts`, the result of `describe`; empty for nothing."""
-    own = part.manifest
-    if own["checkpoint"] != facts["checkpoint"]:
-        return f"it is of the checkpoint of step {own['step']}, not of this one of {facts['step']}"
-    if own["data"]["digest"] != facts["data"]["digest"]:
-        return f"it is of other data, sha256 {own['data']['digest'][:12]}"
+    own = part.facts
+    if own.checkpoint != facts["checkpoint"]:
+        return f"it is of the checkpoint of step {own.step}, not of this one of {facts['step']}"
+    if own.data.digest != facts["data"]["digest"]:
+        return f"it is of other data, sha256 {own.data.digest[:12]}"
     try:
-        before, now = (config_io.from_json(files.to_json(one["config"])) for one in (own, facts))
+        before, now = (config_io.from_json(files.to_json(x)) for x in (own.config, facts["config"]))
     except ValueError as error:
         return f"its configuration is that of another version: {error}"
     changed = config_lib.differences(before, now)
@@ -145,11 +165,11 @@ def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
 
 
 def _there(
-    folder: Path, split: str, shard: Shard, facts: Mapping[str, Any], limit: int
+    workdir: Path, split: str, shard: Shard, facts: Mapping[str, Any], limit: int
 ) -> Part | None:
-    """Returns the part in a folder if it can be joined; says why one has to be made again."""
+    """Returns the part that is there if it can be joined; says why one has to be made again."""
     try:
-        part = parts_lib.read(folder, split, shard)
+        part = parts_lib.read(workdir, split, shard)
         parts_lib.verify(part, limit)
     except FileNotFoundError:
         return None
@@ -162,176 +182,98 @@ def _there(
     return part
 
 
-def _score(
-    config: Config,
-    workdir: Path,
-    run: FoundRun,
-    data: TrainingData,
-    chosen: np.ndarray,
-    num_devices: int | None,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """Scores the clips `chosen` [n] int; returns arrays of the part and entries of its manifest."""
-    mesh = devices.make_mesh(num_devices, config.mesh.model)
-    model = make_model(config, workdir, run, data, mesh)
-    split = config.eval.split
-    judge = Judge.make(str(workdir), model.system, run.training_sets, data.split(split).clips)
-    pool_of([judge], split)  # of the whole split, of which a part may rank nothing
-    part = subset.Part(data, split, chosen)
-    model = model._replace(data=part)
-    observer = analysis.Observer([model], split, mesh) if config.eval.report else None
-    collected = collect(
-        [ModelScorer(model, part.split(split).clips, mesh)],
-        part.split(split),
-        mesh,
-        block_size=config.eval.block_size,
-        each_member=config.eval.members,
-        observe=observer,
-    )
-    archives = _archives(collected, chosen, observer.seen if observer else None)
-    (poor,) = collected.poor
-    found = {"observed": observer is not None, "poor": poor, "seconds": collected.seconds}
-    return archives, found
+# Which clips a part has.
 
 
-def _archives(
-    collected: Collected, chosen: np.ndarray, seen: analysis.Seen | None
-) -> dict[str, dict[str, np.ndarray]]:
-    """Returns file -> name -> array of a part; clips are numbered as in the whole split."""
-    clips = {
-        "clip": chosen.astype(np.int32),
-        "best": collected.clips.best,
-        "right": collected.clips.right,
-    }
-    if seen:
-        clips |= {"quality": seen.quality}
-        clips |= {ATTENTION + name: units for name, units in seen.attention.items()}
-    ((*members,),) = collected.member_tops
-    tops = {TOP: collected.top} | {member_file(i): top for i, top in enumerate(members)}
-    return {CLIPS: clips} | {name: _arrays(top, chosen) for name, top in tops.items()}
+def bounds(costs: np.ndarray, count: int) -> np.ndarray:
+    """Returns [count + 1] int, where each of `count` ranges of about equal cost begins and ends.
+
+    Args:
+      costs: [N] int above 0, N at least `count`; no range is empty.
+      count: number of ranges.
+    """
+    ends = np.cumsum(costs, dtype=np.int64)
+    number = np.arange(count + 1)
+    # In whole numbers, so that all processes find the same.
+    wanted = [int(ends[-1]) * i // count for i in range(count + 1)]
+    found = np.searchsorted(ends, wanted)
+    found[-1] = len(costs)
+    found = np.maximum.accumulate(found - number) + number
+    return np.minimum(found, len(costs) - count + number)
 
 
-def _arrays(top: TopK, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns name -> array of the ranking of a part, [C, min(n, 100)]."""
-    return {k: np.asarray(v) for k, v in tops_lib.renumber(top, chosen)._asdict().items()}
+def choose_clips(
+    data: TrainingData, split: str, modalities: Sequence[str], number: int, count: int
+) -> np.ndarray:
+    """Returns [n] int32, the clips of part `number` of `count` of a split, in ascending order.
+
+    A part is a range of the records: it reads the files that its range lies in and no other one,
+    and at most two of them are read by other parts, too. Strided parts would each read all files.
+    The ranges cost about the same: the cost of a clip is the number of frames to which evaluation
+    pads it, because all rows of a block take the time of its longest one.
+
+    Args:
+      data: the clips.
+      split: name of the split.
+      modalities: the modalities to read.
+      number: from 1 to `count`.
+      count: number of parts.
+
+    Raises:
+      ValueError: there are more parts than clips.
+    """
+    num_clips = len(data.split(split).clips)
+    if count > num_clips:
+        raise UserError(
+            f"--shard={number}/{count}: {split} has {num_clips:,} clips, and a part needs one\n"
+            f"--shard=k/{num_clips} is the most"
+        )
+    plan, order = make_eval_plan(data.split(split), modalities), data.order(split)
+    ends = bounds(np.array(BUCKETS)[plan.bucket[order]], count)
+    return np.sort(order[ends[number - 1] : ends[number]])
 
 
-class Joined(NamedTuple):
-    """What the parts of a ranking hold of its clips.
+class ClipSubset:
+    """Some clips of a split as a source of their own; a `ClipSource` with one split.
+
+    Their `clip_index` counts through the part, in the order of the whole split, so tables of a part
+    are as long as the part. They are padded as in the whole split.
 
     Attributes:
-      clips: the best score of every clip; NaN where any of its scores is.
-      owner: [N] int, the part that each clip is in.
-      seen: what was seen while the clips were scored; None unless every part has it.
+      identities: names of the class columns.
     """
 
-    clips: ClipScores
-    owner: np.ndarray
-    seen: analysis.Seen | None
-
-
-class Reader:
-    """Reads the parts of a ranking of N clips and C identities, and checks what they hold."""
-
-    def __init__(self, parts: Sequence[Part], num_clips: int, num_identities: int):
-        """Takes all parts of a ranking."""
-        self.parts = parts
-        self._num_clips, self._num_identities = num_clips, num_identities
-        self._limit = parts_lib.most_bytes(num_identities, num_clips)
-
-    def read_clips(self, pool: np.ndarray) -> Joined:
-        """Returns what the parts hold of their clips, of which those of `pool` [N] bool are ranked.
-
-        Raises:
-          ValueError: a file is damaged, or a clip is in two parts or in none.
-        """
-        best = np.full(self._num_clips, -np.inf, np.float32)
-        right = np.zeros(self._num_clips, bool)
-        owner = np.full(self._num_clips, -1)
-        seen = analysis.Seen(np.zeros(self._num_clips, np.float32), {})
-        for number, part in enumerate(self.parts):
-            arrays = parts_lib.load(part, CLIPS, self._limit)
-            self._check(part, CLIPS, self._fits(part, arrays, seen))
-            clip = arrays["clip"]
-            self._check(part, CLIPS, bool((owner[clip] < 0).all()))
-            owner[clip], best[clip], right[clip] = number, arrays["best"], arrays["right"]
-            if part.manifest["observed"]:
-                seen.quality[clip] = arrays["quality"]
-                for name, units in _attention(arrays).items():
-                    seen.attention[name] = seen.attention.get(name, 0) + units
-        if (owner < 0).any():
-            raise UserError(
-                f"{int((owner < 0).sum()):,} clips are in none of the parts in "
-                f"'{self.parts[0].folder.parent}'\n{self.parts[0].shard.remedy}, then all others"
-            )
-        complete = all(part.manifest["observed"] for part in self.parts)
-        return Joined(ClipScores(pool, best, right), owner, seen if complete else None)
-
-    def _fits(self, part: Part, arrays: Mapping[str, np.ndarray], before: analysis.Seen) -> bool:
-        """Returns whether the arrays of a part have types and shapes that fit each other."""
-        kinds = {"clip": np.int32, "best": np.float32, "right": bool}
-        if part.manifest["observed"]:
-            kinds |= {"quality": np.float32}
-        shape = (part.manifest["num_clips"],)
-        if any(
-            name not in arrays or arrays[name].dtype != kind or arrays[name].shape != shape
-            for name, kind in kinds.items()
-        ):
-            return False
-        clip, attention = arrays["clip"], _attention(arrays)
-        earlier = before.attention or attention
-        return bool(
-            len(part.manifest["poor"]) == 2
-            and (clip >= 0).all()
-            and (clip < self._num_clips).all()
-            and (np.diff(clip) > 0).all()
-            and attention.keys() == earlier.keys()
-            and all(
-                units.dtype == np.int64 and units.shape == earlier[name].shape
-                for name, units in attention.items()
-            )
+    def __init__(self, data: ClipSource, split: str, chosen: np.ndarray):
+        """Takes the clips `chosen` [n] int, in ascending order, of a split."""
+        self.identities = data.identities
+        self._data, self._chosen = data, chosen
+        self._whole = data.split(split)
+        self._split = dataclasses.replace(
+            self._whole,
+            clips=tuple(self._whole.clips[clip] for clip in chosen.tolist()),
+            labels=self._whole.labels[chosen],
+            lengths={name: lengths[chosen] for name, lengths in self._whole.lengths.items()},
         )
 
-    def read_tops(self, name: str, owner: np.ndarray) -> Iterator[TopK]:
-        """Yields the lists of every part, by the clip indices of the whole split.
+    def split(self, name: str) -> Split:
+        """Returns the clips of the part; ValueError for the name of another split."""
+        if name != self._split.name:
+            raise UserError(f"no split {name!r} in a part of {self._split.name}")
+        return self._split
 
-        Args:
-          name: file of the ranking.
-          owner: [N] int, the part that each clip is in.
-
-        Raises:
-          ValueError: a file is damaged.
-        """
-        for number, part in enumerate(self.parts):
-            arrays = parts_lib.load(part, name, self._limit)
-            self._check(part, name, arrays.keys() == {"scores", "index"})
-            top = TopK(**arrays)
-            shape = (self._num_identities, min(part.manifest["num_clips"], MAX_NAMES))
-            kinds = (top.scores.dtype, top.index.dtype)
-            self._check(part, name, kinds == (np.float32, np.int32))
-            self._check(part, name, top.scores.shape == top.index.shape == shape)
-            inside = (top.index >= 0) & (top.index < self._num_clips)
-            own = inside & (owner[np.where(inside, top.index, 0)] == number)
-            empty = (top.index == NO_CLIP) & (top.scores == -np.inf)
-            self._check(part, name, bool((own | empty).all() and not np.isnan(top.scores).any()))
-            yield top
-
-    def join_tops(self, name: str, owner: np.ndarray) -> TopK:
-        """Returns the sorted lists of all clips; the arguments are those of `read_tops`."""
-        return tops_lib.join_tops(self.read_tops(name, owner), self._num_identities)
-
-    @staticmethod
-    def _check(part: Part, name: str, fits: bool) -> None:
-        if not fits:
-            path = part.folder / f"{name}.npz"
-            raise UserError(
-                f"'{path}' is damaged: its arrays do not fit each other\n{part.shard.remedy}"
-            )
+    def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
+        """Yields every clip of the plan once, in blocks of `rows` rows; see `ClipSource`."""
+        whole = make_eval_plan(self._whole, plan.modalities)
+        bucket = np.full_like(whole.bucket, -1)
+        bucket[self._chosen] = plan.bucket
+        plan = whole._replace(bucket=bucket)
+        for batch in self._data.eval_batches(plan, rows=rows, share=share):
+            # Rows without a clip have the index 0, which may be outside.
+            place = np.searchsorted(self._chosen, np.asarray(batch.clip_index))
+            yield batch._replace(clip_index=np.where(batch.batch_mask, place, 0).astype(np.int32))
 
 
-def _attention(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns name -> sums of attention, in the order of names."""
-    start = ATTENTION
-    return {k.removeprefix(start): arrays[k] for k in sorted(arrays) if k.startswith(start)}
+# Joining.
 
 
 def merge(
@@ -361,10 +303,28 @@ def merge(
     began = time.monotonic()
     run = find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
-    parts = choose(workdir, describe(config, run, data), overrides)
-    split = data.split(config.eval.split)
-    reader = Reader(parts, len(split.clips), len(run.identities))
-    evaluation, seen = _join(config, workdir, run, split, reader)
+    parts = choose_parts(workdir, describe(config, run, data), overrides)
+    split, sets = data.split(config.eval.split), run.training_sets
+    use, in_sample = ensemble.scoring_members(sets, split.clips)
+    clips, owner, seen = join_clips(parts, split, pool_of([use], split.name))
+    facts, sizes = [part.facts for part in parts], (len(run.identities), len(split.clips))
+    model = ModelScores(
+        name=str(workdir),
+        weight=1.0,
+        system=make_system(config.to_dict(), run.task),
+        members=sets.members,
+        use=use,
+        in_sample=in_sample,
+        poor=(sum(one.poor[0] for one in facts), sum(one.poor[1] for one in facts)),
+        top=None,
+        # One at a time: the lists of all members would fill the memory.
+        member_tops=(
+            join_tops(read_tops(parts, member_group(i), owner, *sizes), sizes[0])
+            for i in range(facts[0].num_members)
+        ),
+    )
+    top = join_tops(read_tops(parts, TOP, owner, *sizes), sizes[0])
+    evaluation = conclude(split, Scored(top, clips, [model], sum(one.seconds for one in facts)))
     observer = None
     if config.eval.report and seen is None:
         warnings.warn(
@@ -372,54 +332,164 @@ def merge(
         )
     elif config.eval.report and seen is not None:
         mesh = devices.make_mesh(num_devices, config.mesh.model)
-        model = make_model(config, workdir, run, data, mesh)
-        observer = analysis.Observer([model], split.name, mesh)
-        block_size = min(config.eval.block_size, ScoreColumns.of(model.system, mesh).most_rows)
+        trained = make_model(config, workdir, run, data, mesh)
+        observer = analysis.Observer([trained], split.name, mesh)
+        block_size = min(config.eval.block_size, ScoreColumns.of(trained.system, mesh).most_rows)
         observer.take(seen, block_size * mesh.shape["data"])
-    before = sum(part.manifest["eval_seconds"] for part in parts)
-    results = evaluation.results | {
-        "data": data.report["data"],
-        "step": run.manifest["step"],
-        "eval_seconds": before + time.monotonic() - began,
-        "eval_date": results_lib.now(),
-    }
-    trained = config_io.load_workdir(workdir)
-    write_results(
-        workdir, data, evaluation, results_lib.training_metrics(workdir) | results,
-        split=split.name, own_split=trained.eval.split,
-        trained=trained.data, observer=observer,
+    before = sum(one.eval_seconds for one in facts)
+    return write_evaluation(
+        workdir, data, split.name, evaluation, observer,
+        described=data.report["data"], step=run.manifest["step"],
+        seconds=before + time.monotonic() - began,
     )  # fmt: skip
-    return results
 
 
-def _join(
-    config: Config, workdir: Path, run: FoundRun, split: Split, reader: Reader
-) -> tuple[Evaluation, analysis.Seen | None]:
-    """Returns the ranking of all clips, and what was seen while they were scored."""
-    system = make_system(config.to_dict(), run.task)
-    judge = Judge.make(str(workdir), system, run.training_sets, split.clips)
-    clips, owner, seen = reader.read_clips(pool_of([judge], split.name))
-    members = len(judge.use) if config.eval.members and len(judge.use) > 1 else 0
-    manifests = [part.manifest for part in reader.parts]
-    poor, of = (sum(manifest["poor"][i] for manifest in manifests) for i in (0, 1))
-    collected = Collected(
-        top=reader.join_tops(TOP, owner),
-        model_tops=[],
-        # One at a time: the lists of all members would fill the memory.
-        member_tops=[(reader.join_tops(member_file(i), owner) for i in range(members))],
-        clips=clips,
-        poor=[(poor, of)],
-        seconds=sum(manifest["seconds"] for manifest in manifests),
-    )
-    return conclude(collected, split, [judge]), seen
+def join_clips(
+    parts: Sequence[Part], split: Split, pool: np.ndarray
+) -> tuple[ClipScores, np.ndarray, analysis.Seen | None]:
+    """Joins what the parts hold of their clips, of which those of `pool` [N] bool are ranked.
+
+    Returns:
+      The best scores, NaN where any score is; the part that each clip is in, [N] int; and what was
+      seen while the clips were scored, None unless every part has it.
+
+    Raises:
+      ValueError: a file is damaged, or a clip is in two parts or in none.
+    """
+    count = len(split.clips)
+    best, right = np.full(count, -np.inf, np.float32), np.zeros(count, bool)
+    owner = np.full(count, -1)
+    seen = analysis.Seen(np.zeros(count, np.float32), {})
+    for number, part in enumerate(parts):
+        arrays = parts_lib.load(part, CLIPS, parts_lib.most_bytes(0, count))
+        kinds = {"clip": np.int32, "best": np.float32, "right": bool}
+        if part.facts.observed:
+            kinds |= {"quality": np.float32}
+        shape = (part.facts.num_clips,)
+        _check(part, all(_is(arrays.get(name), kind, shape) for name, kind in kinds.items()))
+        clip, starts = arrays["clip"], ATTENTION
+        attention = {
+            k.removeprefix(starts): arrays[k] for k in sorted(arrays) if k.startswith(starts)
+        }
+        earlier = seen.attention or attention
+        _check(part, clip[0] >= 0 and clip[-1] < count and (np.diff(clip) > 0).all())
+        _check(part, (owner[clip] < 0).all() and attention.keys() == earlier.keys())
+        _check(part, all(_is(x, np.int64, earlier[k].shape) for k, x in attention.items()))
+        owner[clip], best[clip], right[clip] = number, arrays["best"], arrays["right"]
+        if part.facts.observed:
+            seen.quality[clip] = arrays["quality"]
+            for name, units in attention.items():
+                seen.attention[name] = seen.attention.get(name, 0) + units
+    if (owner < 0).any():
+        raise UserError(
+            f"{int((owner < 0).sum()):,} clips are in none of the parts in "
+            f"'{parts[0].path.parent}'\n{parts[0].shard.remedy}, then all others"
+        )
+    complete = all(part.facts.observed for part in parts)
+    return ClipScores(pool, best, right), owner, seen if complete else None
 
 
-def choose(workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = ()) -> list[Part]:
+def read_tops(
+    parts: Sequence[Part], group: str, owner: np.ndarray, num_identities: int, num_clips: int
+) -> Iterator[TopK]:
+    """Yields a ranking of every part, by the clip indices of the whole split.
+
+    Args:
+      parts: all parts.
+      group: which ranking.
+      owner: [N] int, the part that each clip is in.
+      num_identities: C.
+      num_clips: N.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    limit = parts_lib.most_bytes(num_identities, num_clips)
+    for number, part in enumerate(parts):
+        arrays = parts_lib.load(part, group, limit)
+        shape = (num_identities, min(part.facts.num_clips, MAX_NAMES))
+        _check(part, arrays.keys() == {"scores", "index"})
+        scores, index = arrays["scores"], arrays["index"]
+        _check(part, _is(scores, np.float32, shape) and _is(index, np.int32, shape))
+        inside = (index >= 0) & (index < num_clips)
+        own = inside & (owner[np.where(inside, index, 0)] == number)
+        empty = (index == NO_CLIP) & (scores == -np.inf)
+        _check(part, (own | empty).all() and not np.isnan(scores).any())
+        yield TopK(scores, index)
+
+
+def _is(array: np.ndarray | None, kind: type, shape: tuple[int, ...]) -> bool:
+    return array is not None and array.dtype == kind and array.shape == shape
+
+
+def _check(part: Part, fits: object) -> None:
+    if not fits:
+        raise UserError(
+            f"'{part.path}' is damaged: its arrays do not fit each other\n{part.shard.remedy}"
+        )
+
+
+def renumber(top: TopK, chosen: np.ndarray) -> TopK:
+    """Returns the sorted top k of a part by the clip indices of the whole split.
+
+    Places that are empty for every identity, because the part has fewer clips, are left out.
+
+    Args:
+      top: the lists of the part, by its own clip indices.
+      chosen: [n] int, clips of the part, in ascending order.
+    """
+    width = min(len(chosen), np.shape(top.index)[1])
+    index = np.asarray(top.index)[:, :width]
+    filled = index != NO_CLIP
+    index = np.where(filled, chosen[np.where(filled, index, 0)], NO_CLIP)
+    return TopK(np.asarray(top.scores)[:, :width], index.astype(np.int32))
+
+
+def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:
+    """Returns the sorted top k of all clips, from those of parts that have no clip in common.
+
+    Args:
+      tops: the lists of every part; no score is NaN.
+      num_identities: C.
+      k: number of clips to keep per identity.
+    """
+    nothing = _keys(np.full((1, k), -np.inf, np.float32), np.full((1, k), NO_CLIP))
+    best = np.repeat(nothing, num_identities, axis=0)
+    for top in tops:
+        for at in range(0, num_identities, ROWS):
+            rows = slice(at, at + ROWS)
+            more = _keys(np.asarray(top.scores[rows]), np.asarray(top.index[rows]))
+            keys = np.concatenate([best[rows], more], axis=1)
+            keys.sort(axis=1)
+            best[rows] = keys[:, :k]
+    return _unpack(best)
+
+
+def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Returns uint64 whose ascending order is that of a ranking.
+
+    The bits of positive floats have the order of the floats, those of negative ones the reverse.
+    """
+    bits = (np.ascontiguousarray(scores) + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    descending = np.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
+    return descending.astype(np.uint64) << np.uint64(32) | index.astype(np.uint64)
+
+
+def _unpack(keys: np.ndarray) -> TopK:
+    """Returns the scores and the clip indices of keys."""
+    descending = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(descending >> 31, descending, ~descending & 0x7FFFFFFF)
+    return TopK(bits.view(np.float32), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32))
+
+
+def choose_parts(
+    workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> list[Part]:
     """Returns the parts of a ranking: all n of some n.
 
     Args:
       workdir: the run's folder.
-      facts: what the parts have to agree on, from `shard.describe`.
+      facts: what the parts have to agree on, from `describe`.
       overrides: words of the evaluation, for the commands that errors name.
 
     Raises:
@@ -479,7 +549,7 @@ def _tell_of_versions(parts: Sequence[Part]) -> None:
     """Says if parts were scored by other versions, whose scores may differ in their last digits."""
     kinds: dict[str, dict[str, None]] = {}
     for part in parts:
-        for name, version in part.manifest["versions"].items():
+        for name, version in part.facts.versions.items():
             version = version.partition(" x ")[2] if name == "device" else version
             kinds.setdefault(name, {})[version] = None
     differ = [

@@ -8,7 +8,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,36 +34,15 @@ from vidjax.system import System
 WINDOW_ROWS = 4096
 
 
-class TopKMetric:
-    """A running top k over a pool of clips; `map_of` gives its MAP."""
-
-    def __init__(self, pool: np.ndarray, columns: ScoreColumns):
-        """Starts with an empty ranking.
-
-        Args:
-          pool: [N] bool, the clips that are ranked.
-          columns: the columns of the scores.
-        """
-        self._top = topk.RunningTopK(
-            columns.total,
-            rows=min(WINDOW_ROWS, columns.most_waiting),
-            mesh=columns.mesh,
-            identities=columns.identities,
-        )
-        self._pool = devices.replicate(columns.mesh, jnp.asarray(pool))
-
-    def add(self, scores: Array, block: Batch) -> None:
-        """Adds the scores [B, total] of a block."""
-        mask = in_pool(self._pool, block.clip_index, block.batch_mask)
-        self._top.add((scores, block.clip_index, mask))
-
-    def flush(self) -> None:
-        """Merges the added scores, so that their memory can be freed."""
-        self._top.flush()
-
-    def finish(self) -> topk.TopK:
-        """Returns the sorted top k."""
-        return self._top.finish()
+def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
+    """Returns an empty ranking of the clips `pool` [N] bool by scores with these columns."""
+    return topk.RunningTopK(
+        columns.total,
+        rows=min(WINDOW_ROWS, columns.most_waiting),
+        mesh=columns.mesh,
+        identities=columns.identities,
+        pool=pool,
+    )
 
 
 def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
@@ -106,13 +85,6 @@ class ClipScoreBuffer:
     """
 
     def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
-        """Starts without scores.
-
-        Args:
-          split: the clips.
-          pool: [N] bool, the clips that are ranked.
-          columns: the columns of the scores.
-        """
         best = np.full(len(pool), -np.inf, np.float32)
         self.clips = ClipScores(pool, best, np.zeros(len(pool), bool))
         self._known = split.labels > 0
@@ -133,12 +105,6 @@ class ClipScoreBuffer:
             best, right, clip_index = best[real], right[real], clip_index[real]
             self.clips.best[clip_index] = best
             self.clips.right[clip_index] = right & self._known[clip_index] & (best > -np.inf)
-
-
-@jax.jit
-def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
-    """Returns [B] bool, True for the rows of a block whose clips are in `pool` [N] bool."""
-    return pool[clip_index] & batch_mask
 
 
 @jax.jit
@@ -209,21 +175,13 @@ class ModelScorer:
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
-        """Matches the clips of a split with the training clips of the members.
-
-        Args:
-          model: the trained model.
-          clips: [N] names, in the order of clip_index.
-          mesh: the devices.
-        """
+        """Matches the clips [N], in the order of clip_index, with those that members trained on."""
         self.model = model
         self.columns = ScoreColumns.of(model.system, mesh)
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
         self._use = devices.replicate(mesh, jnp.asarray(self.use, jnp.float32))
         self._weights = (model.params, model.model_state)
-        self._single: tuple[Params, ModelState] | None = None
-        if len(self.use) == 1:
-            self._single = _take(self._weights, 0)
+        self._single = _take(self._weights, 0) if len(self.use) == 1 else None
 
     @property
     def num_members(self) -> int:
@@ -235,14 +193,14 @@ class ModelScorer:
         blocks: Sequence[Batch],
         *,
         without: int | None = None,
-        member_metrics: Sequence[TopKMetric] = (),
+        rankings: Sequence[topk.RunningTopK] = (),
     ) -> list[Array]:
         """Returns the scores of every block, averaged over the members that may score it.
 
         Args:
           blocks: blocks of clips, on the devices.
           without: position of a member to leave out; None to use all.
-          member_metrics: one metric per member, to which its own scores are added; () for none.
+          rankings: one per member, to which its own scores are added; () for none.
 
         Returns:
           [B, total] of every block, with the columns of `columns`; [B, C] if classes are not split.
@@ -262,12 +220,12 @@ class ModelScorer:
             params, model_state = _take(self._weights, number)
             for i, block in enumerate(blocks):
                 scores = self.model.eval_step(params, model_state, jnp.int32(member.view), block)
-                if member_metrics:
-                    member_metrics[number].add(scores, block)
+                if rankings:
+                    rankings[number].add((scores, block.clip_index, block.batch_mask))
                 use = _rows(self._use, number, block.clip_index)
                 totals[i] = _add(totals[i], scores, use, logs=logs)
-            if member_metrics:
-                member_metrics[number].flush()  # frees the scores of this member
+            if rankings:
+                rankings[number].flush()  # frees the scores of this member
         return [self._best(_mean(total)) for total in totals if total is not None]
 
     def _best(self, scores: Array) -> Array:
@@ -395,83 +353,45 @@ def _nbytes(batch: Batch) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(frames))
 
 
-class Judge(NamedTuple):
-    """A model that scores the clips of a split, without its weights.
+class ModelScores(NamedTuple):
+    """What one model scored, and by which of its members.
 
     Attributes:
       name: name of the run.
       weight: weight of the model in a blend.
       system: the system.
-      training_sets: the clips that each member was trained on.
+      members: [E] members.
       use: [E, N] bool, True for members that score a clip.
       in_sample: True if members score clips that they were trained on.
+      poor: the number of its poor clips, and of its clips with the modality that decides.
+      top: the best 100 clips of every identity by this model alone; None for the only model.
+      member_tops: [E], the same by every single member; none where they are not ranked.
     """
 
     name: str
     weight: float
     system: System
-    training_sets: ensemble.TrainingSets
+    members: Sequence[ensemble.Member]
     use: np.ndarray
     in_sample: bool
-
-    @classmethod
-    def make(
-        cls,
-        name: str,
-        system: System,
-        training_sets: ensemble.TrainingSets,
-        clips: Sequence[str],
-    ) -> Self:
-        """Returns the judge of [N] clips that a run is by itself."""
-        use, in_sample = ensemble.scoring_members(training_sets, clips)
-        return cls(name, 1.0, system, training_sets, use, in_sample)
-
-    @classmethod
-    def of(cls, scorer: ModelScorer) -> Self:
-        """Returns the judge that a scorer of all clips of a split is."""
-        model = scorer.model
-        return cls(
-            model.name,
-            model.weight,
-            model.system,
-            model.training_sets,
-            scorer.use,
-            scorer.in_sample,
-        )
+    poor: tuple[int, int]
+    top: topk.TopK | None
+    member_tops: Iterable[topk.TopK]
 
 
-def pool_of(judges: Sequence[Judge], split_name: str) -> np.ndarray:
-    """Returns [N] bool, the clips of a split that are ranked: some member of every model may score.
-
-    Raises:
-      ValueError: no clip can be scored.
-    """
-    pool = np.all([judge.use.any(axis=0) for judge in judges], axis=0)
-    if not pool.any():
-        raise UserError(
-            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
-            "choose another split with --config.eval.split"
-        )
-    return pool
-
-
-class Collected(NamedTuple):
-    """What was collected while clips were scored, of M models.
+class Scored(NamedTuple):
+    """What a ranking needs of the scores of all clips.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
-      model_tops: [M], the same by every single model of a blend; [] for one model.
-      member_tops: [M], the same by every single member of each model; a model may have none.
       clips: the best score of every clip; NaN where any of its scores is.
-      poor: [M], the poor clips of each model, and its clips with the modality that decides.
+      models: the models, of which several are blended.
       seconds: time that scoring took, without compilation.
     """
 
     top: topk.TopK
-    model_tops: list[topk.TopK]
-    member_tops: Sequence[Iterable[topk.TopK]]
     clips: ClipScores
-    poor: list[tuple[int, int]]
+    models: Sequence[ModelScores]
     seconds: float
 
 
@@ -494,37 +414,196 @@ class Evaluation(NamedTuple):
     results: dict[str, Any]
 
 
-def conclude(collected: Collected, split: Split, judges: Sequence[Judge]) -> Evaluation:
-    """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
+# (blocks of clips from the data of the first model, for each model the scores [B, C] of every one)
+Observe = Callable[[Sequence[Batch], Sequence[Sequence[Array]]], None]
+
+
+def score(
+    models: Sequence[TrainedModel],
+    split_name: str,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    each_member: bool = True,
+    check: Callable[[], None] = lambda: None,
+    observe: Observe | None = None,
+    logarithms: bool = False,
+) -> Evaluation:
+    """Ranks all clips of a split by the scores of one model, or by a blend of several.
+
+    Every clip is read once. `ModelScorer` selects the members that score it. Clips that no member
+    may score are not ranked.
 
     Args:
-      collected: what was collected of all clips of the split.
-      split: the clips.
-      judges: the models that scored them.
+      models: one model, or several whose scores are logarithms, on the same clips.
+      split_name: the split.
+      mesh: the devices.
+      block_size: number of clips that a device scores at a time.
+      each_member: True to also rank by every single member of an ensemble.
+      check: function to call after every window; its exceptions end the evaluation.
+      observe: function to call with the scores of every window; None for none.
+      logarithms: True to join several models by the mean of their logarithms.
+
+    Raises:
+      ValueError: The models differ in clips or identities, or no clip can be scored.
+    """
+    for other in models[1:]:
+        _check_same_clips(models[0], other, split_name)
+    split = models[0].data.split(split_name)
+    uses = [ensemble.scoring_members(model.training_sets, split.clips)[0] for model in models]
+    pool_of(uses, split_name)  # before anything is scored
+    scored = collect(
+        models,
+        split_name,
+        mesh,
+        block_size=block_size,
+        each_member=each_member,
+        check=check,
+        observe=observe,
+        logarithms=logarithms,
+    )
+    return conclude(split, scored)
+
+
+def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
+    """Returns [N] bool, the clips that are ranked: of every model some member may score them.
+
+    Args:
+      uses: for each model [E, N] bool, the members that score a clip.
+      split_name: the split.
+
+    Raises:
+      ValueError: no clip can be scored.
+    """
+    pool = np.all([use.any(axis=0) for use in uses], axis=0)
+    if not pool.any():
+        raise UserError(
+            f"config.eval.split={split_name}: all members were trained on all of its clips\n"
+            "choose another split with --config.eval.split"
+        )
+    return pool
+
+
+def collect(
+    models: Sequence[TrainedModel],
+    split_name: str,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    each_member: bool,
+    check: Callable[[], None] = lambda: None,
+    observe: Observe | None = None,
+    logarithms: bool = False,
+) -> Scored:
+    """Scores the clips of a split, which `score` may rank or not; it takes the same arguments."""
+    if block_size < 1:
+        raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
+    split = models[0].data.split(split_name)
+    scorers = [ModelScorer(model, split.clips, mesh) for model in models]
+    columns, several = scorers[0].columns, len(models) > 1
+    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
+    ranking, clips = make_ranking(columns, pool), ClipScoreBuffer(split, pool, columns)
+    alone = [make_ranking(columns, pool) for _ in models if several]
+    by_member = [
+        [make_ranking(columns, used & pool) for used in scorer.use]
+        if each_member and scorer.num_members > 1
+        else []
+        for scorer in scorers
+    ]
+    poor = [PoorClips(model.system) for model in models]
+    voices = [(model.weight, model.knows_strangers) for model in models]
+    # A window is one block if there is only one member.
+    single = not several and scorers[0].num_members == 1
+    rows = 1 if single else min(WINDOW_ROWS, columns.most_waiting)
+    block_size = min(block_size, columns.most_rows)
+
+    began = time.monotonic()
+    with devices.CompileClock() as compiling:
+        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
+        for window in windows(models, split.name, block_size, mesh, rows):
+            blocks, scores = window[0], []
+            for number, (scorer, own) in enumerate(zip(scorers, window, strict=True)):
+                poor[number].add(own)
+                scores.append(scorer.score(own, rankings=by_member[number]))
+                if several:
+                    for block, block_scores in zip(own, scores[-1], strict=True):
+                        alone[number].add((block_scores, block.clip_index, block.batch_mask))
+                    alone[number].flush()
+            if observe:
+                observe(blocks, scores)
+            blended = blend(scores, voices, logarithms=logarithms)
+            for block, block_scores in zip(blocks, blended, strict=True):
+                ranking.add((block_scores, block.clip_index, block.batch_mask))
+                clips.add(block_scores, block)
+            clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
+            progress.advance(sum(int(np.sum(devices.fetch(block.batch_mask))) for block in blocks))
+            check()
+        progress.close()
+        top = ranking.finish()
+    seconds = time.monotonic() - began - compiling.seconds
+    clips.flush()
+    scored = [
+        ModelScores(
+            name=model.name,
+            weight=model.weight,
+            system=model.system,
+            members=model.training_sets.members,
+            use=scorer.use,
+            in_sample=scorer.in_sample,
+            poor=poor[number].counts(),
+            top=alone[number].finish() if several else None,
+            member_tops=[ranked.finish() for ranked in by_member[number]],
+        )
+        for number, (model, scorer) in enumerate(zip(models, scorers, strict=True))
+    ]
+    return Scored(top, clips.clips, scored, seconds)
+
+
+def conclude(split: Split, scored: Scored) -> Evaluation:
+    """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
+
+    Neither weights nor features are read: what several processes scored can be joined before.
 
     Raises:
       ValueError: all scores are NaN.
     """
-    top, pool = collected.top, collected.clips.pool
-    for judge, counts in zip(judges, collected.poor, strict=True):
-        PoorClips(judge.system, counts).warn(split.name)
-    scores, num_nan = _without_nan(split, collected.clips)
-    results = _summarise(split, scores, map_of(top, split, pool), judges) | num_nan
-    results["num_ties"] = topk.count_ties(top)
-    results["eval_clips_per_second"] = len(split.clips) / max(collected.seconds, 1e-9)
-    _summarise_models(collected, split, judges, results)
-    return Evaluation(top, collected.model_tops, positives_in(split, pool), scores, results)
+    top, pool, models = scored.top, scored.clips.pool, scored.models
+    for model in models:
+        PoorClips(model.system, model.poor).warn(split.name)
+    clips, num_nan = _without_nan(split, scored.clips)
+    results: dict[str, Any] = {}
+    value = map_of(top, split, pool)
+    if value is not None:
+        results |= {"map": value, "map_kind": _map_kind(split.name, models)}
+        for name, metric in metrics.CLIP_METRICS.items():
+            results[name] = metric.fn(clips, split.labels)
+    num_distractors = int(np.sum(split.labels[pool] == 0)) if split.labelled else None
+    results |= {
+        "num_clips": int(np.sum(pool)),
+        "num_identities": len(split.positives),
+        "num_distractors": num_distractors,
+        **num_nan,
+        "num_ties": topk.count_ties(top),
+        "eval_clips_per_second": len(split.clips) / max(scored.seconds, 1e-9),
+    }
+    for model in models:
+        run: dict[str, Any] = {}
+        if model.top is not None:
+            value = map_of(model.top, split, pool)
+            row = {"name": model.name, "weight": model.weight, "map": value}
+            results.setdefault("runs", []).append(row)
+            run = {"run": model.name}
+        for member, used, member_top in zip(
+            model.members, model.use, model.member_tops, strict=False
+        ):
+            row = {**run, **_describe(member), "map": map_of(member_top, split, used & pool)}
+            results.setdefault("members", []).append(row)
+    model_tops = [model.top for model in models if model.top is not None]
+    return Evaluation(top, model_tops, positives_in(split, pool), clips, results)
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Ranks clips with a NaN among their scores last, and counts them.
-
-    Args:
-      split: the clips.
-      clips: their best scores; a NaN where any score is one.
-
-    Returns:
-      The scores with -inf for NaN, and `num_nan_clips` for `results` where there are any.
+    """Ranks clips with a NaN among their scores last; returns also `num_nan_clips`, if any.
 
     Raises:
       ValueError: All scores are NaN.
@@ -546,51 +625,15 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 
 
-def _summarise(
-    split: Split, clips: ClipScores, value: float | None, judges: Sequence[Judge]
-) -> dict[str, Any]:
-    """Returns the metrics of the whole ranking; `value` is its MAP, None without ground truth."""
-    results: dict[str, Any] = {}
-    if value is not None:
-        results["map"] = value
-        results["map_kind"] = _map_kind(split.name, judges)
-        for name, metric in metrics.CLIP_METRICS.items():
-            results[name] = metric.fn(clips, split.labels)
-    num_distractors = int(np.sum(split.labels[clips.pool] == 0)) if split.labelled else None
-    return results | {
-        "num_clips": int(np.sum(clips.pool)),
-        "num_identities": len(split.positives),
-        "num_distractors": num_distractors,
-    }
-
-
-def _map_kind(split_name: str, judges: Sequence[Judge]) -> str:
+def _map_kind(split_name: str, models: Sequence[ModelScores]) -> str:
     """Returns the kind of clips that MAP is computed on.
 
     It is `in_sample` if a model scores clips it was trained on, the name of the split if all
     members score all clips, and `out_of_fold` otherwise.
     """
-    if any(judge.in_sample for judge in judges):
+    if any(model.in_sample for model in models):
         return "in_sample"
-    return split_name if all(judge.use.all() for judge in judges) else "out_of_fold"
-
-
-def _summarise_models(
-    collected: Collected, split: Split, judges: Sequence[Judge], results: dict[str, Any]
-) -> None:
-    """Adds the MAP of single models and members to `results`."""
-    pool = collected.clips.pool
-    for number, (judge, member_tops) in enumerate(zip(judges, collected.member_tops, strict=True)):
-        run: dict[str, Any] = {}
-        if collected.model_tops:
-            value = map_of(collected.model_tops[number], split, pool)
-            row = {"name": judge.name, "weight": judge.weight, "map": value}
-            results.setdefault("runs", []).append(row)
-            run = {"run": judge.name}
-        members = judge.training_sets.members
-        for member, used, top in zip(members, judge.use, member_tops, strict=False):
-            row = {**run, **_describe(member), "map": map_of(top, split, used & pool)}
-            results.setdefault("members", []).append(row)
+    return split_name if all(model.use.all() for model in models) else "out_of_fold"
 
 
 def _describe(member: ensemble.Member) -> dict[str, Any]:
@@ -600,177 +643,6 @@ def _describe(member: ensemble.Member) -> dict[str, Any]:
     number = fields.pop("number")
     changed = {name: value for name, value in fields.items() if value != defaults[name]}
     return {"member": number, **changed}
-
-
-class ScoreObserver(Protocol):
-    """A function that gets all scores of an evaluation, one window at a time."""
-
-    def __call__(self, blocks: Sequence[Batch], scores: Sequence[Sequence[Array]]) -> None:
-        """Observes one window.
-
-        Args:
-          blocks: blocks of clips from the data of the first model, on the devices.
-          scores: for each model the scores [B, C] of every block.
-        """
-        ...
-
-
-def score(
-    models: Sequence[TrainedModel],
-    split_name: str,
-    mesh: Mesh,
-    *,
-    block_size: int,
-    each_member: bool = True,
-    check: Callable[[], None] = lambda: None,
-    observe: ScoreObserver | None = None,
-    logarithms: bool = False,
-) -> Evaluation:
-    """Ranks all clips of a split by the scores of one model, or by a blend of several.
-
-    Every clip is read once. `ModelScorer` selects the members that score it. Clips that no member
-    may score are not ranked.
-
-    Args:
-      models: one model, or several whose scores are logarithms, on the same clips.
-      split_name: the split.
-      mesh: the devices.
-      block_size: number of clips that a device scores at a time.
-      each_member: True to also rank by every single member of an ensemble.
-      check: function to call after every window; its exceptions end the evaluation.
-      observe: function to call with the scores of every window; None for none.
-      logarithms: True to join several models by the mean of their logarithms.
-
-    Raises:
-      ValueError: The models differ in clips or identities, or no clip can be scored.
-    """
-    check_block_size(block_size)
-    for other in models[1:]:
-        _check_same_clips(models[0], other, split_name)
-    split = models[0].data.split(split_name)
-    scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-    judges = [Judge.of(scorer) for scorer in scorers]
-    pool_of(judges, split_name)  # before anything is scored
-    collected = collect(
-        scorers,
-        split,
-        mesh,
-        block_size=block_size,
-        each_member=each_member,
-        check=check,
-        observe=observe,
-        logarithms=logarithms,
-    )
-    return conclude(collected, split, judges)
-
-
-def check_block_size(block_size: int) -> None:
-    """Raises ValueError if a block would hold no clip."""
-    if block_size < 1:
-        raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
-
-
-def collect(
-    scorers: Sequence[ModelScorer],
-    split: Split,
-    mesh: Mesh,
-    *,
-    block_size: int,
-    each_member: bool,
-    check: Callable[[], None] = lambda: None,
-    observe: ScoreObserver | None = None,
-    logarithms: bool = False,
-) -> Collected:
-    """Scores all clips of a split, and keeps what a ranking of them needs.
-
-    Args:
-      scorers: one for each model, of all clips of the split.
-      split: the clips, which may be those of a part; none of them needs to be ranked.
-      mesh: the devices.
-      block_size, each_member, check, observe, logarithms: as `score` takes them.
-    """
-    models = [scorer.model for scorer in scorers]
-    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
-    rankers = [
-        _ModelRanker(scorer, split, pool, by_itself=len(scorers) > 1, each_member=each_member)
-        for scorer in scorers
-    ]
-    columns, single = scorers[0].columns, len(scorers) == scorers[0].num_members == 1
-    ranking = TopKMetric(pool, columns)
-    clips = ClipScoreBuffer(split, pool, columns)
-    voices = [(model.weight, model.knows_strangers) for model in models]
-    # A window is one block if there is only one member.
-    rows = 1 if single else min(WINDOW_ROWS, columns.most_waiting)
-    block_size = min(block_size, columns.most_rows)
-
-    began = time.monotonic()
-    with devices.CompileClock() as compiling:
-        progress = Progress(len(split.clips), unit="clip", label="evaluate", leave=False)
-        for window in windows(models, split.name, block_size, mesh, rows):
-            blocks = window[0]
-            scores = [
-                ranker.score(model_blocks)
-                for ranker, model_blocks in zip(rankers, window, strict=True)
-            ]
-            if observe:
-                observe(blocks, scores)
-            for block, block_scores in zip(
-                blocks, blend(scores, voices, logarithms=logarithms), strict=True
-            ):
-                for sink in (ranking, clips):
-                    sink.add(block_scores, block)
-            clips.flush(keep=len(blocks))  # a window behind, so that the devices never wait
-            progress.advance(sum(int(np.sum(devices.fetch(block.batch_mask))) for block in blocks))
-            check()
-        progress.close()
-        top = ranking.finish()
-    seconds = time.monotonic() - began - compiling.seconds
-    clips.flush()
-    return Collected(
-        top,
-        [ranker.metric.finish() for ranker in rankers if ranker.metric],
-        [[member.finish() for member in ranker.members] for ranker in rankers],
-        clips.clips,
-        [ranker.poor.counts() for ranker in rankers],
-        seconds,
-    )
-
-
-class _ModelRanker:
-    """A model with the metrics of its own ranking and of the rankings of its members.
-
-    Attributes:
-      scorer: scorer of the model.
-      metric: metric of the model alone; None if it is the only model.
-      members: one metric per member; [] for a single member, or if `each_member` is False.
-      poor: counter of the poor clips.
-    """
-
-    def __init__(
-        self,
-        scorer: ModelScorer,
-        split: Split,
-        pool: np.ndarray,
-        *,
-        by_itself: bool,
-        each_member: bool,
-    ):
-        self.scorer = scorer
-        self.metric = TopKMetric(pool, scorer.columns) if by_itself else None
-        self.poor = PoorClips(scorer.model.system)
-        self.members: list[TopKMetric] = []
-        if each_member and scorer.num_members > 1:
-            self.members = [TopKMetric(used & pool, scorer.columns) for used in scorer.use]
-
-    def score(self, blocks: Sequence[Batch]) -> list[Array]:
-        """Returns the scores [B, C] of every block, and adds them to the metrics."""
-        self.poor.add(blocks)
-        scores = self.scorer.score(blocks, member_metrics=self.members)
-        if self.metric:
-            for block, block_scores in zip(blocks, scores, strict=True):
-                self.metric.add(block_scores, block)
-            self.metric.flush()
-        return scores
 
 
 def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str) -> None:

@@ -1,52 +1,64 @@
-"""The parts of an evaluation: `parts/SPLIT/K-of-N/` in the folder of a run.
+"""The parts of an evaluation: `parts/SPLIT/K-of-N.npz` in the folder of a run.
 
-A part is a folder with some `.npz` files and a `manifest.json`, which is written last and holds
-their sha256 and its own. A part that does not match its manifest is never used. The manifest also
-says what the part was made of: parts are joined only if they agree on it.
+A part is one file, which appears whole or not at all, and whose checksums are those of any `.npz`.
+Its arrays are in groups, which are read one at a time:
+
+    facts/json      [] bytes: what the part was made of, see `Facts`; only equal ones are joined
+    clips/...       clip [n] int32, ascending, which numbers clips as the whole split does; best [n]
+                    float32 and right [n] bool; for a report quality [n] float32, and
+                    attention/NAME [...] int64, sums over the clips
+    top/...         scores, index [C, min(n, 100)]: the best clips of every identity, sorted
+    member-I/...    the same by the member at position I
 """
 
 import contextlib
-import io
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, to_builtins
 
 from vidjax import files
 from vidjax.errors import UserError
 from vidjax.run import formats
 
-FOLDER, MANIFEST = "parts", "manifest.json"
-MANIFEST_BYTES = 4 * files.MB  # there may be thousands
-_NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})")
+FOLDER = "parts"
+CLIPS, TOP, ATTENTION = "clips", "top", "attention/"
+FACTS_BYTES = 4 * files.MB  # there may be thousands
+_NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})\.npz")
 
 
-class _Data(Struct):
+def member_group(number: int) -> str:
+    """Returns the group of the ranking by the member at a position."""
+    return f"member-{number}"
+
+
+class Data(Struct):
+    """Of the data that a part is of."""
+
     digest: formats.Text
 
 
-class _Facts(Struct):
-    """The manifest of a part."""
+class Facts(Struct, kw_only=True):
+    """What a part was made of."""
 
     number: formats.Size
     total: formats.Size
-    num_clips: formats.Size
     split: formats.Text
     step: formats.Count
-    checkpoint: formats.Text
+    checkpoint: formats.Text  # sha256 of what scores depend on
     config: Annotated[dict[str, Any], formats.TABLE]
-    data: _Data
-    observed: bool
-    poor: Annotated[list[formats.Count], Meta(max_length=2)]
-    seconds: float
-    eval_seconds: float
+    data: Data
+    num_clips: formats.Size
+    num_members: formats.Count  # whose rankings it holds
+    observed: bool  # holds what a report shows
+    poor: Annotated[list[formats.Count], Meta(min_length=2, max_length=2)]
+    seconds: float  # of scoring
+    eval_seconds: float  # of the command
     versions: Annotated[dict[str, formats.Text], formats.FEW]
-    files: Annotated[dict[str, formats.Text], formats.MANY]
 
 
 class Shard(NamedTuple):
@@ -88,113 +100,86 @@ class Shard(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part whose manifest is intact.
+    """A part whose facts were read.
 
     Attributes:
-      folder: `parts/SPLIT/K-of-N`.
-      manifest: what `write` was given as `facts`, and `files`.
+      path: its file.
+      facts: what it was made of.
     """
 
-    folder: Path
-    manifest: dict[str, Any]
+    path: Path
+    facts: Facts
 
     @property
     def shard(self) -> Shard:
         """Which part it is."""
-        return Shard(self.manifest["number"], self.manifest["total"])
+        return Shard(self.facts.number, self.facts.total)
 
 
 def most_bytes(num_identities: int, num_clips: int) -> int:
-    """Returns a size in bytes that no file of a part exceeds.
-
-    Args:
-      num_identities: lists of at most 100 clips.
-      num_clips: clips of the part.
-    """
+    """Returns a size in bytes that no group of a part with so many clips exceeds."""
     return formats.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
 
 
-def folder_of(workdir: Path, split: str, shard: Shard) -> Path:
-    """Returns the folder of a part.
+def path_of(workdir: Path, split: str, shard: Shard) -> Path:
+    """Returns the file of a part."""
+    return workdir / FOLDER / split / f"{shard.number}-of-{shard.total}.npz"
+
+
+def make_folder(workdir: Path, split: str) -> None:
+    """Makes the folder of the parts of a split.
 
     Raises:
       ValueError: it, or a folder above it, is a link: something else may lie there.
     """
-    folder = workdir / FOLDER / split / f"{shard.number}-of-{shard.total}"
-    with contextlib.suppress(OSError), files.open_folder(folder, workdir):
+    folder = workdir / FOLDER / split
+    with contextlib.suppress(FileNotFoundError), files.open_folder(folder, workdir):
         pass
-    return folder
+    files.make_folder(folder, "--shard:")
 
 
-def write(
-    folder: Path, facts: Mapping[str, Any], archives: Mapping[str, Mapping[str, np.ndarray]]
-) -> Part:
-    """Writes a part into its folder, which must exist and be locked; replaces an earlier one.
+def write(workdir: Path, facts: Facts, groups: Mapping[str, Mapping[str, np.ndarray]]) -> Part:
+    """Writes a part, in place of an earlier one; its folder must exist.
 
     Args:
-      folder: of the part.
-      facts: entries of the manifest, in types of JSON.
-      archives: name of a file without `.npz` -> name -> array.
+      workdir: the folder of the run.
+      facts: what it was made of.
+      groups: group -> name -> array.
 
     Raises:
-      OSError: a file cannot be written; no part is there then.
+      OSError: it cannot be written; what was there before stays.
     """
-    clear(folder)
-    written = {}
-    for name, arrays in archives.items():
-        path, content = folder / f"{name}.npz", dict[str, Any](arrays)
-        with files.atomic_file(path) as file:
-            np.savez(file, **content)  # packing would take ten times as long, and save little
-        written[path.name] = files.sha256_file(path)
-    manifest = json.loads(files.to_json({**facts, "files": written}))  # as a reader sees it
-    digest = files.sha256_json(manifest)
-    files.write_json(folder / MANIFEST, {**manifest, "sha256": digest})
-    return Part(folder, manifest)
+    path = path_of(workdir, facts.split, Shard(facts.number, facts.total))
+    arrays: dict[str, Any] = {"facts/json": np.bytes_(files.to_json(to_builtins(facts)))}
+    for group, content in groups.items():
+        arrays |= {f"{group}/{name}": array for name, array in content.items()}
+    with files.atomic_file(path) as file:
+        np.savez(file, **arrays)  # packing would take ten times as long, and save little
+    return Part(path, facts)
 
 
-def clear(folder: Path) -> None:
-    """Removes a part, and what a killed process left of one; the folder and its lock stay."""
-    with files.open_folder(folder, _workdir(folder)) as opened:
-        own = [name for name in os.listdir(opened) if re.fullmatch(r".+\.npz|\..+\.partial", name)]
-        for name in (MANIFEST, *own):  # without the first there is no part
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=opened)
-
-
-def _workdir(folder: Path) -> Path:
-    return folder.parents[2]
-
-
-def read(folder: Path, split: str, shard: Shard) -> Part:
-    """Reads the manifest of a part.
-
-    Args:
-      folder: of the part.
-      split: the split and ...
-      shard: ... the shard that its name promises.
+def read(workdir: Path, split: str, shard: Shard) -> Part:
+    """Reads the facts of a part.
 
     Raises:
-      FileNotFoundError: there is no part.
-      ValueError: the manifest is damaged, or that of another part.
+      FileNotFoundError: there is no such part.
+      ValueError: the file is damaged, or another part.
     """
-    path = folder / MANIFEST
+    path = path_of(workdir, split, shard)
+    content = _load(path, shard, "facts", FACTS_BYTES)
     try:
-        manifest = files.read_json(path, limit=MANIFEST_BYTES, below=_workdir(folder))
-        digest = manifest.pop("sha256", None)
-        if digest != files.sha256_json(manifest):
-            raise UserError(f"'{path}' is damaged (its own sha256 differs)")
-    except ValueError as error:
-        raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
-    formats.parse(path, manifest, _Facts, shard.remedy)
-    own = (manifest["split"], manifest["number"], manifest["total"])
-    if own != (split, *shard):
-        name = f"{own[1]}/{own[2]} of {own[0][:40]}"
+        value = files.parse_json(content["json"].tobytes())
+    except (LookupError, ValueError) as error:
+        raise UserError(f"'{path}' is damaged: {_first_line(error)}\n{shard.remedy}") from error
+    facts = formats.parse(path, value, Facts, shard.remedy)
+    if (facts.split, facts.number, facts.total) != (split, *shard):
+        name = f"{facts.number}/{facts.total} of {facts.split[:40]}"
         raise UserError(f"'{path}' is that of part {name}\n{shard.remedy}")
-    return Part(folder, manifest)
+    return Part(path, facts)
 
 
 def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
-    """Returns the parts of a split, or the errors that reading their manifests raised."""
+    """Returns the parts of a split, or the errors that reading their facts raised."""
     found: dict[Shard, Part | ValueError] = {}
     parent = workdir / FOLDER / split
     names: list[str] = []
@@ -206,70 +191,45 @@ def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
         if not shard or shard.number > shard.total:
             continue
         try:
-            found[shard] = read(parent / text, split, shard)
+            found[shard] = read(workdir, split, shard)
         except ValueError as error:
             found[shard] = error
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # it is being made, or was stopped
     return found
 
 
-def verify(part: Part, limit: int) -> None:
-    """Compares every file of a part with its sha256.
-
-    Args:
-      part: the part.
-      limit: the largest size of a file, in bytes.
-
-    Raises:
-      ValueError: a file is missing, damaged or too large.
-    """
-    for name in part.manifest["files"]:
-        with _open(part, name, limit):
-            pass
-
-
-def load(part: Part, name: str, limit: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of one file of a part, after it was compared with its sha256.
-
-    Args:
-      part: the part.
-      name: of the file, without `.npz`.
-      limit: the largest size of the file, in bytes.
+def load(part: Part, group: str, limit: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of a group of a part, of `limit` bytes at most.
 
     Raises:
       ValueError: the file is missing, damaged or too large.
     """
-    with _open(part, f"{name}.npz", limit) as file:
-        return files.load_npz(file, limit)
-
-
-@contextlib.contextmanager
-def _open(part: Part, name: str, limit: int) -> Iterator[io.FileIO]:
-    """Opens a file of a part whose sha256 is that of the manifest."""
-    path = part.folder / name
-    if Path(name).name != name:
-        manifest = part.folder / MANIFEST
-        raise UserError(f"'{manifest}' names a file outside of its folder\n{part.shard.remedy}")
-    with (
-        _with_remedy(part.shard),
-        files.open_regular(path, limit=limit, below=_workdir(part.folder)) as file,
-    ):
-        if files.sha256_opened(file) != part.manifest["files"].get(name):
-            raise UserError(f"'{path}' is damaged (sha256 differs)")
-        file.seek(0)
-        yield file
-
-
-@contextlib.contextmanager
-def _with_remedy(shard: Shard) -> Iterator[None]:
-    """Adds the remedy to the errors of a file that is missing or damaged."""
     try:
-        yield
+        return _load(part.path, part.shard, group, limit)
     except FileNotFoundError as error:
-        raise UserError(f"'{error.filename}' is missing\n{shard.remedy}") from error
+        raise UserError(f"'{part.path}' is missing\n{part.shard.remedy}") from error
+
+
+def verify(part: Part, limit: int) -> None:
+    """Reads all groups of a part, each of `limit` bytes at most.
+
+    Raises:
+      ValueError: the file is missing, damaged or too large.
+    """
+    for group in (CLIPS, TOP, *map(member_group, range(part.facts.num_members))):
+        load(part, group, limit)
+
+
+def _load(path: Path, shard: Shard, group: str, limit: int) -> dict[str, np.ndarray]:
+    workdir = path.parents[2]
+    try:
+        with files.open_regular(path, below=workdir) as file:
+            return files.load_npz(file, limit, group)
+    except FileNotFoundError:
+        raise
     except ValueError as error:
-        raise UserError(f"{_first_line(error)}\n{shard.remedy}") from error
+        said = _first_line(error)
+        said = said if str(path) in said else f"'{path}' is damaged: {said}"
+        raise UserError(f"{said}\n{shard.remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

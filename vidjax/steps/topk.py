@@ -118,6 +118,7 @@ class RunningTopK:
         rows: int = 2048,
         mesh: Mesh | None = None,
         identities: slice = slice(None),
+        pool: np.ndarray | None = None,
     ):
         """Starts with an empty top k.
 
@@ -128,17 +129,22 @@ class RunningTopK:
             and fewer merges; the result does not depend on it.
           mesh: the devices; None for the first one.
           identities: the columns that `finish` returns.
+          pool: [N] bool, the clips that are ranked; None for all.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2
         self._top = _make_init(mesh, num_columns, k)()
         self._update, self._rows, self._identities = _make_update(mesh), rows, identities
+        self._pool = None if pool is None else devices.replicate(mesh, jnp.asarray(pool))
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
         """Adds a block, see `update_top`; all blocks must have the same shape."""
-        self._waiting.append(devices.put(block, self._layout))
-        if len(self._waiting) * len(block[0]) >= self._rows:
+        scores, clip_index, batch_mask = block
+        if self._pool is not None:
+            batch_mask = in_pool(self._pool, clip_index, batch_mask)
+        self._waiting.append(devices.put((scores, clip_index, batch_mask), self._layout))
+        if len(self._waiting) * len(scores) >= self._rows:
             self.flush()
 
     def flush(self) -> None:
@@ -158,6 +164,12 @@ class RunningTopK:
         self.flush()
         top = devices.fetch(_join(self._top))
         return TopK(*(part[self._identities] for part in top))
+
+
+@jax.jit
+def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
+    """Returns [B] bool, True for the rows of a block whose clips are in `pool` [N] bool."""
+    return pool[clip_index] & batch_mask
 
 
 _SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of tops [devices, C, k]
