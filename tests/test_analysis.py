@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import made_runs
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
@@ -39,11 +40,11 @@ def analysed(workdir, data, *overrides):
     results = evaluate.evaluate(config, workdir, data, num_devices=1, analyse=True)
     split = config.eval.split
     suffix = "" if split == "val" else f"_{split}"
-    return results, *results_lib.load_analysis(workdir / f"analysis{suffix}.npz")
+    return results, *made_runs.load_analysis(workdir / f"analysis{suffix}.npz")
 
 
 def test_average_precisions_are_those_of_map(workdir, data):
-    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
+    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
     known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(known) / (len(known) + facts["num_others"]) == results["map"]
@@ -67,7 +68,7 @@ def test_average_precisions_are_those_of_map(workdir, data):
 
 
 def test_attention_and_clusters_are_shares(workdir):
-    facts, arrays = results_lib.load_analysis(workdir / "analysis.npz")
+    facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
     assert len(facts["assignment"]["face"]) == 2
@@ -75,7 +76,7 @@ def test_attention_and_clusters_are_shares(workdir):
 
 
 def test_strata_cover_every_clip(workdir):
-    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
+    facts, _ = made_runs.load_analysis(workdir / "analysis.npz")
     tables = {table["by"]: table["rows"] for table in facts["strata"]}
     assert len(tables) == 4
     for by, rows in tables.items():
@@ -84,7 +85,7 @@ def test_strata_cover_every_clip(workdir):
 
 
 def test_nothing_changed_is_plain_map(workdir):
-    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
+    facts, _ = made_runs.load_analysis(workdir / "analysis.npz")
     assert facts["num_sampled"] == 60
     values = {row["change"]: row["map"] for row in facts["robustness"]}
     assert values.pop(robustness.PLAIN) == facts["results"]["map"]
@@ -93,7 +94,7 @@ def test_nothing_changed_is_plain_map(workdir):
 
 
 def test_frames_that_were_hidden_are_those_of_the_clip(workdir, data):
-    facts, _ = results_lib.load_analysis(workdir / "analysis.npz")
+    facts, _ = made_runs.load_analysis(workdir / "analysis.npz")
     split = data.split("val")
     assert facts["frames"]
     for one in facts["frames"]:
@@ -132,7 +133,7 @@ def test_a_fault_of_the_pages_costs_no_result(workdir, data, tmp_path, monkeypat
 
 
 def test_a_smaller_sample_and_other_blocks(workdir, data, monkeypatch):
-    whole = results_lib.load_analysis(workdir / "analysis.npz")
+    whole = made_runs.load_analysis(workdir / "analysis.npz")
     _, facts, arrays = analysed(workdir, data, "--config.eval.block_size=24")
     assert facts["worst"] == whole[0]["worst"]
     np.testing.assert_allclose(arrays["attention"], whole[1]["attention"], atol=1e-6)
@@ -172,7 +173,7 @@ def test_a_split_without_ground_truth_has_attention_alone(workdir, data):
 def test_members_gain_is_what_map_loses_without_them(data, tmp_path):
     config = shrunk("--config.ensemble.seeds=2", spec="configs/quality_fusion.py:iqiyi_vid")
     results = train.train(config, tmp_path, data, num_devices=1, analyse=True)
-    facts, arrays = results_lib.load_analysis(tmp_path / "analysis.npz")
+    facts, arrays = made_runs.load_analysis(tmp_path / "analysis.npz")
     alone = [member["map"] for member in results["members"]]
     # Without one of two members, the other one is left.
     assert facts["gains"] == [results["map"] - value for value in alone[::-1]]
@@ -234,6 +235,6 @@ def test_a_damaged_analysis_is_named(tmp_path, content):
 def test_what_is_written_is_read_back(tmp_path):
     facts = {"split": "val", "name": "ü\u4e2d", "results": {"map": None}}
     results_lib.save_analysis(tmp_path / "a.npz", facts, {"calibration": np.eye(3)})
-    read, arrays = results_lib.load_analysis(tmp_path / "a.npz")
+    read, arrays = made_runs.load_analysis(tmp_path / "a.npz")
     assert read == facts
     assert arrays["calibration"].tolist() == np.eye(3).tolist()

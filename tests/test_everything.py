@@ -12,7 +12,7 @@ from tests.helpers.pages import Page, check_numbers, section
 from vidjax import config as config_lib
 from vidjax import config_io, ensemble, ranking
 from vidjax.main import main
-from vidjax.report import run_sections
+from vidjax.report import sections
 from vidjax.run import checkpoint, formats
 from vidjax.run import results as results_lib
 
@@ -105,7 +105,7 @@ def test_its_report_says_that_nothing_is_measured(trained):
     assert not Page(text).open
     check_numbers(folder, text)
     summary = section(text, "summary")
-    assert run_sections.NO_MAP in summary
+    assert "and there is no MAP" in summary
     assert "trained on train and val, so no split is left" in summary
     assert "<strong>" not in summary  # where a MAP would stand
     assert 'id="learning"' not in text  # there is no loss to show, and no MAP
@@ -121,7 +121,7 @@ def test_val_is_evaluated_in_sample_and_the_run_keeps_no_map(measured):
     assert "in sample" in line and "trained on these clips" in line
     assert "map" not in metrics_of(folder)
     page = (folder / "report_val.html").read_text()
-    assert run_sections.KINDS["in_sample"] in section(page, "summary")
+    assert sections.KINDS["in_sample"] in section(page, "summary")
     assert "in_sample" in section((folder / "report.html").read_text(), "summary")
 
 

@@ -275,7 +275,7 @@ def test_a_folder_in_place_of_a_file_is_named(stranger, capsys):
         ({"worst": [{"identity": "<script>"}]}, {}),
         (
             {"worst": [{"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}]},
-            {},
+            dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2)),
         ),
         ({"strata": 5}, {}),
         ({"vectors": ["a"]}, {"attention": np.zeros((5000, 5000), np.float32)}),

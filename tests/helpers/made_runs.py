@@ -54,3 +54,10 @@ def write(
     told = {"split": split, "num_others": 0, "vectors": ["face", "head"], "runs": []}
     results_lib.save_analysis(folder / f"analysis{suffix}.npz", told, parts | dict(arrays or {}))
     return folder
+
+
+def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the values of an `analysis.npz` as they were written, and its arrays."""
+    _, arrays = results_lib.load_analysis(path)
+    with np.load(path) as file:
+        return json.loads(file["facts"].tobytes()), arrays

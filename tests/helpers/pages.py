@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from vidjax import config as config_lib
@@ -132,7 +133,7 @@ def file_numbers(folder):
     collect(results_lib.read_lines(folder / "metrics.jsonl"), found)
     for path in folder.glob("analysis*.npz"):
         values, arrays = results_lib.load_analysis(path)
-        collect(values, found)
+        collect(msgspec.to_builtins(values), found)
         for array in arrays.values():
             found |= set(map(float, array.ravel()))
     collect(folder.name, found)
@@ -145,7 +146,7 @@ def collect(value, found):
         for key, item in value.items():
             collect(key, found)
             collect(item, found)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         found.add(float(len(value)))
         for item in value:
             collect(item, found)
@@ -166,11 +167,11 @@ def derived(folder, split):
     if not path.exists():
         return found
     values, arrays = results_lib.load_analysis(path)
-    changes = [row["map"] for row in values.get("robustness", ())]
+    changes = [row.map for row in values.robustness or ()]
     found |= {value - changes[0] for value in changes}
     if "ap" in arrays:
         ap = arrays["ap"][arrays["positives"] > 0]
-        ap = np.concatenate([ap, np.zeros(values["num_others"])])
+        ap = np.concatenate([ap, np.zeros(values.num_others or 0)])
         found |= set(significance.map_interval(ap))
         found |= {*np.quantile(ap, [0.1, 0.5]).tolist(), float(np.mean(ap == 1)), float(len(ap))}
     for name in ("score_known", "score_strange"):
@@ -180,8 +181,8 @@ def derived(folder, split):
     if "attention" in arrays:
         matrix = arrays["attention"]
         found.add(float(np.max(matrix - np.diag(np.diag(matrix)), initial=0.0)))
-    for clip in values.get("frames", ()):
-        found |= {float(np.argmax(clip["falls"]) + 1), float(len(clip["falls"]))}
+    for clip in values.frames or ():
+        found |= {float(np.argmax(clip.falls) + 1), float(len(clip.falls))}
     lines = results_lib.read_lines(folder / "metrics.jsonl")
     found.add(float(sum("map" in line for line in lines)))
     found.add(float(sum(line.get("bad_steps", 0) for line in lines)))
@@ -192,7 +193,8 @@ def page_words():
     """Returns the numbers within the words of the program, such as the 100 of MAP@100."""
     texts = [f"{metric.label} {metric.about}" for metric in metrics.CLIP_METRICS.values()]
     texts.append(significance.METHOD)
-    for path in set(REPORT.glob("*.py")) - {REPORT / "style.py"}:
+    texts += [path.read_text() for path in REPORT.glob("*.j2")]
+    for path in REPORT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)

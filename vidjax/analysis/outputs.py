@@ -146,7 +146,7 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
         if "attention" in arrays:
             from vidjax.report import figures
 
-            picture = figures.heat_map_png(arrays["attention"], analysis["vectors"])
+            picture = figures.heat_map_png(arrays["attention"], analysis.vectors or ())
             images.append(tensorboard.Image(f"attention on {split}", *picture))
     tensorboard.write_results(
         workdir,

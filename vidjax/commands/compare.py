@@ -211,7 +211,7 @@ def _read_analysis(path: Path) -> Averages | None:
     analysis, arrays = results_lib.load_analysis(path)
     if "ap" not in arrays:
         return None
-    return arrays["ap"], arrays["positives"], analysis.get("num_others", 0)
+    return arrays["ap"], arrays["positives"], analysis.num_others or 0
 
 
 def _score_ranking(

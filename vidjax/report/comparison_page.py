@@ -1,15 +1,15 @@
 """A comparison of runs as text for the terminal, Markdown, CSV and a page of HTML."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from vidjax import metrics, significance, tables
-from vidjax.report import figures, html, settings
-from vidjax.report.html import Html
+from vidjax.report import figures, html, sections
 from vidjax.significance import Difference
 
 MAX_IDENTITIES = 20  # identities in a table of the page
@@ -114,14 +114,14 @@ def _value_table(
 
 def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns head and rows of the fields in which the configurations differ, as plain text."""
-    every = [settings.own_fields(run.config) for run in runs]
+    every = [sections.own_fields(run.config) for run in runs]
     names = dict.fromkeys(name for values in every for name in values)
     rows = []
     for name in names:
         used = [
             values.get(name, "")
             for run, values in zip(runs, every, strict=True)
-            if name in values or not settings.is_joined(run.config)
+            if name in values or not sections.is_joined(run.config)
         ]
         if len(set(used)) > 1:
             rows.append([name, *(values.get(name, "") for values in every)])
@@ -263,63 +263,53 @@ def short_names(runs: Sequence[RankedRun]) -> list[str]:
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
 
-def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> Html:
+def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as a page of HTML."""
-    names = short_names(runs)
-    sections = [
-        ("summary", "Summary", _summary(runs, names, differences)),
-        ("configuration", "Configurations", _configurations(runs)),
-        ("identities", "Identities", _by_identity(runs, names)),
-    ]
+    first, names = runs[0], short_names(runs)
+    others = list(zip(runs[1:], names[1:], strict=True))
+    head, rows = metric_table(runs)
+    shown = [metric for metric in metrics.CLIP_METRICS.values() if metric.label in head]
+    tables = [_table("Other metrics", head, rows), _table("Size and time", *cost_table(runs))]
+    fields = config_table(runs)
+    largest = {name: _largest_gaps(first, run, names[0], name) for run, name in others}
+    parts = html.parts("comparison.html.j2")
+    caption = f"MAP and its difference to {first.name}"
+    contents = (
+        ("summary", "Summary", parts.summary(
+            table=_table(caption, *difference_table(runs, differences)),
+            sentences=sentences(runs),
+            parts=[_intervals(names, differences), *filter(None, tables)],
+            explained=" ".join(f"{metric.label}: {metric.about}." for metric in shown),
+        )),
+        ("configuration", "Configurations", parts.configuration(
+            html.table("Fields in which the configurations differ", *fields) if fields[1] else ""
+        )),
+        ("identities", "Identities", parts.identities(
+            drawn=[_sorted_gaps(f"sorted-{i}", run.ap - first.ap, names[0], name)
+                      for i, (run, name) in enumerate(others)],
+            equal=[name for name, table in largest.items() if not table],
+            largest=[table for table in largest.values() if table],
+        )),
+    )  # fmt: skip
     return html.page(
         f"Comparison of {', '.join(names[:-1])} and {names[-1]}",
-        sections,
+        contents,
+        lead="",
+        nav=False,
         footer="vidjax made this page from the results of these runs. It contains names of "
         "identities, and no features.",
     )
 
 
-def _summary(
-    runs: Sequence[RankedRun], names: Sequence[str], differences: Sequence[Difference]
-) -> Iterator[Html]:
-    caption = f"MAP and its difference to {runs[0].name}"
-    yield _table(caption, *difference_table(runs, differences))
-    for sentence in sentences(runs):
-        yield html.p(sentence)
-    parts = [_intervals(names, differences)]
-    head, rows = metric_table(runs)
-    if rows:
-        parts.append(_table("Other metrics", head, rows))
-    costs = cost_table(runs)
-    if costs[1]:
-        parts.append(_table("Size and time", *costs))
-    yield html.tables(*parts)
-    explained = [
-        f"{metric.label}: {metric.about}."
-        for metric in metrics.CLIP_METRICS.values()
-        if metric.label in head
-    ]
-    if explained:
-        yield html.note(" ".join(explained))
-
-
-def _table(caption: str, head: Sequence[str], rows: Rows) -> Html:
+def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
     """Returns a table of numbers that are formatted already, with the run in its first column."""
-    cells = [[html.name(row[0]), *(html.Number(html.text(cell)) for cell in row[1:])]
-             for row in rows]  # fmt: skip
+    if not rows:
+        return Markup()
+    cells = [[row[0], *map(html.Number.escape, row[1:])] for row in rows]
     return html.table(caption, head, cells)
 
 
-def _configurations(runs: Sequence[RankedRun]) -> Iterator[Html]:
-    head, rows = config_table(runs)
-    if rows:
-        cells = [list(map(html.name, row)) for row in rows]
-        yield html.table("Fields in which the configurations differ", head, cells)
-    else:
-        yield html.p("The configurations are equal.")
-
-
-def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Html:
+def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
     """Returns a figure with the interval of every run's difference to the first."""
     plot = figures.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
@@ -336,34 +326,12 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Html:
     return plot.html("gaps", f"Difference of MAP to {names[0]}", description)
 
 
-def _by_identity(runs: Sequence[RankedRun], names: Sequence[str]) -> Iterator[Html]:
-    first = runs[0]
-    others = list(zip(runs[1:], names[1:], strict=True))
-    yield html.figures(
-        *(_sorted_gaps(f"sorted-{i}", run.ap - first.ap, names[0], name)
-          for i, (run, name) in enumerate(others))
-    )  # fmt: skip
-    tables = []
-    for run, name in others:
-        rows = _largest_gaps(first, run)
-        if rows:
-            caption = f"The {len(rows)} identities with the largest difference for {name}"
-            head = ("identity", "clips", names[0], name, "difference")
-            tables.append(html.table(caption, head, rows))
-        else:
-            yield html.p(f"{name} has the same average precision for every identity.")
-    yield html.tables(*tables)
-    yield html.note(html.fill("<code>comparison.csv</code> lists all identities."))
-
-
-def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Html:
+def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
     """Returns a figure of the differences of average precision in descending order."""
     gaps = np.sort(gaps)[::-1]
-    shown = figures.few(gaps)
-    share = np.arange(1, len(gaps) + 1) / len(gaps)
     plot = figures.Plot(x="share of the identities", y="difference of average precision")
     plot.axes.axhline(0, color=figures.MUTED, linewidth=1)
-    plot.axes.plot(share[shown], gaps[shown], color=figures.FIRST)
+    plot.curve(np.arange(1, len(gaps) + 1) / len(gaps), gaps)
     better = float(np.mean(gaps > significance.EQUAL))
     worse = float(np.mean(gaps < -significance.EQUAL))
     description = (
@@ -374,17 +342,20 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Html:
     return plot.html(key, f"{name} minus {first}, identities in descending order", description)
 
 
-def _largest_gaps(first: RankedRun, run: RankedRun) -> Rows:
-    """Returns the rows of the identities whose average precision differs most, as HTML cells."""
+def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
+    """Returns a table of the identities whose average precision differs most, if any does."""
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
-    return [
-        [
-            html.name(first.identities[i]),
-            html.number(int(first.positives[i])),
+    rows = [
+        (
+            first.identities[i],
+            int(first.positives[i]),
             html.bar(float(first.ap[i])),
             html.bar(float(run.ap[i])),
             html.signed(float(gaps[i])),
-        ]
+        )
         for i in order[np.abs(gaps[order]) >= significance.EQUAL]
     ]
+    caption = f"The {len(rows)} identities with the largest difference for {other}"
+    head = ("identity", "clips", own, other, "difference")
+    return html.table(caption, head, rows) if rows else Markup()

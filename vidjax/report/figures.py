@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -15,7 +16,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from vidjax.report import html
-from vidjax.report.html import Html
 
 MAX_POINTS = 300  # points per curve
 FEW_POINTS = 20  # a curve of at most so many points shows each of them
@@ -66,11 +66,6 @@ def few(values: np.ndarray) -> np.ndarray:
     return np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
 
 
-def marker(values: Sequence[float] | np.ndarray) -> str:
-    """Returns the marker of a curve's points: a dot for few points, else none."""
-    return "o" if len(values) <= FEW_POINTS else ""
-
-
 class Plot:
     """One figure with one pair of axes."""
 
@@ -86,6 +81,14 @@ class Plot:
             self.axes = self.figure.add_subplot()
             self.axes.set_xlabel(x)
             self.axes.set_ylabel(y)
+
+    def curve(
+        self, x: np.ndarray, y: np.ndarray, *, points: bool = False, label: str | None = None
+    ) -> None:
+        """Draws `MAX_POINTS` of a curve at most, and each of `FEW_POINTS` if it has no more."""
+        shown = few(x)
+        marker = "o" if points and len(shown) <= FEW_POINTS else ""
+        self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
 
     def twin(self, name: str) -> Axes:
         """Returns axes with the same x and a second y axis at the right, labelled `name`."""
@@ -109,7 +112,7 @@ class Plot:
 
     def html(
         self, key: str, title: str, description: str, caption: str = "", *, small: bool = False
-    ) -> Html:
+    ) -> Markup:
         """Returns the figure as HTML.
 
         Args:
@@ -119,19 +122,8 @@ class Plot:
           caption: the words below the figure; the title if empty.
           small: True for a figure that needs less than half of the page's width.
         """
-        head, rest = self._svg(key).split(">", 1)
-        return html.fill(
-            '<figure{}>{} role="img" aria-labelledby="{}-name {}-text">'
-            '<title id="{}-name">{}</title><desc id="{}-text">{}</desc>{}'
-            "<figcaption>{}</figcaption></figure>\n",
-            html.fill(' class="small"') if small else "",
-            Html(head),
-            key, key,
-            key, title,
-            key, description,
-            Html(rest.strip()),
-            caption or title,
-        )  # fmt: skip
+        head, rest = map(Markup, self._svg(key).split(">", 1))
+        return html.parts().figure(key, title, description, caption or title, small, head, rest)
 
     def _svg(self, key: str) -> str:
         """Returns the drawing as SVG. matplotlib has escaped the texts in it."""

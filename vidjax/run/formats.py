@@ -290,12 +290,12 @@ class Rate(Struct, kw_only=True):
     rate: Share
     fewest: Count
     threshold: Known | None = None
-    fpir: Share | None = None
-    fpir_low: Share | None = None
-    fpir_high: Share | None = None
-    fnir: Share | None = None
-    fnir_low: Share | None = None
-    fnir_high: Share | None = None
+    fpir: Share = 0.0
+    fpir_low: Share = 0.0
+    fpir_high: Share = 0.0
+    fnir: Share = 0.0
+    fnir_low: Share = 0.0
+    fnir_high: Share = 0.0
 
 
 class OpenSet(Struct, kw_only=True):
@@ -360,8 +360,8 @@ class Analysis(_WithMembers, kw_only=True):
     lists: Annotated[list[RankedList], FEW] | None = None
     named: NamedClips | None = None
     open_set: OpenSet | None = None  # none without distractors
-    calibration_error: float | None = None  # expected calibration error
-    calibration_error_after: float | None = None  # of probabilities mapped by the next
+    calibration_error: float = math.nan  # expected calibration error
+    calibration_error_after: float = math.nan  # of probabilities mapped by the next
     calibration_maps: Annotated[list[OddsMap], MANY] | None = None
     num_sampled: Whole | None = None  # clips of the sample behind the next three
     robustness: Annotated[list[Change], TABLE] | None = None  # the first changes nothing

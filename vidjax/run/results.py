@@ -212,18 +212,18 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
     files.write_bytes(path, content.getvalue())
 
 
-def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def load_analysis(path: Path) -> tuple[formats.Analysis, dict[str, np.ndarray]]:
     """Returns the values and the arrays that `save_analysis` wrote."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
         if len(text) > files.JSON_BYTES:
             raise UserError(f"more than {files.JSON_BYTES:,} bytes of text")
-        values: Any = files.parse_json(text)
+        values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     analysis = formats.parse(path, values, formats.Analysis, REMEDY)
     formats.check_arrays(path, arrays, REMEDY)
     if "attention" in arrays and len(analysis.vectors or ()) != len(arrays["attention"]):
         raise UserError(f"'{path}' is damaged: vectors does not name 'attention'\n{REMEDY}")
-    return values, arrays
+    return analysis, arrays
