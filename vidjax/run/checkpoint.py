@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,33 +232,11 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     return {name: restored.get(name, tree) for name, tree in abstract.items()}
 
 
-def restore_latest(
-    workdir: Path, describe: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], object]]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Loads the newest undamaged checkpoint, from which training resumes.
-
-    Damaged checkpoints of later steps are renamed with a warning: training will save these steps
-    again.
-
-    Args:
-      workdir: the run's folder.
-      describe: manifest -> the arguments `abstract` and `layout` of `load`. It is called before
-        anything is loaded or renamed, and may raise.
-
-    Returns:
-      The trees and the manifest; None if nothing was saved.
-
-    Raises:
-      CheckpointError: all checkpoints are damaged, or they belong to another model.
-    """
-    checkpoint = find(workdir)
-    if checkpoint is None:
-        return None
-    items = load(checkpoint, *describe(checkpoint.manifest))
-    for step, folder in _folders(workdir).items() if processes.is_first() else ():
-        if step > checkpoint.manifest["step"]:
+def set_aside_later(workdir: Path, step: int) -> None:
+    """Renames checkpoints of later steps, with a warning: training will save these steps again."""
+    for later, folder in _folders(workdir).items() if processes.is_first() else ():
+        if later > step:
             set_aside(folder)
-    return items, checkpoint.manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:

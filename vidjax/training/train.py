@@ -15,22 +15,12 @@ from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
-from vidjax.run.logs import Logs, open_logs
+from vidjax.run.logs import open_logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
 from vidjax.training import together, training_run
 from vidjax.training.plan import make_plan, make_schedule, repeated_clips
 from vidjax.training.training_run import TrainingRun
-
-
-def check_config(config: Config, workdir: Path) -> None:
-    """Checks the values of a configuration without data.
-
-    Raises:
-      ValueError: A value is out of range or has no effect. A resumed run may have values without
-        effect, since an earlier version may have started it.
-    """
-    config_lib.check(config, fresh=not (workdir / "config.json").exists())
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
@@ -86,11 +76,13 @@ def train(
     """
     began = time.monotonic() if began is None else began
     config = resume.absolute(config)  # the run may go on from another working directory
-    check_config(config, workdir)
+    # A resumed run may have values without effect, since an earlier version may have started it.
+    config_lib.check(config, fresh=not (workdir / "config.json").exists())
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     plan = make_plan(config, data)
     together.check_plan(plan)
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
+    split = config.eval.split
     system = make_system(config.to_dict(), plan.task)
     if note := repeated_clips(config, plan.task):
         say(note)
@@ -101,17 +93,38 @@ def train(
     with contextlib.ExitStack() as stack:
         logs = open_logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
-        progress = stack.enter_context(_make_progress(config, total_steps, run.step))
+        size = config.batch_size
+        progress = Progress(
+            total_steps * size, initial=run.step * size, unit="clip", label="train", compiles=True
+        )
+        stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
 
+        def evaluate() -> tuple[Evaluation, analysis.Observer | None]:
+            """Ranks the clips, and adds the scores to the log and to this step's checkpoint."""
+            interruption.raise_if_asked(run.step)
+            interruption.at_once = True
+            evaluated = run.evaluate(
+                analyse=analyse, check=lambda: interruption.raise_if_asked(run.step)
+            )
+            scores = metrics.logged(evaluated[0].results)
+            logs.metrics(run.step, {"split": split, **scores})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            say(f"step {run.step} of {total_steps}: {shown or 'ranked'}")
+            if "map" in scores:
+                progress.keep(f"MAP {scores['map']:.4f}")
+            run.save(**scores, evaluated=True)
+            interruption.at_once = False
+            return evaluated
+
         if is_pending:
-            evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)
+            evaluated = evaluate()
         interruption.at_once = True  # before the first step there is nothing to save
         while run.step < total_steps:
             num_steps, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
             import_report(wanted=analyse)
-            progress.advance(num_steps * config.batch_size, f"loss {loss:.3f}")
+            progress.advance(num_steps * size, f"loss {loss:.3f}")
             if run.step in schedule.log:
                 run.log(logs)
             if run.step in schedule.relabel:
@@ -120,7 +133,7 @@ def train(
             if asked or run.step in schedule.evaluate:
                 run.save()
             if run.step in schedule.evaluate:
-                evaluated = _evaluate(run, logs, progress, interruption, analyse=analyse)
+                evaluated = evaluate()
             if run.step < total_steps:
                 interruption.raise_if_asked(run.step)
     # An earlier process may have stopped between the last evaluation and its results.
@@ -132,47 +145,11 @@ def train(
     }
     if command:
         results["command"] = command
-    split = config.eval.split
     write_results(
         workdir, data, evaluation, results, split=split, own_split=split,
         trained=config.data, observer=observer, ends_training=True,
     )  # fmt: skip
     return results
-
-
-def _make_progress(
-    config: Config, total_steps: int, step: int
-) -> contextlib.AbstractContextManager[Progress]:
-    """Builds a progress bar over the clips of all steps, which closes with its context."""
-    size = config.batch_size
-    return contextlib.closing(
-        Progress(total_steps * size, initial=step * size, unit="clip", label="train", compiles=True)
-    )
-
-
-def _evaluate(
-    run: TrainingRun,
-    logs: Logs,
-    progress: Progress,
-    interruption: signals.Interruption,
-    *,
-    analyse: bool,
-) -> tuple[Evaluation, analysis.Observer | None]:
-    """Evaluates the run, and adds the scores to the log and to the checkpoint of this step."""
-    interruption.raise_if_asked(run.step)
-    interruption.at_once = True
-    evaluation, observer = run.evaluate(
-        analyse=analyse, check=lambda: interruption.raise_if_asked(run.step)
-    )
-    scores = metrics.logged(evaluation.results)
-    logs.metrics(run.step, {"split": run.split, **scores})
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    say(f"step {run.step} of {run.total_steps}: {shown or 'ranked'}")
-    if "map" in scores:
-        progress.keep(f"MAP {scores['map']:.4f}")
-    run.save(**scores, evaluated=True)
-    interruption.at_once = False
-    return evaluation, observer
 
 
 def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:

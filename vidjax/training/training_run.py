@@ -46,9 +46,11 @@ def restore_or_init(
     system: System,
     plan: RunPlan,
     layout: devices.Layout,
-    description: Mapping[str, Any],
+    digests: Mapping[str, Any],
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Restores the newest checkpoint of a run, or initialises its state.
+
+    Damaged checkpoints of later steps are set aside: training will save these steps again.
 
     Args:
       workdir: the folder of the run.
@@ -57,7 +59,7 @@ def restore_or_init(
       system: the system of the configuration.
       plan: the plan of the run.
       layout: layout of the state, see `columns.state_layout`.
-      description: digests of identities and members, which must equal those in the manifest.
+      digests: those of identities and members, which must equal those in the manifest.
 
     Returns:
       The state, and the manifest of its checkpoint, {} for a new state.
@@ -74,12 +76,19 @@ def restore_or_init(
         resized = system._replace(model=system.make_model(num_columns))
         return state_lib.init_state(resized, plan.task.modalities, rngs, labels)
 
-    def describe(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], devices.Layout]:
+    def first() -> state_lib.TrainState:
+        # Padding is cut off and added, so that draws do not depend on it.
+        return columns.resize(init(system.num_columns), abstract)
+
+    abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
+    found, items = checkpoint.find(workdir), {}
+    manifest, changed = found.manifest if found else {}, resume.Changes()
+    if found:
         check_entries(workdir, manifest)
         before = config_io.from_json(json.dumps(manifest["config"]))
-        changed.update(resume.changes(workdir, before, config))
+        changed = resume.changes(workdir, before, config)
         run_data.check_training(workdir, manifest.get("data"), config, data)
-        check_digests(workdir, manifest, description)
+        check_digests(workdir, manifest, digests)
         if manifest["step"] > plan.task.total_steps:
             raise UserError(
                 f"'{workdir}' has been trained for {manifest['step']} steps, more than the "
@@ -91,29 +100,20 @@ def restore_or_init(
         saved = abstract
         if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
             saved = jax.eval_shape(functools.partial(init, number))
-        saved = state_lib.as_items(saved), state_lib.as_items(columns.fitting_layout(layout, saved))
-        return saved
-
-    changed: resume.Changes = {}
-    abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
-    try:
-        restored = checkpoint.restore_latest(workdir, describe)
-    except checkpoint.OtherModelError as error:
-        if not changed:
-            raise
-        raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
+        fitting = columns.fitting_layout(layout, saved)
+        try:
+            items = checkpoint.load(found, state_lib.as_items(saved), state_lib.as_items(fitting))
+        except checkpoint.OtherModelError as error:
+            if not changed:
+                raise
+            raise UserError(f"{error}\nchanged: {resume.describe(changed)}") from error
+        checkpoint.set_aside_later(workdir, manifest["step"])
     if (workdir / "config.json").exists():
         changed = resume.changes(workdir, config_io.load_workdir(workdir), config)
     if processes.is_first():
-        resume.record(workdir, restored[1]["step"] if restored else 0, changed)
-    if restored is None:
-
-        def first() -> state_lib.TrainState:
-            # Padding is cut off and added, so that draws do not depend on it.
-            return columns.resize(init(system.num_columns), abstract)
-
+        resume.record(workdir, manifest.get("step", 0), changed)
+    if not found:
         return state_lib.make_state(first, system.tx, layout), {}
-    items, manifest = restored
     state = state_lib.of_items(items)
     if manifest.get("padded_columns") != plan.task.padded_columns:
         state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
@@ -147,18 +147,10 @@ def make_feed(
     mode: str | None,
     axes: ClassAxes | None,
 ) -> tuple[feed_lib.Feed, ClipSource]:
-    """Builds the feed of training clips, and the source of clips to evaluate.
+    """Builds the feed of training clips from a step on, and the source of clips to evaluate.
 
-    Args:
-      config: the configuration.
-      data: clips to train on and to evaluate.
-      plan: the plan of the run.
-      system: the system of the configuration.
-      mesh: the devices.
-      step: number of steps that are done.
-      mode: `streaming` or `resident`; a run keeps its mode, since the order of clips depends on it.
-        None for a new run.
-      axes: axes of the class columns, as in `train_step`.
+    A run keeps its mode, `streaming` or `resident`, since the order of clips depends on it; that of
+    a new run is None.
     """
     batches = make_batch_plan(
         [data.split(name) for name in config.data.train_splits],
@@ -216,16 +208,9 @@ class TrainingRun:
         *,
         began: float,
     ):
-        """Restores the newest checkpoint in the folder, or starts at step 0.
+        """Restores the newest checkpoint in the locked folder, or starts at step 0.
 
-        Args:
-          config: the configuration of the run.
-          workdir: the folder of the run, locked by `workdir.lock`.
-          data: clips to train on and to evaluate.
-          plan: the plan of the run.
-          system: the system of the configuration.
-          mesh: the devices.
-          began: value of `time.monotonic()` when this process started to work on the run.
+        What the process spent on the run is counted from `began`, a value of `time.monotonic()`.
 
         Raises:
           ValueError: The folder contains a run of another configuration.
@@ -281,16 +266,6 @@ class TrainingRun:
     def data_digests(self) -> run_data.Digests:
         """What the checkpoints say of the data."""
         return self._description["data"]
-
-    @property
-    def split(self) -> str:
-        """Name of the split to evaluate."""
-        return self._config.eval.split
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self._plan.task.total_steps
 
     @property
     def num_members(self) -> int:
@@ -424,11 +399,11 @@ class TrainingRun:
         """
         model = self.trained_model()
         observer = None
-        if analyse and self.step == self.total_steps:
-            observer = analysis.Observer([model], self.split, self._mesh)
+        if analyse and self.step == self._plan.task.total_steps:
+            observer = analysis.Observer([model], self._config.eval.split, self._mesh)
         evaluation = score(
             [model],
-            self.split,
+            self._config.eval.split,
             self._mesh,
             block_size=self._config.eval.block_size,
             each_member=self._config.eval.members,
