@@ -33,15 +33,7 @@ OWN_FIELDS = ("reduce", "top_classes", "checkpoint")
 
 
 def check_overrides(config: Config, given: Sequence[str]) -> None:
-    """Refuses an override that no run would be scored with.
-
-    Args:
-      config: the configuration of the blend.
-      given: names of the overridden fields.
-
-    Raises:
-      UserError: a field is set to its default, and a run has another value, which it keeps.
-    """
+    """Refuses an override to a field's default where a run has another value, which it keeps."""
     for field in OWN_FIELDS:
         name, value = f"eval.{field}", config.eval[field]
         if name not in given or value != config_lib.default().eval[field]:
@@ -56,12 +48,7 @@ def check_overrides(config: Config, given: Sequence[str]) -> None:
 
 
 def describe_run(name: str, scored: Config) -> dict[str, Any]:
-    """Returns what a run is, for the metrics and the report of the blend.
-
-    Args:
-      name: its folder.
-      scored: its configuration, as the blend scores it.
-    """
+    """Returns what a run is, scored with a configuration, for the metrics and the report."""
     config = config_io.load_workdir(Path(name))
     default = config_lib.default().eval
     special = [f"{field}={scored.eval[field]}" for field in OWN_FIELDS
@@ -298,15 +285,7 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
 
 
 def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> list[float]:
-    """Chooses weights by the MAP on `config.join.split`, on clips that no scoring member knows.
-
-    Args:
-      models: the runs.
-      config: the configuration of the blend.
-      mesh: the devices.
-
-    Returns:
-      One weight per run; they sum to 1.
+    """Chooses weights, which sum to 1, by the MAP on clips that no scoring member knows.
 
     Raises:
       ValueError: the split has no ground truth, or a run was trained on it without folds.
@@ -339,13 +318,10 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
 
 
 def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
-    """Returns the clips that any run lists for an identity, [C, R k] int32 in ascending order.
+    """Returns the clips that any of R runs lists for an identity, [C, R k] int32, ascending.
 
     NO_CLIP stands for repeated clips. Weights are fitted on these clips only: a clip that no run
     ranks among its best 100 rarely enters those of the blend. The final ranking has all clips.
-
-    Args:
-      tops: the ranking of each of R runs.
     """
     clips = np.sort(np.concatenate([top.index for top in tops], axis=1), axis=1)
     clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
@@ -359,20 +335,10 @@ def gather_scores(
     block_size: int,
     clips: np.ndarray,
 ) -> np.ndarray:
-    """Scores a split once more and keeps the scores of the candidates, [R, C, n] float64.
+    """Scores a split once more; returns the candidates' scores, [R, C, n] float64 logarithms.
 
     Which clips are candidates is known after a first pass; to keep all of its scores would take
-    four bytes for each clip, identity and run.
-
-    Args:
-      models: the R runs.
-      split_name: the split.
-      mesh: the devices.
-      block_size: clips that a device scores at a time.
-      clips: [C, n] int32, from `candidates`.
-
-    Returns:
-      The logarithmic scores; -inf where there is no clip.
+    four bytes for each clip, identity and run. Scores are -inf where there is no clip.
     """
     wanted = jnp.asarray(clips)
     gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
@@ -435,15 +401,7 @@ def blended_map(
     positives: np.ndarray,
     weights: np.ndarray,
 ) -> float:
-    """Returns the MAP of a blend, ranked among the candidates.
-
-    Args:
-      scores: [R, C, n] float64, logarithms, from `gather_scores`.
-      clips: [C, n] int32, from `candidates`.
-      split: the clips.
-      positives: [C] int, ground-truth clips per identity.
-      weights: [R], 0 or more; only their proportions matter.
-    """
+    """Returns the MAP of a blend, ranked among the candidates; its weights need not sum to 1."""
     used = weights > 0
     logs = scores[used] + np.log(weights[used])[:, None, None]
     total = np.where(clips < len(split.labels), np.logaddexp.reduce(logs, axis=0), -np.inf)

@@ -19,10 +19,7 @@ from vidjax.run import results as results_lib
 def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
     """Reads the files that an evaluation needs and does not write, before the data is loaded.
 
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
-      given: the fields that the user sets.
+    The user sets the fields `given`.
 
     Raises:
       ValueError: a file is damaged, or the user has to name the folder of the data.

@@ -188,9 +188,7 @@ def _there(
 def bounds(costs: np.ndarray, count: int) -> np.ndarray:
     """Returns [count + 1] int, where each of `count` ranges of about equal cost begins and ends.
 
-    Args:
-      costs: [N] int above 0, N at least `count`; no range is empty.
-      count: number of ranges.
+    Of at least `count` costs, above 0, no range is empty.
     """
     ends = np.cumsum(costs, dtype=np.int64)
     number = np.arange(count + 1)
@@ -211,16 +209,6 @@ def choose_clips(
     and at most two of them are read by other parts, too. Strided parts would each read all files.
     The ranges cost about the same: the cost of a clip is the number of frames to which evaluation
     pads it, because all rows of a block take the time of its longest one.
-
-    Args:
-      data: the clips.
-      split: name of the split.
-      modalities: the modalities to read.
-      number: from 1 to `count`.
-      count: number of parts.
-
-    Raises:
-      ValueError: there are more parts than clips.
     """
     num_clips = len(data.split(split).clips)
     if count > num_clips:
@@ -394,15 +382,7 @@ def read_tops(
 ) -> Iterator[TopK]:
     """Yields a ranking of every part, by the clip indices of the whole split.
 
-    Args:
-      parts: all parts.
-      group: which ranking.
-      owner: [N] int, the part that each clip is in.
-      num_identities: C.
-      num_clips: N.
-
-    Raises:
-      ValueError: a file is damaged.
+    It names only clips of that part, which `owner` [N] int says of each clip.
     """
     limit = parts_lib.most_bytes(num_identities, num_clips)
     for number, part in enumerate(parts):
@@ -432,11 +412,8 @@ def _check(part: Part, fits: object) -> None:
 def renumber(top: TopK, chosen: np.ndarray) -> TopK:
     """Returns the sorted top k of a part by the clip indices of the whole split.
 
-    Places that are empty for every identity, because the part has fewer clips, are left out.
-
-    Args:
-      top: the lists of the part, by its own clip indices.
-      chosen: [n] int, clips of the part, in ascending order.
+    Places that are empty for every identity, because the part has fewer clips, are left out; the
+    clips of the part are `chosen` [n] int, in ascending order.
     """
     width = min(len(chosen), np.shape(top.index)[1])
     index = np.asarray(top.index)[:, :width]
@@ -448,10 +425,8 @@ def renumber(top: TopK, chosen: np.ndarray) -> TopK:
 def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:
     """Returns the sorted top k of all clips, from those of parts that have no clip in common.
 
-    Args:
-      tops: the lists of every part; no score is NaN.
-      num_identities: C.
-      k: number of clips to keep per identity.
+    Clips are numbered as in the whole split, so the best k of the union are the best k of all
+    clips, bit for bit. No score is NaN.
     """
     nothing = _keys(np.full((1, k), -np.inf, np.float32), np.full((1, k), NO_CLIP))
     best = np.repeat(nothing, num_identities, axis=0)
@@ -476,7 +451,6 @@ def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _unpack(keys: np.ndarray) -> TopK:
-    """Returns the scores and the clip indices of keys."""
     descending = (keys >> np.uint64(32)).astype(np.uint32)
     bits = np.where(descending >> 31, descending, ~descending & 0x7FFFFFFF)
     return TopK(bits.view(np.float32), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32))
@@ -485,16 +459,11 @@ def _unpack(keys: np.ndarray) -> TopK:
 def choose_parts(
     workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> list[Part]:
-    """Returns the parts of a ranking: all n of some n.
-
-    Args:
-      workdir: the run's folder.
-      facts: what the parts have to agree on, from `describe`.
-      overrides: words of the evaluation, for the commands that errors name.
+    """Returns the parts of a ranking that agree with `facts`: all n of some n.
 
     Raises:
       ValueError: no n has all its parts; the error tells of the n that lacks least, and how to make
-        what is missing.
+        what is missing by a command with `overrides`.
     """
     split = facts["split"]
     found = parts_lib.find(workdir, split)

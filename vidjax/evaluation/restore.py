@@ -54,16 +54,9 @@ class FoundRun(NamedTuple):
 def restore(
     config: Config, workdir: Path, data: TrainingData, mesh: Mesh
 ) -> tuple[int, TrainedModel]:
-    """Restores a trained run to evaluate it on a dataset.
+    """Restores a trained run on a dataset; returns its optimiser step and the model.
 
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
-      data: the clips.
-      mesh: the devices.
-
-    Returns:
-      The optimiser step of the checkpoint, and the model.
+    The configuration is the run's, with the overrides of this evaluation, here and below.
 
     Raises:
       ValueError: the data does not fit the run.
@@ -76,19 +69,7 @@ def restore(
 def make_model(
     config: Config, workdir: Path, run: FoundRun, data: TrainingData, mesh: Mesh
 ) -> TrainedModel:
-    """Returns the model of a run that was found.
-
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
-      run: what `find_run` found there.
-      data: the clips.
-      mesh: the devices.
-
-    Raises:
-      ValueError: the data does not fit the run.
-      CheckpointError: the checkpoint holds another model.
-    """
+    """Returns the model of a run that was found."""
     data = fit_data(data, config, workdir, run)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
@@ -101,10 +82,6 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
     Where the wanted step is damaged, the next good one is used, with a warning.
-
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
 
     Raises:
       ValueError: the configuration names other modalities than the run was trained on.
@@ -161,12 +138,6 @@ def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
 
 def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -> TrainingData:
     """Labels the data of an evaluation with the class columns of a run.
-
-    Args:
-      data: the clips.
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
-      run: what `find_run` found there.
 
     Raises:
       ValueError: the data lacks a modality, a width differs, the split is not as the run knows it,
@@ -234,16 +205,7 @@ def companion_digests(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Compares the data that a run is resumed on with the data that it was started on.
-
-    Args:
-      workdir: the run's folder.
-      manifest: the manifest of its checkpoint.
-      digests: the result of `companion_digests` for the data at hand.
-
-    Raises:
-      CheckpointError: identities, training clips or members differ.
-    """
+    """Refuses to resume a run whose manifest names other identities, training clips or members."""
     for name, noun in {
         "identities_sha256": "another list of identities",
         "members_sha256": "other clips or members",
@@ -291,11 +253,7 @@ def check_companions(workdir: Path, manifest: Mapping[str, Any]) -> list[Compani
 
 
 def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Reads the names of the class columns 1..C.
-
-    Raises:
-      CheckpointError: the file is absent, damaged, or not the one of the checkpoint.
-    """
+    """Reads the names of the class columns 1..C."""
     path = workdir / IDENTITIES
     try:
         identities = tuple(results_lib.load_identities(path))
@@ -309,11 +267,7 @@ def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ..
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
-    """Reads the clips that each member was trained on.
-
-    Raises:
-      CheckpointError: the file is absent, damaged, or not the one of the checkpoint.
-    """
+    """Reads the clips that each member was trained on."""
     path = workdir / ensemble.FILE
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
@@ -327,11 +281,9 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 
 
 def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Compares `config.json` with the configuration that the checkpoint was trained with.
+    """Refuses a `config.json` that differs from what the checkpoint was trained with.
 
-    Raises:
-      ValueError: the file is damaged.
-      CheckpointError: it differs in a field that shapes the model, and no resume recorded that.
+    Only a field that shapes the model counts, and only if no resume recorded the change.
     """
     spoilt = resume.spoilt(workdir, manifest["config"])
     if spoilt:

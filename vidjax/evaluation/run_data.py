@@ -41,12 +41,9 @@ def digests(config: Config, data: TrainingData) -> dict[str, Any]:
 def differences(
     own: Digests, report: Mapping[str, Any], splits: Collection[str] | None = None
 ) -> str:
-    """Returns in what data differ from those of a run, in one line; empty for nothing.
+    """Returns in what data with a report differ from those of a run, in one line, or nothing.
 
-    Args:
-      own: the run's digests.
-      report: the report of the data at hand.
-      splits: the splits to compare; None for all that the run knows.
+    Compared are the `splits`, or all that the run knows.
     """
     found, here = [], report["splits"]
     for name, before in own["splits"].items():
@@ -85,15 +82,6 @@ def check_training(workdir: Path, own: Digests | None, config: Config, data: Tra
     """Refuses to go on with a run, or to call it finished, on other data than its own.
 
     Warns where the run is of an earlier version, which kept no digests.
-
-    Args:
-      workdir: the run's folder.
-      own: its digests; None where it has none.
-      config: the configuration at hand.
-      data: the data at hand.
-
-    Raises:
-      ValueError: the data differ; the message says in what.
     """
     if own is None:
         _warn_unknown(workdir)
@@ -108,17 +96,7 @@ def check_training(workdir: Path, own: Digests | None, config: Config, data: Tra
 def check_finished(
     workdir: Path, results: Mapping[str, Any], config: Config, data: TrainingData
 ) -> None:
-    """Refuses to call a run finished on other data than its own.
-
-    Args:
-      workdir: the run's folder.
-      results: content of its `metrics.json`.
-      config: the configuration at hand.
-      data: the data at hand.
-
-    Raises:
-      ValueError: the data differ; the message says in what, as far as the run tells.
-    """
+    """Refuses to call a run with these results finished on other data than its own."""
     own = results.get("trained_on")
     before, now = (one.get("data", {}).get("digest") for one in (results, data.report))
     if own is None and before is not None:  # an earlier version kept one digest of all splits
@@ -138,15 +116,6 @@ def check_evaluation(
 
     A split that the run has not read may be of any data. But in the folder that `config.json`
     names, which may be a stranger's word, a split of the run has to be as it was.
-
-    Args:
-      workdir: the run's folder.
-      manifest: the manifest of the checkpoint.
-      config: the run's configuration, with the overrides of this evaluation.
-      data: the data at hand.
-
-    Raises:
-      ValueError: the data differ; the message says in what.
     """
     own, split = manifest.get("data"), config.eval.split
     if own is None:
@@ -169,14 +138,7 @@ def check_named(
 ) -> None:
     """Refuses a folder of data on the word of a `config.json` that no digest confirms.
 
-    Args:
-      workdir: the run's folder.
-      manifest: the manifest of its checkpoint.
-      config: its configuration.
-      by_user: whether the user has named the folder now.
-
-    Raises:
-      ValueError: the user has to name the folder.
+    A user who has named the folder now is believed.
     """
     if "data" not in manifest and config.data.dir and not by_user:
         raise UserError(

@@ -44,15 +44,7 @@ class ClassAxes(NamedTuple):
 
 
 def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -> ClassAxes | None:
-    """Finds the axes of class columns.
-
-    Args:
-      system: the system.
-      modalities: name -> feature width of the data.
-      mesh: the devices.
-
-    Returns:
-      The axes; None where neither the mesh nor the training needs them.
+    """Finds the axes of class columns; None where neither the mesh nor the training needs them.
 
     Raises:
       ValueError: `config.loss.sampled_classes` is below 1, and no parameter has class columns, or
@@ -161,10 +153,7 @@ def state_layout(mesh: Mesh, axes: ClassAxes | None) -> devices.Layout:
 def fitting_layout(layout: devices.Layout, abstract: Tree) -> Tree:
     """Returns a tree of layouts for arrays that another number of devices may have saved.
 
-    Args:
-      layout: a sharding, or a tree of them.
-      abstract: the arrays or their shapes. One whose class columns the devices cannot share evenly
-        lies whole on every device.
+    An array whose class columns the devices cannot share evenly lies whole on every device.
     """
 
     def fit(sharding: NamedSharding, x: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -25,17 +25,7 @@ EvalStep = Callable[[Params, ModelState, Array, Batch], Array]
 def eval_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> Array:
-    """Returns the scores of one member for all class columns, [B, K].
-
-    Clips without a usable frame have scores of -inf.
-
-    Args:
-      system: the system.
-      params: parameters of the member.
-      model_state: other collections of the member.
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
-      batch: B clips with all their frames.
-    """
+    """Returns one member's scores for all class columns, [B, K]; -inf without a usable frame."""
     clips = _clip_info(system, batch)
 
     def scores_of(frames: Mapping[str, Frames], clip_mask: Array) -> Array:
@@ -60,13 +50,6 @@ def embed_step(
 
     The embedding of an example has length 1; with several branches, every branch that judges the
     example contributes a part of length 1. Clips without a usable frame have embeddings of 0.
-
-    Args:
-      system: the system.
-      params: parameters of the member.
-      model_state: other collections of the member.
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
-      batch: B clips with all their frames.
     """
     clips = _clip_info(system, batch)
 
@@ -84,18 +67,10 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> dict[str, Array]:
-    """Returns `ModelOutput.attention` of one member for every clip of a batch.
+    """Returns `ModelOutput.attention` of a member whose model takes all frames of a clip together.
 
-    Args:
-      system: the system, whose model takes all frames of a clip together.
-      params: parameters of the member.
-      model_state: other collections of the member.
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
-      batch: B clips with all their frames.
-
-    Returns:
-      `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed over
-      frames; empty for models without attention.
+    It is `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed over
+    frames; empty for models without attention.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
@@ -119,7 +94,6 @@ def _apply(
     frames: Mapping[str, Frames],
     clips: ClipInfo,
 ) -> ModelOutput:
-    """Applies the model of one member in evaluation mode."""
     return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
 
 
@@ -144,20 +118,18 @@ def _over_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Reduces the values of the T' examples of every clip to one row per clip.
+    """Reduces the values of the T' examples of every clip to one row per clip, [B, K].
 
-    One example per clip is computed at a time, which saves memory.
+    One example per clip is computed at a time, which saves memory. If the model takes all frames of
+    a clip together, the clip is its only example.
 
     Args:
       system: the system.
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
+      view: as all steps take it.
       batch: B clips with all their frames.
       values_of: (frames of one example per clip, mask [B] bool) -> values [B, K].
       logs: True if values are logarithms; their exponentials are averaged.
       reduce: `mean` or `max`.
-
-    Returns:
-      [B, K]. If the model takes all frames of a clip together, the clip is its only example.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):

@@ -30,8 +30,7 @@ class DispatchResult(NamedTuple):
       states: new state of every group of members.
       num_steps: number of steps.
       loss: loss of the last step, averaged over members.
-      bad_step: first step at which a member reached MAX_BAD_STEPS consecutive steps without a
-        finite loss and gradient; None if there was none.
+      bad_step: first step at which a member reached MAX_BAD_STEPS; None if there was none.
     """
 
     states: list[state_lib.TrainState]
@@ -100,10 +99,7 @@ class StreamingFeed:
     def __init__(
         self, system: System, mesh: Mesh, batches: Iterator[Batch], axes: ClassAxes | None = None
     ):
-        """Prepares a feed of endless batches of numpy arrays, starting with the next step.
-
-        Of each batch this process brings its `devices.share`.
-        """
+        """Prepares a feed of endless batches of numpy arrays, this process's share."""
         self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
         self._step = train_step.make_train_step(system, mesh, axes)
         self._find = _make_finder(system)
@@ -151,11 +147,7 @@ class StreamingFeed:
 
 
 class ResidentFeed:
-    """Draws batches from clips on the devices, for many steps per dispatch.
-
-    Attributes:
-      waited: always 0; the devices never wait.
-    """
+    """Draws batches from clips on the devices, for many steps per dispatch; they never wait."""
 
     mode = "resident"
     waited = 0.0
@@ -168,7 +160,6 @@ class ResidentFeed:
         plan: BatchPlan,
         axes: ClassAxes | None = None,
     ):
-        """Prepares a feed of the training clips, in the batches of a plan."""
         self._clips = clips
         self._find = _make_finder(system)
 

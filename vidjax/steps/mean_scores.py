@@ -33,27 +33,16 @@ class MeanScores(NamedTuple):
 
 
 def no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean of nothing.
-
-    Args:
-      like: [B, K] scores, whose shape and dtype count.
-      logs: True if scores are logarithms of probabilities.
-    """
+    """Returns a mean of nothing, for scores [B, K] of a shape and a dtype; `logs` if logarithms."""
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores to a running mean.
+    """Adds scores [B, K] of weight [B] to a running mean.
 
-    Args:
-      mean: the mean so far.
-      scores: [B, K] scores to add.
-      weight: [B] float, 0 or more. With weight 0 nothing is added, even if scores are not finite.
-
-    Returns:
-      The new mean.
+    With weight 0 nothing is added, even if scores are not finite.
     """
     total, column = mean.weight + weight, weight[:, None]
     counts = column > 0

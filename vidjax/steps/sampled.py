@@ -39,12 +39,9 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
-    """Returns the number of columns that each device of the axis `model` draws.
+    """Returns the number of columns that each of the devices of the axis `model` draws.
 
-    Args:
-      system: the system.
-      num_labels: number of labels of a step. Their columns all have a place, on whichever device.
-      num_devices: length of the axis `model`.
+    The columns of all labels of a step have a place, on whichever device.
     """
     own = system.model.num_classes // num_devices
     share = math.ceil(system.sampled_classes * system.num_columns / num_devices)
@@ -104,10 +101,7 @@ def take(axes: ClassAxes, state_axes: Tree, tree: Tree, columns: Array) -> Tree:
 
 
 def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Array) -> Tree:
-    """Reverses `take`: writes the drawn columns of `part` into `tree`; other arrays are replaced.
-
-    Arguments are those of `take`; `part` holds what became of its result.
-    """
+    """Reverses `take`: writes the drawn columns of `part` into `tree`; replaces other arrays."""
 
     def of(axis: int, x: Array, new: Array) -> Array:
         if axis == NO_AXIS:
@@ -127,13 +121,12 @@ def put(axes: ClassAxes, state_axes: Tree, tree: Tree, part: Tree, columns: Arra
 def system_for_columns(
     system: System, columns: Array, state_axes: optax.OptState, missed: Array
 ) -> System:
-    """Returns the system for the drawn columns alone.
+    """Returns the system for the drawn columns [n] alone.
 
     Args:
       system: the system.
-      columns: [n] int32, result of `draw`.
-      state_axes: tree of the axes [E, ...] of class columns, with the structure of the optimiser's
-        state.
+      columns: result of `draw`.
+      state_axes: the axes of class columns in the state of the optimiser, as `take` takes them.
       missed: [n] int32, steps since the one that last drew a column, that one not counted.
     """
     mask = system.class_mask[columns]

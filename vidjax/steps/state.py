@@ -112,15 +112,10 @@ def init_state(
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: devices.Layout
 ) -> TrainState:
-    """Builds the state at step 0 on the devices.
+    """Builds the state at step 0, of `init_state`, on the devices.
 
     Random draws hold three times the memory of their result meanwhile. So a second program adds the
     state of the optimiser, which is twice the size of the parameters.
-
-    Args:
-      init: builds the state, see `init_state`.
-      tx: the optimiser.
-      layout: layout of the state.
     """
     drawn = layout.replace(opt_state=None) if isinstance(layout, TrainState) else layout
     state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=drawn)()

@@ -217,15 +217,7 @@ def rank(
     rows: int = 2048,
     mesh: Mesh | None = None,
 ) -> TopK:
-    """Returns the sorted top k of a stream of blocks.
-
-    Args:
-      blocks: blocks of scores, see `update_top`.
-      num_identities: C.
-      k: number of clips to keep per identity.
-      rows: number of clips per merge, see `RunningTopK`.
-      mesh: the devices; None for the first one.
-    """
+    """Returns the sorted top k of a stream of blocks; for `rows` see `RunningTopK`."""
     running = RunningTopK(num_identities, k, rows=rows, mesh=mesh)
     for block in blocks:
         running.add(block)

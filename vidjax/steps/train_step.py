@@ -227,15 +227,9 @@ def _loss_by_clip(
     *,
     compared: Array,
 ) -> Array:
-    """Returns the loss of every clip, [B] float, averaged over its examples.
+    """Returns the loss of every clip, [B] float, averaged over those of its examples that count.
 
-    Args:
-      system: the system.
-      step: [] int32, number of the step.
-      output: output of the model for B T' examples.
-      labels: [B] int32, class columns of the clips.
-      exists: [B, T'] bool, the examples that count.
-      compared: [B, T'] bool, the examples that a loss of embeddings compares with each other.
+    A loss of embeddings compares the examples `compared` [B, T'] bool with each other.
     """
     labels = jnp.repeat(labels, exists.shape[1])
     losses = system.objective(output, labels, compared.reshape(-1), step)
@@ -322,13 +316,8 @@ def make_train_loop(
     """Compiles many training steps into one program, (state, tables, clips, count) -> outcome.
 
     The number of steps is an argument, so that the program is compiled once. The state argument is
-    donated. Two calls give the same result as one call with the sum of both counts.
-
-    Args:
-      system: the system.
-      mesh: the devices.
-      draw: (clips, step) -> the batch of that step, on the devices.
-      axes: axes of the class columns, as in `train_step`.
+    donated. Two calls give the same result as one call with the sum of both counts. `draw` maps
+    (clips, step) to the batch of that step, on the devices.
     """
 
     def loop(

@@ -49,9 +49,6 @@ def label_distractors(
 
     Returns:
       [N] int32, new labels; and the layout of the class columns.
-
-    Raises:
-      ValueError: No training clip is a distractor.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -110,15 +107,7 @@ class Relabeller:
     ):
         """Prepares the relabelling of a run.
 
-        Args:
-          config: the configuration of the run.
-          log: the file `noise.jsonl` of the run, whose last line is of an earlier step, if any.
-          data: the training clips.
-          system: the system of the configuration.
-          layout: layout of the class columns.
-          labels: [N] int32, class columns of the training clips at step 0.
-          training_sets: members and their training clips.
-          mesh: the devices.
+        Args as in `plan.RunPlan`, and `log`, its `noise.jsonl`, without lines of later steps.
         """
         self._predict = eval_step.make_predict_step(system, mesh)
         self._config, self._data, self._mesh = config, data, mesh
@@ -153,14 +142,7 @@ class Relabeller:
         only: np.ndarray,
         predicted: np.ndarray,
     ) -> None:
-        """Writes the best class column of some clips of a split into `predicted`.
-
-        Args:
-          weights: parameters and other collections of each member.
-          split: the split.
-          only: [n] bool, the clips to predict.
-          predicted: [E, n] int32, changed in place.
-        """
+        """Writes the best class columns of the clips `only` [n] bool into `predicted` [E, n]."""
         plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
         share = devices.share(self._mesh)
         rows = self._config.eval.block_size * self._mesh.shape["data"] // share.parts
@@ -283,15 +265,9 @@ def cluster(
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.ndarray:
-    """Returns the first class column of each distractor.
+    """Returns [n] int32, the column of each distractor's cluster, or of a random mirror.
 
-    Args:
-      clusters: [n] int, the result of `cluster`.
-      layout: layout of the class columns.
-      seed: seed of the random mirrors; the mirror of a clip depends on seed and row alone.
-
-    Returns:
-      [n] int32, the column of the cluster, or of a random mirror for unclustered distractors.
+    The mirror of a clip depends on the seed and its row alone.
 
     Raises:
       ValueError: A cluster has no column.
@@ -312,10 +288,10 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
 
     Args:
       labels: [...] int, class columns of unclustered distractors; by `label` only mirrors move.
-      predicted: [...] int, best class column of the model.
+      predicted: [...] int, best class column of the model; by 0 a clip keeps its label.
       layout: layout of the class columns.
       keep: `label` or `prediction`, the column of a clip whose best column is a cluster or a
-        mirror. If it is 0, the clip keeps its label.
+        mirror.
 
     Returns:
       [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
@@ -334,16 +310,9 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
 def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict[str, int]:
     """Counts the clips that a relabelling moved, and those that it did not, by reason.
 
-    Args:
-      old: [...] int, labels before.
-      new: [...] int, labels that `relabel` returned.
-      predicted: [...] int, best class columns of the model.
-      layout: layout of the class columns.
-
-    Returns:
-      Numbers of clips: `clustered`, which stay in a cluster; `unclustered`, the sum of `moved` and
-      `kept`; and the parts of `kept`: `kept_identity`, already in the mirror of the predicted
-      identity, `kept_other`, `kept_cluster` and `kept_mirror`, named after the predicted column.
+    These are `clustered`, which stay in a cluster; `unclustered`, the sum of `moved` and `kept`;
+    and the parts of `kept`: `kept_identity`, already in the mirror of the predicted identity,
+    `kept_other`, `kept_cluster` and `kept_mirror`, named after the predicted column.
     """
     unclustered = layout.is_mirror(old) | (old != new)
     kept = unclustered & (old == new)
