@@ -82,7 +82,7 @@ def test_every_place_is_named_and_what_vidjax_may_delete_is_deleted(tmp_path):
 def test_a_clip_removed_later_is_still_a_place(tmp_path):
     clip = made_galleries.make_clip(1, GONE)._replace(fitted=True)
     people = made_galleries.make(tmp_path / "g", made_galleries.make_clips() | {"ada 1": clip})
-    people.remove(identities=[GONE], refit=False)
+    people.remove(identity=[GONE], refit=False)
     assert list(places("--clip=ada 1", tmp_path).values()) == [("gallery", "--delete")]
     run("--clip=ada 1", "--delete", tmp_path)
     assert places("--clip=ada 1", tmp_path) == {}
@@ -153,7 +153,7 @@ def test_after_the_deletion_no_byte_is_left_wherever_vidjax_writes(tmp_path):
 
     first, data = trained(tmp_path / "runs" / "one")
     gallery = vidjax.Gallery.create(tmp_path / "g", first, data)
-    shown = [clip.vector for clip in gallery.people.clips.values() if clip.identity == GONE]
+    shown = [clip.vector for clip in gallery.clips.values() if clip.identity == GONE]
     pieces += [vector[:4].tobytes() for vector in shown]
     tables.write_ranking(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
     held = {path.relative_to(tmp_path).parts[0] for path, content in everything(tmp_path)

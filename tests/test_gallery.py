@@ -5,13 +5,12 @@ import pytest
 from scipy import special, stats
 
 from tests.helpers import made_galleries
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import calibration
-from vidjax.gallery import gallery as people_lib
-from vidjax.gallery import index as coordinates_lib
+from vidjax.gallery import gallery as gallery_lib
 from vidjax.gallery import index as index_lib
-from vidjax.gallery.gallery import Gallery, People, fit_front
-from vidjax.gallery.index import Coordinates, Index
+from vidjax.gallery.gallery import Gallery, fit_backend
+from vidjax.gallery.index import Index
 from vidjax.gallery.store import Clip
 from vidjax.models import plda
 from vidjax.system import log_softmax
@@ -37,7 +36,7 @@ def ratio(space, clips, query):
 
 def oracle(people, clip):
     """Returns identity -> log-probability, and that of somebody new under None."""
-    front, widths = people.front, people.front.widths
+    front, widths = people.backend, people.backend.widths
     logits = {None: front.settings.stranger + np.log(len(people.identities))}
     ends = np.cumsum(list(widths.values()))[:-1]
     queries = np.split(clip.vector, ends)
@@ -69,7 +68,7 @@ def made_unit(part, x):
 def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
     people = made_galleries.make(tmp_path / "g")
     clip = made_galleries.make_clip(777, "person 3", lacks=lacks)
-    (logs,) = people.log_probabilities(people.coordinates.split(clip.vector[None]))
+    (logs,) = people.index.search(people.backend.split(clip.vector[None]))
     wanted = oracle(people, clip)
     found = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert found.keys() == wanted.keys()
@@ -84,7 +83,7 @@ def test_probabilities_are_those_of_the_system(tmp_path):
     rng = np.random.default_rng(0)
     ratios = rng.normal(0, 9, (2, 4, 8)).astype(np.float32)
     known, present = rng.random((2, 8)) < 0.7, rng.random((2, 4)) < 0.7
-    logits = plda.combine(ratios, known, present, people.front.settings)
+    logits = plda.combine(ratios, known, present, people.backend.settings)
     wanted = log_softmax(logits, np.ones(8, bool))
     for row, logs in zip(np.asarray(logits, np.float64), np.asarray(wanted), strict=True):
         np.testing.assert_allclose(index_lib.log_softmax(row), logs, rtol=1e-5, atol=1e-6)
@@ -109,7 +108,7 @@ def test_ties_go_by_name(tmp_path):
     clip = made_galleries.make_clip(1, "b")
     twins = {f"clip {name}": clip._replace(identity=name) for name in ("b", "c", "a")}
     people = made_galleries.make(tmp_path / "g", twins)
-    (logs,) = people.log_probabilities(people.coordinates.split(clip.vector[None]))
+    (logs,) = people.index.search(people.backend.split(clip.vector[None]))
     best = people.index.best(logs, 2)
     assert [name for name, _ in best] == ["a", "b"] and best[0][1] == best[1][1]
     assert len(people.index.best(logs, 99)) == 3
@@ -121,11 +120,8 @@ def test_a_row_of_numbers_does_not_depend_on_the_others():
     width, count = 256, 40
     labels = np.repeat(np.arange(1, 31), 3)
     x = (rng.standard_normal((31, width))[labels] + rng.standard_normal((90, width))) / width**0.5
-    coordinates = Coordinates(
-        front_lib.fit(
-            {"x": x.astype(np.float32)}, labels, centred=True, settings=made_galleries.SETTINGS
-        )
-    )
+    vectors = {"x": x.astype(np.float32)}
+    backend = backend_lib.fit(vectors, labels, centred=True, settings=made_galleries.SETTINGS)
     clips = {
         f"c{n}": Clip(f"p{n % count}", rng.standard_normal(width).astype(np.float32))
         for n in range(2 * count)
@@ -134,15 +130,15 @@ def test_a_row_of_numbers_does_not_depend_on_the_others():
 
     def enrolled(people):
         some = {name: [n for n in clips if clips[n].identity == name] for name in people}
-        return people_lib._enrol(coordinates, some, clips)
+        return gallery_lib._enrol(backend, some, clips)
 
     def scores(groups, changed=()):
         """Returns the answers where the people of a group lie together, some exchanged."""
-        index = Index(coordinates, [enrolled(people) for people in groups])
+        index = Index(backend, [enrolled(people) for people in groups])
         if changed:
             index = index.replaced(changed, enrolled(changed))
-        every = coordinates.whiten([queries])
-        alone = [coordinates.whiten([query[None]]) for query in queries]
+        every = backend.whiten([queries])
+        alone = [backend.whiten([query[None]]) for query in queries]
         found = []
         for row in range(len(queries)):
             logs = index.log_probabilities([every[0][row]])
@@ -162,9 +158,9 @@ def test_threads_change_nothing(tmp_path, monkeypatch):
     people = made_galleries.make(tmp_path / "g")
     wanted = made_galleries.answers(people)
     monkeypatch.setattr(index_lib, "MANY_BLOCKS", 1)
-    monkeypatch.setattr(coordinates_lib, "MANY", 1)
+    monkeypatch.setattr(backend_lib, "MANY", 1)
     assert made_galleries.answers(people) == wanted
-    assert made_galleries.answers(People(people.folder)) == wanted
+    assert made_galleries.answers(Gallery(people.folder)) == wanted
     made_galleries.make(tmp_path / "again")
     assert made_galleries.contents(tmp_path / "again") == made_galleries.contents(people.folder)
 
@@ -208,7 +204,7 @@ def test_the_threshold_is_that_of_the_people_who_are_there(tmp_path):
     after = people.threshold(0.5)
     assert after.num_identities == before.num_identities + 1
     assert after.score != before.score
-    people.remove(identities=["a double"])
+    people.remove(identity=["a double"])
     assert people.threshold(0.5) == before
 
 
@@ -219,7 +215,7 @@ def clips_of_strangers(count):
 def named(gallery, count=300, **options):
     """Returns who is named of clips that known people and strangers show, by a rule."""
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(count)]
-    parts = gallery.people.coordinates.split(np.stack([clip.vector for clip in shown]))
+    parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
     rule = gallery.rule(**options)
     return [answer.identity for answer in gallery.answers(parts, 1, rule)], rule
 
@@ -236,7 +232,7 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
         x = rng.normal(size=13) * [5, *[1e-3] * 7, 5, *[1e-3] * 4]
         x = np.concatenate([x[:8] / np.linalg.norm(x[:8]), x[8:] / np.linalg.norm(x[8:])])
         far[f"far {n}"] = made_galleries.Clip(None, x.astype(np.float32))
-    people.remove(clips=people.strangers)
+    people.remove(clip=people.strangers)
     people.add(far)
     gallery = Gallery(tmp_path / "g")
     for fpir in (0.01, 0.1, 0.5, 0.99):
@@ -258,7 +254,7 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     assert rule.default and rule.by == "fpir" and rule.found == gallery.threshold(0.01)
     assert found == named(gallery, fpir=0.01)[0]
     vectors = np.stack([made_galleries.make_clip(70_000 + n, None).vector for n in range(1000)])
-    parts = people.coordinates.split(vectors)
+    parts = people.backend.split(vectors)
     share = np.mean([answer.identity is not None for answer in gallery.answers(parts, 1)])
     assert share < 0.03
 
@@ -266,7 +262,7 @@ def test_strangers_decide_where_nothing_is_chosen(tmp_path):
 def test_a_probability_decides_alone(tmp_path):
     gallery = Gallery(made_galleries.make(tmp_path / "g").folder)
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(50)]
-    parts = gallery.people.coordinates.split(np.stack([clip.vector for clip in shown]))
+    parts = gallery.backend.split(np.stack([clip.vector for clip in shown]))
     for least in (1e-6, 0.3, 0.999, 1.0):
         for answer in gallery.answers(parts, 1, gallery.rule(threshold=least)):
             assert (answer.identity is not None) == (answer.score >= np.log(least))
@@ -297,8 +293,8 @@ def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, count,
         for person, centre in enumerate(known)
         for turn, x in enumerate(clips(centre, photos))
     }
-    front = fit_front(enrolled, {"face": 128}, centred=False)
-    People.create(tmp_path / "g", made_galleries.RUN, front, enrolled)
+    front = fit_backend(enrolled, {"face": 128}, centred=False)
+    Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
     gallery = Gallery(tmp_path / "g")
     found = list(gallery.answers([np.concatenate([clips(x, 10) for x in known])], 1))
     wanted = [str(person) for person in range(count) for _ in range(10)]

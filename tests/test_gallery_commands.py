@@ -16,7 +16,7 @@ from vidjax import files, ranking, tables
 from vidjax.data.sources import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
-from vidjax.gallery.gallery import Answer, People
+from vidjax.gallery.gallery import Answer, Gallery
 from vidjax.main import main
 
 WIDTH = 24
@@ -40,7 +40,7 @@ def made(tmp_path_factory, run, data):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    return shutil.copytree(made.people.folder, tmp_path / "g")
+    return shutil.copytree(made.folder, tmp_path / "g")
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_identify_prints_a_table_and_writes_files(say, folder, tmp_path, made, d
 
 def test_identify_says_by_which_rule(say, folder, made):
     content = json.loads(say("identify", folder, "--split=val", "--json"))
-    strangers = len(made.people.strangers)
+    strangers = len(made.strangers)
     assert content["rule"]["by"] == "new" and content["rule"]["default"]
     assert f"with 100 clips of strangers instead of {strangers}" in content["rule"]["about"]
     assert "--threshold=P" in say("identify", folder, "--split=val")
@@ -300,7 +300,7 @@ def test_clips_of_another_dataset(say, folder, tmp_path):
     assert "enrolled    4 clips" in said and "people      14" in said
     found = {line.split()[0] for line in say("identify", folder, *clips).splitlines()}
     assert found >= {"Ada", "Grace", "nobody"}
-    strangers = len(People(folder).strangers)
+    strangers = len(Gallery(folder).strangers)
     said = say("enrol", folder, *clips, "--strangers")
     assert f"strangers   {strangers + 2}" in said
     said = say("enrol", folder, "--config.data.dir=/absent", "--split=train", code=2)
@@ -310,7 +310,7 @@ def test_clips_of_another_dataset(say, folder, tmp_path):
 @pytest.mark.slow
 def test_create_and_refit(say, run, tmp_path, made):
     said = say("create", tmp_path / "g", f"--run={run}")
-    assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.people.folder)
+    assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
     assert "people      12" in said and "version     1" in said
     assert "holds a gallery" in say("create", tmp_path / "g", f"--run={run}", code=2)
     assert "version     2" in say("refit", tmp_path / "g")
@@ -443,10 +443,10 @@ def test_export_to_qdrant(say, tmp_path, monkeypatch, place):
         )
         assert point.payload == {"clip": "clip 30", "identity": "person 3"}
         names = sorted(enrolled)
-        found = people.coordinates.whiten(
-            people.coordinates.split(np.stack([enrolled[name].vector for name in names]))
+        found = people.backend.whiten(
+            people.backend.split(np.stack([enrolled[name].vector for name in names]))
         )
-        for number, part in enumerate(people.front.parts):
+        for number, part in enumerate(people.backend.parts):
             unit = found[number] / np.linalg.norm(found[number], axis=1, keepdims=True)
             row = names.index("clip 30")
             has = not np.isnan(unit[row, 0])

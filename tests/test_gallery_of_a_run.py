@@ -9,7 +9,7 @@ import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
 from vidjax import config_io, metrics, predict
 from vidjax.data.sources import load_dataset
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 from vidjax.steps import topk
 
 pytestmark = pytest.mark.slow  # trains
@@ -52,7 +52,7 @@ def made(tmp_path_factory, run, data):
 
 @pytest.fixture
 def gallery(made, run, tmp_path):
-    shutil.copytree(made.people.folder, tmp_path / "g")
+    shutil.copytree(made.folder, tmp_path / "g")
     return vidjax.Gallery(tmp_path / "g", run=run)
 
 
@@ -82,7 +82,7 @@ def test_a_gallery_of_a_run_holds_its_clips_and_strangers(made, data):
     dead = sum(counts.values()) - sum(made.identities.values())
     assert 0 <= dead <= 3 and made.identities.keys() == counts.keys()
     strangers = {c for c, label in zip(val.clips, val.labels, strict=True) if label == 0}
-    assert set(made.people.strangers) <= strangers and len(made.people.strangers) > 3
+    assert set(made.strangers) <= strangers and len(made.strangers) > 3
 
 
 def test_identify_names_and_refuses(made, data):
@@ -91,7 +91,7 @@ def test_identify_names_and_refuses(made, data):
     labels = dict(zip(val.clips, [None, *data.identities], strict=False))
     labels = {c: (None, *data.identities)[n] for c, n in zip(val.clips, val.labels, strict=True)}
     threshold = made.threshold(0.2)
-    alarms = [c for c in made.people.strangers if found[c].score >= threshold.score]
+    alarms = [c for c in made.strangers if found[c].score >= threshold.score]
     assert len(alarms) == threshold.num_alarms
     known = [c for c in val.clips if labels[c] is not None]
     assert np.mean([found[c].identity == labels[c] for c in known]) > 0.7
@@ -147,14 +147,12 @@ def test_a_vector_does_not_depend_on_the_clips_read_with_it(made, data):
 
 def test_enrolling_again_changes_nothing(gallery, data):
     done = gallery.enrol(data, split="train")
-    assert done.enrolled == 0 and done.unchanged == len(gallery.people.clips) - len(
-        gallery.people.strangers
-    )
-    assert gallery.people.version == 1
+    assert done.enrolled == 0 and done.unchanged == len(gallery.clips) - len(gallery.strangers)
+    assert gallery.version == 1
 
 
 def test_a_newcomer_is_found_and_forgotten(gallery, data):
-    before = made_galleries.contents(gallery.people.folder)
+    before = made_galleries.contents(gallery.folder)
     clips = in_memory(data, "val", range(len(data.split("val").clips)))
     label = 3
     val = data.split("val")
@@ -167,11 +165,11 @@ def test_a_newcomer_is_found_and_forgotten(gallery, data):
     assert gallery.rank({second: clips[second]})["Ada Lovelace"][0][0] == second
     gallery.remove(identity="Ada Lovelace", refit=False)
     gallery.enrol(data, split="train")
-    after = made_galleries.contents(gallery.people.folder)
+    after = made_galleries.contents(gallery.folder)
     assert (after["person"], after["backend"]) == (before["person"], before["backend"])
-    assert gallery.people.still_held > 1 and "removed clips still in the back end" in repr(gallery)
+    assert gallery.still_held > 1 and "removed clips still in the back end" in repr(gallery)
     gallery.refit()
-    assert gallery.people.still_held == 0
+    assert gallery.still_held == 0
 
 
 def test_clips_without_a_usable_frame(gallery):
@@ -190,7 +188,7 @@ def test_clips_without_a_usable_frame(gallery):
 
 def test_an_empty_gallery_is_for_own_people(tmp_path, run, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", run, data, empty=True)
-    assert gallery.identities == {} and len(gallery.people.strangers) > 3
+    assert gallery.identities == {} and len(gallery.strangers) > 3
     clips = in_memory(data, "train", range(4))
     for action in (gallery.identify, gallery.rank):
         with pytest.raises(ValueError, match="nobody enrolled"):
@@ -207,7 +205,7 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
         "--config.ensemble.folds=2", *(f"--config.model.{n}={v}" for n, v in GIVEN.items()),
     )  # fmt: skip
     gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
-    assert gallery.people.front.widths == dict(run.modalities)
+    assert gallery.backend.widths == dict(run.modalities)
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
 
 
@@ -219,7 +217,7 @@ def nearest(tmp_path_factory, data, official_dir):
 
 def test_another_run_is_refused(made, nearest):
     for run in (nearest, predict.restore(nearest)):
-        gallery = vidjax.Gallery(made.people.folder, run=run)
+        gallery = vidjax.Gallery(made.folder, run=run)
         with pytest.raises(ValueError, match="is not the run that gallery"):
             gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
 
@@ -227,8 +225,8 @@ def test_another_run_is_refused(made, nearest):
 def check_net(folder, run, data, worse):
     """Checks a gallery of the embeddings of a run."""
     gallery = vidjax.Gallery.create(folder, run, data)
-    assert list(gallery.people.front.widths) == ["embedding"]
-    assert not gallery.people.run.centred
+    assert list(gallery.backend.widths) == ["embedding"]
+    assert not gallery.origin.centred
     own = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > own - worse
     answers = gallery.identify(data, split="val").values()
@@ -247,14 +245,14 @@ def test_a_gallery_of_a_net(tmp_path, data, official_dir):
 
 
 def test_no_run_no_answer(made, tmp_path):
-    gallery = vidjax.Gallery(made.people.folder, run=tmp_path)
+    gallery = vidjax.Gallery(made.folder, run=tmp_path)
     with pytest.raises(ValueError):
         gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
-    assert "people" in repr(gallery) and People(made.people.folder).identities
+    assert "people" in repr(gallery) and Gallery(made.folder).identities
 
 
 def test_given_settings_of_a_plda_run_are_kept(made):
-    found = made.people.front.settings._asdict()
+    found = made.backend.settings._asdict()
     assert 0.9 < found.pop("centred") < 1 and found == GIVEN
 
 
@@ -262,7 +260,7 @@ def test_fitted_settings_of_a_plda_run_are_kept(tmp_path, data, official_dir):
     run = trained("plda", tmp_path / "run", data, official_dir, "--config.model.within=0.5")
     gallery = vidjax.Gallery.create(tmp_path / "g", run, data)
     settings = dict(run.manifest["settings"]) | {"within": 0.5}
-    assert gallery.people.front.settings._asdict() == settings
+    assert gallery.backend.settings._asdict() == settings
     assert map_of(gallery.rank(data, split="val"), data) == pytest.approx(run.results["map"])
 
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
-from vidjax.gallery import gallery as people_lib
+from vidjax.gallery import gallery as gallery_lib
+from vidjax.gallery import index as index_lib
 from vidjax.gallery import store as store_lib
-from vidjax.gallery.gallery import People, fit_front
+from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip
 from vidjax.models import plda, two_covariance
 
@@ -61,11 +62,11 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
             version += bool(batch - there)
             there |= batch
         elif batch & there:
-            assert people.remove(clips=batch & there) == len(batch & there)
+            assert people.remove(clip=batch & there) == len(batch & there)
             version += 1
             there -= batch
         if data.draw(st.integers(0, 3)) == 0:
-            people = People(folder / "g")
+            people = Gallery(folder / "g")
     at_once = made_galleries.make(folder / "once", {name: CLIPS[name] for name in there})
     assert people.version == version
     if data.draw(st.booleans()) and people.identities:
@@ -73,13 +74,13 @@ def test_rows_and_answers_are_those_of_a_gallery_made_at_once(tmp_path_factory, 
         at_once.refit()
     assert made_galleries.contents(folder / "g") == made_galleries.contents(folder / "once")
     assert people.identities == at_once.identities and people.strangers == at_once.strangers
-    for opened in (people, People(folder / "g")):
+    for opened in (people, Gallery(folder / "g")):
         assert made_galleries.answers(opened) == made_galleries.answers(at_once)
 
 
 def test_one_by_one_is_all_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(people_lib.index_lib, "FEW_ROWS", 3)
-    monkeypatch.setattr(people_lib.index_lib, "MOST_ROWS", 4)
+    monkeypatch.setattr(index_lib, "FEW_ROWS", 3)
+    monkeypatch.setattr(index_lib, "MOST_ROWS", 4)
     people = made_galleries.make(tmp_path / "g", {})
     for name in sorted(CLIPS, key=lambda name: name[::-1]):
         people.add({name: CLIPS[name]})
@@ -109,7 +110,7 @@ def test_renamed_and_relabelled_people_are_those_of_a_gallery_made_at_once(tmp_p
     assert people.version == 5
     at_once = made_galleries.make(tmp_path / "once", wanted)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(tmp_path / "once")
-    for opened in (people, People(tmp_path / "g")):
+    for opened in (people, Gallery(tmp_path / "g")):
         assert made_galleries.answers(opened) == made_galleries.answers(at_once)
         assert opened.identities == at_once.identities
 
@@ -156,10 +157,10 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
         numbers += [x[row] for x in block.coefficients.linear]
     assert all(holds(gallery.folder, x) for x in pieces(numbers))
     if by == "identity":
-        gallery.remove(identities=["person 7"])
+        gallery.remove(identity=["person 7"])
     else:
         for name in gone:
-            gallery.remove(clips=[name])
+            gallery.remove(clip=[name])
     assert not any(holds(gallery.folder, x) for x in pieces(numbers))
     assert not any(holds(gallery.folder, name.encode()) for name in (*gone, "person 7"))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
@@ -179,7 +180,7 @@ def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch):
         )
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
-        people.remove(clips=gone)
+        people.remove(clip=gone)
         content = (tmp_path / "g" / store_lib.NAME).read_bytes()
         assert not [x for x in vectors if x in content]
         assert not [name for name in gone if name.encode() in content]
@@ -190,7 +191,7 @@ def test_a_stranger_who_is_enrolled_and_removed_is_gone(gallery):
     assert gallery.add({"stranger 3": clip}) == 1
     assert "stranger 3" not in gallery.strangers
     assert gallery.add({"stranger 3": CLIPS["stranger 3"]}) == 0  # a person stays one
-    gallery.remove(identities=["known now"])
+    gallery.remove(identity=["known now"])
     assert not holds(gallery.folder, clip.vector.tobytes())
 
 
@@ -226,24 +227,24 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     removed = clips["0 0"].vector
     others = [clip for name, clip in clips.items() if name != "0 0"]
     background = {n: clip for n, clip in clips.items() if not empty or n != "0 0"}
-    front = fit_front(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
+    front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
     run = made_galleries.RUN._replace(centred=centred)
-    people = People.create(tmp_path / "g", run, front, {} if empty else clips)
+    people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
     if empty:
         people.add(clips)
     shutil.copytree(people.folder, tmp_path / "later")
-    later = People(tmp_path / "later")
-    later.remove(identities=["p0"], refit=False)
+    later = Gallery(tmp_path / "later")
+    later.remove(identity=["p0"], refit=False)
     assert later.still_held == (0 if empty else 1)
-    left = cosine(computed_again(later.front, centred, others), removed)
+    left = cosine(computed_again(later.backend, centred, others), removed)
     assert abs(left) < 0.9 if empty else left > 0.9999999  # what the attack finds where it can
-    people.remove(identities=["p0"])
+    people.remove(identity=["p0"])
     assert people.still_held == 0
-    assert abs(cosine(computed_again(people.front, centred, others), removed)) < 0.9
+    assert abs(cosine(computed_again(people.backend, centred, others), removed)) < 0.9
     if empty:  # nothing of the person ever entered the back end
-        assert people.front.parts[0].space.mean.tobytes() == front.parts[0].space.mean.tobytes()
+        assert people.backend.parts[0].space.mean.tobytes() == front.parts[0].space.mean.tobytes()
         return
-    later = People(tmp_path / "later")
+    later = Gallery(tmp_path / "later")
     assert later.still_held == 1
     later.refit()
     assert later.still_held == 0
@@ -253,10 +254,12 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
 
 def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
     clips = {name: clip._replace(fitted=True) for name, clip in CLIPS.items() if clip.identity}
-    front = fit_front(clips, made_galleries.WIDTHS, centred=False, settings=made_galleries.SETTINGS)
-    people = People.create(tmp_path / "g", made_galleries.RUN, front, clips)
-    people.remove(identities=list(people.identities))
-    for part in people.front.parts:
+    front = fit_backend(
+        clips, made_galleries.WIDTHS, centred=False, settings=made_galleries.SETTINGS
+    )
+    people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
+    people.remove(identity=list(people.identities))
+    for part in people.backend.parts:
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
     people.add({"new": made_galleries.make_clip(1, "new")})
     assert people.index.names == ["new"]
@@ -266,16 +269,16 @@ def test_the_last_person_leaves_nothing_in_the_back_end(tmp_path):
 
 
 def test_an_open_gallery_answers_from_the_changed_one(gallery):
-    open_one, clip = People(gallery.folder), made_galleries.make_clip(700, "person 7")
-    parts = open_one.coordinates.split(clip.vector[None])
+    open_one, clip = Gallery(gallery.folder), made_galleries.make_clip(700, "person 7")
+    parts = open_one.backend.split(clip.vector[None])
 
     def best():
-        (logs,) = open_one.log_probabilities(parts)
+        (logs,) = made_galleries.search(open_one, parts)
         return open_one.index.best(logs, 1)[0][0]
 
     assert best() == "person 7"
     alarms = open_one.threshold(0.5)
-    gallery.remove(identities=["person 7"])
+    gallery.remove(identity=["person 7"])
     assert best() != "person 7"
     assert open_one.threshold(0.5).num_identities == alarms.num_identities - 1
     gallery.add({"back": clip})
@@ -291,13 +294,13 @@ def test_reading_meets_the_old_state_or_the_new_one(gallery):
     def change():
         while not stop.is_set():
             gallery.add(with_new)
-            gallery.remove(clips=["new"])
+            gallery.remove(clip=["new"])
 
     def answer():
-        open_one = People(gallery.folder)
+        open_one = Gallery(gallery.folder)
         vectors = made_galleries.make_clip(700, "person 7").vector[None]
         while not stop.is_set():
-            for logs in open_one.log_probabilities(open_one.coordinates.split(vectors)):
+            for logs in made_galleries.search(open_one, open_one.backend.split(vectors)):
                 if len(logs) not in (13, 14):
                     wrong.append(len(logs))
 
@@ -305,7 +308,7 @@ def test_reading_meets_the_old_state_or_the_new_one(gallery):
     for thread in threads:
         thread.start()
     try:
-        sizes = {len(People(gallery.folder).clips) for _ in range(12)}
+        sizes = {len(Gallery(gallery.folder).clips) for _ in range(12)}
     finally:
         stop.set()
         for thread in threads:
@@ -314,12 +317,12 @@ def test_reading_meets_the_old_state_or_the_new_one(gallery):
 
 
 def test_two_processes_change_in_turn(gallery):
-    other = People(gallery.folder)
-    other.remove(identities=["person 7"])
+    other = Gallery(gallery.folder)
+    other.remove(identity=["person 7"])
     gallery.add({"new": made_galleries.make_clip(7777, "new")})  # reads what the other one did
     assert "person 7" not in gallery.identities and "new" in gallery.identities
-    assert made_galleries.answers(People(gallery.folder)) == made_galleries.answers(gallery)
-    refused(lambda: gallery.remove(identities=["person 7"]), "person 7")
+    assert made_galleries.answers(Gallery(gallery.folder)) == made_galleries.answers(gallery)
+    refused(lambda: gallery.remove(identity=["person 7"]), "person 7")
 
 
 def test_the_second_process_is_told_who_changes_the_gallery(gallery):
@@ -331,9 +334,9 @@ def test_the_second_process_is_told_who_changes_the_gallery(gallery):
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and process.stdout.readline() == "locked\n"
-        said = refused(lambda: gallery.remove(clips=["clip 30"]), f"process {process.pid}")
+        said = refused(lambda: gallery.remove(clip=["clip 30"]), f"process {process.pid}")
         assert said.startswith("gallery ") and str(gallery.folder) in said
-        assert made_galleries.answers(People(gallery.folder))  # reading needs no lock
+        assert made_galleries.answers(Gallery(gallery.folder))  # reading needs no lock
     finally:
         process.kill()
         process.communicate()
@@ -377,14 +380,14 @@ def test_what_a_killed_change_left_is_undone(gallery, then):
     partial.write_bytes(b"a vector")
     (gallery.folder / "notes.txt").write_text("mine")
     cut_off(gallery.folder)
-    assert made_galleries.answers(People(gallery.folder)) == before
+    assert made_galleries.answers(Gallery(gallery.folder)) == before
     cut_off(gallery.folder)
     if then == "add":
         gallery.add({"new": made_galleries.make_clip(7777, "new")})
     if then == "remove":
-        gallery.remove(clips=["clip 30"])
+        gallery.remove(clip=["clip 30"])
     assert not partial.exists()
-    assert set(People(gallery.folder).clips) == set(gallery.clips)
+    assert set(Gallery(gallery.folder).clips) == set(gallery.clips)
     assert (gallery.folder / "notes.txt").read_text() == "mine"
 
 
@@ -400,9 +403,9 @@ def test_an_error_after_the_change_says_that_it_is_made(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store_lib, "_force", failing)
         with pytest.raises(OSError, match="is changed, but a power cut may undo it"):
-            people.remove(identities=["person 7"])
-    assert "person 7" not in People(people.folder).identities
-    assert made_galleries.answers(people) == made_galleries.answers(People(people.folder))
+            people.remove(identity=["person 7"])
+    assert "person 7" not in Gallery(people.folder).identities
+    assert made_galleries.answers(people) == made_galleries.answers(Gallery(people.folder))
     assert "person 7" not in people.identities
 
 
@@ -413,10 +416,10 @@ def test_a_gallery_that_may_only_be_read_answers(gallery):
     gallery.folder.chmod(0o500)
     names = sorted(os.listdir(gallery.folder))
     try:
-        assert made_galleries.answers(People(gallery.folder)) == wanted
+        assert made_galleries.answers(Gallery(gallery.folder)) == wanted
         assert sorted(os.listdir(gallery.folder)) == names
         if not os.access(gallery.folder, os.W_OK):  # root may write
-            refused(lambda: gallery.remove(clips=["clip 30"]), "cannot be changed", "copy it")
+            refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
     finally:
         gallery.folder.chmod(0o700)
 
@@ -427,29 +430,29 @@ def test_200_000_clips_with_few_open_files_and_little_memory(tmp_path):
 import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 
 width, rng = 256, np.random.default_rng(0)
 x = rng.standard_normal((200_000, width), np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
-front = front_lib.fit({{"x": x[:3000]}}, np.arange(3000) // 3 + 1, centred=True,
+front = backend_lib.fit({{"x": x[:3000]}}, np.arange(3000) // 3 + 1, centred=True,
                       settings=made.SETTINGS)
 clips = {{f"clip {{n}}": Clip(f"person {{n // 2}}", row, fitted=n < 3000)
          for n, row in enumerate(x)}}
 folder = Path({str(tmp_path / "g")!r})
-People.create(folder, made.RUN._replace(centred=True), front, clips)
+Gallery.of_clips(folder, made.RUN._replace(centred=True), front, clips)
 del clips
-people = People(folder)
+people = Gallery(folder)
 def best(row):
-    (logs,) = people.log_probabilities([x[row:row + 1]])
+    (logs,) = made.search(people, [x[row:row + 1]])
     return people.index.best(logs, 1)[0][0]
 assert best(77) == "person 38"
 people.add({{"new": Clip("Ada", np.ones(width, np.float32))}})
-assert people.remove(identities=["Ada"]) == 1 and people.still_held == 0
-assert people.remove(identities=["person 38"]) == 2 and people.still_held == 0
-assert best(77) != "person 38" and len(People(folder).clips) == 199_998
+assert people.remove(identity=["Ada"]) == 1 and people.still_held == 0
+assert people.remove(identity=["person 38"]) == 2 and people.still_held == 0
+assert best(77) != "person 38" and len(Gallery(folder).clips) == 199_998
 """
     ended = limits.run([sys.executable, "-c", code], files=256, memory=4 * limits.GB, timeout=1200)
     assert ended.returncode == 0, (ended.stderr[-2000:], ended.peak / limits.GB)
@@ -459,8 +462,8 @@ assert best(77) != "person 38" and len(People(folder).clips) == 199_998
 
 
 def test_a_folder_that_is_no_gallery(tmp_path):
-    refused(lambda: People(tmp_path), "holds no gallery", "create")
-    refused(lambda: People(tmp_path / "absent"), "holds no gallery")
+    refused(lambda: Gallery(tmp_path), "holds no gallery", "create")
+    refused(lambda: Gallery(tmp_path / "absent"), "holds no gallery")
     (tmp_path / "file").write_text("mine")
     refused(lambda: made_galleries.make(tmp_path), "not empty", "file")
     refused(lambda: made_galleries.make(tmp_path / "file"), "is a file")
@@ -468,7 +471,7 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     refused(lambda: made_galleries.make(tmp_path / "g"), "holds a gallery")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "manifest.json").write_text("{}")
-    refused(lambda: People(tmp_path / "old"), "older version", "create FOLDER --run=RUN")
+    refused(lambda: Gallery(tmp_path / "old"), "older version", "create FOLDER --run=RUN")
 
 
 def damage(kind, path, rng):
@@ -505,14 +508,14 @@ def damage(kind, path, rng):
 )  # fmt: skip
 def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
     damage(kind, gallery.folder / store_lib.NAME, random.Random(0))
-    refused(lambda: People(gallery.folder), str(gallery.folder))
+    refused(lambda: Gallery(gallery.folder), str(gallery.folder))
     refused(gallery.refresh, str(gallery.folder)) if kind != "cut" else None
 
 
 def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
     wanted = made_galleries.answers(gallery)
     os.truncate(gallery.folder / store_lib.NAME, 1 << 40)
-    assert made_galleries.answers(People(gallery.folder)) == wanted
+    assert made_galleries.answers(Gallery(gallery.folder)) == wanted
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
@@ -525,7 +528,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
         flipped[rng.choice(used)] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert made_galleries.answers(People(gallery.folder)) == wanted
+            assert made_galleries.answers(Gallery(gallery.folder)) == wanted
         except ValueError as error:
             told += 1
             assert str(gallery.folder) in str(error)
@@ -547,7 +550,7 @@ def test_a_journal_does_not_delete_another_file(gallery, tmp_path):
         connection.execute("SELECT * FROM gallery").fetchall()
     assert not thesis.exists()  # what SQLite does by itself
     thesis.write_text("mine")
-    refused(lambda: People(gallery.folder), "names another file")
+    refused(lambda: Gallery(gallery.folder), "names another file")
     assert thesis.read_text() == "mine"
 
 
@@ -612,7 +615,7 @@ NAN = f"UPDATE clip SET vector = x'{'0000c07f' * 13}'"  # noqa: S608
 )
 def test_forged_tables_are_refused(gallery, sql):
     forged(gallery.folder, *sql)
-    refused(lambda: People(gallery.folder), str(gallery.folder), "damaged")
+    refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
 @pytest.mark.parametrize(
@@ -639,7 +642,7 @@ def test_forged_tables_are_refused(gallery, sql):
 )
 def test_forged_facts_are_refused(gallery, facts):
     forged(gallery.folder, facts=facts)
-    refused(lambda: People(gallery.folder), str(gallery.folder))
+    refused(lambda: Gallery(gallery.folder), str(gallery.folder))
 
 
 def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
@@ -673,13 +676,13 @@ def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
     end[:8], end[8:] = leaf[100:108], leaf[8:]
     end[8:10] = leaf[108:110]
     path.write_bytes(b"".join([*pages, bytes(end)]))
-    refused(lambda: People(gallery.folder), str(gallery.folder), "damaged")
+    refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
 def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     """The other name would go on holding who is removed."""
     os.link(gallery.folder / store_lib.NAME, tmp_path / "other")
-    refused(lambda: gallery.remove(identities=["person 7"]), "several names")
+    refused(lambda: gallery.remove(identity=["person 7"]), "several names")
     refused(lambda: gallery.add({"x": made_galleries.make_clip(1, "x")}), "several names")
 
 
@@ -700,12 +703,12 @@ def test_a_vector_that_cannot_be_is_not_taken(gallery):
     refused(lambda: gallery.add({"x" * 1001: good}), "longer than 1,000 letters")
     longest = "\N{GRINNING FACE}" * 1000
     gallery.add({longest: good._replace(identity=longest)})
-    assert People(gallery.folder).clips[longest].identity == longest
+    assert Gallery(gallery.folder).clips[longest].identity == longest
     assert "fine" not in gallery.clips
 
 
 def test_vectors_that_are_too_wide_to_be_read_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(people_lib, "MOST_WIDTH", 12)
+    monkeypatch.setattr(gallery_lib, "MOST_WIDTH", 12)
     refused(lambda: made_galleries.make(tmp_path / "g"), "13 numbers are too wide")
     assert not (tmp_path / "g").exists()
 
@@ -724,10 +727,10 @@ def test_a_clip_is_enrolled_once(gallery):
 
 
 def test_names_that_are_not_there(gallery):
-    refused(lambda: gallery.remove(identities=["persn 3"]), "did you mean 'person 3'?")
-    refused(lambda: gallery.remove(identities=[""]), "no identity")
-    refused(lambda: gallery.remove(clips=["clip 30", "clop 31"]), "did you mean 'clip 31'?")
+    refused(lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?")
+    refused(lambda: gallery.remove(identity=[""]), "no identity")
+    refused(lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?")
     assert gallery.version == 1
-    gallery.remove(identities=list(gallery.identities))
+    gallery.remove(identity=list(gallery.identities))
     refused(gallery.refit, "nobody enrolled")
     refused(lambda: gallery.threshold(0.5), "nobody enrolled")

@@ -15,7 +15,7 @@ from tests.helpers import embeddings, small_runs
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.data.sources import load_dataset
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 from vidjax.models import two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine
@@ -285,9 +285,9 @@ def test_whoever_has_no_clip_is_not_named():
 def named(front, enrolled, labels, queries):
     """Returns [Q] whether clips get a name, and [Q] the best class."""
     part = front.parts[0]
-    sums = two_covariance.make_sums(front_lib.unit(part, enrolled), labels, labels.max() + 1)
+    sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, labels.max() + 1)
     people = two_covariance.enrol(part.space, sums.count, sums.total)
-    x = jnp.asarray(front_lib.unit(part, queries))
+    x = jnp.asarray(backend_lib.unit(part, queries))
     ratios = np.asarray(two_covariance.log_ratios(part.space, people, x))
     present = np.ones((1, len(x)), bool)
     logits = np.asarray(combine(ratios[None], people.known[None], present, front.settings))
@@ -307,7 +307,7 @@ def test_few_people_are_named_and_strangers_are_not(num_people, photos, capsys):
         x, others = make(num_people, photos + 10), make(100, 1)[:, 0]
         labels = np.repeat(np.arange(1, num_people + 1), photos)
         enrolled = x[:, :photos].reshape(len(labels), -1)
-        front = front_lib.fit({"face": enrolled}, labels, centred=False)
+        front = backend_lib.fit({"face": enrolled}, labels, centred=False)
         hit, best = named(front, enrolled, labels, x[:, photos:].reshape(-1, x.shape[2]))
         right.append(best == np.repeat(np.arange(1, num_people + 1), 10))
         known.append(hit)

@@ -117,22 +117,23 @@ def _from_gallery(
     folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
 ) -> tuple[list[Found], set[str]]:
     """Returns what a gallery holds of people and clips, and the names of all these clips."""
-    from vidjax.gallery.gallery import People
+    from vidjax.gallery.gallery import Gallery
 
     try:
-        people = People(folder, sync=True)
-        known = [name for name in identities if name in people.identities]
-        shown = {n for n, clip in people.clips.items() if clip.identity in known or n in clips}
-        held = people.still_held
+        gallery = Gallery(folder, sync=True)
+        enrolled = gallery.identities
+        known = [name for name in identities if name in enrolled]
+        shown = {n for n, clip in gallery.clips.items() if clip.identity in known or n in clips}
+        held = gallery.still_held
         if not shown and not held:
             return [], shown
         about = (
             f"{len(shown):,} of its clips" if shown else f"{held:,} removed clips, by its centre"
         )
         if delete and shown:
-            people.remove(clips=shown)
+            gallery.remove(clip=shown)
         elif delete:
-            people.refit()
+            gallery.refit()
         return [Found("gallery", folder, about, "deleted" if delete else "--delete")], shown
     except UserError as error:
         return [Found("unread", folder, str(error).splitlines()[0], "search it yourself")], set()
@@ -186,11 +187,11 @@ def _from_files(
 
 def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
     """Yields galleries whose vectors, and maybe back ends, come from runs that know the person."""
-    from vidjax.gallery.gallery import People
+    from vidjax.gallery.gallery import Gallery
 
     for folder in galleries:
         with contextlib.suppress(UserError):
-            run = Path(People(folder).run.workdir)
+            run = Path(Gallery(folder).origin.workdir)
             if run in runs:
                 about = f"vectors by '{run}', which knows the name"
                 yield Found("gallery", folder, about, "make it anew with the new run")

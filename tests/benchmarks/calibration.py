@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.helpers import embeddings
 from vidjax import metrics
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings
 
@@ -54,15 +54,15 @@ def measure(
     x = embeddings.exact(rng, num_people, clips + 2, width, within)
     labels = np.repeat(np.arange(1, num_people + 1), clips)
     enrolled = x[:, :clips].reshape(-1, width)
-    front = front_lib.fit({"face": enrolled}, labels, centred=False)
+    front = backend_lib.fit({"face": enrolled}, labels, centred=False)
     part, settings = front.parts[0], front.settings
-    sums = two_covariance.make_sums(front_lib.unit(part, enrolled), labels, num_people + 1)
+    sums = two_covariance.make_sums(backend_lib.unit(part, enrolled), labels, num_people + 1)
     space, people = two_covariance.as_arrays(
         part.space, two_covariance.enrol(part.space, sums.count, sums.total), jnp.dtype("float32")
     )
 
     def logs_of(queries: np.ndarray) -> np.ndarray:
-        some = jnp.asarray(front_lib.unit(part, queries), jnp.float32)
+        some = jnp.asarray(backend_lib.unit(part, queries), jnp.float32)
         ratios = two_covariance.log_ratios(space, people, some)[None]
         every = jnp.ones((1, len(some)), bool)
         return np.asarray(

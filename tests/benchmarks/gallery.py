@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.gallery import backend as front_lib
-from vidjax.gallery.backend import Front
-from vidjax.gallery.gallery import People
+from vidjax.gallery import backend as backend_lib
+from vidjax.gallery.backend import Backend
+from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 
@@ -34,12 +34,12 @@ TRIES = 20
 RUN = Origin("made-up", "0" * 64, centred=True)
 
 
-def make_front(parts: Sequence[str], rng: np.random.Generator) -> Front:
+def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
     """Returns a front that is fitted to some people of their own."""
     people = rng.standard_normal((400, WIDTH), np.float32)
     labels = np.repeat(np.arange(1, 401), 3)
     vectors = {name: _near(people[labels - 1], rng) for name in parts}
-    return front_lib.fit(vectors, labels, centred=True, settings=SETTINGS)
+    return backend_lib.fit(vectors, labels, centred=True, settings=SETTINGS)
 
 
 def _near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -84,27 +84,27 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
     shutil.rmtree(folder, ignore_errors=True)
     clips = make_clips(num_parts, num_people, rng)
     began = time.perf_counter()
-    People.create(folder, RUN, make_front(names, rng), clips)
+    Gallery.of_clips(folder, RUN, make_front(names, rng), clips)
     found: dict[str, object] = {"people": num_people, "parts": num_parts}
     found["create_seconds"] = time.perf_counter() - began
     del clips
     began = time.perf_counter()
-    people = People(folder)
+    people = Gallery(folder)
     found["open_seconds"] = time.perf_counter() - began
     found["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
 
     query = make_clips(num_parts, TRIES, rng, 5_000_000)
-    parts = people.coordinates.split(np.stack([clip.vector for clip in query.values()]))
+    parts = people.backend.split(np.stack([clip.vector for clip in query.values()]))
 
     def identify(number: int) -> None:
-        (logs,) = people.log_probabilities([x[number : number + 1] for x in parts])
+        (logs,) = people.index.search([x[number : number + 1] for x in parts])
         people.index.best(logs, 5)
 
     identify(0)
     found["identify"] = timed(identify, TRIES)
     found["brute_force"] = brute_force(num_people, num_parts, rng)
     for sync in (False, True):
-        people = people if not sync else People(folder, sync=True)
+        people = people if not sync else Gallery(folder, sync=True)
         start = 2_000_000 + 1_000_000 * sync
         some = make_clips(num_parts, TRIES, rng, start)
         batch = make_clips(num_parts, 1000, rng, start + 500_000)
@@ -112,11 +112,11 @@ def measure(folder: Path, num_people: int, num_parts: int) -> dict[str, object]:
         key = "_sync" if sync else ""
         found["enrol_1" + key] = timed(lambda n, p=people, s=single: p.add(dict([s[n]])), TRIES)
         found["remove_1" + key] = timed(
-            lambda n, p=people, s=single: p.remove(identities=[str(s[n][1].identity)]), TRIES
+            lambda n, p=people, s=single: p.remove(identity=[str(s[n][1].identity)]), TRIES
         )
         found["enrol_1000" + key] = timed(lambda _, p=people, b=batch: p.add(b), 1)
         gone = [str(clip.identity) for clip in batch.values()]
-        found["remove_1000" + key] = timed(lambda _, p=people, g=gone: p.remove(identities=g), 1)
+        found["remove_1000" + key] = timed(lambda _, p=people, g=gone: p.remove(identity=g), 1)
     return found
 
 

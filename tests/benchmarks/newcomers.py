@@ -31,7 +31,7 @@ from vidjax import config_io, fusion, metrics
 from vidjax.api import load_data
 from vidjax.batch import Array, Frames
 from vidjax.data.clips import TrainingData
-from vidjax.gallery.gallery import Gallery, People, fit_front
+from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.heads import unit_vectors
@@ -116,17 +116,17 @@ def measure(data: Dataset, seed: int) -> list[dict[str, Any]]:
         }
 
     others = clips(sorted(set(clips_of) - set(newcomers)), None)
-    without = fit_front(others, widths, centred=False)
+    without = fit_backend(others, widths, centred=False)
     found = []
     for shots in SHOTS:
         new = clips(newcomers, shots)
         row: dict[str, Any] = {"k": shots, "clips": len(new) / len(newcomers), "seed": seed}
         row |= {"newcomers": len(newcomers), "people": len(clips_of)}
         together = others | new
-        fronts = {"enrolled": without, "fitted": fit_front(together, widths, centred=False)}
+        fronts = {"enrolled": without, "fitted": fit_backend(together, widths, centred=False)}
         for name, front in fronts.items():
             with tempfile.TemporaryDirectory() as folder:
-                People.create(f"{folder}/g", RUN, front, together)
+                Gallery.of_clips(f"{folder}/g", RUN, front, together)
                 row[name] = scores(Gallery(f"{folder}/g"), data.val, newcomers)
         found.append(row)
     return found

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.helpers import made_galleries
 from vidjax.gallery import store
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip
 
 PEOPLE = 300
@@ -49,17 +49,17 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
         yield from [("remove", people), ("enrol", people)]
 
 
-def change(people: People, clips: Mapping[str, Clip], what: str, whom: Sequence[str]) -> None:
+def change(people: Gallery, clips: Mapping[str, Clip], what: str, whom: Sequence[str]) -> None:
     """Makes a change."""
     if what == "remove":
-        people.remove(identities=whom)
+        people.remove(identity=whom)
     else:
         people.add({name: clip for name, clip in clips.items() if clip.identity in set(whom)})
 
 
 def work(folder: Path, seed: int) -> None:
     """Makes changes without end, in the process that is killed."""
-    people, clips = People(folder), all_clips()
+    people, clips = Gallery(folder), all_clips()
     for number, (what, whom) in enumerate(changes(seed)):
         sys.stdout.write(f"{number}\n")
         sys.stdout.flush()
@@ -110,13 +110,13 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> str:
         process.send_signal(signal.SIGKILL)
         process.wait()
     litter = len([path for path in folder.iterdir() if path.name not in (".lock", store.NAME)])
-    people = People(folder)  # opens, and goes on
+    people = Gallery(folder)  # opens, and goes on
     found = made_galleries.contents(folder)
     states = {"old": expected.after(last), "new": expected.after(last + 1)}
     left = [name for name, rows in states.items() if rows == found]
     assert left, f"seed {seed}, change {last}: another state"
     with contextlib.suppress(ValueError):  # nobody of this name: cleans up all the same
-        people.remove(identities=["nobody"])
+        people.remove(identity=["nobody"])
     assert made_galleries.contents(folder) == states[left[0]]
     assert {path.name for path in folder.iterdir()} == {".lock", store.NAME}
     return f"{left[0]} state, {'with' if litter else 'no'} files to delete"
@@ -127,7 +127,7 @@ def fill_once(folder: Path, place: Path, rng: random.Random) -> str:
     seed = rng.randrange(10**9)
     expected = Expected(place / "expected", seed)
     shutil.copytree(place / "expected", folder)
-    people, clips, done, failed = People(folder), all_clips(), 0, 0
+    people, clips, done, failed = Gallery(folder), all_clips(), 0, 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sizes = sorted(path.stat().st_size for path in folder.iterdir())
@@ -151,8 +151,8 @@ def fill_once(folder: Path, place: Path, rng: random.Random) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    wanted = made_galleries.answers(People(place / "expected"))
-    assert made_galleries.answers(people) == wanted == made_galleries.answers(People(folder))
+    wanted = made_galleries.answers(Gallery(place / "expected"))
+    assert made_galleries.answers(people) == wanted == made_galleries.answers(Gallery(folder))
     return f"{failed} of 4 changes failed"
 
 

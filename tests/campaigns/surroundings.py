@@ -26,7 +26,7 @@ import numpy as np
 
 from tests.campaigns.same_bytes import digests
 from tests.helpers import clip_files, made_galleries
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (
@@ -248,7 +248,7 @@ def on_a_gallery(folder: Path, data: Path, base: Mapping[str, str]) -> list[str]
     for worker in workers:
         worker.join(600)
     wrong = [f"worker {n}: {w.exitcode}" for n, w in enumerate(workers) if w.exitcode]
-    people = People(folder / "g")
+    people = Gallery(folder / "g")
     there = {name for name in people.clips if name.startswith("new")}
     wanted = {f"new {number} {turn}" for number in range(20) for turn in range(1, 5, 2)}
     return wrong + [f"lost or left: {sorted(there ^ wanted)}"] * (there != wanted)
@@ -258,15 +258,15 @@ def _change(folder: Path, number: int) -> None:
     """Adds clips to a gallery one by one, takes every second one back, and reads between."""
     rng = random.Random(number)
     for turn in range(5):
-        name, people = f"new {number} {turn}", People(folder)
+        name, people = f"new {number} {turn}", Gallery(folder)
         _again(
             lambda p=people, n=name, t=turn: p.add(
                 {n: made_galleries.make_clip(9000 + 10 * number + t, f"person {number}")}
             )
         )
         if turn % 2 == 0:
-            _again(lambda p=people, n=name: p.remove(clips=[n]))
-        assert (name in People(folder).clips) == (turn % 2 == 1)
+            _again(lambda p=people, n=name: p.remove(clip=[n]))
+        assert (name in Gallery(folder).clips) == (turn % 2 == 1)
         time.sleep(rng.random() / 20)
 
 

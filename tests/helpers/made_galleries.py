@@ -6,9 +6,9 @@ import sqlite3
 
 import numpy as np
 
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import store
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 from vidjax.gallery.store import Clip, Origin
 from vidjax.models.plda import Settings
 
@@ -44,7 +44,7 @@ def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, Clip]:
     return clips | {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
 
 
-def make_front(settings: Settings = SETTINGS) -> front_lib.Front:
+def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
     """Returns a front that is fitted to other people."""
     rng = np.random.default_rng(99)
     labels = np.repeat(np.arange(1, 31), 3)
@@ -52,20 +52,26 @@ def make_front(settings: Settings = SETTINGS) -> front_lib.Front:
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
         vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    return front_lib.fit(vectors, labels, centred=False, settings=settings)
+    return backend_lib.fit(vectors, labels, centred=False, settings=settings)
 
 
-def make(folder, clips=None, *, sync: bool = False, settings: Settings = SETTINGS) -> People:
+def make(folder, clips=None, *, sync: bool = False, settings: Settings = SETTINGS) -> Gallery:
     """Makes a gallery, of `make_clips` unless told otherwise."""
     clips = make_clips() if clips is None else clips
-    return People.create(folder, RUN, make_front(settings), clips, sync=sync)
+    return Gallery.of_clips(folder, RUN, make_front(settings), clips, sync=sync)
 
 
-def answers(people: People, count: int = 6) -> list[list[tuple[str, float]]]:
+def answers(people: Gallery, count: int = 6) -> list[list[tuple[str, float]]]:
     """Returns all identities with their scores, of clips that some people and strangers show."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(count)]
-    parts = people.coordinates.split(np.stack([clip.vector for clip in shown]))
-    return [people.index.best(logs, 10**6) for logs in people.log_probabilities(parts)]
+    parts = people.backend.split(np.stack([clip.vector for clip in shown]))
+    return [people.index.best(logs, 10**6) for logs in search(people, parts)]
+
+
+def search(gallery: Gallery, parts):
+    """Yields the logarithms of probabilities for clips, of what the folder holds now."""
+    gallery.refresh()
+    return gallery.index.search(parts)
 
 
 def contents(folder) -> dict[str, list]:

@@ -1,21 +1,28 @@
-"""The front of a gallery: coordinates in which vectors are compared, and the settings.
+"""The back end of a gallery: the coordinates in which vectors are compared, and the settings.
 
 A clip is one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
-The front is fitted from the vectors of labelled clips. It holds no vector of a clip, but sums over
-them; `fit` of other clips replaces it.
+The back end is fitted from the vectors of labelled clips. It holds no vector of a clip, but sums
+over them; `fit` of other clips replaces it.
+
+What it computes of a vector is to the bit the same whatever is computed beside it: every coordinate
+is a dot product of its own, where a product of matrices rounds by the place of a row.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from vidjax.machine import num_cores
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
 from vidjax.models.two_covariance import Space
 from vidjax.training.plda_fit import fit_settings, some_identities, tell_of_few
 
-MOST_ROWS = 1024  # clips or identities that are computed at a time
+MANY = 32  # vectors from which on threads are worth starting
 
 
 class Part(NamedTuple):
@@ -33,21 +40,105 @@ class Part(NamedTuple):
     space: Space
 
 
-class Front(NamedTuple):
-    """Coordinates of every part, and settings.
+class Coefficients(NamedTuple):
+    """What search needs of P people, see `two_covariance.Enrolled`.
 
     Attributes:
-      parts: M parts.
-      settings: see `models.plda.Settings`.
+      linear: [M] of [P, D] float32, coefficients of z.
+      constant: [M, P] float64.
+      num_clips: [M, P] int32, number of clips that have the part.
     """
+
+    linear: tuple[np.ndarray, ...]
+    constant: np.ndarray
+    num_clips: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backend:
+    """Coordinates of M parts, and the settings of `models.plda`."""
 
     parts: tuple[Part, ...]
     settings: Settings
 
-    @property
+    @functools.cached_property
     def widths(self) -> dict[str, int]:
         """Name -> D of every part."""
         return {part.name: len(part.centre) for part in self.parts}
+
+    @functools.cached_property
+    def _axes(self) -> list[np.ndarray]:
+        return [np.ascontiguousarray(part.space.transform.T) for part in self.parts]
+
+    @functools.cached_property
+    def _curves(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
+    def split(self, vectors: np.ndarray) -> list[np.ndarray]:
+        """Returns the parts [M] of [N, D] of vectors [N, sum of D]."""
+        ends = np.cumsum(list(self.widths.values()))[:-1]
+        return np.split(vectors, ends.tolist(), axis=1)
+
+    def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the coordinates [Q, D] float64 of clips in every part; NaN where they lack it.
+
+        Args:
+          parts: [M] of [Q, D] float32, 0 for clips that lack the part.
+        """
+        found = []
+        for number, (part, x) in enumerate(zip(self.parts, parts, strict=True)):
+            z = self._turn(number, unit(part, x) - part.space.mean)
+            z[~np.any(x != 0, axis=1)] = np.nan
+            found.append(z)
+        return found
+
+    def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
+        """Returns vectors [Q, D] times the transform of a part, float64."""
+        if len(shifted) < MANY:
+            return np.vecdot(shifted[:, None], self._axes[number])
+        turned = threads().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
+        return np.stack(list(turned))
+
+    def enrol(self, vectors: np.ndarray, owner: np.ndarray, num_people: int) -> Coefficients:
+        """Returns the coefficients of people, whose sums are added up clip by clip in order.
+
+        Args:
+          vectors: [N, sum of D] float32, their clips; 0 where a clip lacks a part.
+          owner: [N] int, the place of the person whom a clip shows.
+          num_people: P.
+        """
+        linear, constants, counts = [], [], []
+        for number, x in enumerate(self.split(vectors)):
+            part = self.parts[number]
+            present = np.any(x != 0, axis=1)
+            count = np.bincount(owner[present], minlength=num_people)
+            total = np.zeros((num_people, x.shape[1]))
+            np.add.at(total, owner, unit(part, x))
+            sums = self._turn(number, total - count[:, None] * part.space.mean)
+            enrolled = two_covariance.coefficients(part.space, count.astype(np.float64), sums)
+            linear.append(np.asarray(enrolled.linear, np.float32))
+            constants.append(np.asarray(enrolled.constant))
+            counts.append(count.astype(np.int32))
+        return Coefficients(tuple(linear), np.stack(constants), np.stack(counts))
+
+    def curve(self, number: int, count: int) -> np.ndarray:
+        """Returns the coefficients [D] of z squared, of a person with a number of clips."""
+        if (number, count) not in self._curves:
+            space = self.parts[number].space
+            none = np.zeros((1, len(space.mean)))
+            enrolled = two_covariance.coefficients(space, np.array([float(count)]), none)
+            self._curves[number, count] = np.asarray(enrolled.curve[0])
+        return self._curves[number, count]
+
+    def numbers(self) -> np.ndarray:
+        """Returns the arrays of all parts in one, [num_numbers] float64."""
+        return np.concatenate(
+            [
+                np.ravel(array)
+                for part in self.parts
+                for array in (part.centre, part.space.mean, part.space.transform, part.space.ratio)
+            ]
+        ).astype("<f8")
 
 
 def fit(
@@ -57,8 +148,8 @@ def fit(
     centred: bool,
     settings: Settings | None = None,
     seed: int = 0,
-) -> Front:
-    """Fits a front.
+) -> Backend:
+    """Fits a back end.
 
     Args:
       vectors: part -> [N, D] float32, unit vectors; 0 for clips that lack the part.
@@ -76,16 +167,16 @@ def fit(
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         width = x.shape[1]
-        blank = Part(name, np.zeros(width), blank_space(width))
+        part = Part(name, np.zeros(width), blank_space(width))
         if present.any():
             x = np.asarray(x[present], np.float64)
             if not centred:
-                blank = blank._replace(centre=settings.centred * x.mean(axis=0))
-            u = unit(blank, x)
+                part = part._replace(centre=settings.centred * x.mean(axis=0))
+            u = unit(part, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            blank = blank._replace(space=plda.fit(sums._asdict(), settings))
-        parts.append(blank)
-    return Front(tuple(parts), settings)
+            part = part._replace(space=plda.fit(sums._asdict(), settings))
+        parts.append(part)
+    return Backend(tuple(parts), settings)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
@@ -96,30 +187,13 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     return np.where(present, shifted / np.maximum(norm, 1e-12), 0.0)
 
 
-def to_numbers(front: Front) -> np.ndarray:
-    """Returns all arrays of a front in one, float64."""
-    return np.concatenate(
-        [
-            np.ravel(array)
-            for part in front.parts
-            for array in (part.centre, part.space.mean, part.space.transform, part.space.ratio)
-        ]
-    ).astype("<f8")
-
-
 def num_numbers(widths: Mapping[str, int]) -> int:
-    """Returns the length of `to_numbers`."""
+    """Returns the length of `Backend.numbers`."""
     return sum(width * (width + 3) for width in widths.values())
 
 
-def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndarray) -> Front:
-    """Returns the front that `to_numbers` was given.
-
-    Args:
-      widths: part -> D.
-      settings: the settings.
-      numbers: [num_numbers(widths)] float64.
-    """
+def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndarray) -> Backend:
+    """Returns the back end of `Backend.numbers`, whose parts have these names and widths."""
     parts, at = [], 0
     for name, width in widths.items():
         arrays = []
@@ -128,4 +202,10 @@ def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndar
             at += size
         centre, mean, transform, ratio = arrays
         parts.append(Part(name, centre, Space(mean, transform.reshape(width, width), ratio)))
-    return Front(tuple(parts), settings)
+    return Backend(tuple(parts), settings)
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    """Returns the threads that compute, one per core."""
+    return ThreadPoolExecutor(num_cores())

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vidjax.config import Config
     from vidjax.data.clips import ClipSource, TrainingData
     from vidjax.data.memory import MemoryClips
-    from vidjax.gallery.gallery import Gallery, People
+    from vidjax.gallery.gallery import Gallery
 
 Words = Sequence[str]  # --config.data.FIELD=VALUE
 
@@ -283,26 +283,26 @@ def _of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _counts(people: "People") -> tuple[list[tuple[str, str]], dict[str, str | int]]:
+def _counts(gallery: "Gallery") -> tuple[list[tuple[str, str]], dict[str, str | int]]:
     """Returns the size of a gallery, as rows and for JSON."""
-    clips = sum(people.identities.values())
+    clips = sum(gallery.identities.values())
     rows = [
-        ("gallery", str(people.folder)),
-        ("people", f"{len(people.identities):,}"),
+        ("gallery", str(gallery.folder)),
+        ("people", f"{len(gallery.identities):,}"),
         ("clips", f"{clips:,}"),
-        ("strangers", f"{len(people.strangers):,}"),
-        ("version", f"{people.version:,}"),
+        ("strangers", f"{len(gallery.strangers):,}"),
+        ("version", f"{gallery.version:,}"),
     ]
-    if people.still_held:
-        held = _of(people.still_held, "removed clip")
+    if gallery.still_held:
+        held = _of(gallery.still_held, "removed clip")
         rows.append(("still held", f"{held}, by the back end: refit ends it"))
     return rows, {
-        "gallery": str(people.folder),
-        "people": len(people.identities),
+        "gallery": str(gallery.folder),
+        "people": len(gallery.identities),
         "clips": clips,
-        "strangers": len(people.strangers),
-        "version": people.version,
-        "still_held": people.still_held,
+        "strangers": len(gallery.strangers),
+        "version": gallery.version,
+        "still_held": gallery.still_held,
     }
 
 
@@ -324,13 +324,13 @@ def _create(args: argparse.Namespace, overrides: Words) -> None:
     made = Gallery.create(
         args.gallery, run, data, strangers=args.strangers or None, empty=args.empty, sync=True
     )
-    _tell(args, *_counts(made.people))
+    _tell(args, *_counts(made))
 
 
 def _opened(args: argparse.Namespace) -> "Gallery":
     from vidjax.gallery.gallery import Gallery
 
-    return Gallery(args.gallery, run=args.run, sync=True)
+    return Gallery(args.gallery, run=getattr(args, "run", None), sync=True)
 
 
 def _clips(
@@ -377,7 +377,7 @@ def _enrol(args: argparse.Namespace, overrides: Words) -> None:
             f"{_of(len(done.refused), 'clip')} without a usable frame: not enrolled: {named}",
             stacklevel=2,
         )
-    rows, content = _counts(gallery.people)
+    rows, content = _counts(gallery)
     rows = [("enrolled", f"{_of(done.enrolled, 'clip')}, {done.unchanged:,} were there"), *rows]
     _tell(args, rows, done._asdict() | content)
 
@@ -441,63 +441,56 @@ def _rank(args: argparse.Namespace, overrides: Words) -> None:
         tables.write_new(out, text.encode())
     else:
         tables.write_ranking(out, ranked.lists())
-    rows = [*_counts(gallery.people)[0][:2], ("clips", f"{len(ranked.clips):,}")]
+    rows = [*_counts(gallery)[0][:2], ("clips", f"{len(ranked.clips):,}")]
     rows += [*(answers_lib.describe_rule(rule) if rule else []), *timed[0]]
     content = {"ranking": str(out), "clips": len(ranked.clips), **timed[1]}
     content |= {"rule": answers_lib.rule_as_json(rule) if rule else None}
     _tell(args, [*rows, ("ranking", str(out))], content)
 
 
-def _people(args: argparse.Namespace) -> "People":
-    from vidjax.gallery.gallery import People
-
-    return People(args.gallery, sync=True)
-
-
 def _remove(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
-    people = _people(args)
-    identities, clips = [args.identity] * bool(args.identity), [args.clip] * bool(args.clip)
-    count = people.remove(identities=identities, clips=clips, refit=not args.later)
-    rows, content = _counts(people)
+    gallery = _opened(args)
+    count = gallery.remove(identity=args.identity, clip=args.clip, refit=not args.later)
+    rows, content = _counts(gallery)
     _tell(args, [("removed", _of(count, "clip")), *rows], {"removed": count} | content)
 
 
 def _rename(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
-    people = _people(args)
-    count = people.rename(args.identity, args.to, merge=args.merge)
-    rows, content = _counts(people)
-    told = f"{args.identity} is {args.to}, with {_of(people.identities[args.to], 'clip')}"
+    gallery = _opened(args)
+    count = gallery.rename(args.identity, args.to, merge=args.merge)
+    rows, content = _counts(gallery)
+    told = f"{args.identity} is {args.to}, with {_of(gallery.identities[args.to], 'clip')}"
     _tell(args, [("renamed", told), *rows], {"renamed": count} | content)
 
 
 def _relabel(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
-    people = _people(args)
-    new = args.identity not in people.identities
-    before = people.relabel(args.clip, args.identity)
-    gone = before is not None and before not in people.identities
+    gallery = _opened(args)
+    new = args.identity not in gallery.identities
+    before = gallery.relabel(args.clip, args.identity)
+    gone = before is not None and before not in gallery.identities
     told = f"{args.clip} showed {'a stranger' if before is None else before}"
     told += f"{', of whom no clip is left' * gone}; it shows {args.identity}{', who is new' * new}"
-    rows, content = _counts(people)
+    rows, content = _counts(gallery)
     _tell(args, [("relabelled", told), *rows], {"clip": args.clip, "before": before} | content)
 
 
 def _refit(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
-    people = _people(args)
-    people.refit()
-    _tell(args, *_counts(people))
+    gallery = _opened(args)
+    gallery.refit()
+    _tell(args, *_counts(gallery))
 
 
 def _list(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     from vidjax.gallery.gallery import unknown
 
-    people = _people(args)
-    rows, content = _counts(people)
-    listed = people.identities
+    gallery = _opened(args)
+    rows, content = _counts(gallery)
+    listed = gallery.identities
     if args.identity is not None:
         if args.identity not in listed:
             raise unknown("identity", args.identity, listed)
@@ -507,7 +500,7 @@ def _list(args: argparse.Namespace, overrides: Words) -> None:
     lines = [f"  {name:{width}}  {count:,}" for name, count in listed.items()]
     if args.clips:
         shown: dict[str, list[str]] = {name: [] for name in listed}
-        for name, clip in sorted(people.clips.items()):
+        for name, clip in sorted(gallery.clips.items()):
             if clip.identity in shown:
                 shown[clip.identity].append(name)
         content |= {"clips": shown}
@@ -522,7 +515,7 @@ def _threshold(args: argparse.Namespace, overrides: Words) -> None:
     from vidjax.gallery import answers as answers_lib
     from vidjax.gallery.calibration import DEFAULT_FPIR
 
-    found = _people(args).threshold(DEFAULT_FPIR if args.fpir is None else args.fpir)
+    found = _opened(args).threshold(DEFAULT_FPIR if args.fpir is None else args.fpir)
     _tell(args, answers_lib.describe(found), found._asdict())
 
 
@@ -530,7 +523,7 @@ def _export(args: argparse.Namespace, overrides: Words) -> None:
     del overrides
     from vidjax.gallery import qdrant
 
-    count = qdrant.export(_people(args), args.qdrant, args.collection)
+    count = qdrant.export(_opened(args), args.qdrant, args.collection)
     rows = [("exported", f"{_of(count, 'clip')} to {args.collection}")]
     _tell(args, rows, {"exported": count})
 

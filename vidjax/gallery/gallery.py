@@ -1,11 +1,25 @@
-"""The people of a gallery: who is enrolled by which clips, on disk and in the index, as vectors.
+"""A gallery of people: enrolled, found and deleted without training.
 
-What is in memory is one `State`, which is replaced and never changed: an answer that is under way
-in another thread goes on with the one it began with. Every change is written first, so an error
-leaves both as they were; what another process has changed meanwhile is read before.
+    import vidjax
 
-The back end is fitted to clips, and from its centre and the other clips a removed one could be
-computed again. So `remove` fits it anew where it was fitted to a clip that goes.
+    gallery = vidjax.Gallery.create("people", vidjax.restore("runs/plda"))
+    gallery.enrol({"clip_1": {"face": features}}, "Ada")
+    gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
+    gallery.remove(identity="Ada")
+
+A person is, in each modality, a number of clips and the sum of their vectors. Enrolling adds to
+them and removing subtracts: answers equal, to the bit, those of a gallery that was made at once of
+the clips that are there, with the same back end. `refit` fits the back end to these, too.
+
+An open gallery answers from what the folder holds at that moment, whoever changed it. In memory it
+is one `State`, which is replaced and never changed: an answer that is under way in another thread
+goes on with the one it began with. A change is written first, so an error leaves both as they were.
+
+The folder forgets who is removed, the back end included: from its centre and the other clips a
+removed one could be computed again, so where it was fitted to a clip that goes, `remove` fits it
+anew. The run does not forget. Its weights, or the centre of a PLDA run, were made of its training
+clips, as is the back end of a gallery made with `empty`, to which its training clips were fitted
+that are not in the gallery: only another training without them forgets them.
 """
 
 import contextlib
@@ -24,13 +38,12 @@ from vidjax.data.labels import sort_identities
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError, check_argument, closest
 from vidjax.evaluation import run_data
-from vidjax.gallery import backend as front_lib
+from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import calibration
-from vidjax.gallery import index as index_lib
 from vidjax.gallery import vectors as vectors_lib
-from vidjax.gallery.backend import Front
+from vidjax.gallery.backend import Backend
 from vidjax.gallery.calibration import DEFAULT_FPIR, Rule, Threshold
-from vidjax.gallery.index import MOST_ROWS, Coordinates, Index
+from vidjax.gallery.index import MOST_ROWS, Index, People
 from vidjax.gallery.store import (
     MOST_LETTERS,
     MOST_WIDTH,
@@ -47,449 +60,8 @@ from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 from vidjax.steps import topk
 
-MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
-
-
-class People:
-    """Enrolled clips and strangers."""
-
-    def __init__(self, folder: str | Path, *, sync: bool = False):
-        """Reads a gallery.
-
-        Args:
-          folder: the gallery.
-          sync: whether a change waits until the disk has it, see `Store`.
-
-        Raises:
-          ValueError: there is no gallery, or it is damaged; the error names the file.
-        """
-        self._store = Store(Path(folder).expanduser().absolute(), sync=sync)
-        self._calibration: tuple[State, np.ndarray] | None = None  # best scores of its strangers
-        self._take(self._store.read())
-
-    @classmethod
-    def create(
-        cls,
-        folder: str | Path,
-        run: Origin,
-        front: Front,
-        clips: Mapping[str, Clip],
-        *,
-        sync: bool = False,
-    ) -> "People":
-        """Makes a gallery and returns it.
-
-        Args:
-          folder: a folder that is new, or empty.
-          run: the run that made the vectors.
-          front: coordinates and settings.
-          clips: name -> clip.
-          sync: see `Store`.
-
-        Raises:
-          ValueError: the folder holds something else, or a clip is malformed.
-          OSError: it cannot be written.
-        """
-        path = Path(folder).expanduser().absolute()
-        if sum(front.widths.values()) > MOST_WIDTH:
-            raise UserError(
-                f"vectors of {sum(front.widths.values()):,} numbers are too wide for a gallery: "
-                f"{MOST_WIDTH:,} are the most\nmake it with fewer members, or with a narrower net"
-            )
-        for name, clip in clips.items():
-            _check_clip(name, clip, front)
-        with contextlib.suppress(FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700)
-        files.make_folder(path, "gallery:")
-        store = Store(path, sync=sync)
-        with store.lock():
-            if files.exists(store.path):
-                raise UserError(f"'{path}' holds a gallery: name another folder")
-            if foreign := store.foreign():
-                raise UserError(
-                    f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder"
-                )
-            store.replace(_state(1, run, front, clips))
-        return cls(path, sync=sync)
-
-    def _take(self, state: State) -> None:
-        """Takes what the folder holds."""
-        self._state = state
-
-    def refresh(self) -> None:
-        """Reads the gallery anew if it was changed, by this process or another one.
-
-        Raises:
-          ValueError: the folder holds no gallery any more, or it is damaged.
-        """
-        if self._store.sha256() != self._state.sha256:
-            self._take(self._store.read())
-
-    @property
-    def index(self) -> Index:
-        """The identities that clips are compared with."""
-        return self._state.index
-
-    @property
-    def folder(self) -> Path:
-        """The folder, an absolute path."""
-        return self._store.folder
-
-    @property
-    def version(self) -> int:
-        """Number of changes of the folder, creation included."""
-        return self._state.version
-
-    @property
-    def run(self) -> Origin:
-        """The run that makes vectors."""
-        return self._state.run
-
-    @property
-    def front(self) -> Front:
-        """Coordinates and settings."""
-        return self.coordinates.front
-
-    @property
-    def coordinates(self) -> Coordinates:
-        """The coordinates, to turn vectors."""
-        return self._state.index.coordinates
-
-    @property
-    def clips(self) -> Mapping[str, Clip]:
-        """Name -> clip, strangers included."""
-        return self._state.clips
-
-    @property
-    def identities(self) -> dict[str, int]:
-        """Identity -> its number of clips, in the order of names."""
-        groups = self._state.groups
-        return {name: len(clips) for name, clips in groups.items() if name != STRANGER}
-
-    @property
-    def strangers(self) -> list[str]:
-        """The clips of strangers, in the order of names."""
-        return list(self._state.groups.get(STRANGER, ()))
-
-    @property
-    def still_held(self) -> int:
-        """Number of removed clips to which the back end is fitted still; `refit` ends it."""
-        return self._state.still_held
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[State]:
-        """Holds the folder, cleans up, and gives what it holds now."""
-        with self._store.lock():
-            self._store.recover()
-            self.refresh()
-            yield self._state
-
-    def add(self, clips: Mapping[str, Clip]) -> int:
-        """Adds clips of people and of strangers, all or none, and returns how many are new.
-
-        A clip that is there already, the same, is no change. A stranger may become a person, but no
-        person a stranger: such clips stay what they are.
-
-        Raises:
-          ValueError: a clip is malformed, or is there as somebody else's or with another vector; or
-            another process changes the gallery.
-          OSError: the change cannot be written.
-        """
-        for name, clip in clips.items():
-            _check_clip(name, clip, self.front)
-        with self._changing() as state:
-            new = {name: clip for name, clip in clips.items() if _is_new(state, name, clip)}
-            if new:
-                every = {**state.clips, **new}
-                groups = _regrouped(state, new)
-                shown = {clip.identity for clip in new.values() if clip.identity is not None}
-                people = _enrol(state.index.coordinates, {n: groups[n] for n in shown}, every)
-                state = state._replace(
-                    version=state.version + 1,
-                    index=state.index.replaced(shown, people),
-                    clips=every,
-                    groups=groups,
-                )
-                self._take(state._replace(sha256=self._store.insert(state, new, people)))
-            return len(new)
-
-    def remove(
-        self,
-        *,
-        identities: Iterable[str] = (),
-        clips: Iterable[str] = (),
-        refit: bool = True,
-    ) -> int:
-        """Removes people with all their clips, or single clips; returns the number of clips.
-
-        Args:
-          identities: the people.
-          clips: the single clips.
-          refit: whether to fit the back end anew, at once, where it was fitted to a clip that goes.
-            Until that is done the gallery counts as holding the clip, see `still_held`.
-
-        Raises:
-          ValueError: a name is not there, or another process changes the gallery.
-          OSError: the change cannot be written.
-        """
-        with self._changing() as state:
-            gone: set[str] = set()
-            for name in identities:
-                if name == STRANGER or name not in state.groups:
-                    raise unknown("identity", name, self.index.names)
-                gone.update(state.groups[name])
-            for name in clips:
-                if name not in state.clips:
-                    raise unknown("clip", name, state.clips)
-                gone.add(name)
-            if gone:
-                held = state.still_held + sum(state.clips[name].fitted for name in gone)
-                left = {name: clip for name, clip in state.clips.items() if name not in gone}
-                touched = {state.clips[name].identity for name in gone}
-                state = _with_clips(state, left, touched)._replace(still_held=held)
-                self._write(state, refit=refit and held > 0)
-            return len(gone)
-
-    def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives a person another name; returns the number of clips.
-
-        Args:
-          identity: the person.
-          to: the new name.
-          merge: whether it may be that of another person, who is the same one.
-
-        Raises:
-          ValueError: nobody has the name, somebody has the new one, or another process changes the
-            gallery.
-          OSError: the change cannot be written.
-        """
-        _check_word("identity", to)
-        with self._changing() as state:
-            if identity == STRANGER or identity not in state.groups:
-                raise unknown("identity", identity, self.index.names)
-            if to == identity:
-                raise UserError(f"'{show(to)}' has this name already")
-            if to in state.groups and not merge:
-                raise UserError(
-                    f"'{show(to)}' is enrolled, too: this would make one person of two\n"
-                    "if they are the same: merge=True, by command --merge; it cannot be undone"
-                )
-            names = state.groups[identity]
-            self._relabel(state, dict.fromkeys(names, to))
-            return len(names)
-
-    def relabel(self, clip: str, identity: str) -> str | None:
-        """Says that a clip shows somebody else; returns who it showed, None for a stranger.
-
-        Raises:
-          ValueError: the clip is not there, or shows this person already; or another process
-            changes the gallery.
-          OSError: the change cannot be written.
-        """
-        _check_word("identity", identity)
-        with self._changing() as state:
-            if clip not in state.clips:
-                raise unknown("clip", clip, state.clips)
-            before = state.clips[clip].identity
-            if before == identity:
-                raise UserError(f"clip '{show(clip)}' shows '{show(identity)}' already")
-            self._relabel(state, {clip: identity})
-            return before
-
-    def _relabel(self, state: State, identity: Mapping[str, str]) -> None:
-        """Writes other people to clips; the back end stays as it is until `refit`."""
-        new = {n: state.clips[n]._replace(identity=person) for n, person in identity.items()}
-        touched = {state.clips[name].identity for name in new} | set(identity.values())
-        self._write(_with_clips(state, {**state.clips, **new}, touched), refit=False)
-
-    def refit(self) -> None:
-        """Fits coordinates and settings to the clips that are enrolled now.
-
-        Where nobody is enrolled, they become those of no clip if a removed one is in them still.
-
-        Raises:
-          ValueError: nobody is enrolled, or another process changes the gallery.
-          OSError: the change cannot be written.
-        """
-        with self._changing() as state:
-            if not state.still_held:
-                self.check_anybody()
-            self._write(state, refit=True)
-
-    def _write(self, state: State, *, refit: bool) -> None:
-        """Writes the gallery as a new file, with a new back end if wanted."""
-        version = state.version + 1
-        if refit:
-            front = fit_front(state.clips, self.front.widths, centred=state.run.centred)
-            clips = {
-                name: clip._replace(fitted=clip.identity is not None)
-                for name, clip in state.clips.items()
-            }
-            state = _state(version, state.run, front, clips)
-        else:
-            state = state._replace(version=version)
-        self._take(state._replace(sha256=self._store.replace(state)))
-
-    def check_anybody(self) -> None:
-        """Raises ValueError if nobody is enrolled."""
-        if not self.index.names:
-            raise UserError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
-
-    def log_probabilities(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields for every clip the logarithms of probabilities, see `Index.search`.
-
-        Args:
-          parts: [M] of [Q, D] float32, 0 for clips that lack the part.
-        """
-        self.refresh()
-        return self.index.search(parts)
-
-    def threshold(self, fpir: float) -> Threshold:
-        """Sets a threshold on the strangers of the gallery, see `calibration.threshold`.
-
-        The strangers are compared with all people once after every change.
-
-        Raises:
-          ValueError: nobody is enrolled, or the strangers cannot show the rate.
-        """
-        self.refresh()
-        state = self._state
-        self.check_anybody()
-        strangers = state.groups.get(STRANGER, ())
-        calibration.check_strangers(len(strangers), fpir)
-        of, best = self._calibration or (None, np.zeros(0))
-        if of is not state:
-            vectors = np.stack([state.clips[name].vector for name in strangers])
-            logs = state.index.search(state.index.coordinates.split(vectors))
-            best = np.array([row[1:].max() for row in logs])
-            self._calibration = state, best
-        return calibration.threshold(best, fpir, len(state.index.names))
-
-
-def fit_front(
-    clips: Mapping[str, Clip],
-    widths: Mapping[str, int],
-    *,
-    centred: bool,
-    settings: Settings | None = None,
-) -> Front:
-    """Fits a front to labelled clips; their order does not matter. See `front.fit`."""
-    names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    people = sorted({str(clips[name].identity) for name in names})
-    column = {person: number for number, person in enumerate(people, 1)}
-    labels = np.array([column[str(clips[name].identity)] for name in names], np.int64)
-    stacked = np.zeros((len(names), sum(widths.values())), np.float32)
-    for row, name in enumerate(names):
-        stacked[row] = clips[name].vector
-    parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
-    vectors = dict(zip(widths, parts, strict=True))
-    return front_lib.fit(vectors, labels, centred=centred, settings=settings)
-
-
-def _state(version: int, run: Origin, front: Front, clips: Mapping[str, Clip]) -> State:
-    """Returns the state of a gallery of some clips, whose people are computed."""
-    coordinates, groups = Coordinates(front), group(clips)
-    names = [name for name in groups if name != STRANGER]
-    blocks = (
-        _enrol(coordinates, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
-        for at in range(0, len(names), MOST_ROWS)
-    )
-    return State(version, run, Index(coordinates, blocks), clips, groups)
-
-
-def _enrol(
-    coordinates: Coordinates, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
-) -> index_lib.People:
-    """Returns people, whose clips are added up in the order of names."""
-    width = sum(coordinates.front.widths.values())
-    vectors = np.zeros((sum(map(len, groups.values())), width), np.float32)
-    names = (name for some in groups.values() for name in some)
-    for row, name in enumerate(names):
-        vectors[row] = clips[name].vector
-    sizes = np.array([len(some) for some in groups.values()], int)
-    owner = np.repeat(np.arange(len(groups)), sizes)
-    return index_lib.People(tuple(groups), coordinates.enrol(vectors, owner, len(groups)))
-
-
-def _regrouped(state: State, new: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
-    """Returns the groups of a state with clips that are new, or a stranger's no more."""
-    changed: dict[str, set[str]] = {}
-    for name, clip in new.items():
-        identity = clip.identity or STRANGER
-        changed.setdefault(identity, set(state.groups.get(identity, ()))).add(name)
-    if known := {name for name in new if name in state.clips}:
-        changed[STRANGER] = changed.get(STRANGER, set(state.groups[STRANGER])) - known
-    groups = {**state.groups, **{name: tuple(sorted(some)) for name, some in changed.items()}}
-    return {name: groups[name] for name in sorted(groups) if groups[name]}
-
-
-def _with_clips(state: State, clips: Mapping[str, Clip], touched: Collection[str | None]) -> State:
-    """Returns a state with other clips of the touched people, in the same coordinates."""
-    groups = group(clips)
-    people = {name for name in touched if name is not None}
-    some = {name: groups[name] for name in sorted(people) if name in groups}
-    index = state.index.replaced(people, _enrol(state.index.coordinates, some, clips))
-    return state._replace(index=index, clips=clips, groups=groups)
-
-
-def _is_new(state: State, name: str, clip: Clip) -> bool:
-    """Returns whether a clip is to be written; ValueError where it contradicts one."""
-    old = state.clips.get(name)
-    if old is None:
-        return True
-    if clip.identity is None and old.identity is not None:
-        return False
-    remedy = "names of clips are unique: give the new clip another name"
-    if old.identity is not None and old.identity != clip.identity:
-        raise UserError(
-            f"clip '{show(name)}' is enrolled as '{show(old.identity)}', "
-            f"not '{show(str(clip.identity))}'\n{remedy}"
-        )
-    same = old.vector.tobytes() == clip.vector.tobytes()
-    if not same and old.identity == clip.identity:
-        raise UserError(
-            f"clip '{show(name)}' is enrolled with another vector: its features have changed, "
-            f"or it is another clip of this name\n{remedy}"
-        )
-    return not same or old.identity != clip.identity
-
-
-def _check_clip(name: str, clip: Clip, front: Front) -> None:
-    """Raises ValueError unless a clip can be kept."""
-    _check_word("clip name", name)
-    if clip.identity is not None:
-        _check_word("identity", clip.identity)
-    width = sum(front.widths.values())
-    if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
-        raise UserError(
-            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
-            f"wanted float32 ({width},)"
-        )
-    if not np.isfinite(clip.vector).all():
-        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
-    if not clip.vector.any():
-        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
-
-
-def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
-    """Raises ValueError unless a name can be kept."""
-    check_identity(word) if kind == "identity" else check_name(word)
-    if len(word) > MOST_LETTERS:
-        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Returns the error of a clip or an identity that is not there, with one of a like name."""
-    known = list(known)
-    close = closest(name, known) if len(known) <= MOST_SUGGESTED else None
-    hint = f": did you mean '{show(close)}'?" if close else ""
-    return UserError(
-        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
-    )
-
-
 RANK_ROWS = 256  # clips of a block of scores
+MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
 
 class Answer(NamedTuple):
@@ -549,11 +121,7 @@ class Ranked(NamedTuple):
 
 
 class Gallery:
-    """A gallery in a folder.
-
-    Attributes:
-      people: the vectors, and what is done with them.
-    """
+    """A gallery in a folder."""
 
     def __init__(
         self, folder: str | Path, *, run: Predictor | str | Path | None = None, sync: bool = False
@@ -571,9 +139,11 @@ class Gallery:
           ValueError: there is no gallery, or it is damaged; the error names the file.
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
-        self.people = People(folder, sync=sync)
+        self._store = Store(Path(folder).expanduser().absolute(), sync=sync)
+        self._state = self._store.read()
         self._run = run
         self._checked: Predictor | None = None
+        self._calibration: tuple[State, np.ndarray] | None = None  # best scores of its strangers
 
     @classmethod
     def create(
@@ -586,9 +156,9 @@ class Gallery:
         empty: bool = False,
         sync: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of the training clips of a run.
+        """Makes a gallery of the training clips of a run, to which the coordinates are fitted.
 
-        The coordinates are fitted to these clips. The settings are those of a PLDA run, or fitted.
+        The settings are those of a PLDA run, or fitted.
 
         Args:
           folder: a folder that is new, or empty.
@@ -621,10 +191,10 @@ class Gallery:
                 f"none of the {labelled:,} labelled training clips has a vector: nothing "
                 "tells people apart\ntrain a run on clips of more people"
             )
-        run_of = vectors_lib.origin_of(run)
+        origin = vectors_lib.origin_of(run)
         settings = vectors_lib.settings_of(run)
         widths = vectors_lib.widths_of(run, len(next(iter(clips.values())).vector))
-        front = fit_front(clips, widths, centred=run_of.centred, settings=settings)
+        backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         if strangers or data.split(chosen).labelled:
             found = _clips_of(vectors_lib.embed(run, data, chosen))
@@ -632,22 +202,110 @@ class Gallery:
             clips = others | ({} if empty else clips)
         elif empty:
             clips = {}
-        People.create(folder, run_of, front, clips, sync=sync)
-        return cls(folder, run=run, sync=sync)
+        return cls.of_clips(folder, origin, backend, clips, run=run, sync=sync)
+
+    @classmethod
+    def of_clips(
+        cls,
+        folder: str | Path,
+        origin: Origin,
+        backend: Backend,
+        clips: Mapping[str, Clip],
+        *,
+        run: Predictor | None = None,
+        sync: bool = False,
+    ) -> "Gallery":
+        """Makes a gallery of vectors of clips, in a folder that is new or empty; see `create`."""
+        path = Path(folder).expanduser().absolute()
+        width = sum(backend.widths.values())
+        if width > MOST_WIDTH:
+            raise UserError(
+                f"vectors of {width:,} numbers are too wide for a gallery: {MOST_WIDTH:,} are the "
+                "most\nmake it with fewer members, or with a narrower net"
+            )
+        for name, clip in clips.items():
+            _check_clip(name, clip, width)
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+        files.make_folder(path, "gallery:")
+        store = Store(path, sync=sync)
+        with store.lock():
+            if files.exists(store.path):
+                raise UserError(f"'{path}' holds a gallery: name another folder")
+            if foreign := store.foreign():
+                raise UserError(
+                    f"'{path}' is not empty: it holds '{show(foreign)}'\nname a new folder"
+                )
+            store.replace(_state(1, origin, backend, clips))
+        return cls(path, run=run, sync=sync)
 
     def __repr__(self) -> str:
-        counts, held = self.people.identities, self.people.still_held
+        people, held = len(self._state.index.names), self.still_held
+        clips = len(self.clips) - len(self.strangers)
         return (
-            f"<gallery '{self.people.folder}': {len(counts)} people, {sum(counts.values())} clips, "
-            f"{len(self.people.strangers)} strangers, version {self.people.version}"
+            f"<gallery '{self.folder}': {people} people, {clips} clips, "
+            f"{len(self.strangers)} strangers, version {self.version}"
             + (f", {held} removed clips still in the back end>" if held else ">")
         )
 
+    # ---- what the gallery holds, as it was read last
+
+    @property
+    def folder(self) -> Path:
+        """The folder, an absolute path."""
+        return self._store.folder
+
+    @property
+    def version(self) -> int:
+        """Number of changes of the folder, creation included."""
+        return self._state.version
+
+    @property
+    def origin(self) -> Origin:
+        """What is kept of the run that makes vectors."""
+        return self._state.run
+
+    @property
+    def index(self) -> Index:
+        """The identities that clips are compared with."""
+        return self._state.index
+
+    @property
+    def backend(self) -> Backend:
+        """Coordinates and settings."""
+        return self._state.index.backend
+
+    @property
+    def clips(self) -> Mapping[str, Clip]:
+        """Name -> clip, strangers included."""
+        return self._state.clips
+
+    @property
+    def strangers(self) -> list[str]:
+        """The clips of strangers, in the order of names."""
+        return list(self._state.groups.get(STRANGER, ()))
+
+    @property
+    def still_held(self) -> int:
+        """Number of removed clips to which the back end is fitted still; `refit` ends it."""
+        return self._state.still_held
+
     @property
     def identities(self) -> dict[str, int]:
-        """Identity -> its number of clips, in the order of names."""
-        self.people.refresh()
-        return self.people.identities
+        """Identity -> its number of clips, in the order of names; read anew."""
+        self.refresh()
+        groups = self._state.groups
+        return {name: len(clips) for name, clips in groups.items() if name != STRANGER}
+
+    def refresh(self) -> None:
+        """Reads the gallery anew if it was changed, by this process or another one.
+
+        Raises:
+          ValueError: the folder holds no gallery any more, or it is damaged.
+        """
+        if self._store.sha256() != self._state.sha256:
+            self._state = self._store.read()
 
     @property
     def run(self) -> Predictor:
@@ -657,16 +315,16 @@ class Gallery:
           ValueError: it is not there, or not the one that the gallery was made with.
         """
         if self._checked is None:
-            place = self.people.run.workdir
+            place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
                 raise UserError(
-                    f"the run of gallery '{self.people.folder}' is no longer at '{place}'\n"
+                    f"the run of gallery '{self.folder}' is no longer at '{place}'\n"
                     "say where it is: run=FOLDER, by command --run=FOLDER"
                 )
             run = _restored(place if self._run is None else self._run)
-            if vectors_lib.origin_of(run).digest != self.people.run.digest:
+            if vectors_lib.origin_of(run).digest != self.origin.digest:
                 raise UserError(
-                    f"'{run.workdir}' is not the run that gallery '{self.people.folder}' was made "
+                    f"'{run.workdir}' is not the run that gallery '{self.folder}' was made "
                     f"with, which was at '{place}'\n"
                     "say where that is: run=FOLDER, by command --run=FOLDER"
                 )
@@ -681,6 +339,16 @@ class Gallery:
     ) -> Vectors:
         """Returns the vectors of clips, see `vectors.embed`."""
         return vectors_lib.embed(self.run, clips, split, advance)
+
+    # ---- changes
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[State]:
+        """Holds the folder, cleans up, and gives what it holds now."""
+        with self._store.lock():
+            self._store.recover()
+            self.refresh()
+            yield self._state
 
     def enrol(
         self,
@@ -728,50 +396,187 @@ class Gallery:
         refused = tuple(sorted(name for name in wanted if name not in usable))
         if not chosen:
             raise UserError(f"no clip has a usable frame, as '{show(refused[0])}'")
-        new = self.people.add(chosen)
+        new = self.add(chosen)
         return Enrolment(new, len(chosen) - new, refused)
 
-    def remove(
-        self, *, identity: str | None = None, clip: str | None = None, refit: bool = True
-    ) -> int:
-        """Removes a person with all clips, or one clip; returns the number of removed clips.
+    def add(self, clips: Mapping[str, Clip]) -> int:
+        """Adds clips of people and of strangers by their vectors; returns how many are new.
 
-        Args:
-          identity: the person.
-          clip: the clip.
-          refit: whether to fit the back end anew where it was fitted to a clip that goes, see
-            `People.remove`. Without it the gallery still holds the person until `refit`.
+        All or none. A clip that is there already, the same, is no change. A stranger may become a
+        person, but no person a stranger: such clips stay what they are.
 
         Raises:
-          ValueError: there is no such name, or both or none are given.
+          ValueError: a clip is malformed, or is there as somebody else's or with another vector; or
+            another process changes the gallery.
+          OSError: the change cannot be written.
+        """
+        for name, clip in clips.items():
+            _check_clip(name, clip, sum(self.backend.widths.values()))
+        with self._changing() as state:
+            new = {name: clip for name, clip in clips.items() if _is_new(state, name, clip)}
+            if new:
+                every = {**state.clips, **new}
+                groups = _regrouped(state, new)
+                shown = {clip.identity for clip in new.values() if clip.identity is not None}
+                people = _enrol(state.index.backend, {n: groups[n] for n in shown}, every)
+                state = state._replace(
+                    version=state.version + 1,
+                    index=state.index.replaced(shown, people),
+                    clips=every,
+                    groups=groups,
+                )
+                self._state = state._replace(sha256=self._store.insert(state, new, people))
+            return len(new)
+
+    def remove(
+        self,
+        *,
+        identity: str | Collection[str] | None = None,
+        clip: str | Collection[str] | None = None,
+        refit: bool = True,
+    ) -> int:
+        """Removes people with all their clips, or single clips; returns the number of clips.
+
+        Args:
+          identity: the person, or several.
+          clip: the clip, or several.
+          refit: whether to fit the back end anew, at once, where it was fitted to a clip that goes.
+            Until that is done the gallery counts as holding the clip, see `still_held`.
+
+        Raises:
+          ValueError: there is no such name, or both or none are given; or another process changes
+            the gallery.
           OSError: the change cannot be written; nothing is removed then.
         """
         if (identity is None) == (clip is None):
             raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
         for name, value in (("identity", identity), ("clip", clip)):
-            check_argument(f"remove: {name}", value, (str, type(None)), "a name")
-        return self.people.remove(
-            identities=() if identity is None else (identity,),
-            clips=() if clip is None else (clip,),
-            refit=refit,
-        )
+            check_argument(f"remove: {name}", value, (str, Collection, type(None)), "a name")
+        people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
+        with self._changing() as state:
+            gone: set[str] = set()
+            for name in people:
+                _check_enrolled(state, name)
+                gone.update(state.groups[name])
+            for name in single:
+                if name not in state.clips:
+                    raise unknown("clip", name, state.clips)
+                gone.add(name)
+            if gone:
+                held = state.still_held + sum(state.clips[name].fitted for name in gone)
+                left = {name: clip for name, clip in state.clips.items() if name not in gone}
+                touched = {state.clips[name].identity for name in gone}
+                state = _with_clips(state, left, touched)._replace(still_held=held)
+                self._write(state, refit=refit and held > 0)
+            return len(gone)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives a person another name; returns the number of clips. See `People.rename`."""
-        return self.people.rename(identity, to, merge=merge)
+        """Gives a person another name; returns the number of clips.
+
+        Args:
+          identity: the person.
+          to: the new name.
+          merge: whether it may be that of another person, who is the same one.
+
+        Raises:
+          ValueError: nobody has the name, somebody has the new one, or another process changes the
+            gallery.
+          OSError: the change cannot be written.
+        """
+        _check_word("identity", to)
+        with self._changing() as state:
+            _check_enrolled(state, identity)
+            if to == identity:
+                raise UserError(f"'{show(to)}' has this name already")
+            if to in state.groups and not merge:
+                raise UserError(
+                    f"'{show(to)}' is enrolled, too: this would make one person of two\n"
+                    "if they are the same: merge=True, by command --merge; it cannot be undone"
+                )
+            names = state.groups[identity]
+            self._relabel(state, dict.fromkeys(names, to))
+            return len(names)
 
     def relabel(self, clip: str, identity: str) -> str | None:
-        """Says that a clip shows somebody else; returns who it showed. See `People.relabel`."""
-        return self.people.relabel(clip, identity)
+        """Says that a clip shows somebody else; returns who it showed, None for a stranger.
+
+        Raises:
+          ValueError: the clip is not there, or shows this person already; or another process
+            changes the gallery.
+          OSError: the change cannot be written.
+        """
+        _check_word("identity", identity)
+        with self._changing() as state:
+            if clip not in state.clips:
+                raise unknown("clip", clip, state.clips)
+            before = state.clips[clip].identity
+            if before == identity:
+                raise UserError(f"clip '{show(clip)}' shows '{show(identity)}' already")
+            self._relabel(state, {clip: identity})
+            return before
+
+    def _relabel(self, state: State, identity: Mapping[str, str]) -> None:
+        """Writes other people to clips; the back end stays as it is until `refit`."""
+        new = {n: state.clips[n]._replace(identity=person) for n, person in identity.items()}
+        touched = {state.clips[name].identity for name in new} | set(identity.values())
+        self._write(_with_clips(state, {**state.clips, **new}, touched), refit=False)
 
     def refit(self) -> None:
-        """Fits coordinates and settings to the clips that are enrolled now; see `People.refit`."""
-        self.people.refit()
+        """Fits coordinates and settings to the clips that are enrolled now.
+
+        Where nobody is enrolled, they become those of no clip if a removed one is in them still.
+
+        Raises:
+          ValueError: nobody is enrolled, or another process changes the gallery.
+          OSError: the change cannot be written.
+        """
+        with self._changing() as state:
+            if not state.still_held:
+                self._check_anybody()
+            self._write(state, refit=True)
+
+    def _write(self, state: State, *, refit: bool) -> None:
+        """Writes the gallery as a new file, with a new back end if wanted."""
+        version = state.version + 1
+        if refit:
+            widths = state.index.backend.widths
+            backend = fit_backend(state.clips, widths, centred=state.run.centred)
+            clips = {
+                name: clip._replace(fitted=clip.identity is not None)
+                for name, clip in state.clips.items()
+            }
+            state = _state(version, state.run, backend, clips)
+        else:
+            state = state._replace(version=version)
+        self._state = state._replace(sha256=self._store.replace(state))
+
+    # ---- answers
+
+    def _check_anybody(self) -> None:
+        if not self.index.names:
+            raise UserError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the threshold for a rate of false alarms; see `People.threshold`."""
+        """Returns the threshold that a share of the gallery's strangers reaches.
+
+        The strangers are compared with all people once after every change.
+
+        Raises:
+          ValueError: nobody is enrolled, or the strangers cannot show the rate.
+        """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return self.people.threshold(fpir)
+        self.refresh()
+        state = self._state
+        self._check_anybody()
+        strangers = state.groups.get(STRANGER, ())
+        calibration.check_strangers(len(strangers), fpir)
+        of, best = self._calibration or (None, np.zeros(0))
+        if of is not state:
+            vectors = np.stack([state.clips[name].vector for name in strangers])
+            logs = state.index.search(state.index.backend.split(vectors))
+            best = np.array([row[1:].max() for row in logs])
+            self._calibration = state, best
+        return calibration.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
         """Returns when a clip gets a name; the arguments are those of `identify`.
@@ -791,8 +596,8 @@ class Gallery:
             return calibration.rule_of_probability(threshold)
         if fpir is not None:
             return calibration.rule_of_strangers(self.threshold(fpir))
-        self.people.refresh()
-        strangers = len(self.people.strangers)
+        self.refresh()
+        strangers = len(self.strangers)
         if strangers < calibration.needed(DEFAULT_FPIR):
             return calibration.rule_of_new(strangers)
         return calibration.rule_of_strangers(self.threshold(DEFAULT_FPIR), default=True)
@@ -806,9 +611,7 @@ class Gallery:
         threshold: float | None = None,
         split: str | None = None,
     ) -> dict[str, Answer]:
-        """Returns clip -> who it shows.
-
-        A clip without a usable frame is unknown.
+        """Returns clip -> who it shows; a clip without a usable frame is unknown.
 
         Args:
           clips: a dataset, or clips in memory as `Predictor.embed` takes them.
@@ -829,9 +632,8 @@ class Gallery:
             raise UserError(f"k={k}: name 1 identity or more")
         rule = self.rule(fpir=fpir, threshold=threshold)
         found = self.embed(clips, split)
-        return dict(
-            zip(found.names, self.answers(list(found.parts.values()), k, rule), strict=True)
-        )
+        answers = self.answers(list(found.parts.values()), k, rule)
+        return dict(zip(found.names, answers, strict=True))
 
     def answers(
         self, parts: Sequence[np.ndarray], k: int = 5, rule: Rule | None = None
@@ -843,10 +645,10 @@ class Gallery:
           k: number of identities in `Answer.best`, at most.
           rule: when a clip gets a name; None for the rule of nothing chosen.
         """
-        self.people.refresh()
-        self.people.check_anybody()
+        self.refresh()
+        self._check_anybody()
         rule = self.rule() if rule is None else rule
-        index = self.people.index
+        index = self.index
         for logs in index.search(parts):
             best = index.best(logs, k)
             score = best[0][1] if best else -np.inf
@@ -890,13 +692,10 @@ class Gallery:
           found: the vectors of clips.
           rule: when a person is found in a clip; None to rank all clips.
           advance: is told the number of clips of each finished block.
-
-        Raises:
-          ValueError: nobody is enrolled.
         """
-        self.people.refresh()
-        self.people.check_anybody()
-        searched = self.people.index
+        self.refresh()
+        self._check_anybody()
+        searched = self.index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])
@@ -932,3 +731,127 @@ def _clips_of(found: Vectors) -> dict[str, Clip]:
     rows = np.concatenate(list(found.parts.values()), axis=1)
     pairs = zip(found.names, found.labels, rows, found.usable.tolist(), strict=True)
     return {name: Clip(label, row) for name, label, row, usable in pairs if usable}
+
+
+def fit_backend(
+    clips: Mapping[str, Clip],
+    widths: Mapping[str, int],
+    *,
+    centred: bool,
+    settings: Settings | None = None,
+) -> Backend:
+    """Fits a back end to labelled clips, whose order does not matter; see `backend.fit`."""
+    names = sorted(name for name, clip in clips.items() if clip.identity is not None)
+    people = sorted({str(clips[name].identity) for name in names})
+    column = {person: number for number, person in enumerate(people, 1)}
+    labels = np.array([column[str(clips[name].identity)] for name in names], np.int64)
+    stacked = np.zeros((len(names), sum(widths.values())), np.float32)
+    for row, name in enumerate(names):
+        stacked[row] = clips[name].vector
+    parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
+    vectors = dict(zip(widths, parts, strict=True))
+    return backend_lib.fit(vectors, labels, centred=centred, settings=settings)
+
+
+def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
+    """Returns the state of a gallery of some clips, whose people are computed."""
+    groups = group(clips)
+    names = [name for name in groups if name != STRANGER]
+    blocks = (
+        _enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
+        for at in range(0, len(names), MOST_ROWS)
+    )
+    return State(version, run, Index(backend, blocks), clips, groups)
+
+
+def _enrol(
+    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
+) -> People:
+    """Returns people, whose clips are added up in the order of names."""
+    width = sum(backend.widths.values())
+    vectors = np.zeros((sum(map(len, groups.values())), width), np.float32)
+    names = (name for some in groups.values() for name in some)
+    for row, name in enumerate(names):
+        vectors[row] = clips[name].vector
+    sizes = np.array([len(some) for some in groups.values()], int)
+    owner = np.repeat(np.arange(len(groups)), sizes)
+    return People(tuple(groups), backend.enrol(vectors, owner, len(groups)))
+
+
+def _regrouped(state: State, new: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
+    """Returns the groups of a state with clips that are new, or a stranger's no more."""
+    changed: dict[str, set[str]] = {}
+    for name, clip in new.items():
+        identity = clip.identity or STRANGER
+        changed.setdefault(identity, set(state.groups.get(identity, ()))).add(name)
+    if known := {name for name in new if name in state.clips}:
+        changed[STRANGER] = changed.get(STRANGER, set(state.groups[STRANGER])) - known
+    groups = {**state.groups, **{name: tuple(sorted(some)) for name, some in changed.items()}}
+    return {name: groups[name] for name in sorted(groups) if groups[name]}
+
+
+def _with_clips(state: State, clips: Mapping[str, Clip], touched: Collection[str | None]) -> State:
+    """Returns a state with other clips of the touched people, in the same coordinates."""
+    groups = group(clips)
+    people = {name for name in touched if name is not None}
+    some = {name: groups[name] for name in sorted(people) if name in groups}
+    index = state.index.replaced(people, _enrol(state.index.backend, some, clips))
+    return state._replace(index=index, clips=clips, groups=groups)
+
+
+def _is_new(state: State, name: str, clip: Clip) -> bool:
+    """Returns whether a clip is to be written; ValueError where it contradicts one."""
+    old = state.clips.get(name)
+    if old is None:
+        return True
+    if clip.identity is None and old.identity is not None:
+        return False
+    remedy = "names of clips are unique: give the new clip another name"
+    if old.identity is not None and old.identity != clip.identity:
+        raise UserError(
+            f"clip '{show(name)}' is enrolled as '{show(old.identity)}', "
+            f"not '{show(str(clip.identity))}'\n{remedy}"
+        )
+    same = old.vector.tobytes() == clip.vector.tobytes()
+    if not same and old.identity == clip.identity:
+        raise UserError(
+            f"clip '{show(name)}' is enrolled with another vector: its features have changed, "
+            f"or it is another clip of this name\n{remedy}"
+        )
+    return not same or old.identity != clip.identity
+
+
+def _check_clip(name: str, clip: Clip, width: int) -> None:
+    _check_word("clip name", name)
+    if clip.identity is not None:
+        _check_word("identity", clip.identity)
+    if clip.vector.shape != (width,) or clip.vector.dtype != np.float32:
+        raise UserError(
+            f"clip '{show(name)}': its vector is {clip.vector.dtype} {clip.vector.shape}, "
+            f"wanted float32 ({width},)"
+        )
+    if not np.isfinite(clip.vector).all():
+        raise UserError(f"clip '{show(name)}': its vector has a number that is not finite")
+    if not clip.vector.any():
+        raise UserError(f"clip '{show(name)}' has no usable frame: it shows nobody")
+
+
+def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
+    check_identity(word) if kind == "identity" else check_name(word)
+    if len(word) > MOST_LETTERS:
+        raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
+
+
+def _check_enrolled(state: State, identity: str) -> None:
+    if identity == STRANGER or identity not in state.groups:
+        raise unknown("identity", identity, state.index.names)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error of a clip or an identity that is not there, with one of a like name."""
+    known = list(known)
+    close = closest(name, known) if len(known) <= MOST_SUGGESTED else None
+    hint = f": did you mean '{show(close)}'?" if close else ""
+    return UserError(
+        f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
+    )

@@ -18,7 +18,7 @@ import numpy as np
 
 from vidjax import files
 from vidjax.errors import UserError
-from vidjax.gallery.gallery import People
+from vidjax.gallery.gallery import Gallery
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -33,11 +33,11 @@ def point_id(clip: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"vidjax:{clip}"))
 
 
-def export(people: People, place: str, collection: str) -> int:
+def export(gallery: Gallery, place: str, collection: str) -> int:
     """Copies all enrolled clips to a new collection and returns their number.
 
     Args:
-      people: the gallery.
+      gallery: the gallery.
       place: the address of a server, `http://...`; or a folder, `./...` or `/...`; or `:memory:` to
         try it.
       collection: the new collection.
@@ -66,7 +66,7 @@ def export(people: People, place: str, collection: str) -> int:
                 files.make_private(Path(place).expanduser().absolute())
                 client = QdrantClient(path=str(Path(place).expanduser()))
         try:
-            return write(client, people, collection)
+            return write(client, gallery, collection)
         finally:
             client.close()
     except (ResponseHandlingException, UnexpectedResponse, RuntimeError) as error:
@@ -91,7 +91,7 @@ def _check_place(place: str, address: urllib.parse.SplitResult | None) -> None:
         )
 
 
-def write(client: "QdrantClient", people: People, collection: str) -> int:
+def write(client: "QdrantClient", gallery: Gallery, collection: str) -> int:
     """Copies all enrolled clips to a new collection of an open database; see `export`."""
     from qdrant_client import models
 
@@ -101,16 +101,16 @@ def write(client: "QdrantClient", people: People, collection: str) -> int:
             "name another one: --collection=NAME"
         )
     distance = models.Distance.DOT
-    widths = people.front.widths
+    widths = gallery.backend.widths
     client.create_collection(
         collection,
         {name: models.VectorParams(size=size, distance=distance) for name, size in widths.items()},
     )
-    names = sorted(name for name, clip in people.clips.items() if clip.identity is not None)
+    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
     for at in range(0, len(names), BATCH):
         some = names[at : at + BATCH]
-        vectors = np.stack([people.clips[name].vector for name in some])
-        parts = people.coordinates.whiten(people.coordinates.split(vectors))
+        vectors = np.stack([gallery.clips[name].vector for name in some])
+        parts = gallery.backend.whiten(gallery.backend.split(vectors))
         units = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in parts]
         points = [
             models.PointStruct(
@@ -120,7 +120,7 @@ def write(client: "QdrantClient", people: People, collection: str) -> int:
                     for part, z in zip(widths, units, strict=True)
                     if not np.isnan(z[row, 0])
                 },
-                payload={"clip": name, "identity": people.clips[name].identity},
+                payload={"clip": name, "identity": gallery.clips[name].identity},
             )
             for row, name in enumerate(some)
         ]

@@ -35,9 +35,9 @@ from msgspec import Meta, Struct
 from vidjax import files
 from vidjax.data.untrusted.names import check_identity, check_name, show
 from vidjax.errors import UserError
-from vidjax.gallery import backend as front_lib
-from vidjax.gallery.backend import Front
-from vidjax.gallery.index import MOST_ROWS, Coefficients, Coordinates, Index, People
+from vidjax.gallery import backend as backend_lib
+from vidjax.gallery.backend import Backend, Coefficients
+from vidjax.gallery.index import MOST_ROWS, Index, People
 from vidjax.models.plda import Settings
 from vidjax.run import formats
 
@@ -454,16 +454,16 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 def _facts(state: State) -> tuple[str, bytes]:
     """Returns the one row of the table `gallery`; a random token tells it from all others."""
-    front = state.index.coordinates.front
-    numbers = front_lib.to_numbers(front).tobytes()
+    backend = state.index.backend
+    numbers = backend.numbers().tobytes()
     facts = json.dumps(
         {
             "format": FORMAT,
             "token": secrets.token_hex(16),
             "version": state.version,
             "run": state.run._asdict(),
-            "parts": [{"name": name, "width": width} for name, width in front.widths.items()],
-            "settings": {name: float(x) for name, x in front.settings._asdict().items()},
+            "parts": [{"name": name, "width": width} for name, width in backend.widths.items()],
+            "settings": {name: float(x) for name, x in backend.settings._asdict().items()},
             "backend": hashlib.sha256(numbers).hexdigest(),
             "clips": len(state.clips),
             "people": len(state.index.names),
@@ -502,7 +502,7 @@ def _person_sha256(name: str, content: bytes) -> bytes:
 
 def _write(path: Path, state: State) -> bytes:
     """Writes a state into an empty file, and returns its `sha256`."""
-    numbers = front_lib.to_numbers(state.index.coordinates.front)
+    numbers = state.index.backend.numbers()
     with contextlib.closing(_connect(path, "rw")) as connection:
         connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
         connection.execute("PRAGMA journal_mode=OFF")  # the file is nobody's yet
@@ -528,10 +528,10 @@ def _read(connection: sqlite3.Connection) -> State:
     widths = {part["name"]: part["width"] for part in facts["parts"]}
     if not widths or sum(widths.values()) > MOST_WIDTH or len(widths) < len(facts["parts"]):
         raise UserError("its parts are none, too wide, or named twice")
-    front = _read_front(connection, facts, widths)
+    backend = _read_backend(connection, facts, widths)
     clips = _read_clips(connection, 4 * sum(widths.values()))
     groups = group(clips)
-    index = Index(Coordinates(front), _read_people(connection, widths))
+    index = Index(backend, _read_people(connection, widths))
     sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
     if groups.keys() - {STRANGER} != set(index.names) or (index.counts > sizes).any():
         raise UserError("its people are others than those whom its clips show")
@@ -560,8 +560,10 @@ def _read_facts(connection: sqlite3.Connection) -> tuple[dict, bytes]:
     return facts, sha256
 
 
-def _read_front(connection: sqlite3.Connection, facts: dict, widths: Mapping[str, int]) -> Front:
-    size = 8 * front_lib.num_numbers(widths)
+def _read_backend(
+    connection: sqlite3.Connection, facts: dict, widths: Mapping[str, int]
+) -> Backend:
+    size = 8 * backend_lib.num_numbers(widths)
     content = bytearray()
     for place, (number, piece) in enumerate(
         connection.execute("SELECT place, numbers FROM backend ORDER BY place")
@@ -575,10 +577,10 @@ def _read_front(connection: sqlite3.Connection, facts: dict, widths: Mapping[str
     settings = Settings(**{name: float(facts["settings"][name]) for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
         raise UserError("its back end holds a number that is not finite")
-    front = front_lib.from_numbers(widths, settings, numbers)
-    if any(np.any(part.space.ratio < 0) for part in front.parts):
+    backend = backend_lib.from_numbers(widths, settings, numbers)
+    if any(np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
-    return front
+    return backend
 
 
 def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
