@@ -401,7 +401,7 @@ def test_other_data_than_the_runs_are_told(run, data, checked, tmp_path):
         folder = run / "checkpoints" / str(step)
         manifest = checkpoint.read_manifest(folder)
         del manifest["data"]
-        checkpoint._write_manifest(folder, manifest)
+        files.write_manifest(folder / "manifest.json", manifest)
     code, lines = checked(run)
     assert code == 0 and "earlier version" in "".join(states(lines, "warning"))
 

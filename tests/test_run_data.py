@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import vidjax
+from vidjax import files
 from vidjax.evaluation import run_data
 from vidjax.main import main
 from vidjax.run import checkpoint
@@ -57,7 +58,7 @@ def forget_digests(own):
     folder = next((own / "run" / "checkpoints").iterdir())
     manifest = checkpoint.read_manifest(folder)
     del manifest["data"]
-    checkpoint._write_manifest(folder, manifest)
+    files.write_manifest(folder / "manifest.json", manifest)
     path = own / "run" / "metrics.json"
     results = json.loads(path.read_text())
     del results["trained_on"]
@@ -149,7 +150,7 @@ def test_a_split_that_a_run_has_not_read_may_be_of_any_data(own, tmp_path, capsy
     manifest = checkpoint.read_manifest(folder)
     for place, code in ((own / "data", 0), (tmp_path / "other", 2)):
         manifest["config"]["data"]["dir"] = str(place)
-        checkpoint._write_manifest(folder, manifest)
+        files.write_manifest(folder / "manifest.json", manifest)
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         assert main(evaluate) == code
     assert "--config.data.dir=" in capsys.readouterr().err

@@ -31,9 +31,6 @@ def keep_programs(folder: Path) -> None:
 
     A kept program is machine code, and jax runs what it finds. So a folder that another user may
     change is not used, with a warning: nor where it lies in such a folder.
-
-    Args:
-      folder: the cache, as the user named it; never one that a file of a run names.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -109,14 +106,6 @@ def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
     Clips are split over `data`, and the classes of a classifier over `model`. Both axes are Auto:
     one program runs on 1 or N devices. Random draws are bit-identical, and batch statistics are
     taken over all devices, which pmap could not do.
-
-    Args:
-      num_devices: number of devices; None for all.
-      model: length of the axis `model`, `config.mesh.model`.
-
-    Raises:
-      ValueError: jax cannot use the configured platform, there are fewer devices, or they cannot be
-        split so.
     """
     devices = _devices()
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
@@ -256,9 +245,6 @@ def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
       mesh: the devices.
       batch: B clips, numpy arrays or arrays on the devices.
       part: what part of the B clips `batch` holds: WHOLE, or on the host this process's `share`.
-
-    Raises:
-      ValueError: B is not a multiple of the number of devices.
     """
     rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
     if rows % devices:

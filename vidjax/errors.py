@@ -50,17 +50,7 @@ class DiskError(UserError, OSError):
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Refuses an argument of a public function that is of a wrong type, or in a wrong place.
-
-    Args:
-      argument: the function and its argument, such as `train: workdir`.
-      value: what was given.
-      kinds: the types that fit.
-      wanted: what fits, in words.
-
-    Raises:
-      ArgumentError: the value is of none of them.
-    """
+    """Refuses an argument of a public function that is of a wrong type, or in a wrong place."""
     if not isinstance(value, kinds):
         shown = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -145,10 +135,6 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns the end of an error message about an unknown word.
-
-    Args:
-      word: the word as it was typed.
-      known: the words that exist.
 
     Returns:
       `did you mean 'optim.decay'?`, or a list of the known words if none is close.

@@ -1,9 +1,10 @@
-"""Reading of files that a stranger may have made: a run's folder, a shared cache, clips to rank.
+"""Files: opened safely, written whole or not at all, locked, and known by their digests.
 
-Every reader opens a regular file without following a link, and refuses a file that is too large
-before it reads it. With `below`, no folder from there down to the file is a link either. What it
-returns is plain data: bytes, JSON, or arrays without objects. An error of a reader is a ValueError,
-or FileNotFoundError where there is no file.
+A stranger may have made what is read: a run's folder, a shared cache, clips to rank. Every reader
+opens a regular file without following a link, and refuses a file that is too large before it reads
+it. With `below`, no folder from there down to the file is a link either. What it returns is plain
+data: bytes, JSON, or arrays without objects. An error of a reader is a ValueError, or
+FileNotFoundError where there is no file; one of a writer is an OSError that names the file.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ import socket
 import stat
 import time
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -107,17 +108,7 @@ def open_regular(
 
 @contextlib.contextmanager
 def open_folder(path: Path, below: Path) -> Iterator[int]:
-    """Opens a folder and gives its descriptor, for the `dir_fd` of functions of `os`.
-
-    Args:
-      path: the folder.
-      below: itself or a folder above it, from which on no link is followed.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it, or one between `below` and it, is a link.
-      OSError: it is no folder, or cannot be opened.
-    """
+    """Opens a folder and gives its descriptor, for the `dir_fd` of functions of `os`."""
     names = path.relative_to(below).parts
     if ".." in names:
         raise UserError(f"'{path}' leads out of '{below}': it is not opened")
@@ -148,16 +139,7 @@ def _open_inner(outer: int, path: Path) -> int:
 
 
 def walk(path: Path, below: Path) -> Iterator[tuple[str, int]]:
-    """Yields the name below `path`, and the size in bytes, of every file of a folder.
-
-    Args:
-      path: the folder.
-      below: as `open_folder` takes it.
-
-    Raises:
-      ValueError: something is neither a regular file nor a folder, or folders lie too deep.
-      OSError: a folder is missing, or cannot be opened.
-    """
+    """Yields the name below `path`, and the size in bytes, of every file of a folder."""
     with open_folder(path, below) as folder:
         yield from _walk(folder, path, "")
 
@@ -180,13 +162,7 @@ def _walk(folder: int, path: Path, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> None:
-    """Removes regular files of an open folder, and the folders within it that are empty then.
-
-    Args:
-      folder: its descriptor.
-      listed: the files, by their names below the folder; everything else stays.
-      prefix: what names in `listed` begin with.
-    """
+    """Removes regular files of an open folder, and the folders within it that are empty then."""
     for name in os.listdir(folder):
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
@@ -203,13 +179,7 @@ def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> Non
 
 
 def open_input(path: Path) -> io.FileIO:
-    """Opens a file of the user's own data, unbuffered, which may be a link to a regular file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is, or leads to, a folder, a pipe or a device.
-      OSError: it cannot be opened.
-    """
+    """Opens a file of the user's own data, unbuffered, which may be a link to a regular file."""
     return open_regular(Path(os.path.realpath(path)))
 
 
@@ -274,12 +244,7 @@ def _open_to_read(
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is larger, no regular file, or cannot be read.
-    """
+    """Returns the content of a file of at most `limit` bytes; `below` is that of `open_regular`."""
     with _open_to_read(path, limit, below) as (file, size):
         content = bytearray()
         while len(content) <= size and (part := file.read(size + 1 - len(content))):
@@ -297,10 +262,6 @@ def read_json(
       kind: the type that the file must hold: `dict`, `list`, or `object` for any.
       limit: the largest size to read, in bytes.
       below: as `open_regular` takes it.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not JSON, too large, or holds another type.
     """
     content = read_bytes(path, limit, below)
     try:
@@ -313,12 +274,7 @@ def read_json(
 
 
 def parse_json(content: bytes | str) -> object:
-    """Returns the value of JSON text.
-
-    Raises:
-      ValueError: it is not JSON in UTF-8, nested too deeply, or holds too many values or a whole
-        number that 64 bits do not hold.
-    """
+    """Returns the value of JSON text."""
     try:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
@@ -352,20 +308,12 @@ def _parse_int(digits: str) -> int:
 
 
 def read_lines(path: Path, limit: int = LOG_BYTES) -> list[bytes]:
-    """Returns the lines of a log, the last of which may be unfinished; none without the file.
-
-    Raises:
-      ValueError: the file is too large, or no regular file.
-    """
+    """Returns the lines of a log, the last of which may be unfinished; none without the file."""
     return read_bytes(path, limit).splitlines() if exists(path) else []
 
 
 def parse_line(line: bytes) -> dict[str, object]:
-    """Returns the JSON object on a line of a log.
-
-    Raises:
-      ValueError: the line is too long, or holds something else.
-    """
+    """Returns the JSON object on a line of a log."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
         raise UserError("no object of JSON")
@@ -376,14 +324,6 @@ def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
     """Yields the lines of a file of any size, each with its end; the last may have none.
 
     A longer line comes in pieces, of which all but the last have no end.
-
-    Args:
-      path: the file.
-      limit: the most bytes of a line, with its end.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no regular file, or cannot be read.
     """
     with _open_to_read(path, math.inf) as (file, _), io.BufferedReader(file) as lines:
         while line := lines.readline(limit):
@@ -391,16 +331,7 @@ def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Returns the arrays of an `.npz` file, whose sizes are summed before one is unpacked.
-
-    Args:
-      path: the file.
-      limit: the most bytes, packed and unpacked.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged or too large, or holds Python objects.
-    """
+    """Returns the arrays of an `.npz` file, whose sizes are summed before one is unpacked."""
     with _open_to_read(path, limit) as (file, _):
         try:
             return load_npz(file, limit)
@@ -411,13 +342,7 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
     """Returns the arrays of an open `.npz` file, whose sizes are summed before one is unpacked.
 
-    Args:
-      file: the file, unbuffered.
-      limit: the most bytes, unpacked.
-      group: what arrays to read of a file whose arrays are named GROUP/NAME; None for all.
-
-    Raises:
-      ValueError: it is damaged or unpacks to more, or holds Python objects; does not name the file.
+    With `group`, only those of a file whose arrays are named GROUP/NAME.
     """
     content = io.BufferedReader(file)
     try:
@@ -513,9 +438,6 @@ def foreign_part(folder: Path) -> Path | None:
     """Returns the first folder on the way to `folder` that another user may change, or None.
 
     Folders that do not exist yet are left out. A link is followed, and its target looked at.
-
-    Args:
-      folder: any path.
     """
     try:
         real = folder.absolute().resolve()
@@ -554,15 +476,8 @@ def _is_private(group: int) -> bool:
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes the folder of a run, or another one, if needed, and checks that it can be written.
 
-    Args:
-      path: the folder.
-      name: what an error calls it.
-
     Returns:
       The absolute path of the folder.
-
-    Raises:
-      ValueError: the path is a file, or the folder cannot be written.
     """
     workdir = Path(path).expanduser().absolute()
     try:
@@ -582,13 +497,6 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a run's folder, or another one, for this process.
 
     The kernel releases it when the process ends, however it ends.
-
-    Args:
-      workdir: the folder.
-      name: what an error calls it.
-
-    Raises:
-      ValueError: another process holds the lock, or `.lock` is no file of vidjax's.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -642,9 +550,6 @@ def open_log(path: Path) -> io.FileIO:
 
     A log of several names (hard links), as a snapshot of the folder makes them, is copied first:
     the other names keep what they have.
-
-    Raises:
-      ValueError: it is a link, or no regular file.
     """
     if exists(path):
         with open_regular(path) as file:
@@ -669,16 +574,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file: its path shows either the old content or all of the new.
-
-    Args:
-      path: the file.
-      content: all of it.
-      sync: whether to wait until the disk has it: this then holds after a power cut, too.
-
-    Raises:
-      OSError: the file cannot be written; the message names it.
-    """
+    """Writes a file: its path shows either the old content or all of the new."""
     with atomic_file(path, sync=sync) as file:
         file.write(content)
 
@@ -687,12 +583,7 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Opens a file to write piece by piece; its path shows what was there before until the end.
 
-    Args:
-      path: the file.
-      sync: as `write_bytes` takes it.
-
-    Raises:
-      OSError: the file cannot be written; the message names it.
+    With `sync` it waits until the disk has the file: this then holds after a power cut, too.
     """
     # Not the number of the process: those of containers on a shared disk are often the same.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -710,11 +601,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full.
-
-    Raises:
-      OSError: the file cannot be written; the message names it.
-    """
+    """Adds bytes to the end of an unbuffered file: all of them, or none if the disk is full."""
     before = file.seek(0, os.SEEK_END)
     left = content
     try:
@@ -742,6 +629,20 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
+def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
+    """Writes a JSON file of some entries and `sha256`, the digest of these."""
+    plain = json.loads(to_json(dict(entries)))  # as a reader will see them
+    write_json(path, {**plain, "sha256": sha256_json(plain)})
+
+
+def read_manifest(path: Path, limit: int = JSON_BYTES, below: Path | None = None) -> dict[str, Any]:
+    """Returns the entries that `write_manifest` was given, if their digest agrees."""
+    manifest = read_json(path, limit=limit, below=below)
+    if manifest.pop("sha256", None) != sha256_json(manifest):
+        raise UserError(f"'{path}' is damaged (its own sha256 differs)")
+    return manifest
+
+
 def _plain(value: object) -> object:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
@@ -750,11 +651,7 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes its final name only if no error is raised.
-
-    Raises:
-      OSError: the disk is full or cannot be written; the partial folder is removed.
-    """
+    """Gives a folder to fill, which takes its final name only if no error is raised."""
     # A fresh name each time: a child of a killed process cannot write into this one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:

@@ -67,9 +67,6 @@ def forget(
       clips: names of clips.
       places: folders and files.
       delete: whether to delete; else the places are only named.
-
-    Raises:
-      ValueError: a place is not there.
     """
     roots = [place.expanduser().absolute() for place in places]
     for root in roots:

@@ -17,11 +17,7 @@ ROOT = Path("/")
 
 
 def num_cores(root: Path = ROOT) -> int:
-    """Returns the number of cores that this process may use.
-
-    Args:
-      root: the root of the file system, with `proc` and `sys`.
-    """
+    """Returns the number of cores that this process may use."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         cores = len(os.sched_getaffinity(0))

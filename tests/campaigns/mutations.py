@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.helpers import clip_files
+from vidjax import files
 from vidjax import main as vidjax_main
 from vidjax.run import checkpoint
 
@@ -141,7 +142,7 @@ def forge(path: Path, rng: random.Random) -> None:
     (forged / "state").symlink_to(VICTIM[0].parent, target_is_directory=True)
     files = {VICTIM[0].name: hashlib.sha256(VICTIM[0].read_bytes()).hexdigest()}
     manifest = checkpoint.read_manifest(newest) | {"step": int(forged.name), "files": files}
-    checkpoint._write_manifest(forged, manifest)
+    files.write_manifest(forged / "manifest.json", manifest)
 
 
 COPY = [Path("/nonexistent")]  # the run that is mutated
@@ -161,7 +162,7 @@ def change_value(path: Path, rng: random.Random) -> None:
     _change(value, rng)
     if path.name == "manifest.json" and isinstance(value, dict):
         value.pop("sha256", None)
-        checkpoint._write_manifest(path.parent, value)
+        files.write_manifest(path.parent / "manifest.json", value)
     else:
         path.write_text(json.dumps(value) if whole else "\n".join(map(json.dumps, lines)) + "\n")
 
@@ -202,7 +203,7 @@ def change_array(path: Path, rng: random.Random) -> None:
         value = json.loads(manifest.read_text())
         value["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         del value["sha256"]
-        checkpoint._write_manifest(path.parent, value)
+        files.write_manifest(path.parent / "manifest.json", value)
 
 
 def mutations_of(name: str) -> list[Callable[[Path, random.Random], None]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
-from vidjax import config_io, devices, main, messages
+from vidjax import config_io, devices, files, main, messages
 from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.training import train
@@ -253,7 +253,7 @@ def test_evaluation_falls_back_and_says_to_which_step(capsys, finished, damage, 
 def test_a_manifest_that_lacks_an_entry_is_one_error(capsys, words, parts, name):
     for step, manifest in checkpoint.manifests(parts).items():
         manifest = {key: value for key, value in manifest.items() if key != name}
-        checkpoint._write_manifest(parts / "checkpoints" / str(step), manifest)
+        files.write_manifest(parts / "checkpoints" / str(step) / "manifest.json", manifest)
     for more in (words, ("--mode=evaluate", *words[-2:])):
         code, said = command(capsys, *more, f"--workdir={parts}")
         assert code == 3 and f"has no entry '{name}'" in said, said
@@ -264,9 +264,9 @@ def test_a_manifest_with_a_null_is_damaged(tmp_path, name):
     folder = tmp_path / "checkpoints" / "3"
     (folder / "state").mkdir(parents=True)
     entries = {"step": 3, "files": {}, "arrays": {}, "num_clusters": None, "num_identities": 2}
-    checkpoint._write_manifest(folder, entries)
+    files.write_manifest(folder / "manifest.json", entries)
     assert checkpoint.read_manifest(folder) == entries
-    checkpoint._write_manifest(folder, {**entries, name: None})
+    files.write_manifest(folder / "manifest.json", {**entries, name: None})
     with pytest.raises(checkpoint.DamagedError, match=rf"got `null` - at `\$\.{name}`"):
         checkpoint.read_manifest(folder)
     assert checkpoint.manifests(tmp_path) == {}
@@ -285,7 +285,9 @@ def test_a_manifest_with_a_null_is_damaged(tmp_path, name):
 def test_sizes_in_a_manifest_are_numbers_in_range(tmp_path, name, value, kind):
     folder = tmp_path / "checkpoints" / "3"
     (folder / "state").mkdir(parents=True)
-    checkpoint._write_manifest(folder, {"step": 3, "files": {}, "arrays": {}, name: value})
+    files.write_manifest(
+        folder / "manifest.json", {"step": 3, "files": {}, "arrays": {}, name: value}
+    )
     with pytest.raises(checkpoint.DamagedError, match=rf"{re.escape(kind)}.*{name}"):
         checkpoint.read_manifest(folder)
 

@@ -330,12 +330,12 @@ def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, vic
     folder = tmp_path / "checkpoints" / "1"
     manifest = checkpoint.read_manifest(folder)
     manifest["files"] = {f"../../../{victim.name}": "0" * 64}
-    checkpoint._write_manifest(folder, manifest)
+    files.write_manifest(folder / "manifest.json", manifest)
     with pytest.raises(checkpoint.DamagedError, match="outside"):
         checkpoint.verify(folder)
     shard = next(path for path in (folder / "state").rglob("*") if path.is_file())
     manifest["files"] = {str(shard.relative_to(folder / "state")): "0" * 64}
-    checkpoint._write_manifest(folder, manifest)
+    files.write_manifest(folder / "manifest.json", manifest)
     os.truncate(shard, 30 * GB)
     with pytest.raises(checkpoint.DamagedError, match="too large"):
         checkpoint.verify(folder)
@@ -376,7 +376,7 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, place, link):
     theirs = folder / "checkpoints" / "0"
     manifest = checkpoint.read_manifest(theirs)
     manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
-    checkpoint._write_manifest(theirs, manifest)
+    files.write_manifest(theirs / "manifest.json", manifest)
     shutil.rmtree(theirs / "state")
     if link == "state/sub":
         (theirs / "state").mkdir()
@@ -444,7 +444,7 @@ def test_a_file_of_holes_is_refused_before_a_byte_is_read(tmp_path):
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     manifest["arrays"] = {"a": f"float32[{1 << 40}]"}
-    checkpoint._write_manifest(folder, manifest)
+    files.write_manifest(folder / "manifest.json", manifest)
     os.truncate(folder / "state" / max(manifest["files"]), 500 * GB)
     with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="holes"):
         checkpoint.verify(folder)

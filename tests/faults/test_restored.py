@@ -8,6 +8,7 @@ import pytest
 
 import vidjax
 from tests.helpers import small_runs
+from vidjax import files
 from vidjax.run import checkpoint
 
 pytestmark = pytest.mark.slow  # it trains first
@@ -80,7 +81,7 @@ def test_sizes_of_a_manifest_that_cannot_be_fill_no_memory(run, tmp_path, size):
     folder = shutil.copytree(run.workdir, tmp_path / "theirs")
     for step, manifest in checkpoint.manifests(folder).items():
         changed = {**manifest, size: 2**31 - 1}
-        checkpoint._write_manifest(folder / "checkpoints" / str(step), changed)
+        files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):
         vidjax.restore(folder, num_devices=1).scores(faces(2))

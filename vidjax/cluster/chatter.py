@@ -20,11 +20,7 @@ LOST = "Terminating process because the JAX distributed service detected fatal e
 
 
 def divert(lost: str) -> None:
-    """Lets a child read what C++ libraries print from now on; Python still prints as before.
-
-    Args:
-      lost: what the child prints where this process is aborted, because the coordinator is gone.
-    """
+    """Lets a child read what C++ libraries print from now on; Python still prints as before."""
     reader, writer = os.pipe()
     # In a session of its own, so that Ctrl-C does not end it before this process has.
     command = [sys.executable, "-I", __file__, lost]

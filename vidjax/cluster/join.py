@@ -37,10 +37,6 @@ class Group:
         """Tells the others why this process ends.
 
         Where a collective failed, since another process is gone, this one ends here.
-
-        Args:
-          error: the error that ends this process.
-          text: what its user is told.
         """
         if _is_of_connection(error):
             self._watch.find_gone()
@@ -56,13 +52,6 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
     """Joins this process to the others. Call it before jax looks for devices.
 
     The process ends where not all have started within START_SECONDS.
-
-    Args:
-      place: the place of this process.
-      complain: prints an error of at most three lines.
-
-    Raises:
-      ValueError: the address is in use or unknown, or there is no launcher to ask.
     """
     # Its handler of SIGTERM would take the place of ours: the processes agree on a step themselves.
     jax.config.update("jax_enable_preemption_service", False)
@@ -92,11 +81,7 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
 
 
 def _arguments(place: Place) -> dict[str, Any]:
-    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them.
-
-    Raises:
-      ValueError: the port is in use.
-    """
+    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them."""
     if place.coordinator == AUTO:
         return {}
     host, _, port = place.coordinator.rpartition(":")

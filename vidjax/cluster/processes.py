@@ -72,9 +72,6 @@ def allgather_json(value: Value) -> list[Value]:
     """Returns the values of all processes, in their order, in every process.
 
     The processes may arrive hours apart: a collective on the devices would not wait so long.
-
-    Args:
-      value: a value of JSON.
     """
     if process_count() == 1:
         return [value]
@@ -101,9 +98,6 @@ def run_on_first(function: Callable[[], Value]) -> Value:
     """Returns what a function returns in the first process; the others do not call it.
 
     Where it raises, the first process ends, and `watch` ends the others with its message.
-
-    Args:
-      function: a function of files or of the clock, whose result is a value of JSON.
     """
     if process_count() == 1:
         return function()
@@ -161,15 +155,7 @@ class Rounds:
 
 
 def check_same(facts: Mapping[str, Any], remedy: str) -> None:
-    """Checks that all processes were started with the same values.
-
-    Args:
-      facts: name -> value of JSON, as an error shows it.
-      remedy: last line of the error.
-
-    Raises:
-      ValueError: another process has another value; every process raises it.
-    """
+    """Checks that all processes were started with the same values."""
     plain = json.loads(json.dumps(dict(facts)))
     for other, theirs in enumerate(allgather_json(plain)):
         for name in sorted(plain.keys() | theirs.keys()):

@@ -39,11 +39,7 @@ class Place(NamedTuple):
     def parse(
         cls, coordinator: str | None, count: str | None, number: str | None
     ) -> "Place | None":
-        """Returns the place that flags name, None without any.
-
-        Raises:
-          ValueError: a flag is missing, or is no number or no address.
-        """
+        """Returns the place that flags name, None without any."""
         flags = dict(zip(FLAGS, (coordinator, count, number), strict=True))
         given = [flag for flag, value in flags.items() if value is not None]
         if not given:
@@ -106,11 +102,7 @@ def own_places(bucket: np.ndarray, rows: int, share: Share) -> np.ndarray:
 
 
 def own_rows(batch_size: int, share: Share) -> slice:
-    """Returns the rows of every training batch that a process reads.
-
-    Raises:
-      ValueError: processes would have different numbers of rows.
-    """
+    """Returns the rows of every training batch that a process reads."""
     if batch_size % share.parts:
         raise UserError(
             f"config.batch_size={batch_size} cannot be split over {share.parts} processes: "

@@ -43,13 +43,7 @@ class Watch:
     """The threads that tell the others of this process, and notice when one of them is gone."""
 
     def __init__(self, count: int, number: int, complain: Callable[[str], None]):
-        """Starts to watch.
-
-        Args:
-          count: number of processes.
-          number: number of this process.
-          complain: prints an error of at most three lines.
-        """
+        """Starts to watch."""
         self._count, self._number, self._complain = count, number, complain
         self._where = f"{socket.gethostname()}, process ID {os.getpid()}"
         self._heard = dict.fromkeys(set(range(count)) - {number}, time.monotonic())
@@ -66,11 +60,7 @@ class Watch:
         self._ended = True
 
     def tell(self, end: str) -> None:
-        """Tells the others why this process ends, and waits until they have read it.
-
-        Args:
-          end: the reason, at most three lines.
-        """
+        """Tells the others why this process ends, and waits until they have read it."""
         self._ended = True
         writer = threading.Thread(target=self._write, args=(end,), daemon=True)
         writer.start()

@@ -76,12 +76,7 @@ def size_text(count: float) -> str:
 
 
 def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
-    """Yields the findings on each file beside the checkpoints.
-
-    Args:
-      config: the run's configuration, None where it is damaged.
-      workdir: the run's folder.
-    """
+    """Yields the findings on each file beside the checkpoints."""
     yield _use(workdir)
     if config is None:
         yield _damaged_config(workdir)
@@ -195,13 +190,7 @@ def _log(path: Path) -> Findings:
 
 
 def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> Findings:
-    """Yields the findings on every saved step, and the step that evaluation would use.
-
-    Args:
-      config: the run's configuration, None where it is damaged.
-      workdir: the run's folder.
-      name: prefix of every text.
-    """
+    """Yields the findings on every saved step, and the step that evaluation would use."""
     if name and config is None:
         config_io.load_workdir(workdir)  # raises the error that describes the damage
     holder = _holder(workdir)
@@ -278,13 +267,7 @@ LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
 
 
 def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
-    """Yields the findings, one after another.
-
-    Args:
-      config: the configuration of the run, or one to train with; None if there is none, or if it is
-        damaged.
-      workdir: the run's folder; None for none.
-    """
+    """Yields the findings, one after another."""
     for subject, findings in _parts(config, workdir):
         try:
             yield from (Item(state, subject, one_line(text)) for state, text in findings)

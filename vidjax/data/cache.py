@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -25,18 +24,12 @@ from vidjax.machine import num_cores
 _LOG = logging.getLogger(__name__)
 DIGEST_LETTERS = 64
 RECORDS = re.compile("[0-9a-f]{20}")  # names of `cache_folder`
-LEFT = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # of `building`
+LEFT = re.compile(r"(.+)\.[0-9a-f]{8}\.partial")  # of `files.atomic_folder`
 TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the folder for one content.
-
-    Args:
-      cache_dir: the cache; None for the default.
-      kind: the subfolder.
-      key: JSON value that differs wherever the content does.
-    """
+    """Returns the folder for one content."""
     return (
         Path(cache_dir or files.default_cache_dir()).expanduser()
         / kind
@@ -65,11 +58,6 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
     A digest is kept in the cache under the state of the files, which the system changes with every
     byte that is written to them. Files that changed a moment ago are read each time: within one
     tick of the clock they could change once more.
-
-    Args:
-      paths: the files.
-      kept: where digests are kept.
-      workers: number of files that are read at once; None for one per core.
     """
     states = [_state(path) for path in paths]
     place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])
@@ -89,9 +77,7 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
     if kept.write and unchanged:
         with contextlib.suppress(OSError):  # a cache that cannot be written saves no time
             files.make_private(place.parent)
-            partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
-            partial.write_text(text)
-            partial.replace(place)
+            files.write_bytes(place, text.encode(), sync=False)
     return text
 
 
@@ -107,11 +93,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder of the cache, waiting for it; clears what killed processes left.
-
-    Raises:
-      OSError: the cache cannot be written.
-    """
+    """Holds the lock of a folder of the cache, waiting for it; clears what was left unfinished."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"

@@ -62,11 +62,7 @@ NEW = "nobody new is more probable"
 
 
 def rule_of_probability(probability: float) -> Rule:
-    """Returns the rule of a lowest probability.
-
-    Raises:
-      ValueError: the number is no probability.
-    """
+    """Returns the rule of a lowest probability."""
     check_probability(probability)
     about = f"the probability is {100 * probability:.3g} % or more"
     return Rule("threshold", math.log(probability), False, None, about)

@@ -41,10 +41,6 @@ def export(gallery: Gallery, place: str, collection: str) -> int:
       place: the address of a server, `http://...`; or a folder, `./...` or `/...`; or `:memory:` to
         try it.
       collection: the new collection.
-
-    Raises:
-      ValueError: the client is not installed, the database does not answer, or it has the
-        collection.
     """
     if not importlib.util.find_spec("qdrant_client"):
         raise UserError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")

@@ -168,13 +168,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, sync: bool):
-        """Takes a folder; nothing is read yet.
-
-        Args:
-          folder: the gallery, an absolute path.
-          sync: whether a change waits until the disk has it, so that a power cut, too, leaves the
-            old state or the new one.
-        """
+        """Takes a folder; nothing is read yet."""
         self.folder = folder
         self._sync = sync
 
@@ -185,11 +179,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the gallery for a change.
-
-        Raises:
-          ValueError: another process changes it, which the error names; or nobody may.
-        """
+        """Holds the gallery for a change."""
         if not self.folder.is_dir():
             raise self._no_gallery()
         with contextlib.ExitStack() as stack:
@@ -320,11 +310,7 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns what tells the state of the gallery from every other one.
-
-        Raises:
-          ValueError: the folder holds no gallery, or it is damaged.
-        """
+        """Returns what tells the state of the gallery from every other one."""
         with self._opened() as connection:
             rows = connection.execute("SELECT sha256 FROM gallery LIMIT 2").fetchall()
         if len(rows) != 1 or not isinstance(rows[0][0], bytes):
@@ -332,11 +318,7 @@ class Store:
         return rows[0][0]
 
     def read(self) -> State:
-        """Reads a gallery and checks it.
-
-        Raises:
-          ValueError: there is none, or it is damaged; the error names the file.
-        """
+        """Reads a gallery and checks it."""
         with self._opened() as connection:
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise damaged(self.path, "its pages do not fit together")
@@ -348,16 +330,7 @@ class Store:
     # ---- writing; the caller holds the lock
 
     def insert(self, state: State, new: Mapping[str, Clip], people: People) -> bytes:
-        """Adds clips, and returns the `sha256` of the new state.
-
-        Args:
-          state: the new state.
-          new: the clips that are new, or a stranger's no more.
-          people: those whom these clips show.
-
-        Raises:
-          OSError: it cannot be written; the old state is there then.
-        """
+        """Adds clips, and returns the `sha256` of the new state."""
         with self._opened(write=True) as connection:
             connection.execute(f"PRAGMA synchronous={'EXTRA' if self._sync else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
@@ -372,12 +345,7 @@ class Store:
         return sha256
 
     def replace(self, state: State) -> bytes:
-        """Writes all of a new state into a new file, and returns its `sha256`.
-
-        Raises:
-          OSError: it cannot be written; the old state is there then, unless the message says that
-            the change is made.
-        """
+        """Writes all of a new state into a new file, and returns its `sha256`."""
         self.recover()  # no journal is left that would be played back into the new file
         partial = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}.partial")
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o600))

@@ -88,9 +88,6 @@ def embed(
       clips: a dataset, or clips in memory as `Predictor.embed` takes them.
       split: the split of a dataset; None for clips in memory.
       advance: is told the number of clips of each finished block.
-
-    Raises:
-      ValueError: clips do not fit the run; the message names clip, modality and field.
     """
     source, names, places, split = _source(run, clips, split)
     values: np.ndarray | None = None

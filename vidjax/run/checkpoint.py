@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoints/<step>/` with Orbax's folder `state` and a `manifest.json`.
 The manifest holds the sha256 of every file in `state`, and of its own other entries. The folder
 gets its name once all of it is written. A checkpoint that does not match its manifest is never
-used: nor is one whose `state` holds another file than those, or that is reached through a link.
+used: nor is one whose `state` holds another file than those (but `.DS_Store` of macOS), or that is
+reached through a link.
 
 Three checkpoints are kept: the latest, the one before it, and the best by MAP. Where training
 evaluates now and then, "the one before" is the last evaluated one. Other files in `checkpoints/`
@@ -11,7 +12,6 @@ are left alone.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -28,6 +28,10 @@ from vidjax import files
 from vidjax.cluster import processes
 from vidjax.errors import DiskError, Expected, UserError
 from vidjax.run import formats
+
+MANIFEST = "manifest.json"
+FINDER = ".DS_Store"  # which macOS adds where somebody looks; Orbax does not open it
+OWN = re.compile(r"manifest\.json|\.manifest\.json\..*\.partial")
 
 
 class CheckpointError(Expected):
@@ -66,9 +70,6 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
       step: the number of optimiser steps that are done.
       items: name -> tree of arrays; `load` takes the same names.
       info: entries of the manifest, in types of JSON. `map` decides which checkpoint is the best.
-
-    Raises:
-      OSError: it cannot be written; earlier checkpoints are intact.
     """
     folder = workdir / "checkpoints" / str(step)
     if not processes.run_on_first(lambda: _add_info(folder, info)):
@@ -80,7 +81,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
     """Adds entries to a manifest; returns False if there is no undamaged one."""
     try:
-        _write_manifest(folder, read_manifest(folder) | dict(info))
+        files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
         return False
     return True
@@ -101,7 +102,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
     def commit() -> None:
         contents = {"arrays": _arrays(items), "files": files.sha256_folder(partial / "state")}
-        _write_manifest(partial, {**contents, **info})
+        files.write_manifest(partial / MANIFEST, {**contents, **info})
         set_aside(folder)
         os.rename(partial, folder)
 
@@ -143,12 +144,16 @@ def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
 
 def best_step(workdir: Path) -> int | None:
     """Returns the step with the highest MAP, the later of two equal ones; None without a MAP."""
-    scored = [(m["map"], step) for step, m in manifests(workdir).items() if "map" in m]
+    return _best(manifests(workdir))
+
+
+def _best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
+    scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Finds the most preferred checkpoint that matches its digests.
+    """Returns the most preferred checkpoint that matches its digests; None if none was ever saved.
 
     A damaged checkpoint is skipped with a warning; its files stay.
 
@@ -156,25 +161,23 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
       workdir: the run's folder.
       prefer: `latest`; or `best`, the highest MAP first and checkpoints without MAP last.
 
-    Returns:
-      The checkpoint, None if nothing was ever saved.
-
     Raises:
       CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
-      ValueError: `prefer` is neither `latest` nor `best`.
     """
-    step = processes.run_on_first(lambda: _find_step(workdir, prefer))
-    if step is None:
-        return None
-    folder = workdir / "checkpoints" / str(step)
-    return Checkpoint(folder, read_manifest(folder))
-
-
-def _find_step(workdir: Path, prefer: str) -> int | None:
-    """Returns the step of the checkpoint that `find` finds."""
     if prefer not in ("latest", "best"):
         raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
-    steps = survey(workdir)
+    steps = survey(workdir) if processes.is_first() else {}
+    step = processes.run_on_first(lambda: _find_step(workdir, prefer, steps))
+    if step is None:
+        return None
+    folder, manifest = workdir / "checkpoints" / str(step), steps.get(step)
+    return Checkpoint(folder, manifest if isinstance(manifest, dict) else read_manifest(folder))
+
+
+def _find_step(
+    workdir: Path, prefer: str, steps: Mapping[int, dict[str, Any] | DamagedError]
+) -> int | None:
+    """Returns the step of the checkpoint that `find` finds."""
     scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
@@ -186,9 +189,8 @@ def _find_step(workdir: Path, prefer: str) -> int | None:
     if prefer == "best":  # a damaged manifest comes first: its MAP is unknown, and a warning is due
         order = sorted(order, key=lambda s: (s in damaged, scored.get(s, -1.0), s), reverse=True)
     for step in order:
-        folder = workdir / "checkpoints" / str(step)
         try:
-            verify(folder)
+            verify(workdir / "checkpoints" / str(step), steps[step])
             return step
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
@@ -239,20 +241,11 @@ def set_aside_later(workdir: Path, step: int) -> None:
             set_aside(folder)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Checks every file of a checkpoint against its manifest.
-
-    Args:
-      folder: `checkpoints/<step>`.
-
-    Returns:
-      The manifest.
-
-    Raises:
-      CheckpointError: there is no such checkpoint.
-      DamagedError: a file is missing or does not match.
-    """
-    manifest = read_manifest(folder)
+def verify(folder: Path, manifest: dict[str, Any] | DamagedError | None = None) -> dict[str, Any]:
+    """Checks every file of a checkpoint, and returns its manifest, which is read unless given."""
+    if isinstance(manifest, DamagedError):
+        raise manifest
+    manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
@@ -276,16 +269,14 @@ def _damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks that `state` holds the listed files and no other, as large as the arrays at most.
-
-    Raises:
-      DamagedError: it does not.
-    """
+    """Checks that `state` holds the listed files and no other, as large as the arrays at most."""
     state, left = folder / "state", set(manifest["files"])
     room = limit = formats.most_bytes(manifest["arrays"])
     with _damaged(state):
         for name, size in files.walk(state, below=folder.parents[1]):
             room -= size
+            if Path(name).name == FINDER and room >= 0:
+                continue
             if name not in left:
                 raise UserError(f"'{state / name}' is not of this checkpoint: move it elsewhere")
             if room < 0:
@@ -299,22 +290,12 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint and checks its own sha256.
-
-    Args:
-      folder: `checkpoints/<step>`.
-
-    Raises:
-      CheckpointError: there is no such checkpoint.
-      DamagedError: the manifest is missing, damaged, or belongs to another step.
-    """
+    """Returns the manifest of `checkpoints/<step>`, whose own sha256 agrees."""
     if not _is_step(folder):
         raise CheckpointError(f"no checkpoint at '{folder}'")
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     with _damaged(path):
-        manifest = files.read_json(path, below=folder.parents[1])
-    if manifest.pop("sha256", None) != files.sha256_json(manifest):
-        raise DamagedError(f"'{path}' is damaged (its own sha256 differs)")
+        manifest = files.read_manifest(path, below=folder.parents[1])
     if str(manifest.get("step")) != folder.name:
         raise DamagedError(f"'{path}' belongs to step {str(manifest.get('step'))[:40]}")
     with _damaged(path):
@@ -333,15 +314,11 @@ def set_aside(folder: Path) -> None:
 def _is_step(folder: Path) -> bool:
     if not re.fullmatch("0|[1-9][0-9]*", folder.name) or not folder.is_dir():
         return False  # not a checkpoint: the user may keep folders here
-    return (folder / "state").exists() or (folder / "manifest.json").exists()
+    return (folder / "state").exists() or (folder / MANIFEST).exists()
 
 
 def _folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, damaged ones included.
-
-    Raises:
-      CheckpointError: the folder of the checkpoints is a link, where something else may lie.
-    """
+    """Returns step -> folder of every checkpoint, damaged ones included."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
     return {int(inner.name): inner for inner in folder.glob("*") if _is_step(inner)}
@@ -355,13 +332,6 @@ def _refuse_link(folder: Path) -> None:
         raise CheckpointError(str(error)) from error
     except OSError:
         pass  # it is not there, or cannot be opened: who reads or writes it says so
-
-
-def _write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Writes `manifest.json` with the sha256 of its entries."""
-    plain = json.loads(files.to_json(dict(entries)))  # as a reader will see them
-    plain["sha256"] = files.sha256_json(plain)
-    files.write_json(folder / "manifest.json", plain)
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
@@ -392,7 +362,7 @@ def _drop_others(workdir: Path) -> None:
     others = steps.keys() - {latest}
     evaluated = {step for step in others if steps[step].get("evaluated")}
     before = max(evaluated or others, default=None)
-    for step in others - {before, best_step(workdir)}:
+    for step in others - {before, _best(steps)}:
         folder = workdir / "checkpoints" / str(step)
         if not folder.is_symlink():
             dropped.mkdir(exist_ok=True)
@@ -411,16 +381,8 @@ def _listed(folder: Path) -> Collection[str]:
         return ()
 
 
-OWN = re.compile(r"manifest\.json|\.manifest\.json\..*\.partial")
-
-
 def _remove_own(folder: Path, listed: Collection[str]) -> None:
-    """Removes the files of a checkpoint; files that a user has added stay, and all behind a link.
-
-    Args:
-      folder: `checkpoints/.dropped/<step>`.
-      listed: the files below `state` that are its own.
-    """
+    """Removes the files of a checkpoint; what a user has added stays, and all behind a link."""
     checkpoints = folder.parents[1]
     with contextlib.suppress(OSError, UserError), files.open_folder(folder, checkpoints) as opened:
         own = [name for name in os.listdir(opened) if OWN.fullmatch(name)]

@@ -90,9 +90,6 @@ def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     The exception is the first signal inside `catch_interruption`, where the loop saves its state. A
     thread watches for signals, because Python runs no handler during an XLA compilation, which can
     take minutes.
-
-    Args:
-      tell: called with the signal before the process ends.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -26,12 +26,7 @@ def say(text: str) -> None:
 
 
 def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Returns seconds and clips per second, as rows for a reader and for JSON.
-
-    Args:
-      began: `time.monotonic()` at the start.
-      clips: the number of clips that are done.
-    """
+    """Returns seconds and clips per second, as rows for a reader and for JSON."""
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
     rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
