@@ -23,7 +23,7 @@ from vidjax.gallery import gallery as gallery_lib
 from vidjax.gallery import index as index_lib
 from vidjax.gallery import store as store_lib
 from vidjax.gallery.gallery import Gallery, fit_backend
-from vidjax.gallery.store import Clip
+from vidjax.gallery.store import Clip, Origin
 from vidjax.models import plda, two_covariance
 
 CLIPS = made_galleries.make_clips()
@@ -228,7 +228,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     others = [clip for name, clip in clips.items() if name != "0 0"]
     background = {n: clip for n, clip in clips.items() if not empty or n != "0 0"}
     front = fit_backend(background, {"x": 16}, centred=centred, settings=made_galleries.SETTINGS)
-    run = made_galleries.RUN._replace(centred=centred)
+    run = Origin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, front, {} if empty else clips)
     if empty:
         people.add(clips)
@@ -431,7 +431,7 @@ import numpy as np
 from pathlib import Path
 from tests.helpers import made_galleries as made
 from vidjax.gallery.gallery import Gallery
-from vidjax.gallery.store import Clip
+from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery import backend as backend_lib
 
 width, rng = 256, np.random.default_rng(0)
@@ -442,7 +442,7 @@ front = backend_lib.fit({{"x": x[:3000]}}, np.arange(3000) // 3 + 1, centred=Tru
 clips = {{f"clip {{n}}": Clip(f"person {{n // 2}}", row, fitted=n < 3000)
          for n, row in enumerate(x)}}
 folder = Path({str(tmp_path / "g")!r})
-Gallery.of_clips(folder, made.RUN._replace(centred=True), front, clips)
+Gallery.of_clips(folder, Origin("", "0" * 64, True), front, clips)
 del clips
 people = Gallery(folder)
 def best(row):

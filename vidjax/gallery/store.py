@@ -25,10 +25,11 @@ import secrets
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
@@ -75,33 +76,7 @@ LIMITS = {
 }
 
 
-class _Part(Struct):
-    name: formats.Text
-    width: formats.Size
-
-
-class _Run(Struct):
-    workdir: formats.Text
-    digest: formats.Sha256
-    centred: bool
-
-
-class _Facts(Struct):
-    """The facts of a gallery."""
-
-    format: formats.Size
-    token: formats.Text
-    version: formats.Size
-    run: _Run
-    parts: Annotated[list[_Part], Meta(max_length=MOST_PARTS)]
-    settings: dict[str, float]
-    backend: formats.Sha256
-    clips: formats.Count
-    people: formats.Count
-    still_held: formats.Count
-
-
-class Origin(NamedTuple):
+class Origin(Struct, frozen=True):
     """The run that makes vectors of clips.
 
     Attributes:
@@ -110,9 +85,32 @@ class Origin(NamedTuple):
       centred: True if its vectors are centred.
     """
 
-    workdir: str
-    digest: str
+    workdir: formats.Text
+    digest: formats.Sha256
     centred: bool
+
+
+class _Part(Struct):
+    name: formats.Text
+    width: formats.Size
+
+
+class _Facts(Struct):
+    format: formats.Size
+    token: formats.Text  # a random one tells this state from all others
+    version: formats.Size
+    run: Origin
+    parts: Annotated[list[_Part], Meta(min_length=1, max_length=MOST_PARTS)]
+    settings: dict[str, float]
+    backend: formats.Sha256
+    clips: formats.Count
+    people: formats.Count
+    still_held: formats.Count
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Name -> D of every part of a vector."""
+        return {part.name: part.width for part in self.parts}
 
 
 class Clip(NamedTuple):
@@ -421,24 +419,22 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _facts(state: State) -> tuple[str, bytes]:
-    """Returns the one row of the table `gallery`; a random token tells it from all others."""
+    """Returns the one row of the table `gallery`."""
     backend = state.index.backend
-    numbers = backend.numbers().tobytes()
-    facts = json.dumps(
-        {
-            "format": FORMAT,
-            "token": secrets.token_hex(16),
-            "version": state.version,
-            "run": state.run._asdict(),
-            "parts": [{"name": name, "width": width} for name, width in backend.widths.items()],
-            "settings": {name: float(x) for name, x in backend.settings._asdict().items()},
-            "backend": hashlib.sha256(numbers).hexdigest(),
-            "clips": len(state.clips),
-            "people": len(state.index.names),
-            "still_held": state.still_held,
-        }
+    facts = _Facts(
+        format=FORMAT,
+        token=secrets.token_hex(16),
+        version=state.version,
+        run=state.run,
+        parts=[_Part(name, width) for name, width in backend.widths.items()],
+        settings={name: float(x) for name, x in backend.settings._asdict().items()},
+        backend=hashlib.sha256(backend.numbers().tobytes()).hexdigest(),
+        clips=len(state.clips),
+        people=len(state.index.names),
+        still_held=state.still_held,
     )
-    return facts, hashlib.sha256(facts.encode()).digest()
+    text = json.dumps(msgspec.to_builtins(facts))
+    return text, hashlib.sha256(text.encode()).digest()
 
 
 def _insert_clips(connection: sqlite3.Connection, clips: Mapping[str, Clip]) -> None:
@@ -454,13 +450,21 @@ def _clip_sha256(person: str, name: str, fitted: int, vector: bytes) -> bytes:
     return hashlib.sha256(f"{person}\n{name}\n{fitted}\n".encode() + vector).digest()
 
 
+def _layout(widths: Iterable[int]) -> np.dtype:
+    """Returns how the coefficients of a person lie in a row."""
+    linear = [(f"linear_{part}", "<f4", (width,)) for part, width in enumerate(widths)]
+    parts = (len(linear),)
+    return np.dtype([("constant", "<f8", parts), ("num_clips", "<i4", parts), *linear])
+
+
 def _rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
     """Yields the rows of people in order: name; constants, counts and coefficients; sha256."""
     linear, constant, count = people.coefficients
-    columns = [constant.T.astype("<f8"), count.T.astype("<i4")]
-    columns += [x.astype("<f4", copy=False) for x in linear]
+    rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
+    for field, x in zip(rows.dtype.names or (), (constant.T, count.T, *linear), strict=True):
+        rows[field] = x.reshape(rows[field].shape)
     for row in sorted(range(len(people.names)), key=people.names.__getitem__):
-        content = b"".join(x[row].tobytes() for x in columns)
+        content = rows[row].tobytes()
         yield people.names[row], content, _person_sha256(people.names[row], content)
 
 
@@ -493,45 +497,39 @@ def _write(path: Path, state: State) -> bytes:
 def _read(connection: sqlite3.Connection) -> State:
     """Reads all tables and checks every value; an error says what is wrong with them."""
     facts, sha256 = _read_facts(connection)
-    widths = {part["name"]: part["width"] for part in facts["parts"]}
-    if not widths or sum(widths.values()) > MOST_WIDTH or len(widths) < len(facts["parts"]):
-        raise UserError("its parts are none, too wide, or named twice")
-    backend = _read_backend(connection, facts, widths)
-    clips = _read_clips(connection, 4 * sum(widths.values()))
+    width = sum(facts.widths.values())
+    if width > MOST_WIDTH or len(facts.widths) < len(facts.parts):
+        raise UserError("its parts are too wide, or named twice")
+    backend = _read_backend(connection, facts)
+    clips = _read_clips(connection, 4 * width)
     groups = group(clips)
-    index = Index(backend, _read_people(connection, widths))
+    index = Index(backend, _read_people(connection, _layout(facts.widths.values())))
     sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
     if groups.keys() - {STRANGER} != set(index.names) or (index.counts > sizes).any():
         raise UserError("its people are others than those whom its clips show")
-    if (len(clips), len(sizes)) != (facts["clips"], facts["people"]):
+    if (len(clips), len(sizes)) != (facts.clips, facts.people):
         raise UserError("it has another number of people or clips than it says")
-    run = Origin(**{name: facts["run"][name] for name in Origin._fields})
-    return State(facts["version"], run, index, clips, groups, facts["still_held"], sha256)
+    return State(facts.version, facts.run, index, clips, groups, facts.still_held, sha256)
 
 
-def _read_facts(connection: sqlite3.Connection) -> tuple[dict, bytes]:
+def _read_facts(connection: sqlite3.Connection) -> tuple[_Facts, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
         raise UserError("it has no facts")
     text, sha256 = rows[0]
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the sha256 of its facts is another")
-    facts = files.parse_json(text)
-    if isinstance(facts, dict) and facts.get("format", FORMAT) != FORMAT:
+    value = files.parse_json(text)
+    if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
         raise UserError("it is of another version of vidjax: use that version for it")
-    formats.parse(Path(NAME), facts, _Facts, REMEDY)
-    assert isinstance(facts, dict)
-    if missing := set(Settings._fields) - facts["settings"].keys():
+    facts = formats.parse(Path(NAME), value, _Facts, REMEDY)
+    if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
-    if facts["version"] >= 1 << 62:
-        raise UserError("its version is too large")
     return facts, sha256
 
 
-def _read_backend(
-    connection: sqlite3.Connection, facts: dict, widths: Mapping[str, int]
-) -> Backend:
-    size = 8 * backend_lib.num_numbers(widths)
+def _read_backend(connection: sqlite3.Connection, facts: _Facts) -> Backend:
+    size = 8 * backend_lib.num_numbers(facts.widths)
     content = bytearray()
     for place, (number, piece) in enumerate(
         connection.execute("SELECT place, numbers FROM backend ORDER BY place")
@@ -539,13 +537,13 @@ def _read_backend(
         if number != place or not isinstance(piece, bytes) or len(content) + len(piece) > size:
             raise UserError("its back end has another size")
         content += piece
-    if len(content) != size or hashlib.sha256(content).hexdigest() != facts["backend"]:
+    if len(content) != size or hashlib.sha256(content).hexdigest() != facts.backend:
         raise UserError("its back end is not what it says")
     numbers = np.frombuffer(bytes(content), "<f8")
-    settings = Settings(**{name: float(facts["settings"][name]) for name in Settings._fields})
+    settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not np.isfinite(numbers).all() or not all(map(math.isfinite, settings)):
         raise UserError("its back end holds a number that is not finite")
-    backend = backend_lib.from_numbers(widths, settings, numbers)
+    backend = backend_lib.from_numbers(facts.widths, settings, numbers)
     if any(np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("a variance is below 0")
     return backend
@@ -572,32 +570,24 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
     return clips
 
 
-def _read_people(connection: sqlite3.Connection, widths: Mapping[str, int]) -> list[People]:
-    parts, width = len(widths), sum(widths.values())
-    size = 12 * parts + 4 * width
+def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> list[People]:
     cursor = connection.execute("SELECT name, coefficients, sha256 FROM person")
     found = []
     while rows := cursor.fetchmany(MOST_ROWS):
         for row in rows:
-            if tuple(map(type, row)) != (str, bytes, bytes) or len(row[1]) != size:
+            if tuple(map(type, row)) != (str, bytes, bytes) or len(row[1]) != layout.itemsize:
                 raise UserError("a person is not what vidjax writes")
             if _person_sha256(row[0], row[1]) != row[2]:
                 raise UserError(f"the sha256 of person '{show(row[0])}' is another")
-        content = np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(-1, size)
+        columns = np.frombuffer(b"".join(row[1] for row in rows), layout)
         constant, count, *linear = (
-            np.ascontiguousarray(x)
-            for x in np.split(
-                content,
-                np.cumsum([8 * parts, 4 * parts, *(4 * w for w in widths.values())])[:-1],
-                axis=1,
-            )
+            np.ascontiguousarray(columns[name]).reshape(len(rows), -1)
+            for name in layout.names or ()
         )
-        coefficients = Coefficients(
-            tuple(x.view("<f4") for x in linear), constant.view("<f8").T, count.view("<i4").T
-        )
-        if not all(np.isfinite(x).all() for x in (*coefficients.linear, coefficients.constant)):
+        if not all(np.isfinite(x).all() for x in (*linear, constant)):
             raise UserError("the coefficients of a person hold a number that is not finite")
-        if (coefficients.num_clips < 0).any():
+        if (count < 0).any():
             raise UserError("a number of clips is below 0")
+        coefficients = Coefficients(tuple(linear), constant.T, count.T)
         found.append(People(tuple(row[0] for row in rows), coefficients))
     return found
