@@ -19,7 +19,7 @@ from tests.campaigns import processes as campaign
 from tests.campaigns.kills import Run
 from tests.campaigns.processes import Group, free_port, lay_out
 from vidjax import command_line
-from vidjax.cluster import chatter, join, processes, share, watch
+from vidjax.cluster import chatter, join, processes, share
 
 SECONDS = 300
 
@@ -236,10 +236,10 @@ def ended(monkeypatch):
         found.append(code)
         threading.Event().wait()  # the thread goes no further
 
-    monkeypatch.setattr(watch.os, "_exit", end)
-    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(watch, "SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(watch, "FAILED_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(join.os, "_exit", end)
+    monkeypatch.setattr(join, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(join, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(join, "FAILED_SILENCE_SECONDS", 0.1)
     return found
 
 
@@ -257,7 +257,7 @@ def beat(table, number, count, end=""):
 
 def test_a_process_that_falls_silent_is_named(table, ended):
     said = []
-    watched = watch.Watch(3, 0, said.append)
+    watched = join.Group(3, 0, said.append)
     for count in range(30):
         beat(table, 1, count)
         if count < 5:
@@ -267,14 +267,14 @@ def test_a_process_that_falls_silent_is_named(table, ended):
         time.sleep(0.05)
     wait_until(lambda: ended)
     watched.stop()
-    assert set(ended) == {watch.GONE}
+    assert set(ended) == {join.GONE}
     assert said[0].startswith("process 2 of 3 (machine-2, process ID 2) is gone")
     assert len(said[0].splitlines()) == 2
 
 
 def test_the_error_that_ends_a_process_is_told_by_the_others(table, ended):
     said = []
-    watched = watch.Watch(2, 0, said.append)
+    watched = join.Group(2, 0, said.append)
     beat(table, 1, 1, "no such file: 'x'\nname another one")
     wait_until(lambda: ended)
     watched.stop()
@@ -282,7 +282,7 @@ def test_the_error_that_ends_a_process_is_told_by_the_others(table, ended):
 
 
 def test_a_process_tells_why_it_ends(table, ended):
-    watched = watch.Watch(2, 1, lambda text: None)
+    watched = join.Group(2, 1, lambda text: None)
     watched.tell("the disk is full")
     assert json.loads(table.values["vidjax/alive/1"])[2] == "the disk is full"
     assert not ended
@@ -297,8 +297,8 @@ def test_a_heartbeat_under_way_does_not_take_the_reason_away(table, ended, monke
         write(key, value, allow_overwrite)
 
     monkeypatch.setattr(table, "key_value_set", write_late)
-    monkeypatch.setattr(watch, "BEAT_SECONDS", 2)
-    watched = watch.Watch(2, 1, lambda text: None)
+    monkeypatch.setattr(join, "BEAT_SECONDS", 2)
+    watched = join.Group(2, 1, lambda text: None)
     time.sleep(0.1)  # a heartbeat is being written
     threading.Timer(0.1, told.set).start()
     watched.tell("the disk is full")
@@ -307,9 +307,9 @@ def test_a_heartbeat_under_way_does_not_take_the_reason_away(table, ended, monke
 
 
 def test_after_a_failed_collective_the_limit_is_shorter(table, ended, monkeypatch):
-    monkeypatch.setattr(watch, "SILENCE_SECONDS", 60)
+    monkeypatch.setattr(join, "SILENCE_SECONDS", 60)
     said = []
-    watched = watch.Watch(2, 0, said.append)
+    watched = join.Group(2, 0, said.append)
     beat(table, 1, 1)
     watched.find_gone()
     wait_until(lambda: ended)
@@ -434,7 +434,7 @@ def test_processes_that_do_not_fit_each_other_end_with_a_message(official_dir, t
     ]
     for process in pair:
         process.wait(SECONDS)
-        assert process.code in (2, watch.GONE), process.said()
+        assert process.code in (2, join.GONE), process.said()
         assert "config.seed: " in process.said()
         assert len(process.said().splitlines()) <= 3
 

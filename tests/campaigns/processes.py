@@ -36,8 +36,8 @@ def program(start: int = 40) -> tuple[str, str]:
       start: seconds within which all processes must have started.
     """
     code = f"""
-from vidjax.cluster import join, watch
-watch.SILENCE_SECONDS, watch.FAILED_SILENCE_SECONDS, join.START_SECONDS = {SILENCE}, 5, {start}
+from vidjax.cluster import join
+join.SILENCE_SECONDS, join.FAILED_SILENCE_SECONDS, join.START_SECONDS = {SILENCE}, 5, {start}
 from vidjax.main import run
 run()
 """

@@ -17,7 +17,7 @@ from vidjax.errors import UserError
 
 Value = TypeVar("Value")  # of JSON, without tuples
 
-WAIT_MS = 24 * 3600 * 1000  # `watch` ends the process long before, if another one is gone
+WAIT_MS = 24 * 3600 * 1000  # `join.Group` ends it long before, if another process is gone
 ROUND_SECONDS = 1.0
 _serial = itertools.count()  # every process makes the same calls in the same order
 
@@ -97,7 +97,7 @@ def barrier() -> None:
 def run_on_first(function: Callable[[], Value]) -> Value:
     """Returns what a function returns in the first process; the others do not call it.
 
-    Where it raises, the first process ends, and `watch` ends the others with its message.
+    Where it raises, the first process ends, and `join.Group` ends the others with its message.
     """
     if process_count() == 1:
         return function()
