@@ -517,12 +517,12 @@ def check_gallery(folder: Path) -> list[Item]:
 
 
 def _gallery_people(folder: Path) -> Findings:
-    people = Gallery(folder).people  # every row matches its sha256
-    clips = sum(people.identities.values())
+    gallery = Gallery(folder)  # every row matches its sha256
+    clips = sum(gallery.identities.values())
     yield (
-        OK if people.identities else WARNING,
-        f"gallery: {len(people.identities):,} people by {clips:,} clips, "
-        f"{len(people.strangers):,} strangers, every sha256 agrees",
+        OK if gallery.identities else WARNING,
+        f"gallery: {len(gallery.identities):,} people by {clips:,} clips, "
+        f"{len(gallery.strangers):,} strangers, every sha256 agrees",
     )
     if not os.access(folder, os.W_OK | os.X_OK):
         yield WARNING, f"gallery: nobody can be enrolled or removed: cannot write in '{folder}'"
