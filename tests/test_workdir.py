@@ -56,29 +56,6 @@ def test_processes_of_one_number_do_not_meet(tmp_path):
         assert path.read_text().splitlines()[1].split("\t")[0] == path.name.partition("-")[0]
 
 
-def test_a_second_process_is_refused(tmp_path):
-    code = (
-        "import pathlib, sys, time\nfrom vidjax import files\n"
-        "with files.lock(pathlib.Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    try:
-        assert child.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ValueError, match=f"in use by process {child.pid} on"),
-            files.lock(tmp_path),
-        ):
-            pass
-    finally:
-        child.kill()
-        child.communicate()
-    with files.lock(tmp_path):  # the kernel let go of it
-        pass
-
-
 def test_the_first_signal_is_noted_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with signals.catch_interruption() as interruption:

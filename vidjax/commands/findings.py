@@ -268,7 +268,12 @@ LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
 
 def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
     """Yields the findings, one after another."""
-    for subject, findings in _parts(config, workdir):
+    return _items(_parts(config, workdir))
+
+
+def _items(parts: Iterable[tuple[str, Findings]]) -> Iterator[Item]:
+    """Yields the findings of all parts, of which one that raises does not end the check."""
+    for subject, findings in parts:
         try:
             yield from (Item(state, subject, one_line(text)) for state, text in findings)
         except Exception as error:  # damaged files raise whatever their readers raise
@@ -277,7 +282,6 @@ def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
 
 
 def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, Findings]]:
-    """Yields (subject, findings), so that a part that raises does not end the check."""
     yield "environment", _packages()
     yield "environment", _tensorflow(needed=config is not None and not workdir)
     yield "environment", _devices()
@@ -505,15 +509,8 @@ def is_gallery(folder: Path) -> bool:
 
 
 def check_gallery(folder: Path) -> list[Item]:
-    """Returns the findings on a gallery; a part that raises does not end the check."""
-    items = []
-    for part in (_gallery_people, _gallery_run):
-        try:
-            items += [Item(state, "gallery", one_line(text)) for state, text in part(folder)]
-        except Exception as error:  # a damaged file raises whatever its reader raises
-            kind = "" if messages.exit_code(error) else f"{type(error).__name__}: "
-            items.append(Item(FAULT, "gallery", one_line(f"{kind}{messages.text_of(error)}")))
-    return items
+    """Returns the findings on a gallery."""
+    return list(_items([("gallery", _gallery_people(folder)), ("gallery", _gallery_run(folder))]))
 
 
 def _gallery_people(folder: Path) -> Findings:
