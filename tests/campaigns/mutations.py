@@ -140,8 +140,8 @@ def forge(path: Path, rng: random.Random) -> None:
     forged = checkpoints / rng.choice(("0", ".dropped/0", "1"))
     forged.mkdir(parents=True, exist_ok=True)
     (forged / "state").symlink_to(VICTIM[0].parent, target_is_directory=True)
-    files = {VICTIM[0].name: hashlib.sha256(VICTIM[0].read_bytes()).hexdigest()}
-    manifest = checkpoint.read_manifest(newest) | {"step": int(forged.name), "files": files}
+    listed = {VICTIM[0].name: hashlib.sha256(VICTIM[0].read_bytes()).hexdigest()}
+    manifest = checkpoint.read_manifest(newest) | {"step": int(forged.name), "files": listed}
     files.write_manifest(forged / "manifest.json", manifest)
 
 
