@@ -51,6 +51,17 @@ def test_what_is_saved_comes_back(tmp_path, items):
     assert restored["params"]["a"].sharding.num_devices == 8
 
 
+def test_what_macos_adds_where_somebody_looks_is_no_damage(tmp_path, items):
+    checkpoint.save(tmp_path, 5, items, {})
+    state = tmp_path / "checkpoints" / "5" / "state"
+    for folder in (state, *filter(lambda path: path.is_dir(), sorted(state.rglob("*")))):
+        (folder / ".DS_Store").write_bytes(bytes(6148))
+    assert_same(items, load(tmp_path, items))
+    (state / "more").touch()
+    with pytest.raises(checkpoint.CheckpointError), pytest.warns(match="is not of this checkpoint"):
+        checkpoint.find(tmp_path)
+
+
 def test_two_latest_and_best_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})

@@ -65,7 +65,7 @@ def open_regular(
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is a link, a folder, a pipe or a device, or too large, or next to nothing but
-        holes; or it has another name, too, and is opened for writing; or a folder is a link.
+        holes; or a folder is a link.
       OSError: it cannot be opened.
     """
     safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -108,7 +108,7 @@ def open_regular(
 
 @contextlib.contextmanager
 def open_folder(path: Path, below: Path) -> Iterator[int]:
-    """Opens a folder and gives its descriptor, for the `dir_fd` of functions of `os`."""
+    """Opens a folder, following no link from `below` on; gives its descriptor for a `dir_fd`."""
     names = path.relative_to(below).parts
     if ".." in names:
         raise UserError(f"'{path}' leads out of '{below}': it is not opened")
