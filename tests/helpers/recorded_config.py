@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 
 def record(config: Any, reads: set[str], prefix: str = "") -> Any:
@@ -55,7 +55,10 @@ def _values(config: Any) -> dict[str, Any]:
     """Returns the values of a configuration, nested; taking them is no read."""
     values = {}
     for key, value in config._fields.items():
-        value = value.get() if isinstance(value, FieldReference) else value
+        if isinstance(value, FieldReference):
+            value = (
+                config_dict.placeholder(value.get_type()) if value.get() is None else value.get()
+            )
         values[key] = _values(value) if isinstance(value, ConfigDict) else value
     return values
 
