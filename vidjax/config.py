@@ -541,12 +541,7 @@ ABBREVIATIONS = {"lr": "optim.learning_rate", "wd": "optim.weight_decay", "bs": 
 
 
 def closest_field(name: str, known: Collection[str]) -> str | None:
-    """Returns the field that a wrong name was meant to be, None if there is no such field.
-
-    Args:
-      name: a dotted name; `-` counts as `_`.
-      known: the fields that exist.
-    """
+    """Returns the one of `known` that a wrong dotted name was meant to be; None if none is near."""
     name = name.replace("-", "_").lower()
     if name not in known and (meant := ABBREVIATIONS.get(name.rpartition(".")[2])):
         return meant

@@ -72,14 +72,7 @@ def load_file(spec: str) -> Config:
 
 
 def find_file(name: str) -> Path:
-    """Returns the path of an experiment's file.
-
-    Args:
-      name: a path such as `configs/mma.py`, or a name such as `mma`.
-
-    Raises:
-      ValueError: there is no such file.
-    """
+    """Returns the path of an experiment's file, from a path or from a name such as `mma`."""
     path, installed = Path(name), shipped_folder()
     if path.is_file():
         return path
@@ -112,11 +105,7 @@ def shipped_folder() -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Executes an experiment's file and returns it as a module.
-
-    Raises:
-      ValueError: it is not a Python file, or has no function `get_config`.
-    """
+    """Executes an experiment's file and returns it as a module with a function `get_config`."""
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: '{path}' is not a Python file")
@@ -185,14 +174,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
 
-    Args:
-      config: the configuration with the overrides.
-      overrides: command-line words.
-      without: fields that are left out.
-
-    Returns:
-      `_FIELD=VALUE` for every field, sorted; empty without any. It has letters, digits and `._=+-`
-      alone. A digest ends it where characters had to be replaced, or where it would be too long.
+    Fields are sorted, `without` some. The name has letters, digits and `._=+-` alone. A digest ends
+    it where characters had to be replaced, or where it would be too long.
     """
     values = dict(fields(config))
     parts = []
@@ -209,15 +192,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the value that a command-line word gives to a field.
+    """Returns the value of a type that follows an equals sign; an error says what is wanted.
 
-    Args:
-      text: what follows the equals sign.
-      kind: type of the field.
-      example: value of the field so far.
-
-    Raises:
-      ValueError: the text is no value of that type; the error says what is wanted.
+    `example` is the value of the field so far.
     """
     if kind is str:
         return text

@@ -117,15 +117,10 @@ _CONTROL = re.compile(
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Finds the known word that is spelled most like another one.
+    """Returns the known word that is spelled most like another one, None if none is close enough.
 
-    Args:
-      word: the word as it was typed.
-      known: the words that exist. Of a dotted name such as `optim.decay` the last part is enough.
-      cutoff: least similarity of the spellings, from 0 (anything) to 1 (equal).
-
-    Returns:
-      The known word, or None if none is close enough.
+    Of a dotted name such as `optim.decay` the last part is enough. `cutoff` is the least similarity
+    of the spellings, from 0 (anything) to 1 (equal).
     """
     known = list(known)
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
@@ -134,11 +129,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message about an unknown word.
-
-    Returns:
-      `did you mean 'optim.decay'?`, or a list of the known words if none is close.
-    """
+    """Returns `did you mean 'optim.decay'?`, or a list of the known words if none is close."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import augment, config_io, fusion, losses, messages, system
-from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Group, within
+from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
 from vidjax.config_io import value_text
 from vidjax.data import sources
 from vidjax.errors import UserError
@@ -19,7 +19,21 @@ from vidjax.metrics import CLIP_METRICS
 from vidjax.models import identifier
 
 
-def known_names() -> Mapping[str, Mapping[str, str]]:
+def documentation() -> Mapping[str, str]:
+    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
+    known = _known_names()
+    words = {
+        path.name: getattr(config_io.load_module(path), "WORDS", {})
+        for path in sorted(config_io.shipped_folder().glob("*.py"))
+    }
+    return {
+        "arguments": _argument_table(words),
+        "fields": _field_tables(known),
+        "names": _name_tables(known),
+    }
+
+
+def _known_names() -> Mapping[str, Mapping[str, str]]:
     """Reads the tables of the code: field or group -> name that it may take -> summary."""
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
@@ -47,68 +61,57 @@ def _summary(function: Callable[..., Any]) -> str:
     return (line[:1].upper() + line[1:]).replace("|", "\\|")
 
 
-def name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns one Markdown table of names for each field that takes a name.
-
-    Fields with the same names share a table. The metrics are the last table.
-
-    Args:
-      known: field or group -> name -> summary, as `known_names` returns it.
-    """
-    shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for field, names in known.items():
-        shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
-    tables = {", ".join(fields): dict(names) for names, fields in shared.items()}
-    tables["metric"] = {
-        name: f"{metric.label}: {metric.about}" for name, metric in CLIP_METRICS.items()
-    }
-    lines = []
-    for head, names in tables.items():
-        lines += ["", f"| {head} | meaning |", "|---|---|"]
-        lines += [f"| `{name}` | {meaning} |" for name, meaning in names.items()]
-    return "\n".join(lines[1:]) + "\n"
+def _argument_table(experiments: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns the table of the arguments of all files, from file name -> argument -> meaning."""
+    rows = [("all", f"`{word}`", meaning) for word, meaning in SCALE_WORDS.items()]
+    for name, words in experiments.items():
+        own = words.keys() - SCALE_WORDS.keys()
+        rows += [(f"`{name}`", f"`{word}`", words[word]) for word in words if word in own]
+    rows.append(("all", "names of modalities", "the modalities to use, e.g. `face,head`"))
+    return _table(("configuration", "argument", "meaning"), rows)
 
 
-def field_tables(known: Mapping[str, Iterable[str]]) -> str:
-    """Returns one Markdown table of fields for each group of a configuration.
+def _field_tables(known: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns one table of fields for each group of a configuration."""
+    tables = []
+    for group in (None, *(row for row in TABLE if isinstance(row, Group))):
+        prefix = group.name if group else ""
+        rows = [
+            (f"`{name}`", _cell(field.default), _meaning(field, known))
+            for name, field in FIELDS.items()
+            if name.rpartition(".")[0] == prefix
+        ]
+        heading = f"**`{prefix}`**: {_meaning(group, known)}.\n\n" if group else ""
+        tables.append(heading + (_table(("field", "default", "meaning"), rows) if rows else ""))
+    return "\n".join(tables)
 
-    Args:
-      known: field or group -> the names that it may take, as far as these are listed.
-    """
-    head = ["| field | default | meaning |", "|---|---|---|"]
-    lines = head.copy()
-    for row in TABLE:
-        names = ", ".join(f"`{name}`" for name in known.get(row.name, ()))
-        meaning = f"{row.doc}; choose from {names}" if names else row.doc
-        if isinstance(row, Group):
-            has_fields = any(within(name, (row.name,)) for name in FIELDS)
-            lines += ["", f"**`{row.name}`**: {meaning}.", "", *(head if has_fields else ())]
-        else:
-            lines.append(f"| `{row.name}` | {_cell(row.default)} | {meaning} |")
-    return "\n".join(lines) + "\n"
+
+def _meaning(row: Field | Group, known: Mapping[str, Mapping[str, str]]) -> str:
+    names = ", ".join(f"`{name}`" for name in known.get(row.name, ()))
+    return f"{row.doc}; choose from {names}" if names else row.doc
 
 
 def _cell(value: object) -> str:
     return value_text(value) if value in (None, (), "") else f"`{value_text(value)}`"
 
 
-def argument_table(shared: Mapping[str, str], experiments: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns the Markdown table of the arguments of all configurations.
+def _name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns one table of names for all fields that take the same ones, and one of the metrics."""
+    shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for field, names in known.items():
+        shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
+    tables = {", ".join(fields): names for names, fields in shared.items()}
+    tables["metric"] = tuple((name, f"{m.label}: {m.about}") for name, m in CLIP_METRICS.items())
+    return "\n".join(
+        _table((head, "meaning"), [(f"`{name}`", meaning) for name, meaning in names])
+        for head, names in tables.items()
+    )
 
-    Args:
-      shared: argument -> meaning, of the arguments that every configuration takes.
-      experiments: name of a file in `configs/` -> argument -> meaning, the shared ones included.
-    """
-    lines = ["| configuration | argument | meaning |", "|---|---|---|"]
-    lines += [f"| all | `{word}` | {meaning} |" for word, meaning in shared.items()]
-    lines += [
-        f"| `{name}` | `{word}` | {meaning} |"
-        for name, words in experiments.items()
-        for word, meaning in words.items()
-        if word not in shared
-    ]
-    lines.append("| all | names of modalities | the modalities to use, e.g. `face,head` |")
-    return "\n".join(lines) + "\n"
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, *rows]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(head), *text[1:]]) + "\n"
 
 
 def replace_section(page: str, name: str, content: str) -> str:
@@ -122,18 +125,6 @@ def replace_section(page: str, name: str, content: str) -> str:
     if count != 1:
         raise UserError(f"the page has {count} sections '<!-- {name} -->' ... '<!-- /{name} -->'")
     return page
-
-
-def documentation() -> Mapping[str, str]:
-    """Returns section of `configs/README.md` -> its Markdown: `arguments`, `fields` and `names`."""
-    known = known_names()
-    files = sorted(config_io.shipped_folder().glob("*.py"))
-    words = {file.name: getattr(config_io.load_module(file), "WORDS", {}) for file in files}
-    return {
-        "arguments": argument_table(SCALE_WORDS, words),
-        "fields": field_tables(known),
-        "names": name_tables(known),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ None where there is nothing to show. Sentences stand in the template.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -725,7 +725,7 @@ def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
 
     A joined run uses the fields `join` and `eval`. Each run that it joins has its own others.
     """
-    found = dict(_fields(config))
+    found = {name: _value_text(value) for name, value in config_lib.fields(config)}
     if is_joined(config):
         return {name: value for name, value in found.items() if name.startswith(JOIN_FIELDS)}
     return found
@@ -734,15 +734,6 @@ def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
 def is_joined(config: Mapping[str, Any]) -> bool:
     """Returns True for the configuration of a run that joins others."""
     return bool(config.get("join", {}).get("runs"))
-
-
-def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted name, value as text) of every leaf of a configuration."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _value_text(value)
 
 
 def _value_text(value: object) -> str:

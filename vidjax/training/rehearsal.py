@@ -37,10 +37,6 @@ def rehearse(
       overrides: the command-line words in it, of which an error names the one to blame.
       original: returns the configuration without them.
       training: False for an evaluation, which needs no training split.
-
-    Raises:
-      ValueError: a value that cannot work; the error names its field, or the override.
-      OSError: the folder of the data is absent, or has no features.
     """
     widths = check_names(config, training=training)
     try:
@@ -58,16 +54,7 @@ def rehearse(
 def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
     """Compares the splits and modalities of a configuration with the names of its files.
 
-    Args:
-      config: the configuration.
-      training: False for an evaluation, which needs no training split.
-
-    Returns:
-      Modality -> feature width, `WIDTH` where only the files would tell.
-
-    Raises:
-      ValueError: a split or a modality that the data does not have.
-      OSError: the folder of the data is absent, or has no features.
+    Returns modality -> feature width, `WIDTH` where only the files would tell.
     """
     options = sources.DataOptions.of(config.data, generate=False)
     names = sources.names(config.data.name, options)
@@ -105,15 +92,7 @@ def _check_splits(config: Config, splits: Collection[str], *, training: bool) ->
 
 
 def build(config: Config, widths: Mapping[str, int]) -> None:
-    """Builds the system of a configuration and traces its parameters, without devices.
-
-    Args:
-      config: the configuration.
-      widths: modality -> feature width.
-
-    Raises:
-      ValueError: a name or a value that the system cannot have.
-    """
+    """Builds the system of a configuration and traces its parameters, without devices."""
     spec = config.to_dict()
     members = ensemble.make_members(spec["ensemble"])[:1]
     # These two ask for values on a device: the sum of the schedule, and the kind of the device.
