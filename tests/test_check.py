@@ -507,7 +507,7 @@ def test_a_joined_folder_stands_for_its_runs(run, data, capsys, tmp_path):
     [
         (("--workdir=nowhere",), "--config=FILE --workdir=nowhere"),
         (("--workdir=w", "--config=configs/mma.py"), "--config=FILE"),
-        (("--workdir=w", "--runs=a,b"), "--mode=evaluate"),
+        (("--workdir=w", "--runs=a,b"), "evaluate and compare do"),
         (("--config.seed=1",), "--workdir=FOLDER or --config=FILE"),
         (("--config=configs/mma.py", "--config.sede=1"), "--config.seed"),
     ],

@@ -11,31 +11,52 @@ import jax
 import pytest
 
 from tests.campaigns import commands
-from vidjax import command_line, config_io
 from vidjax import config as config_lib
-from vidjax.commands import common
+from vidjax import config_io
+from vidjax import main as main_lib
+from vidjax.commands import common, train
 from vidjax.main import main
 from vidjax.run import terminal
 from vidjax.training import rehearsal
 
 ROOT = Path(__file__).parent.parent
-QUICK = [*commands.WORDS, *commands.FIELDS[::5]]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.words)
+def check(case, capsys):
+    began = time.process_time()
+    code = main(case.words.split())
+    seconds = time.process_time() - began
+    assert commands.faults(case, commands.Outcome(code, seconds, *capsys.readouterr())) == []
+
+
+@pytest.mark.parametrize(
+    "case", [*commands.WORDS, *commands.FIELDS], ids=lambda case: case.words or "nothing"
+)
 def test_a_mistake_is_told_with_its_remedy(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    began = time.monotonic()
-    code = main(case.words.split())
-    seconds = time.monotonic() - began
-    assert commands.faults(case, commands.Outcome(code, seconds, *capsys.readouterr())) == []
+    check(case, capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_there_are_more_than_a_hundred_commands():
-    assert len({(case.words, *case.env.values()) for case in commands.CASES}) >= 150
-    assert all(case.code in (0, 2) and case.remedy for case in commands.CASES)
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    commands.prepare_places(folder)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("case", commands.PLACES, ids=lambda case: case.words)
+def test_a_mistake_about_files_is_told_with_its_remedy(case, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
+    before = contents(places / "a")
+    check(case._replace(seconds=60), capsys)
+    assert contents(places / "a") == before
 
 
 def test_a_fault_of_a_command_would_be_seen():
@@ -90,8 +111,8 @@ def test_exhausted_memory_is_no_traceback(monkeypatch, capsys, error):
     def exhaust(*args):
         raise error
 
-    monkeypatch.setattr("vidjax.commands.common.for_display", exhaust)
-    assert main(["--mode=config"]) == 2
+    monkeypatch.setattr("vidjax.api.load_config", exhaust)
+    assert main(["--mode=config", "--config=mma"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) <= 3
     for remedy in ("--config.batch_size", "--config.eval.block_size", "--config.data.mode"):
@@ -102,8 +123,8 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
     def fail(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: nobody knows")
 
-    monkeypatch.setattr("vidjax.commands.common.for_display", fail)
-    assert main(["--mode=config"]) == 1
+    monkeypatch.setattr("vidjax.api.load_config", fail)
+    assert main(["--mode=config", "--config=mma"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -149,8 +170,8 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
         f"def get_config(args=''):\n    with open({str(count)!r}, 'a') as file:\n"
         "        file.write('x')\n    return make(args)\n"
     )
-    args = command_line.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
-    config, _ = common.for_training(args)
+    args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
+    config, _ = train.settings(args)
     common.rehearse(args, config)
     assert count.read_text() == "x"
 

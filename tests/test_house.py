@@ -32,7 +32,6 @@ LAYERS = (
     "training",
     "analysis",
     "evaluation",
-    "command_line",
     "report",
     "significance",
     "ranking",

@@ -1,4 +1,4 @@
-"""The command line: exit codes and messages; what most people mistype is in test_terminal."""
+"""The command line: exit codes and messages; what people mistype is in campaigns/commands."""
 
 import errno
 import json
@@ -30,59 +30,6 @@ def complaint(capsys, *words):
     assert 1 <= len(said.splitlines()) <= 3, said
     assert "Traceback" not in said
     return code, said
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--config=nowhere/x.py",), "knn, mma"),
-        (("--config=configs/mma.py", "--config.batch_size=x"), "batch_size"),
-        (("--config=configs/mma.py", "--config.batch_size=1.5"), "batch_size"),
-        (("--config=configs/mma.py", "--config.noise.join=maybe"), "noise.join"),
-        (("--config=configs/mma.py", "--config.data=x"), "--config.data."),
-        (("--config=configs/mma.py", "stray"), "--help"),
-        (("configs/mma.py:face",), "--config=configs/mma.py:face"),
-        (("--config=configs/mma.py", "--modes=train"), "--mode?"),
-        (("--config=configs/mma.py", "--workdir="), "name a folder"),
-        (("--config=configs/mma.py", "-workdir=w"), "--workdir?"),
-        (("--config=configs/mma.py", "--workdir"), "--workdir"),
-        (("--config=configs",), "configs/mma.py"),
-        (("--workdir=w", "--mode=evalaute"), "'evaluate'"),
-        (("--workdir=w", "--mode=zzz"), "train, evaluate"),
-        (("--mode=compare", "--workdir=w", "--config=configs/mma.py"), "--runs=A,B"),
-        (
-            ("--mode=compare", "--workdir=w", "--runs=a,b", "--config.seed=1"),
-            "--config.eval.split",
-        ),
-        (("--config=configs/mma.py", "--zzz=1"), "--help"),
-        (("--mode=evaluate", "--workdir=nowhere"), "--config=FILE --workdir=nowhere"),
-        (("--mode", "evaluate", "--workdir", "nowhere"), "--config=FILE --workdir=nowhere"),
-        (("--mode=evaluate", "--workdir=w", "--config=configs/mma.py"), "--config.FIELD=VALUE"),
-        (("--mode=evaluate", "--runs=a,b"), "--workdir=FOLDER"),
-        (("--mode=evaluate", "--workdir=w", "--runs=a", "b"), "--runs=a,b"),
-        (("--mode=evaluate", "--workdir=w", "--config.optim.learning_rate=0.1"), "no effect"),
-        (("--mode=merge", "--workdir=w", "--config.seed=1"), "no effect"),
-        (("--config=configs/mma.py", "--config.resume.allow=everything"), "these may: num_epochs"),
-        (("--mode=predict",), "--mode=rank"),
-        (("--config=knn", "--workdir=w", "--config.fusion.head.train.name=all"), "--mode=config"),
-        (
-            ("--config=mma", "--config.data.name=arrays", "--config.data.dir=w", "--workdir=w"),
-            "is config.data.dir",
-        ),
-        (("--mode=test",), "--config.eval.split=test"),
-        (("--mode=identify",), "vidjax gallery identify"),
-        (("--mode=gallery",), "vidjax gallery"),
-        (("--mode=export",), "vidjax gallery export"),
-        (("mma",), "--config=mma"),
-        (("gallery",), "create, enrol"),
-        (("--config=configs/quality_fusion.py:mlp1,mlp2",), "'mlp1' and 'mlp2' exclude"),
-        (("--mode=evaluate", "--workdir=nowhere", "--runs="), "--runs=A,B"),
-    ],
-)
-def test_mistakes_in_the_words(capsys, words, message):
-    code, said = complaint(capsys, *words)
-    assert code == 2
-    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -125,82 +72,6 @@ def test_a_fault_of_a_configuration_shows_its_traceback_with_debug(capsys, tmp_p
     (tmp_path / "mine.py").write_text("raise KeyError('x')")
     assert main([f"--config={tmp_path}/mine.py", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--config.data.dir={tmp}/nowhere",), "nowhere"),
-        (("--config.data.dir={tmp}/empty",), "empty"),
-        ((), "config.data.dir"),
-        (("--config.data.dir={official}", "--config.modalities=face,haed"), "'head'"),
-        (("--config.data.dir={official}", "--config.eval.split=vall"), "vall"),
-        (("--config.data.dir={official}", "--config.eval.split=train"), "config.eval.split"),
-        (("--config.data.dir={official}", "--config.batch_size=0"), "config.batch_size"),
-        (("--config.data.dir={official}", "--config.dtype=float31"), "float31"),
-        (("--config.data.dir={official}", "--config.modalities=face,face"), "config.modalities"),
-        (("--config.data.dir={official}", "--config.seed=99999999999"), "config.seed"),
-        (("--config.data.dir={official}", "--config.num_epochs=nan"), "config.num_epochs"),
-        (("--config.data.dir={official}", "--config.data.train_splits=()"), "train_splits"),
-        (("--config.data.dir={official}", "--config.data.train_splits=trian"), "'trian'"),
-        (("--config.data.dir={official}", "--config.eval.split=tset"), "test, train, val"),
-        (("--config.data.dir={official}", "--config.loss.schedule=3"), "config.loss.schedule"),
-        (("--config.data.dir={official}", "--config.data.cache_dir={official}/val_gt.txt"), "val_"),
-        (("--config.data.name=imagenet",), "synthetic, iqiyi_vid"),
-        (("--config.data.dir={official}", "--config.model.name=resnet"), "resnet"),
-        (("--config.data.dir={official}", "--config.optim.name=adamm"), "adamm"),
-        (("--config.data.dir={official}", "--config.eval.scores=prob"), "prob"),
-        (("--config.data.dir={official}", "--config.data.crop=left"), "left"),
-        (("--config.data.dir={official}", "--config.modalities=5"), "config.modalities"),
-        (("--config.data.dir={official}", "--config.ensemble.only=a"), "config.ensemble.only"),
-        (("--config.data.dir={official}", "--config.ensemble.only=0.5"), "config.ensemble.only"),
-        (
-            ("--config.data.dir={official}", "--config.ensemble.min_quality=abc"),
-            "config.ensemble.min_quality",
-        ),
-        (
-            ("--config.data.dir={official}", "--config.noise.mirror_weight=x"),
-            "config.noise.mirror_weight",
-        ),
-        (("--config.data.dir={official}", "--config.loss.schedule=a"), "config.loss.schedule"),
-        (("--config.data.dir={official}", "--config.eval.block_size=0"), "config.eval.block_size"),
-        (
-            ("--config.data.dir={official}", "--config.matmul_precision=high1"),
-            "config.matmul_precision",
-        ),
-        (("--config.data.dir={official}", "--config.data.max_frames=0"), "config.data.max_frames"),
-        (("--config.data.dir={official}", "--config.mixup=-1"), "config.mixup"),
-        (
-            ("--config.data.dir={official}", "--config.optim.learning_rate=nan"),
-            "config.optim.learning_rate",
-        ),
-        (
-            ("--config.data.dir={official}", "--config.optim.learning_rate=-1"),
-            "config.optim.learning_rate",
-        ),
-        (("--config.data.dir={official}", "--config.optim.warmup=7"), "config.optim.warmup"),
-        (
-            ("--config.data.dir={official}", "--config.eval.every_epochs=-1"),
-            "config.eval.every_epochs",
-        ),
-    ],
-)
-def test_mistakes_in_the_fields(capsys, tmp_path, official_dir, cache_dir, words, message):
-    del cache_dir
-    (tmp_path / "empty").mkdir()
-    words = [word.format(tmp=tmp_path, official=official_dir) for word in words]
-    code, said = complaint(
-        capsys, "--config=configs/mma.py:iqiyi_vid,face,head", f"--workdir={tmp_path}/w", *words
-    )
-    assert code == 2, said
-    assert message in said
-
-
-def test_a_workdir_that_is_a_file(capsys, tmp_path):
-    (tmp_path / "w").write_text("")
-    code, said = complaint(capsys, "--config=configs/mma.py", f"--workdir={tmp_path}/w")
-    assert code == 2
-    assert "is a file" in said
 
 
 def test_runs_to_join_that_are_none(capsys, tmp_path):

@@ -451,9 +451,9 @@ def test_parts_of_other_versions_are_told(run, data):
     ("words", "remedy"),
     [
         (("--mode=merge",), "--workdir=FOLDER"),
-        (("--mode=merge", "--workdir=RUN", "--shard=1/2"), "--mode=evaluate"),
-        (("--workdir=RUN", "--shard=1/2", "--config=knn"), "--mode=evaluate"),
-        (("--mode=merge", "--workdir=RUN", "--runs=a,b"), "--mode=evaluate --runs=A,B"),
+        (("--mode=merge", "--workdir=RUN", "--shard=1/2"), "evaluate does"),
+        (("--workdir=RUN", "--shard=1/2", "--config=knn"), "evaluate does"),
+        (("--mode=merge", "--workdir=RUN", "--runs=a,b"), "evaluate and compare do"),
         (("--mode=evaluate", "--workdir=RUN", "--runs=a,b", "--shard=1/2"), "in one process"),
         (("--mode=merge", "--workdir=RUN", "--config=knn"), "--config.FIELD=VALUE"),
         (("--mode=merge", "--workdir=RUN", "--config.eval.split=tset"), "test, train, val"),

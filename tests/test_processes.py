@@ -18,8 +18,9 @@ import pytest
 from tests.campaigns import processes as campaign
 from tests.campaigns.kills import Run
 from tests.campaigns.processes import Group, free_port, lay_out
-from vidjax import command_line
+from vidjax import main
 from vidjax.cluster import chatter, join, processes, share
+from vidjax.commands import evaluate
 
 SECONDS = 300
 
@@ -52,7 +53,7 @@ def together(alone, official_dir):
 
 
 def place_of(*words):
-    return command_line.parse(["--config=configs/mma.py", *words]).place
+    return main.parse(words).place
 
 
 def test_the_place_of_a_process_is_three_flags_or_one_word():
@@ -74,9 +75,7 @@ def test_the_place_of_a_process_is_three_flags_or_one_word():
         ("--coordinator=h:9 --num_processes=two --process_id=0", "--num_processes=two"),
         ("--coordinator=h:9 --num_processes=2 --process_id=-1", "--process_id=-1"),
         ("--coordinator=h:9 --num_processes=2 --process_id=2", "must be below"),
-        ("--coordinator=auto --mode=rank", "--mode=train"),
-        ("--coordinator=auto --mode=evaluate --shard=1/2", "one whole run"),
-        ("--coordinator=auto --mode=evaluate --runs=a,b", "one whole run"),
+        ("--coordinator=auto --mode=merge", "train and evaluate do"),
     ],
 )
 def test_mistakes_in_the_flags_are_told(words, part):
@@ -85,9 +84,16 @@ def test_mistakes_in_the_flags_are_told(words, part):
     assert len(str(error.value).splitlines()) <= 3
 
 
+@pytest.mark.parametrize("words", ["--shard=1/2", "--runs=a,b"])
+def test_several_processes_evaluate_one_whole_run(words):
+    args = main.parse(["evaluate", "--workdir=w", "--coordinator=auto", words])
+    with pytest.raises(ValueError, match="one whole run"):
+        evaluate.settings(args)
+
+
 def test_the_command_that_repeats_a_run_names_no_processes():
     words = ["--config=mma", "--coordinator=h:9", "--num_processes", "2", "--process_id=1"]
-    assert command_line.parse([*words, "--quiet"]).command.endswith("--config=mma --quiet")
+    assert main.parse([*words, "--quiet"]).line.endswith("--config=mma --quiet")
 
 
 # What C++ libraries print.

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vidjax
 from tests.helpers import clip_files, made_runs, odd_names, small_runs
-from vidjax import command_line, ranking, tables
+from vidjax import ranking, tables
 from vidjax.data.memory import load_clips
 from vidjax.main import main
 from vidjax.run import results as results_lib
@@ -158,30 +158,6 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=remedy):
             tables.check_new(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("words", "remedy"),
-    [
-        (["--mode=rank"], "--out=FILE"),
-        (["--mode=rank", "--workdir=w", "--input=i"], "--out=FILE"),
-        (["--mode=rank", "--workdir=w", "--input=nowhere", "--out=o.tsv"], "--input=nowhere"),
-        (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--runs=a,b"], "--workdir="),
-        (["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv", "--config=c"], "--workdir="),
-        (["--mode=evaluate", "--workdir=w", "--out=o.tsv"], "--mode=rank"),
-        (["--config=mma", "--input=i"], "--mode=rank"),
-    ],
-)
-def test_mistakes_in_the_words_name_the_flag(capsys, words, remedy):
-    assert main(words) == 2
-    said = capsys.readouterr().err
-    assert remedy in said and len(said.splitlines()) <= 3
-
-
-def test_the_command_knows_its_flags():
-    assert {"--input", "--out"} <= set(command_line.FLAGS)
-    args = command_line.parse(["--mode=rank", "--workdir=w", "--input=i", "--out=o.tsv"])
-    assert (args.input, args.out) == ("i", "o.tsv")
 
 
 WIDTHS = {"face": DIM}

@@ -172,11 +172,11 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_tell(own, tmp_path, cap
 
 
 def test_a_default_folder_bears_the_name_of_the_data(monkeypatch, tmp_path):
-    from vidjax import command_line
-    from vidjax.commands import common
+    from vidjax import main
+    from vidjax.commands import train
 
     def folder(*words):
-        return str(common.for_training(command_line.parse(words))[1])
+        return str(train.settings(main.parse(words))[1])
 
     assert folder("--config=mma") == "runs/mma"
     own = ("--config=knn:face", "--config.data.name=arrays")

@@ -1,15 +1,7 @@
 """Every place of a person or a clip, and the deletion of what vidjax may delete.
 
-    python -m vidjax.forget --identity=NAME [--clip=NAME]... [PLACE...] [--delete]
-
-A PLACE is a folder, or a file, that is searched with all below it; without one, the current folder
-and the cache. Without `--delete` nothing is changed. With it, clips go from galleries, whose back
-ends are fitted anew, and records go from the cache, which the next run converts from what is left.
-Runs, rankings, answers, exports and your own files are named with what is to be done: the weights
-of a run remember its training clips, and what is yours is not vidjax's to delete.
-
-This is no command of a gallery: a person is in runs and caches as well, and one command that knows
-all places is one page to read. A name of a few letters or of digits alone is found by chance, too.
+`python -m vidjax.forget --help` tells what goes and what stays. This is no command of a gallery: a
+person is in runs and caches as well, and one command that knows all places is one page to read.
 """
 
 import contextlib
@@ -31,6 +23,18 @@ from vidjax.data.untrusted.names import show
 from vidjax.errors import UserError
 from vidjax.files import default_cache_dir
 
+HELP = """\
+Every place of a person or a clip, and the deletion of what vidjax may delete.
+
+A PLACE is a folder, or a file, that is searched with all below it; without
+one, the current folder and the cache. Without --delete nothing is changed.
+With it, clips go from galleries, whose back ends are fitted anew, and records
+go from the cache, which the next run converts from what is left. Runs,
+rankings, answers, exports and your own files are named with what is to be
+done: the weights of a run remember its training clips, and what is yours is
+not vidjax's to delete. A name of a few letters or of digits alone is found by
+chance, too.
+"""
 PIECE = 16 * files.MB  # of a file that is searched
 INDEX_BYTES = 1024 * files.MB  # of the names of a conversion
 UNPACKED_BYTES = 8192 * files.MB  # of an archive that is searched
@@ -268,10 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: Sequence[str]) -> int:
     program = "vidjax forget" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.forget"
-    parser = messages.Parser(program, __doc__)
+    parser = messages.Parser(program, HELP, epilog=f"example:\n  {program} --identity=Ada --delete")
     parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder or a file")
     for flag in ("identity", "clip"):
-        parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[])
+        parser.add_argument(
+            f"--{flag}", metavar="NAME", action="append", default=[], help="may be repeated"
+        )
     parser.add_argument("--delete", action="store_true", help="delete what vidjax may")
     parser.add_argument("--json", action="store_true", help="the places as JSON")
     parser.add_argument("--debug", action="store_true", help="shows tracebacks")

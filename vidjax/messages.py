@@ -1,4 +1,4 @@
-"""What commands say: errors and warnings of at most three lines, and their exit codes.
+"""What commands take and say: flags, results, errors of at most three lines, exit codes.
 
 At the top are imports of the standard library alone: a mistake in the words of a command is
 reported before the libraries, which take seconds, are loaded.
@@ -9,19 +9,54 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
-from vidjax.errors import Expected, UserError, of_the_system, printable
+from vidjax.errors import Expected, UserError, closest, of_the_system, printable
 
 PROGRAM = "python -m vidjax.main"
 QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
+
+
+class Result(NamedTuple):
+    """What a command has found.
+
+    Attributes:
+      content: the object that `--json` prints.
+      rows: name -> text, printed below the name of the command.
+      text: lines before them.
+      note: what follows the name of the command.
+      code: the exit code.
+    """
+
+    content: Mapping[str, Any]
+    rows: Mapping[str, str] = {}
+    text: str = ""
+    note: str = ""
+    code: int = 0
+
+
+class Command(NamedTuple):
+    """A command: `vidjax NAME`, or `vidjax gallery NAME`.
+
+    Attributes:
+      about: what it does, after its name.
+      add_flags: adds its flags to its parser.
+      run: does it.
+      example: its flags in an example, one or more.
+    """
+
+    about: str
+    add_flags: "Callable[[Parser], None]"
+    run: Callable[[argparse.Namespace], Result]
+    example: tuple[str, ...]
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,10 +74,179 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
         )
+        self.flags = {"--help": ""}  # flag -> what it needs to be given, empty if nothing
+        self.takes_fields = False
+
+    def flag(self, name: str, metavar: str, about: str, *, needed: bool = False) -> None:
+        """Adds a flag with a value."""
+        self.add_argument(name, metavar=metavar, help=f"{about} (needed)" if needed else about)
+        self.flags[name] = f"{name}={metavar}: {about}" if needed else ""
+
+    def switch(self, name: str, about: str) -> None:
+        """Adds a flag without a value."""
+        self.add_argument(name, action="store_true", help=about)
+        self.flags[name] = ""
+
+    def fields(self, group: str = "") -> None:
+        """Lets `--config.FIELD=VALUE` override fields."""
+        name = f"--config.{group}FIELD"  # for the help alone: `split_overrides` takes these words
+        about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
+        self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+        self.flags[f"{name}=VALUE"] = ""
+        self.takes_fields = True
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print the usage and exit."""
-        raise UserError(f"{message}\n--help lists the flags")
+        raise UserError(f"{message.removeprefix('argument ')}\n--help lists the flags")
+
+
+def make_parser(prog: str, name: str, command: Command) -> Parser:
+    """Returns the parser of a command."""
+    examples = []
+    for flags in command.example:
+        line = f"  {prog} {name} {flags}"
+        if len(line) > 80:
+            first, _, others = flags.partition(" --")
+            line = f"  {prog} {name} {first} \\\n      --{others}"
+        examples.append(line)
+    about = f"{command.about[0].upper()}{command.about[1:]}."
+    head = "examples" if examples[1:] else "example"
+    parser = Parser(f"{prog} {name}", about, epilog="\n".join([f"{head}:", *examples]))
+    command.add_flags(parser)
+    parser.switch("--quiet", "prints the result alone, no progress")
+    parser.switch("--json", "prints the result as a JSON object")
+    parser.switch("--debug", "shows tracebacks")
+    return parser
+
+
+def parse(
+    prog: str,
+    commands: Mapping[str, Command],
+    name: str,
+    words: Sequence[str],
+    near: Callable[[str], str | None] = lambda word: None,
+    stray: Callable[[str], str | None] = lambda word: None,
+) -> argparse.Namespace:
+    """Returns the flags of a command, with its name, `command`, and `overrides` of fields.
+
+    Args:
+      prog: the program, such as `vidjax`.
+      commands: name -> command.
+      name: the one to parse for.
+      words: the words without its name.
+      near: a misspelt flag without its dashes -> the field that it may mean.
+      stray: a word without a flag -> what it may mean, in words.
+
+    Raises:
+      UserError: an unknown flag or word, one of another command, or one that is missing.
+    """
+    own, overrides = split_overrides(words)
+    parser = make_parser(prog, name, commands[name])
+    args, strays = parser.parse_known_args(own)
+    if overrides and not parser.takes_fields:
+        raise UserError(_foreign(prog, commands, name, overrides[0].partition("=")[0]))
+    if strays and strays[0].startswith("-"):
+        raise UserError(_unknown(prog, commands, name, strays[0].partition("=")[0], near))
+    if strays:
+        hint = stray(strays[0])
+        raise UserError(
+            f"stray word '{strays[0]}': {hint}" if hint
+            else f"stray word '{strays[0]}'\n{prog} {name} --help lists the flags"
+        )  # fmt: skip
+    if missing := [
+        about for flag, about in parser.flags.items()
+        if about and not getattr(args, flag.lstrip("-"))
+    ]:  # fmt: skip
+        raise UserError(f"{name} needs " + "\n".join(missing[:3]))
+    args.command, args.overrides = name, tuple(overrides)
+    return args
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits words into those of the flags, and those such as `--config.seed=1`.
+
+    The value of a field may be a word of its own.
+    """
+    own, overrides = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--config."):
+            own.append(word)
+        elif "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(f"{word}={rest.pop(0)}")
+        else:
+            overrides.append(word)
+    return own, overrides
+
+
+def _unknown(
+    prog: str,
+    commands: Mapping[str, Command],
+    name: str,
+    flag: str,
+    near: Callable[[str], str | None],
+) -> str:
+    """Returns what to say of a flag that a command does not have."""
+    parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
+    if any(flag in parser.flags for parser in parsers.values()):
+        return _foreign(prog, commands, name, flag)
+    word = flag.lstrip("-").replace("-", "_")
+    own = {known.lstrip("-"): known for known in parsers[name].flags if "." not in known}
+    match = own.get(closest(word, own, cutoff=0.7) or "")
+    if match is None and parsers[name].takes_fields:
+        match = near(word)
+    hint = f": did you mean {match}?" if match else f"\n{prog} {name} --help lists the flags"
+    return f"no flag {flag}{hint}"
+
+
+def _foreign(prog: str, commands: Mapping[str, Command], name: str, flag: str) -> str:
+    """Returns what to say of a flag that is one of other commands."""
+    parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
+    has = [
+        one for one, parser in parsers.items()
+        if flag in parser.flags or (flag.startswith("--config.") and parser.takes_fields)
+    ]  # fmt: skip
+    those = " and ".join(filter(None, [", ".join(has[:-1]), has[-1]]))
+    own = ", ".join(known for known in parsers[name].flags if known not in ("--help", "--debug"))
+    return f"{name} takes no {flag}, but {those} {'do' if has[1:] else 'does'}\nit takes {own}"
+
+
+def no_command(name: str, commands: Mapping[str, Command]) -> UserError:
+    """Returns the error of an unknown command: some delete, so it says what the nearest does."""
+    match = closest(name.lower(), commands, cutoff=0.6)
+    if match is None:
+        return UserError(f"no command '{name}': choose from {', '.join(commands)}")
+    return UserError(
+        f"no command '{name}': did you mean '{match}'?\n{match} {commands[match].about}"
+    )
+
+
+def show(result: Result, name: str, *, as_json: bool, named: bool = True) -> None:
+    """Prints the result of a command.
+
+    Args:
+      result: the result.
+      name: the command.
+      as_json: whether to print its content as one line of JSON.
+      named: whether the content names the command, as its mode.
+    """
+    if as_json:
+        content = {"mode": name, **result.content} if named else result.content
+        say(json.dumps(_plain(content), allow_nan=False))
+        return
+    rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
+    heading = [name + result.note] if rows else []
+    say("\n".join([*([result.text] if result.text else []), *heading, *rows]))
+
+
+def _plain(value: object) -> object:
+    """Returns a value for JSON; numbers that JSON lacks become `inf` and `nan`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(main: Callable[[], int]) -> NoReturn:

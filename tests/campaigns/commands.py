@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.helpers import clip_files
+from tests.helpers import clip_files, made_runs
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 2.0  # for a mistake in words and values
@@ -56,27 +56,15 @@ class Case(NamedTuple):
 
 WORDS = [
     Case("", "--config=configs/mma.py"),
-    Case(f"{TRAIN} --lr=0.1", "--config.optim.learning_rate"),
-    Case(f"{TRAIN} --bs=3", "--config.batch_size"),
     Case(f"{TRAIN} --learning-rate=0.1", "--config.optim.learning_rate"),
     Case(f"{TRAIN} --seed=1", "--config.seed?"),
     Case(f"{TRAIN} --epochs=3", "--config.num_epochs"),
     Case(f"{TRAIN} --batch-size=3", "--config.batch_size"),
     Case(f"{TRAIN} --dropout=0.1", "--config.model.dropout_rate"),
-    Case(f"{TRAIN} --dry-run", "--mode=check"),
-    Case(f"{TRAIN} --print", "--mode=config"),
-    Case(f"{TRAIN} --gpus=1", "CUDA_VISIBLE_DEVICES"),
-    Case(f"{TRAIN} --device=cpu", "JAX_PLATFORMS=cpu"),
-    Case(f"{TRAIN} --output_dir=x", "--workdir"),
-    Case(f"{TRAIN} --logdir x", "--workdir"),
-    Case(f"{TRAIN} --resume", "the same command"),
-    Case(f"{TRAIN} --overwrite", "another --workdir"),
-    Case(f"{TRAIN} --verbose", "--debug"),
     Case(f"{TRAIN} -v", "--help"),
     Case("--verison", "--version"),
     Case("--jsn", "--json"),
     Case(f"{TRAIN} --quite", "--quiet"),
-    Case(f"{TRAIN} --eval", "--mode=evaluate"),
     Case(f"{TRAIN} --modes=train", "--mode?"),
     Case(f"{TRAIN} --worksdir=w", "--workdir?"),
     Case(f"{TRAIN} --confg=mma", "--config?"),
@@ -85,19 +73,39 @@ WORDS = [
     Case(f"{TRAIN} stray", "--help"),
     Case("configs/mma.py", "--config=configs/mma.py"),
     Case("--config = mma", "--config=mma"),
-    Case("evaluate --workdir=run", "--mode=evaluate"),
+    Case("evaluate", "--workdir=FOLDER"),
+    Case("evalaute --workdir=run", "the command evaluate"),
+    Case("--workdir=run evaluate", "a command comes first"),
+    Case("train --mode=evaluate", "name one command"),
+    Case("train", "--config=FILE"),
+    Case(f"{TRAIN} --lr=0.1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --bs=3", "--config.batch_size"),
+    Case(f"train {TRAIN} --shard=1/2", "evaluate does"),
+    Case(f"{TRAIN} --input=i", "rank does"),
+    Case("evaluate --workdir=run --out=o.tsv", "rank does"),
+    Case("report --workdir=run --config.seed=1", "it takes --workdir"),
+    Case("rank", "--out=FILE"),
+    Case("rank --workdir=w --input=i", "--out=FILE"),
+    Case("rank --workdir=w --input=nowhere --out=o.tsv", "--input=nowhere"),
+    Case("rank --workdir=w --input=i --out=o.tsv --runs=a,b", "it takes --workdir"),
+    Case("merge --workdir=w --config.seed=1", "no effect"),
+    Case("--mode=evaluate --workdir=w --config.optim.learning_rate=0.1", "no effect"),
+    Case("--mode=evaluate --workdir=w --runs=a b", "--runs=a,b"),
+    Case("--mode=evaluate --workdir=nowhere --runs=", "--runs=A,B"),
+    Case("--mode evaluate --workdir nowhere", "--config=FILE --workdir=nowhere"),
+    Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
+         "is config.data.dir"),
+    Case(f"{TRAIN} --config.fusion.head.train.name=all", "--mode=config"),
+    Case(f"{TRAIN} --config.resume.allow=everything", "these may: num_epochs"),
+    Case(f"{TRAIN} -workdir=w", "--workdir?"),
     Case("--mode=trian", "'train'"),
-    Case("--mode=test", "--config.eval.split=test"),
-    Case("--mode=predict", "--mode=rank"),
-    Case("--mode=identify", "vidjax gallery identify"),
-    Case("--mode=export", "vidjax gallery export"),
     Case("mma", "--config=mma"),
     Case("gallery", "create, enrol"),
     Case("gallery list none", "none"),
     Case("--mode=", "choose from train, evaluate"),
     Case("--mode=train", "--config=FILE"),
     Case("--mode=merge", "--workdir=FOLDER"),
-    Case("--mode=merge --workdir=run --shard=1/2", "--mode=evaluate"),
+    Case("--mode=merge --workdir=run --shard=1/2", "evaluate does"),
     Case("--mode=evaluate --workdir=run --shard=0/3", "--shard=1/3"),
     Case("--mode=evaluate --workdir=run --shard=4/3", "--shard=3/3"),
     Case("--mode=evaluate --workdir=run --shard=first", "--shard=1/7"),
@@ -106,17 +114,15 @@ WORDS = [
     Case("--mode=compare --runs=run,run", "--workdir=FOLDER"),
     Case("--mode=compare --workdir=new --runs=run", "--runs=A,B"),
     Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
-    Case("--mode=config --runs=run,run", "--workdir=FOLDER"),
+    Case("--mode=config --runs=run,run", "evaluate and compare do"),
     Case("--mode=config --workdir=run --config=mma", "not both"),
     Case("--mode=check --workdir=run --config=mma", "not both"),
     Case("--mode=evaluate --workdir=run --config=mma", "--config.FIELD=VALUE"),
     Case("--config=knn --workdir=", "name a folder"),
     Case("--config=knn --workdir", "--workdir"),
-    Case("--config=knn --runs=run,run", "--mode=evaluate"),
-]
+    Case("--config=knn --runs=run,run", "evaluate and compare do"),
+]  # fmt: skip
 FIELDS = [
-    Case(f"{TRAIN} --config.lr=1", "--config.optim.learning_rate"),
-    Case(f"{TRAIN} --config.optimizer.lr=1", "--config.optim.learning_rate"),
     Case(f"{TRAIN} --config.optimizer.learning_rate=1", "--config.optim.learning_rate"),
     Case(f"{TRAIN} --config.epochs=1", "--config.num_epochs"),
     Case(f"{TRAIN} --config.bacth_size=1", "--config.batch_size"),
@@ -193,6 +199,30 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.model.dropout_rate=5", "model.dropout_rate=5"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "embed_dim=100000000"),
 ]
+# In folders with made-up runs; a compared run is not trained.
+PLACES = [
+    Case("--mode=report --workdir=.", "name one: a, b"),
+    Case("--mode=report --workdir=empty", "python -m vidjax.main --config=FILE"),
+    Case("--config=mma --workdir=a", "another workdir"),
+    Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),
+    Case("--mode=evaluate --workdir=a --config=mma", "--config.FIELD=VALUE"),
+    Case("--mode=evaluate --workdir=both --runs=nowhere,empty", "nowhere'"),
+    Case("compare --workdir=out --runs=a,a", "a run is named twice"),
+    Case("compare --workdir=out --runs=a, b", "--runs=a,b"),
+    Case("compare --workdir=a --runs=a,b", "holds a run"),
+    Case("compare --workdir=out --runs=a,empty", "name folders of trained runs"),
+    Case("compare --workdir=out --runs=a,of_test", "--config.eval.split=val"),
+    Case("compare --workdir=out --runs=a,b --config.eval.split=test",
+         "--mode=evaluate --workdir=a --config.eval.split=test"),
+    Case("compare --workdir=out --runs=blind,a", "--config.eval.split=val"),
+    Case("compare --workdir=out --runs=a,other", "evaluated on the same clips"),
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
+         "such as face_train.pickle"),
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=lfs", "Git LFS"),
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=csv", "train_gt.txt"),
+    Case(f"{OFFICIAL} --config.eval.split=train", "config.eval.split"),
+    Case(f"{OFFICIAL} --config.data.cache_dir=file", "file'"),
+]  # fmt: skip
 FILES = [
     Case("--config=configs/mmaa.py", "'configs/mma.py'"),
     Case("--config=configs/mma", "'configs/mma.py'"),
@@ -220,21 +250,16 @@ FILES = [
     Case("--mode=evaluate --workdir=run --config.data.size=huge", "small, standard"),
     Case("--mode=report --workdir=none", "--config=FILE --workdir=none"),
     Case("--mode=config --workdir=none", "--config=FILE --workdir=none"),
-    Case("--mode=report --workdir=.", "run"),
     Case("--mode=evaluate --workdir=both --runs=none,run", "none"),
-    Case("--config=knn --workdir=file", "is a file"),
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
     Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
     Case(f"{TRAIN} --config.data.dir=own", "--config.data.name=arrays"),
-    Case("--config=mma:iqiyi_vid --workdir=new", "config.data.dir"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=none", "config.data.dir"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=empty", "face_train.pickle"),
     Case(
         "--config=mma:iqiyi_vid --workdir=new --config.data.dir=official",
         "--config.modalities=face,head,audio",
     ),
-    Case(f"{OFFICIAL} --config.modalities=face,haed", "'head'"),
-    Case(f"{OFFICIAL} --config.eval.split=vall", "test, train, val"),
     Case(f"{OWN}none", "none"),
     Case(f"{OWN}empty", "empty"),
     Case(f"{OWN}own --config.eval.split=test", "train, val"),
@@ -266,7 +291,7 @@ WORKS = [
     Case("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0, 60),
     Case("--config=knn --config.seed=1 --config.eval.report=1", "runs/knn_seed=1", 0, 60),
 ]
-CASES = [*WORDS, *FIELDS, *FILES, *WORKS]
+CASES = [*WORDS, *FIELDS, *PLACES, *FILES, *WORKS]
 
 BEGIN = "from vidjax import config\n\n\ndef get_config(args=''):\n"
 OWN_FILES = {
@@ -301,13 +326,32 @@ class Outcome(NamedTuple):
     errors: str
 
 
-def prepare(folder: Path) -> None:
-    """Writes what the commands read: data, configurations, and a trained run."""
-    shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))
-    for name in ("official", "empty", "mine"):
+def prepare_places(folder: Path) -> None:
+    """Writes made-up runs and official files, good and bad."""
+    values = {"1": 0.5, "2": 0.75}
+    made_runs.write(folder / "a", values, "--config.seed=3")
+    made_runs.write(folder / "b", values)
+    made_runs.write(folder / "of_test", values, split="test")
+    made_runs.write(folder / "blind", values, split="test", truth=False)
+    made_runs.write(folder / "other", values, "--config.data.seed=1")
+    for name in ("empty", "zip", "official"):
         (folder / name).mkdir()
+    (folder / "zip" / "face_train.zip").write_bytes(b"PK\x03\x04" + bytes(60))
     (folder / "file").write_text("")
     clip_files.write_learnable(folder / "official")
+    for name in ("lfs", "csv"):
+        shutil.copytree(folder / "official", folder / name)
+    (folder / "csv" / "train_gt.txt").rename(folder / "csv" / "train_gt.csv")
+    (folder / "lfs" / "face_train.pickle").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    )
+
+
+def prepare(folder: Path) -> None:
+    """Writes what the commands read: data, configurations, and a trained run."""
+    prepare_places(folder)
+    shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))
+    (folder / "mine").mkdir()
     for name, content in OWN_FILES.items():
         (folder / "mine" / name).write_text(content)
     rng = np.random.default_rng(0)

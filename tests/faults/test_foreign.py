@@ -19,9 +19,9 @@ from tests.campaigns import mutations
 from tests.helpers import made_runs
 from tests.helpers.clip_files import bomb
 from tests.helpers.small_runs import ROOT
-from vidjax import command_line, config_io, devices, ensemble, errors, files, main
 from vidjax import config as config_lib
-from vidjax.commands import common, evaluate, findings
+from vidjax import config_io, devices, ensemble, errors, files, main
+from vidjax.commands import check, evaluate, findings
 from vidjax.data import arrays
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
 from vidjax.evaluation import restore
@@ -44,7 +44,7 @@ CHILD = """
 import resource, sys, time
 from vidjax import main
 import jax, numpy, matplotlib.pyplot
-from vidjax.commands import check, compare, evaluate
+from vidjax.commands import findings, compare, evaluate
 from vidjax.evaluation import restore
 from vidjax.report import run_page
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
@@ -598,11 +598,11 @@ def test_no_folder_names_a_cache(tmp_path):
     cache = f"--config.data.cache_dir={tmp_path}/theirs/cache"
     theirs = write_config(tmp_path / "theirs", cache)
     for mode in ("evaluate", "check"):
-        args = command_line.parse([f"--mode={mode}", f"--workdir={theirs}"])
-        config = {"evaluate": common.for_evaluation, "check": common.for_check}[mode](args)[0]
+        args = main.parse([f"--mode={mode}", f"--workdir={theirs}"])
+        config = {"evaluate": evaluate.settings, "check": check.settings}[mode](args)[0]
         assert config is not None and config.data.cache_dir is None
-    given = command_line.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
-    assert common.for_evaluation(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
+    given = main.parse(["--mode=evaluate", f"--workdir={theirs}", cache])
+    assert evaluate.settings(given)[0].data.cache_dir == f"{tmp_path}/theirs/cache"
     resume.write_config(theirs, config_io.override(config_lib.default(), [cache]))
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 

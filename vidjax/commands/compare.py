@@ -1,28 +1,35 @@
-"""`--mode=compare`: runs on the same clips, with intervals for the differences of their MAP.
+"""`vidjax compare`: runs on the same clips, with intervals for the differences of their MAP.
 
 No model is run. The average precisions come from `analysis.npz`, or else from `ranking.txt` and the
 ground truth.
 """
 
+import argparse
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidjax import config_io, files, significance
+from vidjax import api, config_io, files, messages
+from vidjax import config as config_lib
+from vidjax.commands import common
 from vidjax.config import Config
-from vidjax.data.clips import TrainingData
 from vidjax.data.sources import describe, is_generated
 from vidjax.errors import UserError
-from vidjax.report import comparison_page, html
-from vidjax.report.comparison_page import RankedRun
+from vidjax.messages import Command, Parser, Result
 from vidjax.run import results as results_lib
+from vidjax.run import workdir as workdir_lib
+
+if TYPE_CHECKING:
+    from vidjax.data.clips import TrainingData
+    from vidjax.report.comparison_page import RankedRun
 
 # Average precisions [C], positives [C], number of identities of the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
+READ = ("eval.split", "data.dir", "data.cache_dir")  # fields
 UNKNOWN = "unknown data"
 MAX_MISMATCH = 1e-9  # between MAP in metrics.json and the mean of the average precisions
 
@@ -50,6 +57,9 @@ def compare(
     Raises:
       ValueError: a run has no results on the split, or the runs ranked other clips or identities.
     """
+    from vidjax import significance
+    from vidjax.report import comparison_page, html
+
     if len(folders) < 2:
         raise UserError(f"--runs={','.join(folders)}: a comparison needs two runs or more")
     if len({Path(name).resolve() for name in folders}) < len(folders):
@@ -73,7 +83,7 @@ def read(
     *,
     split: str | None = None,
     directory: str | None = None,
-) -> RankedRun:
+) -> "RankedRun":
     """Reads the results of the run in a folder.
 
     Args:
@@ -116,6 +126,8 @@ def read(
             f"'{name}': MAP is {value:.4f} in {source.name} and {metrics['map']:.4f} in "
             f"{paths.metrics.name}\n{_evaluate_command(name, split)}"
         )
+    from vidjax.report.comparison_page import RankedRun
+
     return RankedRun(
         name=name,
         split=split,
@@ -182,7 +194,7 @@ def _data_config(config: Config, directory: str | None) -> Config:
 
 
 def _check_data(
-    name: str, metrics: Mapping[str, Any], config: Config, data: TrainingData, *, by_user: bool
+    name: str, metrics: Mapping[str, Any], config: Config, data: "TrainingData", *, by_user: bool
 ) -> None:
     """Refuses data that only the files of a run name, unless they are those it was evaluated on."""
     if by_user or not config.data.dir:
@@ -217,7 +229,7 @@ def _read_analysis(path: Path) -> Averages | None:
 def _score_ranking(
     path: Path,
     names: Sequence[str],
-    data: TrainingData,
+    data: "TrainingData",
     split_name: str,
     metrics: Mapping[str, Any],
 ) -> Averages:
@@ -247,7 +259,7 @@ def _score_ranking(
     return averages, np.asarray(split.positives), split.num_others
 
 
-def align(first: RankedRun, run: RankedRun) -> RankedRun:
+def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
     """Returns a run with its identities in the order of the first run.
 
     Raises:
@@ -288,3 +300,45 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
             "compare runs that were evaluated on the same clips"
         )
     return run._replace(identities=first.identities, ap=run.ap[order], positives=positives)
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    common.workdir_flag(parser, "where the comparison is written")
+    parser.flag("--runs", "A,B", "folders of two runs or more; the first is the base", needed=True)
+    parser.fields()
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Compares runs and writes the comparison."""
+    folders = common.run_folders(args.runs)
+    if len(folders) < 2:
+        raise UserError(
+            "compare needs --runs=A,B: folders of two runs or more, split by commas\n"
+            "all others are compared with the first"
+        )
+    if files.exists(Path(args.workdir).expanduser() / common.RECORDED):
+        raise UserError(
+            f"--workdir={args.workdir} holds a run: name another folder for the comparison"
+        )
+    config = config_io.override(config_lib.default(), args.overrides)
+    given = common.given_fields(args, READ)
+
+    def load(own: Config) -> "TrainingData":
+        own.data.cache_dir = config.data.cache_dir or own.data.cache_dir
+        return api.load_data(own)
+
+    with workdir_lib.locked(args.workdir) as workdir:
+        split = config.eval.split if "eval.split" in given else None
+        table, numbers = compare(folders, workdir, load, split=split, directory=config.data.dir)
+    page = f"{messages.shown(workdir)}/comparison.html"
+    text = f"{table}\ncomparison: {page}, .md, .csv"
+    return Result({"comparison": page, "table": table, **numbers}, text=text)
+
+
+COMMAND = Command(
+    "says how far apart runs are, and how sure that is",
+    add_flags,
+    run,
+    ("--workdir=runs/two --runs=runs/mma,runs/deepmef",),
+)

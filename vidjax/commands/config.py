@@ -1,14 +1,41 @@
 """`--mode=config`: every field of a configuration, its default, its value, and who set it."""
 
+import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from vidjax import api, config_io, messages
 from vidjax import config as config_lib
-from vidjax import config_io
+from vidjax.commands import common
 from vidjax.config import DEFAULTS, Config
 from vidjax.config_io import override_names, value_text
+from vidjax.errors import UserError
+from vidjax.messages import Command, Parser, Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    common.config_flag(parser)
+    parser.flag("--workdir", "FOLDER", "instead: the folder of a run")
+    parser.fields()
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Shows the fields of a file, of a run, or the defaults."""
+    if args.workdir and args.config:
+        raise UserError("config takes --config=FILE or --workdir=FOLDER: not both")
+    if args.config:
+        config, file = api.load_config(args.config), args.config
+    elif args.workdir:
+        workdir = Path(args.workdir).expanduser()
+        config, file = api.run_config(workdir), messages.shown(workdir / common.RECORDED)
+    else:
+        config, file = config_lib.default(), DEFAULT
+    found = list(rows(config, args.overrides, file))
+    return Result({"fields": as_json(found)}, text=text(found))
 
 
 class Row(NamedTuple):
@@ -64,3 +91,11 @@ def as_json(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     return {
         row.field: {"value": row.value, "default": row.default, "from": row.origin} for row in rows
     }
+
+
+COMMAND = Command(
+    "prints all fields: values, defaults, and where each is from",
+    add_flags,
+    run,
+    ("--config=mma --config.seed=1", "--workdir=runs/mma"),
+)

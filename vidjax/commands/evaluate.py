@@ -1,19 +1,154 @@
-"""`--mode=evaluate`: ranks a split with the weights of a trained run."""
+"""`vidjax evaluate`: ranks a split with a trained run, with several joined, or a part of it."""
 
+import argparse
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vidjax import config_io, devices
-from vidjax.analysis import analysis
-from vidjax.analysis.outputs import write_results
+from vidjax import api, config_io, messages
+from vidjax import config as config_lib
+from vidjax.commands import common
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource, TrainingData
-from vidjax.evaluation import run_data
-from vidjax.evaluation.restore import find_run, restore
-from vidjax.evaluation.scoring import Evaluation, score
-from vidjax.run import results as results_lib
+from vidjax.errors import UserError
+from vidjax.messages import Command, Parser, Result
+
+if TYPE_CHECKING:
+    from vidjax.analysis import analysis
+    from vidjax.data.clips import ClipSource, TrainingData
+    from vidjax.evaluation.scoring import Evaluation
+
+# Fields and groups that training alone reads.
+TRAINED = (
+    "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
+    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "resume", "seed", "transforms",
+)  # fmt: skip
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    common.workdir_flag(parser)
+    parser.fields()
+    parser.flag("--runs", "A,B", "folders of runs to join; --workdir is that of the results")
+    parser.flag("--shard", "k/n", "scores one of n parts; k is from 1 to n; merge joins them")
+    common.process_flags(parser)
+
+
+def settings(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Returns the configuration of a run and its folder, for this command and for `merge`.
+
+    With `--runs` the folder is that of the joined results, and the configuration names the runs.
+
+    Raises:
+      UserError: a mistake in the flags, or no run in the folder.
+    """
+    for name in config_io.override_names(args.overrides):
+        if config_lib.within(name, TRAINED):
+            raise UserError(
+                f"{args.command} trains nothing: config.{name} has no effect\nleave it out"
+            )
+    is_merge = args.command == "merge"
+    runs, shard = (None, None) if is_merge else (args.runs, args.shard)
+    if shard is not None:
+        from vidjax.run.parts import Shard
+
+        Shard.parse(shard)
+    if not is_merge and args.place and (shard is not None or runs is not None):
+        raise UserError(
+            "--coordinator goes with train, and with evaluate of one whole run\n"
+            "leave out --coordinator, --num_processes and --process_id"
+        )
+    workdir = Path(args.workdir).expanduser()
+    in_parts = is_merge or shard is not None
+    if in_parts and (runs is not None or api.run_config(workdir).join.runs):
+        raise UserError(
+            f"{f'--shard={shard}' if shard else 'merge'} takes one trained run, "
+            "not several joined\nrank those in one process: --mode=evaluate --runs=A,B"
+        )
+    config = api.run_config(workdir) if runs is None else _joined_config(args, workdir)
+    config = config_io.override(config, args.overrides)
+    if config.join.runs:
+        from vidjax.commands import blend  # it imports jax
+
+        blend.check_overrides(config, config_io.override_names(args.overrides))
+    if args.overrides:  # a run of an earlier version may have what is out of range now
+        config_lib.check_ranges(config)
+    return config, workdir
+
+
+def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
+    """Returns a configuration that joins the runs of `--runs`, on the split that all evaluate."""
+    runs = tuple(str(Path(name).expanduser().absolute()) for name in common.run_folders(args.runs))
+    if not runs:
+        raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
+    if (workdir / "config.json").exists():
+        earlier = tuple(config_io.load_workdir(workdir).join.runs)
+        if earlier != runs:
+            content = "a blend of other runs" if earlier else "a trained run"
+            raise UserError(f"--workdir: '{args.workdir}' holds {content}: use another folder")
+    config = config_lib.default()
+    config.join.runs = runs
+    splits = {api.run_config(Path(name)).eval.split for name in runs}
+    if len(splits) == 1:
+        (config.eval.split,) = splits
+    return config
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Ranks a split, or a part of it."""
+    began = time.monotonic()
+    if args.shard is not None:
+        return _run_part(args, began)
+    config, path = settings(args)
+    from vidjax.training import together
+
+    together.check_command(args, config)
+    if args.overrides and not config.join.runs:
+        common.rehearse(args, config)
+    with common.locked_folder(path) as workdir:
+        from vidjax.commands import blend
+
+        common.set_up_devices(config)
+        if config.join.runs:
+            results = blend.blend_runs(config, workdir, api.load_data)
+        else:
+            check_folder(config, workdir, config_io.override_names(args.overrides))
+            data = api.load_data(config)
+            together.check_data(data)
+            results = evaluate(config, workdir, data, analyse=config.eval.report)
+    return common.summary(config, workdir, results, time.monotonic() - began)
+
+
+def _run_part(args: argparse.Namespace, began: float) -> Result:
+    from vidjax.run import parts as parts_lib
+
+    which = parts_lib.Shard.parse(args.shard)
+    config, path = settings(args)
+    if args.overrides:
+        common.rehearse(args, config)
+    common.end_on_signals()
+    from vidjax.commands import parts
+
+    workdir = path.absolute()
+    common.set_up_devices(config)
+    check_folder(config, workdir, config_io.override_names(args.overrides))
+    made = parts.evaluate_part(config, workdir, api.load_data(config), which)
+    num_clips, split = made.part.facts.num_clips, made.part.facts.split
+    found = parts_lib.find(workdir, split).items()
+    there = sum(o.total == which.total and isinstance(p, parts_lib.Part) for o, p in found)
+    left = which.total - there
+    rows = {
+        "workdir": messages.shown(workdir),
+        "part": f"{which} of {split}",
+        "clips": f"{num_clips:,}",
+        "time": f"{time.monotonic() - began:.1f} s",
+        "file": messages.shown(made.part.path),
+        "next": f"{left} of {which.total} parts are to come" if left else "--mode=merge",
+    }
+    content = {"workdir": str(workdir), "part": str(made.part.path), "shard": str(which)}
+    content |= {"num_clips": num_clips, "finished_before": made.before}
+    note = ": finished before, nothing was scored now" if made.before else ""
+    return Result(content, rows, note=note)
 
 
 def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
@@ -25,6 +160,10 @@ def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> 
       ValueError: a file is damaged, or the user has to name the folder of the data.
       CheckpointError: there is no usable checkpoint.
     """
+    from vidjax.evaluation import run_data
+    from vidjax.evaluation.restore import find_run
+    from vidjax.run import results as results_lib
+
     run = find_run(config, workdir)
     run_data.check_named(workdir, run.manifest, config, by_user="data.dir" in given)
     results_lib.read_metrics(workdir)
@@ -36,7 +175,7 @@ def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> 
 def evaluate(
     config: Config,
     workdir: Path,
-    data: TrainingData,
+    data: "TrainingData",
     *,
     num_devices: int | None = None,
     analyse: bool = False,
@@ -57,6 +196,11 @@ def evaluate(
       ValueError: the data does not fit the run.
       CheckpointError: there is no usable checkpoint.
     """
+    from vidjax import devices
+    from vidjax.analysis import analysis
+    from vidjax.evaluation.restore import restore
+    from vidjax.evaluation.scoring import score
+
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     step, model = restore(config, workdir, data, mesh)
@@ -78,16 +222,19 @@ def evaluate(
 
 def write_evaluation(
     workdir: Path,
-    data: ClipSource,
+    data: "ClipSource",
     split: str,
-    evaluation: Evaluation,
-    observer: analysis.Observer | None,
+    evaluation: "Evaluation",
+    observer: "analysis.Observer | None",
     *,
     described: Mapping[str, Any],
     step: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Writes an evaluation of the clips `described` into the run's folder; returns its metrics."""
+    from vidjax.analysis.outputs import write_results
+    from vidjax.run import results as results_lib
+
     results = evaluation.results | {
         "data": described,
         "step": step,
@@ -101,3 +248,15 @@ def write_evaluation(
         trained=trained.data, observer=observer,
     )  # fmt: skip
     return results
+
+
+COMMAND = Command(
+    "ranks a split with a trained run, or with several joined",
+    add_flags,
+    run,
+    (
+        "--workdir=runs/mma --config.eval.split=test",
+        "--workdir=runs/both --runs=runs/mma,runs/deepmef",
+        "--workdir=runs/mma --shard=1/3",
+    ),
+)

@@ -1,4 +1,4 @@
-"""`--mode=check`: environment, configuration, data and run, each found good or damaged.
+"""What `vidjax check` finds: environment, configuration, data and run, each found good or damaged.
 
 A check reads and reports. It deletes and repairs nothing, and takes no lock: a run may go on
 meanwhile, and a file that the run deletes or has not finished writing is no fault. Data that no
@@ -26,7 +26,6 @@ from vidjax.data.checks import misspelt, unusable
 from vidjax.data.clips import select_modalities
 from vidjax.data.frame_fields import RecordSource
 from vidjax.evaluation import restore, run_data
-from vidjax.gallery import store
 from vidjax.gallery.gallery import Gallery
 from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
@@ -266,14 +265,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-c
 LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
 
 
-def check(config: Config | None, workdir: Path | None) -> Iterator[Item]:
-    """Yields the findings, one after another."""
-    return _items(_parts(config, workdir))
+def check(
+    config: Config | None, workdir: Path | None, gallery: Path | None = None
+) -> Iterator[Item]:
+    """Yields the findings, one after another.
 
-
-def _items(parts: Iterable[tuple[str, Findings]]) -> Iterator[Item]:
-    """Yields the findings of all parts, of which one that raises does not end the check."""
-    for subject, findings in parts:
+    Args:
+      config: the configuration of the run, or one to train with; None if there is none, or if it is
+        damaged.
+      workdir: the run's folder; None for none.
+      gallery: the folder of a gallery, instead of a run.
+    """
+    for subject, findings in _parts(config, workdir, gallery):
         try:
             yield from (Item(state, subject, one_line(text)) for state, text in findings)
         except Exception as error:  # damaged files raise whatever their readers raise
@@ -281,10 +284,17 @@ def _items(parts: Iterable[tuple[str, Findings]]) -> Iterator[Item]:
             yield Item(FAULT, subject, one_line(f"{kind}{messages.text_of(error)}"))
 
 
-def _parts(config: Config | None, workdir: Path | None) -> Iterator[tuple[str, Findings]]:
+def _parts(
+    config: Config | None, workdir: Path | None, gallery: Path | None
+) -> Iterator[tuple[str, Findings]]:
+    """Yields (subject, findings), so that a part that raises does not end the check."""
     yield "environment", _packages()
     yield "environment", _tensorflow(needed=config is not None and not workdir)
     yield "environment", _devices()
+    if gallery:
+        yield "gallery", _gallery_people(gallery)
+        yield "gallery", _gallery_run(gallery)
+        return
     if config is not None:
         yield "environment", _cache(config)
     if config is not None and not workdir:
@@ -501,16 +511,6 @@ def _counts(records: "Records") -> Iterator[str]:
             if loaded != lengths.sum():
                 kept = lengths.sum()
                 yield f"{modality}_{name}: {loaded} frames in data_report.json, {kept} in the index"
-
-
-def is_gallery(folder: Path) -> bool:
-    """Returns True for the folder of a gallery, which may be damaged."""
-    return any((folder / name).exists() for name in (store.NAME, store.OLD_NAME))
-
-
-def check_gallery(folder: Path) -> list[Item]:
-    """Returns the findings on a gallery."""
-    return list(_items([("gallery", _gallery_people(folder)), ("gallery", _gallery_run(folder))]))
 
 
 def _gallery_people(folder: Path) -> Findings:

@@ -1,22 +1,80 @@
-"""What several processes of a run must have alike: command, folder and data."""
+"""A command in one of several processes, and what these must have alike."""
 
+import argparse
 import hashlib
 import importlib.metadata
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from vidjax import config as config_lib
-from vidjax import files
-from vidjax.cluster import processes
-from vidjax.command_line import Arguments
+from vidjax import files, messages
+from vidjax.cluster import chatter, join, processes
+from vidjax.cluster.share import Place
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
+from vidjax.run import signals
+from vidjax.run.signals import Interrupted
 from vidjax.training.plan import RunPlan
 
 
-def check_command(args: Arguments, config: Config) -> None:
+def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
+    """Runs a command in one of several processes, of which the first speaks for all.
+
+    Args:
+      place: the place of this process.
+      work: the command, which returns its exit code.
+      words: its words.
+
+    Returns:
+      0. A command that fails ends the process: jax would wait until the others end, too.
+    """
+    group: join.Group | None = None
+
+    def tell_of_signal(signum: int) -> None:
+        if group:
+            group.tell_of_signal(signum)
+
+    def quiet_work() -> int:
+        if processes.is_first():
+            return work()
+        with messages.quietly(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work()
+
+    def joined() -> int:
+        nonlocal group
+        if "--debug" not in words:
+            chatter.divert(join.LOST)
+        group = join.join(place, messages.complain)
+        try:
+            code = quiet_work()
+        except Interrupted:  # in all processes, at the same step
+            group.end()
+            raise
+        except Exception as error:
+            group.fail(error, messages.text_of(error))
+            raise
+        group.end()
+        return code
+
+    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
+        signals.end_on_signals(tell_of_signal)
+    code = messages.guarded(joined, words)
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def check_command(args: argparse.Namespace, config: Config) -> None:
     """Checks that the processes were started with the same command.
 
     Raises:
@@ -27,7 +85,7 @@ def check_command(args: Arguments, config: Config) -> None:
     facts = {f"config.{name}": value for name, value in config_lib.fields(config)}
     for name in ("dir", "cache_dir"):  # machines may keep the data in different places
         facts.pop(f"config.data.{name}")
-    flags = {"--mode": args.mode, "--num_processes": args.place.num_processes}
+    flags = {"--mode": args.command, "--num_processes": args.place.num_processes}
     facts |= {**flags, "the version of vidjax": importlib.metadata.version("vidjax")}
     processes.check_same(facts, "start all processes with the same command, but for --process_id")
 

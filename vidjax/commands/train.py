@@ -1,0 +1,102 @@
+"""`vidjax train`: trains a system, evaluates it, and writes the run's report."""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+from vidjax import api, config_io
+from vidjax import config as config_lib
+from vidjax.commands import common
+from vidjax.config import Config
+from vidjax.errors import UserError
+from vidjax.messages import Command, Parser, Result
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the command."""
+    common.config_flag(parser)
+    parser.flag("--workdir", "FOLDER", "the run's folder (default: runs/NAME)")
+    parser.fields()
+    common.process_flags(parser)
+
+
+def settings(args: argparse.Namespace) -> tuple[Config, Path]:
+    """Returns the configuration to train and the run's folder.
+
+    Raises:
+      UserError: a mistake in the flags, or a value that no training can use.
+    """
+    if not args.config:
+        raise UserError("train needs --config=FILE, e.g. --config=configs/mma.py")
+    if args.workdir == "":
+        raise UserError("--workdir= is empty: name a folder")
+    config = config_io.override(api.load_config(args.config), args.overrides)
+    workdir = Path(args.workdir or Path("runs", _default_name(args, config))).expanduser()
+    if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
+        raise UserError(
+            f"--workdir: '{workdir}' is config.data.dir: name another folder for the run"
+        )
+    config_lib.check(config, fresh=not (workdir / common.RECORDED).exists())
+    return config, workdir
+
+
+def _default_name(args: argparse.Namespace, config: Config) -> str:
+    """Returns the name of a run's folder: the file, its arguments, and the overrides.
+
+    Of the folder of the data it has the last name: where two bear one, the run tells its own.
+    """
+    name, _, words = args.config.partition(":")
+    file = Path(name)
+    stem = file.absolute().parent.name if file.name == common.RECORDED else file.stem
+    name = "-".join([stem, *(word for word in words.split(",") if word)])
+    config = copy.deepcopy(config)
+    if config.data.dir:
+        config.data.dir = Path(config.data.dir).expanduser().absolute().name
+    unnamed = {*config_lib.MOVABLE, "resume.allow"} - {"data.dir", "data.weights"}
+    return name + config_io.folder_suffix(config, args.overrides, unnamed)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Trains, or goes on, or tells the results of a run that was finished before."""
+    began = time.monotonic()
+    config, path = settings(args)
+    from vidjax.training import together
+
+    together.check_command(args, config)
+    if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
+        common.rehearse(args, config)
+        common.set_up_devices(config)
+    with common.locked_folder(path) as workdir:
+        from vidjax.cluster import processes
+        from vidjax.evaluation import run_data
+        from vidjax.run import results as results_lib
+        from vidjax.training import train
+
+        results = processes.run_on_first(lambda: train.finished(workdir, config))
+        finished_before = results is not None
+        if results is None:
+            common.set_up_devices(config)
+        data = api.load_data(config)
+        together.check_data(data)
+        if results is not None:
+            run_data.check_finished(workdir, results, config, data)
+        else:
+            results = train.train(
+                config, workdir, data, analyse=config.eval.report, command=args.line, began=began
+            )
+        is_lost = config.eval.report and not (workdir / results_lib.REPORT).exists()
+        if finished_before and processes.is_first() and is_lost:
+            from vidjax.analysis import outputs
+
+            outputs.write_report(workdir)  # somebody deleted it
+    seconds = None if finished_before else results["seconds"]
+    return common.summary(config, workdir, results, seconds, finished_before=finished_before)
+
+
+COMMAND = Command(
+    "trains a system, evaluates it, writes a report",
+    add_flags,
+    run,
+    ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH"),
+)
