@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax import files, metrics, ranking
+from vidjax import config_io, files, metrics, ranking
 from vidjax.analysis.analysis import Observer
 from vidjax.cluster import processes
 from vidjax.config import Config
@@ -156,3 +156,30 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
         start=blend,
         end=own,
     )
+
+
+def write_evaluation(
+    workdir: Path,
+    data: ClipSource,
+    split: str,
+    evaluation: Evaluation,
+    observer: Observer | None,
+    *,
+    described: Mapping[str, Any],
+    step: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes an evaluation of the clips `described` into the run's folder; returns its metrics."""
+    values = evaluation.results | {
+        "data": described,
+        "step": step,
+        "eval_seconds": seconds,
+        "eval_date": results.now(),
+    }
+    trained = config_io.load_workdir(workdir)
+    write_results(
+        workdir, data, evaluation, results.training_metrics(workdir) | values,
+        split=split, own_split=trained.eval.split,
+        trained=trained.data, observer=observer,
+    )  # fmt: skip
+    return values

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,7 @@ from vidjax.errors import UserError
 from vidjax.messages import Command, Parser, Result
 
 if TYPE_CHECKING:
-    from vidjax.analysis import analysis
-    from vidjax.data.clips import ClipSource, TrainingData
-    from vidjax.evaluation.scoring import Evaluation
+    from vidjax.data.clips import TrainingData
 
 # Fields and groups that training alone reads.
 TRAINED = (
@@ -198,6 +196,7 @@ def evaluate(
     """
     from vidjax import devices
     from vidjax.analysis import analysis
+    from vidjax.analysis.outputs import write_evaluation
     from vidjax.evaluation.restore import restore
     from vidjax.evaluation.scoring import score
 
@@ -218,36 +217,6 @@ def evaluate(
         workdir, model.data, split, evaluation, observer,
         described=data.report["data"], step=step, seconds=time.monotonic() - began,
     )  # fmt: skip
-
-
-def write_evaluation(
-    workdir: Path,
-    data: "ClipSource",
-    split: str,
-    evaluation: "Evaluation",
-    observer: "analysis.Observer | None",
-    *,
-    described: Mapping[str, Any],
-    step: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """Writes an evaluation of the clips `described` into the run's folder; returns its metrics."""
-    from vidjax.analysis.outputs import write_results
-    from vidjax.run import results as results_lib
-
-    results = evaluation.results | {
-        "data": described,
-        "step": step,
-        "eval_seconds": seconds,
-        "eval_date": results_lib.now(),
-    }
-    trained = config_io.load_workdir(workdir)
-    write_results(
-        workdir, data, evaluation, results_lib.training_metrics(workdir) | results,
-        split=split, own_split=trained.eval.split,
-        trained=trained.data, observer=observer,
-    )  # fmt: skip
-    return results
 
 
 COMMAND = Command(
