@@ -33,6 +33,7 @@ import numpy as np
 from tests.benchmarks import common
 from tests.benchmarks.ladders import LADDERS, REAL, ROWS, SEEDS, SYNTHETIC, Row, Rung
 from vidjax.commands import compare
+from vidjax.report.comparison_page import RankedRun
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -175,7 +176,7 @@ def collect(folder: Path, old: Mapping[str, Any], load: Callable[[Any], Any]) ->
         rows[key] = {name: value for name, value in scores.items() if value}
 
     @functools.cache
-    def read(path: Path) -> compare.RankedRun:
+    def read(path: Path) -> RankedRun:
         return compare.read(str(path), load)
 
     rungs: dict[str, Any] = {}
@@ -219,7 +220,7 @@ def _scores(folder: Path, row: Row, dataset: str) -> dict[str, Any] | None:
 
 
 def _difference(
-    folder: Path, rung: Rung, dataset: str, read: Callable[[Path], compare.RankedRun]
+    folder: Path, rung: Rung, dataset: str, read: Callable[[Path], RankedRun]
 ) -> dict[str, float] | None:
     """Returns mean and standard error of a rung's difference in MAP, None without its runs."""
     if dataset in rung.absent:
