@@ -181,12 +181,13 @@ def _near_flag(word: str) -> str | None:
 
 def _about_stray(word: str, words: Sequence[str]) -> str | None:
     """Returns what a word without a flag may mean."""
-    before = words[max(words.index(word) - 1, 0)]
+    at = words.index(word)
+    before = words[max(at - 1, 0)]
     if before.startswith("--runs"):
         runs = before.partition("=")[2].rstrip(",")
         return f"no blanks between runs, --runs={runs},{word.lstrip(',')}"
-    if word == "=":
-        return f"no blanks around =, {before}={words[words.index(word) + 1 :][0]}"
+    if before == "=" and at > 1:
+        return f"no blanks around =, {words[at - 2]}={word}"
     if word in COMMANDS:
         return f"a command comes first, {word} --FLAG=VALUE"
     name = word.partition(":")[0]

@@ -15,7 +15,7 @@ READ = ("eval.split", "eval.checkpoint")  # fields
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser)
-    parser.flag("--input", "PATH", "the clips: a folder of features, or a .parquet", needed=True)
+    parser.flag("--input", "PATH", "the clips: a folder, or a .parquet table", needed=True)
     parser.flag("--out", "FILE", "the new file: .csv, .tsv, .jsonl or .parquet", needed=True)
     parser.fields()
 
