@@ -122,6 +122,42 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def official_data(official_dir: Path, cache_dir: Path) -> Any:
+    """The official files as a dataset."""
+    from vidjax.data.sources import load_dataset
+
+    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+
+
+@pytest.fixture(scope="session")
+def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a system on the official files for one epoch, once; nobody changes its folder."""
+    from tests.helpers import small_runs
+
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def train(spec: str, *overrides: str) -> Path:
+        key = (spec, *overrides)
+        if key not in folders:
+            config = small_runs.shrunk("--config.num_epochs=1", *overrides, spec=spec)
+            folder = tmp_path_factory.mktemp("runs") / Path(spec).stem
+            small_runs.run(config, folder, official_data)
+            folders[key] = folder
+        return folders[key]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
+    """A run of nearest neighbours, which learns nothing; nobody changes its folder."""
+    from tests.helpers import small_runs
+
+    folder = tmp_path_factory.mktemp("runs") / "knn"
+    return small_runs.nearest(folder, official_data, official_dir)
+
+
+@pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m MODULE WORDS` as a user would, on one device."""
 

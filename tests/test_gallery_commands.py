@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_galleries, small_runs
+from tests.helpers import made_galleries
 from vidjax import files, ranking, tables
 from vidjax.data.sources import load_dataset
 from vidjax.gallery import answers as answers_lib
@@ -28,8 +28,8 @@ def data(official_dir, cache_dir):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data, official_dir):
-    return small_runs.nearest(tmp_path_factory.mktemp("runs") / "knn", data, official_dir)
+def run(nearest_run):
+    return nearest_run
 
 
 @pytest.fixture(scope="module")

@@ -209,14 +209,8 @@ def test_of_folds_the_first_member_makes_the_vectors(tmp_path, run, data, offici
     assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
 
 
-@pytest.fixture(scope="module")
-def nearest(tmp_path_factory, data, official_dir):
-    """A run that is no PLDA, and has no parameters."""
-    return small_runs.nearest(tmp_path_factory.mktemp("nearest") / "run", data, official_dir)
-
-
-def test_another_run_is_refused(made, nearest):
-    for run in (nearest, predict.restore(nearest)):
+def test_another_run_is_refused(made, nearest_run):
+    for run in (nearest_run, predict.restore(nearest_run)):
         gallery = vidjax.Gallery(made.folder, run=run)
         with pytest.raises(ValueError, match="is not the run that gallery"):
             gallery.identify({"clip": {"face": np.ones((1, 24), np.float16)}})
@@ -234,8 +228,8 @@ def check_net(folder, run, data, worse):
     gallery.refit()
 
 
-def test_a_gallery_of_embeddings(nearest, tmp_path, data):
-    check_net(tmp_path / "g", nearest, data, 0.05)
+def test_a_gallery_of_embeddings(nearest_run, tmp_path, data):
+    check_net(tmp_path / "g", nearest_run, data, 0.05)
 
 
 def test_a_gallery_of_a_net(tmp_path, data, official_dir):

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import small_runs
 from tests.test_topk import full_sort
 from vidjax import config_io
 from vidjax.commands import evaluate, parts
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.records import padding
-from vidjax.data.sources import load_dataset
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard
@@ -31,14 +29,15 @@ NO_REPORT = "--config.eval.report=False"
 
 
 @pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+def data(official_data):
+    return official_data
 
 
 @pytest.fixture(scope="module")
-def nearest(data, official_dir, tmp_path_factory):
+def nearest(nearest_run, tmp_path_factory):
     """A run that learns nothing, without its results."""
-    folder = small_runs.nearest(tmp_path_factory.mktemp("runs") / "knn", data, official_dir)
+    folder = tmp_path_factory.mktemp("nearest") / "run"
+    shutil.copytree(nearest_run, folder)
     for path in [*folder.glob("ranking*"), *folder.glob("events*")]:
         path.unlink()
     return folder
@@ -489,20 +488,9 @@ def test_the_commands_tell_what_is_left(run, capsys):
 # Systems.
 
 
-@pytest.fixture(scope="module")
-def train(data, tmp_path_factory):
-    def trained(*overrides, spec="configs/mma.py:iqiyi_vid"):
-        config = small_runs.shrunk(*overrides, spec=spec)
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        small_runs.run(config, folder, data)
-        return folder
-
-    return trained
-
-
 @pytest.mark.slow
-def test_a_net_with_its_analysis(train, data, tmp_path):
-    folder = train()
+def test_a_net_with_its_analysis(trained, data, tmp_path):
+    folder = trained("configs/mma.py:iqiyi_vid")
     found = check_parts(folder, tmp_path / "val", data)
     assert found["map_kind"] == "val"
     words = ("--config.eval.split=test",)  # has no ground truth
@@ -515,46 +503,46 @@ def test_a_net_with_its_analysis(train, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_a_net_compiled_as_commands_do(train, data, tmp_path):
-    check_parts(train(), tmp_path, data)
+def test_a_net_compiled_as_commands_do(trained, data, tmp_path):
+    check_parts(trained("configs/mma.py:iqiyi_vid"), tmp_path, data)
 
 
 @pytest.mark.slow
-def test_an_ensemble_with_its_members(train, data, tmp_path):
-    folder = train("--config.ensemble.seeds=3", spec="configs/quality_fusion.py:iqiyi_vid")
+def test_an_ensemble_with_its_members(trained, data, tmp_path):
+    folder = trained("configs/quality_fusion.py:iqiyi_vid", "--config.ensemble.seeds=3")
     assert len(check_parts(folder, tmp_path / "all", data)["members"]) == 3
     words = ("--config.eval.members=False", "--config.eval.top_classes=3")
     assert "members" not in check_parts(folder, tmp_path / "one", data, *words, analyse=False)
 
 
 @pytest.mark.slow
-def test_frames_as_examples(train, data, tmp_path):
-    folder = train(spec="configs/residual_dense.py:iqiyi_vid,face")
+def test_frames_as_examples(trained, data, tmp_path):
+    folder = trained("configs/residual_dense.py:iqiyi_vid,face")
     assert config_io.load_workdir(folder).after_fusion == "examples"
     check_parts(folder, tmp_path, data)
 
 
 @pytest.mark.slow
-def test_the_closed_form(train, data, tmp_path):
-    check_parts(train(spec="configs/plda.py:iqiyi_vid"), tmp_path, data)
+def test_the_closed_form(trained, data, tmp_path):
+    check_parts(trained("configs/plda.py:iqiyi_vid", "--config.num_epochs=2"), tmp_path, data)
 
 
 @pytest.mark.slow
-def test_clips_that_some_members_were_not_trained_on(train, data, tmp_path):
+def test_clips_that_some_members_were_not_trained_on(trained, data, tmp_path):
     spec = "configs/quality_fusion.py:iqiyi_vid,trainval"
-    folder = train(spec=spec)
+    folder = trained(spec)
     found = check_parts(folder, tmp_path / "all", data)
     assert found["map_kind"] == "out_of_fold" and len(found["members"]) == 3
-    folder = train("--config.ensemble.only=(1,)", spec=spec)
+    folder = trained(spec, "--config.ensemble.only=(1,)")
     found = check_parts(folder, tmp_path / "one", data, analyse=False)
     assert found["num_clips"] < 60  # some parts rank few clips
 
 
 @pytest.mark.slow
-def test_a_fallback_counts_poor_clips_as_the_whole_does(train, data, tmp_path):
+def test_a_fallback_counts_poor_clips_as_the_whole_does(trained, data, tmp_path):
     words = ("--config.model.threshold=1e9", "--config.model.threshold_share=0")
     with pytest.warns(UserWarning, match="% of the clips of val have a face"):
-        folder = train(*words, spec="configs/deepmef.py:iqiyi_vid,face,head")
+        folder = trained("configs/deepmef.py:iqiyi_vid,face,head", *words)
     with pytest.warns(UserWarning, match="% of the clips of val have a face") as caught:
         check_parts(folder, tmp_path, data, analyse=False)
     told = [str(one.message) for one in caught]

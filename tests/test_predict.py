@@ -17,7 +17,6 @@ from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import config_io, devices, predict
-from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.run.checkpoint import CheckpointError
 
@@ -38,24 +37,14 @@ SYSTEMS = {
 
 
 @pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+def data(official_data):
+    return official_data
 
 
 @pytest.fixture(scope="module")
-def train(data, tmp_path_factory):
+def train(trained):
     """Trains one of SYSTEMS, once; returns its folder."""
-    folders = {}
-
-    def trained(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name)
-            spec, *words = SYSTEMS[name]
-            config = small_runs.shrunk("--config.num_epochs=1", *words, spec=spec)
-            small_runs.run(config, folders[name], data)
-        return folders[name]
-
-    return trained
+    return lambda name: trained(*SYSTEMS[name])
 
 
 @pytest.fixture(scope="module")
