@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,9 +23,6 @@ from vidjax.batch import Array
 from vidjax.errors import UserError
 
 Tree = TypeVar("Tree")  # a tree of arrays
-State = TypeVar("State")
-Inputs = TypeVar("Inputs")
-Output = TypeVar("Output")
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
@@ -331,25 +328,6 @@ def take(tree: Tree, member: Array | int) -> Tree:
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, member, axis=0, keepdims=False), tree
     )
-
-
-def apply_each(
-    fn: Callable[[State, Inputs], tuple[State, Output]], state: State, inputs: Inputs
-) -> tuple[State, Output]:
-    """Applies a function to all members at once.
-
-    Args:
-      fn: (state of one member, input of one member) -> (its new state, an output).
-      state: tree of arrays [E, ...].
-      inputs: tree of arrays [E, ...].
-
-    Returns:
-      The new states and the outputs, trees of arrays [E, ...].
-    """
-    if len(jax.tree.leaves(inputs)[0]) > 1:
-        return jax.vmap(fn)(state, inputs)
-    new, output = fn(*jax.tree.map(lambda x: x[0], (state, inputs)))
-    return jax.tree.map(lambda x: x[None], (new, output))
 
 
 def split(tree: Tree, size: int) -> tuple[Tree, ...]:

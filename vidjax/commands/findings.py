@@ -222,11 +222,10 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
     step = newest.manifest["step"]
     state = WARNING if prefer == "latest" and step < max(steps) else OK
     yield state, f"{name}evaluation would use checkpoint {step} ({prefer})"
-    for companion in restore.check_companions(workdir, newest.manifest):
-        if companion.file == restore.CONFIG and config is None:
+    for file, content, fault in restore.check_companions(workdir, newest.manifest):
+        if file == restore.CONFIG and config is None:
             continue  # its damage was reported before
-        state = FAULT if companion.fault else OK
-        yield state, f"{name}{companion.file}: {companion.fault or companion.summary}"
+        yield FAULT if fault else OK, f"{name}{file}: {fault or content}"
 
 
 def _holder(workdir: Path) -> str | None:

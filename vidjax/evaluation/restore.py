@@ -5,7 +5,7 @@ manifest keeps the configuration and the sha256 of the other two, so that a file
 noticed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,40 +216,26 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
             )
 
 
-class Companion(NamedTuple):
-    """One of the files that a checkpoint depends on.
+def check_companions(
+    workdir: Path, manifest: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Exception | None]]:
+    """Yields the name, and the content in a few words or the fault, of the files it depends on."""
 
-    Attributes:
-      file: its name.
-      summary: its content in a few words; empty where it is at fault.
-      fault: why it cannot be used; None where it can.
-    """
-
-    file: str
-    summary: str
-    fault: str | None
-
-
-def check_companions(workdir: Path, manifest: Mapping[str, Any]) -> list[Companion]:
-    """Compares all files that a checkpoint depends on with its manifest."""
-
-    def check_config_too() -> str:
-        check_config(workdir, manifest)
-        return "agrees"
+    def members() -> str:
+        sets = load_training_sets(workdir, manifest)
+        return f"{len(sets.members)} members, {len(sets.clips)} clips"
 
     checks: dict[str, Callable[[], str]] = {
         IDENTITIES: lambda: f"{len(load_identities(workdir, manifest))} identities",
-        ensemble.FILE: lambda: _summarise(load_training_sets(workdir, manifest)),
+        ensemble.FILE: members,
     }
     if "config" in manifest:
-        checks[CONFIG] = check_config_too
-    companions = []
+        checks[CONFIG] = lambda: check_config(workdir, manifest) or "agrees"
     for file, check in checks.items():
         try:
-            companions.append(Companion(file, check(), None))
+            yield file, check(), None
         except (CheckpointError, ValueError) as error:
-            companions.append(Companion(file, "", str(error)))
-    return companions
+            yield file, "", error
 
 
 def load_identities(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -299,7 +285,3 @@ def _first_line(error: Exception) -> str:
 
 def _digest(identities: Sequence[str]) -> str:
     return files.sha256_json(list(identities))
-
-
-def _summarise(training_sets: ensemble.TrainingSets) -> str:
-    return f"{len(training_sets.members)} members, {len(training_sets.clips)} clips"

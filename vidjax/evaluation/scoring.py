@@ -32,6 +32,7 @@ from vidjax.system import System
 # Clips that one member scores before the next member does. Larger: more scores in memory. Smaller:
 # the parameters of a member are sliced more often.
 WINDOW_ROWS = 4096
+WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
 
 
 def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
@@ -265,9 +266,6 @@ def _add(
     """Adds scores [B, C] of weight [B] to a running mean; None for a new one."""
     total = mean_scores.no_scores(scores, logs=logs) if total is None else total
     return mean_scores.add_scores(total, scores, weight)
-
-
-WINDOW_BYTES = 512 << 20  # size of the features that ends a window early
 
 
 def windows(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, fusion
+from vidjax import devices, fusion
 from vidjax.augment import MemberBatch
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.models.base import ModelState, Params
@@ -51,7 +51,12 @@ def train_step(
         return member_step(system, state.step, learned, batch, inputs, axes)
 
     inputs = _member_inputs(system, state, tables, batch)
-    learned, losses = ensemble.apply_each(step, _learned(state), inputs)
+    members = (_learned(state), inputs)
+    if len(state.rng) > 1:
+        learned, losses = jax.vmap(step)(*members)
+    else:
+        one = step(*jax.tree.map(lambda x: x[0], members))
+        learned, losses = jax.tree.map(lambda x: x[None], one)
     new = learned.replace(step=state.step + 1, rng=state.rng, labels=state.labels)
     return new, losses
 
