@@ -38,13 +38,12 @@ def supervised_contrastive(embedding, labels, mask):
 '''
 
 MODEL = '''
-class Centroid(nn.Module):
+class Centroid(Identifier):
     """Cosines between the mean frame of the first modality and a direction per class."""
 
     modalities: Mapping[str, int]
     num_classes: int
     logit_scale: float = 16.0
-    vector_names = ()
 
     @nn.compact
     def __call__(self, frames, clips, *, train):
@@ -113,8 +112,8 @@ ADDITIONS = (
         DATASET,
         '    "blobs": DatasetEntry(open_blobs, generated=True),\n',
     ),
-    ("fusion.py", "FUSIONS", FUSION, '    "median": (median_frame, False),\n'),
-    ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": halve,\n'),
+    ("fusion.py", "FUSIONS", FUSION, '    "median": Fusion(median_frame),\n'),
+    ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": Transform(halve),\n'),
     (
         "metrics.py",
         "CLIP_METRICS",
@@ -125,7 +124,7 @@ ADDITIONS = (
 # What the functions above use of the package and the file does not import yet.
 IMPORTS = {
     "models/identifier.py": (
-        "from vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
+        "import flax.linen as nn\nfrom vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
         "from vidjax.models import inputs\nfrom vidjax.models.heads import CosineClassifier\n"
     ),
     "data/sources.py": "import numpy as np\n",

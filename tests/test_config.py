@@ -15,6 +15,7 @@ from vidjax.data.synthetic import CALIBRATED
 from vidjax.errors import suggest
 from vidjax.main import main
 from vidjax.models import identifier
+from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "configs" / "README.md"
@@ -446,10 +447,10 @@ def test_a_second_modality_of_a_system_of_one_is_refused(name):
 
 def test_plda_reads_the_clips_twice():
     config = config_io.load_file(f"{ROOT}/configs/plda.py")
-    assert not list(config_lib.problems(config))
+    plan.check_model(config)
     config.num_epochs = 1.5
-    (problem,) = config_lib.problems(config)
-    assert "config.num_epochs=1.5" in problem and "--config.num_epochs=2" in problem
+    with pytest.raises(ValueError, match=r"config.num_epochs=1.5(?s:.*)--config.num_epochs=2"):
+        plan.check_model(config)
 
 
 def test_the_quality_of_own_features_is_given_or_their_norm():

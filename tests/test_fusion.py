@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vidjax import augment, fusion
+from vidjax import augment, config_io, fusion
 from vidjax.batch import Frames
+from vidjax.system import TaskSpec, make_system
 
 
 def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
@@ -593,3 +594,34 @@ def test_padding_changes_no_joint():
         )
         for clip in range(4):
             np.testing.assert_array_equal(real(first, clip), real(second, clip))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "quality"])
+def test_mean_and_deviation_match_numpy(weighting):
+    frames = make_frames([5, 1, 0, 9], max_frames=9)
+    fused = fuse("mean_and_deviation", None, frames, weighting=weighting)
+    assert fused.features.shape == (4, 1, 12)
+    for clip, length in enumerate([5, 1, 0, 9]):
+        if not length:
+            np.testing.assert_array_equal(fused.features[clip], 0)
+            continue
+        real = frames.features[clip, :length].astype(np.float64)
+        weights = frames.quality[clip, :length] * frames.detection[clip, :length]
+        weights = weights if weighting == "quality" else np.ones(length)
+        mean = np.average(real, axis=0, weights=weights)
+        deviation = np.sqrt(np.average((real - mean) ** 2, axis=0, weights=weights))
+        expected = np.concatenate([mean, deviation])
+        np.testing.assert_allclose(fused.features[clip, 0], expected, rtol=1e-5, atol=1e-6)
+    padded = fuse("mean_and_deviation", None, pad(frames, 4), weighting=weighting)
+    np.testing.assert_array_equal(padded.features, fused.features)
+
+
+def test_a_wider_fusion_makes_a_wider_model():
+    config = config_io.load_file("configs/quality_fusion.py:mlp3,face").to_dict()
+    task = TaskSpec({"face": 6}, 4, None, 9, 3, train_other=False)
+    both = {"name": "mean_and_deviation"}
+    config["fusion"]["face"] = {"train": both, "evaluate": both}
+    assert dict(make_system(config, task).model.modalities) == {"face": 12}
+    config["fusion"]["face"] = {"train": both, "evaluate": {"name": "mean"}}
+    with pytest.raises(ValueError, match="fusions of one width"):
+        make_system(config, task)

@@ -12,8 +12,8 @@ from vidjax.gallery import index as index_lib
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.index import Index
 from vidjax.gallery.store import Clip
+from vidjax.logit_ops import log_softmax
 from vidjax.models import plda
-from vidjax.system import log_softmax
 
 # ---- probabilities
 
@@ -78,7 +78,7 @@ def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
 
 
 def test_probabilities_are_those_of_the_system(tmp_path):
-    """`models.plda.combine` and `system.log_softmax`, which training's evaluation runs."""
+    """`models.plda.combine` and `logit_ops.log_softmax`, which training's evaluation runs."""
     people = made_galleries.make(tmp_path / "g")
     rng = np.random.default_rng(0)
     ratios = rng.normal(0, 9, (2, 4, 8)).astype(np.float32)

@@ -56,7 +56,8 @@ LAYERS = (
 )
 # What a folder may import of vidjax besides itself, where that is less than all below it.
 MAY_IMPORT = {
-    "models": {"batch", "errors", "fusion"},  # plain arguments, no config objects
+    # Plain arguments, no config objects.
+    "models": {"batch", "devices", "ensemble", "errors", "fusion", "logit_ops", "machine"},
     "report": {
         "config",
         "config_io",

@@ -16,11 +16,11 @@ from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.data.sources import load_dataset
 from vidjax.gallery import backend as backend_lib
-from vidjax.models import two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier
 from vidjax.models.plda import Settings, combine
 from vidjax.system import TaskSpec, make_system
-from vidjax.training import plan, plda_fit
+from vidjax.training import plan
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 5, 23
@@ -349,10 +349,12 @@ def test_settings_have_not_seen_the_clips_that_a_member_scores(
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     labels = data.split("train").labels
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
-    found: Any = plda_fit.training_settings(config, data, labels, used)
+    clips = plan.training_clips(config, data, labels, used)
+    free = dict.fromkeys(plda_fit.Settings._fields)
+    found: Any = plda_fit.training_settings(free, clips)
     assert len(set(found["scale"])) == 3
     changed = np.where(used[1], labels, 0)
-    again: Any = plda_fit.training_settings(config, data, changed, used)
+    again: Any = plda_fit.training_settings(free, clips._replace(labels=changed))
     for field in ("scale", "stranger"):
         assert found[field][1] == again[field][1] and found[field][0] != again[field][0], field
 

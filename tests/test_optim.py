@@ -204,3 +204,16 @@ def test_impossible_points_are_refused(points):
 def test_impossible_specs_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({**SPEC, **spec}, total_steps=1)
+
+
+def test_an_optimizer_of_ones_own_is_one_function_and_one_line(monkeypatch):
+    def signs(*, momentum):
+        return optax.stateless(
+            lambda grads, _: jax.tree.map(lambda x: jnp.sign(x) * momentum, grads)
+        )
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "signs", signs)
+    tx, schedule = make_optimizer({"name": "signs", "momentum": 0.5}, total_steps=10)
+    params = {"w": jnp.ones((2, 2))}
+    updates, _ = tx.update({"w": jnp.full((2, 2), -3.0)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.5 * schedule(0), rtol=1e-6)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import special
 
+from vidjax.logit_ops import log_softmax
 from vidjax.steps.mean_scores import blend, log_rest
-from vidjax.system import log_softmax
 
 
 def made_up(num_runs=3, num_clips=20, num_classes=6, seed=0, spread=2.0, dtype: Any = np.float32):

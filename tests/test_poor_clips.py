@@ -13,6 +13,7 @@ from vidjax.batch import Batch, LazyFeatures
 from vidjax.data.sources import load_dataset
 from vidjax.evaluation import poor_clips
 from vidjax.evaluation import restore as restore_lib
+from vidjax.models import fallback
 from vidjax.run import checkpoint
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import plan as plan_lib
@@ -41,8 +42,8 @@ def measures(data, split, measure="norm"):
     return found
 
 
-def sizes(config, data):
-    return plan_lib.make_plan(config, data).task
+def threshold(config, data):
+    return (plan_lib.make_plan(config, data).task.settings or {}).get("threshold")
 
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])
@@ -68,44 +69,47 @@ def test_the_measure_is_that_of_a_loop(measure):
 @pytest.mark.parametrize("share", [0.01, 0.07, 0.1, 0.999])
 def test_at_most_the_share_lies_below(share):
     values = np.random.default_rng(0).normal(size=100).astype(np.float32)
-    threshold = poor_clips.quantile(values, share)
+    threshold = fallback.quantile(values, share)
     assert np.sum(values < threshold) == np.floor(share * 100 + 1e-9)
-    assert poor_clips.quantile(np.ones(100, np.float32), share) == 1  # none of equals is poor
+    assert fallback.quantile(np.ones(100, np.float32), share) == 1  # none of equals is poor
 
 
 @pytest.mark.parametrize("measure", ["norm", "quality"])
 def test_the_threshold_is_a_quantile_of_the_raw_training_clips(data, measure):
     """Of all features: the members of `views` see only a part of them."""
     words = (SHARE, f"--config.model.measure={measure}", "--config.ensemble.views=3")
-    found = sizes(shrunk(*words, spec=SPEC), data).threshold
+    found = threshold(shrunk(*words, spec=SPEC), data)
     values = measures(data, "train", measure)
     values = np.sort(values[~np.isnan(values)])
     assert found == pytest.approx(values[int(0.2 * len(values))], rel=1e-6)
     both = shrunk(*words, "--config.data.train_splits=train,val", spec=f"{SPEC},trainval")
     more = np.concatenate([measures(data, split, measure) for split in ("train", "val")])
     more = np.sort(more[~np.isnan(more)])
-    assert sizes(both, data).threshold == pytest.approx(more[int(0.2 * len(more))], rel=1e-6)
+    assert threshold(both, data) == pytest.approx(more[int(0.2 * len(more))], rel=1e-6)
 
 
 def test_models_without_a_share_have_no_threshold(data):
-    assert sizes(shrunk(), data).threshold is None
+    assert threshold(shrunk(), data) is None
     absolute = shrunk("--config.model.threshold=2.5", "--config.model.threshold_share=0", spec=SPEC)
-    assert sizes(absolute, data).threshold is None
+    assert threshold(absolute, data) is None
     with pytest.raises(ValueError, match="set one of them to 0"):
-        sizes(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
+        threshold(shrunk("--config.model.threshold=2.5", spec=SPEC), data)
 
 
 def test_earlier_manifests_have_none():
     entries = {"modalities": {"face": 6}, "num_identities": 4, "num_clusters": None}
     entries |= {"num_clips": 9, "total_steps": 3, "train_other": False, "config": {}}
     assert restore_lib.task_of(entries) == TaskSpec({"face": 6}, 4, None, 9, 3, False, None)
+    found = restore_lib.task_of({**entries, "threshold": 1.5, "settings": None}).settings
+    assert found == {"threshold": 1.5}
 
 
 def make_poor(threshold, **options):
     config = config_io.load_file("configs/deepmef.py:face,head")
     config.model.update(options)
-    task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, threshold)
-    return poor_clips.PoorClips(make_system(config.to_dict(), task))
+    settings = None if threshold is None else {"threshold": threshold}
+    task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, settings)
+    return poor_clips.PoorClips(make_system(config.to_dict(), task).model)
 
 
 def test_far_too_many_poor_clips_are_told():
@@ -136,11 +140,9 @@ def test_streaming_resident_and_a_restored_run_agree(data, tmp_path):
         folder = tmp_path / mode
         run(shrunk(*words, spec=SPEC), folder, data)
         manifests = checkpoint.manifests(folder)
-        assert (
-            manifests[max(manifests)]["threshold"]
-            == sizes(shrunk(*words, spec=SPEC), data).threshold
-        )
-        rankings.append(manifests[max(manifests)]["threshold"])
+        found = manifests[max(manifests)]["settings"]["threshold"]
+        assert found == threshold(shrunk(*words, spec=SPEC), data)
+        rankings.append(found)
     assert rankings[0] == rankings[1]
     restored = restore(tmp_path / "resident")
     assert getattr(restored.system.model, "threshold", None) == rankings[0]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.test_fusion import make_frames
-from vidjax import augment, ensemble
+from vidjax import augment, ensemble, logit_ops
 from vidjax import config as config_lib
-from vidjax import system as system_lib
 from vidjax.batch import Batch, ModelOutput
 from vidjax.evaluation import scoring
+from vidjax.models.base import Identifier
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples, train_step
 from vidjax.steps import state as state_lib
@@ -311,13 +311,12 @@ def test_a_bad_clip_is_found_alone(embedding, dtype):
     np.testing.assert_array_equal(find(state, tables, batch, 0), np.arange(5) == 2)
 
 
-class TwoBranches(nn.Module):
+class TwoBranches(Identifier):
     """Two linear layers of the voice and the weights that a test wants."""
 
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0
-    vector_names: tuple = ()
 
     @nn.compact
     def __call__(self, frames, clips, *, train):
@@ -450,7 +449,7 @@ def test_logarithms_of_probabilities_near_one_keep_their_order(lead):
     """The best column against the others, in float64; column 2 is one that training never saw."""
     logits = np.array([[lead, 0.0, 99.0, -1.0], [lead + 0.01, 0.0, -99.0, -1.0]])
     seen = np.array([True, True, False, True])
-    found = np.asarray(system_lib.log_softmax(jnp.asarray(logits, jnp.float32), jnp.asarray(seen)))
+    found = np.asarray(logit_ops.log_softmax(jnp.asarray(logits, jnp.float32), jnp.asarray(seen)))
     others = 1 + np.exp(-1.0)
     wanted = -np.log1p(others * np.exp(-logits[:, 0]))
     np.testing.assert_allclose(found[:, 0], wanted, rtol=2e-5)
@@ -460,7 +459,7 @@ def test_logarithms_of_probabilities_near_one_keep_their_order(lead):
 
 
 def test_a_single_column_has_probability_one_and_nan_stays():
-    found = system_lib.log_softmax(jnp.array([[5.0, 1.0]]), jnp.array([False, True]))
+    found = logit_ops.log_softmax(jnp.array([[5.0, 1.0]]), jnp.array([False, True]))
     assert found[0, 1] == 0.0
-    found = system_lib.log_softmax(jnp.array([[jnp.nan, 1.0]]), jnp.array([True, True]))
+    found = logit_ops.log_softmax(jnp.array([[jnp.nan, 1.0]]), jnp.array([True, True]))
     assert np.isnan(found).all()

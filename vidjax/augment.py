@@ -4,14 +4,16 @@ A transform maps (rng, MemberBatch) to MemberBatch. `System.clip_transforms` get
 clips, before fusion; `System.transforms` get the fused frames.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, Frames
+from vidjax.errors import UserError, suggest
 
 NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of 5th place 2018
 FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature vector
@@ -87,65 +89,6 @@ def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> Memb
     return clips._replace(frames=frames)
 
 
-def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
-    """Mixes every clip with a random other clip of the batch.
-
-    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha). If the other clip
-    has weight 0, the share is 1, so that no member trains on clips of its held-out fold.
-
-    Args:
-      rng: PRNG key.
-      clips: B clips with their fused frames.
-      alpha: parameter of the Beta distribution, above 0.
-
-    Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
-    """
-    share_rng, partner_rng = jax.random.split(rng)
-    weight = clips.weight
-    share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
-    partner = jax.random.permutation(partner_rng, len(weight))
-    share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
-    frames = {name: _mix(frames, partner, share) for name, frames in clips.frames.items()}
-    targets = ((clips.labels, share), (clips.labels[partner], 1 - share))
-    return clips._replace(frames=frames, targets=targets)
-
-
-def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share x frames + (1 - share) x frames of the partner; missing frames count as 0."""
-    other = jax.tree.map(lambda x: x[partner], frames)
-
-    def blend(own: Array, others: Array) -> Array:
-        shape = (-1,) + (1,) * (own.ndim - 1)
-        own = jnp.where(frames.mask.reshape(frames.mask.shape + shape[2:]), own, 0)
-        others = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), others, 0)
-        return share.reshape(shape) * own + (1 - share).reshape(shape) * others
-
-    return Frames(
-        features=blend(frames.features, other.features),
-        quality=blend(frames.quality, other.quality),
-        detection=blend(frames.detection, other.detection),
-        number=frames.number,
-        mask=frames.mask | (other.mask & (share[:, None] < 1)),
-    )
-
-
-def feature_noise(rng: Array, clips: MemberBatch) -> MemberBatch:
-    """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours)."""
-    frames = {}
-    for i, (name, fused) in enumerate(clips.frames.items()):
-        features = fused.features.astype(jnp.promote_types(fused.features.dtype, jnp.float32))
-        noise = jax.random.normal(jax.random.fold_in(rng, i), features.shape, features.dtype)
-        norm = jnp.linalg.norm(features, axis=-1, keepdims=True) / features.shape[-1] ** 0.5
-        frames[name] = fused._replace(features=features + FEATURE_NOISE * norm * noise)
-    return clips._replace(frames=frames)
-
-
-# name in `config.transforms` -> transform. To add one, write a function and add a line here.
-TRANSFORMS: dict[str, BatchTransform] = {
-    "feature_noise": feature_noise,
-}
-
-
 def concat_clips(
     rng: Array, frames: Frames, chosen: Array, short: Array, *, max_frames: int = 50
 ) -> Frames:
@@ -192,3 +135,105 @@ def concat_clips(
     first = frames._replace(mask=frames.mask & (piece | ~cut))
     second = second._replace(number=second.number + last + 1, mask=second.mask & joined[:, None])
     return fusion.map_fields(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+
+
+def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
+    """Mixes every clip with a random other clip of the batch.
+
+    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha). If the other clip
+    has weight 0, the share is 1, so that no member trains on clips of its held-out fold.
+
+    Args:
+      rng: PRNG key.
+      clips: B clips with their fused frames.
+      alpha: parameter of the Beta distribution, above 0.
+
+    Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
+    """
+    share_rng, partner_rng = jax.random.split(rng)
+    weight = clips.weight
+    share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
+    partner = jax.random.permutation(partner_rng, len(weight))
+    share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
+    frames = {name: _mix(frames, partner, share) for name, frames in clips.frames.items()}
+    targets = ((clips.labels, share), (clips.labels[partner], 1 - share))
+    return clips._replace(frames=frames, targets=targets)
+
+
+def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
+    """Returns share x frames + (1 - share) x frames of the partner; missing frames count as 0."""
+    other = jax.tree.map(lambda x: x[partner], frames)
+
+    def blend(own: Array, others: Array) -> Array:
+        shape = (-1,) + (1,) * (own.ndim - 1)
+        own = jnp.where(frames.mask.reshape(frames.mask.shape + shape[2:]), own, 0)
+        others = jnp.where(other.mask.reshape(other.mask.shape + shape[2:]), others, 0)
+        return share.reshape(shape) * own + (1 - share).reshape(shape) * others
+
+    return Frames(
+        features=blend(frames.features, other.features),
+        quality=blend(frames.quality, other.quality),
+        detection=blend(frames.detection, other.detection),
+        number=frames.number,
+        mask=frames.mask | (other.mask & (share[:, None] < 1)),
+    )
+
+
+def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOISE) -> MemberBatch:
+    """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours).
+
+    Args:
+      rng: PRNG key.
+      clips: B clips with their fused frames.
+      scale: expected norm of the noise relative to the norm of the feature vector.
+    """
+    frames = {}
+    for i, (name, fused) in enumerate(clips.frames.items()):
+        features = fused.features.astype(jnp.promote_types(fused.features.dtype, jnp.float32))
+        noise = jax.random.normal(jax.random.fold_in(rng, i), features.shape, features.dtype)
+        norm = jnp.linalg.norm(features, axis=-1, keepdims=True) / features.shape[-1] ** 0.5
+        frames[name] = fused._replace(features=features + scale * norm * noise)
+    return clips._replace(frames=frames)
+
+
+class Transform(NamedTuple):
+    """An entry of TRANSFORMS.
+
+    Attributes:
+      function: (rng, MemberBatch, *, options) -> MemberBatch.
+      before_fusion: True if it gets all frames of the clips, False for the fused frames.
+    """
+
+    function: Callable[..., MemberBatch]
+    before_fusion: bool = False
+
+
+# name in `config.transforms` -> transform. To add one, write a function and add a line here.
+TRANSFORMS: dict[str, Transform] = {
+    "feature_noise": Transform(feature_noise),
+}
+
+
+def make_transforms(
+    specs: Sequence[str | Mapping[str, Any]], *, before_fusion: bool
+) -> list[BatchTransform]:
+    """Builds the transforms of `config.transforms` that come before fusion, or after it.
+
+    Args:
+      specs: names, keys of TRANSFORMS, or dicts of `name` and the keyword arguments of a transform.
+      before_fusion: which of them.
+
+    Raises:
+      ValueError: a name or an option is unknown, or an option is missing.
+    """
+    transforms = []
+    for spec in specs:
+        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        name = str(options.pop("name", None))
+        if name not in TRANSFORMS:
+            raise UserError(f"config.transforms='{name}': {suggest(name, TRANSFORMS)}")
+        function = TRANSFORMS[name].function
+        fusion.check_options(f"config.transforms: {name!r}", function, options)
+        if TRANSFORMS[name].before_fusion == before_fusion:
+            transforms.append(functools.partial(function, **options))
+    return transforms

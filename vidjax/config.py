@@ -146,8 +146,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),
-    Field("transforms", (), "names of further transforms of a training batch, in order; empty: "
-          "none"),
+    Field("transforms", (), "further transforms of a training batch, in order: names, or dicts of "
+          "`name` and the arguments of a transform of `vidjax/augment.py`; empty: none"),
     Field("mixup", 0.0, "alpha of the Beta distribution that draws the shares of two mixed clips; "
           "0: no mixup", low=0, high=1e6, changeable=True),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
@@ -289,15 +289,14 @@ TABLE: tuple[Field | Group, ...] = (
           "classes", above=0, high=1),
 
     Group("optim", "the optimizer and its schedule", changeable=True),
-    Field("optim.name", "adam", "optimizer: `adam` or `sgd`"),
+    Field("optim.name", "adam", "the optimizer"),
     Field("optim.learning_rate", 1e-3, "learning rate at its peak", low=0),
     Field("optim.warmup", 0.1, "share of all training steps, 0 to 1, in which the learning rate "
           "rises to its peak", low=0, high=1),
     Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
           read_when=WARMUP),
-    Field("optim.decay", "cosine", "learning rate after the warm-up: `cosine`, `steps`, "
-          "`constant`"),
+    Field("optim.decay", "cosine", "learning rate after the warm-up"),
     Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak. With "
           "`optim.decay=cosine`", read_when=COSINE),
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every step of the stairs. "
@@ -506,11 +505,6 @@ def _untrainable(values: Values) -> Iterator[str]:
             "that were trained on means nothing; to measure out of fold: "
             "--config.ensemble.folds=5\nto train on everything and rank test: "
             "--config=FILE:everything, --config.eval.split=test"
-        )
-    if values.get("model.name") == "plda" and values["num_epochs"] < 2:
-        yield (
-            f"config.num_epochs={values['num_epochs']:g}: PLDA reads every clip twice, for the "
-            "centre and for its sums\n--config.num_epochs=2"
         )
 
 

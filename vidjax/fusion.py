@@ -7,8 +7,8 @@ stay lazy: only selected ones are read. Masks may have holes, since `filter_fram
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -424,23 +424,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     Raises:
       ValueError: The weighting is unknown.
     """
-    weights = frame_weights(frames, weighting)
-    total = jnp.sum(weights, axis=1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
-    # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
-    end = jnp.max(jnp.where(frames.mask, jnp.arange(1, 1 + frames.mask.shape[1]), 0))
-
-    def mean(values: Array | LazyFeatures) -> Array:
-        # One frame at a time, read in the stored dtype: 15 times faster on CPU than a sum over
-        # float32 [B, T, D], and independent of the length of the padding.
-        def add(t: Array, total: Array) -> Array:
-            value = _frame(values, t)
-            weight = jax.lax.dynamic_index_in_dim(weights, t, axis=1, keepdims=False)
-            return total + value * weight.reshape(weight.shape + (1,) * (value.ndim - 1))
-
-        zeros = jnp.zeros_like(_frame(values, 0))
-        return jax.lax.fori_loop(0, end, add, zeros.astype(_at_least_float32(zeros)))
-
+    mean = functools.partial(_mean_over_frames, frames, frame_weights(frames, weighting))
     return Frames(
         features=mean(frames.features)[:, None],  # [B, 1, D]
         quality=mean(_finite(frames.quality))[:, None],
@@ -448,6 +432,29 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
         number=take(frames.number, jnp.argmax(frames.mask, axis=1)[:, None]),
         mask=jnp.any(frames.mask, axis=1)[:, None],
     )
+
+
+def _mean_over_frames(
+    frames: Frames,
+    weights: Array,
+    values: Array | LazyFeatures,
+    of: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """Returns the weighted mean of a function of values [B, T, ...] over the frames, [B, ...]."""
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
+    # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
+    end = jnp.max(jnp.where(frames.mask, jnp.arange(1, 1 + frames.mask.shape[1]), 0))
+
+    # One frame at a time, read in the stored dtype: 15 times faster on CPU than a sum over float32
+    # [B, T, D], and independent of the length of the padding.
+    def add(t: Array, total: Array) -> Array:
+        value = of(_frame(values, t))
+        weight = jax.lax.dynamic_index_in_dim(weights, t, axis=1, keepdims=False)
+        return total + value * weight.reshape(weight.shape + (1,) * (value.ndim - 1))
+
+    zeros = jnp.zeros_like(_frame(values, 0))
+    return jax.lax.fori_loop(0, end, add, zeros.astype(_at_least_float32(zeros)))
 
 
 def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
@@ -490,16 +497,54 @@ def all_frames(frames: Frames) -> Frames:
     return frames
 
 
-# name -> (function, True if it takes a PRNG key). A specification names the function and supplies
-# its keyword arguments.
-FUSIONS: dict[str, tuple[Callable[..., Frames], bool]] = {
-    "all": (all_frames, False),
-    "crops": (crop_means, False),
-    "mean": (mean_frame, False),
-    "random": (random_fusion, True),
-    "sample": (sample_frames, True),
-    "top": (top_frames, True),
-    "windows": (merged_windows, True),
+def mean_and_deviation(frames: Frames, *, weighting: str = "uniform") -> Frames:
+    """Returns the mean frame of every clip, and beside it the standard deviation of its features.
+
+    Args:
+      frames: Frames [B, T].
+      weighting: weights of both, a weighting of `frame_weights`.
+
+    Returns:
+      Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; a clip of one frame has
+      deviations of 0.
+
+    Source: statistics pooling, Snyder et al. 2018, X-vectors.
+    """
+    mean = mean_frame(frames, weighting=weighting)
+    squares = _mean_over_frames(
+        frames,
+        frame_weights(frames, weighting),
+        frames.features,
+        of=lambda x: (x - mean.features[:, 0]) ** 2,
+    )
+    both = jnp.concatenate([mean.features, jnp.sqrt(squares)[:, None]], axis=-1)
+    return mean._replace(features=both)
+
+
+class Fusion(NamedTuple):
+    """An entry of FUSIONS.
+
+    Attributes:
+      function: ([rng,] Frames [B, T], *, options) -> Frames [B, T'].
+      random: True if it takes a PRNG key, which is None in evaluation.
+      widths: width of a fused feature vector as a multiple of that of a frame.
+    """
+
+    function: Callable[..., Frames]
+    random: bool = False
+    widths: int = 1
+
+
+# name -> fusion. A specification names it and supplies the keyword arguments of its function.
+FUSIONS: dict[str, Fusion] = {
+    "all": Fusion(all_frames),
+    "crops": Fusion(crop_means),
+    "mean": Fusion(mean_frame),
+    "mean_and_deviation": Fusion(mean_and_deviation, widths=2),
+    "random": Fusion(random_fusion, random=True),
+    "sample": Fusion(sample_frames, random=True),
+    "top": Fusion(top_frames, random=True),
+    "windows": Fusion(merged_windows, random=True),
 }
 
 
@@ -512,8 +557,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
         the fused frames, applied last.
 
     Returns:
-      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops` and `mean` ignore the key;
-      `sample`, `top` and `windows` also accept None.
+      Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops`, `mean` and
+      `mean_and_deviation` ignore the key; `sample`, `top` and `windows` also accept None.
 
     Raises:
       ValueError: The name or an argument is unknown, or an argument is missing.
@@ -522,27 +567,39 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
     if name not in FUSIONS:
         raise UserError(f"unknown fusion {name!r}; {suggest(str(name), sorted(FUSIONS))}")
-    function, takes_rng = FUSIONS[name]
-    parameters, filters = _options(function), _options(filter_frames)
+    function, filters = FUSIONS[name].function, _options(filter_frames)
     filter_options = {key: options.pop(key) for key in filters if key in options}
-    if unknown := sorted(set(options) - set(parameters)):
-        raise UserError(
-            f"fusion {name!r} has no option {', '.join(unknown)}; choose from "
-            f"{', '.join(sorted(parameters)) or 'none'}, and for every fusion "
-            f"{', '.join(filters)}, kept_share\n"
-            "a field of the command line keeps the options of the fusion before: "
-            "choose another one in a copy of the config file"
-        )
-    required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}
-    if missing := sorted(required - set(options)):
-        raise UserError(f"fusion {name!r} needs {', '.join(missing)}")
+    check_options(
+        f"fusion {name!r}",
+        function,
+        options,
+        f", and for every fusion {', '.join(filters)}, kept_share\n"
+        "a field of the command line keeps the options of the fusion before: "
+        "choose another one in a copy of the config file",
+    )
 
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
-        fused = function(rng, frames, **options) if takes_rng else function(frames, **options)
+        keys = (rng,) if FUSIONS[name].random else ()
+        fused = function(*keys, frames, **options)
         return filter_frames(fused, top_share=kept_share) if kept_share != 1 else fused
 
     return fuse
+
+
+def check_options(
+    what: str, function: Callable[..., Any], options: Collection[str], more: str = ""
+) -> None:
+    """Raises ValueError for options that a function lacks or needs; `what` names it."""
+    known = _options(function)
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(
+            f"{what} has no option {', '.join(unknown)}; choose from "
+            f"{', '.join(sorted(known)) or 'none'}{more}"
+        )
+    required = {key for key, p in known.items() if p.default is inspect.Parameter.empty}
+    if missing := sorted(required - set(options)):
+        raise UserError(f"{what} needs {', '.join(missing)}")
 
 
 def _options(function: Callable) -> dict[str, inspect.Parameter]:

@@ -83,6 +83,31 @@ def sum_of_shares(shares: Array) -> Array:
     return total
 
 
+def log_softmax(logits: Array, class_mask: Array) -> Array:
+    """Returns the logarithm of the softmax over the columns that training sees.
+
+    The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
+    of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
+    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie.
+    Devices may share the columns: the result is the same to the bit on any number of them.
+
+    Args:
+      logits: [..., K] float.
+      class_mask: [K] bool, the columns that training sees; other columns may exceed 0.
+    """
+    seen = jnp.where(class_mask, logits, -jnp.inf)
+    best = jnp.max(seen, axis=-1, keepdims=True)
+    column = jnp.arange(logits.shape[-1])
+    first = jnp.min(jnp.where(seen == best, column, len(class_mask)), axis=-1, keepdims=True)
+    is_best = column == first
+    others = jnp.where(is_best, -jnp.inf, seen)
+    second = jnp.max(others, axis=-1, keepdims=True)
+    second = jnp.where(second == -jnp.inf, 0.0, second)
+    lead = best - second - jnp.log(sum_of_shares(jnp.exp(others - second)))
+    total = best + jax.nn.softplus(-lead)
+    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
+
+
 def focal_negative(logits: Array, gamma: float) -> Array:
     """Returns -p^gamma log(1 - p) with p = sigmoid(logits), elementwise."""
     log_rest = jax.nn.softplus(logits)  # -log(1 - p)

@@ -1,8 +1,9 @@
 """Optimisers and schedules, built from plain dicts."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 
 from vidjax.batch import Array
-from vidjax.errors import UserError
+from vidjax.errors import UserError, suggest
 
 SECOND_MOMENT_DECAY = 0.999  # of Adam: its paper and optax
 
@@ -44,25 +45,96 @@ def make_piecewise(
     return lambda epoch: jnp.interp(epoch, epochs, values)
 
 
+class Rise(NamedTuple):
+    """The part of a schedule that all decays share: the warm-up and the length of the run.
+
+    Attributes:
+      peak: learning rate at the peak.
+      start: learning rate at the first step of the warm-up.
+      warmup_steps: number of steps of the warm-up; 0 for none.
+      total_steps: steps of the whole run, warm-up included.
+      steps_per_epoch: optimiser steps per epoch, which may be a fraction; None if unknown.
+    """
+
+    peak: float
+    start: float
+    warmup_steps: int
+    total_steps: int
+    steps_per_epoch: float | None
+
+    def then(self, scale: optax.Schedule) -> optax.Schedule:
+        """Returns the warm-up and then the peak, both times step -> factor."""
+        rise = optax.constant_schedule(self.peak)
+        if self.warmup_steps >= 1:
+            rise = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
+        return lambda step: rise(step) * scale(step)
+
+
+def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
+    """Returns a cosine from the end of the warm-up to the end of the run.
+
+    Args:
+      rise: peak and warm-up.
+      final_scale: rate at the end relative to the peak.
+    """
+    if rise.warmup_steps < 1:
+        return optax.cosine_decay_schedule(rise.peak, max(rise.total_steps, 1), final_scale)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=rise.start,
+        peak_value=rise.peak,
+        warmup_steps=rise.warmup_steps,
+        decay_steps=rise.total_steps,
+        end_value=rise.peak * final_scale,
+    )
+
+
+def constant(rise: Rise) -> optax.Schedule:
+    """Returns the peak from the end of the warm-up on."""
+    return rise.then(optax.constant_schedule(1.0))
+
+
+def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
+    """Returns stairs, a factor every few epochs from the start of the run, also in the warm-up.
+
+    Args:
+      rise: peak and warm-up; `steps_per_epoch` is needed.
+      decay_factor: factor of each step of the stairs, above 0.
+      decay_every_epochs: epochs between two factors, above 0; may be a fraction.
+    """
+    steps_per_epoch = rise.steps_per_epoch
+    if steps_per_epoch is None or not steps_per_epoch > 0:
+        raise UserError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
+    width = decay_every_epochs * steps_per_epoch  # width of a stair in steps
+    num_stairs = math.ceil(rise.total_steps / width) + 1
+    # Tables computed on the host, where rounding cannot move an edge by a step as in float32.
+    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
+    scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
+    return rise.then(lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")])
+
+
+# name in `config.optim.decay` -> decay (rise, *, options) -> schedule. Options are fields of
+# `config.optim`. To add one, write a function and add a line here; so for an optimiser, below.
+DECAYS: dict[str, Callable[..., optax.Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "steps": stairs,
+}
+
+
 def make_schedule(
     spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float | None = None
 ) -> optax.Schedule:
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
     Args:
-      spec: these fields of `config.optim`:
+      spec: these fields of `config.optim`, and the options of the decay:
         learning_rate: peak of the learning rate.
         warmup: share of all steps in which the rate increases linearly to the peak.
         warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
           number of warm-up steps, so that the first step is not wasted.
-        decay: `cosine` from the end of the warm-up to the end of the run; `steps`, a factor every
-          `decay_every_epochs` from the start of the run, which also applies to the warm-up; or
-          `constant`.
-        final_scale: for `cosine`, rate at the end relative to the peak.
-        decay_factor: for `steps`, the factor, above 0.
-        decay_every_epochs: for `steps`, epochs between two factors, above 0; may be a fraction.
+        decay: name of the decay, a key of DECAYS.
       total_steps: steps of the whole run, warm-up included.
-      steps_per_epoch: for `steps`, optimiser steps per epoch; may be a fraction.
+      steps_per_epoch: optimiser steps per epoch, for the decay `steps`; may be a fraction.
 
     Returns:
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
@@ -72,45 +144,29 @@ def make_schedule(
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
+    if decay not in DECAYS:
+        raise UserError(f"config.optim.decay='{decay}': {suggest(decay, DECAYS)}")
     warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
-    if decay == "cosine":
-        final_scale = spec["final_scale"]
-        if warmup_steps < 1:
-            return optax.cosine_decay_schedule(learning_rate, max(total_steps, 1), final_scale)
-        return optax.warmup_cosine_decay_schedule(
-            init_value=start,
-            peak_value=learning_rate,
-            warmup_steps=warmup_steps,
-            decay_steps=total_steps,
-            end_value=learning_rate * final_scale,
-        )
-    if decay == "constant":
-        stairs = optax.constant_schedule(1.0)
-    elif decay == "steps":
-        stairs = _make_stairs(
-            total_steps, spec["decay_factor"], spec["decay_every_epochs"], steps_per_epoch
-        )
-    else:
-        raise UserError(f"config.optim.decay='{decay}': choose from constant, cosine, steps")
-    rise = optax.constant_schedule(learning_rate)
-    if warmup_steps >= 1:
-        rise = optax.linear_schedule(start, learning_rate, warmup_steps)
-    return lambda step: rise(step) * stairs(step)
+    rise = Rise(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
+    return DECAYS[decay](rise, **_options(DECAYS[decay], spec))
 
 
-def _make_stairs(
-    total_steps: int, factor: float, every_epochs: float, steps_per_epoch: float | None
-) -> optax.Schedule:
-    """Builds a step function: step -> factor to the power of the number of stairs before it."""
-    if steps_per_epoch is None or not steps_per_epoch > 0:
-        raise UserError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
-    width = every_epochs * steps_per_epoch  # width of a stair in steps
-    num_stairs = math.ceil(total_steps / width) + 1
-    # Tables computed on the host, where rounding cannot move an edge by a step as in float32.
-    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
-    scales = (float(factor) ** np.arange(num_stairs)).astype(np.float32)
-    return lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
+def adam() -> optax.GradientTransformation:
+    """Returns Adam (Kingma and Ba), with the decays of its paper."""
+    return optax.scale_by_adam(b2=SECOND_MOMENT_DECAY)
+
+
+def sgd(*, momentum: float) -> optax.GradientTransformation:
+    """Returns the gradient, or its running sum with a momentum above 0."""
+    return optax.trace(decay=momentum) if momentum else optax.identity()
+
+
+# name in `config.optim.name` -> (*, options) -> what scales the gradient, before the learning rate
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": adam,
+    "sgd": sgd,
+}
 
 
 def make_optimizer(
@@ -127,12 +183,11 @@ def make_optimizer(
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: the fields of `config.optim`: `name` (adam | sgd), `total_decay`, `weight_decay`,
-        `momentum` (for sgd; 0 for none), `clip_norm` (largest global norm of the gradient; 0 for
-        any), and the fields of `make_schedule`.
+      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options;
+        `total_decay`, `weight_decay`, `clip_norm` (largest global norm of the gradient; 0 for any),
+        and the fields of `make_schedule`.
       total_steps: steps of the whole run.
-      steps_per_epoch: optimiser steps per epoch, which may be a fraction; needed for the decay
-        `steps` only.
+      steps_per_epoch: optimiser steps per epoch, for the decay `steps`; may be a fraction.
 
     Raises:
       ValueError: The name or the decay is unknown, or no learning rate is above 0.
@@ -140,16 +195,13 @@ def make_optimizer(
     Ours: no decay of biases and normalisation parameters.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    if spec["name"] == "adam":
-        scale = optax.scale_by_adam(b2=SECOND_MOMENT_DECAY)
-    elif spec["name"] == "sgd":
-        scale = optax.trace(decay=spec["momentum"]) if spec["momentum"] else optax.identity()
-    else:
-        raise UserError(f"config.optim.name='{spec['name']}': choose from adam, sgd")
+    name = spec["name"]
+    if name not in OPTIMIZERS:
+        raise UserError(f"config.optim.name='{name}': {suggest(name, OPTIMIZERS)}")
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=_is_matrix))
-    parts.append(scale)
+    parts.append(OPTIMIZERS[name](**_options(OPTIMIZERS[name], spec)))
     if spec["total_decay"]:
         rates = float(jnp.sum(schedule(jnp.arange(total_steps))))
         if not 0 < rates < math.inf:
@@ -161,6 +213,12 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(decay, mask=_is_matrix))
     parts.append(optax.scale_by_learning_rate(schedule))
     return optax.chain(*parts), schedule
+
+
+def _options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a specification that a function takes as keyword arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: spec[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _is_matrix(params: optax.Params) -> optax.Params:

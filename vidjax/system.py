@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, devices, ensemble, fusion, logit_ops, losses, optim
+from vidjax import augment, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
 from vidjax.errors import UserError, suggest
 from vidjax.models import identifier
-from vidjax.models.base import Identifier, ModelState, Params
-from vidjax.models.fallback import FallbackIdentifier
-from vidjax.models.plda import PLDAIdentifier
+from vidjax.models.base import Identifier
 
 FuseFn = Callable[[Array | None, Frames], Frames]
 
@@ -31,20 +29,18 @@ COLUMN_MULTIPLE = 128
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Training reads all fields except `fuse_eval`, `measure`, `score_fn`, `logs`, `top_classes`,
-    `reduce`, `matmul_precision` and `solve`. Evaluation reads these, and `model`,
-    `select_features`, `examples`, `class_mask` and `num_identities`.
+    Training reads all fields except `fuse_eval`, `score_fn`, `logs`, `top_classes`, `reduce` and
+    `matmul_precision`. Evaluation reads these, and `model`, `num_chunks`, `examples`, `class_mask`
+    and `num_identities`.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
-      make_model: number of class columns -> the same model with as many.
       num_columns: number of class columns without padding, K; `model` may have more.
       modalities: name -> feature width, in the order of the configuration.
       fuse_train: modality -> fusion for training, called with a key.
       fuse_eval: modality -> fusion for evaluation, called without a key.
-      measure: modality -> Frames [B, T] of the raw clips to [B] float32, `ClipInfo.measure`; None
-        for a model that treats poor clips like all others.
-      select_features: (features [..., D], view) -> features for a member with that view.
+      num_chunks: number of chunks of a feature vector, of which a member with a view does not see
+        one; 0 if all members see all features.
       examples: True if each fused frame of a clip is an example of its own.
       clip_transforms: transforms of the clips with all their frames, before fusion.
       transforms: transforms of the clips with their fused frames.
@@ -64,18 +60,14 @@ class System(NamedTuple):
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
-      solve: (parameters, other collections after training), [E, ...] -> the collections that
-        evaluation reads beside the parameters.
     """
 
     model: Identifier
-    make_model: Callable[[int], Identifier]
     num_columns: int
     modalities: Mapping[str, int]
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
-    measure: Callable[[Mapping[str, Frames]], Array] | None
-    select_features: Callable[[Array, Array], Array]
+    num_chunks: int
     examples: bool
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
@@ -93,7 +85,6 @@ class System(NamedTuple):
     num_identities: int
     together: bool
     matmul_precision: str
-    solve: Callable[[Params, ModelState], ModelState]
 
 
 class TaskSpec(NamedTuple):
@@ -106,10 +97,8 @@ class TaskSpec(NamedTuple):
       num_clips: number of training clips, N.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
-      threshold: measure below which clips are poor, from the training clips and the model's
-        `threshold_share`; None for a model without one.
-      settings: name -> attribute of the model that was fitted before training, by
-        `training.plda_fit`; None for a model without such attributes.
+      settings: name -> attribute of the model that was fitted before training, by its `prepare`;
+        None for a model without such attributes.
       padded_columns: number of class columns with padding; None without padding.
     """
 
@@ -119,7 +108,6 @@ class TaskSpec(NamedTuple):
     num_clips: int
     total_steps: int
     train_other: bool
-    threshold: float | None = None
     settings: Mapping[str, float | tuple[float, ...]] | None = None
     padded_columns: int | None = None
 
@@ -174,11 +162,10 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
     )
-    make_model = _make_model_maker(config, task, num_chunks)
     num_columns = task.num_model_columns
-    model = make_model(num_columns)
-    # PLDA has a logit for somebody new; of a net, training must have seen such clips.
-    knows_other = task.train_other or isinstance(model, PLDAIdentifier)
+    model = make_model(config, task)
+    # Some models have a logit for somebody new; of a net, training must have seen such clips.
+    knows_other = task.train_other or model.knows_unknown
     class_mask = (jnp.arange(num_columns) < task.num_columns).at[0].set(knows_other)
     make_objective = functools.partial(
         losses.make_objective,
@@ -190,16 +177,24 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
     return System(
         model=model,
-        make_model=make_model,
         num_columns=task.num_columns,
         modalities=task.modalities,
         fuse_train=make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
-        measure=_make_measure(model),
-        select_features=_make_select_features(num_chunks),
+        num_chunks=num_chunks,
         examples=config["after_fusion"] == "examples",
-        clip_transforms=_make_clip_transforms(config, task),
-        transforms=_make_transforms(config),
+        clip_transforms=(
+            *_own_clip_transforms(config, task),
+            *augment.make_transforms(config["transforms"], before_fusion=True),
+        ),
+        transforms=(
+            *(
+                (functools.partial(augment.mix_up, alpha=config["mixup"]),)
+                if config["mixup"]
+                else ()
+            ),
+            *augment.make_transforms(config["transforms"], before_fusion=False),
+        ),
         objective=make_objective(None if is_whole else class_mask),
         make_objective=make_objective,
         sampled_classes=config["loss"]["sampled_classes"],
@@ -214,15 +209,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_identities=task.num_identities,
         together=_is_together(ensemble_spec["mapping"]),
         matmul_precision=_check_precision(config["matmul_precision"]),
-        solve=_make_solver(model),
     )
-
-
-def _make_solver(model: Identifier) -> Callable[[Params, ModelState], ModelState]:
-    """Builds `System.solve`; the sums of a model in closed form may lie in several processes."""
-    if not isinstance(model, PLDAIdentifier):
-        return lambda params, state: state
-    return lambda params, state: model.solve(*devices.fetch((params, state)))
 
 
 def _choose(field: str, value: str, known: Collection[str]) -> str:
@@ -232,78 +219,55 @@ def _choose(field: str, value: str, known: Collection[str]) -> str:
     return value
 
 
-def _make_model_maker(
-    config: Mapping[str, Any], task: TaskSpec, num_chunks: int
-) -> Callable[[int], Identifier]:
-    """Builds `System.make_model`; members with views see features without one of their chunks."""
-    spec = _with_settings(_with_threshold(config["model"], task.threshold), task.settings)
-    modalities = {
-        name: width - (width // num_chunks if num_chunks else 0)
-        for name, width in task.modalities.items()
-    }
+def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
+    """Builds the model of a configuration for fused frames, without the chunk of a view."""
+    spec, ensemble_spec = config["model"], config["ensemble"]
+    if task.settings:
+        spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
+    modalities = {}
+    for name, width in task.modalities.items():
+        fused = width * fused_widths(config["fusion"], name)
+        dropped = fused // ensemble_spec["chunks"] if ensemble_spec["views"] else 0
+        modalities[name] = fused - dropped
+    return identifier.make_identifier(
+        spec,
+        modalities=modalities,
+        num_classes=task.num_model_columns,
+        num_clips=task.num_clips,
+        dtype=jnp.dtype(config["dtype"]),
+    )
 
-    def make_model(num_classes: int) -> Identifier:
-        return identifier.make_identifier(
-            spec,
-            modalities=modalities,
-            num_classes=num_classes,
-            num_clips=task.num_clips,
-            dtype=jnp.dtype(config["dtype"]),
+
+def _fusion_spec(specs: Mapping[str, Any], modality: str, phase: str) -> Mapping[str, Any]:
+    """Returns the specification of a fusion in a phase; the default is all frames."""
+    return specs.get(modality, {}).get(phase) or {"name": "all"}
+
+
+def fused_widths(specs: Mapping[str, Any], modality: str) -> int:
+    """Returns the width of the fused features of a modality, as a multiple of a frame's.
+
+    Raises:
+      ValueError: training and evaluation differ.
+    """
+    names = [_fusion_spec(specs, modality, phase).get("name") for phase in ("train", "evaluate")]
+    train, evaluate = (fusion.FUSIONS[x].widths if x in fusion.FUSIONS else 1 for x in names)
+    if train != evaluate:
+        raise UserError(
+            f"config.fusion.{modality}: '{names[0]}' in training and '{names[1]}' in evaluation\n"
+            "give features of different widths: choose fusions of one width"
         )
-
-    return make_model
+    return train
 
 
 def make_fusions(
-    specs: Mapping[str, Any], modalities: Mapping[str, int], phase: str
+    specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusions of a phase, `train` or `evaluate`; the default is all frames."""
-    return {
-        name: fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
-        for name in modalities
-    }
+    """Builds the fusions of a phase, `train` or `evaluate`."""
+    return {name: fusion.make_fusion(_fusion_spec(specs, name, phase)) for name in modalities}
 
 
-def _with_threshold(spec: Mapping[str, Any], threshold: float | None) -> Mapping[str, Any]:
-    """Returns the specification of a model with the threshold of its `threshold_share`.
-
-    A threshold that an evaluation sets itself stays.
-    """
-    if not spec.get("threshold_share") or spec.get("threshold") or threshold is None:
-        return spec
-    return {**spec, "threshold": threshold}
-
-
-def _with_settings(
-    spec: Mapping[str, Any], settings: Mapping[str, float | tuple[float, ...]] | None
-) -> Mapping[str, Any]:
-    """Returns the specification of a model with the settings that were fitted for it.
-
-    A setting that an evaluation sets itself stays.
-    """
-    return {**spec, **{n: x for n, x in (settings or {}).items() if spec.get(n) is None}}
-
-
-def _make_measure(model: Identifier) -> Callable[[Mapping[str, Frames]], Array] | None:
-    """Builds `System.measure`; None for a model without a threshold."""
-    if not isinstance(model, FallbackIdentifier) or not model.threshold:
-        return None
-
-    def measure(frames: Mapping[str, Frames]) -> Array:
-        return fusion.mean_measure(frames[model.modality], model.measure)
-
-    return measure
-
-
-def _make_select_features(num_chunks: int) -> Callable[[Array, Array], Array]:
-    """Builds `System.select_features`; 0 chunks select all features."""
-    if num_chunks:
-        return functools.partial(ensemble.drop_chunk, num_chunks=num_chunks)
-    return lambda features, view: features
-
-
-def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[BatchTransform, ...]:
-    """Builds the transforms before fusion: quality subsets, then concatenated distractors."""
+def _own_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> list[BatchTransform]:
+    """Builds the transforms before fusion that have fields: quality subsets, then noise."""
     transforms: list[BatchTransform] = []
     if config["ensemble"]["min_quality"]:
         transforms.append(
@@ -313,17 +277,7 @@ def _make_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> tuple[Ba
         transforms.append(
             functools.partial(augment.concat_noise, num_identities=task.num_identities)
         )
-    return tuple(transforms)
-
-
-def _make_transforms(config: Mapping[str, Any]) -> tuple[BatchTransform, ...]:
-    """Builds the transforms after fusion: mixup, then those of `config.transforms`."""
-    transforms: list[BatchTransform] = []
-    if config["mixup"]:
-        transforms.append(functools.partial(augment.mix_up, alpha=config["mixup"]))
-    for name in config["transforms"]:
-        transforms.append(augment.TRANSFORMS[_choose("transforms", name, augment.TRANSFORMS)])
-    return tuple(transforms)
+    return transforms
 
 
 def _make_column_weight(
@@ -357,31 +311,6 @@ def _check_precision(precision: str) -> str:
         ) from error
 
 
-def log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithm of the softmax over the columns that training sees.
-
-    The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
-    of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
-    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie.
-    Devices may share the columns: the result is the same to the bit on any number of them.
-
-    Args:
-      logits: [..., K] float.
-      class_mask: [K] bool, the columns that training sees; other columns may exceed 0.
-    """
-    seen = jnp.where(class_mask, logits, -jnp.inf)
-    best = jnp.max(seen, axis=-1, keepdims=True)
-    column = jnp.arange(logits.shape[-1])
-    first = jnp.min(jnp.where(seen == best, column, len(class_mask)), axis=-1, keepdims=True)
-    is_best = column == first
-    others = jnp.where(is_best, -jnp.inf, seen)
-    second = jnp.max(others, axis=-1, keepdims=True)
-    second = jnp.where(second == -jnp.inf, 0.0, second)
-    lead = best - second - jnp.log(logit_ops.sum_of_shares(jnp.exp(others - second)))
-    total = best + jax.nn.softplus(-lead)
-    return jnp.where(is_best, jax.nn.log_sigmoid(lead), logits - total)
-
-
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
     """Returns the logarithm of the sigmoid."""
     del class_mask
@@ -397,7 +326,7 @@ def _logits(logits: Array, class_mask: Array) -> Array:
 # config.eval.scores -> (score function, True if scores are logarithms). Logarithms keep the order
 # of large logits: sigmoid(17) is 1.0 in float32, but its logarithm is not 0.
 SCORES = {
-    "log_softmax": (log_softmax, True),
+    "log_softmax": (logit_ops.log_softmax, True),
     "log_sigmoid": (_log_sigmoid, True),
     "logits": (_logits, False),
 }

@@ -27,8 +27,8 @@ from vidjax import devices, ensemble
 from vidjax.data import resident
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
+from vidjax.models import plda_fit
 from vidjax.steps.train_step import make_train_loop
-from vidjax.training import plda_fit
 
 SETTINGS = ("within=0.8", "between=0.75", "scale=0.06", "unenrolled=-2.0", "stranger=2.0")
 
@@ -64,7 +64,7 @@ def benchmark(args: argparse.Namespace) -> None:
     state, outcome = loop(run.state, run.tables, run.clips, steps)
     jax.block_until_ready(outcome)
     began = timed("two passes, with compilation", began)
-    solved = devices.replicate(mesh, run.system.solve(state.params, state.model_state))
+    solved = devices.replicate(mesh, run.system.model.solve(state.params, state.model_state))
     timed("solution", began)
 
     data = MadeUp(run, args.num_identities)

@@ -88,7 +88,7 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
         np.arange(batch_size, dtype=np.int32),
         np.ones(batch_size, bool),
     )
-    natural = system._replace(model=system.make_model(system.num_columns))
+    natural = system._replace(model=system.model.with_classes(system.num_columns))
     here = columns.abstract_state(system, modalities, system.model.num_classes, len(members))
 
     def init():

@@ -31,7 +31,7 @@ from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
 from vidjax.evaluation.scoring import Evaluation, TrainedModel
-from vidjax.models.base import Identifier, ModelState, Params, has_exact_inputs
+from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import exact_sums
 
@@ -147,7 +147,7 @@ class Observer:
         }
         attention_values, arrays = attention(self.seen.attention, model.system.model)
         values |= attention_values
-        if self._single and num_steps and not has_exact_inputs(type(model.system.model)):
+        if self._single and num_steps and not model.system.model.exact_inputs:
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
         if results.get("map") is None:
             values["named"] = named_clips(evaluation, split.clips)

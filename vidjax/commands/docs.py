@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax import augment, config_io, fusion, losses, messages, system
+from vidjax import augment, config_io, fusion, losses, messages, optim, system
 from vidjax.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
 from vidjax.config_io import value_text
 from vidjax.data import sources
@@ -37,12 +37,14 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
     """Reads the tables of the code: field or group -> name that it may take -> summary."""
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
-        "fusion": {name: function for name, (function, _) in fusion.FUSIONS.items()},
-        "transforms": augment.TRANSFORMS,
+        "fusion": {name: one.function for name, one in fusion.FUSIONS.items()},
+        "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
         "loss.classification": losses.CLASSIFICATION,
         "loss.focal": losses.CLASSIFICATION,
         "loss.margin_type": losses.MARGINS,
         "loss.embedding": losses.EMBEDDING,
+        "optim.name": optim.OPTIMIZERS,
+        "optim.decay": optim.DECAYS,
         "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
         "data.name": {name: dataset.open for name, dataset in sources.DATASETS.items()},
     }

@@ -129,11 +129,11 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
     """Returns the sizes in the manifest of a checkpoint, which an earlier version may have made."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
-    settings = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in (task.settings or {}).items()
-    }
-    return task._replace(settings=task.settings and settings)
+    found = dict(task.settings or {})
+    if manifest.get("threshold") is not None:  # an entry of its own in earlier versions
+        found["threshold"] = manifest["threshold"]
+    settings = {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()}
+    return task._replace(settings=settings or None)
 
 
 def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -> TrainingData:
@@ -169,7 +169,7 @@ def load_weights(
     """Loads the parameters and the other variables of a run's model, [E, ...].
 
     Parameters with class columns lie on the devices that share the classes, all else on every one.
-    The variables are those that evaluation reads, see `System.solve`.
+    The variables are those that evaluation reads, see `Identifier.solve`.
 
     Raises:
       CheckpointError: the checkpoint holds another model.
@@ -191,7 +191,7 @@ def load_weights(
         items = {name: columns.resize(tree, getattr(here, name)) for name, tree in items.items()}
         items["params"] = devices.put(items["params"], layout)
     params = items["params"]
-    return params, devices.replicate(mesh, system.solve(params, items["model_state"]))
+    return params, devices.replicate(mesh, system.model.solve(params, items["model_state"]))
 
 
 def companion_digests(

@@ -508,7 +508,7 @@ def collect(
         else []
         for scorer in scorers
     ]
-    poor = [PoorClips(model.system) for model in models]
+    poor = [PoorClips(model.system.model) for model in models]
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
@@ -567,7 +567,7 @@ def conclude(split: Split, scored: Scored) -> Evaluation:
     """
     top, pool, models = scored.top, scored.clips.pool, scored.models
     for model in models:
-        PoorClips(model.system, model.poor).warn(split.name)
+        PoorClips(model.system.model, model.poor).warn(split.name)
     clips, num_nan = _without_nan(split, scored.clips)
     results: dict[str, Any] = {}
     value = map_of(top, split, pool)

@@ -19,8 +19,9 @@ import numpy as np
 from vidjax.machine import num_cores
 from vidjax.models import plda, two_covariance
 from vidjax.models.plda import Settings, blank_space
+from vidjax.models.plda_fit import fit_settings, some_identities, tell_of_few
 from vidjax.models.two_covariance import Space
-from vidjax.training.plda_fit import fit_settings, some_identities, tell_of_few
+from vidjax.run.terminal import say
 
 MANY = 32  # vectors from which on threads are worth starting
 
@@ -158,7 +159,7 @@ def fit(
       settings: given settings; None to fit them, too.
       seed: of the fit of settings.
     """
-    tell_of_few(labels)
+    tell_of_few(labels, say)
     if settings is None:
         wanted = some_identities(labels, seed) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}

@@ -172,7 +172,7 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the logarithms of the softmax, [K] float64, of logits [K] float64 in any order.
 
-    The logarithm of a probability near 1 is computed from the others, as in `system.log_softmax`.
+    The logarithm of a probability near 1 is computed from the others, as in `log_softmax`.
     """
     best = int(np.argmax(logits))
     top, others = float(logits[best]), np.delete(logits, best)

@@ -25,7 +25,7 @@ from vidjax.data.packing import Clips
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import check_widths
 from vidjax.gallery.store import Origin
-from vidjax.models.plda import PLDAIdentifier, Settings
+from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 
@@ -57,22 +57,18 @@ class Vectors(NamedTuple):
 def origin_of(run: Predictor) -> Origin:
     """Returns what a gallery keeps of its run."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return Origin(str(run.workdir), digest, _is_plda(run))
-
-
-def _is_plda(run: Predictor) -> bool:
-    return isinstance(run.system.model, PLDAIdentifier)
+    return Origin(str(run.workdir), digest, settings_of(run) is not None)
 
 
 def widths_of(run: Predictor, width: int) -> dict[str, int]:
     """Returns part -> D of the vectors of a run, of which an embedding has `width` numbers."""
-    return dict(run.modalities) if _is_plda(run) else {EMBEDDING: width}
+    model = run.system.model
+    return dict(model.modalities) if settings_of(run) else {EMBEDDING: width}
 
 
 def settings_of(run: Predictor) -> Settings | None:
     """Returns the settings of a PLDA run, of its first member; None for any other run."""
-    model = run.system.model
-    return model.settings() if isinstance(model, PLDAIdentifier) else None
+    return run.system.model.gallery_settings()
 
 
 def embed(

@@ -1,51 +1,101 @@
 """The contract between a model and the steps that train and evaluate it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+
+import flax.linen as nn
+import numpy as np
 
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 
 # Nested dicts of arrays, as linen makes them.
 Params: TypeAlias = Mapping[str, Any]  # the collection `params`, all that the optimiser changes
 ModelState: TypeAlias = Mapping[str, Any]  # name -> collection, for all other collections
-Variables: TypeAlias = Mapping[str, Any]  # name -> collection
 
 
-class Identifier(Protocol):
-    """A linen module that maps the fused frames of clips to logits and embeddings.
+class TrainingClips(NamedTuple):
+    """The N training clips as `Identifier.prepare` sees them.
 
     Attributes:
+      labels: [N] int, class columns; 0 for distractors.
+      used: [E, N] bool, the clips that each member is trained on.
+      present: modality -> [N] bool, True for clips that have frames of it.
+      fusions: modality -> fusion of evaluation, (None, Frames [B, T]) -> Frames [B, T'].
+      values: (modality, value_of, wanted [N] bool) -> [n, ...], the values of the n wanted clips,
+        where value_of maps all frames of clips, Frames [B, T], to [B, ...].
+      seed: seed of the run.
+      tell: tells the user a message.
+    """
+
+    labels: np.ndarray
+    used: np.ndarray
+    present: Mapping[str, np.ndarray]
+    fusions: Mapping[str, Callable[[None, Frames], Frames]]
+    values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
+    seed: int
+    tell: Callable[[str], None]
+
+
+class ClipQuality(NamedTuple):
+    """How a model judges the raw frames of B clips.
+
+    Attributes:
+      measure: [B] float32, for `ClipInfo.measure`.
+      judged: [B] bool, True for clips that are judged at all.
+      poor: [B] bool, True for those that are too poor to be treated like others.
+    """
+
+    measure: Array
+    judged: Array
+    poor: Array
+
+
+class Identifier(nn.Module):
+    """A linen module that maps the fused frames of clips to logits and embeddings.
+
+    A model that is a net and nothing else has the fields below and `__call__`. The methods are for
+    models that are fitted in another way, or that judge clips by themselves.
+
+    Attributes:
+      modalities: name -> feature width, of fused frames.
       num_classes: number of class columns in the logits, K.
       logit_scale: factor on the cosines in the logits, the s of ArcFace; 1 if the logits are not
         cosines. The margin losses need it. If it is learned, its first value; the output then
         holds the present one.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
+      exact_inputs: True if training adds up or stores the clips and optimises nothing: they may
+        neither be changed nor count more than once.
+      knows_unknown: True if column 0 has a logit of its own that needs no training clip.
+      min_epochs: passes over the training clips that the model needs.
+      parts: field that holds a model -> field that names its modalities.
     """
 
-    @property
-    def num_classes(self) -> int: ...
+    vector_names: ClassVar[tuple[str, ...]] = ()
+    exact_inputs: ClassVar[bool] = False
+    knows_unknown: ClassVar[bool] = False
+    min_epochs: ClassVar[float] = 0.0
+    parts: ClassVar[Mapping[str, str]] = {}
 
-    @property
-    def logit_scale(self) -> float: ...
+    if TYPE_CHECKING:  # every model has these, as a field or a constant
+        modalities: Mapping[str, int]
+        num_classes: int
+        logit_scale: float
 
-    @property
-    def vector_names(self) -> tuple[str, ...]: ...
+        def init(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
+        ) -> Mapping[str, Any]: ...
 
-    def init(
-        self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
-    ) -> Variables: ...
-
-    def apply(
-        self,
-        variables: Variables,
-        frames: Mapping[str, Frames],
-        clips: ClipInfo,
-        *,
-        train: bool,
-        rngs: Mapping[str, Array] | None = None,
-        mutable: Sequence[str] | bool = False,
-    ) -> Any: ...
+        def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self,
+            variables: Mapping[str, Any],
+            frames: Mapping[str, Frames],
+            clips: ClipInfo,
+            *,
+            train: bool,
+            rngs: Mapping[str, Array] | None = None,
+            mutable: Sequence[str] | bool = False,
+        ) -> Any: ...
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
@@ -59,13 +109,48 @@ class Identifier(Protocol):
           train: True to apply dropout (rngs `dropout` and `modality_dropout`) and to update the
             batch statistics; all collections of the model except `params` are then mutable.
         """
-        ...
+        raise NotImplementedError
 
+    def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
+        """Returns attribute -> value of what is fitted before training; checkpoints keep it.
 
-def has_exact_inputs(model: type) -> bool:
-    """Returns whether training a model is adding up or storing its clips, each once as it is.
+        Values are numbers, tuples of one number of each member, or None.
+        """
+        del clips
+        return {}
 
-    Nothing is optimised then, and clips may neither be changed nor count more than once. Such a
-    model has the class attribute `exact_inputs`.
-    """
-    return getattr(model, "exact_inputs", False)
+    @classmethod
+    def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a specification of the model with what `prepare` found.
+
+        An attribute that the specification sets itself stays.
+        """
+        return {**spec, **{name: x for name, x in found.items() if spec.get(name) is None}}
+
+    def solve(self, params: Params, model_state: ModelState) -> ModelState:
+        """Returns the collections that evaluation reads, from those after training, [E, ...]."""
+        del params
+        return model_state
+
+    def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
+        """Returns how good the raw frames of clips are; None for a model that treats all alike.
+
+        Args:
+          frames: modality -> Frames [B, T], before fusion and with all features.
+        """
+        del frames
+        return None
+
+    def many_poor(self, share: float, split: str) -> str | None:
+        """Returns a warning if an unexpected share of the clips of a split is poor, else None."""
+        del share, split
+        return None
+
+    def gallery_settings(self) -> Any | None:
+        """Returns the `two_covariance.Settings` that galleries compare by; None for cosines."""
+        return None
+
+    def with_classes(self, num_classes: int) -> Self:
+        """Returns the same model with another number of class columns."""
+        parts = {name: getattr(self, name).with_classes(num_classes) for name in self.parts}
+        return self.clone(num_classes=num_classes, **parts)

@@ -1,7 +1,6 @@
 """Unit vectors of all modalities, weighted and joined, and a cosine classifier with a margin."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,11 +8,12 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
+from vidjax.models.base import Identifier
 from vidjax.models.heads import CosineClassifier, unit_vectors
 from vidjax.models.mlp import DenseLayer
 
 
-class CosineIdentifier(nn.Module):
+class CosineIdentifier(Identifier):
     """One unit vector per modality, their weighted concatenation, and a cosine classifier.
 
     With the mean frame x_m of modality m and learned weights a_m:
@@ -49,7 +49,6 @@ class CosineIdentifier(nn.Module):
     dropout_rate: float = 0.0
     logit_scale: float = 16.0
     dtype: jnp.dtype = jnp.float32
-    vector_names: ClassVar[tuple[str, ...]] = ()
 
     @nn.compact
     def __call__(

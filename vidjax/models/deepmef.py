@@ -1,7 +1,6 @@
 """DeepMEF, third place of 2019: channel attention over frames, scene features, a cosine head."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from vidjax.models.attention import (
     AttentionAggregation,
     ChannelAttention,
 )
+from vidjax.models.base import Identifier
 from vidjax.models.heads import CosineClassifier, unit_vectors
 from vidjax.models.layers import Linear
 from vidjax.models.mlp import DenseLayer, ResidualBlock
@@ -26,7 +26,7 @@ _CHOICES = {
 }
 
 
-class DeepMEF(nn.Module):
+class DeepMEF(Identifier):
     """Attention over the frames of one modality, a residual layer, and a cosine classifier.
 
     1. The features of every frame of `modality` are joined with its quality / 100 and its detection
@@ -83,7 +83,6 @@ class DeepMEF(nn.Module):
     modality_dropout_rate: float = 0.0
     logit_scale: float = 30.0
     dtype: jnp.dtype = jnp.float32
-    vector_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models import inputs
+from vidjax.models.base import Identifier
 from vidjax.models.heads import Classifier, CosineClassifier, check_head
 from vidjax.models.mlp import MLP, Layer, ResidualBlock, ResidualDenseNet
 
@@ -22,7 +22,7 @@ _OPTIONS = {
 }
 
 
-class DenseIdentifier(nn.Module):
+class DenseIdentifier(Identifier):
     """A fully connected net and a classifier on the concatenated mean frames of all modalities.
 
     Attributes:
@@ -66,7 +66,6 @@ class DenseIdentifier(nn.Module):
     feature_scale: float = 1.0
     modality_dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    vector_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,19 +1,24 @@
 """Two models: a main one, and a fallback for clips without a face or with poor ones."""
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models import inputs
-from vidjax.models.base import Identifier
+from vidjax.models.base import ClipQuality, Identifier, TrainingClips
 from vidjax.models.heads import unit_vectors
 
+FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
 
-class FallbackIdentifier(nn.Module):
+
+class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
     Both models are trained in the same run, each on the clips that have its modalities. Evaluation
@@ -37,8 +42,8 @@ class FallbackIdentifier(nn.Module):
         frames of the clip count, before fusion, and with all their features.
       threshold: measure below which both models judge a clip; 0 for never.
       threshold_share: share of the training clips with `modality` that lie below the threshold,
-        from 0 to 1. `vidjax.evaluation.poor_clips` then computes the threshold before training, and
-        every checkpoint keeps it. 0 for `threshold` as it is given.
+        from 0 to 1. `prepare` then computes the threshold before training, and every checkpoint
+        keeps it. 0 for `threshold` as it is given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
@@ -63,7 +68,6 @@ class FallbackIdentifier(nn.Module):
     threshold_share: float = 0.0
     main_share: float = 0.2
     other_share: float = 0.8
-    # Field that holds a model -> field that names its modalities.
     parts: ClassVar[Mapping[str, str]] = {"main": "main_modalities", "other": "other_modalities"}
 
     def __post_init__(self) -> None:
@@ -86,14 +90,68 @@ class FallbackIdentifier(nn.Module):
             )
 
     @property
-    def logit_scale(self) -> float:
+    def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Factor on the cosines in the logits of both models, as they start; 1 if linear."""
         return self.main.logit_scale
 
     @property
-    def vector_names(self) -> tuple[str, ...]:
+    def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names of the vectors in the attention of the main model, or else of the other."""
         return self.main.vector_names or self.other.vector_names
+
+    def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
+        """Returns the `threshold` below which lies `threshold_share` of the training clips.
+
+        Lengths of feature vectors and quality scores have another scale with every face net. All
+        clips count that have the modality, whatever their identity and their fold. At most that
+        share of them lies below the threshold; with equal measures less, or none.
+
+        Raises:
+          ValueError: There is a threshold beside the share.
+        """
+        if not self.threshold_share:
+            return {}
+        if self.threshold:
+            raise UserError(
+                f"config.model.threshold={self.threshold} and config.model.threshold_share="
+                f"{self.threshold_share} exclude each other\nset one of them to 0"
+            )
+        exists = clips.present[self.modality]
+        if not exists.any():
+            return {"threshold": 0.0}
+        mean = jax.jit(functools.partial(fusion.mean_measure, measure=self.measure))
+        return {
+            "threshold": quantile(clips.values(self.modality, mean, exists), self.threshold_share)
+        }
+
+    @classmethod
+    def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a specification of the model with the threshold of its share.
+
+        A threshold that an evaluation sets itself stays.
+        """
+        return (
+            spec if not spec.get("threshold_share") or spec.get("threshold") else {**spec, **found}
+        )
+
+    def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
+        """Returns the measure of `modality`, and the clips below the threshold."""
+        if not self.threshold:
+            return None
+        own = frames[self.modality]
+        measure, judged = fusion.mean_measure(own, self.measure), jnp.any(own.mask, axis=1)
+        return ClipQuality(measure, judged, judged & (measure < self.threshold))
+
+    def many_poor(self, share: float, split: str) -> str | None:
+        """Returns a warning if far more clips of a split are poor than were meant to be."""
+        if share <= max(FAR_MORE, 5 * self.threshold_share):
+            return None
+        return (
+            f"{share:.1%} of the clips of {split} have a {self.modality} of a {self.measure} "
+            f"below {self.threshold:.4g}\ntheir features differ in scale from those that the "
+            "threshold is made for: with --config.model.threshold=0 and\n"
+            "--config.model.threshold_share=0.01 training finds one for 1 % of its clips"
+        )
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
@@ -153,3 +211,14 @@ class FallbackIdentifier(nn.Module):
         fixed = jnp.full(1, self.logit_scale, jnp.float32)
         scales = [fixed if one.logit_scale is None else one.logit_scale for one in outputs]
         return jnp.concatenate(scales)
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """Returns the value below which lie the `share` lowest of n values, rounded down to a count.
+
+    Args:
+      values: [n] float32, at least one.
+      share: 0 or more, below 1.
+    """
+    count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
+    return float(np.partition(values, count)[count])

@@ -3,9 +3,8 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
@@ -20,7 +19,7 @@ from vidjax.models.neighbours import NeighbourIdentifier
 from vidjax.models.plda import PLDAIdentifier
 
 # name -> model. To add one, write a file in this folder and add a line here.
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, type[Identifier]] = {
     "cosine": CosineIdentifier,
     "deepmef": DeepMEF,
     "dense": DenseIdentifier,
@@ -53,7 +52,7 @@ def make_identifier(
       dtype: dtype of the matrix products.
 
     Returns:
-      A hashable linen module that implements `Identifier`.
+      A hashable `Identifier`.
 
     Raises:
       ValueError: The name, an attribute, a modality or the dtype is unknown, or an attribute is
@@ -73,6 +72,10 @@ def make_identifier(
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; {suggest(str(name), sorted(MODELS))}")
     model = MODELS[name]
+    if not issubclass(model, Identifier):
+        raise UserError(
+            f"model {name!r}: derive its class from vidjax.models.base.Identifier, not nn.Module"
+        )
     fields = {field.name: field for field in dataclasses.fields(model)}
     given = {
         "modalities": FrozenDict(modalities),
@@ -93,7 +96,7 @@ def make_identifier(
         raise UserError(f"model {name!r} needs {', '.join(missing)}")
     if not modalities:
         raise UserError(f"model {name!r} needs at least one modality")
-    for part, choice in getattr(model, "parts", {}).items():
+    for part, choice in model.parts.items():
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):
             raise UserError(
@@ -107,7 +110,7 @@ def make_identifier(
             num_clips=num_clips,
             dtype=product_dtype,
         )
-    return cast(Identifier, model(**options, **fixed))
+    return model(**options, **fixed)
 
 
 def _check_sizes(name: str, options: Mapping[str, Any]) -> None:

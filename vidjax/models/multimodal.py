@@ -9,12 +9,13 @@ from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
+from vidjax.models.base import Identifier
 from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
 from vidjax.models.layers import Linear
 from vidjax.models.netvlad import NetVLAD
 
 
-class MultimodalIdentifier(nn.Module):
+class MultimodalIdentifier(Identifier):
     """The system of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
     The vectors of a missing modality are exactly 0 in the feature map, bias included; with
@@ -88,7 +89,7 @@ class MultimodalIdentifier(nn.Module):
         check_head(self.head, self.logit_scale)
 
     @property
-    def vector_names(self) -> tuple[str, ...]:
+    def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names of the vectors of the feature map: face 1, face 2, face 3, head, ..."""
         names = []
         for name in self.modalities:

@@ -11,10 +11,11 @@ from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
 from vidjax.models import inputs
+from vidjax.models.base import Identifier
 from vidjax.models.heads import unit_vectors
 
 
-class NeighbourIdentifier(nn.Module):
+class NeighbourIdentifier(Identifier):
     """The baseline: cosines between the mean frames of clips, for one modality.
 
     Attributes:
@@ -30,7 +31,6 @@ class NeighbourIdentifier(nn.Module):
     num_clips: int
     modality: str = "face"
     logit_scale: float = 1.0
-    vector_names: ClassVar[tuple[str, ...]] = ()
     exact_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -1,78 +1,23 @@
 """PLDA: identities in closed form, from the sums of their training clips. Nothing is optimised."""
 
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax import fusion
+from vidjax import devices
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs, two_covariance
-from vidjax.models.base import ModelState, Params
+from vidjax.models import inputs, plda_fit, two_covariance
+from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
 from vidjax.models.heads import unit_vectors
-from vidjax.models.two_covariance import Space, Sums
+from vidjax.models.two_covariance import Settings, Space, Sums, combine, unit_mean
 
 
-class Settings(NamedTuple):
-    """The numbers of a PLDA model.
-
-    Attributes:
-      within: share of the within-class covariance that is replaced by a multiple of the identity.
-      between: the same share of the between-class covariance.
-      scale: factor on the log-likelihood ratios, which are too confident as they are.
-      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
-      stranger: logarithm of the odds, before a clip is looked at, that it shows somebody new.
-      centred: share of the mean of all vectors that is subtracted from each.
-    """
-
-    within: float | Array
-    between: float | Array
-    scale: float | Array
-    unenrolled: float | Array
-    stranger: float | Array
-    centred: float | Array
-
-
-def unit_mean(frames: Frames) -> Array:
-    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
-    return unit_vectors(fusion.mean_frame(frames).features[:, 0])
-
-
-def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
-    """Returns the logits of clips, from their log-likelihood ratios in each modality.
-
-    A modality that a clip lacks adds 0 to every identity. Whoever is known in no modality cannot be
-    named. Somebody new is as probable beforehand as all who are known together, but for
-    `settings.stranger`: among more people a likeness by chance is likelier.
-
-    Args:
-      ratios: [M, B, K] float.
-      known: [M, K] bool, False for classes without a clip that has the modality.
-      present: [M, B] bool, False for clips that lack the modality.
-      settings: scale, and what classes that are not known and somebody new get.
-
-    Returns:
-      [B, K] float, with somebody new in column 0; -inf for identities that are not known.
-    """
-    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
-    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
-    anywhere = jnp.any(known, axis=0)
-    logits = jnp.where(anywhere, logits, -jnp.inf)
-    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
-    return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
-
-
-def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
-    """Returns the logit of somebody new beside a number of identities that are known."""
-    return settings.stranger + xp.log(xp.maximum(num_known, 1))
-
-
-class PLDAIdentifier(nn.Module):
+class PLDAIdentifier(Identifier):
     """Two-covariance PLDA of every modality, added up over the modalities that a clip has.
 
     A clip is its mean frame, scaled to length 1, centred, and scaled to length 1 again. Training
@@ -108,9 +53,10 @@ class PLDAIdentifier(nn.Module):
     unenrolled: float | tuple[float, ...] | None = None
     stranger: float | tuple[float, ...] | None = None
     centred: float | None = None
-    logit_scale: ClassVar[float] = 1.0
-    vector_names: ClassVar[tuple[str, ...]] = ()
+    logit_scale = 1.0  # pyright: ignore[reportAssignmentType]
     exact_inputs: ClassVar[bool] = True
+    knows_unknown: ClassVar[bool] = True
+    min_epochs: ClassVar[float] = 2.0  # one for the centre, one for the sums
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +81,15 @@ class PLDAIdentifier(nn.Module):
             )
         chosen = {n: x[member] if isinstance(x, tuple) else x for n, x in values.items()}
         return Settings(**chosen)
+
+    def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
+        """Returns the settings that are None, fitted on clips that are held out."""
+        given = {name: getattr(self, name) for name in Settings._fields}
+        return plda_fit.training_settings(given, clips)
+
+    def gallery_settings(self) -> Settings:
+        """Returns the settings of the first member, by which galleries compare."""
+        return self.settings()
 
     @nn.compact
     def __call__(
@@ -198,7 +153,7 @@ class PLDAIdentifier(nn.Module):
         """
         del params
         sums = model_state["sums"]["sums"]
-        parts = jax.device_get({name: sums[name] for name in self.modalities})
+        parts = devices.fetch({name: sums[name] for name in self.modalities})
         members = range(len(jax.tree.leaves(parts)[0]))
         solved = [
             self._solve_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))

@@ -1,4 +1,4 @@
-"""Two-covariance PLDA of one modality: its sums, its fit in closed form, its likelihood ratios.
+"""Two-covariance PLDA: its sums, its fit in closed form, its ratios, and their sum by modality.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive,
@@ -11,13 +11,16 @@ Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-cov
 shrinkage of both covariances towards a multiple of the identity is ours.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.batch import Array
+from vidjax import fusion
+from vidjax.batch import Array, Frames
+from vidjax.models.heads import unit_vectors
 
 # The typical share of the variance that is not the person's: .25 for dlib's vectors of faces
 # (distances of .42 within and .85 between people), .54, .69 and .60 for faces, heads and voices of
@@ -225,3 +228,57 @@ def as_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space
         return jnp.asarray(x, dtype if floats else None)
 
     return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
+
+
+class Settings(NamedTuple):
+    """The numbers of a PLDA model.
+
+    Attributes:
+      within: share of the within-class covariance that is replaced by a multiple of the identity.
+      between: the same share of the between-class covariance.
+      scale: factor on the log-likelihood ratios, which are too confident as they are.
+      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
+      stranger: logarithm of the odds, before a clip is looked at, that it shows somebody new.
+      centred: share of the mean of all vectors that is subtracted from each.
+    """
+
+    within: float | Array
+    between: float | Array
+    scale: float | Array
+    unenrolled: float | Array
+    stranger: float | Array
+    centred: float | Array
+
+
+def unit_mean(frames: Frames) -> Array:
+    """Returns the mean frame of every clip [B, D], scaled to length 1; 0 for clips without one."""
+    return unit_vectors(fusion.mean_frame(frames).features[:, 0])
+
+
+def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
+    """Returns the logits of clips, from their log-likelihood ratios in each modality.
+
+    A modality that a clip lacks adds 0 to every identity. Whoever is known in no modality cannot be
+    named. Somebody new is as probable beforehand as all who are known together, but for
+    `settings.stranger`: among more people a likeness by chance is likelier.
+
+    Args:
+      ratios: [M, B, K] float.
+      known: [M, K] bool, False for classes without a clip that has the modality.
+      present: [M, B] bool, False for clips that lack the modality.
+      settings: scale, and what classes that are not known and somebody new get.
+
+    Returns:
+      [B, K] float, with somebody new in column 0; -inf for identities that are not known.
+    """
+    filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
+    logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)
+    anywhere = jnp.any(known, axis=0)
+    logits = jnp.where(anywhere, logits, -jnp.inf)
+    stranger = stranger_logit(settings, jnp.sum(anywhere), jnp)
+    return jnp.where(jnp.arange(logits.shape[1]) == 0, stranger, logits)
+
+
+def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
+    """Returns the logit of somebody new beside a number of identities that are known."""
+    return settings.stranger + xp.log(xp.maximum(num_known, 1))

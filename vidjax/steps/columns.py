@@ -81,7 +81,7 @@ def abstract_state(
     system: System, modalities: Mapping[str, int], num_columns: int, num_members: int = 1
 ) -> state_lib.TrainState:
     """Returns the shapes and dtypes of a state for a number of class columns, with one clip."""
-    resized = system._replace(model=system.make_model(num_columns))
+    resized = system._replace(model=system.model.with_classes(num_columns))
 
     def init() -> state_lib.TrainState:
         rngs = jax.random.split(jax.random.key(0), num_members)

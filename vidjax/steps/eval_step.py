@@ -83,7 +83,8 @@ def attention_step(
 
 def _clip_info(system: System, batch: Batch) -> ClipInfo:
     """Returns what a model is told of the clips of a batch beside their frames."""
-    measure = system.measure(batch.frames) if system.measure else None
+    quality = system.model.clip_quality(batch.frames)
+    measure = None if quality is None else quality.measure
     return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from vidjax import fusion
+from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
 from vidjax.errors import UserError
 from vidjax.system import FuseFn, System
@@ -34,7 +34,9 @@ def fuse(
     for i, (modality, fuse_fn) in enumerate(fuse_fns.items()):
         key = None if rng is None else jax.random.fold_in(rng, i)
         result = fuse_fn(key, frames[modality])
-        features = system.select_features(fusion.read(result.features), view)
+        features = fusion.read(result.features)
+        if system.num_chunks:
+            features = ensemble.drop_chunk(features, view, num_chunks=system.num_chunks)
         fused[modality] = result._replace(features=features)
     return fused
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array
-from vidjax.system import log_softmax
+from vidjax.logit_ops import log_softmax
 
 LOG_2 = math.log(2.0)
 

@@ -131,7 +131,7 @@ def system_for_columns(
     """
     mask = system.class_mask[columns]
     return system._replace(
-        model=system.make_model(len(columns)),
+        model=system.model.with_classes(len(columns)),
         class_mask=mask,
         objective=system.make_objective(mask, columns=columns),
         tx=_decay_moments(system.tx, _without_members(state_axes), missed),

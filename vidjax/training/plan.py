@@ -1,6 +1,7 @@
 """The plan of a run: sizes, members, tables and schedule, from configuration and data."""
 
 import bisect
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from vidjax.data.checks import unusable
 from vidjax.data.clips import TrainingData, select_modalities
 from vidjax.data.labels import load_clip_weights
 from vidjax.errors import UserError
-from vidjax.evaluation.poor_clips import training_threshold
-from vidjax.models.base import has_exact_inputs
+from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
 from vidjax.run import results
+from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
-from vidjax.system import TaskSpec
-from vidjax.training import plda_fit
+from vidjax.steps.clip_values import values_of_clips
+from vidjax.system import TaskSpec, make_fusions, make_model
 from vidjax.training.noise_classes import label_distractors
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
@@ -78,7 +79,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     Raises:
       ValueError: A field is out of range or does not fit the data.
     """
-    _check_exact(config)
+    check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
@@ -116,39 +117,63 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_clips=len(labels),
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
-        **_fitted(config, data, labels, weight > 0),
-    ).with_padding(config.mesh.model)
+    )
+    settings = _prepared(config, data, task, labels, weight > 0)
+    task = task._replace(settings=settings).with_padding(config.mesh.model)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
 
 
-def _fitted(
-    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
-) -> dict[str, Any]:
-    """Returns what is fitted before the first step: entries of `TaskSpec`, by the first process.
+def _prepared(
+    config: Config, data: TrainingData, task: TaskSpec, labels: np.ndarray, used: np.ndarray
+) -> dict[str, Any] | None:
+    """Returns what the model fits before the first step, `TaskSpec.settings`, by the first process.
 
     They are constants of compiled programs, and unlike machines would round them differently.
     """
-    found: list[Any] = processes.run_on_first(
-        lambda: [
-            training_threshold(config, data),
-            plda_fit.training_settings(config, data, labels, used),
-        ]
+    model = make_model(config.to_dict(), task)
+    clips = training_clips(config, data, labels, used)
+    found: dict[str, Any] = processes.run_on_first(lambda: dict(model.prepare(clips)))
+    # JSON has made lists of tuples.
+    return {n: tuple(x) if isinstance(x, list) else x for n, x in found.items()} or None
+
+
+def training_clips(
+    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
+) -> TrainingClips:
+    """Returns the training clips as a model sees them before the first step."""
+    splits = [data.split(name) for name in config.data.train_splits]
+    lengths = {
+        name: np.concatenate([split.lengths[name] for split in splits])
+        for name in config.modalities
+    }
+    return TrainingClips(
+        labels=labels,
+        used=used,
+        present={name: count > 0 for name, count in lengths.items()},
+        fusions=make_fusions(config.fusion.to_dict(), config.modalities, "evaluate"),
+        values=functools.partial(values_of_clips, config, data),
+        seed=config.seed,
+        tell=say,
     )
-    threshold, settings = found
-    if settings:  # JSON has made lists of tuples
-        settings = {n: tuple(x) if isinstance(x, list) else x for n, x in settings.items()}
-    return {"threshold": threshold, "settings": settings}
 
 
-def _check_exact(config: Config) -> None:
-    """Refuses what a model that adds up or stores its clips would not read, or would be spoilt by.
+def check_model(config: Config) -> None:
+    """Refuses what the model cannot be trained with.
+
+    One that adds up or stores its clips reads no loss and no optimiser, and takes no augmentation.
 
     Raises:
       ValueError: a field of the loss, the optimiser or the augmentation has another value than its
-        default, or clips count differently.
+        default, or there are too few passes.
     """
     name = config.model.get("name")
-    if not has_exact_inputs(MODELS.get(name, object)):
+    model = MODELS.get(name, Identifier)
+    if config.num_epochs < model.min_epochs:
+        raise UserError(
+            f"config.num_epochs={config.num_epochs:g}: model '{name}' reads every clip "
+            f"{model.min_epochs:g} times\n--config.num_epochs={model.min_epochs:g}"
+        )
+    if not model.exact_inputs:
         return
     defaults = config_lib.DEFAULTS
     for field, value in config_lib.fields(config):
@@ -195,7 +220,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
     weight = weight / weight.mean()
     if config.data.weights:
         given = load_clip_weights(config.data.weights, clips)
-        if has_exact_inputs(MODELS[config.model.name]) and not np.all((given == 0) | (given == 1)):
+        if MODELS[config.model.name].exact_inputs and not np.all((given == 0) | (given == 1)):
             raise UserError(
                 f"config.data.weights: model '{config.model.name}' takes a clip or leaves it out: "
                 "weights are 0 or 1"

@@ -17,6 +17,7 @@ from vidjax.data.clips import Modality, select_modalities
 from vidjax.errors import UserError, suggest
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
+from vidjax.training.plan import check_model
 
 WIDTH = 512  # feature width of a modality whose files have not been read
 CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
@@ -38,6 +39,8 @@ def rehearse(
       original: returns the configuration without them.
       training: False for an evaluation, which needs no training split.
     """
+    if training:
+        check_model(config)
     widths = check_names(config, training=training)
     try:
         build(config, widths)

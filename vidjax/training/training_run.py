@@ -24,7 +24,6 @@ from vidjax.errors import UserError
 from vidjax.evaluation import run_data
 from vidjax.evaluation.restore import check_digests, check_entries, companion_digests, task_of
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score
-from vidjax.models.base import has_exact_inputs
 from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
@@ -73,7 +72,7 @@ def restore_or_init(
         members = plan.training_sets.members
         labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
         rngs = ensemble.make_rngs(members, config.seed)
-        resized = system._replace(model=system.make_model(num_columns))
+        resized = system._replace(model=system.model.with_classes(num_columns))
         return state_lib.init_state(resized, plan.task.modalities, rngs, labels)
 
     def first() -> state_lib.TrainState:
@@ -351,7 +350,7 @@ class TrainingRun:
             )
         weight = max(sums["weight"], 1e-6)
         rate = {}
-        if not has_exact_inputs(type(self._system.model)):
+        if not self._system.model.exact_inputs:
             rate["learning_rate"] = float(jnp.asarray(self._system.schedule(self.step - 1)))
         return {
             "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
@@ -420,7 +419,7 @@ class TrainingRun:
             self._system,
             self._eval_step,
             state.params,
-            self._replicate(self._system.solve(state.params, state.model_state)),
+            self._replicate(self._system.model.solve(state.params, state.model_state)),
             self._plan.training_sets,
             self._clips,
         )

@@ -17,7 +17,7 @@ evaluation of speaker detection; here over all identities and somebody new at on
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,15 +29,11 @@ from threadpoolctl import threadpool_limits
 
 from vidjax import ensemble, fusion
 from vidjax.batch import Array, Frames
-from vidjax.config import Config
-from vidjax.data.clips import TrainingData
+from vidjax.logit_ops import log_softmax
 from vidjax.machine import num_cores
 from vidjax.models import two_covariance
-from vidjax.models.identifier import make_identifier
-from vidjax.models.plda import Settings, combine, unit_mean
-from vidjax.run.terminal import say
-from vidjax.steps.clip_values import values_of_clips
-from vidjax.system import FuseFn, log_softmax, make_fusions
+from vidjax.models.base import TrainingClips
+from vidjax.models.two_covariance import Settings, combine, unit_mean
 
 # Shares of shrinkage that are tried, the first value of each while the other share is chosen.
 SHARES: Mapping[str, tuple[float, ...]] = {
@@ -60,50 +56,42 @@ MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are 
 
 
 def training_settings(
-    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
-) -> dict[str, float | tuple[float, ...]] | None:
-    """Returns the settings that the configuration leaves open, fitted on the training clips.
+    given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
+) -> dict[str, float | tuple[float, ...]]:
+    """Returns the settings that are not given, fitted on the training clips.
 
     Args:
-      config: the configuration of the run.
-      data: the clips.
-      labels: [N] int, class columns of the training clips; 0 for distractors.
-      used: [E, N] bool, the clips that each member is trained on.
+      given: name of a setting -> its value; None to fit it.
+      clips: the training clips.
 
     Returns:
-      name -> value, or one of each member where they are trained on different clips; None for a
-      model without such settings.
+      name -> value, or one of each member where they are trained on different clips.
     """
-    spec = config.model.to_dict()
-    if spec.get("name") != "plda":
-        return None
-    given = {name: spec[name] for name in Settings._fields if spec.get(name) is not None}
-    fitted = {*Settings._fields} - given.keys()
+    labels, seed = clips.labels, clips.seed
+    fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    fitted = {*Settings._fields} - fixed.keys()
     if not fitted:
         return {}
-    widths = dict.fromkeys(config.modalities, 1)
-    make_identifier(spec, modalities=widths, num_classes=1, num_clips=1)  # refuses what is no value
-    shown = labels[used.any(axis=0)]
-    tell_of_few(shown)
+    shown = labels[clips.used.any(axis=0)]
+    tell_of_few(shown, clips.tell)
     people = len(np.unique(shown[shown > 0]))
-    given = {"centred": two_covariance.centre_share(people), **given}
+    fixed = {"centred": two_covariance.centre_share(people), **fixed}
     if fitted == {"centred"}:
-        return {"centred": given["centred"]}
-    rows, member = np.unique(used, axis=0, return_inverse=True)
-    wanted = [some_identities(np.where(row, labels, 0), config.seed) for row in rows]
+        return {"centred": fixed["centred"]}
+    rows, member = np.unique(clips.used, axis=0, return_inverse=True)
+    wanted = [some_identities(np.where(row, labels, 0), seed) for row in rows]
     read = np.any(wanted, axis=0)
-    fusions = make_fusions(config.fusion.to_dict(), config.modalities, "evaluate")
     vectors = {}
-    for name, fuse in fusions.items():
+    for name, fuse in clips.fusions.items():
 
-        def value_of(frames: Frames, fuse: FuseFn = fuse) -> Array:
+        def value_of(frames: Frames, fuse: Callable[[None, Frames], Frames] = fuse) -> Array:
             fused = fuse(None, frames)
             return unit_mean(fused._replace(features=fusion.read(fused.features)))
 
-        vectors[name] = values_of_clips(config, data, name, jax.jit(value_of), read)
+        vectors[name] = clips.values(name, jax.jit(value_of), read)
     found = [
         fit_settings(
-            {name: x[some[read]] for name, x in vectors.items()}, labels[some], given, config.seed
+            {name: x[some[read]] for name, x in vectors.items()}, labels[some], fixed, seed
         )
         for some in wanted
     ]
@@ -114,11 +102,11 @@ def training_settings(
     }
 
 
-def tell_of_few(labels: np.ndarray) -> None:
+def tell_of_few(labels: np.ndarray, tell: Callable[[str], None]) -> None:
     """Tells the user if too few people have two clips, to fit settings; labels [N], 0 for none."""
     count = _num_repeated(labels)
     if count < FEWEST_PEOPLE:
-        say(
+        tell(
             f"{count:,} people have two clips or more, too few to fit how sure an answer is: what "
             f"is typical of faces stands in\nprobabilities are rough until {FEWEST_PEOPLE} people "
             "have; the order of answers is not concerned"
