@@ -352,7 +352,7 @@ def test_other_identities_or_clips_are_refused(
         (("--config.join.weights=(0,0)",), "want 2 numbers"),
         (("--config.join.mean=logarithms", "--config.join.greedy=true"), "mean of probabilities"),
         (("--config.join.mean=logarithms", "--config.eval.top_classes=3"), "mean=probabilities"),
-        (("--config.join.mean=logarithm",), "did you mean 'logarithms'"),
+        (("--config.join.mean=logarithm",), "choose from probabilities, logarithms"),
     ],
 )
 def test_weights_that_do_not_fit(runs, load, tmp_path, words, message):
