@@ -124,7 +124,7 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def official_data(official_dir: Path, cache_dir: Path) -> Any:
     """The official files as a dataset."""
-    from vidjax.data.sources import load_dataset
+    from tests.helpers.datasets import load_dataset
 
     return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 

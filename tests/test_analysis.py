@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_runs
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
 from vidjax.commands import evaluate
-from vidjax.data.sources import load_dataset
 from vidjax.report import run_page
 from vidjax.run import results as results_lib
 from vidjax.steps import topk

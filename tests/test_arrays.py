@@ -11,11 +11,11 @@ import pytest
 
 from tests.helpers import clip_files, small_runs
 from tests.helpers.batches import eval_batches, labelled
+from tests.helpers.datasets import load_dataset, prepare
 from vidjax import predict
-from vidjax.data import arrays, iqiyi_vid, memory
+from vidjax.data import arrays, iqiyi_vid, memory, sources
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.records.convert import convert
-from vidjax.data.sources import load_dataset
 from vidjax.data.untrusted import sandbox
 
 DIM = 6
@@ -78,7 +78,7 @@ def cache(tmp_path):
 def refused(*words, source, labels=None, cache=None, **options):
     """Asserts that clips are refused in at most three lines that hold some words."""
     with pytest.raises((ValueError, OSError)) as error:
-        arrays.load(source, labels, cache_dir=cache, **options)
+        sources.load(source, labels, cache_dir=cache, **options)
     message = str(error.value)
     assert 1 <= len(message.splitlines()) <= 3
     for word in words:
@@ -103,7 +103,7 @@ def official_arrays(official_dir, tmp_path_factory):
 def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     official_dir, official_arrays, cache_dir, tmp_path
 ):
-    official = iqiyi_vid.prepare(official_dir, cache_dir)
+    official = prepare(official_dir, cache_dir)
     splits = official_arrays
     backwards = {split: dict(reversed(clips.items())) for split, clips in splits.items()}
     labels = {
@@ -111,7 +111,7 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
         for split in ("train", "val")
         for name, identity in load_ground_truth(official_dir / f"{split}_gt.txt").items()
     }
-    data = arrays.load(backwards, labels, cache_dir=tmp_path)
+    data = sources.load(backwards, labels, cache_dir=tmp_path)
     own = convert(arrays.FeatureDict(splits, labels), tmp_path)
     assert shards(own) == shards(official)
     wanted = labelled(official, official_dir)
@@ -181,18 +181,18 @@ def test_parquet_is_the_same_records(tmp_path, cache, fixed):
 def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
     splits = make_splits()
     folder = write_npz(tmp_path / "own", splits)
-    found = [arrays.load(splits, LABELS, cache_dir=cache)]
+    found = [sources.load(splits, LABELS, cache_dir=cache)]
     listed = {name: identity for name, identity in LABELS.items() if identity}
-    found.append(arrays.load(splits, write_csv(tmp_path / "any.csv", listed), cache_dir=cache))
+    found.append(sources.load(splits, write_csv(tmp_path / "any.csv", listed), cache_dir=cache))
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in LABELS.items() if v))
-    found.append(arrays.load(folder, text, cache_dir=cache))
+    found.append(sources.load(folder, text, cache_dir=cache))
     write_csv(folder / "labels.csv", listed)
     found.append(load_dataset("arrays", directory=folder, cache_dir=cache))
     (folder / "labels.csv").unlink()
     clip_files.write_truth(folder, "train", {k: v for k, v in LABELS.items() if "train" in k})
     clip_files.write_truth(folder, "val", {"val_03": "7"})
-    found.append(arrays.load(str(folder), cache_dir=cache))
+    found.append(sources.load(str(folder), cache_dir=cache))
     for data in found:
         assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
@@ -205,17 +205,17 @@ def test_an_empty_identity_is_told(tmp_path, cache, empty):
     splits = make_splits()
     labels = {"train_01": 3, "train_02": empty, "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
-        arrays.load(splits, labels, cache_dir=cache)
+        sources.load(splits, labels, cache_dir=cache)
     folder = write_npz(tmp_path / "own", splits)
     write_csv(folder / "labels.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"labels.csv: line 3: clip train_02: 1 clips"):
-        arrays.load(folder, cache_dir=cache)
+        sources.load(folder, cache_dir=cache)
 
 
 def test_features_that_lie_the_other_way_round_are_told(cache):
     clips = {f"c{number}": {"face": np.ones((64, 3)) * number} for number in range(3)}
     with pytest.warns(UserWarning, match=r"face: every clip has 64 frames of 3 numbers.*\n.*\.T"):
-        arrays.load({"train": clips}, cache_dir=cache)
+        sources.load({"train": clips}, cache_dir=cache)
     other = clips | {"d": {"face": np.ones((64, 5))}}
     refused("clip d, face", "[64, 5]", "[frames, width]", source={"train": other}, cache=cache)
 
@@ -225,16 +225,16 @@ def test_frames_of_pickles_go_by_time_as_own_ones_do(tmp_path, cache):
     clip = clip_files.random_clip(rng, 6, 4)._replace(number=np.array([9, 3, 10, 3, 0, 200]))
     (tmp_path / "official").mkdir()
     clip_files.write_pickle(tmp_path / "official", "face", "train", {"a": clip})
-    official = iqiyi_vid.prepare(tmp_path / "official", cache)
+    official = prepare(tmp_path / "official", cache)
     own = arrays.FeatureDict({"train": {"a": {"face": clip._asdict()}}})
     assert shards(official) == shards(convert(own, cache))
 
 
 def test_a_split_without_labels_is_there_to_be_ranked(cache):
     train = {name: identity for name, identity in LABELS.items() if "train" in name}
-    data = arrays.load(make_splits(), train, cache_dir=cache)
+    data = sources.load(make_splits(), train, cache_dir=cache)
     assert data.split("train").labelled and not data.split("val").labelled
-    assert not arrays.load(make_splits(), cache_dir=cache).split("train").labelled
+    assert not sources.load(make_splits(), cache_dir=cache).split("train").labelled
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
@@ -242,7 +242,9 @@ def test_features_alone_of_any_width_and_dtype(cache, dtype):
     rng = np.random.default_rng(0)
     features = {f"c{i}": rng.normal(0, 20, (i, 17)).astype(dtype) for i in range(4)}
     features["one"] = features["c1"][0].astype(np.dtype(dtype).newbyteorder(">"))
-    data = arrays.load({"test": {name: {"it": x} for name, x in features.items()}}, cache_dir=cache)
+    data = sources.load(
+        {"test": {name: {"it": x} for name, x in features.items()}}, cache_dir=cache
+    )
     assert data.modalities == {"it": (17, dtype)}
     (batch,) = eval_batches(data, split="test", modalities=("it",), rows=8)
     frames = batch.frames["it"]
@@ -258,7 +260,7 @@ def test_features_alone_of_any_width_and_dtype(cache, dtype):
 
 def test_frames_go_by_time_and_lists_are_arrays(cache):
     frames = {"features": [[1.0, 2.0], [3.0, 4.0]], "number": [7, 5], "quality": [10, 20]}
-    data = arrays.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
+    data = sources.load({"val": {"a.mp4": {"face": frames}}}, cache_dir=cache)
     (batch,) = eval_batches(data, split="val", modalities=("face",), rows=1)
     one = batch.frames["face"]
     assert one.number[0, :2].tolist() == [5, 7] and one.quality[0, :2].tolist() == [20, 10]
@@ -272,7 +274,7 @@ def test_what_is_not_finite_is_left_out_and_counted(cache):
     splits["train"]["train_02"]["face"]["quality"][1] = np.nan
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        data = arrays.load(splits, LABELS, cache_dir=cache)
+        data = sources.load(splits, LABELS, cache_dir=cache)
     assert any("2 of 18 frames" in str(one.message) for one in caught)
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert (counts["frames_seen"], counts["frames"]) == (18, 16)
@@ -473,8 +475,8 @@ def test_parquet_without_its_package_names_the_extra(tmp_path):
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
         "from pathlib import Path\n"
-        "from vidjax.data import parquet\n"
-        f"list(parquet.read_clips(Path({str(tmp_path / 'train.parquet')!r})))"
+        "from vidjax.data import clip_files\n"
+        f"list(clip_files.read_parquet(Path({str(tmp_path / 'train.parquet')!r})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "[parquet]" in done.stderr and "UserError" in done.stderr
@@ -501,7 +503,7 @@ def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arra
 
 def test_of_a_long_clip_in_memory_the_best_frames_are_kept(cache):
     clips = {"long": {"face": clip_of(0, 700)}, "short": {"face": clip_of(1, 3)}}
-    data = arrays.load({"val": clips}, cache_dir=cache)
+    data = sources.load({"val": clips}, cache_dir=cache)
     own = memory.MemoryClips.of(clips, {"face": DIM}, ())
     batches = [
         list(eval_batches(one, split="val", modalities=("face",), rows=2)) for one in (own, data)
@@ -576,7 +578,7 @@ def test_a_folder_of_ones_own_trains_from_the_command_line(vidjax_command, tmp_p
 
 
 def test_training_without_any_label_says_so(cache, tmp_path):
-    data = arrays.load(make_splits(), cache_dir=cache)
+    data = sources.load(make_splits(), cache_dir=cache)
     config = small_runs.shrunk(spec="configs/knn.py:iqiyi_vid")
     with pytest.raises(ValueError, match=r"identit|label"):
         small_runs.run(config, tmp_path / "run", data)

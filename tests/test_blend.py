@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
+from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import Page, check_numbers, section
 from tests.helpers.small_runs import ranked_scores, run, shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, devices
 from vidjax.commands import blend
-from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.main import main
 from vidjax.steps import topk

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
+from tests.helpers.datasets import prepare
 from vidjax import api, config_io, ensemble, files, ranking
 from vidjax import config as config_lib
-from vidjax.data import iqiyi_vid
 from vidjax.evaluation import restore, run_data
 from vidjax.main import main
 from vidjax.run import checkpoint, resume
@@ -29,7 +29,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "official").mkdir()
     clip_files.write_learnable(folder / "official", num_clips={"train": 24, "val": 16})
-    iqiyi_vid.prepare(folder / "official", folder / "cache")
+    prepare(folder / "official", folder / "cache")
     return folder
 
 
@@ -393,7 +393,7 @@ def test_other_data_than_the_runs_are_told(run, data, checked, tmp_path):
     truth = official / "train_gt.txt"
     first, *rest = truth.read_text().splitlines(keepends=True)
     truth.write_text("".join(rest))
-    iqiyi_vid.prepare(official, tmp_path / "cache")
+    prepare(official, tmp_path / "cache")
     code, lines = checked(run, f"--config.data.dir={official}")
     assert code == 2
     assert "train has other labels" in "".join(states(lines, "FAULT")), first
@@ -474,7 +474,7 @@ def test_the_core_alone_checks_a_run(run):
 def test_a_label_that_does_not_fit(data, capsys, tmp_path):
     shutil.copytree(data / "official", tmp_path / "official")
     cache = f"--config.data.cache_dir={tmp_path}/cache"
-    iqiyi_vid.prepare(tmp_path / "official", tmp_path / "cache")
+    prepare(tmp_path / "official", tmp_path / "cache")
     truth = tmp_path / "official" / "train_gt.txt"
     truth.write_text(truth.read_text() + truth.read_text().splitlines()[0].split()[0] + " 99\n")
     words = [f"--config={SPEC}", f"--config.data.dir={tmp_path}/official", cache]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
-from vidjax.data import iqiyi_vid
+from tests.helpers.datasets import prepare
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import STORED
 from vidjax.data.records.codec import (
@@ -29,7 +29,7 @@ def write_and_read(tmp_path: Path, clips: dict[str, Clip]) -> tuple[list[dict], 
     """Converts val clips and returns them as TFDS shows them, and as the records they lie in."""
     (tmp_path / "source").mkdir()
     write_pickle(tmp_path / "source", "face", "val", clips)
-    records = iqiyi_vid.prepare(tmp_path / "source", tmp_path / "cache")
+    records = prepare(tmp_path / "source", tmp_path / "cache")
     builder = tfds.builder_from_directory(records.splits["val"].shards[0].path.parent)
     shown = list(tfds.as_numpy(builder.as_dataset(split="val", shuffle_files=False)))
     paths = [str(shard.path) for shard in records.splits["val"].shards]

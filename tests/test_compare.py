@@ -10,9 +10,9 @@ from scipy import stats
 
 from tests.benchmarks import intervals
 from tests.helpers import made_runs
+from tests.helpers.datasets import load_dataset
 from vidjax import ranking, significance
 from vidjax.commands import compare
-from vidjax.data.sources import load_dataset
 from vidjax.main import main
 from vidjax.steps import topk
 

@@ -12,8 +12,8 @@ import pytest
 
 import vidjax
 from tests.helpers import made_galleries
+from tests.helpers.datasets import load_dataset
 from vidjax import files, ranking, tables
-from vidjax.data.sources import load_dataset
 from vidjax.gallery import answers as answers_lib
 from vidjax.gallery import commands, qdrant
 from vidjax.gallery.gallery import Answer, Gallery

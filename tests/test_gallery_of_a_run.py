@@ -7,8 +7,8 @@ import pytest
 
 import vidjax
 from tests.helpers import embeddings, made_galleries, small_runs
+from tests.helpers.datasets import load_dataset
 from vidjax import config_io, metrics, predict
-from vidjax.data.sources import load_dataset
 from vidjax.gallery.gallery import Gallery
 from vidjax.steps import topk
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
+from tests.helpers.datasets import prepare
 from vidjax.data import iqiyi_vid
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records import convert
@@ -60,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
     """The records of `source`, converted once for all that only read them."""
-    return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
+    return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_second_run_reads_neither_pickle_nor_shard(
 
     monkeypatch.setattr(sandbox, "unpack", refuse)
     monkeypatch.setattr(manifest_lib, "check_shard", refuse)
-    again = iqiyi_vid.prepare(source, found.folder.parent.parent)
+    again = prepare(source, found.folder.parent.parent)
     assert again.folder == found.folder and again.report == found.report
     for split in ("train", "val"):
         assert again.splits[split].clips == found.splits[split].clips
@@ -163,18 +164,18 @@ def test_sources_never_mix(small: Path, cache: Path, tmp_path: Path) -> None:
     path, clip = small / "face_train.pickle", random_clip(RNG, 1, 4)
     write_pickle(small, "face", "train", {"s1": clip})
     os.utime(path, ns=(1, 1))
-    folders = [iqiyi_vid.prepare(small, cache).folder]
+    folders = [prepare(small, cache).folder]
     shutil.copytree(small, tmp_path / "other")
-    assert iqiyi_vid.prepare(tmp_path / "other", cache).folder == folders[0]  # the same content
+    assert prepare(tmp_path / "other", cache).folder == folders[0]  # the same content
     # Another box: a file of the same name, size and time, as `cp -p` leaves it.
     before, number = path.read_bytes(), struct.pack(">d", float(clip.box[0, 0]))
     path.write_bytes(before.replace(number, struct.pack(">d", 1.5)))
     assert path.read_bytes() != before
     os.utime(path, ns=(1, 1))
-    folders.append(iqiyi_vid.prepare(small, cache).folder)
+    folders.append(prepare(small, cache).folder)
     assert len(set(folders)) == 2
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
-    assert iqiyi_vid.prepare(small, cache).folder == folders[-1]
+    assert prepare(small, cache).folder == folders[-1]
 
 
 def damage_missing(path: Path, other: Path) -> None:
@@ -253,22 +254,22 @@ def test_a_failed_conversion_leaves_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
         patch.setattr(convert, "write_manifest", full)
-        iqiyi_vid.prepare(small, cache)
+        prepare(small, cache)
     assert str(cache) in short_message(error)
     assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]
 
 
 def test_what_a_killed_conversion_left_is_cleared(small: Path, cache: Path) -> None:
-    folder = iqiyi_vid.prepare(small, cache).folder
+    folder = prepare(small, cache).folder
     shutil.rmtree(folder)
     (folder.with_name(f"{folder.name}.01234567.partial") / "staging").mkdir(parents=True)
-    iqiyi_vid.prepare(small, cache)
+    prepare(small, cache)
     held = {f"{folder.name}.lock", folder.name}
     assert {path.name for path in folder.parent.iterdir()} == held
 
 
 def test_few_clips_make_few_shards(small: Path, cache: Path) -> None:
-    assert [s.records for s in iqiyi_vid.prepare(small, cache).splits["train"].shards] == [1, 1, 1]
+    assert [s.records for s in prepare(small, cache).splits["train"].shards] == [1, 1, 1]
 
 
 def test_labels_are_columns_in_identity_order(source: Path, found: manifest_lib.Records) -> None:
@@ -309,7 +310,7 @@ def test_few_unknown_clips_are_positives_all_the_same(tmp_path: Path, cache: Pat
     clips = {f"c{i:03d}": random_clip(RNG, 1, 2) for i in range(120)}
     write_pickle(tmp_path, "face", "val", clips)
     write_truth(tmp_path, "val", {**dict.fromkeys(clips, "5"), "stranger": "5"})
-    found = iqiyi_vid.prepare(tmp_path, cache)
+    found = prepare(tmp_path, cache)
     with pytest.warns(UserWarning, match="1 of 121 clips are in no feature file"):
         _, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
     assert labels["val"].positives.tolist() == [121]
@@ -320,7 +321,7 @@ def test_identities_that_only_test_shows_are_counted(small: Path, cache: Path) -
     (small / "face_train.pickle").rename(small / "face_test.pickle")
     write_truth(small, "train", {"elsewhere": "3"})
     write_truth(small, "test", {"s0": "3", "s1": "77"})
-    found = iqiyi_vid.prepare(small, cache)
+    found = prepare(small, cache)
     with pytest.warns(UserWarning, match=r"the labels of test .*: 1 clips"):
         identities, labels, report = label_records(found, load_official_truth(small, found.clips))
     assert identities == ("3",)
@@ -335,7 +336,7 @@ def test_the_report_adds_up(
     clips["s05"].features[1] = np.nan
     clips["s06"].features[:] = np.inf
     write_pickle(small, "face", "train", clips)
-    report = iqiyi_vid.prepare(small, cache).report
+    report = prepare(small, cache).report
     face = report["splits"]["train"]["modalities"]["face"]
     assert (face["frames_seen"], face["frames"]) == (120, 116)
     assert sum(face["frames_skipped"].values()) == 4
@@ -355,21 +356,21 @@ def test_a_clip_in_two_splits_is_refused(tmp_path: Path, cache: Path) -> None:
     write_pickle(tmp_path, "face", "train", clips)
     write_pickle(tmp_path, "head", "val", {**clips, "alone": clips["c0"]})
     with pytest.raises(ValueError, match="8 clips are in two splits") as error:
-        iqiyi_vid.prepare(tmp_path, cache)
+        prepare(tmp_path, cache)
     assert short_message(error).count("train and val") == 5
 
 
 def test_widths_must_agree_between_splits(small: Path, cache: Path) -> None:
     write_pickle(small, "face", "val", {"v": random_clip(RNG, 2, 5)})
     with pytest.raises(ValueError, match=r"face: features are 4 wide in .*face_train") as error:
-        iqiyi_vid.prepare(small, cache)
+        prepare(small, cache)
     assert "5 wide in" in short_message(error) and "face_val.pickle" in str(error.value)
 
 
 def test_splits_of_two_dtypes_share_the_one_that_holds_both(small: Path, cache: Path) -> None:
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(small, "face", "val", {"v": clip})
-    found = iqiyi_vid.prepare(small, cache)
+    found = prepare(small, cache)
     assert found.modalities["face"].dtype == "float32"
     features = read(found, "val")[0]["frames"]["face"]["features"]
     np.testing.assert_array_equal(features, clip.features)
@@ -377,13 +378,13 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small: Path, cache: 
 
 def test_directories_without_data_are_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(OSError, match="no such directory"):
-        iqiyi_vid.prepare(tmp_path / "nowhere", cache)
+        prepare(tmp_path / "nowhere", cache)
     with pytest.raises(FileNotFoundError, match="no feature pickles") as error:
-        iqiyi_vid.prepare(tmp_path, cache)
+        prepare(tmp_path, cache)
     assert "face_train.pickle" in short_message(error)
     write_pickle(tmp_path, "face", "train", {})
     with pytest.raises(ValueError, match="no clip has a single frame") as error:
-        iqiyi_vid.prepare(tmp_path, cache)
+        prepare(tmp_path, cache)
     short_message(error)
 
 
@@ -424,7 +425,7 @@ def test_kill_in_mid_conversion_leaves_nothing_that_looks_finished(
         process.communicate()
     left = [path.name for path in (cache / "iqiyi_vid").iterdir()]
     assert all(name.endswith((".lock", ".partial")) for name in left) and len(left) == 2
-    found = iqiyi_vid.prepare(tmp_path, cache)
+    found = prepare(tmp_path, cache)
     assert len(found.splits["train"].clips) == 2000
     held = {f"{found.folder.name}.lock", found.folder.name}
     assert {path.name for path in found.folder.parent.iterdir()} == held
@@ -436,7 +437,7 @@ def prepare_in_turn(source: Path, cache: Path, queue: "multiprocessing.Queue[int
     unpack = sandbox.unpack
     sandbox.unpack = lambda *args, **kwargs: unpacked.append(args) or unpack(*args, **kwargs)  # type: ignore[assignment]
     with warnings.catch_warnings():
-        iqiyi_vid.prepare(source, cache)
+        prepare(source, cache)
     queue.put(len(unpacked))
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config_io, devices, ensemble
-from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.steps import mean_scores
 from vidjax.system import make_system

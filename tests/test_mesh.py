@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.datasets import load_dataset
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import config_io, devices
 from vidjax.commands import evaluate
-from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint
 from vidjax.steps import eval_step, topk
 from vidjax.steps import sampled as sampling

@@ -12,9 +12,9 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
+from tests.helpers.datasets import load_dataset
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
-from vidjax.data.sources import load_dataset
 from vidjax.gallery import backend as backend_lib
 from vidjax.models import plda_fit, two_covariance
 from vidjax.models.identifier import make_identifier

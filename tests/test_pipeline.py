@@ -17,12 +17,11 @@ import pytest
 
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_pickle, write_truth
+from tests.helpers.datasets import load_dataset, prepare
 from vidjax.batch import Batch
 from vidjax.data import clips as clips_lib
-from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest
 from vidjax.data.records.dataset import Dataset
-from vidjax.data.sources import load_dataset
 
 WIDTHS = {"audio": 4, "body": 3, "face": 6}
 MAX_FRAMES = 7
@@ -71,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest.Records:
-    return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
+    return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

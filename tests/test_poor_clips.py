@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import run, shrunk
 from tests.test_fusion import make_frames, pad
 from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
-from vidjax.data.sources import load_dataset
 from vidjax.evaluation import poor_clips
 from vidjax.evaluation import restore as restore_lib
 from vidjax.models import fallback

@@ -17,6 +17,7 @@ from tests.helpers import small_runs
 from tests.test_arrays import official_arrays  # noqa: F401
 from vidjax import config as config_lib
 from vidjax import config_io, devices, predict
+from vidjax.data import sources
 from vidjax.evaluation import restore, scoring
 from vidjax.run.checkpoint import CheckpointError
 
@@ -224,7 +225,6 @@ np.savez({str(tmp_path / "found.npz")!r}, scores=run.scores(clips), vectors=run.
 
 
 def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
-    from vidjax.data import arrays
 
     labels = {}
     for split in ("train", "val"):
@@ -232,7 +232,7 @@ def test_arrays_train_to_the_same_weights(official_dir, train, clips, tmp_path):
             names = line.split()
             pairs = [names] if split == "train" else [(name, names[0]) for name in names[1:]]
             labels |= dict(pairs)
-    own = arrays.load(clips, labels, cache_dir=tmp_path / "cache")
+    own = sources.load(clips, labels, cache_dir=tmp_path / "cache")
     config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
     small_runs.run(config, tmp_path / "run", own)
     small_runs.assert_equal_weights(tmp_path / "run", train("mma"))

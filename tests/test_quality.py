@@ -10,7 +10,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.batches import eval_batches
 from vidjax import predict
-from vidjax.data import arrays, memory
+from vidjax.data import arrays, memory, sources
 from vidjax.data.records.convert import records_folder
 
 DIM = 5
@@ -62,7 +62,7 @@ def test_every_reader_gives_a_clip_the_same_quality(clips, quality, tmp_path):
     widths = {"face": DIM, "voice": DIM}
     folder = write_folder(tmp_path / "own", clips)
     readers = [
-        arrays.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
+        sources.load({"val": clips}, cache_dir=tmp_path / "cache", quality=quality),
         vidjax.load_data(folder, cache_dir=tmp_path / "cache", quality=quality),
         memory.MemoryClips.of(clips, widths, (), quality),
         memory.load_clips(folder, widths, (), quality=quality),
@@ -113,7 +113,7 @@ def test_lengths_that_are_all_one_are_told_once(tmp_path):
         clips = {"val": {f"c{i}": face for i, face in enumerate(faces.values())}}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            arrays.load(clips, cache_dir=tmp_path / name)
+            sources.load(clips, cache_dir=tmp_path / name)
         return [str(one.message) for one in caught]
 
     x = rng.normal(size=(4, DIM)).astype(np.float32)

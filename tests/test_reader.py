@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.clip_files import random_clip, write_pickle
-from vidjax.data import iqiyi_vid
+from tests.helpers.datasets import prepare
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.codec import tf
 from vidjax.data.records.shard_files import ShardReader, describe_shard
@@ -26,7 +26,7 @@ def converted(tmp_path, dtype="float16", count=40):
         lengths = rng.permutation([0, 1, 2, 300, *rng.integers(0, 40, some - 4)])
         clips = {f"c{i}": random_clip(rng, n, width, dtype) for i, n in enumerate(lengths.tolist())}
         write_pickle(source, name, "train", clips)
-    return iqiyi_vid.prepare(source, tmp_path / "cache")
+    return prepare(source, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -18,7 +19,6 @@ from tests.helpers.small_runs import (
     weights,
 )
 from vidjax import ensemble
-from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.steps import feed
 from vidjax.training import noise_classes

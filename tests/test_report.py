@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from tests.helpers.browser import CHROMIUM, browse
+from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
 from vidjax import main as main_lib
 from vidjax.commands import compare
-from vidjax.data.sources import load_dataset
 from vidjax.report import figures, run_page
 from vidjax.report import html as html_lib
 from vidjax.run import results as results_lib

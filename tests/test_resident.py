@@ -14,6 +14,7 @@ from scipy import stats
 
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -30,7 +31,6 @@ from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.commands import evaluate
 from vidjax.data import permutation, resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
-from vidjax.data.sources import load_dataset
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
 from vidjax.steps import feed, train_step

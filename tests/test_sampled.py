@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.datasets import load_dataset
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import (
     assert_equal_weights,
@@ -20,7 +21,6 @@ from tests.helpers.small_runs import (
 from vidjax import config as config_lib
 from vidjax import devices, losses
 from vidjax.batch import ModelOutput
-from vidjax.data.sources import load_dataset
 from vidjax.run import signals
 from vidjax.steps import columns, sampled, train_step
 from vidjax.steps import state as state_lib

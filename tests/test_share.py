@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.datasets import prepare
 from vidjax.batch import Batch
 from vidjax.cluster.share import Share, own_blocks, own_places
 from vidjax.commands import parts as parts_lib
-from vidjax.data import iqiyi_vid, memory
+from vidjax.data import memory
 from vidjax.data.clips import ClipSource, make_eval_plan
 from vidjax.data.records import manifest, padding, shard_files
 from vidjax.data.records.codec import tf
@@ -62,7 +63,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest.Records:
-    records = iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
+    records = prepare(source, tmp_path_factory.mktemp("cache"))
     assert all(len(split.shards) == 8 for split in records.splits.values())
     return records
 
@@ -311,7 +312,7 @@ def test_a_process_ends_while_batches_are_read_ahead(source: Path, found: manife
     code = (
         "from tests.helpers.batches import train_batches\n"
         "from vidjax.data.clips import Share\n"
-        "from vidjax.data.sources import load_dataset\n"
+        "from tests.helpers.datasets import load_dataset\n"
         f"cache = {str(found.folder.parents[1])!r}\n"
         f"data = load_dataset('iqiyi_vid', directory={str(source)!r}, cache_dir=cache)\n"
         f"batches = train_batches(data, **{TRAIN | {'batch_size': 690}!r}, share=Share(0, 2))\n"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches, train_batches
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -23,7 +24,6 @@ from vidjax import config as config_lib
 from vidjax import config_io, ensemble
 from vidjax import devices as devices_lib
 from vidjax.commands import evaluate
-from vidjax.data.sources import load_dataset
 from vidjax.evaluation import restore, scoring
 from vidjax.run import checkpoint, signals
 from vidjax.steps import state as state_lib

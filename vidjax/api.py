@@ -6,7 +6,7 @@ Each does what the command line does, and imports JAX or TensorFlow only when it
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml_collections import ConfigDict
 
@@ -74,11 +74,14 @@ def load_data(
 
     Args:
       source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D], or
-        a dict of arrays as `vidjax.data.arrays.load` describes it; or a folder of official
-        pickles, of `.npz` files or of parquet tables; or a configuration, whose fields
-        `config.data` then decide everything.
-      labels: clip name -> identity, or a file with the columns `clip` and `identity`. Clips
-        without a label show nobody of interest. None: the ground truth beside the files.
+        a dict with `features` and optionally `quality` [T], `detection` [T], `number` [T] and
+        `box` [T, 4]. Features are float16, float32, float64 or int8. A clip may lack modalities,
+        or have no frame at all. Or a folder of official pickles, of `.npz` files or of parquet
+        tables. Or a configuration, whose fields `config.data` then decide everything.
+      labels: clip name -> identity, for all splits; or a file, `.csv` with the columns `clip` and
+        `identity`, or ground truth in an official form. Clips without a label (or with None) show
+        nobody of interest. A split without any labelled clip is ranked, not scored. None: the
+        ground truth beside the files.
       cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out frames with a feature that is not finite, and counts them;
         `error` refuses them.
@@ -92,32 +95,13 @@ def load_data(
     """
     paths = (str, os.PathLike, type(None))
     check_argument("load_data: cache_dir", cache_dir, paths, "the path of a folder")
-    from vidjax.data import arrays, iqiyi_vid
-    from vidjax.data.sources import load_dataset, synthetic_options
+    from vidjax.data import sources
 
-    if isinstance(source, str | Path):
-        folder = Path(source).expanduser()
-        if not folder.is_dir() or not iqiyi_vid.find_pickles(folder):
-            return arrays.load(
-                folder, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
-            )
-        for name, value, default, where in (
-            ("labels", labels, None, "train_gt.txt and val_gt.txt"),
-            ("quality", quality, "given", "the pickles"),
-        ):
-            if value != default:
-                raise UserError(
-                    f"{name}: {folder} holds official pickles\n"
-                    f"leave `{name}` out: it is read from {where}"
-                )
-        return load_dataset(
-            "iqiyi_vid", directory=folder, cache_dir=cache_dir, non_finite=non_finite
+    if not isinstance(source, ConfigDict):
+        given = cast("Mapping[str, Clips] | str | Path", source)
+        return sources.load(
+            given, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
         )
-    if isinstance(source, Mapping):
-        return arrays.load(
-            source, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
-        )
-    check_argument("load_data: source", source, ConfigDict, "a folder, a dict, or a configuration")
     for name, value, default, field in (
         ("labels", labels, None, "dir"),
         ("cache_dir", cache_dir, None, "cache_dir"),
@@ -126,18 +110,10 @@ def load_data(
     ):
         if value != default:
             raise UserError(f"{name}: a configuration decides it\nset config.data.{field} instead")
-    cache = Path(source.data.cache_dir or files.default_cache_dir()).expanduser().absolute()
+    data = cast(Config, source).data
+    cache = Path(data.cache_dir or files.default_cache_dir()).expanduser().absolute()
     try:
-        return load_dataset(
-            source.data.name,
-            directory=source.data.dir,
-            cache_dir=cache,
-            size=source.data.size,
-            seed=source.data.seed,
-            non_finite=source.data.non_finite,
-            quality=source.data.quality,
-            knobs=synthetic_options(source.data),
-        )
+        return sources.load(data)
     except OSError as error:
         place = Path(error.filename).absolute() if error.filename else None
         if not place or not (place.is_relative_to(cache) or cache.is_relative_to(place)):

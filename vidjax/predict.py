@@ -69,7 +69,7 @@ class Predictor(NamedTuple):
     """A trained run with its weights.
 
     The methods take `clips`, which are one of two things:
-    - a dict clip -> modality -> features [T, D], or a dict of arrays as `vidjax.data.arrays.load`
+    - a dict clip -> modality -> features [T, D], or a dict of arrays as `vidjax.load_data`
       takes it. A clip may lack modalities; a clip without a usable frame scores -inf. Or the same
       as `MemoryClips`.
     - a dataset. `split` then names the split; None means the split that the run evaluates.

@@ -29,16 +29,15 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers.clip_files import random_clip, write_pickle
+from tests.helpers.datasets import prepare
 
 GIB = 1 << 30
 
 
 def convert(source: str, cache: str) -> None:
     """Converts and prints the seconds it took; runs in a process of its own."""
-    from vidjax.data import iqiyi_vid
-
     start = time.perf_counter()
-    iqiyi_vid.prepare(source, cache)
+    prepare(source, cache)
     sys.stdout.write(f"{time.perf_counter() - start}\n")
 
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from tests.helpers.batches import train_batches
 from tests.helpers.clip_files import random_clip, write_pickle
+from tests.helpers.datasets import load_dataset
 from vidjax.data.records.codec import tf
-from vidjax.data.sources import load_dataset
 
 MODALITIES = ("audio", "body", "face", "head")
 BATCH_SIZE = 1024

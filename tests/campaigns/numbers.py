@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from tests.helpers import small_runs
-from vidjax.data import arrays
+from vidjax.data import sources
 from vidjax.run.checkpoint import CheckpointError
 
 SYSTEMS = {
@@ -183,7 +183,7 @@ def make_data(case: Case, cache: Path) -> Any:
                 features = case.features(features) if split in case.odd else features
                 fields = case.fields(len(features)) if len(features) else {}
                 splits[split][clip][name] = {"features": features, **fields}
-    return arrays.load(splits, labels, cache_dir=cache)
+    return sources.load(splits, labels, cache_dir=cache)
 
 
 def run(name: str, system: str, folder: Path, cache: Path) -> str:

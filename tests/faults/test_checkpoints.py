@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
 from vidjax import config_io, devices, files, main, messages
-from vidjax.data.sources import load_dataset
 from vidjax.run import checkpoint, signals
 from vidjax.training import train
 

@@ -17,11 +17,11 @@ import pytest
 from tests.helpers import python2, small_runs
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import Clip, random_clip, write_learnable, write_pickle, write_truth
+from tests.helpers.datasets import load_dataset
 from vidjax import ranking
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import longest, num_cropped, select_modalities
 from vidjax.data.records.dataset import Dataset
-from vidjax.data.sources import load_dataset
 
 DIM = 4
 

@@ -22,7 +22,7 @@ from tests.helpers.small_runs import ROOT
 from vidjax import config as config_lib
 from vidjax import config_io, devices, ensemble, errors, files, main
 from vidjax.commands import check, evaluate, findings
-from vidjax.data import arrays
+from vidjax.data import sources
 from vidjax.data.records import codec  # TensorFlow, whose import takes seconds
 from vidjax.evaluation import restore
 from vidjax.run import checkpoint, parts, results, resume
@@ -507,7 +507,7 @@ def converted(tmp_path_factory):
     made: dict[str, dict] = {"train": {}, "val": {}}
     for name, (split, _) in clips.items():
         made[split][name] = {"face": rng.normal(size=(2, 4)).astype(np.float32)}
-    arrays.load(made, {name: "p" for name in clips}, cache_dir=folder)
+    sources.load(made, {name: "p" for name in clips}, cache_dir=folder)
     return folder, made, {name: "p" for name in clips}
 
 
@@ -515,7 +515,7 @@ def reload(folder, converted):
     """Loads the records of a copy of the cache, all of them."""
     _, made, names = converted
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        data = arrays.load(made, names, cache_dir=folder)
+        data = sources.load(made, names, cache_dir=folder)
         return [len(clips) for clips, _ in data.packed("train", ("face",))]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.campaigns import numbers
 from tests.helpers.clip_files import random_clip, write_pickle
+from tests.helpers.datasets import load_dataset
 from vidjax import config as config_lib
 from vidjax import config_io, optim
 from vidjax.commands import findings
@@ -73,7 +74,7 @@ def test_features_that_teach_nothing_are_an_error(
     tmp_path: Path, value: Callable[[np.ndarray], Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        data = arrays.load(make_clips(value), LABELS, cache_dir=tmp_path)
+        data = sources.load(make_clips(value), LABELS, cache_dir=tmp_path)
         plan.make_plan(make_config(), data)
     assert len(str(caught.value).splitlines()) <= 3
 
@@ -102,7 +103,7 @@ def test_a_spoilt_modality_beside_a_good_one_is_an_error_in_a_check_too(
     with (
         pytest.warns(UserWarning, match="left out") if np.isnan(value) else contextlib.nullcontext()
     ):
-        data = arrays.load(folder, cache_dir=cache)
+        data = sources.load(folder, cache_dir=cache)
     with pytest.raises(ValueError, match=f"head: {message}"):
         plan.make_plan(config, data)
     config_lib.check(config)
@@ -116,7 +117,7 @@ def test_a_modality_without_a_frame_and_a_split_to_rank_are_told(tmp_path: Path)
     clips = make_clips()
     for modalities in clips["val"].values():
         modalities["face"][:] = 0
-    data = arrays.load(clips, LABELS, cache_dir=tmp_path)
+    data = sources.load(clips, LABELS, cache_dir=tmp_path)
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), data)
     nothing = {"file": "face_train", "frames_seen": 0, "frames": 0}
@@ -131,11 +132,11 @@ def test_values_beyond_float32_are_left_out_and_counted(tmp_path: Path) -> None:
         return x
 
     with pytest.warns(UserWarning, match="12 of 12 frames|6 of 12 frames"):
-        data = arrays.load(make_clips(first), LABELS, cache_dir=tmp_path)
+        data = sources.load(make_clips(first), LABELS, cache_dir=tmp_path)
     counts = data.report["splits"]["train"]["modalities"]["face"]
     assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
     with pytest.raises(ValueError, match="frame 0 is not finite"):
-        arrays.load(make_clips(first), LABELS, cache_dir=tmp_path / "2", non_finite="error")
+        sources.load(make_clips(first), LABELS, cache_dir=tmp_path / "2", non_finite="error")
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 0.5, -1e30, 3e38])
@@ -225,7 +226,7 @@ def test_decay_by_learning_rates_of_no_finite_sum_is_refused(rate: float) -> Non
 
 
 def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:
-    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path)
+    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
 
     def note(size: int) -> str | None:
         config = make_config(f"batch_size={size}")
@@ -238,7 +239,7 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:
 
 
 def test_noise_classes_without_a_distractor_name_a_remedy_that_helps(tmp_path: Path) -> None:
-    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path)
+    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path)
     words = ("data.distractors=noise", "data.train_splits=train,val", "ensemble.folds=2")
     with pytest.raises(ValueError, match=r"noise_classes.py:other") as caught:
         plan.make_plan(make_config(*words), data)
@@ -255,19 +256,19 @@ def test_a_folder_beside_the_synthetic_set_is_refused(tmp_path: Path) -> None:
     (problem,) = config_lib.problems(make_config(f"data.dir={tmp_path}"))
     assert "--config.data.name=arrays" in problem and len(problem.splitlines()) <= 3
     with pytest.raises(ValueError, match=r"--config\.data\.name=arrays") as caught:
-        sources.load_dataset("synthetic", directory=tmp_path, cache_dir=tmp_path)
+        load_dataset("synthetic", directory=tmp_path, cache_dir=tmp_path)
     assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_the_digest_of_data_depends_on_frames_and_labels_alone(tmp_path: Path) -> None:
     def digest(clips: Any, labels: Mapping[str, str], cache: str) -> str:
-        return arrays.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
+        return sources.load(clips, labels, cache_dir=tmp_path / cache).report["data"]["digest"]
 
     first = digest(make_clips(), LABELS, "a")
     assert digest(make_clips(), LABELS, "b") == first
     assert digest(make_clips(lambda x: x + 1), LABELS, "a") != first
     assert digest(make_clips(), LABELS | {"val0": "p1"}, "a") != first
-    data = arrays.load(make_clips(), LABELS, cache_dir=tmp_path / "a")
+    data = sources.load(make_clips(), LABELS, cache_dir=tmp_path / "a")
     assert data.with_identities(["p2", "p1", "p0"]).report["data"] == data.report["data"]
 
 

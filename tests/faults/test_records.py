@@ -19,6 +19,7 @@ import pytest
 
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.datasets import prepare
 from vidjax.data import cache as cache_lib
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
@@ -52,14 +53,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
-    return iqiyi_vid.prepare(source, tmp_path_factory.mktemp("cache"))
+    return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def stale(tmp_path_factory: pytest.TempPathFactory) -> manifest_lib.Records:
     """Another conversion: clips of the same names and lengths, other features."""
     other = write_source(tmp_path_factory.mktemp("other") / "official", 1)
-    return iqiyi_vid.prepare(other, tmp_path_factory.mktemp("cache"))
+    return prepare(other, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -340,7 +341,7 @@ def test_damage_is_one_short_error_of_the_program(
     source: Path, copied: manifest_lib.Records, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    folder = iqiyi_vid.prepare(source, cache).folder
+    folder = prepare(source, cache).folder
     shutil.rmtree(folder)
     shutil.copytree(copied.folder, folder)
     path = sorted(folder.rglob("*.tfrecord*"))[4]
@@ -393,7 +394,7 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
     for modality in ("face", "head"):
         write_pickle(source, modality, "train", clips)
     began = time.monotonic()
-    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    whole = digests(prepare(source, tmp_path / "whole"))
     seconds = time.monotonic() - began
     root = tmp_path / "cache" / "iqiyi_vid"
     killed = []
@@ -412,14 +413,14 @@ def test_a_conversion_killed_at_any_moment_is_done_again_to_the_byte(
         left = names(root)
         if killed[-1] and not any((root / name / "manifest.json").exists() for name in left):
             assert len(left) == 1, left
-        found = iqiyi_vid.prepare(source, tmp_path / "cache")  # while a reader may still be at work
+        found = prepare(source, tmp_path / "cache")  # while a reader may still be at work
         assert digests(found) == whole
         assert manifest_lib.verify(found) == []
         remains = names(root) - {found.folder.name}
         assert all(name.endswith(".partial") for name in remains) and len(remains) <= 1
         shutil.rmtree(found.folder)
     assert any(killed)
-    iqiyi_vid.prepare(source, tmp_path / "cache")
+    prepare(source, tmp_path / "cache")
     assert len(names(root)) == 1
 
 
@@ -458,7 +459,7 @@ def test_a_killed_process_of_a_pool_is_one_error_and_leaves_nothing(
     tmp_path: Path, module: str, said: str
 ) -> None:
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
-    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    whole = digests(prepare(source, tmp_path / "whole"))
     process = subprocess.Popen(
         [*convert_command(source, cache), "--workers=2"],
         stdout=subprocess.PIPE,
@@ -471,7 +472,7 @@ def test_a_killed_process_of_a_pool_is_one_error_and_leaves_nothing(
     assert said in lines[0] and len(lines) <= 3, lines
     assert names(cache / "iqiyi_vid") == set()
     assert iqiyi_vid.main([str(source), f"--cache_dir={cache}", "--workers=2"]) == 0
-    assert digests(iqiyi_vid.prepare(source, cache)) == whole
+    assert digests(prepare(source, cache)) == whole
 
 
 @pytest.mark.slow
@@ -480,7 +481,7 @@ def test_a_pool_killed_at_any_moment_is_done_again_to_the_byte(
 ) -> None:
     rng = np.random.default_rng(fault_seed)
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
-    whole = digests(iqiyi_vid.prepare(source, tmp_path / "whole"))
+    whole = digests(prepare(source, tmp_path / "whole"))
     words = [*convert_command(source, cache), "--workers=2"]
     killed = []
     for _ in range(30 if campaign else 3):
@@ -493,7 +494,7 @@ def test_a_pool_killed_at_any_moment_is_done_again_to_the_byte(
         killed.append(process.returncode == -signal.SIGKILL)
         again = subprocess.run(words, capture_output=True)  # while orphans may still write
         assert again.returncode == 0, again.stderr
-        found = iqiyi_vid.prepare(source, cache)
+        found = prepare(source, cache)
         assert digests(found) == whole and manifest_lib.verify(found) == []
         shutil.rmtree(found.folder)
     assert any(killed)
@@ -568,7 +569,7 @@ def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(
         pytest.skip("no file system of its own here")
     clips = {f"c{i:05d}": random_clip(np.random.default_rng(i), 10, 128) for i in range(400)}
     write_pickle(source, "face", "train", clips)
-    found = iqiyi_vid.prepare(source, tmp_path / "whole")
+    found = prepare(source, tmp_path / "whole")
     kilobytes = sum(path.stat().st_size for path in found.folder.rglob("*") if path.is_file()) >> 10
     if kind == "file system":  # staged features and records are there together
         sizes = np.linspace(16, 1.9 * kilobytes, 40 if campaign else 5).astype(int).tolist()
@@ -596,21 +597,21 @@ def test_a_full_disk_while_converting_is_one_error_and_leaves_nothing(
 
 
 def test_a_lock_that_nobody_holds_is_no_lock(source: Path, tmp_path: Path) -> None:
-    folder = iqiyi_vid.prepare(source, tmp_path).folder
+    folder = prepare(source, tmp_path).folder
     folder.with_name(f"{folder.name}.lock").write_text("12345\n")
     shutil.rmtree(folder)
-    assert len(iqiyi_vid.prepare(source, tmp_path).splits["train"].clips) == NUM_CLIPS
+    assert len(prepare(source, tmp_path).splits["train"].clips) == NUM_CLIPS
 
 
 def test_another_conversion_is_not_waited_for(source: Path, tmp_path: Path) -> None:
     with cache_lib.exclusive(tmp_path / "iqiyi_vid" / "another"):
-        assert iqiyi_vid.prepare(source, tmp_path).clips
+        assert prepare(source, tmp_path).clips
 
 
 def test_what_was_not_used_for_long_is_listed_and_deleted(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = iqiyi_vid.prepare(source, tmp_path).folder
+    folder = prepare(source, tmp_path).folder
     old, mine = folder.with_name("0" * 20), folder.with_name("mine")
     left = folder.with_name(f"{'1' * 20}.01234567.partial")
     shutil.copytree(folder, old)
@@ -625,7 +626,7 @@ def test_what_was_not_used_for_long_is_listed_and_deleted(
     assert names(folder.parent) == {folder.name, "mine"}
     assert cache_lib.main([f"--cache_dir={tmp_path}", "--prune=-1"]) == 2
     os.utime(folder, (1e9, 1e9))
-    iqiyi_vid.prepare(source, tmp_path)
+    prepare(source, tmp_path)
     assert cache_lib.prune(tmp_path, 30) == []
 
 

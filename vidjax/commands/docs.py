@@ -46,7 +46,7 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
         "optim.name": optim.OPTIMIZERS,
         "optim.decay": optim.DECAYS,
         "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
-        "data.name": {name: dataset.open for name, dataset in sources.DATASETS.items()},
+        "data.name": sources.DATASETS,
     }
     return {
         field: {name: _summary(function) for name, function in table.items()}

@@ -401,16 +401,17 @@ def _folder(name: str, folder: Path) -> Findings:
 
 def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
     """Yields the state of the data, its records and labels, and whether they are those of runs."""
-    options = sources.DataOptions.of(config.data, generate=False)
     try:
-        source = sources.open_source(config.data.name, options)
+        source = sources.open_source(config.data, generate=False)
     except sources.NotGenerated as error:
         yield WARNING, f"data: {error}"
         return
     yield OK, f"data: {source.title}"
     from vidjax.data.records.convert import convert, records_folder
 
-    folder = records_folder(source, options.cache_dir)
+    # Where a training would need the space, too.
+    cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser()
+    folder = records_folder(source, cache)
     if (folder / "manifest.json").exists():
         yield from _records(config, source, folder, runs)
         return
@@ -418,7 +419,6 @@ def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
     if importlib.util.find_spec("tensorflow") is None:
         yield WARNING, "data: not read: without TensorFlow only converted records are"
         return
-    cache = options.cache_dir  # where a training would need the space, too
     writable = cache.is_dir() and os.access(cache, os.W_OK | os.X_OK)
     with tempfile.TemporaryDirectory(dir=cache if writable else None) as scratch:
         with messages.quietly():

@@ -29,7 +29,7 @@ import sys
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -44,53 +44,7 @@ from vidjax.data.packing import Clip, Clips, pack, place_of, read_frames
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.errors import NoFileError, UserError
 
-if TYPE_CHECKING:  # it imports TensorFlow
-    from vidjax.data.records.dataset import Dataset
-
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
-
-
-def load(
-    source: Mapping[str, Clips] | str | Path,
-    labels: LabelSource = None,
-    *,
-    cache_dir: str | Path | None = None,
-    non_finite: NonFinite = "drop",
-    quality: Quality = "given",
-) -> "Dataset":
-    """Returns a dataset of own features, to be used like one of official files.
-
-    The first call converts the features to records in the cache; so does a call after any byte of
-    them has changed.
-
-    Args:
-      source: split (`train`, `val`, `test`) -> clip -> modality -> features [T, D] or [D], or a
-        dict with `features` and optionally `quality` [T], `detection` [T], `number` [T] and `box`
-        [T, 4]; or a folder as described above. Features are float16, float32, float64 or int8. A
-        clip may lack modalities, or have no frame at all.
-      labels: clip -> identity, for all splits; or a file, `.csv` with the columns `clip` and
-        `identity`, or ground truth in an official form; or None for the files of the folder. A clip
-        without an identity (or with None) is a distractor. A split without any labelled clip is
-        ranked, not scored.
-      cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-        refuses them.
-      quality: 'given' takes the quality that a clip has, or else the L2 norm of each feature;
-        'norm' always takes the norm.
-
-    Raises:
-      ValueError: malformed features or labels; names file or split, clip, modality and field.
-      FileNotFoundError: no such folder, or no features in it.
-      OSError: the cache cannot be written.
-    """
-    from vidjax.data.records.dataset import Dataset
-
-    if isinstance(source, Mapping):
-        opened, origin = FeatureDict(source, labels, quality), Origin("arrays")
-    else:
-        opened = FeatureFolder(source, labels, quality, digests=Digests(cache_dir))
-        origin = Origin.of_folder("arrays", source)
-    return Dataset.from_source(opened, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
 
 
 class FeatureDict:
@@ -102,9 +56,8 @@ class FeatureDict:
       title: name for the log.
     """
 
-    kind = "arrays"
-    place = "arrays"
-    title = "arrays"
+    kind = place = title = "arrays"
+    origin = Origin("arrays")
 
     def __init__(
         self,
@@ -201,13 +154,14 @@ class FeatureFolder:
         self._quality: Quality = check_quality(quality)
         self._workers, self._kept = workers, digests
         self._files = files_by_split(self._folder)
+        self.origin = Origin.of_folder("arrays", folder)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
     @property
-    def splits(self) -> Collection[str]:
-        """The splits that the folder has."""
-        return self._files.keys()
+    def content(self) -> tuple[Collection[str], None]:
+        """The splits; the content of files alone tells the modalities. See `sources.names`."""
+        return self._files.keys(), None
 
     def _clips(self, split: str) -> Iterator[Clip]:
         return clip_files.read_clips(self._files[split])

@@ -12,21 +12,18 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidjax import messages
 from vidjax.data.cache import IN_DEFAULT, Digests, digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, PackedClips, Unpacked
+from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
 from vidjax.data.labels import load_official_truth
 from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted import sandbox
 from vidjax.errors import NoFileError, UserError
 from vidjax.machine import memory_bytes, num_cores
-
-if TYPE_CHECKING:  # it imports TensorFlow
-    from vidjax.data.records.manifest import Records
 
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
 
@@ -47,6 +44,7 @@ class OfficialFiles:
         directory: str | Path,
         workers: int | None = None,
         digests: Digests = IN_DEFAULT,
+        origin: Origin | None = None,
     ):
         """Finds the feature pickles.
 
@@ -69,13 +67,14 @@ class OfficialFiles:
                 + _hint(self._directory)
             )
         self._workers, self._kept = workers, digests
+        self.origin = origin or Origin.of_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
 
     @property
-    def names(self) -> Collection[tuple[str, str]]:
-        """The (modality, split) of every pickle."""
-        return self._files.keys()
+    def content(self) -> tuple[set[str], dict[str, int]]:
+        """The splits and, without their width, the modalities; see `sources.names`."""
+        return {split for _, split in self._files}, {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of each pickle; reads again only what has changed since."""
@@ -160,33 +159,6 @@ def _hint(directory: Path) -> str:
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):
         return f"\nunpack {archive.name} first"
     return ""
-
-
-def prepare(
-    directory: str | Path,
-    cache_dir: str | Path | None = None,
-    *,
-    non_finite: NonFinite = "drop",
-) -> "Records":
-    """Returns the records of a directory of official files, converting it unless that is done.
-
-    Args:
-      directory: the directory with `{modality}_{split}[_v2].pickle` files.
-      cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-        refuses them.
-
-    Raises:
-      FileNotFoundError: no such directory, or no feature pickle in it.
-      ValueError: the files contradict each other, the records are damaged, or, with
-        `non_finite='error'`, a feature is not finite.
-      OSError: the cache cannot be written.
-    """
-    from vidjax.data.records.convert import convert
-
-    return convert(
-        OfficialFiles(directory, digests=Digests(cache_dir)), cache_dir, non_finite=non_finite
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

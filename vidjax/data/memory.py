@@ -96,7 +96,7 @@ class MemoryClips:
         """Checks and packs a dict of clips.
 
         Args:
-          clips: clip -> modality -> features, as `vidjax.data.arrays.load` takes them.
+          clips: clip -> modality -> features, as `vidjax.load_data` takes them.
           modalities: modality -> feature width.
           identities: names of the class columns.
           quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.

@@ -59,11 +59,10 @@ def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
 
     Returns modality -> feature width, `WIDTH` where only the files would tell.
     """
-    options = sources.DataOptions.of(config.data, generate=False)
-    names = sources.names(config.data.name, options)
-    if names:
-        _check_splits(config, names.splits, training=training)
-    dims = names.modalities if names and names.modalities else dict.fromkeys(config.modalities, 0)
+    splits, dims = sources.names(config.data) or (None, None)
+    if splits is not None:
+        _check_splits(config, splits, training=training)
+    dims = dims or dict.fromkeys(config.modalities, 0)
     known = {name: Modality(dim or WIDTH, "float32") for name, dim in dims.items()}
     missing = [name for name in config.modalities if name not in known]
     there = [name for name in config.modalities if name in known]

@@ -1,4 +1,4 @@
-"""load: datasets by name, and what a new one needs."""
+"""sources: datasets by name, and what a new one needs."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
+from tests.helpers.datasets import load_dataset
 from vidjax import files
 from vidjax.data import sources, synthetic
+from vidjax.data.cache import Digests
 from vidjax.data.frame_fields import NonFinite, Unpacked
 from vidjax.data.packing import Clip, pack
-from vidjax.data.sources import DataOptions, DatasetEntry, load_dataset
 from vidjax.data.synthetic import SyntheticOptions
 from vidjax.main import main
 
@@ -37,14 +38,16 @@ def test_synthetic_data_are_written_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
     for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
-        options = SyntheticOptions(blur=blur)
-        dataset = load_dataset("synthetic", cache_dir=None, seed=seed, knobs=options)
+        dataset = load_dataset("synthetic", seed=seed, blur=blur)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)
+        assert dataset.report["data"]["name"] == "synthetic" and not dataset.report["data"]["dir"]
     assert written == [("small", 5, 1.0), ("small", 6, 1.0), ("small", 6, 2.0)]
+    folders = (tmp_path / "synthetic").glob("small-6-blur=2-*")
+    assert sum(path.is_dir() for path in folders) == 1
     data = {"name": "synthetic", "size": "small", "seed": 6}  # as an earlier version wrote it
     assert sources.describe(data) == "synthetic, size small, seed 6"
     assert sources.describe({**data, "blur": 2.0}) == "synthetic, size small, seed 6, blur 2"
-    assert {path.name for path in tmp_path.iterdir()} == {"synthetic", "iqiyi_vid"}
+    assert {path.name for path in tmp_path.iterdir()} - {"digests"} == {"synthetic", "iqiyi_vid"}
 
 
 class Numbered:
@@ -72,14 +75,14 @@ class Numbered:
         return {split: {name: name[-1] for name in names} for split, names in clips.items()}
 
 
-def test_a_dataset_is_a_function_and_a_line(
+def test_a_dataset_is_a_class_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def open_numbered(options: DataOptions) -> Numbered:
-        assert options.cache_dir == tmp_path
+    def open_numbered(data: sources.Section, digests: Digests) -> Numbered:
+        assert data["name"] == "numbered" and digests.cache_dir == tmp_path
         return Numbered()
 
-    entries = {**sources.DATASETS, "numbered": DatasetEntry(open_numbered)}
+    entries = {**sources.DATASETS, "numbered": open_numbered}
     monkeypatch.setattr(sources, "DATASETS", entries)
     check = ["--mode=check", "--config=configs/knn.py", "--config.data.name=numbered"]
     check += [f"--config.data.cache_dir={tmp_path}", "--config.modalities=voice"]
@@ -93,12 +96,6 @@ def test_a_dataset_is_a_function_and_a_line(
     assert "train: 6 clips" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"config\.data\.name='other'.* arrays, numbered"):
         load_dataset("other", cache_dir=tmp_path)
-
-
-def test_every_name_of_a_dataset_is_documented() -> None:
-    config = (Path(__file__).parents[1] / "vidjax" / "config.py").read_text()
-    for name in sources.DATASETS:
-        assert f"`{name}`" in config or f'"{name}"' in config, name
 
 
 def test_an_address_is_no_folder_and_a_path_has_no_way_back(tmp_path: Path) -> None:

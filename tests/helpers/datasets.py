@@ -1,0 +1,31 @@
+"""Datasets by name, and the records of official files."""
+
+from pathlib import Path
+from typing import Any
+
+from vidjax.config import default
+from vidjax.data import sources
+from vidjax.data.cache import Digests
+from vidjax.data.iqiyi_vid import OfficialFiles
+from vidjax.data.records.convert import convert
+from vidjax.data.records.dataset import Dataset
+from vidjax.data.records.manifest import Records
+
+
+def load_dataset(
+    name: str,
+    *,
+    directory: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    **fields: Any,
+) -> Dataset:
+    """Returns the dataset of a configuration with these fields of `config.data`."""
+    data = default().data
+    data.update(name=name, dir=str(directory) if directory else None, **fields)
+    data.cache_dir = str(cache_dir) if cache_dir else None
+    return sources.load(data)
+
+
+def prepare(directory: str | Path, cache_dir: str | Path | None = None, **options: Any) -> Records:
+    """Returns the records of a directory of official files."""
+    return convert(OfficialFiles(directory, digests=Digests(cache_dir)), cache_dir, **options)
