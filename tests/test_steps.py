@@ -341,7 +341,8 @@ def branch_logits(state, batch, branch):
 def test_branches_are_weighted(scores, num_branches):
     learn = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])[:, :num_branches]
     answer = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])[:, :num_branches]
-    model = TwoBranches(tuple(map(tuple, learn)), tuple(map(tuple, answer)))
+    of_two: Any = TwoBranches
+    model = of_two(tuple(map(tuple, learn)), tuple(map(tuple, answer)))
     system = make(eval__scores=scores)._replace(model=model)
     batch = make_batch(audio=(1, 1, 1, 1, 1))
     labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])

@@ -2,7 +2,7 @@
 
 The people lie in blocks. An answer does not depend on how, to the bit: every coordinate and every
 ratio is a dot product of its own; sums over identities are sums of whole numbers; and ties go by
-name. The scores are those of `models.plda.combine` and `system.log_softmax`, which need all
+name. The scores are those of `models.plda.combine` and `logit_ops.log_softmax`, which need all
 identities in one order and on the device.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from vidjax.gallery.backend import Backend, Coefficients, threads
 from vidjax.machine import num_cores
-from vidjax.models import plda
+from vidjax.models import two_covariance
 
 MOST_QUERIES = 1024  # clips whose coordinates are computed at a time
 MOST_ROWS = 4096  # people of the largest block
@@ -143,7 +143,7 @@ class Index:
             score(0, 1)
         settings = self.backend.settings
         logits = np.zeros(1 + ends[-1])
-        logits[0] = plda.stranger_logit(settings, ends[-1])
+        logits[0] = two_covariance.stranger_logit(settings, ends[-1])
         for n in present:
             squares = np.vecdot(curves[n], clip[n] * clip[n])
             ratio = ratios[n] + self._constant[n] + squares[kind[n]]
