@@ -519,7 +519,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 def _lock(file: io.FileIO) -> bool:
     """Locks an open file; returns False if another process keeps it locked.
 
-    A check of the folder holds the lock for a moment (`check_run`): it is tried again that long.
+    `lock_holder` holds the lock for a moment: it is tried again that long.
     """
     until = time.monotonic() + LOCK_SECONDS
     while True:
@@ -530,6 +530,19 @@ def _lock(file: io.FileIO) -> bool:
             if time.monotonic() > until:
                 return False
             time.sleep(LOCK_SECONDS / 20)
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Returns the process that holds the lock of a folder, None if none does."""
+    try:
+        with open_regular(folder / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
+            except BlockingIOError:
+                return lock_owner(file)
+    except (FileNotFoundError, PermissionError):
+        pass
+    return None
 
 
 def lock_owner(file: io.FileIO) -> str:

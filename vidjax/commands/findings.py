@@ -5,7 +5,6 @@ meanwhile, and a file that the run deletes or has not finished writing is no fau
 training has converted yet are converted into a folder that goes again, to open every file.
 """
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -31,6 +30,11 @@ from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
 from vidjax.training import plan, rehearsal
 
+if TYPE_CHECKING:
+    from vidjax.data.records.manifest import Records
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
 Findings = Iterator[tuple[str, str]]  # (state, text)
 
@@ -95,7 +99,7 @@ def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
 
 
 def _use(workdir: Path) -> Findings:
-    holder = _holder(workdir)
+    holder = files.lock_holder(workdir)
     if holder:
         yield WARNING, f"workdir: in use by {holder}: its newest files may be unfinished"
         return
@@ -192,7 +196,7 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
     """Yields the findings on every saved step, and the step that evaluation would use."""
     if name and config is None:
         config_io.load_workdir(workdir)  # raises the error that describes the damage
-    holder = _holder(workdir)
+    holder = files.lock_holder(workdir)
     for step in (steps := checkpoint.survey(workdir)):
         folder = workdir / "checkpoints" / str(step)
         try:
@@ -228,19 +232,6 @@ def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> F
         yield FAULT if fault else OK, f"{name}{file}: {fault or content}"
 
 
-def _holder(workdir: Path) -> str | None:
-    """Returns a description of the process that holds a run's lock, None if none does."""
-    try:
-        with files.open_regular(workdir / ".lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once
-            except BlockingIOError:
-                return files.lock_owner(file)
-    except (FileNotFoundError, PermissionError):
-        pass
-    return None
-
-
 def wrong_sums(report: formats.DataReport) -> Iterator[str]:
     """Yields a text for every count of a data report that is not the sum of its parts."""
     for split, part in (report.splits or {}).items():
@@ -257,23 +248,12 @@ def wrong_sums(report: formats.DataReport) -> Iterator[str]:
                     )
 
 
-if TYPE_CHECKING:
-    from vidjax.data.records.manifest import Records
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
-LITTLE_SPACE = 1e9  # bytes; less free space than this is a warning
-
-
 def check(
     config: Config | None, workdir: Path | None, gallery: Path | None = None
 ) -> Iterator[Item]:
-    """Yields the findings, one after another.
+    """Yields the findings on a run, on data to train with, or on a gallery instead.
 
-    Args:
-      config: the configuration of the run, or one to train with; None if there is none, or if it is
-        damaged.
-      workdir: the run's folder; None for none.
-      gallery: the folder of a gallery, instead of a run.
+    A configuration is None if there is none, or if it is damaged.
     """
     for subject, findings in _parts(config, workdir, gallery):
         try:

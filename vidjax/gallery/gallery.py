@@ -450,8 +450,10 @@ class Gallery:
         """
         if (identity is None) == (clip is None):
             raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
-        for name, value in (("identity", identity), ("clip", clip)):
-            check_argument(f"remove: {name}", value, (str, Collection, type(None)), "a name")
+        for kind, value in (("identity", identity), ("clip", clip)):
+            check_argument(f"remove: {kind}", value, (str, Collection, type(None)), "a name")
+            for name in [] if isinstance(value, str) else value or ():
+                check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
         with self._changing() as state:
             gone: set[str] = set()

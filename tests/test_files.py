@@ -1,4 +1,4 @@
-"""Workdirs: files whole or not at all, one process at a time, signals noted once."""
+"""Files whole or not at all, as large as they are read back; signals noted once."""
 
 import concurrent.futures
 import os
