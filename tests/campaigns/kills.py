@@ -237,6 +237,8 @@ class Process:
 
     def wait(self, seconds: float) -> float:
         """Waits for its end and returns the CPU seconds until then; kills it if it takes longer."""
+        if self._process.poll() is not None:
+            return 0.0
         ticks = (
             Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]
         )
