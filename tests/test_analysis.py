@@ -185,8 +185,9 @@ def test_map_among_some_clips_by_hand():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
-    top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    columns = strata.ranked_columns(top, labels)
+    top, everyone = topk.TopK(np.zeros(index.shape, np.float32), index), np.ones(40, bool)
+    positives = np.bincount(labels, minlength=5)[1:]
+    scored = strata.ScoredSplit(top, labels, list("c" * 40), everyone, positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     averages = []
     for identity in range(1, 5):
@@ -194,11 +195,10 @@ def test_map_among_some_clips_by_hand():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         at = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(at, 1)) / len(wanted))
-    some, clips = strata.averages_among(top, columns, labels, chosen)
+    some, clips = scored.averages_among(chosen)
     np.testing.assert_allclose(some, averages)
     assert clips == chosen.sum()
-    everything, _ = strata.averages_among(top, columns, labels, labels > 0)
-    positives = np.bincount(labels, minlength=5)[1:]
+    everything, _ = scored.averages_among(labels > 0)
     assert everything.mean() == pytest.approx(
         metrics.mean_average_precision(index, labels, positives)
     )
@@ -207,7 +207,9 @@ def test_map_among_some_clips_by_hand():
 def test_the_best_list_of_a_clip_has_its_highest_score():
     scores = np.array([[0.9, 0.5, -np.inf], [0.9, 0.7, 0.1]], np.float32)
     index = np.array([[2, 0, topk.NO_CLIP], [2, 1, 0]])
-    best, highest = strata.best_lists(topk.TopK(scores, index), 4)
+    top, everyone = topk.TopK(scores, index), np.ones(4, bool)
+    scored = strata.ScoredSplit(top, np.zeros(4, int), list("abcd"), everyone, np.zeros(2, int))
+    best, highest = scored.best_lists
     np.testing.assert_array_equal(highest, np.array([0.5, 0.7, 0.9, -np.inf], np.float32))
     assert best.tolist() == [0, 1, 0, -1]  # clip 2 scores alike in both: the first identity
 

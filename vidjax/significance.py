@@ -49,23 +49,14 @@ class Difference(NamedTuple):
 
 
 def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float]:
-    """Returns the bounds of the 95 % interval of MAP, within 0..1.
-
-    Args:
-      averages: [C] average precision of every identity, 0..1.
-      draws: the number of draws of the bootstrap.
-    """
+    """Returns the bounds of the 95 % interval of MAP, given average precisions [C] in 0..1."""
     return _bounds(_drawn_means(averages, UNSEEN, draws), averages)
 
 
 def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Returns the bounds of the 95 % interval of a mean difference, and the p-value of 0.
+    """Returns the bounds of the 95 % interval of a mean of [C] differences, and the p-value of 0.
 
     The p-value is two-sided, and below 5 % exactly where the interval leaves out 0.
-
-    Args:
-      gaps: [C] difference of two average precisions of every identity, -1..1.
-      draws: the number of draws of the bootstrap.
     """
     means = _drawn_means(gaps, UNSEEN_GAP, draws)
     beyond = min(np.sum(means <= 0), np.sum(means >= 0))
@@ -75,10 +66,7 @@ def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float,
 def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
     """Returns [draws] means of values whose weights are drawn; equal values give equal results.
 
-    Args:
-      values: [C] float.
-      unseen: further values and their weights, of which an identity has 1.
-      draws: how many.
+    `unseen` are further values and their weights, of which an identity has 1.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -104,11 +92,7 @@ def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Returns the difference from the first run, for every other run.
-
-    Args:
-      averages: for each run [C], the average precision of the same identities.
-    """
+    """Returns the difference from the first run for every other, given average precisions [C]."""
     first, results = averages[0], []
     for own in averages[1:]:
         gaps = own - first

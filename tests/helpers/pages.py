@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from tests.helpers import made_runs
 from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
 from vidjax.run import results as results_lib
@@ -132,8 +132,8 @@ def file_numbers(folder):
         collect(json.loads(path.read_text()), found)
     collect(results_lib.read_lines(folder / "metrics.jsonl"), found)
     for path in folder.glob("analysis*.npz"):
-        values, arrays = results_lib.load_analysis(path)
-        collect(msgspec.to_builtins(values), found)
+        values, arrays = made_runs.load_analysis(path)
+        collect(values, found)
         for array in arrays.values():
             found |= set(map(float, array.ravel()))
     collect(folder.name, found)
@@ -146,7 +146,7 @@ def collect(value, found):
         for key, item in value.items():
             collect(key, found)
             collect(item, found)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, list):
         found.add(float(len(value)))
         for item in value:
             collect(item, found)

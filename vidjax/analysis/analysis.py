@@ -14,24 +14,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, metrics
-from vidjax.analysis import open_set, robustness
-from vidjax.analysis.strata import (
-    FEWEST_IDENTITIES,
-    count_train_clips,
-    hits,
-    named_clips,
-    ranked_columns,
-    ranked_lists,
-    strata,
-    worst_identities,
-    wrong_clips,
-)
+from vidjax import devices, ensemble
+from vidjax.analysis import open_set, robustness, strata
+from vidjax.analysis.strata import ScoredSplit
 from vidjax.batch import Array, Batch
 from vidjax.config import Config
 from vidjax.data.clips import Split
 from vidjax.evaluation.scoring import Evaluation, TrainedModel
 from vidjax.models.base import Identifier, ModelState, Params
+from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import exact_sums
 
@@ -123,7 +114,7 @@ class Observer:
     def finish(
         self, evaluation: Evaluation, trained: Config, *, num_steps: int = 0
     ) -> tuple[Values, Arrays]:
-        """Returns the values and the arrays of `analysis.npz`; `run.results` lists them.
+        """Returns the values and the arrays of `analysis.npz`; see `run.formats`.
 
         Args:
           evaluation: the result of `scoring.score`.
@@ -149,35 +140,28 @@ class Observer:
         values |= attention_values
         if self._single and num_steps and not model.system.model.exact_inputs:
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
+        scored = ScoredSplit.of(evaluation, split)
         if results.get("map") is None:
-            values["named"] = named_clips(evaluation, split.clips)
+            values["named"] = strata.named_clips(scored)
             return values, arrays
-        train_clips = count_train_clips(model, trained.train_splits)
-        columns = ranked_columns(evaluation.top, split.labels)
-        arrays["ap"] = metrics.average_precision(hits(columns), evaluation.positives)
-        arrays["positives"] = np.asarray(evaluation.positives, np.int64)
+        train_clips = strata.count_train_clips(model, trained.train_splits)
+        arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
         if train_clips is not None:
             arrays["train_clips"] = train_clips
-        values["num_others"] = split.num_others if evaluation.clips.pool.all() else 0
-        values["worst"] = worst_identities(evaluation, split.labels)
-        values["wrong_clips"] = wrong_clips(evaluation, split.labels, split.clips)
-        values["lists"] = ranked_lists(evaluation, split.labels, split.clips)
-        values["fewest_identities"] = FEWEST_IDENTITIES
         quality = self.seen.quality.astype(np.float64)
-        values["strata"] = strata(evaluation, split, model.modalities, quality, train_clips)
-        arrays |= open_set.score_histograms(evaluation.clips, split.labels)
-        arrays |= open_set.error_curve(evaluation.clips, split.labels)
-        values["open_set"] = open_set.open_set(
-            evaluation.clips, split.labels, len(model.data.identities)
+        values |= {
+            "num_others": split.num_others if scored.pool.all() else 0,
+            "worst": strata.worst_identities(scored),
+            "wrong_clips": strata.wrong_clips(scored),
+            "lists": strata.ranked_lists(scored),
+            "fewest_identities": FEWEST_IDENTITIES,
+            "strata": strata.strata(scored, split, model.modalities, quality, train_clips),
+        }
+        found = open_set.measure(
+            evaluation.clips, split.labels, len(model.data.identities), logs=model.system.logs
         )
-        calibrated = open_set.calibration(evaluation.clips) if model.system.logs else None
-        if calibrated:
-            arrays["calibration"], values["calibration_error"] = calibrated
-            after = open_set.recalibration(evaluation.clips, split.labels)
-            if after:
-                arrays["calibration_after"] = after.bins
-                values["calibration_error_after"] = after.error
-                values["calibration_maps"] = after.maps
+        values |= found[0]
+        arrays |= found[1]
         if self._single:
             values |= self._measure_sample(evaluation, split)
         return values, arrays
@@ -201,12 +185,7 @@ class Observer:
 
 
 def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
-    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced.
-
-    Args:
-      schedule: step -> learning rate.
-      num_steps: the number of steps, 1 or more.
-    """
+    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced."""
     steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
     rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
     return np.stack([steps.astype(float), rates], axis=1)
@@ -215,14 +194,12 @@ def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
 def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
     """Averages attention over all clips.
 
+    Column j of the matrix is the mean over the clips in which vector j takes from others: those
+    that have it, or all with `fill_missing`.
+
     Args:
       units: the results of `eval_step.attention_step`, summed over all clips, in `exact_sums.UNIT`.
       model: names the attended vectors.
-
-    Returns:
-      `assignment`: modality -> [K] shares of the frames per NetVLAD cluster, and `vectors`: names
-      of the attended vectors; `attention` [V, V], whose column j is the mean over the clips in
-      which vector j takes from others: those that have it, or all with `fill_missing`.
     """
     values: Values = {"assignment": {}}
     arrays: Arrays = {}

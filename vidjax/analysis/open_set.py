@@ -15,16 +15,37 @@ RESAMPLES = 1000  # of the bootstrap
 MOST_ODDS = 100.0  # a probability of 1 in float32 counts as these log-odds
 
 
-def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of the clips' best scores; none where no clip has a score.
+Values = dict[str, Any]  # of `run.formats.Analysis`
+Arrays = dict[str, np.ndarray]
+
+
+def measure(
+    clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
+) -> tuple[Values, Arrays]:
+    """Returns values and arrays of the analysis: scores, errors, thresholds and calibration.
 
     Args:
       clips: the best score of every clip.
       labels: [N] int, class columns.
+      num_identities: number of identities that a clip is compared with.
+      logs: whether scores are logarithms of probabilities, which can be calibrated.
+    """
+    arrays = score_histograms(clips, labels) | error_curve(clips, labels)
+    values: Values = {"open_set": open_set(clips, labels, num_identities)}
+    calibrated = calibration(clips) if logs else None
+    if calibrated:
+        arrays["calibration"], values["calibration_error"] = calibrated
+        if after := recalibration(clips, labels):
+            arrays["calibration_after"] = after.bins
+            values["calibration_error_after"] = after.error
+            values["calibration_maps"] = after.maps
+    return values, arrays
 
-    Returns:
-      `score_edges` [bins + 1]; `score_known` and `score_strange` [bins], the counts of labelled
-      clips and of distractors. Scores below the 0.5 % quantile are counted in the first bin.
+
+def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns histograms of the clips' best scores; none where no clip has a score.
+
+    Scores below the 0.5 % quantile are counted in the first bin.
     """
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
@@ -41,10 +62,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns `fpir` and `fnir` [n] at n thresholds; nothing without distractors or known clips.
-
-    The arguments are those of `score_histograms`.
-    """
+    """Returns `fpir` and `fnir` [n] at n thresholds; nothing without distractors or known clips."""
     pool = clips.pool
     known = labels[pool] > 0
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
@@ -66,16 +84,8 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     The interval of FNIR is a bootstrap: people are drawn with all their clips, and distractors, and
     the threshold is set anew on those that were drawn. In simulation it holds the truth in 94 to
     95 % of samples where the rate lets four distractors or more pass, in 87 % where it lets one or
-    two. The interval of FPIR is that of `metrics.fpir_interval`.
-
-    Args:
-      clips: the best score of every clip.
-      labels: [N] int, class columns.
-      num_identities: number of identities that a clip is compared with.
-
-    Returns:
-      The entry that `run.results` describes. A rate below 1 / S has no errors. None without a
-      distractor or without a known clip.
+    two. The interval of FPIR is that of `metrics.fpir_interval`. A rate below 1 / S has no errors.
+    None without a distractor or without a known clip.
     """
     pool = clips.pool
     scores, right, people = clips.best[pool].astype(np.float64), clips.right[pool], labels[pool]
@@ -138,14 +148,7 @@ def resampled_fnir(
 
 
 def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
-    """Compares the confidence of the best scores with the share of clips that are right.
-
-    Args:
-      clips: the best score of every clip, logarithms of probabilities.
-
-    Returns:
-      What `reliability` returns; None where no clip has a score.
-    """
+    """Returns the `reliability` of the best scores; None where no clip has one."""
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
         return None
@@ -194,14 +197,8 @@ def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None
     """Maps the log-odds of the best scores, and measures the result on other people.
 
     People are split into halves with all their clips, and distractors clip by clip. The map of each
-    half is fitted on the other half, so that nothing is measured on what it was chosen on.
-
-    Args:
-      clips: the best score of every clip, logarithms of probabilities.
-      labels: [N] int, class columns.
-
-    Returns:
-      The result; None where a half has no clip that is right or none that is wrong.
+    half is fitted on the other half, so that nothing is measured on what it was chosen on. None
+    where a half has no clip that is right or none that is wrong.
 
     Source: Platt 1999, Probabilistic outputs for support vector machines.
     """

@@ -56,7 +56,7 @@ def write_results(
       workdir: the folder of the run.
       data: the clips that were evaluated.
       evaluation: the result of `scoring.score`.
-      values: content of `metrics.json`, see `run.results`.
+      values: content of `metrics.json`, see `run.formats`.
       split: the evaluated split.
       own_split: the split that training evaluates, `config.eval.split`.
       trained: the group `data` of the configuration that the run was trained with.

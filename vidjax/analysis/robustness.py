@@ -49,12 +49,7 @@ class SampleScorer:
         return map(_to_host, self.model.data.eval_batches(plan, rows=self.rows))
 
     def score(self, block: Batch, without: int | None = None) -> tuple[Array, Batch]:
-        """Returns the scores [B, C] of a block, and the block on the devices.
-
-        Args:
-          block: numpy arrays.
-          without: position of a member that is left out.
-        """
+        """Returns the scores [B, C] of a block, and the block on the devices."""
         block = devices.shard_batch(self._mesh, block)
         (scores,) = self.scorer.score([block], without=without)
         return scores, block
@@ -67,7 +62,7 @@ class SampleScorer:
         )
 
     def add(self, ranking: RunningTopK, block: Batch, without: int | None = None) -> None:
-        """Scores a block and adds it to a ranking; the arguments are those of `score`."""
+        """Scores a block and adds it to a ranking; `without` is a member that is left out."""
         scores, block = self.score(block, without)
         ranking.add((scores, block.clip_index, block.batch_mask))
 
@@ -93,11 +88,7 @@ def count_positives(split: Split, sample: np.ndarray) -> np.ndarray:
 
 
 def robustness(scorer: SampleScorer, sample: np.ndarray) -> list[dict[str, Any]]:
-    """Measures the MAP of a sample [N] bool under every change of its clips.
-
-    Returns:
-      Rows {change: str, map: float}; the first is PLAIN.
-    """
+    """Returns the MAP of a sample [N] bool under every change of its clips; PLAIN comes first."""
     rankings: dict[str, RunningTopK] = {}
     for block in scorer.blocks(sample):
         for change, changed in changes(block, scorer.model.modalities):
@@ -111,16 +102,9 @@ def robustness(scorer: SampleScorer, sample: np.ndarray) -> list[dict[str, Any]]
 
 
 def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list[float]:
-    """Measures how much MAP an ensemble loses without each of its members.
+    """Returns how much MAP, `plain` with all members, an ensemble loses without each of them.
 
-    Args:
-      scorer: scores the sample with the ensemble.
-      sample: [N] bool.
-      plain: the MAP of the sample with all members.
-
-    Returns:
-      One difference per member. Empty for more than 10 members, and where some clip of the sample
-      is scored by one member only.
+    Empty for more than 10 members, and where one member alone scores some clip of the sample.
     """
     members = range(scorer.scorer.num_members)
     fewest = scorer.scorer.use[:, sample].sum(axis=0).min(initial=len(members))
@@ -137,10 +121,6 @@ def changes(block: Batch, names: Sequence[str]) -> Iterator[tuple[str, Batch]]:
     """Yields (name of a change, the changed block).
 
     Modalities are removed, frames are removed at random, and noise is added to features.
-
-    Args:
-      block: numpy arrays.
-      names: the modalities of the model.
     """
     yield PLAIN, block
     for name in names if len(names) > 1 else ():
@@ -192,16 +172,9 @@ def _add_noise(frames: Frames, noise: np.ndarray, level: float) -> Frames:
 def choose_clips(
     scorer: SampleScorer, clips: ClipScores, sample: np.ndarray, rng: np.random.Generator
 ) -> tuple[str, np.ndarray]:
-    """Draws labelled clips of a sample, half of them identified correctly.
+    """Draws labelled clips [N] bool of a sample [N] bool, half of them identified correctly.
 
-    Args:
-      scorer: scores the sample.
-      clips: the best score of every clip.
-      sample: [N] bool.
-      rng: draws the clips.
-
-    Returns:
-      The first modality with several frames per clip, and the drawn clips [N] bool.
+    Returns the first modality with several frames per clip, and the clips.
     """
     split, names = scorer.split, scorer.model.modalities
     modality = next((name for name in names if (split.lengths[name] > 1).any()), names[0])
@@ -221,15 +194,7 @@ def occlusion(
 ) -> list[dict[str, Any]]:
     """Measures how far the score of a clip's own identity falls when one frame is hidden.
 
-    Args:
-      scorer: scores the sample.
-      clips: the best score of every clip.
-      modality: whose frames are hidden.
-      chosen: [N] bool, the clips.
-
-    Returns:
-      For every clip {clip, identity, right, modality, numbers, quality, falls}; the last three are
-      lists of T values. Clips that cannot be scored without some frame are left out.
+    Clips that cannot be scored without some frame of the modality are left out.
 
     Source: occlusion sensitivity of Zeiler and Fergus 2014, Visualizing and Understanding
     Convolutional Networks. Ours: a frame is hidden, not a patch of an image.

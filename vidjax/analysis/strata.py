@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,45 +18,123 @@ MOST_GROUPS = 8  # sets of modalities that are shown, the most frequent ones
 DRAWS = 1000  # of the interval of a group, which has one from FEWEST_IDENTITIES on
 QUANTILES = 5  # groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of the groups by a count
+NUM_WORST = 20  # identities
+NUM_WRONG = 15  # clips of each kind of mistake
+NUM_LISTED = 10  # clips of a list
+NUM_NAMED = 60  # clips of a split without ground truth
 
 Groups = list[tuple[str, np.ndarray]]  # label, and bool: the clips or identities of the group
+Row = dict[str, Any]  # of a table in `run.formats.Analysis`
+
+
+class ScoredSplit:
+    """The ranking of a split, and what the parts of its analysis share.
+
+    Attributes:
+      index, scores: [C, k], the best clips of every identity and their scores, best first.
+      labels: [N] int, class columns.
+      names: [N] names of the clips.
+      pool: [N] bool, the clips that are ranked.
+      positives: [C] int, clips of every identity.
+    """
+
+    def __init__(
+        self,
+        top: TopK,
+        labels: np.ndarray,
+        names: Sequence[str],
+        pool: np.ndarray,
+        positives: np.ndarray,
+    ):
+        self.index, self.scores = np.asarray(top.index), np.asarray(top.scores)
+        self.labels, self.names, self.pool = np.asarray(labels), names, pool
+        self.positives = np.asarray(positives)
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, split: Split) -> "ScoredSplit":
+        """Returns the ranking of an evaluation."""
+        pool, positives = evaluation.clips.pool, evaluation.positives
+        return cls(evaluation.top, split.labels, split.clips, pool, positives)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """[C, k] int, the class column of every ranked clip; -1 at an empty place."""
+        filled = self.index < len(self.labels)
+        return np.where(filled, self.labels[np.where(filled, self.index, 0)], -1)
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        """[C, k] bool, True where a ranked clip shows the identity of its list."""
+        return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
+
+    @cached_property
+    def averages(self) -> np.ndarray:
+        """[C] float64, average precision."""
+        return metrics.average_precision(self.hits, self.positives)
+
+    def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
+        """Computes average precisions where an identity's other clips are skipped in its list.
+
+        Returns those [n] of the identities that have a clip in `chosen`, [N] bool, labelled clips,
+        and the number of chosen clips.
+        """
+        positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
+        wanted = self.hits & chosen[np.where(self.columns >= 0, self.index, 0)]
+        ranks = np.cumsum(wanted | ~self.hits, axis=1)
+        precision = np.where(wanted, np.cumsum(wanted, axis=1) / np.maximum(ranks, 1), 0.0)
+        average = precision.sum(axis=1)[positives > 0] / positives[positives > 0]
+        return average, int(positives.sum())
+
+    @cached_property
+    def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """The identity [N] in whose list each clip scores highest, and that score [N].
+
+        The first of equal ones wins; -1 and -inf for a clip in no list.
+        """
+        identity = np.repeat(np.arange(len(self.index)), self.index.shape[1])
+        index, scores = self.index.reshape(-1), self.scores.reshape(-1)
+        real = (index < len(self.names)) & (scores > -np.inf)
+        index, scores, identity = index[real], scores[real], identity[real]
+        order = np.lexsort((identity, -scores))
+        clips, first = np.unique(index[order], return_index=True)
+        best, best_scores = np.full(len(self.names), -1), np.full(len(self.names), -np.inf)
+        best[clips], best_scores[clips] = identity[order][first], scores[order][first]
+        return best, best_scores
 
 
 def strata(
-    evaluation: Evaluation,
+    scored: ScoredSplit,
     split: Split,
     modalities: Sequence[str],
     quality: np.ndarray,
     train_clips: np.ndarray | None,
-) -> list[dict[str, Any]]:
-    """Computes MAP over groups of identities, and over groups of clips.
+) -> list[Row]:
+    """Returns tables of MAP over groups of identities, and over groups of clips.
 
     Args:
-      evaluation: the ranking.
+      scored: the ranking.
       split: its clips.
       modalities: the inputs of the model, the primary one first.
       quality: [N] float, mean quality of each clip's frames of the primary modality.
       train_clips: [C] int, training clips per identity; None where they are not known.
-
-    Returns:
-      Tables {by: str, rows: list of {label: str, map: float, low, high: float |
-      None, identities: int, clips: int}}. `low` and `high` bound the 95 % interval of `map`.
     """
-    primary = modalities[0]
-    columns = ranked_columns(evaluation.top, split.labels)
-    ranked = evaluation.clips.pool & (split.labels > 0)
+    primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
-    def table(by: str, groups: Groups) -> dict[str, Any]:
-        rows = []
-        for label, chosen in groups:
-            averages, clips = averages_among(evaluation.top, columns, split.labels, chosen & ranked)
-            if len(averages):
-                rows.append(_row(label, averages, clips))
-        return {"by": by, "rows": rows}
+    def table(by: str, groups: Groups) -> Row:
+        found = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
+        return {"by": by, "rows": [_row(*group) for group in found if len(group[1])]}
 
     tables = []
     if train_clips is not None:
-        tables.append(_by_train_clips(evaluation, columns, train_clips))
+        groups = [
+            (label, chosen & (scored.positives > 0)) for label, chosen in by_count(train_clips)
+        ]
+        rows = [
+            _row(label, scored.averages[chosen], int(scored.positives[chosen].sum()))
+            for label, chosen in groups
+            if chosen.any()
+        ]
+        tables.append({"by": "training clips of the identity", "rows": rows})
     lengths = split.lengths[primary]
     groups = by_quantile(quality, lengths > 0)
     if groups:
@@ -63,27 +142,12 @@ def strata(
         tables.append(table(f"mean quality of {primary}", [*groups, absent]))
     tables.append(table(f"frames of {primary}", by_count(lengths)))
     if len(modalities) > 1:
-        groups = by_modalities(split, modalities, evaluation.clips.pool)
+        groups = by_modalities(split, modalities, scored.pool)
         tables.append(table("modalities that the clip has", groups))
     return tables
 
 
-def _by_train_clips(
-    evaluation: Evaluation, columns: np.ndarray, train_clips: np.ndarray
-) -> dict[str, Any]:
-    """Returns the table of identities grouped by the number of their training clips."""
-    positives = evaluation.positives
-    average = metrics.average_precision(hits(columns), positives)
-    rows = []
-    for label, chosen in by_count(train_clips):
-        chosen = chosen & (positives > 0)
-        if chosen.any():
-            clips = int(positives[chosen].sum())
-            rows.append(_row(label, average[chosen], clips))
-    return {"by": "training clips of the identity", "rows": rows}
-
-
-def _row(label: str, averages: np.ndarray, clips: int) -> dict[str, Any]:
+def _row(label: str, averages: np.ndarray, clips: int) -> Row:
     """Returns the row of a group, given the average precisions of its identities."""
     low = high = None
     if len(averages) >= FEWEST_IDENTITIES:
@@ -96,49 +160,6 @@ def _row(label: str, averages: np.ndarray, clips: int) -> dict[str, Any]:
         "identities": len(averages),
         "clips": clips,
     }
-
-
-def ranked_columns(top: TopK, labels: np.ndarray) -> np.ndarray:
-    """Returns [C, k] int, the class column of every ranked clip; -1 at an empty place."""
-    index = np.asarray(top.index)
-    filled = index < len(labels)
-    return np.where(filled, labels[np.where(filled, index, 0)], -1)
-
-
-def hits(columns: np.ndarray) -> np.ndarray:
-    """Returns [C, k] bool, True where a ranked clip shows the identity of its list.
-
-    Args:
-      columns: [C, k] int, from `ranked_columns`.
-    """
-    return columns == np.arange(1, len(columns) + 1)[:, None]
-
-
-def averages_among(
-    top: TopK, columns: np.ndarray, labels: np.ndarray, chosen: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Computes average precisions over some clips only.
-
-    The other clips of an identity are skipped in its list.
-
-    Args:
-      top: the ranking.
-      columns: [C, k] int, from `ranked_columns`.
-      labels: [N] int, class columns.
-      chosen: [N] bool, labelled clips.
-
-    Returns:
-      The average precisions [n] of the identities that have a chosen clip, and the number of chosen
-      clips.
-    """
-    positives = np.bincount(labels[chosen], minlength=len(columns) + 1)[1:]
-    index = np.asarray(top.index)
-    own = hits(columns)
-    wanted = own & chosen[np.where(columns >= 0, index, 0)]
-    ranks = np.cumsum(wanted | ~own, axis=1)
-    precision = np.where(wanted, np.cumsum(wanted, axis=1) / np.maximum(ranks, 1), 0.0)
-    average = precision.sum(axis=1)[positives > 0] / positives[positives > 0]
-    return average, int(positives.sum())
 
 
 def by_count(counts: np.ndarray) -> Groups:
@@ -197,37 +218,23 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
     return total[1:] if total.any() else None
 
 
-NUM_WORST = 20  # identities
-NUM_WRONG = 15  # clips of each kind of mistake
-NUM_LISTED = 10  # clips of a list
-NUM_NAMED = 60  # clips of a split without ground truth
-
-
-def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[str, Any]]:
+def worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities of least average precision, worst first.
 
-    Args:
-      evaluation: the ranking.
-      labels: [N] int, class columns.
-
-    Returns:
-      Rows {identity: int, ap: float, clips: int, lost_to, mixed_with}. The last two are up to three
-      pairs of an identity and a count of clips, the most frequent first.
-      - `lost_to`: the identities in whose lists its clips score highest; -1 for clips in no list.
-      - `mixed_with`: the identities whose clips are at the top of its list, among as many places as
-        it has clips; -1 for distractors.
+    `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
+    - `lost_to`: the identities in whose lists its clips score highest; -1 for clips in no list.
+    - `mixed_with`: the identities whose clips are at the top of its list, among as many places as
+      it has clips; -1 for distractors.
     """
-    columns = ranked_columns(evaluation.top, labels)
-    positives = np.asarray(evaluation.positives)
-    average = metrics.average_precision(hits(columns), evaluation.positives)
+    positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
     order = known[np.lexsort((known, -positives[known], average[known]))][:NUM_WORST]
-    best_list, _ = best_lists(evaluation.top, len(labels))
+    best_list, _ = scored.best_lists
     rows = []
     for identity in map(int, order):
-        own = np.flatnonzero((labels == identity + 1) & evaluation.clips.pool)
+        own = np.flatnonzero((scored.labels == identity + 1) & scored.pool)
         lost = Counter(best_list[own[best_list[own] != identity]].tolist())
-        places = columns[identity, : positives[identity]]
+        places = scored.columns[identity, : positives[identity]]
         wrong = Counter((places[(places >= 0) & (places != identity + 1)] - 1).tolist())
         rows.append(
             {
@@ -241,114 +248,65 @@ def worst_identities(evaluation: Evaluation, labels: np.ndarray) -> list[dict[st
     return rows
 
 
-def wrong_clips(
-    evaluation: Evaluation, labels: np.ndarray, clips: Sequence[str]
-) -> dict[str, list[dict[str, Any]]]:
+def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     """Lists the clips that score highest for an identity that they do not show, best score first.
 
-    Args:
-      evaluation: the ranking.
-      labels: [N] int, class columns.
-      clips: [N] names.
-
-    Returns:
-      `distractors` and `known`, each rows {clip: str, shows: int, identity: int, score: float}.
-      `shows` is the identity of the clip, -1 for a distractor; `identity` the one in whose list it
-      scores highest. Clips in no list are left out.
+    `shows` is the identity of the clip, -1 for a distractor; `identity` the one in whose list it
+    scores highest. Clips in no list are left out.
     """
-    identity, score = best_lists(evaluation.top, len(labels))
-    shows = np.asarray(labels) - 1
-    wrong = evaluation.clips.pool & (identity >= 0) & (identity != shows)
-    rows = {}
-    for kind, chosen in (("distractors", wrong & (shows < 0)), ("known", wrong & (shows >= 0))):
-        places = np.flatnonzero(chosen)
-        places = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
-        rows[kind] = [
+    (identity, score), shows = scored.best_lists, scored.labels - 1
+    wrong = scored.pool & (identity >= 0) & (identity != shows)
+    kinds = {"distractors": wrong & (shows < 0), "known": wrong & (shows >= 0)}
+    return {
+        kind: [
             {
-                "clip": clips[i],
+                "clip": scored.names[i],
                 "shows": int(shows[i]),
                 "identity": int(identity[i]),
                 "score": float(score[i]),
             }
-            for i in places
+            for i in _highest(score, chosen)[:NUM_WRONG]
         ]
-    return rows
+        for kind, chosen in kinds.items()
+    }
 
 
-def named_clips(evaluation: Evaluation, clips: Sequence[str]) -> dict[str, Any]:
+def named_clips(scored: ScoredSplit) -> Row:
     """Returns the best identity of the clips with the highest scores, best score first.
 
-    Args:
-      evaluation: the ranking.
-      clips: [N] names.
-
-    Returns:
-      `rows`, up to `NUM_NAMED` of {clip: str, identity: int, score: float}, and `num`, the number
-      of clips that are in a list.
+    `num` is the number of clips that are in a list.
     """
-    identity, score = best_lists(evaluation.top, len(clips))
-    listed = np.flatnonzero(identity >= 0)
-    places = listed[np.lexsort((listed, -score[listed]))][:NUM_NAMED]
+    identity, score = scored.best_lists
+    listed = _highest(score, identity >= 0)
     rows = [
-        {"clip": clips[i], "identity": int(identity[i]), "score": float(score[i])} for i in places
+        {"clip": scored.names[i], "identity": int(identity[i]), "score": float(score[i])}
+        for i in listed[:NUM_NAMED]
     ]
     return {"num": len(listed), "rows": rows}
 
 
-def ranked_lists(
-    evaluation: Evaluation, labels: np.ndarray, clips: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Returns the first clips in the lists of the worst, the median and the best identity.
+def _highest(score: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Returns the places of chosen clips, those with the highest scores first."""
+    places = np.flatnonzero(chosen)
+    return places[np.lexsort((places, -score[places]))]
 
-    Args:
-      evaluation: the ranking.
-      labels: [N] int, class columns.
-      clips: [N] names.
 
-    Returns:
-      Rows {identity: int, ap: float, clips: int, rows}, lowest average precision first; `rows` are
-      {clip: str, score: float, shows: int}, where `shows` is -1 for a distractor.
-    """
-    index, scores = np.asarray(evaluation.top.index), np.asarray(evaluation.top.scores)
-    positives = np.asarray(evaluation.positives)
-    average = metrics.average_precision(hits(ranked_columns(evaluation.top, labels)), positives)
-    known = np.flatnonzero(positives > 0)
-    order = known[np.lexsort((known, average[known]))]
+def ranked_lists(scored: ScoredSplit) -> list[Row]:
+    """Returns the first clips in the lists of the worst, the median and the best identity."""
+    known = np.flatnonzero(scored.positives > 0)
+    order = known[np.lexsort((known, scored.averages[known]))]
     lists = []
     for identity in dict.fromkeys(int(order[i]) for i in (0, len(order) // 2, -1)):
-        filled = (index[identity] < len(labels)) & (scores[identity] > -np.inf)
-        places = np.flatnonzero(filled)[:NUM_LISTED]
+        index, scores = scored.index[identity], scored.scores[identity]
+        places = np.flatnonzero((index < len(scored.labels)) & (scores > -np.inf))[:NUM_LISTED]
         rows = [
             {
-                "clip": clips[index[identity, i]],
-                "score": float(scores[identity, i]),
-                "shows": int(labels[index[identity, i]]) - 1,
+                "clip": scored.names[index[i]],
+                "score": float(scores[i]),
+                "shows": int(scored.labels[index[i]]) - 1,
             }
             for i in places
         ]
-        clip_count = int(positives[identity])
-        ap = float(average[identity])
-        lists.append({"identity": identity, "ap": ap, "clips": clip_count, "rows": rows})
+        ap, clips = float(scored.averages[identity]), int(scored.positives[identity])
+        lists.append({"identity": identity, "ap": ap, "clips": clips, "rows": rows})
     return lists
-
-
-def best_lists(top: TopK, num_clips: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the identity in whose list each clip scores highest, and that score.
-
-    Where two scores are equal, the identity that comes first wins.
-
-    Returns:
-      The identities, [N] int, and the scores, [N] float; -1 and -inf for a clip in no list.
-    """
-    index, scores = np.asarray(top.index), np.asarray(top.scores)
-    identity = np.repeat(np.arange(len(index)), index.shape[1])
-    index, scores = index.reshape(-1), scores.reshape(-1)
-    real = (index < num_clips) & (scores > -np.inf)
-    index, scores, identity = index[real], scores[real], identity[real]
-    order = np.lexsort((identity, -scores))
-    clips, first = np.unique(index[order], return_index=True)
-    best = np.full(num_clips, -1)
-    best[clips] = identity[order][first]
-    best_scores = np.full(num_clips, -np.inf)
-    best_scores[clips] = scores[order][first]
-    return best, best_scores

@@ -53,9 +53,6 @@ def compare(
 
     Returns:
       A table for the terminal, and the numbers for a program, see `comparison_page.as_json`.
-
-    Raises:
-      ValueError: a run has no results on the split, or the runs ranked other clips or identities.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html
@@ -84,16 +81,7 @@ def read(
     split: str | None = None,
     directory: str | None = None,
 ) -> "RankedRun":
-    """Reads the results of the run in a folder.
-
-    Args:
-      name: the folder, as the user gave it.
-      load, split, directory: see `compare`.
-
-    Raises:
-      ValueError: the run has no results on the split, or the split has no ground truth, or the
-        files come from different evaluations.
-    """
+    """Reads the results of the run in a folder; the arguments are those of `compare`."""
     folder = Path(name).expanduser().absolute()
     if not files.exists(folder / "config.json"):
         raise UserError(
@@ -260,11 +248,7 @@ def _score_ranking(
 
 
 def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
-    """Returns a run with its identities in the order of the first run.
-
-    Raises:
-      ValueError: the two runs ranked other clips, or ranked them for other identities.
-    """
+    """Returns a run with its identities in the order of the first run; refuses other clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(

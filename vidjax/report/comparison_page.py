@@ -201,7 +201,7 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
 
 
 def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
-    """Returns the numbers of a comparison for a program; `runs` begins with the first run.
+    """Returns the numbers of a comparison for a program, the first run first.
 
     Every other run has its difference to the first: `low` and `high` are the bounds of the interval
     of that `level`, the other keys those of `significance.Difference`.

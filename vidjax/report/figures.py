@@ -70,12 +70,7 @@ class Plot:
     """One figure with one pair of axes."""
 
     def __init__(self, height: float = 3.0, *, x: str = "", y: str = ""):
-        """Makes empty axes.
-
-        Args:
-          height: inches; the width is `WIDTH`.
-          x, y: labels of the axes.
-        """
+        """Makes empty axes of a height in inches, with labels; the width is `WIDTH`."""
         with matplotlib.rc_context(STYLE):
             self.figure = Figure((WIDTH, height), layout="constrained")
             self.axes = self.figure.add_subplot()
@@ -100,7 +95,7 @@ class Plot:
         return axes
 
     def count(self, axis: str) -> None:
-        """Makes an axis, `x` or `y`, one of counts: its ticks are whole numbers."""
+        """Makes the ticks of an axis, `x` or `y`, whole numbers."""
         with matplotlib.rc_context(STYLE):
             locator = MaxNLocator(integer=True, min_n_ticks=1)
             getattr(self.axes, f"{axis}axis").set_major_locator(locator)
@@ -113,14 +108,10 @@ class Plot:
     def html(
         self, key: str, title: str, description: str, caption: str = "", *, small: bool = False
     ) -> Markup:
-        """Returns the figure as HTML.
+        """Returns the figure as HTML; `key` is unique on the page, a caption stands below it.
 
-        Args:
-          key: an identifier that no other figure of the page has.
-          title: the title, a few words.
-          description: what the figure shows, for a reader who cannot see it.
-          caption: the words below the figure; the title if empty.
-          small: True for a figure that needs less than half of the page's width.
+        The description says what it shows for a reader who cannot see it. A small one needs less
+        than half of the page's width.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return html.parts().figure(key, title, description, caption or title, small, head, rest)
@@ -148,15 +139,7 @@ class Plot:
 def draw_heat_map(
     axes: Axes, matrix: np.ndarray, names: Sequence[str], *, fill: str = BAR, ink: str = INK
 ) -> None:
-    """Draws a square matrix as cells with their numbers; a larger number has more colour.
-
-    Args:
-      axes: the axes to draw on.
-      matrix: [V, V] float of 0 or more; row i is drawn i rows below the first.
-      names: [V] names of the rows and columns.
-      fill: the colour of the largest number.
-      ink: the colour of the numbers.
-    """
+    """Draws a matrix [V, V] of 0 or more as cells; a larger number has more colour."""
     top, size = max(float(matrix.max()), 1e-9), len(matrix)
     axes.grid(False)
     for i, j in np.ndindex(matrix.shape):

@@ -15,13 +15,8 @@ from vidjax.run.tensorboard import EventFile
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Cuts a .jsonl file back to a step, so that a resumed run repeats no line.
 
-    An unfinished last line, left by a kill, is removed silently. Any other damaged line is removed
-    with a warning.
-
-    Args:
-      path: the file; it may be absent.
-      step: the last step to keep.
-      evaluated: False to remove the evaluation of `step` itself, a line with a `split`.
+    An unfinished last line, left by a kill, is removed silently; any other damaged line with a
+    warning; without `evaluated` also the evaluation of `step` itself, a line with a `split`.
     """
     if not files.exists(path):
         return
@@ -53,70 +48,40 @@ def _is_kept(line: bytes, step: int, evaluated: bool) -> bool | None:
 
 
 class Logs:
-    """The open log files of a run.
+    """The open log files of a run, which the first of its processes writes.
 
     `metrics.jsonl` depends on nothing but configuration, data and step: two runs of one
     configuration write the same bytes. Measured times go to `timing.jsonl`.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
-        """Opens the files, after cutting them back to where the run resumes.
-
-        Args:
-          workdir: the run's folder.
-          step: the optimiser steps that are done, 0 for a new run.
-          evaluated: whether the evaluation of `step` is done (see `keep_until`).
-        """
+        """Opens the files, after cutting them back to where the run resumes (`keep_until`)."""
+        self._lines: dict[str, io.FileIO] = {}
+        self._events: EventFile | None = None
+        if not processes.is_first():
+            return
         for name in ("metrics.jsonl", "timing.jsonl"):
             keep_until(workdir / name, step, evaluated=evaluated)
-        self._metrics, self._timing = (
-            files.open_log(workdir / name) for name in ("metrics.jsonl", "timing.jsonl")
-        )
+            self._lines[name] = files.open_log(workdir / name)
         self._events = EventFile(workdir, step=step)
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of results of a step, and its numbers as events.
-
-        Raises:
-          OSError: it cannot be written; no half line is left.
-        """
-        _write_line(self._metrics, step, values)
-        self._events.scalars(step, values)
+        """Writes one line of results of a step, and its numbers as events."""
+        self._write("metrics.jsonl", step, values)
+        if self._events:
+            self._events.scalars(step, values)
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line of measured times of a step.
+        """Writes one line of measured times of a step."""
+        self._write("timing.jsonl", step, values)
 
-        Raises:
-          OSError: it cannot be written; no half line is left.
-        """
-        _write_line(self._timing, step, values)
+    def _write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        if name in self._lines:
+            line = json.dumps({"step": step, **values}) + "\n"
+            files.append(self._lines[name], line.encode())
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._timing, self._events):
-            file.close()
-
-
-def open_logs(workdir: Path, *, step: int, evaluated: bool) -> Logs:
-    """Returns the logs of a run, which the first of its processes writes; arguments of `Logs`."""
-    return Logs(workdir, step=step, evaluated=evaluated) if processes.is_first() else NoLogs()
-
-
-class NoLogs(Logs):
-    """Logs of a process that leaves all files to another one."""
-
-    def __init__(self) -> None:
-        pass
-
-    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes nothing."""
-
-    def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes nothing."""
-
-    def close(self) -> None:
-        """Has nothing to close."""
-
-
-def _write_line(file: io.FileIO, step: int, values: Mapping[str, Any]) -> None:
-    files.append(file, (json.dumps({"step": step, **values}) + "\n").encode())
+        for file in (*self._lines.values(), self._events):
+            if file:
+                file.close()

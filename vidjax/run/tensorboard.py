@@ -30,7 +30,7 @@ VERSION = "brain.Event:2"  # of the format, the first event of every file
 
 
 class Image(NamedTuple):
-    """A picture for TensorBoard: its tag, its PNG file and its size in pixels."""
+    """A picture for TensorBoard, a PNG file."""
 
     tag: str
     png: bytes
@@ -42,16 +42,7 @@ class EventFile:
     """The open file of events of a training run."""
 
     def __init__(self, workdir: Path, *, step: int):
-        """Starts a file and a session.
-
-        Args:
-          workdir: the run's folder.
-          step: the optimiser steps that are done. TensorBoard drops later events of earlier files.
-
-        Raises:
-          OSError: the file cannot be written.
-          ValueError: `config.json` is damaged.
-        """
+        """Starts a file and a session; TensorBoard drops events after `step` of earlier files."""
         self._file = files.open_log(workdir / _file_name())
         self._write(Event(file_version=VERSION))
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -59,11 +50,7 @@ class EventFile:
             self._write(Event(step=step, summary=Summary(value=[_session_start(workdir)])))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the numbers among some values of a step; other values are left out.
-
-        Raises:
-          OSError: they cannot be written; no half event is left.
-        """
+        """Writes the numbers among some values of a step; other values are left out."""
         self._write(Event(step=step, summary=Summary(value=_scalars(values))))
 
     def _write(self, event: Any) -> None:
@@ -85,17 +72,7 @@ def write_results(
 ) -> None:
     """Writes a whole file of events with the results of one evaluation.
 
-    Args:
-      workdir: the run's folder.
-      step: the optimiser steps behind the weights.
-      scalars: name -> value.
-      images: pictures.
-      start: whether a session starts here, as for a folder without a training of its own.
-      end: whether the session ends here, with success.
-
-    Raises:
-      ValueError: `config.json` is damaged.
-      OSError: the file cannot be written.
+    A session may start here, as for a folder without a training of its own, and end, with success.
     """
     values = [_session_start(workdir)] if start else []
     values += _scalars(scalars)

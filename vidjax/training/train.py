@@ -15,7 +15,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.evaluation.scoring import Evaluation
 from vidjax.run import checkpoint, resume, signals
 from vidjax.run import results as results_lib
-from vidjax.run.logs import open_logs
+from vidjax.run.logs import Logs
 from vidjax.run.terminal import Progress, say
 from vidjax.system import make_system
 from vidjax.training import together, training_run
@@ -91,7 +91,7 @@ def train(
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
     with contextlib.ExitStack() as stack:
-        logs = open_logs(workdir, step=run.step, evaluated=not is_pending)
+        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
         size = config.batch_size
         progress = Progress(
