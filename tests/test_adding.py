@@ -68,7 +68,7 @@ def open_blobs(data, digests):
         for split, count in {"train": 48, "val": 24}.items()
     }
     labels = {clip: f"person_{int(clip.split('_')[1]) % 6}" for s in splits.values() for clip in s}
-    return arrays.FeatureDict(splits, labels)
+    return FeatureDict(splits, labels)
 '''
 
 FUSION = '''
