@@ -218,7 +218,7 @@ def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
 
 @pytest.mark.slow
 def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
-    done = run(tree, "-m", "vidjax.config")
+    done = run(tree, "-m", "vidjax.commands.docs")
     assert done.returncode == 0, done.stderr
     for field, name in FIELDS.items():
         group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
