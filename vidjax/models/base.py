@@ -23,7 +23,6 @@ class TrainingClips(NamedTuple):
       fusions: modality -> fusion of evaluation, (None, Frames [B, T]) -> Frames [B, T'].
       values: (modality, value_of, wanted [N] bool) -> [n, ...], the values of the n wanted clips,
         where value_of maps all frames of clips, Frames [B, T], to [B, ...].
-      seed: seed of the run.
       tell: tells the user a message.
     """
 
@@ -53,15 +52,15 @@ class ClipQuality(NamedTuple):
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
-    A model that is a net and nothing else has the fields below and `__call__`. The methods are for
-    models that are fitted in another way, or that judge clips by themselves.
+    A plain net has the fields below and `__call__`. The methods are for models that are fitted in
+    another way, or that judge clips by themselves.
 
     Attributes:
       modalities: name -> feature width, of fused frames.
-      num_classes: number of class columns in the logits, K.
-      logit_scale: factor on the cosines in the logits, the s of ArcFace; 1 if the logits are not
-        cosines. The margin losses need it. If it is learned, its first value; the output then
-        holds the present one.
+      num_classes: number of class columns in the logits, K = 1 + C.
+      logit_scale: factor on the cosines in the logits, the s of ArcFace, which margin losses need;
+        1 if the logits are not cosines. If it is learned, its first value; the output then holds
+        the present one.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
       exact_inputs: True if training adds up or stores the clips and optimises nothing: they may
@@ -104,10 +103,13 @@ class Identifier(nn.Module):
 
         Args:
           frames: modality -> Frames [B, T]; modalities may differ in T.
-          clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect
-            the other rows or the batch statistics.
+          clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect the
+            other rows or the batch statistics.
           train: True to apply dropout (rngs `dropout` and `modality_dropout`) and to update the
             batch statistics; all collections of the model except `params` are then mutable.
+
+        Raises:
+          ValueError: A modality of the model is missing or has another width.
         """
         raise NotImplementedError
 
@@ -135,8 +137,7 @@ class Identifier(nn.Module):
     def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
         """Returns how good the raw frames of clips are; None for a model that treats all alike.
 
-        Args:
-          frames: modality -> Frames [B, T], before fusion and with all features.
+        The frames, modality -> Frames [B, T], are those before fusion, with all features.
         """
         del frames
         return None

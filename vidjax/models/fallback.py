@@ -21,16 +21,14 @@ FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
 class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
-    Both models are trained in the same run, each on the clips that have its modalities. Evaluation
-    adds their scores with weights (main, other) that depend on the clip:
+    One run trains both models, each on the clips that have its modalities. Evaluation adds their
+    scores with weights (main, other) that depend on the clip:
 
         the clip lacks `modality`:                         (0, missing_scale)
         the measure of `modality` is below `threshold`:    (main_share, other_share)
         any other clip, or one that `other` cannot judge:  (1, 0)
 
     Attributes:
-      modalities: name -> feature width.
-      num_classes: number of class columns, 1 + C.
       main: main model.
       other: fallback model.
       other_modalities: modalities of the fallback model, without `modality`.
@@ -38,12 +36,12 @@ class FallbackIdentifier(Identifier):
       modality: modality that decides which model judges a clip.
       missing_scale: weight of the fallback model for clips without `modality`; below 1, since such
         clips are less certain and are ranked against all others.
-      measure: norm (mean length of the clip's feature vectors) | quality (mean quality). All raw
-        frames of the clip count, before fusion, and with all their features.
+      measure: norm (mean length of the feature vectors) | quality (mean quality), over all raw
+        frames of the clip, before fusion and with all features.
       threshold: measure below which both models judge a clip; 0 for never.
-      threshold_share: share of the training clips with `modality` that lie below the threshold,
-        from 0 to 1. `prepare` then computes the threshold before training, and every checkpoint
-        keeps it. 0 for `threshold` as it is given.
+      threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
+        threshold. `prepare` then computes the threshold, and checkpoints keep it. 0 for `threshold`
+        as given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
@@ -51,8 +49,7 @@ class FallbackIdentifier(Identifier):
     the scene for the 1 % of clips of the lowest quality (article). Its code: 0.95 x scene; 0.2 x
     (face and scene) + 0.8 x scene for norms below 8.867, which are 1 % of the official faces.
     Residual Dense Net (2nd place 2019): the body alone for clips without a face. Ours: the quantile
-    of the training clips, since norms differ from one face net to the next; one run trains both
-    models.
+    of the training clips, since norms differ between face nets; one run for both models.
     """
 
     modalities: Mapping[str, int]
@@ -102,12 +99,9 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Returns the `threshold` below which lies `threshold_share` of the training clips.
 
-        Lengths of feature vectors and quality scores have another scale with every face net. All
-        clips count that have the modality, whatever their identity and their fold. At most that
-        share of them lies below the threshold; with equal measures less, or none.
-
-        Raises:
-          ValueError: There is a threshold beside the share.
+        The scale of norms and quality scores differs between face nets. All clips with the modality
+        count, whatever their identity and fold. With equal measures fewer than the share lie below
+        the threshold.
         """
         if not self.threshold_share:
             return {}
@@ -158,16 +152,10 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Returns the logits of both models, and for each clip the weights of both.
 
-        Arguments are those of `models.base.Identifier`. In training each model gets a `clips.mask`
-        of only the clips that it learns from. Without `clips.measure` no clip is poor.
-
-        Returns:
-          ModelOutput with the branches main and other. The embedding concatenates the unit vectors
-          of both models; a model with weight 0 contributes zeros.
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width, or one of the two
-            models has several branches.
+        In training each model gets a `clips.mask` of only the clips that it learns from. Without
+        `clips.measure` no clip is poor. The branches of the output are main and other. The
+        embedding concatenates the unit vectors of both models; a model with weight 0 contributes
+        zeros.
         """
         real, present = inputs.real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -216,9 +204,7 @@ class FallbackIdentifier(Identifier):
 def quantile(values: np.ndarray, share: float) -> float:
     """Returns the value below which lie the `share` lowest of n values, rounded down to a count.
 
-    Args:
-      values: [n] float32, at least one.
-      share: 0 or more, below 1.
+    The values are [n] float32 with n at least 1, and the share is in [0, 1).
     """
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

@@ -22,9 +22,6 @@ def real_frames(
     Returns:
       modality -> Frames [B, T], in the order of `modalities`; and [B, M] bool, True where the clip
       has a frame of the modality.
-
-    Raises:
-      ValueError: A modality is missing or has another width.
     """
     check_frames(frames, modalities)
     real = {
@@ -36,10 +33,6 @@ def real_frames(
 
 def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) -> None:
     """Checks that a batch has the modalities of a model; linen itself would ignore a missing one.
-
-    Args:
-      frames: modality -> Frames [B, T].
-      modalities: name -> feature width, for the modalities of the model.
 
     Raises:
       ValueError: A modality is missing or has another width.

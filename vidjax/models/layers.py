@@ -16,9 +16,8 @@ class Linear(nn.Module):
 
     Attributes:
       features: K, width of the output.
-      dtype: dtype of the numbers that are multiplied.
+      dtype: dtype of the factors.
       use_bias: True for a bias, which starts at 0.
-      kernel_init: initialiser of the kernel.
     """
 
     features: int
@@ -45,7 +44,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     Args:
       x: [B, D] float32 or wider.
       kernel: [D, K], same dtype.
-      dtype: dtype of the numbers that are multiplied, at most as wide.
+      dtype: dtype of the factors, at most as wide.
     """
     return _product(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
 
@@ -54,8 +53,8 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     """Returns `matmul`, whose backward pass multiplies in `dtype`, too.
 
-    Autodiff would multiply gradients of the wider dtype, and in slower forms on CPUs. JAX has no
-    forward-mode derivative of such a function.
+    Autodiff would multiply gradients in the wider dtype, and slower on CPUs. JAX has no
+    forward-mode derivative of a function with a custom VJP.
     """
     return matmul(x, kernel, dtype)
 
@@ -86,7 +85,7 @@ def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 def transposed(x: Array) -> Array:
     """Returns x.T; on CPUs, transposed in memory.
 
-    There XLA has no fast product that sums over the first axis of both operands, see
+    XLA for CPUs has no fast product that sums over the first axis of both operands, see
     `tests/benchmarks/products.py`.
     """
     if jax.default_backend() != "cpu":
@@ -97,22 +96,16 @@ def transposed(x: Array) -> Array:
 class Dropout(nn.Module):
     """Sets numbers to 0 at random, and scales up the others.
 
-    `flax.linen.Dropout` draws 32 bits a number, which takes up to a tenth of a training step on a
-    CPU. Here a number takes 8 bits if the rate is a multiple of 1/256. Else it takes 16, and the
-    rate is rounded to a multiple of 2**-16.
-
-    Attributes:
-      rate: probability of 0, in [0, 1].
+    `flax.linen.Dropout` draws 32 bits a number, up to a tenth of a training step on a CPU. This one
+    draws 8 bits if the rate is a multiple of 1/256. Otherwise it draws 16 and rounds the rate to a
+    multiple of 2**-16.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool) -> Array:
-        """Returns x [..., D] float with numbers left out, or as it is if `deterministic`.
-
-        What remains is divided by the probability that a number remains. The rng is `dropout`.
-        """
+        """Returns x [..., D] float after dropout (rng `dropout`); x itself if `deterministic`."""
         if deterministic or not self.rate:
             return x
         bits = 8 if (self.rate * 256).is_integer() else 16

@@ -25,7 +25,6 @@ class DenseLayer(nn.Module):
     """A linear layer, an activation, BatchNorm, and dropout.
 
     Attributes:
-      width: width of the output.
       activation: linear | relu | sigmoid | swish | prelu. As in PyTorch, the slope of prelu is one
         parameter that starts at 0.25.
       batch_norm: True to use BatchNorm.
@@ -57,9 +56,6 @@ class DenseLayer(nn.Module):
 
         Returns:
           [B, width] float32.
-
-        Raises:
-          ValueError: The activation is unknown.
         """
         if self.activation not in _ACTIVATIONS and self.activation != "prelu":
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
@@ -105,7 +101,6 @@ class ResidualBlock(nn.Module):
     Attributes:
       hidden_dim: width of the first layer; 0 for twice the width of x.
       dropout_rate: dropout rate of the first layer.
-      dtype: dtype of the matrix products.
 
     Source: DeepMEF (3rd place 2019), authors' code: the end of all its nets. Ours: masks; Xavier
     instead of Kaiming weights.
@@ -117,16 +112,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns x + f(x).
-
-        Args:
-          x: [B, D] float.
-          mask: [B] bool, True for rows that count in the batch statistics.
-          train: True for training, see DenseLayer.
-
-        Returns:
-          [B, D] float32.
-        """
+        """Returns x + f(x), [B, D] float32, for arguments as in DenseLayer."""
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
         hidden = DenseLayer(
             hidden_dim, "prelu", True, self.dropout_rate, True, self.dtype, name="hidden"
@@ -141,7 +127,6 @@ class MLP(nn.Module):
     Attributes:
       layers: (width, activation, batch_norm, dropout_rate) of each layer, as in DenseLayer.
       norm_first: True for BatchNorm before the activations, False for after.
-      dtype: dtype of the matrix products.
 
     Source: quality fusion (4th place 2019), whose five nets are such sequences.
     """
@@ -152,19 +137,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the last layer's output.
-
-        Args:
-          x: [B, D] float.
-          mask: [B] bool, True for rows that count in the batch statistics.
-          train: True for training, see DenseLayer.
-
-        Returns:
-          [B, D'] float32 with D' the width of the last layer; x itself if there are no layers.
-
-        Raises:
-          ValueError: A layer lacks a value, or one is unknown or out of range.
-        """
+        """Returns the last layer's output, [B, D'] float32; x itself if there are no layers."""
         for i, layer in enumerate(self.layers):
             _check_layer(layer)
             x = DenseLayer(*layer, self.norm_first, self.dtype, name=f"layer_{i}")(
@@ -203,11 +176,10 @@ class ResidualDenseNet(nn.Module):
       dropout_rate: dropout rate of every layer.
       shortcut: add | concat | none (the plain net of the same size).
       norm_first: True for BatchNorm before the activations, False for after.
-      dtype: dtype of the matrix products.
 
     Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
-    fully connected net, BatchNorm, dropout. The article leaves everything else open; ours is
-    everything else. No shortcut bypasses the first layer, since input and output widths differ.
+    fully connected net, BatchNorm, dropout. All else is ours; the article leaves it open. No
+    shortcut bypasses the first layer, since input and output widths differ.
     """
 
     width: int = 4096
@@ -220,19 +192,7 @@ class ResidualDenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the last layer's output.
-
-        Args:
-          x: [B, D] float.
-          mask: [B] bool, True for rows that count in the batch statistics.
-          train: True for training, see DenseLayer.
-
-        Returns:
-          [B, width] float32.
-
-        Raises:
-          ValueError: The shortcut or the activation is unknown, or there is no layer.
-        """
+        """Returns the last layer's output, [B, width] float32, for arguments as in DenseLayer."""
         if self.shortcut not in ("add", "concat", "none"):
             raise UserError(f"unknown shortcut {self.shortcut!r}; choose from add, concat, none")
         if self.num_layers < 1:

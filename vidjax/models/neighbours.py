@@ -19,8 +19,6 @@ class NeighbourIdentifier(Identifier):
     """The baseline: cosines between the mean frames of clips, for one modality.
 
     Attributes:
-      modalities: name -> feature width.
-      num_classes: number of class columns, 1 + C.
       num_clips: number of training clips, N.
       modality: modality whose mean frames are compared.
       logit_scale: factor on the cosines, for a softmax over identities.
@@ -45,14 +43,7 @@ class NeighbourIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C] and the mean frame as embedding.
-
-        Arguments are those of `models.base.Identifier`. Training stores the clips in the collection
-        `memory` and returns logits of 0; see NearestNeighbours.
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width.
-        """
+        """Returns logits [B, 1, 1 + C], 0 in training, and the mean frame as embedding."""
         inputs.check_frames(frames, self.modalities)
         mean = fusion.mean_frame(frames[self.modality]).features[:, 0]  # [B, D]
         logits = NearestNeighbours(
@@ -71,11 +62,6 @@ class NearestNeighbours(nn.Module):
     Training stores the clips in the collection `memory`: `vectors` [N, D] float32 of unit length,
     and `labels` [N] int32. Rows that were never written, and vectors of 0, are never neighbours.
 
-    Attributes:
-      num_clips: N, number of training clips.
-      num_classes: number of class columns, 1 + C.
-      logit_scale: factor on the cosines.
-
     Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Ours: k = 1
     for each class.
     """
@@ -90,16 +76,13 @@ class NearestNeighbours(nn.Module):
 
         Args:
           x: [B, D] float, 0 for clips without frames.
-          clips: index, mask and labels of the clips; padded rows are not stored.
-          train: True to store the clips at the rows `clips.index` of the memory, which must be
+          clips: B clips, in training with labels; padded rows are not stored.
+          train: True to store the clips at the rows `clips.index` of `memory`, which must be
             mutable.
 
         Returns:
           [B, 1 + C] float32, `logit_scale` times the cosine in [-1, 1]; `logit_scale` times -2 for
           classes without a training clip and for clips without frames. In training, zeros.
-
-        Raises:
-          ValueError: `train` is True and the clips have no labels.
         """
         unit = unit_vectors(x)
         vectors = self.variable(
