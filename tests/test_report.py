@@ -564,8 +564,8 @@ def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
     [
         ((), "needs --workdir"),
         (("--workdir=nowhere",), "no run in"),
-        (("--workdir=w", "--config=configs/mma.py"), "--workdir alone"),
-        (("--workdir=w", "--config.seed=1"), "--workdir alone"),
+        (("--workdir=w", "--config=configs/mma.py"), "it takes --workdir"),
+        (("--workdir=w", "--config.seed=1"), "it takes --workdir"),
     ],
 )
 def test_mistakes(capsys, words, message):

@@ -163,7 +163,7 @@ FIELDS = [
     Case(f"{TRAIN} --config.loss.gamma=3", "--config.loss.schedule="),
     Case(f"{TRAIN} --config.loss.schedule=3", "config.loss.schedule"),
     Case(f"{TRAIN} --config.loss.margin=9", "margin"),
-    Case(f"{TRAIN} --config.optim.name=adamw", "adam, sgd"),
+    Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.optim.decay=linear", "cosine"),
     Case(f"{TRAIN} --config.optim.learning_rate=-1", "config.optim.learning_rate"),
     Case(f"{TRAIN} --config.optim.learning_rate=nan", "--config.optim.learning_rate"),

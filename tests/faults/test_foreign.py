@@ -434,6 +434,7 @@ def test_a_checkpoint_that_is_a_link_is_damaged_and_not_written(tmp_path):
         leads.unlink(missing_ok=True)
         shutil.rmtree(link.with_name("1.damaged"), ignore_errors=True)
         link.with_name("1.damaged").unlink(missing_ok=True)
+    shutil.rmtree(link)
     link.symlink_to(real, target_is_directory=True)
     checkpoint.save(tmp_path / "run", 1, ITEMS, {"map": 0.5})
     assert not link.is_symlink() and (real / "manifest.json").read_bytes() == before

@@ -50,7 +50,9 @@ LABELS = {f"{split}{i}": f"p{i % 3}" for split in ("train", "val") for i in rang
 
 
 def make_config(*words: str) -> config_lib.Config:
-    return config_io.override(config_lib.default(), [f"--config.{word}" for word in words])
+    config = config_lib.default()
+    config.model.name = "cosine"
+    return config_io.override(config, [f"--config.{word}" for word in words])
 
 
 # What training features teach nothing.
