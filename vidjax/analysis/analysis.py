@@ -1,4 +1,4 @@
-"""The analysis of an evaluation beyond MAP, as numbers: the content of `analysis.npz`.
+"""The analysis of an evaluation beyond MAP: the content of `analysis.npz`.
 
 Most of it covers the whole split, and is computed from the ranking or while the clips are scored.
 Scores of changed clips are measured on a sample that depends on the split alone.
@@ -32,7 +32,7 @@ MAX_RATES = 200  # learning rates that the analysis keeps
 
 
 class Seen(NamedTuple):
-    """What is seen while clips are scored; what is seen of two parts of a split can be joined.
+    """Values kept while clips are scored; those of two parts of a split can be joined.
 
     Attributes:
       quality: [N] float32, mean quality of each clip's frames of the primary modality.
@@ -46,13 +46,11 @@ class Seen(NamedTuple):
 class Observer:
     """Watches an evaluation as its `observe`, then measures what else the analysis needs.
 
-    While clips are scored it keeps the quality of their frames and the attention of the first
-    member. Of several blended models it analyses the ranking only; the folders of the runs have
-    their own analyses.
+    Attention is that of the first member. Of several blended models it analyses the ranking only;
+    the folders of the runs have their own analyses.
     """
 
     def __init__(self, models: Sequence[TrainedModel], split_name: str, mesh: Mesh):
-        """Starts with nothing seen; the arguments are those of `scoring.score`."""
         self._model, self._single = models[0], len(models) == 1
         self._split_name, self._mesh = split_name, mesh
         self._primary = self._model.modalities[0]
@@ -77,7 +75,7 @@ class Observer:
         self._flush(keep=len(blocks))  # a window behind, so that the devices never wait
 
     def _flush(self, keep: int = 0) -> None:
-        """Copies what was seen of all blocks but the last `keep` to the host."""
+        """Copies the values of all blocks but the last `keep` to the host."""
         while len(self._waiting) > keep:
             quality, index, mask, attention = self._waiting.popleft()
             quality, index, mask = devices.fetch((quality, index, mask))
@@ -86,12 +84,12 @@ class Observer:
 
     @property
     def seen(self) -> Seen:
-        """What was seen of all clips so far."""
+        """Values of all clips scored so far."""
         self._flush()
         return self._seen
 
     def take(self, seen: Seen, rows: int) -> None:
-        """Takes what other processes have seen of all clips, in blocks of so many rows."""
+        """Takes values that other processes kept of all clips, in blocks of `rows` clips."""
         self._seen, self._rows = seen, rows
 
     def _prepare(self, block: Batch) -> None:
@@ -117,12 +115,9 @@ class Observer:
         """Returns the values and the arrays of `analysis.npz`; see `run.formats`.
 
         Args:
-          evaluation: the result of `scoring.score`.
-          trained: the group `data` of the configuration that the run was trained with. The ground
-            truth of its training splits says how many clips an identity was trained on; splits that
-            the data lacks are skipped.
-          num_steps: optimiser steps of the run, whose learning rates are kept; 0 to keep none. A
-            model that optimises nothing has none.
+          trained: the group `data` of the trained configuration. The ground truth of its training
+            splits counts training clips per identity; splits that the data lacks are skipped.
+          num_steps: optimiser steps whose learning rates are kept; 0 to keep none.
         """
         model, results = self._model, evaluation.results
         split = model.data.split(self._split_name)
@@ -167,7 +162,6 @@ class Observer:
         return values, arrays
 
     def _measure_sample(self, evaluation: Evaluation, split: Split) -> Values:
-        """Returns the parts of the analysis that need scores of changed clips."""
         scorer = robustness.SampleScorer(self._model, split, self._mesh, self._rows)
         rng = np.random.default_rng(0)
         num_members = scorer.scorer.num_members
@@ -185,21 +179,17 @@ class Observer:
 
 
 def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
-    """Returns [n, 2] float, learning rates of at most `MAX_RATES` steps, evenly spaced."""
+    """Returns [n, 2] float, step and learning rate of at most `MAX_RATES` evenly spaced steps."""
     steps = np.unique(np.linspace(0, num_steps - 1, MAX_RATES).astype(int))
     rates = np.asarray(jax.vmap(schedule)(jnp.asarray(steps, jnp.int32)), float)
     return np.stack([steps.astype(float), rates], axis=1)
 
 
 def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
-    """Averages attention over all clips.
+    """Averages sums of `eval_step.attention_step` over all clips, in `exact_sums.UNIT`.
 
     Column j of the matrix is the mean over the clips in which vector j takes from others: those
     that have it, or all with `fill_missing`.
-
-    Args:
-      units: the results of `eval_step.attention_step`, summed over all clips, in `exact_sums.UNIT`.
-      model: names the attended vectors.
     """
     values: Values = {"assignment": {}}
     arrays: Arrays = {}

@@ -22,13 +22,9 @@ Arrays = dict[str, np.ndarray]
 def measure(
     clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
 ) -> tuple[Values, Arrays]:
-    """Returns values and arrays of the analysis: scores, errors, thresholds and calibration.
+    """Returns values and arrays of the analysis; `labels` [N] int are class columns.
 
-    Args:
-      clips: the best score of every clip.
-      labels: [N] int, class columns.
-      num_identities: number of identities that a clip is compared with.
-      logs: whether scores are logarithms of probabilities, which can be calibrated.
+    Only scores that are logarithms of probabilities (`logs`) are calibrated.
     """
     arrays = score_histograms(clips, labels) | error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -43,10 +39,7 @@ def measure(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of the clips' best scores; none where no clip has a score.
-
-    Scores below the 0.5 % quantile are counted in the first bin.
-    """
+    """Returns histograms of best scores, or {}; the first bin takes all below the 0.5 % point."""
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
         return {}
@@ -79,13 +72,12 @@ def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict[str, Any] | None:
-    """Returns the entry `open_set` of the analysis: thresholds of RATES, and their errors.
+    """Returns thresholds at RATES and their errors; None without a distractor or a known clip.
 
-    The interval of FNIR is a bootstrap: people are drawn with all their clips, and distractors, and
-    the threshold is set anew on those that were drawn. In simulation it holds the truth in 94 to
-    95 % of samples where the rate lets four distractors or more pass, in 87 % where it lets one or
-    two. The interval of FPIR is that of `metrics.fpir_interval`. A rate below 1 / S has no errors.
-    None without a distractor or without a known clip.
+    The interval of FNIR is a bootstrap over people, with all their clips, and over distractors;
+    each resample sets the threshold anew. In simulation it holds the truth in 94 to 95 % of samples
+    where the rate lets four distractors or more pass, in 87 % where it lets one or two. A rate
+    below 1 / S, for S distractors, has no errors.
     """
     pool = clips.pool
     scores, right, people = clips.best[pool].astype(np.float64), clips.right[pool], labels[pool]
@@ -123,16 +115,10 @@ def fewest(rate: float) -> int:
 def resampled_fnir(
     strange: np.ndarray, known: np.ndarray, right: np.ndarray, people: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Returns [RESAMPLES] FNIR on resamples of people and of distractors.
+    """Returns [RESAMPLES] FNIR, each at the lowest threshold that keeps FPIR at or below `rate`.
 
-    The threshold is the lowest one that keeps FPIR at or below a rate.
-
-    Args:
-      strange: [S] float64, scores of distractors.
-      known: [n] float64, scores of known clips.
-      right: [n] bool, known clips whose best identity is right.
-      people: [n] int, identities of the known clips.
-      rate: the limit of FPIR.
+    `strange` [S] and `known` [n] are float64 scores of distractors and of known clips. Known clips
+    have `right` [n] bool, True for a right best identity, and `people` [n] int, identities.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
@@ -157,15 +143,10 @@ def calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
-    """Compares probabilities with the share that is right.
+    """Compares probabilities `confidence` [n] in 0..1 with the share that is `right` [n] bool.
 
-    Args:
-      confidence: [n] float in 0..1.
-      right: [n] bool.
-
-    Returns:
-      [bins, 3] float: clips, mean confidence, and share that is right, per bin of confidence; and
-      the expected calibration error, 0..1.
+    Returns [bins, 3] float: clips, mean confidence and share that is right, per bin of confidence;
+    and the expected calibration error, 0..1.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """
@@ -196,9 +177,8 @@ class Recalibration(NamedTuple):
 def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None:
     """Maps the log-odds of the best scores, and measures the result on other people.
 
-    People are split into halves with all their clips, and distractors clip by clip. The map of each
-    half is fitted on the other half, so that nothing is measured on what it was chosen on. None
-    where a half has no clip that is right or none that is wrong.
+    Each half of the people, with all their clips, and of the distractors is measured with a map
+    fitted on the other half. None where a half has no clip that is right or none that is wrong.
 
     Source: Platt 1999, Probabilistic outputs for support vector machines.
     """

@@ -20,10 +20,7 @@ from vidjax.run.signals import Interrupted
 
 @functools.cache
 def import_report(*, wanted: bool) -> None:
-    """Imports what writes a report, if it is wanted, once and in a thread.
-
-    Matplotlib takes half a second. Call it while the devices train.
-    """
+    """Imports the modules of a report, once and in a thread; Matplotlib takes half a second."""
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # which `write_results` tells of
@@ -47,24 +44,16 @@ def write_results(
 ) -> None:
     """Writes ranking and metrics; with an observer also analysis and report; at last the events.
 
-    Several processes measure together what the analysis needs, and the first one writes.
-
-    The results come first: a fault of analysis or report costs these alone. A training is
-    `finished` once it has them, so that the same command writes what a killed one did not.
+    All processes measure for the analysis; the first one writes. The results come first: a fault of
+    analysis or report costs these alone. A training is `finished` last, so that the same command
+    writes what a killed one did not.
 
     Args:
-      workdir: the folder of the run.
-      data: the clips that were evaluated.
-      evaluation: the result of `scoring.score`.
       values: content of `metrics.json`, see `run.formats`.
-      split: the evaluated split.
       own_split: the split that training evaluates, `config.eval.split`.
       trained: the group `data` of the configuration that the run was trained with.
       observer: observer of the evaluation; None to write no analysis and no report.
-      ends_training: whether `values` are those of a training that ends here.
-
-    Raises:
-      OSError: A file cannot be written.
+      ends_training: True if `values` are those of a training that ends here.
     """
     paths = results.paths(workdir, split, own_split)
     clips = data.split(split).clips
@@ -99,14 +88,10 @@ def write_report(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
-    """Makes a fault in what follows a warning: the results of the run are written already.
+    """Turns a fault into a warning, since the results are written; deletes `outdated` files then.
 
     A full disk, a signal, and a fault of one of several processes, for which the others wait, stay
     errors.
-
-    Args:
-      workdir: the folder of the run.
-      outdated: files of an earlier evaluation, which a fault would leave beside the new results.
     """
     try:
         yield
@@ -126,14 +111,7 @@ def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
 def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
     """Writes TensorBoard events of an evaluation: the end of the session, the attention matrix.
 
-    Args:
-      workdir: the folder of the run or of the blend.
-      values: content of `metrics.json` or `metrics_<split>.json`.
-      split: the evaluated split.
-
-    Raises:
-      ValueError: `config.json` or `analysis.npz` is damaged.
-      OSError: The events cannot be written.
+    A blend also starts the session and logs its scores, since no training did.
     """
     config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
     own_split = config["eval"]["split"]

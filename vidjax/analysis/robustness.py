@@ -28,17 +28,9 @@ PLAIN = "nothing changed"
 
 
 class SampleScorer:
-    """Scores clips of a split that were changed on the host, in blocks of the evaluation's size.
-
-    Attributes:
-      model: the trained model.
-      split: the clips.
-      rows: clips per block.
-      scorer: scores blocks with the model.
-    """
+    """Scores clips of a split that were changed on the host, in blocks of `rows` clips."""
 
     def __init__(self, model: TrainedModel, split: Split, mesh: Mesh, rows: int):
-        """Prepares the scoring; see the attributes."""
         self.model, self.split, self.rows = model, split, rows
         self.scorer = ModelScorer(model, split.clips, mesh)
         self._mesh = mesh
@@ -62,7 +54,7 @@ class SampleScorer:
         )
 
     def add(self, ranking: RunningTopK, block: Batch, without: int | None = None) -> None:
-        """Scores a block and adds it to a ranking; `without` is a member that is left out."""
+        """Scores a block without the member `without`, and adds it to a ranking."""
         scores, block = self.score(block, without)
         ranking.add((scores, block.clip_index, block.batch_mask))
 
@@ -102,9 +94,9 @@ def robustness(scorer: SampleScorer, sample: np.ndarray) -> list[dict[str, Any]]
 
 
 def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list[float]:
-    """Returns how much MAP, `plain` with all members, an ensemble loses without each of them.
+    """Returns the fall of MAP from `plain` when an ensemble leaves out each member in turn.
 
-    Empty for more than 10 members, and where one member alone scores some clip of the sample.
+    Empty for more than `MOST_MEMBERS`, and where one member alone scores some clip of the sample.
     """
     members = range(scorer.scorer.num_members)
     fewest = scorer.scorer.use[:, sample].sum(axis=0).min(initial=len(members))
@@ -118,10 +110,7 @@ def member_gains(scorer: SampleScorer, sample: np.ndarray, plain: float) -> list
 
 
 def changes(block: Batch, names: Sequence[str]) -> Iterator[tuple[str, Batch]]:
-    """Yields (name of a change, the changed block).
-
-    Modalities are removed, frames are removed at random, and noise is added to features.
-    """
+    """Yields (name of a change, the changed block); the first one is `PLAIN`."""
     yield PLAIN, block
     for name in names if len(names) > 1 else ():
         frames = block.frames[name]
@@ -140,10 +129,7 @@ def changes(block: Batch, names: Sequence[str]) -> Iterator[tuple[str, Batch]]:
 def _draw(
     block: Batch, names: Sequence[str]
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """Draws for every modality a random order of frames [B, T], and noise [B, T, D].
-
-    The noise has the norm of the frame that it belongs to, on average.
-    """
+    """Draws orders of frames [B, T], and noise [B, T, D] with the norm of its frame on average."""
     order = {name: np.ones(block.frames[name].mask.shape) for name in names}
     noise = {name: np.zeros(block.frames[name].features.shape, np.float32) for name in names}
     for row in np.flatnonzero(block.batch_mask):
@@ -172,9 +158,9 @@ def _add_noise(frames: Frames, noise: np.ndarray, level: float) -> Frames:
 def choose_clips(
     scorer: SampleScorer, clips: ClipScores, sample: np.ndarray, rng: np.random.Generator
 ) -> tuple[str, np.ndarray]:
-    """Draws labelled clips [N] bool of a sample [N] bool, half of them identified correctly.
+    """Draws labelled clips of a sample [N] bool, half of them identified correctly.
 
-    Returns the first modality with several frames per clip, and the clips.
+    Returns the first modality with several frames per clip, and the clips [N] bool.
     """
     split, names = scorer.split, scorer.model.modalities
     modality = next((name for name in names if (split.lengths[name] > 1).any()), names[0])

@@ -28,12 +28,11 @@ Row = dict[str, Any]  # of a table in `run.formats.Analysis`
 
 
 class ScoredSplit:
-    """The ranking of a split, and what the parts of its analysis share.
+    """The ranking of a split, and values that several parts of its analysis use.
 
     Attributes:
       index, scores: [C, k], the best clips of every identity and their scores, best first.
       labels: [N] int, class columns.
-      names: [N] names of the clips.
       pool: [N] bool, the clips that are ranked.
       positives: [C] int, clips of every identity.
     """
@@ -73,10 +72,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Computes average precisions where an identity's other clips are skipped in its list.
+        """Computes average precisions, skipping in each list the identity's clips outside `chosen`.
 
-        Returns those [n] of the identities that have a clip in `chosen`, [N] bool, labelled clips,
-        and the number of chosen clips.
+        `chosen` [N] bool are labelled clips. Returns [n] for the identities with a chosen clip, and
+        the number of chosen clips.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.columns >= 0, self.index, 0)]
@@ -112,8 +111,6 @@ def strata(
     """Returns tables of MAP over groups of identities, and over groups of clips.
 
     Args:
-      scored: the ranking.
-      split: its clips.
       modalities: the inputs of the model, the primary one first.
       quality: [N] float, mean quality of each clip's frames of the primary modality.
       train_clips: [C] int, training clips per identity; None where they are not known.
@@ -148,7 +145,6 @@ def strata(
 
 
 def _row(label: str, averages: np.ndarray, clips: int) -> Row:
-    """Returns the row of a group, given the average precisions of its identities."""
     low = high = None
     if len(averages) >= FEWEST_IDENTITIES:
         low, high = map_interval(averages, draws=DRAWS)
@@ -203,9 +199,7 @@ def by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Group
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
     """Returns [C] int, the training clips per identity; None where no label is known.
 
-    Args:
-      model: the trained model; its data need not be what it was trained on.
-      train_splits: splits whose ground truth is read. Those that the data lacks are skipped.
+    The model's data need not be those of its training; `train_splits` that they lack are skipped.
     """
     total = np.zeros(model.system.num_identities + 1, np.int64)
     for name in train_splits:
@@ -251,7 +245,7 @@ def worst_identities(scored: ScoredSplit) -> list[Row]:
 def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     """Lists the clips that score highest for an identity that they do not show, best score first.
 
-    `shows` is the identity of the clip, -1 for a distractor; `identity` the one in whose list it
+    `shows` is the identity of the clip, -1 for a distractor; `identity` is the one in whose list it
     scores highest. Clips in no list are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
@@ -272,10 +266,7 @@ def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
 
 
 def named_clips(scored: ScoredSplit) -> Row:
-    """Returns the best identity of the clips with the highest scores, best score first.
-
-    `num` is the number of clips that are in a list.
-    """
+    """Lists the highest-scoring clips with their best identity; `num` counts clips in any list."""
     identity, score = scored.best_lists
     listed = _highest(score, identity >= 0)
     rows = [

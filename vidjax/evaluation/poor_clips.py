@@ -41,7 +41,7 @@ class PoorClips:
         return poor / max(judged, 1)
 
     def warn(self, split: str) -> None:
-        """Warns if far more clips of a split are poor than the model expects."""
+        """Warns if more than `FEW` clips are poor, and far more than the model expects."""
         if self.counts()[0] > FEW and (message := self._model.many_poor(self.share(), split)):
             warnings.warn(message, stacklevel=3)
 

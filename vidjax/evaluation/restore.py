@@ -1,8 +1,7 @@
 """A trained run from its folder: the checkpoint, the files it depends on, and its weights.
 
-A checkpoint needs three more files: `config.json`, `identities.json` and `members.npz`. Its
-manifest keeps the configuration and the sha256 of the other two, so that a file of another run is
-noticed.
+A manifest keeps the configuration and the sha256 of `identities.json` and `members.npz`, so that a
+file of another run is noticed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,9 +34,7 @@ class FoundRun(NamedTuple):
 
     Attributes:
       checkpoint: every file of it matched its sha256.
-      task: the sizes that the system takes from the training data.
       identities: [C] names of the class columns 1..C.
-      training_sets: the clips that each member was trained on.
     """
 
     checkpoint: checkpoint.Checkpoint
@@ -56,11 +53,7 @@ def restore(
 ) -> tuple[int, TrainedModel]:
     """Restores a trained run on a dataset; returns its optimiser step and the model.
 
-    The configuration is the run's, with the overrides of this evaluation, here and below.
-
-    Raises:
-      ValueError: the data does not fit the run.
-      CheckpointError: there is no usable checkpoint.
+    Here and below, `config` is that of the run, with the overrides of this evaluation.
     """
     run = find_run(config, workdir)
     return run.manifest["step"], make_model(config, workdir, run, data, mesh)
@@ -69,7 +62,7 @@ def restore(
 def make_model(
     config: Config, workdir: Path, run: FoundRun, data: TrainingData, mesh: Mesh
 ) -> TrainedModel:
-    """Returns the model of a run that was found."""
+    """Returns the model of a run, with its weights, on a dataset."""
     data = fit_data(data, config, workdir, run)
     system = make_system(config.to_dict(), run.task.with_padding(mesh.shape["model"]))
     params, model_state = load_weights(run, system, mesh)
@@ -82,10 +75,6 @@ def find_run(config: Config, workdir: Path) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
     Where the wanted step is damaged, the next good one is used, with a warning.
-
-    Raises:
-      ValueError: the configuration names other modalities than the run was trained on.
-      CheckpointError: there is no usable checkpoint, or a file is not the run's.
     """
     found = checkpoint.find(workdir, config.eval.checkpoint)
     if found is None:
@@ -137,12 +126,7 @@ def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, workdir: Path, run: FoundRun) -> TrainingData:
-    """Labels the data of an evaluation with the class columns of a run.
-
-    Raises:
-      ValueError: the data lacks a modality, a width differs, the split is not as the run knows it,
-        or its ground truth names no identity of the run.
-    """
+    """Checks the data of an evaluation against a run, and labels them with its class columns."""
     split = config.eval.split
     check_widths(data, run.task.modalities)
     run_data.check_evaluation(workdir, run.manifest, config, data)
@@ -166,13 +150,10 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters and the other variables of a run's model, [E, ...].
+    """Loads the parameters of a run, and its variables that evaluation reads, [E, ...].
 
     Parameters with class columns lie on the devices that share the classes, all else on every one.
-    The variables are those that evaluation reads, see `Identifier.solve`.
-
-    Raises:
-      CheckpointError: the checkpoint holds another model.
+    See `Identifier.solve` for the variables.
     """
     modalities, count = run.task.modalities, len(run.training_sets.members)
     axes = columns.find_class_axes(system, modalities, mesh)
@@ -219,7 +200,7 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 def check_companions(
     workdir: Path, manifest: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Exception | None]]:
-    """Yields the name, and the content in a few words or the fault, of the files it depends on."""
+    """Yields file name, short description and fault of every file that a checkpoint depends on."""
 
     def members() -> str:
         sets = load_training_sets(workdir, manifest)
@@ -267,9 +248,9 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 
 
 def check_config(workdir: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a `config.json` that differs from what the checkpoint was trained with.
+    """Refuses a `config.json` that differs from the manifest in a field that shapes the model.
 
-    Only a field that shapes the model counts, and only if no resume recorded the change.
+    A change that a resume recorded is allowed.
     """
     spoilt = resume.spoilt(workdir, manifest["config"])
     if spoilt:

@@ -1,4 +1,4 @@
-"""The data of a run: their digests, which it keeps, compared wherever the run meets data again.
+"""Digests of a run's data, compared wherever the run meets data again.
 
 A checkpoint's manifest has them as `data`, the `metrics.json` of a finished run as `trained_on`:
 
@@ -41,10 +41,7 @@ def digests(config: Config, data: TrainingData) -> dict[str, Any]:
 def differences(
     own: Digests, report: Mapping[str, Any], splits: Collection[str] | None = None
 ) -> str:
-    """Returns in what data with a report differ from those of a run, in one line, or nothing.
-
-    Compared are the `splits`, or all that the run knows.
-    """
+    """Returns one line with the differences of reported data from those of a run; '' for none."""
     found, here = [], report["splits"]
     for name, before in own["splits"].items():
         now = here.get(name, {}).get("sha256")
@@ -79,10 +76,7 @@ def _other_clips(before: int, now: int) -> str:
 
 
 def check_training(workdir: Path, own: Digests | None, config: Config, data: TrainingData) -> None:
-    """Refuses to go on with a run, or to call it finished, on other data than its own.
-
-    Warns where the run is of an earlier version, which kept no digests.
-    """
+    """Refuses to go on with a run on other data; only warns if it is too old to have digests."""
     if own is None:
         _warn_unknown(workdir)
         return
@@ -115,7 +109,7 @@ def check_evaluation(
     """Refuses to evaluate a split of a run on other data than the run's, under the same name.
 
     A split that the run has not read may be of any data. But in the folder that `config.json`
-    names, which may be a stranger's word, a split of the run has to be as it was.
+    names, which may be a stranger's word, some split of the run has to be as it was.
     """
     own, split = manifest.get("data"), config.eval.split
     if own is None:
@@ -136,10 +130,7 @@ def check_evaluation(
 def check_named(
     workdir: Path, manifest: Mapping[str, Any], config: Config, *, by_user: bool
 ) -> None:
-    """Refuses a folder of data on the word of a `config.json` that no digest confirms.
-
-    A user who has named the folder now is believed.
-    """
+    """Refuses a data folder that only `config.json` names, if no digest confirms it."""
     if "data" not in manifest and config.data.dir and not by_user:
         raise UserError(
             f"'{workdir}' does not tell which data it was trained on: an earlier version made it\n"

@@ -1,7 +1,4 @@
-"""Evaluation: the scores of every clip of a split by trained models, its ranking and its metrics.
-
-Clips are read in windows, a few blocks at a time, so that several models score the same clips.
-"""
+"""Evaluation: scores of the clips of a split by trained models, their ranking and its metrics."""
 
 import collections
 import functools
@@ -76,13 +73,10 @@ class ClipScores(NamedTuple):
 
 
 class ClipScoreBuffer:
-    """Collects `ClipScores` from blocks of scores.
+    """Collects in `clips` the `ClipScores` of all flushed blocks.
 
-    The results of a block are copied to the host and freed on the device: many small arrays between
-    the large ones of an evaluation would fragment the memory of the device.
-
-    Attributes:
-      clips: the scores of all flushed blocks.
+    It frees the results of a block on the device: many small arrays between the large ones of an
+    evaluation would fragment its memory.
     """
 
     def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
@@ -118,12 +112,8 @@ class TrainedModel(NamedTuple):
     """A system with its weights, and the clips to evaluate.
 
     Attributes:
-      name: name of the run, for messages.
-      system: the system.
-      eval_step: compiled evaluation step of the system; other weights of it can reuse the step.
-      params: parameters, a tree of arrays [E, ...].
-      model_state: other collections of the model, a tree of arrays [E, ...].
-      training_sets: the clips that each member was trained on.
+      eval_step: compiled evaluation step; other weights of the system can reuse it.
+      params, model_state: parameters and other collections, trees of arrays [E, ...].
       data: clips, labelled with the class columns of this model.
       weight: weight of this model in a blend.
     """
@@ -148,7 +138,7 @@ class TrainedModel(NamedTuple):
         training_sets: ensemble.TrainingSets,
         data: ClipSource,
     ) -> Self:
-        """Compiles the evaluation step for a mesh; for the other arguments see the attributes."""
+        """Compiles the evaluation step for a mesh."""
         step = eval_step_lib.make_eval_step(system, mesh)
         return cls(name, system, step, params, model_state, training_sets, data)
 
@@ -164,19 +154,15 @@ class TrainedModel(NamedTuple):
 
 
 class ModelScorer:
-    """Scores blocks of clips with one trained model.
-
-    `ensemble.scoring_members` says which members score a clip.
+    """Scores blocks of clips by the members that `ensemble.scoring_members` chooses.
 
     Attributes:
-      model: the trained model.
-      columns: the columns of the scores.
       use: [E, N] bool, True for members that score a clip.
       in_sample: True if members score clips that they were trained on.
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
-        """Matches the clips [N], in the order of clip_index, with those that members trained on."""
+        """Takes the clips [N] in the order of clip_index."""
         self.model = model
         self.columns = ScoreColumns.of(model.system, mesh)
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
@@ -196,15 +182,10 @@ class ModelScorer:
         without: int | None = None,
         rankings: Sequence[topk.RunningTopK] = (),
     ) -> list[Array]:
-        """Returns the scores of every block, averaged over the members that may score it.
+        """Returns mean scores [B, total] of every block, over the members that may score its clips.
 
-        Args:
-          blocks: blocks of clips, on the devices.
-          without: position of a member to leave out; None to use all.
-          rankings: one per member, to which its own scores are added; () for none.
-
-        Returns:
-          [B, total] of every block, with the columns of `columns`; [B, C] if classes are not split.
+        Columns are those of `columns`, or [B, C] if classes are not split. `without` is the
+        position of a member to leave out; `rankings`, one per member, take the member's own scores.
         """
         if self._single:
             params, model_state = self._single
@@ -230,7 +211,7 @@ class ModelScorer:
         return [self._best(_mean(total)) for total in totals if total is not None]
 
     def _best(self, scores: Array) -> Array:
-        """Returns scores of which only those of `eval.top_classes` are kept."""
+        """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
         count = self.model.system.top_classes
         if not 0 < count < scores.shape[1]:
             return scores
@@ -271,20 +252,10 @@ def _add(
 def windows(
     models: Sequence[TrainedModel], split_name: str, block_size: int, mesh: Mesh, rows: int
 ) -> Iterator[list[list[Batch]]]:
-    """Yields windows of a split; a dataset of several models is read only once.
+    """Yields windows of a split: for every model a list of blocks, on the devices.
 
-    Args:
-      models: models whose datasets have the same clips.
-      split_name: the split.
-      block_size: number of clips per device and block.
-      mesh: the devices.
-      rows: number of clips that ends a window.
-
-    Yields:
-      For every model a list of blocks, on the devices.
-
-    Raises:
-      ValueError: Two datasets have their clips in different orders.
+    A dataset of several models is read only once; the models' datasets must have the same clips. A
+    block has `block_size` clips per device, and a window ends at `rows` clips or `WINDOW_BYTES`.
     """
     modalities: dict[int, dict[str, None]] = {}  # dataset -> modalities that its models read
     for model in models:
@@ -324,7 +295,7 @@ def windows(
 
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
-    """Refuses blocks that exceed the free memory of a device by their features and scores alone."""
+    """Refuses blocks whose features and scores alone exceed the free memory of a device."""
     frames, widths = plan.padded_lengths, system.modalities
     numbers = [
         sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)
@@ -352,15 +323,10 @@ def _nbytes(batch: Batch) -> int:
 
 
 class ModelScores(NamedTuple):
-    """What one model scored, and by which of its members.
+    """The scores of one model, and the members that made them.
 
     Attributes:
-      name: name of the run.
-      weight: weight of the model in a blend.
-      system: the system.
-      members: [E] members.
-      use: [E, N] bool, True for members that score a clip.
-      in_sample: True if members score clips that they were trained on.
+      use, in_sample: as in `ModelScorer`.
       poor: the number of its poor clips, and of its clips with the modality that decides.
       top: the best 100 clips of every identity by this model alone; None for the only model.
       member_tops: [E], the same by every single member; none where they are not ranked.
@@ -378,12 +344,11 @@ class ModelScores(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a ranking needs of the scores of all clips.
+    """The scores of all clips, as far as a ranking needs them.
 
     Attributes:
       top: the best 100 clips of every identity, sorted.
       clips: the best score of every clip; NaN where any of its scores is.
-      models: the models, of which several are blended.
       seconds: time that scoring took, without compilation.
     """
 
@@ -400,7 +365,6 @@ class Evaluation(NamedTuple):
       top: the best 100 clips of every identity, sorted.
       model_tops: the best 100 clips by every single model of a blend; [] for one model.
       positives: [C] int, number of ground-truth clips per identity among the ranked clips.
-      clips: the best score of every clip.
       results: `map`, `map_kind` and the metrics of `metrics.CLIP_METRICS` if the split has a ground
         truth; counts; `eval_clips_per_second`; and the MAP of single models and members.
     """
@@ -429,21 +393,15 @@ def score(
 ) -> Evaluation:
     """Ranks all clips of a split by the scores of one model, or by a blend of several.
 
-    Every clip is read once. `ModelScorer` selects the members that score it. Clips that no member
-    may score are not ranked.
+    Clips that no member may score are not ranked; see `ModelScorer`.
 
     Args:
       models: one model, or several whose scores are logarithms, on the same clips.
-      split_name: the split.
-      mesh: the devices.
       block_size: number of clips that a device scores at a time.
       each_member: True to also rank by every single member of an ensemble.
       check: function to call after every window; its exceptions end the evaluation.
-      observe: function to call with the scores of every window; None for none.
+      observe: function to call with the scores of every window.
       logarithms: True to join several models by the mean of their logarithms.
-
-    Raises:
-      ValueError: The models differ in clips or identities, or no clip can be scored.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -464,14 +422,9 @@ def score(
 
 
 def pool_of(uses: Sequence[np.ndarray], split_name: str) -> np.ndarray:
-    """Returns [N] bool, the clips that are ranked: of every model some member may score them.
+    """Returns [N] bool, the ranked clips: those that some member of every model may score.
 
-    Args:
-      uses: for each model [E, N] bool, the members that score a clip.
-      split_name: the split.
-
-    Raises:
-      ValueError: no clip can be scored.
+    `uses` has for each model [E, N] bool, the members that score a clip. An empty pool is an error.
     """
     pool = np.all([use.any(axis=0) for use in uses], axis=0)
     if not pool.any():
@@ -560,10 +513,8 @@ def collect(
 def conclude(split: Split, scored: Scored) -> Evaluation:
     """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
 
-    Neither weights nor features are read: what several processes scored can be joined before.
-
-    Raises:
-      ValueError: all scores are NaN.
+    It reads neither weights nor features, so that several processes' scores can be joined before.
+    If all scores are NaN, it is an error.
     """
     top, pool, models = scored.top, scored.clips.pool, scored.models
     for model in models:
@@ -601,11 +552,7 @@ def conclude(split: Split, scored: Scored) -> Evaluation:
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Ranks clips with a NaN among their scores last; returns also `num_nan_clips`, if any.
-
-    Raises:
-      ValueError: All scores are NaN.
-    """
+    """Ranks clips with a NaN among their scores last; returns also `num_nan_clips`, if any."""
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}
@@ -644,7 +591,6 @@ def _describe(member: ensemble.Member) -> dict[str, Any]:
 
 
 def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str) -> None:
-    """Raises ValueError if two models cannot be blended."""
     clips, other_clips = (model.data.split(split_name).clips for model in (first, other))
     if clips != other_clips:
         examples = sorted({*clips} ^ {*other_clips})[:3]

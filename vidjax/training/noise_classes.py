@@ -1,9 +1,7 @@
-"""Noise classes: distractors as clusters of strangers and as mirrors of the identities.
+"""Noise classes: distractors are labelled as clusters of strangers and as mirrors of identities.
 
-A stranger that appears in several distractor clips can be learned: each cluster of such clips is a
-class. Every other distractor starts in a random one of C mirror classes. After every epoch it moves
-to the mirror of the identity that the model mistakes it for. So the model learns to distinguish an
-identity from clips that resemble it.
+Each cluster of distractor clips is a class. Every other distractor starts in a random one of C
+mirror classes, and moves after every epoch to the mirror of the identity it is mistaken for.
 
 Source: the noise-classes system, 5th place of 2018. Its 8,652 is a misprint of 4934 + 3691 = 8625.
 The article leaves the label of a clip that is mistaken for no identity as it is; the author's code
@@ -40,16 +38,7 @@ FILE = "noise.jsonl"
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseLayout]:
-    """Labels distractors among the training clips with clusters and mirrors.
-
-    Args:
-      config: the configuration of the run.
-      data: the clips.
-      labels: [N] int32, class columns; 0 for distractors.
-
-    Returns:
-      [N] int32, new labels; and the layout of the class columns.
-    """
+    """Returns labels [N] int32 with distractors (0) in clusters and mirrors, and their layout."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -77,7 +66,6 @@ def label_distractors(
 
 @jax.jit
 def _mean_face(frames: Frames) -> Array:
-    """Returns the quality-weighted mean frame of every clip, [B, D] float32."""
     return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
@@ -105,10 +93,7 @@ class Relabeller:
         training_sets: ensemble.TrainingSets,
         mesh: Mesh,
     ):
-        """Prepares the relabelling of a run.
-
-        Args as in `plan.RunPlan`, and `log`, its `noise.jsonl`, without lines of later steps.
-        """
+        """Takes `log`, the path of a `noise.jsonl` without lines of later steps."""
         self._predict = eval_step.make_predict_step(system, mesh)
         self._config, self._data, self._mesh = config, data, mesh
         self._modalities = tuple(system.fuse_eval)
@@ -180,14 +165,14 @@ class Relabeller:
                 files.append(file, (json.dumps(line) + "\n").encode())
 
     def _names(self, moved: np.ndarray) -> dict[str, str]:
-        """Returns clip -> identity of its mirror, for new columns [N], 0 for clips that stay."""
+        """Returns clip -> identity of its mirror; 0 in `moved` [N] is a clip that stays."""
         clips, identities = self._training_sets.clips, self._data.identities
         mirrors = np.flatnonzero(self._layout.is_mirror(moved))
         first = self._layout.mirror_shift + 1
         return {clips[i]: identities[int(moved[i]) - first] for i in mirrors}
 
     def _numbers(self, moved: np.ndarray) -> dict[str, int]:
-        """Returns clip -> number of its cluster, for new columns [N], 0 for clips that stay."""
+        """Returns clip -> number of its cluster; 0 in `moved` [N] is a clip that stays."""
         first = self._layout.num_identities + 1
         inside = np.flatnonzero(self._layout.is_cluster(moved))
         return {self._training_sets.clips[i]: int(moved[i]) - first for i in inside}
@@ -203,24 +188,20 @@ def cluster(
     """Clusters vectors by direction.
 
     Distances are Euclidean on the unit sphere: a distance of d is a cosine of 1 - d^2 / 2. Vectors
-    of 0, such as those of clips without frames, are in no cluster.
+    of 0, such as those of clips without frames, are in no cluster. Vectors must be finite.
 
     Args:
       vectors: [n, D] float.
-      method: 'dbscan' puts vectors into one cluster if a chain of neighbours connects them;
-        'hdbscan' finds a density for every cluster, and never returns a single cluster.
-      eps: largest distance between neighbours, from 0 to 2. More vectors need a smaller value:
-        otherwise accidental neighbours connect strangers in a long chain. For 'hdbscan', clusters
-        at a smaller distance are merged; 0 merges none.
-      min_samples: for 'dbscan', number of neighbours, itself included, that make a vector a core of
-        a cluster. For 'hdbscan', also the smallest size of a cluster, at least 2.
+      method: 'dbscan' joins vectors that a chain of neighbours connects; 'hdbscan' finds a density
+        for every cluster, and never returns a single cluster.
+      eps: largest distance between neighbours, 0 to 2. More vectors need a smaller value, since
+        accidental neighbours join strangers in a long chain. 'hdbscan' merges clusters at a smaller
+        distance; 0 merges none.
+      min_samples: for 'dbscan', number of neighbours, itself included, that make a vector a core.
+        For 'hdbscan', also the smallest size of a cluster, at least 2.
 
     Returns:
       [n] int32, cluster of every vector, numbered by first members; -1 for vectors in no cluster.
-
-    Raises:
-      ValueError: The method is unknown, `eps` or `min_samples` is out of range, or a vector is not
-        finite.
 
     Source: Ester et al. 1996 (DBSCAN), Campello et al. 2013 (HDBSCAN), both of scikit-learn.
     """
@@ -268,9 +249,6 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
     """Returns [n] int32, the column of each distractor's cluster, or of a random mirror.
 
     The mirror of a clip depends on the seed and its row alone.
-
-    Raises:
-      ValueError: A cluster has no column.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
         raise UserError(
@@ -289,12 +267,10 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
     Args:
       labels: [...] int, class columns of unclustered distractors; by `label` only mirrors move.
       predicted: [...] int, best class column of the model; by 0 a clip keeps its label.
-      layout: layout of the class columns.
       keep: `label` or `prediction`, the column of a clip whose best column is a cluster or a
         mirror.
 
-    Returns:
-      [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
+    Returns [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
 
     Source: noise classes (5th place 2018): `label` by the article, `prediction` by the code.
     """
@@ -310,9 +286,8 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
 def audit(old: Array, new: Array, predicted: Array, layout: NoiseLayout) -> dict[str, int]:
     """Counts the clips that a relabelling moved, and those that it did not, by reason.
 
-    These are `clustered`, which stay in a cluster; `unclustered`, the sum of `moved` and `kept`;
-    and the parts of `kept`: `kept_identity`, already in the mirror of the predicted identity,
-    `kept_other`, `kept_cluster` and `kept_mirror`, named after the predicted column.
+    `unclustered` clips are `moved` or `kept`. Kept clips are counted by kind of predicted column; a
+    clip of `kept_identity` is already in the mirror of the predicted identity.
     """
     unclustered = layout.is_mirror(old) | (old != new)
     kept = unclustered & (old == new)

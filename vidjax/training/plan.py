@@ -41,11 +41,10 @@ class RunPlan(NamedTuple):
     """The plan of a run.
 
     Attributes:
-      task: sizes of the training data.
       training_sets: the E members and the clips that each is trained on.
       labels: [N] int32, class columns of the training clips at step 0.
       tables: weights and settings of the members.
-      layout: layout of the class columns with noise classes; None without noise classes.
+      layout: layout of the class columns; None without noise classes.
     """
 
     task: TaskSpec
@@ -56,7 +55,7 @@ class RunPlan(NamedTuple):
 
 
 def nobody_is_named(config: Config) -> str:
-    """Returns the message of training clips that show nobody of interest."""
+    """Returns the error message for training clips without any identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -70,15 +69,7 @@ def nobody_is_named(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA.
-
-    Args:
-      config: the configuration of the run.
-      data: the clips.
-
-    Raises:
-      ValueError: A field is out of range or does not fit the data.
-    """
+    """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -126,9 +117,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _prepared(
     config: Config, data: TrainingData, task: TaskSpec, labels: np.ndarray, used: np.ndarray
 ) -> dict[str, Any] | None:
-    """Returns what the model fits before the first step, `TaskSpec.settings`, by the first process.
+    """Returns `TaskSpec.settings`, fitted by the first process before the first step.
 
-    They are constants of compiled programs, and unlike machines would round them differently.
+    The settings are constants of compiled programs; unlike machines would round them differently.
     """
     model = make_model(config.to_dict(), task)
     clips = training_clips(config, data, labels, used)
@@ -158,13 +149,9 @@ def training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Refuses what the model cannot be trained with.
+    """Refuses too few passes, and settings that the model does not read.
 
-    One that adds up or stores its clips reads no loss and no optimiser, and takes no augmentation.
-
-    Raises:
-      ValueError: a field of the loss, the optimiser or the augmentation has another value than its
-        default, or there are too few passes.
+    A model that adds up or stores its clips takes no loss, no optimiser and no augmentation.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
@@ -186,7 +173,7 @@ def check_model(config: Config) -> None:
 
 
 def _check_features(config: Config, data: TrainingData) -> None:
-    """Raises ValueError for training features that teach nothing; warns of such a split to rank."""
+    """Refuses training features that teach nothing; for the evaluated split it only warns."""
     for problem in unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in unusable(data.report, [config.eval.split], config.modalities):
@@ -194,7 +181,6 @@ def _check_features(config: Config, data: TrainingData) -> None:
 
 
 def _check_batch(batch_size: int, num_clips: int) -> None:
-    """Raises ValueError for a batch that fits no memory."""
     if batch_size > max(MOST_ROWS, num_clips):
         raise UserError(
             f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
@@ -214,7 +200,7 @@ def repeated_clips(config: Config, task: TaskSpec) -> str | None:
 
 
 def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Returns the weight of every training clip, [N] float, by its class and `data.weights`."""
+    """Returns [N] float, the weight of every training clip by its class and `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -233,8 +219,7 @@ class Schedule(NamedTuple):
     """The steps after which training is interrupted.
 
     Attributes:
-      log: steps after which a line of metrics is logged.
-      evaluate: steps after which the run is evaluated, including the last step.
+      evaluate: includes the last step.
       relabel: steps after which unclustered distractors are relabelled.
       stops: all of these, in ascending order.
     """
@@ -250,7 +235,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Builds the schedule of a run."""
+    """Builds the schedule of a run; `relabel` is empty without noise classes."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:

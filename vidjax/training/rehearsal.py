@@ -1,7 +1,6 @@
-"""A rehearsal of a training: what words and values make impossible, told before data are read.
+"""A rehearsal of a training: refuses impossible configurations before any data are read.
 
-The system is built and its parameters are traced in the abstract. That takes neither data nor
-devices, and a tenth of a second.
+It builds the system and traces its parameters. That takes a tenth of a second and no device.
 """
 
 import math
@@ -34,9 +33,8 @@ def rehearse(
     """Refuses a configuration that no training, or evaluation, could use.
 
     Args:
-      config: the configuration.
-      overrides: the command-line words in it, of which an error names the one to blame.
-      original: returns the configuration without them.
+      overrides: command-line words; an error names the one to blame.
+      original: returns the configuration without `overrides`.
       training: False for an evaluation, which needs no training split.
     """
     if training:
@@ -55,10 +53,7 @@ def rehearse(
 
 
 def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
-    """Compares the splits and modalities of a configuration with the names of its files.
-
-    Returns modality -> feature width, `WIDTH` where only the files would tell.
-    """
+    """Checks splits and modalities by name; returns feature widths, `WIDTH` for unknown ones."""
     splits, dims = sources.names(config.data) or (None, None)
     if splits is not None:
         _check_splits(config, splits, training=training)
@@ -75,7 +70,6 @@ def check_names(config: Config, *, training: bool) -> Mapping[str, int]:
 
 
 def _check_splits(config: Config, splits: Collection[str], *, training: bool) -> None:
-    """Raises ValueError for a configured split that the data does not have."""
     wanted = {"eval.split": (config.eval.split,)}
     if training:
         wanted = {"data.train_splits": config.data.train_splits, **wanted}

@@ -1,4 +1,4 @@
-"""A command in one of several processes, and what these must have alike."""
+"""A command in one of several processes, and the checks that all processes agree."""
 
 import argparse
 import hashlib
@@ -25,15 +25,9 @@ from vidjax.training.plan import RunPlan
 
 
 def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
-    """Runs a command in one of several processes, of which the first speaks for all.
+    """Runs a command in one of several processes, of which the first prints for all; returns 0.
 
-    Args:
-      place: the place of this process.
-      work: the command, which returns its exit code.
-      words: its words.
-
-    Returns:
-      0. A command that fails ends the process: jax would wait until the others end, too.
+    A command that fails ends its process: jax would wait until the others end, too.
     """
     group: join.Group | None = None
 
@@ -75,11 +69,7 @@ def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
 
 
 def check_command(args: argparse.Namespace, config: Config) -> None:
-    """Checks that the processes were started with the same command.
-
-    Raises:
-      ValueError: another process has another value of a field or a flag, or another version.
-    """
+    """Refuses processes with unlike fields, flags or versions; folders of data may differ."""
     if not args.place:
         return
     facts = {f"config.{name}": value for name, value in config_lib.fields(config)}
@@ -91,11 +81,7 @@ def check_command(args: argparse.Namespace, config: Config) -> None:
 
 
 def check_folder(workdir: Path) -> None:
-    """Checks that all processes see the folder that the first one has locked.
-
-    Raises:
-      ValueError: another process has another folder.
-    """
+    """Refuses processes that do not see the folder that the first one has locked."""
     if processes.process_count() == 1:
         return
     processes.barrier()  # the first process has the lock
@@ -110,21 +96,13 @@ def check_folder(workdir: Path) -> None:
 
 
 def check_data(data: TrainingData) -> None:
-    """Checks that all processes have loaded the same clips and labels.
-
-    Raises:
-      ValueError: another process has other data.
-    """
+    """Refuses processes that have loaded other clips or labels."""
     facts = {"the digest of the data": data.report["data"]["digest"]}
     processes.check_same(facts, "give all processes the same files, see config.data.dir")
 
 
 def check_plan(plan: RunPlan) -> None:
-    """Checks that all processes have planned the same run: clusters and draws of unlike machines.
-
-    Raises:
-      ValueError: another process has another plan.
-    """
+    """Refuses processes with unlike plans: unlike machines may cluster and draw differently."""
     if processes.process_count() == 1:
         return
     sha256 = hashlib.sha256(repr(plan.task).encode())

@@ -26,9 +26,7 @@ from vidjax.training.training_run import TrainingRun
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """Returns the metrics of the run in a folder, or None if it is not finished.
 
-    Raises:
-      ValueError: The folder contains a run of another configuration, or a finished run whose
-        `config.json` would no longer say how it was trained.
+    Refuses a finished run whose `config.json` would no longer say how it was trained.
     """
     if not (workdir / "config.json").exists():
         return None
@@ -55,19 +53,14 @@ def train(
     command: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a system, or resumes a run.
+    """Trains a system, or resumes a run; returns the content of `metrics.json`.
 
     Args:
-      config: the configuration, see `config.default`.
       workdir: the folder of the run, locked by `workdir.lock`.
-      data: clips to train on and to evaluate.
       num_devices: number of devices to use; None for all.
       analyse: True to write `analysis.npz` and `report.html` at the end.
       command: command line that repeats the run, for `metrics.json` and the report.
       began: value of `time.monotonic()` when this process started; None for now.
-
-    Returns:
-      The content of `metrics.json`.
 
     Raises:
       ValueError: The configuration does not fit the data or the run in the folder.
@@ -101,7 +94,7 @@ def train(
         interruption = stack.enter_context(signals.catch_interruption())
 
         def evaluate() -> tuple[Evaluation, analysis.Observer | None]:
-            """Ranks the clips, and adds the scores to the log and to this step's checkpoint."""
+            """Logs the scores, and adds them to the checkpoint of this step."""
             interruption.raise_if_asked(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(
@@ -153,7 +146,6 @@ def train(
 
 
 def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
-    """Returns the entries of `metrics.json` that describe the training."""
     best_step = checkpoint.best_step(workdir)
     best: dict[str, Any] = {}
     if best_step is not None:

@@ -49,23 +49,8 @@ def restore_or_init(
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
     """Restores the newest checkpoint of a run, or initialises its state.
 
-    Damaged checkpoints of later steps are set aside: training will save these steps again.
-
-    Args:
-      workdir: the folder of the run.
-      config: the current configuration; changes are recorded in `changes.jsonl`.
-      data: the clips, which must be those of the run.
-      system: the system of the configuration.
-      plan: the plan of the run.
-      layout: layout of the state, see `columns.state_layout`.
-      digests: those of identities and members, which must equal those in the manifest.
-
-    Returns:
-      The state, and the manifest of its checkpoint, {} for a new state.
-
-    Raises:
-      ValueError: The folder contains a run of another configuration, or on other data.
-      CheckpointError: The checkpoints are damaged or belong to another model.
+    Damaged checkpoints of later steps are set aside: training will save these steps again. Changes
+    of the configuration are recorded. The manifest is that of the checkpoint, {} for a new state.
     """
 
     def init(num_columns: int) -> state_lib.TrainState:
@@ -148,8 +133,8 @@ def make_feed(
 ) -> tuple[feed_lib.Feed, ClipSource]:
     """Builds the feed of training clips from a step on, and the source of clips to evaluate.
 
-    A run keeps its mode, `streaming` or `resident`, since the order of clips depends on it; that of
-    a new run is None.
+    A resumed run keeps its mode, `streaming` or `resident`, since the order of clips depends on it;
+    `mode` is None for a new run.
     """
     batches = make_batch_plan(
         [data.split(name) for name in config.data.train_splits],
@@ -184,14 +169,12 @@ Tree = TypeVar("Tree")  # a tree of arrays
 class TrainingRun:
     """A run in training: its step, its states, and the operations on them.
 
-    Members that are trained by one program form a group with one TrainState. Such a program shares
-    large matrix products between members. Otherwise every member is a group of its own: members
-    then need less memory, and each is bit-equal to a run of its own.
+    Members that are trained by one program share a TrainState, and large matrix products. Otherwise
+    every member has its own: this needs less memory, and each is bit-equal to a run of its own.
 
     Attributes:
       step: optimiser steps done.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      feed: brings clips to the training step.
       rates: clips per second of every dispatch of steps so far.
       train_seconds: seconds of these dispatches, with compilation.
     """
@@ -207,14 +190,7 @@ class TrainingRun:
         *,
         began: float,
     ):
-        """Restores the newest checkpoint in the locked folder, or starts at step 0.
-
-        What the process spent on the run is counted from `began`, a value of `time.monotonic()`.
-
-        Raises:
-          ValueError: The folder contains a run of another configuration.
-          CheckpointError: The checkpoints are damaged or belong to another model.
-        """
+        """Restores the newest checkpoint, or starts at step 0; `began` is a `time.monotonic()`."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._system, self._mesh = system, mesh
         self._eval_step = eval_step.make_eval_step(system, mesh)
@@ -263,7 +239,7 @@ class TrainingRun:
 
     @property
     def data_digests(self) -> run_data.Digests:
-        """What the checkpoints say of the data."""
+        """The digests of the data, as checkpoints have them."""
         return self._description["data"]
 
     @property
@@ -287,16 +263,10 @@ class TrainingRun:
         return state_lib.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
-        """Trains for one dispatch of the feed.
+        """Trains for one dispatch of the feed, at most to step `stop`.
 
-        Args:
-          stop: last step of the dispatch, at most.
-
-        Returns:
-          The number of steps, and the last loss, averaged over members.
-
-        Raises:
-          ValueError: A member had MAX_BAD_STEPS consecutive steps without a finite loss.
+        Returns the number of steps, and the last loss, averaged over members. `MAX_BAD_STEPS`
+        consecutive steps of a member without a finite loss are an error.
         """
         dispatched = time.monotonic()
         done = self.feed.run(self._states, self._tables, self.step, stop - self.step)
@@ -374,11 +344,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step.
-
-        Args:
-          more: entries to add to the manifest, also to that of a checkpoint already saved.
-        """
+        """Saves a checkpoint of this step; a manifest already saved gets the entries `more` too."""
         processes.run_on_first(lambda: workdir_lib.check_there(self._workdir))
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
@@ -387,14 +353,9 @@ class TrainingRun:
     def evaluate(
         self, *, analyse: bool, check: Callable[[], None] = lambda: None
     ) -> tuple[Evaluation, analysis.Observer | None]:
-        """Ranks `config.eval.split` with the weights of this step.
+        """Ranks `config.eval.split` with the weights of this step; `check` as in `scoring.score`.
 
-        Args:
-          analyse: True to observe the evaluation of the last step for `analysis.npz`.
-          check: function to call after every few blocks; its exceptions end the evaluation.
-
-        Returns:
-          The evaluation, and its observer, None if the evaluation was not observed.
+        Returns also the observer; it is None unless `analyse` is True and this is the last step.
         """
         model = self.trained_model()
         observer = None
