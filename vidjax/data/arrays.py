@@ -10,12 +10,10 @@ or
     train.parquet     one row per frame: `clip`, `modality`, `features` (a list), and optionally
                       `quality`, `detection`, `number`
 
-and optionally the labels: `labels.csv` with the columns `clip` and `identity`, or ground truth in
-an official form, `train_gt.txt` and `val_gt.txt`. A quality that a modality of a clip lacks is the
-L2 norm of its features; other fields that it lacks have the value `missing` of
-`vidjax.data.frame_fields`.
-
-All become the same records as official files, with the same checks and the same report.
+Labels are optional: `labels.csv` with the columns `clip` and `identity`, or official ground truth,
+`train_gt.txt` and `val_gt.txt`. A missing quality is the L2 norm of the features; other missing
+fields have the value `missing` of `vidjax.data.frame_fields`. Records, checks and report are those
+of official files.
 
     python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
         [--beam_options=O]
@@ -48,13 +46,7 @@ VERSION = 2  # part of the key of a cache folder: raise it whenever other frames
 
 
 class FeatureDict:
-    """Features in memory as a `RecordSource`.
-
-    Attributes:
-      kind: subfolder of the cache for its records.
-      place: name for messages.
-      title: name for the log.
-    """
+    """Features in memory as a `RecordSource`."""
 
     kind = place = title = "arrays"
     origin = Origin("arrays")
@@ -65,11 +57,7 @@ class FeatureDict:
         labels: LabelSource = None,
         quality: Quality = "given",
     ):
-        """Takes split -> clip -> modality -> features, labels and quality as `load` does.
-
-        Raises:
-          ValueError: an unknown split, or a split that is no dict.
-        """
+        """Takes split -> clip -> modality -> features, labels and quality as `load` does."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -118,13 +106,7 @@ class FeatureDict:
 
 
 class FeatureFolder:
-    """A folder of `.npz` files or parquet tables as a `RecordSource`.
-
-    Attributes:
-      kind: subfolder of the cache for its records.
-      place: the folder.
-      title: number of files and the folder.
-    """
+    """A folder of `.npz` files or parquet tables as a `RecordSource`."""
 
     kind = "arrays"
 
@@ -136,15 +118,9 @@ class FeatureFolder:
         workers: int | None = None,
         digests: Digests = IN_DEFAULT,
     ):
-        """Finds the files of each split.
+        """Finds the files of each split, for `workers` processes that read.
 
-        Args:
-          folder: the folder.
-          labels: as in `load`.
-          quality: as in `load`.
-          workers: number of processes that read; None for one per core, or fewer where there is
-            little to read.
-          digests: where digests of the files are kept.
+        `workers` None is one per core, or fewer where there is little to read.
 
         Raises:
           FileNotFoundError: no such folder, or no features in it.
@@ -160,14 +136,14 @@ class FeatureFolder:
 
     @property
     def content(self) -> tuple[Collection[str], None]:
-        """The splits; the content of files alone tells the modalities. See `sources.names`."""
+        """The splits, and None: the content of files alone tells modalities (`sources.names`)."""
         return self._files.keys(), None
 
     def _clips(self, split: str) -> Iterator[Clip]:
         return clip_files.read_clips(self._files[split])
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of the files of each split; reads again only what has changed since."""
+        """Returns a digest of the files of each split; reads only files that have changed."""
         return [
             {
                 "arrays": VERSION,
@@ -198,7 +174,7 @@ class FeatureFolder:
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns the labels, those of the folder's own files unless others were given."""
+        """Returns the labels that were given, or else those of the folder's own files."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)
@@ -237,7 +213,7 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _npz_files(folder: Path) -> list[Path]:
-    """Returns the files of one split, which may hold nothing else."""
+    """Returns the files of one split; its folder may hold nothing else."""
     with os.scandir(folder) as found:  # a split may have a hundred thousand clips
         entries = sorted((one for one in found if one.name[0] != "."), key=lambda one: one.name)
     for entry in entries:

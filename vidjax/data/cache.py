@@ -1,6 +1,6 @@
 """The cache: where converted data is kept, under a lock, and named only when complete.
 
-Features identify people: what is written here only its user may read.
+Features identify people: only the user may read the files here.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the folder for one content."""
+    """Returns the folder for one content, which `key`, a JSON value, identifies."""
     return (
         Path(cache_dir or files.default_cache_dir()).expanduser()
         / kind
@@ -42,7 +42,7 @@ class Digests(NamedTuple):
 
     Attributes:
       cache_dir: the cache; None for the default.
-      write: False to read what is there, and to write nothing.
+      write: False only reads digests that are there.
     """
 
     cache_dir: str | Path | None = None
@@ -53,11 +53,10 @@ IN_DEFAULT = Digests()
 
 
 def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = None) -> str:
-    """Returns the sha256 of the names and contents of files; reads again only what has changed.
+    """Returns the sha256 of the names and contents of files; reads only files that have changed.
 
-    A digest is kept in the cache under the state of the files, which the system changes with every
-    byte that is written to them. Files that changed a moment ago are read each time: within one
-    tick of the clock they could change once more.
+    The cache keeps a digest under the `_state` of the files. Files that changed less than TICK_NS
+    ago are read each time: within one tick of the clock they could change once more.
     """
     states = [_state(path) for path in paths]
     place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])
@@ -93,7 +92,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder of the cache, waiting for it; clears what was left unfinished."""
+    """Waits for the lock of a folder of the cache; deletes unfinished files of killed processes."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -110,13 +109,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 class Entry(NamedTuple):
-    """A folder of the cache.
-
-    Attributes:
-      folder: its path.
-      size: bytes of its files.
-      used: seconds since 1970 when it was used last.
-    """
+    """A folder of the cache: bytes of its files, and seconds since 1970 of its last use."""
 
     folder: Path
     size: int
@@ -124,7 +117,7 @@ class Entry(NamedTuple):
 
 
 def entries(cache_dir: str | Path | None = None) -> list[Entry]:
-    """Returns the folders of records and of made-up sets, what was used last at the end."""
+    """Returns the folders of records and of synthetic sets, the most recently used last."""
     found = []
     for path in Path(cache_dir or files.default_cache_dir()).expanduser().glob("*/*"):
         is_records = RECORDS.fullmatch(path.name) and (path / "manifest.json").is_file()
@@ -137,16 +130,13 @@ def entries(cache_dir: str | Path | None = None) -> list[Entry]:
 
 
 def mark_used(folder: Path) -> None:
-    """Notes that a folder of the cache is in use now, where that can be written."""
+    """Sets the time of last use of a folder of the cache to now, if it is writable."""
     with contextlib.suppress(OSError):
         os.utime(folder)
 
 
 def prune(cache_dir: str | Path | None, days: float) -> list[Entry]:
-    """Deletes the folders that nobody has used for some days, and returns them.
-
-    Digests that are as old go, too. Nothing else in the cache is touched.
-    """
+    """Deletes folders and digests that nobody has used for some days; returns the folders."""
     oldest = time.time() - days * 86400
     gone = [one for one in entries(cache_dir) if one.used < oldest]
     for one in gone:

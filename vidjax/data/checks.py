@@ -1,4 +1,4 @@
-"""Names of files that would not be read, and features from which no system can learn."""
+"""Refuses misspelt names of files; finds features from which no system can learn."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,11 +12,7 @@ from vidjax.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns everything in a directory but hidden files, sorted.
-
-    Raises:
-      OSError: there is no such directory.
-    """
+    """Returns everything in a directory but hidden files, sorted; OSError if there is none."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"{directory}: no such directory; is config.data.dir right?")
@@ -26,7 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError for a folder, a link to nothing or a device that bears a file's name."""
+    """Raises ValueError for a folder, a broken link or a device that bears a file's name."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "a folder" if path.is_dir() else "not a regular file"
@@ -38,12 +34,8 @@ def check_file(path: Path) -> None:
 def meant_split(word: str, present: Collection[str]) -> str | None:
     """Returns the split that a word such as `valid` or `training` was meant to be.
 
-    Args:
-      word: part of the name of a file or folder.
-      present: the splits that have files of their own; the word means none of them.
-
-    Returns:
-      A split, or None for a split's own name and for a word that is unlike all of them.
+    It is None for a split's own name, for a word that is unlike all splits, and for a split in
+    `present`, those that have files of their own.
     """
     word = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if word.startswith(split)]
@@ -52,13 +44,7 @@ def meant_split(word: str, present: Collection[str]) -> str | None:
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises ValueError for a file or folder that is named after a misspelt split.
-
-    Args:
-      path: the file or folder.
-      word: the part of its name that stands for the split.
-      present: the splits that have files of their own.
-    """
+    """Raises ValueError if `word`, the split's part of a path's name, is a misspelt split."""
     if split := meant_split(word, present):
         head, _, tail = path.name.rpartition(word)
         raise UserError(
@@ -119,10 +105,6 @@ def equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Itera
     """Yields a message where quality is the norm of features and the norm is always the same.
 
     A clip of one frame has no best one, so modalities with one frame a clip are left out.
-
-    Args:
-      report: the report of a dataset, `data_report.json`.
-      modalities: names of modalities.
     """
     for modality in modalities:
         facts = [
@@ -152,10 +134,7 @@ def unusable(
 ) -> Iterator[str]:
     """Yields a message for every modality whose features are absent, not finite, 0 or out of range.
 
-    Args:
-      report: the report of a dataset, `data_report.json`.
-      splits: names of splits, which are looked at together.
-      modalities: names of modalities.
+    The splits count together; `report` is `data_report.json`.
     """
     place = ", ".join(splits)
     for modality in modalities:
@@ -176,13 +155,7 @@ def unusable(
 
 
 def _odd_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message where float32 cannot hold the squares of features.
-
-    Args:
-      modality: its name.
-      place: names of the splits.
-      norms: histogram of the L2 norms in every split.
-    """
+    """Yields a message where float32 cannot hold the squares of features."""
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > LONGEST:
         yield (

@@ -31,8 +31,7 @@ CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     """Yields the clips of `.npz` files, one in memory at a time.
 
-    Raises:
-      ValueError: a file is damaged, no regular file, or unpacks to more than a clip may hold.
+    Raises ValueError for a damaged file, or one that unpacks to more than a clip may hold.
     """
     limit = min(CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
@@ -48,12 +47,7 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
     """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
 
-    Args:
-      arrays: the arrays of one clip.
-      place: the file, for messages.
-
-    Raises:
-      ValueError: a field is misspelt, such as `face_qualty`; or an array was saved without a name.
+    Raises ValueError for a misspelt field such as `face_qualty`, and for an array without a name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -79,9 +73,7 @@ OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 
 def read_parquet(path: Path) -> Iterator[Clip]:
     """Yields the clips of a table, whose rows may come in any order; the table is in memory.
 
-    Raises:
-      ValueError: pyarrow is not installed, or the table is damaged or malformed; names file and,
-        where there is one, column, row or clip.
+    Raises ValueError for a damaged or malformed table, and where pyarrow is not installed.
     """
     columns = _read_columns(path)
     flat, width = _flat_features(path, columns["features"])
@@ -148,10 +140,9 @@ def _read_columns(path: Path) -> Mapping[str, Any]:
 
 
 def _read_table(path: Path, opened: io.FileIO) -> Any:
-    """Returns the columns of a parquet file that are read, as a pyarrow table; text by codes.
+    """Returns the known columns of a parquet file as a pyarrow table, text as codes.
 
-    Raises:
-      ValueError: a column is missing or there twice, or all would take too much memory.
+    Raises ValueError for a column that is missing or there twice, and beyond a third of the memory.
     """
     import pyarrow
     from pyarrow import parquet
@@ -222,7 +213,7 @@ OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
 
 
 class Options(TypedDict):
-    """How clips are packed, see `pack`."""
+    """The keywords of `pack`."""
 
     non_finite: NonFinite
     quality: Quality
@@ -245,14 +236,8 @@ def read_at_once(
 ) -> dict[str, list[dict[str, PackedClips]]] | None:
     """Returns split -> what `pack` returns for each part of its clips, read by several processes.
 
-    It is None where one process must read: where a process fails, or finds what its part alone does
-    not tell, such as a name that comes twice. Reading in one process then tells what is wrong.
-
-    Args:
-      files: split -> its files.
-      scratch: a folder for flat files, which must outlive the arrays.
-      workers: number of processes.
-      options: how to pack.
+    It is None where a process fails, or where the parts do not fit together, such as by a name that
+    comes twice: reading in one process then tells what is wrong. The arrays lie in `scratch`.
     """
     # Some parts take longer: twice as many as processes.
     length = -(-sum(map(len, files.values())) // (2 * workers))
@@ -290,7 +275,7 @@ class _RetrySerially(Exception):
 
 
 def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
-    """Raises _OneProcess where the parts of a split share a clip, or differ in width or dtype."""
+    """Raises _RetrySerially where parts of a split share a clip, or differ in width or dtype."""
     names = [{name for flat in part.values() for name in flat.names} for part in parts]
     if sum(map(len, names)) != len(set().union(*names)):
         raise _RetrySerially

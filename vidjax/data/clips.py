@@ -26,12 +26,7 @@ PAD_LENGTHS = (1, 8, *BUCKETS)
 
 
 class Modality(NamedTuple):
-    """Width and dtype that all features of one modality share.
-
-    Attributes:
-      dim: the width D of a feature.
-      dtype: name of the stored dtype, such as 'float16'.
-    """
+    """Feature width D and name of the stored dtype, such as 'float16', of one modality."""
 
     dim: int
     dtype: str
@@ -66,8 +61,6 @@ class EvalPlan(NamedTuple):
     """The clips of one split that are evaluated, grouped by length.
 
     Attributes:
-      split: name of the split.
-      modalities: the modalities that are read.
       bucket: [N] int, index into BUCKETS for each clip; -1 for a clip that is left out.
       padded_lengths: modality -> T in each bucket.
     """
@@ -191,11 +184,7 @@ class TrainingData(ClipSource, Protocol):
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of the modalities that a configuration names.
-
-    Args:
-      names: `config.modalities`.
-      known: the modalities of the data.
+    """Returns name -> feature width of `config.modalities`.
 
     Raises:
       ValueError: no name, a name that occurs twice, or one that the data does not have.
@@ -213,11 +202,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Checks that a split has features of some modalities.
-
-    Raises:
-      ValueError: no modality is named, one is named twice, or the split lacks one.
-    """
+    """Raises ValueError for no name, a name given twice, or a modality that a split lacks."""
     if not modalities or len(set(modalities)) < len(modalities):
         raise UserError(f"config.modalities={','.join(modalities)}: name one or more, each once")
     for name in modalities:
@@ -231,11 +216,7 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
 
 
 def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
-    """Returns [N] int32, the largest number of frames that each clip has in any of the modalities.
-
-    Raises:
-      ValueError: the split lacks a modality.
-    """
+    """Returns [N] int32, the number of frames of each clip in the modality where it has most."""
     check_modalities(split, modalities)
     return np.max([split.lengths[name] for name in modalities], axis=0)
 
@@ -254,14 +235,12 @@ def make_eval_plan(
 ) -> EvalPlan:
     """Groups the clips of a split by length for evaluation.
 
-    How far each modality is padded depends on the whole split, not on `only`: a clip is padded
-    alike whichever other clips are evaluated.
+    The padding of a modality depends on the whole split, not on `only`: a clip is padded alike
+    whichever other clips are evaluated.
 
     Args:
-      split: the clips.
-      modalities: the modalities to read.
       lengths: [N] int, the length that chooses each clip's bucket; None for `longest`. Sources of
-        the same clips form the same blocks where they are given the same lengths.
+        the same clips form the same blocks if they are given the same lengths.
       only: [N] bool, True for the clips to evaluate; None for all.
 
     Raises:
@@ -303,7 +282,6 @@ def make_batch_plan(
 
     Args:
       splits: the training splits, in the order of the tables.
-      modalities: the modalities to read.
       batch_size: B; may exceed the number of clips.
       max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
       crop: 'window' or 'quality', see BatchPlan.
@@ -341,14 +319,7 @@ def make_batch_plan(
 def num_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts the frames that training does not show in one epoch.
-
-    Returns:
-      modality -> number of `clips` with more than `max_frames` frames, and of `frames` beyond.
-
-    Raises:
-      ValueError: a split lacks a modality.
-    """
+    """Counts `clips` of more than `max_frames` frames, and their `frames` beyond, by modality."""
     for split in splits:
         check_modalities(split, modalities)
     counts = {}
@@ -360,13 +331,9 @@ def num_cropped(
 
 
 def best_frames(quality: np.ndarray, count: int) -> np.ndarray:
-    """Returns [count] int, positions of a clip's best frames by quality, in time order.
+    """Returns [count] int, positions of a clip's best frames by quality [T], in time order.
 
-    Where quality ties, the earlier frame is better.
-
-    Args:
-      quality: [T] float; NaN counts as the lowest.
-      count: number of frames, at most T.
+    NaN counts as the lowest quality. Where quality ties, the earlier frame is better.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])

@@ -22,7 +22,7 @@ LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in whic
 
 
 def check_quality(quality: Quality) -> Quality:
-    """Returns the value of `config.data.quality`; raises ValueError if it is unknown."""
+    """Returns `config.data.quality`; raises ValueError for an unknown one."""
     if quality not in ("given", "norm"):
         raise UserError(f"config.data.quality is 'given' or 'norm', got {quality!r}")
     return quality
@@ -68,14 +68,8 @@ STORED = ("features", *FRAME_FIELDS)  # the feature comes first; its modality gi
 class FlatFiles(Mapping[str, np.ndarray]):
     """Field -> frames of the flat files `FIELD.bin` of a folder.
 
-    A file is mapped into memory when its field is asked for, as long as somebody holds the array:
-    each mapping takes one of the files that a process may open.
-
-    Attributes:
-      folder: the folder.
-      dtype: dtype of the features.
-      width: D.
-      num_frames: F.
+    A file is mapped into memory at each look-up, as long as its array lives: each mapping takes one
+    of the files that a process may open.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, width: int, num_frames: int):
@@ -125,12 +119,7 @@ class PackedClips:
 
     @classmethod
     def of_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Returns the clips of flat files that another process has written.
-
-        Args:
-          folder: the folder of the files.
-          summary: what `summary` returns, read from JSON.
-        """
+        """Returns the clips of flat files that another process has written, with its `summary`."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(
@@ -189,12 +178,7 @@ def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
 
 
 def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:
-    """Counts the clips without a frame, by reason.
-
-    Args:
-      seen: [N] int, frames of each clip in the file.
-      kept: [N] int, frames that were not skipped.
-    """
+    """Counts clips without a frame by reason, from their frames [N] in the file and kept."""
     without = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
     return {reason: int(clips.sum()) for reason, clips in without.items() if clips.any()}
 
@@ -260,9 +244,5 @@ class RecordSource(Protocol):
         ...
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns labelled split -> clip -> identity.
-
-        Args:
-          clips: split -> names of its clips.
-        """
+        """Returns labelled split -> clip -> identity, from split -> names of its clips."""
         ...

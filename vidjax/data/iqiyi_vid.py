@@ -29,13 +29,7 @@ VERSION = 2  # part of the key of a cache folder: raise it whenever other frames
 
 
 class OfficialFiles:
-    """A directory of official files as a `RecordSource`.
-
-    Attributes:
-      kind: subfolder of the cache for its records.
-      place: the directory.
-      title: number of feature pickles and the directory.
-    """
+    """A directory of official files as a `RecordSource`."""
 
     kind = "iqiyi_vid"
 
@@ -46,13 +40,9 @@ class OfficialFiles:
         digests: Digests = IN_DEFAULT,
         origin: Origin | None = None,
     ):
-        """Finds the feature pickles.
+        """Finds the feature pickles, of which `workers` are read at once.
 
-        Args:
-          directory: the directory.
-          workers: number of pickles that are read at once; None for one per core, or fewer where
-            memory would be short.
-          digests: where digests of the files are kept.
+        `workers` None is one per core, or fewer where memory would be short.
 
         Raises:
           FileNotFoundError: no such directory, or no feature pickle in it.
@@ -73,11 +63,11 @@ class OfficialFiles:
 
     @property
     def content(self) -> tuple[set[str], dict[str, int]]:
-        """The splits and, without their width, the modalities; see `sources.names`."""
+        """The splits, and modality -> 0: names of files tell no width (`sources.names`)."""
         return {split for _, split in self._files}, {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a digest of each pickle; reads again only what has changed since."""
+        """Returns a digest of each pickle; reads only pickles that have changed."""
         return [
             {
                 "official": VERSION,
@@ -115,7 +105,7 @@ class OfficialFiles:
 
 
 def _num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles of some sizes can be read at once, in half of the memory."""
+    """Returns how many pickles of some sizes in bytes fit into half of the memory at once."""
     largest = sorted(sizes, reverse=True)
     # A reader holds its pickle about twice.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]
@@ -129,8 +119,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
     `_v2` is taken. A modality is a name of letters, digits, '-' and '_'.
 
     Raises:
-      ValueError: the modality of a pickle has other characters, its split is misspelt, or a
-        folder or a link to nothing bears its name.
+      ValueError: another name of a modality, a misspelt split, or a pickle that is no file.
       OSError: there is no such directory.
     """
     files: dict[tuple[str, str], Path] = {}

@@ -24,15 +24,7 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 
 
 class SplitLabels(NamedTuple):
-    """The labels of one split as class columns.
-
-    Attributes:
-      labels: [N] int32, column 1..C by clip index, or 0 for a distractor.
-      labelled: False when the split has no ground truth at all.
-      positives: [C] int64, number of clips that the ground truth lists for each identity, including
-        clips without a record.
-      num_others: number of identities in the ground truth that have no column.
-    """
+    """The labels of one split as class columns; see `clips.Split`."""
 
     labels: np.ndarray
     labelled: bool
@@ -43,17 +35,9 @@ class SplitLabels(NamedTuple):
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads the `{split}_gt.txt` files of a directory.
+    """Returns split -> clip -> identity from the `{split}_gt.txt` files of a directory.
 
-    Args:
-      directory: the folder of the files.
-      clips: split -> names of its clips.
-
-    Returns:
-      split -> clip -> identity, for the splits that have a file.
-
-    Raises:
-      ValueError: a file is malformed or does not fit the clips of its split.
+    Raises ValueError for a malformed file, or one that does not fit the `clips` of its split.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -66,12 +50,9 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `labels.csv` of a folder, or else its ground-truth files.
+    """Reads `labels.csv` of a folder, or else its ground-truth files; see `load_official_truth`.
 
-    Args and returns are those of `load_official_truth`.
-
-    Raises:
-      ValueError: malformed labels, labels of unknown clips, or both kinds of files.
+    Raises ValueError for malformed labels, labels of unknown clips, or both kinds of files.
     """
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
@@ -94,15 +75,12 @@ def _refuse_near_table(folder: Path) -> None:
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads labels that do not say which split a clip is in.
+    """Returns split -> clip -> identity from labels that name no split, for splits with a label.
 
     Args:
       labels: clip -> identity; or a file: `.csv` with the columns `clip` and `identity`, any other
         is ground truth in an official form. None for no labels.
       clips: split -> names of its clips.
-
-    Returns:
-      split -> clip -> identity, for the splits with a labelled clip.
 
     Raises:
       ValueError: malformed labels, or labels of unknown clips.
@@ -133,16 +111,13 @@ def label_splits(
     clips: Mapping[str, Sequence[str]],
     identities: Sequence[str] | None = None,
 ) -> tuple[tuple[str, ...], dict[str, SplitLabels]]:
-    """Turns the labels of all splits into class columns.
+    """Returns the identities, and the labels of each split as class columns.
 
     Args:
       truth: split -> clip -> identity.
       clips: split -> names of its clips, by clip index.
       identities: names of the columns 1..C; None for the identities of the train and val ground
         truth, with or without a clip.
-
-    Returns:
-      the identities, and split -> labels.
     """
     if identities is None:
         identities = sort_identities(
@@ -200,7 +175,7 @@ def _is_nan(value: object) -> bool:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity.
 
-    It warns of clips whose identity is empty, which may be an oversight; None is said on purpose.
+    A warning counts empty identities, which may be an oversight; None, for nobody, is no oversight.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -243,9 +218,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature fi
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test.
 
-    Raises:
-      OSError: there is no such directory.
-      ValueError: one of them is no file, or is named after a misspelt split.
+    Raises ValueError for one that is no file, or is named after a misspelt split.
     """
     words = {
         path.name.removesuffix("_gt.txt"): path
@@ -263,20 +236,14 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] | None = None
 ) -> dict[str, str]:
-    """Reads a ground-truth file in either official form.
+    """Returns clip (without `.mp4`) -> identity (as written) of a ground-truth file, in its order.
 
     The direct form is `NAME.mp4 ID`, one clip per line; the inverted form `ID NAME.mp4 NAME.mp4
     ...`, one identity per line. The suffix `.mp4` tells the forms apart. If no name has it,
-    `known_clips` decides, then the file name (train_gt is direct, val_gt and test_gt are inverted),
-    then the column that holds whole numbers. A byte order mark, CRLF, tabs, blank lines and
-    additional spaces are ignored. White space within a name is written as in a URL, `First%20Last`.
-
-    Args:
-      path: the text file.
-      known_clips: names of clips without `.mp4`.
-
-    Returns:
-      clip name (without `.mp4`) -> identity (as written), in the order of the file.
+    `known_clips` (without `.mp4`) decides, then the file name (train_gt is direct, val_gt and
+    test_gt are inverted), then the column that holds whole numbers. A byte order mark, CRLF, tabs,
+    blank lines and additional spaces are ignored. White space within a name is written as in a URL,
+    `First%20Last`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -422,17 +389,10 @@ def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
-    """Reads weights of clips from a text file of `NAME.mp4 WEIGHT` lines.
+    """Returns [N] float32 weights from a text file of `NAME.mp4 WEIGHT` lines, 1 for other clips.
 
     As in the ground truth, a byte order mark, CRLF, tabs, blank lines, additional spaces and a
     missing `.mp4` are ignored.
-
-    Args:
-      path: the text file.
-      clips: names without `.mp4`, in the order of the weights.
-
-    Returns:
-      [N] float32, not negative; 1 for a clip that the file does not name.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -476,13 +436,7 @@ def _weight(text: str, where: str) -> float:
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
     """Warns of clips that a text file names and no feature file holds.
 
-    Args:
-      path: the text file.
-      named: the clips that it names.
-      clips: the clips of the feature files.
-
-    Raises:
-      ValueError: more than 1 % of the named clips are unknown, or all are.
+    Raises ValueError if more than 1 % of the named clips are unknown, or all are.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
@@ -509,8 +463,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the distinct identities, ordered by number if all are whole numbers, else by name.
 
-    Raises:
-      ValueError: one number is written in two ways, such as 7 and 007.
+    Raises ValueError for one number written in two ways, such as 7 and 007.
     """
     distinct = sorted(set(names))
     if not all(map(_is_integer, distinct)):

@@ -93,17 +93,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and packs a dict of clips.
-
-        Args:
-          clips: clip -> modality -> features, as `vidjax.load_data` takes them.
-          modalities: modality -> feature width.
-          identities: names of the class columns.
-          quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
-
-        Raises:
-          ValueError: a clip is malformed; names clip, modality and field.
-        """
+        """Packs clip -> modality -> features, as `vidjax.load_data` takes them; see `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
@@ -121,7 +111,6 @@ class MemoryClips:
         """Checks and packs clips; warns if none has a modality of the run, but others instead.
 
         Args:
-          clips: the clips.
           modalities: modality -> feature width.
           identities: names of the class columns.
           quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
@@ -161,7 +150,7 @@ class MemoryClips:
             yield Batch(frames, clip_index, np.arange(rows) < len(chosen))
 
     def _padded(self, modality: str, clips: np.ndarray, rows: int, size: int) -> Frames:
-        """Returns Frames [rows, size] of some clips."""
+        """Returns Frames [rows, size]; rows and places without a frame are 0, with mask False."""
         flat = self._packed.get(modality)
         dtype = flat.features.dtype if flat else np.dtype(np.float16)
         frames = Frames(
@@ -195,16 +184,9 @@ def _as_clips(clips: Clips) -> Iterator[Clip]:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with the modalities that a run reads.
+    """Yields clips with the modalities of a run alone; ValueError for a clip with others alone.
 
-    Args:
-      clips: the clips.
-      modalities: modality -> feature width, of the run.
-      names: collects clean name -> name as it was given.
-      unread: collects the names of all other modalities.
-
-    Raises:
-      ValueError: a clip has modalities, but none that the run reads.
+    `names` collects clean name -> name as it was given, `unread` the names of other modalities.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
@@ -275,16 +257,15 @@ def load_clips(
 ) -> MemoryClips:
     """Returns the clips of a folder or of a parquet table.
 
-    Frames that are not finite are left out, with a warning that counts them.
-
-    Official pickles are read in the sandbox into files that the memory maps. Names of clips in
-    tables and `.npz` files stay as they are; those in pickles lose their `.mp4`.
+    Frames that are not finite are left out, with a warning that counts them. Official pickles are
+    read in the sandbox into files that the memory maps. Names of clips in tables and `.npz` files
+    stay as they are; those in pickles lose their `.mp4`.
 
     Args:
       path: the folder or the table.
       modalities: modality -> feature width, of the run that will score the clips.
       identities: names of the class columns.
-      split: the split to read; None where the folder has one alone.
+      split: the split to read; None if the folder has only one.
       quality: the quality of frames, as the run was trained; see `frame_fields.Quality`. A modality
         of official pickles without a quality has 0 with `given`, as in training.
 
@@ -314,10 +295,6 @@ def load_people(
     """Returns the clips of a folder with a folder for each person, and clip -> person.
 
     A clip `FOLDER/PERSON/CLIP.npz` is named `PERSON/CLIP`: two people may have a `1.npz` each.
-
-    Args:
-      path: the folder.
-      modalities, quality: see `load_clips`.
 
     Raises:
       ValueError: a clip is malformed, or the folders are splits of a dataset.

@@ -51,7 +51,7 @@ def place_of(clip: Clip, modality: str) -> str:
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of one clip in one modality.
+    """Checks the frames of one clip in one modality and orders them by frame number.
 
     Args:
       value: features [T, D] or [D], or a dict of `features` and fields of FRAME_FIELDS.
@@ -59,11 +59,8 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
       quality: the quality of frames, see `frame_fields.Quality`.
 
     Returns:
-      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS,
-      ordered by frame number; an empty dict for a clip without frames.
-
-    Raises:
-      ValueError: values other than numbers, or shapes that do not fit.
+      field -> array: `features` [T, D] in their dtype (native byte order) and all FRAME_FIELDS; an
+      empty dict for a clip without frames.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
@@ -138,7 +135,7 @@ def pack(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
-    """Checks the clips of one split and joins their frames to flat arrays.
+    """Checks the clips of one split and joins their frames to flat arrays, modality -> frames.
 
     Args:
       clips: the clips, every name once.
@@ -146,9 +143,6 @@ def pack(
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
       quality: the quality of frames, see `frame_fields.Quality`.
-
-    Returns:
-      modality -> its frames, flat.
 
     Raises:
       ValueError: a clip comes twice, is malformed, or has another width or dtype than most; names
@@ -280,12 +274,10 @@ class _Packer:
             self._arrays[name].append(column)
 
     def close(self) -> None:
-        """Closes the files."""
         for file in self._files.values():
             file.close()
 
     def finish(self) -> PackedClips:
-        """Returns the flat arrays."""
         self._decide()
         for clip, frames in self._waiting:  # no clip has a frame
             self._append(clip, frames)
@@ -304,7 +296,6 @@ class _Packer:
         )
 
     def _frames(self, total: int) -> Mapping[str, np.ndarray]:
-        """Returns field -> the frames of all clips."""
         if self._folder:
             return FlatFiles(self._folder, self._dtype, self._width, total)
         none = {name: np.empty(field.shape(0), field.dtype) for name, field in FRAME_FIELDS.items()}

@@ -1,7 +1,7 @@
 """Child processes of this program, several at once.
 
-The pools of Python begin by importing the user's program again in each child, which would run one
-that has no `if __name__ == "__main__"`. So a child here runs a module of this package.
+The pools of Python import the user's program again in each child, which would run a program without
+`if __name__ == "__main__"`. So a child here runs a module of this package.
 """
 
 import os
@@ -37,13 +37,8 @@ class Children:
         """Runs a module of this package and returns the ended child, whatever its exit status.
 
         Args:
-          module: the module.
-          *words: its arguments.
-          given: its input.
-          timeout: seconds after which it is killed.
-
-        Raises:
-          subprocess.TimeoutExpired: it was killed by the timeout.
+          module: the module, given `words` as arguments and `given` as input.
+          timeout: seconds after which the child is killed, which raises subprocess.TimeoutExpired.
         """
         # It imports from the same folders as this process, and not from its current directory.
         # Every BLAS thread would reserve address space of its own. The allocator of glibc would
@@ -77,7 +72,7 @@ class Children:
         return subprocess.CompletedProcess(child.args, child.returncode, output, errors)
 
     def stop(self) -> None:
-        """Kills all of them, and lets no other start."""
+        """Kills all children and lets no other start."""
         with self._lock:
             self._stopped = True
             for child in self._started:
@@ -91,18 +86,10 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Calls a function, which runs a child, with each item; some at once, in threads that wait.
+    """Calls a function, which runs a child, with each item, `workers` at once; returns the results.
 
-    The first error ends all children at once.
-
-    Args:
-      function: gets the children and an item.
-      items: the items; they begin in this order.
-      workers: how many at once.
-      progress: the title of a progress bar; empty for none.
-
-    Returns:
-      the result of each item.
+    Items begin in their order; threads wait for the children. The first error kills all children.
+    `progress` is the title of a progress bar; empty for none.
     """
     children = Children()
     # A child has three pipes, and some more while it starts.

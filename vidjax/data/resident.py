@@ -101,11 +101,10 @@ class Layout(NamedTuple):
     Attributes:
       train_splits: the training splits, in the order of the tables.
       splits: the training splits and the split to evaluate.
-      modalities: the modalities that are read.
       num_frames: modality -> number of frames, copies included.
       best: (split, phase, modality) -> T. In that phase, `train` or `eval`, a clip of more than T
         frames shows its best T alone, which are stored as a copy.
-      nbytes: size of all of it.
+      nbytes: bytes of all frames.
     """
 
     train_splits: tuple[str, ...]
@@ -117,16 +116,7 @@ class Layout(NamedTuple):
 
 
 def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
-    """Plans which clips are resident, from the lengths of the clips alone.
-
-    Args:
-      data: the clips.
-      plan: the batches of training.
-      eval_split: the split to evaluate.
-
-    Raises:
-      ValueError: an unknown split, or one without a modality.
-    """
+    """Plans which clips are resident, from the lengths of the clips alone."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():
@@ -151,11 +141,7 @@ def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
 def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
     """Returns `resident` or `streaming`; the free memory decides for `auto`.
 
-    Args:
-      mode: `config.data.mode`, one of MODES.
-      layout: the clips that would be resident.
-      mesh: the devices.
-      num_drawn: number of clips in all batches of the run.
+    `num_drawn` counts the clips in all batches of the run.
 
     Raises:
       ValueError: an unknown mode, or `resident` with more clips or frames than an int32 counts.
@@ -197,11 +183,7 @@ class Resident:
     """
 
     def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):
-        """Reads every clip of the layout once.
-
-        Raises:
-          ValueError: damaged records, or a clip did not come exactly once.
-        """
+        """Reads every clip of the layout once; ValueError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         fillers = {
@@ -261,11 +243,9 @@ def _place(
     clip_index: np.ndarray,
     phases: Sequence[tuple[np.ndarray, int | None]],
 ) -> None:
-    """Appends the frames of n clips and notes where they are.
+    """Appends the frames of n clips of one modality and notes their places in tables.
 
     Args:
-      filler: the frames of one modality.
-      packed: Packed of the n clips.
       clip_index: [n] int32.
       phases: for each phase its table [2, N] (first frame, number of frames) and T; a clip of more
         than T frames gets a copy of its best T frames, unless T is None.
@@ -291,9 +271,6 @@ def _locate(
     Args:
       frames: modality -> all frames of the dataset.
       tables: (split, phase, modality) -> [2, N], first frame and number of frames of each clip.
-      mesh: the devices.
-      splits: names of the splits, in the order of the clips.
-      phase: `train`, in which long clips are cropped, or `eval`.
     """
     located = {}
     for name, packed in frames.items():
@@ -354,7 +331,6 @@ class _Filler:
         return begin
 
     def _flush(self) -> None:
-        """Copies the chunk to the devices."""
         part = [chunk[: self._held] for chunk in self._chunk]
         part = devices.replicate(self._mesh, part)
         self._arrays = _put(self._arrays, part, np.int32(self._done))

@@ -99,7 +99,6 @@ def open_source(
     Raises:
       ValueError: an unknown name, no directory where one is needed, or misnamed files.
       FileNotFoundError: no data in the directory.
-      NotGenerated: the dataset has yet to be generated, and `generate` is False.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -169,8 +168,7 @@ def _synthetic_options(data: Section) -> SyntheticOptions:
 def describe(data: Section) -> str:
     """Returns the name of a dataset, with size, seed and changed options if it is generated.
 
-    Args:
-      data: the section `data` of a configuration, possibly of another version.
+    `data` is the section `data` of a configuration, possibly of another version.
     """
     name = data.get("name", "")
     if not is_generated(name):
