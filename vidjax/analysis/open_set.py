@@ -39,7 +39,7 @@ def measure(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of best scores, or {}; the first bin takes all below the 0.5 % point."""
+    """Returns histograms of best scores, or {}; the first bin has all below the 0.5 % quantile."""
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
         return {}
