@@ -123,26 +123,14 @@ def blend_runs(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks a split by the blended scores of several trained runs, and writes the results.
+    """Ranks a split by the blended scores of several trained runs, and returns the metrics.
 
     The score of a clip is the weighted mean of the probabilities that the runs give it, or of their
     logarithms. Greedy weights are fitted on `config.join.split`, by members that were not trained
-    on its clips. They are written into the folder's `config.json`; later evaluations of it use
-    them.
+    on its clips, and written into the folder's `config.json`: later evaluations of it use them.
 
-    Args:
-      config: with `join.runs`. Where `data.dir`, `data.cache_dir` and `joined.OWN_FIELDS` differ
-        from their defaults, they replace those of every run.
-      workdir: the folder of the blended results.
-      load: configuration -> dataset.
-      num_devices: devices to use; None for all.
-
-    Returns:
-      The metrics.
-
-    Raises:
-      ValueError: runs of different clips or identities, or weights that do not fit them.
-      CheckpointError: a run has no usable checkpoint.
+    In `config`, `data.dir`, `data.cache_dir` and OWN_FIELDS replace those of every run where they
+    differ from their defaults. Runs of different clips or identities are refused.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -232,7 +220,6 @@ def _restore_all(
     datasets: dict[str, TrainingData],
     mesh: Mesh,
 ) -> list[TrainedModel]:
-    """Restores all runs; `datasets` keeps what was loaded, by configuration."""
     models = []
     for name in config.join.runs:
         run_config = _run_config(config, name)
@@ -285,11 +272,7 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
 
 
 def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> list[float]:
-    """Chooses weights, which sum to 1, by the MAP on clips that no scoring member knows.
-
-    Raises:
-      ValueError: the split has no ground truth, or a run was trained on it without folds.
-    """
+    """Chooses weights, which sum to 1, by the MAP on clips that no scoring member knows."""
     split_name = config.join.split
     split, block_size = models[0].data.split(split_name), config.eval.block_size
     if not split.labelled or not split.positives.any():
@@ -321,7 +304,7 @@ def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
     """Returns the clips that any of R runs lists for an identity, [C, R k] int32, ascending.
 
     NO_CLIP stands for repeated clips. Weights are fitted on these clips only: a clip that no run
-    ranks among its best 100 rarely enters those of the blend. The final ranking has all clips.
+    ranks among its best 100 rarely enters those of the blend.
     """
     clips = np.sort(np.concatenate([top.index for top in tops], axis=1), axis=1)
     clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
@@ -337,8 +320,8 @@ def gather_scores(
 ) -> np.ndarray:
     """Scores a split once more; returns the candidates' scores, [R, C, n] float64 logarithms.
 
-    Which clips are candidates is known after a first pass; to keep all of its scores would take
-    four bytes for each clip, identity and run. Scores are -inf where there is no clip.
+    Candidates are known after a first pass; to keep all of its scores would take four bytes for
+    each clip, identity and run. Scores are -inf where there is no clip.
     """
     wanted = jnp.asarray(clips)
     gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
@@ -370,15 +353,10 @@ def _gather(
 def greedy_weights(
     value_of: Callable[[np.ndarray], float], num_runs: int, rounds: int
 ) -> tuple[np.ndarray, float]:
-    """Adds one run after another, with repetition, always the one that makes the value largest.
+    """Adds one run of R after another, with repetition, always that which makes the value largest.
 
-    Args:
-      value_of: counts [R] of the added runs -> the value of that blend.
-      num_runs: R.
-      rounds: runs that are added.
-
-    Returns:
-      The weights [R] of the best blend of all rounds, which sum to 1, and its value.
+    `value_of` takes counts [R] of the added runs. Returns the weights [R] of the best blend of all
+    rounds, which sum to 1, and its value.
 
     Source: selection with replacement of Caruana et al. 2004, Ensemble Selection from Libraries of
     Models. Ours: without their sorted initialisation and without bagging.

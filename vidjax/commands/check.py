@@ -21,9 +21,8 @@ def add_flags(parser: Parser) -> None:
 def settings(args: argparse.Namespace) -> tuple[Config | None, Path | None]:
     """Returns the configuration and the folder to check.
 
-    The folder is None where the configuration of `--config` is checked with its data; both are None
-    where only the environment is checked. The configuration is None where that of the run is
-    damaged, which the check then reports.
+    The folder is None where `--config`, or the environment alone, is checked. The configuration is
+    None for the environment alone, or where that of the run is damaged, which the check reports.
     """
     if args.workdir and args.config:
         raise UserError(

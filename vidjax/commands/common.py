@@ -1,7 +1,6 @@
 """What commands share: flags, checks before data are read, the run's folder, its summary.
 
-Every function imports what it needs: a mistake in a flag is told before the libraries, which take
-seconds, are loaded.
+Functions import what they need: a wrong flag is told before libraries load, which takes seconds.
 """
 
 import argparse
@@ -105,14 +104,9 @@ def summary(
     *,
     finished_before: bool = False,
 ) -> Result:
-    """Returns the scores of a run and the files to look at.
+    """Returns the scores of a run, `results` of `metrics.json`, and the files to look at.
 
-    Args:
-      config: the configuration of the command.
-      workdir: the run's folder.
-      results: the content of `metrics.json`.
-      seconds: time that the command took; None for a run that was finished before.
-      finished_before: whether nothing was trained now.
+    `seconds` is None for a run that was finished before.
     """
     found = _result_files(config, workdir)
     rows = _rows(config, workdir, results, seconds)
@@ -155,7 +149,6 @@ def _rows(
 
 
 def _result_files(config: Config, workdir: Path) -> dict[str, str]:
-    """Returns `ranking` and, if it exists, `report` -> path."""
     from vidjax.run import results as results_lib
 
     own_split = config_io.load_workdir(workdir).eval.split

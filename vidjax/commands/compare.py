@@ -1,7 +1,6 @@
 """`vidjax compare`: runs on the same clips, with intervals for the differences of their MAP.
 
-No model is run. The average precisions come from `analysis.npz`, or else from `ranking.txt` and the
-ground truth.
+No model is run: average precisions come from `analysis.npz`, or `ranking.txt` and ground truth.
 """
 
 import argparse
@@ -44,15 +43,9 @@ def compare(
 ) -> tuple[str, dict[str, Any]]:
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
-    Args:
-      folders: the folders of two runs or more.
-      out: an existing folder for the files.
-      load: configuration -> `Dataset`, for a run without `analysis.npz`.
-      split: the split to compare on; None for the split that the runs' training evaluates.
-      directory: where the data lies now; None for `data.dir` of the runs.
-
-    Returns:
-      A table for the terminal, and the numbers for a program, see `comparison_page.as_json`.
+    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. `load` loads the
+    data of a run without `analysis.npz`. `split` is by default that which the runs' training
+    evaluates; `directory`, where the data lies now, `data.dir` of the runs.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html
@@ -205,7 +198,6 @@ def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
 
 
 def _read_analysis(path: Path) -> Averages | None:
-    """Returns the average precisions in an `analysis.npz`, None where it has none."""
     if not files.exists(path):
         return None
     analysis, arrays = results_lib.load_analysis(path)
@@ -221,7 +213,6 @@ def _score_ranking(
     split_name: str,
     metrics: Mapping[str, Any],
 ) -> Averages:
-    """Returns the average precisions of a `ranking.txt`, computed from the ground truth."""
     if metrics["map_kind"] == "out_of_fold":
         raise UserError(
             f"'{path.parent}': an out-of-fold MAP does not follow from '{path.name}' alone\n"

@@ -39,13 +39,9 @@ def run(args: argparse.Namespace) -> Result:
 
 
 class Row(NamedTuple):
-    """One field of a configuration.
+    """One field; `default` is None where only the file has it, as `model.embed_dim`.
 
-    Attributes:
-      field: its dotted name.
-      value: its value.
-      default: its default; None where only the file has the field, as `model.embed_dim`.
-      origin: DEFAULT, the name of a file, or COMMAND_LINE.
+    `origin` is DEFAULT, the name of a file, or COMMAND_LINE.
     """
 
     field: str
@@ -57,10 +53,7 @@ class Row(NamedTuple):
 def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
     """Yields every field of a configuration with `overrides`, in the order of the defaults.
 
-    Args:
-      config: the configuration without the overrides.
-      overrides: command-line words, as `config.override` takes them.
-      file: name of the file that the configuration comes from.
+    `config` is without the overrides, and comes from a `file` of that name.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed = set(override_names(overrides))

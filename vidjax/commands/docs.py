@@ -64,7 +64,6 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def _argument_table(experiments: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns the table of the arguments of all files, from file name -> argument -> meaning."""
     rows = [("all", f"`{word}`", meaning) for word, meaning in SCALE_WORDS.items()]
     for name, words in experiments.items():
         own = words.keys() - SCALE_WORDS.keys()
@@ -74,7 +73,6 @@ def _argument_table(experiments: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _field_tables(known: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns one table of fields for each group of a configuration."""
     tables = []
     for group in (None, *(row for row in TABLE if isinstance(row, Group))):
         prefix = group.name if group else ""
@@ -98,7 +96,6 @@ def _cell(value: object) -> str:
 
 
 def _name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
-    """Returns one table of names for all fields that take the same ones, and one of the metrics."""
     shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for field, names in known.items():
         shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
@@ -117,11 +114,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def replace_section(page: str, name: str, content: str) -> str:
-    """Returns a page with new content between `<!-- NAME -->` and `<!-- /NAME -->`.
-
-    Raises:
-      ValueError: the page has no such section, or more than one.
-    """
+    """Returns a page with new content between its one `<!-- NAME -->` and `<!-- /NAME -->`."""
     pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
     if count != 1:

@@ -36,9 +36,6 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of a run and its folder, for this command and for `merge`.
 
     With `--runs` the folder is that of the joined results, and the configuration names the runs.
-
-    Raises:
-      UserError: a mistake in the flags, or no run in the folder.
     """
     for name in config_io.override_names(args.overrides):
         if config_lib.within(name, TRAINED):
@@ -152,11 +149,7 @@ def _run_part(args: argparse.Namespace, began: float) -> Result:
 def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
     """Reads the files that an evaluation needs and does not write, before the data is loaded.
 
-    The user sets the fields `given`.
-
-    Raises:
-      ValueError: a file is damaged, or the user has to name the folder of the data.
-      CheckpointError: there is no usable checkpoint.
+    `given` are the fields that the user sets: a folder of data among them is taken as named.
     """
     from vidjax.evaluation import run_data
     from vidjax.evaluation.restore import find_run
@@ -182,17 +175,12 @@ def evaluate(
 
     Args:
       config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder.
       data: the clips; they need not be those of the training, nor have a ground truth.
-      num_devices: devices to use; None for all. Scores do not depend on it.
+      num_devices: None for all. Scores do not depend on it.
       analyse: whether to write the analysis and the report, too.
 
     Returns:
       The metrics of this evaluation. `metrics.json` also keeps those of the training.
-
-    Raises:
-      ValueError: the data does not fit the run.
-      CheckpointError: there is no usable checkpoint.
     """
     from vidjax import devices
     from vidjax.analysis import analysis

@@ -1,8 +1,7 @@
 """What `vidjax check` finds: environment, configuration, data and run, each found good or damaged.
 
-A check reads and reports. It deletes and repairs nothing, and takes no lock: a run may go on
-meanwhile, and a file that the run deletes or has not finished writing is no fault. Data that no
-training has converted yet are converted into a folder that goes again, to open every file.
+A check repairs nothing and takes no lock: a run may go on meanwhile, and a file that it deletes or
+has not finished writing is no fault. Data without records are converted into a temporary folder.
 """
 
 import importlib.metadata
@@ -40,13 +39,7 @@ Findings = Iterator[tuple[str, str]]  # (state, text)
 
 
 class Item(NamedTuple):
-    """One line of a check.
-
-    Attributes:
-      state: OK, WARNING or FAULT.
-      subject: `environment`, `config`, `data`, `checkpoints` or `run`.
-      text: the finding, in one line.
-    """
+    """One line of a check; `state` is OK, WARNING or FAULT, `subject` such as `checkpoints`."""
 
     state: str
     subject: str
@@ -113,7 +106,6 @@ def _damaged_config(workdir: Path) -> Findings:
 
 
 def _results(path: Path) -> Findings:
-    """Yields the finding on a file of results, in JSON."""
     if path.name == "data_report.json":
         problems = list(wrong_sums(results_lib.load_data_report(path)))
         yield from ((FAULT, problem) for problem in problems)
@@ -151,7 +143,6 @@ def _ranking(path: Path) -> Findings:
 
 
 def _part_folders(workdir: Path, split: str) -> Findings:
-    """Yields the findings on the parts of an evaluation of a split."""
     name, counts, faults = f"{parts.FOLDER}/{split}", Counter[int](), list[ValueError]()
     for one, part in parts.find(workdir, split).items():
         try:
@@ -299,7 +290,6 @@ def _parts(
 
 
 def _values(config: Config) -> Findings:
-    """Yields a fault for every invalid value."""
     problems = list(config_lib.problems(config))
     if not problems:
         rehearsal.build(config, dict.fromkeys(config.modalities, rehearsal.WIDTH))
@@ -443,7 +433,6 @@ def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[
 
 
 def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
-    """Yields the finding on whether data are those that a run was trained and measured on."""
     manifests = checkpoint.manifests(Path(run))
     if not manifests:
         return
@@ -458,7 +447,6 @@ def _own_data(run: str, report: Mapping[str, Any]) -> Findings:
 
 
 def _counts_text(split_report: Mapping[str, Any]) -> str:
-    """Returns the numbers of clips, labels and frames of a split, in one line."""
     labels = "no ground truth"
     if split_report["labelled"]:
         labels = (

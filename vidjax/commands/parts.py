@@ -1,12 +1,10 @@
 """An evaluation in parts: `--mode=evaluate --shard=k/n` scores a part, `--mode=merge` joins all n.
 
-Processes may score parts at the same time, on machines that share the folder of the run or on
-others: they only read what is not theirs. What starts them, and again where one was stopped, is
-whatever batch system there is. Two that make the same part write the same bytes.
+Processes may score parts at the same time, on any machines: they only read what is not theirs, and
+two that make the same part write the same bytes.
 
-Joined are a ranking, its metrics and those of the members: neither features nor weights are read
-for them. The report shows scores of changed clips, too: they are measured on a sample of 2,000
-clips, here as at the end of any evaluation, and by the weights.
+Joined are a ranking, its metrics and those of the members, without features or weights. The report
+alone reads them, to measure a sample of 2,000 changed clips, as at the end of any evaluation.
 """
 
 import dataclasses
@@ -46,12 +44,7 @@ ROWS = 4096  # identities whose lists are sorted at a time
 
 
 class Made(NamedTuple):
-    """The part that a command was to make.
-
-    Attributes:
-      part: the part.
-      before: True if it was there before, and nothing was scored.
-    """
+    """A part, and whether it was there before and nothing was scored."""
 
     part: Part
     before: bool
@@ -65,19 +58,7 @@ def evaluate_part(
     *,
     num_devices: int | None = None,
 ) -> Made:
-    """Scores a part of a split with the weights of a run, and writes what a ranking needs of it.
-
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      workdir: the run's folder; only the file of the part is written.
-      data: the clips.
-      shard: which part.
-      num_devices: devices to use; None for all. Scores do not depend on it.
-
-    Raises:
-      ValueError: the data does not fit the run.
-      CheckpointError: there is no usable checkpoint.
-    """
+    """Scores a part of a split with the weights of a run, and writes what a ranking needs of it."""
     began = time.monotonic()
     run = find_run(config, workdir)
     data = fit_data(data, config, workdir, run)
@@ -205,10 +186,9 @@ def choose_clips(
 ) -> np.ndarray:
     """Returns [n] int32, the clips of part `number` of `count` of a split, in ascending order.
 
-    A part is a range of the records: it reads the files that its range lies in and no other one,
-    and at most two of them are read by other parts, too. Strided parts would each read all files.
-    The ranges cost about the same: the cost of a clip is the number of frames to which evaluation
-    pads it, because all rows of a block take the time of its longest one.
+    A part is a range of the records, so that it shares at most two files with other parts; strided
+    parts would each read all files. Ranges cost about the same: the cost of a clip is the number of
+    frames to which evaluation pads it, because rows of a block take the time of its longest one.
     """
     num_clips = len(data.split(split).clips)
     if count > num_clips:
@@ -226,9 +206,6 @@ class ClipSubset:
 
     Their `clip_index` counts through the part, in the order of the whole split, so tables of a part
     are as long as the part. They are padded as in the whole split.
-
-    Attributes:
-      identities: names of the class columns.
     """
 
     def __init__(self, data: ClipSource, split: str, chosen: np.ndarray):
@@ -272,21 +249,9 @@ def merge(
     overrides: Sequence[str] = (),
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Joins the parts of an evaluation, and writes the results into the run's folder.
+    """Joins the parts of an evaluation, writes the results into the run's folder, and returns them.
 
-    Args:
-      config: the run's configuration, with the overrides of the evaluation.
-      workdir: the run's folder.
-      data: the clips.
-      overrides: the words of these overrides, for the commands that errors name.
-      num_devices: devices that measure the sample of the report; None for all.
-
-    Returns:
-      The metrics of the evaluation. Its times are sums over the parts.
-
-    Raises:
-      ValueError: a part is missing, damaged, or of another evaluation.
-      CheckpointError: there is no usable checkpoint.
+    `overrides` are the words that errors name in commands. Times are sums over the parts.
     """
     began = time.monotonic()
     run = find_run(config, workdir)
@@ -337,12 +302,8 @@ def join_clips(
 ) -> tuple[ClipScores, np.ndarray, analysis.Seen | None]:
     """Joins what the parts hold of their clips, of which those of `pool` [N] bool are ranked.
 
-    Returns:
-      The best scores, NaN where any score is; the part that each clip is in, [N] int; and what was
-      seen while the clips were scored, None unless every part has it.
-
-    Raises:
-      ValueError: a file is damaged, or a clip is in two parts or in none.
+    Returns the best scores, NaN where any score is; the part that each clip is in, [N] int; and
+    what was seen while the clips were scored, None unless every part has it.
     """
     count = len(split.clips)
     best, right = np.full(count, -np.inf, np.float32), np.zeros(count, bool)
@@ -410,10 +371,9 @@ def _check(part: Part, fits: object) -> None:
 
 
 def renumber(top: TopK, chosen: np.ndarray) -> TopK:
-    """Returns the sorted top k of a part by the clip indices of the whole split.
+    """Returns the sorted top k of a part, its clips `chosen` [n] numbered as in the whole split.
 
-    Places that are empty for every identity, because the part has fewer clips, are left out; the
-    clips of the part are `chosen` [n] int, in ascending order.
+    Places that are empty for every identity, because the part has fewer clips, are left out.
     """
     width = min(len(chosen), np.shape(top.index)[1])
     index = np.asarray(top.index)[:, :width]
@@ -425,8 +385,7 @@ def renumber(top: TopK, chosen: np.ndarray) -> TopK:
 def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> TopK:
     """Returns the sorted top k of all clips, from those of parts that have no clip in common.
 
-    Clips are numbered as in the whole split, so the best k of the union are the best k of all
-    clips, bit for bit. No score is NaN.
+    The best k of the union are the best k of all clips, bit for bit. No score is NaN.
     """
     nothing = _keys(np.full((1, k), -np.inf, np.float32), np.full((1, k), NO_CLIP))
     best = np.repeat(nothing, num_identities, axis=0)
@@ -461,9 +420,7 @@ def choose_parts(
 ) -> list[Part]:
     """Returns the parts of a ranking that agree with `facts`: all n of some n.
 
-    Raises:
-      ValueError: no n has all its parts; the error tells of the n that lacks least, and how to make
-        what is missing by a command with `overrides`.
+    The error tells of the n that lacks least, and of the command that makes what is missing.
     """
     split = facts["split"]
     found = parts_lib.find(workdir, split)

@@ -22,11 +22,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, Path]:
-    """Returns the configuration to train and the run's folder.
-
-    Raises:
-      UserError: a mistake in the flags, or a value that no training can use.
-    """
+    """Returns the configuration to train and the run's folder."""
     if not args.config:
         raise UserError("train needs --config=FILE, e.g. --config=configs/mma.py")
     if args.workdir == "":

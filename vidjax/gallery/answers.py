@@ -1,9 +1,9 @@
 """Answers of a gallery as a table for the eye, or as a file, see `vidjax.tables`.
 
 A line of .tsv or .csv is a clip: clip, identity, probability, score, best_1, probability_1, ... A
-line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. The identity of an
-unknown clip is null, an empty cell. The score is the logarithm of the probability; that of a
-clip without a usable frame is -inf, null in .jsonl.
+line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. Unknown is null, an
+empty cell. The score is the logarithm of the probability: -inf without a usable frame, null in
+.jsonl.
 """
 
 import itertools

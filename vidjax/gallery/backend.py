@@ -1,11 +1,10 @@
 """The back end of a gallery: the coordinates in which vectors are compared, and the settings.
 
 A clip is one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
-The back end is fitted from the vectors of labelled clips. It holds no vector of a clip, but sums
-over them; `fit` of other clips replaces it.
+`fit` keeps sums over the vectors of labelled clips, and no vector.
 
-What it computes of a vector is to the bit the same whatever is computed beside it: every coordinate
-is a dot product of its own, where a product of matrices rounds by the place of a row.
+Values of a vector are to the bit the same whatever is computed beside it: each coordinate is a dot
+product of its own, since a product of matrices rounds by the place of a row.
 """
 
 import dataclasses
@@ -27,13 +26,11 @@ MANY = 32  # vectors from which on threads are worth starting
 
 
 class Part(NamedTuple):
-    """One vector of every clip.
+    """A modality, or `embedding`, of every clip, with its float64 coordinates.
 
     Attributes:
-      name: of the modality, or `embedding`.
       centre: [D] float64, subtracted from unit vectors before they are made unit again; 0 where
         the run did that.
-      space: the coordinates, float64.
     """
 
     name: str
@@ -81,10 +78,9 @@ class Backend:
         return np.split(vectors, ends.tolist(), axis=1)
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates [Q, D] float64 of clips in every part; NaN where they lack it.
+        """Returns coordinates [M] of [Q, D] float64, NaN where a clip lacks the part.
 
-        Args:
-          parts: [M] of [Q, D] float32, 0 for clips that lack the part.
+        The vectors are [M] of [Q, D] float32, 0 where a clip lacks the part.
         """
         found = []
         for number, (part, x) in enumerate(zip(self.parts, parts, strict=True)):
@@ -94,7 +90,6 @@ class Backend:
         return found
 
     def _turn(self, number: int, shifted: np.ndarray) -> np.ndarray:
-        """Returns vectors [Q, D] times the transform of a part, float64."""
         if len(shifted) < MANY:
             return np.vecdot(shifted[:, None], self._axes[number])
         turned = threads().map(lambda row: np.vecdot(row, self._axes[number]), shifted)
@@ -103,10 +98,8 @@ class Backend:
     def enrol(self, vectors: np.ndarray, owner: np.ndarray, num_people: int) -> Coefficients:
         """Returns the coefficients of people, whose sums are added up clip by clip in order.
 
-        Args:
-          vectors: [N, sum of D] float32, their clips; 0 where a clip lacks a part.
-          owner: [N] int, the place of the person whom a clip shows.
-          num_people: P.
+        `vectors` are [N, sum of D] float32, 0 where a clip lacks a part; `owner` is [N] int, the
+        place of the person whom a clip shows.
         """
         linear, constants, counts = [], [], []
         for number, x in enumerate(self.split(vectors)):
@@ -150,14 +143,10 @@ def fit(
     settings: Settings | None = None,
     seed: int = 0,
 ) -> Backend:
-    """Fits a back end.
+    """Fits a back end to the unit vectors of labelled clips, part -> [N, D] float32.
 
-    Args:
-      vectors: part -> [N, D] float32, unit vectors; 0 for clips that lack the part.
-      labels: [N] int, classes from 1.
-      centred: True for vectors from which the run has subtracted a centre.
-      settings: given settings; None to fit them, too.
-      seed: of the fit of settings.
+    A clip that lacks a part is 0. `labels` are [N] int, classes from 1. `centred` is True for
+    vectors from which the run has subtracted a centre. Settings that are None are fitted, too.
     """
     tell_of_few(labels, say)
     if settings is None:

@@ -15,11 +15,10 @@ class Threshold(NamedTuple):
     """A threshold and what is known of its rate.
 
     Attributes:
-      fpir: the rate of false alarms that was asked for: the share of strangers who get a name.
+      fpir: the wanted share of strangers who get a name.
       score: logarithm of the lowest probability at which the best identity is named.
-      num_identities: N, the number of people that a stranger was compared with.
-      num_strangers: clips of strangers that the threshold was set on.
-      num_alarms: how many of them reach it.
+      num_identities: people that each stranger was compared with.
+      num_alarms: clips of strangers that reach it.
       low, high: interval of the rate for clips like these, at 95 % confidence.
     """
 
@@ -36,13 +35,12 @@ class Rule(NamedTuple):
     """When a clip gets the name of its best identity.
 
     Attributes:
-      by: `threshold`, the probability that the user chose; `fpir`, the score that a share of the
-        strangers reaches; `new`, where no stranger can tell.
+      by: `threshold`, the user's probability; `fpir`, the score that a share of the strangers
+        reaches; `new`, where there are too few strangers.
       score: logarithm of the lowest probability of a name. But with `threshold` somebody new must
         not be more probable, either.
-      default: whether the user chose nothing.
-      found: what is known of the score; None but for `fpir`.
-      about: the rule in words.
+      default: True if the user chose nothing.
+      found: None but for `fpir`.
     """
 
     by: Literal["threshold", "fpir", "new"]
@@ -114,15 +112,10 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Sets a threshold on the best scores of strangers.
+    """Sets a threshold on the best scores of strangers, and counts those that reach it.
 
-    Args:
-      best: [S] float64, the logarithm of the best identity's probability of every stranger.
-      fpir: the rate, above 0 and below 1.
-      num_identities: the number of identities that they were compared with.
-
-    Raises:
-      ValueError: the rate is no such number, or fewer than 1 / fpir strangers cannot show it.
+    `best` is [S] float64, the logarithm of the best identity's probability of every stranger. Fewer
+    than 1 / fpir strangers cannot show the rate: UserError.
 
     Source: FPIR of ISO/IEC 19795-1.
     """

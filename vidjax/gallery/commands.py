@@ -59,11 +59,7 @@ vidjax/gallery/README.md tells the whole way.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code, see `messages.guarded`.
-
-    Args:
-      argv: the words after the program's name; None for those of the process.
-    """
+    """Runs a command, by default of the process's words; returns the code of `messages.guarded`."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -77,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command, see `messages.parse`.
-
-    Raises:
-      UserError: an unknown command or flag, one that is missing, or a value that cannot be.
-    """
+    """Returns the flags of a command, see `messages.parse`."""
     prog = "vidjax gallery" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.gallery"
     own = messages.split_overrides(words)[0]
     name = next((word for word in own if not word.startswith("-")), None)
@@ -104,7 +96,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _flags(
     *names: str, needs: Sequence[str] = (), fields: bool = False
 ) -> Callable[[Parser], None]:
-    """Returns what adds the folder of the gallery, and some flags of FLAGS, to a parser."""
+    """Returns the function that adds the folder of the gallery and some of FLAGS to a parser."""
 
     def add_flags(parser: Parser) -> None:
         parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
@@ -200,7 +192,6 @@ def _number(text: str, flag: str) -> float:
 
 
 def _of(count: int, noun: str) -> str:
-    """Returns a number of things, such as `1 clip`, `2 clips`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -209,7 +200,7 @@ def _counts(
     done: Mapping[str, str] = MappingProxyType({}),
     content: Mapping[str, object] = MappingProxyType({}),
 ) -> Result:
-    """Returns what was done to a gallery, as rows and for JSON, and its size."""
+    """Returns rows and JSON of what was done to a gallery, and its size."""
     sizes = {
         "people": len(gallery.identities),
         "clips": sum(gallery.identities.values()),
@@ -252,7 +243,6 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
-    """Returns the clips of a command."""
     from vidjax.api import load_data
     from vidjax.data.memory import load_clips
 

@@ -7,19 +7,17 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-A person is, in each modality, a number of clips and the sum of their vectors. Enrolling adds to
-them and removing subtracts: answers equal, to the bit, those of a gallery that was made at once of
-the clips that are there, with the same back end. `refit` fits the back end to these, too.
+A person is, in each modality, a number of clips and the sum of their vectors. Answers equal, to the
+bit, those of a gallery made at once of the same clips with the same back end.
 
-An open gallery answers from what the folder holds at that moment, whoever changed it. In memory it
-is one `State`, which is replaced and never changed: an answer that is under way in another thread
-goes on with the one it began with. A change is written first, so an error leaves both as they were.
+An open gallery answers from what the folder holds at that moment, whoever changed it. A `State` is
+replaced and never changed: an answer under way in another thread goes on with the state it began
+with. A change is written first, so an error leaves folder and memory as they were.
 
-The folder forgets who is removed, the back end included: from its centre and the other clips a
-removed one could be computed again, so where it was fitted to a clip that goes, `remove` fits it
-anew. The run does not forget. Its weights, or the centre of a PLDA run, were made of its training
-clips, as is the back end of a gallery made with `empty`, to which its training clips were fitted
-that are not in the gallery: only another training without them forgets them.
+The folder forgets who is removed: `remove` fits the back end anew where it was fitted to a clip
+that goes, since from its centre and the other clips the vector could be computed again. The run
+does not forget its training clips, nor does the back end of a gallery made with `empty`, which was
+fitted to them: only another training without them forgets them.
 """
 
 import contextlib
@@ -70,7 +68,7 @@ class Answer(NamedTuple):
     Attributes:
       identity: the person; None for unknown.
       probability: of the best identity; 0 for a clip without a usable frame.
-      score: the logarithm of it, which tells clips apart whose probability is almost 1.
+      score: its logarithm, which tells clips apart whose probability is almost 1.
       best: the best identities with their probabilities, best first.
     """
 
@@ -81,13 +79,7 @@ class Answer(NamedTuple):
 
 
 class Enrolment(NamedTuple):
-    """What became of clips that were to be enrolled.
-
-    Attributes:
-      enrolled: how many are new.
-      unchanged: how many were there already, the same.
-      refused: clips without a usable frame, which show nobody.
-    """
+    """Numbers of new and of known clips, and names of refused ones, without a usable frame."""
 
     enrolled: int
     unchanged: int
@@ -95,12 +87,9 @@ class Enrolment(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """The best clips of every person.
+    """The best clips of C people, in the order of a submission, among N clips, in that of names.
 
-    Attributes:
-      identities: C people, in the order of a submission.
-      clips: N clips, in the order of names.
-      top: [C, 100] scores and places in `clips`, as numpy arrays.
+    `top` has scores and places in `clips`, [C, 100], as numpy arrays.
     """
 
     identities: tuple[str, ...]
@@ -121,7 +110,12 @@ class Ranked(NamedTuple):
 
 
 class Gallery:
-    """A gallery in a folder."""
+    """A gallery in a folder.
+
+    `clips` are a dataset, with its `split`, or clips in memory as `Predictor.embed` takes them. A
+    change raises ValueError while another process changes the gallery, and OSError where it cannot
+    be written; nothing is changed then, unless the error says so.
+    """
 
     def __init__(
         self, folder: str | Path, *, run: Predictor | str | Path | None = None, sync: bool = False
@@ -132,8 +126,8 @@ class Gallery:
           folder: the gallery.
           run: the run that it was made with, or its folder; None for the folder that the gallery
             names. It is restored at the first use.
-          sync: whether a change waits until the disk has it. A killed process leaves the old state
-            or the new one in any case; with `sync` so does a power cut.
+          sync: a change waits until the disk has it. A killed process leaves the old state or the
+            new one in any case; with `sync` so does a power cut.
 
         Raises:
           ValueError: there is no gallery, or it is damaged; the error names the file.
@@ -156,9 +150,7 @@ class Gallery:
         empty: bool = False,
         sync: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of the training clips of a run, to which the coordinates are fitted.
-
-        The settings are those of a PLDA run, or fitted.
+        """Makes a gallery of the training clips of a run; settings are those of PLDA, or fitted.
 
         Args:
           folder: a folder that is new, or empty.
@@ -166,12 +158,11 @@ class Gallery:
           data: the dataset of the run; None to load it.
           strangers: the split whose clips without a label are strangers; None for the evaluated
             split, where that has labels.
-          empty: whether nobody is enrolled: only the coordinates and the strangers are kept.
-          sync: see above.
+          empty: keeps the coordinates and the strangers, and enrols nobody.
+          sync: as in the constructor.
 
         Raises:
           ValueError: the folder holds something else, or no clip has a label.
-          OSError: the gallery cannot be written.
         """
         run = _restored(run)
         if data is None:
@@ -299,21 +290,13 @@ class Gallery:
         return {name: len(clips) for name, clips in groups.items() if name != STRANGER}
 
     def refresh(self) -> None:
-        """Reads the gallery anew if it was changed, by this process or another one.
-
-        Raises:
-          ValueError: the folder holds no gallery any more, or it is damaged.
-        """
+        """Reads the gallery anew if this process or another one has changed it."""
         if self._store.sha256() != self._state.sha256:
             self._state = self._store.read()
 
     @property
     def run(self) -> Predictor:
-        """The run that makes vectors.
-
-        Raises:
-          ValueError: it is not there, or not the one that the gallery was made with.
-        """
+        """The run that makes vectors; ValueError where it is missing, or another one."""
         if self._checked is None:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
@@ -344,7 +327,7 @@ class Gallery:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[State]:
-        """Holds the folder, cleans up, and gives what it holds now."""
+        """Holds the folder, undoes a change that was cut off, and gives the state."""
         with self._store.lock():
             self._store.recover()
             self.refresh()
@@ -358,19 +341,17 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
     ) -> Enrolment:
-        """Enrols clips of people who are there already, or new.
+        """Enrols clips of people who are there already, or new; all or none.
 
         Args:
-          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          clips, split: see the class.
           identities: the person that all clips show, or clip -> person; None for the labels of the
             dataset. Clips that it does not name are left out.
-          split: the split of a dataset.
-          strangers: whether to add the clips without a label as strangers, instead.
+          strangers: adds the clips without a label as strangers, instead.
 
         Raises:
           ValueError: no clip has a label or a usable frame, clips do not fit the run, or one is
-            enrolled as somebody else's or with another vector. Nothing is enrolled then.
-          OSError: the change cannot be written. Nothing is enrolled then, unless it says so.
+            enrolled as somebody else's or with another vector.
         """
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
@@ -400,15 +381,11 @@ class Gallery:
         return Enrolment(new, len(chosen) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
-        """Adds clips of people and of strangers by their vectors; returns how many are new.
+        """Adds clips by their vectors, all or none; returns how many are new.
 
-        All or none. A clip that is there already, the same, is no change. A stranger may become a
-        person, but no person a stranger: such clips stay what they are.
-
-        Raises:
-          ValueError: a clip is malformed, or is there as somebody else's or with another vector; or
-            another process changes the gallery.
-          OSError: the change cannot be written.
+        A clip that is there already, the same, is no change. A stranger may become a person, but no
+        person a stranger: such clips stay what they are. Clips that are malformed, somebody else's
+        or there with another vector are refused.
         """
         for name, clip in clips.items():
             _check_clip(name, clip, sum(self.backend.widths.values()))
@@ -439,14 +416,12 @@ class Gallery:
 
         Args:
           identity: the person, or several.
-          clip: the clip, or several.
-          refit: whether to fit the back end anew, at once, where it was fitted to a clip that goes.
-            Until that is done the gallery counts as holding the clip, see `still_held`.
+          clip: the clip, or several, instead.
+          refit: fits the back end anew where it was fitted to a clip that goes. Until then the
+            gallery counts as holding the clip, see `still_held`.
 
         Raises:
-          ValueError: there is no such name, or both or none are given; or another process changes
-            the gallery.
-          OSError: the change cannot be written; nothing is removed then.
+          ValueError: there is no such name.
         """
         if (identity is None) == (clip is None):
             raise UserError("name one: remove(identity=NAME), or remove(clip=NAME)")
@@ -475,15 +450,7 @@ class Gallery:
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
-        Args:
-          identity: the person.
-          to: the new name.
-          merge: whether it may be that of another person, who is the same one.
-
-        Raises:
-          ValueError: nobody has the name, somebody has the new one, or another process changes the
-            gallery.
-          OSError: the change cannot be written.
+        With `merge` it may be the name of another person, who is the same one; else ValueError.
         """
         _check_word("identity", to)
         with self._changing() as state:
@@ -500,13 +467,7 @@ class Gallery:
             return len(names)
 
     def relabel(self, clip: str, identity: str) -> str | None:
-        """Says that a clip shows somebody else; returns who it showed, None for a stranger.
-
-        Raises:
-          ValueError: the clip is not there, or shows this person already; or another process
-            changes the gallery.
-          OSError: the change cannot be written.
-        """
+        """Says that a clip shows somebody else; returns who it showed, None for a stranger."""
         _check_word("identity", identity)
         with self._changing() as state:
             if clip not in state.clips:
@@ -526,11 +487,8 @@ class Gallery:
     def refit(self) -> None:
         """Fits coordinates and settings to the clips that are enrolled now.
 
-        Where nobody is enrolled, they become those of no clip if a removed one is in them still.
-
-        Raises:
-          ValueError: nobody is enrolled, or another process changes the gallery.
-          OSError: the change cannot be written.
+        Where nobody is enrolled, they become those of no clip if a removed one is in them still;
+        else ValueError.
         """
         with self._changing() as state:
             if not state.still_held:
@@ -538,7 +496,6 @@ class Gallery:
             self._write(state, refit=True)
 
     def _write(self, state: State, *, refit: bool) -> None:
-        """Writes the gallery as a new file, with a new back end if wanted."""
         version = state.version + 1
         if refit:
             widths = state.index.backend.widths
@@ -561,10 +518,8 @@ class Gallery:
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that a share of the gallery's strangers reaches.
 
-        The strangers are compared with all people once after every change.
-
-        Raises:
-          ValueError: nobody is enrolled, or the strangers cannot show the rate.
+        The strangers are compared with all people once after every change. ValueError where nobody
+        is enrolled, or the strangers cannot show the rate.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         self.refresh()
@@ -581,11 +536,7 @@ class Gallery:
         return calibration.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
-        """Returns when a clip gets a name; the arguments are those of `identify`.
-
-        Raises:
-          ValueError: both are given, nobody is enrolled, or the strangers cannot show the rate.
-        """
+        """Returns when a clip gets a name; arguments and errors are those of `identify`."""
         for name, value in (("fpir", fpir), ("threshold", threshold)):
             if value is not None:
                 check_argument(name, value, numbers.Real, "a number, or None")
@@ -616,14 +567,13 @@ class Gallery:
         """Returns clip -> who it shows; a clip without a usable frame is unknown.
 
         Args:
-          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
+          clips, split: see the class.
           k: number of identities in `Answer.best`, at most.
-          fpir: the share of strangers who may get a name, at most. Where somebody new is more
-            probable than the best identity, a clip is unknown, too. None: 0.01 where the gallery
-            has 100 strangers; else somebody new decides alone. `rule` tells.
+          fpir: the share of strangers who may get a name, at most; a clip is unknown, too, where
+            somebody new is more probable than the best identity. None: 0.01 where the gallery has
+            100 strangers; else somebody new decides alone.
           threshold: instead, the lowest probability of a name, whoever else is probable. (The
             threshold of `Predictor.identify` is a logarithm.)
-          split: the split of a dataset.
 
         Raises:
           ValueError: nobody is enrolled, the strangers cannot show the rate, or clips do not fit
@@ -640,12 +590,9 @@ class Gallery:
     def answers(
         self, parts: Sequence[np.ndarray], k: int = 5, rule: Rule | None = None
     ) -> Iterator[Answer]:
-        """Yields who clips show.
+        """Yields who clips show, of their vectors [M] of [Q, D] float32; see `identify`.
 
-        Args:
-          parts: [M] of [Q, D] float32, the vectors of clips.
-          k: number of identities in `Answer.best`, at most.
-          rule: when a clip gets a name; None for the rule of nothing chosen.
+        `rule` says when a clip gets a name; None for the rule of nothing chosen.
         """
         self.refresh()
         self._check_anybody()
@@ -668,15 +615,8 @@ class Gallery:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
-        Identities are in the order of a submission, and scores are logarithms of probabilities.
-
-        Args:
-          clips: a dataset, or clips in memory as `Predictor.embed` takes them.
-          fpir, threshold: where one is given, lists hold only clips that pass; see `identify`.
-          split: the split of a dataset.
-
-        Raises:
-          ValueError: nobody is enrolled, or clips do not fit the run.
+        Identities are in the order of a submission; scores are logarithms of probabilities. With
+        `fpir` or `threshold`, lists hold only clips that pass; see `identify` for the arguments.
         """
         chosen = fpir is not None or threshold is not None
         rule = self.rule(fpir=fpir, threshold=threshold) if chosen else None
@@ -688,13 +628,7 @@ class Gallery:
         rule: Rule | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> Ranked:
-        """Returns the ranking of clips for every person; see `rank`.
-
-        Args:
-          found: the vectors of clips.
-          rule: when a person is found in a clip; None to rank all clips.
-          advance: is told the number of clips of each finished block.
-        """
+        """Returns the ranking of clips for every person; `rule` leaves out clips, see `rank`."""
         self.refresh()
         self._check_anybody()
         searched = self.index
@@ -729,7 +663,6 @@ def _restored(run: Predictor | str | Path) -> Predictor:
 
 
 def _clips_of(found: Vectors) -> dict[str, Clip]:
-    """Returns the clips that have a usable frame."""
     rows = np.concatenate(list(found.parts.values()), axis=1)
     pairs = zip(found.names, found.labels, rows, found.usable.tolist(), strict=True)
     return {name: Clip(label, row) for name, label, row, usable in pairs if usable}
@@ -756,7 +689,6 @@ def fit_backend(
 
 
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
-    """Returns the state of a gallery of some clips, whose people are computed."""
     groups = group(clips)
     names = [name for name in groups if name != STRANGER]
     blocks = (
@@ -802,7 +734,7 @@ def _with_clips(state: State, clips: Mapping[str, Clip], touched: Collection[str
 
 
 def _is_new(state: State, name: str, clip: Clip) -> bool:
-    """Returns whether a clip is to be written; ValueError where it contradicts one."""
+    """Returns False for a clip that is there already; refuses one that contradicts it."""
     old = state.clips.get(name)
     if old is None:
         return True

@@ -69,15 +69,14 @@ class Index:
 
     @functools.cached_property
     def _constant(self) -> np.ndarray:
-        """[M, N] float64."""
         none = np.zeros((len(self.backend.parts), 0))
         return np.concatenate([none, *(x.coefficients.constant for x in self.blocks)], axis=1)
 
     @functools.cached_property
     def _curves(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Coefficients of squares, [M] of [U, D], which depend on the number of clips alone.
+        """Coefficients of squares, [M] of [U, D], one row for each number of clips that occurs.
 
-        And [M, N] int32, the row of every identity in them; 0 without a clip in the part.
+        And [M, N] int32, the row of every identity; row 0 is for no clip in the part.
         """
         curves, kinds = [], []
         for number, part in enumerate(self.backend.parts):
@@ -103,11 +102,7 @@ class Index:
         return Index(self.backend, kept)
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields for every clip the logarithms of probabilities, see `log_probabilities`.
-
-        Args:
-          parts: [M] of [Q, D] float32, 0 for clips that lack the part.
-        """
+        """Yields `log_probabilities` of clips in M parts [Q, D] float32, 0 where one is lacking."""
         for at in range(0, len(parts[0]), MOST_QUERIES):
             block = self.backend.whiten([x[at : at + MOST_QUERIES] for x in parts])
             for row in range(len(block[0])):
@@ -116,11 +111,8 @@ class Index:
     def log_probabilities(self, clip: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the logarithms of probabilities that add up to 1, [1 + N] float64.
 
-        Column 0 is somebody new; the identity of row r is column 1 + r.
-
-        Args:
-          clip: [M] of [D] float64, one row of `Backend.whiten`. A clip that lacks all parts
-            shows somebody new.
+        Column 0 is somebody new, column 1 + r the identity of row r. `clip` is [M] of [D] float64,
+        one row of `Backend.whiten`; one that lacks all parts shows somebody new.
         """
         present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
         if not present:
@@ -151,11 +143,9 @@ class Index:
         return log_softmax(logits)
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
-        """Returns the best k identities with their logarithms, best first, ties by name.
+        """Returns the best k >= 1 identities with their logarithms, best first, ties by name.
 
-        Args:
-          log_probabilities: [1 + N], of `log_probabilities`.
-          k: 1 or more. No identity is returned for a clip that lacks all parts.
+        A clip that lacks all parts has none. `log_probabilities` are [1 + N], of the method.
         """
         logs = log_probabilities[1:]
         k = min(k, len(logs))
@@ -172,7 +162,7 @@ class Index:
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the logarithms of the softmax, [K] float64, of logits [K] float64 in any order.
 
-    The logarithm of a probability near 1 is computed from the others, as in `log_softmax`.
+    The logarithm of a probability near 1 is computed from the others, as in `logit_ops`.
     """
     best = int(np.argmax(logits))
     top, others = float(logits[best]), np.delete(logits, best)

@@ -1,9 +1,9 @@
 """Export to Qdrant, one vector database that is a library, a server and a cloud by the same client.
 
-A point is a clip: the id is made of its name, the payload is clip and identity, and the vectors are
-those of its parts in the coordinates of the gallery, made unit: a dot product is a cosine.
-Strangers are not exported. A clip that is removed from the gallery stays in the database until it
-is deleted there, too, by the id `point_id`. A folder is readable by its user alone.
+A point is an enrolled clip: the id is made of its name, the payload is clip and identity, and the
+vectors are those of its parts in the coordinates of the gallery, made unit: a dot product is a
+cosine. A clip removed from the gallery stays in the database until it is deleted there, too, by the
+id `point_id`. A folder is readable by its user alone.
 """
 
 import importlib.util
@@ -36,11 +36,7 @@ def point_id(clip: str) -> str:
 def export(gallery: Gallery, place: str, collection: str) -> int:
     """Copies all enrolled clips to a new collection and returns their number.
 
-    Args:
-      gallery: the gallery.
-      place: the address of a server, `http://...`; or a folder, `./...` or `/...`; or `:memory:` to
-        try it.
-      collection: the new collection.
+    `place` is the address of a server, `http://...`; a folder, `./...` or `/...`; or `:memory:`.
     """
     if not importlib.util.find_spec("qdrant_client"):
         raise UserError("export needs the package qdrant-client: pip install 'vidjax[qdrant]'")
@@ -71,7 +67,7 @@ def export(gallery: Gallery, place: str, collection: str) -> int:
 
 
 def _check_place(place: str, address: urllib.parse.SplitResult | None) -> None:
-    """Raises ValueError unless it is plain what a place is; warns of a key that others can read."""
+    """Refuses a place that may be address or folder; warns of a key that others can read."""
     if address is None:
         if place != ":memory:" and not place.startswith(("/", "./", "../", "~")):
             raise UserError(

@@ -1,15 +1,14 @@
 """The file of a gallery: who is enrolled by which clips, and the back end; whole or not at all.
 
-    gallery.sqlite    three tables, see SCHEMA; every row with its sha256
+    gallery.sqlite    the tables of SCHEMA, with a sha256 for every row but those of `backend`
     .lock             the process that changes the gallery
 
-Clips that come are inserted in one transaction. Where something goes, the whole file is written
-anew and replaces the old one: SQLite moves rows between pages when it inserts and, with
-`secure_delete`, too, leaves copies of them where they were.
+Clips that come are inserted in one transaction. Where something goes, a new file replaces the old
+one: SQLite moves rows between pages when it inserts and, with `secure_delete`, too, leaves copies.
 
 A stranger may have made the file. It is opened as a regular file of a known schema, without views
-and triggers, and no value is longer than vidjax writes one. Files beside it that SQLite would obey
-are checked before it does: a journal may name another file, which SQLite would then delete.
+and triggers, and no value is longer than vidjax writes one. Files beside it are checked before
+SQLite obeys them: a journal may name another file, which SQLite would then delete.
 """
 
 import contextlib
@@ -77,13 +76,7 @@ LIMITS = {
 
 
 class Origin(Struct, frozen=True):
-    """The run that makes vectors of clips.
-
-    Attributes:
-      workdir: its folder.
-      digest: sha256 that tells its weights from others.
-      centred: True if its vectors are centred.
-    """
+    """The run that makes vectors: its folder, and a sha256 that tells its weights from others."""
 
     workdir: formats.Text
     digest: formats.Sha256
@@ -109,17 +102,14 @@ class _Facts(Struct):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Name -> D of every part of a vector."""
         return {part.name: part.width for part in self.parts}
 
 
 class Clip(NamedTuple):
-    """An enrolled clip, or one of a stranger.
+    """A clip of a person, or of a stranger, whose identity is None.
 
-    Attributes:
-      identity: the person; None for a stranger.
-      vector: [sum of D] float32, the parts one after another, 0 for those that it lacks.
-      fitted: whether the back end was fitted to this clip, among others.
+    `vector` is [sum of D] float32, the parts one after another, 0 for those that it lacks. `fitted`
+    is True if the back end was fitted to this clip, among others.
     """
 
     identity: str | None
@@ -132,11 +122,8 @@ class State(NamedTuple):
 
     Attributes:
       version: number of changes, creation included.
-      run: the run that makes vectors.
-      index: the people, in the coordinates of the back end.
-      clips: name -> clip.
       groups: identity -> the names of its clips, in order; STRANGER for those of strangers.
-      still_held: number of clips that were removed, to which the back end is fitted still.
+      still_held: number of removed clips to which the back end is fitted still.
       sha256: of the row that names all this, b"" before it is written.
     """
 
@@ -159,14 +146,9 @@ def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
 
 
 class Store:
-    """A gallery's folder.
-
-    Attributes:
-      folder: its absolute path.
-    """
+    """A gallery's folder, an absolute path; nothing is read before a method asks."""
 
     def __init__(self, folder: Path, *, sync: bool):
-        """Takes a folder; nothing is read yet."""
         self.folder = folder
         self._sync = sync
 
@@ -214,7 +196,7 @@ class Store:
     # ---- opening
 
     def _check_files(self, *, write: bool) -> None:
-        """Raises ValueError where SQLite would follow a link, wait, or obey a foreign journal."""
+        """Refuses files where SQLite would follow a link, wait, or obey a foreign journal."""
         try:
             status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -244,8 +226,8 @@ class Store:
     def _opened(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Opens the file, read-only unless told otherwise, and checks its schema.
 
-        For writing, the caller holds the lock: who has opened a file that was replaced since would
-        take the journal of the new one for its own, play it back, and delete it.
+        For writing, the caller holds the lock: whoever has opened a file that was replaced since
+        would take the journal of the new one for its own, play it back, and delete it.
         """
         began = time.monotonic()
         while True:
@@ -288,7 +270,7 @@ class Store:
                 pass
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
-        """Raises ValueError unless the tables are those of a gallery.
+        """Refuses tables that are not those of a gallery.
 
         SQLite reads all of a schema at once, before anything can be checked: pages of a stranger
         may name each other so often that it would never end.
@@ -328,7 +310,7 @@ class Store:
     # ---- writing; the caller holds the lock
 
     def insert(self, state: State, new: Mapping[str, Clip], people: People) -> bytes:
-        """Adds clips, and returns the `sha256` of the new state."""
+        """Adds clips; returns the `sha256` of the new state."""
         with self._opened(write=True) as connection:
             connection.execute(f"PRAGMA synchronous={'EXTRA' if self._sync else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
@@ -381,7 +363,6 @@ def _force(path: Path) -> None:
 
 
 def _name(error: sqlite3.Error) -> str:
-    """Returns SQLite's name of an error; those of the module `sqlite3` have none."""
     return getattr(error, "sqlite_errorname", "")
 
 
@@ -419,7 +400,6 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _facts(state: State) -> tuple[str, bytes]:
-    """Returns the one row of the table `gallery`."""
     backend = state.index.backend
     facts = _Facts(
         format=FORMAT,
@@ -451,7 +431,6 @@ def _clip_sha256(person: str, name: str, fitted: int, vector: bytes) -> bytes:
 
 
 def _layout(widths: Iterable[int]) -> np.dtype:
-    """Returns how the coefficients of a person lie in a row."""
     linear = [(f"linear_{part}", "<f4", (width,)) for part, width in enumerate(widths)]
     parts = (len(linear),)
     return np.dtype([("constant", "<f8", parts), ("num_clips", "<i4", parts), *linear])
@@ -495,7 +474,7 @@ def _write(path: Path, state: State) -> bytes:
 
 
 def _read(connection: sqlite3.Connection) -> State:
-    """Reads all tables and checks every value; an error says what is wrong with them."""
+    """Reads all tables and checks every value."""
     facts, sha256 = _read_facts(connection)
     width = sum(facts.widths.values())
     if width > MOST_WIDTH or len(facts.widths) < len(facts.parts):

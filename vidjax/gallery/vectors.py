@@ -1,7 +1,7 @@
 """Clips to vectors, by a trained run; the same clip always gives the same bits.
 
-A clip is padded to a length that depends on it alone, and blocks have one size. So its vector does
-not depend on the clips that are read with it.
+The vector of a clip does not depend on the clips that are read with it: blocks have one size, and a
+clip is padded to a length that depends on it alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,12 +36,9 @@ AnyClips = Clips | TrainingData | MemoryClips
 
 
 class Vectors(NamedTuple):
-    """The vectors of some clips.
+    """The unit vectors of N clips: `parts` are name -> [N, D] float32, 0 for a clip that lacks one.
 
-    Attributes:
-      names: N clips.
-      parts: part -> [N, D] float32, unit vectors; 0 for a clip that lacks the part.
-      labels: [N] names of the persons; None where the ground truth names nobody.
+    A label is the name of the person; None where the ground truth names nobody.
     """
 
     names: tuple[str, ...]
@@ -77,13 +74,10 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = uncounted,
 ) -> Vectors:
-    """Returns the vectors of clips.
+    """Returns the vectors of clips; of an ensemble of PLDA the first member makes them.
 
-    Args:
-      run: the run. Of an ensemble of PLDA the first member makes the vectors.
-      clips: a dataset, or clips in memory as `Predictor.embed` takes them.
-      split: the split of a dataset; None for clips in memory.
-      advance: is told the number of clips of each finished block.
+    `clips` are a dataset, with its `split`, or clips in memory as `Predictor.embed` takes them.
+    `advance` is told the number of clips of each finished block.
     """
     source, names, places, split = _source(run, clips, split)
     values: np.ndarray | None = None

@@ -17,20 +17,16 @@ HOLM = "p (Holm)"
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split.
+    """The results of a run on a split, whose ground truth has identities known to the run or not.
 
     Attributes:
       name: the folder, as the user gave it.
-      split: the name of the split.
-      identities: [C] names of those identities of the ground truth that the run knows.
+      identities: [C] names of the known ones.
       ap: [C] float, their average precision.
       positives: [C] int, their number of clips.
-      num_others: identities of the ground truth that the run does not know.
+      num_others: the number of unknown ones.
       map_kind: `val`, `out_of_fold` or `in_sample`.
-      num_clips: the number of ranked clips.
       generated: name, size and seed of a generated dataset, empty for any other.
-      metrics: `metrics.json` of the split.
-      config: the values of `config.json`.
     """
 
     name: str
@@ -98,7 +94,6 @@ def cost_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def _value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
-    """Returns a table of those entries of `metrics.json` that any run has, as plain text."""
     known = [
         label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
     ]
@@ -203,8 +198,8 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
 def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
     """Returns the numbers of a comparison for a program, the first run first.
 
-    Every other run has its difference to the first: `low` and `high` are the bounds of the interval
-    of that `level`, the other keys those of `significance.Difference`.
+    Every other run has its `significance.Difference` to the first; `low` and `high` are the bounds
+    of the interval of that `level`.
     """
     first = runs[0]
     rows: list[dict[str, Any]] = [
@@ -302,7 +297,6 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
-    """Returns a table of numbers that are formatted already, with the run in its first column."""
     if not rows:
         return Markup()
     cells = [[row[0], *map(html.Number.escape, row[1:])] for row in rows]
@@ -310,7 +304,6 @@ def _table(caption: str, head: Sequence[str], rows: Rows) -> Markup:
 
 
 def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Markup:
-    """Returns a figure with the interval of every run's difference to the first."""
     plot = figures.Plot(1.2 + 0.35 * len(differences), x="difference of MAP@100, 95 % interval")
     places = np.arange(len(differences))
     lows, highs = [gap.low for gap in differences], [gap.high for gap in differences]
@@ -327,7 +320,6 @@ def _intervals(names: Sequence[str], differences: Sequence[Difference]) -> Marku
 
 
 def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
-    """Returns a figure of the differences of average precision in descending order."""
     gaps = np.sort(gaps)[::-1]
     plot = figures.Plot(x="share of the identities", y="difference of average precision")
     plot.axes.axhline(0, color=figures.MUTED, linewidth=1)

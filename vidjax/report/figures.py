@@ -110,8 +110,8 @@ class Plot:
     ) -> Markup:
         """Returns the figure as HTML; `key` is unique on the page, a caption stands below it.
 
-        The description says what it shows for a reader who cannot see it. A small one needs less
-        than half of the page's width.
+        The description is for a reader who cannot see the figure. A small one needs less than half
+        of the page's width.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return html.parts().figure(key, title, description, caption or title, small, head, rest)

@@ -1,8 +1,8 @@
 """Pages of HTML from the templates of this folder, and the numbers and names within them.
 
-A page loads no other file, uses no network and runs no script. It fits a screen, a phone or paper,
-in light or dark colours. Templates escape every text that is no `Markup`, and `Markup.format`
-escapes its arguments: a name from a file can not become an element of the page.
+A page loads no other file and runs no script; it fits a screen, a phone or paper, in light or dark.
+Templates escape every text that is no `Markup`, and `Markup.format` escapes its arguments: a name
+from a file can not become an element of the page.
 """
 
 import math
@@ -40,7 +40,7 @@ def plain(value: object) -> str:
 
 
 def name(value: object) -> Markup:
-    """Returns a name for a table, in which words over `LONGEST_WORD` may break.
+    """Returns a name for a table; words over `LONGEST_WORD` may break.
 
     A name in a script from right to left does not reorder what stands beside it.
     """

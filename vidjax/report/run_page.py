@@ -1,7 +1,6 @@
 """The reports of a run: files of its folder in, `report.html` out, and one page per other split.
 
-The page needs no other file, no network and no script. It shows what training and evaluation have
-written; no data is read, and no model is run.
+The page needs no other file, no network and no script; no data is read, and no model is run.
 """
 
 from collections.abc import Callable
@@ -34,12 +33,9 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], sections.Facts | None]], ..
 
 
 def write(workdir: Path) -> Path:
-    """Writes the report of the run in a folder, and those of other splits that it has analysed.
+    """Writes the pages of all analysed splits; returns that on the split that training evaluates.
 
-    A page is written whole or not at all. Returns that on the split that training evaluates.
-
-    Raises:
-      UserError: there is no run, or one of its files is damaged.
+    A page is written whole or not at all. Missing or damaged files of a run are a UserError.
     """
     run = load(workdir)
     for split in run.analysed:

@@ -40,15 +40,12 @@ class RunFiles(NamedTuple):
     """The content of a run's folder; a field is empty where its file is absent.
 
     Attributes:
-      folder: the folder.
-      config: `config.json`.
       metrics: `metrics.json`.
       values: the same, plain, with metrics that users have added.
-      lines: the lines of `metrics.jsonl`.
-      identities: `identities.json`, the names of class columns 1..C.
+      lines: of `metrics.jsonl`.
+      identities: the names of class columns 1..C.
       analysis: the values of `analysis.npz`.
       arrays: its arrays.
-      analysed_split: whether there is an analysis.
       data: `data_report.json`.
       other_metrics: split -> `metrics_<split>.json`, for splits other than the run's own.
       split: the split that the metrics and the analysis are of.
@@ -495,7 +492,6 @@ def _score_histograms(run: RunFiles) -> Markup:
 
 
 def _errors(run: RunFiles) -> Markup:
-    """Returns the open-set curve, with the thresholds of the table as points."""
     fpir, fnir = run.arrays["fpir"], run.arrays["fnir"]
     plot = figures.Plot(x="distractors that pass (FPIR)", y="known clips missed (FNIR)")
     drawn = fpir > 0
@@ -592,7 +588,6 @@ def _clusters(key: str, name: str, shares: Sequence[float]) -> Markup:
 
 
 def _frame_drops(key: str, run: RunFiles, clip: formats.FrameDrops) -> Markup:
-    """Returns a figure of the drop in score per hidden frame of a clip, with frame quality."""
     drops, quality = np.array(clip.falls), np.array(clip.quality)
     places = np.arange(1, len(drops) + 1)
     modality = figures.short(clip.modality)
@@ -723,7 +718,7 @@ def configuration(run: RunFiles) -> Facts | None:
 def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns dotted name -> value as text of the fields that a run uses.
 
-    A joined run uses the fields `join` and `eval`. Each run that it joins has its own others.
+    A joined run uses `join` and `eval`; each run that it joins has its own others.
     """
     found = {name: _value_text(value) for name, value in config_lib.fields(config)}
     if is_joined(config):
