@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 class Observer:
     """Watches an evaluation as its `observe`, then measures what else the analysis needs.
 
-    Attention is that of the first member. Of several blended models it analyses the ranking only;
+    Attention is that of the first member. Of several blended models only the ranking is analysed;
     the folders of the runs have their own analyses.
     """
 

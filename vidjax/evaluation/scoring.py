@@ -75,8 +75,8 @@ class ClipScores(NamedTuple):
 class ClipScoreBuffer:
     """Collects in `clips` the `ClipScores` of all flushed blocks.
 
-    It frees the results of a block on the device: many small arrays between the large ones of an
-    evaluation would fragment its memory.
+    A flush frees the results of a block on the device: many small arrays between the large ones of
+    an evaluation would fragment the device's memory.
     """
 
     def __init__(self, split: Split, pool: np.ndarray, columns: ScoreColumns):
@@ -513,8 +513,8 @@ def collect(
 def conclude(split: Split, scored: Scored) -> Evaluation:
     """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
 
-    It reads neither weights nor features, so that several processes' scores can be joined before.
-    If all scores are NaN, it is an error.
+    Neither weights nor features are read, so several processes' scores can be joined before. Scores
+    that are all NaN are an error.
     """
     top, pool, models = scored.top, scored.clips.pool, scored.models
     for model in models:

@@ -1,6 +1,6 @@
 """A rehearsal of a training: refuses impossible configurations before any data are read.
 
-It builds the system and traces its parameters. That takes a tenth of a second and no device.
+Building the system and tracing its parameters takes a tenth of a second and no device.
 """
 
 import math
