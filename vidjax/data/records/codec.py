@@ -1,8 +1,8 @@
 """How the frames of a clip are stored in a record; the one place that sets TensorFlow up.
 
-Every field of a modality is one bytes string in the record: float16 has no `tf.train.Example` type,
-and a ragged float list decodes several times slower than bytes. TFDS reads the frames clip by clip
-with `PackedFrames`; `parse_batch` and `decode_batch` read whole batches, much faster.
+Every field of a modality is one bytes string: `tf.train.Example` has no float16, and a ragged float
+list decodes several times slower. `PackedFrames` reads clip by clip, for TFDS; `parse_batch` and
+`decode_batch` read whole batches, much faster.
 """
 
 import gc
@@ -65,13 +65,9 @@ CARRIERS = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 class PackedFrames(tfds.features.FeatureConnector):
-    """The frames of one clip in one modality: bytes in the record, arrays for the reader.
-
-    Reads as a dict: features [T, D] in the stored dtype, and the fields of FRAME_FIELDS.
-    """
+    """The frames of one clip and modality, stored as bytes: features [T, D] and FRAME_FIELDS."""
 
     def __init__(self, *, dim: int, dtype: str, doc: Any = None):
-        """Makes the connector for features of width `dim` and dtype `dtype`."""
         super().__init__(doc=doc)
         self._modality = Modality(dim, dtype)
         self._info = {
@@ -91,14 +87,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Returns the fields of one clip as bytes.
-
-        Args:
-          example_data: field -> array of T frames, T of 0 or more.
-
-        Raises:
-          ValueError: a field has another shape than announced, or a dtype that does not fit.
-        """
+        """Returns the T >= 0 frames of a clip as bytes; ValueError unless shape and dtype fit."""
         encoded = {}
         num_frames = len(example_data["features"])
         for field, info in self._info.items():
@@ -128,14 +117,9 @@ class PackedFrames(tfds.features.FeatureConnector):
 def parse_batch(
     serialized: Any, modalities: Sequence[str]
 ) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """Parses B records.
+    """Returns clip_index [B] int32 and modality -> field -> [B] strings of bytes of B records.
 
-    Args:
-      serialized: [B] strings; an empty one reads as clip 0 without frames.
-      modalities: the modalities to read.
-
-    Returns:
-      clip_index [B] int32, and modality -> field -> [B] strings of bytes.
+    An empty string in `serialized` [B] reads as clip 0 without frames.
     """
     features: dict[str, Any] = {"clip_index": tf.io.FixedLenFeature([], tf.int64, 0)}
     for name in modalities:
@@ -175,15 +159,10 @@ def random_window(
     positions: Any,
     seed: tuple[int, int],
 ) -> dict[str, Any]:
-    """Returns the bytes of at most `size` consecutive frames of each clip, from a random start.
+    """Returns field -> [B] strings of at most `size` consecutive frames, from a random start.
 
-    Args:
-      fields: field -> [B] strings.
-      modality: width and dtype of the features.
-      size: number of frames of a window.
-      positions: [B] int64, positions of the clips in the endless stream. A window depends on
-        position and seed alone, so it is the same after a resume.
-      seed: two integers, different for each modality.
+    A window depends on `positions` [B] int64, of the clips in the endless stream, and on `seed`
+    alone, so it is the same after a resume. Each modality has a seed of its own.
     """
     places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
     drawn = _uniform(positions, seed)
@@ -216,17 +195,11 @@ def _uniform(positions: Any, seed: tuple[int, int]) -> Any:
 def decode_batch(
     fields: Mapping[str, Any], modality: Modality, size: Any, *, best: bool
 ) -> dict[str, Any]:
-    """Returns the frames of B clips in one modality, padded to T = `size`.
+    """Returns the frames of B clips in one modality, padded to T = `size`, an int or scalar tensor.
 
-    Args:
-      fields: field -> [B] strings.
-      modality: width and dtype of the features.
-      size: T, an int or a scalar tensor.
-      best: True if some clip may have more than T frames; it gives its best T by quality.
-
-    Returns:
-      features [B, T * D] as integers of the same width, quality, detection, number [B, T], and mask
-      [B, T] bool.
+    Features are [B, T * D] integers of the same width; quality, detection and number [B, T]; mask
+    [B, T] bool. If a clip may have more than T frames, `best` must be True: it gives its best T by
+    quality.
     """
     frame_bytes, carriers = _frame_bytes(modality), _carriers(modality)
     decoded = {
@@ -281,8 +254,8 @@ def _put_best(
 class FrameRecords(tfds.core.ShardBasedBuilder):
     """Records of frames: clip name, clip index and the packed frames of each modality.
 
-    It gets whole shards rather than a stream to shuffle: the shuffler of TFDS holds up to 1 GB and
-    writes the rest to disk once more. `stage` has ordered the records already.
+    It gets whole shards, which `stage` has ordered, rather than a stream to shuffle: the shuffler
+    of TFDS holds up to 1 GB and writes the rest to disk once more.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -299,7 +272,6 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
         scratch: Path,
         data_dir: Path,
     ):
-        """Makes the builder that has `write_shards` write `staged` under `data_dir`."""
         self._modalities = modalities
         self._staged = staged
         self._write_shards = write_shards
@@ -337,8 +309,8 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         """Writes all shards of all splits by one call of `write_shards`.
 
-        TFDS would write them one after another. Its Beam pipeline has a step for each shard, which
-        the local runner takes in turn, and runs again for every split, over all splits before it.
+        TFDS writes shards in turn. So does its Beam pipeline on the local runner, which also runs
+        again for every split, over all splits before it.
         """
         del download_config
         tasks = self._shard_iterators_per_split(dl_manager)
@@ -355,11 +327,7 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
         self.info.set_splits(tfds.core.SplitDict(splits))
 
     def download_and_prepare(self, **options: Any) -> None:
-        """Writes all shards and what TFDS needs to read them.
-
-        Raises:
-          OSError: the disk is full or cannot be written.
-        """
+        """Writes all shards and what TFDS needs to read them; OSError if the disk is full."""
         try:
             super().download_and_prepare(**options)
         except tf.errors.OpError as error:

@@ -54,17 +54,13 @@ def convert(
 ) -> Records:
     """Returns the records of a source, converting it unless the cache has them.
 
-    Args:
-      source: the frames.
-      cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-        refuses them.
-      engine: what writes the shards; the records are the same.
+    With `non_finite='drop'`, frames whose feature holds a NaN or an Inf are skipped and counted;
+    'error' refuses them. `cache_dir=None` is `$VIDJAX_CACHE` or `~/.cache/vidjax`. Every engine
+    writes the same records.
 
     Raises:
-      ValueError: the engine cannot run here, the source contradicts itself, the records are
-        damaged, or, with `non_finite='error'`, a feature is not finite.
-      OSError: the cache cannot be written.
+      ValueError: the engine cannot run here, the source contradicts itself or has a feature that is
+        refused, or the records are damaged.
     """
     if non_finite not in ("drop", "error"):
         raise UserError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
@@ -89,11 +85,7 @@ def convert(
 
 
 def records_folder(source: RecordSource, cache_dir: str | Path | None = None) -> Path:
-    """Returns the folder of a source's records; a manifest.json in it says that they are there.
-
-    Raises:
-      OSError: a file of the source is gone.
-    """
+    """Returns the folder of a source's records; a manifest.json in it says that they are there."""
     return _folder(source.kind, source.fingerprint(), cache_dir)
 
 
@@ -178,13 +170,11 @@ def _import_builder() -> Any:
 
 
 def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, Any]:
-    """Returns the report of the feature files of a split."""
     paths = {modality: source.file_of(modality, name) for modality in split.packed}
     return report_split(split.packed, split.lengths, paths)
 
 
 def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
-    """Raises ValueError when a split has no clip."""
     for name, split in staged.items():
         if not split.clips:
             paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
@@ -194,11 +184,7 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 def _common_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns width and dtype of each modality; the dtype holds the values of all splits exactly.
-
-    Raises:
-      ValueError: two splits differ in the width, or no clip has a frame.
-    """
+    """Returns width and dtype of each modality; the dtype holds values of all splits exactly."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     for split, clips in staged.items():
@@ -260,12 +246,7 @@ def make_parser(module: str, description: str) -> messages.Parser:
 
 
 def convert_folder(args: argparse.Namespace, open_source: Callable[[], RecordSource]) -> int:
-    """Converts a folder, prints its report and returns the exit code.
-
-    Args:
-      args: what a parser of `make_parser` has parsed.
-      open_source: returns the frames of the folder.
-    """
+    """Converts the folder that `make_parser` parsed, prints its report, returns the exit code."""
     engine = Pool(args.workers) if args.beam_options is None else Beam(args.beam_options)
     source = open_source()
     records = convert(source, args.cache_dir, engine=engine)

@@ -1,7 +1,6 @@
 """Converted clips with their labels: streamed batch by batch, or read as a whole.
 
-TensorFlow is imported where batches are streamed or records are made, and not where they are read
-as a whole.
+TensorFlow is imported only where batches are streamed or records are made.
 """
 
 import warnings
@@ -46,14 +45,9 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Labels records.
+        """Labels records by `truth`, labelled split -> clip -> identity.
 
-        Args:
-          records: the clips.
-          truth: labelled split -> clip -> identity.
-          identities: names of the class columns; None for the identities of the train and val
-            ground truth.
-          origin: the origin of the clips; None if it is not known.
+        `identities` name the class columns; None for those of the train and val ground truth.
         """
         self._records = records
         self._truth = truth
@@ -89,29 +83,17 @@ class Dataset:
         non_finite: NonFinite = "drop",
         origin: Origin | None = None,
     ) -> "Dataset":
-        """Returns the clips and labels of a source, converting it unless the cache has it.
-
-        Args:
-          source: the frames and their labels.
-          cache_dir: folder of the cache; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-          non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
-            refuses them.
-          origin: the origin of the clips; None for one that bears the source's kind.
+        """Returns the clips and labels of a source; the other arguments are those of `convert`.
 
         Raises:
           ValueError: bad data, malformed labels, or labels of unknown clips.
-          OSError: the cache cannot be written.
         """
         records = convert(source, cache_dir, non_finite=non_finite)
         truth = source.truth(records.clips)
         return cls(records, truth, origin=origin or Origin(source.kind))
 
     def split(self, name: str) -> Split:
-        """Returns one split.
-
-        Raises:
-          ValueError: there are no records of that split.
-        """
+        """Returns one split; ValueError for an unknown name."""
         if name not in self._splits:
             raise UserError(f"no split {name!r} in the data, only {', '.join(self._splits)}")
         return self._splits[name]
@@ -123,26 +105,13 @@ class Dataset:
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clips of a split in the order of the records.
-
-        Raises:
-          ValueError: there are no records of that split.
-        """
+        """Returns [N] int32, the clips of a split in the order of the records."""
         return self._records.splits[self.split(split).name].order
 
     def train_batches(
         self, plan: BatchPlan, *, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
-        """Yields batches without end; every clip comes once per epoch.
-
-        Batches run on across epochs: none is short and no clip is dropped. The order of clips
-        depends on the plan's seed and the epoch alone.
-
-        Args:
-          plan: the batches, from `make_batch_plan`.
-          start: number of clips in the batches before of all processes; the stream continues
-            after them.
-          share: which rows of every batch this process reads, see `TrainingData`.
+        """Yields batches without end; every clip comes once per epoch, see `TrainingData`.
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, a negative `start`, a
@@ -158,15 +127,9 @@ class Dataset:
         return streaming.train_batches(self._records, plan, start, share)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
-        """Yields every clip of the plan once, in blocks of `rows` rows from one bucket.
+        """Yields every clip of the plan once, in blocks of `rows` rows, see `ClipSource`.
 
-        Within a bucket clips come in the order of the records: by name, except in 'train'. See
-        `ClipSource.eval_batches`.
-
-        Args:
-          plan: the clips, as `make_eval_plan` groups them.
-          rows: number of rows per block of this process.
-          share: which clips of every bucket this process reads, see `ClipSource`.
+        Within a bucket clips come in the order of the records: by name, except in 'train'.
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, damaged records, or
@@ -189,16 +152,9 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields every clip of a split once with all its frames, up to PACKED_CLIPS at a time.
+        """Yields [n] int32 clip_index, and modality -> Packed of these n <= PACKED_CLIPS clips.
 
-        Clips come in the order of the records.
-
-        Args:
-          split: name of the split.
-          modalities: the modalities to read.
-
-        Yields:
-          [n] int32 clip_index, and modality -> Packed of these n clips.
+        Every clip of the split comes once, with all its frames, in the order of the records.
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, damaged records, or a
@@ -256,7 +212,6 @@ def _counted(
 
 
 def _check_all(shards: Sequence[Shard]) -> None:
-    """Raises ValueError, with file and record, when one of the shards is damaged."""
     for shard in shards:
         check_shard(shard)
 

@@ -1,8 +1,8 @@
 """The manifest of a folder of records: counts, sizes and digests that every later read checks.
 
 A folder holds TFRecord shards, `index.npz` (clip names, order and lengths), `data_report.json` and
-`manifest.json`, which is written last: it has the sha256 of everything that is read later, and of
-itself. TFRecord files need that: a file that is cut between two records reads without an error.
+`manifest.json`. The manifest is written last, with the sha256 of all files and of itself: a
+TFRecord file that is cut between two records reads without an error.
 """
 
 import contextlib
@@ -30,14 +30,12 @@ DTYPES = ("float16", "float32", "float64", "int8")
 
 
 class SplitRecords(NamedTuple):
-    """The records of one split.
+    """The records of one split, whose clip names are in byte order.
 
     Attributes:
-      clips: clip names in byte order; a clip's index is its position here.
       order: [N] int32, the clip index of each record, in the order of the shards.
       lengths: modality -> [N] int32, number of frames by clip index; only the modalities that the
         split has a file of.
-      shards: the files, in order.
     """
 
     clips: tuple[str, ...]
@@ -47,14 +45,7 @@ class SplitRecords(NamedTuple):
 
 
 class Records(NamedTuple):
-    """A finished conversion.
-
-    Attributes:
-      folder: the folder of the manifest.
-      modalities: modality -> width and dtype of its features.
-      splits: split -> its records.
-      report: counts of loaded and skipped frames and clips, without labels.
-    """
+    """A finished conversion; `report` counts loaded and skipped frames and clips, not labels."""
 
     folder: Path
     modalities: dict[str, Modality]
@@ -68,12 +59,7 @@ class Records(NamedTuple):
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
-    """Writes index, report and, last, the manifest, which marks the folder as complete.
-
-    Args:
-      records: the conversion, its shards written.
-      fingerprint: JSON value that identifies the source.
-    """
+    """Writes index, report and, last, the manifest, which marks the folder as complete."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     _write_json(folder / "data_report.json", records.report)
@@ -97,13 +83,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads a finished conversion, checking index, report, and the size of every shard.
-
-    A shard whose size or time differs from the manifest is read from end to end.
-
-    Raises:
-      ValueError: a file is missing or damaged.
-    """
+    """Loads a finished conversion; reads only shards whose size or time is not the manifest's."""
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -113,11 +93,7 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads manifest, index and report of a finished conversion without looking at the shards.
-
-    Raises:
-      ValueError: one of the three files is missing or damaged.
-    """
+    """Loads manifest, index and report, and no shard; ValueError if one is missing or damaged."""
     try:
         manifest = _read_manifest(folder / "manifest.json")
         modalities = {name: _modality(**kind) for name, kind in manifest["modalities"].items()}
@@ -214,15 +190,7 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
 
 
 def verify(records: Records) -> list[str]:
-    """Reads every file of a conversion from end to end.
-
-    Args:
-      records: the conversion, as `load_index` returns it.
-
-    Returns:
-      the problems, at most three lines each, with the file and the damaged record; empty if every
-      file is as it was written.
-    """
+    """Reads every file whole and returns the problems, each with file and damaged record."""
     problems = []
     try:
         load_index(records.folder)

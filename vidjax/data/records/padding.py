@@ -1,4 +1,4 @@
-"""Records as padded batches, every clip once; without TensorFlow, see `reader`."""
+"""Records as padded batches, every clip once; without TensorFlow, see `shard_files`."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,12 +16,7 @@ BATCHED = tuple(name for name in Frames._fields if name in STORED)
 
 
 class Rows(NamedTuple):
-    """Some records of a shard.
-
-    Attributes:
-      reader: the shard.
-      rows: [n] int, the records.
-    """
+    """Some records of a shard: `rows` is [n] int."""
 
     reader: ShardReader
     rows: np.ndarray
@@ -30,10 +25,7 @@ class Rows(NamedTuple):
 def eval_batches(
     records: Records, plan: EvalPlan, rows: int, share: Share = WHOLE
 ) -> Iterator[Batch]:
-    """Yields every clip of a plan once, see `pipeline.Dataset.eval_batches`.
-
-    Files without a clip of the plan, or of the share, are not opened.
-    """
+    """Yields every clip of a plan once; opens no file without a clip of the plan and the share."""
     if share.parts == 1:
         return _by_shard(records, plan, rows)
     return _by_bucket(records, plan, rows, share)
@@ -66,8 +58,7 @@ def _by_shard(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
 def _by_bucket(records: Records, plan: EvalPlan, rows: int, share: Share) -> Iterator[Batch]:
     """Yields the blocks of a process in the order of `own_blocks`, which all processes share.
 
-    Readers are kept until the end: every bucket may have clips of each shard, and to make one is to
-    compute a digest.
+    Readers are kept: every bucket may have clips of each shard, and a new reader computes a digest.
     """
     _, order, _, shards = records.splits[plan.split]
     ends = np.cumsum([shard.records for shard in shards])
@@ -116,11 +107,9 @@ def _frames(parts: Sequence[Rows], name: str, modality: Modality, shape: tuple[i
 def _read(
     parts: Sequence[Rows], name: str, modality: Modality, size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the frames of the clips of one or more parts, at most `size` of each clip.
+    """Returns lengths [n] int32 of the clips in the records, and field -> frames, [F] or [F, D].
 
-    Returns:
-      [n] int32, the number of frames of each clip in the records; and field -> the frames of all
-      clips one after another, [F] or [F, D], of a longer clip its best `size` by quality.
+    The frames follow clip by clip; a clip of more than `size` frames gives its best by quality.
     """
     lengths = np.concatenate([part.reader.lengths(name)[part.rows] for part in parts])
     read = [part.reader.frames(name, modality, BATCHED, part.rows) for part in parts]

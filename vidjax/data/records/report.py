@@ -24,16 +24,7 @@ def report_split(
     lengths: Mapping[str, np.ndarray],
     paths: Mapping[str, Path],
 ) -> dict[str, Any]:
-    """Returns the report of the feature files of one split.
-
-    Args:
-      packed: modality -> the parts of its frames.
-      lengths: modality -> [N] int, number of frames of each clip of the split.
-      paths: modality -> its file.
-
-    Raises:
-      ValueError: loaded and skipped do not add up to the number seen, in frames or in clips.
-    """
+    """Returns the report of a split; ValueError unless loaded and skipped add up to those seen."""
     modalities = {
         name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
     }
@@ -81,7 +72,7 @@ def _report_modality(
 
 
 def _add(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Returns the sums of counts by reason, the reasons in the order of the alphabet."""
+    """Returns the sums of counts by reason, in alphabetical order."""
     total: Counter[str] = Counter()
     for one in counts:
         total.update(one)
@@ -110,16 +101,9 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, SplitLabels], dict[str, Any]]:
-    """Labels records and adds the labels to their report.
+    """Returns the identities, split -> labels, and the report of labelled records.
 
-    Args:
-      records: the clips.
-      truth: split -> clip -> identity.
-      identities: names of the columns 1..C; None for the identities of the train and val ground
-        truth.
-
-    Returns:
-      the identities, split -> labels, and the report.
+    `identities` name the columns 1..C; None for the identities of the train and val ground truth.
     """
     identities, labels = label_splits(truth, records.clips, identities)
     report = copy.deepcopy(records.report)
@@ -131,10 +115,7 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns the clips and modalities of a split, and the sha256 of names, features and labels.
-
-    Records hold all modalities of a clip, so that the sha256 of features is that of all of them.
-    """
+    """Returns clips and modalities of a split, and the sha256 of names, labels and all features."""
     found = records.splits[split]
     shards = [sorted(records.modalities.items()), [shard.sha256 for shard in found.shards]]
     return {
@@ -149,12 +130,7 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def digest_data(records: Records, truth: Truth) -> str:
     """Returns the sha256 of clips, frames and labels, in hexadecimal.
 
-    Paths, times and the class columns do not change it: the same data have the same digest on
-    every machine.
-
-    Args:
-      records: the clips.
-      truth: split -> clip -> identity.
+    Paths, times and class columns do not change it: the same data have one digest on all machines.
     """
     splits = {
         name: {
@@ -170,13 +146,7 @@ def digest_data(records: Records, truth: Truth) -> str:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Returns the part of a split's report that needs its ground truth.
-
-    Args:
-      truth: clip name -> identity; None without ground truth.
-      clips: names of the clips that have records.
-      identities: names of the class columns.
-    """
+    """Returns the part of a split's report that needs its ground truth, clip name -> identity."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))

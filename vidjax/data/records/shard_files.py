@@ -1,7 +1,7 @@
 """The records of a shard without TensorFlow, whose import takes longer than reading most datasets.
 
-The sha256 of the file is compared with the manifest. All records have the
-same keys in the same order (`builder` sorts them), so each key is found in all of them at once.
+All records have the same keys in the same order (`encode` sorts them), so each key is found in all
+of them at once. The sha256 of the file is compared with the manifest.
 
 Source: the TFRecord format and the messages `Example`, `Features` and `Feature` of TensorFlow; the
 wire format of protocol buffers.
@@ -36,15 +36,7 @@ DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
 
 
 class Shard(NamedTuple):
-    """One TFRecord file.
-
-    Attributes:
-      path: the file.
-      records: number of records.
-      size: number of bytes.
-      mtime_ns: time of the last change, in ns since 1970.
-      sha256: digest of the content.
-    """
+    """One TFRecord file of `size` bytes; `mtime_ns` is in ns since 1970."""
 
     path: Path
     records: int
@@ -60,14 +52,7 @@ def describe_shard(path: Path, num_records: int) -> Shard:
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Reads every shard whose size or time differs from the manifest from end to end.
-
-    Returns:
-      the shards with their present times.
-
-    Raises:
-      ValueError: a shard is missing or damaged.
-    """
+    """Returns shards with their present times; reads those whole whose size or time has changed."""
     checked = []
     for shard in shards:
         # The time changes when a file is replaced; a copied folder is read once more.
@@ -80,12 +65,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Reads one shard from end to end.
-
-    Raises:
-      ValueError: it is missing, damaged, or holds another number of records than were written;
-        names the file and the first damaged record.
-    """
+    """Reads a shard whole; ValueError, with the first damaged record, unless it is as written."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     wanted = f"{shard.path}: expected {shard.records} records, found"
     if not files.exists(shard.path):
@@ -128,33 +108,21 @@ def _count_intact(path: Path) -> tuple[int, bool]:
 
 
 class Values(NamedTuple):
-    """Where the values of a key lie in the file.
-
-    Attributes:
-      start: [N] int64, first byte of each record's value.
-      size: [N] int64, number of bytes.
-    """
+    """Where the values of a key lie in the file: first byte and number of bytes, [N] int64 each."""
 
     start: np.ndarray
     size: np.ndarray
 
 
 class ShardReader:
-    """The records of a shard, of which it keeps where their values lie.
+    """Where the values of a shard's records lie, to read any of them; clip_index is [N] int32.
 
     No file stays open, as there may be more shards than files that a process may open; and none is
     mapped, as a process ends when a file is cut that it has mapped.
-
-    Attributes:
-      clip_index: [N] int32, the clip of each record.
     """
 
     def __init__(self, shard: Shard):
-        """Reads the file and finds all values.
-
-        Raises:
-          ValueError: the file is not the one that was written; names file and record.
-        """
+        """Reads the file and finds all values; ValueError if it is not the one that was written."""
         self._shard = shard
         content, self._state = _read_whole(shard)
         starts, sizes = _records(content, shard.records)
@@ -178,13 +146,9 @@ class ShardReader:
     def frames(
         self, name: str, modality: Modality, fields: Sequence[str], rows: slice | np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns field -> the frames of some records one after another, [F] or [F, D].
+        """Returns field -> the frames of some records one after another, [F]; features [F, D].
 
-        Args:
-          name: the modality.
-          modality: width and dtype of its features.
-          fields: names of fields of one number per frame, and `features`.
-          rows: the records, a slice or [n] int.
+        `rows` are the records, a slice or [n] int; all other fields have one number per frame.
         """
         values = [self._values[f"frames/{name}/{field}"] for field in fields]
         starts = np.array([one.start[rows] for one in values])  # [fields, records]
@@ -218,11 +182,7 @@ class ShardReader:
 
 
 def _read_whole(shard: Shard) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Returns the bytes of a shard, [n] uint8, and the state of its file.
-
-    Raises:
-      ValueError: they are not those that were written.
-    """
+    """Returns a shard's bytes, [n] uint8, and its `_state`; ValueError unless it is as written."""
     with contextlib.suppress(FileNotFoundError), files.open_regular(shard.path) as file:
         state, size = _state(file), 0
         content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
@@ -236,7 +196,7 @@ def _read_whole(shard: Shard) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _state(file: io.FileIO) -> tuple[int, ...]:
-    """Returns what changes with every byte that is written to a file, and where it is replaced."""
+    """Returns what changes when a byte of a file is written or the file is replaced."""
     stat = os.fstat(file.fileno())
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -253,12 +213,7 @@ def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndar
 
 
 def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Values]:
-    """Returns key -> its values in N messages `Example`.
-
-    Args:
-      content: [bytes] uint8, the file.
-      starts, sizes: [N] int64, the messages.
-    """
+    """Returns key -> its values in N messages `Example`; `starts` and `sizes` are [N] int64."""
     values: dict[str, Values] = {}
     at, end = _message(content, starts, FIRST)  # Features
     _expect(bool((end == starts + sizes).all()))
@@ -306,23 +261,14 @@ SUM = 4  # bytes behind it: its checksum
 
 
 class Places(NamedTuple):
-    """Where the records of a shard lie.
-
-    Attributes:
-      start: [N] int64, first byte of each record.
-      size: [N] int64, number of bytes.
-    """
+    """Where the records of a shard lie: first byte and number of bytes, [N] int64 each."""
 
     start: np.ndarray
     size: np.ndarray
 
 
 class RecordFiles:
-    """Shards of which single records are read.
-
-    No file stays open, as there may be more shards than files that a process may open; and none is
-    mapped, as a process ends when a file is cut that it has mapped.
-    """
+    """Shards of which single records are read; none stays open or mapped, see `ShardReader`."""
 
     def __init__(self, shards: Sequence[Shard]):
         """Takes the shards, which `read` names by their positions; reads none of them."""
@@ -332,13 +278,8 @@ class RecordFiles:
     def read(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Returns the content of some records, [n] of bytes; threads may call it at once.
 
-        Args:
-          shards: [n] int, the shard of each record.
-          numbers: [n] int, the number of each record in its shard, from 0.
-
-        Raises:
-          ValueError: a record is damaged or cut.
-          OSError: a file cannot be read.
+        `shards` and `numbers`, [n] int, are the shard of each record and its number there, from 0.
+        A record that is damaged or cut raises ValueError.
         """
         content = np.empty(len(shards), object)
         sums = [b""] * len(shards)
@@ -357,12 +298,7 @@ class RecordFiles:
 
 
 def find_records(shard: Shard) -> Places:
-    """Returns where the records of a shard lie; reads nothing of the file but their lengths.
-
-    Raises:
-      ValueError: a length is damaged, or the file is shorter or longer than its records.
-      OSError: the file cannot be read.
-    """
+    """Returns where records lie, by lengths alone; ValueError if a length or the size is wrong."""
     starts, lengths, sums, at = [], [], [], 0
     with _open(shard) as file:
         while len(starts) < shard.records and at < shard.size:
@@ -443,11 +379,8 @@ def batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
 def encode(values: Mapping[str, bytes | int]) -> bytes:
     """Returns a message `Example` of one value for each key, in the order of protocol buffers.
 
-    Their library sorts keys where asked to write the same bytes always, and among two of which one
-    begins with the other, the longer comes first.
-
-    Args:
-      values: key -> value; whole numbers are not negative.
+    Protocol buffers that are the same bytes always have sorted keys, and of two of which one begins
+    with the other, the longer comes first. Whole numbers must not be negative.
     """
     parts = []
     for key in sorted(values, key=lambda key: f"{key}\U0010ffff"):
@@ -517,9 +450,9 @@ def _tables() -> _Tables:
 def crc32c(messages: Sequence[bytes]) -> np.ndarray:
     """Returns the CRC-32C of each message of 4 bytes or more, [N] uint32.
 
-    Zeros before a message do not change a checksum that begins with 0. So messages are filled up
-    to whole rows, the sums of all rows are computed at once, and then joined. To begin with
-    0xFFFFFFFF instead is to invert the first four bytes.
+    Zeros before a message do not change a checksum that begins with 0: messages are filled up to
+    whole rows, all rows are summed at once, and the sums are joined. To begin with 0xFFFFFFFF
+    instead is to invert the first four bytes.
     """
     tables = _tables()
     sizes = np.array([len(message) for message in messages])

@@ -1,7 +1,7 @@
 """What each shard will hold: clips joined by name, put in order and cut into shards; numpy only.
 
-A shard is a function of its task alone, and a task is small: it says where in the flat files the
-frames of its clips lie. So any process that sees these files can write any shard.
+A shard is a function of its task alone, and a task is small, as it points into the flat files. So
+any process that sees these files can write any shard.
 """
 
 import bisect
@@ -39,10 +39,9 @@ class _MappedFrames:
 
 
 class StagedSplit(NamedTuple):
-    """One split before it is written: clips joined by name, arrays still flat.
+    """One split before it is written: N clip names in byte order, arrays still flat.
 
     Attributes:
-      clips: N clip names in byte order.
       order: [N] int32, clip index of each record.
       packed: modality -> the parts of its clips, flat.
       starts: modality -> [N] int64, first frame of each clip in all parts, by clip index.
@@ -60,10 +59,7 @@ class ShardTask(NamedTuple):
     """All that it takes to write one shard of n records.
 
     Attributes:
-      path: the file to write.
-      modalities: modality -> width and dtype of its features.
       files: modality -> its flat files, in parts; only the modalities that the split has.
-      clips: the clip name of each record.
       order: [n] int32, the clip index of each record.
       starts: modality -> [n] int64, first frame of each record in all parts.
       lengths: modality -> [n] int32, number of frames of each record.
@@ -176,12 +172,7 @@ def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit
 
 
 def feature_bytes(lengths: Mapping[str, np.ndarray], modalities: Mapping[str, Modality]) -> int:
-    """Returns the size of the features of some clips.
-
-    Args:
-      lengths: modality -> [N] int, number of frames of each clip.
-      modalities: modality -> width and dtype of its features.
-    """
+    """Returns the bytes of the features of some clips; `lengths` counts frames, [N] int each."""
     return sum(
         int(lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
         for name, modality in modalities.items()
@@ -203,14 +194,7 @@ def shard_tasks(
     paths: Sequence[Path],
     scratch: Path,
 ) -> list[ShardTask]:
-    """Returns the task of each shard of a split.
-
-    Args:
-      split: the split.
-      modalities: modality -> width and dtype of its features in all splits.
-      paths: the files to write, one for each of `shard_bounds`.
-      scratch: a folder for the flat files of arrays that are in memory alone.
-    """
+    """Returns the task of each shard; arrays that are in memory alone are written to `scratch`."""
     files = {
         name: [_flat_files(flat, scratch / name / str(number)) for number, flat in enumerate(parts)]
         for name, parts in split.packed.items()

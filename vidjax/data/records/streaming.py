@@ -1,10 +1,8 @@
 """Records as endless, shuffled batches, which tf.data reads while others are computed.
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
-stored dtype: parsing clip by clip runs at a third of the rate.
-
-One process reads the shards from end to end and shuffles records. Each of several processes
-shuffles the numbers of the records in the same way, and then reads its own records alone.
+stored dtype: parsing clip by clip runs at a third of the rate. One process reads whole shards and
+shuffles records. Each of several shuffles the record numbers in the same way and reads its own.
 """
 
 import collections
@@ -32,7 +30,7 @@ READERS = 2  # threads that read the records of one of several processes
 def train_batches(
     records: Records, plan: BatchPlan, start: int, share: Share = WHOLE
 ) -> Iterator[Batch]:
-    """Yields batches without end, see `pipeline.Dataset.train_batches`."""
+    """Yields batches without end, see `TrainingData.train_batches`."""
     shards, offsets, num_clips = [], [], 0
     for split in plan.splits:
         found = records.splits[split]
@@ -101,14 +99,8 @@ def _decode_own(
     """Yields decoded batches of the records of one process, which threads read ahead.
 
     The threads are those of Python: tf.data must not call Python functions, as a process that ends
-    while a batch is read ahead would wait for itself.
-
-    Args:
-      numbers: for each batch shard [n] and number [n] of its records.
-      opened: the shards.
-      offsets: [shards] int32, what the split of a shard adds to the clip_index.
-      decode: of `_decoder`.
-      positions: for each batch the position of the first clip in the stream.
+    while a batch is read ahead would wait for itself. `numbers` has shard [n] and number [n] of
+    each batch's records, `offsets` [shards] int32 what `_decoder` adds to the clip_index.
     """
     strings = tf.TensorSpec([None], tf.string)
     signature = [tf.TensorSpec([], tf.int64), strings, tf.TensorSpec([None], tf.int32)]
@@ -148,11 +140,7 @@ def _batches(found: Iterator[Any], records: Records, shards: Sequence[Shard]) ->
 
 
 def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yields what is read of shards.
-
-    Raises:
-      ValueError: the records are damaged; names file and record.
-    """
+    """Yields decoded records; ValueError, with file and record, if they are damaged."""
     check_changed(shards)
     while True:
         try:

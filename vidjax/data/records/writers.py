@@ -1,10 +1,8 @@
 """Who writes the shards of a conversion: this process, a pool of them, or Apache Beam.
 
-Each calls `write_shard`, a pure function of a shard's task, so all write the same bytes.
-
-    python -m vidjax.data.records.writers FOLDER FIRST STEP
-
-is a process of the pool, which writes every STEP-th task of FOLDER.
+Each calls `write_shard`, a pure function of a shard's task, so all write the same bytes. A process
+of the pool, `python -m vidjax.data.records.writers FOLDER FIRST STEP`, writes every STEP-th task of
+FOLDER.
 """
 
 import json
@@ -34,12 +32,7 @@ DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirec
 
 
 class Pool(NamedTuple):
-    """Processes of this machine.
-
-    Attributes:
-      workers: their number; 1 for this process alone, which does one thing after another; None for
-        one per core, or fewer where there is little to write.
-    """
+    """Processes of this machine: 1 is this one alone; None one per core, fewer for little data."""
 
     workers: int | None = None
 
@@ -47,9 +40,8 @@ class Pool(NamedTuple):
 class Beam(NamedTuple):
     """Apache Beam, whose workers must see the cache under the same path.
 
-    Attributes:
-      options: `NAME=VALUE,NAME=VALUE` as in `tfds build --beam_pipeline_options`; without a runner,
-        that of this machine.
+    `options` are `NAME=VALUE,NAME=VALUE` as in `tfds build --beam_pipeline_options`; without a
+    runner, that of this machine runs.
     """
 
     options: str
@@ -77,16 +69,7 @@ def check_engine(engine: Engine) -> None:
 
 
 def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> None:
-    """Writes all shards.
-
-    Args:
-      engine: what writes them.
-      tasks: one for each shard.
-      scratch: a folder for the files of other processes.
-
-    Raises:
-      OSError: the disk is full, or a process was killed.
-    """
+    """Writes all shards; OSError if the disk is full or a process was killed."""
     workers = _num_workers(engine, tasks) if isinstance(engine, Pool) else 0
     if workers == 1:
         for task in tasks:
@@ -148,7 +131,6 @@ def _beam_flags(options: str) -> list[str]:
 
 
 def _make_pipeline(flags: list[str]) -> Any:
-    """Returns an empty pipeline of Beam."""
     from apache_beam import Pipeline  # pyright: ignore[reportMissingImports]
     from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
@@ -173,11 +155,7 @@ EXIT_DISK = 2
 
 
 def write_shard(task: ShardTask) -> None:
-    """Writes one shard: the same bytes for the same task, in whichever process and order.
-
-    Raises:
-      OSError: the disk is full or cannot be written.
-    """
+    """Writes one shard: the same bytes for the same task, in whichever process and order."""
     with task.path.open("wb") as file:
         shard_files.write(file, (_record(clip, task.modalities) for _, clip in task()))
 

@@ -41,11 +41,7 @@ _FEATURE_CODES = ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1")
 
 
 def clips_of(content: object) -> dict[str, Any]:
-    """Returns a dict: clip name without `.mp4` -> value. Empties `content`, to free memory.
-
-    Raises:
-      UnpickleError: the content is no dict, or a name is malformed or comes twice.
-    """
+    """Returns a dict: clip name without `.mp4` -> value. Empties `content`, to free memory."""
     if type(content) is not dict:
         raise UnpickleError(f"the pickle holds a {type(content).__name__}, not a dict of clips")
     clips: dict[str, Any] = {}
@@ -64,11 +60,7 @@ def clips_of(content: object) -> dict[str, Any]:
 def refuse_empty(content: object, size: int) -> None:
     """Raises UnpickleError for far more clips without an entry than an honest file has.
 
-    An empty clip takes a few bytes, but costs as much time as a real one.
-
-    Args:
-      content: the content of the pickle.
-      size: length of the pickle in bytes.
+    An empty clip takes a few of the `size` bytes of the pickle, but as much time as a real one.
     """
     if type(content) is dict:
         empty = sum(type(value) in (list, tuple) and not value for value in content.values())
@@ -101,9 +93,8 @@ def _features_of(value: Any) -> list[Any]:
 def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], int, str]:
     """Returns the fields that entries must have, and the width and dtype code of their features.
 
-    An official modality has fixed fields. For other modalities, and for width and dtype, the
-    majority of the first entries decides: so an error names the clip that differs from the rest,
-    even if it is the first one.
+    Only official modalities have fixed fields. All else is as in most of the first entries: so an
+    error names the clip that differs from the rest, even if it is the first one.
     """
     lengths, kinds = Counter(), Counter()
     for value in clips.values():
@@ -158,17 +149,11 @@ class ClipWriter:
         size: int,
         drop: bool,
     ) -> None:
-        """Decides which fields, width and dtype all entries must have.
+        """Decides fields, width and dtype of all entries; UnpickleError if they are unknown.
 
-        Args:
-          clips: clean name -> value, as `clips_of` returns them.
-          modality: name of the modality.
-          files: field -> flat file, for every field of STORED.
-          size: length of the pickle in bytes.
-          drop: True leaves out frames with a non-finite feature; False refuses the file.
-
-        Raises:
-          UnpickleError: the entries are of an unknown layout or dtype.
+        `clips` are from `clips_of`, `files` one per field of STORED, `size` the bytes of the
+        pickle. Without `drop`, a non-finite feature refuses the file; with it, the frame is left
+        out.
         """
         self.names, self.modality, self.files, self.drop = list(clips), modality, files, drop
         self.fields, self.width, self.code = _expect(clips, modality)
@@ -196,11 +181,7 @@ class ClipWriter:
         }
 
     def add(self, clip: int, value: Any) -> None:
-        """Takes the value of one clip: a list of entries, or an array [D] or [T, D].
-
-        Raises:
-          UnpickleError: the value is something else; names clip, entry and field.
-        """
+        """Takes one clip's list of entries or array [D] or [T, D]; UnpickleError with its place."""
         if type(value) in (list, tuple):
             value = self._by_time(value)
             for start in range(0, len(value), self.block_frames):
@@ -322,13 +303,7 @@ class ClipWriter:
         self._start_block()
 
     def _column(self, name: str, values: array, keep: np.ndarray) -> np.ndarray:
-        """Returns the kept values of one field, with 0 for what is not finite.
-
-        Args:
-          name: a key of FRAME_FIELDS.
-          values: the values of all frames of the block; empty if the modality lacks the field.
-          keep: [F] bool, True for frames that are kept.
-        """
+        """Returns values at `keep` [F] bool, 0 if not finite; defaults if `values` is empty."""
         field = FRAME_FIELDS[name]
         if not values:
             return field.default(len(keep))[keep]

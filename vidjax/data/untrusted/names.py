@@ -25,13 +25,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Returns a name as it is, if files and pages can hold it. It may hold blanks.
 
-    Args:
-      name: the name of a clip or of an identity.
-      kind: what it names, for the message.
-
-    Raises:
-      ValueError: the name is empty or blank, is not valid unicode, or holds a newline or another
-        control character.
+    ValueError if it is empty or blank, is not valid unicode, or holds a newline or another control
+    character.
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty")
@@ -52,22 +47,14 @@ def check_name(name: str, kind: str = "clip name") -> str:
 
 
 def check_identity(name: str) -> str:
-    """Returns the name of a person as it is, see `check_name`; it has no blanks at its ends.
-
-    Raises:
-      ValueError: see `check_name`; or outer blanks, which would make two people of one.
-    """
+    """Returns a name as `check_name` does; refuses outer blanks: they make two people of one."""
     if name != name.strip() and name.strip():
         raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
     return check_name(name, "identity")
 
 
 def clean_name(name: str) -> str:
-    """Returns a clip name without `.mp4` at its end.
-
-    Raises:
-      ValueError: the name is none; see `check_name`.
-    """
+    """Returns a clip name without `.mp4` at its end; ValueError as of `check_name`."""
     end = len(name)
     while name.endswith(".mp4", 0, end):  # no copy: a name may be nothing but suffixes
         end -= 4
@@ -77,15 +64,7 @@ def clean_name(name: str) -> str:
 
 
 def clean_name_at(place: str, name: object) -> str:
-    """Returns a clip name without `.mp4`.
-
-    Args:
-      place: file, line or split, with which an error begins.
-      name: the name as it was given.
-
-    Raises:
-      ValueError: the name is no text, or malformed.
-    """
+    """Returns `clean_name`; its ValueError begins with the place: a file, line or split."""
     if not isinstance(name, str):
         raise UserError(f"{place} a clip name is text, not {type(name).__name__}: {name!r:.40}")
     try:

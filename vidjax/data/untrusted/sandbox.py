@@ -1,11 +1,10 @@
 """Feature pickles as flat arrays, read by a child process in a sandbox.
 
-`unpack` starts the child, which runs this module: it knows neither jax nor TensorFlow. Three
-barriers stand around the file:
+`unpack` starts the child, which runs this module without jax and TensorFlow. Three barriers:
 
-1. No code runs from it: `unpickle` resolves only the few globals that numpy writes.
-2. Its cost is bounded: address space, CPU time and output grow with the size of the file, so a few
-   bytes that ask for much end in a clear error. (The limit on address space needs Linux.)
+1. No code runs from the file: `unpickle` resolves only the few globals that numpy writes.
+2. Its cost is bounded: address space (on Linux), CPU time and output grow with the size of the
+   file, so a few bytes that ask for much end in a clear error.
 3. Its structure is checked: `entries` tests every field before it is written to flat arrays.
 """
 
@@ -36,21 +35,11 @@ READ_BYTES = MB // 16
 
 
 def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str, Any]:
-    """Writes the clips of one pickle to flat files and returns their summary.
+    """Writes the clips of one pickle to flat files in an existing folder and returns their summary.
 
-    Args:
-      path: the pickle.
-      modality: name of the modality; an official one fixes the fields of an entry.
-      out_dir: an existing folder.
-      drop: True leaves out frames with a non-finite feature; False refuses the file.
-
-    Returns:
-      A dict that JSON can hold: `names`, `lengths`, `width` and `dtype` of the features, and the
-      counts `seen`, `skipped`, `skipped_clips` and `warnings` of PackedClips.
-
-    Raises:
-      UnpickleError: the file is damaged, or has another structure than feature pickles have.
-      MemoryError: the file asks for more memory than the limit.
+    JSON can hold it: `names`, `lengths`, `width` and `dtype` of the features, and the counts of
+    PackedClips. Without `drop`, a non-finite feature refuses the file; with it, the frame is left
+    out.
     """
     with path.open("rb", buffering=READ_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
@@ -92,11 +81,7 @@ def _limit_resources(size: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the summary or the error as one JSON object and returns the exit status.
-
-    Args:
-      argv: path, modality, out_dir, and 'drop' or 'error' for non-finite features.
-    """
+    """Prints the summary or the error as one JSON object and returns the exit status."""
     path, modality, out_dir, non_finite = argv
     # Nothing here forms reference cycles, and collecting among millions of lists costs a third.
     gc.disable()
@@ -126,10 +111,7 @@ def unpack(
     non_finite: NonFinite = "drop",
     children: Children | None = None,
 ) -> PackedClips:
-    """Reads one feature pickle into flat files and returns them as memory-mapped arrays.
-
-    A child process reads the pickle. It runs no code from the file, and its address space is
-    limited to 512 MB + 4 x file size (see `sandbox`).
+    """Reads one feature pickle in a sandbox into flat files; returns them as memory-mapped arrays.
 
     Args:
       path: the pickle: clip name -> list of entries, or -> array [D] or [T, D].
@@ -141,10 +123,8 @@ def unpack(
       children: the child becomes one of them, which another thread can kill.
 
     Raises:
-      FileNotFoundError: there is no such file.
       ValueError: the file is refused, damaged, truncated or of another structure than its
         modality; names file, clip and field.
-      OSError: the file cannot be read, or out_dir cannot be written.
     """
     path, out_dir = Path(path), Path(out_dir)
     if not path.exists():
@@ -172,13 +152,7 @@ def cleared_on_error(out_dir: Path) -> Iterator[None]:
 def load_flat_files(
     path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]
 ) -> PackedClips:
-    """Returns the flat files of a child that has ended; raises its error, as `unpack` does.
-
-    Args:
-      path: the pickle that it read.
-      out_dir: its folder.
-      child: its exit status, stdout and stderr.
-    """
+    """Returns the flat files of an ended child; raises its error, as `unpack` does."""
     return PackedClips.of_flat_files(out_dir, _summary_of(path, out_dir, child))
 
 

@@ -211,16 +211,10 @@ class _UnbufferedFile:
 
 
 def load(file: BinaryIO, size: int) -> Any:
-    """Returns the content of a pickle, made of Python's own types and Array.
+    """Returns the content of a pickle of `size` bytes, made of Python's own types and Array.
 
-    Args:
-      file: the open file, at its start.
-      size: its length in bytes.
-
-    Raises:
-      UnpickleError: the pickle is refused, damaged, truncated or followed by other bytes; names
-        the byte.
-      MemoryError: the pickle asks for more memory than the limit.
+    UnpickleError names the byte where the pickle is refused, damaged, truncated or followed by
+    more. MemoryError passes: the pickle asks for more than the limit of the process.
     """
     if size == 0:
         raise UnpickleError("the file is empty: no pickle at byte 0")
