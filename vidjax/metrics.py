@@ -37,7 +37,7 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
       ValueError: an identity has more hits than positives.
     """
     if (hits.sum(axis=1) > positives).any():
-        raise UserError("an identity has more hits than positives")
+        raise ValueError("an identity has more hits than positives")
     ranks = np.arange(1, hits.shape[1] + 1, dtype=np.float64)
     precisions = np.where(hits, np.cumsum(hits, axis=1) / ranks, 0.0)  # [C, k]
     # A running sum, unlike a pairwise one, gives the same bits however many misses end the list.

@@ -103,7 +103,7 @@ def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> opt
     """
     steps_per_epoch = rise.steps_per_epoch
     if steps_per_epoch is None or not steps_per_epoch > 0:
-        raise UserError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
+        raise ValueError(f"config.optim.decay='steps' needs steps_per_epoch, got {steps_per_epoch}")
     width = decay_every_epochs * steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(rise.total_steps / width) + 1
     # Tables computed on the host, where rounding cannot move an edge by a step as in float32.

@@ -223,7 +223,7 @@ class ClipSubset:
     def split(self, name: str) -> Split:
         """Returns the clips of the part; ValueError for the name of another split."""
         if name != self._split.name:
-            raise UserError(f"no split {name!r} in a part of {self._split.name}")
+            raise ValueError(f"no split {name!r} in a part of {self._split.name}")
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:

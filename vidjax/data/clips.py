@@ -251,14 +251,14 @@ def make_eval_plan(
     lengths = most if lengths is None else np.asarray(lengths)
     wanted = np.ones(most.shape, bool) if only is None else np.asarray(only)
     if wanted.shape != most.shape or wanted.dtype != bool:
-        raise UserError(
+        raise ValueError(
             f"only: got {wanted.dtype} {wanted.shape}, wanted bool for {len(most)} clips"
         )
     if lengths.shape != most.shape:
-        raise UserError(f"lengths: got {lengths.shape}, wanted one for {len(most)} clips")
+        raise ValueError(f"lengths: got {lengths.shape}, wanted one for {len(most)} clips")
     if (lengths < most).any():
         clip = int(np.argmax(lengths < most))
-        raise UserError(
+        raise ValueError(
             f"lengths: clip {split.clips[clip]} has {most[clip]} frames, not {lengths[clip]}"
         )
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.batch import Array, Frames
-from vidjax.errors import UserError
 
 
 def real_frames(
@@ -38,10 +37,10 @@ def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) ->
       ValueError: A modality is missing or has another width.
     """
     if missing := sorted(set(modalities) - set(frames)):
-        raise UserError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
+        raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
     for name, dim in modalities.items():
         if (width := frames[name].features.shape[-1]) != dim:
-            raise UserError(f"modality {name}: features have width {width}, the model needs {dim}")
+            raise ValueError(f"modality {name}: features have width {width}, the model needs {dim}")
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:

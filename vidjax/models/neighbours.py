@@ -94,7 +94,7 @@ class NearestNeighbours(nn.Module):
         seen = jnp.any(unit != 0, axis=-1)
         if train:
             if clips.labels is None:
-                raise UserError("model 'knn' needs ClipInfo.labels in training")
+                raise ValueError("model 'knn' needs ClipInfo.labels in training")
             if not self.is_initializing():
                 rows = jnp.where(clips.mask, clips.index, self.num_clips)
                 owner = jnp.where(seen, clips.labels, self.num_classes)

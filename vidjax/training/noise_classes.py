@@ -251,7 +251,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseLayout, seed: int) -> np.n
     The mirror of a clip depends on the seed and its row alone.
     """
     if clusters.size and not -1 <= clusters.min() <= clusters.max() < layout.num_clusters:
-        raise UserError(
+        raise ValueError(
             f"clusters {clusters.min()} to {clusters.max()} must lie below {layout.num_clusters}"
         )
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
