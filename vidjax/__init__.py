@@ -8,7 +8,7 @@
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
-`import vidjax` is instant: the functions bring JAX or TensorFlow with them at their first use.
+`import vidjax` is instant: each function imports JAX or TensorFlow at its first use.
 """
 
 import sys
@@ -42,5 +42,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names beside the usual ones."""
     return sorted({*globals(), *__all__})

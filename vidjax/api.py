@@ -1,4 +1,4 @@
-"""The functions of `import vidjax`: configuration, data, training and a trained run from Python.
+"""The functions of `import vidjax`: configuration, data, training and trained runs from Python.
 
 Each does what the command line does, and imports JAX or TensorFlow only when it is called.
 """
@@ -26,9 +26,9 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     """Returns the configuration of an experiment.
 
     Args:
-      spec: the value of `--config`: a shipped configuration such as `mma` or a Python file, with
-        its arguments after a colon, as in `mma:face,audio`; or the `config.json` of a run.
-      overrides: values of fields, written as on the command line: `--config.batch_size=64`.
+      spec: a value of `--config`: a shipped configuration such as `mma` or a Python file, with its
+        arguments after a colon, as in `mma:face,audio`; or the `config.json` of a run.
+      overrides: values of fields, as on the command line: `--config.batch_size=64`.
 
     Raises:
       ValueError: no such configuration, argument or field, or a value of another type.
@@ -42,11 +42,7 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
 
 def run_config(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder.
-
-    Raises:
-      ValueError: no run there, or a damaged one; the error says how to make one.
-    """
+    """Returns the configuration of the run in a folder; the error tells how to make a run."""
     try:
         return config_io.load_workdir(workdir)
     except ValueError as error:
@@ -73,20 +69,20 @@ def load_data(
     a byte of the source changes.
 
     Args:
-      source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D], or
-        a dict with `features` and optionally `quality` [T], `detection` [T], `number` [T] and
-        `box` [T, 4]. Features are float16, float32, float64 or int8. A clip may lack modalities,
-        or have no frame at all. Or a folder of official pickles, of `.npz` files or of parquet
-        tables. Or a configuration, whose fields `config.data` then decide everything.
-      labels: clip name -> identity, for all splits; or a file, `.csv` with the columns `clip` and
-        `identity`, or ground truth in an official form. Clips without a label (or with None) show
-        nobody of interest. A split without any labelled clip is ranked, not scored. None: the
-        ground truth beside the files.
+      source: split (`train`, `val`, `test`) -> clip name -> modality -> features [T, D] or [D],
+        float16, float32, float64 or int8; or, in place of the features, a dict with `features` and
+        optionally `quality` [T], `detection` [T], `number` [T] and `box` [T, 4]. A clip may lack
+        modalities, or have no frame at all. Or a folder of official pickles, of `.npz` files or of
+        parquet tables. Or a configuration, whose fields `config.data` then decide everything.
+      labels: clip name -> identity, for all splits; or a file: `.csv` with the columns `clip` and
+        `identity`, or ground truth in an official form. A clip without a label (or with None) shows
+        nobody of interest. A split without a labelled clip is ranked, not scored. None: the ground
+        truth beside the files.
       cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: `drop` leaves out frames with a feature that is not finite, and counts them;
-        `error` refuses them.
-      quality: of arrays: `given` takes the quality that a clip has, or else the L2 norm of each
-        feature; `norm` always takes the norm, as `config.data.quality` of the training must then.
+      non_finite: `drop` leaves out and counts frames with a feature that is not finite; `error`
+        refuses them.
+      quality: of arrays: `given` takes the quality of a clip, or else the L2 norm of each feature;
+        `norm` always takes the norm, as `config.data.quality` of the training must then.
 
     Raises:
       ValueError: malformed clips or labels; the message names the file or split, clip and field.
@@ -129,17 +125,17 @@ def train(
 ) -> dict[str, Any]:
     """Trains a system in a folder and returns the run's metrics, those of `metrics.json`.
 
-    The folder is made and locked here, and unlocked at the end. A run that was stopped goes on from
-    its last checkpoint; a finished run is evaluated again.
+    The folder is made, and locked until the end. A stopped run goes on from its last checkpoint; a
+    finished run is evaluated again.
 
     Args:
-      config: a configuration, from `load_config`.
+      config: from `load_config`.
       workdir: the folder for checkpoints, metrics, rankings and the report.
-      data: a dataset, from `load_data`.
-      num_devices: the number of devices to use; None for all of them.
+      data: from `load_data`.
+      num_devices: the number of devices to use; None for all.
 
     Raises:
-      ValueError: the configuration fits neither the data nor the run in the folder, or another
+      ValueError: the configuration does not fit the data or the run in the folder, or another
         process holds the folder.
       CheckpointError: the run's checkpoints are damaged or belong to another model.
       Interrupted: SIGINT or SIGTERM arrived; the state was saved, and the same call goes on.
@@ -174,7 +170,7 @@ def restore(
     Args:
       workdir: the folder of a run.
       step: the checkpoint: the `latest`, or the `best` by MAP.
-      num_devices: the number of devices to use; None for all of them. Scores do not depend on it.
+      num_devices: the number of devices to use; None for all. Scores do not depend on it.
 
     Raises:
       ValueError: the folder holds no run, or a run that joins others.

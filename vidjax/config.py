@@ -1,8 +1,7 @@
 """Every field of a configuration, one row of TABLE each: default, meaning, range, and reader.
 
-A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside the
-optimizer `adam` trains the same weights as the default. So a training that starts refuses a value
-other than the default in a field that the rest of the configuration leaves unread.
+A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside
+`optim.name=adam` trains the same weights as the default. A training that starts refuses it.
 """
 
 import math
@@ -22,10 +21,8 @@ Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `d
 class ReadWhen(NamedTuple):
     """A condition under which a field is read.
 
-    Attributes:
-      field: the other field that decides it, named in the error.
-      condition: True for values that make a training read the field.
-      remedy: command-line words that make it true.
+    The error of an unread field names `field`, which decides it, and `remedy`: command-line words
+    that make `condition` true.
     """
 
     field: str
@@ -37,17 +34,17 @@ class Field(NamedTuple):
     """A field of the configuration.
 
     Attributes:
-      name: its dotted name.
-      default: its value, which fixes the type; None for a text that may be unset.
-      doc: its meaning in `configs/README.md`.
-      low, high, above, below: the range of its values: at least, at most, above and below these. A
-        value without `high` and `below` must be finite.
+      name: dotted.
+      default: fixes the type; None for a text that may be unset.
+      doc: the meaning in `configs/README.md`.
+      low, high, above, below: bounds: at least, at most, above, below. A value without `high` and
+        `below` must be finite.
       choices: the values that it may have, where no table of the code holds them.
-      read_when: the condition under which it is read; None for always.
-      changeable: whether `resume.allow` may name it: it changes neither the shapes of the training
-        state nor the order of the clips.
-      movable: whether it may always change: a path, a time of saving, a number of devices, which
-        affect no result beyond rounding. What lies at a path is compared by its digest.
+      read_when: None for a field that is always read.
+      changeable: `resume.allow` may name it: it changes neither the shapes of the training state
+        nor the order of the clips.
+      movable: it may always change, and affects no result beyond rounding: a path (what lies there
+        is compared by its digest), a time of saving, a number of devices.
     """
 
     name: str
@@ -82,8 +79,7 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses of logits that have a weight at some epoch.
 
-    The conditions below exclude the losses that leave a field unread. A loss that they do not name
-    counts as one that reads it.
+    Conditions exclude the losses that leave a field unread: an unnamed loss counts as reading it.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -344,10 +340,7 @@ HOLD_OUT = ("folds", "bootstraps")
 
 
 class Config(ConfigDict):
-    """A configuration: a ConfigDict whose fields have any type for a type checker.
-
-    A notebook shows it as the lines of its values.
-    """
+    """A ConfigDict whose fields have any type for type checkers; notebooks show its values."""
 
     __repr__ = ConfigDict.__str__
     if TYPE_CHECKING:
@@ -360,8 +353,7 @@ class Config(ConfigDict):
 def default() -> Config:
     """Returns a configuration with every field that every experiment has, at its default.
 
-    The files in `configs/` start from this one and set `model`, `fusion` and what else differs.
-    `model`, `fusion`, `loss` and `optim` are specifications, read by
+    Each file in `configs/` changes this one. `model`, `fusion`, `loss` and `optim` are read by
     `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
     `optim.make_optimizer`.
     """
@@ -385,10 +377,7 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old value, new value) for every field that differs and is read.
-
-    A field that neither of the two configurations reads makes no difference.
-    """
+    """Returns field -> (old, new value) of every field that differs and that either one reads."""
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -409,15 +398,9 @@ def within(name: str, groups: Collection[str]) -> bool:
 
 
 def check(config: Config, *, fresh: bool = True) -> None:
-    """Refuses values that no training can use, before there are data.
+    """Refuses values that no training can use, before there are data, by the first of `problems`.
 
-    Args:
-      config: the configuration of a training.
-      fresh: True for a training that starts, where a value that nothing reads is refused, too;
-        False where a run goes on, whose configuration may be of an earlier version.
-
-    Raises:
-      ValueError: the first of the `problems`.
+    Without `fresh` a run goes on, and may have values that nothing reads, of an earlier version.
     """
     for problem in problems(config, fresh=fresh):
         raise UserError(problem)
@@ -433,15 +416,7 @@ def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
 
 
 def check_ranges(config: Config | Mapping[str, Any], groups: Collection[str] = ()) -> None:
-    """Refuses values out of range, in any run.
-
-    Args:
-      config: the configuration, or its `to_dict()`.
-      groups: names of the fields and groups to check; empty for all.
-
-    Raises:
-      ValueError: the first value out of range.
-    """
+    """Refuses the first value out of range, in any run, within the named groups; () for all."""
     values = {name: x for name, x in fields(config) if not groups or within(name, groups)}
     for problem in _out_of_range(values):
         raise UserError(problem)
@@ -479,7 +454,6 @@ def _violated(field: Field, value: float) -> str:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """Yields a number, or all numbers in a tuple of tuples."""
     if isinstance(value, tuple):
         for part in value:
             yield from _numbers(part)
@@ -556,16 +530,7 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset that words ask for; returns whether values of the published size apply.
-
-    Args:
-      config: a ConfigDict, changed in place.
-      words: `iqiyi_vid` for official files, with `few` for some thousand clips of them; `standard`
-        for the larger synthetic dataset; `everything` to train on train and val, and to rank test.
-
-    Raises:
-      ValueError: words that contradict each other.
-    """
+    """Sets the dataset of SCALE_WORDS; returns whether values of the published size apply."""
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
     if "few" in words and "iqiyi_vid" not in words:
@@ -585,17 +550,9 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits what follows the colon of `--config=FILE:ARG,ARG` into known words and modalities.
+    """Returns the known words of `--config=FILE:ARG,ARG`, and the others, in order: modalities.
 
-    Args:
-      args: the text after the colon, e.g. `iqiyi_vid,face,head`.
-      known: the words that the configuration understands.
-
-    Returns:
-      The known words that were given, and the others, in order: names of modalities.
-
-    Raises:
-      ValueError: a word that is spelled almost like a known one.
+    Refuses a word that is spelled almost like a known one.
     """
     words = [word.strip() for word in args.split(",") if word.strip()]
     given = {word for word in words if word in known}
@@ -607,11 +564,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_one(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the one of `names` that is among the words, or the default.
-
-    Raises:
-      ValueError: there are several of them.
-    """
+    """Returns the one of `names` that is among the words, or the default; refuses several."""
     given = sorted({*names}.intersection(words))
     if len(given) > 1:
         quoted = " and ".join(f"'{name}'" for name in given)
@@ -620,11 +573,7 @@ def choose_one(words: Collection[str], names: Collection[str], default: str) -> 
 
 
 def one_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns the modality among the words of an experiment that has one, or its default.
-
-    Raises:
-      ValueError: there are several.
-    """
+    """Returns the modality of an experiment that has only one, or its default; refuses several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: modalities {', '.join(modalities)}: this experiment has one\n"

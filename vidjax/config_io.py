@@ -24,15 +24,12 @@ NAME_LENGTH = 100  # characters of `folder_suffix`, at most
 
 
 def load_file(spec: str) -> Config:
-    """Returns the configuration that an experiment's file describes.
+    """Returns the configuration that an experiment's file describes; an error names its line.
 
     Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
-        or the name of one: `mma` is `configs/mma.py` in the working directory, else the file that
-        is installed with vidjax.
-
-    Raises:
-      ValueError: there is no such file, or a mistake in it; the error names the line.
+        or a name: `mma` is `configs/mma.py` in the working directory, else the file installed with
+        vidjax.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -141,13 +138,8 @@ def override_names(overrides: Sequence[str]) -> list[str]:
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Returns a copy of a configuration with `--config.a.b=value` applied to it.
 
-    Args:
-      config: the configuration; its values fix the types.
-      overrides: command-line words, each beginning with `--config.`; a tuple may be written
-        `face,head` or as a Python tuple. Of two words for one field the last one counts.
-
-    Raises:
-      ValueError: a field that does not exist, or a value of another type.
+    The values of the configuration fix the types. A tuple may be written `face,head` or as in
+    Python. Of two words for one field the last one counts.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
@@ -174,8 +166,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
 
-    Fields are sorted, `without` some. The name has letters, digits and `._=+-` alone. A digest ends
-    it where characters had to be replaced, or where it would be too long.
+    Fields are sorted. The name has letters, digits and `._=+-` alone; a digest ends it where
+    characters were replaced or it would be too long.
     """
     values = dict(fields(config))
     parts = []
@@ -192,9 +184,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the value of a type that follows an equals sign; an error says what is wanted.
+    """Returns the value after an equals sign; `example` is the field's value so far.
 
-    `example` is the value of the field so far.
+    An error says nothing but what is wanted, such as `true or false`.
     """
     if kind is str:
         return text
@@ -239,7 +231,7 @@ def value_text(value: object) -> str:
 
 
 def to_json(config: Config) -> str:
-    """Returns a configuration as JSON text."""
+    """Returns a configuration as JSON text, with sorted keys."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
@@ -251,11 +243,7 @@ RETIRED = {
 
 
 def from_json(text: str | bytes) -> Config:
-    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were.
-
-    Raises:
-      ValueError: it is no JSON, or a value has another type than its field.
-    """
+    """Returns the configuration that `to_json` wrote, with tuples and unset fields as they were."""
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
         raise UserError("it is not a JSON object")
@@ -273,19 +261,15 @@ def from_json(text: str | bytes) -> Config:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Returns a value of JSON with its lists as tuples."""
     if isinstance(value, dict):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder, which may be a stranger's.
+    """Returns the configuration of the run in a folder, without its cache.
 
-    It names no cache: programs of a stranger's would run in this process.
-
-    Raises:
-      ValueError: there is none, or it is damaged.
+    The folder may be a stranger's, whose cached programs would run in this process.
     """
     path = workdir / "config.json"
     try:

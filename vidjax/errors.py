@@ -9,8 +9,8 @@
 | no memory is left; a package is not installed | what to do | 2 |
 | every other, also a ValueError of numpy or of vidjax itself | its traceback | 1 |
 
-A text that a library wrote for programmers is never the message of a UserError by itself: who calls
-the library on behalf of a user catches its error, and says which file, clip or field is wrong.
+A library's text for programmers is never the whole message of a UserError: the caller of the
+library catches it, and says which file, clip or field is wrong.
 """
 
 import difflib
@@ -22,11 +22,7 @@ from collections.abc import Iterable
 
 
 class Expected(Exception):
-    """What vidjax raises on purpose: its message is all that a user needs.
-
-    Attributes:
-      exit_code: the exit code of a command that ends with it.
-    """
+    """What vidjax raises on purpose: its message is all that a user needs."""
 
     exit_code = 2
 
@@ -102,9 +98,9 @@ def of_the_system(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Returns text for a terminal: control characters, and those that turn text around, escaped.
+    """Returns text of any origin for a terminal: escapes control and bidirectional characters.
 
-    Line ends and tabs stay. Names in a file may be a stranger's.
+    Line ends and tabs stay.
     """
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
@@ -119,8 +115,7 @@ _CONTROL = re.compile(
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word that is spelled most like another one, None if none is close enough.
 
-    Of a dotted name such as `optim.decay` the last part is enough. `cutoff` is the least similarity
-    of the spellings, from 0 (anything) to 1 (equal).
+    Of a dotted name the last part is enough. `cutoff`: least similarity, 0 (anything) to 1 (equal).
     """
     known = list(known)
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]

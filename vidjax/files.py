@@ -1,10 +1,8 @@
 """Files: opened safely, written whole or not at all, locked, and known by their digests.
 
-A stranger may have made what is read: a run's folder, a shared cache, clips to rank. Every reader
-opens a regular file without following a link, and refuses a file that is too large before it reads
-it. With `below`, no folder from there down to the file is a link either. What it returns is plain
-data: bytes, JSON, or arrays without objects. An error of a reader is a ValueError, or
-FileNotFoundError where there is no file; one of a writer is an OSError that names the file.
+A stranger may have made what is read: readers open regular files, follow no link in their place
+(with `below`, nor from there down), check sizes first, and return bytes, JSON, or arrays without
+objects. They raise ValueError or FileNotFoundError; writers, an OSError that names the file.
 """
 
 import contextlib
@@ -56,17 +54,9 @@ def open_regular(
 ) -> io.FileIO:
     """Opens a regular file, unbuffered, without following a link in its place.
 
-    Args:
-      path: the file. Its folder may be reached through links.
-      flags: of `os.open`. The file is not truncated, whatever they are.
-      limit: the largest size, in bytes.
-      below: a folder above the file, from which on no link is followed; None for its own folder.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is a link, a folder, a pipe or a device, or too large, or next to nothing but
-        holes; or a folder is a link.
-      OSError: it cannot be opened.
+    Refuses a file of more than `limit` bytes, and one over LARGE_BYTES that is next to nothing but
+    holes. Never truncates, whatever `flags` of `os.open` say. No folder from `below` down to the
+    file may be a link; None for any links on the way.
     """
     safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -125,7 +115,6 @@ def open_folder(path: Path, below: Path) -> Iterator[int]:
 
 
 def _open_inner(outer: int, path: Path) -> int:
-    """Returns the descriptor of a folder within an open one."""
     try:
         return os.open(path.name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=outer)
     except OSError as error:
@@ -255,14 +244,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Reads a JSON file that may be damaged.
-
-    Args:
-      path: the file.
-      kind: the type that the file must hold: `dict`, `list`, or `object` for any.
-      limit: the largest size to read, in bytes.
-      below: as `open_regular` takes it.
-    """
+    """Returns the value of a JSON file that may be damaged; `kind` object takes any value."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -321,10 +303,7 @@ def parse_line(line: bytes) -> dict[str, object]:
 
 
 def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
-    """Yields the lines of a file of any size, each with its end; the last may have none.
-
-    A longer line comes in pieces, of which all but the last have no end.
-    """
+    """Yields lines with their ends; a line of more than `limit` bytes comes in pieces."""
     with _open_to_read(path, math.inf) as (file, _), io.BufferedReader(file) as lines:
         while line := lines.readline(limit):
             yield line
@@ -342,7 +321,7 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
     """Returns the arrays of an open `.npz` file, whose sizes are summed before one is unpacked.
 
-    With `group`, only those of a file whose arrays are named GROUP/NAME.
+    With `group`, only those named GROUP/NAME, by NAME.
     """
     content = io.BufferedReader(file)
     try:
@@ -435,10 +414,7 @@ def default_cache_dir() -> Path:
 
 
 def foreign_part(folder: Path) -> Path | None:
-    """Returns the first folder on the way to `folder` that another user may change, or None.
-
-    Folders that do not exist yet are left out. A link is followed, and its target looked at.
-    """
+    """Returns the first existing folder on the way that another user may change; links are followed."""
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):
@@ -474,11 +450,7 @@ def _is_private(group: int) -> bool:
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Makes the folder of a run, or another one, if needed, and checks that it can be written.
-
-    Returns:
-      The absolute path of the folder.
-    """
+    """Makes a folder if needed, checks that it can be written, and returns its absolute path."""
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -494,10 +466,7 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a run's folder, or another one, for this process.
-
-    The kernel releases it when the process ends, however it ends.
-    """
+    """Locks a folder for this process; the kernel releases the lock however the process ends."""
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
@@ -517,10 +486,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 
 
 def _lock(file: io.FileIO) -> bool:
-    """Locks an open file; returns False if another process keeps it locked.
-
-    `lock_holder` holds the lock for a moment: it is tried again that long.
-    """
+    """Locks an open file, or returns False; tries again, as `lock_holder` holds it for a moment."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -553,7 +519,6 @@ def lock_owner(file: io.FileIO) -> str:
 
 
 def _create(path: Path) -> BinaryIO:
-    """Creates a file under a name that nothing has, and opens it for writing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(path, flags, 0o666), "wb")
 
@@ -561,8 +526,7 @@ def _create(path: Path) -> BinaryIO:
 def open_log(path: Path) -> io.FileIO:
     """Opens a log to append to, unbuffered; it need not exist yet.
 
-    A log of several names (hard links), as a snapshot of the folder makes them, is copied first:
-    the other names keep what they have.
+    A log with hard links, as snapshots have, is copied first: the other names keep what they have.
     """
     if exists(path):
         with open_regular(path) as file:
@@ -594,9 +558,9 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Opens a file to write piece by piece; its path shows what was there before until the end.
+    """Opens a file to write; its path shows the old content until the end.
 
-    With `sync` it waits until the disk has the file: this then holds after a power cut, too.
+    With `sync` it waits for the disk, so that this holds after a power cut, too.
     """
     # Not the number of the process: those of containers on a shared disk are often the same.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")

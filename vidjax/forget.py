@@ -1,7 +1,6 @@
 """Every place of a person or a clip, and the deletion of what vidjax may delete.
 
-`python -m vidjax.forget --help` tells what goes and what stays. This is no command of a gallery: a
-person is in runs and caches as well, and one command that knows all places is one page to read.
+It is no command of a gallery: runs and caches know a person as well.
 """
 
 import contextlib
@@ -42,13 +41,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
 
 
 class Found(NamedTuple):
-    """A place of a person.
+    """A place of a person; `remedy` is what is to be done, `deleted` where that is done.
 
-    Attributes:
-      kind: `gallery`, `records`, `run`, `file`, or `unread` for what could not be searched.
-      path: the folder or file.
-      about: what it holds.
-      remedy: what is to be done; `deleted` where that is done.
+    `kind` is `gallery`, `records`, `run`, `file`, or `unread` for what could not be searched.
     """
 
     kind: str
@@ -64,13 +59,9 @@ def forget(
     *,
     delete: bool = False,
 ) -> list[Found]:
-    """Finds all places of people and clips, and deletes what vidjax may.
+    """Returns all places of people and clips; with `delete`, deletes what vidjax may.
 
-    Args:
-      identities: the people; the clips that galleries have of them are looked for, too.
-      clips: names of clips.
-      places: folders and files.
-      delete: whether to delete; else the places are only named.
+    The clips that galleries have of the people are looked for, too.
     """
     roots = [place.expanduser().absolute() for place in places]
     for root in roots:
@@ -90,9 +81,9 @@ def forget(
 
 
 def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
-    """Returns folder -> `gallery`, `records` or `run`, and the files that lie in no such folder.
+    """Returns folder -> `gallery`, `records` or `run`; and all other files, and those of runs.
 
-    The files of runs are among them: each is searched for itself. No link is followed.
+    It follows no link.
     """
     from vidjax.gallery.store import NAME
 

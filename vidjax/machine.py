@@ -1,7 +1,7 @@
-"""What this process may use of its machine, or of its container: cores, memory and open files.
+"""What this process may use of its machine or container: cores, memory and open files.
 
-A container is a control group of Linux, of version 1 or 2. Its limits hold for all processes in it,
-and so do those of the groups around it.
+A container is a Linux control group, version 1 or 2. Its limits, and those of the groups around it,
+hold for all processes in it.
 """
 
 import contextlib
@@ -58,9 +58,8 @@ def most_files() -> float:
 def keep_freed_memory() -> None:
     """Lets each batch reuse the memory of the one before, if the C library is glibc.
 
-    By default the kernel maps and unmaps every array above 32 MB, which clears it page by page, and
-    every thread trims a heap of its own: that halves the rate of batches. It is for a process that
-    is vidjax's own: a library leaves the memory of its host alone.
+    By default the kernel maps and clears every array above 32 MB anew, and every thread trims its
+    own heap, which halves the rate of batches. Only for a process that is vidjax's own.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

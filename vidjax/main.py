@@ -64,11 +64,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code, see `messages.guarded`.
-
-    Args:
-      argv: the words after the program's name; None for those of the process.
-    """
+    """Runs the words, or those of the process, and returns the exit code of `messages.guarded`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["gallery"]:
         from vidjax.gallery import commands
@@ -104,10 +100,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command, see `messages.parse`.
+    """Returns the flags of a command, see `messages.parse`, with `place` and `line`.
 
-    `place` is that of this process among several, None for one; `line`, the command that repeats
-    the run.
+    `place` is None for a process alone; `line` is the command that repeats the run.
     """
     prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
     name, own = split_command(words)

@@ -1,7 +1,6 @@
 """What commands take and say: flags, results, errors of at most three lines, exit codes.
 
-At the top are imports of the standard library alone: a mistake in the words of a command is
-reported before the libraries, which take seconds, are loaded.
+It imports nothing slow at the top: a mistake in the words is reported before libraries load.
 """
 
 import argparse
@@ -28,12 +27,7 @@ QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 class Result(NamedTuple):
     """What a command has found.
 
-    Attributes:
-      content: the object that `--json` prints.
-      rows: name -> text, printed below the name of the command.
-      text: lines before them.
-      note: what follows the name of the command.
-      code: the exit code.
+    `--json` prints `content`. A reader gets `text`, the command's name with `note`, and `rows`.
     """
 
     content: Mapping[str, Any]
@@ -44,14 +38,7 @@ class Result(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: `vidjax NAME`, or `vidjax gallery NAME`.
-
-    Attributes:
-      about: what it does, after its name.
-      add_flags: adds its flags to its parser.
-      run: does it.
-      example: its flags in an example, one or more.
-    """
+    """A command, `vidjax NAME` or `vidjax gallery NAME`; `example` has its flags, once or more."""
 
     about: str
     add_flags: "Callable[[Parser], None]"
@@ -69,7 +56,6 @@ class Parser(argparse.ArgumentParser):
         usage: str | None = None,
         epilog: str | None = None,
     ):
-        """Makes the parser; arguments are those of `argparse.ArgumentParser`."""
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
@@ -101,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str, name: str, command: Command) -> Parser:
-    """Returns the parser of a command."""
+    """Returns the parser of a command, with `--quiet`, `--json` and `--debug`."""
     examples = []
     for flags in command.example:
         line = f"  {prog} {name} {flags}"
@@ -130,15 +116,9 @@ def parse(
     """Returns the flags of a command, with its name, `command`, and `overrides` of fields.
 
     Args:
-      prog: the program, such as `vidjax`.
-      commands: name -> command.
-      name: the one to parse for.
-      words: the words without its name.
+      words: the words without the command's name.
       near: a misspelt flag without its dashes -> the field that it may mean.
       stray: a word without a flag -> what it may mean, in words.
-
-    Raises:
-      UserError: an unknown flag or word, one of another command, or one that is missing.
     """
     own, overrides = split_overrides(words)
     parser = make_parser(prog, name, commands[name])
@@ -163,10 +143,7 @@ def parse(
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits words into those of the flags, and those such as `--config.seed=1`.
-
-    The value of a field may be a word of its own.
-    """
+    """Returns the words of flags, and overrides `--config.F=V`, also of `--config.F V`."""
     own, overrides = [], []
     rest = list(words)
     while rest:
@@ -187,7 +164,6 @@ def _unknown(
     flag: str,
     near: Callable[[str], str | None],
 ) -> str:
-    """Returns what to say of a flag that a command does not have."""
     parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
     if any(flag in parser.flags for parser in parsers.values()):
         return _foreign(prog, commands, name, flag)
@@ -223,14 +199,7 @@ def no_command(name: str, commands: Mapping[str, Command]) -> UserError:
 
 
 def show(result: Result, name: str, *, as_json: bool, named: bool = True) -> None:
-    """Prints the result of a command.
-
-    Args:
-      result: the result.
-      name: the command.
-      as_json: whether to print its content as one line of JSON.
-      named: whether the content names the command, as its mode.
-    """
+    """Prints the result of a command; with `named`, its JSON has the command's name as `mode`."""
     if as_json:
         content = {"mode": name, **result.content} if named else result.content
         say(json.dumps(_plain(content), allow_nan=False))
@@ -268,15 +237,10 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
-    """Runs a command and returns its exit code; says what went wrong.
+    """Runs a command and returns its exit code, see `vidjax.errors`; says what went wrong.
 
-    0 success, 1 a fault of vidjax, 2 a mistake of the user or in the data, 3 no usable checkpoint
-    (in a check: a damaged one), 130 and 143 stopped by SIGINT and SIGTERM; see `vidjax.errors`.
-
-    Args:
-      command: the command, which returns its exit code.
-      words: its words; with `--debug` an error is shown with its traceback, and with `--json` it is
-        the object `{"error": TEXT}` on standard output, too.
+    In a check, 3 is a damaged checkpoint. With `--debug` among the words an error has its
+    traceback; with `--json`, standard output gets `{"error": TEXT}`, too.
     """
     try:
         return command()
@@ -344,10 +308,7 @@ class _Printable(logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Opens the streams that the caller has closed, as `2>&-` does.
-
-    The next file that is opened would get the number of the stream, and what is printed.
-    """
+    """Opens streams closed by `2>&-`: else the next file opened would get what is printed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
