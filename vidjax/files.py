@@ -414,7 +414,7 @@ def default_cache_dir() -> Path:
 
 
 def foreign_part(folder: Path) -> Path | None:
-    """Returns the first existing folder on the way that another user may change; links are followed."""
+    """Returns the first folder, from the root to the real path, that another user may change."""
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):

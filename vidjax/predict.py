@@ -1,16 +1,13 @@
 """A trained run from Python: scores, ranks and embeds new clips, in memory or as a dataset.
 
-    from vidjax import predict
-
     run = predict.restore("runs/mma")
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
-Scores equal those of `--mode=evaluate`. They are bit-equal for all clips of the evaluated split,
-because the same program runs on the same blocks. Clips in memory need no TensorFlow.
-
-At most SMALL_REQUEST clips in memory are scored in a small block, which takes milliseconds. The
-program of a small block rounds in another order: scores differ from those of a larger request in
-the last bits (below 1e-4 in a logarithm). Small requests agree with each other to the bit.
+Scores of the evaluated split equal those of `--mode=evaluate` to the bit: the same program runs on
+the same blocks. At most SMALL_REQUEST clips in memory are scored in a small block, in milliseconds.
+Its program rounds in another order: such scores differ from those of a larger request in the last
+bits (below 1e-4 in a logarithm), and agree with each other to the bit. Clips in memory need no
+TensorFlow.
 """
 
 import math
@@ -48,15 +45,7 @@ THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
 class _Request(NamedTuple):
-    """The clips of one call.
-
-    Attributes:
-      data: the source of the clips.
-      split: the split of the source.
-      clip_index: [N] int, the clip of each row of the answer.
-      names: names of the N rows.
-      block_size: number of clips that a device scores at a time.
-    """
+    """The clips of one call: row n of the answer is clip `clip_index[n]`, [N] int."""
 
     data: ClipSource
     split: str
@@ -68,22 +57,22 @@ class _Request(NamedTuple):
 class Predictor(NamedTuple):
     """A trained run with its weights.
 
-    The methods take `clips`, which are one of two things:
-    - a dict clip -> modality -> features [T, D], or a dict of arrays as `vidjax.load_data`
-      takes it. A clip may lack modalities; a clip without a usable frame scores -inf. Or the same
-      as `MemoryClips`.
-    - a dataset. `split` then names the split; None means the split that the run evaluates.
-
-    A predictor can be copied and pickled: weights and configuration are kept, and compiled programs
-    come from the cache again. The run's folder is not needed for it.
+    Methods take `clips`, and raise ValueError where these do not fit the run, with clip, modality
+    and field in the message. `clips` is one of:
+    - a dict clip -> modality -> features [T, D], or a dict of arrays as in `vidjax.load_data`, or
+      `MemoryClips`. A clip may lack modalities; a clip without a usable frame scores -inf.
+    - a dataset, of which `split` names the split; None for the split that the run evaluates.
 
     A clip is scored by the members that were not trained on a clip of that name. In a run without
     folds, where all members were trained on it, all of them score it.
 
+    A predictor can be copied and pickled, and then needs no folder of the run: it keeps weights and
+    configuration, and takes compiled programs from the cache.
+
     Attributes:
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
-      manifest: the manifest of the checkpoint; every file matched its sha256 in it.
+      manifest: of the checkpoint; every file matched its sha256 in it.
       results: content of the run's `metrics.json`; empty where that tells of another step.
       config: the configuration of the run.
       identities: [C] names of the class columns.
@@ -91,9 +80,8 @@ class Predictor(NamedTuple):
       params: the model's parameters, [E, ...].
       model_state: the model's other variable collections, [E, ...].
       training_sets: the clips that each member was trained on.
-      system: model, fusion and scores that the configuration describes.
-      score_fn: scores [B, C] of one member.
-      embed_fn: embeddings [B, D] of one member.
+      system: model, fusion and scores.
+      score_fn, embed_fn: scores [B, C] and embeddings [B, D] of one member.
       mesh: the devices.
     """
 
@@ -129,8 +117,8 @@ class Predictor(NamedTuple):
     def threshold(self) -> float | None:
         """The score that 1 % of the strangers of the evaluated split reach; None if not known.
 
-        It is not known where folds or bootstrap samples left out the evaluated clips: each has the
-        score of few members, a new clip the mean of all, which fewer strangers reach.
+        It is not known where folds or bootstrap samples left out the evaluated clips: these have
+        scores of few members, a new clip the mean of all members, which fewer strangers reach.
         """
         value = None if self._of_few_members else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -151,15 +139,13 @@ class Predictor(NamedTuple):
         """Returns clip -> its best identities as (identity, score), best first; [] for unknown.
 
         Args:
-          clips: N clips.
           k: number of identities per clip, at most.
           threshold: the lowest score of an answer; None for that of the run, and for no limit where
             no strangers were evaluated. `float("-inf")` always sets no limit.
-          split: the split of a dataset; None for clips in memory, or for the evaluated one.
 
         Raises:
-          ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
-            the run is of scores out of fold, see `threshold`.
+          ValueError: k is below 1, or the threshold is None and that of the run is of scores out of
+            fold, see `threshold`.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -196,19 +182,12 @@ class Predictor(NamedTuple):
     ) -> np.ndarray:
         """Returns the scores that clips are ranked by, [N, C] float32.
 
-        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`.
-
-        Args:
-          clips: N clips; the rows are in the order of the dict, or of the split's clip names.
-          split: the split of a dataset; None for clips in memory, or for the evaluated one.
-
-        Raises:
-          ValueError: clips do not fit the run; the message names clip, modality and field.
+        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
+        are in the order of the dict, or of the split's clip names.
         """
         return self._scores(self._request(clips, split))
 
     def _scores(self, request: _Request) -> np.ndarray:
-        """Returns the scores of a request, [N, C]."""
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)
@@ -224,13 +203,7 @@ class Predictor(NamedTuple):
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
-        Args:
-          clips: N clips.
-          split: the split of a dataset; None for clips in memory, or for the evaluated one.
-          advance: is told the number of rows of each finished block, padding included.
-
-        Raises:
-          ValueError: clips do not fit the run; the message names clip, modality and field.
+        `advance` is told the number of rows of each finished block, padding included.
         """
         request = self._request(clips, split)
         small = len(request.clip_index) <= SMALL_REQUEST
@@ -254,20 +227,15 @@ class Predictor(NamedTuple):
     ) -> np.ndarray:
         """Returns one unit vector per clip, [N, D] float32; a dot product of two is their cosine.
 
-        The vector of a member is the input of the model's classifier, scaled to length 1. For the
-        baseline `knn` that is the mean frame; for `plda`, the centred unit vectors of all
-        modalities. Where each frame is an example of its own, it is the mean over the frames. An
-        ensemble concatenates the vectors of all its members, whatever they were trained on. A
-        fallback model concatenates those of both its classifiers, with 0 for the one that does not
-        score the clip. A clip without a usable frame gets a zero vector.
-
-        Args:
-          clips: N clips; the rows are in the order of the dict, or of the split's clip names.
-          split: the split of a dataset; None for clips in memory, or for the evaluated one.
+        The vector of a member is the input of the model's classifier, scaled to length 1: for `knn`
+        the mean frame; for `plda` the centred unit vectors of all modalities; where each frame is
+        an example of its own, the mean over the frames. An ensemble concatenates the vectors of all
+        its members, whatever they were trained on. A fallback model concatenates those of both its
+        classifiers, with 0 for the one that does not score the clip. A clip without a usable frame
+        gets a zero vector. Rows are in the order of the dict, or of the split's clip names.
 
         Raises:
-          ValueError: clips do not fit the run, or its model has no classifier of
-            `vidjax.models.heads`.
+          ValueError: the model has no classifier of `vidjax.models.heads`.
         """
         request = self._request(clips, split)
         vectors: np.ndarray | None = None
@@ -284,7 +252,6 @@ class Predictor(NamedTuple):
         return vectors[request.clip_index]
 
     def _request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> _Request:
-        """Checks clips against the run and makes them a source of batches."""
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
@@ -348,7 +315,7 @@ class Predictor(NamedTuple):
 def counted(
     blocks: Iterator[topk.ScoreBlock], advance: Callable[[int], None]
 ) -> Iterator[topk.ScoreBlock]:
-    """Yields blocks of scores, and tells the number of rows of each."""
+    """Yields blocks of scores, and tells `advance` the number of rows of each."""
     for block in blocks:
         yield block
         advance(len(block[1]))  # to count the mask would wait for the device
@@ -366,16 +333,8 @@ def restore(
     """Restores a trained run, its weights checked against their sha256.
 
     Where the wanted step is damaged, the next good one is used, with a warning. Nothing is written
-    into the folder. Compiled programs are kept in the cache of the command line.
-
-    Args:
-      workdir: the run's folder.
-      step: `latest`, or `best` by MAP.
-      num_devices: devices to use; None for all. Scores do not depend on it.
-
-    Raises:
-      ValueError: the folder holds no run, or a blend of other runs.
-      CheckpointError: there is no usable checkpoint.
+    into the folder; compiled programs are kept in the cache of the command line. Arguments and
+    errors are those of `vidjax.restore`.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
@@ -419,12 +378,7 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
 
 
 def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
-    """Returns a predictor that was pickled.
-
-    Args:
-      state: its attributes but those of _REMADE; the weights as numpy arrays.
-      num_devices: devices to use, where there are as many.
-    """
+    """Returns a predictor of a pickled state; `num_devices` where there are as many."""
     devices.keep_programs(files.default_cache_dir())
     mesh = devices.make_mesh(min(num_devices, jax.device_count()))
     task = task_of(state["manifest"])

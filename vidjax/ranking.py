@@ -1,10 +1,8 @@
-"""The submission file, which lists the best 100 clips of every identity.
+"""The submission file, which lists the best 100 clips of every identity: written, read and scored.
 
-`write_ranking` writes it, `load_ranking` reads it, and `python -m vidjax.ranking GT RANKING` scores
-it. The lists themselves come from `vidjax.steps.topk`.
-
-White space separates names in the official format. White space within a name is written as in a
-URL, `First%20Last`, and so is a `%` before two hexadecimal digits. No other character is escaped.
+`python -m vidjax.ranking GT RANKING` scores one. White space separates names in the official
+format: white space within a name, and a `%` before two hexadecimal digits, is written as in a URL,
+`First%20Last`. No other character is escaped.
 """
 
 import codecs
@@ -32,8 +30,7 @@ def write_ranking(
     """Writes the submission file, whole or not at all.
 
     One line per identity, `{identity} {clip}.mp4 {clip}.mp4 ...`, best first, at most 100 clips.
-    Every name ends in `.mp4` once, whether or not `clips` carry it. White space in names is
-    escaped.
+    Every name ends in `.mp4` once, whether or not `clips` carry it.
 
     Args:
       path: the file to write or replace.
@@ -43,14 +40,13 @@ def write_ranking(
 
     Raises:
       ValueError: a name is empty, repeated or holds a control character, or the rows are not C.
-      OSError: the file cannot be written; what was at `path` before is intact.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text of a submission; arguments and ValueErrors are those of `write_ranking`."""
+    """Returns the text of a submission; arguments and errors are those of `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(f"{path}: {len(identities)} identities, {len(index)} ranked lists")
@@ -66,7 +62,6 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
-    """Raises ValueError for a name that a submission line could not hold."""
     for name in names:
         try:
             check_name(name, kind)
@@ -80,17 +75,13 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 def load_ranking(
     path: str | Path, *, identities: Collection[str] | None = None
 ) -> dict[str, list[str]]:
-    """Returns a faultless submission: identity -> clip names, best first.
+    """Returns a submission as identity -> clip names, best first, with escaped names read back.
 
-    CRLF, a byte order mark and trailing blanks are no faults. Escaped names are read back.
-
-    Args:
-      path: a file in the format of `write_ranking`.
-      identities: the known identities, any other being a fault; None knows them all.
+    CRLF, a byte order mark and trailing blanks are no faults. `identities` are the known ones, any
+    other being a fault; None knows them all.
 
     Raises:
-      ValueError: the file has one of the faults that `read_submission` tells. The message has at
-        most three lines, each with a line number of the file.
+      ValueError: a fault of `read_submission`; at most three lines, each with a line number.
     """
     known = None if identities is None else {escape(name) for name in identities}
     lines = _number(path, files.each_line(Path(path), LINE_BYTES))  # refuses a link
@@ -104,11 +95,7 @@ def load_ranking(
 
 
 def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields what `load_ranking` returns, list by list; for a file that the memory may not hold.
-
-    Raises:
-      ValueError: the file has a fault; the message names it with its line.
-    """
+    """Yields what `load_ranking` returns, list by list; for a file that the memory may not hold."""
     known = {escape(name): name for name in identities}
     seen: set[str] = set()
     for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):
@@ -123,11 +110,7 @@ def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[s
 
 
 def read_identities(path: str | Path) -> tuple[str, ...]:
-    """Returns the identities of a ranking, in the order of its lines.
-
-    Raises:
-      ValueError: there are too many, or the file cannot be read.
-    """
+    """Returns the identities of a ranking, in the order of its lines; refuses too many."""
     lines = _number(path, files.each_line(Path(path), LINE_BYTES))
     names = tuple(unescape(line.split(" ", 1)[0]) for _, line in itertools.islice(lines, MOST + 1))
     if len(names) > MOST:
@@ -164,19 +147,12 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     | a name repeated in its line | the first place counts, later ones do not |
     | more than 100 different names | the first 100 count |
     | a second line of an identity | the last line counts |
-    | an unknown identity | not scored |
+    | an unknown identity (not in `identities`; None knows all) | not scored |
     | bytes that are not UTF-8 text | a name with them equals no other |
 
     Source: the description of the script says which repeated name counts, that repeats are dropped
     before names are counted, and that unknown identities do not matter. Ours: the other rows. The
     last line counts because a script that fills a dict overwrites its entries.
-
-    Args:
-      path: the file.
-      identities: the known identities, any other being a fault; None knows them all.
-
-    Raises:
-      OSError: the file cannot be read.
     """
     return _read_submission(path, _read_lines(Path(path)), identities)
 
@@ -184,7 +160,6 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
 def _read_submission(
     path: str | Path, lines: Iterable[tuple[str, str]], identities: Collection[str] | None
 ) -> Submission:
-    """Returns the submission in the lines of a file, see `read_submission`."""
     ranking: dict[str, list[str]] = {}
     faults: dict[str, list[str]] = {}
 
@@ -221,9 +196,9 @@ def _read_submission(
 def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
     """Returns MAP@100 of a submission, as the organisers' script computes it.
 
-    A submission with faults is scored, too: `read_submission` says how. An identity that it lacks
-    counts 0, one that the ground truth lacks is ignored. Names match as exact strings, so
-    both files escape them alike.
+    A submission with faults is scored as `read_submission` says. An identity that it lacks counts
+    0, one that the ground truth lacks is ignored. Names match as exact strings: both files escape
+    them alike.
 
     Args:
       gt_path: `NAME.mp4 ID` lines or `ID NAME.mp4 NAME.mp4 ...` lines.
@@ -232,14 +207,12 @@ def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
     Raises:
       ValueError: the ground truth has an empty line, an identity with two lines or no clip, a clip
         that is listed twice, or a form that cannot be told. The message has the line's number.
-      OSError: one of the files cannot be read.
     """
     positives = _read_ground_truth(Path(gt_path))
     return _score(positives, read_submission(ranking_path).ranking)
 
 
 def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> float:
-    """Returns MAP@100 of identity -> ranked names against identity -> names that show it."""
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
     rows = {clip: row for row, clip in enumerate(clips)}
@@ -320,7 +293,7 @@ def _is_text(line: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `python -m vidjax.ranking GT RANKING` and returns the exit code: 0, or 2 when refused.
+    """Runs `python -m vidjax.ranking GT RANKING` and returns its exit code.
 
     The last line of stdout is the score. Faults of the submission are warnings on stderr; with
     `--strict` they are errors, and nothing is scored.

@@ -1,13 +1,9 @@
 """Files of tables that a user names: a new one each, whole or not at all.
 
-The ending of the name decides the format:
-
-    .tsv, .csv  a line per row, below the names of the columns
-    .jsonl      an object per line, as who writes it says
-    .parquet    the columns of .tsv; needs pyarrow
-
-In .tsv and .csv a text that a spreadsheet would take for a formula has a `'` before it, and so has
-one that begins with `'`: who reads a table in a program drops one `'` at the beginning of a text.
+The ending decides the format: .tsv and .csv, a line per row below the names of the columns; .jsonl,
+an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a text that a
+spreadsheet would take for a formula, or that begins with `'`, has a `'` before it, which a program
+that reads the table drops.
 """
 
 import csv
@@ -32,11 +28,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Checks that a table can be written to a new file, before anything that takes seconds.
-
-    Raises:
-      ValueError: another ending, a file that exists, no folder, or no pyarrow for a parquet table.
-    """
+    """Checks that a table can be written to a new file, before anything that takes seconds."""
     if path.suffix not in endings:
         raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
     if os.path.lexists(path):
@@ -59,14 +51,9 @@ def write(
     """Writes a new file in the format that its ending names.
 
     Args:
-      path: the file.
       columns: name -> type in Apache Arrow, such as `float32`.
       rows: a cell per column each; None is an empty cell.
       objects: what .jsonl holds in place of the rows.
-
-    Raises:
-      ValueError: the file exists by now.
-      OSError: the file cannot be written.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(one, ensure_ascii=False) for one in objects)
@@ -127,7 +114,7 @@ def _to_parquet(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) ->
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file, whole or not at all; never replaces one. Errors are those of `write`."""
+    """Writes a new file, whole or not at all; never replaces one."""
     partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
     files.write_bytes(partial, content)
     try:

@@ -1,8 +1,8 @@
 """Keeps what C++ libraries print off the terminal, while several processes work together.
 
-They print lines such as `[Gloo] Rank 0 is connected` to the standard output, where a program may
-read JSON. And where the coordinator is gone, they abort this process with a stack trace that no
-handler in Python can prevent. A child process, which outlives this one, reads what they print.
+`[Gloo] Rank 0 is connected` would go to the standard output, where a program may read JSON, and
+libraries abort with a stack trace where the coordinator is gone. A child process, which outlives
+this one, reads and filters what they print.
 """
 
 import io

@@ -31,9 +31,9 @@ LOST = f"vidjax: process 0, which coordinates the others, is gone\n{REMEDY}"
 
 
 class Beat(NamedTuple):
-    """What a process writes of itself: a number that grows as long as it is there.
+    """What a process writes of itself; `beat` grows as long as it is there.
 
-    `where` is its machine and process ID, and `end` why it ends; "" while it works.
+    `where` is its machine and process ID; `end` is why it ends, "" while it works.
     """
 
     beat: int
@@ -44,14 +44,12 @@ class Beat(NamedTuple):
 class Group:
     """The processes of a run, which this one has joined, each of which watches the others.
 
-    jax would end a process whose coordinator is gone by an abort with a stack trace, and leave one
-    waiting whose neighbour is: a collective on the devices has no limit of time. So every process
-    writes to the shared table once a second that it is there, and reads what the others wrote. The
-    error that ends one is told by all.
+    jax aborts a process whose coordinator is gone with a stack trace, and a collective waits for
+    ever for a process that is gone. So every process writes to the shared table once a second that
+    it is there, and reads what the others wrote. All of them tell the error that ends one.
     """
 
     def __init__(self, count: int, number: int, complain: Callable[[str], None]):
-        """Starts to watch; `complain` prints an error of at most three lines."""
         self._count, self._number, self._complain = count, number, complain
         self._where = f"{socket.gethostname()}, process ID {os.getpid()}"
         self._heard = dict.fromkeys(set(range(count)) - {number}, time.monotonic())
@@ -94,7 +92,7 @@ class Group:
             self._wait_for_silence()
 
     def find_gone(self) -> None:
-        """Waits until it is known which process is gone, after a collective has failed.
+        """Ends this process if another one is gone, after a collective has failed.
 
         It returns only if none is: then the collective failed for another reason.
         """
@@ -162,7 +160,7 @@ class Group:
 
 
 def join(place: Place, complain: Callable[[str], None]) -> Group:
-    """Joins this process to the others. Call it before jax looks for devices.
+    """Joins this process to the others, before jax looks for devices.
 
     The process ends where not all have started within START_SECONDS.
     """

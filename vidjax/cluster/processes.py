@@ -1,7 +1,7 @@
 """This process among the others: its number, and values that all of them agree on.
 
-Every process runs the same program on its own devices. What depends on a clock, on a file or on a
-signal differs between them, so one process decides it, or all of them together.
+Every process runs the same program on its own devices. What depends on a clock, a file or a signal
+differs between them, so one process decides it, or all of them together.
 """
 
 import itertools
@@ -111,11 +111,7 @@ def broadcast_int(value: int) -> int:
 
 
 def allgather_ints(values: list[int]) -> list[list[int]]:
-    """Returns some integers of all processes, in their order, as `gather` does, but faster.
-
-    Args:
-      values: integers below 2**31, equally many in every process.
-    """
+    """Returns integers below 2**31 of all processes, equally many of each, by the devices."""
     if process_count() == 1:
         return [values]
     from jax.experimental import multihost_utils
@@ -124,7 +120,7 @@ def allgather_ints(values: list[int]) -> list[list[int]]:
 
 
 class Rounds:
-    """Rounds in which all processes tell each other some integers, about one a second.
+    """Rounds in which all processes tell each other some integers, about once a second.
 
     One process needs nobody: every call is a round.
     """
@@ -134,11 +130,9 @@ class Rounds:
         self._last: tuple[int, float] | None = None  # step and time of the last round
 
     def exchange(self, step: int, values: list[int]) -> list[list[int]]:
-        """Returns the values of all processes, [] if this step has no round.
+        """Returns the integers below 2**31 of all processes; [] if this step has no round.
 
-        Args:
-          step: number of steps done; all processes call with the same steps.
-          values: integers below 2**31.
+        All processes call with the same `step`, the number of steps done.
         """
         if step < self._next:
             return []

@@ -25,10 +25,8 @@ FLAGS = ("--coordinator", "--num_processes", "--process_id")
 class Place(NamedTuple):
     """The place of this process among those of a run: the flags of the command.
 
-    Attributes:
-      coordinator: `HOST:PORT` of process 0, or AUTO.
-      num_processes: number of processes; None with AUTO.
-      process_id: number of this process, from 0; None with AUTO.
+    `coordinator` is `HOST:PORT` of process 0, or AUTO, with which both numbers are None.
+    `process_id` counts from 0.
     """
 
     coordinator: str
@@ -72,20 +70,12 @@ class Place(NamedTuple):
 
 
 def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the blocks of a process, bucket by bucket.
+    """Yields a process's blocks: the bucket, and [n] int places in `bucket`, n from 0 to `rows`.
 
-    The n clips of a bucket form ceil(n / (rows * parts)) blocks in every process. A process takes
-    a range of them, so that it opens the files of its range alone: if it took every parts-th block,
-    it would open nearly all files. Hence blocks at the end of the last ranges may be empty.
-
-    Args:
-      bucket: [N] int, bucket of each clip in the order in which clips are stored; -1 for a clip
-        that is left out.
-      rows: number of rows per block of a process.
-      share: the process.
-
-    Yields:
-      the bucket, and [n] int, places in `bucket` of the clips of the block, n from 0 to `rows`.
+    `bucket` [N] int has the bucket of each clip in stored order, -1 for one that is left out. The n
+    clips of a bucket form ceil(n / (rows * parts)) blocks in every process. A process takes a range
+    of them, so that it opens few files: every parts-th block would lie in nearly all files. Hence
+    blocks at the end of the last ranges may be empty.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)

@@ -1,14 +1,10 @@
 """Checkpoints: saved, found and loaded with Orbax, and checked against sha256 digests.
 
-A checkpoint is a folder `checkpoints/<step>/` with Orbax's folder `state` and a `manifest.json`.
-The manifest holds the sha256 of every file in `state`, and of its own other entries. The folder
-gets its name once all of it is written. A checkpoint that does not match its manifest is never
-used: nor is one whose `state` holds another file than those (but `.DS_Store` of macOS), or that is
-reached through a link.
-
-Three checkpoints are kept: the latest, the one before it, and the best by MAP. Where training
-evaluates now and then, "the one before" is the last evaluated one. Other files in `checkpoints/`
-are left alone.
+`checkpoints/<step>/` has Orbax's folder `state`, and `manifest.json` with the sha256 of every file
+in `state` and of its own other entries. It gets its name once it is whole. One that does not match
+its manifest is never used, nor one with another file in `state` (but `.DS_Store` of macOS), or
+reached through a link. Three are kept: the latest, the one before it (the last evaluated one where
+training evaluates now and then), and the best by MAP. Other files in `checkpoints/` stay.
 """
 
 import contextlib
@@ -49,11 +45,9 @@ class OtherModelError(CheckpointError):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files match their digests.
+    """A checkpoint, `checkpoints/<step>`, whose files match their digests.
 
-    Attributes:
-      folder: `checkpoints/<step>`.
-      manifest: `step`, `arrays`, `files` and what `save` was given as `info`.
+    `manifest` has `step`, `arrays`, `files` and the `info` of `save`.
     """
 
     folder: Path
@@ -66,7 +60,6 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
     If the step has a checkpoint already, its arrays stay and `info` is added to its manifest.
 
     Args:
-      workdir: the run's folder.
       step: the number of optimiser steps that are done.
       items: name -> tree of arrays; `load` takes the same names.
       info: entries of the manifest, in types of JSON. `map` decides which checkpoint is the best.
@@ -88,10 +81,7 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint under a hidden name, then renames it.
-
-    Every process writes its part of the arrays, all of which the manifest lists.
-    """
+    """Writes a checkpoint under a hidden name, then renames it; every process writes its arrays."""
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
     partial = folder.parent / ".partial" / folder.name
     _refuse_link(folder.parent)
@@ -129,10 +119,7 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
-    """Returns step -> manifest, or the error that reading the manifest raised.
-
-    The other files of the checkpoints are not read.
-    """
+    """Returns step -> manifest, or the error of reading it; reads no other files."""
     by_step: dict[int, dict[str, Any] | DamagedError] = {}
     for step, folder in sorted(_folders(workdir).items()):
         try:
@@ -155,11 +142,8 @@ def _best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """Returns the most preferred checkpoint that matches its digests; None if none was ever saved.
 
-    A damaged checkpoint is skipped with a warning; its files stay.
-
-    Args:
-      workdir: the run's folder.
-      prefer: `latest`; or `best`, the highest MAP first and checkpoints without MAP last.
+    `prefer` is `latest`; or `best`, the highest MAP first and checkpoints without MAP last. A
+    damaged checkpoint is skipped with a warning, and stays.
 
     Raises:
       CheckpointError: all checkpoints are damaged, or `best` was asked for and none has a MAP.
@@ -177,7 +161,6 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def _find_step(
     workdir: Path, prefer: str, steps: Mapping[int, dict[str, Any] | DamagedError]
 ) -> int | None:
-    """Returns the step of the checkpoint that `find` finds."""
     scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
@@ -203,16 +186,12 @@ def _find_step(
 
 
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
-    """Loads the trees of a checkpoint.
+    """Returns name -> tree of the arrays of a checkpoint, structured like `abstract`.
 
     Args:
-      checkpoint: the result of `find`.
       abstract: name -> tree of arrays or ShapeDtypeStructs; only these items are read.
       layout: the sharding of all arrays, or a tree of shardings; the number of devices may differ
         from that at saving.
-
-    Returns:
-      name -> tree of arrays, structured like `abstract`.
 
     Raises:
       OtherModelError: an array has another shape or dtype than the checkpoint's.
@@ -257,7 +236,6 @@ def verify(folder: Path, manifest: dict[str, Any] | DamagedError | None = None) 
 
 @contextlib.contextmanager
 def _damaged(path: Path) -> Iterator[None]:
-    """Turns the errors of a file or folder that cannot be read into DamagedError."""
     try:
         yield
     except FileNotFoundError as error:

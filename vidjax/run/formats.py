@@ -1,8 +1,7 @@
 """The formats of the files in a run's folder: what each key means, its type and its range.
 
-A file's content is a `Struct` here, made of plain JSON by `parse`. A key without a default is
-required, every other one may be absent or null unless its type says otherwise, and keys that are
-not listed are free, for later versions.
+`parse` makes a `Struct` of plain JSON. A key without a default is required; others may be absent,
+or null where their type allows it; keys that are not listed are free, for later versions.
 """
 
 import math
@@ -392,9 +391,7 @@ TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange")
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     """Returns the JSON value of a file as a format of this module.
 
-    Raises:
-      UserError: a value is missing, wrong or too large; the error names the file and the place,
-        such as `$.members[2].map`.
+    An error names the file and the place, such as `$.members[2].map`.
     """
     try:
         return msgspec.convert(value, kind)

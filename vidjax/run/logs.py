@@ -50,12 +50,11 @@ def _is_kept(line: bytes, step: int, evaluated: bool) -> bool | None:
 class Logs:
     """The open log files of a run, which the first of its processes writes.
 
-    `metrics.jsonl` depends on nothing but configuration, data and step: two runs of one
-    configuration write the same bytes. Measured times go to `timing.jsonl`.
+    `metrics.jsonl` depends on configuration, data and step alone: two runs of one configuration
+    write the same bytes. Measured times go to `timing.jsonl`.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
-        """Opens the files, after cutting them back to where the run resumes (`keep_until`)."""
         self._lines: dict[str, io.FileIO] = {}
         self._events: EventFile | None = None
         if not processes.is_first():

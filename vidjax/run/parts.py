@@ -1,7 +1,6 @@
 """The parts of an evaluation: `parts/SPLIT/K-of-N.npz` in the folder of a run.
 
-A part is one file, which appears whole or not at all, and whose checksums are those of any `.npz`.
-Its arrays are in groups, which are read one at a time:
+A part appears whole or not at all. Its arrays are in groups, which are read one at a time:
 
     facts/json      [] bytes: what the part was made of, see `Facts`; only equal ones are joined
     clips/...       clip [n] int32, ascending, which numbers clips as the whole split does; best [n]
@@ -32,7 +31,7 @@ _NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})\.npz")
 
 
 def member_group(number: int) -> str:
-    """Returns the group of the ranking by the member at a position."""
+    """Returns the group of a member's ranking."""
     return f"member-{number}"
 
 
@@ -62,23 +61,14 @@ class Facts(Struct, kw_only=True):
 
 
 class Shard(NamedTuple):
-    """Which part of how many.
-
-    Attributes:
-      number: from 1 to `total`.
-      total: number of parts.
-    """
+    """Part `number` (from 1) of `total`."""
 
     number: int
     total: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the shard of a text such as `2/7`.
-
-        Raises:
-          ValueError: it is none.
-        """
+        """Returns the shard of a text such as `2/7`."""
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         number, total = map(int, found.groups()) if found else (0, 0)
         if not 1 <= number <= total:
@@ -100,12 +90,7 @@ class Shard(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part whose facts were read.
-
-    Attributes:
-      path: its file.
-      facts: what it was made of.
-    """
+    """A part whose facts were read."""
 
     path: Path
     facts: Facts
@@ -127,11 +112,7 @@ def path_of(workdir: Path, split: str, shard: Shard) -> Path:
 
 
 def make_folder(workdir: Path, split: str) -> None:
-    """Makes the folder of the parts of a split.
-
-    Raises:
-      ValueError: it, or a folder above it, is a link: something else may lie there.
-    """
+    """Makes the folder of the parts of a split; refuses a link: something else may lie there."""
     folder = workdir / FOLDER / split
     with contextlib.suppress(FileNotFoundError), files.open_folder(folder, workdir):
         pass
@@ -139,16 +120,7 @@ def make_folder(workdir: Path, split: str) -> None:
 
 
 def write(workdir: Path, facts: Facts, groups: Mapping[str, Mapping[str, np.ndarray]]) -> Part:
-    """Writes a part, in place of an earlier one; its folder must exist.
-
-    Args:
-      workdir: the folder of the run.
-      facts: what it was made of.
-      groups: group -> name -> array.
-
-    Raises:
-      OSError: it cannot be written; what was there before stays.
-    """
+    """Writes a part of group -> name -> array, whole, in place of an earlier one."""
     path = path_of(workdir, facts.split, Shard(facts.number, facts.total))
     arrays: dict[str, Any] = {"facts/json": np.bytes_(files.to_json(to_builtins(facts)))}
     for group, content in groups.items():
@@ -159,12 +131,7 @@ def write(workdir: Path, facts: Facts, groups: Mapping[str, Mapping[str, np.ndar
 
 
 def read(workdir: Path, split: str, shard: Shard) -> Part:
-    """Reads the facts of a part.
-
-    Raises:
-      FileNotFoundError: there is no such part.
-      ValueError: the file is damaged, or another part.
-    """
+    """Reads the facts of a part; refuses a file that is damaged, or another part."""
     path = path_of(workdir, split, shard)
     content = _load(path, shard, "facts", FACTS_BYTES)
     try:
@@ -198,11 +165,7 @@ def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
 
 
 def load(part: Part, group: str, limit: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of a group of a part, of `limit` bytes at most.
-
-    Raises:
-      ValueError: the file is missing, damaged or too large.
-    """
+    """Returns the arrays of a group of a part, of `limit` bytes at most."""
     try:
         return _load(part.path, part.shard, group, limit)
     except FileNotFoundError as error:
@@ -210,11 +173,7 @@ def load(part: Part, group: str, limit: int) -> dict[str, np.ndarray]:
 
 
 def verify(part: Part, limit: int) -> None:
-    """Reads all groups of a part, each of `limit` bytes at most.
-
-    Raises:
-      ValueError: the file is missing, damaged or too large.
-    """
+    """Reads all groups of a part, each of `limit` bytes at most, to see that none is damaged."""
     for group in (CLIPS, TOP, *map(member_group, range(part.facts.num_members))):
         load(part, group, limit)
 

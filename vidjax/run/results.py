@@ -1,8 +1,7 @@
 """The result files of a run: their names, and how they are read and written.
 
-A run has a split of its own, which training evaluates: `eval.split` in its `config.json`. Its
-results are `metrics.json`, `ranking.txt` and `analysis.npz`. Those of any other split carry its
-name: `metrics_<split>.json` and so on. `run.formats` says what is in them.
+Results of the split that training evaluates, `eval.split`, are `metrics.json`, `ranking.txt` and
+`analysis.npz`; those of another one carry its name, `metrics_<split>.json`. See `run.formats`.
 """
 
 import contextlib
@@ -147,9 +146,8 @@ def unmeasured(
 ) -> str:
     """Returns why no clip is left to measure a run on; empty where one is, or where none can tell.
 
-    A split measures if it has a ground truth, and if the run was not trained on it or members leave
-    clips of it out. A joined run was trained on what any of its runs was trained on. The line ends
-    in the remedy.
+    A split measures if it has a ground truth, and the run (of a blend, any of its runs) was not
+    trained on it or members leave clips of it out. The line ends in the remedy.
     """
     splits = data_report.splits or {}
     labelled = {name for name, counts in splits.items() if counts.labelled}
@@ -172,8 +170,8 @@ def held_out(config: Mapping[str, Any]) -> bool:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the readable lines of `metrics.jsonl` or `timing.jsonl`; none without the file.
 
-    Damaged lines are skipped: a run may be writing the last one. Of very many lines some are left
-    out, evenly: MOST_LINES or more of training, and of evaluation, stay.
+    Damaged lines are skipped: a run may be writing the last one. Long logs are thinned out evenly,
+    to MOST_LINES or more of training, and of evaluation.
     """
     if not files.exists(path):
         return []

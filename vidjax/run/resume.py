@@ -1,7 +1,6 @@
-"""The configuration of a run: its file, and its changes at resumption: which are allowed, and kept.
+"""The configuration of a run: its file, and which changes are allowed and kept when it resumes.
 
-`changes.jsonl` records every change, one JSON line per resumption: {step: int, changes: {field:
-[old value, new value]}}.
+`changes.jsonl` has a line per resumption: {step: int, changes: {field: [old value, new value]}}.
 """
 
 import copy
@@ -26,10 +25,10 @@ Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json`, with its folders and files as absolute paths, and without a cache.
+    """Writes `config.json` with absolute paths, and without the cache.
 
-    A cache holds compiled programs, so that no folder of a run may name one: a stranger may have
-    made it. `config_io.load_workdir` reads none either.
+    A cache holds compiled programs, so no folder of a run may name one: a stranger may have made
+    it.
     """
     config = absolute(config)
     config.data.cache_dir = None
@@ -48,8 +47,7 @@ def absolute(config: Config) -> Config:
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
     """Returns the fields that differ between a run's configuration and that of its resumption.
 
-    Raises:
-      ValueError: a field differs that may not change, or that `new.resume.allow` does not name.
+    Refuses a field that may not change, or that `new.resume.allow` does not name.
     """
     allowed = tuple(new.resume.allow)
     changed = config_lib.differences(absolute(old), absolute(new))
@@ -75,7 +73,7 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
 def refuse_relabelling(workdir: Path, changed: Changes) -> None:
     """Refuses changes of fields that shape a training after its last step.
 
-    The weights would stay what they are, and the run's files would say that other values made them.
+    The weights would stay, and the run's files would say that other values made them.
     """
     trained = {name: pair for name, pair in changed.items() if not within(name, AFTERWARDS)}
     if trained:
@@ -95,7 +93,7 @@ def _is_over(workdir: Path, changed: Changes) -> bool:
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
     """Returns the fields of `config.json` that were edited since a checkpoint was saved.
 
-    Changes that `changes.jsonl` records, and fields that may always change, are left out.
+    Fields that may always change, and changes that `changes.jsonl` records, are left out.
     """
     old = config_io.from_json(json.dumps(saved))
     changed = config_lib.differences(old, config_io.load_workdir(workdir))

@@ -15,10 +15,9 @@ class Interruption:
     """A request to stop.
 
     Attributes:
-      signum: the first signal that arrived, None before; in several processes, one that arrived in
-        any of them before they last agreed.
-      at_once: set by the loop while nothing is lost if the process ends immediately. The command
-        line then ends it (see `end_on_signals`).
+      signum: the first signal that arrived, or None; of several processes, in any of them before
+        they last agreed.
+      at_once: the loop sets it while ending immediately loses nothing; see `end_on_signals`.
     """
 
     def __init__(self) -> None:
@@ -39,12 +38,8 @@ class Interruption:
     def agree(self, step: int, *, save_due: bool) -> bool:
         """Agrees with the other processes on what follows a step, about once a second.
 
-        Args:
-          step: the step that was done.
-          save_due: whether this process would save a checkpoint.
-
-        Returns:
-          True to save a checkpoint now: the first process would, or some process got a signal.
+        Returns True to save a checkpoint now: the first process would (`save_due`), or some process
+        got a signal.
         """
         rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
         if not rows:
@@ -85,11 +80,10 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
-    """Lets SIGINT and SIGTERM end this process immediately, with one exception.
+    """Lets SIGINT and SIGTERM end this process at once, but the first within `catch_interruption`.
 
-    The exception is the first signal inside `catch_interruption`, where the loop saves its state. A
-    thread watches for signals, because Python runs no handler during an XLA compilation, which can
-    take minutes.
+    A thread watches for signals: Python runs no handler during an XLA compilation, which can take
+    minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -1,8 +1,8 @@
 """TensorBoard: files of events in a run's folder.
 
-A run is a session of TensorBoard's HPARAMS tab. The fields of `config.json` are its
-hyperparameters, the scalars its metrics. No file describes an experiment: TensorBoard makes one of
-all sessions that it finds, so that runs of different configurations stand in one table.
+A run is a session of the HPARAMS tab: fields of `config.json` are hyperparameters, scalars are
+metrics. No file describes an experiment: TensorBoard makes one of all sessions that it finds, so
+that runs of different configurations stand in one table.
 """
 
 import io
@@ -39,10 +39,12 @@ class Image(NamedTuple):
 
 
 class EventFile:
-    """The open file of events of a training run."""
+    """The open file of events of a training run, a session of its own.
+
+    TensorBoard drops events after `step` of earlier files.
+    """
 
     def __init__(self, workdir: Path, *, step: int):
-        """Starts a file and a session; TensorBoard drops events after `step` of earlier files."""
         self._file = files.open_log(workdir / _file_name())
         self._write(Event(file_version=VERSION))
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -72,7 +74,8 @@ def write_results(
 ) -> None:
     """Writes a whole file of events with the results of one evaluation.
 
-    A session may start here, as for a folder without a training of its own, and end, with success.
+    With `start` a session starts, as for a folder without a training; with `end` it ends in
+    success.
     """
     values = [_session_start(workdir)] if start else []
     values += _scalars(scalars)

@@ -53,8 +53,7 @@ class Progress:
         """Starts the bar.
 
         Args:
-          total: the number of units at the end.
-          initial: the number of units that are done already.
+          initial: the number of units that are done already, of `total`.
           unit: what is counted, in the singular, such as `clip`.
           label: the word in front of the bar.
           leave: whether the finished bar stays on the screen.

@@ -17,9 +17,9 @@ DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a run's folder and holds its lock; a new one that an error left empty is removed.
+    """Makes a run's folder and holds its lock, the first process for all of them.
 
-    The first of several processes that work on a run holds the lock for all of them.
+    A new folder that an error left empty is removed.
     """
     refuse_data(Path(path).expanduser())
     first = processes.is_first()
