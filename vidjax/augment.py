@@ -25,11 +25,9 @@ class MemberBatch(NamedTuple):
     Attributes:
       frames: modality -> Frames [B, T].
       labels: [B] int32, class columns.
-      weight: [B] float32, weight of the loss of each clip; 0 for clips that the member is not
-        trained on.
+      weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
       min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      targets: pairs (labels [B] int32, share [B] float32) of the loss; the shares of each clip sum
-        to 1.
+      targets: pairs (labels [B] int32, share [B] float32) of the loss; shares of a clip sum to 1.
     """
 
     frames: Mapping[str, Frames]
@@ -45,11 +43,8 @@ BatchTransform = Callable[[Array, MemberBatch], MemberBatch]
 def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") -> MemberBatch:
     """Drops frames below the `min_quality` of the member; ignores the key.
 
-    Args:
-      rng: PRNG key.
-      clips: B clips with all their frames.
-      poor_clips: for clips that have frames of the first modality, but none of that quality: `keep`
-        trains on all their frames, `drop` gives the clips weight 0.
+    Clips with frames of the first modality, but none of that quality, train on all their frames if
+    `poor_clips` is `keep`, and get weight 0 if it is `drop`.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. Ours: `keep`; a
     frame of the lowest quality itself is kept, while the article has qualities above it.
@@ -70,10 +65,7 @@ def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") ->
 def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> MemberBatch:
     """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
-    Args:
-      rng: PRNG key.
-      clips: B clips with all their frames.
-      num_identities: C; clips with a label of 0 or above C are distractors.
+    Distractors have labels of 0 or above `num_identities`.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
@@ -98,16 +90,12 @@ def concat_clips(
     with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
     frames, or all if the modality has fewer. All other clips stay unchanged.
 
-    Call it with the same `rng`, `chosen` and `short` for all modalities: then all are extended by
-    the same other clip, and cut at the same relative position.
+    With the same `rng`, `chosen` and `short`, all modalities are extended by the same other clip,
+    and cut at the same relative position.
 
     Args:
-      rng: PRNG key.
-      frames: Frames [B, T] of one modality.
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in the modality that the
-        caller compares.
-      max_frames: number of frames that a long clip is cut to.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in one same modality.
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
@@ -140,13 +128,9 @@ def concat_clips(
 def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
     """Mixes every clip with a random other clip of the batch.
 
-    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha). If the other clip
-    has weight 0, the share is 1, so that no member trains on clips of its held-out fold.
-
-    Args:
-      rng: PRNG key.
-      clips: B clips with their fused frames.
-      alpha: parameter of the Beta distribution, above 0.
+    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0. If
+    the other clip has weight 0, the share is 1, so that no member trains on clips of its held-out
+    fold.
 
     Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
     """
@@ -182,10 +166,7 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOISE) -> MemberBatch:
     """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours).
 
-    Args:
-      rng: PRNG key.
-      clips: B clips with their fused frames.
-      scale: expected norm of the noise relative to the norm of the feature vector.
+    `scale` is the expected norm of the noise relative to the norm of the feature vector.
     """
     frames = {}
     for i, (name, fused) in enumerate(clips.frames.items()):
@@ -199,9 +180,7 @@ def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOIS
 class Transform(NamedTuple):
     """An entry of TRANSFORMS.
 
-    Attributes:
-      function: (rng, MemberBatch, *, options) -> MemberBatch.
-      before_fusion: True if it gets all frames of the clips, False for the fused frames.
+    `function` gets all frames of the clips if it comes `before_fusion`, else the fused frames.
     """
 
     function: Callable[..., MemberBatch]
@@ -219,12 +198,8 @@ def make_transforms(
 ) -> list[BatchTransform]:
     """Builds the transforms of `config.transforms` that come before fusion, or after it.
 
-    Args:
-      specs: names, keys of TRANSFORMS, or dicts of `name` and the keyword arguments of a transform.
-      before_fusion: which of them.
-
-    Raises:
-      ValueError: a name or an option is unknown, or an option is missing.
+    `specs` are names, keys of TRANSFORMS, or dicts of `name` and keyword arguments of the
+    transform.
     """
     transforms = []
     for spec in specs:

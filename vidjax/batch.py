@@ -21,10 +21,6 @@ Array: TypeAlias = jax.Array | np.ndarray
 class NoiseLayout(NamedTuple):
     """The class columns with noise classes: 0 other, 1..C identities, K clusters, C mirrors.
 
-    Attributes:
-      num_identities: number of identities, C.
-      num_clusters: number of clusters of distractors, K.
-
     Source: noise classes (5th place 2018). Ours: column 0 is "other", so the published `l < C` is
     `1 <= l <= C` here; the shift of C + K is the same.
     """
@@ -43,22 +39,21 @@ class NoiseLayout(NamedTuple):
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
-        """Marks columns 1..C; `columns` is an integer array of any shape, numpy or jax."""
+        """Marks columns 1..C; `columns` are integers of any shape."""
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_cluster(self, columns: Array) -> Array:
-        """Marks columns C+1..C+K; `columns` is an integer array of any shape, numpy or jax."""
+        """Marks columns C+1..C+K; `columns` are integers of any shape."""
         return (columns > self.num_identities) & (columns <= self.mirror_shift)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Marks columns C+K+1..2C+K; `columns` is an integer array of any shape, numpy or jax."""
+        """Marks columns C+K+1..2C+K; `columns` are integers of any shape."""
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
 
 class LazyFeatures(NamedTuple):
     """Features [B, T, D] that have not been gathered yet.
 
-    They hold the features of all F frames of a dataset, and the indices of the frames in a batch.
     Selecting frames changes only the indices; `vidjax.fusion.read` gathers the features.
 
     Attributes:
@@ -80,7 +75,7 @@ class Frames(NamedTuple):
 
     Attributes:
       features: [B, T, D] in the stored dtype, float16 for official files. Before fusion it may be
-        LazyFeatures in spite of its type; `vidjax.fusion.read` gathers them.
+        LazyFeatures in spite of its type.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
         negative; 0 for modalities without it.
       detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without it.
@@ -135,15 +130,15 @@ class ModelOutput(NamedTuple):
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
-      train_weight: [B, G] float32, weight of the loss of each branch; 0 for clips that the branch
-        does not learn from. None for all 1.
+      train_weight: [B, G] float32, weight of the loss of each branch, 0 where the branch does not
+        learn from the clip; None for all 1.
       eval_weight: [B, G] float32, weight of the score (a probability, not a logit) of each branch
-        in evaluation. None for all 1. Weights of a clip need not sum to 1: smaller weights rank the
+        in evaluation; None for all 1. Weights of a clip need not sum to 1: smaller weights rank the
         clip lower.
       attention: name -> array for the report: `attention` [B, M, M], weight of vector i for vector
         j; `assignment/MODALITY` [B, T, K], share of cluster k in frame t. None without attention.
       logit_scale: [G] float32, factor on the cosines in the logits of each branch, where it is
-        learned. None where it is the `logit_scale` of the model.
+        learned; else None.
     """
 
     logits: Array
@@ -159,11 +154,9 @@ class Packed(NamedTuple):
 
     Attributes:
       features: [F, D] in the stored dtype.
-      quality: [F] float32, quality score, see Frames.
-      detection: [F] float32, detection score, see Frames.
+      quality, detection: [F] float32, see Frames.
       number: [F] int32, frame number within the clip.
-      start: [N] int32, row of the first frame of each clip.
-      length: [N] int32, number of frames of each clip.
+      start, length: [N] int32, row of the first frame and number of frames of each clip.
     """
 
     features: Array

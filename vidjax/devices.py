@@ -29,8 +29,8 @@ Layout: TypeAlias = object
 def keep_programs(folder: Path) -> None:
     """Caches compiled programs in a folder, unless jax is configured to use another one.
 
-    A kept program is machine code, and jax runs what it finds. So a folder that another user may
-    change is not used, with a warning: nor where it lies in such a folder.
+    jax runs the machine code that it finds there. So it warns, and uses no folder that another user
+    may change, itself or a folder above it.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -101,11 +101,10 @@ def _commit(checkout: Path) -> str | None:
 
 
 def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
-    """Returns a mesh of the first devices with the axes `data` and `model`.
+    """Returns a mesh of the first devices: clips are split over `data`, classes over `model`.
 
-    Clips are split over `data`, and the classes of a classifier over `model`. Both axes are Auto:
-    one program runs on 1 or N devices. Random draws are bit-identical, and batch statistics are
-    taken over all devices, which pmap could not do.
+    Both axes are Auto: one program runs on 1 or N devices. Random draws are bit-identical, and
+    batch statistics are taken over all devices, which pmap could not do.
     """
     devices = _devices()
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
@@ -159,9 +158,7 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 def put(tree: Tree, layout: Layout) -> Tree:
     """Lays a tree of arrays out on the devices.
 
-    Args:
-      tree: arrays on the devices, or whole arrays on the host, which are equal in all processes.
-      layout: their layout.
+    Arrays on the host are whole, and equal in all processes.
     """
     if processes.process_count() == 1:
         return jax.device_put(tree, layout)
@@ -181,10 +178,7 @@ def _same(x: Array) -> Array:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Copies a tree of arrays to the host, whole, also what lies in other processes.
-
-    All processes call it together, with the same arrays.
-    """
+    """Copies whole arrays to the host; all processes call it together, with the same arrays."""
     return jax.tree.map(_fetch, tree)
 
 
@@ -204,9 +198,7 @@ def shares(owners: np.ndarray) -> dict[int, Share]:
     """Returns process -> the smallest part of a batch that holds all rows of its devices.
 
     All parts are equally long. Where rows lie on several processes, each of these reads them.
-
-    Args:
-      owners: [D, model] int, the process of each device of a mesh.
+    `owners` [D, model] int is the process of each device of a mesh.
     """
     numbers = np.arange(len(owners))[:, None]
     ends = {
@@ -224,10 +216,7 @@ def shares(owners: np.ndarray) -> dict[int, Share]:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the layout of a batch: a Batch with a PartitionSpec in place of every array.
-
-    Every device has its share of the clips, but all values of LazyFeatures.
-    """
+    """Returns a PartitionSpec per array of a batch: all are split but values of LazyFeatures."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:
@@ -241,10 +230,8 @@ def batch_specs(batch: Batch) -> Batch:
 def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
     """Distributes a batch over the devices, B / devices clips on each.
 
-    Args:
-      mesh: the devices.
-      batch: B clips, numpy arrays or arrays on the devices.
-      part: what part of the B clips `batch` holds: WHOLE, or on the host this process's `share`.
+    `part` is the part of the B clips that `batch` holds: WHOLE, or on the host this process's
+    `share`.
     """
     rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
     if rows % devices:
@@ -284,11 +271,7 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 
 class CompileClock:
-    """Measures XLA compilation in this process while the context is open.
-
-    Attributes:
-      seconds: seconds spent on compilation so far.
-    """
+    """Measures the `seconds` of XLA compilation in this process while the context is open."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

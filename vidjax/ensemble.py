@@ -2,7 +2,7 @@
 
 All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
 one net on several subsets of the same batches. So a member is a row of every table and a slice of
-every parameter. One program trains or evaluates all members in one pass over the data.
+every parameter, and one program trains or evaluates all members in one pass over the data.
 """
 
 import functools
@@ -53,10 +53,8 @@ class Member(NamedTuple):
 class TrainingSets(NamedTuple):
     """The clips that each member was trained on, so that it is only evaluated on others.
 
-    Attributes:
-      members: [E] members.
-      clips: [N] names of the training clips.
-      trained: [E, N] bool, False if the fold or the bootstrap sample of a member excludes a clip.
+    `trained` is [E, N] bool, False if the fold or the bootstrap sample of a member excludes a clip;
+    `clips` are [N] names.
     """
 
     members: tuple[Member, ...]
@@ -65,7 +63,9 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds the members of an ensemble, the product of all its options.
+    """Builds the members of an ensemble, the product of all its options, in order of their numbers.
+
+    Seeds vary fastest, then qualities, views, and folds or bootstraps.
 
     Args:
       spec: the fields of `config.ensemble`:
@@ -75,12 +75,6 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
         min_quality: lowest qualities, one for each member; empty for all frames.
         seeds: number of members with equal options.
         only: numbers of the members to train; empty for all.
-
-    Returns:
-      Members in the order of their numbers. Seeds vary fastest, then qualities, views, and folds.
-
-    Raises:
-      ValueError: Options exclude each other, or `only` names no member.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
@@ -110,19 +104,11 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 
 
 def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
-    """Assigns every clip to a fold, with equal numbers of clips from every identity.
+    """Returns [N] int32 folds from 0, with equal numbers of clips from every identity.
 
     The clips of an identity are assigned to the folds in turn, in random order, starting at the
     fold where the identity before ended. So the sizes of two folds differ by at most one clip, in
     total and within every identity. Column 0 is treated as an identity.
-
-    Args:
-      labels: [N] int, class columns.
-      num_folds: number of folds, 2 or more.
-      seed: seed of the random order.
-
-    Returns:
-      [N] int32, folds from 0.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -134,17 +120,10 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
 def bootstrap_counts(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Draws a bootstrap sample.
+    """Draws a bootstrap sample; returns [N] int32, the number of times that it contains each clip.
 
-    Args:
-      labels: [N] int, class columns.
-      number: number of the sample.
-      seed: seed of all samples.
-      resample: `identity` to resample every identity separately, so that none is lost; `all` to
-        resample all clips together, which loses some identities of one or two clips.
-
-    Returns:
-      [N] int32, number of times that the sample contains each clip.
+    `resample` is `identity` to resample every identity separately, so that none is lost, or `all`
+    to resample all clips together, which loses some identities of one or two clips.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -164,21 +143,7 @@ def partition(
     seed: int,
     resample: str = "identity",
 ) -> np.ndarray:
-    """Returns the number of times that each member trains on each clip in an epoch.
-
-    Args:
-      members: [E] members.
-      labels: [N] int, class columns.
-      folds: number of folds; 0 for none.
-      seed: seed of the folds and of the bootstrap samples.
-      resample: `identity` or `all`, see `bootstrap_counts`.
-
-    Returns:
-      [E, N] float32; 0 for clips that a member is not trained on.
-
-    Raises:
-      ValueError: There are more folds than clips.
-    """
+    """Returns [E, N] float32, how many times each member trains on each clip in an epoch."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds}: there are only {len(labels)} training clips"
@@ -221,11 +186,7 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
 
 
 def check_size(training_sets: TrainingSets) -> None:
-    """Refuses training sets that `load` would not read back.
-
-    Raises:
-      ValueError: there are too many clips, or members of them.
-    """
+    """Refuses training sets that `load` would not read back."""
     clips = training_sets.clips
     count, members = len(clips), len(training_sets.members)
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
@@ -238,11 +199,7 @@ def check_size(training_sets: TrainingSets) -> None:
 
 
 def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` from the folder of a run.
-
-    Raises:
-      ValueError: The file is missing or damaged.
-    """
+    """Reads `members.npz` from the folder of a run; ValueError if it is missing or damaged."""
     path = folder / FILE
     try:
         arrays = files.read_npz(path, MOST_BYTES)
@@ -268,14 +225,9 @@ def load(folder: Path) -> TrainingSets:
 
 
 def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
-    """Marks for each clip the members that were not trained on it and may score it.
+    """Returns [E, n] bool, True for members that were not trained on a clip and may score it.
 
-    Args:
-      training_sets: training sets of the members.
-      clips: [n] names. Clips are matched by name, whatever split they belong to.
-
-    Returns:
-      [E, n] bool.
+    Clips are matched by name, whatever split they belong to.
     """
     position = _positions(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
@@ -287,10 +239,6 @@ def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[
 
     A clip is scored by the members that were not trained on it. Without folds, all members are
     trained on all training clips; if some of the clips are such clips, all members score all clips.
-
-    Args:
-      training_sets: training sets of the members.
-      clips: [n] names.
     """
     use = held_out(training_sets, clips)
     if training_sets.trained.all() and not use.all():
@@ -305,15 +253,7 @@ def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
-    """Removes one chunk from feature vectors.
-
-    Args:
-      features: [..., D].
-      view: [] int, index of the chunk to remove. A chunk is D // num_chunks consecutive features.
-      num_chunks: number of chunks, 2 or more.
-
-    Returns:
-      [..., D - D // num_chunks].
+    """Removes chunk `view` from features [..., D]; a chunk is D // num_chunks consecutive ones.
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """

@@ -1,8 +1,8 @@
 """Selection and fusion of the frames of one modality: from Frames [B, T] to Frames [B, T'].
 
-All functions are pure and can be jitted. Random draws have the shape of the whole batch, so they do
-not depend on the number of devices. Selected features keep their stored dtype, and lazy features
-stay lazy: only selected ones are read. Masks may have holes, since `filter_frames` leaves such.
+All functions are pure and can be jitted. Draws have the shape of the whole batch, so they do not
+depend on the number of devices. Selected features keep their stored dtype; of lazy features only
+selected ones are read. Masks may have holes, as `filter_frames` leaves them.
 """
 
 import functools
@@ -28,13 +28,10 @@ def filter_frames(
     """Masks frames of low quality.
 
     Args:
-      frames: Frames [B, T].
-      min_quality: lowest quality to keep, a number or a traced scalar; None or -inf for any.
-      min_detection: lowest detection score to keep, a number or a traced scalar; None or -inf for
+      min_quality, min_detection: lowest scores to keep, numbers or traced scalars; None or -inf for
         any.
-      top_share: share in (0, 1] of the remaining frames to keep, best quality first: the smallest
-        whole number not below top_share x n for n frames. Among equal qualities the earlier frame
-        is better; NaN is the lowest quality.
+      top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
+        Among equal qualities the earlier frame is better; NaN is the lowest quality.
 
     Returns:
       Frames [B, T] with a new mask. A clip that would lose all frames keeps all of them.
@@ -69,11 +66,6 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
     turn, starting with the best. Among equal qualities the earlier frame is better; NaN is the
     lowest quality.
 
-    Args:
-      rng: PRNG key, or None.
-      frames: Frames [B, T].
-      num_frames: number of frames to select, T'.
-
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
@@ -95,12 +87,7 @@ def sample_frames(
     With a key the frames are drawn at random without replacement; shorter clips keep all frames and
     repeat random ones. Without a key the frames are evenly spaced over the clip.
 
-    Args:
-      rng: PRNG key, or None.
-      frames: Frames [B, T].
-      num_frames: number of frames to select, T'.
-      order: `time`, or `random` for an order that has nothing to do with time: random with a key,
-        without one the same for all clips.
+    `order` is `time`, or `random`, which is the same for all clips without a key.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -143,16 +130,15 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     """Returns the weight of every frame.
 
     Args:
-      frames: Frames [B, T].
       weighting: `uniform`: 1. `quality`: quality x detection. `graded`: quality x detection x g,
         where g is 0, 0.2, 0.3, 0.6 for a quality below 0, 20, 30, 40, and 1 from 40 on.
 
     Returns:
       [B, T] float32; 0 on padding, and for weights that are negative or not finite. If all weights
-      of a clip would be 0, they are uniform.
+        of a clip would be 0, they are uniform.
 
     Raises:
-      ValueError: The weighting is unknown.
+      ValueError: the weighting is unknown.
 
     Source: `graded` is W(x) of quality fusion (4th place 2019). Ours: uniform weights where W(x)
     would divide 0 by 0.
@@ -177,10 +163,8 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 def mean_measure(frames: Frames, measure: str) -> Array:
     """Returns how good the frames of every clip are on average, [B] float32; 0 without frames.
 
-    Args:
-      frames: Frames [B, T].
-      measure: `norm` for the lengths of the feature vectors, `quality` for the quality scores,
-        where a score that is not finite counts as 0.
+    The measure is `norm`, the length of the feature vector, or `quality`, where a score that is not
+    finite counts as 0.
     """
 
     def add(t: Array, total: Array) -> Array:
@@ -200,14 +184,9 @@ def mean_measure(frames: Frames, measure: str) -> Array:
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
-    """Shuffles the frames of every clip.
+    """Shuffles the frames of every clip; returns [B, T] int32 indices, the real frames first.
 
-    Args:
-      rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
-      mask: [B, T] bool, True for real frames.
-
-    Returns:
-      [B, T] int32 indices of frames, the real frames first.
+    Without a key the order is fixed and depends only on the number of real frames.
     """
     if rng is not None:
         return jnp.argsort(jnp.where(mask, per_frame_uniform(rng, mask), 2.0), axis=1)
@@ -224,15 +203,7 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects values[b, index[b, j]] for an index [B, T'].
-
-    Args:
-      values: [B, T], [B, T, D] or LazyFeatures.
-      index: [B, T'] int32.
-
-    Returns:
-      [B, T'], [B, T', D] or LazyFeatures.
-    """
+    """Selects values[b, index[b, j]] from [B, T], [B, T, D] or LazyFeatures; index is [B, T']."""
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -310,25 +281,23 @@ def random_fusion(
     """Draws `num_draws` fused frames per clip, each the mean of 1 to `max_frames` random frames.
 
     Args:
-      rng: PRNG key.
-      frames: Frames [B, T].
-      num_draws: number of fused frames per clip, T'.
-      max_frames: largest number of frames in one fused frame.
+      num_draws: fused frames per clip, T'.
+      max_frames: most frames in one fused frame.
       probs: `max_frames` weights for fusing 1, 2, ... frames; None for equal weights.
       replacement: True to draw with replacement. Otherwise a fused frame repeats a frame only after
         it has all frames of the clip that can be drawn.
-      sampling: probabilities of the frames, a weighting of `frame_weights`: `uniform`, `quality` or
-        `graded`. They are rounded to 1/4096 of the largest of the clip.
-      weighting: weights of the mean of the drawn frames, a weighting of `frame_weights`; or
-        `mixup` for a uniformly random convex combination (Dirichlet with parameters 1).
+      sampling: probabilities of the frames, a weighting of `frame_weights`, rounded to 1/4096 of
+        the largest of the clip.
+      weighting: weights of the mean, a weighting of `frame_weights`; or `mixup` for a uniformly
+        random convex combination (Dirichlet with parameters 1).
 
     Returns:
-      Frames [B, num_draws] with float32 features. Quality and detection are means with the same
-      weights; number is that of the first drawn frame, so numbers are unordered. For clips without
-      frames, mask is False and the features are 0.
+      Frames [B, T'] with float32 features. Quality and detection are means with the same weights;
+        number is that of the first drawn frame, so numbers are unordered. For clips without frames,
+        mask is False and the features are 0.
 
     Raises:
-      ValueError: The weighting is unknown, or a count or `probs` is out of range.
+      ValueError: the weighting is unknown, or a count or `probs` is out of range.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, one fused vector per clip
     and step, weights quality x detection. Without replacement: the shuffled and merged frames of
@@ -372,14 +341,12 @@ def merged_windows(
 
     Args:
       rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
-      frames: Frames [B, T].
-      max_frames: largest number of frames in one mean, 2 or more. A frame is merged with 1 to
-        max_frames - 1 others, or fewer if the clip is shorter.
+      max_frames: most frames in one mean, 2 or more; a shorter clip merges all that it has.
       weighting: weights of the mean, a weighting of `frame_weights`.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-      detection are means too; number is that of the frame itself, so numbers are unordered.
+        detection are means too; number is that of the frame itself, so numbers are unordered.
 
     Raises:
       ValueError: `max_frames` is below 2, or the weighting is unknown.
@@ -412,17 +379,11 @@ def merged_windows(
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Returns the mean frame of every clip.
 
-    Args:
-      frames: Frames [B, T].
-      weighting: weights of the mean, a weighting of `frame_weights`; `graded` is the W(x) of
-        quality fusion.
+    `weighting` is one of `frame_weights`; `graded` is the W(x) of quality fusion.
 
     Returns:
       Frames [B, 1] with float32 features. Quality and detection are means too; number is that of
-      the first real frame. For clips without frames, mask is False and the features are 0.
-
-    Raises:
-      ValueError: The weighting is unknown.
+        the first real frame. For clips without frames, mask is False and the features are 0.
     """
     mean = functools.partial(_mean_over_frames, frames, frame_weights(frames, weighting))
     return Frames(
@@ -463,15 +424,10 @@ def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth, all rounded down, so that no crop of a frame or more is empty.
 
-    Args:
-      frames: Frames [B, T].
-      weighting: weights of the means, a weighting of `frame_weights`.
+    `weighting` is one of `frame_weights`.
 
     Returns:
       Frames [B, 4], see `mean_frame`.
-
-    Raises:
-      ValueError: The weighting is unknown.
 
     Source: test-time crops of the 5th-place system of 2018.
     """
@@ -500,13 +456,11 @@ def all_frames(frames: Frames) -> Frames:
 def mean_and_deviation(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Returns the mean frame of every clip, and beside it the standard deviation of its features.
 
-    Args:
-      frames: Frames [B, T].
-      weighting: weights of both, a weighting of `frame_weights`.
+    `weighting` is one of `frame_weights`, for both.
 
     Returns:
-      Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; a clip of one frame has
-      deviations of 0.
+      Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; deviations of one frame are
+        0.
 
     Source: statistics pooling, Snyder et al. 2018, X-vectors.
     """
@@ -552,16 +506,16 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     """Builds a fusion from its specification, a plain dict.
 
     Args:
-      spec: `name`, a key of FUSIONS, and keyword arguments of that function. Keyword arguments of
-        `filter_frames` may be added; the filter is applied first. `kept_share` is a `top_share` of
-        the fused frames, applied last.
+      spec: `name`, a key of FUSIONS, and keyword arguments of that function. Those of
+        `filter_frames` may be added, which is applied first; `kept_share` is a `top_share` of the
+        fused frames, applied last.
 
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops`, `mean` and
-      `mean_and_deviation` ignore the key; `sample`, `top` and `windows` also accept None.
+        `mean_and_deviation` ignore the key; `sample`, `top` and `windows` also accept None.
 
     Raises:
-      ValueError: The name or an argument is unknown, or an argument is missing.
+      ValueError: the name or an argument is unknown, or an argument is missing.
     """
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
@@ -609,15 +563,12 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def _draw(levels: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws frames with probabilities proportional to their levels.
+    """Draws [B, T'] int32 frames for every slot, with probabilities proportional to their levels.
 
     Args:
       levels: [B, T] float32, whole numbers, see `_levels`.
       uniforms: [B, T', slots] float32, uniform in [0, 1).
       replacement: False to draw all frames that can be drawn before a draw repeats one.
-
-    Returns:
-      For every slot the indices of the drawn frames, [B, T'] int32.
     """
     num_clips, num_frames = levels.shape
     num_slots = uniforms.shape[-1]
@@ -660,13 +611,9 @@ def _fuse(
 
     Args:
       frames: Frames [B, T].
-      picks: indices of the picked frames, [B, T'] int32 for every slot.
-      slots: True for slots that count, [B, T'] bool for every slot; the first always counts.
-      weights: weights of the picks, [B, T'] float32 for every slot, 0 or more.
+      picks, weights: for every slot, indices [B, T'] int32 and weights [B, T'] float32, 0 or more.
+      slots: for every slot [B, T'] bool, True if it counts; the first always does.
       mask: [B, T'] bool, mask of the result.
-
-    Returns:
-      Frames [B, T'].
     """
     weights = [jnp.where(s, w, 0.0) for s, w in zip(slots, weights, strict=True)]
     # All picked frames may have weight 0 although other frames of the clip have not.

@@ -1,8 +1,8 @@
 """What losses do with logits, in as few passes over them as the mathematics allows.
 
-Logits [..., K] with K class columns are the largest arrays of a training step: on a CPU a loss
-costs what reading and writing them costs. Each derivative below is elementwise and needs the logits
-alone. So XLA computes the derivative of a whole loss in one pass and keeps no array of their shape.
+Logits [..., K] are the largest arrays of a training step: on a CPU a loss costs what reading and
+writing them costs. Each derivative below is elementwise and needs the logits alone, so XLA computes
+that of a whole loss in one pass and keeps no array of their shape.
 """
 
 import functools
@@ -67,9 +67,8 @@ def _logsumexp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array
 def sum_of_shares(shares: Array) -> Array:
     """Returns the sum of numbers from 0 to 1 over the last axis, which is kept with length 1.
 
-    float32 numbers are added as integers, of which the order does not matter: the sum is the same
-    to the bit if the axis lies on several devices. Each number is rounded to a multiple of 2**-34
-    or less.
+    float32 numbers are rounded to multiples of 2**-34 or less and added as integers, in any order:
+    the sum is the same to the bit if the axis lies on several devices.
     """
     if shares.dtype != jnp.float32:
         return jnp.sum(shares, axis=-1, keepdims=True)
@@ -88,12 +87,10 @@ def log_softmax(logits: Array, class_mask: Array) -> Array:
 
     The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
     of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
-    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie.
-    Devices may share the columns: the result is the same to the bit on any number of them.
+    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie. The
+    result is the same to the bit on any number of devices that share the columns.
 
-    Args:
-      logits: [..., K] float.
-      class_mask: [K] bool, the columns that training sees; other columns may exceed 0.
+    `class_mask` is [K] bool, the columns that training sees; other columns may exceed 0.
     """
     seen = jnp.where(class_mask, logits, -jnp.inf)
     best = jnp.max(seen, axis=-1, keepdims=True)
@@ -140,10 +137,7 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _again(logits: Array) -> Array:
-    """Returns the logits; XLA does not keep what it computed from them for what comes next.
-
-    An exponential costs less than writing it and reading it again.
-    """
+    """Returns the logits; XLA then recomputes exponentials, which costs less than keeping them."""
     return jax.lax.optimization_barrier(logits)
 
 

@@ -30,8 +30,7 @@ def softmax_cross_entropy(
     """Returns the cross-entropy of the softmax over the class columns.
 
     Args:
-      logits: [..., K] float.
-      labels: [...] int32, class columns.
+      logits, labels: [..., K] float, and [...] int32 class columns.
       class_mask: [K] bool, True for columns that take part; None for all.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
         take part, including the column of the label.
@@ -60,8 +59,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
-      above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)). Other columns
-      are unchanged.
+        above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)).
 
     Raises:
       ValueError: `margin` or `scale` is out of range.
@@ -99,8 +97,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
       scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
 
     Returns:
-      [..., K], at least float32. In the column of the label scale x (cosine - m); other columns are
-      unchanged.
+      [..., K], at least float32; scale x (cosine - m) in the column of the label.
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -115,14 +112,13 @@ def binary_focal(
     """Returns the sigmoid one-vs-rest focal loss, summed over the class columns.
 
     Args:
-      logits: [..., K] float.
-      labels: [...] int32, class columns.
+      logits, labels: [..., K] float, and [...] int32 class columns.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
       class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
-      the sum of -p^gamma log(1 - p) over the other columns.
+        the sum of -p^gamma log(1 - p) over the other columns.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha; summed over
     all columns as in quality fusion (4th place 2019). Without building a one-hot target, the
@@ -143,13 +139,12 @@ def multiclass_focal(
     """Returns the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
     Args:
-      logits: [..., K] float.
-      labels: [...] int32, class columns.
+      logits, labels: [..., K] float, and [...] int32 class columns.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part; None for all.
 
     Returns:
-      [...] float, with p the probability of the label.
+      [...] float; p is the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -169,7 +164,7 @@ def batch_hard_triplet(embedding: Array, labels: Array, mask: Array) -> Array:
 
     Returns:
       [B] float32, softplus(d(positive) - d(negative)) with d the Euclidean distance of unit
-      vectors; 0 for examples without a positive or without a negative.
+        vectors; 0 for examples without a positive or without a negative.
 
     Source: Hermans et al., In Defense of the Triplet Loss, equation 5 in its soft-margin form.
     Ours: unit vectors.
@@ -224,20 +219,15 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective.
 
-    The objective is the loss of the logits, summed over the branches of the model with the weights
-    `train_weight`. If `embedding` names a loss of embeddings, `embedding_weight` times that loss is
-    added.
+    It is the loss of the logits, summed over the branches of the model with the weights
+    `train_weight`, plus `embedding_weight` times the loss of embeddings that `embedding` names, if
+    any.
 
     Args:
       spec: the fields of `config.loss`.
-      class_mask: [K] bool, True for columns that take part; None for all.
-      steps_per_epoch: optimiser steps per epoch; may be a fraction.
-      logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
+      class_mask, steps_per_epoch, logit_scale: see `make_loss`.
       columns: [K] int32, the class column of each logit, where labels are places among them; None
         for all in order. A loss of embeddings reads class columns.
-
-    Raises:
-      ValueError: A name is unknown, or a value fits no other, see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
@@ -282,12 +272,12 @@ def make_loss(
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Returns:
-      Function (logits [..., K], labels [...] int32, step [] int32, scale) -> loss [...] float. It
-      computes w from the step, which may be traced. A learned scale replaces `logit_scale`; it has
-      a shape that fits the labels, or is None.
+      Function (logits [..., K], labels [...] int32, step [] int32, scale) -> loss [...] float. The
+        step may be traced. A learned scale, of a shape that fits the labels, replaces `logit_scale`
+        unless it is None.
 
     Raises:
-      ValueError: A name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
+      ValueError: a name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
         set without a cosine classifier.
     """
     tables = {"classification": CLASSIFICATION, "focal": CLASSIFICATION, "margin_type": MARGINS}

@@ -1,8 +1,8 @@
 """Metrics in NumPy: average precision at 100, open-set errors, and the table of metrics per clip.
 
 A new metric per clip is one function and one line in `CLIP_METRICS`. It then appears in
-`metrics.json`, the report and the comparison. With `log=True` it also appears in `metrics.jsonl`,
-in TensorBoard and at the terminal.
+`metrics.json`, the report and the comparison; with `log=True` also in `metrics.jsonl`, in
+TensorBoard and at the terminal.
 
 Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. The usual
 libraries differ in one thing: here the denominator is the number of all positives of the identity,
@@ -28,7 +28,7 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
-      positives: [C] int, the number of ground-truth positives of the identity, listed or not.
+      positives: [C] int, ground-truth positives of the identity, listed or not.
 
     Returns:
       [C] float64 in 0..1; 0 for an identity without positives.
@@ -51,15 +51,13 @@ def mean_average_precision(
     """Returns MAP over the identities that have positives, in float64.
 
     Args:
-      index: [C, k] int, the clips of every identity, best first. An index outside 0..N-1 marks an
-        empty place.
+      index: [C, k] int, the clips of every identity, best first; empty places lie outside 0..N-1.
       labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
-      positives: [C] int, the number of ground-truth positives of every identity. An identity
-        without positives is not in the ground truth, and the mean leaves it out.
-      num_others: the number of identities of the ground truth without a column; each counts 0.
+      positives: [C] int, ground-truth positives; the mean leaves out identities without any.
+      num_others: identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1. It does not depend on the order of the identities.
+      The mean in 0..1, whatever the order of the identities.
 
     Raises:
       ValueError: no identity has a positive, or one has more hits than positives.
@@ -80,14 +78,8 @@ def mean_average_precision(
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
     """Returns the area under the ROC curve, in float64.
 
-    It is the probability that a positive clip scores above a negative one.
-
-    Args:
-      scores: [N] float; NaN counts as -inf, as in a ranking.
-      positive: [N] bool.
-
-    Returns:
-      The area in 0..1, in which a tie counts 0.5; None without a positive or without a negative.
+    The area is the probability that a positive clip scores above a negative one, in 0..1; a tie
+    counts 0.5. None without a positive or without a negative. NaN counts as -inf, as in a ranking.
     """
     scores, positive = _without_nan(scores), np.asarray(positive, bool)
     num_positive = int(positive.sum())
@@ -106,8 +98,8 @@ class IdentificationErrors(NamedTuple):
     Attributes:
       threshold: the system identifies a clip if its best score is at or above this score.
       fpir: false-positive identification rate, the share of distractors that are identified.
-      fnir: false-negative identification rate, the share of known clips that are not identified,
-        or identified as another person.
+      fnir: false-negative identification rate, the share of known clips that are not identified, or
+        identified as another person.
     """
 
     threshold: float
@@ -121,15 +113,15 @@ def identification_errors(
     """Returns the errors at the lowest threshold that keeps FPIR at or below a limit.
 
     Args:
-      scores: [N] float below inf, the best identity score of each clip. A clip with -inf or NaN is
-        never identified.
+      scores: [N] float below inf, best identity scores; clips with -inf or NaN are never
+        identified.
       correct: [N] bool, True where the best identity is the right one.
       known: [N] bool, False for distractors.
       fpir: the limit, a share of the distractors in 0..1.
 
     Returns:
       The errors, with the threshold in the precision of the scores; None without a distractor or
-      without a known clip.
+        without a known clip.
 
     Raises:
       ValueError: `fpir` is outside 0..1.
@@ -154,12 +146,7 @@ def identification_errors(
 def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
     """Returns the lowest threshold that at most a share of the distractors reaches.
 
-    Args:
-      distractors: [S] float, their best scores, without NaN.
-      fpir: the share, in 0..1.
-
-    Returns:
-      The threshold, in the precision of the scores.
+    `distractors` [S] are their best scores, without NaN; the threshold has their precision.
     """
     ordered = np.sort(distractors)[::-1]  # best first
     # Counts are compared as shares: 0.29 * 100 is less than 29.
@@ -172,11 +159,8 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     """Returns the interval of FPIR for distractors that come later, at 95 % confidence.
 
     The threshold lies on the best of the distractors that it refuses. The share of later ones above
-    order statistic r + 1 of S has the beta distribution of r + 1 and S - r, whatever the scores.
-
-    Args:
-      num_passing: r, how many of the distractors reach the threshold that was set on them.
-      num_distractors: S, above r.
+    order statistic r + 1 of S has the beta distribution of r + 1 and S - r, whatever the scores. Of
+    the S distractors that set the threshold, r reach it.
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
@@ -212,9 +196,7 @@ class ScoredClips(Protocol):
 def top1(clips: ScoredClips, labels: np.ndarray) -> float:
     """Returns the share of the labelled clips whose best identity is right, in 0..1.
 
-    Args:
-      clips: the scores of N clips.
-      labels: [N] int, class columns; 0 for a distractor.
+    `labels` are [N] int class columns; 0 for a distractor.
     """
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
@@ -228,13 +210,8 @@ def clip_auroc(clips: ScoredClips, labels: np.ndarray) -> float | None:
 def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
     """Returns the FNIR where at most a share `fpir` of the distractors is identified.
 
-    Args:
-      clips, labels: the arguments of `top1`.
-      fpir: the share, in 0..1.
-
-    Returns:
-      The share of known clips that are missed or misnamed, 0..1; None without a distractor or a
-      known clip.
+    The FNIR is the share of known clips that are missed or misnamed, 0..1; None without a
+    distractor or a known clip.
     """
     errors = _errors_of(clips, labels, fpir)
     return errors.fnir if errors else None
@@ -243,11 +220,7 @@ def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None
 def threshold(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
     """Returns the score at or above which a clip is identified, where `fnir` holds.
 
-    Args:
-      clips, labels, fpir: the arguments of `fnir`.
-
-    Returns:
-      The score, a logarithm unless the run ranks by logits; None where `fnir` is None.
+    The score is a logarithm unless the run ranks by logits; None where `fnir` is None.
     """
     errors = _errors_of(clips, labels, fpir)
     return errors.threshold if errors else None
@@ -262,11 +235,10 @@ class Metric(NamedTuple):
     """One row of the table of metrics.
 
     Attributes:
-      label: the metric's name for a reader.
-      about: half a sentence that explains the label.
+      label, about: the metric's name for a reader, and half a sentence that explains it.
       fn: (clip scores, labels [N]) -> value, None where it is not defined.
-      digits: the digits after the decimal point that a reader sees.
-      log: whether every evaluation writes it to `metrics.jsonl`, TensorBoard and the terminal.
+      digits: digits after the decimal point that a reader sees.
+      log: True to write it to `metrics.jsonl`, TensorBoard and the terminal at every evaluation.
     """
 
     label: str

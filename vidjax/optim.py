@@ -22,16 +22,16 @@ def make_piecewise(
     """Builds a piecewise linear function of the epoch.
 
     Args:
-      points: (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump, with
-        the second value at the epoch itself. The function is constant before the first and after
-        the last pair.
+      points: finite (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump,
+        with the second value at the epoch itself. The function is constant before the first and
+        after the last pair.
       name: name of the points in error messages.
 
     Returns:
       Function (epochs [...]) -> values [...] float32; the epochs may be traced.
 
     Raises:
-      ValueError: There are no points, or they are not finite pairs in order.
+      ValueError: there are no points, or they are not finite pairs in order.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -73,9 +73,7 @@ class Rise(NamedTuple):
 def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
     """Returns a cosine from the end of the warm-up to the end of the run.
 
-    Args:
-      rise: peak and warm-up.
-      final_scale: rate at the end relative to the peak.
+    `final_scale` is the rate at the end relative to the peak.
     """
     if rise.warmup_steps < 1:
         return optax.cosine_decay_schedule(rise.peak, max(rise.total_steps, 1), final_scale)
@@ -140,7 +138,7 @@ def make_schedule(
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
 
     Raises:
-      ValueError: The decay is unknown.
+      ValueError: the decay is unknown.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
@@ -183,14 +181,12 @@ def make_optimizer(
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options;
-        `total_decay`, `weight_decay`, `clip_norm` (largest global norm of the gradient; 0 for any),
-        and the fields of `make_schedule`.
-      total_steps: steps of the whole run.
-      steps_per_epoch: optimiser steps per epoch, for the decay `steps`; may be a fraction.
+      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
+        `clip_norm` (largest global norm of the gradient; 0 for any); those of `make_schedule`.
+      total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      ValueError: The name or the decay is unknown, or no learning rate is above 0.
+      ValueError: the name or the decay is unknown, or no learning rate is above 0.
 
     Ours: no decay of biases and normalisation parameters.
     """

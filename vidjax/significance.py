@@ -1,12 +1,12 @@
 """Intervals of the MAP of a run, and intervals and p-values of the difference between two runs.
 
-Report and comparison use the same method, a Bayesian bootstrap over the identities and one more
-that nobody has seen. Its two average precisions are anything: each corner of the unit square has a
-quarter of its weight. So MAP gets half an identity at 0 and half at 1, and a difference gets a
-quarter at -1, half at 0 and a quarter at 1. Where all values are 0 or 1, the interval of MAP is
-that of Jeffreys for a share; where they vary, it is hardly wider than the t interval, which is far
-too narrow where most values are equal and a few lie far away. `tests.benchmarks.intervals` measures
-how often both hold the truth.
+Report and comparison use a Bayesian bootstrap over the identities and one more that nobody has
+seen. Its two average precisions are anything: each corner of the unit square has a quarter of its
+weight. So MAP gets half an identity at 0 and half at 1, and a difference gets a quarter at -1, half
+at 0 and a quarter at 1. Where all values are 0 or 1, the interval of MAP is that of Jeffreys for a
+share; where they vary, it is hardly wider than the t interval, which is far too narrow where most
+values are equal and a few lie far away. `tests.benchmarks.intervals` measures how often both hold
+the truth.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.
@@ -33,8 +33,7 @@ class Difference(NamedTuple):
     Attributes:
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
-      p: two-sided p-value of the hypothesis that the difference is 0.
-      p_holm: `p` after Holm's correction for the number of runs.
+      p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs.
       better, worse, equal: the number of identities by their average precision.
     """
 

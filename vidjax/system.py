@@ -29,18 +29,18 @@ COLUMN_MULTIPLE = 128
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Training reads all fields except `fuse_eval`, `score_fn`, `logs`, `top_classes`, `reduce` and
-    `matmul_precision`. Evaluation reads these, and `model`, `num_chunks`, `examples`, `class_mask`
-    and `num_identities`.
+    Evaluation alone reads `fuse_eval`, `score_fn`, `logs`, `top_classes`, `reduce` and
+    `matmul_precision`; it shares `model`, `num_chunks`, `examples`, `class_mask` and
+    `num_identities` with training, which alone reads the rest.
 
     Attributes:
       model: maps the fused frames of clips to a ModelOutput.
-      num_columns: number of class columns without padding, K; `model` may have more.
+      num_columns: class columns without padding, K; `model` may have more.
       modalities: name -> feature width, in the order of the configuration.
-      fuse_train: modality -> fusion for training, called with a key.
-      fuse_eval: modality -> fusion for evaluation, called without a key.
-      num_chunks: number of chunks of a feature vector, of which a member with a view does not see
-        one; 0 if all members see all features.
+      fuse_train, fuse_eval: modality -> fusion, called with a key in training, without in
+        evaluation.
+      num_chunks: chunks of a feature vector, of which a member with a view does not see one; 0 if
+        all members see all features.
       examples: True if each fused frame of a clip is an example of its own.
       clip_transforms: transforms of the clips with all their frames, before fusion.
       transforms: transforms of the clips with their fused frames.
@@ -56,7 +56,7 @@ class System(NamedTuple):
       top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
-      num_identities: number of identities, C; columns 1..C are ranked.
+      num_identities: C; columns 1..C are ranked.
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
@@ -92,13 +92,10 @@ class TaskSpec(NamedTuple):
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
-      num_identities: number of identities, C.
       num_clusters: number of clusters, K of `NoiseLayout`; None without noise classes.
-      num_clips: number of training clips, N.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
-      settings: name -> attribute of the model that was fitted before training, by its `prepare`;
-        None for a model without such attributes.
+      settings: name -> attribute of the model that its `prepare` fitted before training, or None.
       padded_columns: number of class columns with padding; None without padding.
     """
 
@@ -129,10 +126,7 @@ class TaskSpec(NamedTuple):
         return self.padded_columns or self.num_columns
 
     def with_padding(self, devices: int) -> "TaskSpec":
-        """Returns the task with so many class columns that a number of devices share them evenly.
-
-        One device needs no padding.
-        """
+        """Returns the task padded so that devices share columns evenly; one needs no padding."""
         padded = padded_columns(self.num_columns, devices) if devices > 1 else None
         return self._replace(padded_columns=padded)
 
@@ -144,15 +138,9 @@ def padded_columns(num_columns: int, devices: int) -> int:
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration.
+    """Builds the system of a configuration, a nested dict.
 
-    Args:
-      config: the configuration as a nested dict. `fusion` may contain modalities that are not
-        configured.
-      task: sizes of the training data.
-
-    Raises:
-      ValueError: A field has an unknown name or a value out of range.
+    `fusion` may contain modalities that are not configured.
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
@@ -244,11 +232,7 @@ def _fusion_spec(specs: Mapping[str, Any], modality: str, phase: str) -> Mapping
 
 
 def fused_widths(specs: Mapping[str, Any], modality: str) -> int:
-    """Returns the width of the fused features of a modality, as a multiple of a frame's.
-
-    Raises:
-      ValueError: training and evaluation differ.
-    """
+    """Returns the width of the fused features of a modality, as a multiple of a frame's."""
     names = [_fusion_spec(specs, modality, phase).get("name") for phase in ("train", "evaluate")]
     train, evaluate = (fusion.FUSIONS[x].widths if x in fusion.FUSIONS else 1 for x in names)
     if train != evaluate:
