@@ -121,10 +121,6 @@ class FeatureFolder:
         """Finds the files of each split, for `workers` processes that read.
 
         `workers` None is one per core, or fewer where there is little to read.
-
-        Raises:
-          FileNotFoundError: no such folder, or no features in it.
-          ValueError: a split has a table and a folder, or a folder holds other files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         self._quality: Quality = check_quality(quality)

@@ -42,7 +42,7 @@ class Digests(NamedTuple):
 
     Attributes:
       cache_dir: the cache; None for the default.
-      write: False only reads digests that are there.
+      write: False reads digests, but writes none.
     """
 
     cache_dir: str | Path | None = None

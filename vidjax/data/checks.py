@@ -32,10 +32,9 @@ def check_file(path: Path) -> None:
 
 
 def meant_split(word: str, present: Collection[str]) -> str | None:
-    """Returns the split that a word such as `valid` or `training` was meant to be.
+    """Returns the split that a word such as `valid` or `training` was meant to be, or None.
 
-    It is None for a split's own name, for a word that is unlike all splits, and for a split in
-    `present`, those that have files of their own.
+    A split's own name gives None, and so does a split in `present`, those with files of their own.
     """
     word = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if word.startswith(split)]
@@ -62,8 +61,7 @@ EQUAL = 0.01  # relative range of norms that tell no frame from another
 def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
     """Yields a message for every two modalities of near names that no clip has both of.
 
-    Args:
-      splits: split -> modality -> [N] int, number of frames of each clip.
+    `splits` is split -> modality -> [N] int, number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):
@@ -83,9 +81,7 @@ def transposed(
 ) -> Iterator[str]:
     """Yields a message for every modality whose clips all have the same many frames, and narrow.
 
-    Args:
-      splits: split -> modality -> [N] int, number of frames of each clip.
-      widths: modality -> width of its features.
+    `splits` is split -> modality -> [N] int, number of frames of each clip.
     """
     for name, width in widths.items():
         found = [lengths[name] for lengths in splits.values() if name in lengths]
@@ -132,10 +128,7 @@ def _is_one_norm(facts: Mapping[str, Any]) -> bool:
 def unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for every modality whose features are absent, not finite, 0 or out of range.
-
-    The splits count together; `report` is `data_report.json`.
-    """
+    """Yields a message for modalities whose features are absent, not finite, 0 or out of range."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [

@@ -29,10 +29,7 @@ CLIP_BYTES = 2 << 30  # of the arrays of one clip: hours of frames, each of them
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files, one in memory at a time.
-
-    Raises ValueError for a damaged file, or one that unpacks to more than a clip may hold.
-    """
+    """Yields the clips of `.npz` files, one in memory at a time."""
     limit = min(CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
@@ -47,7 +44,7 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 def _by_modality(arrays: Mapping[str, np.ndarray], place: str) -> dict[str, dict[str, np.ndarray]]:
     """Returns modality -> field -> array, from arrays named `face`, `face_quality` and so on.
 
-    Raises ValueError for a misspelt field such as `face_qualty`, and for an array without a name.
+    ValueError for a misspelt field such as `face_qualty`, and for an array without a name.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -71,10 +68,7 @@ OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
-    """Yields the clips of a table, whose rows may come in any order; the table is in memory.
-
-    Raises ValueError for a damaged or malformed table, and where pyarrow is not installed.
-    """
+    """Yields the clips of a table, whose rows may come in any order; the table is in memory."""
     columns = _read_columns(path)
     flat, width = _flat_features(path, columns["features"])
     start = np.cumsum(width, dtype=np.int64) - width
@@ -140,10 +134,7 @@ def _read_columns(path: Path) -> Mapping[str, Any]:
 
 
 def _read_table(path: Path, opened: io.FileIO) -> Any:
-    """Returns the known columns of a parquet file as a pyarrow table, text as codes.
-
-    Raises ValueError for a column that is missing or there twice, and beyond a third of the memory.
-    """
+    """Returns the known columns of a parquet file as a pyarrow table, text as codes."""
     import pyarrow
     from pyarrow import parquet
 

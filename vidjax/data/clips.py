@@ -129,7 +129,7 @@ class ClipSource(Protocol):
         Args:
           plan: the clips, as `make_eval_plan` groups them.
           rows: number of rows per block of this process.
-          share: which clips of every bucket this process reads, see `blocks.own_blocks`.
+          share: which clips of every bucket this process reads, see `cluster.share.own_blocks`.
         """
         ...
 
@@ -177,18 +177,13 @@ class TrainingData(ClipSource, Protocol):
     ) -> "Iterator[tuple[np.ndarray, Mapping[str, Packed]]]":
         """Yields every clip of a split once with all its frames, some clips at a time.
 
-        Yields:
-          [n] int32 clip_index, and modality -> Packed of these n clips.
+        A chunk is [n] int32 clip_index, and modality -> Packed of these n clips.
         """
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of `config.modalities`.
-
-    Raises:
-      ValueError: no name, a name that occurs twice, or one that the data does not have.
-    """
+    """Returns name -> feature width of the modalities in `config.modalities`."""
     if not names:
         raise UserError("config.modalities is empty: name at least one")
     if len(set(names)) < len(names):
@@ -239,13 +234,9 @@ def make_eval_plan(
     whichever other clips are evaluated.
 
     Args:
-      lengths: [N] int, the length that chooses each clip's bucket; None for `longest`. Sources of
-        the same clips form the same blocks if they are given the same lengths.
+      lengths: [N] int, the length that chooses each clip's bucket, at least its own; None for
+        `longest`. Sources of the same clips form the same blocks if given the same lengths.
       only: [N] bool, True for the clips to evaluate; None for all.
-
-    Raises:
-      ValueError: the split lacks a modality, `lengths` or `only` has another shape or dtype, or a
-        clip has more frames than `lengths` says.
     """
     most = longest(split, modalities)
     lengths = most if lengths is None else np.asarray(lengths)
@@ -286,10 +277,6 @@ def make_batch_plan(
       max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
       crop: 'window' or 'quality', see BatchPlan.
       seed: seed of the order of clips and of the windows.
-
-    Raises:
-      ValueError: no split, a split named twice or without a modality, an unknown crop, or a number
-        below 1.
     """
     names = tuple(split.name for split in splits)
     if not names or len(set(names)) < len(names):

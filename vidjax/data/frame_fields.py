@@ -188,11 +188,9 @@ Unpacked = Mapping[str, Sequence[Mapping[str, PackedClips]]]
 
 
 class Origin(NamedTuple):
-    """The origin of a dataset, as results name it.
+    """The origin of a dataset, as results name it: a key of `sources.DATASETS` and its folder.
 
-    Attributes:
-      name: a key of `vidjax.data.sources.DATASETS`.
-      dir: absolute path of the folder; None for generated clips and for arrays in memory.
+    `dir` is an absolute path; None for generated clips and for arrays in memory.
     """
 
     name: str

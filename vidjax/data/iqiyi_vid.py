@@ -43,10 +43,6 @@ class OfficialFiles:
         """Finds the feature pickles, of which `workers` are read at once.
 
         `workers` None is one per core, or fewer where memory would be short.
-
-        Raises:
-          FileNotFoundError: no such directory, or no feature pickle in it.
-          ValueError: a modality has a malformed name.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -117,10 +113,6 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
     Files are named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`; where both exist,
     `_v2` is taken. A modality is a name of letters, digits, '-' and '_'.
-
-    Raises:
-      ValueError: another name of a modality, a misspelt split, or a pickle that is no file.
-      OSError: there is no such directory.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"

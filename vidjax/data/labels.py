@@ -35,10 +35,7 @@ class SplitLabels(NamedTuple):
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity from the `{split}_gt.txt` files of a directory.
-
-    Raises ValueError for a malformed file, or one that does not fit the `clips` of its split.
-    """
+    """Returns split -> clip -> identity from the `{split}_gt.txt` files of a directory."""
     truth = {}
     for split, path in find_ground_truth(directory).items():
         truth[split] = load_ground_truth(path, known_clips=clips.get(split))
@@ -50,10 +47,7 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads `labels.csv` of a folder, or else its ground-truth files; see `load_official_truth`.
-
-    Raises ValueError for malformed labels, labels of unknown clips, or both kinds of files.
-    """
+    """Reads `labels.csv` of a folder, or else its ground-truth files; ValueError for both kinds."""
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
     if not table.is_file():
@@ -77,13 +71,8 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity from labels that name no split, for splits with a label.
 
-    Args:
-      labels: clip -> identity; or a file: `.csv` with the columns `clip` and `identity`, any other
-        is ground truth in an official form. None for no labels.
-      clips: split -> names of its clips.
-
-    Raises:
-      ValueError: malformed labels, or labels of unknown clips.
+    `labels` is clip -> identity, or a file: `.csv` with the columns `clip` and `identity`, any
+    other is ground truth in an official form. None stands for no labels.
     """
     if labels is None:
         return {}
@@ -175,7 +164,7 @@ def _is_nan(value: object) -> bool:
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity.
 
-    A warning counts empty identities, which may be an oversight; None, for nobody, is no oversight.
+    A warning counts clips with an empty identity; None means nobody and gives no warning.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -216,10 +205,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the named clips that may be in no feature fi
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test.
-
-    Raises ValueError for one that is no file, or is named after a misspelt split.
-    """
+    """Returns split -> `{split}_gt.txt` of a directory, in the order train, val, test."""
     words = {
         path.name.removesuffix("_gt.txt"): path
         for path in list_entries(directory)
@@ -246,7 +232,6 @@ def load_ground_truth(
     `First%20Last`.
 
     Raises:
-      FileNotFoundError: there is no such file.
       ValueError: not UTF-8, an ambiguous form, a line of the other form, a clip twice, an identity
         twice or without clips (inverted), or a label that is no whole number from 1 up where most
         are; names the line.
@@ -392,13 +377,8 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
     """Returns [N] float32 weights from a text file of `NAME.mp4 WEIGHT` lines, 1 for other clips.
 
     As in the ground truth, a byte order mark, CRLF, tabs, blank lines, additional spaces and a
-    missing `.mp4` are ignored.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: not UTF-8, not two fields, a weight that is no number, negative or not finite, or
-        a clip twice, with the line number; or no line at all, or more than 1 % of the named clips
-        unknown (fewer are a warning).
+    missing `.mp4` are ignored. ValueError for an empty file, a line without a finite weight of 0 or
+    more, a clip that comes twice, or clips that `check_known` refuses.
     """
     path = Path(path)
     lines = _lines(path)
@@ -463,7 +443,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the distinct identities, ordered by number if all are whole numbers, else by name.
 
-    Raises ValueError for one number written in two ways, such as 7 and 007.
+    ValueError for one number written in two ways, such as 7 and 007.
     """
     distinct = sorted(set(names))
     if not all(map(_is_integer, distinct)):

@@ -35,7 +35,6 @@ class MemoryClips:
     """Clips in memory; a `ClipSource` with one split, `clips`.
 
     Attributes:
-      identities: names of the class columns.
       names: N clip names as they were given, in that order.
       places: [N] int, the clip_index of each of them.
     """
@@ -47,16 +46,13 @@ class MemoryClips:
         modalities: Mapping[str, int],
         identities: Sequence[str],
     ):
-        """Takes checked clips.
+        """Takes checked clips; ValueError for no clip, or features of another width.
 
         Args:
           packed: modality -> its frames; other modalities than those of the run are ignored.
           names: clean name -> name as it was given, of N clips.
           modalities: modality -> feature width.
           identities: names of the class columns.
-
-        Raises:
-          ValueError: there is no clip, or the features of one have another width.
         """
         if not names:
             raise UserError("no clips: there is nothing to score")
@@ -114,9 +110,6 @@ class MemoryClips:
           modalities: modality -> feature width.
           identities: names of the class columns.
           quality: the quality of frames, as the run was trained; see `frame_fields.Quality`.
-
-        Raises:
-          ValueError: a clip is malformed; names clip, modality and field.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -184,7 +177,7 @@ def _as_clips(clips: Clips) -> Iterator[Clip]:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with the modalities of a run alone; ValueError for a clip with others alone.
+    """Yields clips with only the modalities of a run; ValueError for a clip that has only others.
 
     `names` collects clean name -> name as it was given, `unread` the names of other modalities.
     """
@@ -295,10 +288,6 @@ def load_people(
     """Returns the clips of a folder with a folder for each person, and clip -> person.
 
     A clip `FOLDER/PERSON/CLIP.npz` is named `PERSON/CLIP`: two people may have a `1.npz` each.
-
-    Raises:
-      ValueError: a clip is malformed, or the folders are splits of a dataset.
-      FileNotFoundError: there is no folder of clips in the folder.
     """
     path = Path(path).expanduser()
     found = {one.name: sorted(one.glob("*.npz")) for one in sorted(path.iterdir()) if one.is_dir()}

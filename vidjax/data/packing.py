@@ -137,16 +137,13 @@ def pack(
 ) -> dict[str, PackedClips]:
     """Checks the clips of one split and joins their frames to flat arrays, modality -> frames.
 
+    ValueError for a clip that comes twice, is malformed, or has another width or dtype than most.
+
     Args:
-      clips: the clips, every name once.
       out_dir: folder for flat files, which must outlive the arrays; None keeps them in memory.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses them.
       quality: the quality of frames, see `frame_fields.Quality`.
-
-    Raises:
-      ValueError: a clip comes twice, is malformed, or has another width or dtype than most; names
-        clip, modality and field.
     """
     packers: dict[str, _Packer] = {}
     try:

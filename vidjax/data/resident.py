@@ -49,7 +49,6 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
 
     Args:
       clips: modality -> Packed of N clips; the last frame is zeros and stands for padding.
-      plan: the batches.
       step: [] int32, number of steps before.
     """
     order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
@@ -75,8 +74,7 @@ def frames_of(
       clip_index: [B] int32.
       batch_mask: [B] bool; a clip where it is False has no frames.
       size: T.
-      rng: key that draws the start of a window of T frames in each longer clip; None takes the
-        first T frames.
+      rng: key of the random window of T frames in a longer clip; None takes the first T frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if rng is not None:
@@ -141,10 +139,8 @@ def make_layout(data: TrainingData, plan: BatchPlan, eval_split: str) -> Layout:
 def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
     """Returns `resident` or `streaming`; the free memory decides for `auto`.
 
-    `num_drawn` counts the clips in all batches of the run.
-
-    Raises:
-      ValueError: an unknown mode, or `resident` with more clips or frames than an int32 counts.
+    `num_drawn` counts the clips in all batches of the run. ValueError for an unknown mode, or
+    `resident` with more clips or frames than an int32 counts.
     """
     if mode not in MODES:
         raise UserError(f"config.data.mode='{mode}': choose from {', '.join(MODES)}")
@@ -176,10 +172,8 @@ def free_bytes(mesh: Mesh) -> float:
 class Resident:
     """Splits of a dataset on the devices; a `ClipSource`.
 
-    Attributes:
-      identities: names of the class columns.
-      train: modality -> Packed of the training clips, in the order of their tables; the last frame
-        is zeros.
+    `train` is modality -> Packed of the training clips, in the order of their tables; the last
+    frame is zeros.
     """
 
     def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):

@@ -95,10 +95,6 @@ def open_source(
         official pickles or of own features; or split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`.
       generate: False raises NotGenerated instead of generating a dataset, and writes nothing.
-
-    Raises:
-      ValueError: an unknown name, no directory where one is needed, or misnamed files.
-      FileNotFoundError: no data in the directory.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -166,10 +162,7 @@ def _synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset, with size, seed and changed options if it is generated.
-
-    `data` is the section `data` of a configuration, possibly of another version.
-    """
+    """Returns the name of a dataset, with size, seed and changed options if it is generated."""
     name = data.get("name", "")
     if not is_generated(name):
         return name
