@@ -16,25 +16,25 @@ CHANNEL_ATTENTIONS = ("channels", "danet", "features")
 class MultimodalAttention(nn.Module):
     """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
 
-    The feature map is [B, M, D], with one vector per row. The paper's X in R^{D x M} is its
-    transpose; the indices of Y[b, i, j] are the paper's i and j.
+    The feature map is [B, M, D], one vector per row. The paper's X in R^{D x M} is its transpose;
+    the indices of Y[b, i, j] are the paper's i and j.
 
     Attributes:
       dim: width of the space in which the correlations are computed, the paper's D~.
-      scale: factor on the Gram matrix, 1 in the paper (ours). Vectors of equal length, as after
-        LayerNorm, correlate most with themselves, so Y is close to the identity unless `scale` is
-        small.
+      scale: factor on the Gram matrix (ours; 1 in the paper). Vectors of equal length, as after
+        LayerNorm, correlate most with themselves: unless `scale` is small, Y is nearly the
+        identity.
       gamma: strength of the attention.
       train_gamma: True to learn gamma, starting from `gamma` (ours).
-      form: `gram`, the paper's Z = F^T F with one projection F = W_F X; or `two`, Z = F^T G with
-        another one, G = W_G X, as in SAGAN, with which the paper compares it.
-      fill_missing: True, as in the paper, to compute the output of a missing vector, too: gamma
-        times a mean of the vectors that exist. False (ours) leaves it 0.
+      form: `gram`, the paper's Z = F^T F with F = W_F X; or `two`, Z = F^T G with another
+        projection, G = W_G X, as in SAGAN, with which the paper compares it.
+      fill_missing: True, as in the paper, to set the output of a missing vector to gamma times a
+        mean of the vectors that exist. False (ours) leaves it 0.
       dtype: dtype of the matrix products; parameters and softmax are at least float32.
 
     Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
-    softmax, where the equations would give it exp(0). If no vector is missing, the result is that
-    of the paper. SAGAN's further projections, of what is mixed, are not part of the comparison.
+    softmax, where the equations would give it exp(0). Without missing vectors the result is that of
+    the paper. SAGAN's further projections, of what is mixed, are not part of the comparison.
     """
 
     dim: int = 64
@@ -57,9 +57,6 @@ class MultimodalAttention(nn.Module):
           O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
           Column j of Y sums to 1; where vector j is missing, to 1 with `fill_missing`, else to 0,
           as in a clip without any vector. Where a column is 0, so is vector j of O.
-
-        Raises:
-          ValueError: The form is unknown.
         """
         if self.form not in ("gram", "two"):
             raise UserError(f"unknown attention_form {self.form!r}; choose from gram, two")
@@ -89,9 +86,6 @@ class SigmoidGate(nn.Module):
 
     The weights start at 0, so all gates start at 0.5.
 
-    Attributes:
-      dtype: dtype of the products; parameters and sigmoid are at least float32.
-
     Source: the second-place article of 2019 names gates by a sigmoid as future work. Ours: the
     formula.
     """
@@ -100,14 +94,7 @@ class SigmoidGate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns the vectors x_m sigmoid(w_m . x_m + b_m).
-
-        Args:
-          x: [B, M, D] float, 0 for missing vectors.
-
-        Returns:
-          [B, M, D] in `dtype`, 0 for missing vectors.
-        """
+        """Returns the vectors x_m sigmoid(w_m . x_m + b_m), [B, M, D] in `dtype`."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
         bias = self.param("bias", nn.initializers.zeros, x.shape[1:2], param_dtype)
@@ -145,8 +132,8 @@ class ChannelAttention(nn.Module):
     Source: channel attention of DANet (Fu et al., CVPR 2019, whose article has the softmax of E
     itself); DeepMEF (3rd place 2019) names it and builds `channels`. DeepMEF's code initialises
     theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. It has
-    BatchNorm after theta, phi and out in place of biases. Ours: masks, and the form `features`
-    with its scaled products.
+    BatchNorm after theta, phi and out in place of biases. Ours: masks, and the form `features` with
+    its scaled products.
     """
 
     form: str = "features"
@@ -155,15 +142,11 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns the frames after attention.
+        """Returns the frames after attention, [B, T, D] float32, 0 on padding.
 
         Args:
           x: [B, T, D] float.
-          mask: [B, T] bool, True for real frames. The form `channels` reads padded frames as
-            zeros.
-
-        Returns:
-          [B, T, D] float32, 0 on padding.
+          mask: [B, T] bool, True for real frames. The form `channels` reads padded frames as zeros.
 
         Raises:
           ValueError: The form is unknown, or it is `channels` and T is not `num_frames`.
@@ -200,15 +183,7 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mixed_by_maps(self, rows: Array, mask: Array | None) -> Array:
-        """Returns out(A g(x)) of the other forms.
-
-        Args:
-          rows: [B, T, D] frames, or [B, D, T] for the form `channels`.
-          mask: [B, T] bool, True for real frames; None for the form `channels`.
-
-        Returns:
-          An array of the shape of `rows`.
-        """
+        """Returns out(A g(x)) of the other forms; `channels` has rows [B, D, T] and no mask."""
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=rows.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width = max(rows.shape[-1] // 2, 1)
@@ -234,14 +209,9 @@ class AttentionAggregation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Returns sum_t a_t x_t, with a_t = softmax over real frames t of q . x_t.
+        """Returns sum_t a_t x_t, [B, D] float32, with a_t = softmax over real frames t of q . x_t.
 
-        Args:
-          x: [B, T, D] float.
-          mask: [B, T] bool, True for real frames.
-
-        Returns:
-          [B, D] float32, 0 for clips without frames.
+        Frames x are [B, T, D] with a mask [B, T] bool. Clips without frames get 0.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

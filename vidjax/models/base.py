@@ -57,7 +57,7 @@ class Identifier(nn.Module):
 
     Attributes:
       modalities: name -> feature width, of fused frames.
-      num_classes: number of class columns in the logits, K = 1 + C.
+      num_classes: number of class columns in the logits, K: 1 + C, and more with noise classes.
       logit_scale: factor on the cosines in the logits, the s of ArcFace, which margin losses need;
         1 if the logits are not cosines. If it is learned, its first value; the output then holds
         the present one.

@@ -27,11 +27,9 @@ class CosineIdentifier(Identifier):
     Attributes:
       modalities: name -> feature width, from the strongest to the weakest: the weights start at 1,
         1/2, 1/4 and so on.
-      num_classes: number of class columns, 1 + C.
       embed_dim: width of each e_m.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality from a clip; every clip
-        keeps at least one.
+      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
       dropout_rate: dropout rate of z.
       logit_scale: first value of s.
       dtype: dtype of the linear maps; parameters and everything else are at least float32.
@@ -56,11 +54,7 @@ class CosineIdentifier(Identifier):
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], z as embedding, and s.
 
-        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
-        read. Without dropout the logits lie in [-s, s]; they are 0 for clips without frames.
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width.
+        Without dropout the logits lie in [-s, s]; they are 0 for clips without frames.
         """
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         kept = present

@@ -37,7 +37,6 @@ class DeepMEF(Identifier):
 
     Attributes:
       modalities: name -> feature width: `modality` and any others (as published: `scene`).
-      num_classes: number of class columns, 1 + C.
       modality: modality with attention over its frames.
       channel_attention: features | channels | danet | none, as in ChannelAttention.
       num_frames: T that the form `channels` of the attention is built for.
@@ -48,24 +47,23 @@ class DeepMEF(Identifier):
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of all these layers, except for the last ones if `published`.
-      modality_dropout_rate: probability that training drops a modality from a clip; every clip
-        keeps at least one.
+      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
       logit_scale: factor on the cosines.
       dtype: dtype of the matrix products; parameters, softmax and head are at least float32.
 
     Layers `published`: Linear-BatchNorm-PReLU-dropout; the last layer of f and of each other
-    modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-dropout; the last layer of f is
-    a bare linear map that starts at 0, so that the net starts as the cosine of aggregated features.
+    modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-dropout; the last layer of f is a
+    bare linear map that starts at 0, so that the net starts as the cosine of aggregated features.
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
     if a view leaves a sixteenth of 2048 out (article: 128 = 2048/16); the hidden layer has twice
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
-    margin loss discards the magnitude of features, so quality is joined to normalised ones.
-    Ours: the root mean square of 1, which gives features the order of magnitude of quality / 100
-    (code: features as they are); logits of 30 times the cosine also in evaluation (code: softmax of
-    the cosines themselves, whose mean over members weights all members more alike); masks; the
-    vector of a missing modality is 0, also after its layers; modality dropout.
+    margin loss discards the magnitude of features, so quality is joined to normalised ones. Ours:
+    the root mean square of 1, which gives features the order of magnitude of quality / 100 (code:
+    features as they are); logits of 30 times the cosine also in evaluation (code: softmax of the
+    cosines themselves, whose mean over members weights all members more alike); masks; the vector
+    of a missing modality is 0, also after its layers; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -102,15 +100,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding.
-
-        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
-        read. The logits lie in [-logit_scale, logit_scale].
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width, or the number of
-            frames does not fit the attention.
-        """
+        """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding."""
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         seen = jnp.any(present, axis=1)
         if train and self.modality_dropout_rate > 0:

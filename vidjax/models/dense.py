@@ -27,7 +27,6 @@ class DenseIdentifier(Identifier):
 
     Attributes:
       modalities: name -> feature width, in the order of the concatenation.
-      num_classes: number of class columns, 1 + C.
       backbone: mlp | residual | block (ResidualBlock, of twice the width of its input).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () for none.
       width: for `residual`, width of every layer.
@@ -35,15 +34,12 @@ class DenseIdentifier(Identifier):
       activation: for `residual`, activation of every layer, as in DenseLayer.
       dropout_rate: for `residual` and `block`, dropout rate of every layer but the last of a block.
       shortcut: for `residual`, add | concat | none.
-      norm_first: for `mlp` and `residual`, True for BatchNorm before the activations, False for
-        after.
+      norm_first: for `mlp` and `residual`, True for BatchNorm before the activations.
       head: linear | cosine.
       logit_scale: for the cosine head, factor on the cosines.
       feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality from a clip; every clip
-        keeps at least one.
-      dtype: dtype of the matrix products; parameters, logits and the whole cosine head are at
-        least float32.
+      modality_dropout_rate: probability that training drops a modality; every clip keeps one.
+      dtype: dtype of the matrix products; parameters, logits and cosine head are at least float32.
 
     Source: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place 2019: `residual`),
     noise classes (5th place 2018: one linear layer and the cosine head), all for the face alone;
@@ -86,14 +82,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C] and the output of the backbone as embedding.
-
-        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
-        read.
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width.
-        """
+        """Returns logits [B, 1, 1 + C] and the output of the backbone as embedding."""
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not move the batch statistics.
         seen = jnp.any(present, axis=1)

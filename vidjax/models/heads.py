@@ -14,12 +14,8 @@ _SMALLEST_SQUARE = 1e-24
 def unit_vectors(x: Array) -> Array:
     """Scales vectors to length 1; vectors shorter than 1e-12 become 0.
 
-    Args:
-      x: [..., D] float.
-
-    Returns:
-      [..., D], at least float32. Values and gradients are finite; vectors of 0 have a gradient of
-      0.
+    Returns [..., D], at least float32, for x [..., D] float. Values and gradients are finite;
+    vectors of 0 have a gradient of 0.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -43,7 +39,6 @@ class Classifier(nn.Module):
       num_classes: number of class columns, 1 + C.
       dropout_rate: dropout rate of the input.
       dtype: dtype of the matrix product; parameters and logits are at least float32.
-      kernel_init: initialiser of the weights.
     """
 
     num_classes: int
@@ -53,15 +48,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Returns the logits.
-
-        Args:
-          x: [B, D] float.
-          train: True to apply dropout (rng `dropout`).
-
-        Returns:
-          [B, 1 + C] float32.
-        """
+        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout."""
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return Linear(
             self.num_classes,
@@ -92,14 +79,9 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Returns the logits.
+        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout.
 
-        Args:
-          x: [B, D] float.
-          train: True to apply dropout (rng `dropout`).
-
-        Returns:
-          [B, 1 + C] float32, in [-scale, scale] without dropout; 0 for vectors of 0.
+        They lie in [-scale, scale] without dropout, and are 0 for vectors of 0.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         kernel = self.param(

@@ -47,7 +47,7 @@ def make_identifier(
       spec: `name`, a key of MODELS, and attributes of that module. The value of an attribute that
         is a model, as in FallbackIdentifier, is again a specification.
       modalities: name -> feature width.
-      num_classes: number of class columns, 1 + C.
+      num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.
       dtype: dtype of the matrix products.
 
@@ -55,8 +55,7 @@ def make_identifier(
       A hashable `Identifier`.
 
     Raises:
-      ValueError: The name, an attribute, a modality or the dtype is unknown, or an attribute is
-        missing.
+      ValueError: A name, an attribute or the dtype is unknown, or an attribute is missing.
     """
     try:
         product_dtype = jnp.dtype(dtype)

@@ -23,7 +23,6 @@ class MultimodalIdentifier(Identifier):
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
-      num_classes: number of class columns, 1 + C.
       netvlad: modalities that NetVLAD pools; the others use the mean frame. Modalities that are not
         configured are ignored.
       num_clusters: number of clusters of NetVLAD, K.
@@ -35,24 +34,21 @@ class MultimodalIdentifier(Identifier):
       gram_scale: factor on the Gram matrix of the attention (ours).
       gamma: strength of the attention.
       train_gamma: True to learn gamma.
-      attention_form: `gram`, as published, or `two`: correlations between two projections, as in
-        SAGAN (see `MultimodalAttention`).
-      fill_missing: True, as published, to let attention compensate for a missing modality: its
-        vectors become gamma times a mean of those that exist. False (ours) leaves them 0.
+      attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
+      fill_missing: True, as published, for attention that fills the vectors of a missing modality
+        with gamma times a mean of the others. False (ours) leaves them 0.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       feature_scale: factor on the raw features.
       unit_length: True (ours) to scale the vector of each modality to length 1 before its map, and
         the frames before NetVLAD. Then only the direction of the features counts.
       map_norm: True for LayerNorm after the maps. The weight of a modality in the classifier is
         then independent of the norm of its features, which differs between modalities.
-      modality_dropout_rate: probability that training drops a modality from a clip; every clip
-        keeps at least one. The remaining vectors are not rescaled, as for clips that lack it.
+      modality_dropout_rate: probability that training drops a modality; every clip keeps one. The
+        remaining vectors are not rescaled, as for clips that lack it.
       head: linear | cosine.
       logit_scale: for the cosine head, factor on the cosines.
-      dropout_rate: dropout rate of the input of the classifier; of the unit vectors for the cosine
-        head.
-      dtype: dtype of the matrix products; parameters, logits and the whole cosine head are at
-        least float32.
+      dropout_rate: dropout rate of the input of the classifier; of its unit vectors for `cosine`.
+      dtype: dtype of the matrix products; parameters, logits and cosine head are at least float32.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
     for the three face vectors, K, the linear classifier, no activation after the maps, the feature
@@ -101,14 +97,7 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention.
-
-        Arguments are those of `models.base.Identifier`; `clips.index` and `clips.labels` are not
-        read.
-
-        Raises:
-          ValueError: A modality of the model is missing or has another width.
-        """
+        """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
         frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if train and self.modality_dropout_rate > 0:

@@ -40,9 +40,6 @@ class NetVLAD(nn.Module):
         Returns:
           V, [B, K, D] float32, 0 for clips without frames; and a, [B, T, K] float32, the share of
           each cluster in a frame, 0 on padding.
-
-        Raises:
-          ValueError: `reduce` is unknown.
         """
         if self.reduce not in ("sum", "mean"):
             raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")

@@ -24,17 +24,11 @@ class PLDAIdentifier(Identifier):
     passes over the clips twice: it adds up the centre first, then the sums of the centred vectors.
     `solve` turns the sums into the coefficients that score clips.
 
+    The fields from `within` to `centred` are those of Settings: one number, or one of each member;
+    None to fit it before training.
+
     Attributes:
-      modalities: name -> feature width.
-      num_classes: number of class columns, 1 + C.
       num_clips: number of training clips, N.
-      within: see Settings; None, as of the five that follow, to fit it before training; one
-        number, or one of each member.
-      between: see Settings.
-      scale: see Settings.
-      unenrolled: see Settings.
-      stranger: see Settings.
-      centred: see Settings.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. Ours: the sum over modalities and its scale.
@@ -68,11 +62,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the numbers of a member.
-
-        Raises:
-          ValueError: One is neither given nor chosen.
-        """
+        """Returns the settings of a member; ValueError if one is neither given nor fitted."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -97,11 +87,8 @@ class PLDAIdentifier(Identifier):
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], and the centred unit vectors side by side as embedding.
 
-        Arguments are those of `models.base.Identifier`. Training adds the clips to the collection
-        `sums` and returns logits of 0. Evaluation reads the collection `solved`.
-
-        Raises:
-          ValueError: A modality is missing or has another width.
+        Training adds the clips to the collection `sums` and returns logits of 0. Evaluation reads
+        the collection `solved`.
         """
         vectors = self.unit_means(frames)
         if not train and self.has_variable("solved", "settings"):
@@ -114,11 +101,7 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def unit_means(self, frames: Mapping[str, Frames]) -> dict[str, Array]:
-        """Returns the mean frames, modality -> [B, D] of length 1; 0 for clips that lack it.
-
-        Raises:
-          ValueError: A modality is missing or has another width.
-        """
+        """Returns the mean frames, modality -> [B, D] of length 1; 0 for clips that lack it."""
         inputs.check_frames(frames, self.modalities)
         return {name: unit_mean(frames[name]) for name in self.modalities}
 
@@ -141,15 +124,9 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def solve(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved` of an ensemble.
+        """Computes the collection `solved` of an ensemble, which replaces `model_state` [E, ...].
 
-        Args:
-          params: parameters; PLDA has none.
-          model_state: the collections of training, arrays [E, ...].
-
-        Returns:
-          modality -> centre, space and classes, and the settings, arrays [E, ...]; to replace
-          `model_state`.
+        It holds modality -> centre, space and classes, and the settings, arrays [E, ...].
         """
         del params
         sums = model_state["sums"]["sums"]
@@ -183,8 +160,6 @@ class RunningSums(nn.Module):
     nothing. A batch may hold clips of two passes, and a clip more than once.
 
     Attributes:
-      modalities: name -> feature width.
-      num_classes: number of class columns, K.
       num_clips: number of training clips, N.
       centred: share of the mean that is subtracted.
     """
@@ -200,10 +175,7 @@ class RunningSums(nn.Module):
     ) -> list[Array]:
         """Returns the centred unit vectors [B, D] of each modality.
 
-        Args:
-          vectors: modality -> [B, D] of unit length, 0 for clips that lack it.
-          clips: index, mask and labels of the clips.
-          update: True to add the clips to the sums.
+        Vectors are modality -> [B, D] of unit length, 0 for clips that lack it; `update` adds them.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)

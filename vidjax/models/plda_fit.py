@@ -1,13 +1,13 @@
 """The settings of PLDA, fitted on training clips: those that do best on clips held out.
 
-A part of the clips is held out, and the others are enrolled. Some identities are strangers
-altogether, and of several modalities each hides some more: else no clip with a modality would ever
-belong to an identity that lacks it, and no clip to somebody new.
+A part of the clips is held out, and the others are enrolled. Some identities are strangers: no clip
+of theirs is enrolled. Of several modalities, each also hides identities of its own, since enrolled
+people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
-settings are those under which the right answers are most probable, where half of the clips show
-somebody new: probabilities then mean what they say, on clips like these. They have a prior, which
-counts as much as one clip. Of few people it answers alone, and the user is told so.
+settings maximise the probability of the right answers, with half of the weight on strangers:
+probabilities then mean what they say. Their prior counts as much as one clip. With few people the
+prior alone decides, and the user is told.
 
 Every member has settings of its own, fitted on the clips that it is trained on: what it scores out
 of fold, they have not seen. They are part of `TaskSpec`, and every checkpoint keeps them.
@@ -58,14 +58,9 @@ MOST_CLIPS = 4000  # clips that the fit looks at; of more, whole identities are 
 def training_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Returns the settings that are not given, fitted on the training clips.
+    """Returns name -> value of the settings that are None in `given`, fitted on the training clips.
 
-    Args:
-      given: name of a setting -> its value; None to fit it.
-      clips: the training clips.
-
-    Returns:
-      name -> value, or one of each member where they are trained on different clips.
+    A value is a tuple of one number of each member where members are trained on different clips.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -103,7 +98,7 @@ def training_settings(
 
 
 def tell_of_few(labels: np.ndarray, tell: Callable[[str], None]) -> None:
-    """Tells the user if too few people have two clips, to fit settings; labels [N], 0 for none."""
+    """Tells the user if too few people have two clips to fit settings; labels [N], 0 for none."""
     count = _num_repeated(labels)
     if count < FEWEST_PEOPLE:
         tell(
@@ -130,16 +125,13 @@ def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
 def fit_settings(
     vectors: Mapping[str, np.ndarray], labels: np.ndarray, given: Mapping[str, float], seed: int
 ) -> Settings:
-    """Fits settings on held-out clips.
+    """Fits settings on held-out clips; those of the prior stay if too few people have two clips.
 
     Args:
       vectors: modality -> [N, D] float, unit vectors; 0 for clips that lack the modality.
       labels: [N] int, class columns from 1; those without a clip do not matter.
       given: settings that are not fitted.
       seed: seed of the folds, and of the identities that are hidden.
-
-    Returns:
-      The settings; those of the prior where fewer than FEWEST_PEOPLE have two clips.
     """
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
     values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
@@ -225,7 +217,7 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Ratios(NamedTuple):
-    """The held-out clips of a fold, as `models.plda.combine` takes them, and their answers.
+    """The held-out clips of a fold, as `two_covariance.combine` takes them, and their answers.
 
     Attributes:
       ratios: [M, Q, K] float32, log-likelihood ratios.

@@ -1,11 +1,9 @@
 """Two-covariance PLDA: its sums, its fit in closed form, its ratios, and their sum by modality.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
-e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive,
-over clips, batches and machines: enrolling a clip adds to them, removing it subtracts.
-
-The fit takes three eigendecompositions of [D, D] in float64 on the host. The ratios are products of
-matrices on the device.
+e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive:
+enrolling a clip adds to them, removing it subtracts. The fit takes three eigendecompositions of [D,
+D] in float64 on the host; the device computes the ratios.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model);
 shrinkage of both covariances towards a multiple of the identity is ours.
@@ -61,13 +59,10 @@ class Space(NamedTuple):
 class Enrolled(NamedTuple):
     """The classes to compare with, as coefficients of z and of its squares.
 
-    The coefficients of the squares depend on the number of clips of a class alone. There are U
-    different numbers.
-
     Attributes:
       linear: [K, D] float, coefficients of z.
       constant: [K] float.
-      curve: [U, D] float, coefficients of the squares of z.
+      curve: [U, D] float, coefficients of the squares of z, for U different numbers of clips.
       kind: [K] int32, row of `curve` of each class.
       known: [K] bool, False for classes without a clip.
     """
@@ -80,13 +75,7 @@ class Enrolled(NamedTuple):
 
 
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
-    """Adds up the vectors of clips, in float64.
-
-    Args:
-      vectors: [N, D] float.
-      labels: [N] int, classes.
-      num_classes: number of classes, K.
-    """
+    """Adds up the vectors [N, D] of clips, in float64, by their labels [N] int in [0, K)."""
     vectors = np.asarray(vectors, np.float64)
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
@@ -113,12 +102,9 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the second moment less W.
 
-    Both are drawn to what is typical of embeddings, by a weight of PRIOR clips and of PRIOR people:
-    one photo each says nothing about W, and one person nothing about B. The mean of C people is
-    drawn to 0 by a weight of half a person.
-
-    Args:
-      sums: sums over N clips of C classes; at least one clip.
+    The sums have at least one clip. PRIOR clips and PRIOR people draw W and B to what is typical of
+    embeddings: one photo each says nothing about W, and one person nothing about B. The mean of C
+    people is drawn to 0 by a weight of half a person.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -149,10 +135,7 @@ def centre_share(num_people: float) -> float:
 def make_space(found: Covariances, *, within: float | Array, between: float | Array) -> Space:
     """Shrinks both covariances and diagonalises them together.
 
-    Args:
-      found: the covariances of a modality.
-      within: share of W that is replaced by the identity times the mean variance, 0 to 1.
-      between: the same share of B.
+    Shares `within` of W and `between` of B, 0 to 1, become the identity times the mean variance.
     """
     mean_variance = np.maximum(np.mean(found.within), SMALLEST_VARIANCE)
     values = (1 - within) * found.within + within * mean_variance
@@ -166,13 +149,7 @@ def make_space(found: Covariances, *, within: float | Array, between: float | Ar
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
-    """Returns the classes whose clips have given numbers and sums, in float64.
-
-    Args:
-      space: the coordinates.
-      count: [K] float or int, number of clips of each class, 0 or more.
-      total: [K, D] float, sum of their vectors.
-    """
+    """Returns the classes of given numbers of clips [K] and sums of vectors [K, D], in float64."""
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
@@ -180,15 +157,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Returns the classes whose clips have given numbers and sums of coordinates.
+    """Returns the classes of given numbers of clips [K] and sums of coordinates z [K, D].
 
     The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
     psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
-
-    Args:
-      space: the coordinates.
-      count: [K] float64, number of clips of each class, 0 or more.
-      sums: [K, D] float64, sum of z over their clips.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
@@ -208,12 +180,7 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Returns log p(x | a further clip of the class) / p(x | a clip of somebody new), [B, K].
 
-    Columns of classes without a clip are 0, up to rounding.
-
-    Args:
-      space: the coordinates.
-      enrolled: the classes.
-      vectors: [B, D] float.
+    The vectors are [B, D] float. Columns of classes without a clip are 0, up to rounding.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -258,18 +225,19 @@ def unit_mean(frames: Frames) -> Array:
 def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
-    A modality that a clip lacks adds 0 to every identity. Whoever is known in no modality cannot be
-    named. Somebody new is as probable beforehand as all who are known together, but for
-    `settings.stranger`: among more people a likeness by chance is likelier.
+    A modality that a clip lacks adds 0 to every identity. The prior odds of somebody new against
+    all known people together are exp(settings.stranger): among more people a likeness by chance is
+    likelier.
 
     Args:
       ratios: [M, B, K] float.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
-      settings: scale, and what classes that are not known and somebody new get.
+      settings: those of the model; `scale`, `unenrolled` and `stranger` are read.
 
     Returns:
-      [B, K] float, with somebody new in column 0; -inf for identities that are not known.
+      [B, K] float, with somebody new in column 0; -inf for identities that are known in no
+      modality.
     """
     filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
     logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)

@@ -27,17 +27,10 @@ def values_of_clips(
     value_of: Callable[[Frames], Array],
     wanted: np.ndarray,
 ) -> np.ndarray:
-    """Computes a value of each wanted training clip from all its frames, as evaluation reads them.
+    """Returns [n, ...], a value of each wanted training clip, in the order of the tables.
 
-    Args:
-      config: the configuration of the run.
-      data: the clips.
-      modality: the modality that is read.
-      value_of: Frames [B, T] -> values [B, ...].
-      wanted: [N] bool, the n clips to read; at least one.
-
-    Returns:
-      [n, ...] values, in the order of the tables.
+    `value_of` maps all frames of clips as evaluation reads them, Frames [B, T] of one modality, to
+    [B, ...]. At least one clip is wanted, of [N] bool.
     """
 
     def value_of_all(frames: Mapping[str, Frames]) -> Array:
@@ -62,18 +55,9 @@ def values_of_split(
     *,
     rows: int,
 ) -> np.ndarray:
-    """Computes a value of each wanted clip of a split from all its frames, as evaluation does.
+    """Returns [n, ...], a value of each wanted clip of a split, in the order of the clips.
 
-    Args:
-      data: the clips.
-      split: name of the split.
-      modalities: the modalities that are read.
-      value_of: modality -> Frames [B, T] to values [B, ...].
-      wanted: [N] bool, the n clips to read; at least one.
-      rows: clips of a block, B.
-
-    Returns:
-      [n, ...] values, in the order of the clips.
+    `value_of` maps all frames of a block, modality -> Frames [B, T], B = `rows`, to [B, ...].
     """
     values = None
     plan = make_eval_plan(data.split(split), tuple(modalities), only=wanted)

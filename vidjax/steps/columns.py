@@ -47,8 +47,8 @@ def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -
     """Finds the axes of class columns; None where neither the mesh nor the training needs them.
 
     Raises:
-      ValueError: `config.loss.sampled_classes` is below 1, and no parameter has class columns, or
-        the optimiser keeps something of them that would not fade.
+      ValueError: Classes are sampled, and no parameter has class columns, or the optimiser keeps
+        numbers of each column beside the moments of Adam.
     """
     is_sampled = system.sampled_classes < 1
     if mesh.shape["model"] == 1 and not is_sampled:

@@ -48,8 +48,8 @@ def embed_step(
 ) -> Array:
     """Returns the embeddings of one member, [B, D] float32, averaged over the examples of a clip.
 
-    The embedding of an example has length 1; with several branches, every branch that judges the
-    example contributes a part of length 1. Clips without a usable frame have embeddings of 0.
+    The embedding of an example has length 1; with several branches, every branch that judges it
+    contributes a part of length 1. Clips without a usable frame have embeddings of 0.
     """
     clips = _clip_info(system, batch)
 
@@ -121,16 +121,8 @@ def _over_examples(
 ) -> Array:
     """Reduces the values of the T' examples of every clip to one row per clip, [B, K].
 
-    One example per clip is computed at a time, which saves memory. If the model takes all frames of
-    a clip together, the clip is its only example.
-
-    Args:
-      system: the system.
-      view: as all steps take it.
-      batch: B clips with all their frames.
-      values_of: (frames of one example per clip, mask [B] bool) -> values [B, K].
-      logs: True if values are logarithms; their exponentials are averaged.
-      reduce: `mean` or `max`.
+    `values_of` maps one example per clip and a mask [B] to values [B, K]; one example at a time
+    saves memory. With `logs`, the exponentials of values are averaged. `reduce` is `mean` or `max`.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):

@@ -20,9 +20,7 @@ _DIGITS, _NUM_DIGITS = 10, 3  # a contribution is three digits of 10 bits, which
 def add_up(values: Array, mask: Array) -> Array:
     """Returns the sum over the clips of a block, [3, ...] int32: digits of the number of units.
 
-    Args:
-      values: [B, ...] float, one contribution per clip, B below 2**21; NaN and Inf count as 0.
-      mask: [B] bool, the clips that count.
+    Values are [B, ...] float with B below 2**21. NaN, Inf and clips outside the mask count as 0.
     """
     counts = mask.reshape(-1, *[1] * (values.ndim - 1)) & jnp.isfinite(values)
     units = jnp.round(jnp.clip(jnp.where(counts, values, 0.0), -MOST, MOST) / UNIT)

@@ -21,9 +21,7 @@ def fuse(
     """Fuses the frames of every modality and selects the features that one member sees.
 
     Args:
-      system: the system.
-      fuse_fns: modality -> fusion, for training or for evaluation.
-      rng: PRNG key; the position of a modality is folded into it. None for evaluation.
+      rng: PRNG key, into which the position of a modality is folded; None for evaluation.
       frames: modality -> Frames [B, T].
       view: [] int32, chunk of the features that the member does not see; -1 for none.
 
@@ -54,9 +52,6 @@ def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str,
     Returns:
       The frames and [B, 1] bool, all True; apart, modality -> Frames [B T', 1] and [B, T'] bool,
       True for examples that exist.
-
-    Raises:
-      ValueError: Apart, two modalities have different T', and neither is 1.
     """
     if not apart:
         num_clips = len(next(iter(frames.values())).mask)
@@ -81,15 +76,7 @@ def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str,
 
 
 def mean_over_examples(values: Array, exists: Array) -> Array:
-    """Averages the values of the examples of each clip.
-
-    Args:
-      values: [B T'] float.
-      exists: [B, T'] bool, True for examples that exist.
-
-    Returns:
-      [B] float; 0 for clips without an example.
-    """
+    """Averages the values [B T'] over the examples `exists` [B, T'] of each clip; 0 without any."""
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
@@ -97,12 +84,8 @@ def mean_over_examples(values: Array, exists: Array) -> Array:
 def is_best(scores: Array, column: Array) -> Array:
     """Returns `argmax(scores, axis=1) == column`, 9 times faster than argmax on a CPU.
 
-    Args:
-      scores: [B, K] float.
-      column: [B] int32.
-
-    Returns:
-      [B] bool, True if `column` is the first one with the highest score.
+    Scores are [B, K] float, and the column is [B] int32; of equal scores the first column is best.
+    A row with NaN has no best column.
     """
     value = jnp.take_along_axis(scores, column[:, None], axis=-1)
     is_earlier = jnp.arange(scores.shape[-1]) < column[:, None]

@@ -57,13 +57,9 @@ class Feed(Protocol):
         step: int,
         most: int,
     ) -> DispatchResult:
-        """Trains for one dispatch.
+        """Trains for one dispatch: 1 to `most` steps after the first `step` steps.
 
-        Args:
-          states: state of every group of members; donated.
-          tables: tables of every group.
-          step: number of steps done before.
-          most: largest number of steps to do, 1 or more.
+        States, which are donated, and tables are those of every group of members.
         """
         ...
 
@@ -75,13 +71,8 @@ class Feed(Protocol):
     ) -> np.ndarray:
         """Finds the clips of a step whose loss or its derivative is not finite.
 
-        Args:
-          states: state of every group after the step.
-          tables: tables of every group.
-          step: number of the step; for StreamingFeed it must be the last one.
-
-        Returns:
-          [n] int32, clip_index of these clips; if no clip is bad, of all clips of the step.
+        Returns [n] int32, clip_index of these clips; if no clip is bad, of all clips of the step.
+        The states are those after the step. StreamingFeed can search the last step alone.
         """
         ...
 
@@ -89,9 +80,8 @@ class Feed(Protocol):
 class StreamingFeed:
     """Streams one batch per step; the host fetches it while the devices work on the one before.
 
-    Attributes:
-      waited: estimated seconds that the devices were idle because they waited for clips: fetch time
-        minus the fastest step so far, if the devices finished before the fetch.
+    `waited` is an estimate: fetch time minus the fastest step so far, if the devices finished
+    before the fetch.
     """
 
     mode = "streaming"
@@ -118,7 +108,7 @@ class StreamingFeed:
         step: int,
         most: int,
     ) -> DispatchResult:
-        """Does one training step; see `Feed.run`."""
+        """Does one training step."""
         del most
         batch = self._last = self._next or self._fetch()
         began = time.monotonic()
@@ -141,7 +131,7 @@ class StreamingFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
-        """Finds bad clips in the last step; see `Feed.bad_clips`."""
+        """Finds bad clips in the last step."""
         assert self._last is not None
         return self._find(states, tables, self._last, step)
 
@@ -178,7 +168,7 @@ class ResidentFeed:
         step: int,
         most: int,
     ) -> DispatchResult:
-        """Does the training steps of about DISPATCH_SECONDS; see `Feed.run`."""
+        """Does the training steps of about DISPATCH_SECONDS."""
         del step
         count = 1
         if self._step_seconds:
@@ -207,7 +197,7 @@ class ResidentFeed:
         tables: Sequence[state_lib.Tables],
         step: int,
     ) -> np.ndarray:
-        """Finds bad clips in any step; see `Feed.bad_clips`."""
+        """Finds bad clips in any step."""
         return self._find(states, tables, self._draw(self._clips, jnp.int32(step)), step)
 
 

@@ -20,8 +20,8 @@ class MeanScores(NamedTuple):
     have. So the complements, 1 less each probability, are averaged beside the probabilities.
 
     Attributes:
-      total: [B, K] sum of the weighted scores; of their exponentials as a logarithm, if they are
-        logarithms.
+      total: [B, K] sum of the weighted scores; of logarithms, the logarithm of the sum of
+        exponentials.
       rest: [B, K] logarithm of the sum of the weighted complements; None if scores are no
         logarithms.
       weight: [B] sum of the weights.
@@ -40,10 +40,7 @@ def no_scores(like: Array, *, logs: bool) -> MeanScores:
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] of weight [B] to a running mean.
-
-    With weight 0 nothing is added, even if scores are not finite.
-    """
+    """Adds scores [B, K] of weight [B] to a running mean; scores of weight 0 may be NaN or Inf."""
     total, column = mean.weight + weight, weight[:, None]
     counts = column > 0
     if mean.rest is None:
@@ -98,17 +95,16 @@ def log_complement(logs: Array) -> Array:
 def blend(
     scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], *, logarithms: bool
 ) -> list[Array]:
-    """Joins the scores of several models.
+    """Joins the scores of several models; those of a single model stay as they are.
 
     Args:
-      scores: for each model the scores [B, C] of every block; logarithms if there are several
-        models.
+      scores: for each model the scores [B, C] of every block; logarithms if models are several.
       voices: for each model its weight, 0 or more, and whether it has a probability of somebody
         new.
       logarithms: True for a mean of logarithms of probabilities, False for one of probabilities.
 
     Returns:
-      The scores of every block, [B, C]. Those of a single model are returned unchanged.
+      The scores of every block, [B, C].
     """
     if len(voices) == 1:
         return list(scores[0])
@@ -133,18 +129,14 @@ def _mean_probabilities(scores: Sequence[Array], weights: Sequence[Array | float
 
 
 def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
-    """Adds somebody new as column 0.
+    """Adds somebody new as column 0 of the scores [R, B, C] of R models, logarithms.
 
-    A model that does not know of somebody new takes the probability of that from those that do.
-
-    Args:
-      scores: [R, B, C] logarithms of the probabilities of the identities.
-      knows: [R] bool.
+    A model that does not know of somebody new, by `knows` [R], takes that probability from those
+    that do; it is -inf if no model that scores the clip knows.
 
     Returns:
-      [R, B, 1 + C] logarithms, -inf in column 0 if no model that scores the clip knows of somebody
-      new; and [R, B] bool, True where a model scores a clip. One that cannot has scores of -inf;
-      NaN is a score, which the mean shows.
+      [R, B, 1 + C] logarithms, and [R, B] bool, True where a model scores a clip. One that cannot
+      has scores of -inf; NaN is a score, which the mean shows.
     """
     scored = jnp.any(scores != -jnp.inf, axis=2)  # [R, B]
     knowing = scored & knows[:, None]
@@ -157,14 +149,10 @@ def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
 
 
 def mean_logarithms(logs: Array, scored: Array, weights: Array) -> Array:
-    """Returns the weighted mean of logarithms, [B, K]; it is not normalised.
+    """Returns the weighted mean [B, K] of logarithms [R, B, K]; it is not normalised.
 
-    A model that cannot score a clip does not count for it. Clips that no model scores get -inf.
-
-    Args:
-      logs: [R, B, K] float.
-      scored: [R, B] bool, False for models that cannot score a clip.
-      weights: [R] above 0.
+    A model counts for the clips that it has `scored`, [R, B] bool; clips without a model get -inf.
+    Weights are [R], above 0.
     """
     used = jnp.where(scored, weights[:, None], 0.0)
     share = used / jnp.maximum(jnp.sum(used, axis=0), 1e-30)  # [R, B]
@@ -174,13 +162,10 @@ def mean_logarithms(logs: Array, scored: Array, weights: Array) -> Array:
 
 
 def log_rest(scores: Array) -> Array:
-    """Returns [B], the logarithm of 1 less the sum of the probabilities of all identities.
+    """Returns [B], the logarithm of 1 less the sum of the probabilities [B, C] of all identities.
 
     It is computed from the complement of the largest probability, whose logarithm keeps its digits
     near 0, and is at least the rounding error of that complement.
-
-    Args:
-      scores: [B, C] logarithms of probabilities, which sum to at most 1.
     """
     best = jnp.argmax(scores, axis=1, keepdims=True)
     is_best = jnp.arange(scores.shape[1]) == best
@@ -195,10 +180,7 @@ def log_rest(scores: Array) -> Array:
 def pool(scores: Array, weights: Array, knows: Array) -> Array:
     """Returns the scores [B, C] of a mean of logarithms, normalised with somebody new.
 
-    Args:
-      scores: [R, B, C] logarithms of the probabilities of the identities.
-      weights: [R] above 0.
-      knows: [R] bool.
+    Scores are [R, B, C] logarithms, weights [R] above 0, and `knows` [R] bool, see `complete`.
     """
     logits = mean_logarithms(*complete(scores, knows), weights)
     some = jnp.any(logits != -jnp.inf, axis=1, keepdims=True)

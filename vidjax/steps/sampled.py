@@ -5,11 +5,10 @@ out of parameters and moments, `system_for_columns` gives the system for as many
 the slices back. Columns that are not drawn stay as they are, and weight decay does not reach them.
 The devices of the axis `model` each draw as many of their own columns, so none moves between them.
 
-On all classes, a column whose clips are not in the batch has gradients of nearly 0, by which its
-second moments fade, and momentum moves it on. So the second moments of a drawn column first fade
-for the steps since it was last drawn; otherwise they would be too large, and the column would move
-too little. The first moments wait: the steps that draw the column make the moves that momentum has
-left. If they faded too, those moves would be lost.
+On all classes, a column whose clips are not in the batch has gradients of nearly 0: its second
+moments fade, and momentum moves it on. So the second moments of a drawn column first fade for the
+steps since it was last drawn; otherwise the column would move too little. The first moments wait:
+the steps that draw the column make the moves that momentum has left.
 
 The drawn columns do not stand for the others, as published. Losses that count each of them several
 times led to a lower MAP here: Adam evens out what is counted more.
@@ -39,10 +38,7 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
-    """Returns the number of columns that each of the devices of the axis `model` draws.
-
-    The columns of all labels of a step have a place, on whichever device.
-    """
+    """Returns the number of columns that each device draws: enough for the labels of a step."""
     own = system.model.num_classes // num_devices
     share = math.ceil(system.sampled_classes * system.num_columns / num_devices)
     return min(own, max(share, num_labels))
@@ -78,13 +74,9 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
 
 
 def take(axes: ClassAxes, state_axes: Tree, tree: Tree, columns: Array) -> Tree:
-    """Returns the drawn class columns of a member's arrays; other arrays whole.
+    """Returns the drawn class columns of one member's arrays, and other arrays whole.
 
-    Args:
-      axes: the devices.
-      state_axes: tree of the axes [E, ...] of class columns, with the structure of `tree`.
-      tree: the arrays of one member, without the axis E.
-      columns: result of `draw`.
+    Arrays of `tree` lack the axis E, which `state_axes` counts.
     """
 
     def of(axis: int, x: Array) -> Array:
@@ -123,11 +115,7 @@ def system_for_columns(
 ) -> System:
     """Returns the system for the drawn columns [n] alone.
 
-    Args:
-      system: the system.
-      columns: result of `draw`.
-      state_axes: the axes of class columns in the state of the optimiser, as `take` takes them.
-      missed: [n] int32, steps since the one that last drew a column, that one not counted.
+    `missed`, [n] int32, counts the steps since the one that last drew a column, that one excluded.
     """
     mask = system.class_mask[columns]
     return system._replace(

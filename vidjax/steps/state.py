@@ -21,9 +21,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: [] int32, number of optimiser steps done.
-      params: parameters of the model.
       model_state: all other collections of the model, such as `batch_stats`.
-      opt_state: state of the optimiser.
       rng: [E] typed keys. Every step folds its number into them, so they stay constant.
       labels: [E, N] int32, class column of every training clip; constant within a step.
       bad_steps: [E] int32, number of consecutive steps without a finite loss and gradient.
@@ -69,13 +67,10 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
 def init_state(
     system: System, modalities: Mapping[str, int], rngs: Array, labels: Array
 ) -> TrainState:
-    """Builds the state at step 0.
+    """Builds the state at step 0; `modalities` are the feature widths of the data.
 
-    Args:
-      system: the system.
-      modalities: name -> feature width of the data.
-      rngs: [E] typed keys. The parameters and all random draws of a member depend on its key.
-      labels: [E, N] int32, class columns of the training clips.
+    The parameters and all random draws of a member depend on its key in `rngs` [E]. Labels are [E,
+    N] int32.
     """
 
     def frames(dim: int) -> Frames:  # one clip of one frame: shapes depend on widths alone

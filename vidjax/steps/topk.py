@@ -1,7 +1,7 @@
 """Exact running top k per identity over a stream of score blocks, on the device.
 
-`RunningTopK` collects blocks of scores and merges them with `update_top`. All functions order clips
-by descending score, then by ascending clip index, which is the order of clip names.
+All functions order clips by descending score, then by ascending clip index, which is the order of
+clip names.
 """
 
 import functools
@@ -52,17 +52,13 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into a top k, exactly; `finish_top` sorts the result.
 
     The result does not depend on order, size and padding of the blocks. Few calls with many clips
-    are cheaper than many calls with few clips.
+    are cheaper than many calls with few clips. NaN counts as -inf. On all backends, magnitudes
+    below the smallest normal float32 count as 0.
 
     Args:
       top: the best clips so far.
-      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool), with scores for the
-        identity columns. NaN counts as -inf. On all backends, magnitudes below the smallest normal
-        float32 count as 0. Every clip_index occurs once in the stream and is below 2**31 - 2**25.
-        Rows outside the mask are ignored.
-
-    Returns:
-      The best k clips of `top` and the blocks, unordered.
+      blocks: (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool). Every clip_index
+        occurs once in the stream and is below 2**31 - 2**25. Rows outside the mask are ignored.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)
@@ -106,8 +102,8 @@ def count_ties(top: TopK) -> int:
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 
-    Every device keeps a top k of its own: of its rows of each block, and of its share of the
-    columns. They are joined at the end, and no score moves between devices.
+    Every device keeps the top k of its rows of each block and its share of the columns. `finish`
+    joins them, and no score moves between devices.
     """
 
     def __init__(
@@ -120,14 +116,11 @@ class RunningTopK:
         identities: slice = slice(None),
         pool: np.ndarray | None = None,
     ):
-        """Starts with an empty top k.
+        """Starts with an empty top k of C columns, a multiple of the length of the axis `model`.
 
         Args:
-          num_columns: number of columns of the scores, C, a multiple of the devices of `model`.
-          k: number of clips to keep per identity.
-          rows: number of clips to collect before a merge. More rows need more memory, O(C x rows),
-            and fewer merges; the result does not depend on it.
-          mesh: the devices; None for the first one.
+          rows: number of clips to collect before a merge, which needs memory O(C x rows); the
+            result does not depend on it.
           identities: the columns that `finish` returns.
           pool: [N] bool, the clips that are ranked; None for all.
         """
@@ -234,9 +227,8 @@ def _clean(scores: Array, batch_mask: Array) -> Array:
 def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
     """Merges the scores `rows` [B, C] of `clips` [B] into a top k.
 
-    After many clips, few rows can still enter the top k of an identity. The best scores of groups
-    of 8 rows show which groups contain such rows. Only these are sorted, unless an identity has too
-    many.
+    After many clips, few rows can enter the top k of an identity. The best scores of groups of 8
+    rows show which groups hold such rows. Only these are sorted, unless an identity has too many.
     """
     num_groups = len(rows) // GROUP
     sizes = [size for size in MOST_GROUPS if 4 * size <= num_groups]
@@ -269,13 +261,9 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 
 
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
-    """Selects the best k of k + B candidates per identity.
+    """Selects the best k of k + B candidates per identity from their scores [C, k + B].
 
-    Args:
-      old: the top k, whose clips are the first k candidates.
-      scores: [C, k + B] float32, scores of the candidates.
-      clips: [C, B] int32, clip indices of the other candidates; [1, B] if all identities have the
-        same ones.
+    The first k are the clips of `old`; the others are `clips` [C, B], or [1, B] for all identities.
     """
     k = old.scores.shape[1]
     # If the scores k and k + 1 are equal, top_k prefers the earlier column, which need not be the

@@ -31,20 +31,11 @@ def train_step(
     batch: Batch,
     axes: ClassAxes | None = None,
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of every member.
+    """Takes one optimiser step of every member; returns the new state and the losses [E].
 
     A member whose loss or gradient is not finite keeps its state; the sum `bad_steps` counts it.
-
-    Args:
-      system: the system.
-      state: state before the step.
-      tables: weights and settings of the members.
-      batch: B clips, the same for all members. Rows outside `batch_mask`, clips without frames and
-        clips of weight 0 have no effect.
-      axes: axes of the class columns; None for a step that neither splits nor samples them.
-
-    Returns:
-      The new state, and the losses [E].
+    Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. The axes
+    are None for a step that neither splits nor samples the class columns.
     """
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
@@ -69,18 +60,9 @@ def member_step(
     inputs: MemberInputs,
     axes: ClassAxes | None,
 ) -> tuple[TrainState, jax.Array]:
-    """Takes one optimiser step of one member, whose state has no axis E.
+    """Takes one optimiser step of one member; returns its new state and its loss [].
 
-    Args:
-      system: the system.
-      step: [] int32, number of the step.
-      learned: what the step changes, see `_learned`.
-      batch: B clips with all their frames.
-      inputs: what the member makes of these clips.
-      axes: as `train_step` takes them.
-
-    Returns:
-      The new state, and the loss [].
+    `learned` is what the step changes, see `_learned`, without the axis E; so are `inputs`.
     """
     rng, labels, weight, *settings = inputs
     fuse_rng, dropout_rng, modality_rng, transform_rng, class_rng = member_keys(rng, step)
@@ -162,10 +144,7 @@ def _learned(state: TrainState) -> TrainState:
 
 
 def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
-    """Returns the five keys of a member for a step.
-
-    They are for fusion, dropout, dropout of modalities, transforms, and the sample of classes.
-    """
+    """Returns keys for fusion, dropout, modality dropout, transforms and the sample of classes."""
     return tuple(jax.random.split(jax.random.fold_in(rng, step), 5))
 
 
@@ -254,14 +233,8 @@ def find_bad_clips(
     """Returns [B] bool, the clips of a skipped step whose loss or its derivative is not finite.
 
     The losses are computed without dropout, without the transforms after fusion, and without the
-    loss of the embeddings.
-
-    Args:
-      system: the system.
-      state: state after the step, with the parameters from before it, since it was skipped.
-      tables: weights and settings of the members.
-      batch: the B clips of the step.
-      step: [] int32, number of the step.
+    loss of the embeddings. The state is that after the step, with the parameters from before it,
+    since it was skipped.
     """
 
     def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
