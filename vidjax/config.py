@@ -19,11 +19,7 @@ Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `d
 
 
 class ReadWhen(NamedTuple):
-    """A condition under which a field is read.
-
-    The error of an unread field names `field`, which decides it, and `remedy`: command-line words
-    that make `condition` true.
-    """
+    """When a field is read: `field` decides it, and the command-line words `remedy` make it so."""
 
     field: str
     condition: Callable[[Values], bool]
@@ -550,10 +546,7 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Returns the known words of `--config=FILE:ARG,ARG`, and the others, in order: modalities.
-
-    Refuses a word that is spelled almost like a known one.
-    """
+    """Returns known words and modalities of `--config=FILE:ARG,ARG`; refuses a misspelt word."""
     words = [word.strip() for word in args.split(",") if word.strip()]
     given = {word for word in words if word in known}
     modalities = tuple(dict.fromkeys(word for word in words if word not in known))

@@ -114,7 +114,6 @@ def load_module(path: Path) -> ModuleType:
 
 
 def _place(path: Path, error: Exception) -> str:
-    """Returns the file and the line of an error that an experiment's file raised."""
     if isinstance(error, SyntaxError):
         line = error.lineno
     else:
@@ -267,10 +266,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder, without its cache.
-
-    The folder may be a stranger's, whose cached programs would run in this process.
-    """
+    """Returns a run's configuration without its cache: programs of a stranger's would run here."""
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)

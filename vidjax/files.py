@@ -196,7 +196,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _kind_of(mode: int) -> str | None:
-    """Returns the kind of what is not a regular file, None for a regular one."""
+    """Returns the kind of file, such as `a link`, None for a regular one."""
     if stat.S_ISREG(mode):
         return None
     for is_kind, name in (
@@ -216,7 +216,7 @@ def _not_regular(path: Path, kind: str) -> UserError:
 
 
 def exists(path: Path) -> bool:
-    """Returns True if something has this name, if only a link to nothing."""
+    """Returns True if something has this name, also if it is a link to nothing."""
     return os.path.lexists(path)
 
 
@@ -224,7 +224,6 @@ def exists(path: Path) -> bool:
 def _open_to_read(
     path: Path, limit: float, below: Path | None = None
 ) -> Iterator[tuple[io.FileIO, int]]:
-    """Opens a file of at most `limit` bytes and gives its size, too."""
     try:
         with open_regular(path, limit=limit, below=below) as file:
             yield file, os.fstat(file.fileno()).st_size
@@ -283,7 +282,6 @@ INTEGER_LIMIT = 1 << 63
 
 
 def _parse_int(digits: str) -> int:
-    """Returns a whole number; raises ValueError if it would overflow where a float is wanted."""
     if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
         raise UserError(f"a whole number beyond 64 bits: {digits[:20]}")
     return int(digits)
@@ -319,10 +317,7 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 
 
 def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the arrays of an open `.npz` file, whose sizes are summed before one is unpacked.
-
-    With `group`, only those named GROUP/NAME, by NAME.
-    """
+    """Returns the arrays of an open file, as `read_npz`; with `group`, of GROUP/NAME by NAME."""
     content = io.BufferedReader(file)
     try:
         if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
@@ -346,7 +341,7 @@ def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str,
 
 
 def _check_sizes(archive: zipfile.ZipFile, limit: int, start: str) -> None:
-    """Checks that arrays whose names begin so are small, by the directory and their own headers."""
+    """Checks sizes of the arrays named `start...`, by the directory and by their own headers."""
     entries = [entry for entry in archive.infolist() if entry.filename.startswith(start)]
     if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
         raise UserError(f"it unpacks to more than {limit:,} bytes")

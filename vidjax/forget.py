@@ -41,10 +41,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
 
 
 class Found(NamedTuple):
-    """A place of a person; `remedy` is what is to be done, `deleted` where that is done.
-
-    `kind` is `gallery`, `records`, `run`, `file`, or `unread` for what could not be searched.
-    """
+    """A place of a person; kind `unread` was not searched, remedy `deleted` is done already."""
 
     kind: str
     path: Path
@@ -59,10 +56,7 @@ def forget(
     *,
     delete: bool = False,
 ) -> list[Found]:
-    """Returns all places of people and clips; with `delete`, deletes what vidjax may.
-
-    The clips that galleries have of the people are looked for, too.
-    """
+    """Returns the places of people, of their clips in galleries, and of clips; may delete them."""
     roots = [place.expanduser().absolute() for place in places]
     for root in roots:
         if not root.exists():
@@ -81,10 +75,7 @@ def forget(
 
 
 def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
-    """Returns folder -> `gallery`, `records` or `run`; and all other files, and those of runs.
-
-    It follows no link.
-    """
+    """Returns folder -> its kind, and the files of runs and of no such folder; follows no link."""
     from vidjax.gallery.store import NAME
 
     folders: dict[Path, str] = {}
@@ -190,7 +181,7 @@ def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Foun
 
 
 def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
-    """Returns what finds names as vidjax writes them: as they are, in JSON, HTML and rankings."""
+    """Returns a pattern of names as vidjax writes them: plain, in JSON, in HTML and in rankings."""
     written = {
         form
         for name in names
@@ -226,7 +217,7 @@ def _holds(path: Path, pattern: re.Pattern[bytes]) -> bool:
 
 
 def _in_stream(file: IO[bytes], pattern: re.Pattern[bytes]) -> bool:
-    """Searches piece by piece; a name may lie across the end of one."""
+    """Returns whether a file holds a name, also across the end of a piece."""
     kept, across = b"", len(pattern.pattern)
     while piece := file.read(PIECE):
         if pattern.search(kept + piece):

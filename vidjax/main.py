@@ -100,10 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command, see `messages.parse`, with `place` and `line`.
-
-    `place` is None for a process alone; `line` is the command that repeats the run.
-    """
+    """Returns the flags, `place` (None for one process), and `line`, which repeats the run."""
     prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
     name, own = split_command(words)
     if "--version" in own or (name is None and {"-h", "--help"} & {*own}):
@@ -140,7 +137,6 @@ def split_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _parse_no_command(prog: str, words: Sequence[str]) -> None:
-    """Prints the version, or the help that tells the commands."""
     commands = "\n".join(f"  {name:9}  {one.about}" for name, one in COMMANDS.items())
     parser = messages.Parser(
         prog,
@@ -175,7 +171,6 @@ def _near_flag(word: str) -> str | None:
 
 
 def _about_stray(word: str, words: Sequence[str]) -> str | None:
-    """Returns what a word without a flag may mean."""
     at = words.index(word)
     before = words[max(at - 1, 0)]
     if before.startswith("--runs"):

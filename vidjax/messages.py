@@ -177,7 +177,7 @@ def _unknown(
 
 
 def _foreign(prog: str, commands: Mapping[str, Command], name: str, flag: str) -> str:
-    """Returns what to say of a flag that is one of other commands."""
+    """Returns the message for a flag that only other commands have."""
     parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
     has = [
         one for one, parser in parsers.items()
@@ -318,7 +318,7 @@ def _open_closed_streams() -> None:
 
 
 def text_of(error: Exception) -> str:
-    """Returns what a user is told of an error; `complain` prints the first three lines."""
+    """Returns the message that a user gets of an error; `complain` prints its first three lines."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "

@@ -139,13 +139,14 @@ class Predictor(NamedTuple):
         """Returns clip -> its best identities as (identity, score), best first; [] for unknown.
 
         Args:
+          clips, split: N clips, see the class.
           k: number of identities per clip, at most.
           threshold: the lowest score of an answer; None for that of the run, and for no limit where
             no strangers were evaluated. `float("-inf")` always sets no limit.
 
         Raises:
-          ValueError: k is below 1, or the threshold is None and that of the run is of scores out of
-            fold, see `threshold`.
+          ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
+            the run is of scores out of fold, see `threshold`.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -184,6 +185,9 @@ class Predictor(NamedTuple):
 
         They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
+
+        Args:
+          clips, split: N clips, see the class.
         """
         return self._scores(self._request(clips, split))
 
@@ -203,7 +207,9 @@ class Predictor(NamedTuple):
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first, ties by name.
 
-        `advance` is told the number of rows of each finished block, padding included.
+        Args:
+          clips, split: N clips, see the class.
+          advance: is told the number of rows of each finished block, padding included.
         """
         request = self._request(clips, split)
         small = len(request.clip_index) <= SMALL_REQUEST
@@ -234,8 +240,12 @@ class Predictor(NamedTuple):
         classifiers, with 0 for the one that does not score the clip. A clip without a usable frame
         gets a zero vector. Rows are in the order of the dict, or of the split's clip names.
 
+        Args:
+          clips, split: N clips, see the class.
+
         Raises:
-          ValueError: the model has no classifier of `vidjax.models.heads`.
+          ValueError: clips do not fit the run, or the model has no classifier of
+            `vidjax.models.heads`.
         """
         request = self._request(clips, split)
         vectors: np.ndarray | None = None

@@ -68,8 +68,8 @@ def write(
 def write_ranking(path: Path, ranking: Mapping[str, Sequence[tuple[str, float]]]) -> None:
     """Writes a ranking, identity -> (clip, score), best first, to a new file.
 
-    A row is a clip of a list; an object, {"identity": ..., "clips": [{"clip": ..., "score": ...}]}.
-    Scores have all digits of float32; that of a clip without a usable frame is -inf, or null.
+    An object of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. Scores have
+    all digits of float32; that of a clip without a usable frame is -inf, or null.
     """
     columns = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
     rows = (

@@ -31,10 +31,7 @@ LOST = f"vidjax: process 0, which coordinates the others, is gone\n{REMEDY}"
 
 
 class Beat(NamedTuple):
-    """What a process writes of itself; `beat` grows as long as it is there.
-
-    `where` is its machine and process ID; `end` is why it ends, "" while it works.
-    """
+    """`beat` grows while a process is there, with machine and process ID; `end` is why it ends."""
 
     beat: int
     where: str
@@ -92,10 +89,7 @@ class Group:
             self._wait_for_silence()
 
     def find_gone(self) -> None:
-        """Ends this process if another one is gone, after a collective has failed.
-
-        It returns only if none is: then the collective failed for another reason.
-        """
+        """Waits until `_look` ends this process since another one is gone; returns if none is."""
         self._failed = True
         time.sleep(FAILED_SILENCE_SECONDS + 4 * BEAT_SECONDS)
 
@@ -160,10 +154,7 @@ class Group:
 
 
 def join(place: Place, complain: Callable[[str], None]) -> Group:
-    """Joins this process to the others, before jax looks for devices.
-
-    The process ends where not all have started within START_SECONDS.
-    """
+    """Joins this process to the others within START_SECONDS, before jax looks for devices."""
     # Its handler of SIGTERM would take the place of ours: the processes agree on a step themselves.
     jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(START_SECONDS, _too_late, [place, complain])

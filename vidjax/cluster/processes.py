@@ -111,7 +111,7 @@ def broadcast_int(value: int) -> int:
 
 
 def allgather_ints(values: list[int]) -> list[list[int]]:
-    """Returns integers below 2**31 of all processes, equally many of each, by the devices."""
+    """Returns integers (below 2**31, equally many in each) of all processes, by the devices."""
     if process_count() == 1:
         return [values]
     from jax.experimental import multihost_utils
@@ -130,10 +130,7 @@ class Rounds:
         self._last: tuple[int, float] | None = None  # step and time of the last round
 
     def exchange(self, step: int, values: list[int]) -> list[list[int]]:
-        """Returns the integers below 2**31 of all processes; [] if this step has no round.
-
-        All processes call with the same `step`, the number of steps done.
-        """
+        """Returns all processes' integers (below 2**31) at a same step; [] if it has no round."""
         if step < self._next:
             return []
         if process_count() == 1:

@@ -23,11 +23,7 @@ FLAGS = ("--coordinator", "--num_processes", "--process_id")
 
 
 class Place(NamedTuple):
-    """The place of this process among those of a run: the flags of the command.
-
-    `coordinator` is `HOST:PORT` of process 0, or AUTO, with which both numbers are None.
-    `process_id` counts from 0.
-    """
+    """`HOST:PORT` of process 0 (or AUTO alone), number of processes, number of this one."""
 
     coordinator: str
     num_processes: int | None

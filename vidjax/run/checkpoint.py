@@ -45,10 +45,7 @@ class OtherModelError(CheckpointError):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint, `checkpoints/<step>`, whose files match their digests.
-
-    `manifest` has `step`, `arrays`, `files` and the `info` of `save`.
-    """
+    """The folder `checkpoints/<step>`, whose files match their digests, and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -60,7 +57,6 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
     If the step has a checkpoint already, its arrays stay and `info` is added to its manifest.
 
     Args:
-      step: the number of optimiser steps that are done.
       items: name -> tree of arrays; `load` takes the same names.
       info: entries of the manifest, in types of JSON. `map` decides which checkpoint is the best.
     """
@@ -372,6 +368,5 @@ def _remove_own(folder: Path, listed: Collection[str]) -> None:
 
 
 def _free_name(folder: Path, word: str) -> Path:
-    """Returns `<step>.<word>`, or `<step>.<word>-<number>` where that exists."""
     names = (f"{folder.name}.{word}", *(f"{folder.name}.{word}-{i}" for i in range(2, 1000)))
     return next(path for name in names if not files.exists(path := folder.with_name(name)))

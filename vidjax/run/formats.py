@@ -65,7 +65,7 @@ class JoinedRun(Struct, kw_only=True):
 
 
 class SplitDigests(Struct, kw_only=True):
-    """What a split is told from others by."""
+    """Digests of a split's clip names, features, labels and modalities."""
 
     clips: Count
     names: Text
@@ -174,7 +174,7 @@ class Line(Struct, kw_only=True):
 
 
 class FramesPerClip(Struct, kw_only=True):
-    """Of a modality in a split."""
+    """Frames per clip of a modality in a split."""
 
     mean: float
 
@@ -389,10 +389,7 @@ TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange")
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Returns the JSON value of a file as a format of this module.
-
-    An error names the file and the place, such as `$.members[2].map`.
-    """
+    """Returns a file's JSON as a format; errors name the file and, e.g., `$.members[2].map`."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

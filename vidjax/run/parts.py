@@ -36,7 +36,7 @@ def member_group(number: int) -> str:
 
 
 class Data(Struct):
-    """Of the data that a part is of."""
+    """The digest of the data of a part."""
 
     digest: formats.Text
 

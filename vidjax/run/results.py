@@ -192,7 +192,6 @@ class _Thinned:
         self._seen, self._step = 0, 1
 
     def add(self, number: int, value: dict[str, Any]) -> None:
-        """Takes the next line, or leaves it out."""
         if self._seen % self._step == 0:
             self.lines[number] = value
         self._seen += 1

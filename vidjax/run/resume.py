@@ -25,11 +25,7 @@ Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json` with absolute paths, and without the cache.
-
-    A cache holds compiled programs, so no folder of a run may name one: a stranger may have made
-    it.
-    """
+    """Writes `config.json` with absolute paths, and without a cache, as `load_workdir` reads it."""
     config = absolute(config)
     config.data.cache_dir = None
     files.write_text(workdir / "config.json", config_io.to_json(config))
@@ -45,10 +41,7 @@ def absolute(config: Config) -> Config:
 
 
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
-    """Returns the fields that differ between a run's configuration and that of its resumption.
-
-    Refuses a field that may not change, or that `new.resume.allow` does not name.
-    """
+    """Returns the fields that a resumption changes; refuses those it may not, by `resume.allow`."""
     allowed = tuple(new.resume.allow)
     changed = config_lib.differences(absolute(old), absolute(new))
     for name in ("resume.allow", "data.cache_dir"):  # no run keeps them
@@ -91,10 +84,7 @@ def _is_over(workdir: Path, changed: Changes) -> bool:
 
 
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
-    """Returns the fields of `config.json` that were edited since a checkpoint was saved.
-
-    Fields that may always change, and changes that `changes.jsonl` records, are left out.
-    """
+    """Returns fields of `config.json` edited since a checkpoint, but movable and recorded ones."""
     old = config_io.from_json(json.dumps(saved))
     changed = config_lib.differences(old, config_io.load_workdir(workdir))
     changed = _without_recorded(workdir, changed)

@@ -36,11 +36,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, step: int, *, save_due: bool) -> bool:
-        """Agrees with the other processes on what follows a step, about once a second.
-
-        Returns True to save a checkpoint now: the first process would (`save_due`), or some process
-        got a signal.
-        """
+        """Returns True to save a checkpoint: the first process would, or any got a signal."""
         rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
         if not rows:
             return False
@@ -82,8 +78,7 @@ def catch_interruption() -> Iterator[Interruption]:
 def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets SIGINT and SIGTERM end this process at once, but the first within `catch_interruption`.
 
-    A thread watches for signals: Python runs no handler during an XLA compilation, which can take
-    minutes.
+    A thread watches: Python runs no handler during an XLA compilation, which can take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -39,10 +39,7 @@ class Image(NamedTuple):
 
 
 class EventFile:
-    """The open file of events of a training run, a session of its own.
-
-    TensorBoard drops events after `step` of earlier files.
-    """
+    """The events of a training run; TensorBoard drops later steps of earlier files."""
 
     def __init__(self, workdir: Path, *, step: int):
         self._file = files.open_log(workdir / _file_name())
@@ -72,11 +69,7 @@ def write_results(
     start: bool = False,
     end: bool = False,
 ) -> None:
-    """Writes a whole file of events with the results of one evaluation.
-
-    With `start` a session starts, as for a folder without a training; with `end` it ends in
-    success.
-    """
+    """Writes a file of events of one evaluation; a session may start here, and end."""
     values = [_session_start(workdir)] if start else []
     values += _scalars(scalars)
     if end:
@@ -114,7 +107,6 @@ def _scalars(values: Mapping[str, Any]) -> list[Any]:
 
 
 def _session_start(workdir: Path) -> Any:
-    """Returns the event value that starts a session with the fields of a run's configuration."""
     session = HParams()
     # Without a name of its own group, a session is a group: no two runs are averaged.
     info = session.session_start_info

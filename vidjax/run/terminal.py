@@ -14,7 +14,7 @@ LINE_SECONDS = 10  # between two lines of progress where standard error is no te
 
 
 def is_quiet() -> bool:
-    """Returns True where the user wants no progress, and where the first process shows it."""
+    """Returns True if the user wants no progress, and in every process but the first."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not processes.is_first()
 
 
@@ -34,7 +34,7 @@ def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, f
 
 
 def uncounted(count: int) -> None:
-    """Takes a number of finished units of which nobody is told; see `Progress.advance`."""
+    """Does nothing; stands for `Progress.advance` where nobody is told of finished units."""
 
 
 class Progress:
@@ -50,15 +50,10 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Starts the bar.
+        """Starts the bar; `unit` is singular, such as `clip`.
 
-        Args:
-          initial: the number of units that are done already, of `total`.
-          unit: what is counted, in the singular, such as `clip`.
-          label: the word in front of the bar.
-          leave: whether the finished bar stays on the screen.
-          compiles: True if the first units wait for a compilation. Until they are done the line
-            says so; rate and time left count from then on.
+        With `compiles` the first units wait for a compilation. Until they are done the line says
+        so; rate and time left count from then on.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit

@@ -17,10 +17,7 @@ DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a run's folder and holds its lock, the first process for all of them.
-
-    A new folder that an error left empty is removed.
-    """
+    """Makes a run's folder and holds its lock; after an error it removes a new one left empty."""
     refuse_data(Path(path).expanduser())
     first = processes.is_first()
     is_new = first and not Path(path).expanduser().exists()
