@@ -4,7 +4,7 @@ Processes may score parts at the same time, on any machines: they only read what
 two that make the same part write the same bytes.
 
 Joined are a ranking, its metrics and those of the members, without features or weights. The report
-alone reads them, to measure a sample of 2,000 changed clips, as at the end of any evaluation.
+alone reads them, to measure up to 2,000 changed clips, as at the end of any evaluation.
 """
 
 import dataclasses
