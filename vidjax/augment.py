@@ -90,12 +90,13 @@ def concat_clips(
     with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
     frames, or all if the modality has fewer. All other clips stay unchanged.
 
-    With the same `rng`, `chosen` and `short`, all modalities are extended by the same other clip,
+    All modalities with the same `rng`, `chosen` and `short` are extended by the same other clip,
     and cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in one same modality.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the modality that
+        decides.
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
@@ -180,7 +181,8 @@ def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOIS
 class Transform(NamedTuple):
     """An entry of TRANSFORMS.
 
-    `function` gets all frames of the clips if it comes `before_fusion`, else the fused frames.
+    `function` (rng, MemberBatch, *, options) -> MemberBatch gets all frames of the clips if it
+    comes `before_fusion`, else the fused frames.
     """
 
     function: Callable[..., MemberBatch]
@@ -198,8 +200,8 @@ def make_transforms(
 ) -> list[BatchTransform]:
     """Builds the transforms of `config.transforms` that come before fusion, or after it.
 
-    `specs` are names, keys of TRANSFORMS, or dicts of `name` and keyword arguments of the
-    transform.
+    `specs` are keys of TRANSFORMS, or dicts of `name` and keyword arguments; ValueError if one is
+    unknown or an argument is missing.
     """
     transforms = []
     for spec in specs:

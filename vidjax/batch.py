@@ -52,9 +52,7 @@ class NoiseLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] that have not been gathered yet.
-
-    Selecting frames changes only the indices; `vidjax.fusion.read` gathers the features.
+    """Features [B, T, D] not yet gathered by `fusion.read`; selecting frames changes only indices.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
@@ -137,8 +135,7 @@ class ModelOutput(NamedTuple):
         clip lower.
       attention: name -> array for the report: `attention` [B, M, M], weight of vector i for vector
         j; `assignment/MODALITY` [B, T, K], share of cluster k in frame t. None without attention.
-      logit_scale: [G] float32, factor on the cosines in the logits of each branch, where it is
-        learned; else None.
+      logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 
     logits: Array

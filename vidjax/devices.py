@@ -29,8 +29,8 @@ Layout: TypeAlias = object
 def keep_programs(folder: Path) -> None:
     """Caches compiled programs in a folder, unless jax is configured to use another one.
 
-    jax runs the machine code that it finds there. So it warns, and uses no folder that another user
-    may change, itself or a folder above it.
+    jax runs the machine code that it finds. So a folder that another user may change is not used,
+    with a warning; nor is a folder inside such a folder.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return

@@ -65,16 +65,8 @@ class TrainingSets(NamedTuple):
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     """Builds the members of an ensemble, the product of all its options, in order of their numbers.
 
-    Seeds vary fastest, then qualities, views, and folds or bootstraps.
-
-    Args:
-      spec: the fields of `config.ensemble`:
-        folds, bootstraps: number of folds or of bootstrap samples; 0 for none, and not both.
-        views: number of chunks that are left out in turn; 0 for none.
-        chunks: number of chunks of a feature vector.
-        min_quality: lowest qualities, one for each member; empty for all frames.
-        seeds: number of members with equal options.
-        only: numbers of the members to train; empty for all.
+    `spec` are the fields of `config.ensemble`. Seeds vary fastest, then qualities, views, and folds
+    or bootstraps.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")

@@ -1,8 +1,9 @@
 """Selection and fusion of the frames of one modality: from Frames [B, T] to Frames [B, T'].
 
-All functions are pure and can be jitted. Draws have the shape of the whole batch, so they do not
-depend on the number of devices. Selected features keep their stored dtype; of lazy features only
-selected ones are read. Masks may have holes, as `filter_frames` leaves them.
+Functions are pure and can be jitted. Draws have the shape of the whole batch, so they do not depend
+on the number of devices. Selected features keep their stored dtype; of lazy features only selected
+ones are read. Masks may have holes, as `filter_frames` leaves them. An option that is unknown,
+missing or out of range raises ValueError.
 """
 
 import functools
@@ -36,9 +37,6 @@ def filter_frames(
     Returns:
       Frames [B, T] with a new mask. A clip that would lose all frames keeps all of them.
 
-    Raises:
-      ValueError: `top_share` is outside (0, 1].
-
     Source: thresholds on quality and detection from quality fusion (4th place 2019); the best 70 %
     by quality from Residual Dense Net (2nd place 2019). Ours: no clip loses all frames.
     """
@@ -69,9 +67,6 @@ def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Fr
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
 
-    Raises:
-      ValueError: `num_frames` is below 1.
-
     Source: iQIYI-VID paper, section 5.1. Ours: repeats in turn without a key, for evaluation.
     """
     if num_frames < 1:
@@ -85,15 +80,11 @@ def sample_frames(
     """Selects `num_frames` frames of every clip independently of quality.
 
     With a key the frames are drawn at random without replacement; shorter clips keep all frames and
-    repeat random ones. Without a key the frames are evenly spaced over the clip.
-
-    `order` is `time`, or `random`, which is the same for all clips without a key.
+    repeat random ones. Without a key the frames are evenly spaced over the clip. `order` is `time`,
+    or `random`: independent of time, and without a key the same for all clips.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
-
-    Raises:
-      ValueError: `num_frames` is below 1, or the order is unknown.
 
     Source: DeepMEF (3rd place 2019), whose code draws frames without order, and draws the frames of
     shorter clips with replacement. Ours: short clips keep all frames before they repeat one; the
@@ -137,9 +128,6 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
       [B, T] float32; 0 on padding, and for weights that are negative or not finite. If all weights
         of a clip would be 0, they are uniform.
 
-    Raises:
-      ValueError: the weighting is unknown.
-
     Source: `graded` is W(x) of quality fusion (4th place 2019). Ours: uniform weights where W(x)
     would divide 0 by 0.
     """
@@ -161,10 +149,9 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns how good the frames of every clip are on average, [B] float32; 0 without frames.
+    """Returns [B] float32 means of `norm`, the length of a feature vector, or of `quality`.
 
-    The measure is `norm`, the length of the feature vector, or `quality`, where a score that is not
-    finite counts as 0.
+    A quality that is not finite counts as 0; a clip without frames has mean 0.
     """
 
     def add(t: Array, total: Array) -> Array:
@@ -281,8 +268,8 @@ def random_fusion(
     """Draws `num_draws` fused frames per clip, each the mean of 1 to `max_frames` random frames.
 
     Args:
-      num_draws: fused frames per clip, T'.
-      max_frames: most frames in one fused frame.
+      num_draws: fused frames per clip, T', 1 or more.
+      max_frames: most frames in one fused frame, 1 or more.
       probs: `max_frames` weights for fusing 1, 2, ... frames; None for equal weights.
       replacement: True to draw with replacement. Otherwise a fused frame repeats a frame only after
         it has all frames of the clip that can be drawn.
@@ -295,9 +282,6 @@ def random_fusion(
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights;
         number is that of the first drawn frame, so numbers are unordered. For clips without frames,
         mask is False and the features are 0.
-
-    Raises:
-      ValueError: the weighting is unknown, or a count or `probs` is out of range.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, one fused vector per clip
     and step, weights quality x detection. Without replacement: the shuffled and merged frames of
@@ -347,9 +331,6 @@ def merged_windows(
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
         detection are means too; number is that of the frame itself, so numbers are unordered.
-
-    Raises:
-      ValueError: `max_frames` is below 2, or the weighting is unknown.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 others, and
     united with the originals. Ours: the weighting; the fixed order for evaluation.
@@ -424,10 +405,7 @@ def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth, all rounded down, so that no crop of a frame or more is empty.
 
-    `weighting` is one of `frame_weights`.
-
-    Returns:
-      Frames [B, 4], see `mean_frame`.
+    Returns Frames [B, 4], see `mean_frame`; `weighting` is one of `frame_weights`.
 
     Source: test-time crops of the 5th-place system of 2018.
     """
@@ -456,11 +434,8 @@ def all_frames(frames: Frames) -> Frames:
 def mean_and_deviation(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Returns the mean frame of every clip, and beside it the standard deviation of its features.
 
-    `weighting` is one of `frame_weights`, for both.
-
-    Returns:
-      Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; deviations of one frame are
-        0.
+    Returns Frames [B, 1] with float32 features [B, 1, 2 D], see `mean_frame`; one frame has
+    deviations of 0. `weighting` is one of `frame_weights`, for both.
 
     Source: statistics pooling, Snyder et al. 2018, X-vectors.
     """
@@ -481,7 +456,7 @@ class Fusion(NamedTuple):
     Attributes:
       function: ([rng,] Frames [B, T], *, options) -> Frames [B, T'].
       random: True if it takes a PRNG key, which is None in evaluation.
-      widths: width of a fused feature vector as a multiple of that of a frame.
+      widths: width of its feature vectors as a multiple of that of a frame.
     """
 
     function: Callable[..., Frames]
@@ -513,9 +488,6 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops`, `mean` and
         `mean_and_deviation` ignore the key; `sample`, `top` and `windows` also accept None.
-
-    Raises:
-      ValueError: the name or an argument is unknown, or an argument is missing.
     """
     options = dict(spec)
     name, kept_share = options.pop("name", None), options.pop("kept_share", 1.0)
@@ -565,10 +537,8 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
 def _draw(levels: Array, uniforms: Array, replacement: bool) -> list[Array]:
     """Draws [B, T'] int32 frames for every slot, with probabilities proportional to their levels.
 
-    Args:
-      levels: [B, T] float32, whole numbers, see `_levels`.
-      uniforms: [B, T', slots] float32, uniform in [0, 1).
-      replacement: False to draw all frames that can be drawn before a draw repeats one.
+    `levels` are [B, T], see `_levels`; `uniforms` [B, T', slots] float32 lie in [0, 1). Without
+    `replacement`, all frames that can be drawn are drawn before one is repeated.
     """
     num_clips, num_frames = levels.shape
     num_slots = uniforms.shape[-1]

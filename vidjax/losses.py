@@ -59,7 +59,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
-        above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)).
+        above pi - m, where that would increase again, scale x (cos(angle) - m sin(m)). Other
+        columns are unchanged.
 
     Raises:
       ValueError: `margin` or `scale` is out of range.
@@ -88,7 +89,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
-    Unlike `angular_margin` it also holds for unit vectors that went through dropout.
+    It also holds for unit vectors that went through dropout, unlike `angular_margin`.
 
     Args:
       logits: [..., K] float, scale x cosine.
@@ -97,7 +98,7 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
       scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
 
     Returns:
-      [..., K], at least float32; scale x (cosine - m) in the column of the label.
+      [..., K], at least float32; scale x (cosine - m) in the column of the label, others unchanged.
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -224,8 +225,7 @@ def make_objective(
     any.
 
     Args:
-      spec: the fields of `config.loss`.
-      class_mask, steps_per_epoch, logit_scale: see `make_loss`.
+      spec, class_mask, steps_per_epoch, logit_scale: see `make_loss`.
       columns: [K] int32, the class column of each logit, where labels are places among them; None
         for all in order. A loss of embeddings reads class columns.
     """
@@ -264,9 +264,9 @@ def make_loss(
     """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w), see
-        `optim.make_piecewise`; `margin_type`, a name in MARGINS, and `margin`, for losses without
-        an option `margin`; `gamma`, `label_smoothing` and any others, options of the losses.
+      spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w);
+        `margin_type`, a name in MARGINS, and `margin`, for losses without an option `margin`; any
+        others are options of the losses.
       class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.

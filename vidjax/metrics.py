@@ -1,8 +1,7 @@
 """Metrics in NumPy: average precision at 100, open-set errors, and the table of metrics per clip.
 
-A new metric per clip is one function and one line in `CLIP_METRICS`. It then appears in
-`metrics.json`, the report and the comparison; with `log=True` also in `metrics.jsonl`, in
-TensorBoard and at the terminal.
+A new metric per clip is one function and one line in `CLIP_METRICS`; `metrics.json`, the report and
+the comparison then have it.
 
 Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. The usual
 libraries differ in one thing: here the denominator is the number of all positives of the identity,
@@ -32,9 +31,6 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
     Returns:
       [C] float64 in 0..1; 0 for an identity without positives.
-
-    Raises:
-      ValueError: an identity has more hits than positives.
     """
     if (hits.sum(axis=1) > positives).any():
         raise ValueError("an identity has more hits than positives")
@@ -57,10 +53,7 @@ def mean_average_precision(
       num_others: identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, whatever the order of the identities.
-
-    Raises:
-      ValueError: no identity has a positive, or one has more hits than positives.
+      The mean in 0..1, whatever the order of the identities; ValueError if none has a positive.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -96,10 +89,9 @@ class IdentificationErrors(NamedTuple):
     """The errors of open-set identification at one threshold.
 
     Attributes:
-      threshold: the system identifies a clip if its best score is at or above this score.
+      threshold: a clip is identified if its best score is at or above this score.
       fpir: false-positive identification rate, the share of distractors that are identified.
-      fnir: false-negative identification rate, the share of known clips that are not identified, or
-        identified as another person.
+      fnir: false-negative identification rate, the share of known clips missed or misnamed.
     """
 
     threshold: float
@@ -113,18 +105,14 @@ def identification_errors(
     """Returns the errors at the lowest threshold that keeps FPIR at or below a limit.
 
     Args:
-      scores: [N] float below inf, best identity scores; clips with -inf or NaN are never
-        identified.
+      scores: [N] float below inf, best identity scores; -inf and NaN are never identified.
       correct: [N] bool, True where the best identity is the right one.
       known: [N] bool, False for distractors.
-      fpir: the limit, a share of the distractors in 0..1.
+      fpir: the limit, a share of the distractors in 0..1; else ValueError.
 
     Returns:
-      The errors, with the threshold in the precision of the scores; None without a distractor or
-        without a known clip.
-
-    Raises:
-      ValueError: `fpir` is outside 0..1.
+      The errors, or None without a distractor or a known clip. The threshold has the precision of
+        the scores.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """

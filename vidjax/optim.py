@@ -49,10 +49,8 @@ class Rise(NamedTuple):
     """The part of a schedule that all decays share: the warm-up and the length of the run.
 
     Attributes:
-      peak: learning rate at the peak.
-      start: learning rate at the first step of the warm-up.
-      warmup_steps: number of steps of the warm-up; 0 for none.
-      total_steps: steps of the whole run, warm-up included.
+      peak, start: learning rates at the peak, and at the first step of the warm-up.
+      warmup_steps, total_steps: steps of the warm-up, 0 for none, and of the run, warm-up included.
       steps_per_epoch: optimiser steps per epoch, which may be a fraction; None if unknown.
     """
 
@@ -94,10 +92,7 @@ def constant(rise: Rise) -> optax.Schedule:
 def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
     """Returns stairs, a factor every few epochs from the start of the run, also in the warm-up.
 
-    Args:
-      rise: peak and warm-up; `steps_per_epoch` is needed.
-      decay_factor: factor of each step of the stairs, above 0.
-      decay_every_epochs: epochs between two factors, above 0; may be a fraction.
+    `decay_factor` is above 0; so is `decay_every_epochs`, which may be a fraction.
     """
     steps_per_epoch = rise.steps_per_epoch
     if steps_per_epoch is None or not steps_per_epoch > 0:
@@ -126,11 +121,10 @@ def make_schedule(
 
     Args:
       spec: these fields of `config.optim`, and the options of the decay:
-        learning_rate: peak of the learning rate.
-        warmup: share of all steps in which the rate increases linearly to the peak.
+        learning_rate, warmup: peak of the rate, and share of all steps in the warm-up.
         warmup_scale: rate at the first step relative to the peak, at most 1; 0 for one over the
           number of warm-up steps, so that the first step is not wasted.
-        decay: name of the decay, a key of DECAYS.
+        decay: a key of DECAYS.
       total_steps: steps of the whole run, warm-up included.
       steps_per_epoch: optimiser steps per epoch, for the decay `steps`; may be a fraction.
 

@@ -1,12 +1,11 @@
 """Intervals of the MAP of a run, and intervals and p-values of the difference between two runs.
 
-Report and comparison use a Bayesian bootstrap over the identities and one more that nobody has
-seen. Its two average precisions are anything: each corner of the unit square has a quarter of its
-weight. So MAP gets half an identity at 0 and half at 1, and a difference gets a quarter at -1, half
-at 0 and a quarter at 1. Where all values are 0 or 1, the interval of MAP is that of Jeffreys for a
-share; where they vary, it is hardly wider than the t interval, which is far too narrow where most
-values are equal and a few lie far away. `tests.benchmarks.intervals` measures how often both hold
-the truth.
+Both use a Bayesian bootstrap over the identities and an unseen one. Its pair of average precisions
+has a quarter of its weight in each corner of the unit square. So MAP gets half an identity at 0 and
+half at 1, and a difference a quarter at -1, half at 0 and a quarter at 1. Where all values are 0 or
+1, the interval of MAP is that of Jeffreys for a share; where they vary, it is hardly wider than the
+t interval, which is far too narrow where most values are equal and a few lie far away.
+`tests.benchmarks.intervals` measures how often both hold the truth.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.

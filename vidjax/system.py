@@ -34,29 +34,23 @@ class System(NamedTuple):
     `num_identities` with training, which alone reads the rest.
 
     Attributes:
-      model: maps the fused frames of clips to a ModelOutput.
       num_columns: class columns without padding, K; `model` may have more.
       modalities: name -> feature width, in the order of the configuration.
-      fuse_train, fuse_eval: modality -> fusion, called with a key in training, without in
-        evaluation.
+      fuse_train, fuse_eval: modality -> fusion, called with a key, and without one.
       num_chunks: chunks of a feature vector, of which a member with a view does not see one; 0 if
         all members see all features.
       examples: True if each fused frame of a clip is an example of its own.
-      clip_transforms: transforms of the clips with all their frames, before fusion.
-      transforms: transforms of the clips with their fused frames.
+      clip_transforms, transforms: of the clips with all their frames, and with their fused frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
         take no part; with None, all do.
       sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
-      tx: optimiser.
-      schedule: step -> learning rate.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       logs: True if scores are logarithms; their exponentials are then averaged.
       top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
-      num_identities: C; columns 1..C are ranked.
       together: True to train all members in one program by vmap; False to train one member after
         another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
