@@ -210,7 +210,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames checkpoints of later steps, with a warning: training will save these steps again."""
+    """Renames checkpoints of later steps: training will save these steps again."""
     for later, folder in _folders(workdir).items() if processes.is_first() else ():
         if later > step:
             set_aside(folder)
