@@ -125,12 +125,11 @@ def blend_runs(
 ) -> dict[str, Any]:
     """Ranks a split by the blended scores of several trained runs, and returns the metrics.
 
-    The score of a clip is the weighted mean of the probabilities that the runs give it, or of their
-    logarithms. Greedy weights are fitted on `config.join.split`, by members that were not trained
-    on its clips, and written into the folder's `config.json`: later evaluations of it use them.
-
-    In `config`, `data.dir`, `data.cache_dir` and OWN_FIELDS replace those of every run where they
-    differ from their defaults. Runs of different clips or identities are refused.
+    The score of a clip is the weighted mean of the runs' probabilities, or of their logarithms.
+    Greedy weights are fitted on `config.join.split`, by members that were not trained on its clips,
+    and written into `config.json` of the folder: later evaluations use them. In `config`,
+    `data.dir`, `data.cache_dir` and OWN_FIELDS replace those of every run where they are not the
+    defaults.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -176,7 +175,6 @@ def blend_runs(
 
 
 def _given_weights(config: Config) -> list[float]:
-    """Returns one weight per run, equal ones where none are configured."""
     runs, weights = config.join.runs, config.join.weights
     if len(runs) < 2:
         raise UserError(f"--runs={','.join(runs)}: name two runs or more")

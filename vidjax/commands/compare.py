@@ -43,9 +43,8 @@ def compare(
 ) -> tuple[str, dict[str, Any]]:
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
-    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. `load` loads the
-    data of a run without `analysis.npz`. `split` is by default that which the runs' training
-    evaluates; `directory`, where the data lies now, `data.dir` of the runs.
+    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. The split is by
+    default that which the runs' training evaluates; `directory` is where the data lies now.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html

@@ -55,7 +55,6 @@ def _known_names() -> Mapping[str, Mapping[str, str]]:
 
 
 def _summary(function: Callable[..., Any]) -> str:
-    """Returns the first line of a docstring as a cell of a table; empty if there is none."""
     doc = function.__doc__ or ""
     if doc.startswith(f"{function.__name__}("):  # the signature of a dataclass
         doc = ""

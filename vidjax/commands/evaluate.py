@@ -171,16 +171,11 @@ def evaluate(
     num_devices: int | None = None,
     analyse: bool = False,
 ) -> dict[str, Any]:
-    """Ranks a split with the weights of a run, and writes the results into the run's folder.
+    """Ranks a split with the weights of a run; writes the results into its folder and returns them.
 
-    Args:
-      config: the run's configuration, with the overrides of this evaluation.
-      data: the clips; they need not be those of the training, nor have a ground truth.
-      num_devices: None for all. Scores do not depend on it.
-      analyse: whether to write the analysis and the report, too.
-
-    Returns:
-      The metrics of this evaluation. `metrics.json` also keeps those of the training.
+    The clips of `data` need not be those of the training, nor have a ground truth. `analyse` also
+    writes the analysis and the report. Scores do not depend on `num_devices`; None takes all.
+    `metrics.json` keeps the metrics of the training, too.
     """
     from vidjax import devices
     from vidjax.analysis import analysis

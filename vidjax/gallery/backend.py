@@ -28,9 +28,8 @@ MANY = 32  # vectors from which on threads are worth starting
 class Part(NamedTuple):
     """A modality, or `embedding`, of every clip, with its float64 coordinates.
 
-    Attributes:
-      centre: [D] float64, subtracted from unit vectors before they are made unit again; 0 where
-        the run did that.
+    `centre` [D] is subtracted from unit vectors before they are made unit again; 0 where the run
+    did that.
     """
 
     name: str
@@ -39,12 +38,10 @@ class Part(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What search needs of P people, see `two_covariance.Enrolled`.
+    """What search needs of P people in M parts, see `two_covariance.Enrolled`.
 
-    Attributes:
-      linear: [M] of [P, D] float32, coefficients of z.
-      constant: [M, P] float64.
-      num_clips: [M, P] int32, number of clips that have the part.
+    `linear` are [M] of [P, D] float32, coefficients of z; `constant` is [M, P] float64; `num_clips`
+    is [M, P] int32, the clips that have the part.
     """
 
     linear: tuple[np.ndarray, ...]

@@ -36,11 +36,10 @@ class Rule(NamedTuple):
 
     Attributes:
       by: `threshold`, the user's probability; `fpir`, the score that a share of the strangers
-        reaches; `new`, where there are too few strangers.
-      score: logarithm of the lowest probability of a name. But with `threshold` somebody new must
-        not be more probable, either.
+        reaches; `new`, where there are too few strangers. Except for `threshold`, a clip also gets
+        no name where somebody new is more probable.
+      score: logarithm of the lowest probability of a name.
       default: True if the user chose nothing.
-      found: None but for `fpir`.
     """
 
     by: Literal["threshold", "fpir", "new"]

@@ -200,7 +200,6 @@ def _counts(
     done: Mapping[str, str] = MappingProxyType({}),
     content: Mapping[str, object] = MappingProxyType({}),
 ) -> Result:
-    """Returns rows and JSON of what was done to a gallery, and its size."""
     sizes = {
         "people": len(gallery.identities),
         "clips": sum(gallery.identities.values()),

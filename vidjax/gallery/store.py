@@ -120,11 +120,9 @@ class Clip(NamedTuple):
 class State(NamedTuple):
     """All that a gallery holds; nothing in it is ever changed.
 
-    Attributes:
-      version: number of changes, creation included.
-      groups: identity -> the names of its clips, in order; STRANGER for those of strangers.
-      still_held: number of removed clips to which the back end is fitted still.
-      sha256: of the row that names all this, b"" before it is written.
+    `groups` has the names of each identity's clips, in order, those of strangers under STRANGER.
+    `still_held` counts removed clips to which the back end is fitted still. `sha256` is that of the
+    row that names all this, b"" before it is written.
     """
 
     version: int
@@ -452,7 +450,6 @@ def _person_sha256(name: str, content: bytes) -> bytes:
 
 
 def _write(path: Path, state: State) -> bytes:
-    """Writes a state into an empty file, and returns its `sha256`."""
     numbers = state.index.backend.numbers()
     with contextlib.closing(_connect(path, "rw")) as connection:
         connection.execute(f"PRAGMA page_size={PAGE_BYTES}")
@@ -474,7 +471,6 @@ def _write(path: Path, state: State) -> bytes:
 
 
 def _read(connection: sqlite3.Connection) -> State:
-    """Reads all tables and checks every value."""
     facts, sha256 = _read_facts(connection)
     width = sum(facts.widths.values())
     if width > MOST_WIDTH or len(facts.widths) < len(facts.parts):

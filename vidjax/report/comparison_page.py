@@ -17,14 +17,13 @@ HOLM = "p (Holm)"
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split, whose ground truth has identities known to the run or not.
+    """The results of a run on a split.
 
     Attributes:
       name: the folder, as the user gave it.
-      identities: [C] names of the known ones.
-      ap: [C] float, their average precision.
-      positives: [C] int, their number of clips.
-      num_others: the number of unknown ones.
+      identities: [C] names of those identities of the ground truth that the run knows.
+      ap, positives: [C], their average precision and number of clips.
+      num_others: identities of the ground truth that the run does not know.
       map_kind: `val`, `out_of_fold` or `in_sample`.
       generated: name, size and seed of a generated dataset, empty for any other.
     """
@@ -198,8 +197,7 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
 def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
     """Returns the numbers of a comparison for a program, the first run first.
 
-    Every other run has its `significance.Difference` to the first; `low` and `high` are the bounds
-    of the interval of that `level`.
+    Every other run has its `significance.Difference` to the first.
     """
     first = runs[0]
     rows: list[dict[str, Any]] = [
@@ -335,7 +333,6 @@ def _sorted_gaps(key: str, gaps: np.ndarray, first: str, name: str) -> Markup:
 
 
 def _largest_gaps(first: RankedRun, run: RankedRun, own: str, other: str) -> Markup:
-    """Returns a table of the identities whose average precision differs most, if any does."""
     gaps = run.ap - first.ap
     order = np.argsort(-np.abs(gaps), kind="stable")[:MAX_IDENTITIES]
     rows = [

@@ -40,13 +40,10 @@ class RunFiles(NamedTuple):
     """The content of a run's folder; a field is empty where its file is absent.
 
     Attributes:
-      metrics: `metrics.json`.
-      values: the same, plain, with metrics that users have added.
+      values: `metrics.json`, plain, with metrics that users have added.
       lines: of `metrics.jsonl`.
       identities: the names of class columns 1..C.
-      analysis: the values of `analysis.npz`.
-      arrays: its arrays.
-      data: `data_report.json`.
+      analysis, arrays: the values and the arrays of `analysis.npz`.
       other_metrics: split -> `metrics_<split>.json`, for splits other than the run's own.
       split: the split that the metrics and the analysis are of.
       analysed: the other splits that have an `analysis_<split>.npz`.
@@ -307,7 +304,6 @@ def _scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
 
 
 def _learning_rate(train: Sequence[Mapping[str, Any]], schedule: np.ndarray | None) -> Markup:
-    """Returns a figure of the learning rate: of the schedule, or else of the logged lines."""
     x, rates = _column(train, "epoch"), _column(train, "learning_rate")
     if schedule is not None and len(schedule):
         epochs_per_step = x[-1] / max(train[-1]["step"], 1)
@@ -528,7 +524,6 @@ def _errors(run: RunFiles) -> Markup:
 
 
 def _calibration(run: RunFiles) -> Markup:
-    """Returns the reliability diagram, before and after the map of the log-odds."""
     error, after = run.analysis.calibration_error, run.arrays.get("calibration_after")
     plot = figures.Plot(x="probability of the best identity", y="share that is right")
     plot.axes.plot(
