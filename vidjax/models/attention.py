@@ -144,12 +144,7 @@ class ChannelAttention(nn.Module):
     def __call__(self, x: Array, mask: Array) -> Array:
         """Returns the frames after attention, [B, T, D] float32, 0 on padding.
 
-        Args:
-          x: [B, T, D] float.
-          mask: [B, T] bool, True for real frames. The form `channels` reads padded frames as zeros.
-
-        Raises:
-          ValueError: The form is unknown, or it is `channels` and T is not `num_frames`.
+        The form `channels` needs T = `num_frames`, and reads padded frames as 0.
         """
         if self.form not in CHANNEL_ATTENTIONS:
             raise UserError(

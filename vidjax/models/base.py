@@ -16,37 +16,25 @@ ModelState: TypeAlias = Mapping[str, Any]  # name -> collection, for all other c
 class TrainingClips(NamedTuple):
     """The N training clips as `Identifier.prepare` sees them.
 
-    Attributes:
-      labels: [N] int, class columns; 0 for distractors.
-      used: [E, N] bool, the clips that each member is trained on.
-      present: modality -> [N] bool, True for clips that have frames of it.
-      fusions: modality -> fusion of evaluation, (None, Frames [B, T]) -> Frames [B, T'].
-      values: (modality, value_of, wanted [N] bool) -> [n, ...], the values of the n wanted clips,
-        where value_of maps all frames of clips, Frames [B, T], to [B, ...].
-      tell: tells the user a message.
+    `values` maps (modality, value_of, wanted [N] bool) to [n, ...], the values of the n wanted
+    clips; value_of maps all frames of clips, Frames [B, T], to [B, ...].
     """
 
-    labels: np.ndarray
-    used: np.ndarray
-    present: Mapping[str, np.ndarray]
-    fusions: Mapping[str, Callable[[None, Frames], Frames]]
+    labels: np.ndarray  # [N] int, class columns; 0 for distractors
+    used: np.ndarray  # [E, N] bool, the clips that each member is trained on
+    present: Mapping[str, np.ndarray]  # modality -> [N] bool, True for clips that have frames of it
+    fusions: Mapping[str, Callable[[None, Frames], Frames]]  # of evaluation, [B, T] -> [B, T']
     values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
     seed: int
-    tell: Callable[[str], None]
+    tell: Callable[[str], None]  # tells the user a message
 
 
 class ClipQuality(NamedTuple):
-    """How a model judges the raw frames of B clips.
+    """How a model judges the raw frames of B clips."""
 
-    Attributes:
-      measure: [B] float32, for `ClipInfo.measure`.
-      judged: [B] bool, True for clips that are judged at all.
-      poor: [B] bool, True for those that are too poor to be treated like others.
-    """
-
-    measure: Array
-    judged: Array
-    poor: Array
+    measure: Array  # [B] float32, for `ClipInfo.measure`
+    judged: Array  # [B] bool, True for clips that are judged at all
+    poor: Array  # [B] bool, True for clips that are too poor to be treated like others
 
 
 class Identifier(nn.Module):
@@ -123,10 +111,7 @@ class Identifier(nn.Module):
 
     @classmethod
     def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns a specification of the model with what `prepare` found.
-
-        An attribute that the specification sets itself stays.
-        """
+        """Returns `spec` with the values that `prepare` found, unless `spec` sets them itself."""
         return {**spec, **{name: x for name, x in found.items() if spec.get(name) is None}}
 
     def solve(self, params: Params, model_state: ModelState) -> ModelState:
@@ -135,10 +120,7 @@ class Identifier(nn.Module):
         return model_state
 
     def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
-        """Returns how good the raw frames of clips are; None for a model that treats all alike.
-
-        The frames, modality -> Frames [B, T], are those before fusion, with all features.
-        """
+        """Returns how good clips are by raw frames; None for a model that treats all alike."""
         del frames
         return None
 

@@ -29,8 +29,6 @@ class FallbackIdentifier(Identifier):
         any other clip, or one that `other` cannot judge:  (1, 0)
 
     Attributes:
-      main: main model.
-      other: fallback model.
       other_modalities: modalities of the fallback model, without `modality`.
       main_modalities: modalities of the main model; () for all.
       modality: modality that decides which model judges a clip.
@@ -40,8 +38,7 @@ class FallbackIdentifier(Identifier):
         frames of the clip, before fusion and with all features.
       threshold: measure below which both models judge a clip; 0 for never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
-        threshold. `prepare` then computes the threshold, and checkpoints keep it. 0 for `threshold`
-        as given.
+        threshold, which `prepare` then computes; 0 for `threshold` as given.
       main_share: weight of the main model below the threshold.
       other_share: weight of the fallback model below the threshold.
 
@@ -99,9 +96,8 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Returns the `threshold` below which lies `threshold_share` of the training clips.
 
-        The scale of norms and quality scores differs between face nets. All clips with the modality
-        count, whatever their identity and fold. With equal measures fewer than the share lie below
-        the threshold.
+        The scale of measures differs between face nets. All clips with the modality count, whatever
+        their identity and fold. With equal measures fewer than the share lie below the threshold.
         """
         if not self.threshold_share:
             return {}
@@ -120,10 +116,7 @@ class FallbackIdentifier(Identifier):
 
     @classmethod
     def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns a specification of the model with the threshold of its share.
-
-        A threshold that an evaluation sets itself stays.
-        """
+        """Returns `spec` with the threshold of its share, unless an evaluation sets one itself."""
         return (
             spec if not spec.get("threshold_share") or spec.get("threshold") else {**spec, **found}
         )
@@ -153,9 +146,8 @@ class FallbackIdentifier(Identifier):
         """Returns the logits of both models, and for each clip the weights of both.
 
         In training each model gets a `clips.mask` of only the clips that it learns from. Without
-        `clips.measure` no clip is poor. The branches of the output are main and other. The
-        embedding concatenates the unit vectors of both models; a model with weight 0 contributes
-        zeros.
+        `clips.measure` no clip is poor. The branches are main and other. The embedding joins the
+        unit vectors of both; a model with weight 0 contributes zeros.
         """
         real, present = inputs.real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -202,9 +194,6 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which lie the `share` lowest of n values, rounded down to a count.
-
-    The values are [n] float32 with n at least 1, and the share is in [0, 1).
-    """
+    """Returns the value below which lie the `share` lowest of n values, rounded down to a count."""
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

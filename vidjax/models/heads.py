@@ -14,8 +14,7 @@ _SMALLEST_SQUARE = 1e-24
 def unit_vectors(x: Array) -> Array:
     """Scales vectors to length 1; vectors shorter than 1e-12 become 0.
 
-    Returns [..., D], at least float32, for x [..., D] float. Values and gradients are finite;
-    vectors of 0 have a gradient of 0.
+    The result, [..., D], is at least float32. Values and gradients are finite, 0 for vectors of 0.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -33,13 +32,7 @@ def check_head(head: str, logit_scale: float) -> None:
 
 
 class Classifier(nn.Module):
-    """Dropout and one linear layer.
-
-    Attributes:
-      num_classes: number of class columns, 1 + C.
-      dropout_rate: dropout rate of the input.
-      dtype: dtype of the matrix product; parameters and logits are at least float32.
-    """
+    """Dropout and one linear layer; parameters and logits are at least float32."""
 
     num_classes: int
     dropout_rate: float = 0.0
@@ -65,7 +58,6 @@ class CosineClassifier(nn.Module):
     are at least float32 and at full precision: less would lose angles near 0 and pi.
 
     Attributes:
-      num_classes: number of class columns, 1 + C.
       scale: factor on the cosines, the s of ArcFace.
       dropout_rate: dropout rate of the unit vectors. Training then has cosines beyond 1, which the
         margin `cosine` of the loss allows and `angular` does not.

@@ -41,7 +41,7 @@ def make_identifier(
     num_clips: int,
     dtype: str | jnp.dtype = "float32",
 ) -> Identifier:
-    """Builds a model.
+    """Builds a model, a hashable `Identifier`.
 
     Args:
       spec: `name`, a key of MODELS, and attributes of that module. The value of an attribute that
@@ -50,9 +50,6 @@ def make_identifier(
       num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.
       dtype: dtype of the matrix products.
-
-    Returns:
-      A hashable `Identifier`.
 
     Raises:
       ValueError: A name, an attribute or the dtype is unknown, or an attribute is missing.

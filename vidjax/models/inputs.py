@@ -13,14 +13,8 @@ def real_frames(
 ) -> tuple[dict[str, Frames], Array]:
     """Selects the modalities of a model, and masks the frames of padded rows.
 
-    Args:
-      frames: modality -> Frames [B, T]; modalities may differ in T.
-      modalities: name -> feature width, for the M modalities of the model.
-      batch_mask: [B] bool, True for real clips.
-
-    Returns:
-      modality -> Frames [B, T], in the order of `modalities`; and [B, M] bool, True where the clip
-      has a frame of the modality.
+    Returns modality -> Frames [B, T], in the order of `modalities`, and [B, M] bool, True where the
+    clip has a frame of the modality. Modalities may differ in T.
     """
     check_frames(frames, modalities)
     real = {
@@ -46,13 +40,8 @@ def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) ->
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
     """Drops modalities of clips at random; every clip keeps at least one of those that it has.
 
-    Args:
-      rng: PRNG key.
-      present: [B, M] bool, True for modalities that the clip has.
-      rate: probability of dropping each modality. If all would be dropped, a random one stays.
-
-    Returns:
-      [B, M] bool, True for modalities that the clip keeps.
+    Returns [B, M] bool, the modalities that stay of `present`, each dropped with probability
+    `rate`. If all would be dropped, a random one stays.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)

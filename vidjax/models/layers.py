@@ -12,12 +12,8 @@ from vidjax.batch import Array
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias, with parameters, sums and gradients of at least float32.
-
-    Attributes:
-      features: K, width of the output.
-      dtype: dtype of the factors.
-      use_bias: True for a bias, which starts at 0.
+    """x @ kernel + bias, multiplied in `dtype`; parameters, sums and gradients are at least
+    float32.
     """
 
     features: int
@@ -39,12 +35,9 @@ class Linear(nn.Module):
 
 
 def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Returns x @ kernel, multiplied in a dtype and added in that of the operands.
+    """Returns x [B, D] @ kernel [D, K], multiplied in `dtype` and added in that of the operands.
 
-    Args:
-      x: [B, D] float32 or wider.
-      kernel: [D, K], same dtype.
-      dtype: dtype of the factors, at most as wide.
+    Operands are float32 or wider, and `dtype` is at most as wide.
     """
     return _product(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
 

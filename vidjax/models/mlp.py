@@ -25,10 +25,7 @@ class DenseLayer(nn.Module):
     """A linear layer, an activation, BatchNorm, and dropout.
 
     Attributes:
-      activation: linear | relu | sigmoid | swish | prelu. As in PyTorch, the slope of prelu is one
-        parameter that starts at 0.25.
-      batch_norm: True to use BatchNorm.
-      dropout_rate: dropout rate of the output.
+      activation: linear | relu | sigmoid | swish | prelu, whose one slope starts at 0.25 (PyTorch).
       norm_first: True for BatchNorm before the activation, False for after.
       dtype: dtype of the matrix product; parameters and everything else are at least float32.
 
@@ -46,16 +43,13 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Returns the layer's output.
+        """Returns the layer's output, [B, width] float32.
 
         Args:
           x: [B, D] float.
           mask: [B] bool, True for rows that count in the batch statistics.
-          train: True to apply dropout (rng `dropout`), to normalise by the batch statistics, and to
+          train: True to apply dropout (rng `dropout`), and to normalise by the batch statistics and
             update the running ones in `batch_stats`, which must be mutable.
-
-        Returns:
-          [B, width] float32.
         """
         if self.activation not in _ACTIVATIONS and self.activation != "prelu":
             known = ", ".join(sorted([*_ACTIVATIONS, "prelu"]))
@@ -96,11 +90,8 @@ class DenseLayer(nn.Module):
 class ResidualBlock(nn.Module):
     """Two dense layers with a shortcut: x + f(x).
 
-    f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x.
-
-    Attributes:
-      hidden_dim: width of the first layer; 0 for twice the width of x.
-      dropout_rate: dropout rate of the first layer.
+    f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x. The
+    first layer has the width `hidden_dim`, or twice that of x if 0.
 
     Source: DeepMEF (3rd place 2019), authors' code: the end of all its nets. Ours: masks; Xavier
     instead of Kaiming weights.
@@ -123,10 +114,6 @@ class ResidualBlock(nn.Module):
 
 class MLP(nn.Module):
     """A sequence of dense layers.
-
-    Attributes:
-      layers: (width, activation, batch_norm, dropout_rate) of each layer, as in DenseLayer.
-      norm_first: True for BatchNorm before the activations, False for after.
 
     Source: quality fusion (4th place 2019), whose five nets are such sequences.
     """
@@ -170,10 +157,8 @@ class ResidualDenseNet(nn.Module):
     - `none`, and for i > 3 always: h_i = f_i(h_{i-1}).
 
     Attributes:
-      width: width of every layer.
       num_layers: number of layers, not counting the classifier.
       activation: activation of every layer, as in DenseLayer.
-      dropout_rate: dropout rate of every layer.
       shortcut: add | concat | none (the plain net of the same size).
       norm_first: True for BatchNorm before the activations, False for after.
 

@@ -16,13 +16,7 @@ from vidjax.models.heads import unit_vectors
 
 
 class NeighbourIdentifier(Identifier):
-    """The baseline: cosines between the mean frames of clips, for one modality.
-
-    Attributes:
-      num_clips: number of training clips, N.
-      modality: modality whose mean frames are compared.
-      logit_scale: factor on the cosines, for a softmax over identities.
-    """
+    """The baseline: cosines between the mean frames of clips, for one modality."""
 
     modalities: Mapping[str, int]
     num_classes: int
@@ -72,7 +66,7 @@ class NearestNeighbours(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, clips: ClipInfo, *, train: bool) -> Array:
-        """Returns the largest cosine to a training clip of every class.
+        """Returns the largest cosine to a training clip of every class, times `logit_scale`.
 
         Args:
           x: [B, D] float, 0 for clips without frames.
@@ -81,8 +75,7 @@ class NearestNeighbours(nn.Module):
             mutable.
 
         Returns:
-          [B, 1 + C] float32, `logit_scale` times the cosine in [-1, 1]; `logit_scale` times -2 for
-          classes without a training clip and for clips without frames. In training, zeros.
+          [B, 1 + C] float32, 0 in training. Without a training clip or a frame the cosine is -2.
         """
         unit = unit_vectors(x)
         vectors = self.variable(

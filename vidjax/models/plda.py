@@ -22,13 +22,9 @@ class PLDAIdentifier(Identifier):
 
     A clip is its mean frame, scaled to length 1, centred, and scaled to length 1 again. Training
     passes over the clips twice: it adds up the centre first, then the sums of the centred vectors.
-    `solve` turns the sums into the coefficients that score clips.
-
-    The fields from `within` to `centred` are those of Settings: one number, or one of each member;
-    None to fit it before training.
-
-    Attributes:
-      num_clips: number of training clips, N.
+    `solve` turns the sums into the coefficients that score clips. The fields from `within` to
+    `centred` are those of Settings: one number, or one of each member; None to fit it before
+    training.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. Ours: the sum over modalities and its scale.
@@ -87,8 +83,7 @@ class PLDAIdentifier(Identifier):
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], and the centred unit vectors side by side as embedding.
 
-        Training adds the clips to the collection `sums` and returns logits of 0. Evaluation reads
-        the collection `solved`.
+        Training adds the clips to `sums`, with logits of 0. Evaluation reads `solved`.
         """
         vectors = self.unit_means(frames)
         if not train and self.has_variable("solved", "settings"):
@@ -157,11 +152,8 @@ class RunningSums(nn.Module):
     """The sums of training, in the collection `sums`.
 
     The first occurrence of a clip adds to the centre, the second one to the sums; later ones add
-    nothing. A batch may hold clips of two passes, and a clip more than once.
-
-    Attributes:
-      num_clips: number of training clips, N.
-      centred: share of the mean that is subtracted.
+    nothing. A batch may hold clips of two passes, and a clip more than once. `centred` is the share
+    of the mean that is subtracted.
     """
 
     modalities: Mapping[str, int]
@@ -173,10 +165,7 @@ class RunningSums(nn.Module):
     def __call__(
         self, vectors: Mapping[str, Array], clips: ClipInfo, *, update: bool
     ) -> list[Array]:
-        """Returns the centred unit vectors [B, D] of each modality.
-
-        Vectors are modality -> [B, D] of unit length, 0 for clips that lack it; `update` adds them.
-        """
+        """Returns the centred vectors of `vectors`, modality -> [B, D] of length 1 or 0."""
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
         if update:

@@ -9,8 +9,8 @@ settings maximise the probability of the right answers, with half of the weight 
 probabilities then mean what they say. Their prior counts as much as one clip. With few people the
 prior alone decides, and the user is told.
 
-Every member has settings of its own, fitted on the clips that it is trained on: what it scores out
-of fold, they have not seen. They are part of `TaskSpec`, and every checkpoint keeps them.
+Every member's settings are fitted on its own training clips: they have not seen what it scores out
+of fold. `TaskSpec` and every checkpoint keep them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
@@ -127,11 +127,8 @@ def fit_settings(
 ) -> Settings:
     """Fits settings on held-out clips; those of the prior stay if too few people have two clips.
 
-    Args:
-      vectors: modality -> [N, D] float, unit vectors; 0 for clips that lack the modality.
-      labels: [N] int, class columns from 1; those without a clip do not matter.
-      given: settings that are not fitted.
-      seed: seed of the folds, and of the identities that are hidden.
+    Vectors are modality -> [N, D] float of unit length, 0 for clips that lack it. Labels are [N]
+    int from 1 on. Settings in `given` stay.
     """
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
     values = {name: shares[0] for name, shares in SHARES.items()} | PRIOR
@@ -163,21 +160,13 @@ def fit_settings(
 
 
 class _Fold(NamedTuple):
-    """Enrolled and held-out clips.
+    """Enrolled and held-out clips."""
 
-    Attributes:
-      found: covariances of each of the M modalities, of the enrolled clips.
-      counts: [M] of [K], number of enrolled clips.
-      totals: [M] of [K, D], their sums.
-      queries: [M] of [Q, D], centred unit vectors of the held-out clips.
-      labels: [Q] int32, classes of the held-out clips; 0 for strangers.
-    """
-
-    found: Sequence[two_covariance.Covariances]
-    counts: Sequence[np.ndarray]
-    totals: Sequence[np.ndarray]
-    queries: Sequence[np.ndarray]
-    labels: np.ndarray
+    found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
+    counts: Sequence[np.ndarray]  # [M] of [K], number of enrolled clips
+    totals: Sequence[np.ndarray]  # [M] of [K, D], their sums
+    queries: Sequence[np.ndarray]  # [M] of [Q, D], centred unit vectors of the held-out clips
+    labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
 
 def _hold_out(
@@ -217,19 +206,12 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Ratios(NamedTuple):
-    """The held-out clips of a fold, as `two_covariance.combine` takes them, and their answers.
+    """The held-out clips of a fold, as `two_covariance.combine` takes them, and their answers."""
 
-    Attributes:
-      ratios: [M, Q, K] float32, log-likelihood ratios.
-      known: [M, K] bool, False for classes without an enrolled clip.
-      present: [M, Q] bool, False for clips that lack the modality.
-      labels: [Q] int32, right columns; 0 for strangers.
-    """
-
-    ratios: Array
-    known: Array
-    present: Array
-    labels: Array
+    ratios: Array  # [M, Q, K] float32, log-likelihood ratios
+    known: Array  # [M, K] bool, False for classes without an enrolled clip
+    present: Array  # [M, Q] bool, False for clips that lack the modality
+    labels: Array  # [Q] int32, right columns; 0 for strangers
 
 
 def _ratios(fold: _Fold, within: float, between: float) -> _Ratios:

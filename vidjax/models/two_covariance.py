@@ -29,13 +29,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """The sums over clips that the model is fitted from.
-
-    Attributes:
-      count: [K] float, number of clips of each class.
-      total: [K, D] float, sum of the vectors of each class.
-      scatter: [D, D] float, sum of x x^T over all these clips.
-    """
+    """Sums over clips: numbers [K] and vectors [K, D] of the classes, and x x^T [D, D] of all."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     total: Array
@@ -43,35 +37,21 @@ class Sums(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Coordinates z = (x - mean) transform in which W is the identity and B is diagonal.
+    """Coordinates z = (x - mean) transform in which W is the identity and B is diagonal."""
 
-    Attributes:
-      mean: [D] float, the mean m of all vectors.
-      transform: [D, D] float.
-      ratio: [D] float, 0 or more: the variances of B in these coordinates, those of W being 1.
-    """
-
-    mean: Array
-    transform: Array
-    ratio: Array
+    mean: Array  # [D] float, the mean m of all vectors
+    transform: Array  # [D, D] float
+    ratio: Array  # [D] float, 0 or more: variances of B in these coordinates, those of W being 1
 
 
 class Enrolled(NamedTuple):
-    """The classes to compare with, as coefficients of z and of its squares.
+    """The classes to compare with, as coefficients of z and of its squares."""
 
-    Attributes:
-      linear: [K, D] float, coefficients of z.
-      constant: [K] float.
-      curve: [U, D] float, coefficients of the squares of z, for U different numbers of clips.
-      kind: [K] int32, row of `curve` of each class.
-      known: [K] bool, False for classes without a clip.
-    """
-
-    linear: Array
-    constant: Array
-    curve: Array
-    kind: Array
-    known: Array
+    linear: Array  # [K, D] float, coefficients of z
+    constant: Array  # [K] float
+    curve: Array  # [U, D] float, coefficients of the squares of z, for U different numbers of clips
+    kind: Array  # [K] int32, row of `curve` of each class
+    known: Array  # [K] bool, False for classes without a clip
 
 
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
@@ -84,19 +64,12 @@ def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums
 
 
 class Covariances(NamedTuple):
-    """Covariances of the vectors of one modality before they are shrunk.
+    """Covariances of the vectors of one modality before they are shrunk."""
 
-    Attributes:
-      mean: [D] float, the mean of all vectors.
-      within: [D] float, eigenvalues of W.
-      axes: [D, D] float, eigenvectors of W in the columns.
-      between: [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE.
-    """
-
-    mean: Array
-    within: Array
-    axes: Array
-    between: Array
+    mean: Array  # [D] float, the mean of all vectors
+    within: Array  # [D] float, eigenvalues of W
+    axes: Array  # [D, D] float, eigenvectors of W in the columns
+    between: Array  # [D, D] float, B in these axes; its eigenvalues are SMALLEST_VARIANCE at least
 
 
 def covariances(sums: Sums) -> Covariances:
@@ -125,10 +98,7 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns the share of the mean of some people's vectors that is subtracted.
-
-    The mean of few people shows them rather than everybody: of one, it is that person.
-    """
+    """Returns the share of the mean that is subtracted: the mean of few people shows just them."""
     return num_people / (num_people + 0.5)
 
 
@@ -233,11 +203,10 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
       ratios: [M, B, K] float.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
-      settings: those of the model; `scale`, `unenrolled` and `stranger` are read.
+      settings: `scale`, `unenrolled` and `stranger` are read.
 
     Returns:
-      [B, K] float, with somebody new in column 0; -inf for identities that are known in no
-      modality.
+      [B, K] float, somebody new in column 0; -inf for identities that are known in no modality.
     """
     filled = jnp.where(known[:, None, :], settings.scale * ratios, settings.unenrolled)
     logits = jnp.sum(jnp.where(present[:, :, None], filled, 0.0), axis=0)

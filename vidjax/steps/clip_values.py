@@ -29,8 +29,7 @@ def values_of_clips(
 ) -> np.ndarray:
     """Returns [n, ...], a value of each wanted training clip, in the order of the tables.
 
-    `value_of` maps all frames of clips as evaluation reads them, Frames [B, T] of one modality, to
-    [B, ...]. At least one clip is wanted, of [N] bool.
+    `value_of` maps all frames of clips, [B, T] of one modality, to [B, ...]; see `values_of_split`.
     """
 
     def value_of_all(frames: Mapping[str, Frames]) -> Array:
@@ -55,9 +54,9 @@ def values_of_split(
     *,
     rows: int,
 ) -> np.ndarray:
-    """Returns [n, ...], a value of each wanted clip of a split, in the order of the clips.
+    """Returns [n, ...], a value of each of the n >= 1 wanted clips of a split, in their order.
 
-    `value_of` maps all frames of a block, modality -> Frames [B, T], B = `rows`, to [B, ...].
+    `value_of` maps all frames, as evaluation reads them, of `rows` clips, [B, T], to [B, ...].
     """
     values = None
     plan = make_eval_plan(data.split(split), tuple(modalities), only=wanted)

@@ -1,8 +1,7 @@
 """The class columns of a state: which axes they are, padded, and split over devices.
 
-The kernel and the bias of a classifier, their moments in the optimiser and the sums of PLDA have an
-axis of class columns. Two models for different numbers of columns show which: their arrays differ
-in it. So no model says how it is split.
+The kernel and the bias of a classifier, their moments and the sums of PLDA have an axis of class
+columns. No model names it: the arrays of two models for different numbers of columns differ in it.
 """
 
 from collections.abc import Mapping
@@ -27,15 +26,10 @@ WAITING_BYTES = 1 << 30  # of scores that wait for a merge of the ranking at mos
 
 
 class ClassAxes(NamedTuple):
-    """The axis of the class columns in every array of a state.
+    """The axis of the class columns in every array of a state."""
 
-    Attributes:
-      mesh: the devices. The class columns are split over its axis `model`.
-      state: a TrainState with an axis in place of every array, or NO_AXIS.
-    """
-
-    mesh: Mesh
-    state: state_lib.TrainState
+    mesh: Mesh  # the class columns are split over its axis `model`
+    state: state_lib.TrainState  # an axis in place of every array, or NO_AXIS
 
     def layout(self, name: str | None = None) -> devices.Layout:
         """Returns the layout of a field of the state, or of the whole: a tree of shardings."""
@@ -96,18 +90,12 @@ class ScoreColumns(NamedTuple):
 
     Without an axis `model` they are the identities alone. Devices that share the classes keep all
     class columns, so that none moves between them: others than the identities have scores of -inf.
-
-    Attributes:
-      mesh: the devices. Rows are split over its axis `data`, and columns over `model`.
-      total: number of columns.
-      first: column of the first identity.
-      num_identities: number of identities, C.
     """
 
-    mesh: Mesh
-    total: int
-    first: int
-    num_identities: int
+    mesh: Mesh  # rows are split over its axis `data`, and columns over `model`
+    total: int  # number of columns
+    first: int  # column of the first identity
+    num_identities: int  # C
 
     @classmethod
     def of(cls, system: System, mesh: Mesh) -> "ScoreColumns":

@@ -67,10 +67,10 @@ def embed_step(
 def attention_step(
     system: System, params: Params, model_state: ModelState, view: Array, batch: Batch
 ) -> dict[str, Array]:
-    """Returns `ModelOutput.attention` of a member whose model takes all frames of a clip together.
+    """Returns `ModelOutput.attention` of a member; empty for models without attention.
 
     It is `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed over
-    frames; empty for models without attention.
+    frames, for a model that takes all frames of a clip together.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):

@@ -18,15 +18,10 @@ def fuse(
     frames: Mapping[str, Frames],
     view: Array,
 ) -> dict[str, Frames]:
-    """Fuses the frames of every modality and selects the features that one member sees.
+    """Fuses the frames of every modality to Frames [B, T'], with the features that one member sees.
 
-    Args:
-      rng: PRNG key, into which the position of a modality is folded; None for evaluation.
-      frames: modality -> Frames [B, T].
-      view: [] int32, chunk of the features that the member does not see; -1 for none.
-
-    Returns:
-      modality -> Frames [B, T'].
+    The position of a modality is folded into `rng`, which is None for evaluation. The member does
+    not see the chunk `view`, [] int32, of the features; -1 for none.
     """
     fused = {}
     for i, (modality, fuse_fn) in enumerate(fuse_fns.items()):
@@ -42,12 +37,8 @@ def fuse(
 def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str, Frames], Array]:
     """Turns the T' fused frames of B clips into examples: one of each clip, or one of each frame.
 
-    Apart, a modality with a single frame is repeated for every example of the clip, and a clip that
-    has only such modalities is one example.
-
-    Args:
-      frames: modality -> Frames [B, T']; apart, T' is 1 or the same number for all modalities.
-      apart: True for an example of each frame, see `System.examples`.
+    Apart, all modalities have 1 frame or the same number T'. A single frame is repeated for every
+    example of the clip, and a clip that has only such modalities is one example.
 
     Returns:
       The frames and [B, 1] bool, all True; apart, modality -> Frames [B T', 1] and [B, T'] bool,

@@ -24,19 +24,12 @@ DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch of training steps.
+    """The result of a dispatch of training steps."""
 
-    Attributes:
-      states: new state of every group of members.
-      num_steps: number of steps.
-      loss: loss of the last step, averaged over members.
-      bad_step: first step at which a member reached MAX_BAD_STEPS; None if there was none.
-    """
-
-    states: list[state_lib.TrainState]
+    states: list[state_lib.TrainState]  # of every group of members
     num_steps: int
-    loss: float
-    bad_step: int | None
+    loss: float  # of the last step, averaged over members
+    bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
 
 
 class Feed(Protocol):
@@ -71,8 +64,8 @@ class Feed(Protocol):
     ) -> np.ndarray:
         """Finds the clips of a step whose loss or its derivative is not finite.
 
-        Returns [n] int32, clip_index of these clips; if no clip is bad, of all clips of the step.
-        The states are those after the step. StreamingFeed can search the last step alone.
+        Returns [n] int32, clip_index of these clips, or of all clips of the step if none is bad.
+        The states are those after the step, which must be the last one for StreamingFeed.
         """
         ...
 

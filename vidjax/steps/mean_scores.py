@@ -18,18 +18,11 @@ class MeanScores(NamedTuple):
 
     Logarithms of probabilities near 1 lie near 0, where their mean needs as many digits as they
     have. So the complements, 1 less each probability, are averaged beside the probabilities.
-
-    Attributes:
-      total: [B, K] sum of the weighted scores; of logarithms, the logarithm of the sum of
-        exponentials.
-      rest: [B, K] logarithm of the sum of the weighted complements; None if scores are no
-        logarithms.
-      weight: [B] sum of the weights.
     """
 
-    total: Array
-    rest: Array | None
-    weight: Array
+    total: Array  # [B, K] sum of the weighted scores; of logarithms, log of the sum of exponentials
+    rest: Array | None  # [B, K] log of the sum of the weighted complements; None if no logarithms
+    weight: Array  # [B] sum of the weights
 
 
 def no_scores(like: Array, *, logs: bool) -> MeanScores:
@@ -54,10 +47,7 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
 
 
 def mean_scores(mean: MeanScores) -> Array:
-    """Returns the weighted mean of scores, [B, K]; -inf for clips of weight 0.
-
-    A mean probability above 1/2 is computed from its complement.
-    """
+    """Returns the weighted mean of scores, [B, K]; -inf for clips of weight 0."""
     column = mean.weight[:, None]
     safe = jnp.where(column > 0, column, 1.0)
     if mean.rest is None:
@@ -68,10 +58,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K], of clips whose weights sum to at most 1.
-
-    What lacks to a sum of 1 counts as a score of probability 0.
-    """
+    """Returns the weighted sum of scores, [B, K]; weight missing to 1 counts as probability 0."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]
@@ -95,16 +82,12 @@ def log_complement(logs: Array) -> Array:
 def blend(
     scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], *, logarithms: bool
 ) -> list[Array]:
-    """Joins the scores of several models; those of a single model stay as they are.
+    """Joins the scores of several models to [B, C] of every block; one model's stay as they are.
 
     Args:
       scores: for each model the scores [B, C] of every block; logarithms if models are several.
-      voices: for each model its weight, 0 or more, and whether it has a probability of somebody
-        new.
+      voices: for each model its weight, 0 or more, and whether it knows of somebody new.
       logarithms: True for a mean of logarithms of probabilities, False for one of probabilities.
-
-    Returns:
-      The scores of every block, [B, C].
     """
     if len(voices) == 1:
         return list(scores[0])
@@ -131,12 +114,9 @@ def _mean_probabilities(scores: Sequence[Array], weights: Sequence[Array | float
 def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
     """Adds somebody new as column 0 of the scores [R, B, C] of R models, logarithms.
 
-    A model that does not know of somebody new, by `knows` [R], takes that probability from those
-    that do; it is -inf if no model that scores the clip knows.
-
-    Returns:
-      [R, B, 1 + C] logarithms, and [R, B] bool, True where a model scores a clip. One that cannot
-      has scores of -inf; NaN is a score, which the mean shows.
+    Models without somebody new, by `knows` [R], take that probability from the others that score
+    the clip; -inf without any. Also returns [R, B] bool, True where a model scores a clip: not all
+    its scores are -inf. NaN is a score, which the mean shows.
     """
     scored = jnp.any(scores != -jnp.inf, axis=2)  # [R, B]
     knowing = scored & knows[:, None]
@@ -151,8 +131,7 @@ def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
 def mean_logarithms(logs: Array, scored: Array, weights: Array) -> Array:
     """Returns the weighted mean [B, K] of logarithms [R, B, K]; it is not normalised.
 
-    A model counts for the clips that it has `scored`, [R, B] bool; clips without a model get -inf.
-    Weights are [R], above 0.
+    Weights are [R], above 0; models count where `scored`, [R, B]. Clips without a model get -inf.
     """
     used = jnp.where(scored, weights[:, None], 0.0)
     share = used / jnp.maximum(jnp.sum(used, axis=0), 1e-30)  # [R, B]

@@ -48,11 +48,9 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
     """Draws class columns: all of the labels, and others with equal probabilities.
 
     Args:
-      rng: PRNG key.
       labels: [n] int32, class columns of the clips, n at most `count`.
       class_mask: [K] bool, the columns that may be drawn beside the labels.
-      count: number of columns that each device draws.
-      mesh: the devices; the draw depends on the length of the axis `model`.
+      count: number of columns that each device of the axis `model` draws.
 
     Returns:
       [devices x count] int32, ascending. Where a device has fewer columns to draw than `count`,

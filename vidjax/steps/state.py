@@ -19,40 +19,26 @@ from vidjax.system import System
 class TrainState(struct.PyTreeNode):
     """The state of training; every field except `step` has a leading axis E.
 
-    Attributes:
-      step: [] int32, number of optimiser steps done.
-      model_state: all other collections of the model, such as `batch_stats`.
-      rng: [E] typed keys. Every step folds its number into them, so they stay constant.
-      labels: [E, N] int32, class column of every training clip; constant within a step.
-      bad_steps: [E] int32, number of consecutive steps without a finite loss and gradient.
-      sums: metric -> [E] float32, sum since the last line of the log.
-      updated: [E, K] int32, number of steps done after the one that last drew a class column; None
-        where every step sees all classes.
+    `updated` is the number of steps done after the one that last drew a class column.
     """
 
-    step: Array
+    step: Array  # [] int32, number of optimiser steps done
     params: Params
-    model_state: ModelState
+    model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
-    rng: Array
-    labels: Array
-    bad_steps: Array
-    sums: Mapping[str, Array]
-    updated: Array | None
+    rng: Array  # [E] typed keys; every step folds its number into them, so they stay constant
+    labels: Array  # [E, N] int32, class column of every training clip; constant within a step
+    bad_steps: Array  # [E] int32, number of consecutive steps without a finite loss and gradient
+    sums: Mapping[str, Array]  # metric -> [E] float32, sum since the last line of the log
+    updated: Array | None  # [E, K] int32; None where every step sees all classes
 
 
 class Tables(NamedTuple):
-    """Weights and settings of the members; constant in training.
+    """Weights and settings of the members; constant in training."""
 
-    Attributes:
-      weight: [E, N] float32, weight of every training clip; 0 if a member is not trained on it.
-      min_quality: [E] float32, lowest quality of the frames that a member is trained on.
-      view: [E] int32, chunk of the features that a member does not see; -1 for none.
-    """
-
-    weight: Array
-    min_quality: Array
-    view: Array
+    weight: Array  # [E, N] float32, of every training clip; 0 if a member is not trained on it
+    min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
+    view: Array  # [E] int32, chunk of the features that a member does not see; -1 for none
 
 
 def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
@@ -67,10 +53,9 @@ def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:
 def init_state(
     system: System, modalities: Mapping[str, int], rngs: Array, labels: Array
 ) -> TrainState:
-    """Builds the state at step 0; `modalities` are the feature widths of the data.
+    """Builds the state at step 0.
 
-    The parameters and all random draws of a member depend on its key in `rngs` [E]. Labels are [E,
-    N] int32.
+    A member's parameters and draws depend on its key, of `rngs` [E]. Labels are [E, N] int32.
     """
 
     def frames(dim: int) -> Frames:  # one clip of one frame: shapes depend on widths alone

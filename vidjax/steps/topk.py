@@ -26,11 +26,9 @@ MOST_GROUPS = (32, 128)
 
 
 class TopK(NamedTuple):
-    """The best clips of every identity.
+    """The best clips of every identity: scores [C, k] float32 and clip indices [C, k] int32.
 
-    Attributes:
-      scores: [C, k] float32; -inf at an empty place.
-      index: [C, k] int32 clip index; NO_CLIP at an empty place.
+    An empty place has the score -inf and the index NO_CLIP.
     """
 
     scores: Array
@@ -102,8 +100,8 @@ def count_ties(top: TopK) -> int:
 class RunningTopK:
     """The top k of a stream of score blocks, merged a few thousand clips at a time.
 
-    Every device keeps the top k of its rows of each block and its share of the columns. `finish`
-    joins them, and no score moves between devices.
+    Every device keeps the top k of its rows and columns, which `finish` joins. No score moves
+    between devices.
     """
 
     def __init__(
@@ -118,11 +116,8 @@ class RunningTopK:
     ):
         """Starts with an empty top k of C columns, a multiple of the length of the axis `model`.
 
-        Args:
-          rows: number of clips to collect before a merge, which needs memory O(C x rows); the
-            result does not depend on it.
-          identities: the columns that `finish` returns.
-          pool: [N] bool, the clips that are ranked; None for all.
+        It merges after `rows` clips, in memory O(C x rows); the result does not depend on that. The
+        clips of `pool`, [N] bool, are ranked; `finish` returns the columns `identities`.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2

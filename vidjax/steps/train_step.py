@@ -62,7 +62,7 @@ def member_step(
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of one member; returns its new state and its loss [].
 
-    `learned` is what the step changes, see `_learned`, without the axis E; so are `inputs`.
+    `learned` is the part of its state that a step changes; it and `inputs` have no axis E.
     """
     rng, labels, weight, *settings = inputs
     fuse_rng, dropout_rng, modality_rng, transform_rng, class_rng = member_keys(rng, step)
@@ -151,8 +151,7 @@ def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
     """Gathers the inputs of a step for every member, with a leading axis E.
 
-    The weight is 0 for padded rows, for clips without frames, and for those that a member is not
-    trained on.
+    The weight is 0 for padded rows, clips without frames, and clips not trained on.
     """
     frames = {name: batch.frames[name] for name in system.fuse_train}
     usable = batch.batch_mask & fusion.has_frames(frames)
@@ -232,9 +231,8 @@ def find_bad_clips(
 ) -> Array:
     """Returns [B] bool, the clips of a skipped step whose loss or its derivative is not finite.
 
-    The losses are computed without dropout, without the transforms after fusion, and without the
-    loss of the embeddings. The state is that after the step, with the parameters from before it,
-    since it was skipped.
+    The losses are without dropout, transforms after fusion, and the loss of the embeddings. A
+    skipped step leaves the parameters as they were, so `state` is the one after it.
     """
 
     def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
@@ -274,15 +272,10 @@ def make_train_step(
 
 
 class Outcome(NamedTuple):
-    """The report of a dispatch of training steps to the host.
+    """The report of a dispatch of training steps to the host."""
 
-    Attributes:
-      loss: [E] float32, losses of the last step.
-      bad_step: [] int32, first step at which a member reached MAX_BAD_STEPS; -1 for none.
-    """
-
-    loss: Array
-    bad_step: Array
+    loss: Array  # [E] float32, of the last step
+    bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS; -1 for none
 
 
 def make_train_loop(
@@ -293,9 +286,9 @@ def make_train_loop(
 ) -> Callable[[TrainState, Tables, Mapping[str, Packed], Array], tuple[TrainState, Outcome]]:
     """Compiles many training steps into one program, (state, tables, clips, count) -> outcome.
 
-    The number of steps is an argument, so that the program is compiled once. The state argument is
-    donated. Two calls give the same result as one call with the sum of both counts. `draw` maps
-    (clips, step) to the batch of that step, on the devices.
+    The number of steps is an argument, so that the program is compiled once. The state is donated.
+    Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,
+    step) to the batch of that step, on the devices.
     """
 
     def loop(
