@@ -12,8 +12,8 @@ from vidjax.batch import Array
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias, multiplied in `dtype`; parameters, sums and gradients are at least
-    float32.
+    """x @ kernel + bias, multiplied in `dtype`; parameters, sums and gradients are float32 or
+    wider.
     """
 
     features: int
