@@ -120,7 +120,10 @@ class Identifier(nn.Module):
         return model_state
 
     def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
-        """Returns how good clips are by raw frames; None for a model that treats all alike."""
+        """Returns how good the raw frames of clips are; None for a model that treats all alike.
+
+        The frames, modality -> Frames [B, T], are those before fusion, with all features.
+        """
         del frames
         return None
 

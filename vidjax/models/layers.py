@@ -12,12 +12,10 @@ from vidjax.batch import Array
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias, multiplied in `dtype`; parameters, sums and gradients are float32 or
-    wider.
-    """
+    """x @ kernel + bias, with parameters, sums and gradients of at least float32."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of the numbers that are multiplied
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 

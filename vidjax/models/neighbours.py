@@ -71,8 +71,7 @@ class NearestNeighbours(nn.Module):
         Args:
           x: [B, D] float, 0 for clips without frames.
           clips: B clips, in training with labels; padded rows are not stored.
-          train: True to store the clips at the rows `clips.index` of `memory`, which must be
-            mutable.
+          train: True to store clips at the rows `clips.index` of `memory`, which must be mutable.
 
         Returns:
           [B, 1 + C] float32, 0 in training. Without a training clip or a frame the cosine is -2.

@@ -55,7 +55,7 @@ class Enrolled(NamedTuple):
 
 
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
-    """Adds up the vectors [N, D] of clips, in float64, by their labels [N] int in [0, K)."""
+    """Adds up the vectors [N, D] of clips, in float64, by their labels [N] int below K."""
     vectors = np.asarray(vectors, np.float64)
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
@@ -196,8 +196,7 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
     A modality that a clip lacks adds 0 to every identity. The prior odds of somebody new against
-    all known people together are exp(settings.stranger): among more people a likeness by chance is
-    likelier.
+    all known people together are exp(settings.stranger): chance likeness grows with their number.
 
     Args:
       ratios: [M, B, K] float.

@@ -53,8 +53,8 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
       count: number of columns that each device of the axis `model` draws.
 
     Returns:
-      [devices x count] int32, ascending. Where a device has fewer columns to draw than `count`,
-      some are outside of the mask.
+      [devices x count] int32, ascending; it depends on the number of devices. Where a device has
+      fewer columns to draw than `count`, some are outside of the mask.
     """
 
     def on_each(rng: Array, labels: Array, mask: Array) -> Array:
