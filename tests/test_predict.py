@@ -177,7 +177,7 @@ def test_a_cosine_classifier_is_a_product_with_the_embedding(train, clips):
             for one, face in zip(clips["val"].values(), has["face"], strict=True)
         ]
     )
-    poor = lengths < run.manifest["threshold"]
+    poor = lengths < run.manifest["settings"]["threshold"]
     alone = has["face"] & ~poor
     assert alone.sum() > 0.9 * has["face"].sum()
     halves = np.linalg.norm(other[poor & has["head"]], axis=1)

@@ -319,7 +319,7 @@ import sys
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
 from tests.test_systems import ROOT, init_one, made_up_batch
-from vidjax import config as config_lib, devices, ensemble
+from vidjax import config_io, devices, ensemble
 from vidjax.devices import CompileClock
 from vidjax.steps import state as state_lib, train_step
 from vidjax.system import TaskSpec, make_system

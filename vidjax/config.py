@@ -429,7 +429,7 @@ def _out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
             yield f"config.{name}='{value}': choose from {', '.join(field.choices)}"
-        elif not (field and field.high) and not all(map(math.isfinite, numbers)):
+        elif (field is None or field.high is None) and not all(map(math.isfinite, numbers)):
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
             yield f"{text}: must lie between 0 and 1"
