@@ -27,6 +27,9 @@ from jax._src import compiler
 from tests.helpers import clip_files
 
 ROOT = Path(__file__).parent.parent
+# Programs of eight devices that are in flight at the same time take each other's threads, and wait
+# for ever: on two cores the pool has too few for the collectives of several.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 LINUX = sys.platform == "linux"
 MOST_RESIDENT = 2 << 30  # bytes of a process of tests
 gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees

@@ -97,7 +97,11 @@ def _by_schedule(condition: Callable[[Values], bool], focal_weight: int) -> Read
 
 
 SYNTHETIC, OWN_FEATURES = _is("data.name", "synthetic"), _is("data.name", "arrays")
-FOLDER = _is_not("data.name", "synthetic", "arrays")
+FOLDER = _is_not(
+    "data.name",
+    "synthetic",
+    "arrays, or --config.data.name=iqiyi_vid for official files",
+)
 EXAMPLES = _is("after_fusion", "examples")
 BOOTSTRAPS = _is_not("ensemble.bootstraps", 0, 11)
 VIEWS = _is_not("ensemble.views", 0, 2)
