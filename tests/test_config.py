@@ -408,10 +408,9 @@ def test_every_field_is_read(official_dir, cache_dir, tmp_path, monkeypatch, cap
 
     names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
     names = {name for name in names if not name.startswith(("model.", "fusion."))}
-    # A run on official files reads no option of the synthetic set; test_sources has those.
-    names -= {
-        n for n, field in config_lib.FIELDS.items() if field.read_when is config_lib.SYNTHETIC
-    }
+    # A run on official files reads no option of other datasets; test_sources has those.
+    others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
+    names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
     assert names - reads == set(INVENTED)
     # Specifications that are spread into a function refuse what it does not take.
     with pytest.raises(ValueError, match="invented"):
