@@ -211,18 +211,14 @@ def _counted(
     _check_times(times, split, wanted, shards)
 
 
-def _check_all(shards: Sequence[Shard]) -> None:
-    for shard in shards:
-        check_shard(shard)
-
-
 def _check_times(
     times: np.ndarray, split: Split, wanted: np.ndarray, shards: Sequence[Shard]
 ) -> None:
     """Raises ValueError unless each clip of `wanted` [N] bool came once, and no other did."""
     wrong = np.flatnonzero(times != wanted)
     if wrong.size:
-        _check_all(shards)
+        for shard in shards:
+            check_shard(shard)
         raise UserError(
             f"split {split.name!r}: {wrong.size} of {wanted.sum()} clips did not come exactly "
             f"once, such as {split.clips[wrong[0]]}"

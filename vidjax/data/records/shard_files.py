@@ -31,7 +31,6 @@ FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two chec
 FIRST, SECOND, THIRD = 0x0A, 0x12, 0x1A
 BYTES_LIST, INT64_LIST = FIRST, THIRD
 
-
 DEPTH = 3  # a shard's path below the folder of the manifest: NAME/VERSION/SHARD
 
 
@@ -107,8 +106,8 @@ def _count_intact(path: Path) -> tuple[int, bool]:
     return count, True
 
 
-class Values(NamedTuple):
-    """Where the values of a key lie in the file: first byte and number of bytes, [N] int64 each."""
+class Spans(NamedTuple):
+    """Where records, or the values of a key, lie in a file: first byte and length, [N] int64."""
 
     start: np.ndarray
     size: np.ndarray
@@ -134,7 +133,7 @@ class ShardReader:
         except (IndexError, KeyError, ValueError) as error:
             raise UserError(
                 f"{shard.path}: records of another layout\n"
-                f"delete {shard.path.parents[2]} to convert again"
+                f"delete {shard.path.parents[DEPTH - 1]} to convert again"
             ) from error
         self.clip_index = index.astype(np.int32)
 
@@ -212,9 +211,9 @@ def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndar
     return np.array(starts, np.int64), np.array(sizes, np.int64)
 
 
-def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Values]:
+def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Spans]:
     """Returns key -> its values in N messages `Example`; `starts` and `sizes` are [N] int64."""
-    values: dict[str, Values] = {}
+    values: dict[str, Spans] = {}
     at, end = _message(content, starts, FIRST)  # Features
     _expect(bool((end == starts + sizes).all()))
     while (at < end).any():
@@ -229,7 +228,7 @@ def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[st
         one, one_end = _message(content, feature, kind)  # a list of one value
         start, stop = _message(content, one, FIRST)
         _expect(bool((one_end == after).all() and (stop == after).all()))
-        values[letters[0].tobytes().decode()] = Values(start, stop - start)
+        values[letters[0].tobytes().decode()] = Spans(start, stop - start)
         at = after
     return values
 
@@ -253,18 +252,11 @@ def _read_varints(content: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _expect(condition: bool) -> None:
     if not condition:
-        raise UserError("not what `builder` writes")
+        raise UserError("not what `encode` writes")
 
 
 HEADER = 8 + 4  # bytes before a record: its length and the checksum of that
 SUM = 4  # bytes behind it: its checksum
-
-
-class Places(NamedTuple):
-    """Where the records of a shard lie: first byte and number of bytes, [N] int64 each."""
-
-    start: np.ndarray
-    size: np.ndarray
 
 
 class RecordFiles:
@@ -297,7 +289,7 @@ class RecordFiles:
         return content
 
 
-def find_records(shard: Shard) -> Places:
+def find_records(shard: Shard) -> Spans:
     """Returns where records lie, by lengths alone; ValueError if a length or the size is wrong."""
     starts, lengths, sums, at = [], [], [], 0
     with _open(shard) as file:
@@ -315,7 +307,7 @@ def find_records(shard: Shard) -> Places:
     if not (len(starts) == shard.records and at == shard.size == actual):
         raise UserError(f"{shard.path}: {actual} bytes, expected {shard.size}")
     size = np.frombuffer(b"".join(lengths), "<u8").astype(np.int64)
-    return Places(np.array(starts, np.int64), size)
+    return Spans(np.array(starts, np.int64), size)
 
 
 def _open(shard: Shard) -> io.FileIO:
@@ -346,8 +338,7 @@ def _first_wrong(messages: Sequence[bytes], sums: Sequence[bytes]) -> int | None
     return None
 
 
-# Tags of the messages: (number of the field << 3) + 2, which is a length and as many bytes.
-FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
+FIRST_TAG, SECOND_TAG, THIRD_TAG = bytes([FIRST]), bytes([SECOND]), bytes([THIRD])
 POLYNOMIAL = 0x82F63B78  # of CRC-32C, its bits reversed
 ROW = 512  # bytes of a row in `crc32c`; many rows are summed at once
 BATCH_BYTES = 4 << 20
