@@ -3,11 +3,14 @@
 import os
 
 # Before jax or TensorFlow is imported anywhere. Eight devices on two cores, beside other processes,
-# may wait for each other longer than the 40 seconds after which XLA aborts the process.
+# may wait for each other longer than the 40 seconds after which XLA aborts the process. A device
+# that waits keeps a thread, and XLA has a thread for each device or core: programs in flight at the
+# same time took each other's, and waited for ever. `NPROC` is the number of threads.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=180"
 )
+os.environ["NPROC"] = "64"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -27,8 +30,7 @@ from jax._src import compiler
 from tests.helpers import clip_files
 
 ROOT = Path(__file__).parent.parent
-# Programs of eight devices that are in flight at the same time take each other's threads, and wait
-# for ever: on two cores the pool has too few for the collectives of several.
+# Fewer programs in flight, and no memory of several.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 LINUX = sys.platform == "linux"
 MOST_RESIDENT = 2 << 30  # bytes of a process of tests
