@@ -86,18 +86,6 @@ def example(name, page="README.md"):
     return found[0]
 
 
-def with_line(source, block):
-    """Returns `identifier.py` with the import and the line of the table where they belong."""
-    imported, entry = block.rstrip("\n").split("\n")
-    assert imported.startswith("from vidjax.models.")
-    assert re.fullmatch(r'    "\w+": \w+,', entry)
-    last = source.rindex("\nfrom vidjax.models.")
-    source = source[:last] + "\n" + imported + source[last:]
-    source, count = re.subn(r"(\nMODELS\b.*= \{\n)", rf"\1{entry}\n", source)
-    assert count == 1
-    return source
-
-
 def prose(page):
     """Returns the text of a page, or of the cells of a notebook, without blocks of code."""
     text = (ROOT / page).read_text()
@@ -167,26 +155,16 @@ def test_the_table_of_folders_is_complete():
 
 @pytest.mark.slow
 def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
-    tree = tmp_path / "tree"
-    for name in ("vidjax", "configs"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("configs/mine.py", "vidjax/models/mine.py"):
-        assert not (tree / name).exists()
-        (tree / name).write_text(example(f"example: {name}"))
-    table = tree / "vidjax" / "models" / "identifier.py"
-    table.write_text(with_line(table.read_text(), example("example: line")))
-
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "VIDJAX_CACHE": str(cache_dir),
-        "PYTHONPATH": str(tree),
-    }
+    assert not (ROOT / "configs" / "mine.py").exists()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text(example("example: configs/mine.py"))
+    env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
 
     def command(*words, workdir=tmp_path / "run"):
         command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}"]
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        if done.returncode:
+            return done.stderr
         return json.loads((workdir / "metrics.json").read_text())
 
     (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
@@ -206,7 +184,29 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     # Of each modality a norm, and a classifier of 13 columns with its bias; and three weights.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
-    assert command("--mode=evaluate")["map"] == results["map"]
+    own = "--config=configs/mine.py"
+    assert "--config=FILE" in command("--mode=evaluate")
+    assert command("--mode=evaluate", own)["map"] == results["map"]
+    assert "leave it out" in command("--mode=evaluate", "--config=mma")
+    for k in (1, 2):
+        command("--mode=evaluate", own, f"--shard={k}/2")
+    assert command("--mode=merge", own)["map"] == results["map"]
+    command(
+        "--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=val.tsv"
+    )
+    assert len((tmp_path / "val.tsv").read_text().splitlines()) > 100
+
+    file = tmp_path / "configs" / "mine.py"
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert "definitions: mine.py:" in command(f"{own}:iqiyi_vid,face,head,audio")
+    code = (
+        "import sys, vidjax\nvidjax.load_config('configs/mine.py')\n"
+        "print(len(vidjax.restore('run').identities))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert int(done.stdout) == 12 and "'mine.py' is not as it was" in done.stderr
 
 
 @pytest.mark.slow

@@ -139,6 +139,9 @@ TABLE: tuple[Field | Group, ...] = (
           "backend: `highest` (float32) or another value of `jax.default_matmul_precision`"),
     Field("deterministic", False, "give bit-identical runs on a GPU, too, at some cost in speed; "
           "runs on a CPU always are"),
+    Field("definitions", None, "name and sha256 of the configuration's file, where it adds models, "
+          "losses or other entries to the tables of vidjax; set by `--config` alone",
+          changeable=True),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores by "
           "`eval.reduce`", choices=("pool", "examples")),

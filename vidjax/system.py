@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, fusion, logit_ops, losses, optim
+from vidjax import augment, config_io, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
@@ -138,6 +138,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     """
     groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
+    config_io.check_definitions(config)
     ensemble_spec = config["ensemble"]
     num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
     steps_per_epoch = task.num_clips / config["batch_size"]

@@ -29,6 +29,20 @@ def config_flag(parser: Parser) -> None:
     parser.flag("--config", "FILE[:ARG,...]", "an experiment, its name, or a run's config.json")
 
 
+def definitions_flag(parser: Parser) -> None:
+    """Adds `--config` of a command that uses a trained run."""
+    parser.flag("--config", "FILE", "the file of a run that uses its own models or losses")
+
+
+def load_definitions(args: argparse.Namespace) -> None:
+    """Runs the file of `--config`, so that a run finds what it defines; refuses one without."""
+    if args.config and not config_io.load_file(args.config).definitions:
+        raise UserError(
+            f"--config={args.config} defines no model or loss, and the run has a configuration\n"
+            "leave it out; a field is set by --config.FIELD=VALUE"
+        )
+
+
 def process_flags(parser: Parser) -> None:
     """Adds the flags of one of several processes."""
     parser.flag("--coordinator", "HOST:PORT", "where several processes meet, see configs/README.md")

@@ -26,6 +26,7 @@ TRAINED = (
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser)
+    common.definitions_flag(parser)
     parser.fields()
     parser.flag("--runs", "A,B", "folders of runs to join; --workdir is that of the results")
     parser.flag("--shard", "k/n", "scores one of n parts; k is from 1 to n; merge joins them")
@@ -62,6 +63,8 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         )
     config = api.run_config(workdir) if runs is None else _joined_config(args, workdir)
     config = config_io.override(config, args.overrides)
+    common.load_definitions(args)
+    config_io.check_definitions(config)
     if config.join.runs:
         from vidjax.commands import blend  # it imports jax
 

@@ -11,6 +11,7 @@ from vidjax.messages import Command, Parser, Result
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser)
+    common.definitions_flag(parser)
     parser.fields()
 
 

@@ -15,6 +15,7 @@ READ = ("eval.split", "eval.checkpoint")  # fields
 def add_flags(parser: Parser) -> None:
     """Adds the flags of the command."""
     common.workdir_flag(parser)
+    common.definitions_flag(parser)
     parser.flag("--input", "PATH", "the clips: a folder, or a .parquet table", needed=True)
     parser.flag("--out", "FILE", "the new file: .csv, .tsv, .jsonl or .parquet", needed=True)
     parser.fields()
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> Result:
     given = common.given_fields(args, READ)
     config = config_io.override(api.run_config(workdir), args.overrides)
     tables.check_new(out)  # before what takes seconds
+    common.load_definitions(args)
     from vidjax import predict
     from vidjax.data.memory import load_clips
     from vidjax.run import terminal

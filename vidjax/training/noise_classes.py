@@ -1,8 +1,8 @@
 """Noise classes: distractors are labelled as clusters of strangers and as mirrors of identities.
 
 Each cluster of distractor clips is a class. Every other distractor starts in a random one of C
-mirror classes, and moves every `noise.relabel_every_epochs` to the mirror of the identity that it is
-mistaken for.
+mirror classes, and moves every `noise.relabel_every_epochs` to the mirror of the identity that it
+is mistaken for.
 
 Source: the noise-classes system, 5th place of 2018. Its 8,652 is a misprint of 4934 + 3691 = 8625.
 The article leaves the label of a clip that is mistaken for no identity as it is; the author's code
