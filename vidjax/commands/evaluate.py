@@ -43,6 +43,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
             raise UserError(
                 f"{args.command} trains nothing: config.{name} has no effect\nleave it out"
             )
+    common.load_definitions(args)
     is_merge = args.command == "merge"
     runs, shard = (None, None) if is_merge else (args.runs, args.shard)
     if shard is not None:
@@ -63,7 +64,6 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         )
     config = api.run_config(workdir) if runs is None else _joined_config(args, workdir)
     config = config_io.override(config, args.overrides)
-    common.load_definitions(args)
     config_io.check_definitions(config)
     if config.join.runs:
         from vidjax.commands import blend  # it imports jax
