@@ -100,7 +100,7 @@ def _adds_definitions(module: str) -> bool:
     )
 
 
-def check_definitions(config: Mapping[str, Any]) -> None:
+def check_definitions(config: Config | Mapping[str, Any]) -> None:
     """Refuses a configuration whose file of definitions was not loaded; warns of a changed file.
 
     A run's folder may be a stranger's: the file is run where the user names it, and never from
