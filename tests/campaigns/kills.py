@@ -294,8 +294,8 @@ class Process:
         for folder in self._run.workdir.glob("checkpoints/*"):
             if not (folder / "manifest.json").exists():
                 yield folder
-        replaced = self._run.workdir.glob("checkpoints/*/.manifest.json.*.partial")
-        yield from filter(self._is_new, replaced)
+            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+                yield from filter(self._is_new, folder.glob(".manifest.json.*.partial"))
 
     def _is_new(self, path: Path) -> bool:
         try:
