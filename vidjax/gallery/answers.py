@@ -37,10 +37,10 @@ def share(value: float) -> str:
     return f"{percent:.2g} %" if percent >= 0.01 else "< 0.01 %"
 
 
-def describe_rule(rule: Rule) -> list[tuple[str, str]]:
-    """Returns the rows (name, value) that tell when a clip gets a name."""
+def describe_rule(rule: Rule) -> dict[str, str]:
+    """Returns the rows that tell when a clip gets a name."""
     chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
-    return [("named if", rule.about + chosen), *(describe(rule.found) if rule.found else [])]
+    return {"named if": rule.about + chosen, **(describe(rule.found) if rule.found else {})}
 
 
 def rule_as_json(rule: Rule) -> dict[str, object]:
@@ -49,14 +49,14 @@ def rule_as_json(rule: Rule) -> dict[str, object]:
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
 
 
-def describe(found: Threshold) -> list[tuple[str, str]]:
-    """Returns the rows (name, value) that tell of a threshold."""
-    return [
-        ("threshold", f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})"),
-        ("people", f"{found.num_identities:,}"),
-        ("strangers", f"{found.num_strangers:,}, of whom {found.num_alarms:,} reach it"),
-        ("rate", f"{share(found.low)} to {share(found.high)} at 95 % confidence"),
-    ]
+def describe(found: Threshold) -> dict[str, str]:
+    """Returns the rows that tell of a threshold."""
+    return {
+        "threshold": f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})",
+        "people": f"{found.num_identities:,}",
+        "strangers": f"{found.num_strangers:,}, of whom {found.num_alarms:,} reach it",
+        "rate": f"{share(found.low)} to {share(found.high)} at 95 % confidence",
+    }
 
 
 def write(path: Path, answers: Answers) -> None:

@@ -65,10 +65,6 @@ class Backend:
     def _axes(self) -> list[np.ndarray]:
         return [np.ascontiguousarray(part.space.transform.T) for part in self.parts]
 
-    @functools.cached_property
-    def _curves(self) -> dict[tuple[int, int], np.ndarray]:
-        return {}
-
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
         """Returns the parts [M] of [N, D] of vectors [N, sum of D]."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
@@ -111,15 +107,6 @@ class Backend:
             constants.append(np.asarray(enrolled.constant))
             counts.append(count.astype(np.int32))
         return Coefficients(tuple(linear), np.stack(constants), np.stack(counts))
-
-    def curve(self, number: int, count: int) -> np.ndarray:
-        """Returns the coefficients [D] of z squared, of a person with a number of clips."""
-        if (number, count) not in self._curves:
-            space = self.parts[number].space
-            none = np.zeros((1, len(space.mean)))
-            enrolled = two_covariance.coefficients(space, np.array([float(count)]), none)
-            self._curves[number, count] = np.asarray(enrolled.curve[0])
-        return self._curves[number, count]
 
     def numbers(self) -> np.ndarray:
         """Returns the arrays of all parts in one, [num_numbers] float64."""
@@ -183,12 +170,9 @@ def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndar
     """Returns the back end of `Backend.numbers`, whose parts have these names and widths."""
     parts, at = [], 0
     for name, width in widths.items():
-        arrays = []
-        for size in (width, width, width * width, width):
-            arrays.append(numbers[at : at + size].astype(np.float64))
-            at += size
-        centre, mean, transform, ratio = arrays
-        parts.append(Part(name, centre, Space(mean, transform.reshape(width, width), ratio)))
+        own = numbers[at : at + width * (width + 3)].astype(np.float64).reshape(-1, width)
+        at += own.size
+        parts.append(Part(name, own[0], Space(own[1], own[2:-1], own[-1])))
     return Backend(tuple(parts), settings)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -15,10 +15,11 @@ from vidjax.errors import UserError
 from vidjax.messages import Command, Parser, Result
 
 if TYPE_CHECKING:
-    from vidjax.config import Config
-    from vidjax.data.clips import ClipSource, TrainingData
+    from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
     from vidjax.gallery.gallery import Gallery
+    from vidjax.gallery.vectors import Vectors
+    from vidjax.run.terminal import Progress
 
 CLIPS = ("run", "split", "input")
 RULE = ("fpir", "threshold")
@@ -94,32 +95,26 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _flags(
-    *names: str, needs: Sequence[str] = (), fields: bool = False
+    *names: str, needs: Sequence[str] = (), strangers: tuple[str | None, str] = (None, "")
 ) -> Callable[[Parser], None]:
-    """Returns the function that adds the folder of the gallery and some of FLAGS to a parser."""
+    """Returns the function that adds the folder of the gallery and some of FLAGS to a parser.
+
+    `config` is for fields of the configuration; `strangers` is another flag in every command.
+    """
+    flags = {**FLAGS, "strangers": strangers}
 
     def add_flags(parser: Parser) -> None:
         parser.add_argument("gallery", nargs="?", metavar="G", help="the folder of the gallery")
         for name in names:
-            metavar, about = FLAGS[name]
-            if metavar is None:
+            metavar, about = flags.get(name, ("", ""))
+            if name == "config":
+                parser.fields("data.")
+            elif metavar is None:
                 parser.switch(f"--{name}", about)
             else:
                 parser.flag(f"--{name}", metavar, about, needed=name in needs)
-        if fields:
-            parser.fields("data.")
 
     return add_flags
-
-
-def _create_flags(parser: Parser) -> None:
-    _flags("run", "empty", needs=("run",), fields=True)(parser)
-    parser.flag("--strangers", "S", "the split whose clips without a label are strangers")
-
-
-def _enrol_flags(parser: Parser) -> None:
-    _flags(*CLIPS, "identity", fields=True)(parser)
-    parser.switch("--strangers", "adds clips of strangers, not of people")
 
 
 def _about_stray(stray: str, name: str) -> str | None:
@@ -165,20 +160,16 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--k={k}: name 1 identity or more, a whole number")
         args.k = int(k)
     if given.get("input"):
-        _check_input(args)
+        from vidjax.data.memory import check_path
 
-
-def _check_input(args: argparse.Namespace) -> None:
-    from vidjax.data.memory import check_path
-
-    path = Path(args.input).expanduser()
-    check_path(path)
-    nobody = args.command == "enrol" and not args.identity and not args.strangers
-    if nobody and (path.is_file() or any(path.glob("*.npz"))):
-        raise UserError(
-            "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
-            "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
-        )
+        path = Path(args.input).expanduser()
+        check_path(path)
+        nobody = args.command == "enrol" and not args.identity and not args.strangers
+        if nobody and (path.is_file() or any(path.glob("*.npz"))):
+            raise UserError(
+                "enrol --input=PATH needs --identity=NAME: say who all these clips show\n"
+                "or give a folder with a folder for each person: PATH/NAME/CLIP.npz"
+            )
 
 
 def _number(text: str, flag: str) -> float:
@@ -214,20 +205,14 @@ def _counts(
     return Result({**content, "gallery": str(gallery.folder), **sizes}, rows)
 
 
-def _config_of(config: "Config", overrides: Sequence[str]) -> "Config":
-    from vidjax import config_io
-
-    return config_io.override(config, overrides)
-
-
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax import predict
+    from vidjax import config_io, predict
     from vidjax.api import load_data, run_config
     from vidjax.gallery.gallery import Gallery
 
     run_config(Path(args.run).expanduser())  # says where there is none
     run = predict.restore(args.run)
-    config = _config_of(run.config, args.overrides)
+    config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)
     made = Gallery.create(
         args.gallery, run, data, strangers=args.strangers or None, empty=args.empty, sync=True
@@ -242,28 +227,29 @@ def _opened(args: argparse.Namespace) -> "Gallery":
 
 
 def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
+    from vidjax import config_io
     from vidjax.api import load_data
     from vidjax.data.memory import load_clips
 
     run = gallery.run
     if args.input:
         return load_clips(args.input, run.modalities, (), quality=run.config.data.quality)
-    return load_data(_config_of(run.config, args.overrides))
+    return load_data(config_io.override(run.config, args.overrides))
 
 
-@contextlib.contextmanager
-def _progress(
-    label: str, clips: "ClipSource", split: str | None
-) -> Iterator[Callable[[int], None]]:
-    """Shows how many clips are done; gives the function that counts them."""
+def _progress(label: str, total: int) -> "contextlib.closing[Progress]":
+    """Returns a bar of clips that are done."""
     from vidjax.run import terminal
 
-    total = len(clips.split(split or "clips").clips)
-    bar = terminal.Progress(total, unit="clip", label=label, leave=False)
-    try:
-        yield bar.advance
-    finally:
-        bar.close()
+    return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
+
+
+def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
+    """Returns the time at which the clips that flags name were read, and their vectors."""
+    clips = _clips(args, gallery)
+    began = time.monotonic()
+    with _progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
+        return began, gallery.embed(clips, args.split, advance=bar.advance)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -295,19 +281,16 @@ def _identify(args: argparse.Namespace) -> Result:
         tables.check_new(out)
     gallery = _opened(args)
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold)  # before clips are read
-    clips = _clips(args, gallery)
-    began, found = time.monotonic(), {}
-    with _progress("vectors", clips, args.split) as advance:
-        vectors = gallery.embed(clips, args.split, advance=advance)
-    with _progress("identify", clips, args.split) as advance:
+    (began, vectors), found = _embed(args, gallery), {}
+    with _progress("identify", len(vectors.names)) as bar:
         answers = gallery.answers(list(vectors.parts.values()), args.k or 5, rule)
         for name, answer in zip(vectors.names, answers, strict=True):
             found[name] = answer
-            advance(1)
+            bar.advance(1)
     timed = terminal.timing(began, len(found))
     named = sum(answer.identity is not None for answer in found.values())
     rows = {"clips": f"{len(found):,}", "named": f"{named:,}"}
-    rows |= {"unknown": f"{len(found) - named:,}", **dict(answers_lib.describe_rule(rule))}
+    rows |= {"unknown": f"{len(found) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= dict(timed[0])
     content = {"clips": len(found), "named": named, "rule": answers_lib.rule_as_json(rule)}
     content |= {"threshold": rule.found._asdict() if rule.found else None} | timed[1]
@@ -328,12 +311,9 @@ def _rank(args: argparse.Namespace) -> Result:
     gallery = _opened(args)
     chosen = args.fpir is not None or args.threshold is not None
     rule = gallery.rule(fpir=args.fpir, threshold=args.threshold) if chosen else None
-    clips = _clips(args, gallery)
-    began = time.monotonic()
-    with _progress("vectors", clips, args.split) as advance:
-        vectors = gallery.embed(clips, args.split, advance=advance)
-    with _progress("rank", clips, args.split) as advance:
-        ranked = gallery.top(vectors, rule, advance=advance)
+    began, vectors = _embed(args, gallery)
+    with _progress("rank", len(vectors.names)) as bar:
+        ranked = gallery.top(vectors, rule, advance=bar.advance)
     timed = terminal.timing(began, len(ranked.clips))
     if out.suffix == ".txt":
         text = ranking.to_text(out, ranked.identities, ranked.clips, ranked.top)
@@ -344,7 +324,7 @@ def _rank(args: argparse.Namespace) -> Result:
         "gallery": str(gallery.folder),
         "people": f"{len(gallery.identities):,}",
         "clips": f"{len(ranked.clips):,}",
-        **dict(answers_lib.describe_rule(rule) if rule else []),
+        **(answers_lib.describe_rule(rule) if rule else {}),
         **dict(timed[0]),
         "ranking": str(out),
     }
@@ -382,15 +362,13 @@ def _refit(args: argparse.Namespace) -> Result:
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.gallery.gallery import unknown
+    from vidjax.gallery.gallery import known
 
     gallery = _opened(args)
     result = _counts(gallery)
     listed = gallery.identities
     if args.identity is not None:
-        if args.identity not in listed:
-            raise unknown("identity", args.identity, listed)
-        listed = {args.identity: listed[args.identity]}
+        listed = {args.identity: known("identity", args.identity, listed)}
     content = {**result.content, "identities": listed}
     width = max(map(len, listed), default=0)
     lines = [f"  {name:{width}}  {count:,}" for name, count in listed.items()]
@@ -409,7 +387,7 @@ def _threshold(args: argparse.Namespace) -> Result:
     from vidjax.gallery.calibration import DEFAULT_FPIR
 
     found = _opened(args).threshold(DEFAULT_FPIR if args.fpir is None else args.fpir)
-    return Result(found._asdict(), dict(answers_lib.describe(found)))
+    return Result(found._asdict(), answers_lib.describe(found))
 
 
 def _export(args: argparse.Namespace) -> Result:
@@ -422,20 +400,28 @@ def _export(args: argparse.Namespace) -> Result:
 COMMANDS: Mapping[str, Command] = {
     "create": Command(
         "makes a gallery of the training clips of a run",
-        _create_flags, _create, ("G --run=runs/plda",),
+        _flags(
+            "run", "empty", "config", "strangers", needs=("run",),
+            strangers=("S", "the split whose clips without a label are strangers"),
+        ),
+        _create, ("G --run=runs/plda",),
     ),
     "enrol": Command(
         "adds clips of people who are there, or new",
-        _enrol_flags, _enrol, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
+        _flags(
+            *CLIPS, "identity", "config", "strangers",
+            strangers=(None, "adds clips of strangers, not of people"),
+        ),
+        _enrol, ("G --input=PATH --identity=Ada", "G --split=val --strangers"),
     ),
     "identify": Command(
         "says whom clips show, or unknown",
-        _flags(*CLIPS, *RULE, "k", "out", fields=True), _identify,
+        _flags(*CLIPS, *RULE, "k", "out", "config"), _identify,
         ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv"),
     ),
     "rank": Command(
         "ranks clips for every person, into a file",
-        _flags(*CLIPS, *RULE, "out", needs=("out",), fields=True), _rank,
+        _flags(*CLIPS, *RULE, "out", "config", needs=("out",)), _rank,
         ("G --split=val --out=ranking.txt",),
     ),
     "list": Command(

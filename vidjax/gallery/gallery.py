@@ -25,7 +25,7 @@ import numbers
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 from vidjax.steps import topk
 
+T = TypeVar("T")
 RANK_ROWS = 256  # clips of a block of scores
 MOST_SUGGESTED = 20_000  # names that a misspelt one is compared with: takes a second
 
@@ -286,8 +287,7 @@ class Gallery:
     def identities(self) -> dict[str, int]:
         """Identity -> its number of clips, in the order of names; read anew."""
         self.refresh()
-        groups = self._state.groups
-        return {name: len(clips) for name, clips in groups.items() if name != STRANGER}
+        return {name: len(clips) for name, clips in self._state.people.items()}
 
     def refresh(self) -> None:
         """Reads the gallery anew if this process or another one has changed it."""
@@ -392,16 +392,7 @@ class Gallery:
         with self._changing() as state:
             new = {name: clip for name, clip in clips.items() if _is_new(state, name, clip)}
             if new:
-                every = {**state.clips, **new}
-                groups = _regrouped(state, new)
-                shown = {clip.identity for clip in new.values() if clip.identity is not None}
-                people = _enrol(state.index.backend, {n: groups[n] for n in shown}, every)
-                state = state._replace(
-                    version=state.version + 1,
-                    index=state.index.replaced(shown, people),
-                    clips=every,
-                    groups=groups,
-                )
+                state, people = _with_clips(state, {**state.clips, **new}, new)
                 self._state = state._replace(sha256=self._store.insert(state, new, people))
             return len(new)
 
@@ -433,17 +424,14 @@ class Gallery:
         with self._changing() as state:
             gone: set[str] = set()
             for name in people:
-                _check_enrolled(state, name)
-                gone.update(state.groups[name])
+                gone.update(known("identity", name, state.people))
             for name in single:
-                if name not in state.clips:
-                    raise unknown("clip", name, state.clips)
+                known("clip", name, state.clips)
                 gone.add(name)
             if gone:
                 held = state.still_held + sum(state.clips[name].fitted for name in gone)
                 left = {name: clip for name, clip in state.clips.items() if name not in gone}
-                touched = {state.clips[name].identity for name in gone}
-                state = _with_clips(state, left, touched)._replace(still_held=held)
+                state = _with_clips(state, left, gone)[0]._replace(still_held=held)
                 self._write(state, refit=refit and held > 0)
             return len(gone)
 
@@ -454,7 +442,7 @@ class Gallery:
         """
         _check_word("identity", to)
         with self._changing() as state:
-            _check_enrolled(state, identity)
+            names = known("identity", identity, state.people)
             if to == identity:
                 raise UserError(f"'{show(to)}' has this name already")
             if to in state.groups and not merge:
@@ -462,27 +450,23 @@ class Gallery:
                     f"'{show(to)}' is enrolled, too: this would make one person of two\n"
                     "if they are the same: merge=True, by command --merge; it cannot be undone"
                 )
-            names = state.groups[identity]
-            self._relabel(state, dict.fromkeys(names, to))
+            self._relabel(state, names, to)
             return len(names)
 
     def relabel(self, clip: str, identity: str) -> str | None:
         """Says that a clip shows somebody else; returns who it showed, None for a stranger."""
         _check_word("identity", identity)
         with self._changing() as state:
-            if clip not in state.clips:
-                raise unknown("clip", clip, state.clips)
-            before = state.clips[clip].identity
+            before = known("clip", clip, state.clips).identity
             if before == identity:
                 raise UserError(f"clip '{show(clip)}' shows '{show(identity)}' already")
-            self._relabel(state, {clip: identity})
+            self._relabel(state, [clip], identity)
             return before
 
-    def _relabel(self, state: State, identity: Mapping[str, str]) -> None:
-        """Writes other people to clips; the back end stays as it is until `refit`."""
-        new = {n: state.clips[n]._replace(identity=person) for n, person in identity.items()}
-        touched = {state.clips[name].identity for name in new} | set(identity.values())
-        self._write(_with_clips(state, {**state.clips, **new}, touched), refit=False)
+    def _relabel(self, state: State, names: Iterable[str], identity: str) -> None:
+        """Writes another person to clips; the back end stays as it is until `refit`."""
+        new = {name: state.clips[name]._replace(identity=identity) for name in names}
+        self._write(_with_clips(state, {**state.clips, **new}, new)[0], refit=False)
 
     def refit(self) -> None:
         """Fits coordinates and settings to the clips that are enrolled now.
@@ -493,10 +477,9 @@ class Gallery:
         with self._changing() as state:
             if not state.still_held:
                 self._check_anybody()
-            self._write(state, refit=True)
+            self._write(state._replace(version=state.version + 1), refit=True)
 
     def _write(self, state: State, *, refit: bool) -> None:
-        version = state.version + 1
         if refit:
             widths = state.index.backend.widths
             backend = fit_backend(state.clips, widths, centred=state.run.centred)
@@ -504,9 +487,7 @@ class Gallery:
                 name: clip._replace(fitted=clip.identity is not None)
                 for name, clip in state.clips.items()
             }
-            state = _state(version, state.run, backend, clips)
-        else:
-            state = state._replace(version=version)
+            state = _state(state.version, state.run, backend, clips)
         self._state = state._replace(sha256=self._store.replace(state))
 
     # ---- answers
@@ -680,17 +661,22 @@ def fit_backend(
     people = sorted({str(clips[name].identity) for name in names})
     column = {person: number for number, person in enumerate(people, 1)}
     labels = np.array([column[str(clips[name].identity)] for name in names], np.int64)
-    stacked = np.zeros((len(names), sum(widths.values())), np.float32)
-    for row, name in enumerate(names):
-        stacked[row] = clips[name].vector
+    stacked = _stack(names, clips, sum(widths.values()))
     parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
     vectors = dict(zip(widths, parts, strict=True))
     return backend_lib.fit(vectors, labels, centred=centred, settings=settings)
 
 
+def _stack(names: Sequence[str], clips: Mapping[str, Clip], width: int) -> np.ndarray:
+    vectors = np.zeros((len(names), width), np.float32)
+    for row, name in enumerate(names):
+        vectors[row] = clips[name].vector
+    return vectors
+
+
 def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip]) -> State:
     groups = group(clips)
-    names = [name for name in groups if name != STRANGER]
+    names = sorted(groups.keys() - {STRANGER})
     blocks = (
         _enrol(backend, {name: groups[name] for name in names[at : at + MOST_ROWS]}, clips)
         for at in range(0, len(names), MOST_ROWS)
@@ -702,35 +688,28 @@ def _enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
 ) -> People:
     """Returns people, whose clips are added up in the order of names."""
-    width = sum(backend.widths.values())
-    vectors = np.zeros((sum(map(len, groups.values())), width), np.float32)
-    names = (name for some in groups.values() for name in some)
-    for row, name in enumerate(names):
-        vectors[row] = clips[name].vector
+    names = [name for some in groups.values() for name in some]
+    vectors = _stack(names, clips, sum(backend.widths.values()))
     sizes = np.array([len(some) for some in groups.values()], int)
     owner = np.repeat(np.arange(len(groups)), sizes)
     return People(tuple(groups), backend.enrol(vectors, owner, len(groups)))
 
 
-def _regrouped(state: State, new: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
-    """Returns the groups of a state with clips that are new, or a stranger's no more."""
-    changed: dict[str, set[str]] = {}
-    for name, clip in new.items():
-        identity = clip.identity or STRANGER
-        changed.setdefault(identity, set(state.groups.get(identity, ()))).add(name)
-    if known := {name for name in new if name in state.clips}:
-        changed[STRANGER] = changed.get(STRANGER, set(state.groups[STRANGER])) - known
-    groups = {**state.groups, **{name: tuple(sorted(some)) for name, some in changed.items()}}
-    return {name: groups[name] for name in sorted(groups) if groups[name]}
-
-
-def _with_clips(state: State, clips: Mapping[str, Clip], touched: Collection[str | None]) -> State:
-    """Returns a state with other clips of the touched people, in the same coordinates."""
-    groups = group(clips)
-    people = {name for name in touched if name is not None}
-    some = {name: groups[name] for name in sorted(people) if name in groups}
-    index = state.index.replaced(people, _enrol(state.index.backend, some, clips))
-    return state._replace(index=index, clips=clips, groups=groups)
+def _with_clips(
+    state: State, clips: Mapping[str, Clip], changed: Iterable[str]
+) -> tuple[State, People]:
+    """Returns the next state, where some clips came, went or changed, and the people they show."""
+    both = [some[name] for name in changed for some in (state.clips, clips) if name in some]
+    touched = {clip.identity or STRANGER for clip in both}
+    names = {*changed, *(name for one in touched for name in state.groups.get(one, ()))}
+    own = group({name: clips[name] for name in names if name in clips})
+    others = {name: some for name, some in state.groups.items() if name not in touched}
+    groups = dict(sorted((others | own).items()))
+    shown = {name: some for name, some in own.items() if name != STRANGER}
+    people = _enrol(state.index.backend, shown, clips)
+    index = state.index.replaced(touched, people)
+    version = state.version + 1
+    return state._replace(version=version, index=index, clips=clips, groups=groups), people
 
 
 def _is_new(state: State, name: str, clip: Clip) -> bool:
@@ -776,16 +755,12 @@ def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
         raise UserError(f"{kind} '{show(word)}' is longer than {MOST_LETTERS:,} letters")
 
 
-def _check_enrolled(state: State, identity: str) -> None:
-    if identity == STRANGER or identity not in state.groups:
-        raise unknown("identity", identity, state.index.names)
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Returns the error of a clip or an identity that is not there, with one of a like name."""
-    known = list(known)
-    close = closest(name, known) if len(known) <= MOST_SUGGESTED else None
+def known(kind: str, name: str, among: Mapping[str, T]) -> T:
+    """Returns what is known by a name; else the error has one of a like name."""
+    if name in among:
+        return among[name]
+    close = closest(name, among) if len(among) <= MOST_SUGGESTED else None
     hint = f": did you mean '{show(close)}'?" if close else ""
-    return UserError(
+    raise UserError(
         f"no {kind} '{show(name)}' is enrolled{hint}\nlist --clips names all people and clips"
     )

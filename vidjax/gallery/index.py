@@ -74,17 +74,17 @@ class Index:
 
     @functools.cached_property
     def _curves(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Coefficients of squares, [M] of [U, D], one row for each number of clips that occurs.
+        """Coefficients of squares, [M] of [1 + U, D], a row for each number of clips that occurs.
 
         And [M, N] int32, the row of every identity; row 0 is for no clip in the part.
         """
         curves, kinds = [], []
-        for number, part in enumerate(self.backend.parts):
-            values, inverse = np.unique(self.counts[number], return_inverse=True)
-            some = [value for value in values.tolist() if value]
-            none = np.zeros((1, len(part.centre)))
-            curves.append(np.vstack([none, *(self.backend.curve(number, n) for n in some)]))
-            kinds.append((inverse + (len(some) == len(values))).astype(np.int32))
+        for part, counts in zip(self.backend.parts, self.counts, strict=True):
+            values, inverse = np.unique(counts, return_inverse=True)
+            none = np.zeros((len(values), len(part.centre)))
+            found = two_covariance.coefficients(part.space, values.astype(np.float64), none)
+            curves.append(np.pad(np.asarray(found.curve), ((1, 0), (0, 0))))
+            kinds.append(np.where(counts > 0, inverse + 1, 0).astype(np.int32))
         return curves, np.stack(kinds)
 
     def replaced(self, gone: Collection[str], new: People) -> "Index":

@@ -133,6 +133,11 @@ class State(NamedTuple):
     still_held: int = 0
     sha256: bytes = b""
 
+    @property
+    def people(self) -> dict[str, tuple[str, ...]]:
+        """The groups without the strangers."""
+        return {name: some for name, some in self.groups.items() if name != STRANGER}
+
 
 def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
     """Returns identity -> the names of its clips, both in order."""
@@ -147,13 +152,8 @@ class Store:
     """A gallery's folder, an absolute path; nothing is read before a method asks."""
 
     def __init__(self, folder: Path, *, sync: bool):
-        self.folder = folder
+        self.folder, self.path = folder, folder / NAME
         self._sync = sync
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / NAME
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -281,29 +281,23 @@ class Store:
         encoding = connection.execute("PRAGMA encoding").fetchone()[0]
         connection.set_progress_handler(None, 0)
         if set(found) != wanted or len(found) > len(wanted):
-            raise damaged(self.path, "its tables are not those of a gallery of this version")
+            raise UserError("its tables are not those of a gallery of this version")
         if (mode, encoding) != ("delete", "UTF-8"):
-            raise damaged(self.path, "its settings are not those of a gallery")
+            raise UserError("its settings are not those of a gallery")
 
     # ---- reading
 
     def sha256(self) -> bytes:
         """Returns what tells the state of the gallery from every other one."""
         with self._opened() as connection:
-            rows = connection.execute("SELECT sha256 FROM gallery LIMIT 2").fetchall()
-        if len(rows) != 1 or not isinstance(rows[0][0], bytes):
-            raise damaged(self.path, "it has no facts")
-        return rows[0][0]
+            return _facts_row(connection)[1]
 
     def read(self) -> State:
         """Reads a gallery and checks it."""
         with self._opened() as connection:
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise damaged(self.path, "its pages do not fit together")
-            try:
-                return _read(connection)
-            except UserError as error:
-                raise damaged(self.path, str(error)) from error
+                raise UserError("its pages do not fit together")
+            return _read(connection)
 
     # ---- writing; the caller holds the lock
 
@@ -314,13 +308,8 @@ class Store:
             connection.execute("BEGIN IMMEDIATE")
             gone = ((STRANGER, name) for name in new)
             connection.executemany("DELETE FROM clip WHERE person = ? AND name = ?", gone)
-            _insert_clips(connection, new)
-            connection.executemany("REPLACE INTO person VALUES (?, ?, ?)", _rows(people))
             connection.execute("DELETE FROM gallery")
-            facts, sha256 = _facts(state)
-            connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
-            connection.execute("COMMIT")
-        return sha256
+            return _insert(connection, state, new, _person_rows(people))
 
     def replace(self, state: State) -> bytes:
         """Writes all of a new state into a new file, and returns its `sha256`."""
@@ -366,9 +355,11 @@ def _name(error: sqlite3.Error) -> str:
 
 @contextlib.contextmanager
 def _told(path: Path, *, write: bool) -> Iterator[None]:
-    """Raises errors of SQLite as those of the system, or of a damaged file."""
+    """Raises errors of SQLite as those of the system, or of a damaged file, as UserError is."""
     try:
         yield
+    except UserError as error:
+        raise damaged(path, str(error)) from error
     except sqlite3.Error as error:
         name = _name(error)
         if name.startswith("SQLITE_BUSY"):
@@ -415,17 +406,30 @@ def _facts(state: State) -> tuple[str, bytes]:
     return text, hashlib.sha256(text.encode()).digest()
 
 
-def _insert_clips(connection: sqlite3.Connection, clips: Mapping[str, Clip]) -> None:
-    def rows() -> Iterator[tuple[str, str, int, bytes, bytes]]:
-        for name, clip in clips.items():
-            row = (clip.identity or STRANGER, name, int(clip.fitted), clip.vector.tobytes())
-            yield *row, _clip_sha256(*row)
+def _insert(
+    connection: sqlite3.Connection,
+    state: State,
+    clips: Mapping[str, Clip],
+    people: Iterable[tuple[str, bytes, bytes]],
+) -> bytes:
+    """Adds clips, rows of people and the facts, ends the change, and returns the new `sha256`."""
+    connection.executemany("INSERT INTO clip VALUES (?, ?, ?, ?, ?)", _clip_rows(clips))
+    connection.executemany("REPLACE INTO person VALUES (?, ?, ?)", people)
+    facts, sha256 = _facts(state)
+    connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
+    connection.execute("COMMIT")
+    return sha256
 
-    connection.executemany("INSERT INTO clip VALUES (?, ?, ?, ?, ?)", rows())
+
+def _clip_rows(clips: Mapping[str, Clip]) -> Iterator[tuple[str, str, int, bytes, bytes]]:
+    for name, clip in clips.items():
+        words = (clip.identity or STRANGER, name, int(clip.fitted))
+        vector = clip.vector.tobytes()
+        yield *words, vector, _row_sha256(vector, *words)
 
 
-def _clip_sha256(person: str, name: str, fitted: int, vector: bytes) -> bytes:
-    return hashlib.sha256(f"{person}\n{name}\n{fitted}\n".encode() + vector).digest()
+def _row_sha256(content: bytes, *words: str | int) -> bytes:
+    return hashlib.sha256("".join(f"{word}\n" for word in words).encode() + content).digest()
 
 
 def _layout(widths: Iterable[int]) -> np.dtype:
@@ -434,7 +438,7 @@ def _layout(widths: Iterable[int]) -> np.dtype:
     return np.dtype([("constant", "<f8", parts), ("num_clips", "<i4", parts), *linear])
 
 
-def _rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
+def _person_rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
     """Yields the rows of people in order: name; constants, counts and coefficients; sha256."""
     linear, constant, count = people.coefficients
     rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
@@ -442,11 +446,7 @@ def _rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
         rows[field] = x.reshape(rows[field].shape)
     for row in sorted(range(len(people.names)), key=people.names.__getitem__):
         content = rows[row].tobytes()
-        yield people.names[row], content, _person_sha256(people.names[row], content)
-
-
-def _person_sha256(name: str, content: bytes) -> bytes:
-    return hashlib.sha256(f"{name}\n".encode() + content).digest()
+        yield people.names[row], content, _row_sha256(content, people.names[row])
 
 
 def _write(path: Path, state: State) -> bytes:
@@ -461,13 +461,9 @@ def _write(path: Path, state: State) -> bytes:
         pieces = (numbers[at : at + PIECE].tobytes() for at in range(0, len(numbers), PIECE))
         connection.executemany("INSERT INTO backend VALUES (?, ?)", enumerate(pieces))
         order = sorted(state.groups.items())
-        _insert_clips(connection, {name: state.clips[name] for _, names in order for name in names})
-        people = heapq.merge(*map(_rows, state.index.blocks))
-        connection.executemany("INSERT INTO person VALUES (?, ?, ?)", people)
-        facts, sha256 = _facts(state)
-        connection.execute("INSERT INTO gallery VALUES (?, ?)", (facts, sha256))
-        connection.execute("COMMIT")
-    return sha256
+        clips = {name: state.clips[name] for _, names in order for name in names}
+        people = heapq.merge(*map(_person_rows, state.index.blocks))
+        return _insert(connection, state, clips, people)
 
 
 def _read(connection: sqlite3.Connection) -> State:
@@ -487,11 +483,15 @@ def _read(connection: sqlite3.Connection) -> State:
     return State(facts.version, facts.run, index, clips, groups, facts.still_held, sha256)
 
 
-def _read_facts(connection: sqlite3.Connection) -> tuple[_Facts, bytes]:
+def _facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
         raise UserError("it has no facts")
-    text, sha256 = rows[0]
+    return rows[0]
+
+
+def _read_facts(connection: sqlite3.Connection) -> tuple[_Facts, bytes]:
+    text, sha256 = _facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the sha256 of its facts is another")
     value = files.parse_json(text)
@@ -531,7 +531,7 @@ def _read_clips(connection: sqlite3.Connection, size: int) -> dict[str, Clip]:
         kinds = tuple(map(type, row))
         if kinds != (str, str, int, bytes, bytes) or len(vector) != size or fitted not in (0, 1):
             raise UserError("a clip is not what vidjax writes")
-        if _clip_sha256(person, name, fitted, vector) != sha256:
+        if _row_sha256(vector, person, name, fitted) != sha256:
             raise UserError(f"the sha256 of clip '{show(name)}' is another")
         check_name(name)
         if person != STRANGER:
@@ -552,7 +552,7 @@ def _read_people(connection: sqlite3.Connection, layout: np.dtype) -> list[Peopl
         for row in rows:
             if tuple(map(type, row)) != (str, bytes, bytes) or len(row[1]) != layout.itemsize:
                 raise UserError("a person is not what vidjax writes")
-            if _person_sha256(row[0], row[1]) != row[2]:
+            if _row_sha256(row[1], row[0]) != row[2]:
                 raise UserError(f"the sha256 of person '{show(row[0])}' is another")
         columns = np.frombuffer(b"".join(row[1] for row in rows), layout)
         constant, count, *linear = (
