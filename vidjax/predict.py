@@ -218,15 +218,7 @@ class Predictor(NamedTuple):
         blocks = counted(self._score_blocks(request), advance)
         top = topk.rank(blocks, len(self.identities), k, rows=rows, mesh=self.mesh)
         names = dict(zip(request.clip_index.tolist(), request.names, strict=True))
-        lists = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
-        return {
-            identity: [
-                (names[clip], score)
-                for clip, score in zip(indices, scores, strict=True)
-                if clip != topk.NO_CLIP
-            ]
-            for identity, (indices, scores) in zip(self.identities, lists, strict=True)
-        }
+        return as_lists(self.identities, names, top)
 
     def embed(
         self, clips: Clips | TrainingData | MemoryClips, *, split: str | None = None
@@ -414,3 +406,18 @@ def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor
 if __name__ == "__main__":
     messages.complain("vidjax.predict is for programs; to rank clips: vidjax --mode=rank")
     sys.exit(2)
+
+
+def as_lists(
+    identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
+) -> dict[str, list[tuple[str, float]]]:
+    """Returns identity -> its clips as (name, score), best first; `names` has those of indices."""
+    rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
+    return {
+        identity: [
+            (names[clip], score)
+            for clip, score in zip(indices, scores, strict=True)
+            if clip != topk.NO_CLIP
+        ]
+        for identity, (indices, scores) in zip(identities, rows, strict=True)
+    }

@@ -125,7 +125,6 @@ def fit(
     *,
     centred: bool,
     settings: Settings | None = None,
-    seed: int = 0,
 ) -> Backend:
     """Fits a back end to the unit vectors of labelled clips, part -> [N, D] float32.
 
@@ -134,9 +133,9 @@ def fit(
     """
     tell_of_few(labels, say)
     if settings is None:
-        wanted = some_identities(labels, seed) if len(labels) else np.zeros(0, bool)
+        wanted = some_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
-        settings = fit_settings(some, labels[wanted], {}, seed)
+        settings = fit_settings(some, labels[wanted], {}, 0)
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)

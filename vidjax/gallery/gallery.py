@@ -99,15 +99,7 @@ class Ranked(NamedTuple):
 
     def lists(self) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its clips as (name, score), best first."""
-        rows = zip(self.top.index.tolist(), self.top.scores.tolist(), strict=True)
-        return {
-            identity: [
-                (self.clips[clip], score)
-                for clip, score in zip(indices, scores, strict=True)
-                if clip != topk.NO_CLIP
-            ]
-            for identity, (indices, scores) in zip(self.identities, rows, strict=True)
-        }
+        return predict.as_lists(self.identities, dict(enumerate(self.clips)), self.top)
 
 
 class Gallery:
@@ -170,12 +162,14 @@ class Gallery:
             data = load_data(run.config)
             run_data.check_training(run.workdir, run.manifest.get("data"), run.config, data)
         clips: dict[str, Clip] = {}
-        labelled = 0
+        labelled, widths = 0, {}
         for split in run.config.data.train_splits:
             found = vectors_lib.embed(run, data, split)
+            widths = {name: x.shape[1] for name, x in found.parts.items()}
             labelled += sum(label is not None for label in found.labels)
-            known = {n: c for n, c in _clips_of(found).items() if c.identity is not None}
-            clips |= {name: clip._replace(fitted=True) for name, clip in known.items()}
+            for name, clip in _clips_of(found).items():
+                if clip.identity is not None:
+                    clips[name] = clip._replace(fitted=True)
         if not labelled:
             raise UserError("no training clip has a label: there is nobody to enrol")
         if not clips:
@@ -184,8 +178,7 @@ class Gallery:
                 "tells people apart\ntrain a run on clips of more people"
             )
         origin = vectors_lib.origin_of(run)
-        settings = vectors_lib.settings_of(run)
-        widths = vectors_lib.widths_of(run, len(next(iter(clips.values())).vector))
+        settings = run.system.model.gallery_settings()
         backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         if strangers or data.split(chosen).labelled:
@@ -476,7 +469,7 @@ class Gallery:
         """
         with self._changing() as state:
             if not state.still_held:
-                self._check_anybody()
+                self._anybody()
             self._write(state._replace(version=state.version + 1), refit=True)
 
     def _write(self, state: State, *, refit: bool) -> None:
@@ -492,9 +485,12 @@ class Gallery:
 
     # ---- answers
 
-    def _check_anybody(self) -> None:
+    def _anybody(self) -> State:
+        """Returns what the folder holds; ValueError where nobody is enrolled."""
+        self.refresh()
         if not self.index.names:
             raise UserError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
+        return self._state
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that a share of the gallery's strangers reaches.
@@ -503,9 +499,7 @@ class Gallery:
         is enrolled, or the strangers cannot show the rate.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        self.refresh()
-        state = self._state
-        self._check_anybody()
+        state = self._anybody()
         strangers = state.groups.get(STRANGER, ())
         calibration.check_strangers(len(strangers), fpir)
         of, best = self._calibration or (None, np.zeros(0))
@@ -575,8 +569,7 @@ class Gallery:
 
         `rule` says when a clip gets a name; None for the rule of nothing chosen.
         """
-        self.refresh()
-        self._check_anybody()
+        self._anybody()
         rule = self.rule() if rule is None else rule
         index = self.index
         for logs in index.search(parts):
@@ -610,9 +603,7 @@ class Gallery:
         advance: Callable[[int], None] = uncounted,
     ) -> Ranked:
         """Returns the ranking of clips for every person; `rule` leaves out clips, see `rank`."""
-        self.refresh()
-        self._check_anybody()
-        searched = self.index
+        searched = self._anybody().index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
         columns = np.array([1 + row[name] for name in identities])

@@ -25,7 +25,6 @@ from vidjax.data.packing import Clips
 from vidjax.errors import UserError
 from vidjax.evaluation.restore import check_widths
 from vidjax.gallery.store import Origin
-from vidjax.models.plda import Settings
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
 
@@ -54,18 +53,7 @@ class Vectors(NamedTuple):
 def origin_of(run: Predictor) -> Origin:
     """Returns what a gallery keeps of its run."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return Origin(str(run.workdir), digest, settings_of(run) is not None)
-
-
-def widths_of(run: Predictor, width: int) -> dict[str, int]:
-    """Returns part -> D of the vectors of a run, of which an embedding has `width` numbers."""
-    model = run.system.model
-    return dict(model.modalities) if settings_of(run) else {EMBEDDING: width}
-
-
-def settings_of(run: Predictor) -> Settings | None:
-    """Returns the settings of a PLDA run, of its first member; None for any other run."""
-    return run.system.model.gallery_settings()
+    return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
 def embed(
@@ -102,9 +90,10 @@ def embed(
 
 
 def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, ...] into parts, each made unit."""
-    parts, at = {}, 0
-    for name, width in widths_of(run, values.shape[1]).items():
+    """Splits embeddings [N, ...] into parts, each made unit; of a run that is no PLDA into one."""
+    parts, at, model = {}, 0, run.system.model
+    plda = model.gallery_settings()
+    for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
         x = values[:, at : at + width].astype(np.float64)
         norm = np.sqrt(np.vecdot(x, x))[:, None]
         parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
