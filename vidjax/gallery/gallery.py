@@ -181,13 +181,12 @@ class Gallery:
         settings = run.system.model.gallery_settings()
         backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
+        kept = {} if empty else clips
         if strangers or data.split(chosen).labelled:
             found = _clips_of(vectors_lib.embed(run, data, chosen))
             others = {n: c for n, c in found.items() if c.identity is None and n not in clips}
-            clips = others | ({} if empty else clips)
-        elif empty:
-            clips = {}
-        return cls.of_clips(folder, origin, backend, clips, run=run, sync=sync)
+            kept = others | kept
+        return cls.of_clips(folder, origin, backend, kept, run=run, sync=sync)
 
     @classmethod
     def of_clips(
@@ -636,8 +635,8 @@ def _restored(run: Predictor | str | Path) -> Predictor:
 
 def _clips_of(found: Vectors) -> dict[str, Clip]:
     rows = np.concatenate(list(found.parts.values()), axis=1)
-    pairs = zip(found.names, found.labels, rows, found.usable.tolist(), strict=True)
-    return {name: Clip(label, row) for name, label, row, usable in pairs if usable}
+    clips = zip(found.names, found.labels, rows, strict=True)
+    return {name: Clip(label, row) for name, label, row in clips if row.any()}
 
 
 def fit_backend(
@@ -649,9 +648,8 @@ def fit_backend(
 ) -> Backend:
     """Fits a back end to labelled clips, whose order does not matter; see `backend.fit`."""
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    people = sorted({str(clips[name].identity) for name in names})
-    column = {person: number for number, person in enumerate(people, 1)}
-    labels = np.array([column[str(clips[name].identity)] for name in names], np.int64)
+    people = [clips[name].identity for name in names]
+    labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
     stacked = _stack(names, clips, sum(widths.values()))
     parts = np.split(stacked, np.cumsum(list(widths.values()))[:-1].tolist(), axis=1)
     vectors = dict(zip(widths, parts, strict=True))

@@ -6,6 +6,7 @@ cosine. A clip removed from the gallery stays in the database until it is delete
 id `point_id`. A folder is readable by its user alone.
 """
 
+import contextlib
 import importlib.util
 import os
 import urllib.parse
@@ -57,10 +58,8 @@ def export(gallery: Gallery, place: str, collection: str) -> int:
             else:
                 files.make_private(Path(place).expanduser().absolute())
                 client = QdrantClient(path=str(Path(place).expanduser()))
-        try:
+        with contextlib.closing(client):
             return write(client, gallery, collection)
-        finally:
-            client.close()
     except (ResponseHandlingException, UnexpectedResponse, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"Qdrant at '{place}': {reason}") from error

@@ -44,11 +44,6 @@ class Vectors(NamedTuple):
     parts: dict[str, np.ndarray]
     labels: tuple[str | None, ...]
 
-    @property
-    def usable(self) -> np.ndarray:
-        """[N] bool, False for clips without a usable frame."""
-        return np.any([np.any(x != 0, axis=1) for x in self.parts.values()], axis=0)
-
 
 def origin_of(run: Predictor) -> Origin:
     """Returns what a gallery keeps of its run."""
