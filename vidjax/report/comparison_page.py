@@ -42,7 +42,8 @@ class RankedRun(NamedTuple):
 
 
 Rows = list[list[str]]
-# Key of `metrics.json`, label and digits of what a run is and what it takes.
+# Key of `metrics.json`, label and digits of metrics, and of what a run is and what it takes.
+METRICS = [(name, metric.label, metric.digits) for name, metric in metrics.CLIP_METRICS.items()]
 COSTS = (
     ("num_members", "members", 0),
     ("num_params", "parameters of a member", 0),
@@ -79,20 +80,10 @@ def difference_table(
     return head, rows
 
 
-def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of `metrics.CLIP_METRICS`; no rows where none is known."""
-    labels = [(name, metric.label, metric.digits) for name, metric in metrics.CLIP_METRICS.items()]
-    return _value_table(runs, labels)
-
-
-def cost_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of sizes and times; no rows where none is known."""
-    return _value_table(runs, COSTS)
-
-
-def _value_table(
+def value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
+    """Returns head and rows of the table of METRICS or COSTS; no rows where none is known."""
     known = [
         label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
     ]
@@ -219,7 +210,7 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
 def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as Markdown."""
     parts = ["# Comparison", "", *_markdown_table(*difference_table(runs, differences))]
-    for head, rows in (metric_table(runs), cost_table(runs), config_table(runs)):
+    for head, rows in (value_table(runs, METRICS), value_table(runs, COSTS), config_table(runs)):
         if rows:
             parts += ["", *_markdown_table(head, rows)]
     return "\n".join([*parts, "", *map(markdown_text, sentences(runs)), ""])
@@ -260,9 +251,12 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as a page of HTML."""
     first, names = runs[0], short_names(runs)
     others = list(zip(runs[1:], names[1:], strict=True))
-    head, rows = metric_table(runs)
+    head, rows = value_table(runs, METRICS)
     shown = [metric for metric in metrics.CLIP_METRICS.values() if metric.label in head]
-    tables = [_table("Other metrics", head, rows), _table("Size and time", *cost_table(runs))]
+    tables = [
+        _table("Other metrics", head, rows),
+        _table("Size and time", *value_table(runs, COSTS)),
+    ]
     fields = config_table(runs)
     largest = {name: _largest_gaps(first, run, names[0], name) for run, name in others}
     parts = html.parts("comparison.html.j2")

@@ -3,7 +3,6 @@
 The page needs no other file, no network and no script; no data is read, and no model is run.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from vidjax import config_io, files
@@ -11,25 +10,6 @@ from vidjax.errors import UserError
 from vidjax.report import html, sections
 from vidjax.report.sections import RunFiles
 from vidjax.run import formats, results
-
-# Identifier, which names a macro of `sections.html.j2`, heading, and function of `RunFiles` to what
-# the macro shows; None leaves the section out.
-SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], sections.Facts | None]], ...] = (
-    ("summary", "Summary", sections.summary),
-    ("names", "Clips and names", sections.names),
-    ("reading", "How to read it", sections.reading),
-    ("learning", "Learning curves", sections.learning),
-    ("identities", "Identities", sections.identities),
-    ("mistakes", "Mistakes and lists", sections.mistakes),
-    ("strata", "Kinds of clips", sections.strata),
-    ("open_set", "Distractors and calibration", sections.open_set),
-    ("attention", "Attention between modalities", sections.attention),
-    ("frames", "Frames", sections.frames),
-    ("robustness", "Robustness", sections.robustness),
-    ("ensemble", "Ensemble", sections.ensemble),
-    ("data", "Data", sections.data),
-    ("configuration", "Configuration", sections.configuration),
-)
 
 
 def write(workdir: Path) -> Path:
@@ -39,8 +19,8 @@ def write(workdir: Path) -> Path:
     """
     run = load(workdir)
     for split in run.analysed:
-        page = _fitting(of_split(run, split))
-        files.write_text(results.paths(workdir, split, run.split).report, page)
+        page = results.paths(workdir, split, run.split).report
+        files.write_text(page, _fitting(load(workdir, split)))
     path = workdir / results.REPORT
     files.write_text(path, _fitting(run))
     return path
@@ -50,8 +30,8 @@ def render(run: RunFiles) -> str:
     """Returns the page as HTML."""
     macros = html.parts("sections.html.j2")
     shown = []
-    for key, heading, make in SECTIONS:
-        facts = make(run)
+    for make, heading in sections.SECTIONS.items():
+        facts, key = make(run), make.__name__
         if facts is not None:
             shown.append((key, heading, getattr(macros, key)(run, facts)))
     return html.page(
@@ -83,37 +63,30 @@ def _fitting(run: RunFiles) -> str:
         ) from error
 
 
-def load(workdir: Path) -> RunFiles:
-    """Reads the files of a run."""
-    split = str(config_io.load_workdir(workdir).eval.split)  # refuses values of other types
-    identities = workdir / "identities.json"
+def load(workdir: Path, other: str = "") -> RunFiles:
+    """Reads the files of a run, with the results of the split that it evaluates or of another."""
+    own = str(config_io.load_workdir(workdir).eval.split)  # refuses values of other types
     others = results.read_other_metrics(workdir)
-    run = RunFiles(
+    values = others[other] if other else results.read_metrics(workdir)
+    identities, paths = workdir / "identities.json", results.paths(workdir, other or own, own)
+    analysed = files.exists(paths.analysis)
+    analysis, arrays = results.load_analysis(paths.analysis) if analysed else (None, {})
+    return RunFiles(
         folder=workdir,
         config=files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES),
-        lines=results.read_lines(workdir / "metrics.jsonl"),
+        lines=[] if other else results.read_lines(workdir / "metrics.jsonl"),
         identities=results.load_identities(identities) if files.exists(identities) else [],
         data=results.read_data_report(workdir),
-        other_metrics=others,
-        split=split,
+        other_metrics={} if other else others,
+        split=other or own,
         analysed=tuple(
-            other for other in others if files.exists(results.paths(workdir, other, split).analysis)
+            split
+            for split in (() if other else others)
+            if files.exists(results.paths(workdir, split, own).analysis)
         ),
+        metrics=formats.parse(paths.metrics, values, formats.Metrics, results.REMEDY),
+        values=values,
+        analysis=analysis or formats.Analysis(),
+        arrays=arrays,
+        analysed_split=analysed,
     )
-    return _with_results(run, results.read_metrics(workdir), split)
-
-
-def of_split(run: RunFiles, split: str) -> RunFiles:
-    """Returns the files of a run with the results and the analysis of another split."""
-    other = run._replace(lines=[], other_metrics={}, split=split, analysed=())
-    return _with_results(other, run.other_metrics[split], run.split)
-
-
-def _with_results(run: RunFiles, values: dict, own_split: str) -> RunFiles:
-    paths = results.paths(run.folder, run.split, own_split)
-    metrics = formats.parse(paths.metrics, values, formats.Metrics, results.REMEDY)
-    run = run._replace(values=values, metrics=metrics)
-    if not files.exists(paths.analysis):
-        return run
-    analysis, arrays = results.load_analysis(paths.analysis)
-    return run._replace(analysed_split=True, analysis=analysis, arrays=arrays)

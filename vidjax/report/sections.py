@@ -5,7 +5,7 @@ None where there is nothing to show. Sentences stand in the template.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -57,11 +57,11 @@ class RunFiles(NamedTuple):
     other_metrics: dict[str, dict[str, Any]]
     split: str
     analysed: tuple[str, ...]
-    metrics: formats.Metrics = formats.Metrics()
-    values: Mapping[str, Any] = {}
-    analysis: formats.Analysis = formats.Analysis()
-    arrays: Mapping[str, np.ndarray] = {}
-    analysed_split: bool = False
+    metrics: formats.Metrics
+    values: Mapping[str, Any]
+    analysis: formats.Analysis
+    arrays: Mapping[str, np.ndarray]
+    analysed_split: bool
 
     def identity(self, column: int) -> str:
         """Returns the name of an identity, given its place in `identities`."""
@@ -735,3 +735,23 @@ def _value_text(value: object) -> str:
     ):
         return ", ".join(map(str, value)) or "empty"
     return value or "empty" if isinstance(value, str) else json.dumps(value)
+
+
+# What finds the content of a section, and shares its name with a macro of `sections.html.j2`, and
+# the heading; None leaves the section out.
+SECTIONS: dict[Callable[[RunFiles], Facts | None], str] = {
+    summary: "Summary",
+    names: "Clips and names",
+    reading: "How to read it",
+    learning: "Learning curves",
+    identities: "Identities",
+    mistakes: "Mistakes and lists",
+    strata: "Kinds of clips",
+    open_set: "Distractors and calibration",
+    attention: "Attention between modalities",
+    frames: "Frames",
+    robustness: "Robustness",
+    ensemble: "Ensemble",
+    data: "Data",
+    configuration: "Configuration",
+}
