@@ -135,7 +135,9 @@ class Observer:
         values |= attention_values
         if self._single and num_steps and not model.system.model.exact_inputs:
             arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
-        scored = ScoredSplit.of(evaluation, split)
+        scored = ScoredSplit(
+            evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
+        )
         if results.get("map") is None:
             values["named"] = strata.named_clips(scored)
             return values, arrays

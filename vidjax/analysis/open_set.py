@@ -87,7 +87,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         return None
     rows = []
     for rate in RATES:
-        row: dict[str, Any] = {"rate": rate, "fewest": fewest(rate)}
+        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate)}
         errors = metrics.identification_errors(clips.best[pool], right, known, fpir=rate)
         if errors and num_strange >= row["fewest"]:
             passed = round(errors.fpir * num_strange)
@@ -105,11 +105,6 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         "resamples": RESAMPLES,
         "rates": rows,
     }
-
-
-def fewest(rate: float) -> int:
-    """Returns how many distractors a sample needs to show a rate of FPIR."""
-    return math.ceil(1 / rate)
 
 
 def resampled_fnir(

@@ -1,5 +1,6 @@
 """MAP by kinds of identities and clips, and the mistakes: worst identities, wrong clips, lists."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from vidjax import metrics
 from vidjax.data.clips import Split
-from vidjax.evaluation.scoring import Evaluation, TrainedModel
+from vidjax.evaluation.scoring import TrainedModel
 from vidjax.significance import FEWEST_IDENTITIES, map_interval
 from vidjax.steps.topk import TopK
 
@@ -27,33 +28,25 @@ Groups = list[tuple[str, np.ndarray]]  # label, and bool: the clips or identitie
 Row = dict[str, Any]  # of a table in `run.formats.Analysis`
 
 
+@dataclasses.dataclass
 class ScoredSplit:
     """The ranking of a split, and values that several parts of its analysis use.
 
     Attributes:
-      index, scores: [C, k], the best clips of every identity and their scores, best first.
+      top: the best clips of every identity as numpy arrays, best first.
       labels: [N] int, class columns.
       pool: [N] bool, the clips that are ranked.
       positives: [C] int, clips of every identity.
     """
 
-    def __init__(
-        self,
-        top: TopK,
-        labels: np.ndarray,
-        names: Sequence[str],
-        pool: np.ndarray,
-        positives: np.ndarray,
-    ):
-        self.index, self.scores = np.asarray(top.index), np.asarray(top.scores)
-        self.labels, self.names, self.pool = np.asarray(labels), names, pool
-        self.positives = np.asarray(positives)
+    top: TopK
+    labels: np.ndarray
+    names: Sequence[str]
+    pool: np.ndarray
+    positives: np.ndarray
 
-    @classmethod
-    def of(cls, evaluation: Evaluation, split: Split) -> "ScoredSplit":
-        """Returns the ranking of an evaluation."""
-        pool, positives = evaluation.clips.pool, evaluation.positives
-        return cls(evaluation.top, split.labels, split.clips, pool, positives)
+    def __post_init__(self) -> None:
+        self.scores, self.index = map(np.asarray, self.top)
 
     @cached_property
     def columns(self) -> np.ndarray:

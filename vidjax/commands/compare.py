@@ -49,8 +49,6 @@ def compare(
     from vidjax import significance
     from vidjax.report import comparison_page, html
 
-    if len(folders) < 2:
-        raise UserError(f"--runs={','.join(folders)}: a comparison needs two runs or more")
     if len({Path(name).resolve() for name in folders}) < len(folders):
         raise UserError(f"--runs={','.join(folders)}: a run is named twice")
     runs = [read(name, load, split=split, directory=directory) for name in folders]
