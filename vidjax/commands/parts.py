@@ -387,32 +387,22 @@ def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> 
 
     The best k of the union are the best k of all clips, bit for bit. No score is NaN.
     """
-    nothing = _keys(np.full((1, k), -np.inf, np.float32), np.full((1, k), NO_CLIP))
-    best = np.repeat(nothing, num_identities, axis=0)
+    best = TopK(
+        np.full((num_identities, k), -np.inf, np.float32),
+        np.full((num_identities, k), NO_CLIP, np.int32),
+    )
     for top in tops:
         for at in range(0, num_identities, ROWS):
             rows = slice(at, at + ROWS)
-            more = _keys(np.asarray(top.scores[rows]), np.asarray(top.index[rows]))
-            keys = np.concatenate([best[rows], more], axis=1)
-            keys.sort(axis=1)
-            best[rows] = keys[:, :k]
-    return _unpack(best)
-
-
-def _keys(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns uint64 whose ascending order is that of a ranking.
-
-    The bits of positive floats have the order of the floats, those of negative ones the reverse.
-    """
-    bits = (np.ascontiguousarray(scores) + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    descending = np.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
-    return descending.astype(np.uint64) << np.uint64(32) | index.astype(np.uint64)
-
-
-def _unpack(keys: np.ndarray) -> TopK:
-    descending = (keys >> np.uint64(32)).astype(np.uint32)
-    bits = np.where(descending >> 31, descending, ~descending & 0x7FFFFFFF)
-    return TopK(bits.view(np.float32), (keys & np.uint64(0xFFFFFFFF)).astype(np.int32))
+            scores, index = (
+                np.concatenate([old[rows], new[rows]], axis=1)
+                for old, new in zip(best, top, strict=True)
+            )
+            scores += np.float32(0)  # -0 becomes 0
+            order = np.lexsort((index, -scores), axis=1)[:, :k]
+            for old, new in zip(best, (scores, index), strict=True):
+                old[rows] = np.take_along_axis(new, order, axis=1)
+    return best
 
 
 def choose_parts(
@@ -424,15 +414,22 @@ def choose_parts(
     """
     split = facts["split"]
     found = parts_lib.find(workdir, split)
-    faults = {one: _fault(part, facts) for one, part in found.items()}
+    faults = {
+        one: str(part).splitlines()[0]
+        if isinstance(part, ValueError)
+        else disagreement(part, facts)
+        for one, part in found.items()
+    }
     good = {one: part for one, part in found.items() if isinstance(part, Part) and not faults[one]}
     lacking = {one.total: one.total for one in found}
     for one in good:
         lacking[one.total] -= 1
+    command = ["--mode=evaluate", f"--workdir={messages.shown(workdir)}", *overrides]
+    command = shlex.join([*PROGRAM.split(), *command])
     if not lacking:
         raise UserError(
             f"no parts of {split} in '{workdir / parts_lib.FOLDER}': make all n of some n, by\n"
-            f"{_command(workdir, overrides)} --shard=k/n"
+            f"{command} --shard=k/n"
         )
     total = min(sorted(lacking), key=lambda n: lacking[n])
     every = [Shard(i, total) for i in range(1, total + 1)]
@@ -443,32 +440,16 @@ def choose_parts(
     first, *others = (one for one in every if one not in good)
     numbers = ", ".join(str(one.number) for one in (first, *others[:7]))
     numbers += ", ..." if others[7:] else ""
-    fault = f"; part {first}: {faults[first]}" if faults.get(first) else ""
+    fault = f"; part {first}: {_plain(faults[first])}" if faults.get(first) else ""
     raise UserError(
         f"{split}: missing, or not to be joined, of {total} parts: {numbers}{fault}\n"
-        f"make them: {_command(workdir, overrides)} --shard={first}"
+        f"make them: {command} --shard={first}"
     )
-
-
-def _fault(part: Part | ValueError, facts: Mapping[str, Any]) -> str:
-    """Returns why a part cannot be joined, in one line; empty where it can."""
-    damaged = isinstance(part, ValueError)
-    return _plain(str(part).splitlines()[0] if damaged else disagreement(part, facts))
 
 
 def _plain(text: str) -> str:
     """Returns a text that a stranger may have written, short and without control characters."""
     return "".join(filter(str.isprintable, text))[:400]
-
-
-def _command(workdir: Path, overrides: Sequence[str]) -> str:
-    words = [
-        *PROGRAM.split(),
-        "--mode=evaluate",
-        f"--workdir={messages.shown(workdir)}",
-        *overrides,
-    ]
-    return shlex.join(words)
 
 
 def _tell_of_versions(parts: Sequence[Part]) -> None:
