@@ -1,4 +1,4 @@
-"""Models against loops written from the paper, and what masks, padding and dropout may not do."""
+"""Models against loops written from the paper, and what dropout may do."""
 
 import functools
 from typing import Any
@@ -10,10 +10,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
-from tests.test_fusion import make_frames, pad
+from tests.test_fusion import make_frames
 from vidjax.batch import ClipInfo
 from vidjax.models import identifier, inputs
-from vidjax.models.attention import MultimodalAttention, SigmoidGate
+from vidjax.models.attention import SigmoidGate
 from vidjax.models.neighbours import NearestNeighbours
 from vidjax.models.netvlad import NetVLAD
 
@@ -42,17 +42,6 @@ def netvlad_oracle(params, features, mask, reduce):
         if reduce == "mean":
             out[b] /= max(sum(mask[b]), 1)
     return out
-
-
-def attention_oracle(kernel, x, gamma, scale=1.0):
-    """Equations 1-3 of the paper with X in R^{D x M}, for one clip."""
-    f = kernel.T @ x
-    z = scale * f.T @ f
-    y = np.zeros_like(z)
-    for j in range(z.shape[1]):
-        for i in range(z.shape[0]):
-            y[i, j] = np.exp(z[i, j]) / sum(np.exp(z[k, j]) for k in range(z.shape[0]))
-    return x + gamma * x @ y, y
 
 
 def randomised(params, seed=3):
@@ -101,51 +90,6 @@ def test_netvlad_matches_the_paper(reduce):
         np.testing.assert_array_equal(forward(params, frames.features)[2], 0)
         if reduce == "sum":
             check_gradients(forward, params, frames.features, modes=("rev",))
-
-
-def test_netvlad_ignores_the_order_of_frames_and_padding():
-    frames = make_frames([5, 3, 0, 1], max_frames=5, dtype="float32")
-    model = NetVLAD(3)
-    variables = init(model, frames.features, frames.mask, train=False)
-
-    @jax.jit
-    def forward(frames):
-        (descriptors, _), new = model.apply(
-            variables, frames.features, frames.mask, train=True, mutable=["batch_stats"]
-        )
-        return descriptors, new
-
-    out, new = forward(frames)
-    shuffled = jax.tree.map(lambda v: v[:, [3, 0, 4, 2, 1]], frames)
-    for other, other_new in (forward(shuffled), forward(pad(frames, 6))):
-        np.testing.assert_allclose(other, out, atol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
-    # A batch without any frame leaves the statistics finite.
-    empty, new = forward(frames._replace(mask=np.zeros_like(frames.mask)))
-    np.testing.assert_array_equal(empty, 0)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
-
-
-def test_attention_matches_the_paper():
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((3, 6, 8))
-        mask = np.ones((3, 6), bool)
-        model = MultimodalAttention(4, 0.25, 0.05, train_gamma=True, dtype=jnp.dtype("float64"))
-        params = init(model, x, mask)["params"]
-
-        @jax.jit
-        def forward(params, x):
-            return model.apply({"params": params}, x, mask)
-
-        out, y = forward(params, x)
-        y = np.asarray(y)
-        np.testing.assert_allclose(y.sum(axis=1), 1, atol=1e-12)
-        for b in range(3):
-            expected, expected_y = attention_oracle(params["w_f"]["kernel"], x[b].T, 0.05, 0.25)
-            np.testing.assert_allclose(out[b], expected.T, atol=1e-6)
-            np.testing.assert_allclose(y[b], expected_y, atol=1e-6)
-        check_gradients(lambda p, x: forward(p, x)[0], params, x)
 
 
 def test_gate_matches_a_loop_and_leaves_missing_vectors_out():
@@ -210,69 +154,6 @@ def eval_logits(model, variables, frames, clips):
     return eval_output(model, variables, frames, clips).logits[:, 0]
 
 
-@pytest.fixture(scope="module")
-def mma():
-    frames, clips = make_batch()
-    model = make_model()
-    variables = init_identifier(model, frames, clips)
-    return model, variables, frames, clips
-
-
-def test_identifier_ignores_padding_and_padded_rows(mma):
-    model, variables, frames, clips = mma
-    logits, new = train_logits(model, variables, frames, clips)
-    assert logits.shape == (8, 5) and logits.dtype == np.float32
-    assert np.isfinite(logits).all()
-    longer = {name: pad(value, 3) for name, value in frames.items()}
-    garbage = {
-        name: value._replace(features=np.where(np.arange(8)[:, None, None] < 6, value.features, 99))
-        for name, value in frames.items()
-    }
-    for other_frames in (longer, garbage):
-        other, other_new = train_logits(model, variables, other_frames, clips)
-        np.testing.assert_allclose(other[:6], logits[:6], atol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
-
-
-def test_missing_modality_is_a_mask_not_a_bias(mma):
-    model, variables, frames, clips = mma
-    logits, _ = train_logits(model, variables, frames, clips)
-    params = dict(variables["params"])
-    params["audio_map"] = jax.tree.map(lambda p: p + 1, params["audio_map"])
-    moved, _ = train_logits(model, {**variables, "params": params}, frames, clips)
-    changed = np.abs(moved - logits).max(axis=1) > 1e-3
-    has_audio = frames["audio"].mask.any(axis=1) & clips.mask
-    np.testing.assert_array_equal(changed, has_audio)
-    # Row 4 has nothing at all: what remains is the classifier's bias.
-    np.testing.assert_array_equal(logits[4], params["classifier"]["logits"]["bias"])
-
-
-def test_gradients_are_finite_on_zero_features_and_missing_frames(mma):
-    model, variables, frames, clips = mma
-    zeros = {
-        name: value._replace(features=np.zeros_like(value.features))
-        for name, value in frames.items()
-    }
-
-    def loss(params):
-        logits, _ = train_logits(model, {**variables, "params": params}, zeros, clips)
-        return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
-
-    gradients = jax.grad(loss)(variables["params"])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-
-
-def test_bfloat16_computes_near_float32_with_float32_parameters(mma):
-    _, variables, frames, clips = mma
-    model = make_model(dtype="bfloat16")
-    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-    half, _ = train_logits(model, variables, frames, clips)
-    full, _ = train_logits(make_model(), variables, frames, clips)
-    assert half.dtype == np.float32
-    assert 0 < np.abs(half - full).max() < 0.03
-
-
 def test_one_modality_of_any_name_works():
     frames = {"gait": make_frames([2, 0], max_frames=3, dim=7)}
     clips = ClipInfo(
@@ -302,42 +183,6 @@ def test_modality_dropout_never_drops_everything():
     kept = np.asarray(inputs.drop_modalities(jax.random.key(2), full, 0.3))
     # Lost with probability .3, save for one in three of the .027 where all would go.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
-
-
-def test_modality_dropout_is_for_training_only(mma):
-    _, variables, frames, clips = mma
-    model = make_model(modality_dropout_rate=0.9, dropout_rate=0.5)
-    plain = make_model()
-    for key, same in ((5, True), (6, False)):
-        logits, _ = train_logits(model, variables, frames, clips, seed=5)
-        other, _ = train_logits(model, variables, frames, clips, seed=key)
-        assert np.array_equal(logits, other) == same
-    evaluated = [eval_logits(m, variables, frames, clips) for m in (model, plain)]
-    np.testing.assert_array_equal(*evaluated)
-
-
-@pytest.mark.parametrize(
-    ("modalities", "options", "expected"),
-    [
-        (("face",), {"netvlad": (), "num_face_vectors": 1, "attention": False}, 5_410_611),
-        (("face",), {"attention": False}, 21_724_995),
-        (("face", "head", "body", "audio"), {"attention": False}, 37_926_723),
-        (("face", "head", "body", "audio"), {}, 37_959_491),
-        (("face", "head", "body", "audio"), {"train_gamma": True}, 37_959_492),
-        (("face", "head", "body", "audio"), {"gate": True}, 37_959_491 + 6 * 513),
-    ],
-)
-def test_parameter_counts(modalities, options, expected):
-    model = identifier.make_identifier(
-        {"name": "mma", **options},
-        modalities=dict.fromkeys(modalities, 512),
-        num_classes=10_035,
-        num_clips=1,
-    )
-    frames = {name: make_frames([2, 1], max_frames=2, dim=512) for name in modalities}
-    _, clips = make_batch(2)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
 
 
 def test_neighbours_are_the_best_cosine_of_every_identity():
@@ -380,32 +225,3 @@ def test_knn_identifier_finds_its_training_clips():
     labels = np.asarray(clips.labels)
     np.testing.assert_array_equal(np.argmax(scores, axis=1)[has_face], labels[has_face])
     np.testing.assert_allclose(np.max(scores, axis=1)[has_face], 1, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "message"),
-    [
-        ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
-        ({"name": "mma", "gama": 1}, {}, "no option gama; choose from attention, attention_form"),
-        ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-        ({"name": "mma"}, {"modalities": {}}, "at least one modality"),
-        ({"name": "mma"}, {"dtype": "float31"}, "unknown dtype"),
-        ({"name": "knn"}, {"modalities": {"head": 5}}, "config.modalities are head"),
-    ],
-)
-def test_unknown_specs_are_refused(spec, options, message):
-    with pytest.raises(ValueError, match=message):
-        identifier.make_identifier(
-            spec, **{"modalities": DIMS, "num_classes": 5, "num_clips": 6, **options}
-        )
-
-
-@pytest.mark.parametrize("name", ["mma", "knn"])
-def test_frames_that_do_not_fit_are_refused(name):
-    frames, clips = make_batch()
-    model = make_model({"name": name})
-    fewer = {key: value for key, value in frames.items() if key != "head"}
-    wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
-    for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
-        with pytest.raises(ValueError, match=message):
-            init_identifier(model, wrong, clips)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_fusion import pad
 from tests.test_models import (
     DIMS,
     eval_logits,
@@ -108,43 +107,6 @@ def test_weights_start_at_halves_and_the_scale_as_it_is_given():
     assert make_model(SPEC).logit_scale == 16
 
 
-def test_padding_and_padded_rows_change_nothing(net):
-    model, variables, frames, clips = net
-    logits, new = train_logits(model, variables, frames, clips)
-    assert logits.shape == (8, 5) and logits.dtype == np.float32
-    longer = {name: pad(value, 3) for name, value in frames.items()}
-    garbage = {
-        name: value._replace(features=np.where(clips.mask[:, None, None], value.features, 99))
-        for name, value in frames.items()
-    }
-    for other_frames in (longer, garbage):
-        other, other_new = train_logits(model, variables, other_frames, clips)
-        np.testing.assert_allclose(other[:6], logits[:6], atol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_new, new)
-
-
-@pytest.mark.parametrize("name", DIMS)
-def test_a_missing_modality_has_no_effect(net, name):
-    """Neither its map nor its weight reaches a clip without it, and nothing is left of no clip."""
-    model, variables, frames, clips = net
-    before = np.asarray(eval_output(model, variables, frames, clips).embedding)
-    params = dict(variables["params"])
-    params[f"{name}_map"] = randomised(params[f"{name}_map"], seed=9)
-    weights = np.array(params["weights"])
-    weights[list(DIMS).index(name)] *= 3
-    moved = {**variables, "params": {**params, "weights": weights}}
-    after = np.asarray(eval_output(model, moved, frames, clips).embedding)
-    lacks = ~(frames[name].mask.any(axis=1) & clips.mask)
-    assert lacks.any() and not lacks.all()
-    np.testing.assert_array_equal(after[lacks], before[lacks])
-    assert np.abs(after - before).max(axis=1)[~lacks].min() > 1e-2
-    part = slice(7 * list(DIMS).index(name), 7 * list(DIMS).index(name) + 7)
-    assert not before[lacks, part].any() and before[~lacks, part].any(axis=1).all()
-    # Row 4 has nothing at all: no bias prefers a class.
-    np.testing.assert_array_equal(before[4], 0)
-    np.testing.assert_array_equal(eval_logits(model, variables, frames, clips)[4], 0)
-
-
 def test_lengths_that_a_unit_vector_takes_away_have_no_effect(net):
     """Of the weights together, of the directions of classes; in training, of a whole modality."""
     model, variables, frames, clips = net
@@ -192,19 +154,6 @@ def test_gradients_are_finite_for_clips_without_any_modality(net):
     idle = gradient(model, variables["params"], nothing)
     idle = {name: leaves for name, leaves in idle.items() if name != "scale"}
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(idle))
-
-
-def test_dropout_is_for_training_only(net):
-    _, variables, frames, clips = net
-    plain = make_model(SPEC)
-    for options in ({"modality_dropout_rate": 0.5}, {"dropout_rate": 0.5}):
-        model = make_model({**SPEC, **options})
-        for key, same in ((5, True), (6, False)):
-            logits, _ = train_logits(model, variables, frames, clips, seed=5)
-            other, _ = train_logits(model, variables, frames, clips, seed=key)
-            assert np.array_equal(logits, other) == same
-        evaluated = [eval_logits(m, variables, frames, clips) for m in (model, plain)]
-        np.testing.assert_array_equal(*evaluated)
 
 
 def test_a_dropped_modality_still_counts_in_the_statistics(net):
@@ -292,13 +241,3 @@ def test_a_fallback_keeps_the_scale_that_each_model_learned(net):
     init = functools.partial(model.init_with_output, jax.random.key(0), train=False)
     output, _ = jax.eval_shape(lambda: init(frames, clips))
     assert output.logit_scale is None
-
-
-def test_bfloat16_computes_near_float32_with_float32_parameters(net):
-    model, variables, frames, clips = net
-    half = make_model(SPEC, dtype="bfloat16")
-    fresh = jax.eval_shape(lambda: half.init(jax.random.key(0), frames, clips, train=False))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-    logits, other = (eval_logits(m, variables, frames, clips) for m in (model, half))
-    assert other.dtype == np.float32
-    assert 0 < np.abs(other - logits).max() < 0.02 * model.logit_scale

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_fusion import make_frames, pad
+from tests.test_fusion import make_frames
 from tests.test_models import (
     check_gradients,
     eval_logits,
@@ -16,7 +16,6 @@ from tests.test_models import (
     make_batch,
     make_model,
     randomised,
-    train_logits,
 )
 from tests.test_models_dense import FLOAT64, layer_oracle, train_forward
 from vidjax.models import identifier
@@ -123,24 +122,6 @@ def test_channel_attention_learns_from_its_start(form):
     for name in ("theta", "phi"):
         stuck = gradient({**randomised(params), **blank})[name]["kernel"]
         np.testing.assert_array_equal(stuck, 0)
-
-
-def test_attention_over_features_ignores_order_and_padding():
-    frames = make_frames([5, 3, 0, 1], max_frames=5, dtype="float32")
-    model = ChannelAttention()
-    params = randomised(init(model, frames.features, frames.mask)["params"])
-
-    @jax.jit
-    def forward(frames):
-        return model.apply({"params": params}, frames.features, frames.mask)
-
-    out = np.asarray(forward(frames))
-    turned = [3, 0, 4, 2, 1]
-    shuffled = jax.tree.map(lambda v: v[:, turned], frames)
-    np.testing.assert_allclose(forward(shuffled), out[:, turned], atol=1e-5)
-    padded = np.asarray(forward(pad(frames, 6)))
-    np.testing.assert_allclose(padded[:, :5], out, atol=1e-5)
-    np.testing.assert_array_equal(padded[:, 5:], 0)
 
 
 def test_attention_stays_finite():
@@ -339,52 +320,6 @@ def deepmef():
     return model, {**variables, "params": randomised(variables["params"])}, frames, clips
 
 
-def test_deepmef_ignores_order_padding_and_padded_rows(deepmef):
-    model, variables, frames, clips = deepmef
-    logits, new = train_logits(model, variables, frames, clips)
-    assert logits.shape == (8, 5) and logits.dtype == np.float32
-    longer = {name: pad(value, 3) for name, value in frames.items()}
-    turned = {name: jax.tree.map(lambda v: v[:, ::-1], value) for name, value in frames.items()}
-    garbage = {
-        name: value._replace(
-            features=np.where(np.arange(8)[:, None, None] < 6, value.features, 99),
-            quality=np.where(np.arange(8)[:, None] < 6, value.quality, np.nan),
-        )
-        for name, value in frames.items()
-    }
-    for other_frames in (longer, turned, garbage):
-        other, other_new = train_logits(model, variables, other_frames, clips)
-        np.testing.assert_allclose(other[:6], logits[:6], atol=1e-3)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_new, new)
-
-
-@pytest.mark.slow
-def test_deepmef_gradients_are_finite_without_features_or_frames(deepmef):
-    model, variables, frames, clips = deepmef
-    zeros = {
-        name: value._replace(features=np.zeros_like(value.features))
-        for name, value in frames.items()
-    }
-    nothing = {
-        name: value._replace(mask=np.zeros_like(value.mask)) for name, value in frames.items()
-    }
-
-    @jax.jit
-    def gradient(params, frames):
-        def loss(params):
-            logits, _ = train_logits(model, {**variables, "params": params}, frames, clips)
-            return jnp.sum(jax.nn.log_softmax(logits)[:, 1])
-
-        return jax.grad(loss)(params)
-
-    for wrong in (zeros, nothing):
-        for leaf in jax.tree.leaves(gradient(variables["params"], wrong)):
-            assert np.isfinite(leaf).all()
-        for leaf in jax.tree.leaves(train_logits(model, variables, wrong, clips)):
-            assert np.isfinite(leaf).all()
-    np.testing.assert_array_equal(train_logits(model, variables, nothing, clips)[0], 0)
-
-
 def test_quality_and_detection_are_seen(deepmef):
     model, variables, frames, clips = deepmef
     logits = eval_logits(model, variables, frames, clips)
@@ -431,46 +366,6 @@ def test_ablations_work_on_one_modality(deepmef, options, gone):
     kernel = np.asarray(variables["params"]["classifier"]["kernel"])
     cosines = mean @ kernel / np.linalg.norm(mean) / np.linalg.norm(kernel, axis=0)
     np.testing.assert_allclose(logits[0], 30 * cosines, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("widths", "options", "expected"),
-    [
-        ({"face": 480, "scene": 1920}, {}, 8_652_558),
-        ({"face": 480, "scene": 1920}, {"channel_attention": "channels"}, 8_190_005),
-        ({"face": 512, "scene": 2048}, {}, 9_160_702),
-        ({"face": 512, "scene": 2048}, {"channel_attention": "channels"}, 8_634_325),
-        ({"face": 512}, {}, 6_682_580),
-        ({"face": 512}, {"channel_attention": "none"}, 6_152_903),
-    ],
-)
-def test_parameter_counts(widths, options, expected):
-    model = identifier.make_identifier(
-        {"name": "deepmef", **options}, modalities=widths, num_classes=10_035, num_clips=1
-    )
-    frames = {name: make_frames([40, 1], max_frames=40, dim=dim) for name, dim in widths.items()}
-    _, clips = make_batch(2)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), frames, clips, train=False))
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"modality": "scene"},
-            "add it, or choose one of these for config.model.modality",
-        ),
-        ({"channel_attention": "both"}, "unknown channel_attention 'both'"),
-        ({"aggregation": "max"}, "unknown aggregation 'max'"),
-        ({"layer_form": "theirs"}, "unknown layer_form 'theirs'"),
-        ({"channel_attention": "channels"}, "got 4: let the fusion sample"),
-    ],
-)
-def test_unknown_options_are_refused(options, message):
-    frames, clips = make_batch(2)
-    with pytest.raises(ValueError, match=message):
-        init_identifier(make_model({**SMALL, **options}), frames, clips)
 
 
 def test_unknown_form_is_refused():

@@ -113,32 +113,3 @@ def test_scale_of_the_logits_is_that_of_both():
     for spec, scale in (({"name": "mma"}, 1), ({"name": "knn", "logit_scale": 8.0}, 8)):
         assert make_model(spec).logit_scale == scale
     assert make_model({"name": "deepmef"}).logit_scale == 30
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"measure": "size"}, "unknown measure 'size'"),
-        ({"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
-        ({"modality": "scene"}, "main_modalities must contain 'scene'"),
-        ({"main_modalities": ("head",)}, "main_modalities must contain 'face'"),
-        ({"other_modalities": ()}, "other_modalities must name modalities beside 'face', got none"),
-        (
-            {"other_modalities": ("face",)},
-            "other_modalities must name modalities beside 'face', got face",
-        ),
-        ({"other_modalities": ("scene",)}, "other_modalities of model 'fallback' names scene"),
-        ({"main": {"name": "none"}}, "unknown model 'none'"),
-        ({"main": {**MAIN, "head": "cosine", "logit_scale": 9.0}}, "must be equal, got 9.0 and 1"),
-        ({"main": SPEC}, "main and other must have one branch"),
-    ],
-)
-def test_impossible_fallbacks_are_refused(options, message):
-    frames, clips = make_batch()
-    with pytest.raises(ValueError, match=message):
-        init_identifier(make_model(SPEC, **options), frames, clips)
-
-
-def test_a_spec_without_its_parts_is_refused():
-    with pytest.raises(ValueError, match="model 'fallback' needs main, other, other_modalities"):
-        make_model({"name": "fallback"})

@@ -10,6 +10,7 @@ import pytest
 
 from tests.test_fusion import make_frames
 from tests.test_models import (
+    check_gradients,
     eval_logits,
     eval_output,
     init_identifier,
@@ -51,6 +52,7 @@ def test_attention_matches_the_equations_with_both_masks(form):
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
         x = rng.standard_normal((3, 5, 8)) * exists[..., None]
         fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": jnp.dtype("float64")}
+        fields["train_gamma"] = True
         models = [MultimodalAttention(**fields, fill_missing=fill) for fill in (False, True)]
 
         @jax.jit
@@ -62,7 +64,9 @@ def test_attention_matches_the_equations_with_both_masks(form):
         w_f = np.asarray(params["w_f"]["kernel"]).T
         assert w_f.shape == (4, 8)
         w_g = np.asarray(params["w_g"]["kernel"]).T if form == "two" else w_f
-        assert set(params) == ({"w_f", "w_g"} if form == "two" else {"w_f"})
+        assert set(params) == {"gamma", "w_f", *(["w_g"] if form == "two" else [])}
+        assert params["gamma"] == 0.3
+        check_gradients(lambda p, x: models[0].apply({"params": p}, x, exists)[0], params, x)
         for fill, (out, y) in zip((False, True), outputs, strict=True):
             for b in range(3):
                 expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
@@ -329,15 +333,3 @@ def test_the_cosine_head_gives_scaled_cosines_of_the_feature_map():
         cosines = x @ kernel / lengths if x.any() else np.zeros(5)
         np.testing.assert_allclose(logits[0], 12 * cosines, atol=1e-4)
     assert not output.embedding[4].any()  # a clip of nothing, without a bias for any class
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
-        ({"logit_scale": 16.0}, "config.model.head=cosine"),
-    ],
-)
-def test_impossible_heads_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_model(**options)

@@ -185,19 +185,6 @@ def test_a_missing_modality_favours_nobody():
     np.testing.assert_allclose(logits[0], [new, -9, -2.3, 2, -4], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"within": 1.5}, "within=1.5: must be from 0 to 1"),
-        ({"between": -0.1}, "between=-0.1: must be from 0 to 1"),
-        ({"scale": 0.0}, "scale=0.0: must be above 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_model(**options)
-
-
 def people(rng, num_identities=40, clips=6, widths=(12, 12), missing=0.0):
     """Returns unit vectors and labels of people whose modalities are independent."""
     labels = np.repeat(np.arange(1, num_identities + 1), clips)

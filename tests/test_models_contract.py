@@ -1,0 +1,393 @@
+"""What every model promises: what padding, absence, dropout and options do, and its outputs."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tests.test_fusion import make_frames, pad
+from tests.test_models import (
+    DIMS,
+    SMALL,
+    eval_logits,
+    eval_output,
+    init_identifier,
+    make_batch,
+    make_model,
+    randomised,
+    train_logits,
+    train_output,
+)
+from tests.test_models_fallback import MAIN
+from tests.test_models_fallback import SPEC as FALLBACK
+from tests.test_models_plda import SETTINGS
+from vidjax.models import identifier
+from vidjax.models.heads import Classifier, CosineClassifier
+from vidjax.models.neighbours import NearestNeighbours
+
+MMA_WIDTH = 5 * 8  # three vectors of the face, one of the head, one of the voice
+DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.0),)}
+COSINE = {"head": "cosine", "logit_scale": 64.0}
+LINEAR = {"name": "dense", "layers": ((8, "linear", False, 0.0),)}
+DEEPMEF = {"name": "deepmef", "branch_dims": (6, 4), "hidden_dim": 8, "dropout_rate": 0.0}
+RESIDUAL = {"name": "dense", "backbone": "residual", "width": 9, "dropout_rate": 0.0}
+# specification -> (width of the embedding, number of vectors that attention weighs)
+MODELS = {
+    "mma": (SMALL, MMA_WIDTH, 5),
+    "mma, cosine": ({**SMALL, "head": "cosine", "logit_scale": 16.0}, MMA_WIDTH, 5),
+    "mma without attention": ({**SMALL, "attention": False}, MMA_WIDTH, 5),
+    "dense": (DENSE, 7, 0),
+    "dense, cosine": ({**LINEAR, **COSINE}, 8, 0),
+    "residual": (RESIDUAL, 9, 0),
+    "deepmef": (DEEPMEF, DIMS["face"] + 2 + 4 + 4, 0),
+    "cosine": ({"name": "cosine", "embed_dim": 7}, 7 * len(DIMS), 0),
+    "knn": ({"name": "knn"}, DIMS["face"], 0),
+    "fallback": (
+        {"name": "fallback", "main": DENSE, "other": DENSE, "other_modalities": ("head",)},
+        7 + 7,
+        0,
+    ),
+}
+ATTENTIVE = ("mma", "mma, cosine")
+VARIANTS = ("mma, cosine", "mma without attention")
+NETS = [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in MODELS]
+LEARNED = [net for net in NETS if net.values != ("knn",)]
+
+
+class Net(NamedTuple):
+    """A model with every parameter at random, and clips with float32 features."""
+
+    model: Any
+    variables: Any
+    frames: Any
+    clips: Any
+
+
+@functools.cache
+def made(name):
+    frames, clips = make_batch()
+    frames = {
+        key: one._replace(features=one.features.astype(np.float32)) for key, one in frames.items()
+    }
+    model = make_model(MODELS[name][0])
+    variables = dict(init_identifier(model, frames, clips))
+    if "params" in variables:
+        variables["params"] = randomised(variables["params"])
+    return Net(model, variables, frames, clips)
+
+
+def trained(net):
+    """Returns the output [B] of a step of training, and what evaluation reads afterwards."""
+    output, new = train_output(net.model, net.variables, net.frames, net.clips, jax.random.key(5))
+    return output, {**net.variables, **new}
+
+
+def test_every_model_is_held_to_the_contract():
+    """PLDA has no net: test_models_plda asks the same of its sums."""
+    assert {spec["name"] for spec, _, _ in MODELS.values()} == identifier.MODELS.keys() - {"plda"}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
+    net = made(name)
+    output, after = trained(net)
+    assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
+    longer = {key: pad(one, 3) for key, one in net.frames.items()}
+    turned = {key: jax.tree.map(lambda v: v[:, ::-1], one) for key, one in net.frames.items()}
+    rows = net.clips.mask
+    garbage = {
+        key: one._replace(
+            features=np.where(rows[:, None, None], one.features, 99),
+            quality=np.where(rows[:, None], one.quality, np.nan),
+        )
+        for key, one in net.frames.items()
+    }
+    scale = net.model.logit_scale
+    for frames in (longer, turned, garbage):
+        other, other_after = trained(net._replace(frames=frames))
+        atol = 1e-5 if scale == 1 else 6e-6 * scale
+        np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            {key: leaf for key, leaf in other_after.items() if key != "params"},
+            {key: leaf for key, leaf in after.items() if key != "params"},
+        )
+    before = eval_output(net.model, after, net.frames, net.clips)
+    other = eval_output(net.model, after, garbage, net.clips)
+    shown = 6 if name == "knn" else 8  # neighbours answer padded rows too
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:shown], b[:shown]), other, before)
+    lone = jax.tree.map(lambda x: x[:1], (net.frames, net.clips))
+    alone = eval_output(net.model, after, *lone).logits
+    np.testing.assert_allclose(alone, before.logits[:1], atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_are_finite_without_features_and_zero_without_frames(name):
+    net = made(name)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params, frames):
+        variables = {**net.variables, "params": params}
+        output, after = trained(net._replace(variables=variables, frames=frames))
+        return jnp.sum(jax.nn.log_softmax(output.logits)[..., 1]), (output.logits, after)
+
+    def zeros(field):
+        return {
+            key: one._replace(**{field: np.zeros_like(getattr(one, field))})
+            for key, one in net.frames.items()
+        }
+
+    for frames in (zeros("features"), zeros("mask")):
+        found, (logits, after) = gradient(net.variables["params"], frames)
+        for leaf in jax.tree.leaves((found, logits, after)):
+            assert np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(found):
+            assert np.abs(leaf).max() < 1e3 or "dense" not in name
+    for part, leaves in found.items():  # of clips without frames
+        if part.startswith(tuple(f"{key}_" for key in DIMS)):
+            assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
+    if name in ("cosine", "deepmef"):  # no bias prefers a class
+        np.testing.assert_array_equal(logits, 0)
+
+
+@pytest.mark.parametrize("key", DIMS)
+@pytest.mark.parametrize("name", ["mma", "cosine", "deepmef"])
+def test_what_maps_a_modality_reaches_the_clips_that_have_it(name, key):
+    model, variables, frames, clips = made(name)
+    params = dict(variables["params"])
+    for part in [part for part in params if part.startswith(f"{key}_")]:
+        params[part] = jax.tree.map(lambda p: p + 1, randomised(params[part], seed=9))
+    if (name, key) == ("deepmef", "face"):
+        params["channel_attention"] = randomised(params["channel_attention"], seed=9)
+    logits = eval_logits(model, variables, frames, clips)
+    moved = eval_logits(model, {**variables, "params": params}, frames, clips)
+    change = np.abs(moved - logits).max(axis=1)
+    has = frames[key].mask.any(axis=1) & clips.mask
+    assert not change[~has].any() and change[has].min() > 1e-2
+    # Row 4 has nothing at all: what remains is the bias of the classifier.
+    bias = params["classifier"]["logits"]["bias"] if name == "mma" else 0
+    np.testing.assert_array_equal(logits[4], bias + np.zeros(5, np.float32))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_bfloat16_computes_near_float32_with_float32_parameters(name):
+    net = made(name)
+    half = net._replace(model=make_model(MODELS[name][0], dtype="bfloat16"))
+    fresh = jax.eval_shape(lambda: init_identifier(half.model, net.frames, net.clips))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
+    logits, other = (eval_output(*one).logits for one in (net, half))
+    assert other.dtype == np.float32
+    scale = net.model.logit_scale
+    assert 0 < np.abs(other - logits).max() < (0.03 if scale == 1 else 0.02 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mma", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
+        ("cosine", {"modality_dropout_rate": 0.5}),
+        ("cosine", {"dropout_rate": 0.5}),
+    ],
+)
+def test_dropout_is_for_training_only(name, options):
+    plain, variables, frames, clips = made(name)
+    model = make_model({**MODELS[name][0], **options})
+    for key, same in ((5, True), (6, False)):
+        logits, _ = train_logits(model, variables, frames, clips, seed=5)
+        other, _ = train_logits(model, variables, frames, clips, seed=key)
+        assert np.array_equal(logits, other) == same
+    evaluated = [eval_logits(m, variables, frames, clips) for m in (model, plain)]
+    np.testing.assert_array_equal(*evaluated)
+
+
+ALL = dict.fromkeys(("face", "head", "body", "audio"), 512)
+FACE = {"face": 512}
+SCENE = {"face": 480, "scene": 1920}
+PLAIN = {"name": "mma", "attention": False}
+DEEP = {"name": "dense", "backbone": "residual"}
+CHANNELS = {"name": "deepmef", "channel_attention": "channels"}
+
+
+def mlp(*layers):
+    return {"name": "dense", "layers": layers}
+
+
+@pytest.mark.parametrize(
+    ("widths", "spec", "expected"),
+    [
+        (FACE, {**PLAIN, "netvlad": (), "num_face_vectors": 1}, 5_410_611),
+        (FACE, PLAIN, 21_724_995),
+        (ALL, PLAIN, 37_926_723),
+        (ALL, {"name": "mma"}, 37_959_491),
+        (ALL, {"name": "mma", "train_gamma": True}, 37_959_492),
+        (ALL, {"name": "mma", "gate": True}, 37_959_491 + 6 * 513),
+        # The five nets of the quality-fusion system.
+        (FACE, mlp((1024, "sigmoid", True, 0.25)), 10_813_235),
+        (FACE, mlp((512, "sigmoid", True, 0.2), (1024, "sigmoid", True, 0.5)), 11_076_915),
+        (FACE, mlp((1024, "swish", True, 0.25)), 10_813_235),
+        (FACE, mlp((768, "swish", False, 0.2), (1024, "swish", False, 0.5)), 11_467_315),
+        (FACE, mlp((1024, "swish", False, 0.5), (1024, "swish", False, 0.5)), 11_860_787),
+        (FACE, DEEP, 76_801_843),
+        (FACE, {**DEEP, "shortcut": "none"}, 76_801_843),
+        (FACE, {**DEEP, "shortcut": "concat"}, 97_773_363),
+        (FACE, {**DEEP, "width": 8192}, 220_702_515),
+        (FACE, {**mlp((512, "linear", False, 0.0)), **COSINE}, 5_400_576),
+        (SCENE, {"name": "deepmef"}, 8_652_558),
+        (SCENE, CHANNELS, 8_190_005),
+        ({"face": 512, "scene": 2048}, {"name": "deepmef"}, 9_160_702),
+        ({"face": 512, "scene": 2048}, CHANNELS, 8_634_325),
+        (FACE, {"name": "deepmef"}, 6_682_580),
+        (FACE, {"name": "deepmef", "channel_attention": "none"}, 6_152_903),
+    ],
+)  # fmt: skip
+def test_parameter_counts(widths, spec, expected):
+    model = identifier.make_identifier(spec, modalities=widths, num_classes=10_035, num_clips=1)
+    frames = {key: make_frames([40, 1], max_frames=40, dim=dim) for key, dim in widths.items()}
+    _, clips = make_batch(2)
+    params = jax.eval_shape(lambda: init_identifier(model, frames, clips))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+
+
+PLDA = {"name": "plda", **SETTINGS._asdict()}
+BRANCHES = "other_modalities must name modalities beside 'face', got"
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
+        (SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
+        (SMALL, {"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
+        (SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
+        (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
+        (DENSE, {"head": "round"}, "unknown head"),
+        (DENSE, {"logit_scale": 30.0}, "config.model.head=cosine"),
+        ({"name": "dense"}, {"width": 8}, "backbone 'mlp' has no option width"),
+        (RESIDUAL, {"layers": ()}, "backbone 'residual' has no option layers"),
+        (mlp((8, "gelu", False, 0.0)), {}, "unknown activation 'gelu'; choose from linear"),
+        (mlp((8, "relu")), {}, "a layer is"),
+        (RESIDUAL, {"shortcut": "mul"}, "unknown shortcut"),
+        (mlp((0, "relu", False, 0.0)), {}, "from 1 up"),
+        (RESIDUAL, {"num_layers": 0}, "num_layers=0"),
+        (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
+        (DEEPMEF, {"channel_attention": "both"}, "unknown channel_attention 'both'"),
+        (DEEPMEF, {"aggregation": "max"}, "unknown aggregation 'max'"),
+        (DEEPMEF, {"layer_form": "theirs"}, "unknown layer_form 'theirs'"),
+        (DEEPMEF, {"channel_attention": "channels"}, "got 4: let the fusion sample"),
+        (PLDA, {"within": 1.5}, "within=1.5: must be from 0 to 1"),
+        (PLDA, {"between": -0.1}, "between=-0.1: must be from 0 to 1"),
+        (PLDA, {"scale": 0.0}, "scale=0.0: must be above 0"),
+        ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
+        (FALLBACK, {"measure": "size"}, "unknown measure 'size'"),
+        (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
+        (FALLBACK, {"modality": "scene"}, "main_modalities must contain 'scene'"),
+        (FALLBACK, {"main_modalities": ("head",)}, "main_modalities must contain 'face'"),
+        (FALLBACK, {"other_modalities": ()}, f"{BRANCHES} none"),
+        (FALLBACK, {"other_modalities": ("face",)}, f"{BRANCHES} face"),
+        (
+            FALLBACK,
+            {"other_modalities": ("scene",)},
+            "other_modalities of model 'fallback' names scene",
+        ),
+        (FALLBACK, {"main": {"name": "none"}}, "unknown model 'none'"),
+        (
+            FALLBACK,
+            {"main": {**MAIN, "head": "cosine", "logit_scale": 9.0}},
+            "must be equal, got 9.0 and 1",
+        ),
+        (FALLBACK, {"main": FALLBACK}, "main and other must have one branch"),
+    ],
+)
+def test_impossible_options_are_refused(spec, options, message):
+    frames, clips = make_batch()
+    with pytest.raises(ValueError, match=message):
+        init_identifier(make_model(spec, **options), frames, clips)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mma", {"modalities": {}}, "at least one modality"),
+        ("mma", {"dtype": "float31"}, "unknown dtype"),
+        ("knn", {"modalities": {"head": 5}}, "config.modalities are head"),
+    ],
+)
+def test_impossible_tasks_are_refused(name, options, message):
+    known = {"modalities": DIMS, "num_classes": 5, "num_clips": 6, **options}
+    with pytest.raises(ValueError, match=message):
+        identifier.make_identifier({"name": name}, **known)
+    with pytest.raises(ValueError, match="no option num_classes"):
+        make_model({"name": name, "num_classes": 3})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_frames_that_do_not_fit_are_refused(name):
+    model, _, frames, clips = made(name)
+    fewer = {key: value for key, value in frames.items() if key != "head"}
+    wider = {**frames, "head": make_frames([1] * 8, max_frames=2, dim=9)}
+    for wrong, message in ((fewer, "lacks modality head"), (wider, "head: features have width 9")):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda wrong=wrong: init_identifier(model, wrong, clips))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def given_to_classifiers(model, frames, clips):
+    """Returns the output of a new model, and the inputs [B, D] of its classifiers."""
+    inputs = []
+
+    def note(call, args, kwargs, context):
+        heads = (Classifier, CosineClassifier, NearestNeighbours)
+        if isinstance(context.module, heads) and context.method_name == "__call__":
+            inputs.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        output, _ = model.init_with_output(jax.random.key(0), frames, clips, train=False)
+    return output, inputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_embedding_is_what_the_classifier_is_given(name, dtype):
+    spec, width, _ = MODELS[name]
+    frames, clips = make_batch()
+    model = make_model(spec, dtype=dtype)
+    output, given = given_to_classifiers(model, frames, clips)
+    assert output.embedding.shape == (len(clips.mask), width)
+    assert output.embedding.dtype == output.logits.dtype == np.float32
+    assert np.isfinite(output.embedding).all()
+    if name == "fallback":  # unit vectors, 0 for a model that has no say on a clip
+        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in given]
+        judges = np.asarray(output.eval_weight) > 0
+        given = [np.concatenate([x * judges[:, i, None] for i, x in enumerate(unit)], axis=1)]
+    (vector,) = given
+    np.testing.assert_allclose(output.embedding, vector.astype(jnp.float32), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_has_the_shape_that_the_names_say(name):
+    spec, _, num_vectors = MODELS[name]
+    frames, clips = make_batch()
+    model = make_model(spec)
+    assert len(model.vector_names) == num_vectors
+    output, _ = given_to_classifiers(model, frames, clips)
+    attention = dict(output.attention or {})
+    assert ("attention" in attention) == (name in ATTENTIVE)
+    if name in ATTENTIVE:
+        weights = np.asarray(attention.pop("attention"))
+        assert weights.shape == (len(clips.mask), num_vectors, num_vectors)
+        # Column j holds the weights for vector j. They sum to 1, or to 0 if it is missing.
+        exists = [frames[key.split()[0]].mask.any(axis=1) for key in model.vector_names]
+        exists = np.stack(exists, axis=1) & clips.mask[:, None]
+        assert exists.any() and not exists[clips.mask].all()
+        np.testing.assert_allclose(weights.sum(axis=1), exists, atol=1e-5)
+    for key, share in attention.items():
+        modality = key.removeprefix("assignment/")
+        mask = frames[modality].mask & clips.mask[:, None]
+        assert share.shape[:2] == mask.shape
+        np.testing.assert_allclose(np.sum(share, axis=2), mask, atol=1e-5)
