@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +21,6 @@ from vidjax.errors import NoFileError, UserError, check_argument, closest
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # labelled split -> clip -> identity
 LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of that
-
-
-class SplitLabels(NamedTuple):
-    """The labels of one split as class columns; see `clips.Split`."""
-
-    labels: np.ndarray
-    labelled: bool
-    positives: np.ndarray
-    num_others: int
 
 
 def load_official_truth(
@@ -93,44 +84,6 @@ def load_label_table(
         if name in split_of:
             truth.setdefault(split_of[name], {})[name] = identity
     return truth
-
-
-def label_splits(
-    truth: Truth,
-    clips: Mapping[str, Sequence[str]],
-    identities: Sequence[str] | None = None,
-) -> tuple[tuple[str, ...], dict[str, SplitLabels]]:
-    """Returns the identities, and the labels of each split as class columns.
-
-    Args:
-      truth: split -> clip -> identity.
-      clips: split -> names of its clips, by clip index.
-      identities: names of the columns 1..C; None for the identities of the train and val ground
-        truth, with or without a clip.
-    """
-    if identities is None:
-        identities = sort_identities(
-            identity for split in ("train", "val") for identity in truth.get(split, {}).values()
-        )
-    column = {identity: position for position, identity in enumerate(identities, 1)}
-    labels = {}
-    for split, names in clips.items():
-        pairs = truth.get(split)
-        columns = {name: column.get(identity, 0) for name, identity in (pairs or {}).items()}
-        positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
-        labels[split] = SplitLabels(
-            labels=np.array([columns.get(name, 0) for name in names], np.int32),
-            labelled=pairs is not None,
-            positives=positives[1:].astype(np.int64),
-            num_others=len(set((pairs or {}).values()) - column.keys()),
-        )
-        if positives[0]:
-            warnings.warn(
-                f"the labels of {split} name identities without a class column: "
-                f"{positives[0]} clips",
-                stacklevel=2,
-            )
-    return tuple(identities), labels
 
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:

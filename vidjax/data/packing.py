@@ -146,45 +146,35 @@ def pack(
       quality: the quality of frames, see `frame_fields.Quality`.
     """
     packers: dict[str, _Packer] = {}
+    seen: dict[str, str] = {}
+    bare = []
+    drop = non_finite == "drop"
     try:
-        _fill(packers, clips, out_dir, drop=non_finite == "drop", quality=quality)
+        for clip in clips:
+            if clip.name in seen:
+                places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
+                raise UserError(f"{places}: clip {show(clip.name)} comes twice")
+            seen[clip.name] = clip.place
+            if not clip.modalities:
+                bare.append(clip)
+            for modality, value in clip.modalities.items():
+                if modality not in packers:
+                    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(modality)):
+                        raise UserError(
+                            f"{clip.place}: clip {show(clip.name)}: modality "
+                            f"'{show(str(modality))}': a name of letters, digits, '-' and '_' "
+                            "is wanted"
+                        )
+                    folder = out_dir / modality if out_dir else None
+                    packers[modality] = _Packer(modality, folder, drop=drop, quality=quality)
+                packers[modality].add(clip, value)
+        for packer in list(packers.values())[:1]:
+            for clip in bare:
+                packer.add(clip, None)  # a clip without any modality is still a clip
         return {name: packers[name].finish() for name in sorted(packers)}
     finally:
         for packer in packers.values():
             packer.close()
-
-
-def _fill(
-    packers: dict[str, "_Packer"],
-    clips: Iterable[Clip],
-    out_dir: Path | None,
-    *,
-    drop: bool,
-    quality: Quality,
-) -> None:
-    """Adds every clip to the packers of its modalities; makes a packer for each new modality."""
-    seen: dict[str, str] = {}
-    bare = []
-    for clip in clips:
-        if clip.name in seen:
-            places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
-            raise UserError(f"{places}: clip {show(clip.name)} comes twice")
-        seen[clip.name] = clip.place
-        if not clip.modalities:
-            bare.append(clip)
-        for modality, value in clip.modalities.items():
-            if modality not in packers:
-                if not re.fullmatch(r"[A-Za-z0-9_-]+", str(modality)):
-                    raise UserError(
-                        f"{clip.place}: clip {show(clip.name)}: modality "
-                        f"'{show(str(modality))}': a name of letters, digits, '-' and '_' is wanted"
-                    )
-                folder = out_dir / modality if out_dir else None
-                packers[modality] = _Packer(modality, folder, drop=drop, quality=quality)
-            packers[modality].add(clip, value)
-    for packer in list(packers.values())[:1]:
-        for clip in bare:
-            packer.add(clip, None)  # a clip without any modality is still a clip
 
 
 class _Packer:

@@ -131,14 +131,16 @@ def load(
     quality: Quality = "given",
 ) -> "Dataset":
     """Returns a dataset, converted unless the cache has it; see `vidjax.load_data`."""
+    from vidjax.data.records.convert import convert
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
         cache_dir, non_finite = data["cache_dir"], data["non_finite"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
-    origin = getattr(source, "origin", None)
-    return Dataset.from_source(source, cache_dir=cache_dir, non_finite=non_finite, origin=origin)
+    records = convert(source, cache_dir, non_finite=non_finite)
+    origin = getattr(source, "origin", Origin(source.kind))
+    return Dataset(records, source.truth(records.clips), origin=origin)
 
 
 def names(data: Section) -> tuple[Collection[str], Mapping[str, int] | None] | None:

@@ -5,7 +5,6 @@ TensorFlow is imported only where batches are streamed or records are made.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ from vidjax.batch import Batch, Packed
 from vidjax.cluster.share import WHOLE, Share, own_places, own_rows
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import STORED, NonFinite, Origin, RecordSource
+from vidjax.data.frame_fields import STORED, Origin
 from vidjax.data.labels import Truth
 from vidjax.data.records import padding
-from vidjax.data.records.convert import convert
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.report import digest_data, label_records
 from vidjax.data.records.shard_files import Shard, ShardReader, check_changed, check_shard
@@ -53,12 +51,10 @@ class Dataset:
         self._truth = truth
         self._origin = origin or Origin("records")
         self.modalities: dict[str, Modality] = records.modalities
-        self.identities, labels, self.report = label_records(records, truth, identities)
+        self.identities, self._splits, self.report = label_records(records, truth, identities)
         self.report["data"] = self._origin._asdict() | {"digest": digest_data(records, truth)}
-        self._splits: dict[str, Split] = {}
         for name, split in records.splits.items():
             _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
-            self._splits[name] = Split(name, split.clips, *labels[name], split.lengths)
         lengths = {name: split.lengths for name, split in records.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
         for problem in (
@@ -73,24 +69,6 @@ class Dataset:
         widths = ", ".join(f"{name} {one.dim}" for name, one in self.modalities.items())
         place = self._origin.dir or self._origin.name
         return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
-
-    @classmethod
-    def from_source(
-        cls,
-        source: RecordSource,
-        *,
-        cache_dir: str | Path | None = None,
-        non_finite: NonFinite = "drop",
-        origin: Origin | None = None,
-    ) -> "Dataset":
-        """Returns the clips and labels of a source; the other arguments are those of `convert`.
-
-        Raises:
-          ValueError: bad data, malformed labels, or labels of unknown clips.
-        """
-        records = convert(source, cache_dir, non_finite=non_finite)
-        truth = source.truth(records.clips)
-        return cls(records, truth, origin=origin or Origin(source.kind))
 
     def split(self, name: str) -> Split:
         """Returns one split; ValueError for an unknown name."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vidjax.data.clips import Split
 from vidjax.data.frame_fields import PackedClips, feature_norms
-from vidjax.data.labels import SplitLabels, Truth, label_splits
+from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.records.manifest import Records
 from vidjax.errors import UserError
 from vidjax.files import sha256_json
@@ -100,18 +102,42 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
 
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], dict[str, SplitLabels], dict[str, Any]]:
-    """Returns the identities, split -> labels, and the report of labelled records.
+) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
+    """Returns the identities, the labelled splits, and the report of labelled records.
 
-    `identities` name the columns 1..C; None for the identities of the train and val ground truth.
+    `identities` name the columns 1..C; None for the identities of the train and val ground truth,
+    with or without a clip.
     """
-    identities, labels = label_splits(truth, records.clips, identities)
+    if identities is None:
+        identities = sort_identities(
+            identity for split in ("train", "val") for identity in truth.get(split, {}).values()
+        )
+    column = {identity: position for position, identity in enumerate(identities, 1)}
     report = copy.deepcopy(records.report)
     report["identities"] = len(identities)
-    for split, clips in records.clips.items():
-        report["splits"][split] |= _report_labels(truth.get(split), clips, identities)
-        report["splits"][split]["sha256"] = _digest_split(records, truth, split)
-    return identities, labels, report
+    splits = {}
+    for name, (clips, _, lengths, _) in records.splits.items():
+        pairs = truth.get(name)
+        columns = {clip: column.get(identity, 0) for clip, identity in (pairs or {}).items()}
+        positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
+        splits[name] = Split(
+            name=name,
+            clips=clips,
+            labels=np.array([columns.get(clip, 0) for clip in clips], np.int32),
+            labelled=pairs is not None,
+            positives=positives[1:].astype(np.int64),
+            num_others=len(set((pairs or {}).values()) - column.keys()),
+            lengths=lengths,
+        )
+        if positives[0]:
+            warnings.warn(
+                f"the labels of {name} name identities without a class column: "
+                f"{positives[0]} clips",
+                stacklevel=2,
+            )
+        report["splits"][name] |= _report_labels(pairs, clips, identities)
+        report["splits"][name]["sha256"] = _digest_split(records, truth, name)
+    return tuple(identities), splits, report
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
