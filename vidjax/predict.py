@@ -44,7 +44,7 @@ _REMADE = ("system", "score_fn", "embed_fn", "mesh")  # attributes that a pickle
 THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """The clips of one call: row n of the answer is clip `clip_index[n]`, [N] int."""
 
     data: ClipSource
@@ -166,7 +166,7 @@ class Predictor(NamedTuple):
                 "strict for new clips, which all members score\n"
                 "give a threshold of your own, or float('-inf') for none"
             )
-        request = self._request(clips, split)
+        request = self.request(clips, split)
         limit = self.threshold if threshold is None else threshold
         found = {}
         for name, row in zip(request.names, self._scores(request), strict=True):
@@ -189,9 +189,9 @@ class Predictor(NamedTuple):
         Args:
           clips, split: N clips, see the class.
         """
-        return self._scores(self._request(clips, split))
+        return self._scores(self.request(clips, split))
 
-    def _scores(self, request: _Request) -> np.ndarray:
+    def _scores(self, request: Request) -> np.ndarray:
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)
@@ -211,7 +211,7 @@ class Predictor(NamedTuple):
           clips, split: N clips, see the class.
           advance: is told the number of rows of each finished block, padding included.
         """
-        request = self._request(clips, split)
+        request = self.request(clips, split)
         small = len(request.clip_index) <= SMALL_REQUEST
         k = SMALL_REQUEST if small else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
@@ -239,7 +239,7 @@ class Predictor(NamedTuple):
           ValueError: clips do not fit the run, or the model has no classifier of
             `vidjax.models.heads`.
         """
-        request = self._request(clips, split)
+        request = self.request(clips, split)
         vectors: np.ndarray | None = None
         for blocks in self._windows(request):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -253,14 +253,15 @@ class Predictor(NamedTuple):
         assert vectors is not None  # there is at least one clip
         return vectors[request.clip_index]
 
-    def _request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> _Request:
+    def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
+        """Returns the clips of a call, see the class."""
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
             data = cast(TrainingData, clips)
             check_widths(data, self.modalities)
             names = data.split(split).clips
-            return _Request(data, split, np.arange(len(names)), names, size)
+            return Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
             raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
@@ -270,21 +271,21 @@ class Predictor(NamedTuple):
             clips = MemoryClips.of(cast(Clips, clips), self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
-        return _Request(clips, "clips", clips.places, clips.names, size)
+        return Request(clips, "clips", clips.places, clips.names, size)
 
     def _model(self, data: ClipSource) -> TrainedModel:
         weights = (self.params, self.model_state)
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
-    def _windows(self, request: _Request) -> Iterator[list[Batch]]:
+    def _windows(self, request: Request) -> Iterator[list[Batch]]:
         """Yields a few blocks of clips at a time, on the devices."""
         models, size = [self._model(request.data)], request.block_size
         rows = 1 if len(self.training_sets.members) == 1 else WINDOW_ROWS
         for window in windows(models, request.split, size, self.mesh, rows):
             yield window[0]
 
-    def _score_blocks(self, request: _Request) -> Iterator[topk.ScoreBlock]:
+    def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip_index [B] and the mask [B] of clips that have a score."""
         clips = request.data.split(request.split).clips
         scorer = ModelScorer(self._model(request.data), clips, self.mesh)

@@ -4,8 +4,8 @@ The vector of a clip does not depend on the clips that are read with it: blocks 
 clip is padded to a length that depends on it alone.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,16 +14,13 @@ from vidjax.data.clips import (
     BUCKETS,
     MAX_EVAL_FRAMES,
     PAD_LENGTHS,
-    ClipSource,
     EvalPlan,
     TrainingData,
     longest,
 )
-from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packing import Clips
 from vidjax.errors import UserError
-from vidjax.evaluation.restore import check_widths
 from vidjax.gallery.store import Origin
 from vidjax.predict import Predictor
 from vidjax.run.terminal import uncounted
@@ -62,7 +59,9 @@ def embed(
     `clips` are a dataset, with its `split`, or clips in memory as `Predictor.embed` takes them.
     `advance` is told the number of clips of each finished block.
     """
-    source, names, places, split = _source(run, clips, split)
+    if split is None and hasattr(clips, "train_batches"):
+        raise UserError("name the split of the dataset: --split=S, or split=S")
+    source, split, places, names, _ = run.request(clips, split)
     values: np.ndarray | None = None
     lengths = longest(source.split(split), tuple(run.modalities))
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -94,24 +93,3 @@ def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
         parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
         at += width
     return parts
-
-
-def _source(
-    run: Predictor, clips: AnyClips, split: str | None
-) -> tuple[ClipSource, tuple[str, ...], np.ndarray, str]:
-    """Returns the source of clips, their names, the clip_index of each, and the split."""
-    if hasattr(clips, "train_batches"):
-        data = cast(TrainingData, clips)
-        if split is None:
-            raise UserError("name the split of the dataset: --split=S, or split=S")
-        check_widths(data, run.modalities)
-        names = data.split(split).clips
-        return data, names, np.arange(len(names)), split
-    if split is not None:
-        raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
-    if not isinstance(clips, MemoryClips):
-        quality = cast(Quality, run.config.data.quality)
-        clips = MemoryClips.of(
-            cast(Mapping[str, Mapping[str, np.ndarray]], clips), run.modalities, (), quality
-        )
-    return clips, clips.names, clips.places, "clips"

@@ -33,10 +33,12 @@ def eval_step(
         if output.eval_weight is None and output.logits.shape[1] == 1:
             return system.score_fn(output.logits[:, 0], system.class_mask)
         scores = system.score_fn(output.logits, system.class_mask)  # [B, G, K]
+        weight = output.eval_weight  # [B, G]
+        if weight is None:
+            weight = jnp.ones(output.logits.shape[:2], output.logits.dtype)
         total = mean_scores.no_scores(scores[:, 0], logs=system.logs)
         for branch in range(scores.shape[1]):
-            weight = _eval_weight(output)[:, branch]
-            total = mean_scores.add_scores(total, scores[:, branch], weight)
+            total = mean_scores.add_scores(total, scores[:, branch], weight[:, branch])
         return mean_scores.sum_scores(total)
 
     scores = _over_examples(system, view, batch, scores_of, logs=system.logs, reduce=system.reduce)
@@ -96,13 +98,6 @@ def _apply(
     clips: ClipInfo,
 ) -> ModelOutput:
     return system.model.apply({"params": params, **model_state}, frames, clips, train=False)
-
-
-def _eval_weight(output: ModelOutput) -> Array:
-    """Returns the weight of every branch, [B, G]."""
-    if output.eval_weight is None:
-        return jnp.ones(output.logits.shape[:2], output.logits.dtype)
-    return output.eval_weight
 
 
 def _is_usable(system: System, batch: Batch) -> Array:
