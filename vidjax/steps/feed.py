@@ -1,9 +1,10 @@
 """Feeds bring clips to the training step: streamed from the records, or resident on the devices."""
 
+import abc
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class DispatchResult(NamedTuple):
     bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
 
 
-class Feed(Protocol):
+class Feed(abc.ABC):
     """Brings clips to the training step.
 
     Attributes:
@@ -41,8 +42,12 @@ class Feed(Protocol):
     """
 
     mode: str
-    waited: float
+    waited = 0.0
 
+    def __init__(self, system: System):
+        self._find = jax.jit(functools.partial(train_step.find_bad_clips, system))
+
+    @abc.abstractmethod
     def run(
         self,
         states: Sequence[state_lib.TrainState],
@@ -54,7 +59,10 @@ class Feed(Protocol):
 
         States, which are donated, and tables are those of every group of members.
         """
-        ...
+
+    @abc.abstractmethod
+    def _batch_of(self, step: int) -> Batch:
+        """Returns the batch of a step, which must be the last one for StreamingFeed."""
 
     def bad_clips(
         self,
@@ -67,10 +75,13 @@ class Feed(Protocol):
         Returns [n] int32, clip_index of these clips, or of all clips of the step if none is bad.
         The states are those after the step, which must be the last one for StreamingFeed.
         """
-        ...
+        batch, groups = self._batch_of(step), zip(states, tables, strict=True)
+        found = devices.fetch([self._find(*pair, batch, np.int32(step)) for pair in groups])
+        bad, clip_index = np.any(found, axis=0), np.asarray(devices.fetch(batch.clip_index))
+        return clip_index[bad] if bad.any() else clip_index
 
 
-class StreamingFeed:
+class StreamingFeed(Feed):
     """Streams one batch per step; the host fetches it while the devices work on the one before.
 
     `waited` is an estimate: fetch time minus the fastest step so far, if the devices finished
@@ -84,12 +95,11 @@ class StreamingFeed:
     ):
         """Prepares a feed of endless batches of numpy arrays, this process's share."""
         self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
+        super().__init__(system)
         self._step = train_step.make_train_step(system, mesh, axes)
-        self._find = _make_finder(system)
         self._last: Batch | None = None
         self._next: Batch | None = None
         self._fastest = float("inf")
-        self.waited = 0.0
 
     def _fetch(self) -> Batch:
         return devices.shard_batch(self._mesh, next(self._batches), self._share)
@@ -118,22 +128,15 @@ class StreamingFeed:
         bad = any(np.any(state.bad_steps >= train_step.MAX_BAD_STEPS) for state in states)
         return DispatchResult(states, 1, loss, step if bad else None)
 
-    def bad_clips(
-        self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
-        step: int,
-    ) -> np.ndarray:
-        """Finds bad clips in the last step."""
+    def _batch_of(self, step: int) -> Batch:
         assert self._last is not None
-        return self._find(states, tables, self._last, step)
+        return self._last
 
 
-class ResidentFeed:
+class ResidentFeed(Feed):
     """Draws batches from clips on the devices, for many steps per dispatch; they never wait."""
 
     mode = "resident"
-    waited = 0.0
 
     def __init__(
         self,
@@ -143,8 +146,8 @@ class ResidentFeed:
         plan: BatchPlan,
         axes: ClassAxes | None = None,
     ):
+        super().__init__(system)
         self._clips = clips
-        self._find = _make_finder(system)
 
         def draw(clips: Mapping[str, Packed], step: Array) -> Batch:
             return resident.draw_batch(clips, plan, step)
@@ -184,31 +187,5 @@ class ResidentFeed:
             bad_step=min(bad_steps, default=None),
         )
 
-    def bad_clips(
-        self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
-        step: int,
-    ) -> np.ndarray:
-        """Finds bad clips in any step."""
-        return self._find(states, tables, self._draw(self._clips, jnp.int32(step)), step)
-
-
-def _make_finder(system: System) -> Callable[..., np.ndarray]:
-    """Builds the function that `bad_clips` of both feeds calls with a batch and its step."""
-    find = jax.jit(functools.partial(train_step.find_bad_clips, system))
-
-    def bad_clips(
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
-        batch: Batch,
-        step: int,
-    ) -> np.ndarray:
-        bad = [find(*pair, batch, np.int32(step)) for pair in zip(states, tables, strict=True)]
-        bad, clip_index = (
-            np.any(devices.fetch(bad), axis=0),
-            np.asarray(devices.fetch(batch.clip_index)),
-        )
-        return clip_index[bad] if bad.any() else clip_index
-
-    return bad_clips
+    def _batch_of(self, step: int) -> Batch:
+        return self._draw(self._clips, jnp.int32(step))
