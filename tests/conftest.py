@@ -135,6 +135,12 @@ def official_data(official_dir: Path, cache_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def data(official_data: Any) -> Any:
+    """The dataset of most tests; modules with another one have a fixture of this name."""
+    return official_data
+
+
+@pytest.fixture(scope="session")
 def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Trains a system on the official files for one epoch, once; nobody changes its folder."""
     from tests.helpers import small_runs

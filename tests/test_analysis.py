@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_runs
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import assert_equal_weights, run, saved, shrunk
 from vidjax import config_io, metrics, ranking
 from vidjax.analysis import open_set, robustness, strata
@@ -20,11 +19,6 @@ from vidjax.steps import topk
 from vidjax.training import train
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import ROOT, Spoilt, run, shrunk, weights
 from vidjax import config_io, devices, ensemble
 from vidjax.evaluation import restore, scoring
@@ -24,11 +23,6 @@ SPEC = {
     "seeds": 1,
     "only": (),
 }
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def test_members_are_the_product_of_what_varies():

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.datasets import load_dataset
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import config_io, devices
@@ -21,11 +20,6 @@ from vidjax.steps import sampled as sampling
 MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
 STEPS = "--config.num_epochs=6.6"  # 20 of them
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def on_mesh(name, *words, spec="mma"):

@@ -12,7 +12,6 @@ import pytest
 
 from tests.benchmarks import calibration
 from tests.helpers import embeddings, small_runs
-from tests.helpers.datasets import load_dataset
 from vidjax import config_io, ensemble
 from vidjax.batch import ClipInfo, Frames
 from vidjax.gallery import backend as backend_lib
@@ -318,19 +317,15 @@ def test_probabilities_mean_what_they_say(num_people):
     ["mixup=0.2", "after_fusion=examples", "data.balance=1.0", "ensemble.bootstraps=3",
      "optim.learning_rate=0.1", "loss.margin=0.1"],
 )  # fmt: skip
-def test_what_a_closed_form_does_not_read_is_refused(official_dir, cache_dir, name, word):
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+def test_what_a_closed_form_does_not_read_is_refused(data, name, word):
     spec = f"configs/{name}.py:iqiyi_vid,face"
     config = small_runs.shrunk(f"--config.{word}", spec=spec)
     with pytest.raises(ValueError, match=f"config.{word.split('=')[0]}=.*optimises nothing"):
         plan.make_plan(config, data)
 
 
-def test_settings_have_not_seen_the_clips_that_a_member_scores(
-    official_dir, cache_dir, monkeypatch
-):
+def test_settings_have_not_seen_the_clips_that_a_member_scores(data, monkeypatch):
     """Without the labels of the clips that a fold leaves out its settings are the same."""
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     config = config_io.load_file(f"{small_runs.ROOT}/configs/plda.py:iqiyi_vid,face,audio")
     config.modalities = ("face", "audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
@@ -361,8 +356,7 @@ def test_the_fit_looks_at_whole_identities():
 
 
 @pytest.mark.slow
-def test_streamed_and_resident_clips_give_the_same_sums(official_dir, cache_dir, tmp_path):
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
+def test_streamed_and_resident_clips_give_the_same_sums(data, tmp_path):
     spec = "configs/plda.py:iqiyi_vid,face,head,audio"
     found = []
     for name, words in (("resident", ()), ("streamed", (small_runs.STREAMED,))):

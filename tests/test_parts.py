@@ -29,11 +29,6 @@ NO_REPORT = "--config.eval.report=False"
 
 
 @pytest.fixture(scope="module")
-def data(official_data):
-    return official_data
-
-
-@pytest.fixture(scope="module")
 def nearest(nearest_run, tmp_path_factory):
     """A run that learns nothing, without its results."""
     folder = tmp_path_factory.mktemp("nearest") / "run"

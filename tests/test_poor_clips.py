@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import run, shrunk
 from tests.test_fusion import make_frames, pad
 from vidjax import config_io, fusion
@@ -21,11 +20,6 @@ from vidjax.training import plan as plan_lib
 SPEC = "configs/deepmef.py:iqiyi_vid,face,audio"
 SHARE = "--config.model.threshold_share=0.2"
 mean_measure = jax.jit(fusion.mean_measure, static_argnums=1)
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def measures(data, split, measure="norm"):

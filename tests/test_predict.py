@@ -38,11 +38,6 @@ SYSTEMS = {
 
 
 @pytest.fixture(scope="module")
-def data(official_data):
-    return official_data
-
-
-@pytest.fixture(scope="module")
 def train(trained):
     """Trains one of SYSTEMS, once; returns its folder."""
     return lambda name: trained(*SYSTEMS[name])

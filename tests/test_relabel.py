@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import (
     Interrupting,
     Spoilt,
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.slow  # several trainings
 
 SPEC = "configs/noise_classes.py:iqiyi_vid"
 WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.members=false")
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

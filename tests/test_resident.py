@@ -442,11 +442,6 @@ def test_fusion_of_rows_is_fusion_of_the_features(spec, filters, dtype):
         np.testing.assert_array_equal(left, right, err_msg=field)
 
 
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
-
-
 class Setting:
     """A shipped system on resident clips: its loop, and a state to begin with."""
 

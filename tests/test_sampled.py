@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.datasets import load_dataset
 from tests.helpers.made_steps import make
 from tests.helpers.small_runs import (
     assert_equal_weights,
@@ -181,11 +180,6 @@ def test_a_step_that_draws_all_classes_is_one_on_all():
     (found, losses), (wanted, other) = few.train(4), all_of_them.train(4)
     np.testing.assert_allclose(losses, other, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, wanted)
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 def test_a_model_without_a_classifier_is_one_error(data, tmp_path):

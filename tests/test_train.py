@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches, train_batches
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -30,11 +29,6 @@ from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 from vidjax.training import train
 from vidjax.training.plan import make_schedule
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.mark.slow

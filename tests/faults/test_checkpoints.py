@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.datasets import load_dataset
 from tests.helpers.small_runs import ROOT, STREAMED, Interrupting, assert_equal_weights, run
 from vidjax import config_io, devices, files, main, messages
 from vidjax.run import checkpoint, signals
@@ -161,11 +160,6 @@ def test_a_folder_of_the_user_that_bears_a_steps_name_is_kept(tmp_path):
 
 
 # ---- a run
-
-
-@pytest.fixture(scope="module")
-def data(official_dir, cache_dir):
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="module")

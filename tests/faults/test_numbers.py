@@ -24,7 +24,6 @@ from vidjax.data.frame_fields import feature_norms
 from vidjax.data.records import report as report_lib
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import ClipScores
-from vidjax.models import identifier
 from vidjax.training import plan
 
 DIM = 4
@@ -201,22 +200,6 @@ def test_infinite_fields_are_refused(word: str) -> None:
     problems = list(config_lib.problems(make_config(word), fresh=False))
     assert len(problems) == 1 and word.partition("=")[0] in problems[0]
     assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"layers": ((0, "relu", False, 0.0),)},
-        {"layers": ((8, "relu", False, 0.0), (-1, "relu", False, 0.0))},
-        {"backbone": "residual", "width": 0},
-        {"backbone": "residual", "num_layers": -1},
-    ],
-)
-def test_widths_and_counts_of_a_model_are_at_least_one(option: Mapping[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"model 'dense': .*from 1 up"):
-        identifier.make_identifier(
-            {"name": "dense", **option}, modalities={"face": 4}, num_classes=3, num_clips=5
-        )
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e38])
