@@ -92,6 +92,9 @@ class FlatFiles(Mapping[str, np.ndarray]):
         return len(STORED)
 
 
+COUNTS = ("seen", "skipped", "skipped_clips", "warnings")
+
+
 @dataclass(frozen=True, eq=False)
 class PackedClips:
     """One modality of one split, flat: N clips, F frames of width D.
@@ -126,10 +129,7 @@ class PackedClips:
             names=tuple(summary["names"]),
             lengths=lengths,
             frames=FlatFiles(folder, summary["dtype"], summary["width"], num_frames),
-            seen=summary["seen"],
-            skipped=summary["skipped"],
-            skipped_clips=summary["skipped_clips"],
-            warnings=summary["warnings"],
+            **{name: summary[name] for name in COUNTS},
         )
 
     def summary(self) -> dict[str, Any]:
@@ -139,10 +139,7 @@ class PackedClips:
             "lengths": self.lengths.tolist(),
             "width": self.features.shape[1],
             "dtype": self.features.dtype.name,
-            "seen": self.seen,
-            "skipped": self.skipped,
-            "skipped_clips": self.skipped_clips,
-            "warnings": self.warnings,
+            **{name: getattr(self, name) for name in COUNTS},
         }
 
     @property
@@ -177,10 +174,16 @@ def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
     return norms
 
 
-def skipped_clips(seen: np.ndarray, kept: np.ndarray) -> dict[str, int]:
-    """Counts clips without a frame by reason, from their frames [N] in the file and kept."""
+def counts(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the COUNTS of `PackedClips`, from the frames of clips [N] in the file and kept."""
     without = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
-    return {reason: int(clips.sum()) for reason, clips in without.items() if clips.any()}
+    dropped = int(seen.sum() - kept.sum())
+    return {
+        "seen": int(seen.sum()),
+        "skipped": {"non_finite": dropped} if dropped else {},
+        "skipped_clips": {name: int(clips.sum()) for name, clips in without.items() if clips.any()},
+        "warnings": dict(warnings),
+    }
 
 
 # Split -> parts of its clips, each of them modality -> clips, as `pack` returns them.

@@ -16,8 +16,8 @@ from vidjax.data.frame_fields import (
     NonFinite,
     PackedClips,
     Quality,
+    counts,
     feature_norms,
-    skipped_clips,
     usable_rows,
 )
 from vidjax.data.untrusted.names import show
@@ -270,16 +270,11 @@ class _Packer:
             self._append(clip, frames)
         self.close()
         lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
-        total = int(lengths.sum())
-        dropped = int(seen.sum()) - total
         return PackedClips(
             names=tuple(self._names),
             lengths=lengths,
-            frames=self._frames(total),
-            seen=int(seen.sum()),
-            skipped={"non_finite": dropped} if dropped else {},
-            skipped_clips=skipped_clips(seen, lengths),
-            warnings=dict(self._warnings),
+            frames=self._frames(int(lengths.sum())),
+            **counts(seen, lengths, self._warnings),
         )
 
     def _frames(self, total: int) -> Mapping[str, np.ndarray]:

@@ -73,35 +73,28 @@ class ShardTask(NamedTuple):
     starts: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
 
-    def __call__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields clip index and fields of each record; its frames are views of mapped files.
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """Yields the fields of each record; its frames are views of mapped files.
 
         The files are mapped anew: what was read of them leaves the memory with the shard.
         """
         parts = max((len(files) for files in self.files.values()), default=1)
         fitting = most_files() // 2 // (len(STORED) * max(1, len(self.files)))
         most = max(1, int(min(parts, fitting)))
-        frames = {name: _MappedFrames(files, most) for name, files in self.files.items()}
+        flat = {name: _MappedFrames(files, most) for name, files in self.files.items()}
+        none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+        empty = {
+            name: {"features": np.zeros((0, modality.dim), modality.dtype), **none}
+            for name, modality in self.modalities.items()
+        }
         for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
-            fields = {
-                name: self._frames(frames.get(name), name, modality, record)
-                for name, modality in self.modalities.items()
+            frames = {
+                name: flat[name].of_clip(int(self.starts[name][record]), length)
+                if name in flat and (length := int(self.lengths[name][record]))
+                else empty[name]
+                for name in self.modalities
             }
-            yield index, {"clip": clip, "clip_index": index, "frames": fields}
-
-    def _frames(
-        self,
-        flat: _MappedFrames | None,
-        name: str,
-        modality: Modality,
-        record: int,
-    ) -> dict[str, np.ndarray]:
-        """Returns field -> frames of a record in one modality; of length 0 without any."""
-        if flat is None or not self.lengths[name][record]:
-            features = np.zeros((0, modality.dim), modality.dtype)
-            fields = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-            return {"features": features, **fields}
-        return flat.of_clip(int(self.starts[name][record]), int(self.lengths[name][record]))
+            yield {"clip": clip, "clip_index": index, "frames": frames}
 
     def save(self, path: Path) -> None:
         """Writes the task to an `.npz` file."""

@@ -157,7 +157,7 @@ EXIT_DISK = 2
 def write_shard(task: ShardTask) -> None:
     """Writes one shard: the same bytes for the same task, in whichever process and order."""
     with task.path.open("wb") as file:
-        shard_files.write(file, (_record(clip, task.modalities) for _, clip in task()))
+        shard_files.write(file, (_record(clip, task.modalities) for clip in task()))
 
 
 def _record(clip: Mapping[str, Any], modalities: Mapping[str, Modality]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, skipped_clips, usable_rows
+from vidjax.data.frame_fields import FRAME_FIELDS, counts, usable_rows
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, UnpickleError
 
@@ -320,14 +320,10 @@ class ClipWriter:
         """Writes the last block and returns the summary that the parent reads."""
         if self.owners:
             self._write_block()
-        dropped = int(self.seen.sum() - self.kept.sum())
         return {
             "names": self.names,
             "lengths": self.kept.tolist(),
             "width": self.width if self.total else 0,
             "dtype": self.native.str,
-            "seen": self.total,
-            "skipped": {"non_finite": dropped} if dropped else {},
-            "skipped_clips": skipped_clips(self.seen, self.kept),
-            "warnings": dict(self.warnings),
+            **counts(self.seen, self.kept, self.warnings),
         }

@@ -133,7 +133,12 @@ def unpack(
         raise UserError(f"{path}: not a regular file")
     out_dir.mkdir(parents=True, exist_ok=True)
     with cleared_on_error(out_dir):
-        child = _run_sandbox(path, modality, out_dir, non_finite, children or Children())
+        arguments = (path.absolute(), modality, out_dir.absolute(), non_finite)
+        limit = _WALL_SECONDS + path.stat().st_size / _WALL_BYTES_PER_SECOND
+        try:
+            child = (children or Children()).run(__name__, *arguments, timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
         return load_flat_files(path, out_dir, child)
 
 
@@ -153,23 +158,6 @@ def load_flat_files(
     path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]
 ) -> PackedClips:
     """Returns the flat files of an ended child; raises its error, as `unpack` does."""
-    return PackedClips.of_flat_files(out_dir, _summary_of(path, out_dir, child))
-
-
-def _run_sandbox(
-    path: Path, modality: str, out_dir: Path, non_finite: str, children: Children
-) -> subprocess.CompletedProcess[bytes]:
-    """Runs the sandbox on a pickle and returns the ended child, whatever its exit status."""
-    arguments = (path.absolute(), modality, out_dir.absolute(), non_finite)
-    limit = _WALL_SECONDS + path.stat().st_size / _WALL_BYTES_PER_SECOND
-    try:
-        return children.run(__name__, *arguments, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{path}: refused: reading it needs more than {limit:.0f} s") from None
-
-
-def _summary_of(path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]) -> dict:
-    """Returns the child's summary, or raises its error with the name of the file."""
     if child.returncode == -signal.SIGXCPU:
         seconds = cpu_limit(path.stat().st_size)
         raise UserError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")
@@ -188,7 +176,7 @@ def _summary_of(path: Path, out_dir: Path, child: subprocess.CompletedProcess[by
         )
     if "error" in answer:
         raise UserError(f"{path}: {answer['error']}")
-    return answer
+    return PackedClips.of_flat_files(out_dir, answer)
 
 
 if __name__ == "__main__":
