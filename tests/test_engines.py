@@ -21,8 +21,7 @@ from vidjax.data.packing import pack
 from vidjax.data.records import shard_files, writers
 from vidjax.data.records.codec import PackedFrames, tf, tfds
 from vidjax.data.records.convert import convert
-from vidjax.data.records.staging import ShardTask
-from vidjax.data.records.writers import ALONE, Beam, Pool
+from vidjax.data.records.writers import ALONE, Beam, Pool, ShardTask
 from vidjax.machine import num_cores
 
 

@@ -15,13 +15,13 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_topk import full_sort
 from vidjax import config_io
+from vidjax.analysis import analysis
 from vidjax.commands import evaluate, parts
 from vidjax.data.clips import BUCKETS, make_eval_plan
 from vidjax.data.records import padding
 from vidjax.main import main
 from vidjax.run import parts as parts_lib
 from vidjax.run.parts import Shard
-from vidjax.steps import exact_sums
 
 COUNTS = (1, 3, 7)
 TIMES = ("eval_seconds", "eval_date", "eval_clips_per_second")
@@ -230,13 +230,13 @@ def test_sums_do_not_depend_on_the_order():
         order, total = rng.permutation(500), {}
         for at in range(0, 500, rows):
             some = order[at : at + rows]
-            exact_sums.add_to(total, {"x": exact_sums.add_up(values[some], mask[some])})
+            analysis.add_to(total, {"x": analysis.add_up(values[some], mask[some])})
         totals.append(total["x"])
     assert totals[0].dtype == np.int64
     assert all((total == totals[0]).all() for total in totals)
     counted = np.clip(np.where(np.isfinite(values), values, 0), -1024, 1024)[mask]
     wanted = counted.astype(np.float64).sum(axis=0)
-    np.testing.assert_allclose(totals[0] * exact_sums.UNIT, wanted, atol=500 * exact_sums.UNIT)
+    np.testing.assert_allclose(totals[0] * analysis.UNIT, wanted, atol=500 * analysis.UNIT)
 
 
 # Parts of a run.

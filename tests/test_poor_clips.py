@@ -10,8 +10,8 @@ from tests.test_fusion import make_frames, pad
 from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures
-from vidjax.evaluation import poor_clips
 from vidjax.evaluation import restore as restore_lib
+from vidjax.evaluation import scoring
 from vidjax.models import fallback
 from vidjax.run import checkpoint
 from vidjax.system import TaskSpec, make_system
@@ -103,7 +103,7 @@ def make_poor(threshold, **options):
     config.model.update(options)
     settings = None if threshold is None else {"threshold": threshold}
     task = TaskSpec({"face": 6, "head": 6}, 4, None, 9, 3, False, settings)
-    return poor_clips.PoorClips(make_system(config.to_dict(), task).model)
+    return scoring.PoorClips(make_system(config.to_dict(), task).model)
 
 
 def test_far_too_many_poor_clips_are_told():

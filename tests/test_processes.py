@@ -19,7 +19,7 @@ from tests.campaigns import processes as campaign
 from tests.campaigns.kills import Run
 from tests.campaigns.processes import Group, free_port, lay_out
 from vidjax import main
-from vidjax.cluster import chatter, join, processes, share
+from vidjax.cluster import chatter, join, processes
 from vidjax.commands import evaluate
 
 SECONDS = 300
@@ -59,8 +59,8 @@ def place_of(*words):
 def test_the_place_of_a_process_is_three_flags_or_one_word():
     assert place_of() is None
     words = ("--coordinator=10.0.0.1:99", "--num_processes=4", "--process_id=3")
-    assert place_of(*words) == share.Place("10.0.0.1:99", 4, 3)
-    assert place_of("--coordinator=auto") == share.Place("auto", None, None)
+    assert place_of(*words) == processes.Place("10.0.0.1:99", 4, 3)
+    assert place_of("--coordinator=auto") == processes.Place("auto", None, None)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ import jax, numpy as np
 from vidjax import devices
 from vidjax.batch import Batch
 from vidjax.cluster import join
-from vidjax.cluster.share import Place
+from vidjax.cluster.processes import Place
 group = join.join(Place(sys.argv[1], 3, int(sys.argv[2])), print)
 mesh = devices.make_mesh(model=3)  # the devices of a process are one row and a third
 own = np.arange(12, dtype=np.int32).reshape(-1, 4 * 3 // devices.share(mesh).parts)

@@ -29,7 +29,7 @@ from vidjax import devices as devices_lib
 from vidjax import ensemble, fusion, machine
 from vidjax.batch import Batch, Frames, LazyFeatures, Packed
 from vidjax.commands import evaluate
-from vidjax.data import permutation, resident
+from vidjax.data import resident
 from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.run import signals
 from vidjax.run.checkpoint import manifests
@@ -44,7 +44,7 @@ PLDA = "configs/plda.py:iqiyi_vid,face,head,audio"
 FIELDS = ("features", "quality", "detection", "number", "mask")
 
 
-shuffled = jax.jit(permutation.shuffled, static_argnums=3)
+shuffled = jax.jit(resident.shuffled, static_argnums=3)
 
 
 def order_of(num_clips, epochs, seed=0, first=0, shuffled=shuffled):
@@ -96,9 +96,9 @@ def test_orders_are_even(num_clips):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_unevenness_of_too_few_rounds_would_show(rounds, monkeypatch):
-    monkeypatch.setattr(permutation, "ROUNDS", rounds)
+    monkeypatch.setattr(resident, "ROUNDS", rounds)
     # A function of its own, so that no program for other rounds is used again.
-    few_rounds = jax.jit(lambda *values: permutation.shuffled(*values), static_argnums=3)
+    few_rounds = jax.jit(lambda *values: resident.shuffled(*values), static_argnums=3)
     assert min(p_values(order_of(7, 3000, shuffled=few_rounds))) < 1e-9
 
 

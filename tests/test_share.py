@@ -20,7 +20,7 @@ from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.batch import Batch
-from vidjax.cluster.share import Share, own_blocks, own_places
+from vidjax.cluster.processes import Share, own_blocks, own_places
 from vidjax.commands import parts as parts_lib
 from vidjax.data import memory
 from vidjax.data.clips import ClipSource, make_eval_plan

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidjax.batch import Array, Batch, LazyFeatures
 from vidjax.cluster import processes
-from vidjax.cluster.share import WHOLE, Share
+from vidjax.cluster.processes import WHOLE, Share
 from vidjax.errors import UserError, check_argument
 from vidjax.files import foreign_part
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from vidjax import config as config_lib
 from vidjax import config_io, machine, messages
-from vidjax.cluster import share
+from vidjax.cluster import processes
 from vidjax.commands import check, compare, config, evaluate, merge, rank, report, train
 from vidjax.errors import UserError
 
@@ -111,7 +111,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args.place = None
     if args.command in TOGETHER:
         flags = (args.coordinator, args.num_processes, args.process_id)
-        args.place = share.Place.parse(*flags)
+        args.place = processes.Place.parse(*flags)
     args.line = shlex.join([*messages.PROGRAM.split(), *_without_place(words)])
     return args
 
@@ -154,9 +154,9 @@ def _without_place(words: Sequence[str]) -> list[str]:
     kept, rest = [], list(words)
     while rest:
         word = rest.pop(0)
-        if word in share.FLAGS:
+        if word in processes.FLAGS:
             rest[:1] = []
-        elif word.partition("=")[0] not in share.FLAGS:
+        elif word.partition("=")[0] not in processes.FLAGS:
             kept.append(word)
     return kept
 

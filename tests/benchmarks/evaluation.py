@@ -29,7 +29,7 @@ import numpy as np
 from tests.benchmarks import common, training_step
 from vidjax import devices, ensemble, fusion
 from vidjax.batch import Batch
-from vidjax.cluster.share import WHOLE, Share, own_blocks
+from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_eval_plan
 from vidjax.evaluation import scoring

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.batch import Batch
-from vidjax.cluster.share import WHOLE, Share
+from vidjax.cluster.processes import WHOLE, Share
 from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.dataset import Dataset

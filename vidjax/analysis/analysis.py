@@ -24,7 +24,6 @@ from vidjax.evaluation.scoring import Evaluation, TrainedModel
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.significance import FEWEST_IDENTITIES
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import exact_sums
 
 Values = dict[str, Any]  # JSON
 Arrays = dict[str, np.ndarray]
@@ -36,7 +35,7 @@ class Seen(NamedTuple):
 
     Attributes:
       quality: [N] float32, mean quality of each clip's frames of the primary modality.
-      attention: name -> [...] int64, sums of `attention_step` over all clips, in `exact_sums.UNIT`.
+      attention: name -> [...] int64, sums of `attention_step` over all clips, in UNIT.
     """
 
     quality: np.ndarray
@@ -80,7 +79,7 @@ class Observer:
             quality, index, mask, attention = self._waiting.popleft()
             quality, index, mask = devices.fetch((quality, index, mask))
             self._seen.quality[index[mask]] = quality[mask]
-            exact_sums.add_to(self._seen.attention, attention)
+            add_to(self._seen.attention, attention)
 
     @property
     def seen(self) -> Seen:
@@ -104,7 +103,7 @@ class Observer:
             params: Params, model_state: ModelState, view: Array, block: Batch
         ) -> Mapping[str, Array]:
             found = eval_step_lib.attention_step(model.system, params, model_state, view, block)
-            return {name: exact_sums.add_up(x, block.batch_mask) for name, x in found.items()}
+            return {name: add_up(x, block.batch_mask) for name, x in found.items()}
 
         if jax.eval_shape(look, *self._weights, self._view, block):
             self._look = jax.jit(look)
@@ -188,7 +187,7 @@ def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
 
 
 def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
-    """Averages sums of `eval_step.attention_step` over all clips, in `exact_sums.UNIT`.
+    """Averages sums of `eval_step.attention_step` over all clips, in UNIT.
 
     Column j of the matrix is the mean over the clips in which vector j takes from others: those
     that have it, or all with `fill_missing`.
@@ -196,7 +195,7 @@ def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Value
     values: Values = {"assignment": {}}
     arrays: Arrays = {}
     for name, total in units.items():
-        total = total * exact_sums.UNIT
+        total = total * UNIT
         if name == "attention":
             weight = total.sum(axis=0)  # the number of clips in which vector j takes from others
             arrays["attention"] = total / np.where(weight > 0, weight, 1.0)
@@ -214,3 +213,29 @@ def _mean_quality(quality: Array, mask: Array) -> Array:
     """Returns [B], the mean quality of each clip's frames; 0 for a clip without frames."""
     finite = jnp.where(jnp.isfinite(quality), quality, 0.0)
     return jnp.sum(finite, axis=1, where=mask) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+
+UNIT = 2.0**-20
+MOST = 1024  # magnitude of a contribution; larger ones count as this
+_DIGITS, _NUM_DIGITS = 10, 3  # a contribution is three digits of 10 bits, which int32 can sum
+
+
+def add_up(values: Array, mask: Array) -> Array:
+    """Returns the sum over the clips of a block, [3, ...] int32: digits of the number of units.
+
+    Values are [B, ...] float with B below 2**21. NaN, Inf and clips outside the mask count as 0.
+    """
+    counts = mask.reshape(-1, *[1] * (values.ndim - 1)) & jnp.isfinite(values)
+    units = jnp.round(jnp.clip(jnp.where(counts, values, 0.0), -MOST, MOST) / UNIT)
+    units = units.astype(jnp.int32)
+    low = (1 << _DIGITS) - 1
+    digits = (units & low, (units >> _DIGITS) & low, units >> 2 * _DIGITS)
+    return jnp.stack([jnp.sum(digit, axis=0) for digit in digits])
+
+
+def add_to(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
+    """Adds sums of a block, name -> [3, ...], to name -> [...] int64 numbers of units."""
+    for name, digits in sums.items():
+        units = devices.fetch(digits).astype(np.int64)
+        units = sum(units[i] << i * _DIGITS for i in range(_NUM_DIGITS))
+        totals[name] = totals.get(name, 0) + np.asarray(units)

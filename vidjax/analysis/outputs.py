@@ -14,7 +14,7 @@ from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.clips import ClipSource
 from vidjax.evaluation.scoring import Evaluation
-from vidjax.run import results, tensorboard
+from vidjax.run import logs, results
 from vidjax.run.signals import Interrupted
 
 
@@ -125,8 +125,8 @@ def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
             from vidjax.report import figures
 
             picture = figures.heat_map_png(arrays["attention"], analysis.vectors or ())
-            images.append(tensorboard.Image(f"attention on {split}", *picture))
-    tensorboard.write_results(
+            images.append(logs.Image(f"attention on {split}", *picture))
+    logs.write_results(
         workdir,
         values.get("step", 0),
         scalars=metrics.logged(values) if blend else {},

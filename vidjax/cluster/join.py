@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 
 from vidjax.cluster import processes
-from vidjax.cluster.share import AUTO, Place
+from vidjax.cluster.processes import AUTO, Place
 from vidjax.errors import UserError
 
 BEAT_SECONDS = 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax import api, config_io, files, messages
-from vidjax.cluster import share
+from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.errors import UserError
 from vidjax.messages import Parser, Result
@@ -46,7 +46,7 @@ def load_definitions(args: argparse.Namespace) -> None:
 def process_flags(parser: Parser) -> None:
     """Adds the flags of one of several processes."""
     parser.flag("--coordinator", "HOST:PORT", "where several processes meet, see configs/README.md")
-    for name in share.FLAGS[1:]:
+    for name in processes.FLAGS[1:]:
         parser.flag(name, "N", argparse.SUPPRESS)
 
 

@@ -23,7 +23,7 @@ from vidjax import config_io, devices, ensemble, files, messages
 from vidjax.analysis import analysis
 from vidjax.analysis.outputs import write_evaluation
 from vidjax.batch import Batch
-from vidjax.cluster.share import WHOLE, Share
+from vidjax.cluster.processes import WHOLE, Share
 from vidjax.config import Config
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, TrainingData, make_eval_plan
 from vidjax.errors import UserError

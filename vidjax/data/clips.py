@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.cluster.share import WHOLE, Share
+from vidjax.cluster.processes import WHOLE, Share
 from vidjax.errors import UserError, closest, suggest
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class ClipSource(Protocol):
         Args:
           plan: the clips, as `make_eval_plan` groups them.
           rows: number of rows per block of this process.
-          share: which clips of every bucket this process reads, see `cluster.share.own_blocks`.
+          share: which clips of every bucket this process reads, see `cluster.processes.own_blocks`.
         """
         ...
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.cluster.share import WHOLE, Share, own_blocks
+from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries

@@ -7,6 +7,7 @@ that resumes needs nothing but its step.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from vidjax import devices, machine
 from vidjax.batch import Array, Batch, Frames, LazyFeatures, Packed
-from vidjax.cluster.share import WHOLE, Share, own_blocks
+from vidjax.cluster.processes import WHOLE, Share, own_blocks
 from vidjax.data.clips import (
     BatchPlan,
     EvalPlan,
@@ -28,7 +29,6 @@ from vidjax.data.clips import (
     make_eval_plan,
 )
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.permutation import shuffled
 from vidjax.errors import UserError
 
 MODES = ("auto", "resident", "streaming")
@@ -350,3 +350,51 @@ def _put(arrays: Sequence[Array], part: Sequence[Array], at: Array) -> list[Arra
         jax.lax.dynamic_update_slice_in_dim(whole, piece, at, axis=0)
         for whole, piece in zip(arrays, part, strict=True)
     ]
+
+
+ROUNDS = 16  # with 8, the orders of six clips would not all be equally likely
+
+
+def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
+    """Returns [B] int32, the clips at given positions in the orders of given epochs.
+
+    Args:
+      rng: key of all orders.
+      epoch: [B] int32.
+      place: [B] int32, position in the epoch, 0 to num_clips - 1; all positions of an epoch
+        together give every clip once.
+      num_clips: N.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002: a generalised Feistel
+    network on the smallest rectangle of N or more places, repeated for places mapped beyond N.
+    Ours: the round function, a hash (the finaliser of MurmurHash3). It costs O(B), where sorting N
+    random numbers would cost as much as many steps.
+    """
+    rows = math.isqrt(num_clips - 1) + 1
+    columns = -(-num_clips // rows)
+    keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (ROUNDS,)))(epoch)
+
+    def permute(x: Array) -> Array:
+        row, column = x % rows, x // rows
+        for i in range(ROUNDS):
+            if i % 2:
+                column = (column + _hash(row, keys[:, i]) % columns) % columns
+            else:
+                row = (row + _hash(column, keys[:, i]) % rows) % rows
+        return column * rows + row
+
+    def beyond(x: Array) -> Array:
+        return jnp.any(x >= num_clips)
+
+    def walk(x: Array) -> Array:
+        return jnp.where(x < num_clips, x, permute(x))
+
+    return jax.lax.while_loop(beyond, walk, permute(place.astype(jnp.uint32))).astype(jnp.int32)
+
+
+def _hash(x: Array, key: Array) -> Array:
+    """Returns [B] uint32, a hash of x and a key."""
+    x = (x * np.uint32(0x9E3779B9)) ^ key
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return x ^ (x >> 16)

@@ -16,7 +16,7 @@ import numpy as np
 from vidjax import config as config_lib
 from vidjax import files, messages
 from vidjax.cluster import chatter, join, processes
-from vidjax.cluster.share import Place
+from vidjax.cluster.processes import Place
 from vidjax.config import Config
 from vidjax.data.clips import TrainingData
 from vidjax.run import signals

@@ -18,7 +18,7 @@ from vidjax.batch import Frames
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import VERSION
-from vidjax.data.records.staging import ShardTask, StagedSplit, shard_bounds, shard_tasks
+from vidjax.data.records.writers import ShardTask, StagedSplit, shard_bounds, shard_tasks
 from vidjax.errors import UserError
 
 # TensorFlow reads both variables when it is imported. It only moves records here, without need of

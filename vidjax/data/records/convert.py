@@ -26,19 +26,17 @@ from vidjax.data.records.manifest import (
 )
 from vidjax.data.records.report import format_report, label_records, report_split
 from vidjax.data.records.shard_files import describe_shard
-from vidjax.data.records.staging import (
-    ShardTask,
-    StagedSplit,
-    shard_bounds,
-    stage,
-)
 from vidjax.data.records.writers import (
     ALL_CORES,
     ALONE,
     Beam,
     Engine,
     Pool,
+    ShardTask,
+    StagedSplit,
     check_engine,
+    shard_bounds,
+    stage,
     write_shards,
 )
 from vidjax.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Packed
-from vidjax.cluster.share import WHOLE, Share, own_places, own_rows
+from vidjax.cluster.processes import WHOLE, Share, own_places, own_rows
 from vidjax.data.checks import equal_quality, misspelt, transposed
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import STORED, Origin

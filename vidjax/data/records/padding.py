@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.cluster.share import WHOLE, Share, own_blocks, own_places
+from vidjax.cluster.processes import WHOLE, Share, own_blocks, own_places
 from vidjax.data.clips import EvalPlan, Modality, best_frames
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.manifest import Records

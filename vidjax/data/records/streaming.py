@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.batch import Batch, Frames
-from vidjax.cluster.share import WHOLE, Share, own_rows
+from vidjax.cluster.processes import WHOLE, Share, own_rows
 from vidjax.data.clips import BatchPlan
 from vidjax.data.records.codec import decode_batch, parse_batch, random_window, tf
 from vidjax.data.records.manifest import Records

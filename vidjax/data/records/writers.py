@@ -1,15 +1,19 @@
-"""Who writes the shards of a conversion: this process, a pool of them, or Apache Beam.
+"""Conversion to shards: clips joined by name, in order and cut into shards, and who writes them.
 
-Each calls `write_shard`, a pure function of a shard's task, so all write the same bytes. A process
-of the pool, `python -m vidjax.data.records.writers FOLDER FIRST STEP`, writes every STEP-th task of
-FOLDER.
+A shard is a function of its task alone, and a task is small, as it points into the flat files. So
+any process that sees these files can write any shard, and all write the same bytes: this process, a
+pool of them, or Apache Beam. A process of the pool, `python -m vidjax.data.records.writers FOLDER
+FIRST STEP`, writes every STEP-th task of FOLDER.
 """
 
+import bisect
+import functools
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +21,206 @@ import numpy as np
 
 from vidjax.data import processes
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, FlatFiles, PackedClips
 from vidjax.data.records import shard_files
-from vidjax.data.records.staging import ShardTask, feature_bytes
 from vidjax.data.untrusted.names import show
 from vidjax.errors import DiskError, UserError
-from vidjax.machine import num_cores
+from vidjax.machine import most_files, num_cores
+
+MIN_SHARDS = 8
+SHARD_BYTES = 256 << 20
+ORDER_SEED = 0
+
+
+class _MappedFrames:
+    """The flat files of a modality as if all parts were one, at most `most` of them mapped."""
+
+    def __init__(self, files: Sequence[FlatFiles], most: int):
+        self._part = functools.lru_cache(most)(lambda number: dict(files[number]))
+        self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
+
+    def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
+        """Returns field -> frames of a clip, which is in one part, as views of its files."""
+        number = bisect.bisect_right(self._ends, start)
+        part = self._part(number)
+        first = start - (self._ends[number] - len(part["features"]))
+        return {field: part[field][first : first + length] for field in STORED}
+
+
+class StagedSplit(NamedTuple):
+    """One split before it is written: N clip names in byte order, arrays still flat.
+
+    Attributes:
+      order: [N] int32, clip index of each record.
+      packed: modality -> the parts of its clips, flat.
+      starts: modality -> [N] int64, first frame of each clip in all parts, by clip index.
+      lengths: modality -> [N] int32, number of frames of each clip, by clip index.
+    """
+
+    clips: tuple[str, ...]
+    order: np.ndarray
+    packed: dict[str, list[PackedClips]]
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+
+class ShardTask(NamedTuple):
+    """All that it takes to write one shard of n records.
+
+    Attributes:
+      files: modality -> its flat files, in parts; only the modalities that the split has.
+      order: [n] int32, the clip index of each record.
+      starts: modality -> [n] int64, first frame of each record in all parts.
+      lengths: modality -> [n] int32, number of frames of each record.
+    """
+
+    path: Path
+    modalities: dict[str, Modality]
+    files: dict[str, list[FlatFiles]]
+    clips: tuple[str, ...]
+    order: np.ndarray
+    starts: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """Yields the fields of each record; its frames are views of mapped files.
+
+        The files are mapped anew: what was read of them leaves the memory with the shard.
+        """
+        parts = max((len(files) for files in self.files.values()), default=1)
+        fitting = most_files() // 2 // (len(STORED) * max(1, len(self.files)))
+        most = max(1, int(min(parts, fitting)))
+        flat = {name: _MappedFrames(files, most) for name, files in self.files.items()}
+        none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+        empty = {
+            name: {"features": np.zeros((0, modality.dim), modality.dtype), **none}
+            for name, modality in self.modalities.items()
+        }
+        for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
+            frames = {
+                name: flat[name].of_clip(int(self.starts[name][record]), length)
+                if name in flat and (length := int(self.lengths[name][record]))
+                else empty[name]
+                for name in self.modalities
+            }
+            yield {"clip": clip, "clip_index": index, "frames": frames}
+
+    def save(self, path: Path) -> None:
+        """Writes the task to an `.npz` file."""
+        facts = {
+            "path": str(self.path.absolute()),
+            "modalities": self.modalities,
+            "files": {
+                name: [
+                    (str(flat.folder.absolute()), flat.dtype.name, flat.width, flat.num_frames)
+                    for flat in parts
+                ]
+                for name, parts in self.files.items()
+            },
+        }
+        clips = "\n".join(self.clips).encode("utf-8", "surrogateescape")
+        arrays = {
+            "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
+            "clips": np.frombuffer(clips, np.uint8),
+            "order": self.order,
+        }
+        for name in self.files:
+            arrays[f"starts/{name}"] = self.starts[name]
+            arrays[f"lengths/{name}"] = self.lengths[name]
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "ShardTask":
+        """Reads a task that `save` has written."""
+        with np.load(path, allow_pickle=False) as file:
+            facts = json.loads(file["facts"].tobytes())
+            files = {
+                name: [FlatFiles(Path(folder), *rest) for folder, *rest in parts]
+                for name, parts in facts["files"].items()
+            }
+            return cls(
+                path=Path(facts["path"]),
+                modalities={name: Modality(*kind) for name, kind in facts["modalities"].items()},
+                files=files,
+                clips=tuple(file["clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")),
+                order=file["order"],
+                starts={name: file[f"starts/{name}"] for name in files},
+                lengths={name: file[f"lengths/{name}"] for name in files},
+            )
+
+
+def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
+    """Joins the clips of one split by name over its parts and modalities."""
+    modalities = sorted({name for part in parts for name in part})
+    packed = {name: [part[name] for part in parts if name in part] for name in modalities}
+    # Python orders str by code point, which is the byte order of UTF-8.
+    clips = tuple(sorted({name for part in parts for flat in part.values() for name in flat.names}))
+    index = {name: position for position, name in enumerate(clips)}
+    starts, lengths = {}, {}
+    for modality, flats in packed.items():
+        starts[modality] = np.zeros(len(clips), np.int64)
+        lengths[modality] = np.zeros(len(clips), np.int32)
+        before = 0
+        for flat in flats:
+            rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
+            starts[modality][rows] = before + flat.starts()
+            lengths[modality][rows] = flat.lengths
+            before += len(flat.features)
+    # Ground truth, and often the names with it, is sorted by identity. A shuffle buffer does not
+    # undo that; one permutation of all training clips does.
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
+    order = shuffled if split == "train" else np.arange(len(clips))
+    return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)
+
+
+def feature_bytes(lengths: Mapping[str, np.ndarray], modalities: Mapping[str, Modality]) -> int:
+    """Returns the bytes of the features of some clips; `lengths` counts frames, [N] int each."""
+    return sum(
+        int(lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
+        for name, modality in modalities.items()
+        if name in lengths
+    )
+
+
+def shard_bounds(split: StagedSplit, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
+    """Returns the first and last + 1 record of each shard; no shard is empty."""
+    size = feature_bytes(split.lengths, modalities)
+    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
+    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def shard_tasks(
+    split: StagedSplit,
+    modalities: Mapping[str, Modality],
+    paths: Sequence[Path],
+    scratch: Path,
+) -> list[ShardTask]:
+    """Returns the task of each shard; arrays that are in memory alone are written to `scratch`."""
+    files = {
+        name: [_flat_files(flat, scratch / name / str(number)) for number, flat in enumerate(parts)]
+        for name, parts in split.packed.items()
+    }
+    tasks = []
+    for path, (first, last) in zip(paths, shard_bounds(split, modalities), strict=True):
+        order = split.order[first:last]
+        clips = tuple(split.clips[clip] for clip in order.tolist())
+        starts = {name: starts[order] for name, starts in split.starts.items()}
+        lengths = {name: lengths[order] for name, lengths in split.lengths.items()}
+        tasks.append(ShardTask(path, dict(modalities), files, clips, order, starts, lengths))
+    return tasks
+
+
+def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
+    """Returns where some frames lie; writes those that are in memory alone."""
+    if isinstance(packed.frames, FlatFiles):
+        return packed.frames
+    scratch.mkdir(parents=True)
+    for field, values in packed.frames.items():
+        values.tofile(scratch / f"{field}.bin")
+    num_frames, width = packed.features.shape
+    return FlatFiles(scratch, packed.features.dtype, width, num_frames)
+
 
 # Less than this is written before another process has started.
 WORKER_BYTES = 64 << 20
