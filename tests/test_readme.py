@@ -161,11 +161,15 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     (tmp_path / "configs" / "mine.py").write_text(example("example: configs/mine.py"))
     env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir)}
 
-    def command(*words, workdir=tmp_path / "run"):
+    def said(*words, workdir=tmp_path / "run"):
+        """Returns the error message of a command, empty for none."""
         command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={workdir}"]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        if done.returncode:
-            return done.stderr
+        assert bool(done.returncode) == done.stderr.startswith("vidjax: "), done.stderr
+        return done.stderr if done.returncode else ""
+
+    def command(*words, workdir=tmp_path / "run"):
+        assert not said(*words, workdir=workdir)
         return json.loads((workdir / "metrics.json").read_text())
 
     (words,) = [words for words in commands() if "--config=configs/mine.py" in words]
@@ -186,9 +190,9 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
     own = "--config=configs/mine.py"
-    assert "--config=FILE" in command("--mode=evaluate")
+    assert "--config=FILE" in said("--mode=evaluate")
     assert command("--mode=evaluate", own)["map"] == results["map"]
-    assert "leave it out" in command("--mode=evaluate", "--config=mma")
+    assert "leave it out" in said("--mode=evaluate", "--config=mma")
     for k in (1, 2):
         command("--mode=evaluate", own, f"--shard={k}/2")
     assert command("--mode=merge", own)["map"] == results["map"]
@@ -199,7 +203,7 @@ def test_a_system_of_ones_own(official_dir, cache_dir, tmp_path):
 
     file = tmp_path / "configs" / "mine.py"
     file.write_text(file.read_text() + "\n# changed\n")
-    assert "definitions: mine.py:" in command(f"{own}:iqiyi_vid,face,head,audio")
+    assert "definitions: mine.py:" in said(f"{own}:iqiyi_vid,face,head,audio")
     code = (
         "import sys, vidjax\nvidjax.load_config('configs/mine.py')\n"
         "print(len(vidjax.restore('run').identities))"

@@ -90,7 +90,7 @@ def draw(data: Dataset, seed: int) -> tuple[list[str], dict[str, list[int]]]:
     """Returns the newcomers, and for every person the training clips in the order of enrolment."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.train.names))
-    usable = data.train.usable
+    usable = np.any([np.any(x != 0, axis=1) for x in data.train.parts.values()], axis=0)
     clips: dict[str, list[int]] = {}
     for place in order.tolist():
         label = data.train.labels[place]
