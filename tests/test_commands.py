@@ -17,7 +17,7 @@ from vidjax import main as main_lib
 from vidjax.commands import common, train
 from vidjax.main import main
 from vidjax.run import terminal
-from vidjax.training import rehearsal
+from vidjax.training import dry_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,24 +141,24 @@ def test_another_error_of_the_runtime_is_a_fault(monkeypatch, capsys):
         "noise_classes",
     ],
 )
-def test_a_shipped_configuration_passes_the_rehearsal(name):
-    rehearsal.rehearse(config_io.load_file(f"{ROOT}/configs/{name}.py"))
+def test_a_shipped_configuration_passes_the_dry_run(name):
+    dry_run.run(config_io.load_file(f"{ROOT}/configs/{name}.py"))
 
 
-def test_the_rehearsal_names_the_word_at_fault():
+def test_the_dry_run_names_the_word_at_fault():
     config = config_io.load_file(f"{ROOT}/configs/mma.py")
     good = ["--config.seed=3", "--config.model.num_clusters=2"]
 
-    def rehearse(*words):
-        rehearsal.rehearse(config_io.override(config, words), words, lambda: config)
+    def check_words(*words):
+        dry_run.run(config_io.override(config, words), words, lambda: config)
 
-    rehearse(*good)
+    check_words(*good)
     with pytest.raises(ValueError, match=r"^--config\.model\.embed_dim=0: ") as caught:
-        rehearse(*good, "--config.model.embed_dim=0")
+        check_words(*good, "--config.model.embed_dim=0")
     assert "whole numbers from 1 up" in str(caught.value)
     config.model.embed_dim = 0
     with pytest.raises(ValueError, match=r"^config\.model: "):
-        rehearse(*good)
+        check_words(*good)
 
 
 def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
@@ -172,7 +172,7 @@ def test_a_configuration_of_the_users_own_is_made_once(tmp_path):
     )
     args = main_lib.parse([f"--config={tmp_path}/own.py:face", "--config.seed=3"])
     config, _ = train.settings(args)
-    common.rehearse(args, config)
+    common.dry_run(args, config)
     assert count.read_text() == "x"
 
 

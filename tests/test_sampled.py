@@ -132,7 +132,10 @@ def test_second_moments_fade_between_two_draws(shape):
         frames = fuse["face"](jax.random.key(0), made.batch.frames["face"])
         x = np.pad(frames.features[:, 0], ((0, 0), (0, 1)), constant_values=1.0).astype(float)
         draws = [drawn_at(made, step) for step in range(12)]
-        labels, rate = np.asarray(made.state.labels[0]), float(np.asarray(made.system.schedule(0)))
+        labels, rate = (
+            np.asarray(made.state.labels[0]),
+            float(np.asarray(made.system.lr_schedule(0))),
+        )
         wanted = adam_oracle(classifier_of(made.state.params, 301), x, labels, draws, rate)
         (params, opt_state), _ = made.train(12)
     (adam,) = (part for part in opt_state if isinstance(part, optax.ScaleByAdamState))

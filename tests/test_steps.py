@@ -229,7 +229,7 @@ def test_mixup_against_a_loop():
     batch = make_batch((7, 3, 0, 2, 1))
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
     labels = np.arange(5, dtype=np.int32)  # each clip its own, so that labels name the partners
-    clips = augment.MemberBatch(batch.frames, labels, weight, jnp.float32(0), ())
+    clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
     clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
     mixed, ((own, share), (partner, rest)) = clips.frames, clips.targets
     share, partner = np.asarray(share), np.asarray(partner)
@@ -256,7 +256,7 @@ def test_clips_without_a_good_frame_are_kept_or_dropped():
     quality[0, 1], quality[2] = 40.0, np.nan
     frames = {**batch.frames, "face": face._replace(quality=quality)}
     weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
-    clips = augment.MemberBatch(frames, np.arange(5), weight, jnp.float32(40), ())
+    clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(40), ())
     for poor_clips, expected in (("keep", weight), ("drop", [2, 0, 0, 1, 0])):
         left = augment.keep_quality(jax.random.key(0), clips, poor_clips=poor_clips)
         np.testing.assert_array_equal(left.weight, expected)
@@ -276,7 +276,7 @@ def test_only_the_best_classes_of_a_clip_keep_their_scores():
 
 def test_feature_noise_has_a_tenth_of_the_norm_of_each_feature():
     batch = make_batch((900, 30, 0), (1, 0, 1), max_frames=1000)
-    clips = augment.MemberBatch(batch.frames, np.arange(3), np.ones(3), jnp.float32(0), ())
+    clips = augment.MemberClips(batch.frames, np.arange(3), np.ones(3), jnp.float32(0), ())
     noised = jax.jit(augment.feature_noise)
     first, again, other = (noised(jax.random.key(seed), clips) for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -378,7 +378,7 @@ def test_a_clip_without_a_frame_teaches_nothing(model, after):
     """Nor does a padded row, whatever lies in either."""
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
     system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
-    system = system._replace(examples=after == "examples")
+    system = system._replace(frame_is_example=after == "examples")
     batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
     idle = np.array([False, False, True, True, False])

@@ -267,7 +267,7 @@ def test_the_residual_net_takes_half_a_gflop_a_frame():
         params, model_state = ensemble.take((state.params, state.model_state), 0)
         batch = Batch({"face": frames}, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
         system_of_one = system._replace(fuse_eval={"face": lambda rng, frames: frames})
-        system_of_one = system_of_one._replace(examples=False)
+        system_of_one = system_of_one._replace(frame_is_example=False)
         return eval_step_lib.eval_step(system_of_one, params, model_state, jnp.int32(0), batch)
 
     state = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))

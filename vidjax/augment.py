@@ -1,6 +1,6 @@
 """Augmentation of the clips that one member trains on in one step.
 
-A transform maps (rng, MemberBatch) to MemberBatch. `System.clip_transforms` get all frames of the
+A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` get all frames of the
 clips, before fusion; `System.transforms` get the fused frames.
 """
 
@@ -19,7 +19,7 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated; from the code of
 FEATURE_NOISE = 0.1  # norm of the noise relative to the norm of the feature vector
 
 
-class MemberBatch(NamedTuple):
+class MemberClips(NamedTuple):
     """The B clips of one step for one member.
 
     Attributes:
@@ -37,10 +37,10 @@ class MemberBatch(NamedTuple):
     targets: tuple[tuple[Array, Array], ...]
 
 
-BatchTransform = Callable[[Array, MemberBatch], MemberBatch]
+BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
-def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") -> MemberBatch:
+def keep_quality(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops frames below the `min_quality` of the member; ignores the key.
 
     Clips with frames of the first modality, but none of that quality, train on all their frames if
@@ -62,7 +62,7 @@ def keep_quality(rng: Array, clips: MemberBatch, *, poor_clips: str = "keep") ->
     return clips._replace(frames=frames, weight=weight)
 
 
-def concat_noise(rng: Array, clips: MemberBatch, *, num_identities: int) -> MemberBatch:
+def concat_noise(rng: Array, clips: MemberClips, *, num_identities: int) -> MemberClips:
     """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
 
     Distractors have labels of 0 or above `num_identities`.
@@ -126,7 +126,7 @@ def concat_clips(
     return fusion.map_fields(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
 
 
-def mix_up(rng: Array, clips: MemberBatch, *, alpha: float) -> MemberBatch:
+def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Mixes every clip with a random other clip of the batch.
 
     The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0. If
@@ -164,7 +164,7 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
     )
 
 
-def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOISE) -> MemberBatch:
+def feature_noise(rng: Array, clips: MemberClips, *, scale: float = FEATURE_NOISE) -> MemberClips:
     """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours).
 
     `scale` is the expected norm of the noise relative to the norm of the feature vector.
@@ -181,11 +181,11 @@ def feature_noise(rng: Array, clips: MemberBatch, *, scale: float = FEATURE_NOIS
 class Transform(NamedTuple):
     """An entry of TRANSFORMS.
 
-    `function` (rng, MemberBatch, *, options) -> MemberBatch gets all frames of the clips if it
+    `function` (rng, MemberClips, *, options) -> MemberClips gets all frames of the clips if it
     comes `before_fusion`, else the fused frames.
     """
 
-    function: Callable[..., MemberBatch]
+    function: Callable[..., MemberClips]
     before_fusion: bool = False
 
 

@@ -29,8 +29,8 @@ COLUMN_MULTIPLE = 128
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Evaluation alone reads `fuse_eval`, `score_fn`, `logs`, `top_classes`, `reduce` and
-    `matmul_precision`; it shares `model`, `num_chunks`, `examples`, `class_mask` and
+    Evaluation alone reads `fuse_eval`, `score_fn`, `scores_are_logs`, `top_classes`, `reduce` and
+    `matmul_precision`; it shares `model`, `num_chunks`, `frame_is_example`, `class_mask` and
     `num_identities` with training, which alone reads the rest.
 
     Attributes:
@@ -39,7 +39,7 @@ class System(NamedTuple):
       fuse_train, fuse_eval: modality -> fusion, called with a key, and without one.
       num_chunks: chunks of a feature vector, of which a member with a view does not see one; 0 if
         all members see all features.
-      examples: True if each fused frame of a clip is an example of its own.
+      frame_is_example: True if each fused frame of a clip is an example of its own.
       clip_transforms, transforms: of the clips with all their frames, and with their fused frames.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
@@ -47,12 +47,12 @@ class System(NamedTuple):
       sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
-      logs: True if scores are logarithms; their exponentials are then averaged.
+      scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
       top_classes: number of identities for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
-      together: True to train all members in one program by vmap; False to train one member after
-        another, each bit-equal to a run of its own.
+      vmap_members: True to train all members in one program by vmap; False to train one member
+        after another, each bit-equal to a run of its own.
       matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
     """
 
@@ -62,7 +62,7 @@ class System(NamedTuple):
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
     num_chunks: int
-    examples: bool
+    frame_is_example: bool
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
     objective: losses.Objective
@@ -70,14 +70,14 @@ class System(NamedTuple):
     sampled_classes: float
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation
-    schedule: optax.Schedule
+    lr_schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
-    logs: bool
+    scores_are_logs: bool
     top_classes: int
     reduce: str
     class_mask: Array
     num_identities: int
-    together: bool
+    vmap_members: bool
     matmul_precision: str
 
 
@@ -139,7 +139,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
     config_io.check_definitions(config)
-    ensemble_spec = config["ensemble"]
+    ensemble_spec, mapping = config["ensemble"], config["ensemble"]["mapping"]
     num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
@@ -165,7 +165,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         fuse_train=make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
         num_chunks=num_chunks,
-        examples=config["after_fusion"] == "examples",
+        frame_is_example=config["after_fusion"] == "examples",
         clip_transforms=(
             *_own_clip_transforms(config, task),
             *augment.make_transforms(config["transforms"], before_fusion=True),
@@ -183,14 +183,14 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         sampled_classes=config["loss"]["sampled_classes"],
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
-        schedule=schedule,
+        lr_schedule=schedule,
         score_fn=score_fn,
-        logs=logs,
+        scores_are_logs=logs,
         top_classes=config["eval"]["top_classes"],
         reduce=config["eval"]["reduce"],
         class_mask=class_mask,
         num_identities=task.num_identities,
-        together=_is_together(ensemble_spec["mapping"]),
+        vmap_members=mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu"),
         matmul_precision=_check_precision(config["matmul_precision"]),
     )
 
@@ -271,11 +271,6 @@ def _make_column_weight(
         return jnp.where(layout.is_mirror(labels), mirror_weight(step / steps_per_epoch), 1.0)
 
     return column_weight
-
-
-def _is_together(mapping: str) -> bool:
-    """Returns True for vmap; `auto` is vmap on accelerators and map on CPUs."""
-    return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
 
 def _check_precision(precision: str) -> str:

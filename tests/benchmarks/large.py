@@ -151,7 +151,7 @@ def formula(args: argparse.Namespace, name: str) -> int:
     count, size = 1 + args.num_identities, args.batch_size
     kernel = 4 * count * WIDTH
     waiting = ScoreColumns(devices.make_mesh(1), count, 0, count)
-    scores = 4 * count * min(waiting.most_waiting + waiting.most_rows, 2 * CLIPS)
+    scores = 4 * count * min(waiting.max_pending_rows + waiting.max_block_rows, 2 * CLIPS)
     return (
         REST
         + {

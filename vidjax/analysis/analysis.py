@@ -94,7 +94,7 @@ class Observer:
     def _prepare(self, block: Batch) -> None:
         """Compiles the step that reads the attention, if the model has any."""
         model = self._model
-        if not self._single or model.system.examples:
+        if not self._single or model.system.frame_is_example:
             return
         self._weights = ensemble.take((model.params, model.model_state), 0)
         self._view = jnp.int32(model.training_sets.members[0].view)
@@ -125,7 +125,7 @@ class Observer:
             "split": self._split_name,
             "lead": self._primary,
             "modalities": list(model.modalities),
-            "logs": model.system.logs,
+            "logs": model.system.scores_are_logs,
             "results": {name: results.get(name) for name in names},
             "members": results.get("members", []),
             "runs": results.get("runs", []),
@@ -133,7 +133,7 @@ class Observer:
         attention_values, arrays = attention(self.seen.attention, model.system.model)
         values |= attention_values
         if self._single and num_steps and not model.system.model.exact_inputs:
-            arrays["schedule"] = learning_rates(model.system.schedule, num_steps)
+            arrays["schedule"] = learning_rates(model.system.lr_schedule, num_steps)
         scored = ScoredSplit(
             evaluation.top, split.labels, split.clips, evaluation.clips.pool, evaluation.positives
         )
@@ -154,7 +154,10 @@ class Observer:
             "strata": strata.strata(scored, split, model.modalities, quality, train_clips),
         }
         found = open_set.measure(
-            evaluation.clips, split.labels, len(model.data.identities), logs=model.system.logs
+            evaluation.clips,
+            split.labels,
+            len(model.data.identities),
+            logs=model.system.scores_are_logs,
         )
         values |= found[0]
         arrays |= found[1]

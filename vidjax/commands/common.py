@@ -66,9 +66,9 @@ def given_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
     return given
 
 
-def rehearse(args: argparse.Namespace, config: Config) -> None:
+def dry_run(args: argparse.Namespace, config: Config) -> None:
     """Refuses a training, or the evaluation of a run, that cannot work; reads no data."""
-    from vidjax.training.rehearsal import rehearse
+    from vidjax.training import dry_run as dry_run_lib
 
     training = args.command == "train"
 
@@ -77,7 +77,7 @@ def rehearse(args: argparse.Namespace, config: Config) -> None:
             return api.load_config(args.config)
         return api.run_config(Path(args.workdir).expanduser())
 
-    rehearse(config, args.overrides, original, training=training)
+    dry_run_lib.run(config, args.overrides, original, training=training)
 
 
 @contextlib.contextmanager

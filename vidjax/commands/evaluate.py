@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> Result:
 
     together.check_command(args, config)
     if args.overrides and not config.join.runs:
-        common.rehearse(args, config)
+        common.dry_run(args, config)
     with common.locked_folder(path) as workdir:
         from vidjax.commands import blend
 
@@ -123,7 +123,7 @@ def _run_part(args: argparse.Namespace, began: float) -> Result:
     which = parts_lib.Shard.parse(args.shard)
     config, path = settings(args)
     if args.overrides:
-        common.rehearse(args, config)
+        common.dry_run(args, config)
     common.end_on_signals()
     from vidjax.commands import parts
 

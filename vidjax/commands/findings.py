@@ -27,7 +27,7 @@ from vidjax.evaluation import restore, run_data
 from vidjax.gallery.gallery import Gallery
 from vidjax.run import checkpoint, formats, parts, resume
 from vidjax.run import results as results_lib
-from vidjax.training import plan, rehearsal
+from vidjax.training import dry_run, plan
 
 if TYPE_CHECKING:
     from vidjax.data.records.manifest import Records
@@ -292,7 +292,7 @@ def _parts(
 def _values(config: Config) -> Findings:
     problems = list(config_lib.problems(config))
     if not problems:
-        rehearsal.build(config, dict.fromkeys(config.modalities, rehearsal.WIDTH))
+        dry_run.trace_model(config, dict.fromkeys(config.modalities, dry_run.WIDTH))
     yield from ((FAULT, problem) for problem in problems)
     if not problems:
         yield OK, "config: every value is in its range and has an effect"

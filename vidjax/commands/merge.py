@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> Result:
     began = time.monotonic()
     config, path = evaluate.settings(args)
     if args.overrides:
-        common.rehearse(args, config)
+        common.dry_run(args, config)
     with common.locked_folder(path) as workdir:
         from vidjax.commands import parts
 

@@ -287,7 +287,9 @@ def merge(
         mesh = devices.make_mesh(num_devices, config.mesh.model)
         trained = make_model(config, workdir, run, data, mesh)
         observer = analysis.Observer([trained], split.name, mesh)
-        block_size = min(config.eval.block_size, ScoreColumns.of(trained.system, mesh).most_rows)
+        block_size = min(
+            config.eval.block_size, ScoreColumns.of(trained.system, mesh).max_block_rows
+        )
         observer.take(seen, block_size * mesh.shape["data"])
     before = sum(one.eval_seconds for one in facts)
     return write_evaluation(

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> Result:
 
     together.check_command(args, config)
     if not (path / common.RECORDED).exists():  # before there is a folder, or data are read
-        common.rehearse(args, config)
+        common.dry_run(args, config)
         common.set_up_devices(config)
     with common.locked_folder(path) as workdir:
         from vidjax.cluster import processes

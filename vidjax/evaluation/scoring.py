@@ -35,7 +35,7 @@ def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
     """Returns an empty ranking of the clips `pool` [N] bool by scores with these columns."""
     return topk.RunningTopK(
         columns.total,
-        rows=min(WINDOW_ROWS, columns.most_waiting),
+        rows=min(WINDOW_ROWS, columns.max_pending_rows),
         mesh=columns.mesh,
         identities=columns.identities,
         pool=pool,
@@ -193,7 +193,7 @@ class ModelScorer:
                 self._best(self.model.eval_step(params, model_state, view, block))
                 for block in blocks
             ]
-        logs = self.model.system.logs
+        logs = self.model.system.scores_are_logs
         totals: list[mean_scores.MeanScores | None] = [None] * len(blocks)
         for number, member in enumerate(self.model.training_sets.members):
             if number == without:
@@ -464,8 +464,8 @@ def collect(
     voices = [(model.weight, model.knows_strangers) for model in models]
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
-    rows = 1 if single else min(WINDOW_ROWS, columns.most_waiting)
-    block_size = min(block_size, columns.most_rows)
+    rows = 1 if single else min(WINDOW_ROWS, columns.max_pending_rows)
+    block_size = min(block_size, columns.max_block_rows)
 
     began = time.monotonic()
     with devices.CompileClock() as compiling:
@@ -603,7 +603,7 @@ def _check_same_clips(first: TrainedModel, other: TrainedModel, split_name: str)
             "blend runs that were trained on the same ground truth"
         )
     for model in (first, other):
-        if not model.system.logs:
+        if not model.system.scores_are_logs:
             raise UserError(
                 f"--runs: {model.name} ranks by raw logits, which cannot be blended with others\n"
                 "use --config.eval.scores=log_softmax"

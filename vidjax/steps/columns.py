@@ -112,7 +112,7 @@ class ScoreColumns(NamedTuple):
         return slice(self.first, self.first + self.num_identities)
 
     @property
-    def most_rows(self) -> int:
+    def max_block_rows(self) -> int:
         """Largest number of rows of a block on a device.
 
         It does not depend on the mesh, since the bits of scores may depend on it.
@@ -120,7 +120,7 @@ class ScoreColumns(NamedTuple):
         return max(1, BLOCK_BYTES // (4 * self.num_identities))
 
     @property
-    def most_waiting(self) -> int:
+    def max_pending_rows(self) -> int:
         """Largest number of clips whose scores wait for a merge of the ranking."""
         return max(1, WAITING_BYTES // (4 * self.num_identities))
 

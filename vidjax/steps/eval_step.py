@@ -36,12 +36,14 @@ def eval_step(
         weight = output.eval_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(output.logits.shape[:2], output.logits.dtype)
-        total = mean_scores.no_scores(scores[:, 0], logs=system.logs)
+        total = mean_scores.no_scores(scores[:, 0], logs=system.scores_are_logs)
         for branch in range(scores.shape[1]):
             total = mean_scores.add_scores(total, scores[:, branch], weight[:, branch])
         return mean_scores.sum_scores(total)
 
-    scores = _over_examples(system, view, batch, scores_of, logs=system.logs, reduce=system.reduce)
+    scores = _over_examples(
+        system, view, batch, scores_of, logs=system.scores_are_logs, reduce=system.reduce
+    )
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
@@ -121,9 +123,9 @@ def _over_examples(
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
-        if not system.examples:
+        if not system.frame_is_example:
             return values_of(fused, batch.batch_mask)
-        _, exists = examples.to_examples(fused, apart=system.examples)
+        _, exists = examples.to_examples(fused, apart=system.frame_is_example)
         weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
 
         def example(t: Array) -> dict[str, Frames]:

@@ -29,7 +29,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from vidjax import optim
-from vidjax.augment import MemberBatch
+from vidjax.augment import MemberClips
 from vidjax.batch import Array
 from vidjax.steps.columns import NO_AXIS, ClassAxes, is_adam
 from vidjax.system import System
@@ -124,7 +124,7 @@ def system_for_columns(
     )
 
 
-def relabel(clips: MemberBatch, columns: Array) -> MemberBatch:
+def relabel(clips: MemberClips, columns: Array) -> MemberClips:
     """Returns clips with the places of their labels among the drawn columns."""
 
     def place(labels: Array) -> Array:

@@ -66,7 +66,7 @@ def init_state(
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
         blank = {name: frames(dim) for name, dim in modalities.items()}
         fused = examples.fuse(system, system.fuse_train, fuse_rng, blank, jnp.int32(0))
-        fused, exists = examples.to_examples(fused, apart=system.examples)
+        fused, exists = examples.to_examples(fused, apart=system.frame_is_example)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vidjax import devices, fusion
-from vidjax.augment import MemberBatch
+from vidjax.augment import MemberClips
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.models.base import ModelState, Params
 from vidjax.steps import columns as columns_lib
@@ -168,9 +168,9 @@ def _draw_clips(
     weight: Array,
     min_quality: Array,
     view: Array,
-) -> MemberBatch:
+) -> MemberClips:
     """Draws the fused frames on which one member trains in one step."""
-    clips = MemberBatch(
+    clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
         labels=labels,
         weight=weight,
@@ -188,10 +188,10 @@ def _draw_clips(
 
 
 def _model_input(
-    system: System, batch: Batch, clips: MemberBatch
+    system: System, batch: Batch, clips: MemberClips
 ) -> tuple[dict[str, Frames], Array, ClipInfo]:
     """Returns the input of the model: its frames, the mask of examples [B, T'], and its clips."""
-    frames, exists = examples.to_examples(clips.frames, apart=system.examples)
+    frames, exists = examples.to_examples(clips.frames, apart=system.frame_is_example)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
         index=jnp.repeat(batch.clip_index, exists.shape[1]),

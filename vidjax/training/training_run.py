@@ -212,7 +212,7 @@ class TrainingRun:
         if self.step:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
-        self._group_size = size = self.num_members if system.together else 1
+        self._group_size = size = self.num_members if system.vmap_members else 1
         self._tables = [self._replicate(part) for part in ensemble.split(plan.tables, size)]
         self._states = [
             devices.put(part, self._layout) for part in state_lib.split_state(state, size)
@@ -283,7 +283,7 @@ class TrainingRun:
         index = self.feed.bad_clips(self._states, self._tables, bad_step)
         clips = [self._plan.training_sets.clips[i] for i in index]
         more = f" and {len(clips) - 5} more" if len(clips) > 5 else ""
-        rate = float(jnp.asarray(self._system.schedule(bad_step)))
+        rate = float(jnp.asarray(self._system.lr_schedule(bad_step)))
         steps = checkpoint.manifests(self._workdir)
         saved = f"the checkpoint of step {max(steps)} is finite; " if steps else ""
         return (
@@ -321,7 +321,7 @@ class TrainingRun:
         weight = max(sums["weight"], 1e-6)
         rate = {}
         if not self._system.model.exact_inputs:
-            rate["learning_rate"] = float(jnp.asarray(self._system.schedule(self.step - 1)))
+            rate["learning_rate"] = float(jnp.asarray(self._system.lr_schedule(self.step - 1)))
         return {
             "epoch": self.step * self._config.batch_size / self._plan.task.num_clips,
             **rate,

@@ -1,4 +1,4 @@
-"""A rehearsal of a training: refuses impossible configurations before any data are read.
+"""A dry run of a training: refuses impossible configurations before any data are read.
 
 Building the system and tracing its parameters takes a tenth of a second and no device.
 """
@@ -19,11 +19,11 @@ from vidjax.system import TaskSpec, make_system
 from vidjax.training.plan import check_model
 
 WIDTH = 512  # feature width of a modality whose files have not been read
-CLIPS, STEPS = 64, 10  # sizes of the rehearsed training
+CLIPS, STEPS = 64, 10  # sizes of the training
 MOST_PARAMS = 10**10  # parameters of one member; more fit no device
 
 
-def rehearse(
+def run(
     config: Config,
     overrides: Sequence[str] = (),
     original: Callable[[], Config] | None = None,
@@ -41,13 +41,13 @@ def rehearse(
         check_model(config)
     widths = check_names(config, training=training)
     try:
-        build(config, widths)
+        trace_model(config, widths)
     except ValueError as error:
         if "config." in str(error):
             raise
         for word in overrides if original else ():
             rest = [other for other in overrides if other != word]
-            if original and _can_be_built(config_io.override(original(), rest), widths):
+            if original and _is_buildable(config_io.override(original(), rest), widths):
                 raise UserError(f"{word}: {error}") from error
         raise UserError(f"config.model: {error}") from error
 
@@ -87,7 +87,7 @@ def _check_splits(config: Config, splits: Collection[str], *, training: bool) ->
             raise UserError(f"config.{field}: the data has no split '{name}': {hint}")
 
 
-def build(config: Config, widths: Mapping[str, int]) -> None:
+def trace_model(config: Config, widths: Mapping[str, int]) -> None:
     """Builds the system of a configuration and traces its parameters, without devices."""
     spec = config.to_dict()
     members = ensemble.make_members(spec["ensemble"])[:1]
@@ -118,9 +118,9 @@ def build(config: Config, widths: Mapping[str, int]) -> None:
         raise UserError(f"the model '{spec['model'].get('name')}' has {count:,} parameters")
 
 
-def _can_be_built(config: Config, widths: Mapping[str, int]) -> bool:
+def _is_buildable(config: Config, widths: Mapping[str, int]) -> bool:
     try:
-        build(config, widths)
+        trace_model(config, widths)
     except ValueError:
         return False
     return True
