@@ -337,7 +337,7 @@ MISTAKES = {
     "idenify G": "did you mean 'identify'?",
     "identify": "identify needs the folder of a gallery",
     "identify G": "identify needs clips: --input=PATH",
-    "identify G --split=val --input=x": "and not both",
+    "identify G --split=val --input=x": "one of two flags",
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --identity=x": "identify takes no --identity, but enrol, list",
     "identify G --split=val --fpri=0.1": "did you mean --fpir?",

@@ -207,7 +207,7 @@ def damage_flipped_byte(path: Path, other: Path) -> None:
 
 
 DAMAGES: dict[Callable[[Path, Path], None], str] = {
-    damage_missing: "expected 5 records, found no such file",
+    damage_missing: "no such file, expected 5 records",
     damage_empty: "expected 5 records, found 0",
     damage_cut_in_record: "expected 5 records, found 4: record 5 is damaged",
     damage_cut_between_records: "expected 5 records, found 1",

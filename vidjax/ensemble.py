@@ -39,7 +39,7 @@ class Member(NamedTuple):
       number: position among all members of the ensemble; its random keys depend on it.
       fold: fold that the member is not trained on; -1 for none.
       bootstrap: number of its bootstrap sample; -1 for none.
-      view: chunk of every feature vector that the member does not see; -1 for none.
+      view: chunk of every feature vector that is hidden from the member; -1 for none.
       min_quality: lowest quality of the frames that it is trained on; the lowest float32 for all.
     """
 

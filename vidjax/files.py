@@ -101,7 +101,7 @@ def open_folder(path: Path, below: Path) -> Iterator[int]:
     """Opens a folder, following no link from `below` on; gives its descriptor for a `dir_fd`."""
     names = path.relative_to(below).parts
     if ".." in names:
-        raise UserError(f"'{path}' leads out of '{below}': it is not opened")
+        raise UserError(f"'{path}' leads out of '{below}': name a path without '..'")
     level, descriptor = below, os.open(below, OPEN_FOLDER)
     try:
         for name in names:

@@ -41,7 +41,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
 
 
 class Found(NamedTuple):
-    """A place of a person; kind `unread` was not searched, remedy `deleted` is done already."""
+    """A place that holds a name. Kind `unread`: not searched; remedy `deleted`: gone already."""
 
     kind: str
     path: Path

@@ -336,7 +336,7 @@ def text_of(error: Exception) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Returns True if the host or a device has no memory left."""
+    """Returns True if an error says that the host or a device has no memory left."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     )

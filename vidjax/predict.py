@@ -394,7 +394,7 @@ def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
 
 
 def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor:
-    """Returns a predictor of given attributes, whose functions compile at their first use."""
+    """Returns a predictor with the fields in `state`; its functions compile at their first use."""
     return Predictor(
         **state,
         system=system,

@@ -40,7 +40,7 @@ class System(NamedTuple):
       num_chunks: chunks of a feature vector, of which a member with a view does not see one; 0 if
         all members see all features.
       frame_is_example: True if each fused frame of a clip is an example of its own.
-      clip_transforms, transforms: of the clips with all their frames, and with their fused frames.
+      clip_transforms, transforms: what changes clips before their frames are fused, and after.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
         take no part; with None, all do.

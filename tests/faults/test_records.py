@@ -175,7 +175,7 @@ def test_every_reader_names_file_and_record(copied: manifest_lib.Records, source
     shard.path.unlink()
     data = labelled(copied, source)
     for read in READERS:
-        assert f"{shard.path}: expected 30 records, found no such file" in told(lambda: read(data))  # noqa: B023
+        assert f"{shard.path}: no such file, expected 30 records" in told(lambda: read(data))  # noqa: B023
 
 
 def keep_times(path: Path, content: bytes | bytearray) -> None:

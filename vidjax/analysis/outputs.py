@@ -63,7 +63,7 @@ def write_results(
         files.write_json(paths.metrics, {**values, **pending})
     if observer:
         steps = values.get("step", 0) if split == own_split else 0
-        with costing_pages(workdir, paths.analysis):
+        with warning_of_faults(workdir, paths.analysis):
             analysed = observer.finish(evaluation, trained, num_steps=steps)
             if processes.is_first():
                 results.save_analysis(paths.analysis, *analysed)
@@ -73,7 +73,7 @@ def write_results(
         write_report(workdir)
     if ends_training:
         files.write_json(paths.metrics, values)
-    with costing_pages(workdir):
+    with warning_of_faults(workdir):
         log_results(workdir, values, split)
 
 
@@ -82,12 +82,12 @@ def write_report(workdir: Path) -> None:
     # Not at the top: not every run writes a report.
     from vidjax.report import run_page
 
-    with costing_pages(workdir, workdir / results.REPORT):
+    with warning_of_faults(workdir, workdir / results.REPORT):
         run_page.write(workdir)
 
 
 @contextlib.contextmanager
-def costing_pages(workdir: Path, *outdated: Path) -> Iterator[None]:
+def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
     """Turns a fault into a warning, since the results are written; deletes `outdated` files then.
 
     A full disk, a signal, and a fault of one of several processes, for which the others wait, stay

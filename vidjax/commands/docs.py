@@ -122,7 +122,7 @@ def replace_section(page: str, name: str, content: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the fields and the arguments as Markdown tables, or writes them into a page."""
+    """Prints tables of configuration fields, arguments and names, or writes them into a page."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:

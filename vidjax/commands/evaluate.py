@@ -52,7 +52,8 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
         Shard.parse(shard)
     if not is_merge and args.place and (shard is not None or runs is not None):
         raise UserError(
-            "--coordinator goes with train, and with evaluate of one whole run\n"
+            f"--coordinator does not go with {'--shard' if runs is None else '--runs'}: several "
+            "processes evaluate one whole run\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
     workdir = Path(args.workdir).expanduser()

@@ -44,7 +44,7 @@ ROWS = 4096  # identities whose lists are sorted at a time
 
 
 class Made(NamedTuple):
-    """A part, and whether it was there before and nothing was scored."""
+    """A part; `before` is True if it was there already, so that nothing was scored now."""
 
     part: Part
     before: bool
@@ -430,8 +430,8 @@ def choose_parts(
     command = shlex.join([*PROGRAM.split(), *command])
     if not lacking:
         raise UserError(
-            f"no parts of {split} in '{workdir / parts_lib.FOLDER}': make all n of some n, by\n"
-            f"{command} --shard=k/n"
+            f"no parts of {split} in '{workdir / parts_lib.FOLDER}': choose a number n, and score "
+            f"the parts k = 1 to n:\n{command} --shard=k/n"
         )
     total = min(sorted(lacking), key=lambda n: lacking[n])
     every = [Shard(i, total) for i in range(1, total + 1)]

@@ -183,7 +183,7 @@ class TrainingData(ClipSource, Protocol):
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of the modalities in `config.modalities`."""
+    """Returns name -> feature width of `names`: at least one, none twice, and all `known`."""
     if not names:
         raise UserError("config.modalities is empty: name at least one")
     if len(set(names)) < len(names):
@@ -272,7 +272,7 @@ def make_batch_plan(
     """Plans the batches of training.
 
     Args:
-      splits: the training splits, in the order of the tables.
+      splits: the training splits, in the order in which `clip_index` counts through them.
       batch_size: B; may exceed the number of clips.
       max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
       crop: 'window' or 'quality', see BatchPlan.

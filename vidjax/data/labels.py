@@ -26,7 +26,7 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity from the `{split}_gt.txt` files of a directory."""
+    """Returns split -> clip -> identity of `{split}_gt.txt`; `clips` are those with features."""
     truth = {}
     for split, path in find_ground_truth(directory).items():
         truth[split] = load_ground_truth(path, known_clips=clips.get(split))

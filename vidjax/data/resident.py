@@ -97,7 +97,7 @@ class Layout(NamedTuple):
     """The clips and frames that are to be resident on the devices.
 
     Attributes:
-      train_splits: the training splits, in the order of the tables.
+      train_splits: the training splits, in the order in which `clip_index` counts through them.
       splits: the training splits and the split to evaluate.
       num_frames: modality -> number of frames, copies included.
       best: (split, phase, modality) -> T. In that phase, `train` or `eval`, a clip of more than T
@@ -172,8 +172,7 @@ def free_bytes(mesh: Mesh) -> float:
 class Resident:
     """Splits of a dataset on the devices; a `ClipSource`.
 
-    `train` is modality -> Packed of the training clips, in the order of their tables; the last
-    frame is zeros.
+    `train` is modality -> Packed of the training clips, by `clip_index`; the last frame is zeros.
     """
 
     def __init__(self, data: TrainingData, layout: Layout, mesh: Mesh):

@@ -133,8 +133,8 @@ def check_named(
     """Refuses a data folder that only `config.json` names, if no digest confirms it."""
     if "data" not in manifest and config.data.dir and not by_user:
         raise UserError(
-            f"'{workdir}' does not tell which data it was trained on: an earlier version made it\n"
-            f"say where they are: --config.data.dir={config.data.dir}"
+            f"'{workdir}' does not tell its training data: an earlier version of vidjax made it\n"
+            f"if they are these, confirm it: --config.data.dir={config.data.dir}"
         )
 
 

@@ -445,7 +445,7 @@ def collect(
     observe: Observe | None = None,
     logarithms: bool = False,
 ) -> Scored:
-    """Scores the clips of a split, which `score` may rank or not; it takes the same arguments."""
+    """Scores the clips of a split, for `score` or for one part of a ranking; arguments as there."""
     if block_size < 1:
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
@@ -461,7 +461,7 @@ def collect(
         for scorer in scorers
     ]
     poor = [PoorClips(model.system.model) for model in models]
-    voices = [(model.weight, model.knows_strangers) for model in models]
+    voices = [(model.weight, model.knows_strangers) for model in models]  # in `blend`
     # A window is one block if there is only one member.
     single = not several and scorers[0].num_members == 1
     rows = 1 if single else min(WINDOW_ROWS, columns.max_pending_rows)

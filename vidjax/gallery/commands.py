@@ -132,10 +132,10 @@ def _check(args: argparse.Namespace) -> None:
         if not word.startswith("--config.data."):
             raise UserError(f"{word}: a gallery takes fields of config.data alone")
     if "input" in given and bool(args.split) == bool(args.input):
-        both = " and not both" if args.split else ""
+        lead = "takes one of two flags" if args.split else "needs clips"
         raise UserError(
-            f"{args.command} needs clips{both}: --input=PATH, a folder, .parquet table or .npz,\n"
-            "or --split=S of the dataset that --config.data.name and --config.data.dir name"
+            f"{args.command} {lead}: --input=PATH, a folder, .parquet table or .npz,\n"
+            "or --split=S of the dataset of --config.data.name and --config.data.dir"
         )
     if args.command == "enrol" and args.identity and args.strangers:
         raise UserError("enrol adds a person, --identity=NAME, or --strangers: leave one out")

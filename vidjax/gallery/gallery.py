@@ -174,8 +174,8 @@ class Gallery:
             raise UserError("no training clip has a label: there is nobody to enrol")
         if not clips:
             raise UserError(
-                f"none of the {labelled:,} labelled training clips has a vector: nothing "
-                "tells people apart\ntrain a run on clips of more people"
+                f"the vectors of all {labelled:,} labelled training clips are 0: the run cannot "
+                "tell people apart\ntrain a run on clips with usable frames, of more people"
             )
         origin = vectors_lib.origin_of(run)
         settings = run.system.model.gallery_settings()

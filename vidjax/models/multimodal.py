@@ -50,9 +50,9 @@ class MultimodalIdentifier(Identifier):
       dropout_rate: dropout rate of the input of the classifier; of its unit vectors for `cosine`.
       dtype: dtype of the matrix products; parameters, logits and cosine head are at least float32.
 
-    Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves open, and ours are: three maps
+    Source: iQIYI-VID paper, section 5 and figure 3. Where it leaves a choice, ours are: three maps
     for the three face vectors, K, the linear classifier, no activation after the maps, the feature
-    scale. Ours: masks, LayerNorm after the maps, modality dropout, the cosine head, and the gate,
+    scale. Added: masks, LayerNorm after the maps, modality dropout, the cosine head, and the gate,
     which the second-place article of 2019 names as future work.
     """
 

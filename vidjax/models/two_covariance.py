@@ -45,7 +45,7 @@ class Space(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """The classes to compare with, as coefficients of z and of its squares."""
+    """The K classes; `log_ratios` is linear . z + curve . z^2 + constant, with z as in Space."""
 
     linear: Array  # [K, D] float, coefficients of z
     constant: Array  # [K] float

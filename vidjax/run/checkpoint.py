@@ -255,8 +255,8 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
                 raise UserError(f"'{state / name}' is not of this checkpoint: move it elsewhere")
             if room < 0:
                 raise UserError(
-                    f"'{state}' is too large: its arrays take {limit:,} bytes at most\n"
-                    "put back a copy of it"
+                    f"'{state}' is larger than the {limit:,} bytes that its arrays can take\n"
+                    "put back an unchanged copy of this folder"
                 )
             left.remove(name)
     if left:

@@ -398,7 +398,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Refuses arrays of an `analysis.npz` that are no numbers, or whose shapes do not fit."""
+    """Refuses arrays of an `analysis.npz` that are incomplete, no numbers, or not as in ARRAYS."""
     for names in TOGETHER:
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(

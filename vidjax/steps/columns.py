@@ -88,8 +88,9 @@ def abstract_state(
 class ScoreColumns(NamedTuple):
     """The columns of scores in evaluation, [B, total].
 
-    Without an axis `model` they are the identities alone. Devices that share the classes keep all
-    class columns, so that none moves between them: others than the identities have scores of -inf.
+    Where the axis `model` has one device they are the identities alone. Devices that share the
+    classes keep all class columns, so that none moves between them: others than the identities have
+    scores of -inf.
     """
 
     mesh: Mesh  # rows are split over its axis `data`, and columns over `model`

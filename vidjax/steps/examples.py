@@ -37,12 +37,12 @@ def fuse(
 def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str, Frames], Array]:
     """Turns the T' fused frames of B clips into examples: one of each clip, or one of each frame.
 
-    Apart, all modalities have 1 frame or the same number T'. A single frame is repeated for every
-    example of the clip, and a clip that has only such modalities is one example.
+    With `apart`, all modalities have 1 frame or the same number T'. A single frame is repeated for
+    every example of the clip, and a clip that has only such modalities is one example.
 
     Returns:
-      The frames and [B, 1] bool, all True; apart, modality -> Frames [B T', 1] and [B, T'] bool,
-      True for examples that exist.
+      The frames and [B, 1] bool, all True; with `apart`, modality -> Frames [B T', 1] and
+      [B, T'] bool, True for examples that exist.
     """
     if not apart:
         num_clips = len(next(iter(frames.values())).mask)

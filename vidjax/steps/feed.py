@@ -25,7 +25,7 @@ DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch of training steps."""
+    """The result of a dispatch: steps that the host starts at once, and then waits for."""
 
     states: list[state_lib.TrainState]  # of every group of members
     num_steps: int
@@ -57,7 +57,7 @@ class Feed(abc.ABC):
     ) -> DispatchResult:
         """Trains for one dispatch: 1 to `most` steps after the first `step` steps.
 
-        States, which are donated, and tables are those of every group of members.
+        `states`, which are donated, and `tables` have one entry for each group of members.
         """
 
     @abc.abstractmethod

@@ -16,8 +16,8 @@ LOG_2 = math.log(2.0)
 class MeanScores(NamedTuple):
     """A running weighted mean of scores.
 
-    Logarithms of probabilities near 1 lie near 0, where their mean needs as many digits as they
-    have. So the complements, 1 less each probability, are averaged beside the probabilities.
+    Log-probabilities near 0 lose their digits when their exponentials are added. So the
+    complements, 1 less each probability, are averaged beside the probabilities.
     """
 
     total: Array  # [B, K] sum of the weighted scores; of logarithms, log of the sum of exponentials

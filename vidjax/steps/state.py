@@ -19,7 +19,7 @@ from vidjax.system import System
 class TrainState(struct.PyTreeNode):
     """The state of training; every field except `step` has a leading axis E.
 
-    `updated` is the number of steps done after the one that last drew a class column.
+    `updated` has for each class column the value of `step` after the step that last drew it.
     """
 
     step: Array  # [] int32, number of optimiser steps done
@@ -38,7 +38,7 @@ class Tables(NamedTuple):
 
     weight: Array  # [E, N] float32, of every training clip; 0 if a member is not trained on it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    view: Array  # [E] int32, chunk of the features that a member does not see; -1 for none
+    view: Array  # [E] int32, chunk of the features that is hidden from a member; -1 for none
 
 
 def make_tables(members: Sequence[ensemble.Member], weight: Array) -> Tables:

@@ -191,7 +191,7 @@ def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
 
 @jax.jit
 def _join(tops: TopK) -> TopK:
-    """Joins the tops [devices, C, k] of different clips into one, sorted."""
+    """Joins the top k of each device, [devices, C, k], into one sorted top k, [C, k]."""
     k = tops.scores.shape[2]
     joined = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in tops)
     return TopK(*(part[:, :k] for part in finish_top(TopK(*joined))))

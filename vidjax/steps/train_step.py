@@ -34,8 +34,8 @@ def train_step(
     """Takes one optimiser step of every member; returns the new state and the losses [E].
 
     A member whose loss or gradient is not finite keeps its state; the sum `bad_steps` counts it.
-    Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. The axes
-    are None for a step that neither splits nor samples the class columns.
+    Rows outside `batch_mask`, clips without frames and clips of weight 0 have no effect. `axes`
+    is None for a step that neither splits nor samples the class columns.
     """
 
     def step(learned: TrainState, inputs: MemberInputs) -> tuple[TrainState, jax.Array]:
@@ -284,7 +284,7 @@ def make_train_loop(
     draw: Callable[[Mapping[str, Packed], Array], Batch],
     axes: ClassAxes | None = None,
 ) -> Callable[[TrainState, Tables, Mapping[str, Packed], Array], tuple[TrainState, Outcome]]:
-    """Compiles many training steps into one program, (state, tables, clips, count) -> outcome.
+    """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
     The number of steps is an argument, so that the program is compiled once. The state is donated.
     Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,

@@ -69,7 +69,7 @@ def nobody_is_named(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; reads clips for noise classes, a threshold by the share of clips, and PLDA."""
+    """Plans a run; it reads clips only for noise classes and for `prepare` of the model."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -218,7 +218,7 @@ def _clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> n
 
 
 class Schedule(NamedTuple):
-    """The steps after which training is interrupted.
+    """The steps after which the host logs, evaluates or relabels; a dispatch ends there.
 
     Attributes:
       evaluate: includes the last step.

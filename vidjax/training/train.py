@@ -73,7 +73,7 @@ def train(
     config_lib.check(config, fresh=not (workdir / "config.json").exists())
     mesh = devices.make_mesh(num_devices, config.mesh.model)
     plan = make_plan(config, data)
-    together.check_plan(plan)
+    together.check_plan(plan)  # of several processes
     schedule, total_steps = make_schedule(config, plan), plan.task.total_steps
     split = config.eval.split
     system = make_system(config.to_dict(), plan.task)

@@ -68,7 +68,7 @@ def check_shard(shard: Shard) -> None:
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     wanted = f"{shard.path}: expected {shard.records} records, found"
     if not files.exists(shard.path):
-        raise UserError(f"{wanted} no such file\n{hint}")
+        raise UserError(f"{shard.path}: no such file, expected {shard.records} records\n{hint}")
     try:
         with files.open_regular(shard.path, below=shard.path.parents[DEPTH - 1]) as file:
             same_size = os.fstat(file.fileno()).st_size == shard.size

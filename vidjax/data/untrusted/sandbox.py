@@ -168,7 +168,10 @@ def load_flat_files(
         raise UserError(f"{path}: damaged or hostile: its reader ended with {name}")
     if child.returncode not in (0, EXIT_REFUSED):
         last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise UserError(f"{path}: its reader failed: {show(last)}")
+        raise UserError(
+            f"{path}: the process that reads it failed: {show(last)}\n"
+            "install vidjax again; if that does not help, report it"
+        )
     answer = json.loads(child.stdout)
     if "os_error" in answer:
         raise DiskError(
