@@ -1,4 +1,4 @@
-"""Own features: arrays in memory, a folder of `.npz` files or of parquet tables.
+"""Features of your own: arrays in memory, a folder of `.npz` files or of parquet tables.
 
 A folder holds, for every split (`train`, `val`, `test`),
 
@@ -12,8 +12,8 @@ or
 
 Labels are optional: `labels.csv` with the columns `clip` and `identity`, or official ground truth,
 `train_gt.txt` and `val_gt.txt`. A missing quality is the L2 norm of the features; other missing
-fields have the value `missing` of `vidjax.data.frame_fields`. Records, checks and report are those
-of official files.
+fields have the value `missing` of `vidjax.data.frame_fields`. They are checked, converted and
+reported like official files.
 
     python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
         [--beam_options=O]
@@ -57,7 +57,7 @@ class FeatureDict:
         labels: LabelSource = None,
         quality: Quality = "given",
     ):
-        """Takes split -> clip -> modality -> features, labels and quality as `load` does."""
+        """Takes split -> clip -> modality -> features; see `vidjax.load_data` for the rest."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -118,9 +118,9 @@ class FeatureFolder:
         workers: int | None = None,
         digests: Digests = IN_DEFAULT,
     ):
-        """Finds the files of each split, for `workers` processes that read.
+        """Finds the files of each split; `labels` and `quality` are as in `vidjax.load_data`.
 
-        `workers` None is one per core, or fewer where there is little to read.
+        `workers` processes read them; None for one per core, or fewer for little data.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         self._quality: Quality = check_quality(quality)
@@ -132,7 +132,7 @@ class FeatureFolder:
 
     @property
     def content(self) -> tuple[Collection[str], None]:
-        """The splits, and None: the content of files alone tells modalities (`sources.names`)."""
+        """The splits, and None: file names do not tell modalities, see `sources.names`."""
         return self._files.keys(), None
 
     def _clips(self, split: str) -> Iterator[Clip]:

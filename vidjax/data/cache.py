@@ -1,4 +1,4 @@
-"""The cache: where converted data is kept, under a lock, and named only when complete.
+"""The cache of converted data: a folder is filled under a lock, and gets its name once complete.
 
 Features identify people: only the user may read the files here.
 """
@@ -29,7 +29,7 @@ TICK_NS = 2 * 10**9  # the coarsest clocks of file systems have two seconds
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the folder for one content, which `key`, a JSON value, identifies."""
+    """Returns the folder `cache_dir/kind/DIGEST`, where DIGEST is of `key`, any JSON value."""
     return (
         Path(cache_dir or files.default_cache_dir()).expanduser()
         / kind
@@ -38,7 +38,7 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
 
 
 class Digests(NamedTuple):
-    """Where digests of files are kept.
+    """Where `digest_files` keeps its results.
 
     Attributes:
       cache_dir: the cache; None for the default.
@@ -55,8 +55,8 @@ IN_DEFAULT = Digests()
 def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = None) -> str:
     """Returns the sha256 of the names and contents of files; reads only files that have changed.
 
-    The cache keeps a digest under the `_state` of the files. Files that changed less than TICK_NS
-    ago are read each time: within one tick of the clock they could change once more.
+    The cache keeps the digest under the paths and the `_state` of the files. It keeps none of files
+    that changed less than TICK_NS ago: another change in the same tick of the clock would not show.
     """
     states = [_state(path) for path in paths]
     place = cache_folder(kept.cache_dir, "digests", [list(map(str, paths)), states])
@@ -81,7 +81,7 @@ def digest_files(paths: Sequence[Path], kept: Digests, workers: int | None = Non
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Returns what the file system changes with every byte that is written to a file."""
+    """Returns inode, size and times of a file, at least one of which changes with every write."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -92,7 +92,7 @@ def _sha256_each(paths: Sequence[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder of the cache; deletes unfinished files of killed processes."""
+    """Waits for and holds a cache folder's lock; deletes what killed processes left unfinished."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -109,7 +109,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 class Entry(NamedTuple):
-    """A folder of the cache: bytes of its files, and seconds since 1970 of its last use."""
+    """A folder of the cache: bytes of its files, and Unix time of its last use, in s."""
 
     folder: Path
     size: int
@@ -117,7 +117,7 @@ class Entry(NamedTuple):
 
 
 def entries(cache_dir: str | Path | None = None) -> list[Entry]:
-    """Returns the folders of records and of synthetic sets, the most recently used last."""
+    """Returns folders of records, synthetic data and broken-off conversions, latest use last."""
     found = []
     for path in Path(cache_dir or files.default_cache_dir()).expanduser().glob("*/*"):
         is_records = RECORDS.fullmatch(path.name) and (path / "manifest.json").is_file()

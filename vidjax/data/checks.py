@@ -32,9 +32,9 @@ def check_file(path: Path) -> None:
 
 
 def meant_split(word: str, present: Collection[str]) -> str | None:
-    """Returns the split that a word such as `valid` or `training` was meant to be, or None.
+    """Returns the split that a misspelt word, such as `valid` or `training`, means, or None.
 
-    A split's own name gives None, and so does a split in `present`, those with files of their own.
+    None also for a correct word, and if the split meant is in `present`: it has its own files.
     """
     word = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if word.startswith(split)]
@@ -43,7 +43,7 @@ def meant_split(word: str, present: Collection[str]) -> str | None:
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises ValueError if `word`, the split's part of a path's name, is a misspelt split."""
+    """Raises ValueError if `word`, a part of the path's name, misspells a split (`meant_split`)."""
     if split := meant_split(word, present):
         head, _, tail = path.name.rpartition(word)
         raise UserError(
@@ -54,12 +54,12 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
 
 # Norms of features. Beyond them a sum of squares in float32 overflows, or counts as 0.
 LONGEST, SHORTEST = 1e18, 1e-12
-NARROW = 4  # times as many frames as numbers in a frame look like an array that is turned
-EQUAL = 0.01  # relative range of norms that tell no frame from another
+NARROW = 4  # features look transposed if T is at least so many times D
+EQUAL = 0.01  # norms within this relative range count as all the same
 
 
 def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for every two modalities of near names that no clip has both of.
+    """Yields a message for every two modalities with similar names that never share a clip.
 
     `splits` is split -> modality -> [N] int, number of frames of each clip.
     """
@@ -79,9 +79,10 @@ def misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
 def transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message for every modality whose clips all have the same many frames, and narrow.
+    """Yields a message for every modality whose features look like [D, T] instead of [T, D].
 
-    `splits` is split -> modality -> [N] int, number of frames of each clip.
+    Its clips all have one number of frames, NARROW * width or more. `splits` is split -> modality
+    -> [N] int, number of frames of each clip.
     """
     for name, width in widths.items():
         found = [lengths[name] for lengths in splits.values() if name in lengths]

@@ -1,8 +1,8 @@
-"""Files of own features: a clip as `.npz`, a split as a parquet table with one row per frame.
+"""Files of your own features: a clip as `.npz`, a split as parquet table with a row per frame.
 
     python -m vidjax.data.clip_files OUT_DIR NON_FINITE QUALITY < PATHS
 
-packs some clips: one of several processes that read a folder. PATHS are separated by a zero byte.
+packs some clips, as a child process of `read_at_once`. PATHS are separated by a zero byte.
 """
 
 import io
@@ -68,7 +68,7 @@ OPTIONAL = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
-    """Yields the clips of a table, whose rows may come in any order; the table is in memory."""
+    """Yields the clips of a parquet table with rows in any order; loads the table as a whole."""
     columns = _read_columns(path)
     flat, width = _flat_features(path, columns["features"])
     start = np.cumsum(width, dtype=np.int64) - width
@@ -98,7 +98,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _read_columns(path: Path) -> Mapping[str, Any]:
-    """Returns name -> pyarrow column without nulls; clip and modality as codes of strings."""
+    """Returns name -> pyarrow column without nulls; clip and modality are dictionary-encoded."""
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -134,7 +134,7 @@ def _read_columns(path: Path) -> Mapping[str, Any]:
 
 
 def _read_table(path: Path, opened: io.FileIO) -> Any:
-    """Returns the known columns of a parquet file as a pyarrow table, text as codes."""
+    """Returns the known columns of a parquet file as a pyarrow table, text dictionary-encoded."""
     import pyarrow
     from pyarrow import parquet
 
@@ -189,7 +189,7 @@ def _flat_features(path: Path, features: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _groups(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields clip, modality and the numbers of their rows, in ascending order."""
+    """Yields clip, modality and [n] int, the numbers of their rows in ascending order."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")
@@ -204,7 +204,7 @@ OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
 
 
 class Options(TypedDict):
-    """The keywords of `pack`."""
+    """Keyword arguments of `pack`."""
 
     non_finite: NonFinite
     quality: Quality
@@ -216,7 +216,7 @@ def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns the number of processes that are worth their start for the files of all splits."""
+    """Returns how many processes shall read all files: one per READER_BYTES and core at most."""
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
     return max(1, min(num_cores(), size // READER_BYTES))
@@ -225,10 +225,10 @@ def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
 def read_at_once(
     files: Mapping[str, Sequence[Path]], scratch: Path, workers: int, options: Options
 ) -> dict[str, list[dict[str, PackedClips]]] | None:
-    """Returns split -> what `pack` returns for each part of its clips, read by several processes.
+    """Reads clips with several processes; returns split -> what `pack` returns for each part.
 
-    It is None where a process fails, or where the parts do not fit together, such as by a name that
-    comes twice: reading in one process then tells what is wrong. The arrays lie in `scratch`.
+    Returns None if a process fails or the parts contradict each other, such as by a clip in two of
+    them: reading in one process then tells what is wrong. The arrays lie in `scratch`.
     """
     # Some parts take longer: twice as many as processes.
     length = -(-sum(map(len, files.values())) // (2 * workers))

@@ -1,7 +1,7 @@
-"""The clips of a split, how they form batches, and the protocols of what holds clips.
+"""The clips of a split, plans of their batches, and the protocols that sources of clips follow.
 
-Numpy only. `Dataset` (records on disk), `Resident` (arrays on the devices) and `MemoryClips` (a
-dict in memory) are sources of clips. Training and evaluation use them through the protocols here.
+Numpy only. The sources are `Dataset` (records on disk), `Resident` (arrays on the devices) and
+`MemoryClips` (arrays in memory). Training and evaluation know them by these protocols alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ class Split:
 
     Attributes:
       name: 'train', 'val' or 'test'.
-      clips: N clip names in byte order; clip_index is the position here.
-      labels: [N] int32, column 1..C, or 0 for a distractor or an unlabelled clip.
+      clips: N clip names in byte order; `clip_index` is a position in this tuple.
+      labels: [N] int32, class column 1..C, or 0 for a distractor or an unlabelled clip.
       labelled: False when the split has no ground truth at all.
       positives: [C] int64, number of clips that the ground truth lists for each identity, including
         clips without a record.
@@ -62,7 +62,7 @@ class EvalPlan(NamedTuple):
 
     Attributes:
       bucket: [N] int, index into BUCKETS for each clip; -1 for a clip that is left out.
-      padded_lengths: modality -> T in each bucket.
+      padded_lengths: modality -> T of each bucket in BUCKETS.
     """
 
     split: str
@@ -72,10 +72,10 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """The batches of training: both feeds, streaming and resident, follow the same plan.
+    """How clips form the batches of training, whether streamed or resident on the devices.
 
     Attributes:
-      splits: names of the training splits; clip_index counts through them one after another.
+      splits: names of the training splits; `clip_index` numbers the clips of all, split by split.
       batch_size: B.
       num_clips: N, the clips of all these splits.
       padded_lengths: modality -> T.
@@ -123,8 +123,8 @@ class ClipSource(Protocol):
         512 frames gives its best 512 by quality, in time order; where quality ties, the earlier
         frame is better. T depends on the plan alone, never on `rows`.
 
-        All processes yield as many blocks as each other, and blocks at the same position are from
-        the same bucket: together they are one block of `rows * share.parts` rows.
+        All processes yield the same number of blocks. Their i-th blocks are from the same bucket:
+        together they are one block of `rows * share.parts` rows.
 
         Args:
           plan: the clips, as `make_eval_plan` groups them.
@@ -152,7 +152,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clips of a split in the order in which they are stored."""
+        """Returns [N] int32, the clip_index of each stored clip of a split, in stored order."""
         ...
 
     def train_batches(
@@ -165,25 +165,25 @@ class TrainingData(ClipSource, Protocol):
 
         Args:
           plan: the batches, from `make_batch_plan`.
-          start: number of clips in the batches before of all processes; the stream continues
-            after them.
-          share: which rows of every batch this process reads. The batches of all processes, one
-            after another, are the batch that one process reads whole.
+          start: number of clips that all processes together have drawn so far; the stream
+            continues after them.
+          share: which rows of every batch this process reads. Concatenated, the rows of all
+            processes are the batch that a single process would read.
         """
         ...
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> "Iterator[tuple[np.ndarray, Mapping[str, Packed]]]":
-        """Yields every clip of a split once with all its frames, some clips at a time.
+        """Yields every clip of a split once, with all its frames, in chunks of n clips.
 
-        A chunk is [n] int32 clip_index, and modality -> Packed of these n clips.
+        A chunk is a pair: clip_index [n] int32, and modality -> Packed of these n clips.
         """
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width of `names`: at least one, none twice, and all `known`."""
+    """Returns name -> feature width; ValueError for no name, a name twice or one not in `known`."""
     if not names:
         raise UserError("config.modalities is empty: name at least one")
     if len(set(names)) < len(names):
@@ -211,13 +211,13 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
 
 
 def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
-    """Returns [N] int32, the number of frames of each clip in the modality where it has most."""
+    """Returns [N] int32, the number of frames of each clip in its longest modality."""
     check_modalities(split, modalities)
     return np.max([split.lengths[name] for name in modalities], axis=0)
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns T for clips of up to `longest` frames: the least of PAD_LENGTHS, at most `limit`."""
+    """Returns T: the least of PAD_LENGTHS that is `longest` or more, but at most `limit`."""
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -234,8 +234,8 @@ def make_eval_plan(
     whichever other clips are evaluated.
 
     Args:
-      lengths: [N] int, the length that chooses each clip's bucket, at least its own; None for
-        `longest`. Sources of the same clips form the same blocks if given the same lengths.
+      lengths: [N] int, number of frames by which each clip's bucket is chosen, `longest` or more;
+        None for `longest`. With the same lengths, all sources of the same clips form equal blocks.
       only: [N] bool, True for the clips to evaluate; None for all.
     """
     most = longest(split, modalities)
@@ -272,7 +272,7 @@ def make_batch_plan(
     """Plans the batches of training.
 
     Args:
-      splits: the training splits, in the order in which `clip_index` counts through them.
+      splits: the training splits; `clip_index` numbers the clips of all, split by split.
       batch_size: B; may exceed the number of clips.
       max_frames: T of a modality with longer clips; T of others is their longest clip, rounded up.
       crop: 'window' or 'quality', see BatchPlan.
@@ -306,7 +306,7 @@ def make_batch_plan(
 def num_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts `clips` of more than `max_frames` frames, and their `frames` beyond, by modality."""
+    """Returns modality -> number of `clips` over `max_frames`, and of their `frames` beyond it."""
     for split in splits:
         check_modalities(split, modalities)
     counts = {}

@@ -1,4 +1,4 @@
-"""The fields of a frame: the one table that records, sandbox, tables and arrays read.
+"""The fields of a frame: one table, which all code that reads or writes frames goes by.
 
 To store another attribute per frame, add a line to FRAME_FIELDS. To bring it to a model, add it to
 `vidjax.batch.Frames` and `Packed`, too.
@@ -15,8 +15,8 @@ from vidjax import files
 from vidjax.errors import UserError
 
 NonFinite = Literal["drop", "error"]  # treatment of a frame that fails `usable_rows`
-# Quality of own features: `given` is that of the file, and where the file has none, as `norm`
-# everywhere, the L2 norm of the feature (`feature_norms`).
+# Quality of a frame of your own features: `norm` is the L2 norm of the feature (`feature_norms`);
+# `given` is the quality in the file, or the norm where the file has none.
 Quality = Literal["given", "norm"]
 LARGEST = float(np.finfo(np.float32).max)  # systems compute in float32, in which more is infinite
 
@@ -66,10 +66,10 @@ STORED = ("features", *FRAME_FIELDS)  # the feature comes first; its modality gi
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """Field -> frames of the flat files `FIELD.bin` of a folder.
+    """Maps a field to its frames [F, ...] in the flat file `FIELD.bin` of a folder.
 
-    A file is mapped into memory at each look-up, as long as its array lives: each mapping takes one
-    of the files that a process may open.
+    Each look-up memory-maps the file for as long as the array lives. A mapped file counts among
+    the files that the process may open.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype | str, width: int, num_frames: int):
@@ -108,8 +108,8 @@ class PackedClips:
       skipped: reason -> number of frames left out; the reason is `non_finite`.
       skipped_clips: reason -> number of clips of length 0: `empty` in the file, or `non_finite`
         throughout.
-      warnings: number of frames with a value that was not finite and is now 0, by
-        `non_finite_quality`, `non_finite_detection` and `non_finite_box`.
+      warnings: `non_finite_quality`, `non_finite_detection` or `non_finite_box` -> number of frames
+        with such a value, which is now 0.
     """
 
     names: tuple[str, ...]
@@ -122,7 +122,7 @@ class PackedClips:
 
     @classmethod
     def of_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Returns the clips of flat files that another process has written, with its `summary`."""
+        """Returns the clips in flat files of another process, which also gave their `summary`."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(
@@ -133,7 +133,7 @@ class PackedClips:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Returns all that is not in the flat files, as JSON can hold it."""
+        """Returns all attributes that are not in flat files, as JSON, for `of_flat_files`."""
         return {
             "names": self.names,
             "lengths": self.lengths.tolist(),
@@ -160,7 +160,7 @@ def usable_rows(features: np.ndarray) -> np.ndarray:
 
 
 def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
-    """Returns [F] float32, the L2 norms of features [F, D]; `rows` at a time, which a cache holds.
+    """Returns [F] float32, the L2 norms of features [F, D], computed `rows` frames at a time.
 
     Face nets give blurred faces and side views short vectors, so the norm measures quality.
 
@@ -175,7 +175,7 @@ def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
 
 
 def counts(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the COUNTS of `PackedClips`, from the frames of clips [N] in the file and kept."""
+    """Returns the COUNTS of `PackedClips`; `seen` and `kept` are [N] int, frames of each clip."""
     without = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
     dropped = int(seen.sum() - kept.sum())
     return {
@@ -227,18 +227,18 @@ class RecordSource(Protocol):
         ...
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a JSON value that differs from any other content's: the cache key."""
+        """Returns a JSON value that is different for any other content; it is the cache key."""
         ...
 
     def file_of(self, modality: str, split: str) -> Path:
-        """Returns the file of some frames, for messages and the report."""
+        """Returns the file with a modality of a split, for messages and the report."""
         ...
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Reads all frames; the parts of a split share no clip, and agree in width and dtype.
 
         Args:
-          scratch: a folder for flat files, which outlives the arrays.
+          scratch: a folder for flat files; it must outlive the arrays.
           non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
             refuses them.
         """

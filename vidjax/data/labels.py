@@ -26,7 +26,7 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity of `{split}_gt.txt`; `clips` are those with features."""
+    """Reads `{split}_gt.txt` as split -> clip -> identity; `clips` is split -> its known clips."""
     truth = {}
     for split, path in find_ground_truth(directory).items():
         truth[split] = load_ground_truth(path, known_clips=clips.get(split))
@@ -60,10 +60,11 @@ def _refuse_near_table(folder: Path) -> None:
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity from labels that name no split, for splits with a label.
+    """Returns split -> clip -> identity; `clips`, split -> its clips, tells the split of each.
 
     `labels` is clip -> identity, or a file: `.csv` with the columns `clip` and `identity`, any
-    other is ground truth in an official form. None stands for no labels.
+    other is official ground truth (`load_ground_truth`). None stands for no labels. Splits without
+    a labelled clip are left out.
     """
     if labels is None:
         return {}
@@ -207,7 +208,7 @@ def load_ground_truth(
 
 
 def _clip_of(text: str, known: Collection[str]) -> str:
-    """Returns the name of a clip, with its blanks unless the clips at hand have the text itself."""
+    """Returns the clip that `text` names: `text` itself if `known`, else with `%20` as a blank."""
     clean = clean_name(text)
     return clean if clean in known else clean_name(unescape(text))
 

@@ -33,8 +33,8 @@ class Clip(NamedTuple):
     """One clip before it is checked.
 
     Attributes:
-      name: its clean name.
-      place: file or split, with which an error begins.
+      name: its name without `.mp4`, see `clean_name`.
+      place: file or split, the start of an error message.
       modalities: modality -> frames, as `read_frames` takes them.
       given: its name as the source writes it, with `.mp4` or without; empty for `name`.
     """
@@ -135,7 +135,7 @@ def pack(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
-    """Checks the clips of one split and joins their frames to flat arrays, modality -> frames.
+    """Checks the clips of one split; returns modality -> their frames joined in flat arrays.
 
     ValueError for a clip that comes twice, is malformed, or has another width or dtype than most.
 

@@ -62,7 +62,7 @@ def open_iqiyi_vid(data: Section, digests: Digests) -> RecordSource:
 
 
 def open_arrays(data: Section, digests: Digests) -> RecordSource:
-    """Returns a folder of own features, as `vidjax.data.arrays` describes it."""
+    """Returns a folder of your own features, as `vidjax.data.arrays` describes it."""
     return FeatureFolder(_directory(data, "features"), quality=data["quality"], digests=digests)
 
 
@@ -91,8 +91,8 @@ def open_source(
     """Returns the features and labels that a user has named.
 
     Args:
-      given: the section `config.data`, which then decides everything but `generate`; a folder of
-        official pickles or of own features; or split -> clip -> modality -> features.
+      given: the section `config.data`, which replaces all other arguments but `generate`; a folder
+        of official pickles or of your own features; or split -> clip -> modality -> features.
       labels, cache_dir, quality: see `vidjax.load_data`.
       generate: False raises NotGenerated instead of generating a dataset, and writes nothing.
     """
@@ -144,9 +144,9 @@ def load(
 
 
 def names(data: Section) -> tuple[Collection[str], Mapping[str, int] | None] | None:
-    """Returns the splits of a dataset and modality -> width, as far as the names of files tell.
+    """Returns the splits of a dataset and modality -> feature width, as far as file names tell.
 
-    A width is 0, the modalities or all is None, where only the content of files would tell.
+    An unknown width is 0, unknown modalities are None, and so is the result if nothing is known.
     """
     if is_generated(data["name"]):
         return SPLITS, synthetic.SIZES[data["size"]].dims
@@ -154,7 +154,7 @@ def names(data: Section) -> tuple[Collection[str], Mapping[str, int] | None] | N
 
 
 def is_generated(name: str) -> bool:
-    """Returns True for a dataset that `config.data["size"]` and `seed` determine."""
+    """Returns True if a dataset is generated, from `config.data.size` and `seed`, not read."""
     return name == "synthetic"
 
 
