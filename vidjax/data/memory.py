@@ -35,8 +35,8 @@ class MemoryClips:
     """Clips in memory; a `ClipSource` with one split, `clips`.
 
     Attributes:
-      names: N clip names as they were given, in that order.
-      places: [N] int, the clip_index of each of them.
+      names: N clip names as they were given, in the order given.
+      places: [N] int, the clip_index of each name.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Packs clip -> modality -> features, as `vidjax.load_data` takes them; see `pack`."""
+        """Packs a dict, clip -> modality -> features; the other arguments are as in `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
@@ -104,7 +104,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Checks and packs clips; warns if none has a modality of the run, but others instead.
+        """Checks and packs clips; warns if no clip has a modality of the run, but one has another.
 
         Args:
           modalities: modality -> feature width.
@@ -143,7 +143,7 @@ class MemoryClips:
             yield Batch(frames, clip_index, np.arange(rows) < len(chosen))
 
     def _padded(self, modality: str, clips: np.ndarray, rows: int, size: int) -> Frames:
-        """Returns Frames [rows, size]; rows and places without a frame are 0, with mask False."""
+        """Returns Frames [rows, size] of the `clips` [n <= rows]; padding is 0, with mask False."""
         flat = self._packed.get(modality)
         dtype = flat.features.dtype if flat else np.dtype(np.float16)
         frames = Frames(
@@ -314,7 +314,7 @@ def load_people(
 
 
 def check_path(path: Path) -> None:
-    """Raises NoFileError where clips cannot be read from a path, by its kind alone."""
+    """Raises NoFileError unless a path is a folder, or a `.parquet` or `.npz` file."""
     if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".npz")):
         return
     if path.suffix == ".npy" and path.exists():

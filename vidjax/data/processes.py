@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from vidjax.machine import most_files
 
-LARGEST_BLOCK = 32 << 20  # bytes; what the environment can tell glibc, at most
+LARGEST_BLOCK = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Children:
-    """Child processes that are killed together; threads may share it."""
+    """Child processes that are killed together; several threads may start them."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -37,7 +37,7 @@ class Children:
         """Runs a module of this package and returns the ended child, whatever its exit status.
 
         Args:
-          module: the module, given `words` as arguments and `given` as input.
+          module: its name; it gets `words` as arguments and `given` on standard input.
           timeout: seconds after which the child is killed, which raises subprocess.TimeoutExpired.
         """
         # It imports from the same folders as this process, and not from its current directory.
@@ -86,10 +86,10 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Calls a function, which runs a child, with each item, `workers` at once; returns the results.
+    """Returns `[function(children, item) for item in items]`, calling `workers` of them at once.
 
-    Items begin in their order; threads wait for the children. The first error kills all children.
-    `progress` is the title of a progress bar; empty for none.
+    Each call runs in a thread and waits for a child process. Items begin in their order. The first
+    error kills all children. `progress` is the title of a progress bar; empty for none.
     """
     children = Children()
     # A child has three pipes, and some more while it starts.

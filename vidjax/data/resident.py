@@ -1,8 +1,8 @@
 """Clips that stay on the devices: flat arrays of frames, gathered by index.
 
-A training step reads only the frames that its fusion draws, the order of clips is computed for each
-batch alone, and several steps run without the host. A batch is a function of (seed, step): a run
-that resumes needs nothing but its step.
+A training step reads only the frames that its fusion draws. A batch is a function of (seed, step),
+computed on the devices: several steps run without the host, and a run that resumes needs nothing
+but its step.
 """
 
 import functools
@@ -49,7 +49,7 @@ def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Bat
 
     Args:
       clips: modality -> Packed of N clips; the last frame is zeros and stands for padding.
-      step: [] int32, number of steps before.
+      step: [] int32, number of the step, from 0.
     """
     order_rng, window_rng = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), _ORDER))
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
@@ -70,8 +70,8 @@ def frames_of(
     """Returns Frames [B, size] of B clips, features as LazyFeatures.
 
     Args:
-      clips: Packed; the last frame is zeros.
-      clip_index: [B] int32.
+      clips: N clips of one modality; the last frame is zeros and stands for padding.
+      clip_index: [B] int32, the clips to take.
       batch_mask: [B] bool; a clip where it is False has no frames.
       size: T.
       rng: key of the random window of T frames in a longer clip; None takes the first T frames.
@@ -97,11 +97,11 @@ class Layout(NamedTuple):
     """The clips and frames that are to be resident on the devices.
 
     Attributes:
-      train_splits: the training splits, in the order in which `clip_index` counts through them.
+      train_splits: the training splits; `clip_index` numbers the clips of all, split by split.
       splits: the training splits and the split to evaluate.
-      num_frames: modality -> number of frames, copies included.
-      best: (split, phase, modality) -> T. In that phase, `train` or `eval`, a clip of more than T
-        frames shows its best T alone, which are stored as a copy.
+      num_frames: modality -> number of frames, including the copies of `best`.
+      best: (split, phase, modality) -> T, where the phase is `train` or `eval`. In that phase, a
+        clip of more than T frames is reduced to its best T, which are stored as a copy.
       nbytes: bytes of all frames.
     """
 
@@ -160,7 +160,7 @@ def choose_mode(mode: str, layout: Layout, mesh: Mesh, num_drawn: int) -> str:
 
 
 def free_bytes(mesh: Mesh) -> float:
-    """Returns the free memory of a device in bytes; emulated devices share that of the host."""
+    """Returns the free bytes of the fullest local device; emulated devices share the host's."""
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None
@@ -206,8 +206,8 @@ class Resident:
     def eval_batches(self, plan: EvalPlan, *, rows: int, share: Share = WHOLE) -> Iterator[Batch]:
         """Yields every clip of the plan once, in blocks on the devices; see `ClipSource`.
 
-        Within a bucket clips come by name. Blocks of resident clips have the rows of all processes.
-        Splits and modalities that are not resident are read from the dataset.
+        Within a bucket, clips are ordered by name. Blocks of resident clips hold the rows of all
+        processes. Splits and modalities that are not resident are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows, share=share)
@@ -236,12 +236,12 @@ def _place(
     clip_index: np.ndarray,
     phases: Sequence[tuple[np.ndarray, int | None]],
 ) -> None:
-    """Appends the frames of n clips of one modality and notes their places in tables.
+    """Appends the frames of n clips in one modality, and writes to tables where each clip lies.
 
     Args:
       clip_index: [n] int32.
-      phases: for each phase its table [2, N] (first frame, number of frames) and T; a clip of more
-        than T frames gets a copy of its best T frames, unless T is None.
+      phases: one (table, T) per phase. The table [2, N] gets first frame and number of frames. A
+        clip of more than T frames gets a copy of its best T frames, unless T is None.
     """
     begin = filler.append(packed)
     for table, limit in phases:
@@ -259,10 +259,10 @@ def _locate(
     splits: Sequence[str],
     phase: str,
 ) -> dict[str, Packed]:
-    """Returns modality -> Packed, with the first frame and the number of frames of every clip.
+    """Returns modality -> Packed of the clips of `splits`, as used in the phase `train` or `eval`.
 
     Args:
-      frames: modality -> all frames of the dataset.
+      frames: modality -> all resident frames.
       tables: (split, phase, modality) -> [2, N], first frame and number of frames of each clip.
     """
     located = {}
@@ -281,13 +281,13 @@ def _best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _flat(fields: Sequence[Array]) -> Packed:
-    """Returns the frames of no clips, from one array per field."""
+    """Returns Packed with empty `start` and `length`, from one array per field of FIELDS."""
     none = np.empty(0, np.int32)
     return Packed(**dict(zip(FIELDS, fields, strict=True)), start=none, length=none)
 
 
 class _Filler:
-    """Flat arrays on the devices, filled from the front; the host holds one chunk at a time."""
+    """Fills flat arrays on the devices from the front; the host holds one chunk at a time."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Allocates `num_frames` frames of a modality, and one more of zeros."""
@@ -332,7 +332,7 @@ class _Filler:
         self._held = 0
 
     def finish(self) -> Packed:
-        """Returns all frames, without the clips that they belong to."""
+        """Returns Packed of all frames, with empty `start` and `length`."""
         if self._held:
             self._flush()
         if self._done != self._total:
@@ -355,7 +355,7 @@ ROUNDS = 16  # with 8, the orders of six clips would not all be equally likely
 
 
 def shuffled(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns [B] int32, the clips at given positions in the orders of given epochs.
+    """Returns [B] int32: the clip at position `place[i]` in the random order of epoch `epoch[i]`.
 
     Args:
       rng: key of all orders.

@@ -110,7 +110,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return decoded
 
     def to_json_content(self) -> dict[str, Any]:
-        """Returns the arguments that make this connector again."""
+        """Returns the arguments of `__init__`, from which TFDS makes this connector again."""
         return self._modality._asdict()
 
 
@@ -161,8 +161,8 @@ def random_window(
 ) -> dict[str, Any]:
     """Returns field -> [B] strings of at most `size` consecutive frames, from a random start.
 
-    A window depends on `positions` [B] int64, of the clips in the endless stream, and on `seed`
-    alone, so it is the same after a resume. Each modality has a seed of its own.
+    A window depends only on `seed`, of which each modality has its own, and on `positions` [B]
+    int64 of the clips in the endless stream. So it is the same after a resume.
     """
     places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
     drawn = _uniform(positions, seed)
@@ -309,8 +309,8 @@ class FrameRecords(tfds.core.ShardBasedBuilder):
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         """Writes all shards of all splits by one call of `write_shards`.
 
-        TFDS writes shards in turn. So does its Beam pipeline on the local runner, which also runs
-        again for every split, over all splits before it.
+        TFDS would write one shard after another. So would its Beam pipeline on the local runner,
+        which would also write all earlier splits again for each split.
         """
         del download_config
         tasks = self._shard_iterators_per_split(dl_manager)

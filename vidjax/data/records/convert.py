@@ -117,7 +117,7 @@ def write_records(
     with ThreadPoolExecutor(1 if engine == ALONE else num_cores()) as threads:
 
         def start(function: Callable[..., Result], *args: Any) -> Future[Result]:
-            """Calls a function while other processes work, or now where there are none."""
+            """Calls a function in a thread; waits for it if no other process works meanwhile."""
             future = threads.submit(function, *args)
             if engine == ALONE:
                 wait([future])

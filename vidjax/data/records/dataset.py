@@ -111,7 +111,7 @@ class Dataset:
 
         Raises:
           ValueError: an unknown split, a split without one of the modalities, damaged records, or
-            a clip of the share that did not come exactly once.
+            a clip of this process's share that did not come exactly once.
         """
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
@@ -192,7 +192,7 @@ def _counted(
 def _check_times(
     times: np.ndarray, split: Split, wanted: np.ndarray, shards: Sequence[Shard]
 ) -> None:
-    """Raises ValueError unless each clip of `wanted` [N] bool came once, and no other did."""
+    """Raises ValueError unless `times` [N] is 1 for every clip of `wanted` [N] bool, else 0."""
     wrong = np.flatnonzero(times != wanted)
     if wrong.size:
         for shard in shards:

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 def eval_batches(
     records: Records, plan: EvalPlan, rows: int, share: Share = WHOLE
 ) -> Iterator[Batch]:
-    """Yields every clip of a plan once; opens no file without a clip of the plan and the share."""
+    """Yields each clip of the plan in the share once; opens only files that hold such a clip."""
     if share.parts == 1:
         return _by_shard(records, plan, rows)
     return _by_bucket(records, plan, rows, share)
@@ -80,7 +80,7 @@ def _by_bucket(records: Records, plan: EvalPlan, rows: int, share: Share) -> Ite
 def _batch(
     records: Records, plan: EvalPlan, bucket: int, parts: Sequence[Rows], rows: int
 ) -> Batch:
-    """Returns a batch of `rows` rows, the last of which, or all, may be empty."""
+    """Returns a batch of the records of `parts`, filled up with empty rows to `rows` rows."""
     none = np.zeros(0, np.int32)
     clip_index = np.concatenate([none, *(part.reader.clip_index[part.rows] for part in parts)])
     count = len(clip_index)
@@ -92,7 +92,7 @@ def _batch(
 
 
 def _frames(parts: Sequence[Rows], name: str, modality: Modality, shape: tuple[int, int]) -> Frames:
-    """Returns Frames of a shape [B, T]; of a clip of more than T frames the best by quality."""
+    """Returns Frames [B, T] = `shape`; a clip of more than T frames gives its best T by quality."""
     mask = np.zeros(shape, bool)
     padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
     padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}

@@ -26,7 +26,7 @@ def report_split(
     lengths: Mapping[str, np.ndarray],
     paths: Mapping[str, Path],
 ) -> dict[str, Any]:
-    """Returns the report of a split; ValueError unless loaded and skipped add up to those seen."""
+    """Returns the report of a split; ValueError unless loaded + skipped = seen (frames, clips)."""
     modalities = {
         name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
     }
@@ -103,9 +103,9 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Returns the identities, the labelled splits, and the report of labelled records.
+    """Returns the identities of the class columns, name -> labelled split, and the data report.
 
-    `identities` name the columns 1..C; None for the identities of the train and val ground truth,
+    `identities` name the columns 1..C; None for all identities of the train and val ground truth,
     with or without a clip.
     """
     if identities is None:
@@ -141,7 +141,7 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns clips and modalities of a split, and the sha256 of names, labels and all features."""
+    """Returns a split's number of clips, its modalities, and sha256 of names, features, labels."""
     found = records.splits[split]
     shards = [sorted(records.modalities.items()), [shard.sha256 for shard in found.shards]]
     return {

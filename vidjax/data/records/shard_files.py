@@ -1,4 +1,4 @@
-"""The records of a shard without TensorFlow, whose import takes longer than reading most datasets.
+"""Reads and writes shards without TensorFlow: its import takes longer than reading most datasets.
 
 All records have the same keys in the same order (`encode` sorts them), so each key is found in all
 of them at once. The sha256 of the file is compared with the manifest.
@@ -27,7 +27,8 @@ from vidjax.errors import UserError
 from vidjax.files import sha256_file, sha256_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
-# Tags of the messages: (number of the field << 3) + 2, which is a length and as many bytes.
+# Tags of message fields: (number of the field << 3) + 2, where 2 means: a length, then that many
+# bytes.
 FIRST, SECOND, THIRD = 0x0A, 0x12, 0x1A
 BYTES_LIST, INT64_LIST = FIRST, THIRD
 
@@ -51,7 +52,7 @@ def describe_shard(path: Path, num_records: int) -> Shard:
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Returns shards with their present times; reads those whole whose size or time has changed."""
+    """Checks shards whose size or time has changed; returns all shards with their present times."""
     checked = []
     for shard in shards:
         # The time changes when a file is replaced; a copied folder is read once more.
@@ -114,10 +115,10 @@ class Spans(NamedTuple):
 
 
 class ShardReader:
-    """Where the values of a shard's records lie, to read any of them; clip_index is [N] int32.
+    """Knows where all values of a shard lie, and reads any of them; `clip_index` is [N] int32.
 
-    No file stays open, as there may be more shards than files that a process may open; and none is
-    mapped, as a process ends when a file is cut that it has mapped.
+    No file stays open: there may be more shards than a process may open files. None is mapped into
+    memory: a process is killed if a file that it has mapped is truncated.
     """
 
     def __init__(self, shard: Shard):
@@ -145,9 +146,9 @@ class ShardReader:
     def frames(
         self, name: str, modality: Modality, fields: Sequence[str], rows: slice | np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns field -> the frames of some records one after another, [F]; features [F, D].
+        """Returns field -> the frames of some records, concatenated: features [F, D], others [F].
 
-        `rows` are the records, a slice or [n] int; all other fields have one number per frame.
+        `rows` are the records, a slice or [n] int. Not for `box`, of four numbers per frame.
         """
         values = [self._values[f"frames/{name}/{field}"] for field in fields]
         starts = np.array([one.start[rows] for one in values])  # [fields, records]
@@ -165,7 +166,7 @@ class ShardReader:
         return found
 
     def _spans(self, first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns some bytes of the file, one span after another, and where each span begins."""
+        """Returns the bytes of n spans of the file, concatenated, and where each begins in them."""
         ends = np.cumsum(size)
         flat = np.empty(int(ends[-1]), np.uint8)
         place = ends - size
@@ -212,7 +213,7 @@ def _records(content: np.ndarray, num_records: int) -> tuple[np.ndarray, np.ndar
 
 
 def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, Spans]:
-    """Returns key -> its values in N messages `Example`; `starts` and `sizes` are [N] int64."""
+    """Returns key -> where its values lie, in N `Example`s at `starts` of `sizes` [N] int64."""
     values: dict[str, Spans] = {}
     at, end = _message(content, starts, FIRST)  # Features
     _expect(bool((end == starts + sizes).all()))
@@ -234,14 +235,14 @@ def _find(content: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[st
 
 
 def _message(content: np.ndarray, at: np.ndarray, tag: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns first and last + 1 byte of N fields of a message, which begin at `at` [N]."""
+    """Returns first and last + 1 byte of the content of N message fields that begin at `at` [N]."""
     _expect(bool((content[at] == tag).all()))
     size, first = _read_varints(content, at + 1)
     return first, first + size
 
 
 def _read_varints(content: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns N whole numbers of variable length that begin at `at` [N], and what follows them."""
+    """Returns N numbers stored as varints at bytes `at` [N], and [N] the byte after each."""
     value, shift, more = np.zeros_like(at), 0, np.ones(len(at), bool)
     while more.any():
         byte = np.where(more, content[at], 0).astype(np.int64)
@@ -290,7 +291,7 @@ class RecordFiles:
 
 
 def find_records(shard: Shard) -> Spans:
-    """Returns where records lie, by lengths alone; ValueError if a length or the size is wrong."""
+    """Returns where records lie, from lengths alone; ValueError if one, or the size, is wrong."""
     starts, lengths, sums, at = [], [], [], 0
     with _open(shard) as file:
         while len(starts) < shard.records and at < shard.size:
@@ -327,7 +328,7 @@ def _read(file: io.FileIO, start: int, size: int) -> bytes:
 
 
 def _first_wrong(messages: Sequence[bytes], sums: Sequence[bytes]) -> int | None:
-    """Returns the position of the first message that lacks its checksum, None without one."""
+    """Returns the position of the first message whose checksum is wrong; None if all are right."""
     first = 0
     for batch in batches(messages):  # the sums of all at once take a copy of all
         wanted = np.frombuffer(b"".join(sums[first : first + len(batch)]), "<u4")
@@ -368,10 +369,10 @@ def batches(examples: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def encode(values: Mapping[str, bytes | int]) -> bytes:
-    """Returns a message `Example` of one value for each key, in the order of protocol buffers.
+    """Returns a serialised `Example` of one value per key, in protobuf's deterministic key order.
 
-    Protocol buffers that are the same bytes always have sorted keys, and of two of which one begins
-    with the other, the longer comes first. Whole numbers must not be negative.
+    That order is alphabetical, but a key comes after all longer keys that begin with it. Whole
+    numbers must not be negative.
     """
     parts = []
     for key in sorted(values, key=lambda key: f"{key}\U0010ffff"):
@@ -386,7 +387,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 @functools.lru_cache(1 << 14)  # most clips have as many frames as others
 def _entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns an entry of the map of features up to its value of `size` bytes."""
+    """Returns the bytes of an entry of `Features` that come before its value of `size` bytes."""
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, the list that it is in, its feature
         message = tag + _varint(rest) + message
@@ -397,7 +398,7 @@ def _entry(key: str, kind: bytes, size: int) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Returns a whole number, 0 or more, in 7 bits a byte, the lowest first."""
+    """Returns a whole number, 0 or more, as a varint: 7 bits a byte, the lowest first."""
     found = bytearray()
     while number > 0x7F:
         found.append(number & 0x7F | 0x80)
@@ -406,19 +407,17 @@ def _varint(number: int) -> bytes:
 
 
 def masked_sums(messages: Sequence[bytes]) -> np.ndarray:
-    """Returns the checksum of each message of 4 bytes or more as TFRecord files hold it, uint32."""
+    """Returns [N] uint32, the masked CRC-32C of TFRecord of each message of 4 bytes or more."""
     crc = crc32c(messages)
     return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)  # modulo 2**32
 
 
 class _Tables(NamedTuple):
-    """What a checksum, a whole number of 32 bits, becomes after bytes of zero.
-
-    A checksum is linear: that of its upper and of its lower half, by exclusive or, make it up.
+    """Tables of what a CRC x, a uint32, becomes after more bytes of zero.
 
     Attributes:
-      word: [65536] uint32, after two bytes, by its lower half; the upper one is shifted.
-      low, high: [65536] uint32, after a row, by its lower and its upper half.
+      word: [65536] uint32; after two bytes, x becomes word[x & 0xFFFF] ^ x >> 16.
+      low, high: [65536] uint32; after a row, x becomes low[x & 0xFFFF] ^ high[x >> 16].
     """
 
     word: np.ndarray
@@ -441,9 +440,9 @@ def _tables() -> _Tables:
 def crc32c(messages: Sequence[bytes]) -> np.ndarray:
     """Returns the CRC-32C of each message of 4 bytes or more, [N] uint32.
 
-    Zeros before a message do not change a checksum that begins with 0: messages are filled up to
-    whole rows, all rows are summed at once, and the sums are joined. To begin with 0xFFFFFFFF
-    instead is to invert the first four bytes.
+    Zeros before a message do not change a CRC that starts at 0. So messages are padded in front to
+    whole rows, the CRCs of all rows are computed at once, and those of a message are combined. To
+    start at 0xFFFFFFFF, as CRC-32C does, is the same as to invert the first four bytes.
     """
     tables = _tables()
     sizes = np.array([len(message) for message in messages])

@@ -1,8 +1,9 @@
 """Records as endless, shuffled batches, which tf.data reads while others are computed.
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
-stored dtype: parsing clip by clip runs at a third of the rate. One process reads whole shards and
-shuffles records. Each of several shuffles the record numbers in the same way and reads its own.
+stored dtype: parsing clip by clip runs at a third of the rate. A single process reads whole shards
+and shuffles their records. Several processes shuffle record numbers, all in the same way, and each
+reads only its own records.
 """
 
 import collections
@@ -58,8 +59,8 @@ def train_batches(
 def _decoder(records: Records, plan: BatchPlan, count: int) -> Callable[[Any, Any, Any], Any]:
     """Returns the function that decodes `count` records.
 
-    Its arguments are the position of the first clip in the stream, [count] serialised records, and
-    [count] int32, what their splits add to the clip_index.
+    It takes the position of the first clip in the stream, [count] serialised records, and [count]
+    int32, the number to add to each record's clip_index for its split.
     """
 
     def decode(position: Any, serialized: Any, offset: Any) -> Any:
@@ -98,9 +99,9 @@ def _decode_own(
 ) -> Iterator[Any]:
     """Yields decoded batches of the records of one process, which threads read ahead.
 
-    The threads are those of Python: tf.data must not call Python functions, as a process that ends
-    while a batch is read ahead would wait for itself. `numbers` has shard [n] and number [n] of
-    each batch's records, `offsets` [shards] int32 what `_decoder` adds to the clip_index.
+    The threads are Python's: if tf.data called Python functions, a process that ends while a batch
+    is read ahead would wait for itself. `numbers` yields, for each batch, the shard [n] and the
+    number in it [n] of each record. `offsets` [shards] int32 are added to the clip_index.
     """
     strings = tf.TensorSpec([None], tf.string)
     signature = [tf.TensorSpec([], tf.int64), strings, tf.TensorSpec([None], tf.int32)]
@@ -157,7 +158,7 @@ def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
 
 
 def _read_records(shards: Sequence[Shard], offsets: Sequence[int]) -> Callable[[Any], Any]:
-    """Returns: position of a shard -> tf.data dataset of (serialised record, offset)."""
+    """Returns a function: index of a shard -> tf.data dataset of (serialised record, offset)."""
     paths = tf.constant([str(shard.path) for shard in shards])
     counts = tf.constant([shard.records for shard in shards], tf.int64)
     offset_table = tf.constant(offsets, tf.int32)
@@ -174,7 +175,7 @@ def _read_records(shards: Sequence[Shard], offsets: Sequence[int]) -> Callable[[
 
 
 def _number_records(shards: Sequence[Shard]) -> Callable[[Any], Any]:
-    """Returns: position of a shard -> tf.data dataset of (that position, number of a record)."""
+    """Returns a function: index of a shard -> tf.data dataset of (the index, record number)."""
     counts = tf.constant([shard.records for shard in shards], tf.int64)
 
     def number(shard: Any) -> Any:
@@ -191,7 +192,7 @@ def _shuffled(
     start: int,
     read_shard: Callable[[Any], Any],
 ) -> Any:
-    """Returns an endless tf.data dataset of what `read_shard` makes of the records.
+    """Returns an endless tf.data dataset of the elements of `read_shard`, from number `start` on.
 
     Every epoch reads the shards in another order, OPEN_SHARDS at a time, through a shuffle buffer.
     The order does not depend on what the elements are.

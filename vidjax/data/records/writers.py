@@ -1,9 +1,9 @@
-"""Conversion to shards: clips joined by name, in order and cut into shards, and who writes them.
+"""Conversion to shards: joins clips by name, orders them, cuts them into shards, and writes these.
 
 A shard is a function of its task alone, and a task is small, as it points into the flat files. So
 any process that sees these files can write any shard, and all write the same bytes: this process, a
-pool of them, or Apache Beam. A process of the pool, `python -m vidjax.data.records.writers FOLDER
-FIRST STEP`, writes every STEP-th task of FOLDER.
+pool of processes, or Apache Beam. A process of the pool, `python -m vidjax.data.records.writers
+FOLDER FIRST STEP`, writes the shards of tasks FIRST, FIRST + STEP, ... of FOLDER.
 """
 
 import bisect
@@ -33,7 +33,7 @@ ORDER_SEED = 0
 
 
 class _MappedFrames:
-    """The flat files of a modality as if all parts were one, at most `most` of them mapped."""
+    """Frames of a modality whose flat files are in parts; maps at most `most` parts at once."""
 
     def __init__(self, files: Sequence[FlatFiles], most: int):
         self._part = functools.lru_cache(most)(lambda number: dict(files[number]))
@@ -48,12 +48,12 @@ class _MappedFrames:
 
 
 class StagedSplit(NamedTuple):
-    """One split before it is written: N clip names in byte order, arrays still flat.
+    """One split before it is cut into shards: N clip names in byte order, and their frames.
 
     Attributes:
       order: [N] int32, clip index of each record.
       packed: modality -> the parts of its clips, flat.
-      starts: modality -> [N] int64, first frame of each clip in all parts, by clip index.
+      starts: modality -> [N] int64, first frame of each clip, counted over all parts.
       lengths: modality -> [N] int32, number of frames of each clip, by clip index.
     """
 
@@ -70,7 +70,7 @@ class ShardTask(NamedTuple):
     Attributes:
       files: modality -> its flat files, in parts; only the modalities that the split has.
       order: [n] int32, the clip index of each record.
-      starts: modality -> [n] int64, first frame of each record in all parts.
+      starts: modality -> [n] int64, first frame of each record, counted over all parts.
       lengths: modality -> [n] int32, number of frames of each record.
     """
 
@@ -85,7 +85,7 @@ class ShardTask(NamedTuple):
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of each record; its frames are views of mapped files.
 
-        The files are mapped anew: what was read of them leaves the memory with the shard.
+        Each call maps the files again, so that what it read of them leaves the memory afterwards.
         """
         parts = max((len(files) for files in self.files.values()), default=1)
         fitting = most_files() // 2 // (len(STORED) * max(1, len(self.files)))
@@ -212,7 +212,7 @@ def shard_tasks(
 
 
 def _flat_files(packed: PackedClips, scratch: Path) -> FlatFiles:
-    """Returns where some frames lie; writes those that are in memory alone."""
+    """Returns the flat files of some frames; writes them to `scratch` if they are in memory."""
     if isinstance(packed.frames, FlatFiles):
         return packed.frames
     scratch.mkdir(parents=True)
@@ -230,16 +230,16 @@ DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirec
 
 
 class Pool(NamedTuple):
-    """Processes of this machine: 1 is this one alone; None one per core, fewer for little data."""
+    """Writes by `workers` local processes: 1 is this one; None one per core, or as data needs."""
 
     workers: int | None = None
 
 
 class Beam(NamedTuple):
-    """Apache Beam, whose workers must see the cache under the same path.
+    """Writes by Apache Beam, whose workers must see the cache under the same path.
 
-    `options` are `NAME=VALUE,NAME=VALUE` as in `tfds build --beam_pipeline_options`; without a
-    runner, that of this machine runs.
+    `options` are `NAME=VALUE,NAME=VALUE` as in `tfds build --beam_pipeline_options`; without
+    `runner`, LOCAL_RUNNER runs on this machine.
     """
 
     options: str
@@ -284,7 +284,7 @@ def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> N
 
 
 def _num_workers(pool: Pool, tasks: Sequence[ShardTask]) -> int:
-    """Returns the number of processes that are worth their start, from 1 to one per shard."""
+    """Returns how many processes write: as the pool says, or by bytes and cores; one per shard."""
     if pool.workers is None:
         size = sum(feature_bytes(task.lengths, task.modalities) for task in tasks)
         wanted = min(num_cores(), size // WORKER_BYTES)
@@ -294,7 +294,7 @@ def _num_workers(pool: Pool, tasks: Sequence[ShardTask]) -> int:
 
 
 def _run_pool(folder: Path, workers: int) -> None:
-    """Writes the shards of a folder of tasks by child processes, every n-th by one of them."""
+    """Writes the shards of a folder of tasks; each of the child processes takes every n-th task."""
 
     def run(children: processes.Children, first: int) -> None:
         child = children.run(__name__, folder, str(first), str(workers))
@@ -314,7 +314,7 @@ def _run_pool(folder: Path, workers: int) -> None:
 
 
 def _beam_flags(options: str) -> list[str]:
-    """Returns the options of Beam as flags, with a runner."""
+    """Returns the options of Beam as flags; adds LOCAL_RUNNER where they name no runner."""
     flags = [f"--{option.strip()}" for option in options.split(",") if option.strip()]
     for flag in flags:  # Beam ignores the case of these names, and what stands before a dot
         runner = flag.partition("=")[2].rpartition(".")[2].lower()
@@ -336,7 +336,7 @@ def _make_pipeline(flags: list[str]) -> Any:
 
 
 def _run_beam(folder: Path, engine: Beam) -> None:
-    """Writes the shards of a folder of tasks by a pipeline that has one element for each."""
+    """Writes the shards of a folder of tasks by a Beam pipeline, with one element per task."""
     import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
     paths = [str(path) for path in sorted(folder.glob("*.npz"))]

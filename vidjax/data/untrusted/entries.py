@@ -93,8 +93,8 @@ def _features_of(value: Any) -> list[Any]:
 def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], int, str]:
     """Returns the fields that entries must have, and the width and dtype code of their features.
 
-    Only official modalities have fixed fields. All else is as in most of the first entries: so an
-    error names the clip that differs from the rest, even if it is the first one.
+    Official modalities have fixed fields. All else is decided by the majority of the first entries,
+    so that an error names the clip that differs from the rest, even if it is the first one.
     """
     lengths, kinds = Counter(), Counter()
     for value in clips.values():
@@ -199,7 +199,7 @@ class ClipWriter:
         try:
             numbers = [_frame_number(entry[0]) for entry in entries]
         except (TypeError, LookupError, ValueError):
-            return entries  # what is wrong is told with its place
+            return entries  # the checks that follow say where the mistake is
         if all(map(operator.le, numbers, numbers[1:])):
             return entries
         order = sorted(range(len(numbers)), key=numbers.__getitem__)

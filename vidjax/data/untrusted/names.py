@@ -23,7 +23,7 @@ def show(text: str | bytes) -> str:
 
 
 def check_name(name: str, kind: str = "clip name") -> str:
-    """Returns a name as it is, if files and pages can hold it. It may hold blanks.
+    """Returns a name unchanged if text files and HTML pages can hold it; it may contain blanks.
 
     ValueError if it is empty or blank, is not valid unicode, or holds a newline or another control
     character.
@@ -47,7 +47,7 @@ def check_name(name: str, kind: str = "clip name") -> str:
 
 
 def check_identity(name: str) -> str:
-    """Returns a name as `check_name` does; refuses outer blanks: they make two people of one."""
+    """Returns a name as `check_name` does; ValueError for outer blanks, as in `Ann ` for `Ann`."""
     if name != name.strip() and name.strip():
         raise UserError(f"identity '{show(name)}' has outer blanks: strip() it")
     return check_name(name, "identity")

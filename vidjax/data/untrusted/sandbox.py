@@ -37,9 +37,9 @@ READ_BYTES = MB // 16
 def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str, Any]:
     """Writes the clips of one pickle to flat files in an existing folder and returns their summary.
 
-    JSON can hold it: `names`, `lengths`, `width` and `dtype` of the features, and the counts of
-    PackedClips. Without `drop`, a non-finite feature refuses the file; with it, the frame is left
-    out.
+    The summary is a dict for JSON: `names`, `lengths`, `width` and `dtype` of the features, and the
+    counts of PackedClips. With `drop`, frames with a non-finite feature are left out; without it,
+    one of them refuses the file.
     """
     with path.open("rb", buffering=READ_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
@@ -120,7 +120,7 @@ def unpack(
       out_dir: a folder for this call alone, made if missing. Its files must outlive the arrays.
       non_finite: 'drop' skips and counts frames whose feature holds a NaN or an Inf; 'error'
         refuses the file.
-      children: the child becomes one of them, which another thread can kill.
+      children: the group that the child joins, so that another thread can kill it.
 
     Raises:
       ValueError: the file is refused, damaged, truncated or of another structure than its
@@ -157,7 +157,7 @@ def cleared_on_error(out_dir: Path) -> Iterator[None]:
 def load_flat_files(
     path: Path, out_dir: Path, child: subprocess.CompletedProcess[bytes]
 ) -> PackedClips:
-    """Returns the flat files of an ended child; raises its error, as `unpack` does."""
+    """Returns the clips that an ended child wrote to `out_dir`; raises its error, as `unpack`."""
     if child.returncode == -signal.SIGXCPU:
         seconds = cpu_limit(path.stat().st_size)
         raise UserError(f"{path}: refused: reading it needs more than {seconds} s of CPU time")

@@ -214,7 +214,7 @@ def load(file: BinaryIO, size: int) -> Any:
     """Returns the content of a pickle of `size` bytes, made of Python's own types and Array.
 
     UnpickleError names the byte where the pickle is refused, damaged, truncated or followed by
-    more. MemoryError passes: the pickle asks for more than the limit of the process.
+    more. MemoryError if the pickle asks for more than the limit of the process.
     """
     if size == 0:
         raise UnpickleError("the file is empty: no pickle at byte 0")
