@@ -20,7 +20,7 @@ LOST = "Terminating process because the JAX distributed service detected fatal e
 
 
 def divert(lost: str) -> None:
-    """Lets a child read what C++ libraries print from now on; Python still prints as before."""
+    """Lets a child filter what C++ libraries print, not Python; `lost` replaces lines with LOST."""
     reader, writer = os.pipe()
     # In a session of its own, so that Ctrl-C does not end it before this process has.
     command = [sys.executable, "-I", __file__, lost]
@@ -37,7 +37,7 @@ def divert(lost: str) -> None:
 
 
 def main() -> None:
-    """Prints the lines of the standard input that are no noise, whatever their bytes."""
+    """Prints the lines of standard input that are no NOISE; invalid UTF-8 passes unchanged."""
     for stream in (sys.stdin, sys.stdout):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -31,7 +31,7 @@ LOST = f"vidjax: process 0, which coordinates the others, is gone\n{REMEDY}"
 
 
 class Beat(NamedTuple):
-    """`beat` grows while a process is there, with machine and process ID; `end` is why it ends."""
+    """A sign of life: its number, machine and PID of the process, and why this ends, if it does."""
 
     beat: int
     where: str
@@ -39,11 +39,11 @@ class Beat(NamedTuple):
 
 
 class Group:
-    """The processes of a run, which this one has joined, each of which watches the others.
+    """The processes of a run that this one has joined; each of them watches the others.
 
-    jax aborts a process whose coordinator is gone with a stack trace, and a collective waits for
-    ever for a process that is gone. So every process writes to the shared table once a second that
-    it is there, and reads what the others wrote. All of them tell the error that ends one.
+    If the coordinator is gone, jax aborts a process with a stack trace; if another process is gone,
+    a collective waits for it for ever. So every process writes a sign of life to the shared store
+    once a second, and reads those of the others. All of them report an error that ends one.
     """
 
     def __init__(self, count: int, number: int, complain: Callable[[str], None]):
@@ -59,17 +59,17 @@ class Group:
             threading.Thread(target=target, daemon=True).start()
 
     def end(self) -> None:
-        """Waits until all processes are done, and leaves them."""
+        """Waits until all processes are done, and disconnects from them."""
         processes.barrier()
         self.stop()
         jax.distributed.shutdown()
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Stops watching the other processes."""
         self._ended = True
 
     def fail(self, error: Exception, text: str) -> None:
-        """Tells the others why this process ends, unless another one is gone: then it ends here."""
+        """Tells the others `text`, why this process ends; ends it here if another one is gone."""
         if _is_of_connection(error):
             self.find_gone()
         lines = text.splitlines() or [type(error).__name__]
@@ -89,7 +89,7 @@ class Group:
             self._wait_for_silence()
 
     def find_gone(self) -> None:
-        """Waits until `_look` ends this process since another one is gone; returns if none is."""
+        """Waits for `_look` to end this process because another one is gone; returns if none is."""
         self._failed = True
         time.sleep(FAILED_SILENCE_SECONDS + 4 * BEAT_SECONDS)
 
@@ -154,7 +154,7 @@ class Group:
 
 
 def join(place: Place, complain: Callable[[str], None]) -> Group:
-    """Joins this process to the others within START_SECONDS, before jax looks for devices."""
+    """Joins this process to the others within START_SECONDS; call it before jax finds devices."""
     # Its handler of SIGTERM would take the place of ours: the processes agree on a step themselves.
     jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(START_SECONDS, _too_late, [place, complain])
@@ -183,7 +183,7 @@ def join(place: Place, complain: Callable[[str], None]) -> Group:
 
 
 def _arguments(place: Place) -> dict[str, Any]:
-    """Returns the arguments of `jax.distributed.initialize`, none where the launcher knows them."""
+    """Returns the arguments of `jax.distributed.initialize`; {} if the launcher provides them."""
     if place.coordinator == AUTO:
         return {}
     host, _, port = place.coordinator.rpartition(":")
@@ -224,7 +224,7 @@ def _too_late(place: Place, complain: Callable[[str], None]) -> NoReturn:
 
 
 def _is_of_connection(error: BaseException | None) -> bool:
-    """Returns True if a collective may have failed, since another process is gone."""
+    """Returns True if the error may mean that a collective failed because a process is gone."""
     if error is None or "RESOURCE_EXHAUSTED" in str(error):
         return False
     names = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE", "Connection")

@@ -1,4 +1,4 @@
-"""This process among the others: its number, what it reads, and values that all of them agree on.
+"""This process among the others: its number, its share of the data, and values that all agree on.
 
 Every process runs the same program on its own devices. What depends on a clock, a file or a signal
 differs between them, so one process decides it, or all of them together.
@@ -41,7 +41,7 @@ def is_first() -> bool:
 
 
 class KeyValueStore(Protocol):
-    """The table of keys and values that all processes share, in the memory of the first one."""
+    """A store of keys and values that all processes share, in the memory of process 0."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         """Writes a value."""
@@ -56,12 +56,12 @@ class KeyValueStore(Protocol):
         ...
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """Returns the keys that begin so, with their values."""
+        """Returns (key, value) of every key that begins with `key`."""
         ...
 
 
 def key_value_store() -> KeyValueStore:
-    """Returns jax's connection to the table."""
+    """Returns jax's client of the shared store."""
     # No public function leads there; Orbax takes the same way.
     from jax._src import distributed
 
@@ -69,7 +69,7 @@ def key_value_store() -> KeyValueStore:
 
 
 def allgather_json(value: Value) -> list[Value]:
-    """Returns the values of all processes, in their order, in every process.
+    """Returns the `value` of every process, by process number; all processes get the same list.
 
     The processes may arrive hours apart: a collective on the devices would not wait so long.
     """
@@ -95,9 +95,9 @@ def barrier() -> None:
 
 
 def run_on_first(function: Callable[[], Value]) -> Value:
-    """Returns what a function returns in the first process; the others do not call it.
+    """Calls a function in process 0 alone, and returns its result in all processes.
 
-    Where it raises, the first process ends, and `join.Group` ends the others with its message.
+    If it raises, process 0 ends, and `join.Group` ends the others with its message.
     """
     if process_count() == 1:
         return function()
@@ -106,12 +106,12 @@ def run_on_first(function: Callable[[], Value]) -> Value:
 
 
 def broadcast_int(value: int) -> int:
-    """Returns an integer of the first process, by the devices: fast enough for every dispatch."""
+    """Returns the `value` of process 0 in all processes, sent over the devices to be fast."""
     return allgather_ints([value])[0][0]
 
 
 def allgather_ints(values: list[int]) -> list[list[int]]:
-    """Returns integers (below 2**31, equally many in each) of all processes, by the devices."""
+    """Returns the `values` of every process, equally many ints < 2**31, sent over the devices."""
     if process_count() == 1:
         return [values]
     from jax.experimental import multihost_utils
@@ -120,9 +120,9 @@ def allgather_ints(values: list[int]) -> list[list[int]]:
 
 
 class Rounds:
-    """Rounds in which all processes tell each other some integers, about once a second.
+    """Exchanges integers between all processes about once a second, at steps that all agree on.
 
-    One process needs nobody: every call is a round.
+    A single process has nobody to wait for: every call of `exchange` returns its own integers.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Rounds:
         self._last: tuple[int, float] | None = None  # step and time of the last round
 
     def exchange(self, step: int, values: list[int]) -> list[list[int]]:
-        """Returns all processes' integers (below 2**31) at a same step; [] if it has no round."""
+        """Returns the `values` (< 2**31) of every process; [] if this step has no exchange."""
         if step < self._next:
             return []
         if process_count() == 1:
@@ -146,7 +146,7 @@ class Rounds:
 
 
 def check_same(facts: Mapping[str, Any], remedy: str) -> None:
-    """Checks that all processes were started with the same values."""
+    """Raises ValueError, ending in `remedy`, unless all processes have the same `facts`."""
     plain = json.loads(json.dumps(dict(facts)))
     for other, theirs in enumerate(allgather_json(plain)):
         for name in sorted(plain.keys() | theirs.keys()):
@@ -188,7 +188,7 @@ class Place(NamedTuple):
     def parse(
         cls, coordinator: str | None, count: str | None, number: str | None
     ) -> "Place | None":
-        """Returns the place that flags name, None without any."""
+        """Returns the place that the values of FLAGS name; None if no flag is given."""
         flags = dict(zip(FLAGS, (coordinator, count, number), strict=True))
         given = [flag for flag, value in flags.items() if value is not None]
         if not given:
@@ -221,12 +221,12 @@ class Place(NamedTuple):
 
 
 def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields a process's blocks: the bucket, and [n] int places in `bucket`, n from 0 to `rows`.
+    """Yields (bucket number, [n] int indices into `bucket`) of a process's blocks, 0 <= n <= rows.
 
-    `bucket` [N] int has the bucket of each clip in stored order, -1 for one that is left out. The n
-    clips of a bucket form ceil(n / (rows * parts)) blocks in every process. A process takes a range
-    of them, so that it opens few files: every parts-th block would lie in nearly all files. Hence
-    blocks at the end of the last ranges may be empty.
+    `bucket` [N] int has the bucket of each clip in stored order, -1 for one that is left out. The M
+    clips of a bucket form ceil(M / (rows * parts)) blocks in every process. A process takes blocks
+    that follow each other, so that it opens few files: every parts-th block would lie in nearly all
+    files. Hence the last blocks of the last processes may be empty.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -237,13 +237,13 @@ def own_blocks(bucket: np.ndarray, rows: int, share: Share) -> Iterator[tuple[in
 
 
 def own_places(bucket: np.ndarray, rows: int, share: Share) -> np.ndarray:
-    """Returns [n] int, places of all clips that a process reads; arguments as of `own_blocks`."""
+    """Returns [n] int, indices into `bucket` of all clips that a process reads (`own_blocks`)."""
     none = np.zeros(0, np.intp)
     return np.concatenate([none, *(places for _, places in own_blocks(bucket, rows, share))])
 
 
 def own_rows(batch_size: int, share: Share) -> slice:
-    """Returns the rows of every training batch that a process reads."""
+    """Returns the rows of every training batch that a process reads; ValueError if uneven."""
     if batch_size % share.parts:
         raise UserError(
             f"config.batch_size={batch_size} cannot be split over {share.parts} processes: "
