@@ -34,7 +34,7 @@ class MultimodalAttention(nn.Module):
 
     Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
     softmax, where the equations would give it exp(0). Without missing vectors the result is that of
-    the paper. SAGAN's further projections, of what is mixed, are not part of the comparison.
+    the paper. SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 
     dim: int = 64
@@ -55,8 +55,8 @@ class MultimodalAttention(nn.Module):
 
         Returns:
           O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
-          Column j of Y sums to 1; where vector j is missing, to 1 with `fill_missing`, else to 0,
-          as in a clip without any vector. Where a column is 0, so is vector j of O.
+          Column j of Y sums to 1. It is 0, and so is vector j of O, in clips without any vector
+          and, unless `fill_missing`, where vector j is missing.
         """
         if self.form not in ("gram", "two"):
             raise UserError(f"unknown attention_form {self.form!r}; choose from gram, two")

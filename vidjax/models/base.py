@@ -16,8 +16,8 @@ ModelState: TypeAlias = Mapping[str, Any]  # name -> collection, for all other c
 class TrainingClips(NamedTuple):
     """The N training clips as `Identifier.prepare` sees them.
 
-    `values` maps (modality, value_of, wanted [N] bool) to [n, ...], the values of the n wanted
-    clips; value_of maps all frames of clips, Frames [B, T], to [B, ...].
+    `values(modality, value_of, wanted)` returns [n, ...], a value of each of the n clips that are
+    True in `wanted` [N] bool. `value_of` maps all frames of B clips, Frames [B, T], to [B, ...].
     """
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
@@ -40,20 +40,20 @@ class ClipQuality(NamedTuple):
 class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
-    A plain net has the fields below and `__call__`. The methods are for models that are fitted in
-    another way, or that judge clips by themselves.
+    A plain net needs only the fields below and `__call__`. The other methods are for models that
+    are not fitted by gradients alone, or that treat poor clips in another way.
 
     Attributes:
       modalities: name -> feature width, of fused frames.
       num_classes: number of class columns in the logits, K: 1 + C, and more with noise classes.
       logit_scale: factor on the cosines in the logits, the s of ArcFace, which margin losses need;
-        1 if the logits are not cosines. If it is learned, its first value; the output then holds
-        the present one.
+        1 if the logits are not cosines. If the factor is learned, this is its first value, and
+        `ModelOutput.logit_scale` its current one.
       vector_names: [M] names of the vectors in `ModelOutput.attention`, for the report; () for a
         model without attention.
-      exact_inputs: True if training adds up or stores the clips and optimises nothing: they may
-        neither be changed nor count more than once.
-      knows_unknown: True if column 0 has a logit of its own that needs no training clip.
+      exact_inputs: True if training adds up or stores the clips and optimises nothing: no option
+        may then change or repeat clips.
+      knows_unknown: True if the logit of column 0 needs no training clips of column 0.
       min_epochs: passes over the training clips that the model needs.
       parts: field that holds a model -> field that names its modalities.
     """
@@ -102,7 +102,7 @@ class Identifier(nn.Module):
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Returns attribute -> value of what is fitted before training; checkpoints keep it.
+        """Fits attributes before training; returns name -> value, which checkpoints keep.
 
         Values are numbers, tuples of one number of each member, or None.
         """
@@ -115,7 +115,7 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in found.items() if spec.get(name) is None}}
 
     def solve(self, params: Params, model_state: ModelState) -> ModelState:
-        """Returns the collections that evaluation reads, from those after training, [E, ...]."""
+        """Computes the collections that evaluation reads from those after training, [E, ...]."""
         del params
         return model_state
 

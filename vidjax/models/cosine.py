@@ -77,7 +77,7 @@ class CosineIdentifier(Identifier):
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
     def _vector(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
-        """Returns the unit vector of a modality, [B, embed_dim]; of any value without frames."""
+        """Returns the unit vector of a modality, [B, embed_dim]; arbitrary without frames."""
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
         # Statistics are of all clips that have the modality, dropped or not.

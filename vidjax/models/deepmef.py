@@ -32,7 +32,7 @@ class DeepMEF(Identifier):
     1. The features of every frame of `modality` are joined with its quality / 100 and its detection
        score. ChannelAttention and AttentionAggregation turn the frames into one vector.
     2. The mean frame of every other modality passes through dense layers of its own.
-    3. The concatenated vectors x pass through x + f(x), with f two layers by way of `hidden_dim`.
+    3. The concatenated vectors x pass through x + f(x); f is two layers, D to `hidden_dim` to D.
     4. A cosine classifier gives the logits.
 
     Attributes:
@@ -57,7 +57,7 @@ class DeepMEF(Identifier):
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
-    if a view leaves a sixteenth of 2048 out (article: 128 = 2048/16); the hidden layer has twice
+    if a view hides a sixteenth of 2048 (article: 128 = 2048/16); the hidden layer has twice
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
     margin loss discards the magnitude of features, so quality is joined to normalised ones. Ours:
     the root mean square of 1, which gives features the order of magnitude of quality / 100 (code:
@@ -125,7 +125,7 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _branch_layer(self, i: int, name: str) -> DenseLayer:
-        """Builds the i-th layer of another modality."""
+        """Builds layer i of a modality other than `modality`; `name` names its parameters."""
         published = self.layer_form == "published"
         last = published and i == len(self.branch_dims) - 1
         rate = 0.0 if last else self.dropout_rate
@@ -150,7 +150,7 @@ class DeepMEF(Identifier):
         return x + added
 
     def _aggregated(self, real: Frames) -> Array:
-        """Returns one vector per clip, [B, D + 2]; 0 for clips without frames."""
+        """Returns the vector of `modality` for every clip, [B, D + 2]; 0 without frames."""
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5

@@ -21,8 +21,8 @@ FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
 class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
-    One run trains both models, each on the clips that have its modalities. Evaluation adds their
-    scores with weights (main, other) that depend on the clip:
+    One run trains both models: `main` on clips that have `modality`, `other` on clips that have one
+    of its modalities. Evaluation adds their scores, weighted by (main, other):
 
         the clip lacks `modality`:                         (0, missing_scale)
         the measure of `modality` is below `threshold`:    (main_share, other_share)
@@ -85,19 +85,19 @@ class FallbackIdentifier(Identifier):
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Factor on the cosines in the logits of both models, as they start; 1 if linear."""
+        """`logit_scale` of both models, which must be equal, see `Identifier`."""
         return self.main.logit_scale
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Names of the vectors in the attention of the main model, or else of the other."""
+        """Names of the vectors in the attention of `main`, or of `other` if `main` has none."""
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Returns the `threshold` below which lies `threshold_share` of the training clips.
 
-        The scale of measures differs between face nets. All clips with the modality count, whatever
-        their identity and fold. With equal measures fewer than the share lie below the threshold.
+        It is fitted because the scale of measures differs between face nets. All clips with the
+        modality count, whatever their identity and fold. Fewer lie below it if measures are equal.
         """
         if not self.threshold_share:
             return {}
@@ -116,13 +116,13 @@ class FallbackIdentifier(Identifier):
 
     @classmethod
     def with_prepared(cls, spec: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns `spec` with the threshold of its share, unless an evaluation sets one itself."""
+        """Adds the threshold to `spec`, unless `spec` sets one or has no `threshold_share`."""
         return (
             spec if not spec.get("threshold_share") or spec.get("threshold") else {**spec, **found}
         )
 
     def clip_quality(self, frames: Mapping[str, Frames]) -> ClipQuality | None:
-        """Returns the measure of `modality`, and the clips below the threshold."""
+        """Returns the measure of `modality` and the clips below `threshold`; None if that is 0."""
         if not self.threshold:
             return None
         own = frames[self.modality]
@@ -145,9 +145,9 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Returns the logits of both models, and for each clip the weights of both.
 
-        In training each model gets a `clips.mask` of only the clips that it learns from. Without
-        `clips.measure` no clip is poor. The branches are main and other. The embedding joins the
-        unit vectors of both; a model with weight 0 contributes zeros.
+        Branch 0 is `main`, branch 1 `other`. In training each model gets a `clips.mask` of only the
+        clips that it learns from. Without `clips.measure` no clip is poor. The embedding joins the
+        unit vectors of both models, with 0 for a model of weight 0.
         """
         real, present = inputs.real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -194,6 +194,6 @@ class FallbackIdentifier(Identifier):
 
 
 def quantile(values: np.ndarray, share: float) -> float:
-    """Returns the value below which lie the `share` lowest of n values, rounded down to a count."""
+    """Returns the value below which lie int(share * n) of n values, or fewer if some are equal."""
     count = int(share * len(values) * (1 + 1e-12))  # 0.07 x 100 is less than 7 in floats
     return float(np.partition(values, count)[count])

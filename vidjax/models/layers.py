@@ -42,7 +42,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Returns `matmul`, whose backward pass multiplies in `dtype`, too.
+    """Returns `matmul(x, kernel, dtype)`; its backward pass multiplies in `dtype`, too.
 
     Autodiff would multiply gradients in the wider dtype, and slower on CPUs. JAX has no
     forward-mode derivative of a function with a custom VJP.
@@ -67,7 +67,7 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Returns the products of the rows of `left` with an axis of `right`, added in a dtype."""
+    """Contracts axis 1 of the matrix `left` with `axis` of the matrix `right`, added in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
@@ -87,9 +87,9 @@ def transposed(x: Array) -> Array:
 class Dropout(nn.Module):
     """Sets numbers to 0 at random, and scales up the others.
 
-    `flax.linen.Dropout` draws 32 bits a number, up to a tenth of a training step on a CPU. This one
-    draws 8 bits if the rate is a multiple of 1/256. Otherwise it draws 16 and rounds the rate to a
-    multiple of 2**-16.
+    `flax.linen.Dropout` draws 32 bits a number, which takes up to a tenth of a training step on a
+    CPU. This one draws 8 bits if the rate is a multiple of 1/256. Otherwise it draws 16 and rounds
+    the rate to a multiple of 2**-16.
     """
 
     rate: float
@@ -109,7 +109,7 @@ class Dropout(nn.Module):
 
 
 def _draw(rng: Array, shape: tuple[int, ...], bits: int) -> Array:
-    """Returns random whole numbers of a shape, uint8 or uint16."""
+    """Returns uniform random integers of a shape, uint8 for 8 bits or uint16 for 16."""
     share = 32 // bits  # numbers of a word
     words = jax.random.bits(rng, (*shape[:-1], -(-shape[-1] // share)), jnp.uint32)
     narrow = jnp.uint8 if bits == 8 else jnp.uint16

@@ -93,8 +93,8 @@ class ResidualBlock(nn.Module):
     f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x. The
     first layer has the width `hidden_dim`, or twice that of x if 0.
 
-    Source: DeepMEF (3rd place 2019), authors' code: the end of all its nets. Ours: masks; Xavier
-    instead of Kaiming weights.
+    Source: DeepMEF (3rd place 2019), authors' code, whose nets all end in this block. Ours: masks;
+    Xavier instead of Kaiming weights.
     """
 
     hidden_dim: int = 0

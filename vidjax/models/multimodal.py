@@ -147,7 +147,7 @@ class MultimodalIdentifier(Identifier):
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
     def _pooled(self, name: str, real: Frames, *, train: bool) -> tuple[Array, Mapping[str, Array]]:
-        """Returns the vector of a modality, [B, K D] or [B, D], and the assignment of NetVLAD."""
+        """Returns a modality's vector, [B, K D] for NetVLAD or [B, D], and NetVLAD's assignment."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         shares = {}
         if name in self.netvlad:

@@ -16,7 +16,7 @@ from vidjax.models.heads import unit_vectors
 
 
 class NeighbourIdentifier(Identifier):
-    """The baseline: cosines between the mean frames of clips, for one modality."""
+    """The baseline: cosine of a clip to the nearest training clip of each class, by mean frames."""
 
     modalities: Mapping[str, int]
     num_classes: int

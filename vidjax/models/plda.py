@@ -18,13 +18,12 @@ from vidjax.models.two_covariance import Settings, Space, Sums, combine, unit_me
 
 
 class PLDAIdentifier(Identifier):
-    """Two-covariance PLDA of every modality, added up over the modalities that a clip has.
+    """Two-covariance PLDA: log-likelihood ratios, added up over the modalities that a clip has.
 
     A clip is its mean frame, scaled to length 1, centred, and scaled to length 1 again. Training
     passes over the clips twice: it adds up the centre first, then the sums of the centred vectors.
     `solve` turns the sums into the coefficients that score clips. The fields from `within` to
-    `centred` are those of Settings: one number, or one of each member; None to fit it before
-    training.
+    `centred` are those of Settings: one number, a tuple of one per member, or None for a fit.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. Ours: the sum over modalities and its scale.
@@ -69,7 +68,7 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Returns the settings that are None, fitted on clips that are held out."""
+        """Fits the settings that are None on held-out training clips; returns name -> value."""
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.training_settings(given, clips)
 
@@ -81,7 +80,7 @@ class PLDAIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Returns logits [B, 1, 1 + C], and the centred unit vectors side by side as embedding.
+        """Returns logits [B, 1, 1 + C]; the embedding joins the centred unit vectors of modalities.
 
         Training adds the clips to `sums`, with logits of 0. Evaluation reads `solved`.
         """
@@ -101,7 +100,7 @@ class PLDAIdentifier(Identifier):
         return {name: unit_mean(frames[name]) for name in self.modalities}
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Returns the output for unit vectors, modality -> [B, D], by the collection `solved`."""
+        """Scores unit vectors, modality -> [B, D], by the collection `solved`; as `__call__`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -121,7 +120,7 @@ class PLDAIdentifier(Identifier):
     def solve(self, params: Params, model_state: ModelState) -> dict[str, Any]:
         """Computes the collection `solved` of an ensemble, which replaces `model_state` [E, ...].
 
-        It holds modality -> centre, space and classes, and the settings, arrays [E, ...].
+        It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
         del params
         sums = model_state["sums"]["sums"]
@@ -152,8 +151,8 @@ class RunningSums(nn.Module):
     """The sums of training, in the collection `sums`.
 
     The first occurrence of a clip adds to the centre, the second one to the sums; later ones add
-    nothing. A batch may hold clips of two passes, and a clip more than once. `centred` is the share
-    of the mean that is subtracted.
+    nothing. A batch may hold clips of two passes, and a clip more than once. `centred` is as in
+    Settings: the share of the mean that is subtracted.
     """
 
     modalities: Mapping[str, int]
@@ -165,7 +164,7 @@ class RunningSums(nn.Module):
     def __call__(
         self, vectors: Mapping[str, Array], clips: ClipInfo, *, update: bool
     ) -> list[Array]:
-        """Returns the centred vectors of `vectors`, modality -> [B, D] of length 1 or 0."""
+        """Centres vectors, modality -> [B, D] of length 1 or 0; `update` also adds them to sums."""
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
         if update:
@@ -191,7 +190,7 @@ class RunningSums(nn.Module):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds clips of unit vectors x [B, D] to the sums of one modality."""
+    """Adds x [B, D] to one modality's sums; `turn` [B] counts a clip's earlier occurrences."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     new = {
@@ -213,7 +212,7 @@ def _add(
 
 
 def _occurrence(index: Array, mask: Array) -> Array:
-    """Returns [B] int32, how often the clip of a row stands in the rows before it."""
+    """Returns [B] int32, the number of earlier rows of the batch that have the same clip."""
     key = jnp.where(mask, index, -1)
     order = jnp.argsort(key, stable=True)
     ordered = key[order]
@@ -243,7 +242,7 @@ def blank_space(width: int) -> Space:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks arrays of members; the curves of one with fewer kinds get rows that nothing reads."""
+    """Stacks arrays of members; shorter ones, `Enrolled.curve`, get rows that nothing reads."""
     longest = max(part.shape[0] for part in parts) if parts[0].ndim else 0
     padded = [
         jnp.pad(part, [(0, longest - part.shape[0])] + [(0, 0)] * (part.ndim - 1))

@@ -1,16 +1,16 @@
 """The settings of PLDA, fitted on training clips: those that do best on clips held out.
 
 A part of the clips is held out, and the others are enrolled. Some identities are strangers: no clip
-of theirs is enrolled. Of several modalities, each also hides identities of its own, since enrolled
-people may lack a modality.
+of theirs is enrolled. If there are several modalities, some identities are not enrolled in one of
+them, since enrolled people may lack a modality.
 
 The shares of shrinkage are chosen by MAP and by AUROC, known clips against strangers. The other
-settings maximise the probability of the right answers, with half of the weight on strangers:
-probabilities then mean what they say. Their prior counts as much as one clip. With few people the
-prior alone decides, and the user is told.
+settings maximise the probability of the right answers, with half of the weight on strangers, so
+that probabilities are calibrated. Their prior counts as much as one clip. With few people the prior
+alone decides, and the user is told.
 
-Every member's settings are fitted on its own training clips: they have not seen what it scores out
-of fold. `TaskSpec` and every checkpoint keep them.
+Every member's settings are fitted on its own training clips, never on clips that it scores out of
+fold. `TaskSpec` and every checkpoint keep them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and somebody new at once.
@@ -60,7 +60,7 @@ def training_settings(
 ) -> dict[str, float | tuple[float, ...]]:
     """Returns name -> value of the settings that are None in `given`, fitted on the training clips.
 
-    A value is a tuple of one number of each member where members are trained on different clips.
+    A value is one number, or a tuple of one number of each member if these numbers differ.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -109,12 +109,12 @@ def tell_of_few(labels: np.ndarray, tell: Callable[[str], None]) -> None:
 
 
 def _num_repeated(labels: np.ndarray) -> int:
-    """Returns the number of identities, labels above 0, of two clips or more."""
+    """Returns the number of identities (labels above 0) with two clips or more."""
     return int(np.sum(np.unique(labels[labels > 0], return_counts=True)[1] > 1))
 
 
 def some_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns [N] bool: all labelled clips, or those of random identities if there are too many."""
+    """Returns [N] bool: all labelled clips, or at most MOST_CLIPS, those of random identities."""
     known = np.unique(labels[labels > 0])
     order = np.random.default_rng(seed).permutation(known)
     counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]
@@ -172,7 +172,7 @@ class _Fold(NamedTuple):
 def _hold_out(
     vectors: Mapping[str, np.ndarray], labels: np.ndarray, number: int, seed: int
 ) -> _Fold | None:
-    """Holds a fold out and hides identities; None where nothing is left to compare."""
+    """Holds out fold `number` and hides identities; None if nothing is left to compare."""
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
     held = ensemble.stratified_folds(labels, FOLDS, seed) == number
@@ -206,7 +206,7 @@ def unit_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class _Ratios(NamedTuple):
-    """The held-out clips of a fold, as `two_covariance.combine` takes them, and their answers."""
+    """Arguments of `two_covariance.combine` for the held-out clips of a fold, and their labels."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -241,7 +241,7 @@ def _quality(parts: Sequence[_Ratios], values: Mapping[str, float]) -> float:
 
 @jax.jit
 def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
-    """Returns [2], MAP of the identities that clips show, and AUROC of the clips' best scores."""
+    """Returns [2]: MAP of the known identities, AUROC of best scores of known against strangers."""
     logits = combine(part.ratios, part.known, part.present, settings)
     scores = log_softmax(logits, jnp.ones(logits.shape[1], bool))  # [Q, K]
     # Row i: the scores of all clips for the identity of clip i, and the clips that show it.
@@ -262,7 +262,7 @@ def _quality_of_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits the settings of PRIOR by the likelihood of the answers; those that are given stay."""
+    """Fits the settings named in PRIOR by the likelihood of the labels; those in `given` stay."""
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)
@@ -284,7 +284,7 @@ def _fit(
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Returns the mean cross-entropy at the logarithm of a scale, `unenrolled` and `stranger`."""
+    """Returns the mean cross-entropy at `point`, [3]: log(scale), `unenrolled`, `stranger`."""
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
     logs = jax.nn.log_softmax(combine(part.ratios, part.known, part.present, settings))
     right = jnp.take_along_axis(logs, part.labels[:, None], axis=1)[:, 0]

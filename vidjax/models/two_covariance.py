@@ -1,4 +1,4 @@
-"""Two-covariance PLDA: its sums, its fit in closed form, its ratios, and their sum by modality.
+"""Two-covariance PLDA: sums over clips, a fit in closed form, log-likelihood ratios, logits.
 
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
 e ~ N(0, W) to the clip. The model needs three sums over the clips of each class. They are additive:
@@ -29,7 +29,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """Sums over clips: numbers [K] and vectors [K, D] of the classes, and x x^T [D, D] of all."""
+    """Sums over clips: `count` [K] and sum of x [K, D] of each class; `scatter` x x^T [D, D]."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     total: Array
@@ -45,7 +45,7 @@ class Space(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """The K classes; `log_ratios` is linear . z + curve . z^2 + constant, with z as in Space."""
+    """The K classes; their log-ratio of z, see Space, is linear . z + curve . z^2 + constant."""
 
     linear: Array  # [K, D] float, coefficients of z
     constant: Array  # [K] float
@@ -75,9 +75,9 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums) -> Covariances:
     """Computes W, pooled over N - C degrees of freedom, and B, the second moment less W.
 
-    The sums have at least one clip. PRIOR clips and PRIOR people draw W and B to what is typical of
-    embeddings: one photo each says nothing about W, and one person nothing about B. The mean of C
-    people is drawn to 0 by a weight of half a person.
+    The sums have at least one clip. W and B are averaged with what is typical of embeddings, which
+    counts as PRIOR clips and PRIOR people: one photo of each person says nothing about W, and one
+    person nothing about B. The mean is multiplied by `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -98,14 +98,14 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns the share of the mean that is subtracted: the mean of few people shows just them."""
+    """Returns C / (C + 1/2), the share of the mean of C people that is subtracted from vectors."""
     return num_people / (num_people + 0.5)
 
 
 def make_space(found: Covariances, *, within: float | Array, between: float | Array) -> Space:
     """Shrinks both covariances and diagonalises them together.
 
-    Shares `within` of W and `between` of B, 0 to 1, become the identity times the mean variance.
+    The shares `within` of W and `between` of B, 0 to 1, become multiples of the identity matrix.
     """
     mean_variance = np.maximum(np.mean(found.within), SMALLEST_VARIANCE)
     values = (1 - within) * found.within + within * mean_variance
@@ -119,7 +119,7 @@ def make_space(found: Covariances, *, within: float | Array, between: float | Ar
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
-    """Returns the classes of given numbers of clips [K] and sums of vectors [K, D], in float64."""
+    """Returns the classes with `count` [K] clips and vectors of sum `total` [K, D], in float64."""
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
@@ -127,10 +127,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Returns the classes of given numbers of clips [K] and sums of coordinates z [K, D].
+    """Returns the classes with `count` [K] clips and coordinates z of sum `sums` [K, D].
 
-    The posterior of y after k clips of mean z has mean k psi z / (k psi + 1) and variance
-    psi / (k psi + 1), psi being the ratio; a new clip has 1 more.
+    After k clips of mean z, the posterior of y has mean k psi z / (k psi + 1) and variance
+    psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the variance of W, 1.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
@@ -148,9 +148,9 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
 
 
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
-    """Returns log p(x | a further clip of the class) / p(x | a clip of somebody new), [B, K].
+    """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
 
-    The vectors are [B, D] float. Columns of classes without a clip are 0, up to rounding.
+    The vectors x are [B, D] float. Columns of classes without a clip are 0, up to rounding.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -174,8 +174,8 @@ class Settings(NamedTuple):
       within: share of the within-class covariance that is replaced by a multiple of the identity.
       between: the same share of the between-class covariance.
       scale: factor on the log-likelihood ratios, which are too confident as they are.
-      unenrolled: what an identity without a clip in a modality gets for it in place of the ratio.
-      stranger: logarithm of the odds, before a clip is looked at, that it shows somebody new.
+      unenrolled: what replaces scale x ratio in a modality where an identity has no clip.
+      stranger: logarithm of the prior odds of somebody new against all known people together.
       centred: share of the mean of all vectors that is subtracted from each.
     """
 
@@ -195,8 +195,8 @@ def unit_mean(frames: Frames) -> Array:
 def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
-    A modality that a clip lacks adds 0 to every identity. The prior odds of somebody new against
-    all known people together are exp(settings.stranger): chance likeness grows with their number.
+    The logit of an identity is the sum of scale x ratio over the modalities of the clip. The logit
+    of somebody new is `stranger_logit`, since chance likeness grows with the number of people.
 
     Args:
       ratios: [M, B, K] float.
@@ -216,5 +216,5 @@ def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> 
 
 
 def stranger_logit(settings: Settings, num_known: Array | int, xp: ModuleType = np) -> Array:
-    """Returns the logit of somebody new beside a number of identities that are known."""
+    """Returns the logit of somebody new beside known identities, stranger + log(num_known)."""
     return settings.stranger + xp.log(xp.maximum(num_known, 1))
