@@ -52,7 +52,7 @@ class NoiseLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] not yet gathered by `fusion.read`; selecting frames changes only indices.
+    """Features [B, T, D] that `fusion.read` will gather; selecting frames changes only `index`.
 
     Attributes:
       values: [F, D], features of all frames of the dataset, in the stored dtype.
@@ -103,14 +103,14 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """Input of a model beside the frames.
+    """What a model is told of B clips beside their frames.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, in evaluation: how good the raw frames of each clip are, before fusion
-        and with all their features, for models that judge poor clips otherwise; None without.
+      measure: [B] float32, `ClipQuality.measure` of the raw frames, before fusion and with all
+        features; None in training, and for models that treat all clips alike.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -122,8 +122,8 @@ class ClipInfo(NamedTuple):
 class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
-    Most models have one branch, G = 1. With several branches, the two weights say which branches
-    judge a clip.
+    A branch is one set of logits; most models have one, G = 1. With several branches, the two
+    weights say which branches judge a clip.
 
     Attributes:
       logits: [B, G, 1 + C] float32.

@@ -1,8 +1,8 @@
-"""Ensembles, axis E: the members, their training clips, and the combination of their scores.
+"""Ensembles, axis E: the members, the clips that each is trained on, and those that it scores.
 
 All published ensembles (folds, partitions, quality subsets, subsets of the features, seeds) train
-one net on several subsets of the same batches. So a member is a row of every table and a slice of
-every parameter, and one program trains or evaluates all members in one pass over the data.
+one net on several subsets of the same batches. So every parameter and table has a leading axis E,
+and one program trains or evaluates all members in one pass over the data.
 """
 
 import functools
@@ -63,10 +63,10 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds the members of an ensemble, the product of all its options, in order of their numbers.
+    """Builds the members of an ensemble: one for each combination of its options, or only some.
 
-    `spec` are the fields of `config.ensemble`. Seeds vary fastest, then qualities, views, and folds
-    or bootstraps.
+    `spec` are the fields of `config.ensemble`; `only` are the numbers of the members to build, from
+    0 on. As numbers rise, seeds vary fastest, then qualities, views, and folds or bootstraps.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: use 0 for none, or 2 or more")
@@ -96,11 +96,11 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 
 
 def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
-    """Returns [N] int32 folds from 0, with equal numbers of clips from every identity.
+    """Returns the fold of each clip, [N] int32 from 0; every identity is spread over all folds.
 
-    The clips of an identity are assigned to the folds in turn, in random order, starting at the
-    fold where the identity before ended. So the sizes of two folds differ by at most one clip, in
-    total and within every identity. Column 0 is treated as an identity.
+    The clips of an identity go to the folds in turn, in random order, and the next identity goes on
+    from there. So the sizes of two folds differ by at most one clip, in total and within every
+    identity. Labels are [N] int; 0, the distractors, is treated as an identity.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -112,10 +112,10 @@ def stratified_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarra
 def bootstrap_counts(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Draws a bootstrap sample; returns [N] int32, the number of times that it contains each clip.
+    """Draws bootstrap sample `number`; returns [N] int32, how many times it contains each clip.
 
-    `resample` is `identity` to resample every identity separately, so that none is lost, or `all`
-    to resample all clips together, which loses some identities of one or two clips.
+    `resample` is `identity` to resample the clips of every identity separately, so that none is
+    lost, or `all` to resample all clips at once, which loses some identities of one or two clips.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -151,7 +151,7 @@ def partition(
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns one typed key per member, [E], which depends on the seed and its number alone."""
+    """Returns one typed key per member, [E], from the seed and the member's number alone."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
@@ -217,7 +217,7 @@ def load(folder: Path) -> TrainingSets:
 
 
 def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
-    """Returns [E, n] bool, True for members that were not trained on a clip and may score it.
+    """Returns [E, n] bool, True where a member was not trained on a clip and so may score it.
 
     Clips are matched by name, whatever split they belong to.
     """
@@ -227,10 +227,10 @@ def held_out(training_sets: TrainingSets, clips: Sequence[str]) -> np.ndarray:
 
 
 def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[np.ndarray, bool]:
-    """Returns the members that score each clip, [E, n] bool, and whether they were trained on some.
+    """Returns the members that score each clip, [E, n] bool, and True if they were trained on some.
 
-    A clip is scored by the members that were not trained on it. Without folds, all members are
-    trained on all training clips; if some of the clips are such clips, all members score all clips.
+    A clip is scored by the members that were not trained on it. But if all members were trained on
+    all training clips (no folds), and `clips` has some of these, all members score all of `clips`.
     """
     use = held_out(training_sets, clips)
     if training_sets.trained.all() and not use.all():
@@ -245,7 +245,7 @@ def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def drop_chunk(features: Array, view: Array, num_chunks: int) -> Array:
-    """Removes chunk `view` from features [..., D]; a chunk is D // num_chunks consecutive ones.
+    """Removes chunk `view` from features [..., D]; a chunk is D // num_chunks adjacent features.
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """

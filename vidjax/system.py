@@ -1,6 +1,6 @@
 """A system: the functions and numbers of a configuration that training and evaluation need.
 
-Modules above this one pass configurations as ConfigDict; here and below they are nested dicts.
+Modules that import this one pass configurations as ConfigDict; this one takes nested dicts.
 """
 
 import functools
@@ -29,26 +29,26 @@ COLUMN_MULTIPLE = 128
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Evaluation alone reads `fuse_eval`, `score_fn`, `scores_are_logs`, `top_classes`, `reduce` and
-    `matmul_precision`; it shares `model`, `num_chunks`, `frame_is_example`, `class_mask` and
-    `num_identities` with training, which alone reads the rest.
+    Only evaluation steps read `fuse_eval`, `score_fn`, `scores_are_logs`, `top_classes`, `reduce`,
+    `num_identities` and `matmul_precision`. Both kinds of step read `model`, `num_columns`,
+    `modalities`, `num_chunks`, `frame_is_example` and `class_mask`; only training reads the rest.
 
     Attributes:
-      num_columns: class columns without padding, K; `model` may have more.
+      num_columns: number of class columns without padding, K; `model` may have more.
       modalities: name -> feature width, in the order of the configuration.
-      fuse_train, fuse_eval: modality -> fusion, called with a key, and without one.
-      num_chunks: chunks of a feature vector, of which a member with a view does not see one; 0 if
-        all members see all features.
+      fuse_train, fuse_eval: modality -> ((key, or None in evaluation, frames) -> fused frames).
+      num_chunks: number of chunks of a feature vector, one of which, its `view`, is hidden from
+        each member; 0 if all members see all features.
       frame_is_example: True if each fused frame of a clip is an example of its own.
-      clip_transforms, transforms: what changes clips before their frames are fused, and after.
+      clip_transforms, transforms: augmentations before and after the frames of clips are fused.
       objective: (output, labels [B], mask [B], step) -> loss [B].
-      make_objective: class_mask [K] bool -> the objective of as many columns; those that are False
-        take no part; with None, all do.
+      make_objective: class_mask -> objective for its K columns, which ignores those that are False;
+        a mask of None ignores none.
       sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
-      top_classes: number of identities for which a clip keeps its score; 0 for all.
+      top_classes: number of identities, its best, for which a clip keeps its score; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
       vmap_members: True to train all members in one program by vmap; False to train one member
@@ -86,10 +86,10 @@ class TaskSpec(NamedTuple):
 
     Attributes:
       modalities: name -> feature width, in the order of the configuration.
-      num_clusters: number of clusters, K of `NoiseLayout`; None without noise classes.
+      num_clusters: number of clusters, the K of `NoiseLayout`; None without noise classes.
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
-      settings: name -> attribute of the model that its `prepare` fitted before training, or None.
+      settings: name -> value of the model's attributes that its `prepare` fitted, or None.
       padded_columns: number of class columns with padding; None without padding.
     """
 
@@ -120,7 +120,7 @@ class TaskSpec(NamedTuple):
         return self.padded_columns or self.num_columns
 
     def with_padding(self, devices: int) -> "TaskSpec":
-        """Returns the task padded so that devices share columns evenly; one needs no padding."""
+        """Returns the task with columns padded for some devices; a single one needs no padding."""
         padded = padded_columns(self.num_columns, devices) if devices > 1 else None
         return self._replace(padded_columns=padded)
 
@@ -203,7 +203,7 @@ def _choose(field: str, value: str, known: Collection[str]) -> str:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration for fused frames, without the chunk of a view."""
+    """Builds the model of a configuration, for fused frames without the hidden chunk, if any."""
     spec, ensemble_spec = config["model"], config["ensemble"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -222,7 +222,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 
 
 def _fusion_spec(specs: Mapping[str, Any], modality: str, phase: str) -> Mapping[str, Any]:
-    """Returns the specification of a fusion in a phase; the default is all frames."""
+    """Returns the specification of a modality's fusion in a phase; the default is all frames."""
     return specs.get(modality, {}).get(phase) or {"name": "all"}
 
 
@@ -241,12 +241,12 @@ def fused_widths(specs: Mapping[str, Any], modality: str) -> int:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusions of a phase, `train` or `evaluate`."""
+    """Builds modality -> fusion for a phase, `train` or `evaluate`."""
     return {name: fusion.make_fusion(_fusion_spec(specs, name, phase)) for name in modalities}
 
 
 def _own_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> list[BatchTransform]:
-    """Builds the transforms before fusion that have fields: quality subsets, then noise."""
+    """Builds the transforms that have config fields of their own: quality subsets, then noise."""
     transforms: list[BatchTransform] = []
     if config["ensemble"]["min_quality"]:
         transforms.append(
@@ -262,7 +262,7 @@ def _own_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> list[Batc
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`: a scheduled weight for mirrors, 1 for other columns."""
+    """Builds `System.column_weight`: `spec["mirror_weight"]` for mirrors, 1 for other columns."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
 
     def column_weight(labels: Array, step: Array) -> Array:

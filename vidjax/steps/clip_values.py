@@ -1,4 +1,4 @@
-"""What is computed once from every training clip, before the first step or between two of them."""
+"""Computes one value of every training clip, before the first step or between two steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from vidjax.data.clips import ClipSource, make_eval_plan
 
 
 def by_split(config: Config, data: ClipSource) -> Sequence[tuple[str, slice]]:
-    """Returns the training splits and their rows in the tables."""
+    """Returns the training splits, each with the slice of its clips among all N training clips."""
     splits, start = [], 0
     for split in config.data.train_splits:
         count = len(data.split(split).clips)
@@ -27,7 +27,7 @@ def values_of_clips(
     value_of: Callable[[Frames], Array],
     wanted: np.ndarray,
 ) -> np.ndarray:
-    """Returns [n, ...], a value of each wanted training clip, in the order of the tables.
+    """Returns [n, ...], a value of each of the n training clips that are True in `wanted` [N].
 
     `value_of` maps all frames of clips, [B, T] of one modality, to [B, ...]; see `values_of_split`.
     """
@@ -56,7 +56,7 @@ def values_of_split(
 ) -> np.ndarray:
     """Returns [n, ...], a value of each of the n >= 1 wanted clips of a split, in their order.
 
-    `value_of` maps all frames, as evaluation reads them, of `rows` clips, [B, T], to [B, ...].
+    `value_of` maps modality -> Frames [B, T] of B = `rows` clips, as evaluation reads, to [B, ...].
     """
     values = None
     plan = make_eval_plan(data.split(split), tuple(modalities), only=wanted)

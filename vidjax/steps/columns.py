@@ -1,7 +1,7 @@
-"""The class columns of a state: which axes they are, padded, and split over devices.
+"""The class columns of a state: their axes in its arrays, their padding, their split over devices.
 
 The kernel and the bias of a classifier, their moments and the sums of PLDA have an axis of class
-columns. No model names it: the arrays of two models for different numbers of columns differ in it.
+columns. No model declares it: it is where the shapes of two models differ, one with a column more.
 """
 
 from collections.abc import Mapping
@@ -29,20 +29,20 @@ class ClassAxes(NamedTuple):
     """The axis of the class columns in every array of a state."""
 
     mesh: Mesh  # the class columns are split over its axis `model`
-    state: state_lib.TrainState  # an axis in place of every array, or NO_AXIS
+    state: state_lib.TrainState  # has, in place of every array, the number of that axis or NO_AXIS
 
     def layout(self, name: str | None = None) -> devices.Layout:
-        """Returns the layout of a field of the state, or of the whole: a tree of shardings."""
+        """Returns a tree of shardings, for the field `name` of the state or for all of it."""
         axes = getattr(self.state, name) if name else self.state
         return jax.tree.map(lambda axis: _along(self.mesh, axis), axes)
 
 
 def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -> ClassAxes | None:
-    """Finds the axes of class columns; None where neither the mesh nor the training needs them.
+    """Finds the axes of class columns; None if they are neither split over devices nor sampled.
 
     Raises:
-      ValueError: Classes are sampled, and no parameter has class columns, or the optimiser keeps
-        numbers of each column beside the moments of Adam.
+      ValueError: Classes are sampled, but no parameter has class columns, or the optimiser keeps
+        other numbers for each column than the moments of Adam.
     """
     is_sampled = system.sampled_classes < 1
     if mesh.shape["model"] == 1 and not is_sampled:
@@ -74,7 +74,7 @@ def is_adam(state: object) -> bool:
 def abstract_state(
     system: System, modalities: Mapping[str, int], num_columns: int, num_members: int = 1
 ) -> state_lib.TrainState:
-    """Returns the shapes and dtypes of a state for a number of class columns, with one clip."""
+    """Returns the shapes and dtypes of a state for `num_columns` class columns and one clip."""
     resized = system._replace(model=system.model.with_classes(num_columns))
 
     def init() -> state_lib.TrainState:
@@ -88,9 +88,9 @@ def abstract_state(
 class ScoreColumns(NamedTuple):
     """The columns of scores in evaluation, [B, total].
 
-    Where the axis `model` has one device they are the identities alone. Devices that share the
-    classes keep all class columns, so that none moves between them: others than the identities have
-    scores of -inf.
+    If the axis `model` has one device, they are the C identities. Several devices, which share the
+    classes, also keep column 0 and padding, with scores of -inf; without these, columns would move
+    between devices.
     """
 
     mesh: Mesh  # rows are split over its axis `data`, and columns over `model`
@@ -116,13 +116,13 @@ class ScoreColumns(NamedTuple):
     def max_block_rows(self) -> int:
         """Largest number of rows of a block on a device.
 
-        It does not depend on the mesh, since the bits of scores may depend on it.
+        It is the same for every mesh, since the bits of scores may depend on the number of rows.
         """
         return max(1, BLOCK_BYTES // (4 * self.num_identities))
 
     @property
     def max_pending_rows(self) -> int:
-        """Largest number of clips whose scores wait for a merge of the ranking."""
+        """Largest number of clips whose scores may wait to be merged into the ranking."""
         return max(1, WAITING_BYTES // (4 * self.num_identities))
 
     def select(self, scores: Array) -> Array:
@@ -156,7 +156,7 @@ def fitting_layout(layout: devices.Layout, abstract: Tree) -> Tree:
 
 
 def resize(tree: Tree, like: Tree) -> Tree:
-    """Returns arrays with the numbers of class columns of others: cut, or padded with zeros.
+    """Cuts the arrays of `tree`, or pads them with zeros, to the shapes of those of `like`.
 
     Padded columns are 0 and stay 0: no loss sees them.
     """

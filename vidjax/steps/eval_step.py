@@ -73,8 +73,8 @@ def attention_step(
 ) -> dict[str, Array]:
     """Returns `ModelOutput.attention` of a member; empty for models without attention.
 
-    It is `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed over
-    frames, for a model that takes all frames of a clip together.
+    It has `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed
+    over frames. The model must take all fused frames of a clip as one example.
     """
     fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
@@ -86,7 +86,7 @@ def attention_step(
 
 
 def _clip_info(system: System, batch: Batch) -> ClipInfo:
-    """Returns what a model is told of the clips of a batch beside their frames."""
+    """Builds the second input of a model from a batch, with the measure of its raw frames."""
     quality = system.model.clip_quality(batch.frames)
     measure = None if quality is None else quality.measure
     return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)
@@ -155,7 +155,7 @@ def _over_examples(
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Compiles `eval_step` for the columns of `ScoreColumns`, [B, C] if classes are not split.
+    """Compiles `eval_step`, which then returns only the columns of `ScoreColumns`, [B, total].
 
     Every device runs the same program on its own rows. So for a fixed number of rows per device the
     scores are bit-equal on any number of devices.
@@ -188,7 +188,7 @@ def make_embed_step(system: System) -> EvalStep:
 
 
 def _by_rows(step: EvalStep, mesh: Mesh, out: PartitionSpec) -> EvalStep:
-    """Compiles a step that every device runs on its own rows, with a layout of its result."""
+    """Compiles a step that every device runs on its own rows; `out` is the layout of the result."""
     whole = PartitionSpec()
 
     def on_each(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:

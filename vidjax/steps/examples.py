@@ -35,13 +35,13 @@ def fuse(
 
 
 def to_examples(frames: Mapping[str, Frames], *, apart: bool) -> tuple[dict[str, Frames], Array]:
-    """Turns the T' fused frames of B clips into examples: one of each clip, or one of each frame.
+    """Turns the fused frames of B clips into examples: one per frame if `apart`, else one per clip.
 
-    With `apart`, all modalities have 1 frame or the same number T'. A single frame is repeated for
-    every example of the clip, and a clip that has only such modalities is one example.
+    If `apart`, all modalities must have the same number T' of frames, or one frame. This one is
+    repeated in every example of the clip; a clip with only such modalities is one example.
 
     Returns:
-      The frames and [B, 1] bool, all True; with `apart`, modality -> Frames [B T', 1] and
+      The frames as given, and [B, 1] bool, all True. If `apart`: modality -> Frames [B T', 1], and
       [B, T'] bool, True for examples that exist.
     """
     if not apart:

@@ -93,7 +93,7 @@ class StreamingFeed(Feed):
     def __init__(
         self, system: System, mesh: Mesh, batches: Iterator[Batch], axes: ClassAxes | None = None
     ):
-        """Prepares a feed of endless batches of numpy arrays, this process's share."""
+        """Takes an endless iterator of this process's share of each batch, as numpy arrays."""
         self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
         super().__init__(system)
         self._step = train_step.make_train_step(system, mesh, axes)
@@ -134,7 +134,7 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Draws batches from clips on the devices, for many steps per dispatch; they never wait."""
+    """Draws batches from clips on the devices, for many steps per dispatch; no device waits."""
 
     mode = "resident"
 

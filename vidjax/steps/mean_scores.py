@@ -1,4 +1,4 @@
-"""Running means of scores: over the branches of a model, its examples, members and runs."""
+"""Running means of scores: over branches of a model, examples of a clip, members and runs."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class MeanScores(NamedTuple):
 
 
 def no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean of nothing, for scores [B, K] of a shape and a dtype; `logs` if logarithms."""
+    """Returns an empty mean for scores [B, K] shaped as `like`; `logs` if these are logarithms."""
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
@@ -67,7 +67,7 @@ def sum_scores(mean: MeanScores) -> Array:
 
 
 def log_complement(logs: Array) -> Array:
-    """Returns log(1 - p) of probabilities whose logarithms are given; NaN stays NaN.
+    """Returns log(1 - p) for `logs` = log(p), where p are probabilities; NaN stays NaN.
 
     Rounding may have left a logarithm above 0, which counts as 0.
 
@@ -82,11 +82,12 @@ def log_complement(logs: Array) -> Array:
 def blend(
     scores: Sequence[Sequence[Array]], voices: Sequence[tuple[float, bool]], *, logarithms: bool
 ) -> list[Array]:
-    """Joins the scores of several models to [B, C] of every block; one model's stay as they are.
+    """Blends the scores of several models; returns [B, C] for every block.
 
     Args:
-      scores: for each model the scores [B, C] of every block; logarithms if models are several.
-      voices: for each model its weight, 0 or more, and whether it knows of somebody new.
+      scores: for each model the scores [B, C] of every block: log-probabilities. Those of a single
+        model may be anything, and are returned as they are.
+      voices: for each model its weight, 0 or more, and `TrainedModel.knows_strangers`.
       logarithms: True for a mean of logarithms of probabilities, False for one of probabilities.
     """
     if len(voices) == 1:
@@ -112,11 +113,11 @@ def _mean_probabilities(scores: Sequence[Array], weights: Sequence[Array | float
 
 
 def complete(scores: Array, knows: Array) -> tuple[Array, Array]:
-    """Adds somebody new as column 0 of the scores [R, B, C] of R models, logarithms.
+    """Adds a column 0, for somebody new, to the log-probabilities [R, B, C] of R models.
 
-    Models without somebody new, by `knows` [R], take that probability from the others that score
-    the clip; -inf without any. Also returns [R, B] bool, True where a model scores a clip: not all
-    its scores are -inf. NaN is a score, which the mean shows.
+    Its probability is 1 less the model's sum where `knows` [R] is True. Other models take the mean
+    of these logarithms, or -inf without any, and their own scores shrink to make room. Also returns
+    [R, B] bool, False where all scores of a clip are -inf. NaN is a score, which the mean shows.
     """
     scored = jnp.any(scores != -jnp.inf, axis=2)  # [R, B]
     knowing = scored & knows[:, None]
@@ -157,7 +158,7 @@ def log_rest(scores: Array) -> Array:
 
 @jax.jit
 def pool(scores: Array, weights: Array, knows: Array) -> Array:
-    """Returns the scores [B, C] of a mean of logarithms, normalised with somebody new.
+    """Returns the mean of log-probabilities of R models, [B, C], normalised with somebody new.
 
     Scores are [R, B, C] logarithms, weights [R] above 0, and `knows` [R] bool, see `complete`.
     """

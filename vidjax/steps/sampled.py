@@ -7,10 +7,10 @@ The devices of the axis `model` each draw as many of their own columns, so none 
 
 On all classes, a column whose clips are not in the batch has gradients of nearly 0: its second
 moments fade, and momentum moves it on. So the second moments of a drawn column first fade for the
-steps since it was last drawn; otherwise the column would move too little. The first moments wait:
-the steps that draw the column make the moves that momentum has left.
+steps since it was last drawn; otherwise the column would move too little. The first moments do not
+fade: the next steps that draw the column make the moves that momentum still holds.
 
-The drawn columns do not stand for the others, as published. Losses that count each of them several
+As published, the drawn columns do not represent the others. A loss that counts each of them several
 times led to a lower MAP here: Adam evens out what is counted more.
 
 Source: An et al., Partial FC: Training 10 Million Identities on a Single Machine, section 3.2.
@@ -72,9 +72,9 @@ def draw(rng: Array, labels: Array, class_mask: Array, count: int, mesh: Mesh) -
 
 
 def take(axes: ClassAxes, state_axes: Tree, tree: Tree, columns: Array) -> Tree:
-    """Returns the drawn class columns of one member's arrays, and other arrays whole.
+    """Returns one member's arrays with only the class columns `columns`, and other arrays whole.
 
-    Arrays of `tree` lack the axis E, which `state_axes` counts.
+    Arrays of `tree` have no axis E, but the numbers in `state_axes` are for arrays with axis E.
     """
 
     def of(axis: int, x: Array) -> Array:
@@ -113,7 +113,7 @@ def system_for_columns(
 ) -> System:
     """Returns the system for the drawn columns [n] alone.
 
-    `missed`, [n] int32, counts the steps since the one that last drew a column, that one excluded.
+    `missed`, [n] int32, is the number of steps between the last draw of a column and this one.
     """
     mask = system.class_mask[columns]
     return system._replace(
@@ -125,7 +125,7 @@ def system_for_columns(
 
 
 def relabel(clips: MemberClips, columns: Array) -> MemberClips:
-    """Returns clips with the places of their labels among the drawn columns."""
+    """Replaces the labels of clips by their positions among the drawn columns."""
 
     def place(labels: Array) -> Array:
         return jnp.searchsorted(columns, labels).astype(jnp.int32)
@@ -137,9 +137,9 @@ def relabel(clips: MemberClips, columns: Array) -> MemberClips:
 def _decay_moments(
     tx: optax.GradientTransformation, axes: optax.OptState, missed: Array
 ) -> optax.GradientTransformation:
-    """Returns an optimiser before whose steps the second moments of Adam fade over the missed.
+    """Returns `tx`, whose updates first multiply Adam's second moments by decay ** missed.
 
-    A gradient of 0 multiplies a second moment by its rate of decay, and those of a gap by a power.
+    That is what `missed` steps with gradients of 0 would have done.
     """
 
     def fade(axes: object, state: object) -> object:
@@ -169,7 +169,7 @@ def _without_members(state_axes: Tree) -> Tree:
 
 
 def _own(columns: Array, size: int) -> Array:
-    """Returns the places of a device's columns in its share of `size` columns."""
+    """Returns the positions of a device's columns among the `size` columns that it holds."""
     return columns - lax.axis_index("model") * size
 
 

@@ -55,7 +55,7 @@ def init_state(
 ) -> TrainState:
     """Builds the state at step 0.
 
-    A member's parameters and draws depend on its key, of `rngs` [E]. Labels are [E, N] int32.
+    `rngs` [E] has one key per member, for its parameters and draws. Labels are [E, N] int32.
     """
 
     def frames(dim: int) -> Frames:  # one clip of one frame: shapes depend on widths alone
@@ -92,10 +92,10 @@ def init_state(
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: devices.Layout
 ) -> TrainState:
-    """Builds the state at step 0, of `init_state`, on the devices.
+    """Builds the state at step 0 on the devices; `init` is `init_state` with its arguments.
 
-    Random draws hold three times the memory of their result meanwhile. So a second program adds the
-    state of the optimiser, which is twice the size of the parameters.
+    Drawing the parameters takes three times their memory. So a second program adds the state of the
+    optimiser, which is twice the size of the parameters.
     """
     drawn = layout.replace(opt_state=None) if isinstance(layout, TrainState) else layout
     state = jax.jit(lambda: init().replace(opt_state=None), out_shardings=drawn)()
@@ -136,7 +136,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 def as_items(state: TrainState) -> dict[str, Any]:
     """Returns the items of a checkpoint; evaluation reads only `params` and `model_state`.
 
-    `updated` is an item of its own, so that a run on some classes can go on with all of them.
+    `updated` is an item of its own, so that a run that sampled classes can go on with all classes.
     """
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     own = {name: rest.pop(name) for name in ("params", "model_state", "updated")}

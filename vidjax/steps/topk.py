@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vidjax import devices
 from vidjax.batch import Array
 
-NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty place; sorts after every real clip
+NO_CLIP = np.iinfo(np.int32).max  # clip index of an empty entry; sorts after every real clip
 MAX_NAMES = 100  # largest number of clips per identity in a submission
 CHUNK = 256  # identities per merge, so that their scores stay in the cache of a CPU
 GROUP = 8  # rows per group; only groups whose best score can enter the top k are sorted
@@ -28,7 +28,7 @@ MOST_GROUPS = (32, 128)
 class TopK(NamedTuple):
     """The best clips of every identity: scores [C, k] float32 and clip indices [C, k] int32.
 
-    An empty place has the score -inf and the index NO_CLIP.
+    An empty entry has the score -inf and the index NO_CLIP.
     """
 
     scores: Array
@@ -83,13 +83,13 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 
 def finish_top(top: TopK) -> TopK:
-    """Sorts a top k: score descending, then clip index ascending, empty places last."""
+    """Sorts a top k: score descending, then clip index ascending, empty entries last."""
     descending, index = lax.sort((-jnp.asarray(top.scores), jnp.asarray(top.index)), num_keys=2)
     return TopK(scores=-descending, index=index)
 
 
 def count_ties(top: TopK) -> int:
-    """Returns how many places of all sorted lists have the score of the place before them.
+    """Returns how many entries of a sorted top k have the score of the entry before them.
 
     Such clips are in the order of their names. Clips without a score, -inf, do not count.
     """
@@ -114,10 +114,10 @@ class RunningTopK:
         identities: slice = slice(None),
         pool: np.ndarray | None = None,
     ):
-        """Starts with an empty top k of C columns, a multiple of the length of the axis `model`.
+        """Starts an empty top k of `num_columns`, a multiple of the length of the axis `model`.
 
-        It merges after `rows` clips, in memory O(C x rows); the result does not depend on that. The
-        clips of `pool`, [N] bool, are ranked; `finish` returns the columns `identities`.
+        It merges after `rows` clips, in memory O(C x rows); the result does not depend on that. If
+        `pool` [N] bool is given, only its clips are ranked. `finish` returns only `identities`.
         """
         mesh = mesh or devices.make_mesh(1)
         self._layout = NamedSharding(mesh, _SCORES), *[devices.by_rows(mesh)] * 2
@@ -160,12 +160,12 @@ def in_pool(pool: Array, clip_index: Array, batch_mask: Array) -> Array:
     return pool[clip_index] & batch_mask
 
 
-_SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of tops [devices, C, k]
+_SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of TopK [devices, C, k]
 
 
 @functools.cache
 def _make_init(mesh: Mesh, num_columns: int, k: int) -> Callable[[], TopK]:
-    """Compiles empty tops [devices of data, C, k]."""
+    """Compiles the empty TopK of all devices, arrays [devices of the axis `data`, C, k]."""
 
     def init() -> TopK:
         top = init_top(num_columns, k)
@@ -176,7 +176,7 @@ def _make_init(mesh: Mesh, num_columns: int, k: int) -> Callable[[], TopK]:
 
 @functools.cache
 def _make_update(mesh: Mesh) -> Callable[[TopK, Sequence[ScoreBlock]], TopK]:
-    """Compiles `update_top` of every device's own rows and columns."""
+    """Compiles `update_top`, which every device applies to its own rows and columns."""
 
     def on_each(top: TopK, *columns: Sequence[Array]) -> TopK:
         blocks = list(zip(*columns, strict=True))

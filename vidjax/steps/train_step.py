@@ -190,7 +190,7 @@ def _draw_clips(
 def _model_input(
     system: System, batch: Batch, clips: MemberClips
 ) -> tuple[dict[str, Frames], Array, ClipInfo]:
-    """Returns the input of the model: its frames, the mask of examples [B, T'], and its clips."""
+    """Returns the examples of clips: frames, mask [B, T'] of those that count, and ClipInfo."""
     frames, exists = examples.to_examples(clips.frames, apart=system.frame_is_example)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
@@ -210,9 +210,9 @@ def _loss_by_clip(
     *,
     compared: Array,
 ) -> Array:
-    """Returns the loss of every clip, [B] float, averaged over those of its examples that count.
+    """Returns the loss of every clip, [B] float, averaged over its examples in `exists` [B, T'].
 
-    A loss of embeddings compares the examples `compared` [B, T'] bool with each other.
+    A loss of embeddings compares only the examples in `compared` [B, T'] bool with each other.
     """
     labels = jnp.repeat(labels, exists.shape[1])
     losses = system.objective(output, labels, compared.reshape(-1), step)
@@ -231,8 +231,8 @@ def find_bad_clips(
 ) -> Array:
     """Returns [B] bool, the clips of a skipped step whose loss or its derivative is not finite.
 
-    The losses are without dropout, transforms after fusion, and the loss of the embeddings. A
-    skipped step leaves the parameters as they were, so `state` is the one after it.
+    Losses are computed without dropout, transforms after fusion, and losses of embeddings. `state`
+    is the one after the step: a skipped step leaves the parameters as they were.
     """
 
     def find(member: tuple[Params, ModelState, MemberInputs]) -> Array:
@@ -312,7 +312,7 @@ def _out_layout(mesh: Mesh, axes: ClassAxes | None) -> tuple[Any, Any]:
 
 
 def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
-    """Adds a step to the outcome of those before it, with the state after it and its losses [E]."""
+    """Adds one step to the outcome, given the state after that step and its losses [E]."""
     is_first = (outcome.bad_step < 0) & jnp.any(state.bad_steps >= MAX_BAD_STEPS)
     bad_step = jnp.where(is_first, state.step - 1, outcome.bad_step)
     return Outcome(losses.astype(jnp.float32), bad_step)
