@@ -30,10 +30,10 @@ REWRITE = "delete metrics.json: the command that trained the run then rewrites b
 
 
 class FoundRun(NamedTuple):
-    """A run's folder whose files belong together; its weights are not read yet.
+    """A run in a folder, after a check that its files belong to one run; weights are not yet read.
 
     Attributes:
-      checkpoint: every file of it matched its sha256.
+      checkpoint: a checkpoint of which every file has matched its sha256.
       identities: [C] names of the class columns 1..C.
     """
 
@@ -116,7 +116,7 @@ def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def task_of(manifest: Mapping[str, Any]) -> TaskSpec:
-    """Returns the sizes in the manifest of a checkpoint, which an earlier version may have made."""
+    """Builds the task from a checkpoint's manifest, which an earlier version may have written."""
     task = TaskSpec(**{name: manifest[name] for name in TaskSpec._fields if name in manifest})
     found = dict(task.settings or {})
     if manifest.get("threshold") is not None:  # an entry of its own in earlier versions
@@ -150,10 +150,10 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters of a run, and its variables that evaluation reads, [E, ...].
+    """Loads the parameters of a run, and the collections of `Identifier.solve`, all [E, ...].
 
-    Parameters with class columns lie on the devices that share the classes, all else on every one.
-    See `Identifier.solve` for the variables.
+    Parameters with class columns are split over the devices that share the classes. All other
+    arrays are whole on every device.
     """
     modalities, count = run.task.modalities, len(run.training_sets.members)
     axes = columns.find_class_axes(system, modalities, mesh)

@@ -41,7 +41,7 @@ def digests(config: Config, data: TrainingData) -> dict[str, Any]:
 def differences(
     own: Digests, report: Mapping[str, Any], splits: Collection[str] | None = None
 ) -> str:
-    """Returns one line with the differences of reported data from those of a run; '' for none."""
+    """Describes in a line how the data of a report differ from a run's `own`; '' if they do not."""
     found, here = [], report["splits"]
     for name, before in own["splits"].items():
         now = here.get(name, {}).get("sha256")
@@ -90,7 +90,7 @@ def check_training(workdir: Path, own: Digests | None, config: Config, data: Tra
 def check_finished(
     workdir: Path, results: Mapping[str, Any], config: Config, data: TrainingData
 ) -> None:
-    """Refuses to call a run with these results finished on other data than its own."""
+    """Refuses a finished run, with `results` of its metrics.json, on other data than its own."""
     own = results.get("trained_on")
     before, now = (one.get("data", {}).get("digest") for one in (results, data.report))
     if own is None and before is not None:  # an earlier version kept one digest of all splits
@@ -106,10 +106,10 @@ def check_finished(
 def check_evaluation(
     workdir: Path, manifest: Mapping[str, Any], config: Config, data: TrainingData
 ) -> None:
-    """Refuses to evaluate a split of a run on other data than the run's, under the same name.
+    """Refuses to evaluate a split that the run has read, if it now has other data under that name.
 
-    A split that the run has not read may be of any data. But in the folder that `config.json`
-    names, which may be a stranger's word, some split of the run has to be as it was.
+    Another split may be of any data. But if the folder of data is the one in `config.json`, which a
+    stranger may have written, at least one split of the run must be as it was.
     """
     own, split = manifest.get("data"), config.eval.split
     if own is None:
@@ -130,7 +130,7 @@ def check_evaluation(
 def check_named(
     workdir: Path, manifest: Mapping[str, Any], config: Config, *, by_user: bool
 ) -> None:
-    """Refuses a data folder that only `config.json` names, if no digest confirms it."""
+    """Refuses a data folder that no digest confirms, unless the user (`by_user`) has named it."""
     if "data" not in manifest and config.data.dir and not by_user:
         raise UserError(
             f"'{workdir}' does not tell its training data: an earlier version of vidjax made it\n"

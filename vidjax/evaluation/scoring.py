@@ -43,7 +43,7 @@ def make_ranking(columns: ScoreColumns, pool: np.ndarray) -> topk.RunningTopK:
 
 
 def positives_in(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns [C] int, the ground-truth clips of every identity in a pool [N] bool."""
+    """Returns [C] int, the number of ground-truth clips of every identity in a pool [N] bool."""
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside
 
@@ -103,7 +103,7 @@ class ClipScoreBuffer:
 
 @jax.jit
 def _best(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
-    """Returns the best score of each clip [B], and [B] True if it lies at the clip's place."""
+    """Returns [B], the best score of each clip, and [B] bool, True if its column is the label's."""
     return jnp.max(scores, axis=1), examples.is_best(scores, places[clip_index])
 
 
@@ -161,7 +161,7 @@ class ModelScorer:
     """
 
     def __init__(self, model: TrainedModel, clips: Sequence[str], mesh: Mesh):
-        """Takes the clips [N] in the order of clip_index."""
+        """Takes the names `clips` [N], in the order of clip_index."""
         self.model = model
         self.columns = ScoreColumns.of(model.system, mesh)
         self.use, self.in_sample = ensemble.scoring_members(model.training_sets, clips)
@@ -183,8 +183,8 @@ class ModelScorer:
     ) -> list[Array]:
         """Returns mean scores [B, total] of every block, over the members that may score its clips.
 
-        Columns are those of `columns`, or [B, C] if classes are not split. `without` is the
-        position of a member to leave out; `rankings`, one per member, take the member's own scores.
+        The columns are those of `ScoreColumns`. `without` is the position of a member to leave out.
+        `rankings` has one ranking per member, to which the member's own scores are added.
         """
         if self._single:
             params, model_state = self._single
@@ -253,8 +253,8 @@ def windows(
 ) -> Iterator[list[list[Batch]]]:
     """Yields windows of a split: for every model a list of blocks, on the devices.
 
-    A dataset of several models is read only once; the models' datasets must have the same clips. A
-    block has `block_size` clips per device, and a window ends at `rows` clips or `WINDOW_BYTES`.
+    A block has `block_size` clips per device; a window ends at `rows` clips or `WINDOW_BYTES`. A
+    dataset that models share is read only once; different datasets must have the same clips.
     """
     modalities: dict[int, dict[str, None]] = {}  # dataset -> modalities that its models read
     for model in models:
@@ -326,9 +326,9 @@ class ModelScores(NamedTuple):
 
     Attributes:
       use, in_sample: as in `ModelScorer`.
-      poor: the number of its poor clips, and of its clips with the modality that decides.
+      poor: the number of its poor clips, and of clips that are judged, see `PoorClips.counts`.
       top: the best 100 clips of every identity by this model alone; None for the only model.
-      member_tops: [E], the same by every single member; none where they are not ranked.
+      member_tops: [E], the same by every single member; empty if members are not ranked.
     """
 
     name: str
@@ -375,7 +375,7 @@ class Evaluation(NamedTuple):
     results: dict[str, Any]
 
 
-# (blocks of clips from the data of the first model, for each model the scores [B, C] of every one)
+# (blocks of clips from the data of the first model, for each model the scores [B, C] of each block)
 Observe = Callable[[Sequence[Batch], Sequence[Sequence[Array]]], None]
 
 
@@ -445,7 +445,7 @@ def collect(
     observe: Observe | None = None,
     logarithms: bool = False,
 ) -> Scored:
-    """Scores the clips of a split, for `score` or for one part of a ranking; arguments as there."""
+    """Scores the clips of a split, all of it or one part of a ranking; arguments as in `score`."""
     if block_size < 1:
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
@@ -512,8 +512,8 @@ def collect(
 def conclude(split: Split, scored: Scored) -> Evaluation:
     """Returns the ranking of a split and its metrics; warns of clips that are poor or score NaN.
 
-    Neither weights nor features are read, so several processes' scores can be joined before. Scores
-    that are all NaN are an error.
+    It reads neither weights nor features, so `scored` may join the scores of several processes. It
+    is an error if all scores are NaN.
     """
     top, pool, models = scored.top, scored.clips.pool, scored.models
     for model in models:

@@ -1,4 +1,4 @@
-"""A dry run of a training: refuses impossible configurations before any data are read.
+"""A dry run of training: refuses impossible configurations before any data are read.
 
 Building the system and tracing its parameters takes a tenth of a second and no device.
 """
@@ -33,7 +33,7 @@ def run(
     """Refuses a configuration that no training, or evaluation, could use.
 
     Args:
-      overrides: command-line words; an error names the one to blame.
+      overrides: command-line arguments `--config.FIELD=VALUE`; an error names the one to blame.
       original: returns the configuration without `overrides`.
       training: False for an evaluation, which needs no training split.
     """

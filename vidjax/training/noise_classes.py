@@ -4,7 +4,7 @@ Each cluster of distractor clips is a class. Every other distractor starts in a 
 mirror classes, and moves every `noise.relabel_every_epochs` to the mirror of the identity that it
 is mistaken for.
 
-Source: the noise-classes system, 5th place of 2018. Its 8,652 is a misprint of 4934 + 3691 = 8625.
+Source: noise classes (5th place 2018). Its shift of 8,652 is a misprint of 4934 + 3691 = 8625.
 The article leaves the label of a clip that is mistaken for no identity as it is; the author's code
 takes the prediction (`noise.keep`). The code moves all distractors, the article only the
 unclustered ones; we follow the article in that.
@@ -39,7 +39,7 @@ FILE = "noise.jsonl"
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseLayout]:
-    """Returns labels [N] int32 with distractors (0) in clusters and mirrors, and their layout."""
+    """Gives distractors (label 0) columns of clusters and mirrors; returns [N] and the layout."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -94,7 +94,7 @@ class Relabeller:
         training_sets: ensemble.TrainingSets,
         mesh: Mesh,
     ):
-        """Takes `log`, the path of a `noise.jsonl` without lines of later steps."""
+        """Takes the path `log` of a `noise.jsonl` without later steps, and labels [N] of step 0."""
         self._predict = eval_step.make_predict_step(system, mesh)
         self._config, self._data, self._mesh = config, data, mesh
         self._modalities = tuple(system.fuse_eval)
@@ -166,14 +166,14 @@ class Relabeller:
                 files.append(file, (json.dumps(line) + "\n").encode())
 
     def _names(self, moved: np.ndarray) -> dict[str, str]:
-        """Returns clip -> identity of its mirror; 0 in `moved` [N] is a clip that stays."""
+        """Returns clip -> identity of its mirror; `moved` [N] has new columns, 0 for no move."""
         clips, identities = self._training_sets.clips, self._data.identities
         mirrors = np.flatnonzero(self._layout.is_mirror(moved))
         first = self._layout.mirror_shift + 1
         return {clips[i]: identities[int(moved[i]) - first] for i in mirrors}
 
     def _numbers(self, moved: np.ndarray) -> dict[str, int]:
-        """Returns clip -> number of its cluster; 0 in `moved` [N] is a clip that stays."""
+        """Returns clip -> number of its cluster; `moved` [N] has new columns, 0 for no move."""
         first = self._layout.num_identities + 1
         inside = np.flatnonzero(self._layout.is_cluster(moved))
         return {self._training_sets.clips[i]: int(moved[i]) - first for i in inside}
@@ -266,10 +266,10 @@ def relabel(labels: Array, predicted: Array, layout: NoiseLayout, *, keep: str =
     """Moves unclustered distractors to the mirrors of the identities that they are mistaken for.
 
     Args:
-      labels: [...] int, class columns of unclustered distractors; by `label` only mirrors move.
-      predicted: [...] int, best class column of the model; by 0 a clip keeps its label.
-      keep: `label` or `prediction`, the column of a clip whose best column is a cluster or a
-        mirror.
+      labels: [...] int, class columns of unclustered distractors.
+      predicted: [...] int, best class column by the model; where it is 0, a clip keeps its label.
+      keep: if the best column is a cluster or a mirror, a clip keeps its label (`label`), or gets
+        that column (`prediction`). With `label`, only clips labelled as mirrors move.
 
     Returns [...] new labels, in the dtype and the library (numpy or jax) of `labels`.
 

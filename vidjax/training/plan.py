@@ -69,7 +69,7 @@ def nobody_is_named(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Plans a run; it reads clips only for noise classes and for `prepare` of the model."""
+    """Plans a run; reads features only for noise classes and for `prepare` of the model."""
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
     spec = config.ensemble.to_dict()
@@ -117,9 +117,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _prepared(
     config: Config, data: TrainingData, task: TaskSpec, labels: np.ndarray, used: np.ndarray
 ) -> dict[str, Any] | None:
-    """Returns `TaskSpec.settings`, fitted by the first process before the first step.
+    """Returns `TaskSpec.settings`, which the first process fits before the first step.
 
-    The settings are constants of compiled programs; unlike machines would round them differently.
+    They are constants of compiled programs, and each machine would round them in its own way.
     """
     model = make_model(config.to_dict(), task)
     clips = training_clips(config, data, labels, used)
@@ -149,7 +149,7 @@ def training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Refuses too few passes, and settings that the model does not read.
+    """Refuses too few epochs, and changed fields that the model does not read.
 
     A model that adds up or stores its clips takes no loss, no optimiser and no augmentation.
     """
@@ -175,7 +175,7 @@ def check_model(config: Config) -> None:
 
 
 def _check_features(config: Config, data: TrainingData) -> None:
-    """Refuses training features that teach nothing; for the evaluated split it only warns."""
+    """Refuses unusable features in the training splits; warns of them in the evaluated split."""
     for problem in unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in unusable(data.report, [config.eval.split], config.modalities):
@@ -191,7 +191,7 @@ def _check_batch(batch_size: int, num_clips: int) -> None:
 
 
 def repeated_clips(config: Config, task: TaskSpec) -> str | None:
-    """Returns a line for a batch that has the same clip twice; None for a smaller batch."""
+    """Returns a note for the user if a batch holds more clips than there are, else None."""
     if config.batch_size <= task.num_clips:
         return None
     return (

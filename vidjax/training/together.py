@@ -25,9 +25,9 @@ from vidjax.training.plan import RunPlan
 
 
 def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
-    """Runs a command in one of several processes, of which the first prints for all; returns 0.
+    """Runs `work` in the process `place` of several, of which only the first prints; returns 0.
 
-    A command that fails ends its process: jax would wait until the others end, too.
+    If `work` fails, its process ends at once: jax would wait until the others end, too.
     """
     group: join.Group | None = None
 
@@ -69,7 +69,7 @@ def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
 
 
 def check_command(args: argparse.Namespace, config: Config) -> None:
-    """Refuses processes with unlike fields, flags or versions; folders of data may differ."""
+    """Refuses processes with different fields, flags or versions; folders of data may differ."""
     if not args.place:
         return
     facts = {f"config.{name}": value for name, value in config_lib.fields(config)}
@@ -96,13 +96,13 @@ def check_folder(workdir: Path) -> None:
 
 
 def check_data(data: TrainingData) -> None:
-    """Refuses processes that have loaded other clips or labels."""
+    """Refuses processes that have loaded different clips or labels."""
     facts = {"the digest of the data": data.report["data"]["digest"]}
     processes.check_same(facts, "give all processes the same files, see config.data.dir")
 
 
 def check_plan(plan: RunPlan) -> None:
-    """Refuses processes with unlike plans: unlike machines may cluster and draw differently."""
+    """Refuses processes with different plans: two kinds of machine may cluster in two ways."""
     if processes.process_count() == 1:
         return
     sha256 = hashlib.sha256(repr(plan.task).encode())

@@ -24,9 +24,9 @@ from vidjax.training.training_run import TrainingRun
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder, or None if it is not finished.
+    """Returns the metrics of the run in a folder, or None if something is left to do for `config`.
 
-    Refuses a finished run whose `config.json` would no longer say how it was trained.
+    Refuses changes of a finished run that would make `config.json` wrong about its training.
     """
     if not (workdir / "config.json").exists():
         return None

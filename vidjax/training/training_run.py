@@ -47,10 +47,10 @@ def restore_or_init(
     layout: devices.Layout,
     digests: Mapping[str, Any],
 ) -> tuple[state_lib.TrainState, dict[str, Any]]:
-    """Restores the newest checkpoint of a run, or initialises its state.
+    """Restores the newest checkpoint of a run and its manifest; a new run gets step 0 and {}.
 
     Damaged checkpoints of later steps are set aside: training will save these steps again. Changes
-    of the configuration are recorded. The manifest is that of the checkpoint, {} for a new state.
+    of the configuration are recorded. `digests` are those that the manifest must have.
     """
 
     def init(num_columns: int) -> state_lib.TrainState:
@@ -331,7 +331,7 @@ class TrainingRun:
         }
 
     def relabel(self) -> None:
-        """Relabels the distractors in no cluster by the predictions of the model."""
+        """Relabels the unclustered distractors by the predictions of the model."""
         assert self._relabeller is not None
         labels = ensemble.split(self._relabeller(self.state), self._group_size)
         self._states = [
@@ -344,7 +344,7 @@ class TrainingRun:
         return time.monotonic() - self._last_save >= self._config.checkpoint_every_seconds
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step; a manifest already saved gets the entries `more` too."""
+        """Saves a checkpoint with `more` in its manifest; if the step has one, only adds `more`."""
         processes.run_on_first(lambda: workdir_lib.check_there(self._workdir))
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, state_lib.as_items(self.state), info)
