@@ -1,9 +1,9 @@
-"""Answers of a gallery as a table for the eye, or as a file, see `vidjax.tables`.
+"""Answers of a gallery as a table for the terminal, or as a file, see `vidjax.tables`.
 
-A line of .tsv or .csv is a clip: clip, identity, probability, score, best_1, probability_1, ... A
-line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. Unknown is null, an
-empty cell. The score is the logarithm of the probability: -inf without a usable frame, null in
-.jsonl.
+The columns of .tsv and .csv are clip, identity, probability, score, best_1, probability_1, ... A
+line of .jsonl is {"clip", "identity", "probability", "score", "best": [...]}. The identity of an
+unknown person is null, or an empty cell. The score is the logarithm of the probability; for a clip
+without a usable frame it is -inf, in .jsonl null.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Returns a probability or a rate in per cent, with two digits that count."""
+    """Returns a probability or a rate in per cent: 2 significant digits, from 99 % on 4."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -38,19 +38,19 @@ def share(value: float) -> str:
 
 
 def describe_rule(rule: Rule) -> dict[str, str]:
-    """Returns the rows that tell when a clip gets a name."""
+    """Returns label -> text of the rows that say when a clip gets a name."""
     chosen = " (nothing was chosen: --fpir=R or --threshold=P)" if rule.default else ""
     return {"named if": rule.about + chosen, **(describe(rule.found) if rule.found else {})}
 
 
 def rule_as_json(rule: Rule) -> dict[str, object]:
-    """Returns when a clip gets a name as plain values for JSON."""
+    """Returns a rule, which says when a clip gets a name, as plain values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
     return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
 
 
 def describe(found: Threshold) -> dict[str, str]:
-    """Returns the rows that tell of a threshold."""
+    """Returns label -> text of the rows that describe a threshold."""
     return {
         "threshold": f"{share(math.exp(min(found.score, 0.0)))} (logarithm {found.score:.6g})",
         "people": f"{found.num_identities:,}",

@@ -1,10 +1,10 @@
 """The back end of a gallery: the coordinates in which vectors are compared, and the settings.
 
-A clip is one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
+A clip has one vector in each of M parts: the modalities of a PLDA run, or the embedding of a net.
 `fit` keeps sums over the vectors of labelled clips, and no vector.
 
-Values of a vector are to the bit the same whatever is computed beside it: each coordinate is a dot
-product of its own, since a product of matrices rounds by the place of a row.
+The coordinates of a vector are equal to the bit whatever is computed beside it. So each is a dot
+product of its own: the rounding of a matrix product depends on where in the matrix a row stands.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ MANY = 32  # vectors from which on threads are worth starting
 
 
 class Part(NamedTuple):
-    """A modality, or `embedding`, of every clip, with its float64 coordinates.
+    """A modality, or `embedding`, and the float64 space in which its vectors are compared.
 
-    `centre` [D] is subtracted from unit vectors before they are made unit again; 0 where the run
-    did that.
+    `centre` [D] is subtracted from unit vectors, which are then scaled to unit length again. It is
+    0 where the run has subtracted its own.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What search needs of P people in M parts, see `two_covariance.Enrolled`.
+    """What `index` needs to score P people in M parts, see `two_covariance.Enrolled`.
 
-    `linear` are [M] of [P, D] float32, coefficients of z; `constant` is [M, P] float64; `num_clips`
-    is [M, P] int32, the clips that have the part.
+    `linear` are M arrays [P, D] float32, coefficients of z; `constant` is [M, P] float64;
+    `num_clips` is [M, P] int32, the number of each person's clips that have the part.
     """
 
     linear: tuple[np.ndarray, ...]
@@ -66,14 +66,14 @@ class Backend:
         return [np.ascontiguousarray(part.space.transform.T) for part in self.parts]
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
-        """Returns the parts [M] of [N, D] of vectors [N, sum of D]."""
+        """Splits vectors [N, sum of D] into the M parts, each [N, D]."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns coordinates [M] of [Q, D] float64, NaN where a clip lacks the part.
+        """Returns the coordinates z of Q clips: M arrays [Q, D] float64, NaN for a missing part.
 
-        The vectors are [M] of [Q, D] float32, 0 where a clip lacks the part.
+        `parts` are the vectors: M arrays [Q, D] float32, 0 where a clip lacks the part.
         """
         found = []
         for number, (part, x) in enumerate(zip(self.parts, parts, strict=True)):
@@ -89,10 +89,10 @@ class Backend:
         return np.stack(list(turned))
 
     def enrol(self, vectors: np.ndarray, owner: np.ndarray, num_people: int) -> Coefficients:
-        """Returns the coefficients of people, whose sums are added up clip by clip in order.
+        """Returns the coefficients of people, from sums over their clips, added in order.
 
         `vectors` are [N, sum of D] float32, 0 where a clip lacks a part; `owner` is [N] int, the
-        place of the person whom a clip shows.
+        number below `num_people` of the person whom a clip shows.
         """
         linear, constants, counts = [], [], []
         for number, x in enumerate(self.split(vectors)):
@@ -109,7 +109,7 @@ class Backend:
         return Coefficients(tuple(linear), np.stack(constants), np.stack(counts))
 
     def numbers(self) -> np.ndarray:
-        """Returns the arrays of all parts in one, [num_numbers] float64."""
+        """Returns the arrays of all parts, flattened and joined, [num_numbers] float64."""
         return np.concatenate(
             [
                 np.ravel(array)
@@ -128,8 +128,8 @@ def fit(
 ) -> Backend:
     """Fits a back end to the unit vectors of labelled clips, part -> [N, D] float32.
 
-    A clip that lacks a part is 0. `labels` are [N] int, classes from 1. `centred` is True for
-    vectors from which the run has subtracted a centre. Settings that are None are fitted, too.
+    A clip's vector is 0 in a part that it lacks. `labels` [N] int are classes from 1. `centred` is
+    True if the run has subtracted a centre from the vectors. With `settings` None, they are fitted.
     """
     tell_of_few(labels, say)
     if settings is None:
@@ -153,7 +153,7 @@ def fit(
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [N, D] float64 from the centre to x; 0 where x is 0."""
+    """Returns (x - centre) / |x - centre| for each row of x [N, D], float64; 0 where x is 0."""
     shifted = np.asarray(x, np.float64) - part.centre
     norm = np.sqrt(np.vecdot(shifted, shifted))[:, None]
     present = np.any(np.asarray(x) != 0, axis=1)[:, None]
@@ -161,12 +161,12 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 def num_numbers(widths: Mapping[str, int]) -> int:
-    """Returns the length of `Backend.numbers`."""
+    """Returns the length of `Backend.numbers` for parts of these widths."""
     return sum(width * (width + 3) for width in widths.values())
 
 
 def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Returns the back end of `Backend.numbers`, whose parts have these names and widths."""
+    """Returns the back end from its `Backend.numbers`; `widths` are part -> D."""
     parts, at = [], 0
     for name, width in widths.items():
         own = numbers[at : at + width * (width + 3)].astype(np.float64).reshape(-1, width)
@@ -177,5 +177,5 @@ def from_numbers(widths: Mapping[str, int], settings: Settings, numbers: np.ndar
 
 @functools.cache
 def threads() -> ThreadPoolExecutor:
-    """Returns the threads that compute, one per core."""
+    """Returns the pool of threads, one per core, that search and whitening share."""
     return ThreadPoolExecutor(num_cores())

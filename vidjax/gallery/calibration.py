@@ -1,4 +1,7 @@
-"""When a clip gets a name: a probability that the user chose, or a rate at which strangers pass."""
+"""When a clip gets a name: above a chosen probability, or a threshold that few strangers reach.
+
+Strangers are clips of people who are not enrolled.
+"""
 
 import math
 from typing import Literal, NamedTuple
@@ -12,14 +15,14 @@ DEFAULT_FPIR = 0.01  # where the user chooses nothing, and the strangers can sho
 
 
 class Threshold(NamedTuple):
-    """A threshold and what is known of its rate.
+    """A threshold set on strangers, and how often strangers reach it.
 
     Attributes:
-      fpir: the wanted share of strangers who get a name.
-      score: logarithm of the lowest probability at which the best identity is named.
-      num_identities: people that each stranger was compared with.
-      num_alarms: clips of strangers that reach it.
-      low, high: interval of the rate for clips like these, at 95 % confidence.
+      fpir: the largest share of strangers that may get a name, as the user wants it.
+      score: the threshold, a logarithm of the best identity's probability.
+      num_identities: number of people that each stranger was compared with.
+      num_alarms: number of the strangers that reach the threshold.
+      low, high: 95 % confidence interval of the share of later strangers that reach it.
     """
 
     fpir: float
@@ -35,11 +38,13 @@ class Rule(NamedTuple):
     """When a clip gets the name of its best identity.
 
     Attributes:
-      by: `threshold`, the user's probability; `fpir`, the score that a share of the strangers
-        reaches; `new`, where there are too few strangers. Except for `threshold`, a clip also gets
-        no name where somebody new is more probable.
-      score: logarithm of the lowest probability of a name.
+      by: `threshold`, if the user chose the lowest probability; `fpir`, if strangers set it; `new`,
+        if there are too few strangers to set it. With `fpir` and `new`, a clip gets no name where
+        somebody new is more probable.
+      score: logarithm of the lowest probability at which a clip gets a name.
       default: True if the user chose nothing.
+      found: the threshold that strangers set; None except with `fpir`.
+      about: the rule in words.
     """
 
     by: Literal["threshold", "fpir", "new"]
@@ -49,7 +54,7 @@ class Rule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float, new: np.ndarray | float) -> np.ndarray:
-        """Returns where an identity is named, of logarithms of its probability and of new's."""
+        """Returns True where a clip gets a name, given log p of the best identity and of new."""
         best = np.asarray(best)
         passes = (best >= self.score) & (best > -np.inf)
         return passes if self.by == "threshold" else passes & (best >= new)
@@ -59,14 +64,14 @@ NEW = "nobody new is more probable"
 
 
 def rule_of_probability(probability: float) -> Rule:
-    """Returns the rule of a lowest probability."""
+    """Returns the rule that names a clip from this probability of its best identity on."""
     check_probability(probability)
     about = f"the probability is {100 * probability:.3g} % or more"
     return Rule("threshold", math.log(probability), False, None, about)
 
 
 def rule_of_strangers(found: Threshold, *, default: bool = False) -> Rule:
-    """Returns the rule of a threshold that strangers have set."""
+    """Returns the rule that names a clip from a threshold on that strangers have set."""
     about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
     return Rule("fpir", found.score, default, found, about)
 
@@ -81,7 +86,7 @@ def rule_of_new(num_strangers: int) -> Rule:
 
 
 def check_probability(probability: float) -> None:
-    """Raises ValueError unless a number is a lowest probability."""
+    """Raises ValueError unless 0 < probability <= 1."""
     if not 0 < probability <= 1:
         raise UserError(
             f"threshold={probability:g}: name a probability above 0 and at most 1, e.g. 0.5"
@@ -89,18 +94,18 @@ def check_probability(probability: float) -> None:
 
 
 def check_rate(fpir: float) -> None:
-    """Raises ValueError unless a number is a rate of false alarms."""
+    """Raises ValueError unless 0 < fpir < 1."""
     if not 0 < fpir < 1:
         raise UserError(f"fpir={fpir:g}: name a rate above 0 and below 1, e.g. 0.01")
 
 
 def needed(fpir: float) -> int:
-    """Returns how many strangers can show a rate."""
+    """Returns the least number of strangers that can set a threshold of this rate: 1 / fpir."""
     return math.ceil(1 / fpir - 1e-9)
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises ValueError unless so many clips of strangers can show a rate."""
+    """Raises ValueError unless `count` strangers are enough for a threshold of rate `fpir`."""
     check_rate(fpir)
     if count < needed(fpir):
         raise UserError(
@@ -111,10 +116,10 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Sets a threshold on the best scores of strangers, and counts those that reach it.
+    """Returns the lowest threshold that at most a share `fpir` of S strangers reaches.
 
-    `best` is [S] float64, the logarithm of the best identity's probability of every stranger. Fewer
-    than 1 / fpir strangers cannot show the rate: UserError.
+    `best` [S] float64 is the logarithm of the best identity's probability for each stranger. Fewer
+    than 1 / fpir strangers are a UserError.
 
     Source: FPIR of ISO/IEC 19795-1.
     """

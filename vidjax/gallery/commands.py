@@ -60,7 +60,7 @@ vidjax/gallery/README.md tells the whole way.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command, by default of the process's words; returns the code of `messages.guarded`."""
+    """Runs the command in `argv`, by default `sys.argv[1:]`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags of a command, see `messages.parse`."""
+    """Returns the command and its flags, see `messages.parse`; a wrong one is a UserError."""
     prog = "vidjax gallery" if Path(sys.argv[0]).name == "vidjax" else "python -m vidjax.gallery"
     own = messages.split_overrides(words)[0]
     name = next((word for word in own if not word.startswith("-")), None)
@@ -97,9 +97,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _flags(
     *names: str, needs: Sequence[str] = (), strangers: tuple[str | None, str] = (None, "")
 ) -> Callable[[Parser], None]:
-    """Returns the function that adds the folder of the gallery and some of FLAGS to a parser.
+    """Returns a function that adds the gallery's folder and the flags `names` to a parser.
 
-    `config` is for fields of the configuration; `strangers` is another flag in every command.
+    Of these, `needs` are required. The name `config` stands for `--config.data.FIELD`. `strangers`
+    is the entry in FLAGS of `--strangers`, whose meaning depends on the command.
     """
     flags = {**FLAGS, "strangers": strangers}
 
@@ -126,7 +127,7 @@ def _about_stray(stray: str, name: str) -> str | None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Checks what flags say together, and their values, before anything that takes seconds."""
+    """Checks the flags' values and that they go together, before slow libraries are imported."""
     given = vars(args)
     for word in args.overrides:
         if not word.startswith("--config.data."):
@@ -238,14 +239,14 @@ def _clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Train
 
 
 def _progress(label: str, total: int) -> "contextlib.closing[Progress]":
-    """Returns a bar of clips that are done."""
+    """Returns a progress bar over `total` clips, which closes at the end of a `with` block."""
     from vidjax.run import terminal
 
     return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Returns the time at which the clips that flags name were read, and their vectors."""
+    """Returns the time just before embedding, in seconds, and the vectors of the flags' clips."""
     clips = _clips(args, gallery)
     began = time.monotonic()
     with _progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:

@@ -7,17 +7,18 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-A person is, in each modality, a number of clips and the sum of their vectors. Answers equal, to the
-bit, those of a gallery made at once of the same clips with the same back end.
+A person is stored, for each modality, as a number of clips and the sum of their vectors. Strangers
+are clips of people who are not enrolled; thresholds are set on them. Answers equal, to the bit,
+those of a gallery made at once of the same clips with the same back end.
 
 An open gallery answers from what the folder holds at that moment, whoever changed it. A `State` is
-replaced and never changed: an answer under way in another thread goes on with the state it began
-with. A change is written first, so an error leaves folder and memory as they were.
+replaced and never changed: an answer under way in another thread uses the state that it began with.
+A change is written to the folder first, so an error leaves folder and memory as they were.
 
-The folder forgets who is removed: `remove` fits the back end anew where it was fitted to a clip
-that goes, since from its centre and the other clips the vector could be computed again. The run
-does not forget its training clips, nor does the back end of a gallery made with `empty`, which was
-fitted to them: only another training without them forgets them.
+A removed person leaves no trace in the folder. A back end that was fitted to a removed clip would:
+its centre and the other clips give the vector. So `remove` fits the back end anew. The run keeps
+what it learned of its training clips, and so does the back end of a gallery made with `empty`.
+Only another training without the clips ends that.
 """
 
 import contextlib
@@ -68,9 +69,9 @@ class Answer(NamedTuple):
 
     Attributes:
       identity: the person; None for unknown.
-      probability: of the best identity; 0 for a clip without a usable frame.
-      score: its logarithm, which tells clips apart whose probability is almost 1.
-      best: the best identities with their probabilities, best first.
+      probability: probability of the best identity; 0 for a clip without a usable frame.
+      score: logarithm of the probability; it still differs where probabilities round to 1.
+      best: the most probable identities with their probabilities, best first.
     """
 
     identity: str | None
@@ -80,7 +81,7 @@ class Answer(NamedTuple):
 
 
 class Enrolment(NamedTuple):
-    """Numbers of new and of known clips, and names of refused ones, without a usable frame."""
+    """Counts of new and of already enrolled clips, and names of those without a usable frame."""
 
     enrolled: int
     unchanged: int
@@ -88,9 +89,10 @@ class Enrolment(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """The best clips of C people, in the order of a submission, among N clips, in that of names.
+    """The best of N clips for each of C people.
 
-    `top` has scores and places in `clips`, [C, 100], as numpy arrays.
+    `identities` are in the order of a submission, `clips` in that of names. `top` has scores and
+    indices into `clips`, numpy arrays [C, 100].
     """
 
     identities: tuple[str, ...]
@@ -105,9 +107,9 @@ class Ranked(NamedTuple):
 class Gallery:
     """A gallery in a folder.
 
-    `clips` are a dataset, with its `split`, or clips in memory as `Predictor.embed` takes them. A
-    change raises ValueError while another process changes the gallery, and OSError where it cannot
-    be written; nothing is changed then, unless the error says so.
+    Methods take `clips` as a dataset, then with the name of a `split`, or as clips in memory, see
+    `Predictor.embed`. A change raises ValueError while another process changes the gallery, and
+    OSError where it cannot be written; nothing is changed then, unless the error says so.
     """
 
     def __init__(
@@ -116,9 +118,9 @@ class Gallery:
         """Opens a gallery.
 
         Args:
-          folder: the gallery.
-          run: the run that it was made with, or its folder; None for the folder that the gallery
-            names. It is restored at the first use.
+          folder: the folder of the gallery.
+          run: the run that the gallery was made with, or its folder; None for the folder that the
+            gallery names. The run is restored at its first use.
           sync: a change waits until the disk has it. A killed process leaves the old state or the
             new one in any case; with `sync` so does a power cut.
 
@@ -143,7 +145,7 @@ class Gallery:
         empty: bool = False,
         sync: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of the training clips of a run; settings are those of PLDA, or fitted.
+        """Makes a gallery of a run's training clips; settings come from a PLDA run, or are fitted.
 
         Args:
           folder: a folder that is new, or empty.
@@ -151,7 +153,7 @@ class Gallery:
           data: the dataset of the run; None to load it.
           strangers: the split whose clips without a label are strangers; None for the evaluated
             split, where that has labels.
-          empty: keeps the coordinates and the strangers, and enrols nobody.
+          empty: True to enrol nobody: only the back end and the strangers are kept.
           sync: as in the constructor.
 
         Raises:
@@ -199,7 +201,7 @@ class Gallery:
         run: Predictor | None = None,
         sync: bool = False,
     ) -> "Gallery":
-        """Makes a gallery of vectors of clips, in a folder that is new or empty; see `create`."""
+        """Makes a gallery of clips given as vectors, which `origin` made; see `create`."""
         path = Path(folder).expanduser().absolute()
         width = sum(backend.widths.values())
         if width > MOST_WIDTH:
@@ -247,7 +249,7 @@ class Gallery:
 
     @property
     def origin(self) -> Origin:
-        """What is kept of the run that makes vectors."""
+        """The folder and the digest of the run that makes the vectors."""
         return self._state.run
 
     @property
@@ -257,7 +259,7 @@ class Gallery:
 
     @property
     def backend(self) -> Backend:
-        """Coordinates and settings."""
+        """The coordinates in which vectors are compared, and the settings."""
         return self._state.index.backend
 
     @property
@@ -267,17 +269,17 @@ class Gallery:
 
     @property
     def strangers(self) -> list[str]:
-        """The clips of strangers, in the order of names."""
+        """The names of the strangers, sorted."""
         return list(self._state.groups.get(STRANGER, ()))
 
     @property
     def still_held(self) -> int:
-        """Number of removed clips to which the back end is fitted still; `refit` ends it."""
+        """Number of removed clips that the back end is still fitted to; 0 after `refit`."""
         return self._state.still_held
 
     @property
     def identities(self) -> dict[str, int]:
-        """Identity -> its number of clips, in the order of names; read anew."""
+        """Identity -> its number of clips, sorted by name, as the folder holds them now."""
         self.refresh()
         return {name: len(clips) for name, clips in self._state.people.items()}
 
@@ -288,7 +290,7 @@ class Gallery:
 
     @property
     def run(self) -> Predictor:
-        """The run that makes vectors; ValueError where it is missing, or another one."""
+        """The run that makes the vectors; ValueError if it is missing or has other weights."""
         if self._checked is None:
             place = self.origin.workdir
             if self._run is None and not Path(place, "config.json").exists():
@@ -319,7 +321,7 @@ class Gallery:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[State]:
-        """Holds the folder, undoes a change that was cut off, and gives the state."""
+        """Locks the folder, undoes an interrupted change, and yields the current state."""
         with self._store.lock():
             self._store.recover()
             self.refresh()
@@ -333,17 +335,17 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
     ) -> Enrolment:
-        """Enrols clips of people who are there already, or new; all or none.
+        """Enrols clips of new people or of people who are enrolled already; all clips or none.
 
         Args:
           clips, split: see the class.
           identities: the person that all clips show, or clip -> person; None for the labels of the
-            dataset. Clips that it does not name are left out.
-          strangers: adds the clips without a label as strangers, instead.
+            dataset. Clips without a person are left out.
+          strangers: True to add only the clips without a person, as strangers.
 
         Raises:
-          ValueError: no clip has a label or a usable frame, clips do not fit the run, or one is
-            enrolled as somebody else's or with another vector.
+          ValueError: no clip has a label or a usable frame, clips do not fit the run, or a clip is
+            enrolled already for another person or with another vector.
         """
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
@@ -373,11 +375,11 @@ class Gallery:
         return Enrolment(new, len(chosen) - new, refused)
 
     def add(self, clips: Mapping[str, Clip]) -> int:
-        """Adds clips by their vectors, all or none; returns how many are new.
+        """Adds clips given as vectors, all or none; returns how many are new.
 
-        A clip that is there already, the same, is no change. A stranger may become a person, but no
-        person a stranger: such clips stay what they are. Clips that are malformed, somebody else's
-        or there with another vector are refused.
+        Clips that the gallery has already are skipped. A stranger may become a person; a person's
+        clip that comes as a stranger is skipped, too. ValueError for a malformed clip, or one
+        enrolled already for another person or with another vector.
         """
         for name, clip in clips.items():
             _check_clip(name, clip, sum(self.backend.widths.values()))
@@ -398,10 +400,10 @@ class Gallery:
         """Removes people with all their clips, or single clips; returns the number of clips.
 
         Args:
-          identity: the person, or several.
-          clip: the clip, or several, instead.
-          refit: fits the back end anew where it was fitted to a clip that goes. Until then the
-            gallery counts as holding the clip, see `still_held`.
+          identity: the name of a person, or several.
+          clip: the name of a clip, or several, instead.
+          refit: fits the back end anew if it was fitted to a removed clip. Without, the removed
+            clips count in `still_held` until `refit` is called.
 
         Raises:
           ValueError: there is no such name.
@@ -430,7 +432,7 @@ class Gallery:
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips.
 
-        With `merge` it may be the name of another person, who is the same one; else ValueError.
+        With `merge`, `to` may be another enrolled person: the two become one. Else ValueError.
         """
         _check_word("identity", to)
         with self._changing() as state:
@@ -446,7 +448,7 @@ class Gallery:
             return len(names)
 
     def relabel(self, clip: str, identity: str) -> str | None:
-        """Says that a clip shows somebody else; returns who it showed, None for a stranger."""
+        """Gives a clip another identity; returns the one it had, None for a stranger."""
         _check_word("identity", identity)
         with self._changing() as state:
             before = known("clip", clip, state.clips).identity
@@ -456,15 +458,15 @@ class Gallery:
             return before
 
     def _relabel(self, state: State, names: Iterable[str], identity: str) -> None:
-        """Writes another person to clips; the back end stays as it is until `refit`."""
+        """Gives the clips `names` another identity; the back end stays as it is until `refit`."""
         new = {name: state.clips[name]._replace(identity=identity) for name in names}
         self._write(_with_clips(state, {**state.clips, **new}, new)[0], refit=False)
 
     def refit(self) -> None:
         """Fits coordinates and settings to the clips that are enrolled now.
 
-        Where nobody is enrolled, they become those of no clip if a removed one is in them still;
-        else ValueError.
+        With nobody enrolled: a back end still fitted to removed clips is replaced by one fitted to
+        none; otherwise ValueError.
         """
         with self._changing() as state:
             if not state.still_held:
@@ -485,17 +487,17 @@ class Gallery:
     # ---- answers
 
     def _anybody(self) -> State:
-        """Returns what the folder holds; ValueError where nobody is enrolled."""
+        """Returns the state of the folder; ValueError if nobody is enrolled."""
         self.refresh()
         if not self.index.names:
             raise UserError(f"gallery '{self.folder}' has nobody enrolled\nenrol people first")
         return self._state
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the threshold that a share of the gallery's strangers reaches.
+        """Returns the lowest threshold that at most a share `fpir` of the strangers reaches.
 
-        The strangers are compared with all people once after every change. ValueError where nobody
-        is enrolled, or the strangers cannot show the rate.
+        The strangers are compared with all people at the first call after a change. ValueError if
+        nobody is enrolled, or there are fewer than 1 / fpir strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         state = self._anybody()
@@ -510,7 +512,7 @@ class Gallery:
         return calibration.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> Rule:
-        """Returns when a clip gets a name; arguments and errors are those of `identify`."""
+        """Returns the rule by which a clip gets a name; arguments and errors as in `identify`."""
         for name, value in (("fpir", fpir), ("threshold", threshold)):
             if value is not None:
                 check_argument(name, value, numbers.Real, "a number, or None")
@@ -543,15 +545,15 @@ class Gallery:
         Args:
           clips, split: see the class.
           k: number of identities in `Answer.best`, at most.
-          fpir: the share of strangers who may get a name, at most; a clip is unknown, too, where
-            somebody new is more probable than the best identity. None: 0.01 where the gallery has
-            100 strangers; else somebody new decides alone.
-          threshold: instead, the lowest probability of a name, whoever else is probable. (The
-            threshold of `Predictor.identify` is a logarithm.)
+          fpir: the largest share of strangers that may get a name. A clip is also unknown where
+            somebody new is more probable than the best identity. None is 0.01 if the gallery has
+            100 strangers or more; with fewer, only the comparison with somebody new counts.
+          threshold: instead, the lowest probability at which a clip gets a name, even if somebody
+            new is more probable. (The threshold of `Predictor.identify` is a logarithm.)
 
         Raises:
-          ValueError: nobody is enrolled, the strangers cannot show the rate, or clips do not fit
-            the run.
+          ValueError: nobody is enrolled, there are fewer than 1 / fpir strangers, or clips do not
+            fit the run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -564,9 +566,9 @@ class Gallery:
     def answers(
         self, parts: Sequence[np.ndarray], k: int = 5, rule: Rule | None = None
     ) -> Iterator[Answer]:
-        """Yields who clips show, of their vectors [M] of [Q, D] float32; see `identify`.
+        """Yields who each of Q clips shows; `parts` are their vectors, M arrays [Q, D] float32.
 
-        `rule` says when a clip gets a name; None for the rule of nothing chosen.
+        `k` is as in `identify`. `rule` says when a clip gets a name; None for `self.rule()`.
         """
         self._anybody()
         rule = self.rule() if rule is None else rule
@@ -601,7 +603,7 @@ class Gallery:
         rule: Rule | None = None,
         advance: Callable[[int], None] = uncounted,
     ) -> Ranked:
-        """Returns the ranking of clips for every person; `rule` leaves out clips, see `rank`."""
+        """Ranks clips by their vectors for every person, without those that do not pass `rule`."""
         searched = self._anybody().index
         identities = sort_identities(searched.names)
         row = {name: number for number, name in enumerate(searched.names)}
@@ -646,7 +648,7 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end to labelled clips, whose order does not matter; see `backend.fit`."""
+    """Fits a back end to the clips with an identity, in any order; see `backend.fit`."""
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     people = [clips[name].identity for name in names]
     labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
@@ -676,7 +678,7 @@ def _state(version: int, run: Origin, backend: Backend, clips: Mapping[str, Clip
 def _enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, Clip]
 ) -> People:
-    """Returns people, whose clips are added up in the order of names."""
+    """Returns the people of `groups`, identity -> names of clips, which are added in this order."""
     names = [name for some in groups.values() for name in some]
     vectors = _stack(names, clips, sum(backend.widths.values()))
     sizes = np.array([len(some) for some in groups.values()], int)
@@ -687,7 +689,7 @@ def _enrol(
 def _with_clips(
     state: State, clips: Mapping[str, Clip], changed: Iterable[str]
 ) -> tuple[State, People]:
-    """Returns the next state, where some clips came, went or changed, and the people they show."""
+    """Returns the next state, with these `clips`, and the people of the `changed` ones, by name."""
     both = [some[name] for name in changed for some in (state.clips, clips) if name in some]
     touched = {clip.identity or STRANGER for clip in both}
     names = {*changed, *(name for one in touched for name in state.groups.get(one, ()))}
@@ -702,7 +704,7 @@ def _with_clips(
 
 
 def _is_new(state: State, name: str, clip: Clip) -> bool:
-    """Returns False for a clip that is there already; refuses one that contradicts it."""
+    """Returns False for a clip that the gallery has; refuses another clip of the same name."""
     old = state.clips.get(name)
     if old is None:
         return True
@@ -745,7 +747,7 @@ def _check_word(kind: Literal["clip name", "identity"], word: str) -> None:
 
 
 def known(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns what is known by a name; else the error has one of a like name."""
+    """Returns `among[name]`; the UserError of a missing name suggests a similar one."""
     if name in among:
         return among[name]
     close = closest(name, among) if len(among) <= MOST_SUGGESTED else None

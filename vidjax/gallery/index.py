@@ -1,9 +1,9 @@
 """Exact search: the probability of every enrolled identity for a clip, and the best ones.
 
-The people lie in blocks. An answer does not depend on how, to the bit: every coordinate and every
-ratio is a dot product of its own; sums over identities are sums of whole numbers; and ties go by
-name. The scores are those of `models.plda.combine` and `logit_ops.log_softmax`, which need all
-identities in one order and on the device.
+People are stored in blocks. Answers are equal to the bit whatever block and row a person has: every
+coordinate and every ratio is a dot product of its own, sums over identities are sums of whole
+numbers, and ties go by name. The formulas are those of `models.plda.combine` and
+`logit_ops.log_softmax`, which need all identities in one order and on the device.
 """
 
 import functools
@@ -25,20 +25,20 @@ FINE = 2.0**40  # exponentials are counted in units of 1 / FINE: room for 8 mill
 
 
 class People(NamedTuple):
-    """A block of P people."""
+    """A block of P people: their names, and their coefficients in the same order."""
 
     names: tuple[str, ...]
     coefficients: Coefficients
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
-        """Returns the people of some rows."""
+        """Returns the people in the given rows of the block."""
         linear, constant, count = self.coefficients
         taken = Coefficients(tuple(x[rows] for x in linear), constant[:, rows], count[:, rows])
         return People(tuple(self.names[row] for row in rows), taken)
 
 
 def join(blocks: Sequence[People]) -> People:
-    """Returns the people of one block or more as one."""
+    """Joins one or more blocks of people into one."""
     found = [block.coefficients for block in blocks]
     linear = tuple(np.concatenate(parts) for parts in zip(*(x.linear for x in found), strict=True))
     constant = np.concatenate([x.constant for x in found], axis=1)
@@ -51,7 +51,7 @@ class Index:
     """Identities as coefficients of a back end; an index is never changed."""
 
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
-        """Takes blocks of people, none of whom is in two."""
+        """Takes blocks of people; nobody may be in two of them."""
         self.backend = backend
         self.blocks = [block for block in blocks if block.names]
 
@@ -62,7 +62,7 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[M, N] int32, number of clips that have the part."""
+        """[M, N] int32, the number of each identity's clips that have the part."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         found = [block.coefficients.num_clips for block in self.blocks]
         return np.concatenate([none, *found], axis=1)
@@ -74,9 +74,9 @@ class Index:
 
     @functools.cached_property
     def _curves(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Coefficients of squares, [M] of [1 + U, D], a row for each number of clips that occurs.
+        """Coefficients of z^2, M arrays [1 + U, D], and each identity's row in them, [M, N] int32.
 
-        And [M, N] int32, the row of every identity; row 0 is for no clip in the part.
+        Identities with equal numbers of clips share a row; row 0 is for no clip in the part.
         """
         curves, kinds = [], []
         for part, counts in zip(self.backend.parts, self.counts, strict=True):
@@ -88,7 +88,7 @@ class Index:
         return curves, np.stack(kinds)
 
     def replaced(self, gone: Collection[str], new: People) -> "Index":
-        """Returns an index without some people, if they are there, and with others."""
+        """Returns an index without the people named `gone`, where it has them, and with `new`."""
         away, kept, few = set(gone), [], [new]
         for block in self.blocks:
             if away and not away.isdisjoint(block.names):
@@ -102,17 +102,17 @@ class Index:
         return Index(self.backend, kept)
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields `log_probabilities` of clips in M parts [Q, D] float32, 0 where one is lacking."""
+        """Yields `log_probabilities` of Q clips; `parts` are M arrays [Q, D], 0 where missing."""
         for at in range(0, len(parts[0]), MOST_QUERIES):
             block = self.backend.whiten([x[at : at + MOST_QUERIES] for x in parts])
             for row in range(len(block[0])):
                 yield self.log_probabilities([z[row] for z in block])
 
     def log_probabilities(self, clip: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the logarithms of probabilities that add up to 1, [1 + N] float64.
+        """Returns the logarithms of 1 + N probabilities that add up to 1, [1 + N] float64.
 
-        Column 0 is somebody new, column 1 + r the identity of row r. `clip` is [M] of [D] float64,
-        one row of `Backend.whiten`; one that lacks all parts shows somebody new.
+        Entry 0 is somebody new, entry 1 + r the identity `names[r]`. `clip` is a row of each of the
+        M arrays of `Backend.whiten`, [D] float64. One that lacks all parts shows somebody new.
         """
         present = [number for number, z in enumerate(clip) if not np.isnan(z[0])]
         if not present:
@@ -143,9 +143,9 @@ class Index:
         return log_softmax(logits)
 
     def best(self, log_probabilities: np.ndarray, k: int) -> list[tuple[str, float]]:
-        """Returns the best k >= 1 identities with their logarithms, best first, ties by name.
+        """Returns the k >= 1 most probable identities as (name, log p), best first, ties by name.
 
-        A clip that lacks all parts has none. `log_probabilities` are [1 + N], of the method.
+        `log_probabilities` [1 + N] come from the method. A clip that lacks all parts has no best.
         """
         logs = log_probabilities[1:]
         k = min(k, len(logs))
@@ -160,7 +160,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the logarithms of the softmax, [K] float64, of logits [K] float64 in any order.
+    """Returns log softmax [K] float64 of logits [K] float64, whose order changes no bit of it.
 
     The logarithm of a probability near 1 is computed from the others, as in `logit_ops`.
     """

@@ -1,9 +1,9 @@
-"""Export to Qdrant, one vector database that is a library, a server and a cloud by the same client.
+"""Export to Qdrant, a vector database whose client writes to a folder, a server or a cloud.
 
-A point is an enrolled clip: the id is made of its name, the payload is clip and identity, and the
-vectors are those of its parts in the coordinates of the gallery, made unit: a dot product is a
-cosine. A clip removed from the gallery stays in the database until it is deleted there, too, by the
-id `point_id`. A folder is readable by its user alone.
+A point is an enrolled clip. Its id is `point_id`, its payload the clip's name and identity. Its
+vectors are those of the parts, in the coordinates of the gallery and of unit length: a dot product
+is a cosine. A clip removed from the gallery stays in the database until it is deleted there, too.
+A folder is readable by its user alone.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def export(gallery: Gallery, place: str, collection: str) -> int:
 
 
 def _check_place(place: str, address: urllib.parse.SplitResult | None) -> None:
-    """Refuses a place that may be address or folder; warns of a key that others can read."""
+    """Refuses a place that may be address or folder; warns if the key is sent unencrypted."""
     if address is None:
         if place != ":memory:" and not place.startswith(("/", "./", "../", "~")):
             raise UserError(

@@ -1,14 +1,14 @@
-"""The file of a gallery: who is enrolled by which clips, and the back end; whole or not at all.
+"""The file of a gallery: people, their clips, and the back end; a change is written whole or not.
 
     gallery.sqlite    the tables of SCHEMA, with a sha256 for every row but those of `backend`
-    .lock             the process that changes the gallery
+    .lock             locked by the process that changes the gallery
 
-Clips that come are inserted in one transaction. Where something goes, a new file replaces the old
-one: SQLite moves rows between pages when it inserts and, with `secure_delete`, too, leaves copies.
+New clips are inserted in one transaction. To remove or change anything, a new file replaces the old
+one: SQLite, even with `secure_delete`, leaves copies of rows that it moved between pages.
 
-A stranger may have made the file. It is opened as a regular file of a known schema, without views
-and triggers, and no value is longer than vidjax writes one. Files beside it are checked before
-SQLite obeys them: a journal may name another file, which SQLite would then delete.
+The file is untrusted. It must be a regular file of a known schema, without views and triggers, and
+no value may be longer than vidjax writes one. Files beside it are checked before SQLite obeys them:
+a journal may name another file, which SQLite would then delete.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ LIMITS = {
 
 
 class Origin(Struct, frozen=True):
-    """The run that makes vectors: its folder, and a sha256 that tells its weights from others."""
+    """The run that makes vectors: folder, sha256 of the weights, and if it centres its vectors."""
 
     workdir: formats.Text
     digest: formats.Sha256
@@ -108,8 +108,8 @@ class _Facts(Struct):
 class Clip(NamedTuple):
     """A clip of a person, or of a stranger, whose identity is None.
 
-    `vector` is [sum of D] float32, the parts one after another, 0 for those that it lacks. `fitted`
-    is True if the back end was fitted to this clip, among others.
+    `vector` [sum of D] float32 has the parts one after another, 0 in each that the clip lacks.
+    `fitted` is True if the back end was fitted to this clip, among others.
     """
 
     identity: str | None
@@ -120,9 +120,9 @@ class Clip(NamedTuple):
 class State(NamedTuple):
     """All that a gallery holds; nothing in it is ever changed.
 
-    `groups` has the names of each identity's clips, in order, those of strangers under STRANGER.
-    `still_held` counts removed clips to which the back end is fitted still. `sha256` is that of the
-    row that names all this, b"" before it is written.
+    `groups` are identity -> the sorted names of its clips; those of strangers are under STRANGER.
+    `still_held` counts removed clips that the back end is still fitted to. `sha256` is that of the
+    row in table `gallery`, b"" before it is written.
     """
 
     version: int
@@ -140,7 +140,7 @@ class State(NamedTuple):
 
 
 def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> the names of its clips, both in order."""
+    """Returns identity -> the names of its clips, both sorted; STRANGER -> those of strangers."""
     pairs = sorted((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {
         identity: tuple(name for _, name in some)
@@ -149,7 +149,7 @@ def group(clips: Mapping[str, Clip]) -> dict[str, tuple[str, ...]]:
 
 
 class Store:
-    """A gallery's folder, an absolute path; nothing is read before a method asks."""
+    """Reads and writes a gallery's `folder`, an absolute path; with `sync`, waits for the disk."""
 
     def __init__(self, folder: Path, *, sync: bool):
         self.folder, self.path = folder, folder / NAME
@@ -157,7 +157,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the gallery for a change."""
+        """Holds the lock of the gallery, for a change."""
         if not self.folder.is_dir():
             raise self._no_gallery()
         with contextlib.ExitStack() as stack:
@@ -173,7 +173,7 @@ class Store:
             yield
 
     def foreign(self) -> str | None:
-        """Returns the name of something in the folder that no gallery has; None if there is not."""
+        """Returns the name of a file in the folder that is no gallery's; None if there is none."""
         names = sorted(entry.name for entry in os.scandir(self.folder))
         return next((n for n in names if n != ".lock" and not OURS.fullmatch(n)), None)
 
@@ -194,7 +194,7 @@ class Store:
     # ---- opening
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses files where SQLite would follow a link, wait, or obey a foreign journal."""
+        """Refuses links (hard links only to `write`), -wal and -shm files, and foreign journals."""
         try:
             status = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -224,8 +224,8 @@ class Store:
     def _opened(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Opens the file, read-only unless told otherwise, and checks its schema.
 
-        For writing, the caller holds the lock: whoever has opened a file that was replaced since
-        would take the journal of the new one for its own, play it back, and delete it.
+        To `write`, the caller must hold the lock. Otherwise another process may replace the file:
+        SQLite would take the new file's journal for the old one's, play it back, and delete it.
         """
         began = time.monotonic()
         while True:
@@ -259,7 +259,7 @@ class Store:
                     self.recover()
 
     def recover(self) -> None:
-        """Undoes a change that was cut off, and deletes its files; the caller holds the lock."""
+        """Undoes an interrupted change and deletes its files; the caller holds the lock."""
         for entry in list(os.scandir(self.folder)):
             if OURS.fullmatch(entry.name) and ".partial" in entry.name:
                 os.unlink(entry.path)
@@ -270,8 +270,8 @@ class Store:
     def _check_schema(self, connection: sqlite3.Connection) -> None:
         """Refuses tables that are not those of a gallery.
 
-        SQLite reads all of a schema at once, before anything can be checked: pages of a stranger
-        may name each other so often that it would never end.
+        SQLite reads the whole schema before anything can be checked. In a forged file, pages may
+        name each other so often that reading would never end; hence the time limit.
         """
         end = time.monotonic() + SCHEMA_SECONDS
         connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -288,12 +288,12 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns what tells the state of the gallery from every other one."""
+        """Returns the sha256 of the state in the file; no other state has it."""
         with self._opened() as connection:
             return _facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads a gallery and checks it."""
+        """Reads the file and checks it."""
         with self._opened() as connection:
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("its pages do not fit together")
@@ -302,7 +302,7 @@ class Store:
     # ---- writing; the caller holds the lock
 
     def insert(self, state: State, new: Mapping[str, Clip], people: People) -> bytes:
-        """Adds clips; returns the `sha256` of the new state."""
+        """Adds `new` clips and the rows of `people`; returns the `sha256` of the new state."""
         with self._opened(write=True) as connection:
             connection.execute(f"PRAGMA synchronous={'EXTRA' if self._sync else 'OFF'}")
             connection.execute("BEGIN IMMEDIATE")
@@ -312,7 +312,7 @@ class Store:
             return _insert(connection, state, new, _person_rows(people))
 
     def replace(self, state: State) -> bytes:
-        """Writes all of a new state into a new file, and returns its `sha256`."""
+        """Writes a state into a new file, in place of the old one; returns its `sha256`."""
         self.recover()  # no journal is left that would be played back into the new file
         partial = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}.partial")
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o600))
@@ -341,7 +341,7 @@ def damaged(path: Path, problem: str) -> UserError:
 
 
 def _force(path: Path) -> None:
-    """Waits until the disk has a file or a folder."""
+    """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -355,7 +355,7 @@ def _name(error: sqlite3.Error) -> str:
 
 @contextlib.contextmanager
 def _told(path: Path, *, write: bool) -> Iterator[None]:
-    """Raises errors of SQLite as those of the system, or of a damaged file, as UserError is."""
+    """Turns errors of SQLite into OSError or UserError; most mean that the file is damaged."""
     try:
         yield
     except UserError as error:
@@ -373,7 +373,7 @@ def _told(path: Path, *, write: bool) -> Iterator[None]:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    """Opens a file that is there, for a stranger's content: nothing of it runs."""
+    """Opens an existing, untrusted file, so that no SQL in it runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
@@ -412,7 +412,7 @@ def _insert(
     clips: Mapping[str, Clip],
     people: Iterable[tuple[str, bytes, bytes]],
 ) -> bytes:
-    """Adds clips, rows of people and the facts, ends the change, and returns the new `sha256`."""
+    """Inserts clips, rows of people and the facts, commits, and returns the new `sha256`."""
     connection.executemany("INSERT INTO clip VALUES (?, ?, ?, ?, ?)", _clip_rows(clips))
     connection.executemany("REPLACE INTO person VALUES (?, ?, ?)", people)
     facts, sha256 = _facts(state)
@@ -439,7 +439,7 @@ def _layout(widths: Iterable[int]) -> np.dtype:
 
 
 def _person_rows(people: People) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yields the rows of people in order: name; constants, counts and coefficients; sha256."""
+    """Yields (name, coefficients in the layout of `_layout`, sha256) of people, sorted by name."""
     linear, constant, count = people.coefficients
     rows = np.empty(len(people.names), _layout(x.shape[1] for x in linear))
     for field, x in zip(rows.dtype.names or (), (constant.T, count.T, *linear), strict=True):

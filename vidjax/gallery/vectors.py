@@ -1,7 +1,7 @@
-"""Clips to vectors, by a trained run; the same clip always gives the same bits.
+"""Turns clips into vectors with a trained run; the same clip always gives the same bits.
 
-The vector of a clip does not depend on the clips that are read with it: blocks have one size, and a
-clip is padded to a length that depends on it alone.
+The vector of a clip does not depend on the clips read with it: all blocks have the same number of
+rows, and the length to which a clip is padded depends on the clip alone.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ AnyClips = Clips | TrainingData | MemoryClips
 class Vectors(NamedTuple):
     """The unit vectors of N clips: `parts` are name -> [N, D] float32, 0 for a clip that lacks one.
 
-    A label is the name of the person; None where the ground truth names nobody.
+    `labels` are the names of the people; None where the ground truth names nobody.
     """
 
     names: tuple[str, ...]
@@ -43,7 +43,7 @@ class Vectors(NamedTuple):
 
 
 def origin_of(run: Predictor) -> Origin:
-    """Returns what a gallery keeps of its run."""
+    """Returns what a gallery keeps of its run, to find it again and to know its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return Origin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
@@ -54,10 +54,10 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = uncounted,
 ) -> Vectors:
-    """Returns the vectors of clips; of an ensemble of PLDA the first member makes them.
+    """Returns the vectors of clips; in an ensemble of PLDA the first member makes them.
 
-    `clips` are a dataset, with its `split`, or clips in memory as `Predictor.embed` takes them.
-    `advance` is told the number of clips of each finished block.
+    `clips` are a dataset, then with the name of a `split`, or clips in memory as `Predictor.embed`
+    takes them. `advance` is called with the number of clips of each finished block.
     """
     if split is None and hasattr(clips, "train_batches"):
         raise UserError("name the split of the dataset: --split=S, or split=S")
@@ -84,7 +84,7 @@ def embed(
 
 
 def _parts(run: Predictor, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, ...] into parts, each made unit; of a run that is no PLDA into one."""
+    """Splits embeddings [N, sum of D] into unit vectors: a part per modality for PLDA, else one."""
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()
     for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
