@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
     Attributes:
       quality: [N] float32, mean quality of each clip's frames of the primary modality.
-      attention: name -> [...] int64, sums of `attention_step` over all clips, in UNIT.
+      attention: name -> [...] int64, sums of `attention_step` over all clips, in units of UNIT.
     """
 
     quality: np.ndarray
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
 
 class Observer:
-    """Watches an evaluation as its `observe`, then measures what else the analysis needs.
+    """Collects values while an evaluation calls it as `observe`; `finish` measures the rest.
 
     Attention is that of the first member. Of several blended models only the ranking is analysed;
     the folders of the runs have their own analyses.
@@ -88,7 +88,7 @@ class Observer:
         return self._seen
 
     def take(self, seen: Seen, rows: int) -> None:
-        """Takes values that other processes kept of all clips, in blocks of `rows` clips."""
+        """Sets the values of all clips, kept elsewhere; `rows` is the size of a block of clips."""
         self._seen, self._rows = seen, rows
 
     def _prepare(self, block: Batch) -> None:
@@ -114,9 +114,9 @@ class Observer:
         """Returns the values and the arrays of `analysis.npz`; see `run.formats`.
 
         Args:
-          trained: the group `data` of the trained configuration. The ground truth of its training
-            splits counts training clips per identity; splits that the data lacks are skipped.
-          num_steps: optimiser steps whose learning rates are kept; 0 to keep none.
+          trained: the group `data` of the trained configuration. Its training splits give the
+            number of training clips per identity; splits that the data lacks are skipped.
+          num_steps: number of optimiser steps whose learning rates are kept; 0 to keep none.
         """
         model, results = self._model, evaluation.results
         split = model.data.split(self._split_name)
@@ -190,10 +190,10 @@ def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
 
 
 def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
-    """Averages sums of `eval_step.attention_step` over all clips, in UNIT.
+    """Averages `eval_step.attention_step` over clips; `units` are its sums, in units of UNIT.
 
-    Column j of the matrix is the mean over the clips in which vector j takes from others: those
-    that have it, or all with `fill_missing`.
+    Column j of the attention matrix, what vector j takes from each vector, is the mean over the
+    clips that have vector j, or with `fill_missing` over all clips.
     """
     values: Values = {"assignment": {}}
     arrays: Arrays = {}
@@ -224,7 +224,7 @@ _DIGITS, _NUM_DIGITS = 10, 3  # a contribution is three digits of 10 bits, which
 
 
 def add_up(values: Array, mask: Array) -> Array:
-    """Returns the sum over the clips of a block, [3, ...] int32: digits of the number of units.
+    """Sums values / UNIT over the clips of a block, in 3 digits of base 1024: [3, ...] int32.
 
     Values are [B, ...] float with B below 2**21. NaN, Inf and clips outside the mask count as 0.
     """
@@ -237,7 +237,7 @@ def add_up(values: Array, mask: Array) -> Array:
 
 
 def add_to(totals: dict[str, np.ndarray], sums: Mapping[str, Array]) -> None:
-    """Adds sums of a block, name -> [3, ...], to name -> [...] int64 numbers of units."""
+    """Adds the `add_up` of a block, name -> [3, ...], to `totals`, name -> [...] int64."""
     for name, digits in sums.items():
         units = devices.fetch(digits).astype(np.int64)
         units = sum(units[i] << i * _DIGITS for i in range(_NUM_DIGITS))

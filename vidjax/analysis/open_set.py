@@ -24,7 +24,7 @@ def measure(
 ) -> tuple[Values, Arrays]:
     """Returns values and arrays of the analysis; `labels` [N] int are class columns.
 
-    Only scores that are logarithms of probabilities (`logs`) are calibrated.
+    `logs` is True for scores that are logarithms of probabilities: calibration needs them.
     """
     arrays = score_histograms(clips, labels) | error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -39,7 +39,7 @@ def measure(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of best scores, or {}; the first bin has all below the 0.5 % quantile."""
+    """Returns histograms of best scores; the first bin has all below the 0.5 % quantile."""
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
         return {}
@@ -55,7 +55,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns `fpir` and `fnir` [n] at n thresholds; nothing without distractors or known clips."""
+    """Returns `fpir` and `fnir` [n] at n thresholds; {} without distractors or known clips."""
     pool = clips.pool
     known = labels[pool] > 0
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
@@ -75,9 +75,9 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
     """Returns thresholds at RATES and their errors; None without a distractor or a known clip.
 
     The interval of FNIR is a bootstrap over people, with all their clips, and over distractors;
-    each resample sets the threshold anew. In simulation it holds the truth in 94 to 95 % of samples
-    where the rate lets four distractors or more pass, in 87 % where it lets one or two. A rate
-    below 1 / S, for S distractors, has no errors.
+    each resample sets the threshold anew. In simulation the interval holds the true FNIR in 94 to
+    95 % of samples if the rate lets four distractors or more pass, in 87 % if one or two. A rate
+    below 1 / S, for S distractors, gets no threshold and no errors.
     """
     pool = clips.pool
     scores, right, people = clips.best[pool].astype(np.float64), clips.right[pool], labels[pool]
@@ -170,10 +170,10 @@ class Recalibration(NamedTuple):
 
 
 def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None:
-    """Maps the log-odds of the best scores, and measures the result on other people.
+    """Measures calibration after a linear map of log-odds that was fitted on other people.
 
-    Each half of the people, with all their clips, and of the distractors is measured with a map
-    fitted on the other half. None where a half has no clip that is right or none that is wrong.
+    People, with all their clips, and distractors are split into halves; the map of each half is
+    fitted on the other. None where a half has no clip that is right or none that is wrong.
 
     Source: Platt 1999, Probabilistic outputs for support vector machines.
     """
@@ -193,7 +193,7 @@ def recalibration(clips: ClipScores, labels: np.ndarray) -> Recalibration | None
 
 
 def _first_half(labels: np.ndarray) -> np.ndarray:
-    """Returns [n] bool: random halves of the people, all clips of each, and of the distractors."""
+    """Returns [n] bool, True for the clips of a random half of the people and distractors."""
     rng = np.random.default_rng(0)
     names = rng.permutation(np.unique(labels[labels > 0]))
     first = np.isin(labels, names[: len(names) // 2])
@@ -203,9 +203,9 @@ def _first_half(labels: np.ndarray) -> np.ndarray:
 
 
 def _fit_map(odds: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """Returns slope and offset under which `right` [n] is most probable, given log-odds [n].
+    """Fits P(right) = sigmoid(slope * odds + offset) to log-odds [n] and `right` [n] bool.
 
-    A prior of the weight of one clip holds them near 1 and 0 where they are not determined.
+    A standard normal prior keeps slope near 1 and offset near 0 where clips do not determine them.
     """
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:

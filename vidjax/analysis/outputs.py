@@ -1,4 +1,4 @@
-"""The result files of an evaluation, at the end of training, of a run, or of a blend."""
+"""Writes the result files of an evaluation: at the end of training, of a run, or of a blend."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from vidjax.run.signals import Interrupted
 
 @functools.cache
 def import_report(*, wanted: bool) -> None:
-    """Imports the modules of a report, once and in a thread; Matplotlib takes half a second."""
+    """Imports the modules of a report in a thread if `wanted`; Matplotlib takes half a second."""
 
     def load() -> None:
         with contextlib.suppress(ImportError):  # which `write_results` tells of
@@ -42,11 +42,11 @@ def write_results(
     observer: Observer | None = None,
     ends_training: bool = False,
 ) -> None:
-    """Writes ranking and metrics; with an observer also analysis and report; at last the events.
+    """Writes ranking and metrics, with an observer also analysis and report, then events.
 
-    All processes measure for the analysis; the first one writes. The results come first: a fault of
-    analysis or report costs these alone. A training is `finished` last, so that the same command
-    writes what a killed one did not.
+    All processes measure for the analysis; the first one writes. Ranking and metrics come first: a
+    fault of analysis or report costs these alone. `finished` is set after the report, so that the
+    same command writes what a killed one did not.
 
     Args:
       values: content of `metrics.json`, see `run.formats`.
@@ -88,10 +88,9 @@ def write_report(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
-    """Turns a fault into a warning, since the results are written; deletes `outdated` files then.
+    """Turns an exception into a warning, since the results are written; deletes `outdated` files.
 
-    A full disk, a signal, and a fault of one of several processes, for which the others wait, stay
-    errors.
+    A failed write, a signal, and any exception where several processes run are raised.
     """
     try:
         yield
@@ -109,9 +108,9 @@ def warning_of_faults(workdir: Path, *outdated: Path) -> Iterator[None]:
 
 
 def log_results(workdir: Path, values: Mapping[str, Any], split: str) -> None:
-    """Writes TensorBoard events of an evaluation: the end of the session, the attention matrix.
+    """Writes TensorBoard events of an evaluation: the attention matrix, and the end of the run.
 
-    A blend also starts the session and logs its scores, since no training did.
+    For a blend, which no training has logged, also the start of the run and its scores.
     """
     config = files.read_json(workdir / "config.json", limit=files.CONFIG_BYTES)
     own_split = config["eval"]["split"]
@@ -147,7 +146,7 @@ def write_evaluation(
     step: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Writes an evaluation of the clips `described` into the run's folder; returns its metrics."""
+    """Writes an evaluation and returns its metrics, in which `described` is the entry `data`."""
     values = evaluation.results | {
         "data": described,
         "step": step,

@@ -1,4 +1,4 @@
-"""MAP on a sample of clips whose frames are changed, or without a member; scores of hidden frames.
+"""MAP of a sample of clips with changed frames, or without one member; effect of hidden frames.
 
 The sample depends on the split alone. Each change of a clip depends on the clip alone, not on the
 block that it is scored in.
@@ -28,7 +28,7 @@ PLAIN = "nothing changed"
 
 
 class SampleScorer:
-    """Scores clips of a split that were changed on the host, in blocks of `rows` clips."""
+    """Scores blocks of `rows` clips of a split; callers may change a block before it is scored."""
 
     def __init__(self, model: TrainedModel, split: Split, mesh: Mesh, rows: int):
         self.model, self.split, self.rows = model, split, rows
@@ -41,7 +41,7 @@ class SampleScorer:
         return map(_to_host, self.model.data.eval_batches(plan, rows=self.rows))
 
     def score(self, block: Batch, without: int | None = None) -> tuple[Array, Batch]:
-        """Returns the scores [B, C] of a block, and the block on the devices."""
+        """Returns the scores [B, C] of a block, without a member, and the block on the devices."""
         block = devices.shard_batch(self._mesh, block)
         (scores,) = self.scorer.score([block], without=without)
         return scores, block
@@ -129,7 +129,7 @@ def changes(block: Batch, names: Sequence[str]) -> Iterator[tuple[str, Batch]]:
 def _draw(
     block: Batch, names: Sequence[str]
 ) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-    """Draws orders of frames [B, T], and noise [B, T, D] with the norm of its frame on average."""
+    """Draws sort keys of frames, [B, T], and noise [B, T, D] with about the norm of its frame."""
     order = {name: np.ones(block.frames[name].mask.shape) for name in names}
     noise = {name: np.zeros(block.frames[name].features.shape, np.float32) for name in names}
     for row in np.flatnonzero(block.batch_mask):
@@ -144,7 +144,7 @@ def _draw(
 
 
 def _keep(frames: Frames, order: np.ndarray, share: float) -> Frames:
-    """Keeps a share of each clip's frames, at least one: those that are first in `order` [B, T]."""
+    """Keeps a share of each clip's frames, at least one: those of least `order` [B, T]."""
     count = np.maximum(np.ceil(share * frames.mask.sum(axis=1)), 1)
     place = np.argsort(np.argsort(order, axis=1), axis=1)
     return frames._replace(mask=frames.mask & (place < count[:, None]))
@@ -180,7 +180,7 @@ def occlusion(
 ) -> list[dict[str, Any]]:
     """Measures how far the score of a clip's own identity falls when one frame is hidden.
 
-    Clips that cannot be scored without some frame of the modality are left out.
+    `chosen` are clips, [N] bool; those that cannot be scored without some frame are left out.
 
     Source: occlusion sensitivity of Zeiler and Fergus 2014, Visualizing and Understanding
     Convolutional Networks. Ours: a frame is hidden, not a patch of an image.

@@ -65,10 +65,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Computes average precisions, skipping in each list the identity's clips outside `chosen`.
+        """Returns the average precisions [n] that count only `chosen`, and the number of these.
 
-        `chosen` [N] bool are labelled clips. Returns [n] for the identities with a chosen clip, and
-        the number of chosen clips.
+        `chosen` [N] bool are labelled clips. In each list, the identity's other clips are skipped.
+        The n identities are those with a chosen clip.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.columns >= 0, self.index, 0)]
@@ -81,7 +81,7 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The identity [N] in whose list each clip scores highest, and that score [N].
 
-        The first of equal ones wins; -1 and -inf for a clip in no list.
+        Of equal scores, the first identity wins. A clip in no list has -1 and -inf.
         """
         identity = np.repeat(np.arange(len(self.index)), self.index.shape[1])
         index, scores = self.index.reshape(-1), self.scores.reshape(-1)
@@ -152,7 +152,7 @@ def _row(label: str, averages: np.ndarray, clips: int) -> Row:
 
 
 def by_count(counts: np.ndarray) -> Groups:
-    """Groups by a count, with edges that double."""
+    """Groups clips or identities by `counts`, into the ranges that end at COUNTS."""
     groups, low = [], 0
     for high in (*COUNTS, np.inf):
         if high == np.inf:
@@ -165,7 +165,7 @@ def by_count(counts: np.ndarray) -> Groups:
 
 
 def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Cuts the chosen entries into groups of equal size; no group where all values are equal."""
+    """Cuts the chosen clips into groups of equal size by value; none where all are equal."""
     if not chosen.any():
         return []
     edges = np.unique(np.quantile(values[chosen], np.linspace(0, 1, QUANTILES + 1)))
@@ -177,7 +177,7 @@ def by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 
 
 def by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
-    """Groups clips by the modalities that they have; rare sets of modalities are one group."""
+    """Groups clips by the set of modalities that they have; rare sets are one group, `others`."""
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
     common = [value for value, _ in Counter(code[pool].tolist()).most_common(MOST_GROUPS)]
@@ -209,9 +209,9 @@ def worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities of least average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs of an identity and a count of clips:
-    - `lost_to`: the identities in whose lists its clips score highest; -1 for clips in no list.
-    - `mixed_with`: the identities whose clips are at the top of its list, among as many places as
-      it has clips; -1 for distractors.
+    - `lost_to`: other identities in whose lists its clips score highest; -1 for clips in no list.
+    - `mixed_with`: other identities with clips among the first n of its list, where n is the number
+      of its own clips; -1 for distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -236,10 +236,10 @@ def worst_identities(scored: ScoredSplit) -> list[Row]:
 
 
 def wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
-    """Lists the clips that score highest for an identity that they do not show, best score first.
+    """Lists the clips whose best identity is wrong, those with the highest scores first.
 
-    `shows` is the identity of the clip, -1 for a distractor; `identity` is the one in whose list it
-    scores highest. Clips in no list are left out.
+    `shows` is the identity in the clip, -1 for a distractor; `identity` is the one in whose list
+    the clip scores highest. Clips in no list are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -270,7 +270,7 @@ def named_clips(scored: ScoredSplit) -> Row:
 
 
 def _highest(score: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Returns the places of chosen clips, those with the highest scores first."""
+    """Returns the indices of the chosen clips, those with the highest scores first."""
     places = np.flatnonzero(chosen)
     return places[np.lexsort((places, -score[places]))]
 

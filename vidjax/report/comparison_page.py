@@ -24,7 +24,7 @@ class RankedRun(NamedTuple):
       identities: [C] names of those identities of the ground truth that the run knows.
       ap, positives: [C], their average precision and number of clips.
       num_others: identities of the ground truth that the run does not know.
-      map_kind: `val`, `out_of_fold` or `in_sample`.
+      map_kind: the key `map_kind` of `metrics.json`: `val`, `out_of_fold` or `in_sample`.
       generated: name, size and seed of a generated dataset, empty for any other.
     """
 
@@ -42,7 +42,7 @@ class RankedRun(NamedTuple):
 
 
 Rows = list[list[str]]
-# Key of `metrics.json`, label and digits of metrics, and of what a run is and what it takes.
+# (key of `metrics.json`, label, digits) of metrics, and of the size and the time of a run.
 METRICS = [(name, metric.label, metric.digits) for name, metric in metrics.CLIP_METRICS.items()]
 COSTS = (
     ("num_members", "members", 0),
@@ -83,7 +83,7 @@ def difference_table(
 def value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of METRICS or COSTS; no rows where none is known."""
+    """Returns head and rows of the table of `labels`, METRICS or COSTS; empty if no run has any."""
     known = [
         label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
     ]
@@ -114,7 +114,7 @@ def config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def sentences(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns sentences on the data and the method of a comparison, as plain text."""
+    """Returns sentences, as plain text, that state the data and the method of a comparison."""
     first = runs[0]
     text = [
         f"{len(first.identities):,} identities and {first.num_clips:,} clips of {first.split}. "
@@ -186,10 +186,7 @@ def printed(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str
 
 
 def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dict[str, Any]:
-    """Returns the numbers of a comparison for a program, the first run first.
-
-    Every other run has its `significance.Difference` to the first.
-    """
+    """Returns the numbers of a comparison as JSON; each run but the first has its difference."""
     first = runs[0]
     rows: list[dict[str, Any]] = [
         {"run": run.name, "map": float(run.ap.mean()), "map_kind": run.map_kind} for run in runs
@@ -217,7 +214,7 @@ def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> st
 
 
 def markdown_text(text: str) -> str:
-    """Returns a text on one line in which Markdown finds no HTML, no column, no code, no link."""
+    """Joins the lines of a text and escapes it: Markdown finds no HTML, table, code or link."""
     return re.sub(r"([\\`|<>\[\]*_])", r"\\\1", " ".join(html.plain(text).splitlines()))
 
 

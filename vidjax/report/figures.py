@@ -56,13 +56,13 @@ STYLE: dict[Any, Any] = {
 
 
 def short(value: object) -> str:
-    """Returns a text of at most `MAX_LETTERS` letters."""
+    """Returns a value as text, cut to `MAX_LETTERS` letters."""
     text = html.plain(value)
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
 
 
 def few(values: np.ndarray) -> np.ndarray:
-    """Returns the indices of at most `MAX_POINTS` values, the first and the last included."""
+    """Returns the indices of at most `MAX_POINTS` evenly spaced values, with the first and last."""
     return np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
 
 
@@ -80,7 +80,7 @@ class Plot:
     def curve(
         self, x: np.ndarray, y: np.ndarray, *, points: bool = False, label: str | None = None
     ) -> None:
-        """Draws `MAX_POINTS` of a curve at most, and each of `FEW_POINTS` if it has no more."""
+        """Draws a curve of at most MAX_POINTS; `points` marks each of FEW_POINTS or fewer."""
         shown = few(x)
         marker = "o" if points and len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
@@ -110,8 +110,8 @@ class Plot:
     ) -> Markup:
         """Returns the figure as HTML; `key` is unique on the page, a caption stands below it.
 
-        The description is for a reader who cannot see the figure. A small one needs less than half
-        of the page's width.
+        The description is for a reader who cannot see the figure. A `small` figure takes less than
+        half of the page's width.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return html.parts().figure(key, title, description, caption or title, small, head, rest)
@@ -139,7 +139,7 @@ class Plot:
 def draw_heat_map(
     axes: Axes, matrix: np.ndarray, names: Sequence[str], *, fill: str = BAR, ink: str = INK
 ) -> None:
-    """Draws a matrix [V, V] of 0 or more as cells; a larger number has more colour."""
+    """Draws a matrix [V, V] of numbers >= 0 as coloured cells; larger ones are more opaque."""
     top, size = max(float(matrix.max()), 1e-9), len(matrix)
     axes.grid(False)
     for i, j in np.ndindex(matrix.shape):

@@ -40,7 +40,7 @@ def plain(value: object) -> str:
 
 
 def name(value: object) -> Markup:
-    """Returns a name for a table; words over `LONGEST_WORD` may break.
+    """Returns a name for a table; words of more than `LONGEST_WORD` letters may break.
 
     A name in a script from right to left does not reorder what stands beside it.
     """
@@ -54,12 +54,12 @@ def name(value: object) -> Markup:
 
 
 def block(content: object) -> Markup:
-    """Returns a text for a table that takes several lines where it is long."""
+    """Returns a text for a table cell that wraps where it is long."""
     return BLOCK.format(content)
 
 
 def number(value: object, digits: int = 4) -> Markup:
-    """Returns a number rounded for a reader, with all digits for a program."""
+    """Returns a number as HTML: shown rounded, with all digits in an attribute for programs."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         shown = f"{value:,}" if isinstance(value, int) else f"{value:z,.{digits}f}"
         return _number(value, f"{value:.{digits}g}" if len(shown) > LONGEST_WORD else shown)
@@ -94,19 +94,19 @@ def _number(value: float, shown: str) -> Number:
 
 
 def between(low: Markup, high: Markup) -> Number:
-    """Returns an interval, given its bounds."""
+    """Returns the text of an interval, `low to high`."""
     return Number(Markup("{} to {}").format(low, high))
 
 
 def cell(value: object) -> Markup:
-    """Returns a number or, of anything else, a name; HTML as it is."""
+    """Returns `number` of a number or None, HTML unchanged, and `name` of anything else."""
     if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
         return name(value)
     return number(value)
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table of `cell`s; the first cell of a row is its header."""
+    """Returns a table whose values are shown by `cell`; the first of a row is its header."""
     cells = [[cell(value) for value in row] for row in rows]
     kinds = [_column_kind(column) for column in zip(*cells, strict=True)] or [""] * len(head)
     return parts().table(caption, head, kinds, cells)
@@ -115,13 +115,13 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
 def halves(
     caption: str, head: Sequence[object], rows: Sequence[Sequence[object]], *, above: int = 1
 ) -> list[Markup]:
-    """Returns a table as two, of half of the rows each, where it has more than `above`."""
+    """Returns one table, or two with half of the rows each if there are more than `above` rows."""
     half = (len(rows) + 1) // 2 if len(rows) > above else len(rows)
     return [table(caption, head, part) for part in (rows[:half], rows[half:]) if part]
 
 
 def _column_kind(cells: Sequence[Markup]) -> str:
-    """Returns the class of a column: numbers, numbers with bars, or text."""
+    """Returns the CSS class of a column: of numbers, of numbers with bars, or "" for text."""
     filled = [value for value in cells if value]
     if not filled or not all(isinstance(value, Number) for value in filled):
         return ""
@@ -140,7 +140,7 @@ ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
 def parts(file: str = "parts.html.j2") -> Any:  # noqa: ANN401
-    """Returns the macros of a template as functions to HTML."""
+    """Returns the macros of a template as attributes: functions that return HTML."""
     return ENVIRONMENT.get_template(file).module
 
 

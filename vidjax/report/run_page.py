@@ -1,6 +1,6 @@
-"""The reports of a run: files of its folder in, `report.html` out, and one page per other split.
+"""Makes the reports of a run from the files of its folder: `report.html`, and one per other split.
 
-The page needs no other file, no network and no script; no data is read, and no model is run.
+A page needs no other file, no network and no script. No data is read, and no model is run.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from vidjax.run import formats, results
 
 
 def write(workdir: Path) -> Path:
-    """Writes the pages of all analysed splits; returns that on the split that training evaluates.
+    """Writes a page for every analysed split; returns the path of the run's own, `report.html`.
 
     A page is written whole or not at all. Missing or damaged files of a run are a UserError.
     """
@@ -45,7 +45,7 @@ def render(run: RunFiles) -> str:
 
 
 def _fitting(run: RunFiles) -> str:
-    """Returns the page; every file is valid, but they may not belong to the same evaluation."""
+    """Returns `render(run)`; UserError if the files, each valid, are of different evaluations."""
     try:
         return render(run)
     except (
@@ -64,7 +64,7 @@ def _fitting(run: RunFiles) -> str:
 
 
 def load(workdir: Path, other: str = "") -> RunFiles:
-    """Reads the files of a run, with the results of the split that it evaluates or of another."""
+    """Reads the files of a run, with the results of its own split, or of the split `other`."""
     own = str(config_io.load_workdir(workdir).eval.split)  # refuses values of other types
     others = results.read_other_metrics(workdir)
     values = others[other] if other else results.read_metrics(workdir)

@@ -1,7 +1,7 @@
 """The sections of a report: from the files of a run to tables, figures and numbers.
 
-Each is a function from `RunFiles` to what a macro of the same name in `sections.html.j2` shows;
-None where there is nothing to show. Sentences stand in the template.
+A section is a function of `RunFiles`. It returns the facts that the macro of the same name in
+`sections.html.j2` puts into sentences, or None to leave the section out.
 """
 
 import json
@@ -40,13 +40,13 @@ class RunFiles(NamedTuple):
     """The content of a run's folder; a field is empty where its file is absent.
 
     Attributes:
-      values: `metrics.json`, plain, with metrics that users have added.
-      lines: of `metrics.jsonl`.
+      lines: the lines of `metrics.jsonl`.
       identities: the names of class columns 1..C.
-      analysis, arrays: the values and the arrays of `analysis.npz`.
       other_metrics: split -> `metrics_<split>.json`, for splits other than the run's own.
       split: the split that the metrics and the analysis are of.
       analysed: the other splits that have an `analysis_<split>.npz`.
+      metrics, values: `metrics.json` as a struct, and as a dict, with metrics that users added.
+      analysis, arrays: the values and the arrays of `analysis.npz`.
     """
 
     folder: Path
@@ -68,13 +68,13 @@ class RunFiles(NamedTuple):
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the average precision of every identity of the ground truth, 0 for unknown."""
+        """Returns the average precision of each identity of the ground truth, 0 for unknown."""
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
     @property
     def joined(self) -> list[formats.JoinedRun]:
-        """The runs that this run joins."""
+        """The runs whose scores this run blends; empty for a trained run."""
         names = self.config.get("join", {}).get("runs", ())
         return self.metrics.runs or [formats.JoinedRun(name=name) for name in names]
 
@@ -194,7 +194,7 @@ def run_rows(run: RunFiles) -> Rows:
 
 
 def _values(run: RunFiles, values: Sequence[str]) -> Markup:
-    """Returns a value that all runs share, or the value of each joined run."""
+    """Returns the value that all joined runs share, or else a line for each run with its value."""
     distinct = _distinct(values)
     if len(distinct) == 1:
         return html.name(distinct[0])
@@ -255,12 +255,12 @@ def names(run: RunFiles) -> Facts | None:
 
 
 def reading(run: RunFiles) -> Facts | None:
-    """Has the words of the page, explained; they are about a split with a ground truth."""
+    """Returns {} for the explanation of terms, which needs no facts; None without ground truth."""
     return {} if run.metrics.map is not None else None
 
 
 def learning(run: RunFiles) -> Facts | None:
-    """Returns curves over the epochs; a model that optimises nothing has no learning rate."""
+    """Returns curves over the epochs; None for a model that is trained without an optimiser."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -372,7 +372,7 @@ def _worst_identities(run: RunFiles) -> Markup:
 
 
 def mistakes(run: RunFiles) -> Facts | None:
-    """Returns the mistakes with the highest scores, and the first clips of some lists."""
+    """Returns the mistakes with the highest scores, and the first clips of some ranked lists."""
     wrong = run.analysis.wrong_clips or formats.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
@@ -544,7 +544,7 @@ def _calibration(run: RunFiles) -> Markup:
 
 
 def attention(run: RunFiles) -> Facts | None:
-    """Returns the average attention matrix as a heat map; a unit matrix as a sentence."""
+    """Returns the average attention matrix as a heat map, without one if it is a unit matrix."""
     if "attention" not in run.arrays:
         return None
     matrix, names = run.arrays["attention"], run.analysis.vectors or []
@@ -562,7 +562,7 @@ def attention(run: RunFiles) -> Facts | None:
 
 
 def frames(run: RunFiles) -> Facts | None:
-    """Returns the NetVLAD clusters, and how much single frames of some clips contribute."""
+    """Returns the sizes of NetVLAD clusters, and the effect of hiding single frames of clips."""
     clusters = [
         _clusters(f"vlad-{i}", *item)
         for i, item in enumerate((run.analysis.assignment or {}).items())
@@ -646,7 +646,7 @@ def ensemble(run: RunFiles) -> Facts | None:
 
 
 def member_rows(members: Sequence[Mapping[str, Any]], gains: Sequence[float] | None) -> Rows:
-    """Returns member, MAP, and marginal gain if there are any."""
+    """Returns rows of member, MAP and, if `gains` are given, marginal gain."""
     kinds = sorted({key for member in members for key in member} - {"map", "member", "run"})
     rows = []
     for i, member in enumerate(members):
@@ -711,10 +711,7 @@ def configuration(run: RunFiles) -> Facts | None:
 
 
 def own_fields(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns dotted name -> value as text of the fields that a run uses.
-
-    A joined run uses `join` and `eval`; each run that it joins has its own others.
-    """
+    """Returns dotted field -> value as text; of a joined run only JOIN_FIELDS, which it uses."""
     found = {name: _value_text(value) for name, value in config_lib.fields(config)}
     if is_joined(config):
         return {name: value for name, value in found.items() if name.startswith(JOIN_FIELDS)}
@@ -727,7 +724,7 @@ def is_joined(config: Mapping[str, Any]) -> bool:
 
 
 def _value_text(value: object) -> str:
-    """Returns a value as a command line would have it, or a word for no value."""
+    """Returns a value as on a command line; `unset` for None, `empty` for no text or items."""
     if value is None:
         return "unset"
     if isinstance(value, list | tuple) and not any(
@@ -737,8 +734,7 @@ def _value_text(value: object) -> str:
     return value or "empty" if isinstance(value, str) else json.dumps(value)
 
 
-# What finds the content of a section, and shares its name with a macro of `sections.html.j2`, and
-# the heading; None leaves the section out.
+# Function of a section -> its heading. A macro of `sections.html.j2` has the name of the function.
 SECTIONS: dict[Callable[[RunFiles], Facts | None], str] = {
     summary: "Summary",
     names: "Clips and names",
