@@ -1,4 +1,4 @@
-"""`--runs`: several runs as one ranking, a weighted mean of their (log-)probabilities."""
+"""`evaluate --runs`: ranks by the weighted mean of several runs' (log-)probabilities."""
 
 import shlex
 import time
@@ -28,7 +28,7 @@ from vidjax.run import resume
 from vidjax.run.terminal import say
 from vidjax.steps import topk
 
-# Fields of `config.eval` in which each run keeps its own value, but where the blend changes it.
+# Fields of `config.eval` in which each run keeps its own value if the blend leaves the default.
 OWN_FIELDS = ("reduce", "top_classes", "checkpoint")
 
 
@@ -48,7 +48,7 @@ def check_overrides(config: Config, given: Sequence[str]) -> None:
 
 
 def describe_run(name: str, scored: Config) -> dict[str, Any]:
-    """Returns what a run is, scored with a configuration, for the metrics and the report."""
+    """Returns a joined run's model, data, training and settings of `scored`, for `metrics.json`."""
     config = config_io.load_workdir(Path(name))
     default = config_lib.default().eval
     special = [f"{field}={scored.eval[field]}" for field in OWN_FIELDS
@@ -92,7 +92,7 @@ def fitted_splits(config: Config, workdir: Path) -> str | None:
 
 
 def command(config: Config, workdir: Path, split: str) -> str:
-    """Returns the command that ranks a split by the same blend in a fresh folder."""
+    """Returns the shell command that makes this blend from nothing and ranks a split with it."""
     words = ["--mode=evaluate", f"--workdir={workdir}", f"--runs={','.join(config.join.runs)}"]
     changed = config_lib.differences(config_lib.default(), config)
     values = {name: value for name, (_, value) in changed.items()} | {"eval.split": split}
@@ -106,7 +106,7 @@ def command(config: Config, workdir: Path, split: str) -> str:
 def write_description(
     workdir: Path, model: TrainedModel, datasets: Mapping[str, TrainingData]
 ) -> None:
-    """Writes the identities of the runs, and their data report where they share it."""
+    """Writes `identities.json`, and `data_report.json` if it is the same for all `datasets`."""
     files.write_json(workdir / "identities.json", list(model.data.identities))
     first, *others = [dict(data.report) for data in datasets.values()]
     if all(report == first for report in others):
@@ -129,7 +129,7 @@ def blend_runs(
     Greedy weights are fitted on `config.join.split`, by members that were not trained on its clips,
     and written into `config.json` of the folder: later evaluations use them. In `config`,
     `data.dir`, `data.cache_dir` and OWN_FIELDS replace those of every run where they are not the
-    defaults.
+    defaults. `load` returns the dataset of a run's configuration.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -188,7 +188,7 @@ def _given_weights(config: Config) -> list[float]:
 
 
 def _takes_logarithms(config: Config) -> bool:
-    """Returns True where runs are joined by a mean of logarithms; refuses what that cannot have."""
+    """Returns True if logarithms are averaged; refuses settings that do not go with the mean."""
     spec = config.join
     for field in sorted(set(config_io.RETIRED["join"]) & set(spec)):
         raise UserError(
@@ -234,7 +234,7 @@ def _restore_all(
 
 
 def _run_config(config: Config, name: str) -> Config:
-    """Returns the configuration of a run, evaluated in its own way on the split of the blend."""
+    """Returns a run's configuration with the blend's `eval`, but for its own OWN_FIELDS."""
     run_config = config_io.load_workdir(Path(name))
     if run_config.join.runs:
         raise UserError(f"--runs: '{name}' is itself a joined run: name the runs that it joins")
@@ -257,7 +257,7 @@ def _run_config(config: Config, name: str) -> Config:
 def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Config:
     """Writes the configuration of the blend with the weights in use, and returns it.
 
-    The split that the folder was first evaluated on stays its own.
+    Its `eval.split` stays the split that the folder was first evaluated on.
     """
     config = config_io.from_json(config_io.to_json(config))
     path = workdir / "config.json"
@@ -270,7 +270,7 @@ def _keep_config(config: Config, workdir: Path, weights: Sequence[float]) -> Con
 
 
 def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> list[float]:
-    """Chooses weights, which sum to 1, by the MAP on clips that no scoring member knows."""
+    """Chooses weights, of sum 1, by MAP: members score clips that they were not trained on."""
     split_name = config.join.split
     split, block_size = models[0].data.split(split_name), config.eval.block_size
     if not split.labelled or not split.positives.any():
@@ -299,10 +299,10 @@ def fit_weights(models: Sequence[TrainedModel], config: Config, mesh: Mesh) -> l
 
 
 def candidates(tops: Sequence[topk.TopK]) -> np.ndarray:
-    """Returns the clips that any of R runs lists for an identity, [C, R k] int32, ascending.
+    """Returns the clips that any of R runs lists for an identity, [C, R k] int32.
 
-    NO_CLIP stands for repeated clips. Weights are fitted on these clips only: a clip that no run
-    ranks among its best 100 rarely enters those of the blend.
+    A row is sorted, with NO_CLIP in place of repeats. Weights are fitted on these clips only: a
+    clip that no run ranks among its best 100 is rarely among the best 100 of the blend.
     """
     clips = np.sort(np.concatenate([top.index for top in tops], axis=1), axis=1)
     clips[:, 1:][clips[:, 1:] == clips[:, :-1]] = topk.NO_CLIP
@@ -316,10 +316,10 @@ def gather_scores(
     block_size: int,
     clips: np.ndarray,
 ) -> np.ndarray:
-    """Scores a split once more; returns the candidates' scores, [R, C, n] float64 logarithms.
+    """Scores a split once more; returns R models' scores of `clips`, [R, C, n] float64 logarithms.
 
-    Candidates are known after a first pass; to keep all of its scores would take four bytes for
-    each clip, identity and run. Scores are -inf where there is no clip.
+    `clips` [C, n] are `candidates`, known only after a first pass. To keep all scores of that pass
+    would take four bytes for each clip, identity and run. Scores are -inf where there is no clip.
     """
     wanted = jnp.asarray(clips)
     gathered = [jnp.full(clips.shape, -jnp.inf, jnp.float32) for _ in models]
@@ -351,10 +351,10 @@ def _gather(
 def greedy_weights(
     value_of: Callable[[np.ndarray], float], num_runs: int, rounds: int
 ) -> tuple[np.ndarray, float]:
-    """Adds one run of R after another, with repetition, always that which makes the value largest.
+    """In each round, adds the one of R runs, with repetition, that makes the value largest.
 
-    `value_of` takes counts [R] of the added runs. Returns the weights [R] of the best blend of all
-    rounds, which sum to 1, and its value.
+    `value_of` maps counts [R] of the added runs to a value, such as MAP. Returns the weights [R] of
+    the best blend of all rounds, which sum to 1, and its value.
 
     Source: selection with replacement of Caruana et al. 2004, Ensemble Selection from Libraries of
     Models. Ours: without their sorted initialisation and without bagging.
@@ -377,7 +377,7 @@ def blended_map(
     positives: np.ndarray,
     weights: np.ndarray,
 ) -> float:
-    """Returns the MAP of a blend, ranked among the candidates; its weights need not sum to 1."""
+    """Returns the MAP of a blend among candidates [C, n]; weights [R] need not sum to 1."""
     used = weights > 0
     logs = scores[used] + np.log(weights[used])[:, None, None]
     total = np.where(clips < len(split.labels), np.logaddexp.reduce(logs, axis=0), -np.inf)

@@ -1,4 +1,4 @@
-"""`vidjax check`: reads all and changes nothing; `findings` has what is looked at."""
+"""`vidjax check`: reads all and changes nothing; `findings` has the checks."""
 
 import argparse
 import os

@@ -1,6 +1,6 @@
 """What commands share: flags, checks before data are read, the run's folder, its summary.
 
-Functions import what they need: a wrong flag is told before libraries load, which takes seconds.
+Functions import what they need: libraries, which take seconds, load after the flags are checked.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def definitions_flag(parser: Parser) -> None:
 
 
 def load_definitions(args: argparse.Namespace) -> None:
-    """Runs the file of `--config`, so that a run finds what it defines; refuses one without."""
+    """Runs the file of `--config`, which defines a run's own models or losses; or UserError."""
     if args.config and not config_io.load_file(args.config).definitions:
         raise UserError(
             f"--config={args.config} defines no model or loss, and the run has a configuration\n"
@@ -44,7 +44,7 @@ def load_definitions(args: argparse.Namespace) -> None:
 
 
 def process_flags(parser: Parser) -> None:
-    """Adds the flags of one of several processes."""
+    """Adds the flags by which several processes work on one run."""
     parser.flag("--coordinator", "HOST:PORT", "where several processes meet, see configs/README.md")
     for name in processes.FLAGS[1:]:
         parser.flag(name, "N", argparse.SUPPRESS)
@@ -101,7 +101,7 @@ def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
 
 
 def set_up_devices(config: Config) -> None:
-    """Chooses devices and the cache of compiled programs; an absent device is told here."""
+    """Chooses devices and the cache of compiled programs; an absent device is an error here."""
     from vidjax import devices
 
     if config.deterministic:

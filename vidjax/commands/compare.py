@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.report.comparison_page import RankedRun
 
-# Average precisions [C], positives [C], number of identities of the ground truth without a column.
+# Average precisions [C], positives [C], number of identities in the ground truth without a column.
 Averages = tuple[np.ndarray, np.ndarray, int]
 READ = ("eval.split", "data.dir", "data.cache_dir")  # fields
 UNKNOWN = "unknown data"
@@ -43,8 +43,9 @@ def compare(
 ) -> tuple[str, dict[str, Any]]:
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
-    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. The split is by
-    default that which the runs' training evaluates; `directory` is where the data lies now.
+    Returns a table for the terminal, and the numbers of `comparison_page.as_json`. `load` returns
+    the dataset of a configuration. `split` is by default each run's `eval.split`. `directory` is
+    the folder of the data now; None for that in the runs' configurations.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html
@@ -150,7 +151,7 @@ def _evaluate_command(name: str, split: str) -> str:
 
 
 def _generated(config: Config) -> str:
-    """Returns the description of a generated dataset, "" for files, UNKNOWN where runs are gone."""
+    """Describes a generated dataset: "" if it is none, UNKNOWN if the joined runs are gone."""
     own = config
     if config.join.runs:
         try:
@@ -161,7 +162,7 @@ def _generated(config: Config) -> str:
 
 
 def _data_config(config: Config, directory: str | None) -> Config:
-    """Returns a configuration whose `data` a run was evaluated on; a blend has that of its runs."""
+    """Returns a configuration with the `data` of an evaluation: for a blend, of its first run."""
     own = copy.deepcopy(config)
     if config.join.runs:
         own = config_io.load_workdir(Path(config.join.runs[0]))
@@ -174,7 +175,7 @@ def _data_config(config: Config, directory: str | None) -> Config:
 def _check_data(
     name: str, metrics: Mapping[str, Any], config: Config, data: "TrainingData", *, by_user: bool
 ) -> None:
-    """Refuses data that only the files of a run name, unless they are those it was evaluated on."""
+    """Refuses data other than a run was evaluated on, unless the user named their folder."""
     if by_user or not config.data.dir:
         return
     if metrics.get("data", {}).get("digest") != data.report["data"]["digest"]:
@@ -185,7 +186,7 @@ def _check_data(
 
 
 def _read_identities(folder: Path, ranking: Path) -> tuple[str, ...]:
-    """Returns the names of the class columns; a blend has them in its ranking alone."""
+    """Returns the names of the class columns, of the ranking if `identities.json` is missing."""
     path = folder / "identities.json"
     if files.exists(path):
         return tuple(results_lib.load_identities(path))
@@ -236,7 +237,7 @@ def _score_ranking(
 
 
 def align(first: "RankedRun", run: "RankedRun") -> "RankedRun":
-    """Returns a run with its identities in the order of the first run; refuses other clips."""
+    """Returns a run with identities in the order of the first run's; refuses one on other clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`--mode=config`: every field of a configuration, its default, its value, and who set it."""
+"""`vidjax config`: every field of a configuration, its default, its value, and what set it."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> Result:
 
 
 class Row(NamedTuple):
-    """One field; `default` is None where only the file has it, as `model.embed_dim`.
+    """One field; `default` is None if it has none, as `model.embed_dim`, which a file adds.
 
-    `origin` is DEFAULT, the name of a file, or COMMAND_LINE.
+    `origin` is what set the value: DEFAULT, the name of a file, or COMMAND_LINE.
     """
 
     field: str
@@ -51,9 +51,9 @@ class Row(NamedTuple):
 
 
 def rows(config: Config, overrides: Sequence[str], file: str) -> Iterator[Row]:
-    """Yields every field of a configuration with `overrides`, in the order of the defaults.
+    """Yields every field of `config` after `overrides`: those with a default first, each by name.
 
-    `config` is without the overrides, and comes from a `file` of that name.
+    `config` is without the overrides; `file` is the name of the file that it comes from.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed = set(override_names(overrides))

@@ -34,7 +34,7 @@ def documentation() -> Mapping[str, str]:
 
 
 def _known_names() -> Mapping[str, Mapping[str, str]]:
-    """Reads the tables of the code: field or group -> name that it may take -> summary."""
+    """Returns field or group -> name that it may take -> first line of the name's docstring."""
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
         "fusion": {name: one.function for name, one in fusion.FUSIONS.items()},
@@ -113,7 +113,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def replace_section(page: str, name: str, content: str) -> str:
-    """Returns a page with new content between its one `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->`; returns the new page."""
     pattern = rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     page, count = re.subn(pattern, lambda match: f"{match[1]}\n{content}\n{match[2]}", page)
     if count != 1:

@@ -1,4 +1,4 @@
-"""`vidjax evaluate`: ranks a split with a trained run, with several joined, or a part of it."""
+"""`vidjax evaluate`: ranks a split with one or several trained runs, or scores a part of it."""
 
 import argparse
 import time
@@ -76,7 +76,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
-    """Returns a configuration that joins the runs of `--runs`, on the split that all evaluate."""
+    """Returns a configuration that joins the runs of `--runs`, on their split if it is the same."""
     runs = tuple(str(Path(name).expanduser().absolute()) for name in common.run_folders(args.runs))
     if not runs:
         raise UserError("--runs= is empty: name two runs or more, --runs=A,B")
@@ -94,7 +94,7 @@ def _joined_config(args: argparse.Namespace, workdir: Path) -> Config:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Ranks a split, or a part of it."""
+    """Ranks a split, or scores a part of it."""
     began = time.monotonic()
     if args.shard is not None:
         return _run_part(args, began)
@@ -151,9 +151,10 @@ def _run_part(args: argparse.Namespace, began: float) -> Result:
 
 
 def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
-    """Reads the files that an evaluation needs and does not write, before the data is loaded.
+    """Reads, before data are loaded, the files that an evaluation needs, for errors in them.
 
-    `given` are the fields that the user sets: a folder of data among them is taken as named.
+    `given` are the fields that the user sets: with `data.dir` the user vouches for the data of a
+    run whose checkpoint does not record its data.
     """
     from vidjax.evaluation import run_data
     from vidjax.evaluation.restore import find_run
@@ -178,7 +179,7 @@ def evaluate(
     """Ranks a split with the weights of a run; writes the results into its folder and returns them.
 
     The clips of `data` need not be those of the training, nor have a ground truth. `analyse` also
-    writes the analysis and the report. Scores do not depend on `num_devices`; None takes all.
+    writes the analysis and the report. Scores do not depend on `num_devices`; None uses all.
     `metrics.json` keeps the metrics of the training, too.
     """
     from vidjax import devices

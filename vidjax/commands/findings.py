@@ -1,4 +1,4 @@
-"""What `vidjax check` finds: environment, configuration, data and run, each found good or damaged.
+"""The checks of `vidjax check`: is the environment, configuration, data, run or gallery damaged?
 
 A check repairs nothing and takes no lock: a run may go on meanwhile, and a file that it deletes or
 has not finished writing is no fault. Data without records are converted into a temporary folder.
@@ -72,7 +72,7 @@ def size_text(count: float) -> str:
 
 
 def check_run(config: Config | None, workdir: Path) -> Iterator[Findings]:
-    """Yields the findings on each file beside the checkpoints."""
+    """Yields the findings on each file of a run but the checkpoints."""
     yield _use(workdir)
     if config is None:
         yield _damaged_config(workdir)
@@ -184,7 +184,7 @@ def _log(path: Path) -> Findings:
 
 
 def check_checkpoints(config: Config | None, workdir: Path, name: str = "") -> Findings:
-    """Yields the findings on every saved step, and the step that evaluation would use."""
+    """Yields findings, after `name`, on every saved step and on the one evaluation would use."""
     if name and config is None:
         config_io.load_workdir(workdir)  # raises the error that describes the damage
     holder = files.lock_holder(workdir)
@@ -242,9 +242,9 @@ def wrong_sums(report: formats.DataReport) -> Iterator[str]:
 def check(
     config: Config | None, workdir: Path | None, gallery: Path | None = None
 ) -> Iterator[Item]:
-    """Yields the findings on a run, on data to train with, or on a gallery instead.
+    """Yields the findings on a run, on data to train with, or on a gallery.
 
-    A configuration is None if there is none, or if it is damaged.
+    `config` is None if there is none, or if it is damaged.
     """
     for subject, findings in _parts(config, workdir, gallery):
         try:
@@ -257,7 +257,7 @@ def check(
 def _parts(
     config: Config | None, workdir: Path | None, gallery: Path | None
 ) -> Iterator[tuple[str, Findings]]:
-    """Yields (subject, findings), so that a part that raises does not end the check."""
+    """Yields (subject, findings): one pair per check, so that one that raises ends no other."""
     yield "environment", _packages()
     yield "environment", _tensorflow(needed=config is not None and not workdir)
     yield "environment", _devices()
@@ -356,7 +356,7 @@ def _cache(config: Config) -> Findings:
 
 
 def _folder(name: str, folder: Path) -> Findings:
-    """Yields the finding on a folder, which need not exist yet: writable, and with free space."""
+    """Yields whether a folder, which need not exist yet, can be written and has free space."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         yield FAULT, f"{name}: '{existing}' is a file, not a folder"
@@ -370,7 +370,7 @@ def _folder(name: str, folder: Path) -> Findings:
 
 
 def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
-    """Yields the state of the data, its records and labels, and whether they are those of runs."""
+    """Yields findings on the data, its records and labels, and if `runs` were trained on them."""
     try:
         source = sources.open_source(config.data, generate=False)
     except sources.NotGenerated as error:
@@ -379,7 +379,7 @@ def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
     yield OK, f"data: {source.title}"
     from vidjax.data.records.convert import convert, records_folder
 
-    # Where a training would need the space, too.
+    # On the disk on which a training would need the space, too.
     cache = Path(config.data.cache_dir or files.default_cache_dir()).expanduser()
     folder = records_folder(source, cache)
     if (folder / "manifest.json").exists():
@@ -397,7 +397,7 @@ def _data(config: Config, runs: Sequence[str] = ()) -> Findings:
 
 
 def _records(config: Config, source: RecordSource, folder: Path, runs: Sequence[str]) -> Findings:
-    """Yields the state of the records of a source, and of their labels; see `_data`."""
+    """Yields findings on the records in `folder` and the labels of `source`; see `_data`."""
     from vidjax.data.records import manifest as manifest_lib
     from vidjax.data.records.report import label_records
 
@@ -462,7 +462,7 @@ def _counts_text(split_report: Mapping[str, Any]) -> str:
 
 
 def _counts(records: "Records") -> Iterator[str]:
-    """Yields a problem for each number on which index, manifest and report disagree."""
+    """Yields a text for each number on which index, manifest and report disagree."""
     for name, split in records.splits.items():
         report = records.report["splits"][name]
         counts = {

@@ -1,10 +1,10 @@
 """An evaluation in parts: `--mode=evaluate --shard=k/n` scores a part, `--mode=merge` joins all n.
 
-Processes may score parts at the same time, on any machines: they only read what is not theirs, and
-two that make the same part write the same bytes.
+Processes may score parts at the same time, on any machines: each writes its own part alone, and two
+that make the same part write the same bytes.
 
-Joined are a ranking, its metrics and those of the members, without features or weights. The report
-alone reads them, to measure up to 2,000 changed clips, as at the end of any evaluation.
+To join the ranking, its metrics and those of the members, features and weights are not read. Only
+the report reads them, to measure up to 2,000 changed clips, as at the end of any evaluation.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def describe(config: Config, run: FoundRun, data: TrainingData) -> dict[str, Any
 
 
 def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
-    """Returns in what a part differs from `facts`, the result of `describe`; empty for nothing."""
+    """Says how a part differs from `facts`, the result of `describe`; "" if it does not."""
     own = part.facts
     if own.checkpoint != facts["checkpoint"]:
         return f"it is of the checkpoint of step {own.step}, not of this one of {facts['step']}"
@@ -148,7 +148,7 @@ def disagreement(part: Part, facts: Mapping[str, Any]) -> str:
 def _there(
     workdir: Path, split: str, shard: Shard, facts: Mapping[str, Any], limit: int
 ) -> Part | None:
-    """Returns the part that is there if it can be joined; says why one has to be made again."""
+    """Returns the part in the folder if it can be joined; else None, and says why."""
     try:
         part = parts_lib.read(workdir, split, shard)
         parts_lib.verify(part, limit)
@@ -167,9 +167,9 @@ def _there(
 
 
 def bounds(costs: np.ndarray, count: int) -> np.ndarray:
-    """Returns [count + 1] int, where each of `count` ranges of about equal cost begins and ends.
+    """Cuts `costs` into `count` ranges of about equal sums: i is from bounds[i] to bounds[i + 1].
 
-    Of at least `count` costs, above 0, no range is empty.
+    Returns [count + 1] int. Of at least `count` costs, above 0, no range is empty.
     """
     ends = np.cumsum(costs, dtype=np.int64)
     number = np.arange(count + 1)
@@ -204,8 +204,8 @@ def choose_clips(
 class ClipSubset:
     """Some clips of a split as a source of their own; a `ClipSource` with one split.
 
-    Their `clip_index` counts through the part, in the order of the whole split, so tables of a part
-    are as long as the part. They are padded as in the whole split.
+    The `clip_index` of a block counts through these clips, in the order of the whole split, so that
+    arrays of scores are as long as the subset. Clips are padded as in the whole split.
     """
 
     def __init__(self, data: ClipSource, split: str, chosen: np.ndarray):
@@ -251,7 +251,7 @@ def merge(
 ) -> dict[str, Any]:
     """Joins the parts of an evaluation, writes the results into the run's folder, and returns them.
 
-    `overrides` are the words that errors name in commands. Times are sums over the parts.
+    `overrides` are repeated in the commands that errors suggest. Times are sums over the parts.
     """
     began = time.monotonic()
     run = find_run(config, workdir)
@@ -302,10 +302,10 @@ def merge(
 def join_clips(
     parts: Sequence[Part], split: Split, pool: np.ndarray
 ) -> tuple[ClipScores, np.ndarray, analysis.Seen | None]:
-    """Joins what the parts hold of their clips, of which those of `pool` [N] bool are ranked.
+    """Joins the values per clip of the parts; the clips in `pool` [N] bool are ranked.
 
     Returns the best scores, NaN where any score is; the part that each clip is in, [N] int; and
-    what was seen while the clips were scored, None unless every part has it.
+    what an `Observer` saw while the clips were scored, None unless every part has it.
     """
     count = len(split.clips)
     best, right = np.full(count, -np.inf, np.float32), np.zeros(count, bool)
@@ -343,9 +343,9 @@ def join_clips(
 def read_tops(
     parts: Sequence[Part], group: str, owner: np.ndarray, num_identities: int, num_clips: int
 ) -> Iterator[TopK]:
-    """Yields a ranking of every part, by the clip indices of the whole split.
+    """Yields the ranking `group` of every part, by the clip indices of the whole split.
 
-    It names only clips of that part, which `owner` [N] int says of each clip.
+    `owner` [N] int is the part of each clip: a ranking that lists another part's clip is refused.
     """
     limit = parts_lib.most_bytes(num_identities, num_clips)
     for number, part in enumerate(parts):
@@ -410,9 +410,9 @@ def join_tops(tops: Iterable[TopK], num_identities: int, k: int = MAX_NAMES) -> 
 def choose_parts(
     workdir: Path, facts: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> list[Part]:
-    """Returns the parts of a ranking that agree with `facts`: all n of some n.
+    """Returns all n parts of a ranking, for an n for which all are there and agree with `facts`.
 
-    The error tells of the n that lacks least, and of the command that makes what is missing.
+    The error is about the n that lacks the fewest parts, with the command that makes the first.
     """
     split = facts["split"]
     found = parts_lib.find(workdir, split)
@@ -450,12 +450,12 @@ def choose_parts(
 
 
 def _plain(text: str) -> str:
-    """Returns a text that a stranger may have written, short and without control characters."""
+    """Returns an untrusted text, cut to 400 letters and without control characters."""
     return "".join(filter(str.isprintable, text))[:400]
 
 
 def _tell_of_versions(parts: Sequence[Part]) -> None:
-    """Says if parts were scored by other versions, whose scores may differ in their last digits."""
+    """Warns if parts were scored by different versions: last digits of scores may differ."""
     kinds: dict[str, dict[str, None]] = {}
     for part in parts:
         for name, version in part.facts.versions.items():

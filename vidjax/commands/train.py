@@ -40,7 +40,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, Path]:
 def _default_name(args: argparse.Namespace, config: Config) -> str:
     """Returns the name of a run's folder: the file, its arguments, and the overrides.
 
-    Of the folder of the data it has the last name: where two bear one, the run tells its own.
+    Of `data.dir` it has the last part alone; the run itself refuses another folder's data.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
@@ -54,7 +54,7 @@ def _default_name(args: argparse.Namespace, config: Config) -> str:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Trains, or goes on, or tells the results of a run that was finished before."""
+    """Trains a run, resumes it, or shows the results of one that was finished before."""
     began = time.monotonic()
     config, path = settings(args)
     from vidjax.training import together
