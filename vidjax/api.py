@@ -42,7 +42,7 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
 
 def run_config(workdir: Path) -> Config:
-    """Returns the configuration of the run in a folder; the error tells how to make a run."""
+    """Returns the configuration of the run in a folder; without one, ValueError says what to do."""
     try:
         return config_io.load_workdir(workdir)
     except ValueError as error:
@@ -81,8 +81,8 @@ def load_data(
       cache_dir: the folder of the records; None for `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: `drop` leaves out and counts frames with a feature that is not finite; `error`
         refuses them.
-      quality: of arrays: `given` takes the quality of a clip, or else the L2 norm of each feature;
-        `norm` always takes the norm, as `config.data.quality` of the training must then.
+      quality: of frames of your own features: `given`: `quality`, or the L2 norm of each feature in
+        clips without it; `norm`: always the norm; as in `config.data.quality` of the training.
 
     Raises:
       ValueError: malformed clips or labels; the message names the file or split, clip and field.
@@ -165,7 +165,7 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> "Predictor":
-    """Returns a trained run as functions of new clips: `rank`, `identify`, `scores`, `embed`.
+    """Restores a trained run: its `rank`, `identify`, `scores` and `embed` take new clips.
 
     Args:
       workdir: the folder of a run.

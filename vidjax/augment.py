@@ -1,4 +1,4 @@
-"""Augmentation of the clips that one member trains on in one step.
+"""Augmentation of the clips that one member of an ensemble trains on in one step.
 
 A transform maps (rng, MemberClips) to MemberClips. `System.clip_transforms` get all frames of the
 clips, before fusion; `System.transforms` get the fused frames.
@@ -27,7 +27,8 @@ class MemberClips(NamedTuple):
       labels: [B] int32, class columns.
       weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
       min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      targets: pairs (labels [B] int32, share [B] float32) of the loss; shares of a clip sum to 1.
+      targets: pairs (labels [B] int32, share [B] float32); the loss of a clip is the sum of share x
+        loss over the pairs, and its shares sum to 1.
     """
 
     frames: Mapping[str, Frames]
@@ -90,13 +91,12 @@ def concat_clips(
     with frame numbers that continue its own. A chosen long clip keeps `max_frames` consecutive real
     frames, or all if the modality has fewer. All other clips stay unchanged.
 
-    All modalities with the same `rng`, `chosen` and `short` are extended by the same other clip,
-    and cut at the same relative position.
+    Calls for several modalities with the same `rng`, `chosen` and `short` extend a clip by the same
+    other clip, and cut it at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in the modality that
-        decides.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
 
     Returns:
       Frames [B, 2 T] in the stored dtype.
@@ -127,11 +127,11 @@ def concat_clips(
 
 
 def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
-    """Mixes every clip with a random other clip of the batch.
+    """Mixes every clip with a random clip of the batch: share x clip + (1 - share) x other.
 
-    The share of the clip itself is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0. If
-    the other clip has weight 0, the share is 1, so that no member trains on clips of its held-out
-    fold.
+    The share is max(s, 1 - s) with s from Beta(alpha, alpha), alpha above 0; `targets` has the
+    labels of both. If the other clip has weight 0, the share is 1, so that no member trains on
+    clips of its held-out fold.
 
     Source: Zhang et al., mixup, equation 1. Ours: one share per clip instead of one per batch.
     """
@@ -165,9 +165,9 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 
 
 def feature_noise(rng: Array, clips: MemberClips, *, scale: float = FEATURE_NOISE) -> MemberClips:
-    """Adds Gaussian noise to fused features, with a tenth of the norm of each (ours).
+    """Adds Gaussian noise to each fused feature vector, by default a tenth of its norm (ours).
 
-    `scale` is the expected norm of the noise relative to the norm of the feature vector.
+    `scale` is the norm of the noise (root mean square) divided by the norm of the vector.
     """
     frames = {}
     for i, (name, fused) in enumerate(clips.frames.items()):
@@ -198,7 +198,7 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     specs: Sequence[str | Mapping[str, Any]], *, before_fusion: bool
 ) -> list[BatchTransform]:
-    """Builds the transforms of `config.transforms` that come before fusion, or after it.
+    """Builds the transforms of `config.transforms` that run before fusion, or those after it.
 
     `specs` are keys of TRANSFORMS, or dicts of `name` and keyword arguments; ValueError if one is
     unknown or an argument is missing.

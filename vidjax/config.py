@@ -1,7 +1,7 @@
-"""Every field of a configuration, one row of TABLE each: default, meaning, range, and reader.
+"""All fields of a configuration. Each is a row of TABLE: default, meaning, range, when it is read.
 
-A value that nothing reads looks like an experiment and is none: `optim.momentum=0.5` beside
-`optim.name=adam` trains the same weights as the default. A training that starts refuses it.
+With `optim.name=adam` nothing reads `optim.momentum`: any value trains the same weights. A new
+training refuses such a value, which looks like an experiment and is none.
 """
 
 import math
@@ -19,7 +19,7 @@ Values = Mapping[str, Any]  # dotted name of a field -> value, every field of `d
 
 
 class ReadWhen(NamedTuple):
-    """When a field is read: `field` decides it, and the command-line words `remedy` make it so."""
+    """A field is read if `condition` holds. `field` decides that; flags `remedy` make it hold."""
 
     field: str
     condition: Callable[[Values], bool]
@@ -33,14 +33,14 @@ class Field(NamedTuple):
       name: dotted.
       default: fixes the type; None for a text that may be unset.
       doc: the meaning in `configs/README.md`.
-      low, high, above, below: bounds: at least, at most, above, below. A value without `high` and
-        `below` must be finite.
-      choices: the values that it may have, where no table of the code holds them.
+      low, high, above, below: the value is >= low, <= high, > above, < below. Without `high` it
+        must be finite.
+      choices: the values that it may have; () for any, or for the keys of a table of the code.
       read_when: None for a field that is always read.
       changeable: `resume.allow` may name it: it changes neither the shapes of the training state
         nor the order of the clips.
-      movable: it may always change, and affects no result beyond rounding: a path (what lies there
-        is compared by its digest), a time of saving, a number of devices.
+      movable: it may always change when a run resumes, as it affects no result beyond rounding: a
+        path (its content is compared by digest), a time of saving, a number of devices.
     """
 
     name: str
@@ -73,9 +73,9 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses of logits that have a weight at some epoch.
+    """Returns the names of the losses of logits whose weight is above 0 at some epoch.
 
-    Conditions exclude the losses that leave a field unread: an unnamed loss counts as reading it.
+    The conditions below subtract losses that do not read a field: all others count as reading it.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -354,7 +354,7 @@ class Config(ConfigDict):
 
 
 def default() -> Config:
-    """Returns a configuration with every field that every experiment has, at its default.
+    """Returns a configuration with all fields of TABLE at their defaults.
 
     Each file in `configs/` changes this one. `model`, `fusion`, `loss` and `optim` are read by
     `models.identifier.make_identifier`, `fusion.make_fusion`, `losses.make_loss` and
@@ -380,7 +380,7 @@ def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns field -> (old, new value) of every field that differs and that either one reads."""
+    """Returns field -> (old, new value) of every field that differs, unless neither is read."""
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -390,7 +390,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def is_read(name: str, values: Values) -> bool:
-    """Returns False for a field that the values of the whole configuration leave unread."""
+    """Returns False if no code reads a field, given the `values` of all fields."""
     field = FIELDS.get(name)
     return not field or not field.read_when or field.read_when.condition(values)
 
@@ -401,16 +401,16 @@ def within(name: str, groups: Collection[str]) -> bool:
 
 
 def check(config: Config, *, fresh: bool = True) -> None:
-    """Refuses values that no training can use, before there are data, by the first of `problems`.
+    """Raises ValueError with the first of `problems`.
 
-    Without `fresh` a run goes on, and may have values that nothing reads, of an earlier version.
+    `fresh` is False for a run that resumes: it may hold values that this version does not read.
     """
     for problem in problems(config, fresh=fresh):
         raise UserError(problem)
 
 
 def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
-    """Yields an error message for every value that `check` refuses, with the same arguments."""
+    """Yields a message for every value out of range, in conflict or, if `fresh`, never read."""
     values = dict(fields(config))
     yield from _out_of_range(values)
     yield from _untrainable(values)
@@ -419,14 +419,14 @@ def problems(config: Config, *, fresh: bool = True) -> Iterator[str]:
 
 
 def check_ranges(config: Config | Mapping[str, Any], groups: Collection[str] = ()) -> None:
-    """Refuses the first value out of range, in any run, within the named groups; () for all."""
+    """Raises ValueError for the first value out of range in the named groups; () for all."""
     values = {name: x for name, x in fields(config) if not groups or within(name, groups)}
     for problem in _out_of_range(values):
         raise UserError(problem)
 
 
 def _out_of_range(values: Values) -> Iterator[str]:
-    """Yields an error message for every value that no training can use, whatever its data."""
+    """Yields an error message for every value outside of the range or choices of its field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_numbers(value))
@@ -533,7 +533,7 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset of SCALE_WORDS; returns whether values of the published size apply."""
+    """Sets dataset and splits by SCALE_WORDS; returns True if values for full-size data apply."""
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
     if "few" in words and "iqiyi_vid" not in words:
@@ -573,7 +573,7 @@ def choose_one(words: Collection[str], names: Collection[str], default: str) -> 
 
 
 def one_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str]:
-    """Returns the modality of an experiment that has only one, or its default; refuses several."""
+    """Returns a tuple of the one modality, or of the default if none is given; refuses several."""
     if len(modalities) > 1:
         raise UserError(
             f"--config: modalities {', '.join(modalities)}: this experiment has one\n"

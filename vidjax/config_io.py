@@ -1,4 +1,4 @@
-"""Configurations read and written: files of experiments, overrides, JSON."""
+"""Reads and writes configurations: files of experiments, overrides, JSON."""
 
 import ast
 import copy
@@ -40,7 +40,7 @@ _defined: dict[str, set[str]] = {}  # file's name -> `config.definitions` that a
 def load_file(spec: str) -> Config:
     """Returns the configuration that an experiment's file describes; an error names its line.
 
-    The file may add functions and classes to TABLES; `config.definitions` then names its content.
+    The file may add functions and classes to TABLES; `config.definitions` then has its digest.
 
     Args:
       spec: `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`,
@@ -89,7 +89,7 @@ def load_file(spec: str) -> Config:
 
 
 def _adds_definitions(module: str) -> bool:
-    """Returns True if an entry of TABLES comes from a module, or is a tuple of what does."""
+    """Returns True if an entry of TABLES, or a part of a tuple there, is defined in a module."""
     loaded = [(sys.modules[name], tables) for name, tables in TABLES.items() if name in sys.modules]
     return any(
         getattr(part, "__module__", None) == module
@@ -103,8 +103,8 @@ def _adds_definitions(module: str) -> bool:
 def check_definitions(config: Config | Mapping[str, Any]) -> None:
     """Refuses a configuration whose file of definitions was not loaded; warns of a changed file.
 
-    A run's folder may be a stranger's: the file is run where the user names it, and never from
-    what the folder says.
+    A run's folder may be a stranger's. So its file is executed only if the user names it, never
+    because the folder does.
     """
     wanted = config["definitions"] or ""
     name = wanted.rpartition(":")[0]
@@ -221,8 +221,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the end of a run's folder name that tells its overrides, such as `_seed=1`.
 
-    Fields are sorted. The name has letters, digits and `._=+-` alone; a digest ends it where
-    characters were replaced or it would be too long.
+    Fields are sorted, those of `without` left out. The name has letters, digits and `._=+-` alone;
+    it ends in a digest if characters were replaced or it was too long.
     """
     values = dict(fields(config))
     parts = []
@@ -239,9 +239,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Returns the value after an equals sign; `example` is the field's value so far.
+    """Returns the text of an override as a `kind`, the type of its field.
 
-    An error says nothing but what is wanted, such as `true or false`.
+    `example` is the field's value so far. ValueError says only what is wanted: `true or false`.
     """
     if kind is str:
         return text
@@ -275,7 +275,7 @@ def _convert_tuple(text: str) -> tuple[Any, ...]:
 
 
 def value_text(value: object) -> str:
-    """Returns a value as the command line would take it; `unset` and `empty` for none."""
+    """Returns a value as the command line takes it; `unset` for None, `empty` for () and ''."""
     if value is None:
         return "unset"
     if value in ((), ""):
@@ -290,7 +290,7 @@ def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-# Options of earlier versions -> the value that was without effect.
+# Options of earlier versions -> the value that had no effect.
 RETIRED = {
     "model": {"whitened": 0.0, "calibrated": []},
     "join": {"calibrate": False, "scale": 1.0, "offset": 0.0},
@@ -322,7 +322,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns a run's configuration without its cache: programs of a stranger's would run here."""
+    """Returns a run's configuration, its cache unset: a stranger's programs there would be run."""
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)

@@ -103,8 +103,9 @@ def _commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
     """Returns a mesh of the first devices: clips are split over `data`, classes over `model`.
 
-    Both axes are Auto: one program runs on 1 or N devices. Random draws are bit-identical, and
-    batch statistics are taken over all devices, which pmap could not do.
+    `num_devices` None is all of them; `model` of these share the classes. Both axes are Auto: on
+    any number of devices one program runs, random draws are bit-identical, and batch statistics
+    are taken over all devices.
     """
     devices = _devices()
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
@@ -156,9 +157,9 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def put(tree: Tree, layout: Layout) -> Tree:
-    """Lays a tree of arrays out on the devices.
+    """Puts a tree of arrays on the devices with a layout, one sharding or a tree of them.
 
-    Arrays on the host are whole, and equal in all processes.
+    Arrays on the host must be whole, and equal in all processes.
     """
     if processes.process_count() == 1:
         return jax.device_put(tree, layout)

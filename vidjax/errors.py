@@ -1,16 +1,16 @@
-"""Whose an error is: the user's, the system's, or vidjax's own.
+"""The errors of vidjax, what a command prints for each, and its exit code.
 
 | exception | a command prints | exit code |
 |---|---|---|
-| UserError and its subclasses: the words, the data, a file | its message | 2 |
+| UserError and its subclasses: a mistake in the flags, the data or a file | its message | 2 |
 | CheckpointError: no usable checkpoint | its message | 3 |
 | Interrupted: SIGINT, SIGTERM | its message | 130, 143 |
-| an OSError of REMEDIES: of a path, a disk, a limit | path, reason, remedy | 2 |
+| an OSError of REMEDIES, such as a full disk | path, reason, remedy | 2 |
 | no memory is left; a package is not installed | what to do | 2 |
-| every other, also a ValueError of numpy or of vidjax itself | its traceback | 1 |
+| any other: a bug, also a ValueError of numpy or of vidjax | its traceback | 1 |
 
-A library's text for programmers is never the whole message of a UserError: the caller of the
-library catches it, and says which file, clip or field is wrong.
+A UserError never passes on an error of a library as it is: whoever calls the library catches that
+error, and says which file, clip or field is wrong.
 """
 
 import difflib
@@ -32,7 +32,7 @@ class UserError(Expected, ValueError):
 
 
 class ArgumentError(UserError, TypeError):
-    """An argument of a function is of another type than it takes."""
+    """An argument of a function has a wrong type."""
 
 
 class NoFileError(UserError, FileNotFoundError):
@@ -46,7 +46,7 @@ class DiskError(UserError, OSError):
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Refuses an argument of a public function that is of a wrong type, or in a wrong place."""
+    """Raises ArgumentError, `ARGUMENT wants WANTED, not ...`, if a value has none of some types."""
     if not isinstance(value, kinds):
         shown = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -77,7 +77,7 @@ REMEDIES = {
     errno.EIO: _BROKEN,
     errno.ESTALE: _BROKEN,
 }
-# Of these, writing to an open file reports no path.
+# Errors of this list that writing to an open file raises, without a path.
 _WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
@@ -98,10 +98,7 @@ def of_the_system(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Returns text of any origin for a terminal: escapes control and bidirectional characters.
-
-    Line ends and tabs stay.
-    """
+    """Escapes control and bidirectional characters, but line ends and tabs, for a terminal."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -115,7 +112,7 @@ _CONTROL = re.compile(
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known word that is spelled most like another one, None if none is close enough.
 
-    Of a dotted name the last part is enough. `cutoff`: least similarity, 0 (anything) to 1 (equal).
+    One with the same part after its last dot always is. `cutoff`: least similarity, 0 to 1 (equal).
     """
     known = list(known)
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]

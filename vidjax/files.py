@@ -1,8 +1,8 @@
-"""Files: opened safely, written whole or not at all, locked, and known by their digests.
+"""Reads, writes and locks files safely, and computes their digests.
 
-A stranger may have made what is read: readers open regular files, follow no link in their place
-(with `below`, nor from there down), check sizes first, and return bytes, JSON, or arrays without
-objects. They raise ValueError or FileNotFoundError; writers, an OSError that names the file.
+A file may come from a stranger. So readers open regular files only, follow no symbolic link at the
+path (nor above it, see `open_regular`), check sizes first, and return bytes, JSON, or arrays
+without objects. They raise ValueError or FileNotFoundError; writers, an OSError with the path.
 """
 
 import contextlib
@@ -52,11 +52,11 @@ def open_regular(
     limit: float = math.inf,
     below: Path | None = None,
 ) -> io.FileIO:
-    """Opens a regular file, unbuffered, without following a link in its place.
+    """Opens a regular file, unbuffered; refuses a symbolic link.
 
-    Refuses a file of more than `limit` bytes, and one over LARGE_BYTES that is next to nothing but
-    holes. Never truncates, whatever `flags` of `os.open` say. No folder from `below` down to the
-    file may be a link; None for any links on the way.
+    Refuses a file of more than `limit` bytes, and one over LARGE_BYTES that is nearly all holes
+    (sparse). Never truncates, whatever `flags` of `os.open` say. With `below`, a folder above the
+    file, no folder between the two may be a link; None allows links on the way.
     """
     safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -98,7 +98,7 @@ def open_regular(
 
 @contextlib.contextmanager
 def open_folder(path: Path, below: Path) -> Iterator[int]:
-    """Opens a folder, following no link from `below` on; gives its descriptor for a `dir_fd`."""
+    """Yields a descriptor of a folder, for `dir_fd`; refuses a link in its path after `below`."""
     names = path.relative_to(below).parts
     if ".." in names:
         raise UserError(f"'{path}' leads out of '{below}': name a path without '..'")
@@ -128,7 +128,7 @@ def _open_inner(outer: int, path: Path) -> int:
 
 
 def walk(path: Path, below: Path) -> Iterator[tuple[str, int]]:
-    """Yields the name below `path`, and the size in bytes, of every file of a folder."""
+    """Yields (path relative to `path`, bytes) of every file in it; `below`: see `open_folder`."""
     with open_folder(path, below) as folder:
         yield from _walk(folder, path, "")
 
@@ -151,7 +151,7 @@ def _walk(folder: int, path: Path, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> None:
-    """Removes regular files of an open folder, and the folders within it that are empty then."""
+    """Removes files of `folder`, a descriptor, if `prefix` + path is listed; and empty folders."""
     for name in os.listdir(folder):
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
@@ -168,7 +168,7 @@ def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> Non
 
 
 def open_input(path: Path) -> io.FileIO:
-    """Opens a file of the user's own data, unbuffered, which may be a link to a regular file."""
+    """Opens a file of the user's own data, unbuffered; unlike `open_regular` it follows links."""
     return open_regular(Path(os.path.realpath(path)))
 
 
@@ -196,7 +196,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _kind_of(mode: int) -> str | None:
-    """Returns the kind of file, such as `a link`, None for a regular one."""
+    """Returns the kind of file by its `st_mode`, such as `a link`; None for a regular one."""
     if stat.S_ISREG(mode):
         return None
     for is_kind, name in (
@@ -243,7 +243,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file that may be damaged; `kind` object takes any value."""
+    """Returns the value of a JSON file; ValueError if it is damaged or no `kind`; `object`: any."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -255,7 +255,7 @@ def read_json(
 
 
 def parse_json(content: bytes | str) -> object:
-    """Returns the value of JSON text."""
+    """Returns the value of JSON text; refuses deep nesting, many values and huge integers."""
     try:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
@@ -277,7 +277,7 @@ def parse_json(content: bytes | str) -> object:
     raise UserError(f"lists within lists, more than {MAX_DEPTH} deep")
 
 
-# From here on a whole number overflows where an array or a float is wanted.
+# Whole numbers of this size or more overflow in int64 arrays.
 INTEGER_LIMIT = 1 << 63
 
 
@@ -288,7 +288,7 @@ def _parse_int(digits: str) -> int:
 
 
 def read_lines(path: Path, limit: int = LOG_BYTES) -> list[bytes]:
-    """Returns the lines of a log, the last of which may be unfinished; none without the file."""
+    """Returns the lines of a log, the last of which may be unfinished; [] if there is no file."""
     return read_bytes(path, limit).splitlines() if exists(path) else []
 
 
@@ -308,7 +308,7 @@ def each_line(path: Path, limit: int = LINE_BYTES) -> Iterator[bytes]:
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Returns the arrays of an `.npz` file, whose sizes are summed before one is unpacked."""
+    """Returns name -> array of an `.npz` file of at most `limit` bytes, packed and unpacked."""
     with _open_to_read(path, limit) as (file, _):
         try:
             return load_npz(file, limit)
@@ -317,7 +317,7 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 
 
 def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the arrays of an open file, as `read_npz`; with `group`, of GROUP/NAME by NAME."""
+    """Reads an open file as `read_npz` does; `group` keeps only arrays `group/NAME`, as NAME."""
     content = io.BufferedReader(file)
     try:
         if content.peek(1).startswith(np.lib.format.MAGIC_PREFIX):
@@ -341,7 +341,7 @@ def load_npz(file: io.FileIO, limit: int, group: str | None = None) -> dict[str,
 
 
 def _check_sizes(archive: zipfile.ZipFile, limit: int, start: str) -> None:
-    """Checks sizes of the arrays named `start...`, by the directory and by their own headers."""
+    """Refuses arrays named `start...` of over `limit` bytes, of objects, or with a false header."""
     entries = [entry for entry in archive.infolist() if entry.filename.startswith(start)]
     if sum(entry.file_size for entry in entries) > limit or len(entries) > 1000:
         raise UserError(f"it unpacks to more than {limit:,} bytes")
@@ -370,7 +370,7 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Returns the absolute path of `local`, without `..`."""
+    """Returns `local(path)` as an absolute path without `..`."""
     found = local(path)
     return found.resolve() if ".." in found.parts else found.absolute()
 
@@ -409,7 +409,7 @@ def default_cache_dir() -> Path:
 
 
 def foreign_part(folder: Path) -> Path | None:
-    """Returns the first folder, from the root to the real path, that another user may change."""
+    """Returns the first folder on the path from / to `folder` that others may change, or None."""
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):
@@ -423,7 +423,7 @@ def foreign_part(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if someone beside root and this user may put files in the place of others."""
+    """Returns True if a user other than root and this one may replace files in a folder."""
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
@@ -434,7 +434,7 @@ def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
 
 
 def _is_private(group: int) -> bool:
-    """Returns True for root's group, and for one that bears the user's name and no other member."""
+    """Returns True for root's group, and for a group of the user's name without other members."""
     if group == 0:
         return True
     try:
@@ -445,7 +445,7 @@ def _is_private(group: int) -> bool:
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
-    """Makes a folder if needed, checks that it can be written, and returns its absolute path."""
+    """Returns the absolute path of a writable folder, made if needed; errors call it `name`."""
     workdir = Path(path).expanduser().absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
@@ -461,7 +461,7 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a folder for this process; the kernel releases the lock however the process ends."""
+    """Locks a folder until the context or the process ends; errors call the folder `name`."""
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
@@ -481,7 +481,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 
 
 def _lock(file: io.FileIO) -> bool:
-    """Locks an open file, or returns False; tries again, as `lock_holder` holds it for a moment."""
+    """Locks an open file; tries for LOCK_SECONDS, as `lock_holder` locks it briefly, else False."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -494,7 +494,7 @@ def _lock(file: io.FileIO) -> bool:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """Returns the process that holds the lock of a folder, None if none does."""
+    """Returns who holds the lock of a folder, such as `process 12 on ada`; None if nobody does."""
     try:
         with open_regular(folder / ".lock") as file:
             try:
@@ -507,7 +507,7 @@ def lock_holder(folder: Path) -> str | None:
 
 
 def lock_owner(file: io.FileIO) -> str:
-    """Returns the process that an open `.lock` names, in one line of printable letters."""
+    """Returns the process that an open `.lock` names, as one line of printable characters."""
     file.seek(0)
     text = file.read(LOCK_BYTES).decode(errors="replace")
     return "".join(filter(str.isprintable, text)).strip() or "another process"
@@ -521,7 +521,7 @@ def _create(path: Path) -> BinaryIO:
 def open_log(path: Path) -> io.FileIO:
     """Opens a log to append to, unbuffered; it need not exist yet.
 
-    A log with hard links, as snapshots have, is copied first: the other names keep what they have.
+    A log with other hard links, as snapshots make, is copied first, so that these do not change.
     """
     if exists(path):
         with open_regular(path) as file:
@@ -533,7 +533,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder with all that is in it; of a link in its place only the link."""
+    """Removes a folder with all its content; if `folder` is a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -541,21 +541,21 @@ def remove_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file: its path shows either the old content or all of the new."""
+    """Writes a text file atomically: a reader sees the old content or all of the new."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file: its path shows either the old content or all of the new."""
+    """Writes a file atomically; `sync`: see `atomic_file`."""
     with atomic_file(path, sync=sync) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Opens a file to write; its path shows the old content until the end.
+    """Yields a new file to write, which replaces `path` when the context ends without an error.
 
-    With `sync` it waits for the disk, so that this holds after a power cut, too.
+    `sync` waits until the disk has the content, so that a power cut leaves a whole file, too.
     """
     # Not the number of the process: those of containers on a shared disk are often the same.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -592,7 +592,7 @@ def _cannot_write(path: object, error: OSError) -> DiskError:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file, whole or not at all; the value may hold numpy scalars and arrays."""
+    """Writes a JSON file atomically; the value may hold numpy scalars and arrays."""
     write_text(path, to_json(value))
 
 
@@ -602,13 +602,13 @@ def to_json(value: object) -> str:
 
 
 def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
-    """Writes a JSON file of some entries and `sha256`, the digest of these."""
+    """Writes a JSON file of `entries` and their digest, as the entry `sha256`."""
     plain = json.loads(to_json(dict(entries)))  # as a reader will see them
     write_json(path, {**plain, "sha256": sha256_json(plain)})
 
 
 def read_manifest(path: Path, limit: int = JSON_BYTES, below: Path | None = None) -> dict[str, Any]:
-    """Returns the entries that `write_manifest` was given, if their digest agrees."""
+    """Returns the entries that `write_manifest` was given; refuses them if their digest differs."""
     manifest = read_json(path, limit=limit, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged (its own sha256 differs)")
@@ -623,7 +623,7 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes its final name only if no error is raised."""
+    """Yields a new folder to fill, which replaces `folder` at the end if no error is raised."""
     # A fresh name each time: a child of a killed process cannot write into this one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -644,7 +644,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder, and those above it that are not there, for this user alone."""
+    """Makes a folder and its missing parents, with mode 0700."""
     for path in (*reversed(folder.parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Every place of a person or a clip, and the deletion of what vidjax may delete.
+"""Finds the files that hold the name of a person or clip, and deletes those that vidjax may delete.
 
-It is no command of a gallery: runs and caches know a person as well.
+It is no command of the gallery, since runs and caches hold names as well.
 """
 
 import contextlib
@@ -41,7 +41,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".mp4", ".mkv", ".avi", ".mov", ".onnx")
 
 
 class Found(NamedTuple):
-    """A place that holds a name. Kind `unread`: not searched; remedy `deleted`: gone already."""
+    """A file or folder that holds a name.
+
+    Its kind is `gallery`, `records` of the cache, `run`, `file`, or `unread` if it could not be
+    searched. `remedy` tells how to delete it: `--delete` if vidjax can; `deleted...` if it did.
+    """
 
     kind: str
     path: Path
@@ -56,7 +60,10 @@ def forget(
     *,
     delete: bool = False,
 ) -> list[Found]:
-    """Returns the places of people, of their clips in galleries, and of clips; may delete them."""
+    """Finds the names of people and clips, and of the people's clips, in or below `places`.
+
+    With `delete` it deletes what vidjax may delete: clips of galleries, and records of the cache.
+    """
     roots = [place.expanduser().absolute() for place in places]
     for root in roots:
         if not root.exists():
@@ -75,7 +82,7 @@ def forget(
 
 
 def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
-    """Returns folder -> its kind, and the files of runs and of no such folder; follows no link."""
+    """Returns folder -> `gallery`, `records` or `run`, and the files to search; follows no link."""
     from vidjax.gallery.store import NAME
 
     folders: dict[Path, str] = {}
@@ -99,7 +106,7 @@ def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
 def _from_gallery(
     folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
 ) -> tuple[list[Found], set[str]]:
-    """Returns what a gallery holds of people and clips, and the names of all these clips."""
+    """Returns what a gallery holds of people and clips, and the names of all clips of both."""
     from vidjax.gallery.gallery import Gallery
 
     try:
@@ -123,7 +130,7 @@ def _from_gallery(
 
 
 def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list[Found]:
-    """Returns which clips a conversion holds; with `delete` all of it goes."""
+    """Searches converted records for clips; with `delete` removes all of them if one is found."""
     try:
         index = files.read_npz(folder / "index.npz", INDEX_BYTES)
         lists = [x.tobytes().decode("utf-8", "replace") for n, x in index.items()
@@ -144,7 +151,7 @@ def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list
 def _from_files(
     paths: Iterable[Path], names: Collection[str], folders: dict[Path, str]
 ) -> Iterator[Found]:
-    """Yields the runs, and the files outside of runs, that hold a name, or are named so."""
+    """Yields runs, and files outside of runs, with a name in their content or as a file name."""
     pattern = _pattern(names)
     runs: dict[Path, list[str]] = {}
     for path in paths:
@@ -169,7 +176,7 @@ def _from_files(
 
 
 def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Found]:
-    """Yields galleries whose vectors, and maybe back ends, come from runs that know the person."""
+    """Yields galleries whose vectors come from one of `runs`, the runs that hold a name."""
     from vidjax.gallery.gallery import Gallery
 
     for folder in galleries:
@@ -181,7 +188,7 @@ def _of_runs(galleries: Iterable[Path], runs: Collection[Path]) -> Iterator[Foun
 
 
 def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
-    """Returns a pattern of names as vidjax writes them: plain, in JSON, in HTML and in rankings."""
+    """Returns a pattern of the names as vidjax writes them: plain, in JSON, HTML and rankings."""
     written = {
         form
         for name in names
@@ -198,7 +205,7 @@ def _pattern(names: Collection[str]) -> re.Pattern[bytes]:
 
 
 def _holds(path: Path, pattern: re.Pattern[bytes]) -> bool:
-    """Returns whether a file holds a name; an archive is unpacked, a table of parquet is read."""
+    """Returns True if a pattern matches in a file; zip is unpacked, parquet is read as a table."""
     if path.suffix == ".parquet":
         return _in_table(path, pattern)
     with files.open_regular(path) as file:
@@ -217,7 +224,7 @@ def _holds(path: Path, pattern: re.Pattern[bytes]) -> bool:
 
 
 def _in_stream(file: IO[bytes], pattern: re.Pattern[bytes]) -> bool:
-    """Returns whether a file holds a name, also across the end of a piece."""
+    """Returns True if a pattern matches in a file, also across pieces of PIECE bytes."""
     kept, across = b"", len(pattern.pattern)
     while piece := file.read(PIECE):
         if pattern.search(kept + piece):

@@ -1,9 +1,9 @@
 """Selection and fusion of the frames of one modality: from Frames [B, T] to Frames [B, T'].
 
 Functions are pure and can be jitted. Draws have the shape of the whole batch, so they do not depend
-on the number of devices. Selected features keep their stored dtype; of lazy features only selected
-ones are read. Masks may have holes, as `filter_frames` leaves them. An option that is unknown,
-missing or out of range raises ValueError.
+on the number of devices. Selected features keep their stored dtype; of LazyFeatures only selected
+rows are read. False may come before True in a mask, as after `filter_frames`. An option that is
+unknown, missing or out of range raises ValueError.
 """
 
 import functools
@@ -26,11 +26,10 @@ def filter_frames(
     min_detection: Array | float | None = None,
     top_share: float = 1.0,
 ) -> Frames:
-    """Masks frames of low quality.
+    """Removes frames of low quality: sets their mask to False.
 
     Args:
-      min_quality, min_detection: lowest scores to keep, numbers or traced scalars; None or -inf for
-        any.
+      min_quality, min_detection: lowest scores to keep, may be traced; None or -inf for no limit.
       top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
         Among equal qualities the earlier frame is better; NaN is the lowest quality.
 
@@ -60,8 +59,8 @@ def filter_frames(
 def top_frames(rng: Array | None, frames: Frames, *, num_frames: int = 32) -> Frames:
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
-    Shorter clips keep all frames and repeat some: random ones with a key; without a key, all in
-    turn, starting with the best. Among equal qualities the earlier frame is better; NaN is the
+    Shorter clips keep all frames and repeat some: random ones if `rng` is a key; if it is None, all
+    in turn, starting with the best. Among equal qualities the earlier frame is better; NaN is the
     lowest quality.
 
     Returns:
@@ -79,9 +78,9 @@ def sample_frames(
 ) -> Frames:
     """Selects `num_frames` frames of every clip independently of quality.
 
-    With a key the frames are drawn at random without replacement; shorter clips keep all frames and
-    repeat random ones. Without a key the frames are evenly spaced over the clip. `order` is `time`,
-    or `random`: independent of time, and without a key the same for all clips.
+    If `rng` is a key, frames are drawn at random without replacement; shorter clips keep all frames
+    and repeat random ones. If it is None, the frames are evenly spaced over the clip. `order` is
+    `time`, or `random`: independent of time, and without a key the same for all clips.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -149,7 +148,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns [B] float32 means of `norm`, the length of a feature vector, or of `quality`.
+    """Returns the mean over each clip's frames of a measure, `norm` (L2) or `quality`: [B] float32.
 
     A quality that is not finite counts as 0; a clip without frames has mean 0.
     """
@@ -205,7 +204,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to every field of some frames; for LazyFeatures, to the index."""
+    """Calls `fn` with each field of all `frames`, of LazyFeatures the index; returns Frames."""
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -217,7 +216,7 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
 
 
 def ordered_quality(quality: Array) -> Array:
-    """Returns qualities with the lowest float32 for those that are not finite."""
+    """Replaces qualities that are not finite by the lowest finite float32."""
     return jnp.where(jnp.isfinite(quality), quality, jnp.finfo(jnp.float32).min)
 
 
@@ -229,7 +228,7 @@ def _best_first(quality: Array, mask: Array) -> Array:
 
 
 def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: int) -> Frames:
-    """Selects the first `num_frames` real frames of an order [B, T], in time order."""
+    """Selects the first `num_frames` frames in `order` [B, T]; sorts by time, may repeat frames."""
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
     slot = jnp.arange(num_frames, dtype=jnp.int32)[None, :]
@@ -243,14 +242,14 @@ def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: i
 
 
 def _frames_at(frames: Frames, index: Array) -> Frames:
-    """Selects frames at indices [B, T']; all are real for clips that have a frame."""
+    """Selects frames at indices [B, T']; the mask is True for clips that have a frame."""
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
 
 
-# Sampling weights are multiples of 1 / _LEVELS of the largest of a clip. Up to 4096 add up exactly
-# in float32, in any order: draws depend neither on padding nor on the number of devices.
+# Sampling weights are multiples of 1 / _LEVELS of the clip's largest one. The weights of up to 4096
+# frames add up exactly in float32: draws depend neither on padding nor on the number of devices.
 _LEVELS = 4096
 
 
@@ -321,7 +320,7 @@ def merged_windows(
     """Returns the frames, and for each frame its mean with 1 to `max_frames` - 1 other frames.
 
     The others are those that follow the frame in a random, cyclic order of the frames of the clip.
-    `random_fusion` without replacement, half of its `probs` on one frame, draws some at less cost.
+    At less cost `random_fusion` draws such frames: half of `probs` on 1 frame, `replacement=False`.
 
     Args:
       rng: PRNG key; None for a fixed order, which depends only on the number of real frames.
@@ -382,7 +381,7 @@ def _mean_over_frames(
     values: Array | LazyFeatures,
     of: Callable[[Array], Array] = lambda x: x,
 ) -> Array:
-    """Returns the weighted mean of a function of values [B, T, ...] over the frames, [B, ...]."""
+    """Returns the weighted mean of `of(values)` over the frames: [B, T, ...] to [B, ...]."""
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     # Blocks are padded to a few lengths: skip the frames after the last real one of the batch.
@@ -403,7 +402,8 @@ def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
     """Returns the mean frames of four temporal crops of every clip.
 
     The crops are the whole clip, the clip without its first third, without its last third, and
-    without its first and last sixth, all rounded down, so that no crop of a frame or more is empty.
+    without its first and last sixth. Thirds and sixths are rounded down: no crop of a clip with
+    frames is empty.
 
     Returns Frames [B, 4], see `mean_frame`; `weighting` is one of `frame_weights`.
 
@@ -456,7 +456,7 @@ class Fusion(NamedTuple):
     Attributes:
       function: ([rng,] Frames [B, T], *, options) -> Frames [B, T'].
       random: True if it takes a PRNG key, which is None in evaluation.
-      widths: width of its feature vectors as a multiple of that of a frame.
+      widths: width of a fused feature vector divided by that of a frame.
     """
 
     function: Callable[..., Frames]
@@ -481,9 +481,9 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     """Builds a fusion from its specification, a plain dict.
 
     Args:
-      spec: `name`, a key of FUSIONS, and keyword arguments of that function. Those of
-        `filter_frames` may be added, which is applied first; `kept_share` is a `top_share` of the
-        fused frames, applied last.
+      spec: `name`, a key of FUSIONS, and keyword arguments of that function. It may also have
+        arguments of `filter_frames`, which is applied first, and `kept_share`: the `top_share` of
+        the fused frames to keep at the end.
 
     Returns:
       Function (rng, Frames [B, T]) -> Frames [B, T']. `all`, `crops`, `mean` and
@@ -516,7 +516,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 def check_options(
     what: str, function: Callable[..., Any], options: Collection[str], more: str = ""
 ) -> None:
-    """Raises ValueError for options that a function lacks or needs; `what` names it."""
+    """Refuses unknown and missing options of a function; messages call it `what`, add `more`."""
     known = _options(function)
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -535,7 +535,7 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def _draw(levels: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws [B, T'] int32 frames for every slot, with probabilities proportional to their levels.
+    """Draws frame indices [B, T'] int32 for every slot, with probabilities proportional to levels.
 
     `levels` are [B, T], see `_levels`; `uniforms` [B, T', slots] float32 lie in [0, 1). Without
     `replacement`, all frames that can be drawn are drawn before one is repeated.

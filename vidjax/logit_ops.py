@@ -1,4 +1,4 @@
-"""What losses do with logits, in as few passes over them as the mathematics allows.
+"""Operations of the losses on logits, in as few passes over them as possible.
 
 Logits [..., K] are the largest arrays of a training step: on a CPU a loss costs what reading and
 writing them costs. Each derivative below is elementwise and needs the logits alone, so XLA computes
@@ -41,9 +41,9 @@ def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
 
 
 def leave_out(logits: Array, class_mask: Array | None) -> Array:
-    """Returns the logits [..., K] with a very low one where `class_mask` [K] bool is False.
+    """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
 
-    It is finite, as derivatives of infinite logits are not, and adds 0 to the sums below.
+    The number is finite, as infinite logits have NaN derivatives; it adds 0 to the sums below.
     """
     if class_mask is None:
         return logits
@@ -85,12 +85,12 @@ def sum_of_shares(shares: Array) -> Array:
 def log_softmax(logits: Array, class_mask: Array) -> Array:
     """Returns the logarithm of the softmax over the columns that training sees.
 
-    The logarithm of a probability p near 1 is computed from the other columns. It keeps all digits
-    of a float32 while these add up to 1e-38 or more: a lead of 87 nats. The sum of all exponentials
-    is no more than 1 from a lead of 17 nats on, and clips that differ in certainty would tie. The
-    result is the same to the bit on any number of devices that share the columns.
+    For the best column it is log_sigmoid(lead), with lead = logit - logsumexp(the others). In
+    float32 this keeps all digits up to a lead of 87 nats; logit - logsumexp(all) would round to 0
+    from 17 nats on, and clips that differ in certainty would tie. The result [..., K] is the same
+    to the bit on any number of devices that share the columns.
 
-    `class_mask` is [K] bool, the columns that training sees; other columns may exceed 0.
+    `class_mask` is [K] bool, True for columns that training sees; other columns may exceed 0.
     """
     seen = jnp.where(class_mask, logits, -jnp.inf)
     best = jnp.max(seen, axis=-1, keepdims=True)
@@ -137,14 +137,14 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _again(logits: Array) -> Array:
-    """Returns the logits; XLA then recomputes exponentials, which costs less than keeping them."""
+    """Returns the logits behind a barrier: XLA recomputes exponentials, which is cheaper."""
     return jax.lax.optimization_barrier(logits)
 
 
 def _log1p(x: Array) -> Array:
     """Returns log(1 + x) for x in [0, 1], within 2e-7 relative in float32.
 
-    XLA for CPUs computes `jnp.log1p` number by number in the middle of other work.
+    XLA for CPUs does not vectorise `jnp.log1p` where it is fused with other operations.
     """
     if x.dtype != jnp.float32:
         return jnp.log1p(x)
@@ -152,7 +152,7 @@ def _log1p(x: Array) -> Array:
 
 
 def _fit_log1p() -> list[float]:
-    """Returns the polynomial of degree 10 next to log(1 + x) / x on [0, 1], highest power first."""
+    """Returns coefficients of a polynomial fit of log(1 + x) / x on [0, 1], highest power first."""
     fit = np.polynomial.Chebyshev.interpolate(lambda x: np.log1p(x) / x, 10, domain=[0, 1])
     return fit.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
 

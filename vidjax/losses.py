@@ -55,7 +55,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
       logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
       margin: angle m in radians, from 0 to pi/2; 0 returns the logits unchanged.
-      scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
+      scale: factor on the cosines, above 0; if it is learned, an array that broadcasts to [...].
 
     Returns:
       [..., K], at least float32. In the column of the label scale x cos(angle + m); for angles
@@ -89,13 +89,13 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
-    It also holds for unit vectors that went through dropout, unlike `angular_margin`.
+    Unlike `angular_margin` it allows cosines beyond 1, which dropout on unit vectors makes.
 
     Args:
       logits: [..., K] float, scale x cosine.
       labels: [...] int32, class columns.
       margin: m, 0 or more.
-      scale: factor on the cosines, above 0; of a shape that fits the labels if it is learned.
+      scale: factor on the cosines, above 0; if it is learned, an array that broadcasts to [...].
 
     Returns:
       [..., K], at least float32; scale x (cosine - m) in the column of the label, others unchanged.
@@ -122,8 +122,8 @@ def binary_focal(
         the sum of -p^gamma log(1 - p) over the other columns.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha; summed over
-    all columns as in quality fusion (4th place 2019). Without building a one-hot target, the
-    negative term is summed over all columns and corrected in the column of the label.
+    all columns as in quality fusion (4th place 2019). No one-hot target is built: the negative term
+    is summed over all columns and corrected in the column of the label.
     """
     label_logit = logit_ops.at_label(logits, labels)
     positive = logit_ops.focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
@@ -220,14 +220,14 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective.
 
-    It is the loss of the logits, summed over the branches of the model with the weights
-    `train_weight`, plus `embedding_weight` times the loss of embeddings that `embedding` names, if
-    any.
+    It is sum over branches(train_weight x loss of the logits) + embedding_weight x embedding loss,
+    where `train_weight` comes from the model.
 
     Args:
-      spec, class_mask, steps_per_epoch, logit_scale: see `make_loss`.
-      columns: [K] int32, the class column of each logit, where labels are places among them; None
-        for all in order. A loss of embeddings reads class columns.
+      spec: see `make_loss`; also `embedding`, a name in EMBEDDING or empty, and its weight.
+      class_mask, steps_per_epoch, logit_scale: see `make_loss`.
+      columns: [K] int32, class column of each logit, if a step uses a sample of the classes; labels
+        are then indices into `columns`. None: the logits are of all classes, in order.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
     name, weight = spec["embedding"], spec["embedding_weight"]
@@ -265,16 +265,16 @@ def make_loss(
 
     Args:
       spec: `classification` and `focal`, names in CLASSIFICATION; `schedule`, pairs (epoch, w);
-        `margin_type`, a name in MARGINS, and `margin`, for losses without an option `margin`; any
-        others are options of the losses.
+        `margin_type`, a name in MARGINS, and `margin`, applied to the logits of losses that have no
+        option `margin` of their own; any others are options of the losses.
       class_mask: [K] bool, True for columns that take part; None for all.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model; 1 if its logits are not cosines.
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale) -> loss [...] float. The
-        step may be traced. A learned scale, of a shape that fits the labels, replaces `logit_scale`
-        unless it is None.
+        step may be traced. A learned scale, which broadcasts to [...], replaces `logit_scale`; None
+        if there is none.
 
     Raises:
       ValueError: a name is unknown, the schedule is not ordered or leaves 0 to 1, or a margin is
@@ -340,6 +340,6 @@ def _parameters(function: Callable[..., Array]) -> Set[str]:
 def _with_options(
     function: Callable[..., Array], options: Mapping[str, Any]
 ) -> functools.partial[Array]:
-    """Binds the options that a loss accepts."""
+    """Returns a loss with those of `options` bound that it accepts."""
     names = _parameters(function) & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})

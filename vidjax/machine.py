@@ -1,7 +1,7 @@
 """What this process may use of its machine or container: cores, memory and open files.
 
 A container is a Linux control group, version 1 or 2. Its limits, and those of the groups around it,
-hold for all processes in it.
+hold for all processes in it. `root` is the root of the file system; tests give another folder.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ def num_cores(root: Path = ROOT) -> int:
 
 
 def memory_bytes(root: Path = ROOT) -> int:
-    """Returns the memory that this process may use, with what is in use."""
+    """Returns the bytes of memory that this process may use in all, free or not."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([physical, *(limit for limit, _ in _memory(root))]))
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns the memory that this process may still use; 0 where that is not known."""
+    """Returns the bytes of memory that are still free for this process; 0 if not known."""
     free = [limit - used for limit, used in _memory(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -50,7 +50,7 @@ def free_bytes(root: Path = ROOT) -> float:
 
 
 def most_files() -> float:
-    """Returns how many files this process may open at once; `ulimit -n` sets it."""
+    """Returns how many files this process may open at once, as `ulimit -n` sets it, or inf."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft
 
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     """Lets each batch reuse the memory of the one before, if the C library is glibc.
 
     By default the kernel maps and clears every array above 32 MB anew, and every thread trims its
-    own heap, which halves the rate of batches. Only for a process that is vidjax's own.
+    own heap, which halves the rate of batches. For the `vidjax` command only: it affects all code.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
 
 
 def _memory(root: Path) -> Iterator[tuple[float, float]]:
-    """Yields limit and use of every control group that has a limit, in bytes."""
+    """Yields (limit, use) in bytes of every control group with a limit on memory."""
     for group in _groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),

@@ -64,7 +64,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the words, or those of the process, and returns the exit code of `messages.guarded`."""
+    """Runs `argv`, None for that of the process; returns the exit code of `messages.guarded`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["gallery"]:
         from vidjax.gallery import commands
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Returns the flags, `place` (None for one process), and `line`, which repeats the run."""
+    """Returns the flags, `place` (None: a single process), and `line`, which repeats the run."""
     prog = "vidjax" if Path(sys.argv[0]).name == "vidjax" else messages.PROGRAM
     name, own = split_command(words)
     if "--version" in own or (name is None and {"-h", "--help"} & {*own}):
@@ -150,7 +150,7 @@ def _parse_no_command(prog: str, words: Sequence[str]) -> None:
 
 
 def _without_place(words: Sequence[str]) -> list[str]:
-    """Returns the words that repeat a run, in one process or in several."""
+    """Returns the words without `processes.FLAGS`, which differ between processes of a run."""
     kept, rest = [], list(words)
     while rest:
         word = rest.pop(0)

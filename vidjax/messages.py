@@ -1,6 +1,6 @@
-"""What commands take and say: flags, results, errors of at most three lines, exit codes.
+"""What all commands share: flags, results, errors of at most three lines, exit codes.
 
-It imports nothing slow at the top: a mistake in the words is reported before libraries load.
+It imports nothing slow at the top: a mistake in the flags is reported before libraries load.
 """
 
 import argparse
@@ -25,9 +25,10 @@ QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 
 
 class Result(NamedTuple):
-    """What a command has found.
+    """The result of a command, with its exit code.
 
-    `--json` prints `content`. A reader gets `text`, the command's name with `note`, and `rows`.
+    `--json` prints `content`. Otherwise `text` is printed, and then `rows`, name -> value, below
+    the command's name with `note` behind it.
     """
 
     content: Mapping[str, Any]
@@ -38,7 +39,7 @@ class Result(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command, `vidjax NAME` or `vidjax gallery NAME`; `example` has its flags, once or more."""
+    """A command, `vidjax NAME` or `vidjax gallery NAME`; each `example` has the flags of a call."""
 
     about: str
     add_flags: "Callable[[Parser], None]"
@@ -47,7 +48,7 @@ class Command(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of whole flags, whose errors are messages as those of every command."""
+    """A parser that takes no abbreviated flags, and raises UserError for mistakes."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.takes_fields = False
 
     def flag(self, name: str, metavar: str, about: str, *, needed: bool = False) -> None:
-        """Adds a flag with a value."""
+        """Adds a flag with a value; `about` is its help, and `needed` makes it required."""
         self.add_argument(name, metavar=metavar, help=f"{about} (needed)" if needed else about)
         self.flags[name] = f"{name}={metavar}: {about}" if needed else ""
 
@@ -74,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         self.flags[name] = ""
 
     def fields(self, group: str = "") -> None:
-        """Lets `--config.FIELD=VALUE` override fields."""
+        """Lets `--config.FIELD=VALUE` override fields; only the help shows `group`, e.g. `data.`."""
         name = f"--config.{group}FIELD"  # for the help alone: `split_overrides` takes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
@@ -116,9 +117,9 @@ def parse(
     """Returns the flags of a command, with its name, `command`, and `overrides` of fields.
 
     Args:
-      words: the words without the command's name.
-      near: a misspelt flag without its dashes -> the field that it may mean.
-      stray: a word without a flag -> what it may mean, in words.
+      words: the command line without `prog` and the command's name.
+      near: a misspelt flag without its dashes -> the flag that it may mean, or None.
+      stray: a word that is no flag -> a hint for the error message, or None.
     """
     own, overrides = split_overrides(words)
     parser = make_parser(prog, name, commands[name])
@@ -143,7 +144,7 @@ def parse(
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the words of flags, and overrides `--config.F=V`, also of `--config.F V`."""
+    """Splits words into flags and overrides; `--config.F V` becomes `--config.F=V`."""
     own, overrides = [], []
     rest = list(words)
     while rest:
@@ -189,7 +190,7 @@ def _foreign(prog: str, commands: Mapping[str, Command], name: str, flag: str) -
 
 
 def no_command(name: str, commands: Mapping[str, Command]) -> UserError:
-    """Returns the error of an unknown command: some delete, so it says what the nearest does."""
+    """Returns the error of an unknown command; it says what the nearest one does: some delete."""
     match = closest(name.lower(), commands, cutoff=0.6)
     if match is None:
         return UserError(f"no command '{name}': choose from {', '.join(commands)}")
@@ -210,7 +211,7 @@ def show(result: Result, name: str, *, as_json: bool, named: bool = True) -> Non
 
 
 def _plain(value: object) -> object:
-    """Returns a value for JSON; numbers that JSON lacks become `inf` and `nan`."""
+    """Returns a value for JSON; floats that JSON lacks become the strings `inf`, `-inf`, `nan`."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -237,10 +238,11 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
-    """Runs a command and returns its exit code, see `vidjax.errors`; says what went wrong.
+    """Runs a command, prints its error if it fails, and returns its exit code.
 
-    In a check, 3 is a damaged checkpoint. With `--debug` among the words an error has its
-    traceback; with `--json`, standard output gets `{"error": TEXT}`, too.
+    The codes are those of `vidjax.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in
+    `words`, the command line, an error has its traceback; with `--json`, standard output gets
+    `{"error": TEXT}`, too.
     """
     try:
         return command()
@@ -261,7 +263,7 @@ def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Leaves out progress and messages, but no warning."""
+    """Hides progress bars and log messages, but no warning, while the context is open."""
     log = logging.getLogger("vidjax")
     before, level = os.environ.get(QUIET), log.level
     os.environ[QUIET] = "1"
@@ -287,13 +289,13 @@ def complain(text: str) -> None:
 
 
 def shown(path: Path) -> str:
-    """Returns a path as short as it can be written from the working directory."""
+    """Returns a path relative to the working directory, if it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _print(text: str, stream: TextIO) -> None:
-    """Prints text of any origin; a stream that cannot write a letter gets its number."""
+    """Prints text of any origin; characters that the stream cannot encode are escaped."""
     encoding = stream.encoding or "utf-8"
     text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -318,7 +320,7 @@ def _open_closed_streams() -> None:
 
 
 def text_of(error: Exception) -> str:
-    """Returns the message that a user gets of an error; `complain` prints its first three lines."""
+    """Returns the message of an error for a user; `complain` prints its first three lines."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken: pip install 'vidjax[train]' "
@@ -343,7 +345,7 @@ def is_memory(error: BaseException) -> bool:
 
 
 def exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an expected error, None for a fault; see `vidjax.errors`."""
+    """Returns the exit code of an expected error, None for a bug; see `vidjax.errors`."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):
@@ -358,7 +360,7 @@ def show_warning(message: object, *args: object, **kwargs: object) -> None:
 
 
 def stop_at_once(signum: int, frame: object) -> None:
-    """Ends the process; a handler of signals."""
+    """Handles a signal: ends the process at once, with exit code 128 + `signum`."""
     del frame
     # Not an exception: one that is raised within an import or a library's callback is lost there.
     os.write(2, b"vidjax: stopped\n")

@@ -23,7 +23,7 @@ LEVEL = 0.95  # of all intervals
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Returns the average precision of every identity.
+    """Returns AP of every identity: sum of the precision at each hit, divided by `positives`.
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
@@ -53,7 +53,7 @@ def mean_average_precision(
       num_others: identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, whatever the order of the identities; ValueError if none has a positive.
+      The mean in 0..1, to the bit in any order of identities; ValueError if none has a positive.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -132,9 +132,9 @@ def identification_errors(
 
 
 def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
-    """Returns the lowest threshold that at most a share of the distractors reaches.
+    """Returns the lowest threshold that at most a share `fpir` of the distractors reaches.
 
-    `distractors` [S] are their best scores, without NaN; the threshold has their precision.
+    `distractors` [S] are their best scores, without NaN; the threshold has their dtype's precision.
     """
     ordered = np.sort(distractors)[::-1]  # best first
     # Counts are compared as shares: 0.29 * 100 is less than 29.
@@ -144,11 +144,10 @@ def threshold_of(distractors: np.ndarray, *, fpir: float) -> float:
 
 
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
-    """Returns the interval of FPIR for distractors that come later, at 95 % confidence.
+    """Returns the 95 % confidence interval of FPIR on new distractors, (low, high).
 
-    The threshold lies on the best of the distractors that it refuses. The share of later ones above
-    order statistic r + 1 of S has the beta distribution of r + 1 and S - r, whatever the scores. Of
-    the S distractors that set the threshold, r reach it.
+    The threshold was set on S = `num_distractors`, of which r = `num_passing` reach it; it lies
+    just above the best of the others. So FPIR on new ones is distributed as Beta(r + 1, S - r).
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
@@ -206,7 +205,7 @@ def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None
 
 
 def threshold(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
-    """Returns the score at or above which a clip is identified, where `fnir` holds.
+    """Returns the score at or above which a clip counts as identified in `fnir`.
 
     The score is a logarithm unless the run ranks by logits; None where `fnir` is None.
     """

@@ -61,7 +61,7 @@ class Rise(NamedTuple):
     steps_per_epoch: float | None
 
     def then(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns the warm-up and then the peak, both times step -> factor."""
+        """Returns a schedule: the warm-up, then the peak, both multiplied by `scale(step)`."""
         rise = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rise = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -69,7 +69,7 @@ class Rise(NamedTuple):
 
 
 def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
-    """Returns a cosine from the end of the warm-up to the end of the run.
+    """Returns a cosine decay from the end of the warm-up to the end of the run.
 
     `final_scale` is the rate at the end relative to the peak.
     """
@@ -90,7 +90,7 @@ def constant(rise: Rise) -> optax.Schedule:
 
 
 def stairs(rise: Rise, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
-    """Returns stairs, a factor every few epochs from the start of the run, also in the warm-up.
+    """Returns stairs: a factor on the rate every few epochs, counted from the start of the run.
 
     `decay_factor` is above 0; so is `decay_every_epochs`, which may be a fraction.
     """

@@ -45,7 +45,7 @@ THRESHOLD = "threshold_at_fpir_0.01"  # in `metrics.json`
 
 
 class Request(NamedTuple):
-    """The clips of one call: row n of the answer is clip `clip_index[n]`, [N] int."""
+    """The N clips of one call; row n of the answer is clip `clip_index[n]` of a split of `data`."""
 
     data: ClipSource
     split: str
@@ -59,12 +59,12 @@ class Predictor(NamedTuple):
 
     Methods take `clips`, and raise ValueError where these do not fit the run, with clip, modality
     and field in the message. `clips` is one of:
-    - a dict clip -> modality -> features [T, D], or a dict of arrays as in `vidjax.load_data`, or
-      `MemoryClips`. A clip may lack modalities; a clip without a usable frame scores -inf.
-    - a dataset, of which `split` names the split; None for the split that the run evaluates.
+    - a dict clip -> modality -> features [T, D], or as in `vidjax.load_data` a dict of them with
+      quality; or `MemoryClips`. A clip may lack modalities; one without a usable frame scores -inf.
+    - a dataset of `vidjax.load_data`; `split` names a split, None the one that the run evaluates.
 
-    A clip is scored by the members that were not trained on a clip of that name. In a run without
-    folds, where all members were trained on it, all of them score it.
+    A clip is scored by the members that were not trained on a clip of that name. If all members
+    were trained on all training clips, and a call has one of these, all members score all clips.
 
     A predictor can be copied and pickled, and then needs no folder of the run: it keeps weights and
     configuration, and takes compiled programs from the cache.
@@ -81,7 +81,7 @@ class Predictor(NamedTuple):
       model_state: the model's other variable collections, [E, ...].
       training_sets: the clips that each member was trained on.
       system: model, fusion and scores.
-      score_fn, embed_fn: scores [B, C] and embeddings [B, D] of one member.
+      score_fn, embed_fn: return scores [B, C] and embeddings [B, D] of one member.
       mesh: the devices.
     """
 
@@ -115,17 +115,17 @@ class Predictor(NamedTuple):
 
     @property
     def threshold(self) -> float | None:
-        """The score that 1 % of the strangers of the evaluated split reach; None if not known.
+        """The score that at most 1 % of the evaluated distractors reach; None if not known.
 
-        It is not known where folds or bootstrap samples left out the evaluated clips: these have
-        scores of few members, a new clip the mean of all members, which fewer strangers reach.
+        With folds or bootstrap samples that left out the evaluated clips it is not known: few
+        members scored these clips, but all members score a new one, and their mean is lower.
         """
         value = None if self._of_few_members else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
 
     @property
     def _of_few_members(self) -> bool:
-        """True where the clips of the results were scored by other members than new clips are."""
+        """True if fewer members scored the evaluated clips than score new ones (out of fold)."""
         return self.results.get("map_kind") == "out_of_fold" and len(self.training_sets.members) > 1
 
     def identify(
@@ -141,12 +141,12 @@ class Predictor(NamedTuple):
         Args:
           clips, split: N clips, see the class.
           k: number of identities per clip, at most.
-          threshold: the lowest score of an answer; None for that of the run, and for no limit where
-            no strangers were evaluated. `float("-inf")` always sets no limit.
+          threshold: the lowest score of an answer; None for `self.threshold`, or no limit if
+            the run evaluated no distractors. `float("-inf")` always sets no limit.
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, or the threshold is None and that of
-            the run is of scores out of fold, see `threshold`.
+            the run is of scores out of fold, see the property `threshold`.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -209,7 +209,7 @@ class Predictor(NamedTuple):
 
         Args:
           clips, split: N clips, see the class.
-          advance: is told the number of rows of each finished block, padding included.
+          advance: called with the number of rows of each finished block, padding included.
         """
         request = self.request(clips, split)
         small = len(request.clip_index) <= SMALL_REQUEST
@@ -254,7 +254,7 @@ class Predictor(NamedTuple):
         return vectors[request.clip_index]
 
     def request(self, clips: Clips | TrainingData | MemoryClips, split: str | None) -> Request:
-        """Returns the clips of a call, see the class."""
+        """Checks the clips of a call, see the class, and returns them as a Request."""
         size = cast(int, self.config.eval.block_size)
         if hasattr(clips, "train_batches"):
             split = split or cast(str, self.config.eval.split)
@@ -318,7 +318,7 @@ class Predictor(NamedTuple):
 def counted(
     blocks: Iterator[topk.ScoreBlock], advance: Callable[[int], None]
 ) -> Iterator[topk.ScoreBlock]:
-    """Yields blocks of scores, and tells `advance` the number of rows of each."""
+    """Yields blocks of scores, and calls `advance` with the number of rows of each."""
     for block in blocks:
         yield block
         advance(len(block[1]))  # to count the mask would wait for the device
@@ -335,7 +335,7 @@ def restore(
 ) -> Predictor:
     """Restores a trained run, its weights checked against their sha256.
 
-    Where the wanted step is damaged, the next good one is used, with a warning. Nothing is written
+    If the wanted step is damaged, the next best one is used, with a warning. Nothing is written
     into the folder; compiled programs are kept in the cache of the command line. Arguments and
     errors are those of `vidjax.restore`.
     """
@@ -371,7 +371,7 @@ def restore(
 
 
 def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json` if it tells of a step, else an empty dict."""
+    """Returns the content of `metrics.json` if it is of `step`, else {}; warns if it is damaged."""
     try:
         results = results_lib.read_metrics(workdir)
     except ValueError as error:
@@ -381,7 +381,7 @@ def _results_of(workdir: Path, step: int) -> Mapping[str, Any]:
 
 
 def _remake(state: Mapping[str, Any], num_devices: int) -> Predictor:
-    """Returns a predictor of a pickled state; `num_devices` where there are as many."""
+    """Rebuilds a pickled predictor, on `num_devices` devices or as many as there are."""
     devices.keep_programs(files.default_cache_dir())
     mesh = devices.make_mesh(min(num_devices, jax.device_count()))
     task = task_of(state["manifest"])
@@ -412,7 +412,7 @@ if __name__ == "__main__":
 def as_lists(
     identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first; `names` has those of indices."""
+    """Returns identity -> its clips as (name, score), best first; `names`: clip index -> name."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [

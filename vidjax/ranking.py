@@ -1,8 +1,8 @@
-"""The submission file, which lists the best 100 clips of every identity: written, read and scored.
+"""Writes, reads and scores the submission file, which lists the best 100 clips of each identity.
 
 `python -m vidjax.ranking GT RANKING` scores one. White space separates names in the official
-format: white space within a name, and a `%` before two hexadecimal digits, is written as in a URL,
-`First%20Last`. No other character is escaped.
+format. So white space within a name is written as in a URL, `First%20Last`, and so is a `%` before
+two hexadecimal digits. No other character is escaped.
 """
 
 import codecs
@@ -77,11 +77,11 @@ def load_ranking(
 ) -> dict[str, list[str]]:
     """Returns a submission as identity -> clip names, best first, with escaped names read back.
 
-    CRLF, a byte order mark and trailing blanks are no faults. `identities` are the known ones, any
-    other being a fault; None knows them all.
+    CRLF, a byte order mark and trailing blanks are no faults. An identity that is not among
+    `identities` is a fault; None allows any.
 
     Raises:
-      ValueError: a fault of `read_submission`; at most three lines, each with a line number.
+      ValueError: the file has a fault that `read_submission` lists; the message has the line.
     """
     known = None if identities is None else {escape(name) for name in identities}
     lines = _number(path, files.each_line(Path(path), LINE_BYTES))  # refuses a link
@@ -95,7 +95,7 @@ def load_ranking(
 
 
 def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields what `load_ranking` returns, list by list; for a file that the memory may not hold."""
+    """Yields (identity, clip names) as `load_ranking` returns them, for a file of any size."""
     known = {escape(name): name for name in identities}
     seen: set[str] = set()
     for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):
@@ -147,7 +147,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     | a name repeated in its line | the first place counts, later ones do not |
     | more than 100 different names | the first 100 count |
     | a second line of an identity | the last line counts |
-    | an unknown identity (not in `identities`; None knows all) | not scored |
+    | an identity that is not in `identities` (None: all are known) | not scored |
     | bytes that are not UTF-8 text | a name with them equals no other |
 
     Source: the description of the script says which repeated name counts, that repeats are dropped
@@ -206,7 +206,7 @@ def score_files(gt_path: str | Path, ranking_path: str | Path) -> float:
 
     Raises:
       ValueError: the ground truth has an empty line, an identity with two lines or no clip, a clip
-        that is listed twice, or a form that cannot be told. The message has the line's number.
+        that is listed twice, or lines of neither form. The message has the line's number.
     """
     positives = _read_ground_truth(Path(gt_path))
     return _score(positives, read_submission(ranking_path).ranking)
@@ -225,7 +225,7 @@ def _score(positives: dict[str, list[str]], ranking: dict[str, list[str]]) -> fl
 
 
 def _read_ground_truth(path: Path) -> dict[str, list[str]]:
-    """Returns identity -> the clips that show it, from either form."""
+    """Returns identity -> the clips that show it, from either form of `score_files`."""
     lines = _read_lines(path)
     if not lines:
         raise UserError(f"{path}: the file is empty")
@@ -278,7 +278,7 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _number(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Yields what `_read_lines` returns, of the lines of a file."""
+    """Yields ("PATH: line N", text) of every line of a file, see `_read_lines`."""
     for number, line in enumerate(lines, 1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         yield (
@@ -331,7 +331,7 @@ def _score_files(words: Sequence[str]) -> int:
 def _warn_if_nothing_matches(
     path: Path, positives: dict[str, list[str]], ranking: dict[str, list[str]]
 ) -> None:
-    """Warns on stderr when the score is 0 because no identity or no clip name is common."""
+    """Warns on stderr when the score is 0 because the files share no identity or no clip name."""
     if positives.keys().isdisjoint(ranking):
         messages.complain(f"warning: {path}: no identity of the ground truth is ranked")
     wanted = {clip for clips in positives.values() for clip in clips}

@@ -1,7 +1,7 @@
 """Intervals of the MAP of a run, and intervals and p-values of the difference between two runs.
 
-Both use a Bayesian bootstrap over the identities and an unseen one. Its pair of average precisions
-has a quarter of its weight in each corner of the unit square. So MAP gets half an identity at 0 and
+Both use a Bayesian bootstrap over the identities and an unseen one. Its average precisions in the
+two runs are 0 or 1, a quarter of its weight for each pair. So MAP gets half an identity at 0 and
 half at 1, and a difference a quarter at -1, half at 0 and a quarter at 1. Where all values are 0 or
 1, the interval of MAP is that of Jeffreys for a share; where they vary, it is hardly wider than the
 t interval, which is far too narrow where most values are equal and a few lie far away.
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
       p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs.
-      better, worse, equal: the number of identities by their average precision.
+      better, worse, equal: number of identities whose average precision is so in the run.
     """
 
     mean: float
@@ -62,9 +62,9 @@ def gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float,
 
 
 def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
-    """Returns [draws] means of values whose weights are drawn; equal values give equal results.
+    """Returns [draws] means of values [C] with randomly drawn weights (Bayesian bootstrap).
 
-    `unseen` are further values and their weights, of which an identity has 1.
+    `unseen`: further value -> weight, 1 as for an identity. The order of values does not matter.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -80,7 +80,7 @@ def _drawn_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) 
 
 
 def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns the middle 95 % of drawn means, and always the mean of the values itself."""
+    """Returns the range of the middle 95 % of `means`, widened to the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low, high = (
         np.quantile(means, tail, method="lower"),
@@ -90,7 +90,7 @@ def _bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Returns the difference from the first run for every other, given average precisions [C]."""
+    """Returns how every other run differs from the first, given average precisions [C] per run."""
     first, results = averages[0], []
     for own in averages[1:]:
         gaps = own - first

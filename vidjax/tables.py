@@ -1,9 +1,8 @@
-"""Files of tables that a user names: a new one each, whole or not at all.
+"""Writes tables to new files, whole or not at all.
 
 The ending decides the format: .tsv and .csv, a line per row below the names of the columns; .jsonl,
-an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a text that a
-spreadsheet would take for a formula, or that begins with `'`, has a `'` before it, which a program
-that reads the table drops.
+an object per line; .parquet, the columns of .tsv by pyarrow. In .tsv and .csv a `'` is put before
+text that begins with `'` or that a spreadsheet would take for a formula; readers must drop it.
 """
 
 import csv
@@ -28,7 +27,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Checks that a table can be written to a new file, before anything that takes seconds."""
+    """Raises ValueError if a table cannot be written to a new file; call it before slow work."""
     if path.suffix not in endings:
         raise UserError(f"--out={path}: end the name in {', '.join(endings)}")
     if os.path.lexists(path):
