@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         self.flags[name] = ""
 
     def fields(self, group: str = "") -> None:
-        """Lets `--config.FIELD=VALUE` override fields; only the help shows `group`, e.g. `data.`."""
+        """Lets `--config.FIELD=VALUE` override fields; only help shows `group`, e.g. `data.`."""
         name = f"--config.{group}FIELD"  # for the help alone: `split_overrides` takes these words
         about = f"overrides a field, e.g. --config.{group or 'seed=1'}{'dir=PATH' * bool(group)}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
