@@ -36,7 +36,7 @@ class Member(NamedTuple):
     """The properties of one member.
 
     Attributes:
-      number: position among all members of the ensemble; its random keys depend on it.
+      number: position among all members of the ensemble; the member's random keys depend on it.
       fold: fold that the member is not trained on; -1 for none.
       bootstrap: number of its bootstrap sample; -1 for none.
       view: chunk of every feature vector that is hidden from the member; -1 for none.
@@ -240,7 +240,7 @@ def scoring_members(training_sets: TrainingSets, clips: Sequence[str]) -> tuple[
 
 @functools.lru_cache(maxsize=8)  # single clips are scored in less time than this takes
 def _positions(clips: tuple[str, ...]) -> Mapping[str, int]:
-    """Returns name of a clip -> its position."""
+    """Returns the position of each clip by its name."""
     return {name: i for i, name in enumerate(clips)}
 
 

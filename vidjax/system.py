@@ -36,19 +36,18 @@ class System(NamedTuple):
     Attributes:
       num_columns: number of class columns without padding, K; `model` may have more.
       modalities: name -> feature width, in the order of the configuration.
-      fuse_train, fuse_eval: modality -> ((key, or None in evaluation, frames) -> fused frames).
-      num_chunks: number of chunks of a feature vector, one of which, its `view`, is hidden from
-        each member; 0 if all members see all features.
+      fuse_train, fuse_eval: modality -> function that fuses its frames, called with (key, frames);
+        the key is None in evaluation.
+      num_chunks: number of chunks of a feature vector, one of them hidden (`Member.view`), or 0.
       frame_is_example: True if each fused frame of a clip is an example of its own.
       clip_transforms, transforms: augmentations before and after the frames of clips are fused.
       objective: (output, labels [B], mask [B], step) -> loss [B].
-      make_objective: class_mask -> objective for its K columns, which ignores those that are False;
-        a mask of None ignores none.
+      make_objective: class_mask or None -> objective that ignores columns where the mask is False.
       sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
-      top_classes: number of identities, its best, for which a clip keeps its score; 0 for all.
+      top_classes: number of best identities for which each clip keeps its scores; 0 for all.
       reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
       vmap_members: True to train all members in one program by vmap; False to train one member
@@ -120,7 +119,7 @@ class TaskSpec(NamedTuple):
         return self.padded_columns or self.num_columns
 
     def with_padding(self, devices: int) -> "TaskSpec":
-        """Returns the task with columns padded for some devices; a single one needs no padding."""
+        """Returns the task padded for a number of devices; a single device needs no padding."""
         padded = padded_columns(self.num_columns, devices) if devices > 1 else None
         return self._replace(padded_columns=padded)
 

@@ -76,7 +76,7 @@ def _other_clips(before: int, now: int) -> str:
 
 
 def check_training(workdir: Path, own: Digests | None, config: Config, data: TrainingData) -> None:
-    """Refuses to go on with a run on other data; only warns if it is too old to have digests."""
+    """Refuses to go on with a run on other data; only warns if the run is too old for digests."""
     if own is None:
         _warn_unknown(workdir)
         return

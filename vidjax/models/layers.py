@@ -67,7 +67,7 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _product(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Contracts axis 1 of the matrix `left` with `axis` of the matrix `right`, added in `dtype`."""
+    """Contracts axis 1 of the matrix `left` with `axis` of the matrix `right`; adds in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)

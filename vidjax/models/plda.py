@@ -100,7 +100,7 @@ class PLDAIdentifier(Identifier):
         return {name: unit_mean(frames[name]) for name in self.modalities}
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Scores unit vectors, modality -> [B, D], by the collection `solved`; as `__call__`."""
+        """Scores unit vectors, modality -> [B, D], by the collection `solved`."""
         solved = {name: self.get_variable("solved", name) for name in self.modalities}
         centred = [
             _centre(x, solved[name]["centre"]) for name, x in vectors.items()
@@ -164,7 +164,7 @@ class RunningSums(nn.Module):
     def __call__(
         self, vectors: Mapping[str, Array], clips: ClipInfo, *, update: bool
     ) -> list[Array]:
-        """Centres vectors, modality -> [B, D] of length 1 or 0; `update` also adds them to sums."""
+        """Centres vectors, modality -> [B, D] of length 1 or 0; if `update`, adds them to sums."""
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
         if update:

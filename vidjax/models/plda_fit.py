@@ -160,7 +160,7 @@ def fit_settings(
 
 
 class _Fold(NamedTuple):
-    """Enrolled and held-out clips."""
+    """The enrolled and the held-out clips of one fold."""
 
     found: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     counts: Sequence[np.ndarray]  # [M] of [K], number of enrolled clips

@@ -150,7 +150,7 @@ def coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Returns log(p(x | clip of the class) / p(x | clip of somebody new)), [B, K].
 
-    The vectors x are [B, D] float. Columns of classes without a clip are 0, up to rounding.
+    `vectors` are the x, [B, D] float. Columns of classes without a clip are 0, up to rounding.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -195,8 +195,9 @@ def unit_mean(frames: Frames) -> Array:
 def combine(ratios: Array, known: Array, present: Array, settings: Settings) -> Array:
     """Returns the logits of clips, from their log-likelihood ratios in each modality.
 
-    The logit of an identity is the sum of scale x ratio over the modalities of the clip. The logit
-    of somebody new is `stranger_logit`, since chance likeness grows with the number of people.
+    The logit of an identity is a sum over the modalities of the clip: of scale x ratio, or of
+    `unenrolled` where no clip of the identity has the modality. The logit of somebody new is
+    `stranger_logit`: chance likeness grows with the number of people.
 
     Args:
       ratios: [M, B, K] float.

@@ -86,7 +86,7 @@ def attention_step(
 
 
 def _clip_info(system: System, batch: Batch) -> ClipInfo:
-    """Builds the second input of a model from a batch, with the measure of its raw frames."""
+    """Builds the ClipInfo of a batch, with the measure of its raw frames."""
     quality = system.model.clip_quality(batch.frames)
     measure = None if quality is None else quality.measure
     return ClipInfo(index=batch.clip_index, mask=batch.batch_mask, measure=measure)

@@ -58,7 +58,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K]; weight missing to 1 counts as probability 0."""
+    """Returns the weighted sum of scores, [B, K]; weights may add up to less than 1."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

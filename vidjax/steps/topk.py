@@ -165,7 +165,7 @@ _SCORES = PartitionSpec("data", "model")  # layout of scores [B, C], and of TopK
 
 @functools.cache
 def _make_init(mesh: Mesh, num_columns: int, k: int) -> Callable[[], TopK]:
-    """Compiles the empty TopK of all devices, arrays [devices of the axis `data`, C, k]."""
+    """Compiles a function that returns an empty TopK [devices of the axis `data`, C, k]."""
 
     def init() -> TopK:
         top = init_top(num_columns, k)

@@ -151,7 +151,7 @@ def member_keys(rng: Array, step: Array) -> tuple[Array, ...]:
 def _member_inputs(system: System, state: TrainState, tables: Tables, batch: Batch) -> MemberInputs:
     """Gathers the inputs of a step for every member, with a leading axis E.
 
-    The weight is 0 for padded rows, clips without frames, and clips not trained on.
+    The weight is 0 for padded rows, clips without frames, and clips that a member must not see.
     """
     frames = {name: batch.frames[name] for name in system.fuse_train}
     usable = batch.batch_mask & fusion.has_frames(frames)
@@ -272,7 +272,7 @@ def make_train_step(
 
 
 class Outcome(NamedTuple):
-    """The report of a dispatch of training steps to the host."""
+    """What a dispatch of training steps reports to the host."""
 
     loss: Array  # [E] float32, of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS; -1 for none
