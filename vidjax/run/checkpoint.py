@@ -1,10 +1,10 @@
 """Checkpoints: saved, found and loaded with Orbax, and checked against sha256 digests.
 
 `checkpoints/<step>/` has Orbax's folder `state`, and `manifest.json` with the sha256 of every file
-in `state` and of its own other entries. It gets its name once it is whole. One that does not match
-its manifest is never used, nor one with another file in `state` (but `.DS_Store` of macOS), or
-reached through a link. Three are kept: the latest, the one before it (the last evaluated one where
-training evaluates now and then), and the best by MAP. Other files in `checkpoints/` stay.
+in `state` and of its own other entries. The folder gets its name once it is complete. A checkpoint
+is never used if a file differs from the manifest, if `state` has another file (but `.DS_Store` of
+macOS), or if its path has a link. Three are kept: the latest; the last evaluated one before it, or
+else the last one; and the best by MAP. Other files in `checkpoints/` stay.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
     Args:
       items: name -> tree of arrays; `load` takes the same names.
-      info: entries of the manifest, in types of JSON. `map` decides which checkpoint is the best.
+      info: entries of the manifest, as JSON types. Its `map` decides which checkpoint is best.
     """
     folder = workdir / "checkpoints" / str(step)
     if not processes.run_on_first(lambda: _add_info(folder, info)):
@@ -115,7 +115,7 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
-    """Returns step -> manifest, or the error of reading it; reads no other files."""
+    """Returns step -> manifest, or the error of reading that; reads no other files."""
     by_step: dict[int, dict[str, Any] | DamagedError] = {}
     for step, folder in sorted(_folders(workdir).items()):
         try:
@@ -210,7 +210,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames checkpoints of later steps: training will save these steps again."""
+    """Renames checkpoints of steps after `step`, which training will save again."""
     for later, folder in _folders(workdir).items() if processes.is_first() else ():
         if later > step:
             set_aside(folder)
@@ -243,7 +243,7 @@ def _damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks that `state` holds the listed files and no other, as large as the arrays at most."""
+    """Raises DamagedError unless `state` has just the listed files, no larger than its arrays."""
     state, left = folder / "state", set(manifest["files"])
     room = limit = formats.most_bytes(manifest["arrays"])
     with _damaged(state):
@@ -264,7 +264,7 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of `checkpoints/<step>`, whose own sha256 agrees."""
+    """Returns the manifest of `checkpoints/<step>`; DamagedError if its own sha256 differs."""
     if not _is_step(folder):
         raise CheckpointError(f"no checkpoint at '{folder}'")
     path = folder / MANIFEST

@@ -47,7 +47,7 @@ class Data(Struct, kw_only=True):
 
 
 class JoinedRun(Struct, kw_only=True):
-    """A run of a blend."""
+    """One of the runs that a blend joins."""
 
     name: Text
     weight: Known | None = None
@@ -82,7 +82,7 @@ class DataDigests(Struct, kw_only=True):
 
 
 class _WithMembers(Struct, kw_only=True):
-    """Rows {member, map, what sets it apart}, and the runs of a blend."""
+    """`members`: a dict of each member's name, MAP and own options; `runs`: those of a blend."""
 
     members: Annotated[list[dict[str, Plain]], MANY] | None = None
     runs: Annotated[list[JoinedRun], TABLE] | None = None
@@ -134,7 +134,7 @@ class Metrics(_WithMembers, kw_only=True):
 
 
 class Manifest(Struct, kw_only=True):
-    """`manifest.json` of a checkpoint; only what may be none may be null."""
+    """`manifest.json` of a checkpoint; keys that are absent have the defaults."""
 
     step: Whole
     files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
@@ -180,7 +180,7 @@ class FramesPerClip(Struct, kw_only=True):
 
 
 class ModalityCounts(Struct, kw_only=True):
-    """What was loaded and skipped of a modality in a split; the skipped by their reason."""
+    """What was loaded and skipped of a modality in a split; `*_skipped` map a reason to a count."""
 
     clips: Whole
     frames: Whole
@@ -277,14 +277,14 @@ class RankedList(Struct, kw_only=True):
 
 
 class NamedClips(Struct, kw_only=True):
-    """Of a split without ground truth: clips in a list, and those of the highest scores."""
+    """For a split without ground truth: `num` clips are in a list; `rows` have the best scores."""
 
     num: Count
     rows: Clips
 
 
 class Rate(Struct, kw_only=True):
-    """A threshold and its errors; none with fewer than `fewest` distractors."""
+    """The threshold for FPIR `rate`, and its errors; none with fewer than `fewest` distractors."""
 
     rate: Share
     fewest: Count
@@ -298,7 +298,7 @@ class Rate(Struct, kw_only=True):
 
 
 class OpenSet(Struct, kw_only=True):
-    """Known people against distractors."""
+    """Identification of known people among distractors."""
 
     num_identities: Whole  # that a clip is compared with
     num_known: Whole  # clips of known people
@@ -309,7 +309,7 @@ class OpenSet(Struct, kw_only=True):
 
 
 class OddsMap(Struct, kw_only=True):
-    """A map of log-odds, fitted on the other half of the people."""
+    """Calibration `slope * x + offset` of log-odds x, fitted on the other half of the people."""
 
     slope: float
     offset: float
@@ -389,7 +389,7 @@ TOGETHER = (("ap", "positives"), ("score_edges", "score_known", "score_strange")
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Returns a file's JSON as a format; errors name the file and, e.g., `$.members[2].map`."""
+    """Returns JSON `value` as `kind`; errors name `path`, key (`$.members[2].map`) and `remedy`."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -398,7 +398,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Refuses arrays of an `analysis.npz` that are incomplete, no numbers, or not as in ARRAYS."""
+    """Raises ValueError unless arrays of `analysis.npz` fit ARRAYS and are complete (TOGETHER)."""
     for names in TOGETHER:
         if 0 < sum(name in arrays for name in names) < len(names):
             raise UserError(
@@ -426,7 +426,7 @@ def _fits(
 
 
 def most_bytes(arrays: Mapping[str, str]) -> int:
-    """Returns a size in bytes that no file of a checkpoint with arrays `dtype[shape]` exceeds."""
+    """Returns an upper bound, in bytes, of a checkpoint with arrays, name -> `dtype[shape]`."""
     shapes = (kind.partition("[")[2] for kind in arrays.values())
     numbers = sum(math.prod(map(int, re.findall(r"\d{1,15}", shape))) for shape in shapes)
     return 64 * files.MB + 32 * numbers

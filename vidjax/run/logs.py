@@ -21,8 +21,8 @@ from vidjax.cluster import processes
 def keep_until(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Cuts a .jsonl file back to a step, so that a resumed run repeats no line.
 
-    An unfinished last line, left by a kill, is removed silently; any other damaged line with a
-    warning; without `evaluated` also the evaluation of `step` itself, a line with a `split`.
+    An unfinished last line, left by a kill, is removed silently, and other damaged lines with a
+    warning. Without `evaluated`, the evaluation of `step` itself (a line with a `split`) goes, too.
     """
     if not files.exists(path):
         return
@@ -111,7 +111,7 @@ class Image(NamedTuple):
 
 
 class EventFile:
-    """The events of a training run; TensorBoard drops later steps of earlier files."""
+    """A new file of TensorBoard events; from `step` on, it replaces those of earlier files."""
 
     def __init__(self, workdir: Path, *, step: int):
         self._file = files.open_log(workdir / _file_name())
@@ -121,7 +121,7 @@ class EventFile:
             self._write(Event(step=step, summary=Summary(value=[_session_start(workdir)])))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the numbers among some values of a step; other values are left out."""
+        """Writes those of a step's values that are numbers, and leaves out others."""
         self._write(Event(step=step, summary=Summary(value=_scalars(values))))
 
     def _write(self, event: Any) -> None:
@@ -141,7 +141,7 @@ def write_results(
     start: bool = False,
     end: bool = False,
 ) -> None:
-    """Writes a file of events of one evaluation; a session may start here, and end."""
+    """Writes events of one evaluation; `start` and `end` begin and end a session for HPARAMS."""
     values = [_session_start(workdir)] if start else []
     values += _scalars(scalars)
     if end:

@@ -3,9 +3,9 @@
 A part appears whole or not at all. Its arrays are in groups, which are read one at a time:
 
     facts/json      [] bytes: what the part was made of, see `Facts`; only equal ones are joined
-    clips/...       clip [n] int32, ascending, which numbers clips as the whole split does; best [n]
-                    float32 and right [n] bool; for a report quality [n] float32, and
-                    attention/NAME [...] int64, sums over the clips
+    clips/...       clip [n] int32, ascending clip_index in the whole split; best [n] float32 and
+                    right [n] bool; for a report also quality [n] float32, and attention/NAME [...]
+                    int64, sums over the clips
     top/...         scores, index [C, min(n, 100)]: the best clips of every identity, sorted
     member-I/...    the same by the member at position I
 """
@@ -31,12 +31,12 @@ _NAME = re.compile(r"([1-9]\d{0,5})-of-([1-9]\d{0,5})\.npz")
 
 
 def member_group(number: int) -> str:
-    """Returns the group of a member's ranking."""
+    """Returns the name of the group with the ranking of the member at position `number`."""
     return f"member-{number}"
 
 
 class Data(Struct):
-    """The digest of the data of a part."""
+    """The data that a part was made of, by digest."""
 
     digest: formats.Text
 
@@ -102,7 +102,7 @@ class Part(NamedTuple):
 
 
 def most_bytes(num_identities: int, num_clips: int) -> int:
-    """Returns a size in bytes that no group of a part with so many clips exceeds."""
+    """Returns an upper bound, in bytes, of a group of a part with so many identities and clips."""
     return formats.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
 
 
@@ -120,7 +120,7 @@ def make_folder(workdir: Path, split: str) -> None:
 
 
 def write(workdir: Path, facts: Facts, groups: Mapping[str, Mapping[str, np.ndarray]]) -> Part:
-    """Writes a part of group -> name -> array, whole, in place of an earlier one."""
+    """Writes a part atomically, in place of an earlier one; `groups` is group -> name -> array."""
     path = path_of(workdir, facts.split, Shard(facts.number, facts.total))
     arrays: dict[str, Any] = {"facts/json": np.bytes_(files.to_json(to_builtins(facts)))}
     for group, content in groups.items():
@@ -131,7 +131,7 @@ def write(workdir: Path, facts: Facts, groups: Mapping[str, Mapping[str, np.ndar
 
 
 def read(workdir: Path, split: str, shard: Shard) -> Part:
-    """Reads the facts of a part; refuses a file that is damaged, or another part."""
+    """Reads the facts of a part; ValueError if its file is damaged or holds another part."""
     path = path_of(workdir, split, shard)
     content = _load(path, shard, "facts", FACTS_BYTES)
     try:
@@ -146,7 +146,7 @@ def read(workdir: Path, split: str, shard: Shard) -> Part:
 
 
 def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
-    """Returns the parts of a split, or the errors that reading their facts raised."""
+    """Returns shard -> its part, or the error of reading its facts, for all parts of a split."""
     found: dict[Shard, Part | ValueError] = {}
     parent = workdir / FOLDER / split
     names: list[str] = []
@@ -165,7 +165,7 @@ def find(workdir: Path, split: str) -> dict[Shard, Part | ValueError]:
 
 
 def load(part: Part, group: str, limit: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of a group of a part, of `limit` bytes at most."""
+    """Returns name -> array of one group of a part; ValueError for more than `limit` bytes."""
     try:
         return _load(part.path, part.shard, group, limit)
     except FileNotFoundError as error:

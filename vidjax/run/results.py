@@ -69,7 +69,7 @@ def paths(workdir: Path, split: str, own_split: str) -> ResultPaths:
 
 
 def load_metrics(path: Path) -> dict[str, Any]:
-    """Returns `formats.Metrics` of a file as a dict, with keys of metrics that users add."""
+    """Returns a file, checked by `formats.Metrics`, as a dict; keys that users add stay in it."""
     values, _ = _load(path, formats.Metrics)
     return values
 
@@ -81,7 +81,7 @@ def read_metrics(workdir: Path) -> dict[str, Any]:
 
 
 def read_other_metrics(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Returns split -> content of `metrics_<split>.json`, without the run's own split."""
+    """Returns split -> content of `metrics_<split>.json`, for splits other than `eval.split`."""
     return {
         path.stem.removeprefix("metrics_"): load_metrics(path)
         for path in sorted(workdir.glob("metrics_*.json"))
@@ -94,7 +94,7 @@ def load_identities(path: Path) -> list[str]:
 
 
 def check_identities(identities: Sequence[str]) -> None:
-    """Refuses identities that `load_identities` would not read back, too many or too long."""
+    """Raises ValueError for identities too many or too long for `load_identities`."""
     most, size = files.MAX_ITEMS, len(files.to_json(list(identities)))
     if len(identities) > most or size > IDENTITIES_BYTES:
         raise UserError(
@@ -117,7 +117,7 @@ def read_data_report(workdir: Path) -> formats.DataReport:
 def _load(
     path: Path, kind: type[T], holds: type = dict, limit: int = files.JSON_BYTES
 ) -> tuple[Any, T]:
-    """Returns the content of a file of JSON, plain and as a format; every error has a remedy."""
+    """Returns the content of a JSON file, as it is and as a `kind`; every error has a remedy."""
     try:
         value = files.read_json(path, holds, limit)
         return value, formats.parse(path, value, kind, REMEDY)
@@ -144,10 +144,10 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 def unmeasured(
     config: Mapping[str, Any], metrics: Mapping[str, Any], data_report: formats.DataReport
 ) -> str:
-    """Returns why no clip is left to measure a run on; empty where one is, or where none can tell.
+    """Returns a line, why no clip is left to measure a run on; empty if one is, or if unknown.
 
-    A split measures if it has a ground truth, and the run (of a blend, any of its runs) was not
-    trained on it or members leave clips of it out. The line ends in the remedy.
+    A split can measure a run if it has a ground truth, and the run was not trained on it, or its
+    members leave clips of it out. A blend counts as trained on the splits of all its runs.
     """
     splits = data_report.splits or {}
     labelled = {name for name, counts in splits.items() if counts.labelled}
@@ -185,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _Thinned:
-    """Some of many lines, evenly spaced: at least MOST_LINES, less than twice as many."""
+    """Keeps all of few lines; of many, evenly spaced ones, from MOST_LINES to twice as many."""
 
     def __init__(self) -> None:
         self.lines: dict[int, dict[str, Any]] = {}
@@ -201,7 +201,7 @@ class _Thinned:
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an analysis atomically: what `formats.Analysis` describes, and `formats.ARRAYS`."""
+    """Writes `values` (`formats.Analysis`) and `arrays` (`formats.ARRAYS`) to a file atomically."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}

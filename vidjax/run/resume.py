@@ -25,7 +25,7 @@ Changes = dict[str, tuple[Any, Any]]  # field -> (before, now)
 
 
 def write_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json` with absolute paths, and without a cache, as `load_workdir` reads it."""
+    """Writes `config.json` with absolute paths and no `data.cache_dir`, for `load_workdir`."""
     config = absolute(config)
     config.data.cache_dir = None
     files.write_text(workdir / "config.json", config_io.to_json(config))
@@ -41,7 +41,7 @@ def absolute(config: Config) -> Config:
 
 
 def changes(workdir: Path, old: Config, new: Config) -> Changes:
-    """Returns the fields that a resumption changes; refuses those it may not, by `resume.allow`."""
+    """Returns the fields that change on resuming; ValueError unless they may (`resume.allow`)."""
     allowed = tuple(new.resume.allow)
     changed = config_lib.differences(absolute(old), absolute(new))
     for name in ("resume.allow", "data.cache_dir"):  # no run keeps them
@@ -64,9 +64,9 @@ def changes(workdir: Path, old: Config, new: Config) -> Changes:
 
 
 def refuse_relabelling(workdir: Path, changed: Changes) -> None:
-    """Refuses changes of fields that shape a training after its last step.
+    """Raises ValueError if fields that shape the training change after its last step.
 
-    The weights would stay, and the run's files would say that other values made them.
+    The weights would stay, but the run's files would say that the new values made them.
     """
     trained = {name: pair for name, pair in changed.items() if not within(name, AFTERWARDS)}
     if trained:
@@ -84,7 +84,7 @@ def _is_over(workdir: Path, changed: Changes) -> bool:
 
 
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
-    """Returns fields of `config.json` edited since a checkpoint, but movable and recorded ones."""
+    """Returns what was edited in `config.json` after `saved`, but for movable, recorded fields."""
     old = config_io.from_json(json.dumps(saved))
     changed = config_lib.differences(old, config_io.load_workdir(workdir))
     changed = _without_recorded(workdir, changed)

@@ -15,9 +15,9 @@ class Interruption:
     """A request to stop.
 
     Attributes:
-      signum: the first signal that arrived, or None; of several processes, in any of them before
-        they last agreed.
-      at_once: the loop sets it while ending immediately loses nothing; see `end_on_signals`.
+      signum: the signal that arrived, or None. With several processes, `agree` sets it in all of
+        them once one has received a signal.
+      at_once: the loop sets it to True while nothing would be lost by ending at once.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Interruption:
             self.signum = signum
 
     def agree(self, step: int, *, save_due: bool) -> bool:
-        """Returns True to save a checkpoint: the first process would, or any got a signal."""
+        """Returns True if all must save a checkpoint: due in process 0, or any got a signal."""
         rows = self._rounds.exchange(step, [self._received or 0, int(save_due)])
         if not rows:
             return False
@@ -44,7 +44,7 @@ class Interruption:
         return bool(self.signum or rows[0][1])
 
     def raise_if_asked(self, step: int) -> None:
-        """Raises Interrupted if a signal arrived; `step` is the last one that was saved."""
+        """Raises Interrupted if a signal arrived; `step` is the last step that was saved."""
         if self.signum is not None:
             raise Interrupted(self.signum, step)
 
@@ -78,7 +78,8 @@ def catch_interruption() -> Iterator[Interruption]:
 def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
     """Lets SIGINT and SIGTERM end this process at once, but the first within `catch_interruption`.
 
-    A thread watches: Python runs no handler during an XLA compilation, which can take minutes.
+    A thread calls `tell(signum)` and ends the process: Python runs no handler during an XLA
+    compilation, which can take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

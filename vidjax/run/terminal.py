@@ -14,7 +14,7 @@ LINE_SECONDS = 10  # between two lines of progress where standard error is no te
 
 
 def is_quiet() -> bool:
-    """Returns True if the user wants no progress, and in every process but the first."""
+    """Returns True if TQDM_DISABLE is set, and in every process but the first."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not processes.is_first()
 
 
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, float]]:
-    """Returns seconds and clips per second, as rows for a reader and for JSON."""
+    """Returns seconds since `began` (`time.monotonic()`) and clips/s, as text rows and for JSON."""
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
     rows = [("time", f"{seconds:.3g} s, {rate:,.0f} clips/s")]
@@ -34,7 +34,7 @@ def timing(began: float, clips: int) -> tuple[list[tuple[str, str]], dict[str, f
 
 
 def uncounted(count: int) -> None:
-    """Does nothing; stands for `Progress.advance` where nobody is told of finished units."""
+    """Does nothing; takes the place of `Progress.advance` where no progress is shown."""
 
 
 class Progress:
@@ -50,10 +50,10 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Starts the bar; `unit` is singular, such as `clip`.
+        """Starts the bar at `initial` of `total` units; `unit` is singular, such as `clip`.
 
-        With `compiles` the first units wait for a compilation. Until they are done the line says
-        so; rate and time left count from then on.
+        With `compiles` the first units wait for a compilation: the bar says so until they are done,
+        and measures rate and time left from then on. Without `leave` it vanishes at `close`.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
@@ -94,7 +94,7 @@ class Progress:
             say(f"{self._label}: {', '.join(self._parts(text))}")
 
     def _start_again(self) -> None:
-        """Begins to measure, at the end of the compilation."""
+        """Begins to measure rate and time left, as the compilation is over."""
         self._compiles = False
         self._initial, self._began = self._done, time.monotonic()
         if self._bar is not None:

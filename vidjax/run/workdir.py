@@ -44,7 +44,7 @@ def refuse_data(folder: Path) -> None:
 
 
 def check_there(workdir: Path) -> None:
-    """Refuses to go on where the folder of a run was moved or removed, as if it were new."""
+    """Raises ValueError if the folder of a run was moved or removed while the run trained."""
     if not files.exists(workdir / "config.json"):
         raise UserError(
             f"'{workdir}' is not there any more: was it moved while it trained?\n"
