@@ -88,11 +88,11 @@ class Observer:
         return self._seen
 
     def take(self, seen: Seen, rows: int) -> None:
-        """Sets the values of all clips, kept elsewhere; `rows` is the size of a block of clips."""
+        """Sets the values of all clips, as joined from parts; `rows` is the clips of a block."""
         self._seen, self._rows = seen, rows
 
     def _prepare(self, block: Batch) -> None:
-        """Compiles the step that reads the attention, if the model has any."""
+        """Compiles the step that computes attention for a block, if the model has any."""
         model = self._model
         if not self._single or model.system.frame_is_example:
             return
@@ -192,8 +192,8 @@ def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
 def attention(units: Mapping[str, np.ndarray], model: Identifier) -> tuple[Values, Arrays]:
     """Averages `eval_step.attention_step` over clips; `units` are its sums, in units of UNIT.
 
-    Column j of the attention matrix, what vector j takes from each vector, is the mean over the
-    clips that have vector j, or with `fill_missing` over all clips.
+    Column j of the attention matrix is what vector j takes from each vector. It is the mean over
+    the clips that have vector j, or over all clips with `fill_missing`.
     """
     values: Values = {"assignment": {}}
     arrays: Arrays = {}

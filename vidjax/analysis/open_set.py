@@ -76,8 +76,8 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
 
     The interval of FNIR is a bootstrap over people, with all their clips, and over distractors;
     each resample sets the threshold anew. In simulation the interval holds the true FNIR in 94 to
-    95 % of samples if the rate lets four distractors or more pass, in 87 % if one or two. A rate
-    below 1 / S, for S distractors, gets no threshold and no errors.
+    95 % of samples if four or more distractors may pass, in 87 % if one or two may. A rate below
+    1 / S, for S distractors, gets no threshold and no errors.
     """
     pool = clips.pool
     scores, right, people = clips.best[pool].astype(np.float64), clips.right[pool], labels[pool]

@@ -33,7 +33,7 @@ OWN_FIELDS = ("reduce", "top_classes", "checkpoint")
 
 
 def check_overrides(config: Config, given: Sequence[str]) -> None:
-    """Refuses an override to a field's default where a run has another value, which it keeps."""
+    """Refuses overrides of OWN_FIELDS to their defaults, with which a run keeps another value."""
     for field in OWN_FIELDS:
         name, value = f"eval.{field}", config.eval[field]
         if name not in given or value != config_lib.default().eval[field]:

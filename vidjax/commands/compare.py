@@ -44,8 +44,8 @@ def compare(
     """Compares runs with the first of them and writes `comparison.md`, `.csv` and `.html`.
 
     Returns a table for the terminal, and the numbers of `comparison_page.as_json`. `load` returns
-    the dataset of a configuration. `split` is by default each run's `eval.split`. `directory` is
-    the folder of the data now; None for that in the runs' configurations.
+    the dataset of a configuration. `split` is by default each run's `eval.split`, and `directory`,
+    where the data lie now, its `data.dir`.
     """
     from vidjax import significance
     from vidjax.report import comparison_page, html

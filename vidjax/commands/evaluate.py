@@ -153,8 +153,7 @@ def _run_part(args: argparse.Namespace, began: float) -> Result:
 def check_folder(config: Config, workdir: Path, given: Collection[str] = ()) -> None:
     """Reads, before data are loaded, the files that an evaluation needs, for errors in them.
 
-    `given` are the fields that the user sets: with `data.dir` the user vouches for the data of a
-    run whose checkpoint does not record its data.
+    `given` are the fields that the user sets: with `data.dir` a run need not record its data.
     """
     from vidjax.evaluation import run_data
     from vidjax.evaluation.restore import find_run

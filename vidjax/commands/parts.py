@@ -167,9 +167,9 @@ def _there(
 
 
 def bounds(costs: np.ndarray, count: int) -> np.ndarray:
-    """Cuts `costs` into `count` ranges of about equal sums: i is from bounds[i] to bounds[i + 1].
+    """Cuts `costs` into `count` ranges of about equal sums; range i is costs[b[i] : b[i + 1]].
 
-    Returns [count + 1] int. Of at least `count` costs, above 0, no range is empty.
+    Returns b, [count + 1] int. Of at least `count` costs, above 0, no range is empty.
     """
     ends = np.cumsum(costs, dtype=np.int64)
     number = np.arange(count + 1)
@@ -187,8 +187,8 @@ def choose_clips(
     """Returns [n] int32, the clips of part `number` of `count` of a split, in ascending order.
 
     A part is a range of the records, so that it shares at most two files with other parts; strided
-    parts would each read all files. Ranges cost about the same: the cost of a clip is the number of
-    frames to which evaluation pads it, because rows of a block take the time of its longest one.
+    parts would each read all files. Ranges cost about the same. A clip costs the number of frames
+    to which evaluation pads it, since every row of a block takes the time of the longest one.
     """
     num_clips = len(data.split(split).clips)
     if count > num_clips:
@@ -204,8 +204,8 @@ def choose_clips(
 class ClipSubset:
     """Some clips of a split as a source of their own; a `ClipSource` with one split.
 
-    The `clip_index` of a block counts through these clips, in the order of the whole split, so that
-    arrays of scores are as long as the subset. Clips are padded as in the whole split.
+    In a block, `clip_index` counts these clips alone, in the order of the whole split: arrays over
+    clips are as long as the subset. Clips are padded as in the whole split.
     """
 
     def __init__(self, data: ClipSource, split: str, chosen: np.ndarray):

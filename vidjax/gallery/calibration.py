@@ -1,7 +1,4 @@
-"""When a clip gets a name: above a chosen probability, or a threshold that few strangers reach.
-
-Strangers are clips of people who are not enrolled.
-"""
+"""When a clip gets a name: from a chosen probability on, or one that few strangers reach."""
 
 import math
 from typing import Literal, NamedTuple
@@ -64,14 +61,14 @@ NEW = "nobody new is more probable"
 
 
 def rule_of_probability(probability: float) -> Rule:
-    """Returns the rule that names a clip from this probability of its best identity on."""
+    """Returns the rule that names a clip whose best identity has this probability or more."""
     check_probability(probability)
     about = f"the probability is {100 * probability:.3g} % or more"
     return Rule("threshold", math.log(probability), False, None, about)
 
 
 def rule_of_strangers(found: Threshold, *, default: bool = False) -> Rule:
-    """Returns the rule that names a clip from a threshold on that strangers have set."""
+    """Returns the rule of a threshold that was set on strangers."""
     about = f"at most {100 * found.fpir:.3g} % of strangers reach its probability, and {NEW}"
     return Rule("fpir", found.score, default, found, about)
 

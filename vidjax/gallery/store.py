@@ -246,8 +246,8 @@ class Store:
                 else:
                     yield connection
                     return
-            # Another process makes a change, in a file that has replaced this one; or one was cut
-            # off, which is so after a while, too.
+            # A journal is there: of another process's change, in a file that has replaced this one,
+            # or of a change that was cut off. The latter is still there after a while.
             time.sleep(0.02)
             if time.monotonic() > began + ROLLBACK_SECONDS:
                 if not os.access(self.folder, os.W_OK):
