@@ -322,7 +322,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns a run's configuration, its cache unset: a stranger's programs there would be run."""
+    """Returns a run's configuration; unsets its cache, where a stranger may have put programs."""
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)

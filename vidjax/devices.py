@@ -103,9 +103,8 @@ def _commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None, model: int = 1) -> Mesh:
     """Returns a mesh of the first devices: clips are split over `data`, classes over `model`.
 
-    `num_devices` None is all of them; `model` of these share the classes. Both axes are Auto: on
-    any number of devices one program runs, random draws are bit-identical, and batch statistics
-    are taken over all devices.
+    `num_devices` None is all of them; `model` of these share the classes. Both axes are Auto: one
+    program runs on any number of devices, with equal draws, and batch statistics over all devices.
     """
     devices = _devices()
     check_argument("num_devices", num_devices, (int, type(None)), "a number, or None")
@@ -198,8 +197,8 @@ def share(mesh: Mesh) -> Share:
 def shares(owners: np.ndarray) -> dict[int, Share]:
     """Returns process -> the smallest part of a batch that holds all rows of its devices.
 
-    All parts are equally long. Where rows lie on several processes, each of these reads them.
-    `owners` [D, model] int is the process of each device of a mesh.
+    All parts are equally long; processes whose devices share rows read the same part. `owners` is
+    the process of each device of a mesh, int [devices along `data`, devices along `model`].
     """
     numbers = np.arange(len(owners))[:, None]
     ends = {

@@ -46,7 +46,7 @@ class DiskError(UserError, OSError):
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, `ARGUMENT wants WANTED, not ...`, if a value has none of some types."""
+    """Raises ArgumentError, "`argument` wants `wanted`, not ...", for a value of other `kinds`."""
     if not isinstance(value, kinds):
         shown = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -98,7 +98,7 @@ def of_the_system(error: BaseException) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escapes control and bidirectional characters, but line ends and tabs, for a terminal."""
+    """Escapes control and bidirectional characters, but not line ends and tabs, for a terminal."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -423,7 +423,10 @@ def foreign_part(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if a user other than root and this one may replace files in a folder."""
+    """Returns True if a user other than root and this one may replace files in a folder.
+
+    In the `last` folder of a path nobody else may add files either: a sticky bit is not enough.
+    """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True

@@ -106,7 +106,7 @@ def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
 def _from_gallery(
     folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
 ) -> tuple[list[Found], set[str]]:
-    """Returns what a gallery holds of people and clips, and the names of all clips of both."""
+    """Returns what a gallery holds of people and clips, and its clips of both; may delete these."""
     from vidjax.gallery.gallery import Gallery
 
     try:
@@ -151,7 +151,7 @@ def _from_records(folder: Path, clips: Collection[str], *, delete: bool) -> list
 def _from_files(
     paths: Iterable[Path], names: Collection[str], folders: dict[Path, str]
 ) -> Iterator[Found]:
-    """Yields runs, and files outside of runs, with a name in their content or as a file name."""
+    """Yields runs, and files outside of runs, with a name in their content or file name."""
     pattern = _pattern(names)
     runs: dict[Path, list[str]] = {}
     for path in paths:

@@ -402,8 +402,7 @@ def crop_means(frames: Frames, *, weighting: str = "quality") -> Frames:
     """Returns the mean frames of four temporal crops of every clip.
 
     The crops are the whole clip, the clip without its first third, without its last third, and
-    without its first and last sixth. Thirds and sixths are rounded down: no crop of a clip with
-    frames is empty.
+    without its first and last sixth, each rounded down: no crop of a clip with frames is empty.
 
     Returns Frames [B, 4], see `mean_frame`; `weighting` is one of `frame_weights`.
 

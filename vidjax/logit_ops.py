@@ -137,7 +137,7 @@ def _sum_of_focal_negatives_jvp(
 
 
 def _again(logits: Array) -> Array:
-    """Returns the logits behind a barrier: XLA recomputes exponentials, which is cheaper."""
+    """Returns the logits behind a barrier: XLA recomputes exponentials rather than store them."""
     return jax.lax.optimization_barrier(logits)
 
 

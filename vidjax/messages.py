@@ -27,8 +27,7 @@ QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 class Result(NamedTuple):
     """The result of a command, with its exit code.
 
-    `--json` prints `content`. Otherwise `text` is printed, and then `rows`, name -> value, below
-    the command's name with `note` behind it.
+    With `--json` it prints `content`; else `text`, a line of the command and `note`, and `rows`.
     """
 
     content: Mapping[str, Any]
@@ -240,9 +239,8 @@ def run(main: Callable[[], int]) -> NoReturn:
 def guarded(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command, prints its error if it fails, and returns its exit code.
 
-    The codes are those of `vidjax.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in
-    `words`, the command line, an error has its traceback; with `--json`, standard output gets
-    `{"error": TEXT}`, too.
+    Codes: see `vidjax.errors`; of `check`, 3 is a damaged checkpoint. With `--debug` in `words`,
+    the command line, it prints the traceback; with `--json`, `{"error": TEXT}` to standard output.
     """
     try:
         return command()

@@ -53,7 +53,7 @@ def mean_average_precision(
       num_others: identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, to the bit in any order of identities; ValueError if none has a positive.
+      The mean in 0..1, independent of their order to the bit; ValueError if none has a positive.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -198,7 +198,7 @@ def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None
     """Returns the FNIR where at most a share `fpir` of the distractors is identified.
 
     The FNIR is the share of known clips that are missed or misnamed, 0..1; None without a
-    distractor or a known clip.
+    distractor or a known clip. `labels` are those of `top1`.
     """
     errors = _errors_of(clips, labels, fpir)
     return errors.fnir if errors else None

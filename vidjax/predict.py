@@ -118,7 +118,7 @@ class Predictor(NamedTuple):
         """The score that at most 1 % of the evaluated distractors reach; None if not known.
 
         With folds or bootstrap samples that left out the evaluated clips it is not known: few
-        members scored these clips, but all members score a new one, and their mean is lower.
+        members scored these clips, but all score a new one, and fewer strangers reach their mean.
         """
         value = None if self._of_few_members else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
