@@ -533,7 +533,7 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets `config.data` by words of SCALE_WORDS; returns True if values for the full size apply."""
+    """Sets dataset and splits by `words` of SCALE_WORDS; returns True if full-size values apply."""
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("config arguments: 'iqiyi_vid' and 'standard' are two datasets, name one")
     if "few" in words and "iqiyi_vid" not in words:

@@ -3,8 +3,8 @@
 Both use a Bayesian bootstrap over the identities and an unseen one, whose average precisions in two
 runs are (0, 0), (0, 1), (1, 0) or (1, 1), each with a quarter of its weight. So MAP gets half an
 identity at 0 and half at 1, a difference a quarter at -1, half at 0 and a quarter at 1. Where all
-values are 0 or 1, the interval of MAP is that of Jeffreys for a share; where they vary, it is hardly
-wider than the t interval, which is far too narrow where most are equal and a few lie far away.
+values are 0 or 1, the interval of MAP is that of Jeffreys for a share; where they vary, it is
+hardly wider than the t interval, which is far too narrow where most are equal and few lie far away.
 `tests.benchmarks.intervals` measures how often both hold the truth.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
