@@ -31,7 +31,7 @@ LOST = f"vidjax: process 0, which coordinates the others, is gone\n{REMEDY}"
 
 
 class Beat(NamedTuple):
-    """A sign of life: its number, machine and PID of the process, and why this ends, if it does."""
+    """A process's sign of life: its number, the machine and PID, and why the process ends if so."""
 
     beat: int
     where: str
@@ -69,7 +69,7 @@ class Group:
         self._ended = True
 
     def fail(self, error: Exception, text: str) -> None:
-        """Tells the others `text`, why this process ends; ends it here if another one is gone."""
+        """Tells the others, by `text`, why this process ends; ends it at once if one is gone."""
         if _is_of_connection(error):
             self.find_gone()
         lines = text.splitlines() or [type(error).__name__]
@@ -201,7 +201,7 @@ def _arguments(place: Place) -> dict[str, Any]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises ValueError if a port of this machine is in use, where jax may crash."""
+    """Raises ValueError if a port of this machine is in use: jax might crash then."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

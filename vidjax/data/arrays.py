@@ -12,8 +12,8 @@ or
 
 Labels are optional: `labels.csv` with the columns `clip` and `identity`, or official ground truth,
 `train_gt.txt` and `val_gt.txt`. A missing quality is the L2 norm of the features; other missing
-fields have the value `missing` of `vidjax.data.frame_fields`. They are checked, converted and
-reported like official files.
+fields have the value `missing` of `vidjax.data.frame_fields`. All features are checked, converted
+and reported like official files.
 
     python -m vidjax.data.arrays DIR [--quality=norm] [--cache_dir=C] [--workers=N]
         [--beam_options=O]

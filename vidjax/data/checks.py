@@ -12,7 +12,7 @@ from vidjax.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns everything in a directory but hidden files, sorted; OSError if there is none."""
+    """Returns all paths in a directory but hidden ones, sorted; OSError if it does not exist."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"{directory}: no such directory; is config.data.dir right?")
@@ -22,7 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError for a folder, a broken link or a device that bears a file's name."""
+    """Raises ValueError if a path is a folder, a broken link or a device; it may also be absent."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "a folder" if path.is_dir() else "not a regular file"
@@ -34,7 +34,7 @@ def check_file(path: Path) -> None:
 def meant_split(word: str, present: Collection[str]) -> str | None:
     """Returns the split that a misspelt word, such as `valid` or `training`, means, or None.
 
-    None also for a correct word, and if the split meant is in `present`: it has its own files.
+    None also for a correct word, and for a split in `present`, the splits with files of their own.
     """
     word = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if word.startswith(split)]
@@ -81,8 +81,7 @@ def transposed(
 ) -> Iterator[str]:
     """Yields a message for every modality whose features look like [D, T] instead of [T, D].
 
-    Its clips all have one number of frames, NARROW * width or more. `splits` is split -> modality
-    -> [N] int, number of frames of each clip.
+    All its clips then have the same T >= NARROW * D. `splits` is as in `misspelt`.
     """
     for name, width in widths.items():
         found = [lengths[name] for lengths in splits.values() if name in lengths]

@@ -105,7 +105,7 @@ class BatchPlan(NamedTuple):
 
 
 class ClipSource(Protocol):
-    """Labelled clips that can be evaluated."""
+    """Clips, labelled or not, that can be scored and evaluated."""
 
     @property
     def identities(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clip_index of each stored clip of a split, in stored order."""
+        """Returns [N] int32, the clip indices of a split in the order in which clips are stored."""
         ...
 
     def train_batches(
@@ -234,8 +234,8 @@ def make_eval_plan(
     whichever other clips are evaluated.
 
     Args:
-      lengths: [N] int, number of frames by which each clip's bucket is chosen, `longest` or more;
-        None for `longest`. With the same lengths, all sources of the same clips form equal blocks.
+      lengths: [N] int, number of frames by which each clip's bucket is chosen; the least values and
+        the default are `longest(...)`. All sources of the same clips form equal blocks by it.
       only: [N] bool, True for the clips to evaluate; None for all.
     """
     most = longest(split, modalities)

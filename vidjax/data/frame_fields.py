@@ -175,7 +175,7 @@ def feature_norms(features: np.ndarray, rows: int = 512) -> np.ndarray:
 
 
 def counts(seen: np.ndarray, kept: np.ndarray, warnings: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the COUNTS of `PackedClips`; `seen` and `kept` are [N] int, frames of each clip."""
+    """Returns the COUNTS of `PackedClips`; clips [N] have `seen` frames in the file, `kept` now."""
     without = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
     dropped = int(seen.sum() - kept.sum())
     return {
@@ -201,7 +201,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def of_folder(cls, name: str, folder: str | Path | None) -> "Origin":
-        """Returns the origin of a dataset in a folder; None for a dataset without one."""
+        """Returns the origin of a dataset; `folder` is None for a dataset without a folder."""
         return cls(name, str(files.absolute(folder)) if folder else None)
 
 
@@ -245,5 +245,5 @@ class RecordSource(Protocol):
         ...
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns labelled split -> clip -> identity, from split -> names of its clips."""
+        """Returns labelled split -> clip -> identity; `clips` is split -> names of its clips."""
         ...

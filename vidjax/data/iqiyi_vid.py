@@ -101,7 +101,7 @@ class OfficialFiles:
 
 
 def _num_readers(sizes: Collection[int]) -> int:
-    """Returns how many pickles to read at once; `sizes` in bytes. Half of the memory limits it."""
+    """Returns how many pickles, of `sizes` in bytes, to read at once, within half of the memory."""
     largest = sorted(sizes, reverse=True)
     # A reader holds its pickle about twice.
     fitting = [total for total in itertools.accumulate(largest) if 4 * total <= memory_bytes()]

@@ -60,11 +60,10 @@ def _refuse_near_table(folder: Path) -> None:
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity; `clips`, split -> its clips, tells the split of each.
+    """Returns labelled split -> clip -> identity; `clips`, split -> clips, tells each one's split.
 
     `labels` is clip -> identity, or a file: `.csv` with the columns `clip` and `identity`, any
-    other is official ground truth (`load_ground_truth`). None stands for no labels. Splits without
-    a labelled clip are left out.
+    other is official ground truth (`load_ground_truth`). None stands for no labels.
     """
     if labels is None:
         return {}
@@ -260,7 +259,7 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
 def _is_inverted(
     path: Path, lines: list[tuple[int, list[str]]], known_clips: Collection[str] | None
 ) -> bool:
-    """Returns True if identities come first, by the first sign that is unambiguous."""
+    """Returns True for the inverted form, by the first clear sign; see `load_ground_truth`."""
     direct = [number for number, fields in lines if fields[0].endswith(".mp4")]
     inverted = [
         number for number, fields in lines if any(name.endswith(".mp4") for name in fields[1:])

@@ -251,8 +251,8 @@ def load_clips(
     """Returns the clips of a folder or of a parquet table.
 
     Frames that are not finite are left out, with a warning that counts them. Official pickles are
-    read in the sandbox into files that the memory maps. Names of clips in tables and `.npz` files
-    stay as they are; those in pickles lose their `.mp4`.
+    read in the sandbox into memory-mapped files. Names of clips in tables and `.npz` files stay as
+    they are; those in pickles lose their `.mp4`.
 
     Args:
       path: the folder or the table.
@@ -263,7 +263,7 @@ def load_clips(
         of official pickles without a quality has 0 with `given`, as in training.
 
     Raises:
-      ValueError: malformed clips, several splits but no name of one, or a modality that the run
+      ValueError: malformed clips, several splits where `split` is None, or a modality that the run
         does not know; names file, clip and field.
       FileNotFoundError: no such folder or table, or no clips in it.
     """

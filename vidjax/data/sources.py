@@ -154,7 +154,7 @@ def names(data: Section) -> tuple[Collection[str], Mapping[str, int] | None] | N
 
 
 def is_generated(name: str) -> bool:
-    """Returns True if a dataset is generated, from `config.data.size` and `seed`, not read."""
+    """Returns True if a dataset is generated, by `config.data.size` and `seed`, and not read."""
     return name == "synthetic"
 
 

@@ -191,7 +191,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
     Raises:
       OtherModelError: an array has another shape or dtype than the checkpoint's.
-      DamagedError: the files hold no arrays.
+      DamagedError: a file is missing or not listed, or Orbax cannot read the arrays.
     """
     _check_shapes(checkpoint, abstract)
     described = jax.tree.map(
@@ -217,7 +217,7 @@ def set_aside_later(workdir: Path, step: int) -> None:
 
 
 def verify(folder: Path, manifest: dict[str, Any] | DamagedError | None = None) -> dict[str, Any]:
-    """Checks every file of a checkpoint, and returns its manifest, which is read unless given."""
+    """Returns a checkpoint's manifest, read unless given; DamagedError if any file differs."""
     if isinstance(manifest, DamagedError):
         raise manifest
     manifest = manifest or read_manifest(folder)

@@ -220,7 +220,7 @@ class DataReport(Struct, kw_only=True):
 
 
 class Clip(Struct, kw_only=True):
-    """A clip in a table of mistakes, of names, or of a list."""
+    """A row for a clip: in a table of mistakes, of named clips, or of a ranked list."""
 
     clip: Text
     score: float
@@ -277,7 +277,7 @@ class RankedList(Struct, kw_only=True):
 
 
 class NamedClips(Struct, kw_only=True):
-    """For a split without ground truth: `num` clips are in a list; `rows` have the best scores."""
+    """For a split without ground truth: number of clips in any list, and those that score best."""
 
     num: Count
     rows: Clips

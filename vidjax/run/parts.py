@@ -90,7 +90,7 @@ class Shard(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part whose facts were read."""
+    """The file of a part, and its facts."""
 
     path: Path
     facts: Facts
@@ -102,7 +102,7 @@ class Part(NamedTuple):
 
 
 def most_bytes(num_identities: int, num_clips: int) -> int:
-    """Returns an upper bound, in bytes, of a group of a part with so many identities and clips."""
+    """Returns an upper bound, in bytes, of any group in a part of so many identities and clips."""
     return formats.most_bytes({"": f"float32[{100 * num_identities + num_clips}]"})
 
 

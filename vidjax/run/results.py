@@ -144,7 +144,7 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 def unmeasured(
     config: Mapping[str, Any], metrics: Mapping[str, Any], data_report: formats.DataReport
 ) -> str:
-    """Returns a line, why no clip is left to measure a run on; empty if one is, or if unknown.
+    """Returns why no split is left to measure a run on, and the remedy; "" if one is or may be.
 
     A split can measure a run if it has a ground truth, and the run was not trained on it, or its
     members leave clips of it out. A blend counts as trained on the splits of all its runs.
@@ -185,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _Thinned:
-    """Keeps all of few lines; of many, evenly spaced ones, from MOST_LINES to twice as many."""
+    """Keeps all lines; of 2 * MOST_LINES or more, evenly spaced ones, at least MOST_LINES."""
 
     def __init__(self) -> None:
         self.lines: dict[int, dict[str, Any]] = {}

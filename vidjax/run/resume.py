@@ -84,7 +84,7 @@ def _is_over(workdir: Path, changed: Changes) -> bool:
 
 
 def spoilt(workdir: Path, saved: Mapping[str, Any]) -> Changes:
-    """Returns what was edited in `config.json` after `saved`, but for movable, recorded fields."""
+    """Returns how `config.json` differs from `saved`, but for movable and recorded fields."""
     old = config_io.from_json(json.dumps(saved))
     changed = config_lib.differences(old, config_io.load_workdir(workdir))
     changed = _without_recorded(workdir, changed)

@@ -76,7 +76,7 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals(tell: Callable[[int], None] = lambda signum: None) -> None:
-    """Lets SIGINT and SIGTERM end this process at once, but the first within `catch_interruption`.
+    """Lets SIGINT and SIGTERM end this process at once, except the first in `catch_interruption`.
 
     A thread calls `tell(signum)` and ends the process: Python runs no handler during an XLA
     compilation, which can take minutes.

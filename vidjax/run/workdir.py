@@ -17,7 +17,7 @@ DATA = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a run's folder and holds its lock; after an error it removes a new one left empty."""
+    """Makes and locks a run's folder; after an error, removes it if it is new and still empty."""
     refuse_data(Path(path).expanduser())
     first = processes.is_first()
     is_new = first and not Path(path).expanduser().exists()
@@ -32,7 +32,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_data(folder: Path) -> None:
-    """Refuses a folder of features as that of a run, whose files would lie among the clips."""
+    """Raises ValueError if a folder holds features: the run's files would lie among the clips."""
     if files.exists(folder / "config.json"):
         return
     found = next((path for pattern in DATA for path in folder.glob(pattern)), None)

@@ -1,6 +1,6 @@
 """Records on disk: the only folder with TensorFlow, which is imported where it is needed.
 
 `convert` writes any source of frames to the cache, by `writers` and `codec`; `manifest` and
-`report` record what was written. `dataset` reads it as `TrainingData`: by `streaming` to train,
-by `padding` to evaluate. Only `codec` and `streaming` need TensorFlow.
+`report` describe what was written. `dataset` reads records as `TrainingData`: by `streaming` to
+train, by `padding` to evaluate. Only `codec` and `streaming` need TensorFlow.
 """

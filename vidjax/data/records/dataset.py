@@ -83,7 +83,7 @@ class Dataset:
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def order(self, split: str) -> np.ndarray:
-        """Returns [N] int32, the clips of a split in the order of the records."""
+        """Returns [N] int32, the clip index of each record of a split, in their order."""
         return self._records.splits[self.split(split).name].order
 
     def train_batches(

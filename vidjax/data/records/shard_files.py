@@ -27,8 +27,7 @@ from vidjax.errors import UserError
 from vidjax.files import sha256_file, sha256_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record beside its content: length and two checksums
-# Tags of message fields: (number of the field << 3) + 2, where 2 means: a length, then that many
-# bytes.
+# Tags of message fields: (number of the field << 3) + 2, where 2 stands for a length and bytes.
 FIRST, SECOND, THIRD = 0x0A, 0x12, 0x1A
 BYTES_LIST, INT64_LIST = FIRST, THIRD
 
@@ -91,7 +90,7 @@ def check_shard(shard: Shard) -> None:
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Returns the records before the first damaged one, and True if there is none."""
+    """Returns the number of records before the first damaged one, and True if none is damaged."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:

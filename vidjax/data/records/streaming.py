@@ -1,4 +1,4 @@
-"""Records as endless, shuffled batches, which tf.data reads while others are computed.
+"""Endless, shuffled batches of records, which are read ahead while earlier batches are in use.
 
 Records are batched before they are parsed, and only the configured modalities are decoded, in their
 stored dtype: parsing clip by clip runs at a third of the rate. A single process reads whole shards

@@ -53,7 +53,7 @@ class StagedSplit(NamedTuple):
     Attributes:
       order: [N] int32, clip index of each record.
       packed: modality -> the parts of its clips, flat.
-      starts: modality -> [N] int64, first frame of each clip, counted over all parts.
+      starts: modality -> [N] int64, first frame by clip index, counted over all parts.
       lengths: modality -> [N] int32, number of frames of each clip, by clip index.
     """
 
@@ -150,7 +150,7 @@ class ShardTask(NamedTuple):
 
 
 def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
-    """Joins the clips of one split by name over its parts and modalities."""
+    """Joins the clips of one split by name over parts and modalities; shuffles those of 'train'."""
     modalities = sorted({name for part in parts for name in part})
     packed = {name: [part[name] for part in parts if name in part] for name in modalities}
     # Python orders str by code point, which is the byte order of UTF-8.
@@ -230,7 +230,7 @@ DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirec
 
 
 class Pool(NamedTuple):
-    """Writes by `workers` local processes: 1 is this one; None one per core, or as data needs."""
+    """Writes in `workers` local processes: 1 is this one; None one per core, fewer for few data."""
 
     workers: int | None = None
 
@@ -284,7 +284,7 @@ def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> N
 
 
 def _num_workers(pool: Pool, tasks: Sequence[ShardTask]) -> int:
-    """Returns how many processes write: as the pool says, or by bytes and cores; one per shard."""
+    """Returns how many processes write: as `pool` says, or as data and cores suggest."""
     if pool.workers is None:
         size = sum(feature_bytes(task.lengths, task.modalities) for task in tasks)
         wanted = min(num_cores(), size // WORKER_BYTES)
