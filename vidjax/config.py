@@ -343,7 +343,7 @@ HOLD_OUT = ("folds", "bootstraps")
 
 
 class Config(ConfigDict):
-    """A ConfigDict whose fields have any type for type checkers; notebooks show its values."""
+    """A ConfigDict whose fields have type Any for type checkers; its `repr` shows their values."""
 
     __repr__ = ConfigDict.__str__
     if TYPE_CHECKING:

@@ -103,8 +103,7 @@ def _adds_definitions(module: str) -> bool:
 def check_definitions(config: Config | Mapping[str, Any]) -> None:
     """Refuses a configuration whose file of definitions was not loaded; warns of a changed file.
 
-    A run's folder may be a stranger's. So its file is executed only if the user names it, never
-    because the folder does.
+    As a run's folder may be a stranger's, its file is executed only where the user names it.
     """
     wanted = config["definitions"] or ""
     name = wanted.rpartition(":")[0]

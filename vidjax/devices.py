@@ -230,8 +230,7 @@ def batch_specs(batch: Batch) -> Batch:
 def shard_batch(mesh: Mesh, batch: Batch, part: Share = WHOLE) -> Batch:
     """Distributes a batch over the devices, B / devices clips on each.
 
-    `part` is the part of the B clips that `batch` holds: WHOLE, or on the host this process's
-    `share`.
+    `part` is the part of B that `batch` holds: WHOLE, or on the host the `share` of this process.
     """
     rows, devices = np.shape(batch.clip_index)[0] * part.parts, mesh.shape["data"]
     if rows % devices:

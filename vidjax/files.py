@@ -151,7 +151,7 @@ def _walk(folder: int, path: Path, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def remove_listed(folder: int, listed: Collection[str], prefix: str = "") -> None:
-    """Removes files of `folder`, a descriptor, if `prefix` + path is listed; and empty folders."""
+    """Removes files of `folder`, a descriptor, if `prefix` + path is listed; then empty folders."""
     for name in os.listdir(folder):
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
@@ -484,7 +484,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 
 
 def _lock(file: io.FileIO) -> bool:
-    """Locks an open file; tries for LOCK_SECONDS, as `lock_holder` locks it briefly, else False."""
+    """Locks an open file; False after LOCK_SECONDS, for which `lock_holder` may delay it."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:

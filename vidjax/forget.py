@@ -106,7 +106,7 @@ def _survey(roots: Sequence[Path]) -> tuple[dict[Path, str], list[Path]]:
 def _from_gallery(
     folder: Path, identities: Collection[str], clips: Collection[str], *, delete: bool
 ) -> tuple[list[Found], set[str]]:
-    """Returns what a gallery holds of people and clips, and its clips of both; may delete these."""
+    """Searches a gallery for `clips` and clips of people; also returns their names; may delete."""
     from vidjax.gallery.gallery import Gallery
 
     try:

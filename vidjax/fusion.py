@@ -148,7 +148,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Returns the mean over each clip's frames of a measure, `norm` (L2) or `quality`: [B] float32.
+    """Returns [B] float32: the mean L2 norm (`measure="norm"`) or mean `quality` of the frames.
 
     A quality that is not finite counts as 0; a clip without frames has mean 0.
     """
@@ -204,7 +204,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Calls `fn` with each field of all `frames`, of LazyFeatures the index; returns Frames."""
+    """Applies `fn` per field, to its arrays in all `frames`; for LazyFeatures, to the indices."""
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -228,7 +228,7 @@ def _best_first(quality: Array, mask: Array) -> Array:
 
 
 def _first_frames(rng: Array | None, frames: Frames, order: Array, num_frames: int) -> Frames:
-    """Selects the first `num_frames` frames in `order` [B, T]; sorts by time, may repeat frames."""
+    """Selects the first `num_frames` real frames of `order` [B, T], by time; may repeat frames."""
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
     slot = jnp.arange(num_frames, dtype=jnp.int32)[None, :]

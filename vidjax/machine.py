@@ -96,7 +96,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> list[float]:
-    """Returns the numbers of a file, `max` as infinity; none without the file."""
+    """Returns the numbers in a file, `max` as infinity; [] if it cannot be read."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
     except (OSError, ValueError):

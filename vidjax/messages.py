@@ -27,7 +27,7 @@ QUIET = "TQDM_DISABLE"  # the variable of tqdm that leaves bars out
 class Result(NamedTuple):
     """The result of a command, with its exit code.
 
-    With `--json` it prints `content`; else `text`, a line of the command and `note`, and `rows`.
+    With `--json` it prints `content`; else `text`, then `rows` below the command's name and `note`.
     """
 
     content: Mapping[str, Any]
@@ -189,7 +189,7 @@ def _foreign(prog: str, commands: Mapping[str, Command], name: str, flag: str) -
 
 
 def no_command(name: str, commands: Mapping[str, Command]) -> UserError:
-    """Returns the error of an unknown command; it says what the nearest one does: some delete."""
+    """Returns the error of an unknown command; it says what the nearest does: some delete data."""
     match = closest(name.lower(), commands, cutoff=0.6)
     if match is None:
         return UserError(f"no command '{name}': choose from {', '.join(commands)}")
@@ -287,7 +287,7 @@ def complain(text: str) -> None:
 
 
 def shown(path: Path) -> str:
-    """Returns a path relative to the working directory, if it lies below."""
+    """Returns a path relative to the working directory if it lies below, else unchanged."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -53,7 +53,7 @@ def mean_average_precision(
       num_others: identities of the ground truth without a column; each counts 0.
 
     Returns:
-      The mean in 0..1, independent of their order to the bit; ValueError if none has a positive.
+      The mean in 0..1, to the bit in any order of identities; ValueError if all lack positives.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
       mean: MAP of the run minus MAP of the first run.
       low, high: bounds of the 95 % interval of `mean`, within -1..1.
       p, p_holm: two-sided p-value of a difference of 0, and after Holm's correction for all runs.
-      better, worse, equal: number of identities whose average precision is so in the run.
+      better, worse, equal: numbers of identities whose average precision rises, falls or stays.
     """
 
     mean: float
