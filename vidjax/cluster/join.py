@@ -69,7 +69,7 @@ class Group:
         self._ended = True
 
     def fail(self, error: Exception, text: str) -> None:
-        """Tells the others, by `text`, why this process ends; ends it at once if one is gone."""
+        """Tells the others `text`, why this process ends, unless one of them is gone."""
         if _is_of_connection(error):
             self.find_gone()
         lines = text.splitlines() or [type(error).__name__]
@@ -80,7 +80,7 @@ class Group:
         self.tell(f"stopped by {signal.Signals(signum).name}\n{REMEDY}")
 
     def tell(self, end: str) -> None:
-        """Tells the others why this process ends, and waits until they have read it."""
+        """Tells the others why this process ends; process 0 also waits until they write no more."""
         self._ended = True
         writer = threading.Thread(target=self._write, args=(end,), daemon=True)
         writer.start()

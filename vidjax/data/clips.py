@@ -234,8 +234,8 @@ def make_eval_plan(
     whichever other clips are evaluated.
 
     Args:
-      lengths: [N] int, number of frames by which each clip's bucket is chosen; the least values and
-        the default are `longest(...)`. All sources of the same clips form equal blocks by it.
+      lengths: [N] int, number of frames by which each clip's bucket is chosen, at least and by
+        default `longest(split, modalities)`. With it, other sources of the clips form equal blocks.
       only: [N] bool, True for the clips to evaluate; None for all.
     """
     most = longest(split, modalities)

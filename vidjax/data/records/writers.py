@@ -230,7 +230,7 @@ DOWNLOADING = {"directrunner", "direct", "prismrunner", "prism", "switchingdirec
 
 
 class Pool(NamedTuple):
-    """Writes in `workers` local processes: 1 is this one; None one per core, fewer for few data."""
+    """Writes in `workers` local processes; 1 is this one, None one per core or as data needs."""
 
     workers: int | None = None
 
