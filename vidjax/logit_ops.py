@@ -68,7 +68,7 @@ def sum_of_shares(shares: Array) -> Array:
     """Returns the sum of numbers from 0 to 1 over the last axis, which is kept with length 1.
 
     float32 numbers are rounded to multiples of 2**-34 or less and added as integers, in any order:
-    the sum is the same to the bit if the axis lies on several devices.
+    the sum is the same to the bit if the axis is split over several devices.
     """
     if shares.dtype != jnp.float32:
         return jnp.sum(shares, axis=-1, keepdims=True)

@@ -23,8 +23,8 @@ def make_piecewise(
 
     Args:
       points: finite (epoch, value) pairs with increasing epochs. Two pairs of one epoch are a jump,
-        with the second value at the epoch itself. The function is constant before the first and
-        after the last pair.
+        with the second value at the epoch itself, but the first if these pairs are the last. The
+        function is constant before the first and after the last pair.
       name: name of the points in error messages.
 
     Returns:
@@ -85,7 +85,7 @@ def cosine(rise: Rise, *, final_scale: float) -> optax.Schedule:
 
 
 def constant(rise: Rise) -> optax.Schedule:
-    """Returns the peak from the end of the warm-up on."""
+    """Returns a constant rate, the peak, from the end of the warm-up on."""
     return rise.then(optax.constant_schedule(1.0))
 
 
@@ -145,7 +145,7 @@ def make_schedule(
 
 
 def adam() -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba), with the decays of its paper."""
+    """Returns Adam (Kingma and Ba), with the decays of its paper, 0.9 and 0.999."""
     return optax.scale_by_adam(b2=SECOND_MOMENT_DECAY)
 
 
@@ -176,11 +176,11 @@ def make_optimizer(
 
     Args:
       spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the decays;
-        `clip_norm` (largest global norm of the gradient; 0 for any); those of `make_schedule`.
+        `clip_norm` (largest global norm of the gradient; 0: no limit); those of `make_schedule`.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      ValueError: the name or the decay is unknown, or no learning rate is above 0.
+      ValueError: the name or the decay is unknown; `total_decay` without a learning rate above 0.
 
     Ours: no decay of biases and normalisation parameters.
     """

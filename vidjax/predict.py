@@ -73,7 +73,7 @@ class Predictor(NamedTuple):
       workdir: the run's folder.
       step: optimiser steps of the checkpoint.
       manifest: of the checkpoint; every file matched its sha256 in it.
-      results: content of the run's `metrics.json`; empty where that tells of another step.
+      results: content of the run's `metrics.json`; empty if that is of another step.
       config: the configuration of the run.
       identities: [C] names of the class columns.
       modalities: name -> feature width.
