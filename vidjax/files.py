@@ -423,10 +423,7 @@ def foreign_part(folder: Path) -> Path | None:
 
 
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
-    """Returns True if a user other than root and this one may replace files in a folder.
-
-    In the `last` folder of a path nobody else may add files either: a sticky bit is not enough.
-    """
+    """Returns True if other users but root may replace files in a folder; if `last`, also add."""
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
         return True
