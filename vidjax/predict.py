@@ -404,11 +404,6 @@ def _assemble(state: Mapping[str, Any], system: System, mesh: Mesh) -> Predictor
     )
 
 
-if __name__ == "__main__":
-    messages.complain("vidjax.predict is for programs; to rank clips: vidjax --mode=rank")
-    sys.exit(2)
-
-
 def as_lists(
     identities: Sequence[str], names: Mapping[int, str], top: topk.TopK
 ) -> dict[str, list[tuple[str, float]]]:
@@ -422,3 +417,8 @@ def as_lists(
         ]
         for identity, (indices, scores) in zip(identities, rows, strict=True)
     }
+
+
+if __name__ == "__main__":
+    messages.complain("vidjax.predict is for programs; to rank clips: vidjax --mode=rank")
+    sys.exit(2)
