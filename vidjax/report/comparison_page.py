@@ -42,8 +42,7 @@ class RankedRun(NamedTuple):
 
 
 Rows = list[list[str]]
-# (key of `metrics.json`, label, digits) of metrics, and of the size and the time of a run.
-METRICS = [(name, metric.label, metric.digits) for name, metric in metrics.CLIP_METRICS.items()]
+# (key of `metrics.json`, label, digits) of the size and the time of a run.
 COSTS = (
     ("num_members", "members", 0),
     ("num_params", "parameters of a member", 0),
@@ -80,10 +79,16 @@ def difference_table(
     return head, rows
 
 
+def metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    """Returns head and rows of the table of CLIP_METRICS, to which a user's file may add."""
+    known = metrics.CLIP_METRICS.items()
+    return value_table(runs, [(name, metric.label, metric.digits) for name, metric in known])
+
+
 def value_table(
     runs: Sequence[RankedRun], labels: Sequence[tuple[str, str, int]]
 ) -> tuple[list[str], Rows]:
-    """Returns head and rows of the table of `labels`, METRICS or COSTS; empty if no run has any."""
+    """Returns head and rows of the table of `labels`, such as COSTS; empty if no run has any."""
     known = [
         label for label in labels if any(run.metrics.get(label[0]) is not None for run in runs)
     ]
@@ -207,7 +212,7 @@ def as_json(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> dic
 def markdown(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as Markdown."""
     parts = ["# Comparison", "", *_markdown_table(*difference_table(runs, differences))]
-    for head, rows in (value_table(runs, METRICS), value_table(runs, COSTS), config_table(runs)):
+    for head, rows in (metric_table(runs), value_table(runs, COSTS), config_table(runs)):
         if rows:
             parts += ["", *_markdown_table(head, rows)]
     return "\n".join([*parts, "", *map(markdown_text, sentences(runs)), ""])
@@ -248,7 +253,7 @@ def page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:
     """Returns the comparison as a page of HTML."""
     first, names = runs[0], short_names(runs)
     others = list(zip(runs[1:], names[1:], strict=True))
-    head, rows = value_table(runs, METRICS)
+    head, rows = metric_table(runs)
     shown = [metric for metric in metrics.CLIP_METRICS.values() if metric.label in head]
     tables = [
         _table("Other metrics", head, rows),
