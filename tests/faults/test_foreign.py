@@ -337,7 +337,7 @@ def test_a_manifest_names_no_file_outside_and_none_that_is_endless(tmp_path, vic
     manifest["files"] = {str(shard.relative_to(folder / "state")): "0" * 64}
     files.write_manifest(folder / "manifest.json", manifest)
     os.truncate(shard, 30 * GB)
-    with pytest.raises(checkpoint.DamagedError, match="too large"):
+    with pytest.raises(checkpoint.DamagedError, match="larger than"):
         checkpoint.verify(folder)
     shard.unlink()
     os.mkfifo(shard)
