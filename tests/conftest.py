@@ -3,9 +3,9 @@
 import os
 
 # Before jax or TensorFlow is imported anywhere. Eight devices on two cores, beside other processes,
-# may wait for each other longer than the 40 seconds after which XLA aborts the process. A device
-# that waits keeps a thread, and XLA has a thread for each device or core: programs in flight at the
-# same time took each other's, and waited for ever. `NPROC` is the number of threads.
+# may wait for each other longer than the 40 seconds after which XLA aborts the process. Twice a
+# blend over eight devices hung. The cause is not proven: a device that waits may keep one of XLA's
+# threads, of which there is one for each device or core. `NPROC` is their number.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=180"
