@@ -82,22 +82,33 @@ def load_file(spec: str) -> Config:
             f"--config: '{spec}' {wrong}\n"
             "begin get_config with config = vidjax.config.default(), and change that"
         )
-    if _adds_definitions(module.__name__):
+    if _adds_definitions(module):
         config.definitions = f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         _defined.setdefault(path.name, set()).add(config.definitions)
     return config
 
 
-def _adds_definitions(module: str) -> bool:
-    """Returns True if an entry of TABLES, or a part of a tuple there, is defined in a module."""
+def _adds_definitions(module: ModuleType) -> bool:
+    """Returns True if an entry of TABLES, or a part of a tuple there, comes from a user's file.
+
+    It is defined in the file or in a package that the file imports, other than vidjax and optax.
+    """
+    packages = {module.__name__, *map(_package, vars(module).values())}
     loaded = [(sys.modules[name], tables) for name, tables in TABLES.items() if name in sys.modules]
     return any(
-        getattr(part, "__module__", None) == module
+        _package(part) in packages - {"", "vidjax", "optax"}
         for home, tables in loaded
         for table in tables
         for entry in getattr(home, table).values()
         for part in (entry, *(entry if isinstance(entry, tuple) else ()))
     )
+
+
+def _package(one: object) -> str:
+    """Returns the top-level package of a module, function or class; '' for other values."""
+    one = getattr(one, "func", one)  # of a functools.partial
+    name = one.__name__ if isinstance(one, ModuleType) else getattr(one, "__module__", None)
+    return str(name or "").partition(".")[0]
 
 
 def check_definitions(config: Config | Mapping[str, Any]) -> None:
