@@ -6,22 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.made_frames import make_frames, pad
 from vidjax import augment, config_io, fusion
 from vidjax.batch import Frames
 from vidjax.system import TaskSpec, make_system
-
-
-def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
-    rng = np.random.default_rng(seed)
-    shape = (len(lengths), max_frames)
-    mask = np.arange(max_frames) < np.asarray(lengths)[:, None]
-    return Frames(
-        features=(rng.standard_normal((*shape, dim)) * mask[..., None]).astype(dtype),
-        quality=np.where(mask, rng.uniform(1, 100, shape), 0).astype(np.float32),
-        detection=np.where(mask, rng.uniform(0.5, 1, shape), 1).astype(np.float32),
-        number=np.where(mask, 10 * np.arange(max_frames), 0).astype(np.int32),
-        mask=mask,
-    )
 
 
 def one_hot_frames(weights, *, padding=3):
@@ -36,14 +24,6 @@ def one_hot_frames(weights, *, padding=3):
         number=np.arange(total, dtype=np.int32)[None],
         mask=np.arange(total)[None] < length,
     )
-
-
-def pad(frames, count):
-    """Adds frames of garbage that are not real."""
-    clips, dim = len(frames.mask), frames.features.shape[-1]
-    garbage = make_frames([count] * clips, max_frames=count, dim=dim, seed=9)
-    garbage = garbage._replace(mask=np.zeros_like(garbage.mask))
-    return jax.tree.map(lambda a, b: np.concatenate([a, b.astype(a.dtype)], 1), frames, garbage)
 
 
 def fuse(name, rng, frames, **options):

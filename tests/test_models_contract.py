@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.test_fusion import make_frames, pad
-from tests.test_models import (
+from tests.helpers.made_frames import make_frames, pad
+from tests.helpers.made_models import (
     DIMS,
     SMALL,
     eval_logits,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_models import (
+from tests.helpers.made_models import (
     DIMS,
     eval_logits,
     eval_output,

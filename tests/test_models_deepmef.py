@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_fusion import make_frames
-from tests.test_models import (
+from tests.helpers.made_frames import make_frames
+from tests.helpers.made_models import (
     check_gradients,
     eval_logits,
     init,

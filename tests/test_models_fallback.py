@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_models import (
+from tests.helpers.made_models import (
     DIMS,
     eval_logits,
     eval_output,

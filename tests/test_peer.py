@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_fusion import make_frames
+from tests.helpers.made_frames import make_frames
 from vidjax import config as config_lib
 from vidjax import fusion, losses, metrics
 from vidjax.models import identifier

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches
+from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.small_runs import run, shrunk
-from tests.test_fusion import make_frames, pad
 from vidjax import config_io, fusion
 from vidjax.api import restore
 from vidjax.batch import Batch, LazyFeatures

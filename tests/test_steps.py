@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_fusion import make_frames
+from tests.helpers.made_frames import make_frames
 from vidjax import augment, ensemble, logit_ops
 from vidjax import config as config_lib
 from vidjax.batch import Batch, ModelOutput

@@ -1,0 +1,27 @@
+"""Frames of made-up clips, and padding full of garbage."""
+
+import jax
+import numpy as np
+
+from vidjax.batch import Frames
+
+
+def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
+    rng = np.random.default_rng(seed)
+    shape = (len(lengths), max_frames)
+    mask = np.arange(max_frames) < np.asarray(lengths)[:, None]
+    return Frames(
+        features=(rng.standard_normal((*shape, dim)) * mask[..., None]).astype(dtype),
+        quality=np.where(mask, rng.uniform(1, 100, shape), 0).astype(np.float32),
+        detection=np.where(mask, rng.uniform(0.5, 1, shape), 1).astype(np.float32),
+        number=np.where(mask, 10 * np.arange(max_frames), 0).astype(np.int32),
+        mask=mask,
+    )
+
+
+def pad(frames, count):
+    """Adds frames of garbage that are not real."""
+    clips, dim = len(frames.mask), frames.features.shape[-1]
+    garbage = make_frames([count] * clips, max_frames=count, dim=dim, seed=9)
+    garbage = garbage._replace(mask=np.zeros_like(garbage.mask))
+    return jax.tree.map(lambda a, b: np.concatenate([a, b.astype(a.dtype)], 1), frames, garbage)

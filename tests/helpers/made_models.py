@@ -1,0 +1,84 @@
+"""Small models on made-up clips: how they start, train and evaluate."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.test_util import check_grads
+
+from tests.helpers.made_frames import make_frames
+from vidjax.batch import ClipInfo
+from vidjax.models import identifier
+
+DIMS = {"face": 6, "head": 5, "audio": 4}
+SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
+
+
+def make_batch(num_clips=8, seed=0):
+    """Clips of three modalities; the last two rows are padding full of garbage."""
+    lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
+    lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
+    frames = {
+        name: make_frames(lengths[name][:num_clips], max_frames=4, dim=dim, seed=seed)
+        for name, dim in DIMS.items()
+    }
+    clips = ClipInfo(
+        index=np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32)[:num_clips],
+        labels=np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32)[:num_clips],
+        mask=(np.arange(8) < 6)[:num_clips],
+    )
+    return frames, clips
+
+
+def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
+    return identifier.make_identifier(
+        {**spec, **options}, modalities=DIMS, num_classes=num_classes, num_clips=6, dtype=dtype
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_output(model, variables, frames, clips, rng):
+    rngs = {"dropout": rng, "modality_dropout": rng}
+    mutable = [name for name in variables if name != "params"]
+    return model.apply(variables, frames, clips, train=True, rngs=rngs, mutable=mutable)
+
+
+def train_logits(model, variables, frames, clips, seed=5):
+    output, new = train_output(model, variables, frames, clips, jax.random.key(seed))
+    return output.logits[:, 0], new
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def eval_output(model, variables, frames, clips):
+    return model.apply(variables, frames, clips, train=False)
+
+
+def eval_logits(model, variables, frames, clips):
+    return eval_output(model, variables, frames, clips).logits[:, 0]
+
+
+def randomised(params, seed=3):
+    """Every parameter at random, so that none hides at 0 or 1."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: np.asarray(p) + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params
+    )
+
+
+def check_gradients(function, *args, **options):
+    """One vector for all arguments: leaf by leaf it takes seconds."""
+    flat, unravel = ravel_pytree(args)
+    check_grads(jax.jit(lambda v: function(*unravel(v))), (flat,), order=1, **options)
+
+
+# Compiled: operation by operation it takes seconds.
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def init(model, *args, train=None):
+    options = {} if train is None else {"train": train}
+    return model.init(jax.random.key(0), *args, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_identifier(model, frames, clips):
+    return model.init(jax.random.key(0), frames, clips, train=False)
