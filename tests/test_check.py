@@ -502,23 +502,6 @@ def test_a_joined_folder_stands_for_its_runs(run, data, capsys, tmp_path):
     assert f"no run in '{other}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--workdir=nowhere",), "--config=FILE --workdir=nowhere"),
-        (("--workdir=w", "--config=configs/mma.py"), "--config=FILE"),
-        (("--workdir=w", "--runs=a,b"), "evaluate and compare do"),
-        (("--config.seed=1",), "--workdir=FOLDER or --config=FILE"),
-        (("--config=configs/mma.py", "--config.sede=1"), "--config.seed"),
-    ],
-)
-def test_mistakes_in_the_words(capsys, words, message):
-    assert main(["--mode=check", *words]) == 2
-    out, err = capsys.readouterr()
-    assert message in err
-    assert out == ""
-
-
 def test_the_environment_alone(capsys):
     assert main(["--mode=check"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -177,14 +177,6 @@ def test_more_parts_than_clips_are_refused(data):
     assert parts.choose_clips(data, "val", ("face",), 60, 60).tolist() == [59]
 
 
-@pytest.mark.parametrize("text", ["0/3", "4/3", "a/b", "1", "3/", "/3", "1/3/3", "-1/3", "1.0/3"])
-def test_a_wrong_shard_is_told_with_what_it_may_be(text, capsys):
-    assert main(["--mode=evaluate", "--workdir=run", f"--shard={text}"]) == 2
-    said = capsys.readouterr().err
-    assert "from 1 to n" in said and len(said.splitlines()) == 2
-    assert re.search(r"--shard=1/\d is the first", said)
-
-
 # Joining.
 
 
@@ -439,29 +431,6 @@ def test_parts_of_other_versions_are_told(run, data):
         parts.merge(config, folder, data)
     rewrite(path, versions=versions | {"device": "3 x cpu"})
     parts.merge(config, folder, data)
-
-
-@pytest.mark.parametrize(
-    ("words", "remedy"),
-    [
-        (("--mode=merge",), "--workdir=FOLDER"),
-        (("--mode=merge", "--workdir=RUN", "--shard=1/2"), "evaluate does"),
-        (("--workdir=RUN", "--shard=1/2", "--config=knn"), "evaluate does"),
-        (("--mode=merge", "--workdir=RUN", "--runs=a,b"), "evaluate and compare do"),
-        (("--mode=evaluate", "--workdir=RUN", "--runs=a,b", "--shard=1/2"), "in one process"),
-        (("--mode=merge", "--workdir=RUN", "--config=knn"), "--config.FIELD=VALUE"),
-        (("--mode=merge", "--workdir=RUN", "--config.eval.split=tset"), "test, train, val"),
-        (("--mode=merge", "--workdir=RUN"), "--workdir=RUN --shard=k/n"),
-    ],
-)
-def test_mistakes_in_the_words(run, capsys, monkeypatch, words, remedy):
-    folder, _ = run
-    folder.rename(folder.parent / "RUN")
-    monkeypatch.chdir(folder.parent)
-    assert main(words) == 2
-    said = capsys.readouterr().err
-    assert remedy in said
-    assert said.startswith("vidjax: ") and len(said.splitlines()) <= 3
 
 
 def test_the_commands_tell_what_is_left(run, capsys):

@@ -19,7 +19,6 @@ from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
 from vidjax import config as config_lib
 from vidjax import config_io, metrics, significance
-from vidjax import main as main_lib
 from vidjax.commands import compare
 from vidjax.report import figures, run_page
 from vidjax.report import html as html_lib
@@ -557,20 +556,6 @@ def test_its_mode_needs_neither_jax_nor_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"report: {folder / 'report.html'}"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ((), "needs --workdir"),
-        (("--workdir=nowhere",), "no run in"),
-        (("--workdir=w", "--config=configs/mma.py"), "it takes --workdir"),
-        (("--workdir=w", "--config.seed=1"), "it takes --workdir"),
-    ],
-)
-def test_mistakes(capsys, words, message):
-    assert main_lib.main(["--mode=report", *words]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -56,6 +56,8 @@ class Case(NamedTuple):
 
 WORDS = [
     Case("", "--config=configs/mma.py"),
+    Case("--config=", "--config=FILE"),
+    Case("--config=quality_fusion:mlp1,mlp2", "name one"),
     Case(f"{TRAIN} --learning-rate=0.1", "--config.optim.learning_rate"),
     Case(f"{TRAIN} --seed=1", "--config.seed?"),
     Case(f"{TRAIN} --epochs=3", "--config.num_epochs"),
@@ -106,9 +108,13 @@ WORDS = [
     Case("--mode=train", "--config=FILE"),
     Case("--mode=merge", "--workdir=FOLDER"),
     Case("--mode=merge --workdir=run --shard=1/2", "evaluate does"),
+    Case("--mode=merge --workdir=run --runs=a,b", "evaluate and compare do"),
+    Case("--mode=merge --workdir=run --config=knn", "--config.FIELD=VALUE"),
+    Case("--mode=evaluate --workdir=run --runs=a,b --shard=1/2", "in one process"),
     Case("--mode=evaluate --workdir=run --shard=0/3", "--shard=1/3"),
     Case("--mode=evaluate --workdir=run --shard=4/3", "--shard=3/3"),
-    Case("--mode=evaluate --workdir=run --shard=first", "--shard=1/7"),
+    *[Case(f"--mode=evaluate --workdir=run --shard={text}", "--shard=1/7")
+      for text in ("first", "a/b", "1", "3/", "/3", "1/3/3", "-1/3", "1.0/3")],
     Case("--mode=evaluate", "--workdir=FOLDER"),
     Case("--mode=report", "--workdir=FOLDER"),
     Case("--mode=compare --runs=run,run", "--workdir=FOLDER"),
@@ -117,6 +123,10 @@ WORDS = [
     Case("--mode=config --runs=run,run", "evaluate and compare do"),
     Case("--mode=config --workdir=run --config=mma", "not both"),
     Case("--mode=check --workdir=run --config=mma", "not both"),
+    Case("--mode=check --workdir=nowhere", "--config=FILE --workdir=nowhere"),
+    Case("--mode=check --config.seed=1", "--workdir=FOLDER or --config=FILE"),
+    Case("--mode=check --config=mma --config.sede=1", "--config.seed"),
+    Case("--mode=report --workdir=nowhere", "--config=FILE --workdir=nowhere"),
     Case("--mode=evaluate --workdir=run --config=mma", "--config.FIELD=VALUE"),
     Case("--config=knn --workdir=", "name a folder"),
     Case("--config=knn --workdir", "--workdir"),
@@ -128,6 +138,8 @@ FIELDS = [
     Case(f"{TRAIN} --config.bacth_size=1", "--config.batch_size"),
     Case(f"{TRAIN} --config.batch-size=1", "--config.batch_size"),
     Case(f"{TRAIN} --config.Seed=1", "--config.seed"),
+    Case(f"{TRAIN} --config.learning_rate=1", "--config.optim.learning_rate"),
+    Case(f"{TRAIN} --config.data.dri=x", "--config.data.dir"),
     Case(f"{TRAIN} --config.fusion.head=1", "--mode=config"),
     Case(f"{TRAIN} --config.nonsense_of_mine=1", "--mode=config"),
     Case(f"{TRAIN} --config.seed", "--config.seed=..."),
@@ -138,16 +150,10 @@ FIELDS = [
     Case(f"{TRAIN} --config.batch_size=12.5", "whole number"),
     Case(f"{TRAIN} --config.batch_size=", "--config.batch_size="),
     Case(f"{TRAIN} --config.batch_size=0", "config.batch_size=0"),
-    Case(f"{TRAIN} --config.batch_size=-5", "config.batch_size=-5"),
     Case(f"{TRAIN} --config.batch_size=100000000", "at most"),
-    Case(f"{TRAIN} --config.eval.block_size=1000000000", "at most"),
     Case(f"{TRAIN} --config.num_epochs=inf", "config.num_epochs"),
-    Case(f"{TRAIN} --config.num_epochs=1e12", "config.num_epochs"),
+    Case(f"{TRAIN} --config.num_epochs=nan", "number such as"),
     Case(f"{TRAIN} --config.eval.every_epochs=inf", "config.eval.every_epochs"),
-    Case(f"{TRAIN} --config.eval.every_epochs=-1", "config.eval.every_epochs"),
-    Case(f"{TRAIN} --config.mixup=inf", "config.mixup"),
-    Case(f"{TRAIN} --config.seed=-1", "config.seed"),
-    Case(f"{TRAIN} --config.seed=1e3", "whole number"),
     Case(f"{TRAIN} --config.noise.join=maybe", "true or false"),
     Case(f"{TRAIN} --config.modalities=5", "names such as"),
     Case(f"{TRAIN} --config.modalities=()", "config.modalities"),
@@ -165,29 +171,17 @@ FIELDS = [
     Case(f"{TRAIN} --config.loss.margin=9", "margin"),
     Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.optim.decay=linear", "cosine"),
-    Case(f"{TRAIN} --config.optim.learning_rate=-1", "config.optim.learning_rate"),
     Case(f"{TRAIN} --config.optim.learning_rate=nan", "--config.optim.learning_rate"),
-    Case(f"{TRAIN} --config.optim.warmup=7", "config.optim.warmup"),
     Case(f"{TRAIN} --config.optim.momentum=0.5", "--config.optim.name=sgd"),
-    Case(f"{TRAIN} --config.dtype=float31", "float31"),
     Case(f"{TRAIN} --config.matmul_precision=high1", "config.matmul_precision"),
-    Case(f"{TRAIN} --config.after_fusion=pol", "config.after_fusion"),
     Case(f"{TRAIN} --config.transforms=flip", "config.transforms"),
     Case(f"{TRAIN} --config.data.name=imagenet", "synthetic, iqiyi_vid"),
-    Case(f"{TRAIN} --config.data.size=huge", "small, standard"),
-    Case(f"{TRAIN} --config.data.mode=disk", "streaming"),
-    Case(f"{TRAIN} --config.data.crop=left", "quality"),
-    Case(f"{TRAIN} --config.data.distractors=keep", "leave_out"),
-    Case(f"{TRAIN} --config.data.non_finite=zero", "drop, error"),
     Case(f"{TRAIN} --config.data.train_splits=trian", "train"),
     Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),
     Case(f"{TRAIN} --config.eval.split=vall", "test, train, val"),
     Case(f"{TRAIN} --config.eval.scores=prob", "log_softmax"),
-    Case(f"{TRAIN} --config.eval.checkpoint=last", "latest, best"),
     Case(f"{TRAIN} --config.ensemble.folds=1", "config.ensemble.folds"),
-    Case(f"{TRAIN} --config.ensemble.seeds=0", "config.ensemble.seeds"),
     Case(f"{TRAIN} --config.ensemble.only=9", "config.ensemble.only"),
-    Case(f"{TRAIN} --config.ensemble.mapping=pmap", "config.ensemble.mapping"),
     Case(f"{TRAIN} --config.join.runs=run", "--mode=evaluate"),
     Case(f"{MLP} --config.model.layers=((0,'swish',False,0.5),)", "--config.model.layers="),
     Case(f"{MLP} --config.model.layers=((8,'swosh',False,0.5),)", "swish"),
@@ -199,7 +193,34 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.model.dropout_rate=5", "model.dropout_rate=5"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "embed_dim=100000000"),
 ]
-# In folders with made-up runs; a compared run is not trained.
+# Experiments of one's own: content, and what is said of it.
+BEGIN = "from vidjax import config\n\n\ndef get_config(args=''):\n"
+MINE = {
+    "empty.py": ("", "get_config"),
+    "syntax.py": ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),
+    "name.py": ("def get_config(args=''):\n    return confg\n", "line 2: NameError"),
+    "import.py": ("import nowhere_at_all\n", "line 1: ModuleNotFoundError"),
+    "exit.py": ("import sys\n\nsys.exit(3)\n", "sys.exit"),
+    "null.py": ("\0", "null bytes"),
+    "notes.txt": ("seed: 3", "Python"),
+    "none.py": ("def get_config():\n    return None\n", "def get_config"),
+    "dict.py": ("def get_config(args=''):\n    return {}\n", "ConfigDict"),
+    "number.py": (f"{BEGIN}    return int('many')\n", "line 5: ValueError"),
+    "file.py": (f"{BEGIN}    open('/none/x')\n", "line 5: FileNotFoundError"),
+    "value.py": (f"{BEGIN}    config.default().batch_size = 'x'\n", "line 5: TypeError"),
+    "nothing.py": (f"{BEGIN}    config.default()\n", "config.default()"),
+    "bare.py": (
+        "from ml_collections import ConfigDict\n\n\n"
+        "def get_config(args=''):\n    return ConfigDict({'seed': 1})\n",
+        "config.default()",
+    ),
+    "typed.py": (
+        f"from ml_collections import ConfigDict\n{BEGIN}"
+        "    return ConfigDict({**config.default().to_dict(), 'batch_size': '8'})\n",
+        "config.batch_size",
+    ),
+}
+# In folders with made-up runs and data; a compared run is not trained.
 PLACES = [
     Case("--mode=report --workdir=.", "name one: a, b"),
     Case("--mode=report --workdir=empty", "python -m vidjax.main --config=FILE"),
@@ -207,64 +228,52 @@ PLACES = [
     Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),
     Case("--mode=evaluate --workdir=a --config=mma", "--config.FIELD=VALUE"),
     Case("--mode=evaluate --workdir=both --runs=nowhere,empty", "nowhere'"),
+    Case("--mode=evaluate --workdir=both --runs=empty,nowhere", "empty'"),
+    Case("--mode=evaluate --workdir=none", "--config=FILE --workdir=none"),
+    Case("--mode=config --workdir=none", "--config=FILE --workdir=none"),
     Case("compare --workdir=out --runs=a,a", "a run is named twice"),
     Case("compare --workdir=out --runs=a, b", "--runs=a,b"),
     Case("compare --workdir=a --runs=a,b", "holds a run"),
     Case("compare --workdir=out --runs=a,empty", "name folders of trained runs"),
-    Case("compare --workdir=out --runs=a,of_test", "--config.eval.split=val"),
     Case("compare --workdir=out --runs=a,b --config.eval.split=test",
          "--mode=evaluate --workdir=a --config.eval.split=test"),
-    Case("compare --workdir=out --runs=blind,a", "--config.eval.split=val"),
-    Case("compare --workdir=out --runs=a,other", "evaluated on the same clips"),
-    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
-         "such as face_train.pickle"),
-    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=lfs", "Git LFS"),
-    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=csv", "train_gt.txt"),
-    Case(f"{OFFICIAL} --config.eval.split=train", "config.eval.split"),
-    Case(f"{OFFICIAL} --config.data.cache_dir=file", "file'"),
-]  # fmt: skip
-FILES = [
     Case("--config=configs/mmaa.py", "'configs/mma.py'"),
     Case("--config=configs/mma", "'configs/mma.py'"),
     Case("--config=mmaa", "'mma'"),
     Case("--config=nowhere/mma.py", "'configs/mma.py'"),
     Case("--config=configs", "'configs/mma.py'"),
-    Case("--config=", "--config=FILE"),
-    Case("--config=mine/bare.py", "config.default()"),
-    Case("--config=mine/typed.py", "config.batch_size"),
-    Case("--config=mine/nothing.py", "config.default()"),
-    Case("--config=mine/syntax.py", "line 2"),
-    Case("--config=mine/name.py", "line 2"),
-    Case("--config=mine/exit.py", "sys.exit"),
-    Case("--config=mine/empty.py", "get_config"),
-    Case("--config=mine/number.py", "line 5"),
-    Case("--config=mine/none.py", "def get_config"),
-    Case("--config=quality_fusion:mlp1,mlp2", "name one"),
-    Case("--config=run/config.json --workdir=run --config.seed=7", "seed: 0 -> 7"),
-    Case("--mode=evaluate --workdir=none", "--config=FILE --workdir=none"),
-    Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
-    Case("--mode=evaluate --workdir=run --config.eval.scores=prob", "log_softmax"),
-    Case("--mode=evaluate --workdir=run --config.eval.block_size=0", "config.eval.block_size=0"),
-    Case("--mode=evaluate --workdir=run --config.eval.checkpoint=last", "latest, best"),
-    Case("--mode=evaluate --workdir=run --config.model.name=knnn", "'knn'"),
-    Case("--mode=evaluate --workdir=run --config.data.size=huge", "small, standard"),
-    Case("--mode=report --workdir=none", "--config=FILE --workdir=none"),
-    Case("--mode=config --workdir=none", "--config=FILE --workdir=none"),
-    Case("--mode=evaluate --workdir=both --runs=none,run", "none"),
-    Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
-    Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
-    Case(f"{TRAIN} --config.data.dir=own", "--config.data.name=arrays"),
+    *[Case(f"--config=mine/{name}", remedy) for name, (_, remedy) in MINE.items()],
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
+         "such as face_train.pickle"),
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=lfs", "Git LFS"),
+    Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=csv", "train_gt.txt"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=none", "config.data.dir"),
     Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=empty", "face_train.pickle"),
-    Case(
-        "--config=mma:iqiyi_vid --workdir=new --config.data.dir=official",
-        "--config.modalities=face,head,audio",
-    ),
+    Case("--config=mma:iqiyi_vid --workdir=new --config.data.dir=official",
+         "--config.modalities=face,head,audio"),
+    Case(f"{OFFICIAL} --config.eval.split=train", "config.eval.split"),
+    Case(f"{OFFICIAL} --config.data.cache_dir=file", "file'"),
+    Case(f"{TRAIN} --config.data.dir=official", "--config.data.name=iqiyi_vid"),
+    Case(f"{TRAIN} --config.data.dir=own", "--config.data.name=arrays"),
     Case(f"{OWN}none", "none"),
     Case(f"{OWN}empty", "empty"),
     Case(f"{OWN}own --config.eval.split=test", "train, val"),
     Case(f"{OWN}own", "labels.csv", seconds=60),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
+]  # fmt: skip
+# In a process of its own, or with the trained run of `prepare`.
+FILES = [
+    Case("--config=run/config.json --workdir=run --config.seed=7", "seed: 0 -> 7"),
+    Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
+    Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
+    Case("--mode=merge --workdir=run --config.eval.split=tset", "test, train, val"),
+    Case("--mode=merge --workdir=run", "--workdir=run --shard=k/n"),
+    Case("--mode=evaluate --workdir=run --config.eval.scores=prob", "log_softmax"),
+    Case("--mode=evaluate --workdir=run --config.eval.block_size=0", "config.eval.block_size=0"),
+    Case("--mode=evaluate --workdir=run --config.eval.checkpoint=last", "latest, best"),
+    Case("--mode=evaluate --workdir=run --config.model.name=knnn", "'knn'"),
+    Case("--mode=evaluate --workdir=run --config.data.size=huge", "small, standard"),
+    Case("--mode=evaluate --workdir=both --runs=none,run", "none"),
     Case(TRAIN, "--config.data.cache_dir", env={"VIDJAX_CACHE": "/proc/none"}, seconds=60),
     Case(TRAIN, "unset JAX_PLATFORMS", env=NO_GPU, seconds=4),
     Case(OFFICIAL, "unset JAX_PLATFORMS", env=NO_GPU, seconds=4),
@@ -293,22 +302,6 @@ WORKS = [
 ]
 CASES = [*WORDS, *FIELDS, *PLACES, *FILES, *WORKS]
 
-BEGIN = "from vidjax import config\n\n\ndef get_config(args=''):\n"
-OWN_FILES = {
-    "bare.py": "from ml_collections import ConfigDict\n\n\n"
-    "def get_config(args=''):\n    return ConfigDict({'seed': 1})\n",
-    "typed.py": "from ml_collections import ConfigDict\nfrom vidjax import config\n\n\n"
-    "def get_config(args=''):\n"
-    "    return ConfigDict({**config.default().to_dict(), 'batch_size': '8'})\n",
-    "nothing.py": f"{BEGIN}    config.default()\n",
-    "syntax.py": "def get_config(args=''):\n    return (\n",
-    "name.py": "def get_config(args=''):\n    return confg\n",
-    "exit.py": "import sys\n\nsys.exit(3)\n",
-    "empty.py": "",
-    "number.py": f"{BEGIN}    return int('many')\n",
-    "none.py": "def get_config():\n    return None\n",
-}
-
 
 class Outcome(NamedTuple):
     """What a command did.
@@ -327,13 +320,10 @@ class Outcome(NamedTuple):
 
 
 def prepare_places(folder: Path) -> None:
-    """Writes made-up runs and official files, good and bad."""
+    """Writes experiments, good and bad ones, data, and made-up runs."""
     values = {"1": 0.5, "2": 0.75}
     made_runs.write(folder / "a", values, "--config.seed=3")
     made_runs.write(folder / "b", values)
-    made_runs.write(folder / "of_test", values, split="test")
-    made_runs.write(folder / "blind", values, split="test", truth=False)
-    made_runs.write(folder / "other", values, "--config.data.seed=1")
     for name in ("empty", "zip", "official"):
         (folder / name).mkdir()
     (folder / "zip" / "face_train.zip").write_bytes(b"PK\x03\x04" + bytes(60))
@@ -345,22 +335,20 @@ def prepare_places(folder: Path) -> None:
     (folder / "lfs" / "face_train.pickle").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     )
-
-
-def prepare(folder: Path) -> None:
-    """Writes what the commands read: data, configurations, and a trained run."""
-    prepare_places(folder)
     shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))
     (folder / "mine").mkdir()
-    for name, content in OWN_FILES.items():
+    for name, (content, _) in MINE.items():
         (folder / "mine" / name).write_text(content)
-    rng = np.random.default_rng(0)
     for split in ("own/train", "own/val", "alone/train"):
         (folder / split).mkdir(parents=True)
         for i in range(4):
-            np.savez(
-                folder / split / f"clip_{Path(split).name}_{i}.npz", face=rng.normal(size=(2, 8))
-            )
+            clip = folder / split / f"clip_{Path(split).name}_{i}.npz"
+            np.savez(clip, face=np.random.default_rng(i).normal(size=(2, 8)))
+
+
+def prepare(folder: Path) -> None:
+    """Writes what the commands read, with a trained run."""
+    prepare_places(folder)
     trained = run(folder, Case("--config=knn --workdir=run --config.eval.report=false", "", 0))
     if trained.code:
         raise RuntimeError(trained.errors)

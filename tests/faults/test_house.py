@@ -54,23 +54,6 @@ def test_a_workdir_that_cannot_be(tmp_path, place):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--config=configs/mmaa.py"], "'configs/mma.py'"),
-        (["--config=configs/mma.py", "--config.bacth_size=3"], "--config.batch_size"),
-        (["--config=configs/mma.py", "--config.batch_size=abc"], "--config.batch_size=abc"),
-        (["--config=configs/mma.py", "stray"], "--help"),
-        (["--config=configs/mma.py:publishd"], "'published'"),
-        (["--config=configs/mma.py", "-workdir=w"], "--workdir?"),
-        (["--config=configs/mma.py", "--mode=trian"], "'train'"),
-    ],
-)
-def test_mistaken_words(words, message):
-    """Row 37; `test_main.py` has more of them."""
-    assert message in complaint(run(*words))
-
-
 @pytest.fixture
 def without(tmp_path):
     """Returns the environment of a process for which some packages are not installed."""
