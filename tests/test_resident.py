@@ -15,6 +15,7 @@ from scipy import stats
 from tests.helpers.batches import eval_batches, train_batches
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
+from tests.helpers.made_steps import make_train_step
 from tests.helpers.small_runs import (
     STREAMED,
     Interrupting,
@@ -522,7 +523,7 @@ def test_steps_in_a_loop_are_single_steps_of_arrays(data, spec):
     assert int(outcome.bad_step) == -1 and outcome.loss.shape == (1,)
     assert setting.loop._cache_size() == 1
 
-    step, state = train_step.make_train_step(setting.system, setting.mesh), setting.start()
+    step, state = make_train_step(setting.system, setting.mesh), setting.start()
     losses = np.zeros(1)
     for batch in setting.host_batches(8):
         on_device = devices_lib.shard_batch(setting.mesh, batch)
@@ -573,6 +574,58 @@ def order_of_plan(setting):
     """Returns the clips of the first epoch."""
     whole = setting.plan._replace(batch_size=setting.plan.num_clips)
     return drawer(setting.clips, whole)(0).clip_index.tolist()
+
+
+class Told(float):
+    """A number that tells when it is read."""
+
+    def __new__(cls, value, tell):
+        number = super().__new__(cls, value)
+        number.tell = tell
+        return number
+
+    def __ge__(self, other):
+        self.tell()
+        return float(self) >= other
+
+    def __array__(self, *args, **kwargs):
+        return np.asarray(float(self))
+
+    def is_ready(self):
+        return False
+
+
+def test_a_streamed_step_is_read_once_the_next_one_is_dispatched(data):
+    setting, events = Setting(data, spec=MLP), []
+
+    def batches():
+        for number, batch in enumerate(setting.host_batches(20)):
+            events.append(f"batch {number}")
+            yield batch
+
+    def loop(state, tables, batch, count):
+        del tables, batch, count
+        number = int(state.step)
+        events.append(f"step {number}")
+        bad = Told(number if number == 6 else -1, lambda: events.append(f"read {number}"))
+        return state.replace(step=state.step + 1), train_step.Outcome(Told(number, str), bad)
+
+    streamed = feed.StreamingFeed(setting.system, setting.mesh, batches())
+    streamed._loop = loop
+    states, tables = [setting.start()], [setting.tables]
+    done = streamed.run(states, tables, 0, 9)  # one step compiles
+    assert (done.num_steps, done.loss, done.bad_step) == (1, 0, None)
+    done = streamed.run(done.states, tables, 1, 9)  # and one is timed
+    done = streamed.run(done.states, tables, 2, 3)
+    assert (done.num_steps, done.loss, done.bad_step) == (3, 4, None)
+    order = list(dict.fromkeys(events))
+    for number in (2, 3):
+        assert order.index(f"step {number + 1}") < order.index(f"read {number}")
+        assert order.index(f"batch {number + 1}") < order.index(f"step {number + 1}")
+    done = streamed.run(done.states, tables, 5, 9)  # step 6 is one too many
+    assert (done.num_steps, done.bad_step) == (3, 6)
+    wanted = next(itertools.islice(setting.host_batches(7), 6, None))
+    np.testing.assert_array_equal(streamed._batch_of(6).clip_index, wanted.clip_index)
 
 
 def first_with_a_face(data, clips):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.made_steps import make
+from tests.helpers.made_steps import make, make_train_step
 from tests.helpers.small_runs import (
     assert_equal_weights,
     interrupt_dispatch,
@@ -152,7 +152,7 @@ def test_second_moments_fade_between_two_draws(shape):
 def test_a_skipped_step_leaves_the_moments_and_their_steps_alone():
     words = (*LINEAR, "--config.loss.sampled_classes=0.2")
     made = make("quality_fusion", *words, num_identities=300, batch_size=24)
-    step = train_step.make_train_step(made.system, made.mesh, made.axes)
+    step = make_train_step(made.system, made.mesh, made.axes)
     state, _ = step(made.state, made.tables, made.batch)
     face = made.batch.frames["face"]
     bad = made.batch._replace(frames={"face": face._replace(features=face.features * np.nan)})

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.made_steps import make_train_step
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
 from vidjax.devices import CompileClock
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import state as state_lib
-from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
 pytestmark = pytest.mark.slow
@@ -301,7 +301,7 @@ def test_published_size(name):
     batch = devices.shard_batch(mesh, made_up_batch(rng, sizes.modalities, config, 8, 57_820))
     tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 57_820)))
     tables = devices.replicate(mesh, tables)
-    step = train_step.make_train_step(system, mesh)
+    step = make_train_step(system, mesh)
     state, loss = step(state, tables, batch)
     losses = [float(loss[0])]
     with CompileClock() as clock:
@@ -318,10 +318,11 @@ ONE_AND_EIGHT = """
 import sys
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
+from tests.helpers.made_steps import make_train_step
 from tests.test_systems import ROOT, init_one, made_up_batch
 from vidjax import config_io, devices, ensemble
 from vidjax.devices import CompileClock
-from vidjax.steps import state as state_lib, train_step
+from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
 config = config_io.override(
@@ -338,7 +339,7 @@ for count in (1, 8):
     state = devices.replicate(mesh, init_one(system, sizes, labels))
     tables = state_lib.make_tables((ensemble.Member(),), np.ones((1, 200)))
     tables = devices.replicate(mesh, tables)
-    step = train_step.make_train_step(system, mesh)
+    step = make_train_step(system, mesh)
     rng = np.random.default_rng(2)
     for i in range(20):
         batch = devices.shard_batch(mesh, made_up_batch(rng, widths, config, 32, 200))

@@ -1,6 +1,7 @@
 """Feeds bring clips to the training step: streamed from the records, or resident on the devices."""
 
 import abc
+import collections
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +17,19 @@ from vidjax.batch import Array, Batch, Packed
 from vidjax.cluster import processes
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.steps import state as state_lib
 from vidjax.steps import train_step
 from vidjax.steps.columns import ClassAxes
+from vidjax.steps.state import Tables, TrainState
+from vidjax.steps.train_step import Outcome
 from vidjax.system import System
 
-DISPATCH_SECONDS = 1.0  # duration of a dispatch of resident steps
+DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps
 
 
 class DispatchResult(NamedTuple):
     """The result of a dispatch: steps that the host starts at once, and then waits for."""
 
-    states: list[state_lib.TrainState]  # of every group of members
+    states: list[TrainState]  # of every group of members
     num_steps: int
     loss: float  # of the last step, averaged over members
     bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
@@ -46,34 +48,58 @@ class Feed(abc.ABC):
 
     def __init__(self, system: System):
         self._find = jax.jit(functools.partial(train_step.find_bad_clips, system))
+        self._compiled = False
+        self._step_seconds: float | None = None
 
-    @abc.abstractmethod
     def run(
         self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
+        states: Sequence[TrainState],
+        tables: Sequence[Tables],
         step: int,
         most: int,
     ) -> DispatchResult:
-        """Trains for one dispatch: 1 to `most` steps after the first `step` steps.
+        """Does the training steps of about DISPATCH_SECONDS: 1 to `most`, after `step` steps.
 
         `states`, which are donated, and `tables` have one entry for each group of members.
+        """
+        count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
+        count = processes.broadcast_int(max(1, min(most, count)))
+        began = time.monotonic()
+        states, dispatched = self._dispatch(states, tables, step, count)
+        outcomes = devices.fetch(dispatched)
+        count = int(states[0].step) - step
+        if self._compiled:
+            self._step_seconds = (time.monotonic() - began) / count
+        self._compiled = True
+        bad_steps = [int(x.bad_step) for groups in outcomes for x in groups if x.bad_step >= 0]
+        loss = float(np.mean([outcome.loss for outcome in outcomes[-1]]))
+        return DispatchResult(states, count, loss, min(bad_steps, default=None))
+
+    @abc.abstractmethod
+    def _dispatch(
+        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+    ) -> tuple[list[TrainState], list[list[Outcome]]]:
+        """Dispatches `count` steps, or fewer where one is bad.
+
+        Returns the states, and the outcomes, by group of members, of the last calls of the loop;
+        those before them were good.
         """
 
     @abc.abstractmethod
     def _batch_of(self, step: int) -> Batch:
-        """Returns the batch of a step, which must be the last one for StreamingFeed."""
+        """Returns the batch of a step, which must be one of the last two for StreamingFeed."""
 
     def bad_clips(
         self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
+        states: Sequence[TrainState],
+        tables: Sequence[Tables],
         step: int,
     ) -> np.ndarray:
         """Finds the clips of a step whose loss or its derivative is not finite.
 
         Returns [n] int32, clip_index of these clips, or of all clips of the step if none is bad.
-        The states are those after the step, which must be the last one for StreamingFeed.
+        The states are those after the last dispatch, of which the step must be one; StreamingFeed
+        may have taken one more step.
         """
         batch, groups = self._batch_of(step), zip(states, tables, strict=True)
         found = devices.fetch([self._find(*pair, batch, np.int32(step)) for pair in groups])
@@ -83,6 +109,9 @@ class Feed(abc.ABC):
 
 class StreamingFeed(Feed):
     """Streams one batch per step; the host fetches it while the devices work on the one before.
+
+    The host reads the outcome of a step after it has dispatched the next one, so that the devices
+    need not wait for the host between steps.
 
     `waited` is an estimate: fetch time minus the fastest step so far, if the devices finished
     before the fetch.
@@ -96,41 +125,41 @@ class StreamingFeed(Feed):
         """Takes an endless iterator of this process's share of each batch, as numpy arrays."""
         self._mesh, self._share, self._batches = mesh, devices.share(mesh), batches
         super().__init__(system)
-        self._step = train_step.make_train_step(system, mesh, axes)
-        self._last: Batch | None = None
+        self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch, axes)
         self._next: Batch | None = None
+        self._latest: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=2)
         self._fastest = float("inf")
 
     def _fetch(self) -> Batch:
         return devices.shard_batch(self._mesh, next(self._batches), self._share)
 
-    def run(
-        self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
-        step: int,
-        most: int,
-    ) -> DispatchResult:
-        """Does one training step."""
-        del most
-        batch = self._last = self._next or self._fetch()
-        began = time.monotonic()
-        results = [self._step(*pair, batch) for pair in zip(states, tables, strict=True)]
-        losses = [loss for _, loss in results]
-        self._next = self._fetch()
-        fetched = time.monotonic() - began
-        is_done = all(loss.is_ready() for loss in losses)  # pyright: ignore[reportAttributeAccessIssue]
-        if is_done and self._fastest < fetched:
-            self.waited += fetched - self._fastest
-        loss = float(np.mean([np.mean(loss) for loss in losses]))
-        self._fastest = min(self._fastest, time.monotonic() - began)
-        states = [state for state, _ in results]
-        bad = any(np.any(state.bad_steps >= train_step.MAX_BAD_STEPS) for state in states)
-        return DispatchResult(states, 1, loss, step if bad else None)
+    def _dispatch(
+        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+    ) -> tuple[list[TrainState], list[list[Outcome]]]:
+        found: list[list[Outcome]] = []
+        for number in range(step, step + count):
+            batch = self._next or self._fetch()
+            self._latest.append((number, batch))
+            began = time.monotonic()
+            pairs = zip(states, tables, strict=True)
+            results = [self._loop(*pair, batch, np.asarray(1, np.int32)) for pair in pairs]
+            states = [state for state, _ in results]
+            found = [*found[-1:], [outcome for _, outcome in results]]
+            self._next = self._fetch()
+            fetched = time.monotonic() - began
+            if self._fastest < fetched and jax.tree.all(jax.tree.map(_is_ready, found[-1])):
+                self.waited += fetched - self._fastest
+            if len(found) > 1 and any(outcome.bad_step >= 0 for outcome in found[0]):
+                break
+            self._fastest = min(self._fastest, time.monotonic() - began)
+        return list(states), found
 
     def _batch_of(self, step: int) -> Batch:
-        assert self._last is not None
-        return self._last
+        return next(batch for number, batch in self._latest if number == step)
+
+
+def _is_ready(x: Array) -> bool:
+    return x.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ResidentFeed(Feed):
@@ -154,38 +183,14 @@ class ResidentFeed(Feed):
 
         self._draw = jax.jit(draw)
         self._loop = train_step.make_train_loop(system, mesh, draw, axes)
-        self._compiled = False
-        self._step_seconds: float | None = None
 
-    def run(
-        self,
-        states: Sequence[state_lib.TrainState],
-        tables: Sequence[state_lib.Tables],
-        step: int,
-        most: int,
-    ) -> DispatchResult:
-        """Does the training steps of about DISPATCH_SECONDS."""
+    def _dispatch(
+        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+    ) -> tuple[list[TrainState], list[list[Outcome]]]:
         del step
-        count = 1
-        if self._step_seconds:
-            count = max(1, min(most, int(DISPATCH_SECONDS / self._step_seconds)))
-        count = processes.broadcast_int(count)
-        began = time.monotonic()
-        results = [
-            self._loop(*pair, self._clips, np.asarray(count, np.int32))
-            for pair in zip(states, tables, strict=True)
-        ]
-        outcomes: list[train_step.Outcome] = devices.fetch([outcome for _, outcome in results])
-        if self._compiled:
-            self._step_seconds = (time.monotonic() - began) / count
-        self._compiled = True
-        bad_steps = [int(outcome.bad_step) for outcome in outcomes if outcome.bad_step >= 0]
-        return DispatchResult(
-            states=[state for state, _ in results],
-            num_steps=count,
-            loss=float(np.mean([outcome.loss for outcome in outcomes])),
-            bad_step=min(bad_steps, default=None),
-        )
+        pairs = zip(states, tables, strict=True)
+        results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
+        return [state for state, _ in results], [[outcome for _, outcome in results]]
 
     def _batch_of(self, step: int) -> Batch:
         return self._draw(self._clips, jnp.int32(step))

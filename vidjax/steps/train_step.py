@@ -20,6 +20,7 @@ from vidjax.system import System
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient before training stops
 
+Clips = Mapping[str, Packed] | Batch  # resident, or one streamed batch
 # key [], labels [B] and weight [B] of the clips, least quality [] and view [] of a member
 MemberInputs = tuple[Array, Array, Array, Array, Array]
 
@@ -260,17 +261,6 @@ def find_bad_clips(
     return jnp.any(jax.lax.map(find, (state.params, state.model_state, inputs)), axis=0)
 
 
-def make_train_step(
-    system: System, mesh: Mesh, axes: ClassAxes | None = None
-) -> Callable[[TrainState, Tables, Batch], tuple[TrainState, jax.Array]]:
-    """Compiles `train_step` of a system for a mesh; the state argument is donated."""
-
-    def step(state: TrainState, tables: Tables, batch: Batch) -> tuple[TrainState, jax.Array]:
-        return train_step(system, state, tables, batch, axes)
-
-    return jax.jit(step, donate_argnums=0, out_shardings=_out_layout(mesh, axes))
-
-
 class Outcome(NamedTuple):
     """What a dispatch of training steps reports to the host."""
 
@@ -281,18 +271,18 @@ class Outcome(NamedTuple):
 def make_train_loop(
     system: System,
     mesh: Mesh,
-    draw: Callable[[Mapping[str, Packed], Array], Batch],
+    draw: Callable[[Any, Array], Batch],
     axes: ClassAxes | None = None,
-) -> Callable[[TrainState, Tables, Mapping[str, Packed], Array], tuple[TrainState, Outcome]]:
+) -> Callable[[TrainState, Tables, Clips, Array], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
     The number of steps is an argument, so that the program is compiled once. The state is donated.
     Two calls give the same result as one call with the sum of both counts. `draw` maps (clips,
-    step) to the batch of that step, on the devices.
+    step) to the batch of that step, on the devices; streamed clips are that batch.
     """
 
     def loop(
-        state: TrainState, tables: Tables, clips: Mapping[str, Packed], count: Array
+        state: TrainState, tables: Tables, clips: Clips, count: Array
     ) -> tuple[TrainState, Outcome]:
         def body(_: Array, carry: tuple[TrainState, Outcome]) -> tuple[TrainState, Outcome]:
             state, outcome = carry
@@ -304,11 +294,8 @@ def make_train_loop(
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return jax.jit(loop, donate_argnums=0, out_shardings=_out_layout(mesh, axes))
-
-
-def _out_layout(mesh: Mesh, axes: ClassAxes | None) -> tuple[Any, Any]:
-    return columns_lib.state_layout(mesh, axes), devices.replicated(mesh)
+    layout = columns_lib.state_layout(mesh, axes), devices.replicated(mesh)
+    return jax.jit(loop, donate_argnums=0, out_shardings=layout)
 
 
 def watch(outcome: Outcome, state: TrainState, losses: Array) -> Outcome:
