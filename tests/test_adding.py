@@ -47,7 +47,7 @@ class Centroid(Identifier):
 
     @nn.compact
     def __call__(self, frames, clips, *, train):
-        frames, _ = inputs.real_frames(frames, self.modalities, clips.mask)
+        frames, _ = real_frames(frames, self.modalities, clips.mask)
         x = fusion.mean_frame(next(iter(frames.values()))).features[:, 0]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
@@ -125,7 +125,7 @@ ADDITIONS = (
 IMPORTS = {
     "models/identifier.py": (
         "import flax.linen as nn\nfrom vidjax import fusion\nfrom vidjax.batch import ModelOutput\n"
-        "from vidjax.models import inputs\nfrom vidjax.models.heads import CosineClassifier\n"
+        "from vidjax.models.layers import CosineClassifier, real_frames\n"
     ),
     "data/sources.py": "import numpy as np\n",
 }

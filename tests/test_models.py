@@ -20,10 +20,10 @@ from tests.helpers.made_models import (
     train_logits,
 )
 from vidjax.batch import ClipInfo
-from vidjax.models import identifier, inputs
+from vidjax.models import identifier
 from vidjax.models.attention import SigmoidGate
+from vidjax.models.layers import NetVLAD, drop_modalities
 from vidjax.models.neighbours import NearestNeighbours
-from vidjax.models.netvlad import NetVLAD
 
 
 def netvlad_oracle(params, features, mask, reduce):
@@ -112,11 +112,11 @@ def test_modality_dropout_never_drops_everything():
     present = jnp.asarray(np.random.default_rng(0).random((4000, 4)) < 0.7)
     has_any = np.asarray(present).any(axis=1)
     for rate in (0.3, 0.999):
-        kept = np.asarray(jax.jit(inputs.drop_modalities)(jax.random.key(1), present, rate))
+        kept = np.asarray(jax.jit(drop_modalities)(jax.random.key(1), present, rate))
         assert not np.any(kept & ~np.asarray(present))
         np.testing.assert_array_equal(kept.any(axis=1), has_any)
     full = jnp.ones((20_000, 3), bool)
-    kept = np.asarray(inputs.drop_modalities(jax.random.key(2), full, 0.3))
+    kept = np.asarray(drop_modalities(jax.random.key(2), full, 0.3))
     # Lost with probability .3, save for one in three of the .027 where all would go.
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 

@@ -19,7 +19,7 @@ from tests.helpers.made_models import (
     randomised,
     train_logits,
 )
-from vidjax.models.heads import CosineClassifier
+from vidjax.models.layers import CosineClassifier
 from vidjax.models.mlp import MLP, ResidualDenseNet
 
 FLOAT64 = jnp.dtype("float64")

@@ -237,7 +237,7 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, or the model has no classifier of
-            `vidjax.models.heads`.
+            `vidjax.models.layers`.
         """
         request = self.request(clips, split)
         vectors: np.ndarray | None = None

@@ -34,7 +34,7 @@ from vidjax.data.clips import TrainingData
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import unit_vectors
 from vidjax.steps.clip_values import values_of_clips
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "plda.py")

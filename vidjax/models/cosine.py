@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models import inputs
 from vidjax.models.base import Identifier
-from vidjax.models.heads import CosineClassifier, unit_vectors
+from vidjax.models.layers import CosineClassifier, drop_modalities, real_frames, unit_vectors
 from vidjax.models.mlp import DenseLayer
 
 
@@ -56,11 +55,11 @@ class CosineIdentifier(Identifier):
 
         Without dropout the logits lie in [-s, s]; they are 0 for clips without frames.
         """
-        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
+        frames, present = real_frames(frames, self.modalities, clips.mask)
         kept = present
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
-            kept = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
+            kept = drop_modalities(rng, present, self.modality_dropout_rate)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         first = 0.5 ** jnp.arange(len(self.modalities), dtype=param_dtype)
         weights = self.param("weights", lambda _: first)

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs
 from vidjax.models.attention import (
     CHANNEL_ATTENTIONS,
     AttentionAggregation,
     ChannelAttention,
 )
 from vidjax.models.base import Identifier
-from vidjax.models.heads import CosineClassifier, unit_vectors
-from vidjax.models.layers import Linear
+from vidjax.models.layers import (
+    CosineClassifier,
+    Linear,
+    drop_modalities,
+    real_frames,
+    unit_vectors,
+)
 from vidjax.models.mlp import DenseLayer, ResidualBlock
 
 _CHOICES = {
@@ -101,11 +105,11 @@ class DeepMEF(Identifier):
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C] and the vectors before the classifier as embedding."""
-        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
+        frames, present = real_frames(frames, self.modalities, clips.mask)
         seen = jnp.any(present, axis=1)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
-            present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
+            present = drop_modalities(rng, present, self.modality_dropout_rate)
 
         vectors = []
         for position, (name, real) in enumerate(frames.items()):

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs
 from vidjax.models.base import Identifier
-from vidjax.models.heads import Classifier, CosineClassifier, check_head
+from vidjax.models.layers import (
+    Classifier,
+    CosineClassifier,
+    check_head,
+    drop_modalities,
+    real_frames,
+)
 from vidjax.models.mlp import MLP, Layer, ResidualBlock, ResidualDenseNet
 
 # Backbone -> the attributes that it alone reads.
@@ -83,12 +88,12 @@ class DenseIdentifier(Identifier):
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C] and the output of the backbone as embedding."""
-        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
+        frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not move the batch statistics.
         seen = jnp.any(present, axis=1)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
-            present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
+            present = drop_modalities(rng, present, self.modality_dropout_rate)
         means = [
             fusion.mean_frame(real).features[:, 0] * present[:, i, None]
             for i, real in enumerate(frames.values())

@@ -11,9 +11,8 @@ import numpy as np
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs
 from vidjax.models.base import ClipQuality, Identifier, TrainingClips
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import real_frames, unit_vectors
 
 FAR_MORE = 0.05  # share of poor clips above which an evaluation warns
 
@@ -149,7 +148,7 @@ class FallbackIdentifier(Identifier):
         clips that it learns from. Without `clips.measure` no clip is poor. The embedding joins the
         unit vectors of both models, with 0 for a model of weight 0.
         """
-        real, present = inputs.real_frames(frames, self.modalities, clips.mask)
+        real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
         main_sees = has[self.modality]
         other_sees = jnp.any(jnp.stack([has[name] for name in self.other_modalities]), axis=0)

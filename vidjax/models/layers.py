@@ -1,6 +1,7 @@
-"""A linear layer that multiplies in one dtype and adds in a wider one; dropout."""
+"""The layers that models share: checks of frames, linear maps, dropout, classifiers, NetVLAD."""
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,48 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from vidjax.batch import Array
+from vidjax.batch import Array, Frames
+from vidjax.errors import UserError
+
+
+def real_frames(
+    frames: Mapping[str, Frames], modalities: Mapping[str, int], batch_mask: Array
+) -> tuple[dict[str, Frames], Array]:
+    """Selects the modalities of a model, and masks the frames of padded rows.
+
+    Returns modality -> Frames [B, T], in the order of `modalities`, and [B, M] bool, True where the
+    clip has a frame of the modality. Modalities may differ in T.
+    """
+    check_frames(frames, modalities)
+    real = {
+        name: frames[name]._replace(mask=frames[name].mask & batch_mask[:, None])
+        for name in modalities
+    }
+    return real, jnp.stack([real[name].mask.any(axis=1) for name in modalities], axis=1)
+
+
+def check_frames(frames: Mapping[str, Frames], modalities: Mapping[str, int]) -> None:
+    """Checks that a batch has the modalities of a model; linen itself would ignore a missing one.
+
+    Raises:
+      ValueError: A modality is missing or has another width.
+    """
+    if missing := sorted(set(modalities) - set(frames)):
+        raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
+    for name, dim in modalities.items():
+        if (width := frames[name].features.shape[-1]) != dim:
+            raise ValueError(f"modality {name}: features have width {width}, the model needs {dim}")
+
+
+def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
+    """Drops modalities of clips at random; every clip keeps at least one of those that it has.
+
+    Returns [B, M] bool, the modalities that stay of `present`, each dropped with probability
+    `rate`. If all would be dropped, a random one stays.
+    """
+    uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
+    last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
+    return present & ((uniforms >= rate) | last)
 
 
 class Linear(nn.Module):
@@ -115,3 +157,153 @@ def _draw(rng: Array, shape: tuple[int, ...], bits: int) -> Array:
     narrow = jnp.uint8 if bits == 8 else jnp.uint16
     numbers = jax.lax.bitcast_convert_type(words, narrow)  # [..., D / share, share]
     return numbers.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+_SMALLEST_SQUARE = 1e-24
+
+
+def unit_vectors(x: Array) -> Array:
+    """Scales vectors to length 1; vectors shorter than 1e-12 become 0.
+
+    The result, [..., D], is at least float32. Values and gradients are finite, 0 for vectors of 0.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    # The derivative of rsqrt overflows for small squares whose rsqrt is still finite.
+    usable = squares > _SMALLEST_SQUARE
+    return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, squares, 1.0)), 0.0)
+
+
+def check_head(head: str, logit_scale: float) -> None:
+    """Raises ValueError unless a head is `linear`, with logits of scale 1, or `cosine`."""
+    if head not in ("linear", "cosine"):
+        raise UserError(f"unknown head {head!r}; choose from cosine, linear")
+    if head == "linear" and logit_scale != 1.0:
+        raise UserError(f"config.model.logit_scale={logit_scale} needs config.model.head=cosine")
+
+
+class Classifier(nn.Module):
+    """Dropout and one linear layer; parameters and logits are at least float32."""
+
+    num_classes: int
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout."""
+        x = Dropout(self.dropout_rate)(x, deterministic=not train)
+        return Linear(
+            self.num_classes,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            name="logits",
+        )(x)
+
+
+class CosineClassifier(nn.Module):
+    """Scaled cosines between the input and one learned direction per class.
+
+    The margin of ArcFace belongs to the loss, which adds it to the angle of the label. All products
+    are at least float32 and at full precision: less would lose angles near 0 and pi.
+
+    Attributes:
+      scale: factor on the cosines, the s of ArcFace.
+      dropout_rate: dropout rate of the unit vectors. Training then has cosines beyond 1, which the
+        margin `cosine` of the loss allows and `angular` does not.
+
+    Source: Deng et al., ArcFace, equation 2. Ours: dropout.
+    """
+
+    num_classes: int
+    scale: float
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout.
+
+        They lie in [-scale, scale] without dropout, and are 0 for vectors of 0.
+        """
+        unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
+        kernel = self.param(
+            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.num_classes), unit.dtype
+        )
+        directions = unit_vectors(kernel.T)  # [1 + C, D]
+        return self.scale * jnp.einsum(
+            "bd,cd->bc", unit, directions, precision=jax.lax.Precision.HIGHEST
+        )
+
+
+class NetVLAD(nn.Module):
+    """Pools frames into their summed differences from learned cluster centres.
+
+    Attributes:
+      num_clusters: number of clusters, K.
+      reduce: `sum`, as published, for a fixed number of frames; `mean` (ours) divides by the number
+        of real frames, so that the scale does not depend on it.
+      dtype: dtype of the matrix products; parameters, sums and softmax are at least float32.
+
+    Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
+    over the clusters, and the VLAD core; no L2 normalisation. Ours: masks; the fully connected
+    layer has no bias, since BatchNorm has one; BatchNorm momentum 0.9.
+    """
+
+    num_clusters: int
+    reduce: str = "sum"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array, mask: Array, *, train: bool) -> tuple[Array, Array]:
+        """Returns the descriptors V_k = sum_t a_k(x_t) (x_t - c_k), and the assignment a.
+
+        Args:
+          features: [B, T, D] float.
+          mask: [B, T] bool, True for real frames; only these count in the batch statistics.
+          train: True to normalise by the batch statistics and to update the running ones in
+            `batch_stats`, which must be mutable.
+
+        Returns:
+          V, [B, K, D] float32, 0 for clips without frames; and a, [B, T, K] float32, the share of
+          each cluster in a frame, 0 on padding.
+        """
+        if self.reduce not in ("sum", "mean"):
+            raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        features = features.astype(self.dtype)
+        scores = Linear(
+            self.num_clusters,
+            use_bias=False,
+            dtype=self.dtype,
+            name="assignment",
+        )(features)  # [B, T, K]
+        # Without any real frame the mean would be 0 / 0, and the running statistics would stay NaN.
+        counted = jnp.logical_or(mask, ~mask.any())
+        scores = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            dtype=param_dtype,
+            param_dtype=param_dtype,
+            name="norm",
+        )(scores, mask=counted[..., None])
+        assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
+
+        dim = features.shape[-1]
+        centers = self.param(
+            "centers",
+            nn.initializers.normal(dim**-0.5),
+            (self.num_clusters, dim),
+            param_dtype,
+        )
+        weighted = jnp.einsum(
+            "btk,btd->bkd",
+            assignment.astype(self.dtype),
+            features,
+            preferred_element_type=param_dtype,
+        )  # [B, K, D]
+        descriptors = weighted - jnp.sum(assignment, axis=1)[..., None] * centers
+        if self.reduce == "mean":
+            count = jnp.maximum(jnp.sum(mask, axis=1), 1)
+            descriptors = descriptors / count[:, None, None]
+        return descriptors, assignment

@@ -7,12 +7,18 @@ import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models import inputs
 from vidjax.models.attention import MultimodalAttention, SigmoidGate
 from vidjax.models.base import Identifier
-from vidjax.models.heads import Classifier, CosineClassifier, check_head, unit_vectors
-from vidjax.models.layers import Linear
-from vidjax.models.netvlad import NetVLAD
+from vidjax.models.layers import (
+    Classifier,
+    CosineClassifier,
+    Linear,
+    NetVLAD,
+    check_head,
+    drop_modalities,
+    real_frames,
+    unit_vectors,
+)
 
 
 class MultimodalIdentifier(Identifier):
@@ -98,11 +104,11 @@ class MultimodalIdentifier(Identifier):
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
-        frames, present = inputs.real_frames(frames, self.modalities, clips.mask)
+        frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if train and self.modality_dropout_rate > 0:
             rng = self.make_rng("modality_dropout")
-            present = inputs.drop_modalities(rng, present, self.modality_dropout_rate)
+            present = drop_modalities(rng, present, self.modality_dropout_rate)
 
         vectors, vector_mask, attention = [], [], {}
         for position, name in enumerate(self.modalities):

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs
 from vidjax.models.base import Identifier
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import check_frames, unit_vectors
 
 
 class NeighbourIdentifier(Identifier):
@@ -38,7 +37,7 @@ class NeighbourIdentifier(Identifier):
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
         """Returns logits [B, 1, 1 + C], 0 in training, and the mean frame as embedding."""
-        inputs.check_frames(frames, self.modalities)
+        check_frames(frames, self.modalities)
         mean = fusion.mean_frame(frames[self.modality]).features[:, 0]  # [B, D]
         logits = NearestNeighbours(
             self.num_clips, self.num_classes, self.logit_scale, name="neighbours"

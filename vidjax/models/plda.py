@@ -11,9 +11,9 @@ import numpy as np
 from vidjax import devices
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models import inputs, plda_fit, two_covariance
+from vidjax.models import plda_fit, two_covariance
 from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import check_frames, unit_vectors
 from vidjax.models.two_covariance import Settings, Space, Sums, combine, unit_mean
 
 
@@ -96,7 +96,7 @@ class PLDAIdentifier(Identifier):
 
     def unit_means(self, frames: Mapping[str, Frames]) -> dict[str, Array]:
         """Returns the mean frames, modality -> [B, D] of length 1; 0 for clips that lack it."""
-        inputs.check_frames(frames, self.modalities)
+        check_frames(frames, self.modalities)
         return {name: unit_mean(frames[name]) for name in self.modalities}
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:

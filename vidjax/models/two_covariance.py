@@ -18,7 +18,7 @@ import numpy as np
 
 from vidjax import fusion
 from vidjax.batch import Array, Frames
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import unit_vectors
 
 # The typical share of the variance that is not the person's: .25 for dlib's vectors of faces
 # (distances of .42 within and .85 between people), .54, .69 and .60 for faces, heads and voices of

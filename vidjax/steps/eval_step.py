@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vidjax import devices, fusion
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
-from vidjax.models.heads import unit_vectors
+from vidjax.models.layers import unit_vectors
 from vidjax.steps import examples, mean_scores
 from vidjax.steps.columns import ScoreColumns
 from vidjax.system import System
