@@ -14,8 +14,7 @@ from tests.helpers.small_runs import run, saved, shrunk
 from vidjax import config_io, devices
 from vidjax.commands import evaluate
 from vidjax.run import checkpoint
-from vidjax.steps import eval_step, topk
-from vidjax.steps import sampled as sampling
+from vidjax.steps import class_sharding, eval_step, topk
 
 MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
@@ -124,7 +123,7 @@ def test_no_logits_move_between_devices(spec, words, sampled):
     found = collectives(made.compiled().as_text())
     assert found
     share = made.system.model.num_classes // 2
-    drawn = share if sampled == 1 else sampling.num_drawn(made.system, 64, 2)
+    drawn = share if sampled == 1 else class_sharding.num_drawn(made.system, 64, 2)
     gradients = {x.shape for x in jax.tree.leaves(made.state.params)}
     gradients = {tuple(drawn if n == 2 * share else n for n in shape) for shape in gradients}
     widest = max(n for shape in gradients for n in shape if n != drawn)

@@ -21,7 +21,7 @@ from vidjax import config as config_lib
 from vidjax import devices, losses
 from vidjax.batch import ModelOutput
 from vidjax.run import signals
-from vidjax.steps import columns, sampled, train_step
+from vidjax.steps import class_sharding, train_step
 from vidjax.steps import state as state_lib
 from vidjax.system import TaskSpec, make_system
 
@@ -37,7 +37,7 @@ LINEAR = (
 def draw(seed, labels, mask, count, shape=(1, 1)):
     mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
     rng, labels = jax.random.key(seed), jnp.asarray(labels, jnp.int32)
-    function = jax.jit(lambda rng: sampled.draw(rng, labels, jnp.asarray(mask), count, mesh))
+    function = jax.jit(lambda rng: class_sharding.draw(rng, labels, jnp.asarray(mask), count, mesh))
     return np.asarray(function(rng))
 
 
@@ -90,8 +90,8 @@ def drawn_at(made, step):
     """Returns the columns [n] that a step of the only member draws."""
     *_, rng = train_step.member_keys(made.state.rng[0], step)
     labels, mask = made.state.labels[0], made.system.class_mask
-    count = sampled.num_drawn(made.system, len(labels), made.mesh.shape["model"])
-    draw = jax.jit(lambda: sampled.draw(rng, labels, mask, count, made.mesh))
+    count = class_sharding.num_drawn(made.system, len(labels), made.mesh.shape["model"])
+    draw = jax.jit(lambda: class_sharding.draw(rng, labels, mask, count, made.mesh))
     return np.asarray(draw())
 
 
@@ -240,6 +240,6 @@ def test_moments_that_would_not_fade_are_refused():
         system = make_system(config.to_dict(), task)
         if momentum:
             with pytest.raises(ValueError, match="only the moments of adam fade"):
-                columns.find_class_axes(system, task.modalities, mesh)
+                class_sharding.find_class_axes(system, task.modalities, mesh)
         else:
-            columns.find_class_axes(system, task.modalities, mesh)
+            class_sharding.find_class_axes(system, task.modalities, mesh)

@@ -38,9 +38,9 @@ from vidjax.data import resident
 from vidjax.evaluation import scoring
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint
-from vidjax.steps import columns, train_step
+from vidjax.steps import class_sharding, train_step
 from vidjax.steps import state as state_lib
-from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.class_sharding import ScoreColumns
 
 WIDTH = 512
 CLIPS = 2_000
@@ -96,7 +96,7 @@ def _go_on(loop: Any, run: common.Run, state: list[Any]) -> Any:
 def make_loop(run: common.Run) -> Any:
     """Returns compiled steps, (state, tables, clips, count) -> (state, outcome)."""
     mesh = devices.make_mesh(1)
-    axes = columns.find_class_axes(run.system, dict.fromkeys(run.clips, common.DIM), mesh)
+    axes = class_sharding.find_class_axes(run.system, dict.fromkeys(run.clips, common.DIM), mesh)
     return train_step.make_train_loop(
         run.system, mesh, lambda clips, step: resident.draw_batch(clips, run.plan, step), axes
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from vidjax import config_io, devices, ensemble
 from vidjax.batch import Batch, Frames
-from vidjax.steps import columns, train_step
+from vidjax.steps import class_sharding, train_step
 from vidjax.steps import state as state_lib
 from vidjax.system import System, TaskSpec, make_system
 
@@ -20,7 +20,7 @@ WIDTH = 24  # of features
 def make_train_step(system, mesh, axes=None) -> Any:
     """Compiles single training steps, which donate the state and return the losses as they are."""
     step = functools.partial(train_step.train_step, system, axes=axes)
-    layout = columns.state_layout(mesh, axes), devices.replicated(mesh)
+    layout = class_sharding.state_layout(mesh, axes), devices.replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=layout)
 
 
@@ -29,7 +29,7 @@ class MadeRun(NamedTuple):
 
     system: System
     mesh: jax.sharding.Mesh
-    axes: columns.ClassAxes | None
+    axes: class_sharding.ClassAxes | None
     state: state_lib.TrainState
     tables: state_lib.Tables
     batch: Batch
@@ -46,10 +46,10 @@ class MadeRun(NamedTuple):
         for _ in range(count):
             state, loss = step(state, self.tables, self.batch)
             losses.append(loss)
-        natural = columns.abstract_state(
+        natural = class_sharding.abstract_state(
             self.system, dims(self.batch), self.system.num_columns, len(state.rng)
         )
-        state = columns.resize(
+        state = class_sharding.resize(
             jax.device_get((state.params, state.opt_state)), (natural.params, natural.opt_state)
         )
         return state, np.asarray(jax.device_get(losses))
@@ -79,7 +79,7 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
     mesh = devices.make_mesh(shape[0] * shape[1], shape[1])
     task = TaskSpec(modalities, num_identities, None, batch_size, 100, train_other=other)
     system = make_system(config.to_dict(), task.with_padding(shape[1]))
-    axes = columns.find_class_axes(system, modalities, mesh)
+    axes = class_sharding.find_class_axes(system, modalities, mesh)
     members = ensemble.make_members(config.ensemble.to_dict())
     labels = rng.integers(0 if other else 1, 1 + num_identities, (len(members), batch_size))
     people = rng.normal(size=(1 + num_identities, WIDTH))
@@ -97,14 +97,14 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
         np.ones(batch_size, bool),
     )
     natural = system._replace(model=system.model.with_classes(system.num_columns))
-    here = columns.abstract_state(system, modalities, system.model.num_classes, len(members))
+    here = class_sharding.abstract_state(system, modalities, system.model.num_classes, len(members))
 
     def init():
         rngs = ensemble.make_rngs(members, 0)
         state = state_lib.init_state(natural, modalities, rngs, labels.astype(np.int32))
-        return columns.resize(state, here.replace(labels=state.labels))
+        return class_sharding.resize(state, here.replace(labels=state.labels))
 
-    state = jax.jit(init, out_shardings=columns.state_layout(mesh, axes))()
+    state = jax.jit(init, out_shardings=class_sharding.state_layout(mesh, axes))()
     tables = state_lib.make_tables(members, np.ones(labels.shape))
     tables = devices.replicate(mesh, tables)
     return MadeRun(system, mesh, axes, state, tables, devices.shard_batch(mesh, batch))

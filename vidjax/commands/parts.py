@@ -34,7 +34,7 @@ from vidjax.run import parts as parts_lib
 from vidjax.run import resume
 from vidjax.run.parts import ATTENTION, CLIPS, TOP, Part, Shard, member_group
 from vidjax.run.terminal import say
-from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.steps.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.system import make_system
 

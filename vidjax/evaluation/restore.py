@@ -20,7 +20,7 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.run import checkpoint, resume
 from vidjax.run import results as results_lib
 from vidjax.run.checkpoint import CheckpointError
-from vidjax.steps import columns
+from vidjax.steps import class_sharding
 from vidjax.system import System, TaskSpec, make_system
 
 IDENTITIES, CONFIG = "identities.json", "config.json"
@@ -156,20 +156,22 @@ def load_weights(
     arrays are whole on every device.
     """
     modalities, count = run.task.modalities, len(run.training_sets.members)
-    axes = columns.find_class_axes(system, modalities, mesh)
+    axes = class_sharding.find_class_axes(system, modalities, mesh)
     layout = axes.layout("params") if axes else devices.replicated(mesh)
-    saved = columns.abstract_state(system, modalities, run.task.num_model_columns, count)
+    saved = class_sharding.abstract_state(system, modalities, run.task.num_model_columns, count)
     items = checkpoint.load(
         run.checkpoint,
         {"params": saved.params, "model_state": saved.model_state},
         {
-            "params": columns.fitting_layout(layout, saved.params),
+            "params": class_sharding.fitting_layout(layout, saved.params),
             "model_state": devices.replicated(mesh),
         },
     )
     if run.task.num_model_columns != system.model.num_classes:
-        here = columns.abstract_state(system, modalities, system.model.num_classes, count)
-        items = {name: columns.resize(tree, getattr(here, name)) for name, tree in items.items()}
+        here = class_sharding.abstract_state(system, modalities, system.model.num_classes, count)
+        items = {
+            name: class_sharding.resize(tree, getattr(here, name)) for name, tree in items.items()
+        }
         items["params"] = devices.put(items["params"], layout)
     params = items["params"]
     return params, devices.replicate(mesh, system.model.solve(params, items["model_state"]))

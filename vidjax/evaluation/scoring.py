@@ -21,7 +21,7 @@ from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
 from vidjax.steps import examples, mean_scores, topk
-from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.steps.mean_scores import blend
 from vidjax.system import System
 

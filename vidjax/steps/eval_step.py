@@ -15,7 +15,7 @@ from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
 from vidjax.steps import examples, mean_scores
-from vidjax.steps.columns import ScoreColumns
+from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.system import System
 
 # (params, model_state, view [] int32, batch) of one member -> [B, ...]

@@ -18,7 +18,7 @@ from vidjax.cluster import processes
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.steps import train_step
-from vidjax.steps.columns import ClassAxes
+from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.steps.train_step import Outcome
 from vidjax.system import System

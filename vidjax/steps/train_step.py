@@ -12,9 +12,8 @@ from vidjax import devices, fusion
 from vidjax.augment import MemberClips
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import columns as columns_lib
-from vidjax.steps import examples, sampled
-from vidjax.steps.columns import ClassAxes
+from vidjax.steps import class_sharding, examples
+from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
 
@@ -77,13 +76,13 @@ def member_step(
     class_axes = _learned(axes.state) if axes else learned
     if axes and system.sampled_classes < 1:  # go on with some of the classes
         targets = jnp.concatenate([labels for labels, _ in clips.targets])
-        count = sampled.num_drawn(system, len(targets), axes.mesh.shape["model"])
-        columns = sampled.draw(class_rng, targets, system.class_mask, count, axes.mesh)
-        learned = sampled.take(axes, class_axes, whole, columns)
+        count = class_sharding.num_drawn(system, len(targets), axes.mesh.shape["model"])
+        columns = class_sharding.draw(class_rng, targets, system.class_mask, count, axes.mesh)
+        learned = class_sharding.take(axes, class_axes, whole, columns)
         assert learned.updated is not None
         missed = step - learned.updated
-        system = sampled.system_for_columns(system, columns, class_axes.opt_state, missed)
-        clips = sampled.relabel(clips, columns)
+        system = class_sharding.system_for_columns(system, columns, class_axes.opt_state, missed)
+        clips = class_sharding.relabel(clips, columns)
 
     frames, exists, info = _model_input(system, batch, clips)
     assert info.labels is not None
@@ -135,7 +134,7 @@ def member_step(
     if axes and columns is not None:
         updated = jnp.where(new.bad_steps == 0, step + 1, jnp.asarray(learned.updated))
         new = new.replace(updated=updated)
-        new = sampled.put(axes, class_axes, whole, new, columns)
+        new = class_sharding.put(axes, class_axes, whole, new, columns)
     return new, loss
 
 
@@ -294,7 +293,7 @@ def make_train_loop(
         start = Outcome(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    layout = columns_lib.state_layout(mesh, axes), devices.replicated(mesh)
+    layout = class_sharding.state_layout(mesh, axes), devices.replicated(mesh)
     return jax.jit(loop, donate_argnums=0, out_shardings=layout)
 
 

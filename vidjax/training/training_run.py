@@ -28,10 +28,10 @@ from vidjax.run import checkpoint, resume
 from vidjax.run import workdir as workdir_lib
 from vidjax.run.logs import Logs, keep_until
 from vidjax.run.terminal import say
-from vidjax.steps import columns, eval_step
+from vidjax.steps import class_sharding, eval_step
 from vidjax.steps import feed as feed_lib
 from vidjax.steps import state as state_lib
-from vidjax.steps.columns import ClassAxes
+from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 from vidjax.training import noise_classes
@@ -62,7 +62,7 @@ def restore_or_init(
 
     def first() -> state_lib.TrainState:
         # Padding is cut off and added, so that draws do not depend on it.
-        return columns.resize(init(system.num_columns), abstract)
+        return class_sharding.resize(init(system.num_columns), abstract)
 
     abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
     found, items = checkpoint.find(workdir), {}
@@ -84,7 +84,7 @@ def restore_or_init(
         saved = abstract
         if (number := task_of(manifest).num_model_columns) != system.model.num_classes:
             saved = jax.eval_shape(functools.partial(init, number))
-        fitting = columns.fitting_layout(layout, saved)
+        fitting = class_sharding.fitting_layout(layout, saved)
         try:
             items = checkpoint.load(found, state_lib.as_items(saved), state_lib.as_items(fitting))
         except checkpoint.OtherModelError as error:
@@ -100,7 +100,7 @@ def restore_or_init(
         return state_lib.make_state(first, system.tx, layout), {}
     state = state_lib.of_items(items)
     if manifest.get("padded_columns") != plan.task.padded_columns:
-        state = jax.jit(lambda x: columns.resize(x, abstract), out_shardings=layout)(state)
+        state = jax.jit(lambda x: class_sharding.resize(x, abstract), out_shardings=layout)(state)
     return state, manifest
 
 
@@ -200,8 +200,8 @@ class TrainingRun:
             "data": run_data.digests(config, data),
             "config": config.to_dict(),
         }
-        axes = columns.find_class_axes(system, plan.task.modalities, mesh)
-        self._layout = columns.state_layout(mesh, axes)
+        axes = class_sharding.find_class_axes(system, plan.task.modalities, mesh)
+        self._layout = class_sharding.state_layout(mesh, axes)
         state, manifest = restore_or_init(
             workdir, config, data, system, plan, self._layout, self._description
         )
