@@ -16,8 +16,8 @@ from vidjax.batch import Batch, ModelOutput
 from vidjax.evaluation import scoring
 from vidjax.models.base import Identifier
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import examples, train_step
 from vidjax.steps import state as state_lib
+from vidjax.steps import train_step
 from vidjax.system import TaskSpec, make_system
 
 DIMS = {"face": 6, "audio": 4}
@@ -439,10 +439,10 @@ def test_is_best_is_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     column = rng.integers(0, 6, 500).astype(np.int32)
     scores[0] = -np.inf
-    found = jax.jit(examples.is_best)(scores, column)
+    found = jax.jit(logit_ops.is_best)(scores, column)
     np.testing.assert_array_equal(found, np.argmax(scores, axis=1) == column)
     assert 0 < np.sum(found) < 500
-    assert not examples.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not logit_ops.is_best(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
 
 
 @pytest.mark.parametrize("lead", [0.1, 3.0, 18.0, 60.0, 86.0])

@@ -5,7 +5,7 @@ clips, before fusion; `System.transforms` get the fused frames.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -196,21 +196,28 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 def make_transforms(
-    specs: Sequence[str | Mapping[str, Any]], *, before_fusion: bool
-) -> list[BatchTransform]:
-    """Builds the transforms of `config.transforms` that run before fusion, or those after it.
+    config: Mapping[str, Any], num_identities: int
+) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
+    """Builds the transforms before the fusion of frames, and those after it, of a configuration.
 
-    `specs` are keys of TRANSFORMS, or dicts of `name` and keyword arguments; ValueError if one is
-    unknown or an argument is missing.
+    Those with fields of their own come first, then `config.transforms`: keys of TRANSFORMS, or
+    dicts of `name` and keyword arguments; ValueError if one is unknown or an argument is missing.
     """
-    transforms = []
-    for spec in specs:
+    before: list[BatchTransform] = []
+    after: list[BatchTransform] = []
+    if config["ensemble"]["min_quality"]:
+        poor_clips = config["ensemble"]["poor_clips"]
+        before.append(functools.partial(keep_quality, poor_clips=poor_clips))
+    if config["noise"]["join"]:
+        before.append(functools.partial(concat_noise, num_identities=num_identities))
+    if config["mixup"]:
+        after.append(functools.partial(mix_up, alpha=config["mixup"]))
+    for spec in config["transforms"]:
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = str(options.pop("name", None))
         if name not in TRANSFORMS:
             raise UserError(f"config.transforms='{name}': {suggest(name, TRANSFORMS)}")
-        function = TRANSFORMS[name].function
+        function, before_fusion = TRANSFORMS[name]
         fusion.check_options(f"config.transforms: {name!r}", function, options)
-        if TRANSFORMS[name].before_fusion == before_fusion:
-            transforms.append(functools.partial(function, **options))
-    return transforms
+        (before if before_fusion else after).append(functools.partial(function, **options))
+    return tuple(before), tuple(after)

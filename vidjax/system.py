@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidjax import augment, config_io, fusion, logit_ops, losses, optim
+from vidjax import augment, config_io, ensemble, fusion, logit_ops, losses, optim
 from vidjax import config as config_lib
 from vidjax.augment import BatchTransform
 from vidjax.batch import Array, Frames, NoiseLayout
@@ -78,6 +78,55 @@ class System(NamedTuple):
     num_identities: int
     vmap_members: bool
     matmul_precision: str
+
+    def fuse(
+        self, rng: Array | None, frames: Mapping[str, Frames], view: Array
+    ) -> dict[str, Frames]:
+        """Fuses the frames of all modalities to Frames [B, T'], with what one member sees of them.
+
+        The position of a modality is folded into `rng`; without a key it fuses for evaluation. The
+        member does not see the chunk `view`, [] int32, of the features; -1 for none.
+        """
+        fused = {}
+        fusions = self.fuse_eval if rng is None else self.fuse_train
+        for i, (name, fuse) in enumerate(fusions.items()):
+            result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
+            features = fusion.read(result.features)
+            if self.num_chunks:
+                features = ensemble.drop_chunk(features, view, num_chunks=self.num_chunks)
+            fused[name] = result._replace(features=features)
+        return fused
+
+    def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
+        """Turns the fused frames of B clips into examples, the inputs of the model.
+
+        A clip is one example, or each of its frames if `frame_is_example`. Then all modalities must
+        have the same number T' of frames, or one frame. This one is repeated in every example of
+        the clip; a clip with only such modalities is one example.
+
+        Returns:
+          The frames as given, and [B, 1] bool, all True. If `frame_is_example`: modality -> Frames
+          [B T', 1], and [B, T'] bool, True for examples that exist.
+        """
+        if not self.frame_is_example:
+            return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
+        sizes = {modality.mask.shape[1] for modality in frames.values()}
+        if len(sizes - {1}) > 1:
+            raise UserError(
+                f"config.after_fusion='examples': all modalities must have 1 or equally many fused "
+                f"frames, got {sorted(sizes)}"
+            )
+        num_examples = max(sizes)
+        masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
+        exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
+        alone = fusion.has_frames(frames) & ~exists.any(axis=1)
+        exists = exists.at[:, 0].set(exists[:, 0] | alone)
+
+        def reshape(x: Array) -> Array:
+            x = jnp.broadcast_to(x, (x.shape[0], num_examples, *x.shape[2:]))
+            return x.reshape(-1, 1, *x.shape[2:])  # [B T', 1, ...]
+
+        return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
 class TaskSpec(NamedTuple):
@@ -156,7 +205,10 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         logit_scale=model.logit_scale,
     )
     is_whole = knows_other and num_columns == task.num_columns
-    score_fn, logs = SCORES[_choose("eval.scores", config["eval"]["scores"], SCORES)]
+    if (scores := config["eval"]["scores"]) not in SCORES:
+        raise UserError(f"config.eval.scores='{scores}': {suggest(scores, SCORES)}")
+    score_fn, scores_are_logs = SCORES[scores]
+    clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     return System(
         model=model,
         num_columns=task.num_columns,
@@ -165,18 +217,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
         num_chunks=num_chunks,
         frame_is_example=config["after_fusion"] == "examples",
-        clip_transforms=(
-            *_own_clip_transforms(config, task),
-            *augment.make_transforms(config["transforms"], before_fusion=True),
-        ),
-        transforms=(
-            *(
-                (functools.partial(augment.mix_up, alpha=config["mixup"]),)
-                if config["mixup"]
-                else ()
-            ),
-            *augment.make_transforms(config["transforms"], before_fusion=False),
-        ),
+        clip_transforms=clip_transforms,
+        transforms=transforms,
         objective=make_objective(None if is_whole else class_mask),
         make_objective=make_objective,
         sampled_classes=config["loss"]["sampled_classes"],
@@ -184,7 +226,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         tx=tx,
         lr_schedule=schedule,
         score_fn=score_fn,
-        scores_are_logs=logs,
+        scores_are_logs=scores_are_logs,
         top_classes=config["eval"]["top_classes"],
         reduce=config["eval"]["reduce"],
         class_mask=class_mask,
@@ -192,13 +234,6 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         vmap_members=mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu"),
         matmul_precision=_check_precision(config["matmul_precision"]),
     )
-
-
-def _choose(field: str, value: str, known: Collection[str]) -> str:
-    """Returns the value of a field; raises ValueError if it is unknown."""
-    if value not in known:
-        raise UserError(f"config.{field}='{value}': {suggest(value, known)}")
-    return value
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
@@ -244,32 +279,16 @@ def make_fusions(
     return {name: fusion.make_fusion(_fusion_spec(specs, name, phase)) for name in modalities}
 
 
-def _own_clip_transforms(config: Mapping[str, Any], task: TaskSpec) -> list[BatchTransform]:
-    """Builds the transforms that have config fields of their own: quality subsets, then noise."""
-    transforms: list[BatchTransform] = []
-    if config["ensemble"]["min_quality"]:
-        transforms.append(
-            functools.partial(augment.keep_quality, poor_clips=config["ensemble"]["poor_clips"])
-        )
-    if config["noise"]["join"]:
-        transforms.append(
-            functools.partial(augment.concat_noise, num_identities=task.num_identities)
-        )
-    return transforms
-
-
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
     """Builds `System.column_weight`: `spec["mirror_weight"]` for mirrors, 1 for other columns."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
-
-    def column_weight(labels: Array, step: Array) -> Array:
-        if not layout:
-            return jnp.ones(labels.shape, jnp.float32)
-        return jnp.where(layout.is_mirror(labels), mirror_weight(step / steps_per_epoch), 1.0)
-
-    return column_weight
+    if not layout:
+        return lambda labels, step: jnp.ones(labels.shape, jnp.float32)
+    return lambda labels, step: jnp.where(
+        layout.is_mirror(labels), mirror_weight(step / steps_per_epoch), 1.0
+    )
 
 
 def _check_precision(precision: str) -> str:

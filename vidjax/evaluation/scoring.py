@@ -17,10 +17,11 @@ from vidjax.batch import Array, Batch, Frames, LazyFeatures
 from vidjax.data.clips import ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import free_bytes
 from vidjax.errors import UserError
+from vidjax.logit_ops import is_best
 from vidjax.models.base import Identifier, ModelState, Params
 from vidjax.run.terminal import Progress
 from vidjax.steps import eval_step as eval_step_lib
-from vidjax.steps import examples, mean_scores, topk
+from vidjax.steps import mean_scores, topk
 from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.steps.mean_scores import blend
 from vidjax.system import System
@@ -104,7 +105,7 @@ class ClipScoreBuffer:
 @jax.jit
 def _best(scores: Array, places: Array, clip_index: Array) -> tuple[Array, Array]:
     """Returns [B], the best score of each clip, and [B] bool, True if its column is the label's."""
-    return jnp.max(scores, axis=1), examples.is_best(scores, places[clip_index])
+    return jnp.max(scores, axis=1), is_best(scores, places[clip_index])
 
 
 class TrainedModel(NamedTuple):

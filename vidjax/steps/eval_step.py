@@ -14,7 +14,7 @@ from vidjax import devices, fusion
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
 from vidjax.models.layers import unit_vectors
-from vidjax.steps import examples, mean_scores
+from vidjax.steps import mean_scores
 from vidjax.steps.class_sharding import ScoreColumns
 from vidjax.system import System
 
@@ -76,7 +76,7 @@ def attention_step(
     It has `attention` -> [B, M, M] float32, and `assignment/MODALITY` -> [B, K] float32, summed
     over frames. The model must take all fused frames of a clip as one example.
     """
-    fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
+    fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
         output = _apply(system, params, model_state, fused, _clip_info(system, batch))
     return {
@@ -121,11 +121,11 @@ def _over_examples(
     `values_of` maps one example per clip and a mask [B] to values [B, K]; one example at a time
     saves memory. With `logs`, the exponentials of values are averaged. `reduce` is `mean` or `max`.
     """
-    fused = examples.fuse(system, system.fuse_eval, None, batch.frames, view)
+    fused = system.fuse(None, batch.frames, view)
     with jax.default_matmul_precision(system.matmul_precision):
         if not system.frame_is_example:
             return values_of(fused, batch.batch_mask)
-        _, exists = examples.to_examples(fused, apart=system.frame_is_example)
+        _, exists = system.to_examples(fused)
         weight = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
 
         def example(t: Array) -> dict[str, Frames]:

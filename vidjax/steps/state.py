@@ -12,7 +12,6 @@ from flax import struct
 from vidjax import devices, ensemble
 from vidjax.batch import Array, ClipInfo, Frames
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import examples
 from vidjax.system import System
 
 
@@ -65,8 +64,7 @@ def init_state(
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
         init_rng, fuse_rng, state_rng = jax.random.split(rng, 3)
         blank = {name: frames(dim) for name, dim in modalities.items()}
-        fused = examples.fuse(system, system.fuse_train, fuse_rng, blank, jnp.int32(0))
-        fused, exists = examples.to_examples(fused, apart=system.frame_is_example)
+        fused, exists = system.to_examples(system.fuse(fuse_rng, blank, jnp.int32(0)))
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
         variables = dict(system.model.init(init_rng, fused, clips, train=False))

@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from vidjax import devices, fusion
 from vidjax.augment import MemberClips
 from vidjax.batch import Array, Batch, ClipInfo, Frames, ModelOutput, Packed
+from vidjax.logit_ops import is_best
 from vidjax.models.base import ModelState, Params
-from vidjax.steps import class_sharding, examples
+from vidjax.steps import class_sharding
 from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.state import Tables, TrainState
 from vidjax.system import System
@@ -105,8 +106,8 @@ def member_step(
 
     gradient = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (logits, model_state)), grads = gradient(learned.params)
-    is_right = examples.is_best(jnp.where(system.class_mask, logits, -jnp.inf), info.labels)
-    correct = examples.mean_over_examples(is_right, exists)
+    is_right = is_best(jnp.where(system.class_mask, logits, -jnp.inf), info.labels)
+    correct = mean_over_examples(is_right, exists)
     total = jnp.sum(clips.weight)
     added = {"loss": loss * total, "correct": jnp.sum(correct * clips.weight), "weight": total}
 
@@ -183,15 +184,15 @@ def _draw_clips(
     for transform in system.clip_transforms:
         number -= 1
         clips = transform(jax.random.fold_in(rng, number), clips)
-    fused = examples.fuse(system, system.fuse_train, rng, clips.frames, view)
+    fused = system.fuse(rng, clips.frames, view)
     return clips._replace(frames=fused)
 
 
 def _model_input(
     system: System, batch: Batch, clips: MemberClips
-) -> tuple[dict[str, Frames], Array, ClipInfo]:
+) -> tuple[Mapping[str, Frames], Array, ClipInfo]:
     """Returns the examples of clips: frames, mask [B, T'] of those that count, and ClipInfo."""
-    frames, exists = examples.to_examples(clips.frames, apart=system.frame_is_example)
+    frames, exists = system.to_examples(clips.frames)
     exists = exists & (clips.weight > 0)[:, None]
     info = ClipInfo(
         index=jnp.repeat(batch.clip_index, exists.shape[1]),
@@ -216,7 +217,13 @@ def _loss_by_clip(
     """
     labels = jnp.repeat(labels, exists.shape[1])
     losses = system.objective(output, labels, compared.reshape(-1), step)
-    return examples.mean_over_examples(losses, exists)
+    return mean_over_examples(losses, exists)
+
+
+def mean_over_examples(values: Array, exists: Array) -> Array:
+    """Averages the values [B T'] over the examples `exists` [B, T'] of each clip; 0 without any."""
+    values = jnp.where(exists, values.reshape(exists.shape), 0.0)
+    return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
 
 def _sum_of_all(grads: Params) -> Array:
