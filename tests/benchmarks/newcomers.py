@@ -79,7 +79,12 @@ def _vectors(config: config_lib.Config, data: TrainingData, split: str) -> Vecto
     found = data.split(split)
     every = np.ones(len(found.clips), bool)
     parts = {
-        name: np.asarray(values_of_clips(config, data, name, _mean, every), np.float32)
+        name: np.asarray(
+            values_of_clips(
+                config, data, (name,), lambda batch, name=name: _mean(batch.frames[name]), every
+            ),
+            np.float32,
+        )
         for name in config.modalities
     }
     known = (None, *data.identities)

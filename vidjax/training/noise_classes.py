@@ -11,9 +11,9 @@ unclustered ones; we follow the article in that.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax import devices, ensemble, files, fusion
-from vidjax.batch import Array, Frames, NoiseLayout
+from vidjax.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan
+from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.errors import UserError
-from vidjax.models.base import ModelState, Params
 from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
-from vidjax.steps.clip_values import by_split, values_of_clips
+from vidjax.steps.clip_values import values_of_clips
 from vidjax.system import System
 
 FILE = "noise.jsonl"
@@ -48,9 +47,15 @@ def label_distractors(
             "--config=configs/noise_classes.py:other,\nor another system, such as "
             "--config=configs/mma.py"
         )
-    vectors = _mean_faces(config, data, is_noise)
+    modality = config.noise.modality
+    if modality not in data.modalities:
+        raise UserError(
+            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
+        )
     clusters = cluster(
-        vectors,
+        values_of_clips(
+            config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
+        ),
         method=config.noise.method,
         eps=config.noise.eps,
         min_samples=config.noise.min_samples,
@@ -70,113 +75,80 @@ def _mean_face(frames: Frames) -> Array:
     return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
-def _mean_faces(config: Config, data: TrainingData, wanted: np.ndarray) -> np.ndarray:
-    """Returns the quality-weighted mean frames of the n wanted training clips, [n, D] float32."""
-    modality = config.noise.modality
-    if modality not in data.modalities:
-        raise UserError(
-            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
-        )
-    return values_of_clips(config, data, modality, _mean_face, wanted)
+def make_relabeller(
+    config: Config,
+    log: Path,
+    data: ClipSource,
+    system: System,
+    layout: NoiseLayout,
+    labels: np.ndarray,
+    training_sets: ensemble.TrainingSets,
+    mesh: Mesh,
+) -> Callable[[state_lib.TrainState], np.ndarray]:
+    """Returns a function that moves unclustered distractors to the mirrors of whom they resemble.
 
+    It maps a state to the new labels, [E, N] int32, and appends the changes to `noise.jsonl`.
 
-class Relabeller:
-    """Moves unclustered distractors to the mirrors of the identities that they are mistaken for."""
+    Args:
+      log: path of a `noise.jsonl` without later steps.
+      labels: [N] int, class columns of the training clips at step 0.
+    """
+    predict = eval_step.make_predict_step(system, mesh)
+    members, clips = training_sets.members, training_sets.clips
+    # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
+    movable = np.asarray(layout.is_mirror(labels)) & training_sets.trained  # [E, N]
+    wanted = movable.any(axis=0)
 
-    def __init__(
-        self,
-        config: Config,
-        log: Path,
-        data: ClipSource,
-        system: System,
-        layout: NoiseLayout,
-        labels: np.ndarray,
-        training_sets: ensemble.TrainingSets,
-        mesh: Mesh,
-    ):
-        """Takes the path `log` of a `noise.jsonl` without later steps, and labels [N] of step 0."""
-        self._predict = eval_step.make_predict_step(system, mesh)
-        self._config, self._data, self._mesh = config, data, mesh
-        self._modalities = tuple(system.fuse_eval)
-        self._layout, self._training_sets = layout, training_sets
-        # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
-        self._unclustered = np.asarray(layout.is_mirror(labels))  # [N]
-        self._path = log
-
-    def __call__(self, state: state_lib.TrainState) -> np.ndarray:
-        """Returns the new labels, [E, N] int32, and appends the changes to `noise.jsonl`."""
+    def relabel_clips(state: state_lib.TrainState) -> np.ndarray:
         old = np.asarray(devices.fetch(state.labels))
-        movable = self._unclustered & self._training_sets.trained  # [E, N]
-        predicted = np.zeros_like(old)
         weights = [
             ensemble.take((state.params, state.model_state), number) for number in range(len(old))
         ]
-        for split, rows in by_split(self._config, self._data):
-            only = np.any(movable[:, rows], axis=0)
-            if only.any():
-                self._predict_split(weights, split, only, predicted[:, rows])
-        new = relabel(old, predicted, self._layout, keep=self._config.noise.keep)
+
+        def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
+            columns = [
+                predict(*own, jnp.int32(member.view), batch)
+                for own, member in zip(weights, members, strict=True)
+            ]
+            return np.stack(devices.fetch(columns), axis=1)
+
+        predicted = np.zeros_like(old)
+        if wanted.any():
+            modalities = tuple(system.fuse_eval)
+            found = values_of_clips(config, data, modalities, best_columns, wanted, mesh)
+            predicted[:, wanted] = found.T
+        new = relabel(old, predicted, layout, keep=config.noise.keep)
         new = np.where(movable, new, old).astype(np.int32)
         if processes.is_first():
-            self._write(int(state.step), old, new, predicted, movable)
+            with files.open_log(log) as file:
+                for line in describe_moves(int(state.step), old, new, predicted):
+                    files.append(file, (json.dumps(line) + "\n").encode())
         return new
 
-    def _predict_split(
-        self,
-        weights: Sequence[tuple[Params, ModelState]],
-        split: str,
-        only: np.ndarray,
-        predicted: np.ndarray,
-    ) -> None:
-        """Writes the best class columns of the clips `only` [n] bool into `predicted` [E, n]."""
-        plan = make_eval_plan(self._data.split(split), self._modalities, only=only)
-        share = devices.share(self._mesh)
-        rows = self._config.eval.block_size * self._mesh.shape["data"] // share.parts
-        for batch in self._data.eval_batches(plan, rows=rows, share=share):
-            on_device = devices.shard_block(self._mesh, batch)
-            clips, real = devices.fetch((on_device.clip_index, on_device.batch_mask))
-            for number, member in enumerate(self._training_sets.members):
-                params, model_state = weights[number]
-                columns = self._predict(params, model_state, jnp.int32(member.view), on_device)
-                predicted[number, clips[real]] = devices.fetch(columns)[real]
-
-    def _write(
-        self,
-        step: int,
-        old: np.ndarray,
-        new: np.ndarray,
-        predicted: np.ndarray,
-        movable: np.ndarray,
-    ) -> None:
-        """Appends one line per member to `noise.jsonl`; all arrays are [E, N]."""
-        with files.open_log(self._path) as file:
-            for number, rows in enumerate(movable):
-                counts = audit(
-                    old[number, rows], new[number, rows], predicted[number, rows], self._layout
-                )
-                moved = np.where(old[number] != new[number], new[number], 0)
-                line = {
-                    "step": step,
-                    "member": self._training_sets.members[number].number,
-                    **counts,
-                    "now_mirrors": self._names(moved),
+    def describe_moves(
+        step: int, old: np.ndarray, new: np.ndarray, predicted: np.ndarray
+    ) -> Iterator[dict[str, Any]]:
+        for number, rows in enumerate(movable):
+            before, after = old[number], new[number]
+            moved = np.where(before != after, after, 0)
+            mirrors = np.flatnonzero(layout.is_mirror(moved))
+            inside = np.flatnonzero(layout.is_cluster(moved))
+            line = {
+                "step": step,
+                "member": members[number].number,
+                **audit(before[rows], after[rows], predicted[number, rows], layout),
+                "now_mirrors": {
+                    clips[i]: data.identities[int(moved[i]) - layout.mirror_shift - 1]
+                    for i in mirrors
+                },
+            }
+            if config.noise.keep == "prediction":
+                line["now_in_cluster"] = {
+                    clips[i]: int(moved[i]) - layout.num_identities - 1 for i in inside
                 }
-                if self._config.noise.keep == "prediction":
-                    line["now_in_cluster"] = self._numbers(moved)
-                files.append(file, (json.dumps(line) + "\n").encode())
+            yield line
 
-    def _names(self, moved: np.ndarray) -> dict[str, str]:
-        """Returns clip -> identity of its mirror; `moved` [N] has new columns, 0 for no move."""
-        clips, identities = self._training_sets.clips, self._data.identities
-        mirrors = np.flatnonzero(self._layout.is_mirror(moved))
-        first = self._layout.mirror_shift + 1
-        return {clips[i]: identities[int(moved[i]) - first] for i in mirrors}
-
-    def _numbers(self, moved: np.ndarray) -> dict[str, int]:
-        """Returns clip -> number of its cluster; `moved` [N] has new columns, 0 for no move."""
-        first = self._layout.num_identities + 1
-        inside = np.flatnonzero(self._layout.is_cluster(moved))
-        return {self._training_sets.clips[i]: int(moved[i]) - first for i in inside}
+    return relabel_clips
 
 
 def cluster(

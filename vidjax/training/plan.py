@@ -1,10 +1,9 @@
 """The plan of a run: sizes, members, tables and schedule, from configuration and data."""
 
 import bisect
-import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from vidjax import config as config_lib
 from vidjax import ensemble
-from vidjax.batch import NoiseLayout
+from vidjax.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.cluster import processes
 from vidjax.config import Config
 from vidjax.data.checks import unusable
@@ -137,12 +136,21 @@ def training_clips(
         name: np.concatenate([split.lengths[name] for split in splits])
         for name in config.modalities
     }
+
+    def values(
+        modality: str, value_of: Callable[[Frames], Array], wanted: np.ndarray
+    ) -> np.ndarray:
+        def value_of_block(batch: Batch) -> Array:
+            return value_of(batch.frames[modality])
+
+        return values_of_clips(config, data, (modality,), value_of_block, wanted)
+
     return TrainingClips(
         labels=labels,
         used=used,
         present={name: count > 0 for name, count in lengths.items()},
         fusions=make_fusions(config.fusion.to_dict(), config.modalities, "evaluate"),
-        values=functools.partial(values_of_clips, config, data),
+        values=values,
         seed=config.seed,
         tell=say,
     )

@@ -227,7 +227,7 @@ class TrainingRun:
             log = workdir / noise_classes.FILE
             if processes.is_first():
                 keep_until(log, self.step)
-            self._relabeller = noise_classes.Relabeller(
+            self._relabeller = noise_classes.make_relabeller(
                 config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
             )
         self.rates: list[float] = []
