@@ -83,7 +83,7 @@ def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     sets = ensemble.load(folder)
     assert sets.trained.shape == (1, NUM_CLIPS["train"] + NUM_CLIPS["val"])
     assert sets.trained.all()
-    lists = ranking.load_ranking(folder / "ranking.txt")
+    lists = dict(ranking.each_list(folder / "ranking.txt"))
     assert len(lists) == 12
     for names in lists.values():
         assert len(names) == len(set(names)) == NUM_CLIPS["test"]
@@ -193,7 +193,7 @@ def test_joined_with_other_runs_it_ranks_test(trained, on_train, official_dir, t
     assert "map" not in results
     assert results["num_clips"] == NUM_CLIPS["test"]
     assert [row["held_out"] for row in results["runs"]] == [False, False]
-    assert len(ranking.load_ranking(out / "ranking.txt")) == 12
+    assert len(dict(ranking.each_list(out / "ranking.txt"))) == 12
     assert "nothing: runs were trained on train and val" in said
     assert "so no split is left" in section((out / "report.html").read_text(), "summary")
     assert main([*words, runs, "--config.join.greedy=True"]) == 2

@@ -262,7 +262,7 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     wanted = made.rank(data, split="val")
     for ending in (".txt", ".tsv", ".jsonl"):
         say("rank", folder, "--split=val", f"--out={tmp_path / 'r'}{ending}")
-    found = ranking.load_ranking(tmp_path / "r.txt")
+    found = dict(ranking.each_list(tmp_path / "r.txt"))
     assert list(found) == list(wanted)
     assert found == {
         name: [f"{clip}.mp4" for clip, _ in clips] for name, clips in wanted.items()
@@ -276,7 +276,7 @@ def test_rank_writes_a_submission(say, folder, tmp_path, made, data):
     words = ("rank", folder, "--split=val", "--threshold=0.2", f"--out={tmp_path / 'p.txt'}")
     content = json.loads(say(*words, "--json"))
     assert content["rule"]["by"] == "threshold" and content["clips_per_second"] > 0
-    found = ranking.load_ranking(tmp_path / "p.txt")
+    found = dict(ranking.each_list(tmp_path / "p.txt"))
     passing = {
         name: [clip for clip, score in clips if score >= np.log(0.2)]
         for name, clips in wanted.items()

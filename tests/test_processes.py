@@ -173,7 +173,7 @@ def test_one_process_agrees_with_itself():
     assert processes.is_first()
     assert processes.allgather_json({"a": 1}) == [{"a": 1}]
     assert processes.run_on_first(lambda: 5) == 5
-    assert processes.broadcast_int(7) == 7
+    assert processes.allgather_ints([7]) == [[7]]
     rounds = processes.Rounds()
     assert [rounds.exchange(step, [step]) for step in range(3)] == [[[0]], [[1]], [[2]]]
     processes.check_same({"a": 1}, "nothing")

@@ -232,7 +232,7 @@ def test_odd_names_round_trip_through_a_run(run_dir):
     assert tuple(json.loads((run_dir / "identities.json").read_text())) == tuple(
         vidjax.restore(run_dir, num_devices=1).identities
     )
-    lists = ranking.load_ranking(run_dir / "ranking.txt", identities=set(NAMES))
+    lists = dict(ranking.each_list(run_dir / "ranking.txt", set(NAMES)))
     assert set(lists) == set(NAMES)
     wanted = {f"{name} val.mp4" for name in NAMES} | {f"nobody {i}.mp4" for i in range(9)}
     assert {clip for clips in lists.values() for clip in clips} == wanted

@@ -1,6 +1,7 @@
 """The submission file in both directions, and its scorer."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ def test_a_ranking_round_trips(tmp_path):
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
     text = f"195 {'x' * 300}.mp4 b.mp4 a.mp4\n7 ../up.mp4 日本語.mp4\n"
     assert path.read_text(encoding="utf-8") == text
-    assert ranking.load_ranking(path, identities={"7", "195"}) == {
+    assert dict(ranking.each_list(path, {"7", "195"})) == {
         "195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"],
         "7": ["../up.mp4", "日本語.mp4"],
     }
@@ -93,19 +94,21 @@ MANY = " ".join(f"x{i}.mp4" for i in range(101))
 def test_faults_of_a_submission_are_named_by_line(tmp_path, text, message):
     path = tmp_path / "ranking.txt"
     path.write_bytes(text)
-    with pytest.raises(ValueError, match=message):
-        ranking.load_ranking(path, identities={"1", "2"})
+    [complaint] = ranking.read_submission(path, identities={"1", "2"}).complaints()
+    assert re.search(message, complaint)
+    if text:
+        with pytest.raises(ValueError, match=r"line \d: "):
+            list(ranking.each_list(path, {"1", "2"}))
 
 
 def test_many_faults_are_three_lines(tmp_path):
     path = tmp_path / "ranking.txt"
     path.write_text("".join(f"{i} a.mp4 a.mp4\n" for i in range(9)))
-    with pytest.raises(ValueError, match=r"line 1: 'a\.mp4'.* \(lines like it: 9\)$"):
-        ranking.load_ranking(path)
+    [complaint] = ranking.read_submission(path).complaints()
+    assert re.search(r"line 1: 'a\.mp4'.* \(lines like it: 9\)$", complaint)
     path.write_text(f"\n1\ta.mp4\n2 a.mp4 a.mp4\n3 {MANY}\n3 a.mp4\n")
-    with pytest.raises(ValueError, match=r"^.*line 1:.*\n.*line 2:.*\n.*line 3:.*$"):
-        ranking.load_ranking(path)
-    assert len(ranking.read_submission(path).complaints()) == 5
+    complaints = ranking.read_submission(path).complaints()
+    assert [int(re.search(r"line (\d):", one)[1]) for one in complaints] == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture

@@ -194,28 +194,15 @@ def clip_auroc(clips: ScoredClips, labels: np.ndarray) -> float | None:
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
-def fnir(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
-    """Returns the FNIR where at most a share `fpir` of the distractors is identified.
+def open_set(clips: ScoredClips, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
+    """Returns the `fnir` or the `threshold` of `identification_errors`; None where it has none.
 
-    The FNIR is the share of known clips that are missed or misnamed, 0..1; None without a
-    distractor or a known clip. `labels` are those of `top1`.
+    The threshold is a logarithm unless the run ranks by logits. Arguments are those of `top1`.
     """
-    errors = _errors_of(clips, labels, fpir)
-    return errors.fnir if errors else None
-
-
-def threshold(clips: ScoredClips, labels: np.ndarray, *, fpir: float) -> float | None:
-    """Returns the score at or above which a clip counts as identified in `fnir`.
-
-    The score is a logarithm unless the run ranks by logits; None where `fnir` is None.
-    """
-    errors = _errors_of(clips, labels, fpir)
-    return errors.threshold if errors else None
-
-
-def _errors_of(clips: ScoredClips, labels: np.ndarray, fpir: float) -> IdentificationErrors | None:
     pool = clips.pool
-    return identification_errors(clips.best[pool], clips.right[pool], labels[pool] > 0, fpir=fpir)
+    known = labels[pool] > 0
+    errors = identification_errors(clips.best[pool], clips.right[pool], known, fpir=fpir)
+    return getattr(errors, value, None)
 
 
 class Metric(NamedTuple):
@@ -242,22 +229,22 @@ CLIP_METRICS: dict[str, Metric] = {
     "fnir_at_fpir_0.01": Metric(
         "FNIR at FPIR 1 %",
         "known clips missed or misnamed where 1 % of the distractors pass",
-        functools.partial(fnir, fpir=0.01),
+        functools.partial(open_set, value="fnir", fpir=0.01),
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
         "lowest score at which a clip counts as identified, for that FNIR",
-        functools.partial(threshold, fpir=0.01),
+        functools.partial(open_set, value="threshold", fpir=0.01),
     ),
     "fnir_at_fpir_0.1": Metric(
         "FNIR at FPIR 10 %",
         "known clips missed or misnamed where 10 % of the distractors pass",
-        functools.partial(fnir, fpir=0.1),
+        functools.partial(open_set, value="fnir", fpir=0.1),
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",
         "lowest score at which a clip counts as identified, for that FNIR",
-        functools.partial(threshold, fpir=0.1),
+        functools.partial(open_set, value="threshold", fpir=0.1),
     ),
 }
 

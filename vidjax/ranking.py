@@ -72,10 +72,10 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
         raise UserError(f"{path}: {kind} {repeated!r} is repeated")
 
 
-def load_ranking(
-    path: str | Path, *, identities: Collection[str] | None = None
-) -> dict[str, list[str]]:
-    """Returns a submission as identity -> clip names, best first, with escaped names read back.
+def each_list(
+    path: str | Path, identities: Collection[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (identity, clip names), best first, with escaped names read back, of any size of file.
 
     CRLF, a byte order mark and trailing blanks are no faults. An identity that is not among
     `identities` is a fault; None allows any.
@@ -84,21 +84,8 @@ def load_ranking(
       ValueError: the file has a fault that `read_submission` lists; the message has the line.
     """
     known = None if identities is None else {escape(name) for name in identities}
-    lines = _number(path, files.each_line(Path(path), LINE_BYTES))  # refuses a link
-    submission = _read_submission(path, lines, known)
-    if submission.faults:
-        raise UserError("\n".join(submission.complaints()[:3]))
-    return {
-        unescape(identity): [unescape(name) for name in names]
-        for identity, names in submission.ranking.items()
-    }
-
-
-def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields (identity, clip names) as `load_ranking` returns them, for a file of any size."""
-    known = {escape(name): name for name in identities}
     seen: set[str] = set()
-    for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):
+    for place, line in _number(path, files.each_line(Path(path), LINE_BYTES)):  # refuses a link
         found = _read_submission(path, [(place, line)], known)
         if not found.faults and not seen.isdisjoint(found.ranking):
             found.faults["second line"] = [f"{place}: its identity has a line already"]
@@ -106,7 +93,7 @@ def each_list(path: str | Path, identities: Collection[str]) -> Iterator[tuple[s
             raise UserError("\n".join(found.complaints()[:3]))
         seen |= found.ranking.keys()
         for identity, names in found.ranking.items():
-            yield known[identity], [unescape(name) for name in names]
+            yield unescape(identity), [unescape(name) for name in names]
 
 
 def read_identities(path: str | Path) -> tuple[str, ...]:

@@ -9,13 +9,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from vidjax.errors import UserError
 
 Value = TypeVar("Value")  # of JSON, without tuples
+KeyValueStore: TypeAlias = Any  # a class of jax that has no types
 
 WAIT_MS = 24 * 3600 * 1000  # `join.Group` ends it long before, if another process is gone
 ROUND_SECONDS = 1.0
@@ -40,32 +41,12 @@ def is_first() -> bool:
     return process_index() == 0
 
 
-class KeyValueStore(Protocol):
-    """A store of keys and values that all processes share, in the memory of process 0."""
-
-    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
-        """Writes a value."""
-        ...
-
-    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
-        """Returns a value, as soon as somebody has written it."""
-        ...
-
-    def key_value_delete(self, key: str) -> None:
-        """Removes a value."""
-        ...
-
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """Returns (key, value) of every key that begins with `key`."""
-        ...
-
-
 def key_value_store() -> KeyValueStore:
-    """Returns jax's client of the shared store."""
+    """Returns the client of the texts that all processes share, in the memory of process 0."""
     # No public function leads there; Orbax takes the same way.
     from jax._src import distributed
 
-    return cast(KeyValueStore, distributed.global_state.client)
+    return distributed.global_state.client
 
 
 def allgather_json(value: Value) -> list[Value]:
@@ -103,11 +84,6 @@ def run_on_first(function: Callable[[], Value]) -> Value:
         return function()
     values: list[Any] = allgather_json(function() if is_first() else None)
     return values[0]
-
-
-def broadcast_int(value: int) -> int:
-    """Returns the `value` of process 0 in all processes, sent over the devices to be fast."""
-    return allgather_ints([value])[0][0]
 
 
 def allgather_ints(values: list[int]) -> list[list[int]]:

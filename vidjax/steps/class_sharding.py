@@ -54,7 +54,7 @@ class ClassAxes(NamedTuple):
     def layout(self, name: str | None = None) -> devices.Layout:
         """Returns a tree of shardings, for the field `name` of the state or for all of it."""
         axes = getattr(self.state, name) if name else self.state
-        return jax.tree.map(lambda axis: _along(self.mesh, axis), axes)
+        return jax.tree.map(lambda axis: NamedSharding(self.mesh, _split(axis)), axes)
 
 
 def find_class_axes(system: System, modalities: Mapping[str, int], mesh: Mesh) -> ClassAxes | None:
@@ -195,12 +195,6 @@ def _differing_axis(few: jax.ShapeDtypeStruct, more: jax.ShapeDtypeStruct) -> in
     return next((axis for axis, (a, b) in pairs if a != b), NO_AXIS)
 
 
-def _along(mesh: Mesh, axis: int) -> NamedSharding:
-    if axis == NO_AXIS:
-        return devices.replicated(mesh)
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))
-
-
 def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
     """Returns the number of columns that each device draws: enough for the labels of a step."""
     own = system.model.num_classes // num_devices
@@ -338,7 +332,7 @@ def _own(columns: Array, size: int) -> Array:
 
 
 def _split(axis: int) -> PartitionSpec:
-    return PartitionSpec(*[None] * axis, "model")
+    return PartitionSpec() if axis == NO_AXIS else PartitionSpec(*[None] * axis, "model")
 
 
 def _on_each(

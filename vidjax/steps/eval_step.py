@@ -4,6 +4,7 @@ All steps map (params, model_state, view, batch) to arrays of B clips. The view,
 chunk of the features that the member does not see; -1 for none.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -180,11 +181,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 def make_embed_step(system: System) -> EvalStep:
     """Compiles `embed_step`, [B, D] float32."""
-
-    def step(params: Params, model_state: ModelState, view: Array, batch: Batch) -> Array:
-        return embed_step(system, params, model_state, view, batch)
-
-    return jax.jit(step)
+    return jax.jit(functools.partial(embed_step, system))
 
 
 def _by_rows(step: EvalStep, mesh: Mesh, out: PartitionSpec) -> EvalStep:

@@ -24,6 +24,9 @@ from vidjax.steps.train_step import Outcome
 from vidjax.system import System
 
 DISPATCH_SECONDS = 1.0  # duration of a dispatch of steps
+# One for each group of members.
+States = Sequence[TrainState]
+AllTables = Sequence[Tables]
 
 
 class DispatchResult(NamedTuple):
@@ -51,19 +54,13 @@ class Feed(abc.ABC):
         self._compiled = False
         self._step_seconds: float | None = None
 
-    def run(
-        self,
-        states: Sequence[TrainState],
-        tables: Sequence[Tables],
-        step: int,
-        most: int,
-    ) -> DispatchResult:
+    def run(self, states: States, tables: AllTables, step: int, most: int) -> DispatchResult:
         """Does the training steps of about DISPATCH_SECONDS: 1 to `most`, after `step` steps.
 
-        `states`, which are donated, and `tables` have one entry for each group of members.
+        The `states` are donated.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
-        count = processes.broadcast_int(max(1, min(most, count)))
+        count = processes.allgather_ints([max(1, min(most, count))])[0][0]  # that of process 0
         began = time.monotonic()
         states, dispatched = self._dispatch(states, tables, step, count)
         outcomes = devices.fetch(dispatched)
@@ -77,7 +74,7 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(
-        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+        self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         """Dispatches `count` steps, or fewer where one is bad.
 
@@ -89,12 +86,7 @@ class Feed(abc.ABC):
     def _batch_of(self, step: int) -> Batch:
         """Returns the batch of a step, which must be one of the last two for StreamingFeed."""
 
-    def bad_clips(
-        self,
-        states: Sequence[TrainState],
-        tables: Sequence[Tables],
-        step: int,
-    ) -> np.ndarray:
+    def bad_clips(self, states: States, tables: AllTables, step: int) -> np.ndarray:
         """Finds the clips of a step whose loss or its derivative is not finite.
 
         Returns [n] int32, clip_index of these clips, or of all clips of the step if none is bad.
@@ -134,7 +126,7 @@ class StreamingFeed(Feed):
         return devices.shard_batch(self._mesh, next(self._batches), self._share)
 
     def _dispatch(
-        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+        self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         found: list[list[Outcome]] = []
         for number in range(step, step + count):
@@ -185,7 +177,7 @@ class ResidentFeed(Feed):
         self._loop = train_step.make_train_loop(system, mesh, draw, axes)
 
     def _dispatch(
-        self, states: Sequence[TrainState], tables: Sequence[Tables], step: int, count: int
+        self, states: States, tables: AllTables, step: int, count: int
     ) -> tuple[list[TrainState], list[list[Outcome]]]:
         del step
         pairs = zip(states, tables, strict=True)

@@ -66,17 +66,16 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
         # XLA clamps slices, so the last chunk may overlap the one before it. Both read `top`, so
         # overlapping rows get equal values.
         start = chunk * size
-        old = TopK(*(lax.dynamic_slice_in_dim(part, start, size) for part in top))
+        old = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, size), top)
         rows = [
             _clean(lax.dynamic_slice_in_dim(scores, start, size, axis=1), mask)
             for scores, _, mask in blocks
         ]
         new = _merge(old, jnp.concatenate(rows), clips)
-        return TopK(
-            *(
-                lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
-                for whole, part in zip(updated, new, strict=True)
-            )
+        return jax.tree.map(
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
+            updated,
+            new,
         )
 
     return lax.fori_loop(0, -(-num_identities // size), update_chunk, top)
