@@ -66,7 +66,7 @@ def test_two_latest_and_best_are_kept(tmp_path, items):
     for step, score in [(1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)]:
         checkpoint.save(tmp_path, step, items, {} if score is None else {"map": score})
     assert list(checkpoint.manifests(tmp_path)) == [2, 4, 5]
-    assert checkpoint.best_step(tmp_path) == 2
+    assert checkpoint.best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 

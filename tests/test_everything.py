@@ -78,7 +78,7 @@ def test_it_ranks_test_and_claims_no_map(trained, official_dir):
     scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
     assert not [key for key in results if key.startswith(scores)]
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
-    assert checkpoint.best_step(folder) is None
+    assert checkpoint.best(checkpoint.manifests(folder)) is None
 
     sets = ensemble.load(folder)
     assert sets.trained.shape == (1, NUM_CLIPS["train"] + NUM_CLIPS["val"])

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,12 +125,8 @@ def survey(workdir: Path) -> dict[int, dict[str, Any] | DamagedError]:
     return by_step
 
 
-def best_step(workdir: Path) -> int | None:
-    """Returns the step with the highest MAP, the later of two equal ones; None without a MAP."""
-    return _best(manifests(workdir))
-
-
-def _best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
+def best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Returns the step of `manifests` with the highest MAP, the later of equal ones, or None."""
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
@@ -146,17 +142,13 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """
     if prefer not in ("latest", "best"):
         raise UserError(f"config.eval.checkpoint='{prefer}': must be latest or best")
-    steps = survey(workdir) if processes.is_first() else {}
-    step = processes.run_on_first(lambda: _find_step(workdir, prefer, steps))
-    if step is None:
-        return None
-    folder, manifest = workdir / "checkpoints" / str(step), steps.get(step)
-    return Checkpoint(folder, manifest if isinstance(manifest, dict) else read_manifest(folder))
+    step = processes.run_on_first(lambda: _find_step(workdir, prefer))
+    folder = workdir / "checkpoints" / str(step)
+    return None if step is None else Checkpoint(folder, read_manifest(folder))
 
 
-def _find_step(
-    workdir: Path, prefer: str, steps: Mapping[int, dict[str, Any] | DamagedError]
-) -> int | None:
+def _find_step(workdir: Path, prefer: str) -> int | None:
+    steps = survey(workdir)
     scored = {step: m["map"] for step, m in steps.items() if isinstance(m, dict) and "map" in m}
     damaged = [step for step, manifest in steps.items() if not isinstance(manifest, dict)]
     if prefer == "best" and steps and not scored and not damaged:
@@ -169,7 +161,7 @@ def _find_step(
         order = sorted(order, key=lambda s: (s in damaged, scored.get(s, -1.0), s), reverse=True)
     for step in order:
         try:
-            verify(workdir / "checkpoints" / str(step), steps[step])
+            verify(workdir / "checkpoints" / str(step))
             return step
         except DamagedError as error:
             warnings.warn(f"checkpoint {step} is not used: {error}", stacklevel=2)
@@ -216,11 +208,9 @@ def set_aside_later(workdir: Path, step: int) -> None:
             set_aside(folder)
 
 
-def verify(folder: Path, manifest: dict[str, Any] | DamagedError | None = None) -> dict[str, Any]:
-    """Returns a checkpoint's manifest, read unless given; DamagedError if any file differs."""
-    if isinstance(manifest, DamagedError):
-        raise manifest
-    manifest = manifest or read_manifest(folder)
+def verify(folder: Path) -> dict[str, Any]:
+    """Returns a checkpoint's manifest; DamagedError if any file differs."""
+    manifest = read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
         file = folder / "state" / name
@@ -336,28 +326,22 @@ def _drop_others(workdir: Path) -> None:
     others = steps.keys() - {latest}
     evaluated = {step for step in others if steps[step].get("evaluated")}
     before = max(evaluated or others, default=None)
-    for step in others - {before, _best(steps)}:
+    for step in others - {before, best(steps)}:
         folder = workdir / "checkpoints" / str(step)
         if not folder.is_symlink():
             dropped.mkdir(exist_ok=True)
             os.rename(folder, dropped / folder.name)  # half a folder must not look like one
     if dropped.exists():
         for folder in dropped.iterdir():
-            _remove_own(folder, _listed(folder))
+            _remove_own(folder)
         dropped.rmdir()
 
 
-def _listed(folder: Path) -> Collection[str]:
-    """Returns the files below `state` that a checkpoint's manifest lists, none if it is damaged."""
-    try:
-        return read_manifest(folder)["files"]
-    except CheckpointError:
-        return ()
-
-
-def _remove_own(folder: Path, listed: Collection[str]) -> None:
+def _remove_own(folder: Path) -> None:
     """Removes the files of a checkpoint; what a user has added stays, and all behind a link."""
-    checkpoints = folder.parents[1]
+    checkpoints, listed = folder.parents[1], ()
+    with contextlib.suppress(CheckpointError):  # a damaged manifest lists none
+        listed = read_manifest(folder)["files"]
     with contextlib.suppress(OSError, UserError), files.open_folder(folder, checkpoints) as opened:
         own = [name for name in os.listdir(opened) if OWN.fullmatch(name)]
         files.remove_listed(opened, {*own, *(f"state/{name}" for name in listed)})

@@ -146,11 +146,11 @@ def train(
 
 
 def _training_results(workdir: Path, config: Config, run: TrainingRun) -> dict[str, Any]:
-    best_step = checkpoint.best_step(workdir)
+    steps = checkpoint.manifests(workdir)
+    best_step = checkpoint.best(steps)
     best: dict[str, Any] = {}
     if best_step is not None:
-        best_map = checkpoint.manifests(workdir)[best_step]["map"]
-        best = {"best_step": best_step, "best_map": best_map}
+        best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
     rates = run.rates[1:] or run.rates  # the first dispatch compiles
     return {
         **best,
