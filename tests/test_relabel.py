@@ -20,7 +20,7 @@ from tests.helpers.small_runs import (
 from vidjax import ensemble
 from vidjax.run import checkpoint, signals
 from vidjax.steps import feed
-from vidjax.training import noise_classes
+from vidjax.training import noise_classes, plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -43,7 +43,7 @@ def training_labels(data):
 def starting(data, config=None):
     """The labels that training starts from, and the class columns."""
     config = config or shrunk(*WORDS, spec=SPEC)
-    return noise_classes.label_distractors(config, data, training_labels(data))
+    return plan.label_distractors(config, data, training_labels(data))
 
 
 def step_of(folder):
@@ -182,14 +182,14 @@ def test_clusters_do_not_depend_on_labels(data):
     """Nor on the seed of the run, which draws the mirror classes alone."""
     config = shrunk(*WORDS, spec=SPEC)
     truth = training_labels(data)
-    start, layout = noise_classes.label_distractors(config, data, truth)
+    start, layout = plan.label_distractors(config, data, truth)
     other = np.where(truth > 0, truth % 12 + 1, 0).astype(truth.dtype)
-    again, same = noise_classes.label_distractors(config, data, other)
+    again, same = plan.label_distractors(config, data, other)
     assert same == layout
     np.testing.assert_array_equal(again[truth == 0], start[truth == 0])
     np.testing.assert_array_equal(again[truth > 0], other[truth > 0])
     config.seed = 1
-    third, same = noise_classes.label_distractors(config, data, truth)
+    third, same = plan.label_distractors(config, data, truth)
     clustered = layout.is_cluster(start)
     assert same == layout
     np.testing.assert_array_equal(third[clustered], start[clustered])

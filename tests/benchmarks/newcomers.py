@@ -35,7 +35,7 @@ from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.store import Clip, Origin
 from vidjax.gallery.vectors import Vectors
 from vidjax.models.layers import unit_vectors
-from vidjax.steps.clip_values import values_of_clips
+from vidjax.training.plan import values_of_clips
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "plda.py")
 MOST_NEWCOMERS = 100

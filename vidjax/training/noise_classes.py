@@ -11,79 +11,33 @@ unclustered ones; we follow the article in that.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from vidjax import devices, ensemble, files, fusion
-from vidjax.batch import Array, Batch, Frames, NoiseLayout
+from vidjax import devices, ensemble, files
+from vidjax.batch import Array, Batch, NoiseLayout
 from vidjax.cluster import processes
 from vidjax.config import Config
-from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.errors import UserError
-from vidjax.run.terminal import say
 from vidjax.steps import eval_step
 from vidjax.steps import state as state_lib
-from vidjax.steps.clip_values import values_of_clips
-from vidjax.system import System
 
 FILE = "noise.jsonl"
-
-
-def label_distractors(
-    config: Config, data: TrainingData, labels: np.ndarray
-) -> tuple[np.ndarray, NoiseLayout]:
-    """Gives distractors (label 0) columns of clusters and mirrors; returns [N] and the layout."""
-    is_noise = labels == 0
-    if not is_noise.any():
-        raise UserError(
-            f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
-            "distractor\nwithout distractors: the argument 'other', as in "
-            "--config=configs/noise_classes.py:other,\nor another system, such as "
-            "--config=configs/mma.py"
-        )
-    modality = config.noise.modality
-    if modality not in data.modalities:
-        raise UserError(
-            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
-        )
-    clusters = cluster(
-        values_of_clips(
-            config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
-        ),
-        method=config.noise.method,
-        eps=config.noise.eps,
-        min_samples=config.noise.min_samples,
-    )
-    layout = NoiseLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
-    labels = labels.copy()
-    labels[is_noise] = initial_labels(clusters, layout, config.seed)
-    say(
-        f"{len(clusters)} distractors: {np.sum(clusters >= 0)} in {layout.num_clusters} clusters, "
-        f"{np.sum(clusters < 0)} unclustered"
-    )
-    return labels, layout
-
-
-@jax.jit
-def _mean_face(frames: Frames) -> Array:
-    return fusion.mean_frame(frames, weighting="quality").features[:, 0]
 
 
 def make_relabeller(
     config: Config,
     log: Path,
-    data: ClipSource,
-    system: System,
+    identities: Sequence[str],
+    values_of: Callable[[Callable[[Batch], np.ndarray], np.ndarray], np.ndarray],
+    predict: eval_step.EvalStep,
     layout: NoiseLayout,
     labels: np.ndarray,
     training_sets: ensemble.TrainingSets,
-    mesh: Mesh,
 ) -> Callable[[state_lib.TrainState], np.ndarray]:
     """Returns a function that moves unclustered distractors to the mirrors of whom they resemble.
 
@@ -91,9 +45,11 @@ def make_relabeller(
 
     Args:
       log: path of a `noise.jsonl` without later steps.
+      identities: [C] names.
+      values_of: maps a function of a block [B] of clips, and wanted clips [N] bool, to its values.
+      predict: returns the best class column of every clip of a block, for one member.
       labels: [N] int, class columns of the training clips at step 0.
     """
-    predict = eval_step.make_predict_step(system, mesh)
     members, clips = training_sets.members, training_sets.clips
     # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
     movable = np.asarray(layout.is_mirror(labels)) & training_sets.trained  # [E, N]
@@ -114,9 +70,7 @@ def make_relabeller(
 
         predicted = np.zeros_like(old)
         if wanted.any():
-            modalities = tuple(system.fuse_eval)
-            found = values_of_clips(config, data, modalities, best_columns, wanted, mesh)
-            predicted[:, wanted] = found.T
+            predicted[:, wanted] = values_of(best_columns, wanted).T
         new = relabel(old, predicted, layout, keep=config.noise.keep)
         new = np.where(movable, new, old).astype(np.int32)
         if processes.is_first():
@@ -138,8 +92,7 @@ def make_relabeller(
                 "member": members[number].number,
                 **audit(before[rows], after[rows], predicted[number, rows], layout),
                 "now_mirrors": {
-                    clips[i]: data.identities[int(moved[i]) - layout.mirror_shift - 1]
-                    for i in mirrors
+                    clips[i]: identities[int(moved[i]) - layout.mirror_shift - 1] for i in mirrors
                 },
             }
             if config.noise.keep == "prediction":

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vidjax import config as config_lib
-from vidjax import ensemble
+from vidjax import devices, ensemble, fusion
 from vidjax.batch import Array, Batch, Frames, NoiseLayout
 from vidjax.cluster import processes
+from vidjax.cluster.processes import WHOLE
 from vidjax.config import Config
 from vidjax.data.checks import unusable
-from vidjax.data.clips import TrainingData, select_modalities
+from vidjax.data.clips import ClipSource, TrainingData, make_eval_plan, select_modalities
 from vidjax.data.labels import load_clip_weights
 from vidjax.errors import UserError
 from vidjax.models.base import Identifier, TrainingClips
@@ -23,9 +26,8 @@ from vidjax.models.identifier import MODELS
 from vidjax.run import results
 from vidjax.run.terminal import say
 from vidjax.steps import state as state_lib
-from vidjax.steps.clip_values import values_of_clips
 from vidjax.system import TaskSpec, make_fusions, make_model
-from vidjax.training.noise_classes import label_distractors
+from vidjax.training.noise_classes import cluster, initial_labels
 
 # Logged whatever `log_every_steps` says: the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
@@ -111,6 +113,78 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     settings = _prepared(config, data, task, labels, weight > 0)
     task = task._replace(settings=settings).with_padding(config.mesh.model)
     return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+
+
+def label_distractors(
+    config: Config, data: TrainingData, labels: np.ndarray
+) -> tuple[np.ndarray, NoiseLayout]:
+    """Gives distractors (label 0) columns of clusters and mirrors; returns [N] and the layout."""
+    is_noise = labels == 0
+    if not is_noise.any():
+        raise UserError(
+            f"config.data.distractors=noise: no clip of {', '.join(config.data.train_splits)} is a "
+            "distractor\nwithout distractors: the argument 'other', as in "
+            "--config=configs/noise_classes.py:other,\nor another system, such as "
+            "--config=configs/mma.py"
+        )
+    modality = config.noise.modality
+    if modality not in data.modalities:
+        raise UserError(
+            f"config.noise.modality='{modality}': the data has {', '.join(data.modalities)}"
+        )
+    clusters = cluster(
+        values_of_clips(
+            config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
+        ),
+        method=config.noise.method,
+        eps=config.noise.eps,
+        min_samples=config.noise.min_samples,
+    )
+    layout = NoiseLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
+    labels = labels.copy()
+    labels[is_noise] = initial_labels(clusters, layout, config.seed)
+    say(
+        f"{len(clusters)} distractors: {np.sum(clusters >= 0)} in {layout.num_clusters} clusters, "
+        f"{np.sum(clusters < 0)} unclustered"
+    )
+    return labels, layout
+
+
+@jax.jit
+def _mean_face(frames: Frames) -> Array:
+    return fusion.mean_frame(frames, weighting="quality").features[:, 0]
+
+
+def values_of_clips(
+    config: Config,
+    data: ClipSource,
+    modalities: Sequence[str],
+    value_of: Callable[[Batch], Array],
+    wanted: np.ndarray,
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    """Returns [n, ...], a value of each of the n >= 1 training clips that are True in `wanted` [N].
+
+    `value_of` maps a block of B clips with all frames, as evaluation reads it, to [B, ...]. With a
+    mesh the block is split over its devices, and all processes call this together.
+    """
+    rows, share = config.eval.block_size, devices.share(mesh) if mesh else WHOLE
+    rows = rows * mesh.shape["data"] // share.parts if mesh else rows
+    values, start = [], 0
+    for name in config.data.train_splits:
+        split = data.split(name)
+        own = wanted[start : start + len(split.clips)]
+        start += len(own)
+        if not own.any():
+            continue
+        found = []
+        plan = make_eval_plan(split, modalities, only=own)
+        for block in data.eval_batches(plan, rows=rows, share=share):
+            batch = devices.shard_block(mesh, block) if mesh else block
+            found.append(devices.fetch((value_of(batch), batch.clip_index, batch.batch_mask)))
+        value, index, real = (np.concatenate(part) for part in zip(*found, strict=True))
+        values.append(value[real][np.argsort(index[real])])
+    return np.concatenate(values)
 
 
 def _prepared(

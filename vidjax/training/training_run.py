@@ -35,7 +35,7 @@ from vidjax.steps.class_sharding import ClassAxes
 from vidjax.steps.train_step import MAX_BAD_STEPS
 from vidjax.system import System
 from vidjax.training import noise_classes
-from vidjax.training.plan import RunPlan
+from vidjax.training.plan import RunPlan, values_of_clips
 
 
 def restore_or_init(
@@ -227,8 +227,16 @@ class TrainingRun:
             log = workdir / noise_classes.FILE
             if processes.is_first():
                 keep_until(log, self.step)
+            modalities = tuple(system.fuse_eval)
             self._relabeller = noise_classes.make_relabeller(
-                config, log, self._clips, system, plan.layout, plan.labels, plan.training_sets, mesh
+                config,
+                log,
+                data.identities,
+                functools.partial(values_of_clips, config, self._clips, modalities, mesh=mesh),
+                eval_step.make_predict_step(system, mesh),
+                plan.layout,
+                plan.labels,
+                plan.training_sets,
             )
         self.rates: list[float] = []
         self.train_seconds = 0.0
