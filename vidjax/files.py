@@ -44,6 +44,12 @@ OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 LOCK_SECONDS = 0.2
 MAX_ITEMS = 2_000_000  # values in one JSON file
+KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def open_regular(
@@ -197,17 +203,7 @@ def _kind(path: Path) -> str | None:
 
 def _kind_of(mode: int) -> str | None:
     """Returns the kind of file by its `st_mode`, such as `a link`; None for a regular one."""
-    if stat.S_ISREG(mode):
-        return None
-    for is_kind, name in (
-        (stat.S_ISLNK, "a link"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    ):
-        if is_kind(mode):
-            return name
-    return "a device"
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 def _not_regular(path: Path, kind: str) -> UserError:
@@ -285,11 +281,6 @@ def _parse_int(digits: str) -> int:
     if len(digits) > 20 or abs(int(digits)) >= INTEGER_LIMIT:
         raise UserError(f"a whole number beyond 64 bits: {digits[:20]}")
     return int(digits)
-
-
-def read_lines(path: Path, limit: int = LOG_BYTES) -> list[bytes]:
-    """Returns the lines of a log, the last of which may be unfinished; [] if there is no file."""
-    return read_bytes(path, limit).splitlines() if exists(path) else []
 
 
 def parse_line(line: bytes) -> dict[str, object]:
@@ -607,9 +598,9 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
     write_json(path, {**plain, "sha256": sha256_json(plain)})
 
 
-def read_manifest(path: Path, limit: int = JSON_BYTES, below: Path | None = None) -> dict[str, Any]:
+def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
     """Returns the entries that `write_manifest` was given; refuses them if their digest differs."""
-    manifest = read_json(path, limit=limit, below=below)
+    manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged (its own sha256 differs)")
     return manifest

@@ -8,7 +8,7 @@ of a model, examples of a clip. To add a loss, write a function here and add a l
 import functools
 import inspect
 from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Set
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, cast
 
 import jax
@@ -332,14 +332,9 @@ def make_loss(
     return loss_fn
 
 
-def _parameters(function: Callable[..., Array]) -> Set[str]:
-    """Returns the names of the parameters of a function."""
-    return inspect.signature(function).parameters.keys()
-
-
 def _with_options(
     function: Callable[..., Array], options: Mapping[str, Any]
 ) -> functools.partial[Array]:
     """Returns a loss with those of `options` bound that it accepts."""
-    names = _parameters(function) & options.keys()
+    names = inspect.signature(function).parameters.keys() & options.keys()
     return functools.partial(function, **{name: options[name] for name in names})

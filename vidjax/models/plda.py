@@ -243,11 +243,6 @@ def blank_space(width: int) -> Space:
 
 def _stack(*parts: Array) -> Array:
     """Stacks arrays of members; shorter ones, `Enrolled.curve`, get rows that nothing reads."""
-    longest = max(part.shape[0] for part in parts) if parts[0].ndim else 0
-    padded = [
-        jnp.pad(part, [(0, longest - part.shape[0])] + [(0, 0)] * (part.ndim - 1))
-        if part.ndim
-        else part
-        for part in parts
-    ]
-    return jnp.stack(padded)
+    largest = np.max([part.shape for part in parts], axis=0)
+    pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
+    return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

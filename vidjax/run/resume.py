@@ -98,10 +98,14 @@ def record(workdir: Path, step: int, changed: Changes) -> None:
         return
     warnings.warn(f"values changed from step {step} on: {describe(changed)}", stacklevel=2)
     line = json.dumps({"step": step, "changes": changed}) + "\n"
-    path = workdir / FILE
-    before = files.read_bytes(path, files.LOG_BYTES).decode() if files.exists(path) else ""
+    before = _read(workdir).decode()
     if not before.endswith(line):  # else a process recorded it and stopped before its first step
-        files.write_text(path, before + line)
+        files.write_text(workdir / FILE, before + line)
+
+
+def _read(workdir: Path) -> bytes:
+    path = workdir / FILE
+    return files.read_bytes(path, files.LOG_BYTES) if files.exists(path) else b""
 
 
 def describe(changed: Changes) -> str:
@@ -114,7 +118,7 @@ def _without_recorded(workdir: Path, changed: Changes) -> Changes:
     """Returns the changes that `changes.jsonl` does not record yet."""
     path = workdir / FILE
     recorded: dict[str, list[Any]] = {}
-    for number, line in enumerate(files.read_lines(path), start=1):
+    for number, line in enumerate(_read(workdir).splitlines(), start=1):
         try:
             value: Any = files.parse_line(line)
         except ValueError as error:

@@ -97,8 +97,15 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     training_sets = ensemble.TrainingSets(members, clips, seen > 0)
     ensemble.check_size(training_sets)  # what is written now has to be read when the run is over
     results.check_identities(data.identities)
-    _check_features(config, data)
-    _check_batch(config.batch_size, len(labels))
+    for problem in unusable(data.report, config.data.train_splits, config.modalities):
+        raise UserError(problem)
+    for problem in unusable(data.report, [config.eval.split], config.modalities):
+        warnings.warn(problem, stacklevel=2)
+    if config.batch_size > max(MOST_ROWS, len(labels)):
+        raise UserError(
+            f"config.batch_size={config.batch_size}: there are {len(labels)} training clips\n"
+            f"--config.batch_size={len(labels)} or less"
+        )
     layout = None
     if config.data.distractors == "noise":  # after all that takes no time
         labels, layout = label_distractors(config, data, labels)
@@ -254,22 +261,6 @@ def check_model(config: Config) -> None:
                 f"config.{field}={value}: model '{name}' optimises nothing and takes each clip "
                 f"once, as it is\nleave it out: --config.{field}={defaults[field]}"
             )
-
-
-def _check_features(config: Config, data: TrainingData) -> None:
-    """Refuses unusable features in the training splits; warns of them in the evaluated split."""
-    for problem in unusable(data.report, config.data.train_splits, config.modalities):
-        raise UserError(problem)
-    for problem in unusable(data.report, [config.eval.split], config.modalities):
-        warnings.warn(problem, stacklevel=2)
-
-
-def _check_batch(batch_size: int, num_clips: int) -> None:
-    if batch_size > max(MOST_ROWS, num_clips):
-        raise UserError(
-            f"config.batch_size={batch_size}: there are {num_clips} training clips\n"
-            f"--config.batch_size={num_clips} or less"
-        )
 
 
 def repeated_clips(config: Config, task: TaskSpec) -> str | None:

@@ -174,6 +174,8 @@ class TrainingRun:
 
     Attributes:
       step: optimiser steps done.
+      num_members: number of trained members, E.
+      data_digests: the digests of the data, as checkpoints have them.
       is_evaluated: True if the restored checkpoint has been evaluated.
       rates: clips per second of every dispatch of steps so far.
       train_seconds: seconds of these dispatches, with compilation.
@@ -194,10 +196,12 @@ class TrainingRun:
         self._config, self._workdir, self._plan = config, workdir, plan
         self._system, self._mesh = system, mesh
         self._eval_step = eval_step.make_eval_step(system, mesh)
+        self.num_members = len(plan.training_sets.members)
+        self.data_digests = run_data.digests(config, data)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
             **companion_digests(data.identities, plan.training_sets),
-            "data": run_data.digests(config, data),
+            "data": self.data_digests,
             "config": config.to_dict(),
         }
         axes = class_sharding.find_class_axes(system, plan.task.modalities, mesh)
@@ -244,16 +248,6 @@ class TrainingRun:
 
     def _replicate(self, tree: Tree) -> Tree:
         return devices.replicate(self._mesh, tree)
-
-    @property
-    def data_digests(self) -> run_data.Digests:
-        """The digests of the data, as checkpoints have them."""
-        return self._description["data"]
-
-    @property
-    def num_members(self) -> int:
-        """Number of trained members, E."""
-        return len(self._plan.training_sets.members)
 
     @property
     def seconds(self) -> float:
