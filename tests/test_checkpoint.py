@@ -24,12 +24,6 @@ def restore_latest(workdir, items):
     return restored, found.manifest
 
 
-def load(workdir, items, prefer="latest"):
-    found = checkpoint.find(workdir, prefer)
-    assert found is not None
-    return checkpoint.load(found, items, everywhere())
-
-
 def everywhere():
     return devices.replicated(devices.make_mesh())
 
@@ -56,7 +50,7 @@ def test_what_macos_adds_where_somebody_looks_is_no_damage(tmp_path, items):
     state = tmp_path / "checkpoints" / "5" / "state"
     for folder in (state, *filter(lambda path: path.is_dir(), sorted(state.rglob("*")))):
         (folder / ".DS_Store").write_bytes(bytes(6148))
-    assert_same(items, load(tmp_path, items))
+    assert_same(items, restore_latest(tmp_path, items)[0])
     (state / "more").touch()
     with pytest.raises(checkpoint.CheckpointError), pytest.warns(match="is not of this checkpoint"):
         checkpoint.find(tmp_path)
@@ -82,7 +76,7 @@ def test_a_saved_step_keeps_its_arrays_and_gains_facts(tmp_path, items):
     checkpoint.save(tmp_path, 1, others, {"map": 0.5})
     facts = checkpoint.manifests(tmp_path)[1]
     assert (facts["seconds"], facts["map"]) == (1.0, 0.5)
-    assert_same(items, load(tmp_path, items))
+    assert_same(items, restore_latest(tmp_path, items)[0])
 
 
 def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
@@ -93,7 +87,7 @@ def test_a_save_that_was_cut_short_is_no_step(tmp_path, items):
     assert restore_latest(tmp_path, items)[1]["step"] == 1
     checkpoint.save(tmp_path, 2, items, {})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-    assert_same(items, load(tmp_path, items))
+    assert_same(items, restore_latest(tmp_path, items)[0])
 
 
 def test_dropping_a_step_that_was_cut_short_is_finished(tmp_path, items):
@@ -119,14 +113,11 @@ def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
     checkpoint.save(tmp_path, 1, items, {"map": 0.9})
     checkpoint.save(tmp_path, 2, items, {"map": 0.1})
     path = largest_file(tmp_path, 2)
-    content = bytearray(path.read_bytes())
-    if damage == "flip":
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    elif damage == "cut":
-        path.write_bytes(content[:-1])
-    else:
+    content = path.read_bytes()
+    if damage == "remove":
         path.unlink()
+    else:
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flip" else b""))
     with pytest.warns(UserWarning, match="checkpoint 2 is not used"):
         restored, manifest = restore_latest(tmp_path, items)
     assert manifest["step"] == 1
@@ -134,25 +125,15 @@ def test_damage_falls_back_to_the_good_step(tmp_path, items, damage):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged"]
 
 
-def test_no_good_step_is_an_error(tmp_path, items):
-    checkpoint.save(tmp_path, 1, items, {})
-    largest_file(tmp_path, 1).write_bytes(b"")
-    with (
-        pytest.warns(UserWarning, match="checkpoint 1"),
-        pytest.raises(checkpoint.CheckpointError, match="no good checkpoint"),
-    ):
-        checkpoint.find(tmp_path)
-
-
 def test_another_model_is_an_error(tmp_path, items):
     checkpoint.save(tmp_path, 1, items, {})
     other = {**items, "params": {"a": jnp.ones((4, 3))}}
     with pytest.raises(checkpoint.OtherModelError, match="another model") as caught:
-        load(tmp_path, other)
+        restore_latest(tmp_path, other)
     assert "float32[4, 2]" in str(caught.value)
     other = {**items, "params": {"a": jnp.ones((4, 2), jnp.bfloat16)}}
     with pytest.raises(checkpoint.OtherModelError, match="another model"):
-        load(tmp_path, other)
+        restore_latest(tmp_path, other)
 
 
 def test_a_damaged_manifest_is_a_damaged_step(tmp_path, items):
@@ -161,7 +142,7 @@ def test_a_damaged_manifest_is_a_damaged_step(tmp_path, items):
     (tmp_path / "checkpoints" / "2" / "manifest.json").write_text('{"step": 2, ')
     with pytest.warns(UserWarning, match="damaged"):
         assert restore_latest(tmp_path, items)[1]["step"] == 1
-    (tmp_path / "checkpoints" / "1" / "manifest.json").write_text("")
+    largest_file(tmp_path, 1).write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(checkpoint.CheckpointError, match="no good checkpoint"),

@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import adjusted_rand_score
 
 from vidjax.batch import NoiseLayout
 from vidjax.training import noise_classes
@@ -85,19 +82,6 @@ def test_clear_clusters_are_found_whatever_the_lengths(method, dtype) -> None:
     if method == "dbscan":  # the other may count whom nothing is near to the nearest cluster
         assert (found[24:] == -1).all()
     assert found.tolist() == by_first_member(found.tolist())
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6))
-def test_clusters_move_with_their_members(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    vectors, _ = strangers(rng, 5, 0.3)
-    order = rng.permutation(len(vectors))
-    found = noise_classes.cluster(vectors, eps=0.6, min_samples=2)
-    moved = noise_classes.cluster(vectors[order], eps=0.6, min_samples=2)
-    assert adjusted_rand_score(found[order], moved) == 1.0
-    assert ((found[order] == -1) == (moved == -1)).all()
-    assert moved.tolist() == by_first_member(moved.tolist())
 
 
 @pytest.mark.parametrize("method", ["dbscan", "hdbscan"])
@@ -233,10 +217,5 @@ def test_the_log_accounts_for_every_unclustered_clip() -> None:
     )
     reasons = [count for name, count in log.items() if name.startswith("kept_")]
     assert log["kept"] == sum(reasons) and log["unclustered"] == log["moved"] + log["kept"]
-    # In a fixed point nothing moves any more.
-    assert (
-        noise_classes.audit(new, noise_classes.relabel(new, predicted, LAYOUT), predicted, LAYOUT)[
-            "moved"
-        ]
-        == 0
-    )
+    again = noise_classes.relabel(new, predicted, LAYOUT)  # a fixed point
+    assert noise_classes.audit(new, again, predicted, LAYOUT)["moved"] == 0
