@@ -91,27 +91,16 @@ class Run:
     """A run's folder, its records and the command that makes it."""
 
     def __init__(self, folder: Path, official: Path, case: str, mode: str, like: "Run | None"):
-        """Lays out a run below `folder`.
+        """Lays out a run below `folder`, where the compiled programs are, too.
 
-        Args:
-          folder: where runs and compiled programs are.
-          official: the official files.
-          case: one of CASES.
-          mode: one of MODES.
-          like: the run that was not disturbed; None for that one itself.
+        `case` and `mode` are of CASES and MODES; `like` is None for the run that nobody disturbs.
         """
         name = f"{case}-{mode}" + ("-killed" if like else "")
         self.workdir, self.cache = folder / name, folder / f"{name}-cache"
         self.like = like
         words = (f"--config.data.dir={official}", f"--config.data.mode={mode}")
-        log_every = f"--config.log_every_steps={LOG_EVERY[mode]}"
-        self.words: tuple[str, ...] = (
-            f"--workdir={self.workdir}",
-            *CASES[case],
-            *SMALL,
-            *words,
-            log_every,
-        )
+        words += (f"--config.log_every_steps={LOG_EVERY[mode]}",)
+        self.words: tuple[str, ...] = (f"--workdir={self.workdir}", *CASES[case], *SMALL, *words)
         for old in (self.workdir, self.cache):
             shutil.rmtree(old, ignore_errors=True)
         (folder / "programs").mkdir(parents=True, exist_ok=True)
@@ -120,9 +109,9 @@ class Run:
 
     def environment(self, num_devices: int = 1) -> dict[str, str]:
         """Returns the environment of its command."""
-        env = {**os.environ, "VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": ""}
-        env |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        return env | {"JAX_NUM_CPU_DEVICES": str(num_devices)}
+        env = {"VIDJAX_CACHE": str(self.cache), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        env |= {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+        return {**os.environ, **env}
 
     def start(self, *words: str, compiling: bool = False) -> "Process":
         """Starts the command, or another one; `compiling` hides what was compiled before."""
@@ -239,10 +228,9 @@ class Process:
         """Waits for its end and returns the CPU seconds until then; kills it if it takes longer."""
         if self._process.poll() is not None:
             return 0.0
-        ticks = (
-            Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]
-        )
-        before = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        ticks = map(int, stat.rpartition(")")[2].split()[11:15])
+        before = sum(ticks) / os.sysconf("SC_CLK_TCK")
         reaped = _reaped()
         try:
             self._process.wait(seconds)
@@ -313,8 +301,7 @@ def _reaped() -> float:
 def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
     """Starts a run's command and kills it at a random time from some moment on.
 
-    Returns:
-      The moment in which it died; None where it was done before.
+    Returns the moment in which it died; None where it was done before.
     """
     compiling = moment == "compile" and rng.random() < 0.5
     # Which may differ from process to process: steps are short beside what saves them.
@@ -331,17 +318,14 @@ def kill_once(run: Run, moment: str, rng: random.Random) -> str | None:
 
 def kill_evaluations(run: Run, count: int, rng: random.Random) -> list[str]:
     """Kills the evaluation of a finished run, of both splits in turn, and returns what is wrong."""
-    seconds, wrong = 0.0, []
-    files = {
-        "val": ("ranking.txt", "metrics.json"),
-        "test": ("ranking_test.txt", "metrics_test.json"),
-    }
-    for split, names in files.items():
+    wrong = []
+    for split, suffix in (("val", ""), ("test", "_test")):
         words = ("--mode=evaluate", f"--workdir={run.workdir}", f"--config.eval.split={split}")
         began = time.monotonic()
         run.finish(*words)
         seconds = time.monotonic() - began
-        ranking, metrics = (run.workdir / name for name in names)
+        ranking = run.workdir / f"ranking{suffix}.txt"
+        metrics = run.workdir / f"metrics{suffix}.json"
         before = ranking.read_bytes(), _results(metrics)
         for _ in range(count):
             process = run.start(*words)
@@ -422,12 +406,11 @@ def campaign(folder: Path, kills: int, seed: int, only: str | None = None) -> in
 
 def table(counts: Mapping[tuple[str, str], int]) -> str:
     """Returns kills by moment and mode as text."""
-    names = [*SPANS, "end"]
-    lines = [" ".join(f"{word:>11}" for word in ("moment", *MODES, "all"))]
-    for name in names:
+    rows: list[tuple[Any, ...]] = [("moment", *MODES, "all")]
+    for name in (*SPANS, "end"):
         row = [counts.get((name, mode), 0) for mode in MODES]
-        lines.append(" ".join(f"{word:>11}" for word in (name, *row, sum(row))))
-    return "\n".join(lines)
+        rows.append((name, *row, sum(row)))
+    return "\n".join(" ".join(f"{word:>11}" for word in row) for row in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

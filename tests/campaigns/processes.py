@@ -30,11 +30,7 @@ MOMENTS = ("start", "compile", "step", "save", "evaluation")
 
 
 def program(start: int = 40) -> tuple[str, str]:
-    """Returns the words that run `python -m vidjax.main` with shorter limits.
-
-    Args:
-      start: seconds within which all processes must have started.
-    """
+    """Returns the words that run `python -m vidjax.main`; all must start within `start` seconds."""
     code = f"""
 from vidjax.cluster import join
 join.SILENCE_SECONDS, join.FAILED_SILENCE_SECONDS, join.START_SECONDS = {SILENCE}, 5, {start}
@@ -54,22 +50,15 @@ def free_port() -> int:
 class Group:
     """Several processes of one run, with NUM_DEVICES devices together."""
 
-    def __init__(self, run: Run, count: int, *words: str):
-        """Starts `count` processes of the run's command with more words."""
+    def __init__(self, run: Run, count: int):
+        """Starts `count` processes of the run's command."""
         env, port = run.environment(NUM_DEVICES // count), free_port()
         self._run = run
         self.processes = []
         for number in range(count):
             place = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
-            self.processes.append(
-                Process(
-                    run,
-                    (*place, f"--process_id={number}", *(run.words + words)),
-                    env,
-                    program=program(),
-                    output=f"output-{number}.txt",
-                )
-            )
+            own, output = (*place, f"--process_id={number}", *run.words), f"output-{number}.txt"
+            self.processes.append(Process(run, own, env, program=program(), output=output))
 
     def wait(self, seconds: float = 300) -> list[int | None]:
         """Waits for the end of all and returns their exit codes; kills what takes longer."""
@@ -91,21 +80,13 @@ class Group:
         return "\n".join(process.said() for process in self.processes)
 
     def strike(self, fault: str, victim: int, moment: str, delay: float) -> list[str]:
-        """Disturbs one process once a moment has begun, and returns what is wrong with the others.
-
-        Args:
-          fault: one of FAULTS.
-          victim: number of the process.
-          moment: one of MOMENTS.
-          delay: seconds from the beginning of the moment on.
-        """
+        """Disturbs a process some seconds after a moment began; says what is wrong with others."""
         if not self.processes[0].wait_for(moment):
             return [] if self.wait() == [0] * len(self.processes) else [self.said()]
         time.sleep(delay)
-        self.processes[victim].send(FAULTS[fault])
-        others = [process for process in self.processes if process is not self.processes[victim]]
-        if fault == "term":
-            others = self.processes
+        struck = self.processes[victim]
+        struck.send(FAULTS[fault])
+        others = [one for one in self.processes if fault == "term" or one is not struck]
         wrong = []
         end = time.monotonic() + 3 * SILENCE + 40  # 40: not all had started
         while any(process.code is None for process in others) and time.monotonic() < end:
@@ -115,7 +96,7 @@ class Group:
                 wrong.append(f"a process hangs: {process.said()[-300:]}")
             elif process.code not in (0, 2, 4, 134, 143):
                 wrong.append(f"exit code {process.code}: {process.said()[-300:]}")
-            elif process is self.processes[victim]:
+            elif process is struck:
                 pass  # a signal in its first moments ends it without a word
             elif process.code and not _is_message(process.said()):
                 wrong.append(f"no message: {process.said()[-500:]}")

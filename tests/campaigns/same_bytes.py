@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 SHORT = ("--config.num_epochs=2", "--config.log_every_steps=3", "--config.eval.every_epochs=1")
 PLAIN = (*SHORT, "--config.eval.report=False")
 LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
+STREAMED = "--config.data.mode=streaming"
+FOCAL, BALANCE = "--config.loss.schedule=((0.0,0.3),)", "--config.data.balance=0.5"
 
 # name -> (configuration, overrides); each trains into a folder of that name.
 RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -55,29 +57,15 @@ RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
         (*PLAIN, "--config.ensemble.only=0,2", "--config.model.main.hidden_dim=16"),
     ),
     "vmap": ("mma.py:ensemble,face", (*SHORT, "--config.ensemble.mapping=vmap")),
-    "streaming": (
-        "mma.py:face,audio",
-        (*PLAIN, "--config.data.mode=streaming", "--config.mixup=0.4"),
-    ),
+    "streaming": ("mma.py:face,audio", (*PLAIN, STREAMED, "--config.mixup=0.4")),
     "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
     "hdbscan": (
         "noise_classes.py",
-        (
-            *PLAIN,
-            "--config.ensemble.folds=2",
-            "--config.noise.method=hdbscan",
-            "--config.data.mode=streaming",
-        ),
+        (*PLAIN, "--config.ensemble.folds=2", "--config.noise.method=hdbscan", STREAMED),
     ),
     "smoothed": (
         "quality_fusion.py:mlp3",
-        (
-            *PLAIN,
-            "--config.loss.label_smoothing=0.1",
-            "--config.mixup=0.2",
-            "--config.loss.schedule=((0.0,0.3),)",
-            "--config.data.balance=0.5",
-        ),
+        (*PLAIN, "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", FOCAL, BALANCE),
     ),
 }
 # What the folder of a run is hashed by; beside these, its parameters and arrays.
