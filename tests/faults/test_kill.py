@@ -41,8 +41,8 @@ def disturbed(undisturbed, official_dir):
 @pytest.mark.parametrize(
     ("case", "mode", "moments"),
     [
-        ("mma", "streaming", ("conversion", "compile", "step", "save", "evaluation")),
-        ("noise_classes", "resident", ("start", "save", "step", "evaluation")),
+        ("mma", "streaming", ("compile", "step", "save", "evaluation")),
+        ("noise_classes", "resident", ("save", "step", "evaluation")),
     ],
 )
 def test_killed_runs_end_with_the_same_bytes(campaign, disturbed, fault_seed, case, mode, moments):

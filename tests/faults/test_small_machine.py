@@ -60,18 +60,25 @@ def test_many_processes_convert_where_few_files_may_be_open(tmp_path):
     assert shards == {path.name: path.read_bytes() for path in some.parent.rglob("*.tfrecord*")}
 
 
+@pytest.fixture(scope="module")
+def half_a_gigabyte(tmp_path_factory):
+    """A folder of features, and one for the cache that the first run on them fills."""
+    folder = tmp_path_factory.mktemp("half_a_gigabyte")
+    write_npz(folder / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_conversion_and_training_fit_a_small_machine(tmp_path, mode):
+def test_conversion_and_training_fit_a_small_machine(half_a_gigabyte, tmp_path, mode):
     """As under `ulimit -n 256` and a memory cgroup of 4 GB; .5 GB of features, in many shards."""
-    write_npz(tmp_path / "data", {"train": 6000, "val": 2000}, {"face": 2048, "body": 2048})
     ended = limits.run(
         [
             sys.executable, "-m", "vidjax.main", "--config=mma:face,body", "--config.num_epochs=2",
-            "--config.data.name=arrays", f"--config.data.dir={tmp_path / 'data'}",
+            "--config.data.name=arrays", f"--config.data.dir={half_a_gigabyte / 'data'}",
             f"--config.data.mode={mode}", f"--workdir={tmp_path / 'run'}",
         ],
-        files=256, memory=4 * limits.GB, env={"VIDJAX_CACHE": str(tmp_path / "cache")},
+        files=256, memory=4 * limits.GB, env={"VIDJAX_CACHE": str(half_a_gigabyte / "cache")},
     )  # fmt: skip
     assert ended.returncode == 0, (ended.stderr[-1000:], ended.peak)
     assert (tmp_path / "run" / "report.html").exists()
