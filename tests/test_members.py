@@ -277,20 +277,16 @@ def test_scores_of_all_members_never_exist_at_once(data, everyone):
         "mma",
         "cosine",
         "plda:face,audio",
-        "quality_fusion",
         "residual_dense:face,one",
         "deepmef:face,audio",
-        "noise_classes",
     ],
 )
 def test_members_of_every_system_equal_their_own_runs(data, tmp_path, spec):
     name, _, words = spec.partition(":")
     config = shrunk(*FOLDS, spec=f"configs/{name}.py:iqiyi_vid,{words}")
     run(config, tmp_path / "all", data)
-    for number in (0, 2):
-        own = config_io.override(config, [f"--config.ensemble.only={number}"])
-        run(own, tmp_path / str(number), data)
-        assert_member(tmp_path / "all", tmp_path / str(number), number)
+    run(config_io.override(config, ["--config.ensemble.only=2"]), tmp_path / "own", data)
+    assert_member(tmp_path / "all", tmp_path / "own", 2)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from vidjax.steps import class_sharding, eval_step, topk
 
 MESHES = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (2, 2), "4x2": (8, 2), "1x8": (8, 8)}
 SGD = ("--config.optim.name=sgd", "--config.optim.learning_rate=0.01")
-STEPS = "--config.num_epochs=6.6"  # 20 of them
+STEPS = "--config.num_epochs=3.3"  # 10 of them
 
 
 def on_mesh(name, *words, spec="mma"):
@@ -49,9 +49,9 @@ ENSEMBLE = ("--config.ensemble.seeds=2", "--config.data.mode=streaming")
 @pytest.mark.parametrize(
     ("spec", "words", "meshes"),
     [
-        ("mma", (*SGD, *ENSEMBLE), ("1x1", "4x2", "1x8")),
-        ("cosine", SGD, MESHES),
-        ("plda", (), MESHES),
+        ("mma", (*SGD, *ENSEMBLE), ("1x1", "4x2")),
+        ("cosine", SGD, ("1x1", "4x2")),
+        ("plda", (), ("1x1", "1x2", "4x2")),
         ("quality_fusion", SGD, ("1x1", "4x2")),
         ("deepmef", SGD, ("1x1", "1x8")),
         ("residual_dense:face,head", SGD, ("1x1", "1x2")),
@@ -76,24 +76,27 @@ def test_training_does_not_depend_on_the_mesh(data, tmp_path, spec, words, meshe
         assert abs(other["map"] - results["map"]) < 0.02
 
 
-def in_float64(shape):
-    """Returns the state after 20 steps and their losses, computed in float64."""
-    words = ("--config.dtype=float64", "--config.model.embed_dim=16", *SGD)
-    with jax.enable_x64(True):
-        return make("mma", *words, other=True, shape=shape).train(20)
-
-
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_steps_in_float64_do_not_depend_on_the_mesh():
-    wanted, losses = in_float64((1, 1))
+@pytest.mark.parametrize(
+    ("words", "shapes", "most"),
+    [(SGD, [(2, 1), (1, 2), (4, 2), (1, 8)], 1e-12), ((), [(8, 1)], 1e-10)],
+    ids=["sgd", "adam"],
+)
+def test_steps_in_float64_do_not_depend_on_the_mesh(words, shapes, most):
+    def train(shape):
+        own = ("--config.dtype=float64", "--config.model.embed_dim=16", *words)
+        with jax.enable_x64(True):
+            return make("mma", *own, other=True, shape=shape).train(20)
+
+    wanted, losses = train((1, 1))
     assert losses.dtype == np.float64 and losses[-1] < losses[0]
-    for shape in [(2, 1), (1, 2), (4, 2), (1, 8)]:
-        found, other = in_float64(shape)
-        np.testing.assert_allclose(other, losses, rtol=0, atol=1e-12)
+    for shape in shapes:
+        found, other = train(shape)
+        np.testing.assert_allclose(other, losses, rtol=0, atol=most)
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
         for left, right in pairs:
-            np.testing.assert_allclose(left, right, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(left, right, rtol=0, atol=most)
 
 
 def collectives(text):
@@ -158,21 +161,21 @@ def evaluate_on(name, folder, data, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "words", "meshes"),
     [
-        ("mma", ()),
-        ("quality_fusion", ("--config.after_fusion=examples",)),
-        ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5")),
-        ("noise_classes:face", ()),
-        ("plda", ()),
+        ("mma", (), ("2x1", "1x2", "4x2", "1x8")),
+        ("quality_fusion", ("--config.after_fusion=examples",), ("4x2",)),
+        ("deepmef:face", ("--config.ensemble.seeds=2", "--config.eval.top_classes=5"), ("1x8",)),
+        ("noise_classes:face", (), ("4x2",)),
+        ("plda", (), ("1x2", "4x2")),
     ],
 )
-def test_a_ranking_is_the_same_to_the_byte_on_every_mesh(data, tmp_path, spec, words):
-    config, num_devices = on_mesh("1x1", *words, "--config.num_epochs=3", spec=spec)
+def test_a_ranking_is_the_same_to_the_byte_on_every_mesh(data, tmp_path, spec, words, meshes):
+    config, num_devices = on_mesh("1x1", *words, "--config.num_epochs=1", spec=spec)
     run(config, tmp_path, data, num_devices=num_devices)
     scores = ("map", "top1", "num_ties", "members")
     wanted, ranking = evaluate_on("1x1", tmp_path, data, config)
-    for name in MESHES.keys() - {"1x1"}:
+    for name in meshes:
         found, other = evaluate_on(name, tmp_path, data, config)
         assert other == ranking, name
         assert [found.get(key) for key in scores] == [wanted.get(key) for key in scores]
@@ -197,13 +200,10 @@ def test_a_run_goes_on_on_another_mesh(data, tmp_path):
         np.testing.assert_allclose(moved[path], x, rtol=0, atol=1e-5, err_msg=path)
 
 
-def test_more_shares_than_devices_are_one_error():
+def test_a_mesh_of_other_devices_than_there_are_is_one_error():
     with pytest.raises(ValueError, match=r"config\.mesh\.model=1") as caught:
         devices.make_mesh(8, 3)
     assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_more_devices_than_there_are_is_one_error():
     for number in (0, 9):
         with pytest.raises(ValueError, match=f"num_devices={number}: there are 8"):
             devices.make_mesh(number)
@@ -216,8 +216,8 @@ def test_tops_of_devices_are_those_of_one():
     mask = rng.random((5, 64)) < 0.9
     blocks = list(zip(scores, index, mask, strict=True))
     wanted = topk.rank(blocks, 16, 7)
-    for num_devices, model in MESHES.values():
-        mesh = devices.make_mesh(num_devices, model)
+    for name in ("1x1", "4x2", "1x8"):
+        mesh = devices.make_mesh(*MESHES[name])
         top = topk.RunningTopK(16, 7, rows=128, mesh=mesh, identities=slice(3, 13))
         for block in blocks:
             top.add(block)
