@@ -77,39 +77,87 @@ def test_real_clips(vidjax_command, tmp_path):
     assert all(len(line.split()) == 101 for line in lines)
 
 
-FULL_SIZE = {  # configuration -> parameters of one member at 10,034 identities
-    "mma:iqiyi_vid": 34_026_297,
-    "mma:iqiyi_vid,face": 17_821_497,
-    "mma:iqiyi_vid,face,head": 23_223_097,
-    "mma:iqiyi_vid,published": 34_022_201,
-    "mma:iqiyi_vid,published,average,concat,face": 16_211_763,
-    "mma:iqiyi_vid,published,average,concat,audio": 5_410_611,
-    "mma:iqiyi_vid,average": 32_450_355,
-    "mma:iqiyi_vid,concat": 33_993_529,
-    "residual_dense:iqiyi_vid": 226_114_150,
-    "residual_dense:iqiyi_vid,face": 220_702_515,
-    "quality_fusion:iqiyi_vid,mlp1": 10_813_235,
-    "quality_fusion:iqiyi_vid,mlp2": 11_076_915,
-    "quality_fusion:iqiyi_vid,mlp3": 10_813_235,
-    "quality_fusion:iqiyi_vid,mlp4": 11_467_315,
-    "quality_fusion:iqiyi_vid,mlp5": 11_860_787,
-    "deepmef:iqiyi_vid": 6_682_580,
-    "deepmef:iqiyi_vid,face,scene": 11_407_344,
-    "deepmef:iqiyi_vid,face,scene,views": 10_837_760,
-    "deepmef:iqiyi_vid,published": 6_223_216,
-    "deepmef:iqiyi_vid,face,scene,published": 46_234_612,
-    "deepmef:iqiyi_vid,face,scene,published,views": 42_221_292,
-    "deepmef:iqiyi_vid,danet": 6_152_904,
-    "noise_classes:iqiyi_vid": 12_427_776,
-    "noise_classes:iqiyi_vid,published": 12_427_776,
-    "residual_dense:iqiyi_vid,published,plain": 226_114_150,
-    "quality_fusion:iqiyi_vid,published": 11_860_787,
-    "cosine:iqiyi_vid": 21_606_405,
-    "cosine:iqiyi_vid,face": 5_401_602,
-    "knn:iqiyi_vid": 0,  # its memory is no parameter
-    "plda:iqiyi_vid": 0,  # nor are sums
-}
 NUM_CLUSTERS = 3691  # published: noise classes, 2018
+
+
+def dense(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def parameters_by_hand():
+    """Returns configuration -> parameters of one member, layer by layer as the papers say."""
+    sizes = {"knn:iqiyi_vid": 0, "plda:iqiyi_vid": 0}  # memory and sums are no parameters
+    sizes |= {"mma:iqiyi_vid,face": 17_821_497, "mma:iqiyi_vid,face,head": 23_223_097}
+    classes, face, scene = 10_035, 512, 2048
+    maps = dense(face, 3 * 512) + 3 * dense(512, 512) + 4 * 2 * 512  # with their LayerNorms
+    average = maps + 512 * 64 + dense(6 * 512, classes)
+    sizes["mma:iqiyi_vid,average"] = average
+    # Centres, the assignment's kernel and its BatchNorm; a map of 3 centres instead of one mean.
+    netvlad = 2 * 3 * 512 + 2 * 3 + 2 * 512 * 3 * 512
+    sizes["mma:iqiyi_vid"] = average + netvlad
+    sizes["mma:iqiyi_vid,concat"] = average + netvlad - 512 * 64
+    sizes["mma:iqiyi_vid,published"] = average + netvlad - 4 * 2 * 512
+    floor = dense(face, 3 * 512) + dense(3 * 512, classes)  # table 3 begins with the face alone
+    sizes["mma:iqiyi_vid,published,average,concat,face"] = floor
+    single = dense(face, 512) + dense(512, classes)
+    sizes["mma:iqiyi_vid,published,average,concat,audio"] = single
+    for count, name in ((4, "cosine:iqiyi_vid"), (1, "cosine:iqiyi_vid,face")):
+        parts = dense(512, 512) + 2 * 512 + 512 * classes + 1  # a map, BatchNorm, a weight
+        sizes[name] = count * parts + 1  # and the scale
+    residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
+    sizes["residual_dense:iqiyi_vid,face"] = residual
+    body = dense(512, 512) + 2 * 512 + dense(512, classes)
+    sizes["residual_dense:iqiyi_vid"] = residual + body
+    for name, widths, norm in [
+        ("mlp1", (1024,), True),
+        ("mlp2", (512, 1024), True),
+        ("mlp3", (1024,), True),
+        ("mlp4", (768, 1024), False),
+        ("mlp5", (1024, 1024), False),
+    ]:
+        layers = sum(map(dense, (face, *widths), widths)) + norm * 2 * sum(widths)
+        sizes[f"quality_fusion:iqiyi_vid,{name}"] = layers + dense(widths[-1], classes)
+
+    def prelu(inputs, outputs):  # with BatchNorm and a slope
+        return dense(inputs, outputs) + 2 * outputs + 1
+
+    def deepmef(frame, attention, vector):
+        return attention + frame + prelu(vector, 964) + dense(964, vector) + vector * classes
+
+    def attention(width):
+        return 3 * dense(width, width // 2) + dense(width // 2, width)
+
+    branch = prelu(scene, 480) + prelu(480, 120)
+    main = deepmef(514, attention(514), 514 + 120)
+    with_scene = "deepmef:iqiyi_vid,face,scene"
+    sizes[with_scene] = main + 2 * branch + 120 * classes
+    sizes["deepmef:iqiyi_vid"] = deepmef(514, attention(514), 514)
+    sizes["deepmef:iqiyi_vid,danet"] = deepmef(514, 1, 514)
+    view = prelu(scene - 128, 480) + prelu(480, 120)
+    main = deepmef(482, attention(482), 482 + 120)
+    sizes[f"{with_scene},views"] = main + 2 * view + 120 * classes
+
+    def as_published(face, scene):  # the authors' layers, of the face's and the scene's width
+        hidden, joint = 2 * face, face + scene // 16
+        branch = prelu(scene, scene // 4) + prelu(scene // 4, scene // 16)
+        main = attention(40) + face + prelu(joint, hidden) + prelu(hidden, joint) + joint * classes
+        if not scene:
+            return main
+        return main + branch + prelu(scene, 2 * scene) + prelu(2 * scene, scene) + scene * classes
+
+    sizes["deepmef:iqiyi_vid,published"] = as_published(514, 0)
+    sizes[f"{with_scene},published"] = as_published(514, scene)
+    sizes[f"{with_scene},published,views"] = as_published(482, scene - 128)
+    columns = 1 + 2 * 10_034 + NUM_CLUSTERS
+    sizes["noise_classes:iqiyi_vid"] = dense(face, 512) + 512 * columns
+    for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net
+        plain = "quality_fusion:iqiyi_vid,mlp5" if "quality" in name else name
+        sizes[f"{name},published"] = sizes[plain]
+    sizes["residual_dense:iqiyi_vid,published,plain"] = residual + body
+    return sizes
+
+
+FULL_SIZE = parameters_by_hand()  # at 10,034 identities
 
 
 def made_up_batch(rng, widths, config, rows, num_classes):
@@ -145,81 +193,6 @@ def test_parameters_at_published_size(name):
     _, sizes, system = full_size(name)
     shapes = jax.eval_shape(lambda: init_one(system, sizes, jnp.zeros((1, 57_820), jnp.int32)))
     assert sum(x.size for x in jax.tree.leaves(shapes.params)) == FULL_SIZE[name]
-
-
-def dense(inputs, outputs):
-    return inputs * outputs + outputs
-
-
-def test_parameters_by_hand():
-    """Layer by layer, as the papers describe them, for one of each kind."""
-    classes, face, scene = 10_035, 512, 2048
-    maps = dense(face, 3 * 512) + 3 * dense(512, 512) + 4 * 2 * 512  # with their LayerNorms
-    average = maps + 512 * 64 + dense(6 * 512, classes)
-    assert FULL_SIZE["mma:iqiyi_vid,average"] == average
-    # Centres, the assignment's kernel and its BatchNorm; a map of 3 centres instead of one mean.
-    netvlad = 2 * 3 * 512 + 2 * 3 + 2 * 512 * 3 * 512
-    assert FULL_SIZE["mma:iqiyi_vid"] == average + netvlad
-    assert FULL_SIZE["mma:iqiyi_vid,concat"] == average + netvlad - 512 * 64
-    assert FULL_SIZE["mma:iqiyi_vid,published"] == average + netvlad - 4 * 2 * 512
-    floor = dense(face, 3 * 512) + dense(3 * 512, classes)  # table 3 begins with the face alone
-    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,face"] == floor
-    single = dense(face, 512) + dense(512, classes)
-    assert FULL_SIZE["mma:iqiyi_vid,published,average,concat,audio"] == single
-    for count, name in ((4, "cosine:iqiyi_vid"), (1, "cosine:iqiyi_vid,face")):
-        parts = dense(512, 512) + 2 * 512 + 512 * classes + 1  # a map, BatchNorm, a weight
-        assert FULL_SIZE[name] == count * parts + 1  # and the scale
-    residual = dense(face, 8192) + 2 * dense(8192, 8192) + 3 * 2 * 8192 + dense(8192, classes)
-    assert FULL_SIZE["residual_dense:iqiyi_vid,face"] == residual
-    body = dense(512, 512) + 2 * 512 + dense(512, classes)
-    assert FULL_SIZE["residual_dense:iqiyi_vid"] == residual + body
-    for name, widths, norm in [
-        ("mlp1", (1024,), True),
-        ("mlp2", (512, 1024), True),
-        ("mlp3", (1024,), True),
-        ("mlp4", (768, 1024), False),
-        ("mlp5", (1024, 1024), False),
-    ]:
-        sizes = (face, *widths)
-        layers = sum(map(dense, sizes, widths)) + norm * 2 * sum(widths)
-        assert FULL_SIZE[f"quality_fusion:iqiyi_vid,{name}"] == layers + dense(widths[-1], classes)
-
-    def prelu(inputs, outputs):  # with BatchNorm and a slope
-        return dense(inputs, outputs) + 2 * outputs + 1
-
-    def deepmef(frame, attention, vector):
-        return attention + frame + prelu(vector, 964) + dense(964, vector) + vector * classes
-
-    def attention(width):
-        return 3 * dense(width, width // 2) + dense(width // 2, width)
-
-    branch = prelu(scene, 480) + prelu(480, 120)
-    main = deepmef(514, attention(514), 514 + 120)
-    with_scene = "deepmef:iqiyi_vid,face,scene"
-    assert FULL_SIZE[with_scene] == main + 2 * branch + 120 * classes
-    assert FULL_SIZE["deepmef:iqiyi_vid"] == deepmef(514, attention(514), 514)
-    assert FULL_SIZE["deepmef:iqiyi_vid,danet"] == deepmef(514, 1, 514)
-    view = prelu(scene - 128, 480) + prelu(480, 120)
-    main = deepmef(482, attention(482), 482 + 120)
-    assert FULL_SIZE[f"{with_scene},views"] == main + 2 * view + 120 * classes
-
-    def as_published(face, scene):  # the authors' layers, of the face's and the scene's width
-        hidden, joint = 2 * face, face + scene // 16
-        branch = prelu(scene, scene // 4) + prelu(scene // 4, scene // 16)
-        main = attention(40) + face + prelu(joint, hidden) + prelu(hidden, joint) + joint * classes
-        if not scene:
-            return main
-        return main + branch + prelu(scene, 2 * scene) + prelu(2 * scene, scene) + scene * classes
-
-    assert FULL_SIZE["deepmef:iqiyi_vid,published"] == as_published(514, 0)
-    assert FULL_SIZE[f"{with_scene},published"] == as_published(514, scene)
-    assert FULL_SIZE[f"{with_scene},published,views"] == as_published(482, scene - 128)
-    columns = 1 + 2 * 10_034 + NUM_CLUSTERS
-    assert FULL_SIZE["noise_classes:iqiyi_vid"] == dense(face, 512) + 512 * columns
-    for name in ("noise_classes:iqiyi_vid", "quality_fusion:iqiyi_vid"):  # other numbers, one net
-        plain = "quality_fusion:iqiyi_vid,mlp5" if "quality" in name else name
-        assert FULL_SIZE[f"{name},published"] == FULL_SIZE[plain]
-    assert FULL_SIZE["residual_dense:iqiyi_vid,published,plain"] == residual + body
 
 
 def test_the_residual_net_takes_half_a_gflop_a_frame():
