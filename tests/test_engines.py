@@ -174,7 +174,7 @@ def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
     one = convert(source, tmp_path / "one", engine=ALONE)
 
     def run(folder: Path, engine: Beam) -> None:
-        for path in sorted(folder.glob("*.npz"), reverse=True):
+        for path in sorted(folder.glob("*.json"), reverse=True):
             writers.write_saved(str(path))
 
     monkeypatch.setattr(writers, "_run_beam", run)
@@ -318,7 +318,7 @@ def test_the_memory_of_a_process_that_writes_is_bounded_by_a_shard(tmp_path: Pat
             lengths = {"face": np.full(len(part), frames, np.int32)}
             path = tmp_path / f"{number}.tfrecord"
             task = ShardTask(path, modalities, files, names, part, starts, lengths)
-            task.save(tmp_path / kind / f"{number}.npz")
+            task.save(tmp_path / kind / f"{number}.json")
         peaks[kind] = peak_bytes(tmp_path / kind)
     size = clips * frames * 1024
     sys.stdout.write(f"{size >> 20} MB in 16 shards: peaks {peaks}\n")

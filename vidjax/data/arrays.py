@@ -21,10 +21,10 @@ and reported like official files.
 converts a folder without training.
 """
 
+import argparse
+import contextlib
 import hashlib
 import os
-import sys
-import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked, check_quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.packing import Clip, Clips, pack, place_of, read_frames
-from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.packing import Clip, Clips, as_clips, pack, place_of, read_frames
+from vidjax.data.untrusted.names import show
 from vidjax.errors import NoFileError, UserError
 
 VERSION = 2  # part of the key of a cache folder: raise it whenever other frames come out
@@ -52,10 +52,7 @@ class FeatureDict:
     origin = Origin("arrays")
 
     def __init__(
-        self,
-        splits: Mapping[str, Clips],
-        labels: LabelSource = None,
-        quality: Quality = "given",
+        self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
         """Takes split -> clip -> modality -> features; see `vidjax.load_data` for the rest."""
         for split, clips in splits.items():
@@ -68,13 +65,7 @@ class FeatureDict:
         self._quality: Quality = check_quality(quality)
 
     def _clips(self, split: str) -> Iterator[Clip]:
-        for name, modalities in self._splits[split].items():
-            if not isinstance(modalities, Mapping):
-                raise UserError(
-                    f"{split}: clip '{show(str(name))}' is of type {type(modalities).__name__}, "
-                    "wanted {modality: features}"
-                )
-            yield Clip(clean_name_at(f"{split}:", name), split, modalities)
+        return as_clips(self._splits[split], split)
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the arrays of each split."""
@@ -95,9 +86,9 @@ class FeatureDict:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
-        options: clip_files.Options = {"non_finite": non_finite, "quality": self._quality}
         return {
-            split: [pack(self._clips(split), scratch / split, **options)] for split in self._splits
+            split: [pack(self._clips(split), scratch / split, non_finite, self._quality)]
+            for split in self._splits
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
@@ -135,9 +126,6 @@ class FeatureFolder:
         """The splits, and None: file names do not tell modalities, see `sources.names`."""
         return self._files.keys(), None
 
-    def _clips(self, split: str) -> Iterator[Clip]:
-        return clip_files.read_clips(self._files[split])
-
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a digest of the files of each split; reads only files that have changed."""
         return [
@@ -159,14 +147,14 @@ class FeatureFolder:
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Checks all clips and writes them to flat files."""
-        options: clip_files.Options = {"non_finite": non_finite, "quality": self._quality}
+        how = non_finite, self._quality
         workers = self._workers or clip_files.num_readers(self._files)
         if workers > 1:
-            read = clip_files.read_at_once(self._files, scratch / "parts", workers, options)
-            if read is not None:
-                return read
+            with contextlib.suppress(clip_files.RetrySerially):
+                return clip_files.read_at_once(self._files, scratch / "parts", workers, *how)
         return {
-            split: [pack(self._clips(split), scratch / split, **options)] for split in self._files
+            split: [pack(clip_files.read_clips(paths), scratch / split, *how)]
+            for split, paths in self._files.items()
         }
 
     def truth(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
@@ -238,27 +226,14 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a folder, prints its report and returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    from vidjax.data.records.convert import run_command
 
-    def command() -> int:
-        from vidjax.data.records.convert import convert_folder, make_parser
+    def open_source(args: argparse.Namespace) -> FeatureFolder:
+        digests = Digests(args.cache_dir)
+        return FeatureFolder(args.directory, None, args.quality, args.workers, digests)
 
-        parser = make_parser("vidjax.data.arrays", "Convert a folder of features of your own.")
-        parser.add_argument(
-            "--quality",
-            choices=typing.get_args(Quality),
-            default="given",
-            help="config.data.quality",
-        )
-        args = parser.parse_args(words)
-        return convert_folder(
-            args,
-            lambda: FeatureFolder(
-                args.directory, None, args.quality, args.workers, Digests(args.cache_dir)
-            ),
-        )
-
-    return messages.guarded(command, words)
+    description = "Convert a folder of features of your own."
+    return run_command(argv, "vidjax.data.arrays", description, open_source, quality=True)
 
 
 if __name__ == "__main__":

@@ -31,20 +31,15 @@ def check_file(path: Path) -> None:
     raise UserError(f"{path}: {kind}, where a file is wanted: put the file there, or rename it")
 
 
-def meant_split(word: str, present: Collection[str]) -> str | None:
-    """Returns the split that a misspelt word, such as `valid` or `training`, means, or None.
-
-    None also for a correct word, and for a split in `present`, the splits with files of their own.
-    """
-    word = word.lower() if word not in SPLITS else ""
-    longer = [split for split in SPLITS if word.startswith(split)]
-    split = next(iter(longer), None) or closest(word, SPLITS, cutoff=0.75)
-    return split if split not in present else None
-
-
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
-    """Raises ValueError if `word`, a part of the path's name, misspells a split (`meant_split`)."""
-    if split := meant_split(word, present):
+    """Raises ValueError if `word`, a part of the path's name, misspells a split, such as `valid`.
+
+    Not for a correct word, nor for a split in `present`, the splits with files of their own.
+    """
+    lower = word.lower() if word not in SPLITS else ""
+    longer = [split for split in SPLITS if lower.startswith(split)]
+    split = next(iter(longer), None) or closest(lower, SPLITS, cutoff=0.75)
+    if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(
             f"{path}: '{word}' is no split and would not be read\n"

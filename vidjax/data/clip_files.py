@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, cast
 
 import numpy as np
 
@@ -139,21 +139,21 @@ def _read_table(path: Path, opened: io.FileIO) -> Any:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(opened)
-    names = file.schema_arrow.names
-    wanted = [name for name in (*COLUMNS, *OPTIONAL) if name in names]
-    known = (*COLUMNS, *OPTIONAL)
+    names, known = file.schema_arrow.names, (*COLUMNS, *OPTIONAL)
     for name in names:
         meant = closest(name.lower(), known, cutoff=0.75)
         if name not in known and meant and meant not in names:
             raise UserError(f"{path}: no column '{show(name)}' is read; did you mean '{meant}'?")
-    if missing := [name for name in COLUMNS if name not in names]:
-        there = f"{path}: no column {missing[0]}; it has {show(', '.join(names))}"
-        raise UserError(
-            f"{there}\nwrite a row per frame: clip (text), modality (text), features (a list of "
-            "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
-        )
-    if twice := [name for name in wanted if names.count(name) > 1]:
-        raise UserError(f"{path}: two columns are named {twice[0]}: keep one")
+    for name in known:
+        if name in COLUMNS and name not in names:
+            raise UserError(
+                f"{path}: no column {name}; it has {show(', '.join(names))}\n"
+                "write a row per frame: clip (text), modality (text), features (a list of "
+                "numbers)\nand optionally quality, detection, number; or a file CLIP.npz per clip"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two columns are named {name}: keep one")
+    wanted = [name for name in known if name in names]
     size, limit = 0, memory_bytes() // 3
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -203,13 +203,6 @@ READER_BYTES = 64 << 20
 OPEN_BYTES = 32 << 10  # to open a file takes as long as to read about as much
 
 
-class Options(TypedDict):
-    """Keyword arguments of `pack`."""
-
-    non_finite: NonFinite
-    quality: Quality
-
-
 def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
     """Yields the clips of a split: of one parquet table, or of `.npz` files."""
     return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
@@ -223,12 +216,16 @@ def num_readers(files: Mapping[str, Sequence[Path]]) -> int:
 
 
 def read_at_once(
-    files: Mapping[str, Sequence[Path]], scratch: Path, workers: int, options: Options
-) -> dict[str, list[dict[str, PackedClips]]] | None:
+    files: Mapping[str, Sequence[Path]],
+    scratch: Path,
+    workers: int,
+    non_finite: NonFinite,
+    quality: Quality,
+) -> dict[str, list[dict[str, PackedClips]]]:
     """Reads clips with several processes; returns split -> what `pack` returns for each part.
 
-    Returns None if a process fails or the parts contradict each other, such as by a clip in two of
-    them: reading in one process then tells what is wrong. The arrays lie in `scratch`.
+    Raises RetrySerially if a process fails or the parts contradict each other, such as by a clip in
+    two of them. The arrays lie in `scratch`.
     """
     # Some parts take longer: twice as many as processes.
     length = -(-sum(map(len, files.values())) // (2 * workers))
@@ -241,10 +238,9 @@ def read_at_once(
     def read(children: Children, number: int) -> dict[str, PackedClips]:
         folder = scratch / str(number)
         paths = b"\0".join(map(os.fsencode, parts[number][1]))
-        words = (folder, options["non_finite"], options["quality"])
-        child = children.run(__name__, *words, given=paths)
+        child = children.run(__name__, folder, non_finite, quality, given=paths)
         if child.returncode:
-            raise _RetrySerially
+            raise RetrySerially
         summaries = json.loads(child.stdout).items()
         return {name: PackedClips.of_flat_files(folder / name, one) for name, one in summaries}
 
@@ -255,28 +251,28 @@ def read_at_once(
             found[split].append(packed)
         for packed in found.values():
             _check(packed)
-    except _RetrySerially:
+    except RetrySerially:
         shutil.rmtree(scratch, ignore_errors=True)
-        return None
+        raise
     return found
 
 
-class _RetrySerially(Exception):
-    """One process must read all clips."""
+class RetrySerially(Exception):
+    """One process must read all clips: it tells what is wrong."""
 
 
 def _check(parts: Sequence[Mapping[str, PackedClips]]) -> None:
-    """Raises _RetrySerially where parts of a split share a clip, or differ in width or dtype."""
+    """Raises RetrySerially where parts of a split share a clip, or differ in width or dtype."""
     names = [{name for flat in part.values() for name in flat.names} for part in parts]
     if sum(map(len, names)) != len(set().union(*names)):
-        raise _RetrySerially
+        raise RetrySerially
     kinds: dict[str, set[tuple[np.dtype, int]]] = {}
     for part in parts:
         for name, flat in part.items():
             if len(flat.features):
                 kinds.setdefault(name, set()).add((flat.features.dtype, flat.features.shape[1]))
     if any(len(found) > 1 for found in kinds.values()):
-        raise _RetrySerially
+        raise RetrySerially
 
 
 def main(argv: Sequence[str]) -> int:
@@ -291,12 +287,7 @@ def main(argv: Sequence[str]) -> int:
             yield clip
 
     try:
-        packed = pack(
-            clips(),
-            Path(folder),
-            non_finite="drop" if non_finite == "drop" else "error",
-            quality="norm" if quality == "norm" else "given",
-        )
+        packed = pack(clips(), Path(folder), cast(NonFinite, non_finite), cast(Quality, quality))
     except (ValueError, OSError):
         return 1
     sys.stdout.write(json.dumps({name: flat.summary() for name, flat in packed.items()}))

@@ -184,10 +184,7 @@ class TrainingData(ClipSource, Protocol):
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
     """Returns name -> feature width; ValueError for no name, a name twice or one not in `known`."""
-    if not names:
-        raise UserError("config.modalities is empty: name at least one")
-    if len(set(names)) < len(names):
-        raise UserError(f"config.modalities={','.join(names)}: one is named twice")
+    _check_once(names)
     for name in names:
         if name not in known:
             raise UserError(
@@ -196,10 +193,14 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     return {name: known[name].dim for name in names}
 
 
+def _check_once(names: Sequence[str]) -> None:
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"config.modalities={','.join(names)}: name one or more, each once")
+
+
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
     """Raises ValueError for no name, a name given twice, or a modality that a split lacks."""
-    if not modalities or len(set(modalities)) < len(modalities):
-        raise UserError(f"config.modalities={','.join(modalities)}: name one or more, each once")
+    _check_once(modalities)
     for name in modalities:
         if name not in split.lengths:
             close = closest(name, split.lengths)

@@ -135,7 +135,7 @@ class PackedClips:
     def summary(self) -> dict[str, Any]:
         """Returns all attributes that are not in flat files, as JSON, for `of_flat_files`."""
         return {
-            "names": self.names,
+            "names": list(self.names),
             "lengths": self.lengths.tolist(),
             "width": self.features.shape[1],
             "dtype": self.features.dtype.name,

@@ -6,10 +6,10 @@ converts a directory and prints its report. Records hold features alone; labels 
 ground-truth files at every load, so that correcting a label never means converting again.
 """
 
+import argparse
 import itertools
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,18 +144,13 @@ def _hint(directory: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts a directory, prints its report and returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    from vidjax.data.records.convert import run_command
 
-    def command() -> int:
-        from vidjax.data.records.convert import convert_folder, make_parser
+    def open_source(args: argparse.Namespace) -> OfficialFiles:
+        return OfficialFiles(args.directory, args.workers, Digests(args.cache_dir))
 
-        parser = make_parser("vidjax.data.iqiyi_vid", "Convert a directory of official files.")
-        args = parser.parse_args(words)
-        return convert_folder(
-            args, lambda: OfficialFiles(args.directory, args.workers, Digests(args.cache_dir))
-        )
-
-    return messages.guarded(command, words)
+    description = "Convert a directory of official files."
+    return run_command(argv, "vidjax.data.iqiyi_vid", description, open_source)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from vidjax import files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import check_identity, clean_name, clean_name_at, show, unescape
+from vidjax.data.untrusted.names import check_identity, clean_name_at, show, unescape
 from vidjax.errors import NoFileError, UserError, check_argument, closest
 
 TABLE = "labels.csv"
@@ -109,11 +109,6 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, str, str]]:
         raise UserError(f"{path}: not a table of UTF-8 text: {error}") from None
 
 
-def _is_nan(value: object) -> bool:
-    """Returns True for the NaN that stands for nothing in a column of pandas."""
-    return isinstance(value, float) and value != value
-
-
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Returns clip -> identity from rows of place (the start of a message), clip and identity.
 
@@ -125,10 +120,10 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         name = clean_name_at(place, clip)
         if identity is None:
             continue
-        if identity == "" or _is_nan(identity):
-            empty.append(f"{place} clip {show(name)}")
-            continue
         place = f"{place} clip {show(name)}"
+        if identity == "" or identity != identity:  # NaN stands for nothing in a column of pandas
+            empty.append(place)
+            continue
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
             kind = type(identity).__name__
             raise UserError(
@@ -193,52 +188,37 @@ def load_ground_truth(
     lines = _lines(path)
     if not lines:
         raise UserError(f"{path}: is empty; write one line per clip, 'NAME.mp4 ID'")
-    split_lines = _split_inverted if _is_inverted(path, lines, known_clips) else _split_direct
+    inverted = _is_inverted(path, lines, known_clips)
     known = frozenset(known_clips or ())
     rows: list[tuple[int, str, str]] = []  # line, clip, identity
-    for number, names, identity in split_lines(path, lines):
-        for name in names:
-            try:
-                rows.append((number, _clip_of(name, known), unescape(identity)))
-            except ValueError as error:
-                raise UserError(f"{path}: line {number}: {error}") from None
+    first_lines: dict[str, int] = {}
+    for number, fields in lines:
+        where = f"{path}: line {number}:"
+        if inverted:
+            identity, *names = fields
+            if not names:
+                raise UserError(f"{where} identity {show(identity)} has no clips")
+            if first_lines.setdefault(identity, number) != number:
+                raise UserError(
+                    f"{where} identity {show(identity)} is already in line "
+                    f"{first_lines[identity]}: join the two lines"
+                )
+        elif len(fields) == 2:
+            *names, identity = fields
+        else:
+            raise UserError(f"{where} {len(fields)} fields, wanted a clip and its identity")
+        rows += [(number, _clip_of(name, known, where), unescape(identity)) for name in names]
     _check_identities(path, rows)
     return _by_clip(path, rows)
 
 
-def _clip_of(text: str, known: Collection[str]) -> str:
-    """Returns the clip that `text` names: `text` itself if `known`, else with `%20` as a blank."""
-    clean = clean_name(text)
-    return clean if clean in known else clean_name(unescape(text))
+def _clip_of(text: str, known: Collection[str], where: str) -> str:
+    """Returns the clip that `text` names: `text` itself if `known`, else with `%20` as a blank.
 
-
-def _split_direct(
-    path: Path, lines: list[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str], str]]:
-    """Yields line number, clip names and identity of each line `NAME ID`."""
-    for number, fields in lines:
-        if len(fields) != 2:
-            raise UserError(
-                f"{path}: line {number}: {len(fields)} fields, wanted a clip and its identity"
-            )
-        yield number, fields[:1], fields[1]
-
-
-def _split_inverted(
-    path: Path, lines: list[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str], str]]:
-    """Yields line number, clip names and identity of each line `ID NAME NAME ...`."""
-    first_lines: dict[str, int] = {}
-    for number, (identity, *names) in lines:
-        if not names:
-            raise UserError(f"{path}: line {number}: identity {show(identity)} has no clips")
-        if identity in first_lines:
-            raise UserError(
-                f"{path}: line {number}: identity {show(identity)} is already in line "
-                f"{first_lines[identity]}: join the two lines"
-            )
-        first_lines[identity] = number
-        yield number, names, identity
+    Its ValueError begins with the place `where`.
+    """
+    clean = clean_name_at(where, text)
+    return clean if clean in known else clean_name_at(where, unescape(text))
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
@@ -307,23 +287,23 @@ def _check_identities(path: Path, rows: list[tuple[int, str, str]]) -> None:
 
 
 def _by_clip(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    at: dict[str, int] = {}
+    first: dict[str, tuple[int, str]] = {}  # clip -> line and identity
     repeated = []
     for number, name, identity in rows:
-        if labels.get(name, identity) != identity:
+        if name not in first:
+            first[name] = number, identity
+            continue
+        at, label = first[name]
+        if label != identity:
             raise UserError(
                 f"{path}: line {number}: clip {show(name)} has label {show(identity)}, "
-                f"but {show(labels[name])} in line {at[name]}"
+                f"but {show(label)} in line {at}"
             )
-        if name in labels:
-            repeated.append(f"{show(name)} (lines {at[name]} and {number})")
-        labels[name] = identity
-        at.setdefault(name, number)
+        repeated.append(f"{show(name)} (lines {at} and {number})")
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise UserError(f"{path}: duplicate clips: {', '.join(repeated[:5])}{more}")
-    return labels
+    return {name: label for name, (_, label) in first.items()}
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
@@ -344,26 +324,17 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise UserError(f"{where} {len(fields)} fields, wanted a clip and its weight")
-        try:
-            name = _clip_of(fields[0], known)
-        except ValueError as error:
-            raise UserError(f"{where} {error}") from None
-        if name in at:
+        name = _clip_of(fields[0], known, where)
+        if at.setdefault(name, number) != number:
             raise UserError(f"{where} clip {show(name)} is already in line {at[name]}: delete one")
-        at[name] = number
-        given[name] = _weight(fields[1], where)
+        try:
+            given[name] = float(fields[1])
+        except ValueError:
+            raise UserError(f"{where} weight {show(fields[1])} is not a number") from None
+        if not 0 <= given[name] <= float(np.finfo(np.float32).max):
+            raise UserError(f"{where} weight {show(fields[1])} is negative or not finite")
     check_known(path, given, clips)
     return np.array([given.get(name, 1.0) for name in clips], np.float32)
-
-
-def _weight(text: str, where: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        raise UserError(f"{where} weight {show(text)} is not a number") from None
-    if not 0 <= weight <= float(np.finfo(np.float32).max):
-        raise UserError(f"{where} weight {show(text)} is negative or not finite")
-    return weight
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:

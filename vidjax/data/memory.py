@@ -20,15 +20,14 @@ from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import files_by_split
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
-from vidjax.data.clips import SPLITS, EvalPlan, Split, best_frames
-from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, Quality, feature_norms
-from vidjax.data.packing import Clip, Clips, pack
+from vidjax.data.clips import SPLITS, EvalPlan, Modality, Split
+from vidjax.data.frame_fields import PackedClips, Quality, feature_norms
+from vidjax.data.packing import Clip, Clips, as_clips, pack
+from vidjax.data.records import padding, writers
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.names import show
 from vidjax.errors import NoFileError, UserError, closest
 from vidjax.machine import memory_bytes
-
-BATCHED = tuple(name for name in FRAME_FIELDS if name in Frames._fields)
 
 
 class MemoryClips:
@@ -49,7 +48,7 @@ class MemoryClips:
         """Takes checked clips; ValueError for no clip, or features of another width.
 
         Args:
-          packed: modality -> its frames; other modalities than those of the run are ignored.
+          packed: modality of the run -> its frames.
           names: clean name -> name as it was given, of N clips.
           modalities: modality -> feature width.
           identities: names of the class columns.
@@ -57,28 +56,28 @@ class MemoryClips:
         if not names:
             raise UserError("no clips: there is nothing to score")
         self.identities, self.names = tuple(identities), tuple(names.values())
-        self._packed = {name: packed[name] for name in modalities if name in packed}
-        for name, flat in self._packed.items():
-            _check_width(name, flat, modalities[name])
+        self._packed, self._widths = packed, dict(modalities)
+        for name, flat in packed.items():
+            width = flat.features.shape[1]
+            if len(flat.features) and width != modalities[name]:
+                clip = flat.names[int(np.argmax(flat.lengths > 0))]
+                raise UserError(
+                    f"clip {show(clip)}, {name}: features are {width} wide, "
+                    f"the run wants {modalities[name]}"
+                )
             _tell_of_skipped(name, flat)
-        ordered = tuple(sorted(names))
-        index = {name: place for place, name in enumerate(ordered)}
-        self.places = np.array([index[name] for name in names])
-        self._starts = {name: np.zeros(len(ordered), np.int64) for name in modalities}
-        lengths = {name: np.zeros(len(ordered), np.int32) for name in modalities}
-        for name, flat in self._packed.items():
-            rows = [index[clip] for clip in flat.names]
-            lengths[name][rows] = flat.lengths
-            self._starts[name][rows] = flat.starts()
-        self._widths = dict(modalities)
+        staged = writers.stage("clips", [packed])
+        index = {name: place for place, name in enumerate(staged.clips)}
+        self.places, self._starts = np.array([index[name] for name in names]), staged.starts
+        none = np.zeros(len(names), np.int32)
         self._split = Split(
             name="clips",
-            clips=ordered,
-            labels=np.zeros(len(ordered), np.int32),
+            clips=staged.clips,
+            labels=none,
             labelled=False,
             positives=np.zeros(len(self.identities), np.int64),
             num_others=0,
-            lengths=lengths,
+            lengths={name: staged.lengths.get(name, none) for name in modalities},
         )
 
     @classmethod
@@ -94,7 +93,7 @@ class MemoryClips:
             raise UserError(
                 f"clips are {{clip: {{modality: features}}}}, not {type(clips).__name__}"
             )
-        return cls.pack(_as_clips(clips), modalities, identities, quality)
+        return cls.pack(as_clips(clips, "clips"), modalities, identities, quality)
 
     @classmethod
     def pack(
@@ -136,42 +135,23 @@ class MemoryClips:
         for bucket, places in own_blocks(plan.bucket, rows, share):
             chosen = places.astype(np.int32)
             frames = {
-                name: self._padded(name, chosen, rows, plan.padded_lengths[name][bucket])
+                name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))
                 for name in plan.modalities
             }
-            clip_index = np.pad(chosen, (0, rows - len(chosen)))
-            yield Batch(frames, clip_index, np.arange(rows) < len(chosen))
+            yield padding.batch_of(frames, chosen, rows)
 
-    def _padded(self, modality: str, clips: np.ndarray, rows: int, size: int) -> Frames:
-        """Returns Frames [rows, size] of the `clips` [n <= rows]; padding is 0, with mask False."""
-        flat = self._packed.get(modality)
-        dtype = flat.features.dtype if flat else np.dtype(np.float16)
-        frames = Frames(
-            features=np.zeros((rows, size, self._widths[modality]), dtype),
-            mask=np.zeros((rows, size), bool),
-            **{name: np.zeros((rows, size), FRAME_FIELDS[name].dtype) for name in BATCHED},
-        )
-        for row, clip in enumerate(clips.tolist()):
-            start = int(self._starts[modality][clip])
-            length = int(self._split.lengths[modality][clip])
-            if not flat or not length:
-                continue
-            chosen = np.arange(start, start + length)
-            if length > size:
-                chosen = chosen[best_frames(flat.frames["quality"][chosen], size)]
-            for name in ("features", *BATCHED):
-                getattr(frames, name)[row, : len(chosen)] = flat.frames[name][chosen]
-            frames.mask[row, : len(chosen)] = True
-        return frames
-
-
-def _as_clips(clips: Clips) -> Iterator[Clip]:
-    for given, features in clips.items():
-        name = clean_name_at("clips:", given)
-        if not isinstance(features, Mapping):
-            kind = type(features).__name__
-            raise UserError(f"clip {show(name)} is of type {kind}, wanted {{modality: features}}")
-        yield Clip(name, "clips", features, given)
+    def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
+        """Returns Frames [B, T] = `shape` of the `clips` [n <= B]."""
+        if modality not in self._packed:
+            none = Modality(self._widths[modality], "float16")
+            return padding.pad({}, np.zeros(len(clips), np.int32), shape, none)
+        flat, lengths = self._packed[modality], self._split.lengths[modality][clips]
+        first = self._starts[modality][clips] - (np.cumsum(lengths) - lengths)
+        index = np.repeat(first, lengths) + np.arange(lengths.sum())
+        frames = {name: flat.frames[name][index] for name in padding.BATCHED}
+        # Without a frame, the features have no width.
+        kind = Modality(self._widths[modality], flat.features.dtype.name)
+        return padding.pad(frames if len(index) else {}, lengths, shape, kind)
 
 
 def _select(
@@ -230,16 +210,6 @@ def _tell_of_skipped(modality: str, flat: PackedClips) -> None:
         )
 
 
-def _check_width(modality: str, flat: PackedClips, width: int) -> None:
-    """Raises ValueError, with a clip, unless the features have the width."""
-    actual = flat.features.shape[1]
-    if len(flat.features) and actual != width:
-        clip = flat.names[int(np.argmax(flat.lengths > 0))]
-        raise UserError(
-            f"clip {show(clip)}, {modality}: features are {actual} wide, the run wants {width}"
-        )
-
-
 def load_clips(
     path: str | Path,
     modalities: Mapping[str, int],
@@ -274,7 +244,20 @@ def load_clips(
     if found := iqiyi_vid.find_pickles(path):
         split = _choose_split(path, {split for _, split in found}, split)
         files = {name: file for (name, of), file in found.items() if of == split}
-        return _load_pickles(path, files, modalities, identities, quality)
+        if not files.keys() & modalities.keys():
+            raise UserError(
+                f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(files))}"
+            )
+        packed = {}
+        with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
+            for name in [name for name in files if name in modalities]:
+                flat = sandbox.unpack(files[name], name, Path(scratch, name))
+                frames = dict(flat.frames)
+                if quality == "norm":
+                    frames["quality"] = feature_norms(flat.features)
+                packed[name] = replace(flat, frames=frames)
+        names = {name: name for flat in packed.values() for name in flat.names}
+        return MemoryClips(packed, names, modalities, identities)
     paths = [entry for entry in list_entries(path) if entry.suffix == ".npz"]
     if not paths:
         splits = files_by_split(path)
@@ -338,29 +321,3 @@ def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str
             f"{path}: {problem}; there: {names}\nname one of them: --config.eval.split={example}"
         )
     return split
-
-
-def _load_pickles(
-    path: Path,
-    files: Mapping[str, Path],
-    modalities: Mapping[str, int],
-    identities: Sequence[str],
-    quality: Quality,
-) -> MemoryClips:
-    """Returns the clips of one split of official pickles."""
-    wanted = {name: file for name, file in files.items() if name in modalities}
-    if not wanted:
-        raise UserError(
-            f"{path}: the run reads {', '.join(modalities)}; there: {', '.join(sorted(files))}"
-        )
-    with tempfile.TemporaryDirectory() as scratch:  # the files outlive their names
-        packed = {
-            name: sandbox.unpack(file, name, Path(scratch, name)) for name, file in wanted.items()
-        }
-        for name, flat in packed.items():
-            frames = dict(flat.frames)
-            if quality == "norm":
-                frames["quality"] = feature_norms(flat.features)
-            packed[name] = replace(flat, frames=frames)
-        names = {name: name for flat in packed.values() for name in flat.names}
-        return MemoryClips(packed, names, modalities, identities)

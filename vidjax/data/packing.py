@@ -1,10 +1,11 @@
 """Checks clips of dicts, `.npz` files or tables, and packs them into flat arrays."""
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from vidjax.data.frame_fields import (
     feature_norms,
     usable_rows,
 )
-from vidjax.data.untrusted.names import show
+from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.errors import UserError
 
 Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
@@ -43,6 +44,18 @@ class Clip(NamedTuple):
     place: str
     modalities: Mapping[str, Any]
     given: str = ""
+
+
+def as_clips(clips: Clips, place: str) -> Iterator[Clip]:
+    """Yields the clips of a dict; ValueError, which begins with the place, for anything else."""
+    for given, modalities in clips.items():
+        name = clean_name_at(f"{place}:", given)
+        if not isinstance(modalities, Mapping):
+            raise UserError(
+                f"{place}: clip '{show(name)}' is of type {type(modalities).__name__}, "
+                "wanted {modality: features}"
+            )
+        yield Clip(name, place, modalities, given)
 
 
 def place_of(clip: Clip, modality: str) -> str:
@@ -131,7 +144,6 @@ def _numbers(values: Any, place: str) -> np.ndarray:
 def pack(
     clips: Iterable[Clip],
     out_dir: Path | None = None,
-    *,
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
@@ -148,8 +160,7 @@ def pack(
     packers: dict[str, _Packer] = {}
     seen: dict[str, str] = {}
     bare = []
-    drop = non_finite == "drop"
-    try:
+    with contextlib.ExitStack() as stack:
         for clip in clips:
             if clip.name in seen:
                 places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
@@ -165,121 +176,135 @@ def pack(
                             f"'{show(str(modality))}': a name of letters, digits, '-' and '_' "
                             "is wanted"
                         )
-                    folder = out_dir / modality if out_dir else None
-                    packers[modality] = _Packer(modality, folder, drop=drop, quality=quality)
+                    writer = stack.enter_context(FlatWriter(out_dir and out_dir / modality))
+                    packers[modality] = _Packer(modality, writer, non_finite, quality)
                 packers[modality].add(clip, value)
         for packer in list(packers.values())[:1]:
             for clip in bare:
                 packer.add(clip, None)  # a clip without any modality is still a clip
         return {name: packers[name].finish() for name in sorted(packers)}
-    finally:
-        for packer in packers.values():
-            packer.close()
 
 
-class _Packer:
-    """Collects and checks the frames of one modality in one split, clip by clip."""
+class FlatWriter:
+    """Collects the frames of clip after clip: in flat files of a folder, which it makes, or memory.
 
-    def __init__(self, modality: str, folder: Path | None, *, drop: bool, quality: Quality) -> None:
-        self._modality, self._folder, self._drop = modality, folder, drop
-        self._quality: Quality = quality
+    Values of FRAME_FIELDS that are not finite become 0. As a context, it closes its files.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._names: list[str] = []
         self._seen: list[int] = []
         self._kept: list[int] = []
         self._warnings: Counter[str] = Counter()
-        self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
-        self._width, self._dtype = 0, np.dtype(np.float16)
-        self._decided = False
         self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in STORED}
         self._files: dict[str, BinaryIO] = {}
         if folder:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._files = {name: (folder / f"{name}.bin").open("wb") for name in STORED}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(
+        self,
+        names: Sequence[str],
+        lengths: Sequence[int],
+        frames: Mapping[str, np.ndarray],
+        keep: np.ndarray,
+    ) -> None:
+        """Adds n clips, and those of their frames, field -> [F, ...], that are in `keep` [F]."""
+        self._names += names
+        self._seen += lengths
+        if keep.all():
+            self._kept += lengths
+        else:
+            owner = np.repeat(np.arange(len(lengths)), lengths)  # [F]
+            self._kept += np.bincount(owner[keep], minlength=len(lengths)).tolist()
+            frames = {name: column[keep] for name, column in frames.items()}
+        for name, column in frames.items():
+            if name in FRAME_FIELDS and not (finite := np.isfinite(column)).all():
+                wrong = ~finite.reshape(len(column), -1).all(axis=1)
+                self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
+                column = np.where(finite, column, np.float32(0))
+            if self._folder:
+                self._files[name].write(np.ascontiguousarray(column).data)
+            else:
+                self._arrays[name].append(column)
+
+    def finish(self, width: int, dtype: np.dtype) -> PackedClips:
+        """Returns the clips, whose features have this width and dtype."""
+        self.__exit__()
+        lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
+        if self._folder:
+            frames = FlatFiles(self._folder, dtype, width, int(lengths.sum()))
+        else:
+            none = {name: np.empty(of.shape(0), of.dtype) for name, of in FRAME_FIELDS.items()}
+            none["features"] = np.empty((0, width), dtype)
+            frames = {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}
+        return PackedClips(
+            tuple(self._names), lengths, frames, **counts(seen, lengths, self._warnings)
+        )
+
+
+class _Packer:
+    """Checks the frames of one modality in one split, clip by clip."""
+
+    def __init__(
+        self, modality: str, writer: FlatWriter, non_finite: NonFinite, quality: Quality
+    ) -> None:
+        self._modality, self._writer = modality, writer
+        self._non_finite, self._quality = non_finite, quality
+        self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
+        self._kind: tuple[int, np.dtype] | None = None  # width and dtype, once they are decided
 
     def add(self, clip: Clip, value: Any) -> None:
         """Checks a clip and adds it once width and dtype are decided."""
         frames = read_frames(value, place_of(clip, self._modality), self._quality)
-        if self._decided:
-            self._append(clip, frames)
+        if self._kind:
+            self._write(clip, frames, *self._kind)
             return
         self._waiting.append((clip, frames))
-        if len(self._waiting) == PROBE_CLIPS:
-            self._decide()
+        if frames and len(self._waiting) >= PROBE_CLIPS:
+            self._kind = self._decide()
 
-    def _decide(self) -> None:
-        """Takes width and dtype of most clips, so that an error names the clip that differs."""
-        kinds = Counter(
-            (frames["features"].shape[1], frames["features"].dtype)
-            for _, frames in self._waiting
-            if frames
-        )
-        if kinds:
-            self._width, self._dtype = kinds.most_common(1)[0][0]
-            self._decided = True
-            for clip, frames in self._waiting:
-                self._append(clip, frames)
-            self._waiting = []
+    def _decide(self) -> tuple[int, np.dtype]:
+        """Returns width and dtype of most clips, so that an error names the clip that differs."""
+        features = [frames["features"] for _, frames in self._waiting if frames]
+        kinds = Counter((one.shape[1], one.dtype) for one in features)
+        kind = kinds.most_common(1)[0][0] if kinds else (0, np.dtype(np.float16))
+        for clip, frames in self._waiting:
+            self._write(clip, frames, *kind)
+        self._waiting = []
+        return kind
 
-    def _append(self, clip: Clip, frames: dict[str, np.ndarray]) -> None:
-        self._names.append(clip.name)
-        count = len(frames["features"]) if frames else 0
-        self._seen.append(count)
-        self._kept.append(count)
+    def _write(
+        self, clip: Clip, frames: dict[str, np.ndarray], width: int, dtype: np.dtype
+    ) -> None:
         if not frames:
+            self._writer.add([clip.name], [0], {}, np.ones(0, bool))
             return
         features, place = frames["features"], place_of(clip, self._modality)
-        if features.shape[1] != self._width:
+        if features.shape[1] != width:
             shape = list(features.shape)
             raise UserError(
-                f"{place}: features are {shape[1]} wide, others {self._width}: an array is "
+                f"{place}: features are {shape[1]} wide, others {width}: an array is "
                 f"[frames, width], here {shape}"
             )
-        if features.dtype != self._dtype:
+        if features.dtype != dtype:
             raise UserError(
-                f"{place}: features are {features.dtype}, others {self._dtype}: "
-                f"use features.astype('{self._dtype}')"
+                f"{place}: features are {features.dtype}, others {dtype}: "
+                f"use features.astype('{dtype}')"
             )
         keep = usable_rows(features)
-        if not keep.all():
-            if not self._drop:
-                frame = int(np.argmin(keep))
-                raise UserError(f"{place}: the feature of frame {frame} is not finite")
-            frames = {name: column[keep] for name, column in frames.items()}
-            self._kept[-1] = int(keep.sum())
-        for name, column in frames.items():
-            self._store(name, column)
-
-    def _store(self, name: str, column: np.ndarray) -> None:
-        """Appends one field of a clip, with 0 for what is not finite."""
-        if name in FRAME_FIELDS and not (finite := np.isfinite(column)).all():
-            wrong = ~finite.reshape(len(column), -1).all(axis=1)
-            self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
-            column = np.where(finite, column, np.float32(0))
-        if self._folder:
-            self._files[name].write(np.ascontiguousarray(column).data)
-        else:
-            self._arrays[name].append(column)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        if self._non_finite == "error" and not keep.all():
+            raise UserError(f"{place}: the feature of frame {np.argmin(keep)} is not finite")
+        self._writer.add([clip.name], [len(features)], frames, keep)
 
     def finish(self) -> PackedClips:
-        self._decide()
-        for clip, frames in self._waiting:  # no clip has a frame
-            self._append(clip, frames)
-        self.close()
-        lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
-        return PackedClips(
-            names=tuple(self._names),
-            lengths=lengths,
-            frames=self._frames(int(lengths.sum())),
-            **counts(seen, lengths, self._warnings),
-        )
-
-    def _frames(self, total: int) -> Mapping[str, np.ndarray]:
-        if self._folder:
-            return FlatFiles(self._folder, self._dtype, self._width, total)
-        none = {name: np.empty(field.shape(0), field.dtype) for name, field in FRAME_FIELDS.items()}
-        none["features"] = np.empty((0, self._width), self._dtype)
-        return {name: np.concatenate([none[name], *self._arrays[name]]) for name in STORED}
+        """Returns the clips."""
+        return self._writer.finish(*(self._kind or self._decide()))

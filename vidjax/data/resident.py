@@ -179,10 +179,12 @@ class Resident:
         """Reads every clip of the layout once; ValueError for damaged records."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
+        self._lay = jax.jit(frames_of, static_argnames="size", out_shardings=devices.by_rows(mesh))
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
             for name in layout.modalities
         }
+        # Each [2, N]: first frame and number of frames of every clip.
         tables = {
             (split, phase, name): np.zeros((2, len(data.split(split).clips)), np.int32)
             for split, phase, name in itertools.product(layout.splits, PHASES, layout.modalities)
@@ -190,14 +192,27 @@ class Resident:
         for split in layout.splits:
             for clip_index, chunk in data.packed(split, layout.modalities):
                 for name, packed in chunk.items():
-                    keys = [(split, phase, name) for phase in PHASES]
-                    phases = [(tables[key], layout.best.get(key)) for key in keys]
-                    _place(fillers[name], packed, clip_index, phases)
+                    begin = fillers[name].append(packed)
+                    for phase in PHASES:
+                        key = (split, phase, name)
+                        limit = layout.best.get(key, len(packed.quality))
+                        tables[key][:, clip_index] = packed.start + begin, packed.length
+                        for row in np.flatnonzero(packed.length > limit).tolist():
+                            best = fillers[name].append(_best_frames(packed, row, limit))
+                            tables[key][:, clip_index[row]] = best, limit
         frames = {name: filler.finish() for name, filler in fillers.items()}
-        locate = functools.partial(_locate, frames, tables, mesh)
+
+        def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
+            """Returns modality -> Packed of the clips of `splits`, as used in a phase."""
+            located = {}
+            for name, packed in frames.items():
+                table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
+                start, length = devices.replicate(mesh, tuple(table))
+                located[name] = packed._replace(start=start, length=length)
+            return located
+
         self.train = locate(layout.train_splits, "train")
         self._eval = {split: locate([split], "eval") for split in layout.splits}
-        self._lay = jax.jit(frames_of, static_argnames="size", out_shardings=devices.by_rows(mesh))
 
     def split(self, name: str) -> Split:
         """Returns one split of the dataset."""
@@ -228,49 +243,6 @@ class Resident:
         # A compiled function may copy its outputs: the features of all clips must not be one.
         frames = self._lay(clips._replace(features=None), clip_index, batch_mask, size=size)
         return frames._replace(features=LazyFeatures(clips.features, frames.features.index))
-
-
-def _place(
-    filler: "_Filler",
-    packed: Packed,
-    clip_index: np.ndarray,
-    phases: Sequence[tuple[np.ndarray, int | None]],
-) -> None:
-    """Appends the frames of n clips in one modality, and writes to tables where each clip lies.
-
-    Args:
-      clip_index: [n] int32.
-      phases: one (table, T) per phase. The table [2, N] gets first frame and number of frames. A
-        clip of more than T frames gets a copy of its best T frames, unless T is None.
-    """
-    begin = filler.append(packed)
-    for table, limit in phases:
-        table[:, clip_index] = packed.start + begin, packed.length
-        if limit is None:
-            continue
-        for row in map(int, np.flatnonzero(packed.length > limit)):
-            table[:, clip_index[row]] = filler.append(_best_frames(packed, row, limit)), limit
-
-
-def _locate(
-    frames: Mapping[str, Packed],
-    tables: Mapping[tuple[str, str, str], np.ndarray],
-    mesh: Mesh,
-    splits: Sequence[str],
-    phase: str,
-) -> dict[str, Packed]:
-    """Returns modality -> Packed of the clips of `splits`, as used in the phase `train` or `eval`.
-
-    Args:
-      frames: modality -> all resident frames.
-      tables: (split, phase, modality) -> [2, N], first frame and number of frames of each clip.
-    """
-    located = {}
-    for name, packed in frames.items():
-        table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
-        start, length = devices.replicate(mesh, tuple(table))
-        located[name] = packed._replace(start=start, length=length)
-    return located
 
 
 def _best_frames(packed: Packed, row: int, count: int) -> Packed:

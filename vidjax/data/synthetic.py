@@ -149,11 +149,7 @@ LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0)  # the least value is 0
 
 
 def write(
-    out_dir: str | Path,
-    *,
-    size: str,
-    seed: int = 0,
-    options: SyntheticOptions = CALIBRATED,
+    out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
     """Writes the synthetic set into `out_dir`, which must be empty or missing.
 

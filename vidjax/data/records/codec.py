@@ -7,7 +7,7 @@ list decodes several times slower. `PackedFrames` reads clip by clip, for TFDS; 
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from vidjax import files
 from vidjax.batch import Frames
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.records.manifest import VERSION
-from vidjax.data.records.writers import ShardTask, StagedSplit, shard_bounds, shard_tasks
+from vidjax.data.records.manifest import NAME, VERSION
+from vidjax.data.records.shard_files import Shard
 from vidjax.errors import UserError
 
 # TensorFlow reads both variables when it is imported. It only moves records here, without need of
@@ -133,18 +133,14 @@ def parse_batch(
     return tf.cast(examples["clip_index"], tf.int32), fields
 
 
-def _frame_bytes(modality: Modality) -> dict[str, int]:
-    """Returns field -> bytes of one frame."""
-    sizes = {
-        name: np.dtype(field.dtype).itemsize * field.width for name, field in FRAME_FIELDS.items()
-    }
-    return {"features": modality.dim * np.dtype(modality.dtype).itemsize, **sizes}
-
-
-def _carriers(modality: Modality) -> dict[str, Any]:
-    """Returns field -> the TensorFlow dtype that carries its bits."""
-    fields = {name: tf.as_dtype(np.dtype(field.dtype)) for name, field in FRAME_FIELDS.items()}
-    return {"features": CARRIERS[np.dtype(modality.dtype).itemsize], **fields}
+def _kinds(modality: Modality) -> dict[str, tuple[Any, int]]:
+    """Returns field -> the TensorFlow dtype that carries its bits, and the bytes of one frame."""
+    size = np.dtype(modality.dtype).itemsize
+    kinds = {"features": (CARRIERS[size], size * modality.dim)}
+    for name, field in FRAME_FIELDS.items():
+        dtype = np.dtype(field.dtype)
+        kinds[name] = tf.as_dtype(dtype), dtype.itemsize * field.width
+    return kinds
 
 
 def _num_frames(fields: Mapping[str, Any]) -> Any:
@@ -153,11 +149,7 @@ def _num_frames(fields: Mapping[str, Any]) -> Any:
 
 
 def random_window(
-    fields: Mapping[str, Any],
-    modality: Modality,
-    size: int,
-    positions: Any,
-    seed: tuple[int, int],
+    fields: Mapping[str, Any], modality: Modality, size: int, positions: Any, seed: tuple[int, int]
 ) -> dict[str, Any]:
     """Returns field -> [B] strings of at most `size` consecutive frames, from a random start.
 
@@ -167,12 +159,11 @@ def random_window(
     places = tf.maximum(_num_frames(fields) - size, 0) + 1  # [B]
     drawn = _uniform(positions, seed)
     first = tf.cast(drawn * tf.cast(places, tf.float64), tf.int32)
-    sizes = _frame_bytes(modality)
+    count = tf.fill(tf.shape(first), size)
     return {
-        field: tf.strings.substr(
-            strings, first * sizes[field], tf.fill(tf.shape(first), size * sizes[field])
-        )
-        for field, strings in fields.items()
+        field: tf.strings.substr(fields[field], first * frame_bytes, count * frame_bytes)
+        for field, (_, frame_bytes) in _kinds(modality).items()
+        if field in fields
     }
 
 
@@ -201,9 +192,9 @@ def decode_batch(
     [B, T] bool. If a clip may have more than T frames, `best` must be True: it gives its best T by
     quality.
     """
-    frame_bytes, carriers = _frame_bytes(modality), _carriers(modality)
+    kinds = _kinds(modality)
     decoded = {
-        field: tf.io.decode_raw(strings, carriers[field], fixed_length=size * frame_bytes[field])
+        field: tf.io.decode_raw(strings, kinds[field][0], fixed_length=size * kinds[field][1])
         for field, strings in fields.items()
     }
     lengths = _num_frames(fields)
@@ -221,28 +212,23 @@ def _put_best(
     decoded: Mapping[str, Any], fields: Mapping[str, Any], modality: Modality, size: Any, rows: Any
 ) -> dict[str, Any]:
     """Returns `decoded` with the best frames of the clips in `rows`, which are longer than T."""
-    carriers = _carriers(modality)
+    carriers = {field: _kinds(modality)[field][0] for field in fields}
 
     def choose(strings: dict[str, Any]) -> dict[str, Any]:
-        quality = tf.io.decode_raw(strings["quality"], tf.float32)
-        worst = tf.fill(tf.shape(quality), -np.inf)
-        quality = tf.where(tf.math.is_nan(quality), worst, quality)
+        raw = {field: tf.io.decode_raw(s, carriers[field]) for field, s in strings.items()}
+        worst = tf.fill(tf.shape(raw["quality"]), -np.inf)
+        quality = tf.where(tf.math.is_nan(raw["quality"]), worst, raw["quality"])
         best = tf.sort(tf.math.top_k(quality, size).indices)  # where quality ties, the earlier
         return {
-            field: tf.reshape(
-                tf.gather(
-                    tf.reshape(tf.io.decode_raw(s, carriers[field]), [tf.size(quality), -1]), best
-                ),
-                [-1],
-            )
-            for field, s in strings.items()
+            field: tf.reshape(tf.gather(tf.reshape(flat, [tf.size(quality), -1]), best), [-1])
+            for field, flat in raw.items()
         }
 
     # One clip at a time: padding them all to the longest would take its length times B of memory.
     chosen = tf.map_fn(
         choose,
         {field: tf.gather(strings, rows) for field, strings in fields.items()},
-        fn_output_signature={f: tf.TensorSpec([None], carriers[f]) for f in fields},
+        fn_output_signature={f: tf.TensorSpec([None], dtype) for f, dtype in carriers.items()},
         parallel_iterations=1,
     )
     return {
@@ -251,85 +237,37 @@ def _put_best(
     }
 
 
-class FrameRecords(tfds.core.ShardBasedBuilder):
-    """Records of frames: clip name, clip index and the packed frames of each modality.
-
-    It gets whole shards, which `stage` has ordered, rather than a stream to shuffle: the shuffler
-    of TFDS holds up to 1 GB and writes the rest to disk once more.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-    # TFDS writes both into the files: a change would make other files of the same data.
-    name = "iqiyi_vid"
-    __module__ = "vidjax.data.iqiyi_vid"
-
-    def __init__(
-        self,
-        *,
-        modalities: Mapping[str, Modality],
-        staged: Mapping[str, StagedSplit],
-        write_shards: Callable[[Sequence[ShardTask]], None],
-        scratch: Path,
-        data_dir: Path,
-    ):
-        self._modalities = modalities
-        self._staged = staged
-        self._write_shards = write_shards
-        self._scratch = scratch
-        super().__init__(data_dir=data_dir)
-
-    def _info(self) -> Any:
-        frames = {
-            name: PackedFrames(dim=modality.dim, dtype=modality.dtype)
-            for name, modality in self._modalities.items()
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Frame features of video clips.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "clip": tfds.features.Text(),
-                    "clip_index": tfds.features.Scalar(dtype=np.int64),
-                    "frames": tfds.features.FeaturesDict(frames),
-                }
-            ),
-            disable_shuffling=True,
+def write_info(
+    folder: Path, modalities: Mapping[str, Modality], splits: Mapping[str, Sequence[Shard]]
+) -> None:
+    """Writes what TFDS needs to read the shards of `folder`; OSError if the disk is full."""
+    frames = {
+        name: PackedFrames(dim=kind.dim, dtype=kind.dtype) for name, kind in modalities.items()
+    }
+    features = {
+        "clip": tfds.features.Text(),
+        "clip_index": tfds.features.Scalar(dtype=np.int64),
+        "frames": tfds.features.FeaturesDict(frames),
+    }
+    # A change of name or module would make other files of the same data.
+    module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),
+        description="Frame features of video clips.",
+        features=tfds.features.FeaturesDict(features),
+        disable_shuffling=True,
+    )
+    info.set_file_format("tfrecord")
+    found = []
+    for name, shards in splits.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=NAME, split=name, filetype_suffix="tfrecord"
         )
-
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[ShardTask]]:
-        del dl_manager
-        tasks = {}
-        for name, split in self._staged.items():
-            shards = shard_bounds(split, self._modalities)
-            paths = self._get_filename_template(name).sharded_filepaths(num_shards=len(shards))
-            scratch = self._scratch / name
-            tasks[name] = shard_tasks(split, self._modalities, [*map(Path, paths)], scratch)
-        return tasks
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        """Writes all shards of all splits by one call of `write_shards`.
-
-        TFDS would write one shard after another. So would its Beam pipeline on the local runner,
-        which would also write all earlier splits again for each split.
-        """
-        del download_config
-        tasks = self._shard_iterators_per_split(dl_manager)
-        self._write_shards([task for shards in tasks.values() for task in shards])
-        splits = [
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[len(task.clips) for task in shards],
-                num_bytes=sum(task.path.stat().st_size for task in shards),
-                filename_template=self._get_filename_template(name),
-            )
-            for name, shards in tasks.items()
-        ]
-        self.info.set_splits(tfds.core.SplitDict(splits))
-
-    def download_and_prepare(self, **options: Any) -> None:
-        """Writes all shards and what TFDS needs to read them; OSError if the disk is full."""
-        try:
-            super().download_and_prepare(**options)
-        except tf.errors.OpError as error:
-            full = isinstance(error, tf.errors.ResourceExhaustedError)
-            raise files.disk_error(self._scratch, full=full) from error
+        lengths, size = [one.records for one in shards], sum(one.size for one in shards)
+        found.append(tfds.core.SplitInfo(name, lengths, size, filename_template=template))
+    info.set_splits(tfds.core.SplitDict(found))
+    try:
+        info.write_to_directory(folder)
+    except tf.errors.OpError as error:
+        full = isinstance(error, tf.errors.ResourceExhaustedError)
+        raise files.disk_error(folder, full=full) from error

@@ -1,11 +1,11 @@
 """From any source of frames to records in the cache: converted once, checked at every load."""
 
 import argparse
-import contextlib
-import io
 import logging
 import shutil
+import sys
 import tempfile
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,8 +16,10 @@ import numpy as np
 from vidjax import files, messages
 from vidjax.data.cache import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import NonFinite, RecordSource
+from vidjax.data.frame_fields import NonFinite, Quality, RecordSource
+from vidjax.data.records import writers
 from vidjax.data.records.manifest import (
+    NAME,
     VERSION,
     Records,
     SplitRecords,
@@ -26,19 +28,6 @@ from vidjax.data.records.manifest import (
 )
 from vidjax.data.records.report import format_report, label_records, report_split
 from vidjax.data.records.shard_files import describe_shard
-from vidjax.data.records.writers import (
-    ALL_CORES,
-    ALONE,
-    Beam,
-    Engine,
-    Pool,
-    ShardTask,
-    StagedSplit,
-    check_engine,
-    shard_bounds,
-    stage,
-    write_shards,
-)
 from vidjax.errors import UserError
 from vidjax.machine import num_cores
 
@@ -48,7 +37,7 @@ def convert(
     cache_dir: str | Path | None = None,
     *,
     non_finite: NonFinite = "drop",
-    engine: Engine = ALL_CORES,
+    engine: writers.Engine = writers.ALL_CORES,
 ) -> Records:
     """Returns the records of a source, converting it unless the cache has them.
 
@@ -62,9 +51,9 @@ def convert(
     """
     if non_finite not in ("drop", "error"):
         raise UserError(f"config.data.non_finite is 'drop' or 'error', got {non_finite!r}")
-    check_engine(engine)
+    writers.check_engine(engine)
     fingerprint = source.fingerprint()
-    folder = _folder(source.kind, fingerprint, cache_dir)
+    folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():
         with exclusive(folder):
             if not (folder / "manifest.json").exists():
@@ -84,11 +73,7 @@ def convert(
 
 def records_folder(source: RecordSource, cache_dir: str | Path | None = None) -> Path:
     """Returns the folder of a source's records; a manifest.json in it says that they are there."""
-    return _folder(source.kind, source.fingerprint(), cache_dir)
-
-
-def _folder(kind: str, fingerprint: list[dict[str, Any]], cache_dir: str | Path | None) -> Path:
-    return cache_folder(cache_dir, kind, [VERSION, fingerprint])
+    return cache_folder(cache_dir, source.kind, [VERSION, source.fingerprint()])
 
 
 def _refuse_dropped(records: Records, source: RecordSource) -> None:
@@ -109,70 +94,68 @@ def write_records(
     fingerprint: list[dict[str, Any]],
     folder: Path,
     non_finite: NonFinite,
-    engine: Engine,
+    engine: writers.Engine,
 ) -> None:
     """Fills a folder with the records of a source; see `convert`."""
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    with ThreadPoolExecutor(1 if engine == ALONE else num_cores()) as threads:
+    with ThreadPoolExecutor(1 if engine == writers.ALONE else num_cores()) as threads:
 
         def start(function: Callable[..., Result], *args: Any) -> Future[Result]:
             """Calls a function in a thread; waits for it if no other process works meanwhile."""
             future = threads.submit(function, *args)
-            if engine == ALONE:
+            if engine == writers.ALONE:
                 wait([future])
             return future
 
-        imported = start(_import_builder)
+        codec = start(_import_codec)
         unpacked = source.read(staging, non_finite)
-        staged = {split: stage(split, parts) for split, parts in unpacked.items()}
+        staged = {split: writers.stage(split, parts) for split, parts in unpacked.items()}
         modalities = _common_modalities(staged, source)
         _refuse_empty_splits(staged, source)
         _refuse_shared_clips(staged, source.place)
-        reports: dict[str, Future[dict[str, Any]]] = {}
-
-        def write(tasks: Sequence[ShardTask]) -> None:
-            """Writes all shards; this process makes the reports while others write."""
-            for name, split in staged.items():
-                reports[name] = start(_report, source, name, split)
-            write_shards(engine, tasks, scratch=staging)
-
-        builder = imported.result()(
-            modalities=modalities,
-            staged=staged,
-            write_shards=write,
-            scratch=staging / "memory",
-            data_dir=folder,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
-            builder.download_and_prepare(download_dir=staging)
-        splits = {}
+        codec.result()  # without TensorFlow, nothing is written
+        records = folder / NAME / VERSION
+        records.mkdir(parents=True)
+        tasks = {
+            name: writers.shard_tasks(
+                split, modalities, records / f"{NAME}-{name}", staging / "memory" / name
+            )
+            for name, split in staged.items()
+        }
+        # This process makes the reports while others write.
+        reports = {}
         for name, split in staged.items():
-            counts = [last - first for first, last in shard_bounds(split, modalities)]
-            paths = map(Path, builder.info.splits[name].filepaths)
-            shards = tuple(threads.map(describe_shard, paths, counts))
-            splits[name] = SplitRecords(split.clips, split.order, split.lengths, shards)
+            paths = {modality: source.file_of(modality, name) for modality in split.packed}
+            reports[name] = start(report_split, split, paths)
+        writers.write_shards(
+            engine, [task for some in tasks.values() for task in some], scratch=staging
+        )
+        shards = {
+            name: tuple(threads.map(lambda task: describe_shard(task.path, len(task.clips)), some))
+            for name, some in tasks.items()
+        }
+        codec.result().write_info(records, modalities, shards)
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
         }
     shutil.rmtree(staging)
+    splits = {
+        name: SplitRecords(split.clips, split.order, split.lengths, shards[name])
+        for name, split in staged.items()
+    }
     write_manifest(Records(folder, modalities, splits, report), fingerprint)
 
 
-def _import_builder() -> Any:
-    """Returns the class `FrameRecords`; imports TensorFlow, which takes seconds."""
-    from vidjax.data.records.codec import FrameRecords
+def _import_codec() -> Any:
+    """Imports TensorFlow, which takes seconds."""
+    from vidjax.data.records import codec
 
-    return FrameRecords
-
-
-def _report(source: RecordSource, name: str, split: StagedSplit) -> dict[str, Any]:
-    paths = {modality: source.file_of(modality, name) for modality in split.packed}
-    return report_split(split.packed, split.lengths, paths)
+    return codec
 
 
-def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
+def _refuse_empty_splits(staged: Mapping[str, writers.StagedSplit], source: RecordSource) -> None:
     for name, split in staged.items():
         if not split.clips:
             paths = ", ".join(str(source.file_of(modality, name)) for modality in split.packed)
@@ -180,36 +163,35 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 
 
 def _common_modalities(
-    staged: Mapping[str, StagedSplit], source: RecordSource
+    staged: Mapping[str, writers.StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
     """Returns width and dtype of each modality; the dtype holds values of all splits exactly."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
+    dropped = 0
     for split, clips in staged.items():
         for name, parts in clips.packed.items():
+            dropped += sum(sum(part.skipped.values()) for part in parts)
             features = next((part.features for part in parts if len(part.features)), None)
             if features is None:  # without frames, width and dtype are unknown
                 continue
-            dim, dtype = features.shape[1], features.dtype
             first = first_split.setdefault(name, split)
-            if name in modalities:
-                if modalities[name].dim != dim:
-                    raise UserError(
-                        f"{name}: features are {modalities[name].dim} wide in "
-                        f"{source.file_of(name, first)}\n"
-                        f"but {dim} wide in {source.file_of(name, split)}"
-                    )
-                dtype = np.result_type(dtype, modalities[name].dtype)
-            modalities[name] = Modality(dim, dtype.name)
+            found = Modality(features.shape[1], features.dtype.name)
+            known = modalities.get(name, found)
+            if known.dim != found.dim:
+                raise UserError(
+                    f"{name}: features are {known.dim} wide in {source.file_of(name, first)}\n"
+                    f"but {found.dim} wide in {source.file_of(name, split)}"
+                )
+            dtype = np.result_type(known.dtype, found.dtype)
+            modalities[name] = Modality(known.dim, dtype.name)
     if not modalities:
-        packed = [parts for split in staged.values() for parts in split.packed.values()]
-        dropped = sum(sum(part.skipped.values()) for parts in packed for part in parts)
         reason = f": all {dropped} have a NaN, an Inf or a value beyond float32" if dropped else ""
         raise UserError(f"{source.place}: no clip has a single frame that can be used{reason}")
     return dict(sorted(modalities.items()))
 
 
-def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
+def _refuse_shared_clips(staged: Mapping[str, writers.StagedSplit], place: str) -> None:
     """Raises ValueError when a clip is in two splits: a model would be tested on training clips."""
     owners: dict[str, str] = {}
     shared = []
@@ -224,8 +206,19 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
         )
 
 
-def make_parser(module: str, description: str) -> messages.Parser:
-    """Returns the parser of `python -m MODULE DIR`."""
+def run_command(
+    argv: Sequence[str] | None,
+    module: str,
+    description: str,
+    open_source: Callable[[argparse.Namespace], RecordSource],
+    *,
+    quality: bool = False,
+) -> int:
+    """Runs `python -m MODULE DIR`: converts a folder, prints its report, returns the exit code.
+
+    With `quality`, there is the option `--quality`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
@@ -237,17 +230,26 @@ def make_parser(module: str, description: str) -> messages.Parser:
     parser.add_argument(
         "--beam_options",
         metavar="O",
-        help="write by Apache Beam, such as runner=FnApiRunner,direct_num_workers=0,"
+        help="write by Apache writers.Beam, such as runner=FnApiRunner,direct_num_workers=0,"
         "direct_running_mode=multi_processing",
     )
-    return parser
+    if quality:
+        choices = typing.get_args(Quality)
+        parser.add_argument(
+            "--quality", choices=choices, default="given", help="config.data.quality"
+        )
 
+    def command() -> int:
+        args = parser.parse_args(words)
+        engine = (
+            writers.Pool(args.workers)
+            if args.beam_options is None
+            else writers.Beam(args.beam_options)
+        )
+        source = open_source(args)
+        records = convert(source, args.cache_dir, engine=engine)
+        _, _, report = label_records(records, source.truth(records.clips))
+        messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+        return 0
 
-def convert_folder(args: argparse.Namespace, open_source: Callable[[], RecordSource]) -> int:
-    """Converts the folder that `make_parser` parsed, prints its report, returns the exit code."""
-    engine = Pool(args.workers) if args.beam_options is None else Beam(args.beam_options)
-    source = open_source()
-    records = convert(source, args.cache_dir, engine=engine)
-    _, _, report = label_records(records, source.truth(records.clips))
-    messages.say(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
-    return 0
+    return messages.guarded(command, words)

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from vidjax.files import sha256_file, sha256_opened
 
 # Part of the key of a cache folder: raise it whenever a record or the manifest changes its meaning.
 VERSION = "1.2.0"
+NAME = "iqiyi_vid"  # of the dataset, as TFDS knows it: of any source
 MANIFEST_BYTES = 64 * files.MB
 CLIP_BYTES = 4096  # the most that the index holds of a clip
 DTYPES = ("float16", "float32", "float64", "int8")
@@ -62,7 +62,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     """Writes index, report and, last, the manifest, which marks the folder as complete."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
-    _write_json(folder / "data_report.json", records.report)
+    files.write_bytes(folder / "data_report.json", _json(records.report))
     manifest = {
         "sources": fingerprint,
         "modalities": {name: kind._asdict() for name, kind in records.modalities.items()},
@@ -79,7 +79,7 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
         },
     }
     digest = hashlib.sha256(_json(manifest)).hexdigest()
-    _write_json(folder / "manifest.json", {**manifest, "manifest_sha256": digest})
+    files.write_bytes(folder / "manifest.json", _json({**manifest, "manifest_sha256": digest}))
 
 
 def load_records(folder: Path) -> Records:
@@ -213,10 +213,3 @@ def verify(records: Records) -> list[str]:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(content, indent=1)}\n".encode()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("wb") as file:
-        file.write(_json(content))
-        file.flush()
-        os.fsync(file.fileno())

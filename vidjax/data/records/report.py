@@ -14,6 +14,7 @@ from vidjax.data.clips import Split
 from vidjax.data.frame_fields import PackedClips, feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.records.manifest import Records
+from vidjax.data.records.writers import StagedSplit
 from vidjax.errors import UserError
 from vidjax.files import sha256_json
 
@@ -21,20 +22,19 @@ HISTOGRAM_BINS = 20
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
-def report_split(
-    packed: Mapping[str, Sequence[PackedClips]],
-    lengths: Mapping[str, np.ndarray],
-    paths: Mapping[str, Path],
-) -> dict[str, Any]:
-    """Returns the report of a split; ValueError unless loaded + skipped = seen (frames, clips)."""
-    modalities = {
-        name: _report_modality(packed[name], lengths[name], paths[name]) for name in packed
-    }
-    nothing = ~np.any([clip_lengths > 0 for clip_lengths in lengths.values()], axis=0)
+def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Returns the report of a split, of whose modalities `paths` are the files.
+
+    ValueError unless loaded + skipped = seen, for frames and for clips.
+    """
+    nothing = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     return {
         "clips": nothing.size,
         "clips_without_frames": int(nothing.sum()),
-        "modalities": modalities,
+        "modalities": {
+            name: _report_modality(parts, split.lengths[name], paths[name])
+            for name, parts in split.packed.items()
+        },
     }
 
 

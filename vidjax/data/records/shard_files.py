@@ -411,21 +411,13 @@ def masked_sums(messages: Sequence[bytes]) -> np.ndarray:
     return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)  # modulo 2**32
 
 
-class _Tables(NamedTuple):
-    """Tables of what a CRC x, a uint32, becomes after more bytes of zero.
-
-    Attributes:
-      word: [65536] uint32; after two bytes, x becomes word[x & 0xFFFF] ^ x >> 16.
-      low, high: [65536] uint32; after a row, x becomes low[x & 0xFFFF] ^ high[x >> 16].
-    """
-
-    word: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
 @functools.cache
-def _tables() -> _Tables:
+def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tables, [65536] uint32 each, of what a CRC x becomes after more bytes of zero.
+
+    After two bytes, x becomes word[x & 0xFFFF] ^ x >> 16; after a row, x becomes
+    low[x & 0xFFFF] ^ high[x >> 16].
+    """
     word = np.arange(1 << 16, dtype=np.uint32)
     for _ in range(16):
         word = word >> 1 ^ np.where(word & 1, np.uint32(POLYNOMIAL), np.uint32(0))
@@ -433,7 +425,7 @@ def _tables() -> _Tables:
     high = low << 16
     for _ in range(ROW // 2):
         low, high = (word[half & 0xFFFF] ^ half >> 16 for half in (low, high))
-    return _Tables(word, low, high)
+    return word, low, high
 
 
 def crc32c(messages: Sequence[bytes]) -> np.ndarray:
@@ -443,7 +435,7 @@ def crc32c(messages: Sequence[bytes]) -> np.ndarray:
     whole rows, the CRCs of all rows are computed at once, and those of a message are combined. To
     start at 0xFFFFFFFF, as CRC-32C does, is the same as to invert the first four bytes.
     """
-    tables = _tables()
+    word, low, high = _tables()
     sizes = np.array([len(message) for message in messages])
     rows = -(-sizes // ROW)
     ends = np.cumsum(rows) * ROW
@@ -454,13 +446,13 @@ def crc32c(messages: Sequence[bytes]) -> np.ndarray:
     columns = np.ascontiguousarray(content.view("<u8").reshape(-1, ROW // 8).T)
     sums = np.zeros(columns.shape[1], np.uint32)
     for column in columns:
-        for word in column.view("<u2").reshape(-1, 4).T:
-            sums = tables.word[sums.astype(np.uint16) ^ word] ^ sums >> 16
+        for two_bytes in column.view("<u2").reshape(-1, 4).T:
+            sums = word[sums.astype(np.uint16) ^ two_bytes] ^ sums >> 16
     # The last rows of all messages stand in one column; before its first row, a message has zeros.
     place = np.arange(len(sums)) - np.repeat(np.cumsum(rows), rows) + rows.max()
     joined = np.zeros((int(rows.max()), len(messages)), np.uint32)
     joined[place, np.repeat(np.arange(len(messages)), rows)] = sums
     total = np.zeros(len(messages), np.uint32)
     for row in joined:
-        total = tables.low[total & 0xFFFF] ^ tables.high[total >> 16] ^ row
+        total = low[total & 0xFFFF] ^ high[total >> 16] ^ row
     return ~total

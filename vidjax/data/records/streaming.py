@@ -32,35 +32,32 @@ def train_batches(
     records: Records, plan: BatchPlan, start: int, share: Share = WHOLE
 ) -> Iterator[Batch]:
     """Yields batches without end, see `TrainingData.train_batches`."""
-    shards, offsets, num_clips = [], [], 0
+    shards, added, num_clips = [], [], 0
     for split in plan.splits:
         found = records.splits[split]
         shards += found.shards
-        offsets += [num_clips] * len(found.shards)
+        added += [num_clips] * len(found.shards)
         num_clips += len(found.clips)
-
+    offsets = np.array(added, np.int32)  # of each shard: added to the clip_index for its split
     rows = own_rows(plan.batch_size, share)
     decode = _decoder(records, plan, rows.stop - rows.start)
-    whole = share.parts == 1
-    read_shard = _read_records(shards, offsets) if whole else _number_records(shards)
-    pairs = _shuffled(shards, num_clips, plan.seed, start, read_shard)
-    pairs = pairs.batch(plan.batch_size, drop_remainder=True)
     positions = range(start + rows.start, sys.maxsize, plan.batch_size)
-    if whole:
-        decoded = _decode_whole(pairs, decode, positions)
-    else:
-        own = ((shard[rows], number[rows]) for shard, number in _deterministic(pairs))
-        decoded = _decode_own(
-            own, RecordFiles(shards), np.array(offsets, np.int32), decode, positions
-        )
-    return _batches(decoded, records, shards)
+
+    def shuffled(read_shard: Callable[[Any], Any]) -> Any:
+        stream = _shuffled(shards, num_clips, plan.seed, start, read_shard)
+        return stream.batch(plan.batch_size, drop_remainder=True)
+
+    if share.parts == 1:
+        return _batches(_read_whole(shards, offsets, shuffled, decode, positions), records, shards)
+    read = _read_own(shards, offsets, shuffled, decode, positions, rows)
+    return _batches(read, records, shards)
 
 
 def _decoder(records: Records, plan: BatchPlan, count: int) -> Callable[[Any, Any, Any], Any]:
     """Returns the function that decodes `count` records.
 
     It takes the position of the first clip in the stream, [count] serialised records, and [count]
-    int32, the number to add to each record's clip_index for its split.
+    int32, the number to add to each record's clip_index.
     """
 
     def decode(position: Any, serialized: Any, offset: Any) -> Any:
@@ -74,38 +71,58 @@ def _decoder(records: Records, plan: BatchPlan, count: int) -> Callable[[Any, An
                 fields = random_window(fields, modality, length, positions, seed)
             best = name in plan.longer and plan.crop == "quality"
             decoded[name] = decode_batch(fields, modality, length, best=best)
-        return decoded, clip_index + offset, tf.ones([count], tf.bool)
+        return decoded, clip_index + offset
 
     return decode
 
 
-def _decode_whole(
-    stream: Any, decode: Callable[[Any, Any, Any], Any], positions: range
+def _read_whole(
+    shards: Sequence[Shard],
+    offsets: np.ndarray,
+    shuffled: Callable[[Callable[[Any], Any]], Any],
+    decode: Callable[[Any, Any, Any], Any],
+    positions: range,
 ) -> Iterator[Any]:
-    """Yields decoded batches of a tf.data dataset of (serialised records, offsets)."""
+    """Yields decoded batches, by a tf.data dataset of (serialised records, offsets)."""
+    paths = tf.constant([str(shard.path) for shard in shards])
+    counts = tf.constant([shard.records for shard in shards], tf.int64)
+    table = tf.constant(offsets)
+
+    def read_shard(shard: Any) -> Any:
+        # A TFRecord file that was cut between two records reads without an error.
+        records = tf.data.TFRecordDataset(paths[shard], buffer_size=1 << 20).apply(
+            tf.data.experimental.assert_cardinality(counts[shard])
+        )
+        return tf.data.Dataset.zip((records, _repeated(table[shard])))
+
     counter = tf.data.Dataset.counter(start=positions.start, step=positions.step)
-    dataset = tf.data.Dataset.zip((counter, stream)).map(
+    dataset = tf.data.Dataset.zip((counter, shuffled(read_shard))).map(
         lambda position, batch: decode(position, *batch), num_parallel_calls=2, deterministic=True
     )
     yield from _deterministic(dataset.prefetch(1))
 
 
-def _decode_own(
-    numbers: Iterator[tuple[np.ndarray, np.ndarray]],
-    opened: RecordFiles,
+def _read_own(
+    shards: Sequence[Shard],
     offsets: np.ndarray,
+    shuffled: Callable[[Callable[[Any], Any]], Any],
     decode: Callable[[Any, Any, Any], Any],
     positions: range,
+    rows: slice,
 ) -> Iterator[Any]:
-    """Yields decoded batches of the records of one process, which threads read ahead.
+    """Yields the decoded `rows` of batches, whose records threads read ahead by their numbers.
 
     The threads are Python's: if tf.data called Python functions, a process that ends while a batch
-    is read ahead would wait for itself. `numbers` yields, for each batch, the shard [n] and the
-    number in it [n] of each record. `offsets` [shards] int32 are added to the clip_index.
+    is read ahead would wait for itself.
     """
+    counts = tf.constant([shard.records for shard in shards], tf.int64)
+    numbers = shuffled(
+        lambda shard: tf.data.Dataset.zip((_repeated(shard), tf.data.Dataset.range(counts[shard])))
+    )
     strings = tf.TensorSpec([None], tf.string)
     signature = [tf.TensorSpec([], tf.int64), strings, tf.TensorSpec([None], tf.int32)]
     compiled = tf.function(decode, input_signature=signature)
+    opened = RecordFiles(shards)
 
     def read(position: int, shard: np.ndarray, number: np.ndarray) -> Any:
         serialized = tf.constant(opened.read(shard, number), tf.string)
@@ -115,10 +132,14 @@ def _decode_own(
 
     waiting = collections.deque()
     with ThreadPoolExecutor(READERS) as threads:
-        for position, (shard, number) in zip(positions, numbers, strict=False):
-            waiting.append(threads.submit(read, position, shard, number))
+        for position, (shard, number) in zip(positions, _deterministic(numbers), strict=False):
+            waiting.append(threads.submit(read, position, shard[rows], number[rows]))
             if len(waiting) > READERS:
                 yield waiting.popleft().result()
+
+
+def _repeated(value: Any) -> Any:
+    return tf.data.Dataset.from_tensors(value).repeat()
 
 
 def _deterministic(dataset: Any) -> Iterator[Any]:
@@ -129,68 +150,29 @@ def _deterministic(dataset: Any) -> Iterator[Any]:
 
 
 def _batches(found: Iterator[Any], records: Records, shards: Sequence[Shard]) -> Iterator[Batch]:
-    """Yields decoded clips as batches."""
-    for decoded, clip_index, batch_mask in _checked(found, shards):
-        frames = {}
-        for name, fields in decoded.items():
-            dim, dtype = records.modalities[name]
-            shape = (*fields["mask"].shape, dim)  # [B, T, D]
-            fields["features"] = fields["features"].view(dtype).reshape(shape)
-            frames[name] = Frames(**fields)
-        yield Batch(frames, clip_index, batch_mask)
-
-
-def _checked(found: Iterator[Any], shards: Sequence[Shard]) -> Iterator[Any]:
-    """Yields decoded records; ValueError, with file and record, if they are damaged."""
+    """Yields decoded clips as batches; ValueError, with file and record, if they are damaged."""
     check_changed(shards)
     while True:
         try:
-            decoded = next(found)
-        except StopIteration:
-            return
+            decoded, clip_index = next(found)
         except (tf.errors.OpError, ValueError, OSError) as error:
             for shard in shards:
                 check_shard(shard)
             reason = " ".join(str(error).split())[:200]
             folder = shards[0].path.parent
             raise UserError(f"{folder}: cannot read the records: {reason}") from error
-        yield decoded  # outside of `try`: when the process ends, TensorFlow may be gone
-
-
-def _read_records(shards: Sequence[Shard], offsets: Sequence[int]) -> Callable[[Any], Any]:
-    """Returns a function: index of a shard -> tf.data dataset of (serialised record, offset)."""
-    paths = tf.constant([str(shard.path) for shard in shards])
-    counts = tf.constant([shard.records for shard in shards], tf.int64)
-    offset_table = tf.constant(offsets, tf.int32)
-
-    def read(shard: Any) -> Any:
-        # A TFRecord file that was cut between two records reads without an error.
-        records = tf.data.TFRecordDataset(paths[shard], buffer_size=1 << 20).apply(
-            tf.data.experimental.assert_cardinality(counts[shard])
-        )
-        offset = tf.data.Dataset.from_tensors(offset_table[shard]).repeat()
-        return tf.data.Dataset.zip((records, offset))
-
-    return read
-
-
-def _number_records(shards: Sequence[Shard]) -> Callable[[Any], Any]:
-    """Returns a function: index of a shard -> tf.data dataset of (the index, record number)."""
-    counts = tf.constant([shard.records for shard in shards], tf.int64)
-
-    def number(shard: Any) -> Any:
-        repeated = tf.data.Dataset.from_tensors(shard).repeat()
-        return tf.data.Dataset.zip((repeated, tf.data.Dataset.range(counts[shard])))
-
-    return number
+        frames = {}
+        for name, fields in decoded.items():
+            dim, dtype = records.modalities[name]
+            shape = (*fields["mask"].shape, dim)  # [B, T, D]
+            fields["features"] = fields["features"].view(dtype).reshape(shape)
+            frames[name] = Frames(**fields)
+        # Outside of `try`: when the process ends, TensorFlow may be gone.
+        yield Batch(frames, clip_index, np.ones(len(clip_index), bool))
 
 
 def _shuffled(
-    shards: Sequence[Shard],
-    num_clips: int,
-    seed: int,
-    start: int,
-    read_shard: Callable[[Any], Any],
+    shards: Sequence[Shard], num_clips: int, seed: int, start: int, read_shard: Callable[[Any], Any]
 ) -> Any:
     """Returns an endless tf.data dataset of the elements of `read_shard`, from number `start` on.
 

@@ -32,21 +32,6 @@ SHARD_BYTES = 256 << 20
 ORDER_SEED = 0
 
 
-class _MappedFrames:
-    """Frames of a modality whose flat files are in parts; maps at most `most` parts at once."""
-
-    def __init__(self, files: Sequence[FlatFiles], most: int):
-        self._part = functools.lru_cache(most)(lambda number: dict(files[number]))
-        self._ends = [*itertools.accumulate(flat.num_frames for flat in files)]
-
-    def of_clip(self, start: int, length: int) -> dict[str, np.ndarray]:
-        """Returns field -> frames of a clip, which is in one part, as views of its files."""
-        number = bisect.bisect_right(self._ends, start)
-        part = self._part(number)
-        first = start - (self._ends[number] - len(part["features"]))
-        return {field: part[field][first : first + length] for field in STORED}
-
-
 class StagedSplit(NamedTuple):
     """One split before it is cut into shards: N clip names in byte order, and their frames.
 
@@ -78,75 +63,63 @@ class ShardTask(NamedTuple):
     modalities: dict[str, Modality]
     files: dict[str, list[FlatFiles]]
     clips: tuple[str, ...]
-    order: np.ndarray
-    starts: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
+    order: Sequence[int] | np.ndarray
+    starts: dict[str, Sequence[int] | np.ndarray]
+    lengths: dict[str, Sequence[int] | np.ndarray]
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of each record; its frames are views of mapped files.
 
         Each call maps the files again, so that what it read of them leaves the memory afterwards.
         """
-        parts = max((len(files) for files in self.files.values()), default=1)
-        fitting = most_files() // 2 // (len(STORED) * max(1, len(self.files)))
-        most = max(1, int(min(parts, fitting)))
-        flat = {name: _MappedFrames(files, most) for name, files in self.files.items()}
-        none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-        empty = {
-            name: {"features": np.zeros((0, modality.dim), modality.dtype), **none}
-            for name, modality in self.modalities.items()
+        ends = {
+            name: [*itertools.accumulate(flat.num_frames for flat in parts)]
+            for name, parts in self.files.items()
         }
-        for record, (clip, index) in enumerate(zip(self.clips, self.order.tolist(), strict=True)):
-            frames = {
-                name: flat[name].of_clip(int(self.starts[name][record]), length)
-                if name in flat and (length := int(self.lengths[name][record]))
-                else empty[name]
-                for name in self.modalities
-            }
-            yield {"clip": clip, "clip_index": index, "frames": frames}
+        fitting = int(min(sum(map(len, ends.values())), most_files() // 2 // len(STORED)))
+        mapped = functools.lru_cache(max(len(ends), fitting))(
+            lambda name, number: dict(self.files[name][number])
+        )
+        none = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
+
+        def frames_of(name: str, start: int, length: int) -> dict[str, np.ndarray]:
+            """Returns field -> frames of a clip, which is in one part."""
+            if not length:
+                modality = self.modalities[name]
+                return {"features": np.zeros((0, modality.dim), modality.dtype), **none}
+            number = bisect.bisect_right(ends[name], start)
+            part = mapped(name, number)
+            first = start - (ends[name][number] - len(part["features"]))
+            return {field: part[field][first : first + length] for field in STORED}
+
+        absent = [0] * len(self.clips)
+        for record, (clip, index) in enumerate(zip(self.clips, self.order, strict=True)):
+            frames = {}
+            for name in self.modalities:
+                columns = self.starts.get(name, absent), self.lengths.get(name, absent)
+                frames[name] = frames_of(name, *(int(column[record]) for column in columns))
+            yield {"clip": clip, "clip_index": int(index), "frames": frames}
 
     def save(self, path: Path) -> None:
-        """Writes the task to an `.npz` file."""
-        facts = {
-            "path": str(self.path.absolute()),
-            "modalities": self.modalities,
-            "files": {
-                name: [
-                    (str(flat.folder.absolute()), flat.dtype.name, flat.width, flat.num_frames)
-                    for flat in parts
-                ]
-                for name, parts in self.files.items()
-            },
+        """Writes the task to a JSON file."""
+        files = {
+            name: [(str(f.folder.absolute()), f.dtype.name, f.width, f.num_frames) for f in parts]
+            for name, parts in self.files.items()
         }
-        clips = "\n".join(self.clips).encode("utf-8", "surrogateescape")
-        arrays = {
-            "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8),
-            "clips": np.frombuffer(clips, np.uint8),
-            "order": self.order,
-        }
-        for name in self.files:
-            arrays[f"starts/{name}"] = self.starts[name]
-            arrays[f"lengths/{name}"] = self.lengths[name]
-        np.savez(path, **arrays)
+        facts = {**self._asdict(), "path": str(self.path.absolute()), "files": files}
+        path.write_text(json.dumps(facts, default=np.ndarray.tolist))
 
     @classmethod
     def load(cls, path: Path) -> "ShardTask":
         """Reads a task that `save` has written."""
-        with np.load(path, allow_pickle=False) as file:
-            facts = json.loads(file["facts"].tobytes())
-            files = {
-                name: [FlatFiles(Path(folder), *rest) for folder, *rest in parts]
-                for name, parts in facts["files"].items()
-            }
-            return cls(
-                path=Path(facts["path"]),
-                modalities={name: Modality(*kind) for name, kind in facts["modalities"].items()},
-                files=files,
-                clips=tuple(file["clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")),
-                order=file["order"],
-                starts={name: file[f"starts/{name}"] for name in files},
-                lengths={name: file[f"lengths/{name}"] for name in files},
-            )
+        facts = json.loads(path.read_text())
+        facts["path"] = Path(facts["path"])
+        facts["modalities"] = {name: Modality(*kind) for name, kind in facts["modalities"].items()}
+        facts["files"] = {
+            name: [FlatFiles(Path(folder), *rest) for folder, *rest in parts]
+            for name, parts in facts["files"].items()
+        }
+        return cls(**facts)
 
 
 def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit:
@@ -173,41 +146,41 @@ def stage(split: str, parts: Sequence[Mapping[str, PackedClips]]) -> StagedSplit
     return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)
 
 
-def feature_bytes(lengths: Mapping[str, np.ndarray], modalities: Mapping[str, Modality]) -> int:
+def feature_bytes(
+    lengths: Mapping[str, Sequence[int] | np.ndarray], modalities: Mapping[str, Modality]
+) -> int:
     """Returns the bytes of the features of some clips; `lengths` counts frames, [N] int each."""
     return sum(
-        int(lengths[name].sum()) * modality.dim * np.dtype(modality.dtype).itemsize
+        int(np.sum(lengths[name], dtype=np.int64))
+        * modality.dim
+        * np.dtype(modality.dtype).itemsize
         for name, modality in modalities.items()
         if name in lengths
     )
 
 
-def shard_bounds(split: StagedSplit, modalities: Mapping[str, Modality]) -> list[tuple[int, int]]:
-    """Returns the first and last + 1 record of each shard; no shard is empty."""
-    size = feature_bytes(split.lengths, modalities)
-    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
-    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
-    return list(itertools.pairwise(bounds))
-
-
 def shard_tasks(
-    split: StagedSplit,
-    modalities: Mapping[str, Modality],
-    paths: Sequence[Path],
-    scratch: Path,
+    split: StagedSplit, modalities: dict[str, Modality], prefix: Path, scratch: Path
 ) -> list[ShardTask]:
-    """Returns the task of each shard; arrays that are in memory alone are written to `scratch`."""
+    """Returns the task of each shard, none of them empty; their files begin with `prefix`.
+
+    Arrays that are in memory alone are written to `scratch`.
+    """
     files = {
         name: [_flat_files(flat, scratch / name / str(number)) for number, flat in enumerate(parts)]
         for name, parts in split.packed.items()
     }
+    size = feature_bytes(split.lengths, modalities)
+    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
+    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
     tasks = []
-    for path, (first, last) in zip(paths, shard_bounds(split, modalities), strict=True):
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
         order = split.order[first:last]
+        path = prefix.with_name(f"{prefix.name}.tfrecord-{number:05}-of-{num_shards:05}")
         clips = tuple(split.clips[clip] for clip in order.tolist())
         starts = {name: starts[order] for name, starts in split.starts.items()}
         lengths = {name: lengths[order] for name, lengths in split.lengths.items()}
-        tasks.append(ShardTask(path, dict(modalities), files, clips, order, starts, lengths))
+        tasks.append(ShardTask(path, modalities, files, clips, order, starts, lengths))
     return tasks
 
 
@@ -276,7 +249,7 @@ def write_shards(engine: Engine, tasks: Sequence[ShardTask], scratch: Path) -> N
     folder = scratch / "tasks"
     folder.mkdir(parents=True)
     for number, task in enumerate(tasks):
-        task.save(folder / f"{number:06}.npz")
+        task.save(folder / f"{number:06}.json")
     if isinstance(engine, Beam):
         _run_beam(folder, engine)
     else:
@@ -339,7 +312,7 @@ def _run_beam(folder: Path, engine: Beam) -> None:
     """Writes the shards of a folder of tasks by a Beam pipeline, with one element per task."""
     import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
-    paths = [str(path) for path in sorted(folder.glob("*.npz"))]
+    paths = [str(path) for path in sorted(folder.glob("*.json"))]
     try:
         with _make_pipeline(_beam_flags(engine.options)) as pipeline:
             # Reshuffled, or one worker would take all.
@@ -359,7 +332,7 @@ def write_shard(task: ShardTask) -> None:
 
 
 def _record(clip: Mapping[str, Any], modalities: Mapping[str, Modality]) -> bytes:
-    """Returns the record of a clip; `FrameRecords` tells TFDS what it holds."""
+    """Returns the record of a clip; `codec.write_info` tells TFDS what it holds."""
     values: dict[str, bytes | int] = {
         "clip": clip["clip"].encode(),
         "clip_index": clip["clip_index"],
@@ -382,7 +355,7 @@ def main(argv: Sequence[str]) -> int:
     folder, first, step = argv
     parent = os.getppid()
     try:
-        for path in sorted(Path(folder).glob("*.npz"))[int(first) :: int(step)]:
+        for path in sorted(Path(folder).glob("*.json"))[int(first) :: int(step)]:
             if os.getppid() != parent:  # it was killed, and nobody waits
                 break
             write_saved(str(path))

@@ -4,15 +4,15 @@ Every field of every entry is checked for type, shape and length before it is wr
 depth: a file can surprise neither this code nor the code that reads the flat files.
 """
 
-import operator
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, counts, usable_rows
+from vidjax.data.frame_fields import FRAME_FIELDS, PackedClips, usable_rows
+from vidjax.data.packing import FlatWriter
 from vidjax.data.untrusted.names import clean_name, show
 from vidjax.data.untrusted.unpickle import Array, UnpickleError
 
@@ -29,13 +29,7 @@ _ENTRIES: dict[int, tuple[str, ...]] = {
     2: ("frame", "feature"),
     1: _BARE,
 }
-_MODALITIES = {
-    "face": _ENTRIES[5],
-    "head": _ENTRIES[4],
-    "body": _ENTRIES[3],
-    "scene": _ENTRIES[2],
-    "audio": _BARE,
-}
+_NUM_FIELDS = {"face": 5, "head": 4, "body": 3, "scene": 2, "audio": 1}
 _FIELD_OF = {field.official: name for name, field in FRAME_FIELDS.items()}
 _FEATURE_CODES = ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "|i1")
 
@@ -63,7 +57,7 @@ def refuse_empty(content: object, size: int) -> None:
     An empty clip takes a few of the `size` bytes of the pickle, but as much time as a real one.
     """
     if type(content) is dict:
-        empty = sum(type(value) in (list, tuple) and not value for value in content.values())
+        empty = sum(_is_list(value) and not value for value in content.values())
         if empty > MOST_EMPTY + size // BYTES_PER_EMPTY:
             raise UnpickleError(f"{empty} of {len(content)} clips are empty: refused")
 
@@ -82,12 +76,8 @@ def _clip_name(key: object) -> str:
         raise UnpickleError(str(error)) from None
 
 
-def _features_of(value: Any) -> list[Any]:
-    """Returns the features of a clip's first 200 entries, unchecked."""
-    if type(value) is Array:
-        return [value]
-    entries = value[:200] if type(value) in (list, tuple) else ()
-    return [e[-1] if type(e) in (list, tuple) and e else e for e in entries]
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return type(value) in (list, tuple)
 
 
 def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], int, str]:
@@ -98,23 +88,23 @@ def _expect(clips: Mapping[str, Any], modality: str) -> tuple[tuple[str, ...], i
     """
     lengths, kinds = Counter(), Counter()
     for value in clips.values():
-        if type(value) is Array:
-            lengths[1] += 1
-        elif type(value) in (list, tuple) and value:
-            lengths[len(value[0]) if type(value[0]) in (list, tuple) else 1] += 1
-        for feature in _features_of(value):
+        # Only the first 200 entries of a clip are seen, unchecked.
+        entries = [value] if type(value) is Array else value[:200] if _is_list(value) else []
+        for number, entry in enumerate(entries):
+            feature = entry[-1] if _is_list(entry) and entry else entry
+            if not number:
+                lengths[len(entry) if _is_list(entry) else 1] += 1
             if type(feature) is Array and feature.shape and feature.shape[-1] > 0:
                 kinds[feature.shape[-1], feature.code] += 1
         if kinds.total() >= 200:
             break
     width, code = kinds.most_common(1)[0][0] if kinds else (0, "<f2")
-    length = lengths.most_common(1)[0][0] if lengths else 1
-    fields = _MODALITIES.get(modality) or _ENTRIES.get(length)
-    if fields is None:
+    length = _NUM_FIELDS.get(modality) or (lengths.most_common(1)[0][0] if lengths else 1)
+    if length not in _ENTRIES:
         raise UnpickleError(
             f"{modality} entries have {length} fields, wanted 2 to 5 or bare arrays"
         )
-    return fields, width, code
+    return _ENTRIES[length], width, code
 
 
 def _frame_number(value: Any) -> int:
@@ -138,90 +128,67 @@ def _kind(value: object) -> str:
 
 
 class ClipWriter:
-    """Checks the entries of clip after clip and appends them, block by block, to the flat files."""
+    """Checks the entries of clip after clip and writes them, some clips at once, to flat files."""
 
     def __init__(
-        self,
-        clips: Mapping[str, Any],
-        modality: str,
-        files: Mapping[str, BinaryIO],
-        *,
-        size: int,
-        drop: bool,
+        self, clips: Mapping[str, Any], modality: str, files: FlatWriter, *, size: int, drop: bool
     ) -> None:
         """Decides fields, width and dtype of all entries; UnpickleError if they are unknown.
 
-        `clips` are from `clips_of`, `files` one per field of STORED, `size` the bytes of the
-        pickle. Without `drop`, a non-finite feature refuses the file; with it, the frame is left
-        out.
+        `clips` are from `clips_of`, `size` is the bytes of the pickle. Without `drop`, a non-finite
+        feature refuses the file; with it, the frame is left out.
         """
-        self.names, self.modality, self.files, self.drop = list(clips), modality, files, drop
+        self.modality, self.files, self.drop = modality, files, drop
         self.fields, self.width, self.code = _expect(clips, modality)
         self.native = np.dtype(self.code).newbyteorder("=")
         if self.code not in _FEATURE_CODES:
             kinds = "float16, float32, float64 and int8"
             raise UnpickleError(f"{modality} features are {self.native}, but only {kinds} are read")
         self.row_bytes = self.width * self.native.itemsize
-        self.block_frames = max(1, BLOCK_BYTES // max(1, self.row_bytes))
         # Entries may share parts, so a small file can legitimately expand, but only this far.
         self.max_frames = 100_000 + size // 8
         self.max_bytes = 64 * MB + 4 * size
-        self.seen = np.zeros(len(clips), np.int64)
-        self.kept = np.zeros(len(clips), np.int64)
         self.total = 0
-        self.warnings = Counter()
         self._start_block()
 
     def _start_block(self) -> None:
-        self.owners: list[tuple[int, int]] = []
+        self.names: list[str] = []
+        self.lengths: list[int] = []
         self.chunks: list[bytes | memoryview] = []
         self.values = {
             name: array("i" if field.dtype == "int32" else "d")
             for name, field in FRAME_FIELDS.items()
         }
 
-    def add(self, clip: int, value: Any) -> None:
+    def add(self, name: str, value: Any) -> None:
         """Takes one clip's list of entries or array [D] or [T, D]; UnpickleError with its place."""
-        if type(value) in (list, tuple):
-            value = self._by_time(value)
-            for start in range(0, len(value), self.block_frames):
-                self._add_entries(clip, value, start)
-        elif type(value) is Array and self.fields == _BARE:
-            self._add_rows(clip, value)
-        else:
+        place = f"clip {show(name)}, {self.modality}"
+        is_list = _is_list(value)
+        if not is_list and (type(value) is not Array or self.fields != _BARE):
             wanted = "array" if self.fields == _BARE else f"list of [{', '.join(self.fields)}]"
-            raise UnpickleError(f"{self._clip(clip)} is of type {_kind(value)}, wanted {wanted}")
+            raise UnpickleError(f"{place} is of type {_kind(value)}, wanted {wanted}")
+        if not is_list and (value.shape[-1:] != (self.width,) or value.code != self.code):
+            raise UnpickleError(f"{place} {self._mismatch(value)}")
+        count = len(value) if is_list else value.shape[0] if len(value.shape) == 2 else 1
+        self.total += count
+        if self.total > self.max_frames or self.total * self.row_bytes > self.max_bytes:
+            raise UnpickleError(
+                "the pickle repeats its parts beyond what a file of its size may hold"
+            )
+        if is_list:
+            self._add_entries(place, value)
+        else:
+            self.chunks.append(value.data)
+        if count and not self.width:
+            raise UnpickleError(f"{place} has width 0")
+        if self.fields == _BARE:
+            self.values["number"].extend(range(count))
+        self.names.append(name)
+        self.lengths.append(count)
+        if len(self.values["number"]) * self.row_bytes >= BLOCK_BYTES:
+            self._write_block()
 
-    def _by_time(self, entries: Sequence[Any]) -> Sequence[Any]:
-        """Returns entries in the order of their frame numbers; as they are if one has none."""
-        if self.fields[0] != "frame":
-            return entries
-        try:
-            numbers = [_frame_number(entry[0]) for entry in entries]
-        except (TypeError, LookupError, ValueError):
-            return entries  # the checks that follow say where the mistake is
-        if all(map(operator.le, numbers, numbers[1:])):
-            return entries
-        order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        return [entries[number] for number in order]
-
-    def _clip(self, clip: int) -> str:
-        return f"clip {show(self.names[clip])}, {self.modality}"
-
-    def _add_rows(self, clip: int, value: Array) -> None:
-        if not value.shape or value.shape[-1] != self.width or value.code != self.code:
-            raise UnpickleError(f"{self._clip(clip)} {self._mismatch(value)}")
-        rows = value.shape[0] if len(value.shape) == 2 else 1
-        data = memoryview(value.data)
-        for start in range(0, rows, self.block_frames):
-            stop = min(start + self.block_frames, rows)
-            self.chunks.append(data[start * self.row_bytes : stop * self.row_bytes])
-            self.values["number"].extend(range(start, stop))
-            self._close(clip, stop - start)
-
-    def _add_entries(self, clip: int, value: Sequence[Any], start: int) -> None:
-        stop = min(start + self.block_frames, len(value))
-        entries = value[start:stop]
+    def _add_entries(self, place: str, entries: Sequence[Any]) -> None:
         if self.fields == _BARE:
             entries = [(feature,) for feature in entries]
         field, count = "", 0
@@ -238,16 +205,12 @@ class ClipWriter:
                 ):
                     raise TypeError(self._mismatch(feature))
                 self.chunks.append(feature.data)
-            for place, field in enumerate(self.fields[:-1]):
+            for column, field in enumerate(self.fields[:-1]):
                 append = self._appender(field)
                 for count, entry in enumerate(entries):  # noqa: B007
-                    append(entry[place])
+                    append(entry[column])
         except (TypeError, OverflowError, ValueError) as error:
-            place = f"{self._clip(clip)} entry {start + count}"
-            raise UnpickleError(f"{place}, {field} {error}") from None
-        if self.fields == _BARE:
-            self.values["number"].extend(range(start, stop))
-        self._close(clip, stop - start)
+            raise UnpickleError(f"{place} entry {count}, {field} {error}") from None
 
     def _appender(self, field: str) -> Callable[[Any], None]:
         """Returns the function that stores one value of an official field."""
@@ -259,7 +222,7 @@ class ClipWriter:
         return values.append
 
     def _misfit(self, entry: Any) -> str:
-        nested = type(entry) in (list, tuple)
+        nested = _is_list(entry)
         got = f"has {len(entry)} fields" if nested else f"is of type {_kind(entry)}"
         return f"{got}, wanted [{', '.join(self.fields)}]"
 
@@ -272,58 +235,29 @@ class ClipWriter:
             return f"is {np.dtype(feature.code)!r}, wanted {np.dtype(self.code)!r} as elsewhere"
         return f"has shape {list(feature.shape)}, wanted [{self.width}]"
 
-    def _close(self, clip: int, count: int) -> None:
-        self.owners.append((clip, count))
-        self.seen[clip] += count
-        self.total += count
-        if self.total > self.max_frames or self.total * self.row_bytes > self.max_bytes:
-            raise UnpickleError(
-                "the pickle repeats its parts beyond what a file of its size may hold"
-            )
-        if len(self.values["number"]) >= self.block_frames:
-            self._write_block()
-
     def _write_block(self) -> None:
-        if self.width == 0:
-            raise UnpickleError(f"{self._clip(self.owners[0][0])} has width 0")
-        block = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, self.width)
-        block = block.astype(self.native, copy=False)  # [F, D]
-        owner = np.repeat(*np.array(self.owners).T)  # [F]
-        keep = usable_rows(block)  # [F]
-        if not keep.all():
-            if not self.drop:
-                raise UnpickleError(
-                    f"{self._clip(owner[~keep][0])} has a feature that is not finite"
-                )
-            block = block[keep]
-        np.add.at(self.kept, owner[keep], 1)
-        self.files["features"].write(block.data)
+        width = self.width if self.total else 1
+        features = np.frombuffer(b"".join(self.chunks), self.code).reshape(-1, width)
+        frames = {"features": features.astype(self.native, copy=False)}  # [F, D]
         for name, values in self.values.items():
-            self.files[name].write(self._column(name, values, keep).data)
+            field = FRAME_FIELDS[name]
+            frames[name] = field.default(len(features))
+            if values:
+                with np.errstate(over="ignore"):
+                    column = np.array(values).astype(field.dtype)
+                frames[name] = column.reshape(field.shape(len(features)))
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)  # [F]
+        if ((np.diff(frames["number"]) < 0) & (np.diff(owner) == 0)).any():  # frames go by time
+            order = np.lexsort((frames["number"], owner))
+            frames = {name: column[order] for name, column in frames.items()}
+        keep = usable_rows(frames["features"])  # [F]
+        if not self.drop and not keep.all():
+            name = show(self.names[owner[np.argmin(keep)]])
+            raise UnpickleError(f"clip {name}, {self.modality} has a feature that is not finite")
+        self.files.add(self.names, self.lengths, frames, keep)
         self._start_block()
 
-    def _column(self, name: str, values: array, keep: np.ndarray) -> np.ndarray:
-        """Returns values at `keep` [F] bool, 0 if not finite; defaults if `values` is empty."""
-        field = FRAME_FIELDS[name]
-        if not values:
-            return field.default(len(keep))[keep]
-        with np.errstate(over="ignore"):
-            column = np.array(values).astype(field.dtype).reshape(field.shape(len(keep)))[keep]
-        finite = np.isfinite(column)
-        if not finite.all():
-            frames = finite.reshape(len(column), -1).all(axis=1)
-            self.warnings[f"non_finite_{name}"] += int(np.sum(~frames))
-            column[~finite] = 0.0
-        return column
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the last block and returns the summary that the parent reads."""
-        if self.owners:
-            self._write_block()
-        return {
-            "names": self.names,
-            "lengths": self.kept.tolist(),
-            "width": self.width if self.total else 0,
-            "dtype": self.native.str,
-            **counts(self.seen, self.kept, self.warnings),
-        }
+    def finish(self) -> PackedClips:
+        """Writes the last block and returns all clips."""
+        self._write_block()
+        return self.files.finish(self.width if self.total else 0, self.native)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.data.frame_fields import STORED, NonFinite, PackedClips
+from vidjax.data.packing import FlatWriter
 from vidjax.data.processes import Children
 from vidjax.data.untrusted.entries import MB, ClipWriter, clips_of, refuse_empty
 from vidjax.data.untrusted.names import show
@@ -46,14 +47,11 @@ def convert(path: Path, modality: str, out_dir: Path, *, drop: bool) -> dict[str
         content = load(file, size)
     refuse_empty(content, size)
     clips = clips_of(content)
-    with contextlib.ExitStack() as stack:
-        files = {
-            field: stack.enter_context((out_dir / f"{field}.bin").open("wb")) for field in STORED
-        }
+    with FlatWriter(out_dir) as files:
         writer = ClipWriter(clips, modality, files, size=size, drop=drop)
-        for clip, name in enumerate(writer.names):
-            writer.add(clip, clips.pop(name))
-        return writer.finish()
+        for name in list(clips):
+            writer.add(name, clips.pop(name))
+        return writer.finish().summary()
 
 
 def memory_limit(size: int) -> int:

@@ -84,9 +84,8 @@ class _DType(metaclass=_Sealed):
         # Item size, alignment and flags of a plain number are -1, -1 and 0.
         if type(order) is not str or order not in orders:
             raise UnpickleError("the pickle holds a dtype with an impossible byte order")
-        if any(type(number) is not int for number in (version, *layout[:3])):
-            raise UnpickleError("the pickle holds a damaged dtype")
-        if version not in (3, 4) or layout[:3] != [-1, -1, 0]:
+        whole = all(type(number) is int for number in (version, *layout[:3]))
+        if not whole or version not in (3, 4) or layout[:3] != [-1, -1, 0]:
             raise UnpickleError("the pickle holds a damaged dtype")
         self.code = order + self.code[1:]
 
