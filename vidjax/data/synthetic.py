@@ -186,14 +186,13 @@ def write(
 
 
 def _write_split(folder: Path, clips: "_Clips", split: str) -> None:
-    starts = range(0, len(clips.labels), _CHUNK_CLIPS)
-    chunks = [clips.names[start : start + _CHUNK_CLIPS] for start in starts]
-    frames = [
-        clips.frames(start + np.arange(len(c))) for start, c in zip(starts, chunks, strict=True)
-    ]
+    starts = range(0, len(clips.names), _CHUNK_CLIPS)
+    chunks = [np.arange(len(clips.names))[start : start + _CHUNK_CLIPS] for start in starts]
+    frames = [clips.frames(rows) for rows in chunks]
     for modality in _MODALITIES:
         content = {}
-        for names, drawn in zip(chunks, frames, strict=True):
+        for rows, drawn in zip(chunks, frames, strict=True):
+            names = clips.names[rows[0] : rows[-1] + 1]
             content.update(drawn.pop(modality).entries(modality, names))
         version = "_v2" if modality == "face" and split != "test" else ""
         with (folder / f"{modality}_{split}{version}.pickle").open("wb") as file:
@@ -218,7 +217,7 @@ class _FlatFrames(NamedTuple):
 
     Attributes:
       present: [n] bool, whether the clip has the modality.
-      lengths: [n] int, number of frames of the clip; 0 if it lacks the modality.
+      lengths: [n] int, number of frames of the clip; those of a clip without it do not count.
       number: [F] int, frame number.
       box: [F, 4] float64, x1, y1, x2, y2 in pixels.
       detection, quality: [F] float64.
@@ -233,12 +232,6 @@ class _FlatFrames(NamedTuple):
     quality: np.ndarray
     features: np.ndarray
 
-    def without(self, clips: np.ndarray) -> "_FlatFrames":
-        """Returns the frames as if `clips` [n] bool lacked the modality."""
-        keep = ~np.repeat(clips, self.lengths)
-        values = (value[keep] for value in self[2:])
-        return _FlatFrames(self.present & ~clips, np.where(clips, 0, self.lengths), *values)
-
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         """Yields clip and value as the official pickle of a modality has them."""
         columns = [list(map(str, self.number.tolist()))]
@@ -246,7 +239,7 @@ class _FlatFrames(NamedTuple):
         columns = columns[: {"face": 4, "head": 3}.get(modality, 2)]
         start = 0
         for name, length, present in zip(names, self.lengths.tolist(), self.present, strict=True):
-            rows = slice(start, start + length)
+            rows = slice(start, start + length * present)
             start += length
             features = list(self.features[rows])
             if modality == "audio" and present:
@@ -381,8 +374,8 @@ class _Clips:
             clarity = quality[keep] if kind.every else np.full(len(keep), 78.0)
             detection = 1 - 0.01 * rng.exponential(1 + np.exp((40 - clarity) / 25))
             points = self._points_shown(modality, rows[clip[keep]], wrong[keep])
-            frames = _FlatFrames(
-                present,
+            result[modality] = _FlatFrames(
+                present & ~self.lost[modality][rows],
                 np.bincount(clip[keep], minlength=len(rows)),
                 number[keep],
                 _boxes_about(centre[keep], width[keep] * _BOX_SCALE.get(modality, 0)),
@@ -390,7 +383,6 @@ class _Clips:
                 clarity,
                 self._features(modality, points, spread, track[keep], position[keep], clarity),
             )
-            result[modality] = frames.without(self.lost[modality][rows])
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +66,12 @@ def convert(
                         )
     records = load_records(folder)
     mark_used(folder)
-    if non_finite == "error":  # the records may be those of an earlier conversion with 'drop'
-        _refuse_dropped(records, source)
+    splits = records.report["splits"].values()
+    counts = [one for split in splits for one in split["modalities"].values()]
+    if non_finite == "error" and any(one["frames_skipped"].get("non_finite") for one in counts):
+        # The records are those of an earlier conversion with 'drop': reading again names the clip.
+        with tempfile.TemporaryDirectory() as scratch:
+            source.read(Path(scratch), "error")
     return records
 
 
@@ -76,17 +80,7 @@ def records_folder(source: RecordSource, cache_dir: str | Path | None = None) ->
     return cache_folder(cache_dir, source.kind, [VERSION, source.fingerprint()])
 
 
-def _refuse_dropped(records: Records, source: RecordSource) -> None:
-    """Raises ValueError, with the first clip, when a frame was left out of the records."""
-    for split in records.report["splits"].values():
-        for counts in split["modalities"].values():
-            if counts["frames_skipped"].get("non_finite"):
-                with tempfile.TemporaryDirectory() as scratch:  # reading again names the clip
-                    source.read(Path(scratch), "error")
-
-
 _LOG = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 def write_records(
@@ -101,7 +95,7 @@ def write_records(
     _LOG.info("converting %s", source.title)
     with ThreadPoolExecutor(1 if engine == writers.ALONE else num_cores()) as threads:
 
-        def start(function: Callable[..., Result], *args: Any) -> Future[Result]:
+        def start(function: Callable[..., Any], *args: Any) -> Future[Any]:
             """Calls a function in a thread; waits for it if no other process works meanwhile."""
             future = threads.submit(function, *args)
             if engine == writers.ALONE:
