@@ -352,7 +352,7 @@ def test_a_bad_clip_is_named(what, cache):
             ("'clip' is not the name of a split", "{'train': {clip:"),
         ),
         ({"train": np.zeros(3)}, ("'train' is not the name of a split",)),
-        ({"train": {"a": np.zeros((1, 2))}}, ("train: clip 'a' is of type ndarray",)),
+        ({"train": {"a": np.zeros((1, 2))}}, ("train: clip a is of type ndarray",)),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, ("clip a", "modality 'fa ce'")),
         ({"train": {"a": {"f": [1.0]}, "a.mp4": {"f": [1.0]}}}, ("train: clip a comes twice",)),
         ({"train": {"a\nb": {"f": [1.0]}}}, ("train: clip name 'a\\nb'", "rename it")),

@@ -315,7 +315,7 @@ def test_misspelt_labels_fields_and_modalities_are_told(tmp_path: Path) -> None:
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     with pytest.raises(ValueError, match="did you mean 'face_quality'"):
-        list(arrays.FeatureFolder(tmp_path)._clips("train"))
+        arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
     with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
         arrays.FeatureFolder(tmp_path).truth({"train": ["a"]})
     some, none = np.array([1, 2]), np.array([0, 0])

@@ -52,7 +52,7 @@ def as_clips(clips: Clips, place: str) -> Iterator[Clip]:
         name = clean_name_at(f"{place}:", given)
         if not isinstance(modalities, Mapping):
             raise UserError(
-                f"{place}: clip '{show(name)}' is of type {type(modalities).__name__}, "
+                f"{place}: clip {show(name)} is of type {type(modalities).__name__}, "
                 "wanted {modality: features}"
             )
         yield Clip(name, place, modalities, given)

@@ -116,12 +116,14 @@ class Dataset:
         clips = self.split(plan.split)
         check_modalities(clips, plan.modalities)
         _, order, _, shards = self._records.splits[plan.split]
-        # Processes together read every clip once, if the index names every clip once.
-        named = order[: sum(shard.records for shard in shards)]
-        times = np.bincount(named, minlength=len(clips.clips))
-        _check_times(times, clips, np.ones(len(times), bool), shards)
-        wanted = np.zeros(len(times), bool)
-        wanted[order[own_places(plan.bucket[order], rows, share)]] = True
+        wanted = plan.bucket >= 0
+        if share.parts > 1:
+            # Processes together read every clip once, if the index names every clip once.
+            num_records = sum(shard.records for shard in shards)
+            times = np.bincount(order[:num_records], minlength=len(wanted))
+            _check_times(times, clips, np.ones_like(wanted), shards)
+            wanted = np.zeros_like(wanted)
+            wanted[order[own_places(plan.bucket[order], rows, share)]] = True
         batches = padding.eval_batches(self._records, plan, rows, share)
         return _counted(batches, clips, wanted, shards)
 
