@@ -5,13 +5,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +78,6 @@ def read(found: manifest_lib.Records, split: str) -> list[dict]:
     builder = tfds.builder_from_directory(found.splits[split].shards[0].path.parent)
     config = tfds.ReadConfig(interleave_cycle_length=1)
     return list(tfds.as_numpy(builder.as_dataset(split=split, read_config=config)))
-
-
-def short_message(error: pytest.ExceptionInfo) -> str:
-    """Returns the message, which must fit three lines."""
-    message = str(error.value)
-    assert 1 <= len(message.splitlines()) <= 3
-    return message
 
 
 def test_records_hold_every_frame_of_the_pickles(
@@ -178,75 +166,7 @@ def test_sources_never_mix(small: Path, cache: Path, tmp_path: Path) -> None:
     assert prepare(small, cache).folder == folders[-1]
 
 
-def damage_missing(path: Path, other: Path) -> None:
-    path.unlink()
-
-
-def damage_empty(path: Path, other: Path) -> None:
-    path.write_bytes(b"")
-
-
-def damage_cut_in_record(path: Path, other: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def damage_cut_between_records(path: Path, other: Path) -> None:
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    path.write_bytes(content[: 8 + 4 + length + 4])
-
-
-def damage_other_shard(path: Path, other: Path) -> None:
-    shutil.copyfile(other, path)
-
-
-def damage_flipped_byte(path: Path, other: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) * 3 // 4] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES: dict[Callable[[Path, Path], None], str] = {
-    damage_missing: "no such file, expected 5 records",
-    damage_empty: "expected 5 records, found 0",
-    damage_cut_in_record: "expected 5 records, found 4: record 5 is damaged",
-    damage_cut_between_records: "expected 5 records, found 1",
-    damage_other_shard: "sha256",
-    damage_flipped_byte: r"expected 5 records, found \d: record \d is damaged",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_shards_are_refused_at_load(
-    found: manifest_lib.Records, tmp_path: Path, damage: Callable[[Path, Path], None]
-) -> None:
-    shutil.copytree(found.folder, tmp_path / "copy")
-    shards = manifest_lib.load_records(tmp_path / "copy").splits["train"].shards
-    damage(shards[2].path, shards[3].path)
-    with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
-        manifest_lib.load_records(tmp_path / "copy")
-    assert str(shards[2].path) in short_message(error)
-
-
-def test_a_copied_folder_still_serves(found: manifest_lib.Records, tmp_path: Path) -> None:
-    shutil.copytree(found.folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert len(read(manifest_lib.load_records(tmp_path / "copy"), "train")) == 40
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "index.npz", "data_report.json"])
-def test_damaged_index_files_are_refused(
-    found: manifest_lib.Records, tmp_path: Path, name: str
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(found.folder, folder)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="damaged records") as error:
-        manifest_lib.load_records(folder)
-    assert str(folder) in short_message(error)
-
-
-def test_a_failed_conversion_leaves_nothing(
+def test_a_failed_or_killed_conversion_leaves_nothing(
     small: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -255,21 +175,12 @@ def test_a_failed_conversion_leaves_nothing(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
         patch.setattr(convert, "write_manifest", full)
         prepare(small, cache)
-    assert str(cache) in short_message(error)
-    assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]
-
-
-def test_what_a_killed_conversion_left_is_cleared(small: Path, cache: Path) -> None:
+    assert str(cache) in str(error.value) and len(str(error.value).splitlines()) <= 3
+    (lock,) = (cache / "iqiyi_vid").iterdir()
+    assert lock.suffix == ".lock"
+    (lock.with_name(f"{lock.stem}.01234567.partial") / "staging").mkdir(parents=True)
     folder = prepare(small, cache).folder
-    shutil.rmtree(folder)
-    (folder.with_name(f"{folder.name}.01234567.partial") / "staging").mkdir(parents=True)
-    prepare(small, cache)
-    held = {f"{folder.name}.lock", folder.name}
-    assert {path.name for path in folder.parent.iterdir()} == held
-
-
-def test_few_clips_make_few_shards(small: Path, cache: Path) -> None:
-    assert [s.records for s in prepare(small, cache).splits["train"].shards] == [1, 1, 1]
+    assert set(folder.parent.iterdir()) == {folder, lock}
 
 
 def test_labels_are_columns_in_identity_order(source: Path, found: manifest_lib.Records) -> None:
@@ -284,7 +195,7 @@ def test_labels_are_columns_in_identity_order(source: Path, found: manifest_lib.
     assert report["splits"]["val"]["clips_per_identity"]["2-2"] == 6
 
 
-def test_splits_without_ground_truth_are_unlabelled(
+def test_splits_without_ground_truth_and_identities_that_only_one_has(
     found: manifest_lib.Records, tmp_path: Path
 ) -> None:
     write_truth(tmp_path, "train", {"train_000": "4", "train_001": "6"})
@@ -293,78 +204,18 @@ def test_splits_without_ground_truth_are_unlabelled(
     assert not labels["val"].labelled and not labels["val"].labels.any()
     assert labels["val"].positives.tolist() == [0, 0]
     assert report["splits"]["val"]["labelled"] is False
-
-
-def test_ground_truth_of_unknown_clips(found: manifest_lib.Records, tmp_path: Path) -> None:
-    known = {f"train_{i:03d}": "1" for i in range(40)}
-    write_truth(tmp_path, "train", {**known, "stranger": "1"})
-    with pytest.raises(ValueError, match="1 of 41 clips are in no feature file") as error:
-        label_records(found, load_official_truth(tmp_path, found.clips))
-    assert "stranger" in short_message(error)
-    write_truth(tmp_path, "train", {f"{name}.avi": "1" for name in known})
-    with pytest.raises(ValueError, match=r"the feature files name train_000\n"):
-        label_records(found, load_official_truth(tmp_path, found.clips))
-
-
-def test_few_unknown_clips_are_positives_all_the_same(tmp_path: Path, cache: Path) -> None:
-    clips = {f"c{i:03d}": random_clip(RNG, 1, 2) for i in range(120)}
-    write_pickle(tmp_path, "face", "val", clips)
-    write_truth(tmp_path, "val", {**dict.fromkeys(clips, "5"), "stranger": "5"})
-    found = prepare(tmp_path, cache)
-    with pytest.warns(UserWarning, match="1 of 121 clips are in no feature file"):
-        _, labels, report = label_records(found, load_official_truth(tmp_path, found.clips))
-    assert labels["val"].positives.tolist() == [121]
-    assert report["splits"]["val"]["unknown_clips"] == 1
-
-
-def test_identities_that_only_test_shows_are_counted(small: Path, cache: Path) -> None:
-    (small / "face_train.pickle").rename(small / "face_test.pickle")
-    write_truth(small, "train", {"elsewhere": "3"})
-    write_truth(small, "test", {"s0": "3", "s1": "77"})
-    found = prepare(small, cache)
+    # As if val were test, whose identities name no columns.
+    write_truth(tmp_path, "test", {"val_000": "6", "val_001": "77"})
+    splits, counts = (
+        {"train": of["train"], "test": of["val"]} for of in (found.splits, found.report["splits"])
+    )
+    records = found._replace(splits=splits, report={**found.report, "splits": counts})
+    truth = load_official_truth(tmp_path, records.clips)
     with pytest.warns(UserWarning, match=r"the labels of test .*: 1 clips"):
-        identities, labels, report = label_records(found, load_official_truth(small, found.clips))
-    assert identities == ("3",)
-    assert labels["test"].labels.tolist() == [1, 0, 0]
+        identities, labels, report = label_records(records, truth)
+    assert identities == ("4", "6")
+    assert labels["test"].labels.tolist() == [2, *[0] * 20]
     assert report["splits"]["test"]["unlisted_identities"] == 1
-
-
-def test_the_report_adds_up(
-    small: Path, cache: Path, source: Path, found: manifest_lib.Records
-) -> None:
-    clips = {f"s{i:02d}": random_clip(RNG, 3, 4) for i in range(40)}
-    clips["s05"].features[1] = np.nan
-    clips["s06"].features[:] = np.inf
-    write_pickle(small, "face", "train", clips)
-    report = prepare(small, cache).report
-    face = report["splits"]["train"]["modalities"]["face"]
-    assert (face["frames_seen"], face["frames"]) == (120, 116)
-    assert sum(face["frames_skipped"].values()) == 4
-    assert face["clips_without"] == 1 and face["missing_rate"] == 1 / 40
-    frames = np.concatenate([clip.features for clip in clips.values()]).astype(np.float64)
-    norms = np.linalg.norm(frames[np.isfinite(frames).all(1)], axis=1)
-    assert face["norm"]["mean"] == pytest.approx(norms.mean(), rel=1e-3)
-    assert sum(face["norm"]["counts"]) == sum(face["quality"]["counts"]) == 116
-    for facts in found.report["splits"].values():
-        for modality in facts["modalities"].values():
-            skipped = sum(modality["frames_skipped"].values())
-            assert modality["frames"] + skipped == modality["frames_seen"]
-
-
-def test_a_clip_in_two_splits_is_refused(tmp_path: Path, cache: Path) -> None:
-    clips = {f"c{i}": random_clip(RNG, 1, 2) for i in range(8)}
-    write_pickle(tmp_path, "face", "train", clips)
-    write_pickle(tmp_path, "head", "val", {**clips, "alone": clips["c0"]})
-    with pytest.raises(ValueError, match="8 clips are in two splits") as error:
-        prepare(tmp_path, cache)
-    assert short_message(error).count("train and val") == 5
-
-
-def test_widths_must_agree_between_splits(small: Path, cache: Path) -> None:
-    write_pickle(small, "face", "val", {"v": random_clip(RNG, 2, 5)})
-    with pytest.raises(ValueError, match=r"face: features are 4 wide in .*face_train") as error:
-        prepare(small, cache)
-    assert "5 wide in" in short_message(error) and "face_val.pickle" in str(error.value)
 
 
 def test_splits_of_two_dtypes_share_the_one_that_holds_both(small: Path, cache: Path) -> None:
@@ -374,18 +225,7 @@ def test_splits_of_two_dtypes_share_the_one_that_holds_both(small: Path, cache: 
     assert found.modalities["face"].dtype == "float32"
     features = read(found, "val")[0]["frames"]["face"]["features"]
     np.testing.assert_array_equal(features, clip.features)
-
-
-def test_directories_without_data_are_refused(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(OSError, match="no such directory"):
-        prepare(tmp_path / "nowhere", cache)
-    with pytest.raises(FileNotFoundError, match="no feature pickles") as error:
-        prepare(tmp_path, cache)
-    assert "face_train.pickle" in short_message(error)
-    write_pickle(tmp_path, "face", "train", {})
-    with pytest.raises(ValueError, match="no clip has a single frame") as error:
-        prepare(tmp_path, cache)
-    short_message(error)
+    assert [shard.records for shard in found.splits["train"].shards] == [1, 1, 1]
 
 
 def test_command_converts_and_reports(
@@ -401,34 +241,6 @@ def test_command_converts_and_reports(
     assert iqiyi_vid.main([str(source / "nowhere"), f"--cache_dir={cache}"]) == 2
     out, err = capsys.readouterr()
     assert not out and 1 <= len(err.splitlines()) <= 3 and "nowhere" in err
-
-
-def convert_command(source: Path, cache: Path) -> list[str]:
-    return [sys.executable, "-m", "vidjax.data.iqiyi_vid", str(source), f"--cache_dir={cache}"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["staging", "iqiyi_vid/incomplete*/*tfrecord*"])
-def test_kill_in_mid_conversion_leaves_nothing_that_looks_finished(
-    tmp_path: Path, cache: Path, moment: str
-) -> None:
-    clip = random_clip(np.random.default_rng(0), 30, 512)
-    write_pickle(tmp_path, "face", "train", {f"c{i:05d}": clip for i in range(2000)})
-    process = subprocess.Popen(convert_command(tmp_path, cache), stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 60
-        while not list(cache.glob(f"iqiyi_vid/*.partial/{moment}")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    left = [path.name for path in (cache / "iqiyi_vid").iterdir()]
-    assert all(name.endswith((".lock", ".partial")) for name in left) and len(left) == 2
-    found = prepare(tmp_path, cache)
-    assert len(found.splits["train"].clips) == 2000
-    held = {f"{found.folder.name}.lock", found.folder.name}
-    assert {path.name for path in found.folder.parent.iterdir()} == held
 
 
 def prepare_in_turn(source: Path, cache: Path, queue: "multiprocessing.Queue[int]") -> None:
@@ -454,18 +266,3 @@ def test_of_two_processes_one_converts_and_one_waits(source: Path, cache: Path) 
     for process in processes:
         process.join()
     assert counts == [0, 5]
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_error_and_leaves_no_partial_folder(source: Path, cache: Path) -> None:
-    # A limit on file size fails as a full disk does, at the same calls; staging stays below it.
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000));"
-        "from vidjax.data import iqiyi_vid; sys.exit(iqiyi_vid.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, str(source), f"--cache_dir={cache}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) <= 3
-    assert str(cache) in result.stderr
-    assert [path.suffix for path in (cache / "iqiyi_vid").iterdir()] == [".lock"]
