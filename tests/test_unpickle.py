@@ -3,8 +3,6 @@
 import io
 import pickle
 import struct
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -90,20 +88,12 @@ def test_read_only_arrays_and_scalars_of_any_kind_load() -> None:
     assert load(pickle.dumps([np.int64(-7), np.uint8(200), np.True_])) == [-7, 200, True]
 
 
-ATTACKS = hostile.attacks(Path("/nowhere/mark"))
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_refused_by_the_name_of_what_they_call(name: str) -> None:
-    message = refusal(ATTACKS[name].data)
-    assert ATTACKS[name].told in message and "byte" in message
-
-
-@pytest.mark.parametrize("name", hostile.TRICKS)
-def test_tricks_with_classes_arrays_and_dtypes_are_refused(name: str) -> None:
+def test_attacks_and_tricks_leave_the_classes_of_the_globals_alone() -> None:
     before = {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()}
-    assert "byte" in refusal(hostile.TRICKS[name])
-    assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
+    attacks = hostile.attacks(Path("/nowhere/mark")).values()
+    for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
+        assert "byte" in refusal(data)
+        assert {name: dict(vars(found)) for name, found in unpickle._GLOBALS.items()} == before
 
 
 def test_a_shape_beyond_its_bytes_is_refused_before_anything_is_allocated() -> None:
@@ -138,35 +128,3 @@ def test_text_and_damage_are_told_with_their_byte() -> None:
     assert "(at byte 0)" in refusal(b"\xef\xbb\xbfclip 1\n")
     padding = python2.dumps([b"x" * 200] * 2000, 2)[:-1]
     assert f"(at byte {len(padding)})" in refusal(padding + b"\xfe" + b"." * 200_000)
-
-
-def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:
-    """Random damage, in a process of its own: some of it asks for gigabytes."""
-    frames = [[b"1", [1.0] * 4, 0.5, np.float64(80), np.arange(4, dtype="f2")] for _ in range(3)]
-    value = {b"clip": frames, b"other": []}
-    seeds = [python2.dumps(value, p) for p in range(3)] + [pickle.dumps(value, p) for p in range(6)]
-    (tmp_path / "seeds").write_bytes(pickle.dumps(seeds))
-    code = """
-        import io, pickle, random, resource, sys
-        from vidjax.data.untrusted import unpickle
-        resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
-        seeds = pickle.load(open(sys.argv[1], "rb"))
-        chance = random.Random(0)
-        ends = {}
-        for _ in range(1200):
-            data = bytearray(chance.choice(seeds))
-            for _ in range(chance.choice([1, 1, 2, 5])):
-                at, cut = chance.randrange(len(data)), chance.choice([0, 1, 1, 4])
-                data[at : at + cut] = chance.randbytes(chance.choice([0, 1, 1]))
-            try:
-                unpickle.load(io.BytesIO(bytes(data)), len(data))
-                end = "loaded"
-            except (unpickle.UnpickleError, MemoryError) as error:
-                end = type(error).__name__
-                assert "\\n" not in str(error) and len(str(error)) < 300
-            ends[end] = ends.get(end, 0) + 1
-        assert ends["UnpickleError"] > 300 and ends["loaded"] > 50, ends
-    """
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(tmp_path / "seeds")]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr

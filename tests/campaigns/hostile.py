@@ -105,105 +105,75 @@ class Attack(NamedTuple):
     fires: bool = True
 
 
-def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns pickles that would make the file `mark`, or do other harm, by every route."""
+def _routes(mark: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yields name, what the error must name, and the pickle, of every route to code."""
     command, path = text(f"touch {mark}"), text(str(mark))
     system = name("os system")
     # What runs without any REDUCE: iterators, and __setstate__ looked up on the object.
     lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
     set_state = b"}" + text("__setstate__") + system + b"sb" + command + b"b."
     touch_path = call("pathlib Path", path)
+    run = call("os system", command)
+    yield "GLOBAL REDUCE", "os.system", system + command + b"\x85R."
+    yield "GLOBAL posix", "posix.system", name("posix system") + command + b"\x85R."
+    yield "STACK_GLOBAL", "os.system", dotted("os system") + command + b"\x85R."
+    for words, argument in (("shutil os.system", command), ("pathlib Path.touch", touch_path)):
+        yield f"{words} by dots", words.replace(" ", "."), dotted(words) + argument + b"\x85R."
     empty = EMPTY.replace(b"numpy.core", b"numpy._core")
-    some_array = empty + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
-    inner = call("os system", command) + b"."
-    inner = b"B" + struct.pack("<I", len(inner)) + inner
-    objects = part((3, b"|", None, None, None, -1, -1, 63))
-    object_array = (
-        empty
-        + tuple_of(
-            part(1),
-            part((1,)),
-            call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b",
-            part(False),
-            b"]" + call("os system", command) + b"a",
-        )
-        + b"b."
-    )
-
-    def extended(number: int, opcode: bytes) -> bytes:
+    array = empty + part((1, (1,), np.dtype("|i1"), False, b"a")) + b"b"
+    to_file = "numpy ndarray.tofile"
+    yield to_file, "numpy.ndarray.tofile", dotted(to_file) + tuple_of(array, path) + b"R."
+    yield "INST", "os.system", b"(" + command + b"ios\nsystem\n."
+    yield "OBJ", "os.system", b"(" + system + command + b"o."
+    yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
+    yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
+    frozen = name("builtins frozenset") + lazy + b"\x85\x81."
+    yield "NEWOBJ of a frozenset", "builtins.frozenset", frozen
+    namespace = name("types SimpleNamespace") + b")\x81" + set_state
+    yield "BUILD of a namespace", "types.SimpleNamespace", namespace
+    yield "BUILD of a function", "textwrap.dedent", name("textwrap dedent") + set_state
+    slots = tuple_of(b"N", b"}" + text("__setstate__") + system + b"s")
+    of_class = name("argparse Namespace") + slots + b"b" + command + b"b."
+    yield "BUILD of a class", "argparse.Namespace", of_class
+    extensions = {7: b"\x82\x07", 257: b"\x83\x01\x01", 65537: b"\x84\x01\x00\x01\x00"}
+    for number, opcode in extensions.items():
         known = call("copyreg add_extension", text("posix"), text("system"), part(number))
-        return known + b"0" + opcode + command + b"\x85R."
+        yield f"EXT {number}", "copyreg.add_extension", known + b"0" + opcode + command + b"\x85R."
+    inner = b"B" + struct.pack("<I", len(run) + 1) + run + b"."
+    for words in ("pickle loads", "_pickle loads", "cPickle loads"):
+        yield f"nested in {words}", words.replace(" ", "."), call(words, inner) + b"."
+    objects = part((3, b"|", None, None, None, -1, -1, 63))
+    kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
+    state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
+    yield "object array", "not a plain number", empty + state + b"b."
+    partial = call("functools partial", system, command)
+    yield "partial", "functools.partial", partial + b")R."
+    method = call("operator methodcaller", text("touch"))
+    yield "methodcaller", "operator.methodcaller", method + touch_path + b"\x85R."
+    touch = call("builtins getattr", touch_path, text("touch"))
+    yield "getattr", "builtins.getattr", touch + b")R."
+    some_bytes = name("builtins bytes")
+    made = call("copy_reg _reconstructor", some_bytes, some_bytes, call("builtins list", lazy))
+    yield "reconstructor", "copy_reg._reconstructor", made + b"."
+    yield "dict of keys", "os.system", b"}" + run + text("value") + b"s."
+    yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
+    yield "before a sound dict", "os.system", run + b"0}."
 
-    routes = {
-        "GLOBAL REDUCE": Attack(system + command + b"\x85R.", "os.system"),
-        "GLOBAL posix": Attack(name("posix system") + command + b"\x85R.", "posix.system"),
-        "STACK_GLOBAL": Attack(dotted("os system") + command + b"\x85R.", "os.system"),
-        "STACK_GLOBAL dots": Attack(
-            dotted("shutil os.system") + command + b"\x85R.", "shutil.os.system"
-        ),
-        "method by dots": Attack(
-            dotted("pathlib Path.touch") + touch_path + b"\x85R.", "pathlib.Path.touch"
-        ),
-        "numpy method by dots": Attack(
-            dotted("numpy ndarray.tofile") + tuple_of(some_array, path) + b"R.",
-            "numpy.ndarray.tofile",
-        ),
-        "INST": Attack(b"(" + command + b"ios\nsystem\n.", "os.system"),
-        "OBJ": Attack(b"(" + system + command + b"o.", "os.system"),
-        "NEWOBJ": Attack(name("builtins bytes") + lazy + b"\x85\x81.", "builtins.map"),
-        "NEWOBJ_EX": Attack(name("builtins bytes") + lazy + b"\x85}\x92.", "builtins.map"),
-        "NEWOBJ of a frozenset": Attack(
-            name("builtins frozenset") + lazy + b"\x85\x81.", "builtins.frozenset"
-        ),
-        "BUILD of a namespace": Attack(
-            name("types SimpleNamespace") + b")\x81" + set_state, "types.SimpleNamespace"
-        ),
-        "BUILD of a function": Attack(name("textwrap dedent") + set_state, "textwrap.dedent"),
-        "BUILD of a class": Attack(
-            name("argparse Namespace")
-            + tuple_of(b"N", b"}" + text("__setstate__") + system + b"s")
-            + b"b"
-            + command
-            + b"b.",
-            "argparse.Namespace",
-        ),
-        "EXT1": Attack(extended(7, b"\x82\x07"), "copyreg.add_extension"),
-        "EXT2": Attack(extended(257, b"\x83\x01\x01"), "copyreg.add_extension"),
-        "EXT4": Attack(extended(65537, b"\x84\x01\x00\x01\x00"), "copyreg.add_extension"),
-        "EXT1 unknown": Attack(b"\x80\x02\x82\x01.", "extension code 1", False),
-        "EXT2 unknown": Attack(b"\x80\x02\x83\x01\x01.", "extension code 257", False),
-        "EXT4 unknown": Attack(b"\x80\x02\x84\x01\x00\x00\x01.", "extension code", False),
-        "PERSID": Attack(b"Pthing\n.", "PERSID", False),
-        "BINPERSID": Attack(b"NQ.", "PERSID", False),
-        "NEXT_BUFFER": Attack(b"\x80\x05\x97.", "out-of-band", False),
-        "nested pickle": Attack(call("pickle loads", inner) + b".", "pickle.loads"),
-        "nested in C": Attack(call("_pickle loads", inner) + b".", "_pickle.loads"),
-        "nested cPickle": Attack(call("cPickle loads", inner) + b".", "cPickle.loads"),
-        "object array": Attack(object_array, "not a plain number"),
-        "partial": Attack(call("functools partial", system, command) + b")R.", "functools.partial"),
-        "methodcaller": Attack(
-            call("operator methodcaller", text("touch")) + touch_path + b"\x85R.",
-            "operator.methodcaller",
-        ),
-        "getattr": Attack(
-            call("builtins getattr", touch_path, text("touch")) + b")R.", "builtins.getattr"
-        ),
-        "reconstructor": Attack(
-            call(
-                "copy_reg _reconstructor",
-                name("builtins bytes"),
-                name("builtins bytes"),
-                call("builtins list", lazy),
-            )
-            + b".",
-            "copy_reg._reconstructor",
-        ),
-        "dict of keys": Attack(
-            b"}" + call("os system", command) + text("value") + b"s.", "os.system"
-        ),
-        "within a clip": Attack(b"}U\x01a](" + call("os system", command) + b"es.", "os.system"),
-        "before a sound dict": Attack(call("os system", command) + b"0}.", "os.system"),
-    }
+
+def attacks(mark: Path) -> dict[str, Attack]:
+    """Returns pickles that would make the file `mark`, or do other harm, by every route."""
+    command, path = text(f"touch {mark}"), text(str(mark))
+    system = name("os system")
+    routes = {words: Attack(data, told) for words, told, data in _routes(mark)}
+    for words, told, data in (
+        ("EXT1 unknown", "extension code 1", b"\x80\x02\x82\x01."),
+        ("EXT2 unknown", "extension code 257", b"\x80\x02\x83\x01\x01."),
+        ("EXT4 unknown", "extension code", b"\x80\x02\x84\x01\x00\x00\x01."),
+        ("PERSID", "PERSID", b"Pthing\n."),
+        ("BINPERSID", "PERSID", b"NQ."),
+        ("NEXT_BUFFER", "out-of-band", b"\x80\x05\x97."),
+    ):
+        routes[words] = Attack(data, told, False)
     python = f"open({str(mark)!r}, 'w').close()"
     calls = {
         "__builtin__ eval": [text(python)],
@@ -534,21 +504,8 @@ def _length_bytes(argument: pickletools.ArgumentDescriptor) -> int:
 
 
 _NUMBERS = (
-    0,
-    1,
-    2,
-    3,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**32 - 1,
-    2**62,
-    2**64 - 1,
-)
+    0, 1, 2, 3, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1,
+)  # fmt: skip
 _LINES = (
     b"", b"0", b"00", b"01", b"-1", b"7", b"1e400", b"nan", b"99999999999", b"9" * 5000, b"'a'",
     b"'\\x00\\'", b"numpy", b"ndarray", b"dtype", b"numpy.core.multiarray", b"_reconstruct",
@@ -595,7 +552,7 @@ def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random)
     made = list(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 3, 6])):
         at, other = chance.randrange(len(made)), chance.randrange(len(made))
-        change = chance.randrange(10)
+        change = chance.randrange(12)
         if change == 0:
             del made[at]
         elif change == 1:
@@ -614,6 +571,10 @@ def mutate(seeds: list[list[bytes]], grafts: list[bytes], chance: random.Random)
             made[first:last] = made[first:last] * chance.randrange(4)
         elif change == 7:
             made.insert(at, chance.choice(grafts))
+        elif change == 8:  # bytes lost or added, so that what follows is read as other opcodes
+            cut = chance.randrange(len(made[at]) + 1)
+            new = chance.randbytes(chance.choice([0, 1]))
+            made[at] = made[at][:cut] + new + made[at][cut + 1 :]
         else:
             arguments = [i for i, operation in enumerate(made) if len(operation) > 1]
             if arguments:

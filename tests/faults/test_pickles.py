@@ -143,7 +143,7 @@ def mutations(count: int, mark: Path) -> dict[str, bytes]:
 def test_mutated_pickles_are_refused_or_load_to_sound_arrays(
     tmp_path: Path, campaign: bool
 ) -> None:
-    count = 2000 if campaign else 150
+    count = 2000 if campaign else 200
     found = read_all(mutations(count, tmp_path / "canary" / "mark"), tmp_path, "fork")
     refused = {name: end for name, end in found.items() if end[0]}
     loaded = {name: ["/" + name + ": ", *end[1:]] for name, end in found.items() if not end[0]}
