@@ -1,7 +1,8 @@
-"""Packed frames: TFDS reads back what was written, and the fast batch path reads the same."""
+"""Records: TFDS, batches and the reader without TensorFlow show what was written."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.helpers.clip_files import Clip, random_clip, write_pickle
 from tests.helpers.datasets import prepare
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import STORED
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED
 from vidjax.data.records.codec import (
     DECODED,
     PackedFrames,
@@ -21,66 +22,124 @@ from vidjax.data.records.codec import (
     tf,
     tfds,
 )
+from vidjax.data.records.manifest import Records
+from vidjax.data.records.shard_files import ShardReader, describe_shard
 
-LENGTHS = (3, 0, 1, 7, 5)
+ROOT = Path(__file__).parent.parent
+MODALITIES = {
+    "double": Modality(3, "float64"),
+    "face": Modality(6, "float16"),
+    "single": Modality(70, "float32"),
+    "whole": Modality(5, "int8"),
+}
+LONGEST = 300
+Clips = dict[str, dict[str, Clip]]
 
 
-def write_and_read(tmp_path: Path, clips: dict[str, Clip]) -> tuple[list[dict], list[bytes]]:
-    """Converts val clips and returns them as TFDS shows them, and as the records they lie in."""
-    (tmp_path / "source").mkdir()
-    write_pickle(tmp_path / "source", "face", "val", clips)
-    records = prepare(tmp_path / "source", tmp_path / "cache")
+@pytest.fixture(scope="module")
+def clips() -> Clips:
+    """Modality -> clip -> frames, 0 to 300 of them; all but faces lack some clips, and scores."""
+    rng = np.random.default_rng(0)
+    found: Clips = {}
+    for number, (name, kind) in enumerate(MODALITIES.items()):
+        lengths = rng.permutation([0, 1, 2, LONGEST, *rng.integers(0, 40, 36)]).tolist()
+        some = {f"c{i:02d}": random_clip(rng, n, *kind) for i, n in enumerate(lengths)}
+        if name != "face":
+            some = {
+                clip: one._replace(quality=0 * one.quality, detection=np.ones_like(one.detection))
+                for clip, one in some.items()
+                if int(clip[1:]) % (2 + number)
+            }
+        found[name] = some
+    return found
+
+
+@pytest.fixture(scope="module")
+def records(clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    source = tmp_path_factory.mktemp("source")
+    for name, some in clips.items():
+        write_pickle(source, name, "val", some)
+    found = prepare(source, tmp_path_factory.mktemp("cache"))
+    assert found.modalities == MODALITIES and len(found.splits["val"].shards) == 8
+    return found
+
+
+def raw(records: Records) -> list[bytes]:
+    """Returns the records of all shards as TensorFlow reads them."""
+    paths = [str(shard.path) for shard in records.splits["val"].shards]
+    return [bytes(record.numpy()) for record in tf.data.TFRecordDataset(paths)]
+
+
+def test_tfds_shows_what_was_packed_and_the_fast_path_equals_it(
+    clips: Clips, records: Records
+) -> None:
     builder = tfds.builder_from_directory(records.splits["val"].shards[0].path.parent)
     shown = list(tfds.as_numpy(builder.as_dataset(split="val", shuffle_files=False)))
-    paths = [str(shard.path) for shard in records.splits["val"].shards]
-    raw = [bytes(record.numpy()) for record in tf.data.TFRecordDataset(paths)]
-    return shown, raw
+    assert [example["clip"].decode() for example in shown] == sorted(clips["face"])
+    messages = raw(records)
+    clip_index, fields = parse_batch(tf.constant([*messages, b""]), tuple(MODALITIES))
+    assert clip_index.numpy().tolist() == [*range(len(messages)), 0]
+    for name, modality in MODALITIES.items():
+        fast = decode_batch(fields[name], modality, LONGEST, best=False)
+        fast = {field: value.numpy() for field, value in fast.items()}
+        features = fast["features"].view(modality.dtype)
+        fast["features"] = features.reshape(len(messages) + 1, LONGEST, modality.dim)
+        assert not fast["mask"][-1].any()
+        nothing = random_clip(np.random.default_rng(0), 0, *modality)
+        for row, example in enumerate(shown):
+            assert example["clip_index"] == row
+            assert set(example) == {"clip", "clip_index", "frames"}  # no label
+            clip = clips[name].get(example["clip"].decode(), nothing)
+            length = len(clip.features)
+            assert fast["mask"][row].sum() == length
+            for field in STORED:
+                packed = example["frames"][name][field]
+                assert packed.dtype == getattr(clip, field).dtype
+                np.testing.assert_array_equal(packed, getattr(clip, field))
+                if field in fast:
+                    np.testing.assert_array_equal(fast[field][row, :length], packed)
+                    assert not fast[field][row, length:].any()
+        assert set(fast) == {*STORED, "mask"} - {"box"}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
-def test_tfds_shows_what_was_packed_and_the_fast_path_equals_it(tmp_path: Path, dtype: str) -> None:
-    rng = np.random.default_rng(0)
-    clips = {f"c{i}": random_clip(rng, length, 6, dtype) for i, length in enumerate(LENGTHS)}
-    shown, raw = write_and_read(tmp_path, clips)
-    assert [example["clip"].decode() for example in shown] == list(clips)
-    for index, (example, clip) in enumerate(zip(shown, clips.values(), strict=True)):
-        assert example["clip_index"] == index
-        assert set(example) == {"clip", "clip_index", "frames"}  # no label
-        for field in STORED:
-            assert example["frames"]["face"][field].dtype == getattr(clip, field).dtype
-            np.testing.assert_array_equal(example["frames"]["face"][field], getattr(clip, field))
-
-    size = 9
-    clip_index, fields = parse_batch(tf.constant([*raw, b""]), ("face",))
-    fast = decode_batch(fields["face"], Modality(6, dtype), size, best=False)
-    fast = {field: value.numpy() for field, value in fast.items()}
-    fast["features"] = fast["features"].view(dtype).reshape(len(raw) + 1, size, 6)
-    assert clip_index.numpy().tolist() == [*range(len(raw)), 0]
-    assert fast["mask"].sum(1).tolist() == [*LENGTHS, 0]
-    for row, example in enumerate(shown):
-        length = LENGTHS[row]
-        for field in ("features", "quality", "detection", "number"):
-            np.testing.assert_array_equal(
-                fast[field][row, :length], example["frames"]["face"][field]
+def test_every_value_without_tensorflow_is_that_of_the_message(records: Records) -> None:
+    scalars, messages = ("quality", "detection", "number"), iter(raw(records))
+    for shard in records.splits["val"].shards:
+        reader = ShardReader(shard)
+        for row in range(shard.records):
+            values = tf.train.Example.FromString(next(messages)).features.feature
+            assert [reader.clip_index[row]] == list(values["clip_index"].int64_list.value)
+            for name, modality in records.modalities.items():
+                found = reader.frames(name, modality, ("features", *scalars), slice(row, row + 1))
+                assert found["features"].dtype == modality.dtype
+                assert len(found["number"]) == reader.lengths(name)[row]
+                for field, array in found.items():
+                    (wanted,) = values[f"frames/{name}/{field}"].bytes_list.value
+                    assert array.tobytes() == wanted
+                for field in scalars:
+                    assert found[field].dtype == FRAME_FIELDS[field].dtype
+        for name, modality in records.modalities.items():
+            rows = [slice(row, row + 1) for row in range(5)]
+            together, *alone = (
+                reader.frames(name, modality, ("features", "number"), some)
+                for some in (slice(0, 5), *rows)
             )
-            assert not fast[field][row, length:].any()
+            for field, array in together.items():
+                np.testing.assert_array_equal(array, np.concatenate([one[field] for one in alone]))
 
 
 def test_packed_frames_refuse_what_they_cannot_hold_exactly() -> None:
     packed = PackedFrames(dim=4, dtype="float16")
     clip = random_clip(np.random.default_rng(0), 3, 4)._asdict()
+    wide = np.repeat(clip["features"].astype(">f2"), 2, axis=1)
+    encoded = packed.encode_example({**clip, "features": wide[:, ::2]})["features"]
+    assert encoded == clip["features"].tobytes()
     with pytest.raises(ValueError, match=r"features: got shape \(3, 5\), wanted \(3, 4\)"):
         packed.encode_example({**clip, "features": np.zeros((3, 5), np.float16)})
     with pytest.raises(ValueError, match=r"number: got shape \(2,\), wanted \(3,\)"):
         packed.encode_example({**clip, "number": clip["number"][:2]})
     with pytest.raises(ValueError, match="float32 does not fit float16"):
         packed.encode_example({**clip, "features": clip["features"].astype(np.float32)})
-
-
-def test_packed_frames_survive_json() -> None:
-    packed = PackedFrames(dim=4, dtype="int8")
-    again = tfds.features.FeatureConnector.from_json(packed.to_json())
-    assert again.get_tensor_info() == packed.get_tensor_info()
 
 
 def test_windows_start_anywhere_and_alike_whatever_the_batch() -> None:
@@ -108,14 +167,64 @@ def test_windows_start_anywhere_and_alike_whatever_the_batch() -> None:
         assert 0.6 < (first_frames(positions, other) != drawn).mean() < 0.9
 
 
-def test_big_endian_and_strided_features_keep_their_values() -> None:
-    packed = PackedFrames(dim=4, dtype="float32")
-    clip = random_clip(np.random.default_rng(0), 6, 8, "float32")._asdict()
-    strided = {**clip, "features": clip["features"][:, ::2].astype(">f4")}
-    encoded = packed.encode_example(strided)["features"]
-    np.testing.assert_array_equal(
-        np.frombuffer(encoded, "<f4").reshape(6, 4), clip["features"][:, ::2]
+def example(**fields: list[Any]) -> bytes:
+    features = {
+        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+        if isinstance(values[0], bytes)
+        else tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+        for name, values in fields.items()
+    }
+    message = tf.train.Example(features=tf.train.Features(feature=features))
+    return message.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        example(clip_index=[1], other=[b"x"]),
+        example(clip_index=[1, 2], key=[b"x"]),
+        example(clip_index=[1]),
+        example(clip_index=[1], key=[b"x", b"y"]),
+        example(clip_index=[b"x"], key=[b"x"]),
+        b"",
+        b"\n\x03abc",
+        b"\n" + b"\xff" * 30,
+    ],
+)
+def test_records_that_nobody_here_wrote_are_refused(tmp_path: Path, other: bytes) -> None:
+    path = tmp_path / "kind" / "folder" / "1.0" / "a.tfrecord"
+    path.parent.mkdir(parents=True)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(example(clip_index=[0], key=[b"abc"]))
+        writer.write(example(clip_index=[300], key=[b"abcd" * 99]))
+    assert ShardReader(describe_shard(path, 2)).clip_index.tolist() == [0, 300]
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(example(clip_index=[0], key=[b"abc"]))
+        writer.write(other)
+    with pytest.raises(ValueError, match=r"records of another layout\ndelete .*kind"):
+        ShardReader(describe_shard(path, 2))
+
+
+@pytest.mark.slow
+def test_a_run_on_records_needs_no_tensorflow(
+    vidjax_command: Callable[..., Any], tmp_path: Path, official_dir: Path
+) -> None:
+    """Training, evaluation and report, once another run has converted the clips."""
+    words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
+    done = vidjax_command(*words, f"--workdir={tmp_path / 'first'}")
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys\nfrom vidjax.main import main\nassert main(sys.argv[1:]) == 0\n"
+        "assert not {'tensorflow', 'tensorflow_datasets'} & {*sys.modules}"
     )
+    for folder, more in (("second", words), ("first", ["--mode=evaluate"])):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *more, f"--workdir={tmp_path / folder}"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    first, second = (tmp_path / name / "ranking.txt" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.slow
