@@ -2,21 +2,19 @@
 
 import csv
 import importlib.util
-import subprocess
+import pickle
 import sys
 import warnings
 
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files, small_runs
+from tests.helpers import clip_files
 from tests.helpers.batches import eval_batches, labelled
 from tests.helpers.datasets import load_dataset, prepare
-from vidjax import predict
 from vidjax.data import arrays, iqiyi_vid, memory, sources
 from vidjax.data.labels import load_ground_truth
 from vidjax.data.records.convert import convert
-from vidjax.data.untrusted import sandbox
 
 DIM = 6
 FIELDS = ("quality", "detection", "number", "box")
@@ -86,17 +84,26 @@ def refused(*words, source, labels=None, cache=None, **options):
     return message
 
 
+COLUMNS = {
+    "face": ("number", "box", "detection", "quality", "features"),
+    "head": ("number", "box", "detection", "features"),
+    "audio": ("features",),
+}
+
+
 @pytest.fixture(scope="module")
-def official_arrays(official_dir, tmp_path_factory):
+def official_arrays(official_dir):
     """Official files as arrays: split -> clip -> modality -> fields."""
-    splits, scratch = {}, tmp_path_factory.mktemp("flat")
+    splits = {}
     for (modality, split), path in iqiyi_vid.find_pickles(official_dir).items():
-        flat = sandbox.unpack(path, modality, scratch / path.stem)
-        stops = np.cumsum(flat.lengths)
-        for name, length, stop in zip(flat.names, flat.lengths, stops, strict=True):
-            frames = slice(stop - length, stop)
-            fields = {field: column[frames] for field, column in flat.frames.items()}
-            splits.setdefault(split, {}).setdefault(name, {})[modality] = fields
+        for name, entries in pickle.loads(path.read_bytes()).items():
+            entries = [[entries]] if modality == "audio" else entries
+            fields = dict(zip(COLUMNS[modality], zip(*entries, strict=True), strict=False))
+            features = np.array(fields.get("features", ()), "f2")
+            fields["features"] = features.reshape(len(entries), clip_files.WIDTHS[modality])
+            fields["number"] = [int(number) for number in fields.get("number", [0] * len(entries))]
+            fields.setdefault("quality", [0] * len(entries))  # as pickles without one have it
+            splits.setdefault(split, {}).setdefault(name.decode(), {})[modality] = fields
     return splits
 
 
@@ -131,17 +138,7 @@ def test_the_same_clips_as_arrays_and_as_official_files_are_the_same_records(
     assert data.report == wanted.report
 
 
-def test_a_folder_of_npz_is_the_same_records(tmp_path, cache):
-    splits = make_splits()
-    folder = write_npz(tmp_path / "own", splits)
-    source = arrays.FeatureFolder(folder)
-    records = convert(source, cache)
-    assert source.truth(records.clips) == {}
-    assert shards(records) == shards(convert(arrays.FeatureDict(splits), cache))
-    assert records.splits["train"].lengths["face"].tolist() == [0, 1, 2, 3] * 3
-
-
-def write_parquet(path, clips, features=None):
+def write_parquet(path, clips, features):
     """Writes a row a frame of the clips of one split, the rows of all clips mixed."""
     import pyarrow
     from pyarrow import parquet
@@ -155,27 +152,40 @@ def write_parquet(path, clips, features=None):
     ]
     rows = sorted(rows, key=lambda row: (row[-1], row[0]))  # by number of the frame
     columns = dict(zip(names, zip(*rows, strict=True), strict=True))
-    kind = features or pyarrow.list_(pyarrow.float32())
-    columns["features"] = pyarrow.array([list(row) for row in columns["features"]], kind)
+    columns["features"] = pyarrow.array([list(row) for row in columns["features"]], features)
     parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
 
 
-@needs_pyarrow
-@pytest.mark.parametrize("fixed", [False, True])
-def test_parquet_is_the_same_records(tmp_path, cache, fixed):
-    import pyarrow
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "npz",
+        pytest.param("a list", marks=needs_pyarrow),
+        pytest.param("a list of fixed length", marks=needs_pyarrow),
+    ],
+)
+def test_a_folder_of_npz_or_parquet_is_the_same_records(tmp_path, cache, kind):
+    splits, folder = make_splits(), tmp_path / "own"
+    if kind == "npz":
+        write_npz(folder, splits)
+    else:
+        import pyarrow
 
-    splits = make_splits()
-    (tmp_path / "own").mkdir()
-    kind = pyarrow.list_(pyarrow.float32(), DIM) if fixed else None
-    for split, clips in splits.items():
-        write_parquet(tmp_path / "own" / f"{split}.parquet", clips, kind)
-        for name in [name for name, one in clips.items() if not len(one["face"]["features"])]:
-            del clips[name]  # of a table, a clip without a row is not there
-        for one in clips.values():
-            del one["face"]["box"]
-    found = convert(arrays.FeatureFolder(tmp_path / "own"), cache)
-    assert shards(found) == shards(convert(arrays.FeatureDict(splits), cache))
+        width = DIM if kind == "a list of fixed length" else -1
+        folder.mkdir()
+        for split, clips in splits.items():
+            path = folder / f"{split}.parquet"
+            write_parquet(path, clips, pyarrow.list_(pyarrow.float32(), width))
+            for name in [name for name, one in clips.items() if not len(one["face"]["features"])]:
+                del clips[name]  # of a table, a clip without a row is not there
+            for one in clips.values():
+                del one["face"]["box"]
+    source = arrays.FeatureFolder(folder)
+    records = convert(source, cache)
+    assert source.truth(records.clips) == {}
+    assert shards(records) == shards(convert(arrays.FeatureDict(splits), cache))
+    counts = records.splits["train"].lengths["face"].tolist()
+    assert counts == ([0, 1, 2, 3] if kind == "npz" else [1, 2, 3]) * 3
 
 
 def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
@@ -198,6 +208,10 @@ def test_labels_come_from_a_dict_a_table_or_official_text(tmp_path, cache):
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
+    train = {name: identity for name, identity in LABELS.items() if "train" in name}
+    ranked = sources.load(splits, train, cache_dir=cache)
+    assert ranked.split("train").labelled and not ranked.split("val").labelled
+    assert not sources.load(splits, cache_dir=cache).split("train").labelled
 
 
 @pytest.mark.parametrize("empty", ["", float("nan")])
@@ -230,32 +244,25 @@ def test_frames_of_pickles_go_by_time_as_own_ones_do(tmp_path, cache):
     assert shards(official) == shards(convert(own, cache))
 
 
-def test_a_split_without_labels_is_there_to_be_ranked(cache):
-    train = {name: identity for name, identity in LABELS.items() if "train" in name}
-    data = sources.load(make_splits(), train, cache_dir=cache)
-    assert data.split("train").labelled and not data.split("val").labelled
-    assert not sources.load(make_splits(), cache_dir=cache).split("train").labelled
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
-def test_features_alone_of_any_width_and_dtype(cache, dtype):
-    rng = np.random.default_rng(0)
-    features = {f"c{i}": rng.normal(0, 20, (i, 17)).astype(dtype) for i in range(4)}
-    features["one"] = features["c1"][0].astype(np.dtype(dtype).newbyteorder(">"))
-    data = sources.load(
-        {"test": {name: {"it": x} for name, x in features.items()}}, cache_dir=cache
-    )
-    assert data.modalities == {"it": (17, dtype)}
-    (batch,) = eval_batches(data, split="test", modalities=("it",), rows=8)
-    frames = batch.frames["it"]
-    assert frames.features.dtype == dtype
-    for row, clip in enumerate(data.split("test").clips):
-        x = np.atleast_2d(features[clip])
-        np.testing.assert_array_equal(frames.features[row][frames.mask[row]], x)
-        assert frames.number[row][frames.mask[row]].tolist() == list(range(len(x)))
-        norms = [float(np.sqrt(sum(float(v) ** 2 for v in frame))) for frame in x]
-        np.testing.assert_allclose(frames.quality[row][frames.mask[row]], norms, rtol=1e-6)
-    assert not frames.quality[~frames.mask].any() and (frames.detection == frames.mask).all()
+def test_features_alone_of_any_width_and_dtype(cache):
+    rng, widths = np.random.default_rng(0), {"float16": 17, "float32": 1, "float64": 300, "int8": 4}
+    clips = {name: {} for name in ("c0", "c1", "c2", "c3", "one")}
+    for dtype, width in widths.items():
+        for i in range(4):
+            clips[f"c{i}"][dtype] = rng.normal(0, 20, (i, width)).astype(dtype)
+        clips["one"][dtype] = clips["c1"][dtype][0].astype(np.dtype(dtype).newbyteorder(">"))
+    data = sources.load({"test": clips}, cache_dir=cache)
+    assert data.modalities == {dtype: (width, dtype) for dtype, width in widths.items()}
+    (batch,) = eval_batches(data, split="test", modalities=tuple(widths), rows=8)
+    for dtype, frames in batch.frames.items():
+        assert frames.features.dtype == dtype
+        for row, clip in enumerate(data.split("test").clips):
+            x = np.atleast_2d(clips[clip][dtype])
+            np.testing.assert_array_equal(frames.features[row][frames.mask[row]], x)
+            assert frames.number[row][frames.mask[row]].tolist() == list(range(len(x)))
+            norms = [float(np.sqrt(sum(float(v) ** 2 for v in frame))) for frame in x]
+            np.testing.assert_allclose(frames.quality[row][frames.mask[row]], norms, rtol=1e-6)
+        assert not frames.quality[~frames.mask].any() and (frames.detection == frames.mask).all()
 
 
 def test_frames_go_by_time_and_lists_are_arrays(cache):
@@ -442,7 +449,7 @@ def test_a_bad_folder_is_refused(tmp_path, cache):
 
 
 @needs_pyarrow
-def test_a_bad_table_of_frames_is_refused(tmp_path, cache):
+def test_a_bad_table_of_frames_is_refused(tmp_path, cache, monkeypatch):
     import pyarrow
     from pyarrow import parquet
 
@@ -468,18 +475,8 @@ def test_a_bad_table_of_frames_is_refused(tmp_path, cache):
     refused(str(path), "no column modality", "a row per frame", source=tmp_path, cache=cache)
     path.write_bytes(path.read_bytes()[:-30])
     refused(str(path), "damaged", source=tmp_path, cache=cache)
-
-
-def test_parquet_without_its_package_names_the_extra(tmp_path):
-    (tmp_path / "train.parquet").write_bytes(b"")
-    code = (
-        "import sys; sys.modules['pyarrow'] = None\n"
-        "from pathlib import Path\n"
-        "from vidjax.data import clip_files\n"
-        f"list(clip_files.read_parquet(Path({str(tmp_path / 'train.parquet')!r})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "[parquet]" in done.stderr and "UserError" in done.stderr
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(str(path), "vidjax[parquet]", source=tmp_path, cache=cache)
 
 
 def test_clips_in_memory_are_the_blocks_of_a_dataset(official_dir, official_arrays, cache_dir):
@@ -541,44 +538,3 @@ def test_bad_clips_in_memory_are_named(clips, message):
     with pytest.raises(ValueError, match=message) as error:
         memory.MemoryClips.of(clips, {"face": 24, "head": 8}, ("1",))
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_folder_of_ones_own_trains_from_the_command_line(vidjax_command, tmp_path):
-    """The example of the README: one modality of width 128, twenty people, no quality."""
-    rng = np.random.default_rng(0)
-    people = rng.normal(size=(20, 128))
-    for split, count in (("train", 100), ("val", 60)):
-        (tmp_path / "own" / split).mkdir(parents=True)
-        for i in range(count):
-            face = people[i % 20] + rng.normal(size=(1 + i % 7, 128))
-            name = tmp_path / "own" / split / f"{split}{i}.npz"
-            np.savez(name, face=face.astype(np.float32))
-    labels = {f"{split}{i}": f"person{i % 20}" for split in ("train", "val") for i in range(60)}
-    labels |= {f"train{i}": f"person{i % 20}" for i in range(100)}
-    write_csv(tmp_path / "own" / "labels.csv", labels)
-    options = ("--config.data.name=arrays", f"--config.data.dir={tmp_path / 'own'}")
-    config = "--config=configs/quality_fusion.py"
-    words = (config, *options, "--config.num_epochs=10", f"--workdir={tmp_path / 'run'}")
-    done = vidjax_command(*words)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("MAP@100 ")[1].split()[0]) > 0.9
-    (tmp_path / "run" / "ranking.txt").unlink()
-    done = vidjax_command("--mode=evaluate", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    val = {}
-    for path in (tmp_path / "own" / "val").iterdir():
-        with np.load(path) as file:
-            val[path.stem] = {"face": file["face"]}
-    found = predict.restore(tmp_path / "run", num_devices=1).rank(val)
-    lines = (tmp_path / "run" / "ranking.txt").read_text().splitlines()
-    assert lines == [
-        " ".join([who, *(f"{clip}.mp4" for clip, _ in ranked)]) for who, ranked in found.items()
-    ]
-
-
-def test_training_without_any_label_says_so(cache, tmp_path):
-    data = sources.load(make_splits(), cache_dir=cache)
-    config = small_runs.shrunk(spec="configs/knn.py:iqiyi_vid")
-    with pytest.raises(ValueError, match=r"identit|label"):
-        small_runs.run(config, tmp_path / "run", data)

@@ -1,11 +1,13 @@
 """Conversion by several processes and by Beam: the files of one process, to the byte."""
 
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,28 +93,40 @@ def write_parquet(folder: Path) -> Path:
 
 def write_official(folder: Path) -> Path:
     folder.mkdir()
-    write_learnable(folder)
+    write_learnable(folder, num_clips={"train": 40, "val": 20})
     return folder
+
+
+def open_folder(folder: Path, workers: int) -> arrays.FeatureFolder:
+    return arrays.FeatureFolder(folder, workers=workers)
 
 
 KINDS = {
     "pickles": (write_official, OfficialFiles),
-    "npz": (write_npz, lambda folder, workers: arrays.FeatureFolder(folder, workers=workers)),
-    "parquet": (
-        write_parquet,
-        lambda folder, workers: arrays.FeatureFolder(folder, workers=workers),
-    ),
+    "npz": (write_npz, open_folder),
+    "parquet": (write_parquet, open_folder),
 }
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, str]]]:
+    """Returns the source of a kind, for reading, and the files that one process makes of it."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[Path, dict[str, str]]:
+        write, open_source = KINDS[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        source = write(folder / "source")
+        return source, files_of(convert(open_source(source, 1), folder, engine=ALONE).folder)
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_processes_write_the_files_of_one(kind: str, tmp_path: Path) -> None:
-    write, open_source = KINDS[kind]
-    folder = write(tmp_path / "source")
-    one = convert(open_source(folder, 1), tmp_path / "one", engine=ALONE)
-    some = convert(open_source(folder, 2), tmp_path / "some", engine=Pool(2))
-    assert files_of(some.folder) == files_of(one.folder)
-    assert len(files_of(one.folder)) > 16
+def test_several_processes_write_the_files_of_one(kind: str, alone: Any, tmp_path: Path) -> None:
+    folder, wanted = alone(kind)
+    some = convert(KINDS[kind][1](folder, 2), tmp_path, engine=Pool(2))
+    assert files_of(some.folder) == wanted and len(wanted) > 16
 
 
 def test_the_parts_of_a_split_may_lack_what_others_have(tmp_path: Path) -> None:
@@ -140,38 +154,31 @@ def test_the_parts_of_a_split_may_lack_what_others_have(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
-def test_beam_writes_the_files_of_one_process(kind: str, mode: str, tmp_path: Path) -> None:
+def test_beam_writes_the_files_of_one_process(
+    kind: str, mode: str, alone: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("apache_beam")
-    write, open_source = KINDS[kind]
-    folder = write(tmp_path / "source")
-    one = convert(open_source(folder, 1), tmp_path / "one", engine=ALONE)
+    folder, wanted = alone(kind)
     beam = Beam(f"direct_num_workers=2,direct_running_mode={mode}")
-    many = convert(open_source(folder, 2), tmp_path / "many", engine=beam)
-    assert files_of(many.folder) == files_of(one.folder)
+    assert files_of(convert(KINDS[kind][1](folder, 2), tmp_path, engine=beam).folder) == wanted
 
 
 @pytest.mark.slow
 def test_an_unknown_runner_is_told_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("apache_beam")
-    write_npz(tmp_path / "source")
-    words = [
-        str(tmp_path / "source"),
-        f"--cache_dir={tmp_path}",
-        "--beam_options=runner=FlinkRuner",
-    ]
-    assert arrays.main(words) == 2
+    words = [f"--cache_dir={tmp_path}", "--beam_options=runner=FlinkRuner"]
+    assert arrays.main([str(alone("npz")[0]), *words]) == 2
     out, err = capsys.readouterr()
     assert not out and "FlinkRuner" in err and len(err.splitlines()) <= 3
     assert not (tmp_path / "arrays").exists()
 
 
 def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = OfficialFiles(write_official(tmp_path / "source"))
-    one = convert(source, tmp_path / "one", engine=ALONE)
+    folder, wanted = alone("npz")
 
     def run(folder: Path, engine: Beam) -> None:
         for path in sorted(folder.glob("*.json"), reverse=True):
@@ -179,21 +186,19 @@ def test_what_beam_maps_writes_the_files_of_one_process_in_any_order(
 
     monkeypatch.setattr(writers, "_run_beam", run)
     monkeypatch.setattr(writers, "_make_pipeline", list)
-    many = convert(source, tmp_path / "many", engine=Beam(""))
-    assert files_of(many.folder) == files_of(one.folder)
+    many = convert(open_folder(folder, 1), tmp_path, engine=Beam(""))
+    assert files_of(many.folder) == wanted
 
 
 def test_without_beam_one_line_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    alone: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    write_official(tmp_path / "source")
-    words = [
-        str(tmp_path / "source"),
-        f"--cache_dir={tmp_path}",
-        "--beam_options=runner=FnApiRunner",
-    ]
-    assert iqiyi_vid.main(words) == 2
+    words = [f"--cache_dir={tmp_path}", "--beam_options=runner=FnApiRunner"]
+    assert iqiyi_vid.main([str(alone("pickles")[0]), *words]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "pip install 'vidjax[beam]'" in err
     assert not (tmp_path / "iqiyi_vid").exists(), "it is told before anything is read"
@@ -210,10 +215,9 @@ def test_without_beam_one_line_names_the_extra(
     ],
 )
 def test_options_that_cannot_work_are_told(
-    words: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, remedy: str, alone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_npz(tmp_path / "source")
-    assert arrays.main([str(tmp_path / "source"), f"--cache_dir={tmp_path}", words]) == 2
+    assert arrays.main([str(alone("npz")[0]), f"--cache_dir={tmp_path}", words]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) <= 3 and remedy in err
 
@@ -227,10 +231,9 @@ def test_the_local_runner_is_named() -> None:
 
 
 def test_own_features_are_converted_by_a_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_npz(tmp_path / "source")
-    words = [str(folder), f"--cache_dir={tmp_path}", "--workers=1"]
+    words = [str(alone("npz")[0]), f"--cache_dir={tmp_path}", "--workers=1"]
     assert arrays.main(words) == 0
     assert "train: 40 clips, no ground truth" in capsys.readouterr().out
     assert arrays.main([*words, "--quality=norm"]) == 0
@@ -328,42 +331,38 @@ def test_the_memory_of_a_process_that_writes_is_bounded_by_a_shard(tmp_path: Pat
 # Reading by several processes.
 
 
-def spoil(folder: Path, how: str) -> None:
-    """Changes the last clips of a folder of `.npz` so that one process alone can judge them."""
-    clip = folder / "val" / "1_030.npz"
-    if how == "another width":
-        np.savez(clip, face=np.zeros((2, 7), np.float16))
-    elif how == "another dtype":
-        np.savez(clip, face=np.zeros((2, 6), np.float64))
-    elif how == "twice":
-        (folder / "val" / "1_001.npz").rename(folder / "val" / "zz.npz")
-        (folder / "val" / "1_000.npz").rename(folder / "val" / "zz.mp4.npz")
-    elif how == "damaged":
-        clip.write_bytes(b"PK")
-    else:
-        np.savez(clip)
+def outcome(folder: Path, workers: int, scratch: Path) -> Any:
+    """Returns the summaries of what is read, or the error."""
+    try:
+        read = arrays.FeatureFolder(folder, workers=workers).read(scratch, "drop")
+    except ValueError as error:
+        return str(error)
+    packed = {name: flat for part in read["train"] for name, flat in part.items()}
+    return len(read["train"]), {name: flat.summary() for name, flat in packed.items()}
 
 
-@pytest.mark.parametrize("how", ["another width", "another dtype", "twice", "damaged"])
-def test_processes_that_read_tell_the_error_of_one(how: str, tmp_path: Path) -> None:
-    folder = write_npz(tmp_path / "source")
-    spoil(folder, how)
-    said = []
-    for workers in (1, 2):
-        with pytest.raises(ValueError) as error:
-            arrays.FeatureFolder(folder, workers=workers).read(tmp_path / str(workers), "drop")
-        said.append(str(error.value))
-    assert said[0] == said[1]
-
-
-def test_a_clip_without_any_modality_counts_as_for_one_process(tmp_path: Path) -> None:
-    folder = write_npz(tmp_path / "source")
-    spoil(folder, "no array")
-    one, some = (
-        convert(arrays.FeatureFolder(folder, workers=n), tmp_path / str(n), engine=ALONE)
-        for n in (1, 2)
-    )
-    assert files_of(some.folder) == files_of(one.folder)
+@pytest.mark.parametrize(
+    ("name", "features", "said"),
+    [
+        ("b", np.zeros((2, 7), np.float32), "b, face"),  # another width
+        ("b", np.zeros((2, 6), np.float64), "b, face"),  # another dtype
+        ("a.mp4", np.zeros((2, 6), np.float32), "twice"),
+        ("b", b"PK", "b.npz"),  # damaged
+        ("b", None, ""),  # no array: a clip all the same
+    ],
+)
+def test_where_one_process_alone_can_judge_several_end_as_it_does(
+    name: str, features: Any, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, 6), np.float32))
+    path = tmp_path / "train" / f"{name}.npz"
+    np.savez(path, **({} if features is None else {"face": features}))
+    if isinstance(features, bytes):
+        path.write_bytes(features)
+    one, some = (outcome(tmp_path, n, tmp_path / f"scratch{n}") for n in (1, 2))
+    assert some == one and said in str(one)
+    assert (features is None) == (not isinstance(one, str))
 
 
 def test_a_failure_ends_the_other_processes(tmp_path: Path) -> None:
@@ -406,23 +405,23 @@ def test_checksums_are_those_of_tensorflow(tmp_path: Path) -> None:
     assert shard_files.crc32c([b"123456789"])[0] == 0xE3069283  # RFC 3720, appendix B.4
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8"])
-def test_a_record_is_what_tfds_makes_of_a_clip(dtype: str) -> None:
-    modalities = {"face": Modality(5, dtype), "a-b_c": Modality(300, dtype)}
+def test_a_record_is_what_tfds_makes_of_a_clip() -> None:
+    dtypes = ("float16", "float32", "float64", "int8")
+    modalities = {"face": Modality(5, "float16")}
+    modalities |= {f"a-b_{n}": Modality(300, dtype) for n, dtype in enumerate(dtypes)}
+    packed = {name: PackedFrames(dim=m.dim, dtype=m.dtype) for name, m in modalities.items()}
     features = tfds.features.FeaturesDict(
         {
             "clip": tfds.features.Text(),
             "clip_index": tfds.features.Scalar(dtype=np.int64),
-            "frames": tfds.features.FeaturesDict(
-                {name: PackedFrames(dim=m.dim, dtype=m.dtype) for name, m in modalities.items()}
-            ),
+            "frames": tfds.features.FeaturesDict(packed),
         }
     )
     rng = np.random.default_rng(0)
     for index, count in ((0, 0), (1, 1), (127, 3), (128, 40), (2**31 - 1, 300)):
         frames = {}
         for name, modality in modalities.items():
-            clip = random_clip(rng, count, modality.dim, dtype)._asdict()
+            clip = random_clip(rng, count, *modality)._asdict()
             frames[name] = {field: clip[field] for field in STORED}
         example = {"clip": f"clip é {index}", "clip_index": index, "frames": frames}
         theirs = tf.train.Example.FromString(features.serialize_example(example))
