@@ -1,6 +1,7 @@
 """What every model promises: what padding, absence, dropout and options do, and its outputs."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,10 @@ from tests.helpers.made_frames import make_frames, pad
 from tests.helpers.made_models import (
     DIMS,
     SMALL,
-    eval_logits,
-    eval_output,
     init_identifier,
     make_batch,
     make_model,
     randomised,
-    train_logits,
     train_output,
 )
 from tests.test_models_fallback import MAIN
@@ -80,10 +78,32 @@ def made(name):
     return Net(model, variables, frames, clips)
 
 
-def trained(net):
-    """Returns the output [B] of a step of training, and what evaluation reads afterwards."""
-    output, new = train_output(net.model, net.variables, net.frames, net.clips, jax.random.key(5))
-    return output, {**net.variables, **new}
+@functools.partial(jax.jit, static_argnums=0)
+def learned(model, variables, frames, clips, seed=5):
+    """Returns the output [B] of a step of training, what evaluation reads then, and a gradient."""
+
+    def loss(params):
+        given = {**variables, "params": params}
+        output, new = train_output(model, given, frames, clips, jax.random.key(seed))
+        return jnp.sum(jax.nn.log_softmax(output.logits)[..., 1]), (output, {**variables, **new})
+
+    gradient, (output, after) = jax.grad(loss, has_aux=True)(variables.get("params", {}))
+    return output, after, gradient
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluated(model, variables, frames, clips):
+    """Returns the output of evaluation, and the inputs [B, D] of the model's classifiers."""
+    inputs = []
+
+    def note(call, args, kwargs, context):
+        heads = (Classifier, CosineClassifier, NearestNeighbours)
+        if isinstance(context.module, heads) and context.method_name == "__call__":
+            inputs.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        return model.apply(variables, frames, clips, train=False), inputs
 
 
 def test_every_model_is_held_to_the_contract():
@@ -94,9 +114,8 @@ def test_every_model_is_held_to_the_contract():
 @pytest.mark.parametrize("name", NETS)
 def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
     net = made(name)
-    output, after = trained(net)
+    output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
-    longer = {key: pad(one, 3) for key, one in net.frames.items()}
     turned = {key: jax.tree.map(lambda v: v[:, ::-1], one) for key, one in net.frames.items()}
     rows = net.clips.mask
     garbage = {
@@ -106,35 +125,29 @@ def test_padding_order_of_frames_and_padded_rows_change_nothing(name):
         )
         for key, one in net.frames.items()
     }
+    longer = {key: pad(one, 3) for key, one in net.frames.items()}
+    found = [learned(*net._replace(frames=frames))[:2] for frames in (turned, garbage)]
+    found.append(train_output(*net._replace(frames=longer), jax.random.key(5)))
     scale = net.model.logit_scale
-    for frames in (longer, turned, garbage):
-        other, other_after = trained(net._replace(frames=frames))
-        atol = 1e-5 if scale == 1 else 6e-6 * scale
+    atol = 1e-5 if scale == 1 else 6e-6 * scale
+    for other, new in found:
         np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-            {key: leaf for key, leaf in other_after.items() if key != "params"},
-            {key: leaf for key, leaf in after.items() if key != "params"},
-        )
-    before = eval_output(net.model, after, net.frames, net.clips)
-    other = eval_output(net.model, after, garbage, net.clips)
+        for part in new.keys() - {"params"}:
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new[part], after[part]
+            )
+    before, _ = evaluated(net.model, after, net.frames, net.clips)
+    other, _ = evaluated(net.model, after, garbage, net.clips)
     shown = 6 if name == "knn" else 8  # neighbours answer padded rows too
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:shown], b[:shown]), other, before)
-    lone = jax.tree.map(lambda x: x[:1], (net.frames, net.clips))
-    alone = eval_output(net.model, after, *lone).logits
-    np.testing.assert_allclose(alone, before.logits[:1], atol=1e-5 * scale)
+    copies = jax.tree.map(lambda x: x[np.zeros(8, int)], (net.frames, net.clips))
+    alone = evaluated(net.model, after, *copies)[0].logits  # no other clip beside the first
+    np.testing.assert_allclose(alone, before.logits[np.zeros(8, int)], atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients_are_finite_without_features_and_zero_without_frames(name):
     net = made(name)
-
-    @jax.jit
-    @functools.partial(jax.grad, has_aux=True)
-    def gradient(params, frames):
-        variables = {**net.variables, "params": params}
-        output, after = trained(net._replace(variables=variables, frames=frames))
-        return jnp.sum(jax.nn.log_softmax(output.logits)[..., 1]), (output.logits, after)
 
     def zeros(field):
         return {
@@ -143,8 +156,8 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         }
 
     for frames in (zeros("features"), zeros("mask")):
-        found, (logits, after) = gradient(net.variables["params"], frames)
-        for leaf in jax.tree.leaves((found, logits, after)):
+        output, after, found = learned(*net._replace(frames=frames))
+        for leaf in jax.tree.leaves((found, output.logits, after)):
             assert np.isfinite(leaf).all()
         for leaf in jax.tree.leaves(found):
             assert np.abs(leaf).max() < 1e3 or "dense" not in name
@@ -152,7 +165,7 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         if part.startswith(tuple(f"{key}_" for key in DIMS)):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
     if name in ("cosine", "deepmef"):  # no bias prefers a class
-        np.testing.assert_array_equal(logits, 0)
+        np.testing.assert_array_equal(output.logits, 0)
 
 
 @pytest.mark.parametrize("key", DIMS)
@@ -164,8 +177,8 @@ def test_what_maps_a_modality_reaches_the_clips_that_have_it(name, key):
         params[part] = jax.tree.map(lambda p: p + 1, randomised(params[part], seed=9))
     if (name, key) == ("deepmef", "face"):
         params["channel_attention"] = randomised(params["channel_attention"], seed=9)
-    logits = eval_logits(model, variables, frames, clips)
-    moved = eval_logits(model, {**variables, "params": params}, frames, clips)
+    logits = evaluated(model, variables, frames, clips)[0].logits[:, 0]
+    moved = evaluated(model, {**variables, "params": params}, frames, clips)[0].logits[:, 0]
     change = np.abs(moved - logits).max(axis=1)
     has = frames[key].mask.any(axis=1) & clips.mask
     assert not change[~has].any() and change[has].min() > 1e-2
@@ -180,29 +193,41 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     half = net._replace(model=make_model(MODELS[name][0], dtype="bfloat16"))
     fresh = jax.eval_shape(lambda: init_identifier(half.model, net.frames, net.clips))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-    logits, other = (eval_output(*one).logits for one in (net, half))
-    assert other.dtype == np.float32
+    output, _ = evaluated(*net)
+    other, given = evaluated(*half)
+    assert_embedded(other, given)
     scale = net.model.logit_scale
-    assert 0 < np.abs(other - logits).max() < (0.03 if scale == 1 else 0.02 * scale)
+    assert 0 < np.abs(other.logits - output.logits).max() < (0.03 if scale == 1 else 0.02 * scale)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("mma", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
-        ("cosine", {"modality_dropout_rate": 0.5}),
-        ("cosine", {"dropout_rate": 0.5}),
+        ("cosine", {"modality_dropout_rate": 0.5, "dropout_rate": 0.5}),
+        ("dense", {"modality_dropout_rate": 0.9, "layers": ((7, "swish", True, 0.5),)}),
+        ("residual", {"dropout_rate": 0.5}),
+        ("deepmef", {"modality_dropout_rate": 0.9, "dropout_rate": 0.5}),
     ],
 )
 def test_dropout_is_for_training_only(name, options):
     plain, variables, frames, clips = made(name)
     model = make_model({**MODELS[name][0], **options})
-    for key, same in ((5, True), (6, False)):
-        logits, _ = train_logits(model, variables, frames, clips, seed=5)
-        other, _ = train_logits(model, variables, frames, clips, seed=key)
-        assert np.array_equal(logits, other) == same
-    evaluated = [eval_logits(m, variables, frames, clips) for m in (model, plain)]
-    np.testing.assert_array_equal(*evaluated)
+    without, _, _ = learned(plain, variables, frames, clips)
+    first, again, other = (
+        learned(model, variables, frames, clips, seed)[::2] for seed in (5, 5, 6)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    for output in (without, other[0]):
+        assert not np.array_equal(first[0].logits, output.logits)
+    for leaf in jax.tree.leaves((first, other)):
+        assert np.isfinite(leaf).all()
+
+    def program(model):
+        evaluate = functools.partial(model.apply, train=False)
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(evaluate)(variables, frames, clips)))
+
+    assert program(model) == program(plain)
 
 
 ALL = dict.fromkeys(("face", "head", "body", "audio"), 512)
@@ -236,6 +261,7 @@ def mlp(*layers):
         (FACE, {**DEEP, "shortcut": "none"}, 76_801_843),
         (FACE, {**DEEP, "shortcut": "concat"}, 97_773_363),
         (FACE, {**DEEP, "width": 8192}, 220_702_515),
+        (FACE, {"name": "dense", "backbone": "block"}, 6_201_141),
         (FACE, {**mlp((512, "linear", False, 0.0)), **COSINE}, 5_400_576),
         (SCENE, {"name": "deepmef"}, 8_652_558),
         (SCENE, CHANNELS, 8_190_005),
@@ -263,6 +289,7 @@ BRANCHES = "other_modalities must name modalities beside 'face', got"
         ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
         (SMALL, {"gama": 1}, "no option gama; choose from attention, attention_form"),
         (SMALL, {"head": "round"}, "unknown head 'round'; choose from cosine, linear"),
+        (SMALL, {"attention_form": "three"}, "choose from gram, two"),
         (SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
         (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
         (DENSE, {"head": "round"}, "unknown head"),
@@ -338,33 +365,11 @@ def test_frames_that_do_not_fit_are_refused(name):
             jax.eval_shape(lambda wrong=wrong: init_identifier(model, wrong, clips))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def given_to_classifiers(model, frames, clips):
-    """Returns the output of a new model, and the inputs [B, D] of its classifiers."""
-    inputs = []
-
-    def note(call, args, kwargs, context):
-        heads = (Classifier, CosineClassifier, NearestNeighbours)
-        if isinstance(context.module, heads) and context.method_name == "__call__":
-            inputs.append(args[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        output, _ = model.init_with_output(jax.random.key(0), frames, clips, train=False)
-    return output, inputs
-
-
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_embedding_is_what_the_classifier_is_given(name, dtype):
-    spec, width, _ = MODELS[name]
-    frames, clips = make_batch()
-    model = make_model(spec, dtype=dtype)
-    output, given = given_to_classifiers(model, frames, clips)
-    assert output.embedding.shape == (len(clips.mask), width)
+def assert_embedded(output, given):
+    """Asserts that the embedding is what the classifiers are given."""
     assert output.embedding.dtype == output.logits.dtype == np.float32
     assert np.isfinite(output.embedding).all()
-    if name == "fallback":  # unit vectors, 0 for a model that has no say on a clip
+    if len(given) > 1:  # a fallback: unit vectors, 0 for a model that has no say on a clip
         unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in given]
         judges = np.asarray(output.eval_weight) > 0
         given = [np.concatenate([x * judges[:, i, None] for i, x in enumerate(unit)], axis=1)]
@@ -373,12 +378,21 @@ def test_the_embedding_is_what_the_classifier_is_given(name, dtype):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_has_the_shape_that_the_names_say(name):
-    spec, _, num_vectors = MODELS[name]
-    frames, clips = make_batch()
-    model = make_model(spec)
+def test_embedding_logits_and_attention_are_what_they_are_said_to_be(name):
+    model, variables, frames, clips = made(name)
+    _, width, num_vectors = MODELS[name]
+    output, given = evaluated(model, variables, frames, clips)
+    assert output.embedding.shape == (len(clips.mask), width)
+    assert_embedded(output, given)
+    kernel = variables.get("params", {}).get("classifier", {}).get("kernel")
+    if kernel is not None:  # a cosine classifier
+        z = np.asarray(output.embedding, np.float64)
+        lengths = np.linalg.norm(z, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+        scale = model.logit_scale if output.logit_scale is None else output.logit_scale[0]
+        cosines = z @ kernel / np.where(lengths > 0, lengths, 1)
+        np.testing.assert_allclose(output.logits[:, 0], scale * cosines, atol=1e-5 * scale)
+
     assert len(model.vector_names) == num_vectors
-    output, _ = given_to_classifiers(model, frames, clips)
     attention = dict(output.attention or {})
     assert ("attention" in attention) == (name in ATTENTIVE)
     if name in ATTENTIVE:

@@ -1,6 +1,5 @@
 """Fully connected systems against loops over clips, layers and columns."""
 
-import functools
 import math
 
 import jax
@@ -17,7 +16,6 @@ from tests.helpers.made_models import (
     make_batch,
     make_model,
     randomised,
-    train_logits,
 )
 from vidjax.models.layers import CosineClassifier
 from vidjax.models.mlp import MLP, ResidualDenseNet
@@ -75,8 +73,11 @@ def train_forward(model, variables, mask):
     return forward
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_mlp_matches_a_loop(norm_first):
+@pytest.mark.parametrize(
+    ("norm_first", "gradients"),
+    [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)],
+)
+def test_mlp_matches_a_loop(norm_first, gradients):
     layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
     mask = np.array([True, True, False, True, True])
     with jax.enable_x64(True):
@@ -91,25 +92,18 @@ def test_mlp_matches_a_loop(norm_first):
                 params[f"layer_{i}"], expected, mask, activation, batch_norm, norm_first
             )
         np.testing.assert_allclose(forward(params, x), expected, atol=1e-6)
+        if gradients:
+            check_gradients(forward, params, x, modes=("rev",))
 
 
-@pytest.mark.slow
-def test_gradients_of_an_mlp_are_those_of_its_values():
-    layers = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
-    mask = np.array([True, True, False, True, True])
-    with jax.enable_x64(True):
-        x = np.random.default_rng(0).standard_normal((5, 3))
-        model = MLP(layers, False, FLOAT64)
-        variables = init(model, x, mask, train=False)
-        params = randomised(variables["params"])
-        check_gradients(train_forward(model, variables, mask), params, x, modes=("rev",))
+SHORTCUTS = ("add", "concat", "none")
 
 
 @pytest.mark.parametrize(
-    "shortcut",
-    ["add", *(pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "none"))],
+    ("shortcut", "gradients"),
+    [("add", False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in SHORTCUTS)],
 )
-def test_residual_dense_net_matches_a_loop(shortcut):
+def test_residual_dense_net_matches_a_loop(shortcut, gradients):
     mask = np.arange(8) != 2
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
@@ -132,26 +126,8 @@ def test_residual_dense_net_matches_a_loop(shortcut):
             h2 = layer(2, h1)
             h3 = layer(3, h2)
         np.testing.assert_allclose(forward(params, x), layer(4, h3), atol=1e-6)
-        check_gradients(forward, params, x, modes=("rev",), eps=1e-5)
-
-
-def test_dropout_is_for_training_only():
-    x = np.random.default_rng(4).standard_normal((4, 3)).astype(np.float32)
-    mask = np.ones(4, bool)
-    for model in (MLP(((64, "linear", False, 0.5),)), ResidualDenseNet(64, 1, "swish", 0.5)):
-        variables = init(model, x, mask, train=False)
-
-        @functools.partial(jax.jit, static_argnames="train")
-        def forward(seed, train, model=model, variables=variables):
-            rngs = {"dropout": jax.random.key(seed)}
-            return model.apply(variables, x, mask, train=train, rngs=rngs, mutable=["batch_stats"])[
-                0
-            ]
-
-        dropped = np.asarray(forward(1, train=True)) == 0
-        assert 0.3 < dropped.mean() < 0.7
-        assert not np.array_equal(forward(2, train=True) == 0, dropped)
-        np.testing.assert_array_equal(forward(1, train=False), forward(2, train=False))
+        if gradients:
+            check_gradients(forward, params, x, modes=("rev",), eps=1e-5)
 
 
 def test_cosine_classifier_matches_a_loop():
@@ -216,33 +192,6 @@ def test_net_sees_scaled_mean_frames_and_zeros_where_there_are_none():
             ]
             x.extend(0.5 * np.mean(real, axis=0) if real else np.zeros(dim))
         np.testing.assert_allclose(logits[b], x @ classifier["kernel"], atol=1e-5)
-
-
-def test_modality_dropout_leaves_one_and_only_in_training():
-    frames, clips = make_batch()
-    spec = {"name": "dense", "layers": ()}
-    model, plain = make_model(spec, modality_dropout_rate=0.999), make_model(spec)
-    variables = init_identifier(model, frames, clips)
-    logits, _ = train_logits(model, variables, frames, clips)
-    kernel = np.asarray(variables["params"]["classifier"]["logits"]["kernel"])
-    choices, start = [], 0
-    for name, dim in DIMS.items():
-        mean = eval_logits(plain, _only(variables, kernel, start, dim), frames, clips)
-        choices.append(np.where(np.any(frames[name].mask, axis=1)[:, None], mean, np.inf))
-        start += dim
-    distance = np.abs(np.stack(choices) - np.asarray(logits)).max(axis=2).min(axis=0)
-    seen = np.stack([frame.mask.any(axis=1) for frame in frames.values()]).any(axis=0)
-    np.testing.assert_allclose(distance[seen & clips.mask], 0, atol=1e-5)
-    np.testing.assert_array_equal(
-        eval_logits(model, variables, frames, clips), eval_logits(plain, variables, frames, clips)
-    )
-
-
-def _only(variables, kernel, start, dim):
-    """Returns the variables with a classifier that looks at some columns of its input alone."""
-    kept = np.zeros_like(kernel)
-    kept[start : start + dim] = kernel[start : start + dim]
-    return jax.tree.map(lambda leaf: kept if leaf.shape == kernel.shape else leaf, variables)
 
 
 def test_a_cosine_of_features_is_the_same_in_bfloat16():
