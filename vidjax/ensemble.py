@@ -129,11 +129,7 @@ def bootstrap_counts(
 
 
 def partition(
-    members: Sequence[Member],
-    labels: np.ndarray,
-    folds: int,
-    seed: int,
-    resample: str = "identity",
+    members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
     """Returns [E, N] float32, how many times each member trains on each clip in an epoch."""
     if folds > len(labels):

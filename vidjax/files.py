@@ -53,10 +53,7 @@ KINDS = {
 
 
 def open_regular(
-    path: Path,
-    flags: int = os.O_RDONLY,
-    limit: float = math.inf,
-    below: Path | None = None,
+    path: Path, flags: int = os.O_RDONLY, limit: float = math.inf, below: Path | None = None
 ) -> io.FileIO:
     """Opens a regular file, unbuffered; refuses a symbolic link.
 

@@ -21,11 +21,7 @@ from vidjax.errors import UserError, suggest
 
 
 def softmax_cross_entropy(
-    logits: Array,
-    labels: Array,
-    class_mask: Array | None = None,
-    *,
-    label_smoothing: float = 0.0,
+    logits: Array, labels: Array, class_mask: Array | None = None, *, label_smoothing: float = 0.0
 ) -> Array:
     """Returns the cross-entropy of the softmax over the class columns.
 
@@ -255,11 +251,7 @@ def make_objective(
 
 
 def make_loss(
-    spec: Mapping[str, Any],
-    class_mask: Array | None,
-    steps_per_epoch: float,
-    *,
-    logit_scale: float,
+    spec: Mapping[str, Any], class_mask: Array | None, steps_per_epoch: float, *, logit_scale: float
 ) -> Callable[..., Array]:
     """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
 

@@ -268,10 +268,7 @@ def _number(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[str, str
     """Yields ("PATH: line N", text) of every line of a file, see `_read_lines`."""
     for number, line in enumerate(lines, 1):
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        yield (
-            f"{path}: line {number}",
-            text.decode(errors="surrogateescape").rstrip(" \t\r\n"),
-        )
+        yield (f"{path}: line {number}", text.decode(errors="surrogateescape").rstrip(" \t\r\n"))
 
 
 def _is_text(line: str) -> bool:

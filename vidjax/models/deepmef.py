@@ -8,11 +8,7 @@ import jax.numpy as jnp
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models.attention import (
-    CHANNEL_ATTENTIONS,
-    AttentionAggregation,
-    ChannelAttention,
-)
+from vidjax.models.attention import CHANNEL_ATTENTIONS, AttentionAggregation, ChannelAttention
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     CosineClassifier,
@@ -146,10 +142,7 @@ class DeepMEF(Identifier):
             self.hidden_dim, "prelu", True, self.dropout_rate, dtype=self.dtype, name="hidden"
         )(x, seen, train=train)
         added = Linear(
-            x.shape[-1],
-            dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name="back",
+            x.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="back"
         )(hidden)
         return x + added
 

@@ -195,10 +195,7 @@ class Classifier(nn.Module):
         """Returns the logits, [B, 1 + C] float32, for x [B, D] float; `train` applies dropout."""
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return Linear(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            name="logits",
+            self.num_classes, dtype=self.dtype, kernel_init=self.kernel_init, name="logits"
         )(x)
 
 
@@ -272,12 +269,9 @@ class NetVLAD(nn.Module):
             raise UserError(f"unknown NetVLAD reduce {self.reduce!r}; choose from mean, sum")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
-        scores = Linear(
-            self.num_clusters,
-            use_bias=False,
-            dtype=self.dtype,
-            name="assignment",
-        )(features)  # [B, T, K]
+        scores = Linear(self.num_clusters, use_bias=False, dtype=self.dtype, name="assignment")(
+            features
+        )  # [B, T, K]
         # Without any real frame the mean would be 0 / 0, and the running statistics would stay NaN.
         counted = jnp.logical_or(mask, ~mask.any())
         scores = nn.BatchNorm(
@@ -291,10 +285,7 @@ class NetVLAD(nn.Module):
 
         dim = features.shape[-1]
         centers = self.param(
-            "centers",
-            nn.initializers.normal(dim**-0.5),
-            (self.num_clusters, dim),
-            param_dtype,
+            "centers", nn.initializers.normal(dim**-0.5), (self.num_clusters, dim), param_dtype
         )
         weighted = jnp.einsum(
             "btk,btd->bkd",

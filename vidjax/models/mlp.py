@@ -56,10 +56,7 @@ class DenseLayer(nn.Module):
             raise UserError(f"unknown activation {self.activation!r}; choose from {known}")
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = Linear(
-            self.width,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="dense",
+            self.width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="dense"
         )(x)
         if self.norm_first:
             x = self._normalised(x, mask, train)

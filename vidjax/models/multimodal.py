@@ -116,11 +116,7 @@ class MultimodalIdentifier(Identifier):
             attention.update(shares)
             exists = present[:, position, None]
             count = self.num_face_vectors if name == "face" else 1
-            mapped = Linear(
-                count * self.embed_dim,
-                dtype=self.dtype,
-                name=f"{name}_map",
-            )(video)
+            mapped = Linear(count * self.embed_dim, dtype=self.dtype, name=f"{name}_map")(video)
             mapped = mapped.reshape(-1, count, self.embed_dim)
             if self.map_norm:
                 mapped = nn.LayerNorm(

@@ -26,11 +26,7 @@ MemberInputs = tuple[Array, Array, Array, Array, Array]
 
 
 def train_step(
-    system: System,
-    state: TrainState,
-    tables: Tables,
-    batch: Batch,
-    axes: ClassAxes | None = None,
+    system: System, state: TrainState, tables: Tables, batch: Batch, axes: ClassAxes | None = None
 ) -> tuple[TrainState, jax.Array]:
     """Takes one optimiser step of every member; returns the new state and the losses [E].
 
@@ -275,10 +271,7 @@ class Outcome(NamedTuple):
 
 
 def make_train_loop(
-    system: System,
-    mesh: Mesh,
-    draw: Callable[[Any, Array], Batch],
-    axes: ClassAxes | None = None,
+    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch], axes: ClassAxes | None = None
 ) -> Callable[[TrainState, Tables, Clips, Array], tuple[TrainState, Outcome]]:
     """Compiles a loop of steps: (state, tables, clips, count) -> (state, outcome).
 
