@@ -123,16 +123,13 @@ def parse(
     own, overrides = split_overrides(words)
     parser = make_parser(prog, name, commands[name])
     args, strays = parser.parse_known_args(own)
-    if overrides and not parser.takes_fields:
-        raise UserError(_foreign(prog, commands, name, overrides[0].partition("=")[0]))
-    if strays and strays[0].startswith("-"):
-        raise UserError(_unknown(prog, commands, name, strays[0].partition("=")[0], near))
-    if strays:
-        hint = stray(strays[0])
-        raise UserError(
-            f"stray word '{strays[0]}': {hint}" if hint
-            else f"stray word '{strays[0]}'\n{prog} {name} --help lists the flags"
-        )  # fmt: skip
+    for word in [*([] if parser.takes_fields else overrides), *strays]:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            raise UserError(_about_flag(prog, commands, name, flag, near))
+        hint = stray(word)
+        hint = f": {hint}" if hint else f"\n{prog} {name} --help lists the flags"
+        raise UserError(f"stray word '{word}'{hint}")
     if missing := [
         about for flag, about in parser.flags.items()
         if about and not getattr(args, flag.lstrip("-"))
@@ -157,35 +154,31 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def _unknown(
+def _about_flag(
     prog: str,
     commands: Mapping[str, Command],
     name: str,
     flag: str,
     near: Callable[[str], str | None],
 ) -> str:
-    parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
-    if any(flag in parser.flags for parser in parsers.values()):
-        return _foreign(prog, commands, name, flag)
-    word = flag.lstrip("-").replace("-", "_")
-    own = {known.lstrip("-"): known for known in parsers[name].flags if "." not in known}
-    match = own.get(closest(word, own, cutoff=0.7) or "")
-    if match is None and parsers[name].takes_fields:
-        match = near(word)
-    hint = f": did you mean {match}?" if match else f"\n{prog} {name} --help lists the flags"
-    return f"no flag {flag}{hint}"
-
-
-def _foreign(prog: str, commands: Mapping[str, Command], name: str, flag: str) -> str:
-    """Returns the message for a flag that only other commands have."""
+    """Returns the message for a flag that the command `name` does not take; others may."""
     parsers = {one: make_parser(prog, one, command) for one, command in commands.items()}
     has = [
         one for one, parser in parsers.items()
         if flag in parser.flags or (flag.startswith("--config.") and parser.takes_fields)
     ]  # fmt: skip
-    those = " and ".join(filter(None, [", ".join(has[:-1]), has[-1]]))
-    own = ", ".join(known for known in parsers[name].flags if known not in ("--help", "--debug"))
-    return f"{name} takes no {flag}, but {those} {'do' if has[1:] else 'does'}\nit takes {own}"
+    own = parsers[name].flags
+    if has:
+        those = " and ".join(filter(None, [", ".join(has[:-1]), has[-1]]))
+        known = ", ".join(one for one in own if one not in ("--help", "--debug"))
+        return (
+            f"{name} takes no {flag}, but {those} {'do' if has[1:] else 'does'}\nit takes {known}"
+        )
+    word = flag.lstrip("-").replace("-", "_")
+    close = closest(word, [known.lstrip("-") for known in own if "." not in known], cutoff=0.7)
+    match = f"--{close}" if close else near(word) if parsers[name].takes_fields else None
+    hint = f": did you mean {match}?" if match else f"\n{prog} {name} --help lists the flags"
+    return f"no flag {flag}{hint}"
 
 
 def no_command(name: str, commands: Mapping[str, Command]) -> UserError:

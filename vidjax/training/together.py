@@ -1,6 +1,7 @@
 """A command in one of several processes, and the checks that all processes agree."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -35,20 +36,17 @@ def run(place: Place, work: Callable[[], int], words: Sequence[str]) -> int:
         if group:
             group.tell_of_signal(signum)
 
-    def quiet_work() -> int:
-        if processes.is_first():
-            return work()
-        with messages.quietly(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return work()
-
     def joined() -> int:
         nonlocal group
         if "--debug" not in words:
             chatter.divert(join.LOST)
         group = join.join(place, messages.complain)
         try:
-            code = quiet_work()
+            with contextlib.ExitStack() as stack:
+                if not processes.is_first():
+                    stack.enter_context(messages.quietly())
+                    stack.enter_context(warnings.catch_warnings(action="ignore"))
+                code = work()
         except Interrupted:  # in all processes, at the same step
             group.end()
             raise
