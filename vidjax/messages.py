@@ -170,10 +170,9 @@ def _about_flag(
     own = parsers[name].flags
     if has:
         those = " and ".join(filter(None, [", ".join(has[:-1]), has[-1]]))
-        known = ", ".join(one for one in own if one not in ("--help", "--debug"))
-        return (
-            f"{name} takes no {flag}, but {those} {'do' if has[1:] else 'does'}\nit takes {known}"
-        )
+        do = "do" if has[1:] else "does"
+        takes = ", ".join(one for one in own if one not in ("--help", "--debug"))
+        return f"{name} takes no {flag}, but {those} {do}\nit takes {takes}"
     word = flag.lstrip("-").replace("-", "_")
     close = closest(word, [known.lstrip("-") for known in own if "." not in known], cutoff=0.7)
     match = f"--{close}" if close else near(word) if parsers[name].takes_fields else None

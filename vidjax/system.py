@@ -29,55 +29,54 @@ COLUMN_MULTIPLE = 128
 class System(NamedTuple):
     """Everything that a training or evaluation step needs, except state and data.
 
-    Only evaluation steps read `fuse_eval`, `score_fn`, `scores_are_logs`, `top_classes`, `reduce`,
-    `num_identities` and `matmul_precision`. Both kinds of step read `model`, `num_columns`,
-    `modalities`, `num_chunks`, `frame_is_example` and `class_mask`; only training reads the rest.
+    Evaluation steps alone read `fuse_eval`, `score_fn` and `scores_are_logs`; both kinds of step
+    read `model`, `frame_is_example` and `class_mask`.
 
     Attributes:
-      num_columns: number of class columns without padding, K; `model` may have more.
-      modalities: name -> feature width, in the order of the configuration.
+      config: the configuration, nested dicts; the steps read its plain values.
+      task: sizes of the training data; `model` may have more class columns, for padding.
       fuse_train, fuse_eval: modality -> function that fuses its frames, called with (key, frames);
         the key is None in evaluation.
-      num_chunks: number of chunks of a feature vector, one of them hidden (`Member.view`), or 0.
       frame_is_example: True if each fused frame of a clip is an example of its own.
       clip_transforms, transforms: augmentations before and after the frames of clips are fused.
       objective: (output, labels [B], mask [B], step) -> loss [B].
       make_objective: class_mask or None -> objective that ignores columns where the mask is False.
-      sampled_classes: share of the classes that a training step draws, above 0; 1 for all.
       column_weight: (labels [B], step) -> weight [B] of the clips, by their class columns.
       score_fn: (logits [..., K], class_mask) -> scores [..., K], by which clips are ranked.
       scores_are_logs: True if scores are logarithms; their exponentials are then averaged.
-      top_classes: number of best identities for which each clip keeps its scores; 0 for all.
-      reduce: reduction of the scores of a clip's examples in evaluation, `mean` or `max`.
       class_mask: [K] bool, False for columns without training clips, and for padding.
-      vmap_members: True to train all members in one program by vmap; False to train one member
-        after another, each bit-equal to a run of its own.
-      matmul_precision: precision of evaluation, see `jax.default_matmul_precision`.
     """
 
+    config: Mapping[str, Any]
+    task: "TaskSpec"
     model: Identifier
-    num_columns: int
-    modalities: Mapping[str, int]
     fuse_train: Mapping[str, FuseFn]
     fuse_eval: Mapping[str, FuseFn]
-    num_chunks: int
     frame_is_example: bool
     clip_transforms: tuple[BatchTransform, ...]
     transforms: tuple[BatchTransform, ...]
     objective: losses.Objective
     make_objective: Callable[..., losses.Objective]
-    sampled_classes: float
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation
     lr_schedule: optax.Schedule
     score_fn: Callable[[Array, Array], Array]
     scores_are_logs: bool
-    top_classes: int
-    reduce: str
     class_mask: Array
-    num_identities: int
-    vmap_members: bool
-    matmul_precision: str
+
+    @property
+    def sampled_classes(self) -> float:
+        """Share of the classes that a training step draws, above 0; 1 for all."""
+        return self.config["loss"]["sampled_classes"]
+
+    @property
+    def vmap_members(self) -> bool:
+        """True to train all members in one program by vmap; False for one after another.
+
+        One after another, each is bit-equal to a run of its own.
+        """
+        mapping = self.config["ensemble"]["mapping"]
+        return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], view: Array
@@ -92,8 +91,9 @@ class System(NamedTuple):
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
-            if self.num_chunks:
-                features = ensemble.drop_chunk(features, view, num_chunks=self.num_chunks)
+            if self.config["ensemble"]["views"]:
+                chunks = self.config["ensemble"]["chunks"]
+                features = ensemble.drop_chunk(features, view, num_chunks=chunks)
             fused[name] = result._replace(features=features)
         return fused
 
@@ -187,8 +187,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     groups = ("after_fusion", "dtype", "ensemble", "eval.reduce", "loss", "optim")
     config_lib.check_ranges(config, groups)  # those that are read here
     config_io.check_definitions(config)
-    ensemble_spec, mapping = config["ensemble"], config["ensemble"]["mapping"]
-    num_chunks = ensemble_spec["chunks"] if ensemble_spec["views"] else 0
+    _check_precision(config["matmul_precision"])
     steps_per_epoch = task.num_clips / config["batch_size"]
     tx, schedule = optim.make_optimizer(
         config["optim"], total_steps=task.total_steps, steps_per_epoch=steps_per_epoch
@@ -210,29 +209,22 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     score_fn, scores_are_logs = SCORES[scores]
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     return System(
+        config=config,
+        task=task,
         model=model,
-        num_columns=task.num_columns,
-        modalities=task.modalities,
         fuse_train=make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
-        num_chunks=num_chunks,
         frame_is_example=config["after_fusion"] == "examples",
         clip_transforms=clip_transforms,
         transforms=transforms,
         objective=make_objective(None if is_whole else class_mask),
         make_objective=make_objective,
-        sampled_classes=config["loss"]["sampled_classes"],
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
         lr_schedule=schedule,
         score_fn=score_fn,
         scores_are_logs=scores_are_logs,
-        top_classes=config["eval"]["top_classes"],
-        reduce=config["eval"]["reduce"],
         class_mask=class_mask,
-        num_identities=task.num_identities,
-        vmap_members=mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu"),
-        matmul_precision=_check_precision(config["matmul_precision"]),
     )
 
 
@@ -291,11 +283,11 @@ def _make_column_weight(
     )
 
 
-def _check_precision(precision: str) -> str:
-    """Returns the precision; raises ValueError if jax does not know it."""
+def _check_precision(precision: str) -> None:
+    """Raises ValueError if jax does not know a precision."""
     try:
         with jax.default_matmul_precision(precision):
-            return precision
+            pass
     except ValueError as error:
         raise UserError(
             f"config.matmul_precision='{precision}': jax knows default, high, highest, bfloat16, "

@@ -47,7 +47,7 @@ class MadeRun(NamedTuple):
             state, loss = step(state, self.tables, self.batch)
             losses.append(loss)
         natural = class_sharding.abstract_state(
-            self.system, dims(self.batch), self.system.num_columns, len(state.rng)
+            self.system, dims(self.batch), self.system.task.num_columns, len(state.rng)
         )
         state = class_sharding.resize(
             jax.device_get((state.params, state.opt_state)), (natural.params, natural.opt_state)
@@ -96,7 +96,7 @@ def make(spec, *words, num_identities=50, shape=(1, 1), batch_size=32, other=Fal
         np.arange(batch_size, dtype=np.int32),
         np.ones(batch_size, bool),
     )
-    natural = system._replace(model=system.model.with_classes(system.num_columns))
+    natural = system._replace(model=system.model.with_classes(system.task.num_columns))
     here = class_sharding.abstract_state(system, modalities, system.model.num_classes, len(members))
 
     def init():

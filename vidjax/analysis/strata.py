@@ -194,7 +194,7 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
 
     The model's data need not be those of its training; `train_splits` that they lack are skipped.
     """
-    total = np.zeros(model.system.num_identities + 1, np.int64)
+    total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
         try:
             split = model.data.split(name)

@@ -212,7 +212,7 @@ class ModelScorer:
 
     def _best(self, scores: Array) -> Array:
         """Keeps only the scores of the best `eval.top_classes` identities of each clip."""
-        count = self.model.system.top_classes
+        count = self.model.system.config["eval"]["top_classes"]
         if not 0 < count < scores.shape[1]:
             return scores
         # XLA sorts columns that lie on several devices wrongly on some of them.
@@ -296,12 +296,12 @@ def windows(
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
     """Refuses blocks whose features and scores alone exceed the free memory of a device."""
-    frames, widths = plan.padded_lengths, system.modalities
+    frames, widths = plan.padded_lengths, system.task.modalities
     numbers = [
         sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)
         for bucket in set(plan.bucket[plan.bucket >= 0].tolist())
     ]
-    size = 4 * block_size * (max(numbers, default=0) + system.num_columns)
+    size = 4 * block_size * (max(numbers, default=0) + system.task.num_columns)
     free = free_bytes(mesh)
     if 0 < free < size:
         raise UserError(

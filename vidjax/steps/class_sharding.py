@@ -121,7 +121,7 @@ class ScoreColumns(NamedTuple):
     @classmethod
     def of(cls, system: System, mesh: Mesh) -> "ScoreColumns":
         """Returns the columns of the scores of a system, whose padding fits the mesh."""
-        count = system.num_identities
+        count = system.task.num_identities
         if mesh.shape["model"] == 1:
             return cls(mesh, count, 0, count)
         # Noise classes have columns of their own behind the identities.
@@ -198,7 +198,7 @@ def _differing_axis(few: jax.ShapeDtypeStruct, more: jax.ShapeDtypeStruct) -> in
 def num_drawn(system: System, num_labels: int, num_devices: int) -> int:
     """Returns the number of columns that each device draws: enough for the labels of a step."""
     own = system.model.num_classes // num_devices
-    share = math.ceil(system.sampled_classes * system.num_columns / num_devices)
+    share = math.ceil(system.sampled_classes * system.task.num_columns / num_devices)
     return min(own, max(share, num_labels))
 
 

@@ -43,7 +43,12 @@ def eval_step(
         return mean_scores.sum_scores(total)
 
     scores = _over_examples(
-        system, view, batch, scores_of, logs=system.scores_are_logs, reduce=system.reduce
+        system,
+        view,
+        batch,
+        scores_of,
+        logs=system.scores_are_logs,
+        reduce=system.config["eval"]["reduce"],
     )
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
@@ -78,7 +83,7 @@ def attention_step(
     over frames. The model must take all fused frames of a clip as one example.
     """
     fused = system.fuse(None, batch.frames, view)
-    with jax.default_matmul_precision(system.matmul_precision):
+    with jax.default_matmul_precision(system.config["matmul_precision"]):
         output = _apply(system, params, model_state, fused, _clip_info(system, batch))
     return {
         name: value if name == "attention" else jnp.sum(value, axis=1)
@@ -123,7 +128,7 @@ def _over_examples(
     saves memory. With `logs`, the exponentials of values are averaged. `reduce` is `mean` or `max`.
     """
     fused = system.fuse(None, batch.frames, view)
-    with jax.default_matmul_precision(system.matmul_precision):
+    with jax.default_matmul_precision(system.config["matmul_precision"]):
         if not system.frame_is_example:
             return values_of(fused, batch.batch_mask)
         _, exists = system.to_examples(fused)

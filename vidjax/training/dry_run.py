@@ -91,10 +91,7 @@ def trace_model(config: Config, widths: Mapping[str, int]) -> None:
     """Builds the system of a configuration and traces its parameters, without devices."""
     spec = config.to_dict()
     members = ensemble.make_members(spec["ensemble"])[:1]
-    # These two ask for values on a device: the sum of the schedule, and the kind of the device.
-    spec["optim"]["total_decay"] = 0.0
-    if spec["ensemble"]["mapping"] == "auto":
-        spec["ensemble"]["mapping"] = "map"
+    spec["optim"]["total_decay"] = 0.0  # it asks for the sum of the schedule, on a device
     clusters = 1 if config.data.distractors == "noise" else None
     task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
 

@@ -62,7 +62,7 @@ def restore_or_init(
 
     def first() -> state_lib.TrainState:
         # Padding is cut off and added, so that draws do not depend on it.
-        return class_sharding.resize(init(system.num_columns), abstract)
+        return class_sharding.resize(init(plan.task.num_columns), abstract)
 
     abstract = jax.eval_shape(functools.partial(init, system.model.num_classes))
     found, items = checkpoint.find(workdir), {}
