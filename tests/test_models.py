@@ -20,8 +20,8 @@ from tests.helpers.made_models import (
 )
 from vidjax.batch import ClipInfo
 from vidjax.models import identifier
-from vidjax.models.attention import SigmoidGate
 from vidjax.models.layers import NetVLAD, drop_modalities
+from vidjax.models.multimodal import SigmoidGate
 
 
 def netvlad_oracle(params, features, mask, reduce):

@@ -19,7 +19,7 @@ from tests.helpers.made_models import (
 )
 from tests.test_models_dense import layer_oracle
 from vidjax.models import identifier
-from vidjax.models.attention import AttentionAggregation, ChannelAttention
+from vidjax.models.deepmef import AttentionAggregation, ChannelAttention
 
 SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
 

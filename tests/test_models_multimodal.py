@@ -21,7 +21,7 @@ from vidjax import config as config_lib
 from vidjax import config_io, fusion
 from vidjax.batch import ClipInfo
 from vidjax.models import identifier
-from vidjax.models.attention import MultimodalAttention
+from vidjax.models.multimodal import MultimodalAttention
 
 ROOT = Path(__file__).parent.parent
 

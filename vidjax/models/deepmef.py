@@ -1,14 +1,15 @@
 """DeepMEF, third place of 2019: channel attention over frames, scene features, a cosine head."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.errors import UserError
-from vidjax.models.attention import CHANNEL_ATTENTIONS, AttentionAggregation, ChannelAttention
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     CosineClassifier,
@@ -19,6 +20,7 @@ from vidjax.models.layers import (
 )
 from vidjax.models.mlp import DenseLayer, ResidualBlock
 
+CHANNEL_ATTENTIONS = ("channels", "danet", "features")
 _CHOICES = {
     "channel_attention": (*CHANNEL_ATTENTIONS, "none"),
     "aggregation": ("attention", "mean", "quality"),
@@ -164,3 +166,112 @@ class DeepMEF(Identifier):
         weights = fusion.frame_weights(real, weighting)
         share = weights / jnp.where(real.mask.any(axis=1), jnp.sum(weights, axis=1), 1.0)[:, None]
         return jnp.einsum("bt,btd->bd", share.astype(x.dtype), x)
+
+
+class ChannelAttention(nn.Module):
+    """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
+
+    Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
+    The map out and gamma start at 0, so the block starts as the identity.
+
+    Form `features` (ours): the maps act on the features, D -> D/2. With the attention
+    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T], the output is
+    y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
+
+    Form `channels` (DeepMEF's code): the maps act on the frames, T -> T/2, and treat all features
+    alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the output is
+    y = x + out(A g(x)).
+
+    Form `danet` (DANet's code, with frames for its channels): no maps. With the energies
+    E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
+    is y_t = x_t + gamma sum_s A_ts x_s. So each frame gets most of those least like it.
+
+    Attributes:
+      form: features | channels | danet.
+      num_frames: T that the form `channels` is built for.
+      dtype: dtype of the matrix products; parameters and softmax are at least float32.
+
+    Source: channel attention of DANet (Fu et al., CVPR 2019, whose article has the softmax of E
+    itself); DeepMEF (3rd place 2019) names it and builds `channels`. DeepMEF's code initialises
+    theta and phi with 0, so that the gradients of both stay 0; here neither starts at 0. It has
+    BatchNorm after theta, phi and out in place of biases. Ours: masks, and the form `features` with
+    its scaled products.
+    """
+
+    form: str = "features"
+    num_frames: int = 40
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """Returns the frames after attention, [B, T, D] float32, 0 on padding.
+
+        The form `channels` needs T = `num_frames`, and reads padded frames as 0.
+        """
+        if self.form not in CHANNEL_ATTENTIONS:
+            raise UserError(
+                f"unknown channel attention {self.form!r}; choose from "
+                f"{', '.join(CHANNEL_ATTENTIONS)}"
+            )
+        if self.form == "channels" and x.shape[1] != self.num_frames:
+            raise UserError(
+                f"channel attention needs {self.num_frames} frames, got {x.shape[1]}: let the "
+                f"fusion sample {self.num_frames}, or use the form 'features'"
+            )
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = jnp.where(mask[..., None], x.astype(param_dtype), 0.0)
+        if self.form == "danet":
+            gamma = self.param("gamma", nn.initializers.zeros, (), param_dtype)
+            added = gamma * self._mixed_by_energy(x, mask)
+        elif self.form == "channels":
+            columns = jnp.swapaxes(x, 1, 2)  # [B, D, T]
+            added = jnp.swapaxes(self._mixed_by_maps(columns, None), 1, 2)
+        else:
+            added = self._mixed_by_maps(x, mask)
+        return jnp.where(mask[..., None], x + added, 0.0)
+
+    def _mixed_by_energy(self, x: Array, mask: Array) -> Array:
+        """Returns sum_s A_ts x_s of the form `danet`, [B, T, D]."""
+        product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
+        frames = x.astype(self.dtype)
+        energy = product("btd,bsd->bts", frames, frames)
+        # The largest energy of a row is the same for all s, and cancels in the softmax.
+        scores = jnp.where(mask[:, None, :], -energy, jnp.finfo(energy.dtype).min)
+        return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
+
+    def _mixed_by_maps(self, rows: Array, mask: Array | None) -> Array:
+        """Returns out(A g(x)) of the other forms; `channels` has rows [B, D, T] and no mask."""
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=rows.dtype)
+        product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
+        width = max(rows.shape[-1] // 2, 1)
+        theta, phi, g = (dense(width, name=name)(rows) for name in ("theta", "phi", "g"))
+        if mask is None:
+            affinity = jax.nn.softmax(product("bdi,bdj->bij", theta, phi), axis=-1)
+            mixed = product("bij,bdj->bdi", affinity.astype(self.dtype), g)  # [B, D, T/2]
+        else:
+            scores = product("bti,bsi->bts", theta, phi) * width**-0.5
+            scores = jnp.where(mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
+            affinity = jax.nn.softmax(scores, axis=-1)  # [B, T, T]
+            mixed = product("bts,bsi->bti", affinity.astype(self.dtype), g)  # [B, T, D/2]
+        return dense(rows.shape[-1], kernel_init=nn.initializers.zeros, name="out")(mixed)
+
+
+class AttentionAggregation(nn.Module):
+    """Pools the frames of a clip by attention with a learned query vector.
+
+    The query starts at 0, which gives the mean frame.
+
+    Source: DeepMEF (3rd place 2019), one block of the neural aggregation network. Ours: masks.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """Returns sum_t a_t x_t, [B, D] float32, with a_t = softmax over real frames t of q . x_t.
+
+        Frames x are [B, T, D] with a mask [B, T] bool. Clips without frames get 0.
+        """
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)
+        scores = jnp.where(mask, x @ query, jnp.finfo(x.dtype).min)
+        weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)  # [B, T]
+        return jnp.einsum("bt,btd->bd", weights, jnp.where(mask[..., None], x, 0.0))

@@ -1,13 +1,15 @@
 """The system of the iQIYI-VID paper: one vector per modality, and attention between them."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vidjax import fusion
 from vidjax.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models.attention import MultimodalAttention, SigmoidGate
+from vidjax.errors import UserError
 from vidjax.models.base import Identifier
 from vidjax.models.layers import (
     Classifier,
@@ -163,3 +165,96 @@ class MultimodalIdentifier(Identifier):
             video = fusion.mean_frame(real).features * self.feature_scale
         video = video.reshape(video.shape[0], -1)
         return unit_vectors(video) if self.unit_length else video, shares
+
+
+class MultimodalAttention(nn.Module):
+    """Adds to each vector of the feature map all vectors, weighted by their correlation with it.
+
+    The feature map is [B, M, D], one vector per row. The paper's X in R^{D x M} is its transpose;
+    the indices of Y[b, i, j] are the paper's i and j.
+
+    Attributes:
+      dim: width of the space in which the correlations are computed, the paper's D~.
+      scale: factor on the Gram matrix (ours; 1 in the paper). Vectors of equal length, as after
+        LayerNorm, correlate most with themselves: unless `scale` is small, Y is nearly the
+        identity.
+      gamma: strength of the attention.
+      train_gamma: True to learn gamma, starting from `gamma` (ours).
+      form: `gram`, the paper's Z = F^T F with F = W_F X; or `two`, Z = F^T G with another
+        projection, G = W_G X, as in SAGAN, with which the paper compares it.
+      fill_missing: True, as in the paper, to set the output of a missing vector to gamma times a
+        mean of the vectors that exist. False (ours) leaves it 0.
+      dtype: dtype of the matrix products; parameters and softmax are at least float32.
+
+    Source: iQIYI-VID paper, equations 1-3. Ours: a missing vector is 0 and has no weight in the
+    softmax, where the equations would give it exp(0). Without missing vectors the result is that of
+    the paper. SAGAN also projects the vectors that are summed; the form `two` does not.
+    """
+
+    dim: int = 64
+    scale: float = 1.0
+    gamma: float = 0.05
+    train_gamma: bool = False
+    form: str = "gram"
+    fill_missing: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
+        """Returns the vectors O = X + gamma X Y, and the attention Y.
+
+        Args:
+          x: [B, M, D] float, 0 for missing vectors.
+          mask: [B, M] bool, True for vectors that exist.
+
+        Returns:
+          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
+          Column j of Y sums to 1. It is 0, and so is vector j of O, in clips without any vector
+          and, unless `fill_missing`, where vector j is missing.
+        """
+        if self.form not in ("gram", "two"):
+            raise UserError(f"unknown attention_form {self.form!r}; choose from gram, two")
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(self.dtype)
+        project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
+        f = project(name="w_f")(x)  # [B, M, D~]
+        g = project(name="w_g")(x) if self.form == "two" else f
+        z = jnp.einsum("bid,bjd->bij", f, g, preferred_element_type=param_dtype)  # [B, M, M]
+        z = z * self.scale
+        pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
+        # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
+        # the same zeros without NaN.
+        z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
+        y = jnp.where(pairs, jax.nn.softmax(z, axis=1), 0.0)
+        gamma = self.gamma
+        if self.train_gamma:
+            gamma = self.param("gamma", nn.initializers.constant(gamma), (), param_dtype)
+        mixed = jnp.einsum(
+            "bij,bid->bjd", y.astype(self.dtype), x, preferred_element_type=param_dtype
+        )
+        return (x + gamma * mixed).astype(self.dtype), y
+
+
+class SigmoidGate(nn.Module):
+    """Multiplies each vector of the feature map by a gate between 0 and 1, computed from it.
+
+    The weights start at 0, so all gates start at 0.5.
+
+    Source: the second-place article of 2019 names gates by a sigmoid as future work. Ours: the
+    formula.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns the vectors x_m sigmoid(w_m . x_m + b_m), [B, M, D] in `dtype`."""
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[1:2], param_dtype)
+        x = x.astype(self.dtype)
+        scores = jnp.einsum(
+            "bmd,md->bm", x, kernel.astype(self.dtype), preferred_element_type=param_dtype
+        )
+        gate = jax.nn.sigmoid(scores + bias)  # [B, M]
+        return (x * gate[..., None]).astype(self.dtype)
