@@ -109,6 +109,7 @@ class DeepMEF(Identifier):
             rng = self.make_rng("modality_dropout")
             present = drop_modalities(rng, present, self.modality_dropout_rate)
 
+        published = self.layer_form == "published"
         vectors = []
         for position, (name, real) in enumerate(frames.items()):
             exists = present[:, position]
@@ -116,8 +117,12 @@ class DeepMEF(Identifier):
                 vector = self._aggregated(real)
             else:
                 vector = fusion.mean_frame(real).features[:, 0] * self.feature_scale
-                for i in range(len(self.branch_dims)):
-                    vector = self._branch_layer(i, f"{name}_{i}")(vector, exists, train=train)
+                for i, width in enumerate(self.branch_dims):
+                    last = published and i == len(self.branch_dims) - 1
+                    rate = 0.0 if last else self.dropout_rate
+                    vector = DenseLayer(
+                        width, "prelu", True, rate, published, self.dtype, name=f"{name}_{i}"
+                    )(vector, exists, train=train)
             vectors.append(vector * exists[:, None])
         x = jnp.concatenate(vectors, axis=-1)  # [B, D + 2 + 120 for every other modality]
 
@@ -125,15 +130,6 @@ class DeepMEF(Identifier):
         x = self._with_block(x, seen, train=train) * seen[:, None]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
         return ModelOutput(logits[:, None], embedding=x)
-
-    def _branch_layer(self, i: int, name: str) -> DenseLayer:
-        """Builds layer i of a modality other than `modality`; `name` names its parameters."""
-        published = self.layer_form == "published"
-        last = published and i == len(self.branch_dims) - 1
-        rate = 0.0 if last else self.dropout_rate
-        return DenseLayer(
-            self.branch_dims[i], "prelu", True, rate, published, self.dtype, name=name
-        )
 
     def _with_block(self, x: Array, seen: Array, *, train: bool) -> Array:
         """Returns x + f(x), [B, D]."""

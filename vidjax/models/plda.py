@@ -84,7 +84,8 @@ class PLDAIdentifier(Identifier):
 
         Training adds the clips to `sums`, with logits of 0. Evaluation reads `solved`.
         """
-        vectors = self.unit_means(frames)
+        check_frames(frames, self.modalities)
+        vectors = {name: unit_mean(frames[name]) for name in self.modalities}
         if not train and self.has_variable("solved", "settings"):
             return self.compare(vectors)
         share = 1.0 if self.centred is None else self.centred  # without it, for shapes alone
@@ -93,11 +94,6 @@ class PLDAIdentifier(Identifier):
         # 0, but not to the compiler: it would compute the loss of a constant as it compiles.
         logits = jnp.broadcast_to(0 * centred[0][:, :1], (len(clips.index), self.num_classes))
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
-
-    def unit_means(self, frames: Mapping[str, Frames]) -> dict[str, Array]:
-        """Returns the mean frames, modality -> [B, D] of length 1; 0 for clips that lack it."""
-        check_frames(frames, self.modalities)
-        return {name: unit_mean(frames[name]) for name in self.modalities}
 
     def compare(self, vectors: Mapping[str, Array]) -> ModelOutput:
         """Scores unit vectors, modality -> [B, D], by the collection `solved`."""
