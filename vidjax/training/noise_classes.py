@@ -53,7 +53,7 @@ def make_relabeller(
     members, clips = training_sets.members, training_sets.clips
     # Not the mirrors of today: a prediction may put an unclustered distractor in a cluster.
     movable = np.asarray(layout.is_mirror(labels)) & training_sets.trained  # [E, N]
-    wanted = movable.any(axis=0)
+    wanted = np.any(movable, axis=0)
 
     def relabel_clips(state: state_lib.TrainState) -> np.ndarray:
         old = np.asarray(devices.fetch(state.labels))
