@@ -45,14 +45,12 @@ class RunPlan(NamedTuple):
       training_sets: the E members and the clips that each is trained on.
       labels: [N] int32, class columns of the training clips at step 0.
       tables: weights and settings of the members.
-      layout: layout of the class columns; None without noise classes.
     """
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
     labels: np.ndarray
     tables: state_lib.Tables
-    layout: NoiseLayout | None
 
 
 def nobody_is_named(config: Config) -> str:
@@ -106,20 +104,21 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
             f"config.batch_size={config.batch_size}: there are {len(labels)} training clips\n"
             f"--config.batch_size={len(labels)} or less"
         )
-    layout = None
+    num_clusters = None
     if config.data.distractors == "noise":  # after all that takes no time
         labels, layout = label_distractors(config, data, labels)
+        num_clusters = layout.num_clusters
     task = TaskSpec(
         modalities=modalities,
         num_identities=len(data.identities),
-        num_clusters=layout.num_clusters if layout else None,
+        num_clusters=num_clusters,
         num_clips=len(labels),
         total_steps=math.ceil(config.num_epochs * len(labels) / config.batch_size),
         train_other=bool(np.any(weight[:, labels == 0])),
     )
     settings = _prepared(config, data, task, labels, weight > 0)
     task = task._replace(settings=settings).with_padding(config.mesh.model)
-    return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight), layout)
+    return RunPlan(task, training_sets, labels, state_lib.make_tables(members, weight))
 
 
 def label_distractors(
@@ -325,5 +324,5 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
         | {step for step in FIRST_STEPS if step < total}
     )
     evaluate = every(config.eval.every_epochs) | {total}
-    relabel = every(config.noise.relabel_every_epochs) if plan.layout else frozenset()
+    relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))

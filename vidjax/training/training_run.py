@@ -227,7 +227,7 @@ class TrainingRun:
         )
         self._description["mode"] = self.feed.mode
         self._relabeller = None
-        if plan.layout:
+        if plan.task.layout:
             log = workdir / noise_classes.FILE
             if processes.is_first():
                 keep_until(log, self.step)
@@ -238,7 +238,7 @@ class TrainingRun:
                 data.identities,
                 functools.partial(values_of_clips, config, self._clips, modalities, mesh=mesh),
                 eval_step.make_predict_step(system, mesh),
-                plan.layout,
+                plan.task.layout,
                 plan.labels,
                 plan.training_sets,
             )
