@@ -8,9 +8,12 @@ import random
 import shutil
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,11 +130,10 @@ def test_two_people_do_not_become_one_by_a_slip(gallery):
     assert made_galleries.contents(gallery.folder) == before and gallery.version == 1
 
 
-def test_nobody_else_may_read_it(gallery, tmp_path):
+def test_nobody_else_may_read_it(gallery):
     gallery.add({"new": made_galleries.make_clip(7777, "new")})
     assert stat.S_IMODE(gallery.folder.stat().st_mode) == 0o700
-    for name in (store_lib.NAME,):
-        assert stat.S_IMODE((gallery.folder / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE((gallery.folder / store_lib.NAME).stat().st_mode) == 0o600
 
 
 # ---- nothing is left of who was removed
@@ -156,11 +158,8 @@ def test_no_byte_is_left_of_who_was_removed(gallery, by):
         row = block.names.index("person 7")
         numbers += [x[row] for x in block.coefficients.linear]
     assert all(holds(gallery.folder, x) for x in pieces(numbers))
-    if by == "identity":
-        gallery.remove(identity=["person 7"])
-    else:
-        for name in gone:
-            gallery.remove(clip=[name])
+    for name in ["person 7"] if by == "identity" else gone:
+        gallery.remove(**{by: [name]})
     assert not any(holds(gallery.folder, x) for x in pieces(numbers))
     assert not any(holds(gallery.folder, name.encode()) for name in (*gone, "person 7"))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
@@ -171,13 +170,8 @@ def test_no_byte_is_left_after_pages_have_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(store_lib, "PAGE_BYTES", 4096)
     people, rng = made_galleries.make(tmp_path / "g", {}), random.Random(0)
     for turn in range(12):
-        some = {f"{turn}:{n}:{rng.random()}": n for n in range(40)}
-        people.add(
-            {
-                name: made_galleries.make_clip(40 * turn + n, f"person {rng.randrange(30)}")
-                for name, n in some.items()
-            }
-        )
+        some = (made_galleries.make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
+        people.add({f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(some)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
         people.remove(clip=gone)
@@ -197,14 +191,12 @@ def test_a_stranger_who_is_enrolled_and_removed_is_gone(gallery):
 
 def computed_again(front, centred, others):
     """Returns the vector of the one clip that is missing, from what its back end has summed up."""
-    part = front.parts[0]
+    part, people = front.parts[0], 1 + len({one.identity for one in others})
     unit = np.stack([clip.vector for clip in others]).astype(np.float64)
-    if centred:  # the mean of the model is that of all clips
-        mean = part.space.mean / two_covariance.centre_share(
-            len({one.identity for one in others}) + 1
-        )
-        return (len(others) + 1) * mean - unit.sum(axis=0)
-    return (len(others) + 1) * part.centre - unit.sum(axis=0)
+    # With centred vectors the mean of the model is that of all clips.
+    share = two_covariance.centre_share(people)
+    mean = part.space.mean / share if centred else part.centre
+    return (len(others) + 1) * mean - unit.sum(axis=0)
 
 
 def cosine(a, b):
@@ -474,40 +466,26 @@ def test_a_folder_that_is_no_gallery(tmp_path):
     refused(lambda: Gallery(tmp_path / "old"), "older version", "create FOLDER --run=RUN")
 
 
-def damage(kind, path, rng):
-    """Damages the file of a gallery, or puts something beside it that SQLite would read."""
-    content = path.read_bytes()
-    journal = path.with_name(path.name + "-journal")
-    if kind == "cut":
-        path.write_bytes(content[: rng.randrange(len(content))])
-    elif kind == "link":
-        path.rename(path.parent.parent / "elsewhere")
-        path.symlink_to(path.parent.parent / "elsewhere")
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "pipe":
-        path.unlink()
-        os.mkfifo(path)
-    elif kind == "gone":
-        path.unlink()
-    elif kind == "of write-ahead":
-        path.write_bytes(content[:18] + b"\2\2" + content[20:])
-    elif kind == "pipe as journal":
-        os.mkfifo(journal)
-    elif kind == "link as journal":
-        journal.symlink_to("/dev/zero")
-    else:
-        path.with_name(path.name + "-wal").write_bytes(b"x" * 4096)
+DAMAGES = {  # of the file of a gallery; or something beside it that SQLite would read
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 3),
+    "link": lambda path: path.symlink_to(path.rename(path.parent.parent / "elsewhere")),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "gone": lambda path: path.unlink(),
+    "of write-ahead": lambda path: path.write_bytes(replaced(path.read_bytes(), 18, b"\2\2")),
+    "pipe as journal": lambda path: os.mkfifo(f"{path}-journal"),
+    "link as journal": lambda path: os.symlink("/dev/zero", f"{path}-journal"),
+    "write-ahead log": lambda path: Path(f"{path}-wal").write_bytes(b"x" * 4096),
+}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["cut", "link", "folder", "pipe", "gone", "of write-ahead", "pipe as journal",
-     "link as journal", "write-ahead log"],
-)  # fmt: skip
+def replaced(content, at, new):
+    return content[:at] + new + content[at + len(new) :]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_folder_is_named_in_one_error(gallery, kind):
-    damage(kind, gallery.folder / store_lib.NAME, random.Random(0))
+    DAMAGES[kind](gallery.folder / store_lib.NAME)
     refused(lambda: Gallery(gallery.folder), str(gallery.folder))
     refused(gallery.refresh, str(gallery.folder)) if kind != "cut" else None
 
@@ -519,14 +497,11 @@ def test_a_file_that_ends_nowhere_is_not_read_to_its_end(gallery):
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(gallery):
-    wanted, path, rng = made_galleries.answers(gallery), gallery.folder / store_lib.NAME, 0
-    content, told = path.read_bytes(), 0
-    rng = random.Random(0)
+    wanted, path = made_galleries.answers(gallery), gallery.folder / store_lib.NAME
+    content, told, rng = path.read_bytes(), 0, random.Random(0)
     used = [at for at in range(len(content)) if content[at]]
-    for _ in range(60):
-        flipped = bytearray(content)
-        flipped[rng.choice(used)] ^= 1 << rng.randrange(8)
-        path.write_bytes(flipped)
+    for at in rng.choices(used, k=60):
+        path.write_bytes(replaced(content, at, bytes([content[at] ^ 1 << rng.randrange(8)])))
         try:
             assert made_galleries.answers(Gallery(gallery.folder)) == wanted
         except ValueError as error:
@@ -661,16 +636,10 @@ def test_pages_that_name_each_other_do_not_hang(gallery, monkeypatch):
         cells = range(size - 300 * 6, size, 6)
         page = bytearray(size)
         page[:start] = head[:28] + levels.to_bytes(4, "big") + head[32:] if start else b""
-        page[start : start + 12] = (
-            b"\5\0\0"
-            + (300).to_bytes(2, "big")
-            + cells[0].to_bytes(2, "big")
-            + b"\0"
-            + (level + 1).to_bytes(4, "big")
-        )
+        page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], level + 1)
+        page[start + 12 : start + 612] = struct.pack(">300H", *cells)
         for number, at in enumerate(cells):
-            page[start + 12 + 2 * number : start + 14 + 2 * number] = at.to_bytes(2, "big")
-            page[at : at + 5] = (level + 1).to_bytes(4, "big") + bytes([number % 127 + 1])
+            page[at : at + 5] = struct.pack(">IB", level + 1, number % 127 + 1)
         pages.append(bytes(page))
     end = bytearray(size)
     end[:8], end[8:] = leaf[100:108], leaf[8:]
@@ -684,6 +653,56 @@ def test_a_file_with_two_names_is_not_changed(gallery, tmp_path):
     os.link(gallery.folder / store_lib.NAME, tmp_path / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "several names")
     refused(lambda: gallery.add({"x": made_galleries.make_clip(1, "x")}), "several names")
+
+
+# ---- a gallery of another day
+
+FROZEN = Path(__file__).parent / "helpers" / "frozen_gallery.npz"
+
+
+def freeze():
+    """Makes FROZEN, of made-up people.
+
+    Once, by python -c 'from tests.test_gallery_store import *; freeze()': a format that cannot read
+    it any more needs another number, and a second file.
+    """
+    clips = made_galleries.make_clips(16)
+    clips = {name: clip._replace(fitted=clip.identity is not None) for name, clip in clips.items()}
+    front = fit_backend(clips, made_galleries.WIDTHS, centred=True)
+    with tempfile.TemporaryDirectory() as folder:
+        people = Gallery.of_clips(Path(folder, "g"), made_galleries.RUN, front, clips)
+        people.rename("person 3", "Zoë Å")
+        people.remove(clip=["clip 70"], refit=False)
+        content = (people.folder / store_lib.NAME).read_bytes()
+        vectors = np.stack([clip.vector for clip in people.clips.values()])
+        shown = (0.6 * vectors + 0.4 * np.roll(vectors, 1, axis=0)).astype(np.float32)
+        found = list(people.answers(people.backend.split(shown), len(people.identities)))
+        np.savez_compressed(
+            FROZEN,
+            sqlite=np.frombuffer(content, np.uint8),
+            shown=shown,
+            identity=[answer.identity or "" for answer in found],
+            names=[[name for name, _ in answer.best] for answer in found],
+            probabilities=[[p for _, p in answer.best] for answer in found],
+            score=people.threshold(1 / 6).score,
+        )
+
+
+def test_a_gallery_of_another_day_answers_as_it_did(tmp_path):
+    with np.load(FROZEN) as file:
+        frozen = dict(file)
+    (tmp_path / store_lib.NAME).write_bytes(frozen["sqlite"].tobytes())
+    people = Gallery(tmp_path)
+    assert (people.version, people.still_held, people.identities["Zoë Å"]) == (3, 1, 4)
+    assert people.threshold(1 / 6).score == pytest.approx(float(frozen["score"]), abs=1e-6)
+    found = list(people.answers(people.backend.split(frozen["shown"]), len(people.identities)))
+    assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
+    assert [[name for name, _ in answer.best] for answer in found] == frozen["names"].tolist()
+    probabilities = [[p for _, p in answer.best] for answer in found]
+    np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
+    assert people.add({"new": made_galleries.make_clip(1, "new")}) == 1
+    assert people.remove(identity=["Zoë Å"], refit=False) == 4
+    assert "new" in Gallery(tmp_path).identities and people.still_held == 5
 
 
 # ---- clips
