@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from tests.helpers import made_galleries
+from tests.helpers import embeddings, made_galleries
 from vidjax.gallery import backend as backend_lib
 from vidjax.gallery import calibration
 from vidjax.gallery import gallery as gallery_lib
@@ -12,8 +12,6 @@ from vidjax.gallery import index as index_lib
 from vidjax.gallery.gallery import Gallery, fit_backend
 from vidjax.gallery.index import Index
 from vidjax.gallery.store import Clip
-from vidjax.logit_ops import log_softmax
-from vidjax.models import plda
 
 # ---- probabilities
 
@@ -75,18 +73,6 @@ def test_probabilities_are_those_of_the_equations(tmp_path, lacks):
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
-
-
-def test_probabilities_are_those_of_the_system(tmp_path):
-    """`models.plda.combine` and `logit_ops.log_softmax`, which training's evaluation runs."""
-    people = made_galleries.make(tmp_path / "g")
-    rng = np.random.default_rng(0)
-    ratios = rng.normal(0, 9, (2, 4, 8)).astype(np.float32)
-    known, present = rng.random((2, 8)) < 0.7, rng.random((2, 4)) < 0.7
-    logits = plda.combine(ratios, known, present, people.backend.settings)
-    wanted = log_softmax(logits, np.ones(8, bool))
-    for row, logs in zip(np.asarray(logits, np.float64), np.asarray(wanted), strict=True):
-        np.testing.assert_allclose(index_lib.log_softmax(row), logs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
@@ -208,10 +194,6 @@ def test_the_threshold_is_that_of_the_people_who_are_there(tmp_path):
     assert people.threshold(0.5) == before
 
 
-def clips_of_strangers(count):
-    return {f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(count)}
-
-
 def named(gallery, count=300, **options):
     """Returns who is named of clips that known people and strangers show, by a rule."""
     shown = [made_galleries.make_clip(700 + n, f"person {n % 24}") for n in range(count)]
@@ -244,11 +226,10 @@ def test_a_rate_is_never_laxer_than_somebody_new(tmp_path):
 
 def test_strangers_decide_where_nothing_is_chosen(tmp_path):
     """Of strangers like those of the gallery 1 % are named, not the share that new lets pass."""
-    people = made_galleries.make(
-        tmp_path / "g",
-        made_galleries.make_clips() | clips_of_strangers(1000),
-        settings=made_galleries.SETTINGS._replace(stranger=-6.0),  # nobody is new
-    )
+    clips = made_galleries.make_clips()
+    clips |= {f"s{n}": made_galleries.make_clip(9000 + n, None) for n in range(1000)}
+    nobody_is_new = made_galleries.SETTINGS._replace(stranger=-6.0)
+    people = made_galleries.make(tmp_path / "g", clips, settings=nobody_is_new)
     gallery = Gallery(people.folder)
     found, rule = named(gallery)
     assert rule.default and rule.by == "fpir" and rule.found == gallery.threshold(0.01)
@@ -275,30 +256,18 @@ def test_a_probability_decides_alone(tmp_path):
 
 @pytest.mark.parametrize(("count", "photos"), [(5, 1), (20, 1), (5, 3)])
 def test_a_photo_of_each_is_enough_to_name_them_and_nobody_else(tmp_path, count, photos):
-    """Vectors of faces as dlib's: .42 apart where they show one person, .85 where they do not."""
-    rng = np.random.default_rng(count)
-    spread = np.exp(-np.arange(128) / 30)
-    spread = np.sqrt(spread / spread.sum())
-    mean = rng.normal(size=128)
-    mean *= 0.8 / np.linalg.norm(mean)
-
-    def clips(person, number):
-        x = person + np.sqrt(0.088) * rng.normal(size=(number, 128)) * spread
-        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-    known, strangers = mean + np.sqrt(0.273) * rng.normal(size=(2, 100, 128)) * spread
-    known = known[:count]
+    make = embeddings.Faces(8)
+    shown = make(count, photos + 10).astype(np.float32)
+    strangers = make(100, 3).reshape(-1, embeddings.WIDTH).astype(np.float32)
     enrolled = {
-        f"{person} {turn}": Clip(f"{person}", x)
-        for person, centre in enumerate(known)
-        for turn, x in enumerate(clips(centre, photos))
+        f"{person} {turn}": Clip(f"{person}", shown[person, turn])
+        for person, turn in np.ndindex(count, photos)
     }
-    front = fit_backend(enrolled, {"face": 128}, centred=False)
-    Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
-    gallery = Gallery(tmp_path / "g")
-    found = list(gallery.answers([np.concatenate([clips(x, 10) for x in known])], 1))
+    front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
+    gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
+    found = list(gallery.answers([np.concatenate(shown[:, photos:])], 1))
     wanted = [str(person) for person in range(count) for _ in range(10)]
     assert np.mean([x.best[0][0] == y for x, y in zip(found, wanted, strict=True)]) >= 0.95
     assert np.mean([x.identity == y for x, y in zip(found, wanted, strict=True)]) >= 0.9
-    new = gallery.answers([np.concatenate([clips(x, 3) for x in strangers])], 1)
+    new = gallery.answers([strangers], 1)
     assert np.mean([answer.identity is not None for answer in new]) <= 0.02
