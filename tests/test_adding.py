@@ -106,12 +106,7 @@ ADDITIONS = (
     ("losses.py", "CLASSIFICATION", COSFACE, '    "cosface": cosface,\n'),
     ("losses.py", "EMBEDDING", CONTRASTIVE, '    "contrastive": supervised_contrastive,\n'),
     ("models/identifier.py", "MODELS", MODEL, '    "centroid": Centroid,\n'),
-    (
-        "data/sources.py",
-        "DATASETS",
-        DATASET,
-        '    "blobs": open_blobs,\n',
-    ),
+    ("data/sources.py", "DATASETS", DATASET, '    "blobs": open_blobs,\n'),
     ("fusion.py", "FUSIONS", FUSION, '    "median": Fusion(median_frame),\n'),
     ("augment.py", "TRANSFORMS", TRANSFORM, '    "halve": Transform(halve),\n'),
     (
@@ -184,7 +179,9 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs `python WORDS` in the copy."""
     env = {**os.environ, "XLA_FLAGS": "", "VIDJAX_CACHE": str(tree / "cache")}
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def statements(package: Path, file: str) -> list[ast.stmt]:
@@ -195,13 +192,14 @@ def statements(package: Path, file: str) -> list[ast.stmt]:
 
 def table_of(body: list[ast.stmt], name: str) -> dict[str, str]:
     """Returns key -> value of a table, as source."""
-    for item in body:
-        match item:
-            case ast.AnnAssign(target=ast.Name(id=target), value=ast.Dict() as table):
-                if target == name:
-                    keys = [ast.unparse(key) for key in table.keys if key]
-                    return dict(zip(keys, map(ast.unparse, table.values), strict=True))
-    raise AssertionError(f"no table {name}")
+    (table,) = (
+        item.value
+        for item in body
+        if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == name
+    )
+    assert isinstance(table, ast.Dict)
+    keys = [ast.unparse(key) for key in table.keys if key]
+    return dict(zip(keys, map(ast.unparse, table.values), strict=True))
 
 
 def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
@@ -219,7 +217,6 @@ def test_each_addition_is_one_definition_and_one_line(tree: Path) -> None:
 @pytest.mark.slow
 def test_new_names_are_in_the_generated_tables(tree: Path) -> None:
     done = run(tree, "-m", "vidjax.commands.docs")
-    assert done.returncode == 0, done.stderr
     for field, name in FIELDS.items():
         group = {"model.name": "model", "fusion.face.train.name": "fusion"}.get(field, field)
         assert re.search(rf"(?m)^.*`{group}`.* choose from `{name}`", done.stdout), field
@@ -242,18 +239,14 @@ def test_a_misspelt_addition_is_answered_with_the_right_name(tree: Path) -> None
         "    assert main(['--config=configs/probe.py', f'--workdir=bad/{i}', word]) == 2\n"
         "    sys.stderr.write('END\\n')\n"
     )
-    done = run(tree, "-c", code)
-    assert done.returncode == 0, done.stderr
-    messages = done.stderr.split("END\n")
+    messages = run(tree, "-c", code).stderr.split("END\n")
     for name, message in zip(FIELDS.values(), messages, strict=False):
         assert f"did you mean '{name}'?" in message
 
 
 @pytest.mark.slow
 def test_a_run_uses_all_seven_and_shows_the_metric(tree: Path) -> None:
-    words = ("--config=configs/probe.py", "--workdir=runs/probe")
-    done = run(tree, "-m", "vidjax.main", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(tree, "-m", "vidjax.main", "--config=configs/probe.py", "--workdir=runs/probe")
     workdir = tree / "runs" / "probe"
     results = json.loads((workdir / "metrics.json").read_text())
     assert 0 <= results["confident"] <= 1 and results["map"] > 0.5

@@ -105,17 +105,15 @@ def test_what_would_not_be_read_back_is_refused_before_training(tmp_path, monkey
     ensemble.check_size(sets)
     ensemble.save(tmp_path, sets)
     monkeypatch.setattr(ensemble, "MOST_CLIPS", 2)
-    for use in (lambda: ensemble.check_size(sets), lambda: ensemble.load(tmp_path)):
+    for use, of in ((ensemble.check_size, sets), (ensemble.load, tmp_path)):
         with pytest.raises(ValueError, match="2"):
-            use()
-    names = [f"{'name' * 10}{number}" for number in range(500_000)]  # 21 MB
+            use(of)
+    names = [f"{'name' * 100}{number}" for number in range(50_000)]  # 20 MB
     results.check_identities(names)
     files.write_json(tmp_path / "identities.json", names)
     assert results.load_identities(tmp_path / "identities.json") == names
     monkeypatch.setattr(results, "IDENTITIES_BYTES", 1000)
-    for use in (
-        lambda: results.check_identities(names),
-        lambda: results.load_identities(tmp_path / "identities.json"),
-    ):
+    written = tmp_path / "identities.json"
+    for use, of in ((results.check_identities, names), (results.load_identities, written)):
         with pytest.raises(ValueError, match="1,000"):
-            use()
+            use(of)

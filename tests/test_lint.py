@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import re
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_that_would_be_seen():
     assert unsafe("run = eval") and not unsafe("np.load(f)\nre.compile('x')\nmodel.eval()")
 
 
+@functools.cache
 def patches(source):
     """Returns `line: code` where a test replaces a function instead of causing a fault.
 

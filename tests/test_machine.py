@@ -12,13 +12,6 @@ from vidjax import machine
 GB = 1 << 30
 
 
-def write(root, files):
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"}
 V2 = {"proc/self/cgroup": "0::/pod/one\n"}
 MEMORY, CPU = "sys/fs/cgroup/memory", "sys/fs/cgroup/cpu"
@@ -71,7 +64,9 @@ ALL = f"{1 << 63}\n"
     ],
 )
 def test_the_limits_of_a_container_are_those_of_its_groups(tmp_path, files, most, free, cores):
-    write(tmp_path, files)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.memory_bytes(tmp_path) == (most or physical)
     assert machine.free_bytes(tmp_path) == (free or 0)
