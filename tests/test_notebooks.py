@@ -23,7 +23,6 @@ from tests.helpers import notebooks as notebooks_lib
 ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 COLAB = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/colab"
-MOST_LINES = 17  # of a cell that is not the setup
 # What a hosted image brings, at versions above our lower bounds.
 HOSTED = {
     "absl-py": "2.3.1",
@@ -69,21 +68,11 @@ def shown(cell):
                 yield text if isinstance(text, str) else json.dumps(text)
 
 
-def test_there_are_four_notebooks():
-    others = {"your_own_features", "evaluate_checkpoint", "a_new_person"}
-    assert set(PATHS) == {"quickstart", *others}
-
-
 @notebooks
-def test_it_says_what_it_is_and_opens_in_colab(name):
+def test_it_opens_in_colab_and_names_notebooks_that_exist(name):
     notebook = read(name)
     assert notebook.metadata.kernelspec.name == "python3"
-    first = notebook.cells[0]
-    assert first.cell_type == "markdown" and first.source.startswith("# ")
-    assert f"({COLAB}/{name}.ipynb)" in first.source
-    assert len(first.source.splitlines()[-1]) > 80  # what it is about
-    text = [cell.cell_type for cell in notebook.cells]
-    assert text.count("markdown") * 2 >= text.count("code")
+    assert f"({COLAB}/{name}.ipynb)" in notebook.cells[0].source
     cited = re.findall(r"`(\w+\.ipynb)`", "".join(cell.source for cell in notebook.cells))
     assert all(Path(one).stem in PATHS for one in cited)
 
@@ -97,7 +86,6 @@ def test_it_holds_no_logic(name):
     for tree in cells(name):
         found = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, logic)]
         assert not found, ast.unparse(tree)
-        assert len(ast.unparse(tree).splitlines()) <= MOST_LINES
     (setup,) = cells(name, setup=True)
     found = {type(node) for node in ast.walk(setup) if isinstance(node, logic)}
     assert found == {ast.If}  # what to fetch, what to install
@@ -111,11 +99,7 @@ def test_the_setup_is_the_same_everywhere():
 def thing(module, name):
     """Imports a name from a module, or a submodule of that name."""
     found = importlib.import_module(module)
-    return (
-        getattr(found, name)
-        if hasattr(found, name)
-        else importlib.import_module(f"{module}.{name}")
-    )
+    return getattr(found, name, None) or importlib.import_module(f"{module}.{name}")
 
 
 @notebooks
@@ -172,11 +156,6 @@ def setup_code():
     return next(code_of(cell) for cell in notebook.cells if cell.id == "setup")
 
 
-class Distribution:
-    def __init__(self, name):
-        self.name = name
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Runs the setup cell where some distributions are installed; returns what pip is asked for."""
@@ -185,7 +164,9 @@ def asked(monkeypatch):
 
     def run(*names, modules=()):
         commands = []
-        monkeypatch.setattr(metadata, "distributions", lambda: map(Distribution, names))
+        monkeypatch.setattr(
+            metadata, "distributions", lambda: [types.SimpleNamespace(name=one) for one in names]
+        )
         monkeypatch.setattr(metadata, "version", HOSTED.__getitem__)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in modules or None)
         monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
@@ -229,16 +210,6 @@ def plain(name):
     return name.lower().replace("_", "-")
 
 
-def write_distribution(folder, name, version):
-    """Writes what pip knows an installed distribution by."""
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    (info / "METADATA").write_text(text)
-    (info / "INSTALLER").write_text("pip\n")
-    (info / "RECORD").write_text("")
-
-
 @pytest.mark.slow
 def test_a_hosted_image_keeps_what_it_brings(tmp_path):
     """The environment holds the metadata of the hosted packages, and a module `tensorflow`."""
@@ -248,7 +219,11 @@ def test_a_hosted_image_keeps_what_it_brings(tmp_path):
     done = subprocess.run([python, "-c", words], capture_output=True, text=True, check=True)
     packages = Path(done.stdout.strip())
     for name, version in HOSTED.items():
-        write_distribution(packages, name, version)
+        info = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        for file, content in {"METADATA": text, "INSTALLER": "pip\n", "RECORD": ""}.items():
+            (info / file).write_text(content)
     (packages / "tensorflow").mkdir()
     (packages / "tensorflow" / "__init__.py").touch()
 
